@@ -1,0 +1,232 @@
+"""Autoregressive decoding after a bidirectional source, with a key/value cache.
+
+What a row gets depends on that row alone: its own mask, its own cache length, its own random numbers. So an
+answer is the same whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence as Items
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openm6.errors import UsageError, suggest
+from openm6.model import M6
+from openm6.sequence import Sequence, pad
+
+
+class Constraint(Protocol):
+    """Which ids may follow the ids generated so far (a trie over labels, say)."""
+
+    def next(self, prefix: Items[int]) -> Items[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to decode.
+
+    max_new_tokens   stop there at the latest
+    temperature      0 takes the likeliest token (greedy); above 0 samples
+    top_k, top_p     sample among the k likeliest, or the likeliest that together have probability p
+    num_beams        beam search of that width (with temperature 0)
+    length_penalty   a beam's score is its log-probability / length ** penalty
+    seed             of the random numbers; row i of a call draws from seed and i
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise UsageError("num_beams and temperature exclude each other: beam search does not sample.")
+        for name, low, high in (("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31)):
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name} is {getattr(self, name)}; it has to be between {low:g} and {high:g}.")
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+
+    @classmethod
+    def of(cls, **values: Any) -> Decoding:
+        """From keywords, e.g. a task's defaults and a user's wishes; an unknown one is a UsageError."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UsageError(f"Decoding has no option {key}.{suggest(key, known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """ids without the end token; `score`, the sum of the log-probabilities of all tokens taken (the end too);
+    `finished`, whether the end token came before max_new_tokens."""
+
+    ids: list[int]
+    score: float
+    finished: bool
+
+
+def generate(
+    model: M6,
+    prompts: Items[Sequence],
+    end_id: int,
+    decoding: Decoding | None = None,
+    constraint: Constraint | None = None,
+    batch_size: int = 64,
+) -> list[Generated]:
+    """Continue every prompt (a Sequence that ends where the answer begins). Results in the prompts' order.
+
+    Prompts are batched by length, so that little is padded.
+    """
+    decoding = decoding or Decoding()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[Generated | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        group = [prompts[i] for i in chosen]
+        if decoding.num_beams > 1:
+            from openm6.decode.beam import beam_search
+
+            answers = beam_search(model, group, end_id, decoding, constraint)
+        else:
+            answers = _batch(model, group, chosen, end_id, decoding, constraint)
+        for index, answer in zip(chosen, answers, strict=True):
+            results[index] = answer
+    return [r for r in results if r is not None]
+
+
+def stream(
+    model: M6, prompt: Sequence, end_id: int, decoding: Decoding | None = None, constraint: Constraint | None = None
+) -> Iterator[int]:
+    """The ids of one answer as they are decided (not with beams: a beam may still change its mind)."""
+    decoding = decoding or Decoding()
+    if decoding.num_beams > 1:
+        raise UsageError("Beam search cannot stream: its first token is decided last. Use num_beams=1.")
+    for tokens, _, _ in _steps(model, [prompt], [0], end_id, decoding, constraint):
+        token = int(tokens[0])
+        if token != end_id:
+            yield token
+
+
+def _batch(
+    model: M6,
+    prompts: Items[Sequence],
+    numbers: list[int],
+    end_id: int,
+    decoding: Decoding,
+    constraint: Constraint | None,
+) -> list[Generated]:
+    ids: list[list[int]] = [[] for _ in prompts]
+    scores, finished = [0.0] * len(prompts), [False] * len(prompts)
+    for tokens, log_probs, rows in _steps(model, prompts, numbers, end_id, decoding, constraint):
+        for token, log_prob, row in zip(tokens.tolist(), log_probs.tolist(), rows, strict=True):
+            scores[row] += log_prob
+            if token == end_id:
+                finished[row] = True
+            else:
+                ids[row].append(token)
+    return [Generated(*parts) for parts in zip(ids, scores, finished, strict=True)]
+
+
+@torch.inference_mode()
+def _steps(
+    model: M6,
+    prompts: Items[Sequence],
+    numbers: list[int],
+    end_id: int,
+    decoding: Decoding,
+    constraint: Constraint | None,
+) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+    """Yields (tokens, log-probabilities, rows) of the rows that still run, until all have ended."""
+    longest = max(len(p) for p in prompts)
+    check_room(model, longest, decoding.max_new_tokens)
+    device = model.embed.weight.device
+    hidden, cache = model.prefill(pad(prompts, pad_id=0).to(device), longest + decoding.max_new_tokens)
+    rows = list(range(len(prompts)))
+    choose = Chooser(decoding, numbers)
+    prefixes: list[list[int]] = [[] for _ in prompts]
+    for left in range(decoding.max_new_tokens, 0, -1):
+        logits = model.logits(hidden)
+        if constraint is not None:
+            logits = constrain(logits, [constraint.next(prefixes[r]) for r in rows])
+        tokens, log_probs = choose(logits, rows)
+        yield tokens, log_probs, rows
+        running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
+        if not running or left == 1:
+            return
+        if constraint is not None:
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                prefixes[row].append(token)
+        if len(running) < len(rows):
+            keep = torch.tensor(running, device=device)
+            cache.select(keep)
+            tokens, rows = tokens[keep], [rows[i] for i in running]
+        hidden = model.step(tokens, cache)
+
+
+def check_room(model: M6, prompt: int, new: int) -> None:
+    """Refuse what learned positions have no place for (rotary positions have no such limit)."""
+    limit = model.config.max_position_embeddings
+    if model.place is not None and prompt + new > limit:
+        raise UsageError(
+            f"A prompt of {prompt} positions and {new} new tokens are more than the model's {limit} positions: "
+            "shorten the input or lower max_new_tokens."
+        )
+
+
+def constrain(logits: Tensor, allowed: list[Items[int]]) -> Tensor:
+    """Logits [B, V] with everything but the allowed ids of each row at -inf."""
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    for row, ids in enumerate(allowed):
+        mask[row, torch.as_tensor(list(ids), device=logits.device)] = False
+    return logits.masked_fill(mask, float("-inf"))
+
+
+class Chooser:
+    """Takes one token a row, greedily or by sampling with a generator of the row's own."""
+
+    def __init__(self, decoding: Decoding, numbers: Items[int]):
+        self.decoding = decoding
+        self.generators: list[torch.Generator] = []
+        if decoding.temperature > 0:
+            seeds = [hash((decoding.seed, n)) & 0x7FFFFFFF for n in numbers]
+            self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """logits fp32 [B, V] and the rows' numbers to (ids int64 [B], their log-probabilities [B])."""
+        log_probs = logits.log_softmax(-1)
+        if not self.generators:
+            best = log_probs.max(-1)
+            return best.indices, best.values
+        draws = torch.cat([torch.rand(1, generator=self.generators[r]) for r in rows]).to(logits.device)
+        tokens = sample(logits / self.decoding.temperature, draws, self.decoding.top_k, self.decoding.top_p)
+        return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Inverse-transform sampling: logits [B, V], uniform draws [B] in [0, 1), to ids int64 [B].
+
+    Tokens in order of probability; the first k, or those before whose predecessors add up to p, stay
+    (nucleus sampling, Holtzman et al. 2020, keeps the token that crosses p).
+    """
+    probs, ids = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        probs[:, top_k:] = 0
+    if top_p < 1:
+        # Of what top-k left, renormalized.
+        probs = probs / probs.sum(-1, keepdim=True)
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+    heights = probs.cumsum(-1)
+    place = torch.searchsorted(heights, draws[:, None] * heights[:, -1:], right=True)
+    last = (probs > 0).sum(-1, keepdim=True) - 1
+    return ids.gather(1, torch.minimum(place, last)).squeeze(1)
+
+

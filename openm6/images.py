@@ -1,0 +1,110 @@
+"""Pictures from the outside world: opened with limits, brought to the size that the model reads.
+
+A picture is refused by its header, before its pixels are decoded, when it is larger than the limits below
+(a 50,000 x 50,000 PNG of a few kilobytes would otherwise fill the memory).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from openm6.errors import DataError
+
+MAX_BYTES = 32 * 2**20
+MAX_PIXELS = 50_000_000
+
+Source = str | Path | bytes | np.ndarray | Image.Image
+"""What may stand for a picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], a PIL image."""
+
+
+def open_image(source: Source, draft: tuple[int, int] | None = None) -> Image.Image:
+    """Open and decode a picture as RGB, turned upright by its EXIF orientation.
+
+    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster.
+    Raises DataError, in one sentence, for a missing, truncated, unknown or too large picture.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+            raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    name = "The picture" if isinstance(source, bytes) else f"The picture {source}"
+    size = len(source) if isinstance(source, bytes) else _size(Path(source), name)
+    if size > MAX_BYTES:
+        raise DataError(f"{name} has {size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} MiB are read.")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(
+                    f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: shrink it first."
+                )
+            if draft:
+                image.draft("RGB", draft)
+            image.load()
+            return _flatten(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is in no picture format that is known here (JPEG, PNG, WebP, BMP, GIF).") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it first.") from None
+    except (OSError, SyntaxError, ValueError):
+        # Pillow's own text can hold addresses and paths: it is not passed on.
+        raise DataError(f"{name} is truncated or damaged.") from None
+
+
+def _size(path: Path, name: str) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise DataError(f"{name} does not exist or cannot be read.") from None
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB, with transparency laid on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image)
+        image = ground
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGrid:
+    """How a picture becomes patches: `stride` pixels a patch side, at most `max_patches` patches.
+
+    Every picture, small or large, is scaled to fill the budget, with the sides (multiples of `stride`)
+    that come closest to its aspect ratio.
+    """
+
+    stride: int
+    max_patches: int
+
+    def fit(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of patches for a picture of this size."""
+        scale = math.sqrt(self.max_patches * self.stride**2 / (width * height))
+        rows = max(1, min(self.max_patches, round(height * scale / self.stride)))
+        columns = max(1, min(self.max_patches, round(width * scale / self.stride)))
+        while rows * columns > self.max_patches:  # rounding went up on both sides
+            if rows / height > columns / width:
+                rows -= 1
+            else:
+                columns -= 1
+        return rows, columns
+
+    def read(self, source: Source) -> np.ndarray:
+        """The picture as uint8 [rows * stride, columns * stride, 3]."""
+        side = self.stride * math.isqrt(self.max_patches)
+        image = open_image(source, draft=(side, side))
+        rows, columns = self.fit(*image.size)
+        size = (columns * self.stride, rows * self.stride)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        return np.asarray(image)

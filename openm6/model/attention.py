@@ -1,0 +1,194 @@
+"""Attention under the one mask rule, and the key/value cache of decoding.
+
+Legend of the shape suffixes in this package: B rows, T positions, S positions of the keys, D hidden size,
+H query heads, K key/value heads, E width of a head, F width of the feed-forward, V vocabulary, N pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.model.config import ModelConfig
+from openm6.model.norm import make_norm
+from openm6.sequence import allowed
+
+
+QUERY_CHUNK = 128
+"""Queries a chunk of the plain attention; each chunk looks only at the keys that some query of it may see."""
+
+PLAIN_LIMIT = 2048
+"""Longest row for the plain attention, which keeps the probabilities of a layer for its backward pass."""
+
+
+@dataclass(slots=True)
+class DenseMask:
+    """The mask rule as 0 / -inf in the attention's dtype, [B, 1, T, T], and for each chunk of QUERY_CHUNK
+    queries the range of keys that any of them may see."""
+
+    bias: Tensor
+    bounds: list[tuple[int, int]]
+
+
+def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex: bool | None = None) -> Any:
+    """The mask of a batch, in the form of the attention that will use it, made once a forward.
+
+    On a GPU (or with `flex`): FlexAttention's BlockMask, which skips the blocks in which nothing is allowed.
+    On a CPU: a DenseMask.
+    """
+    if flex if flex is not None else segments_BT.is_cuda:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            together = (blocks_BT[b, q] == blocks_BT[b, k]) & (blocks_BT[b, q] >= 0)
+            return (segments_BT[b, q] == segments_BT[b, k]) & ((k <= q) | together)
+
+        rows, length = segments_BT.shape
+        return create_block_mask(rule, rows, None, length, length, device=segments_BT.device)
+    mask_BTS = allowed(segments_BT, blocks_BT)
+    seen_TS = mask_BTS.any(0)
+    bounds = []
+    for chunk in seen_TS.split(QUERY_CHUNK):
+        keys = chunk.any(0).nonzero()
+        bounds.append((int(keys[0]), int(keys[-1]) + 1))
+    return DenseMask(additive(mask_BTS[:, None], dtype), bounds)
+
+
+def additive(allowed_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """True/False to 0/-inf."""
+    return torch.zeros_like(allowed_mask, dtype=dtype).masked_fill_(~allowed_mask, float("-inf"))
+
+
+_flex_compiled: Any = None
+
+
+def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Any) -> Tensor:
+    """softmax(q k / sqrt(E) + mask) v, [B, H, T, E].
+
+    `mask` chooses the means: BlockMask FlexAttention, DenseMask plain products up to PLAIN_LIMIT positions
+    (on a CPU and short rows several times faster than SDPA, whose backward pass is slow there; see
+    benchmarks/attention.py), anything else SDPA.
+    """
+    grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+    if isinstance(mask, DenseMask):
+        if q_BHTE.shape[2] <= PLAIN_LIMIT:
+            repeat = q_BHTE.shape[1] // k_BKSE.shape[1]
+            if grouped:
+                k_BKSE, v_BKSE = k_BKSE.repeat_interleave(repeat, 1), v_BKSE.repeat_interleave(repeat, 1)
+            return _PlainAttention.apply(q_BHTE, k_BKSE, v_BKSE, mask)
+        mask = mask.bias
+    if mask is None or isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, enable_gqa=grouped)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    global _flex_compiled
+    if q_BHTE.is_cuda and _flex_compiled is None:
+        _flex_compiled = torch.compile(flex_attention)
+    run = _flex_compiled if q_BHTE.is_cuda else flex_attention
+    return run(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Attention by matrix products, chunk by chunk of the queries, skipping keys that no query may see."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: DenseMask) -> Tensor:
+        rows, heads, length, width = q_BHTE.shape
+        q = (q_BHTE * width**-0.5).reshape(-1, length, width)
+        k, v = k_BHTE.reshape(-1, length, width), v_BHTE.reshape(-1, length, width)
+        out, probabilities = torch.empty_like(v), []
+        for index, (low, high) in enumerate(mask.bounds):
+            part = slice(index * QUERY_CHUNK, (index + 1) * QUERY_CHUNK)
+            scores = torch.bmm(q[:, part], k[:, low:high].transpose(1, 2))
+            scores = scores.view(rows, heads, -1, high - low).add_(mask.bias[:, :, part, low:high])
+            p = torch.softmax(scores, dim=-1).view(rows * heads, -1, high - low)
+            out[:, part] = torch.bmm(p, v[:, low:high])
+            probabilities.append(p)
+        ctx.save_for_backward(q, k, v, *probabilities)
+        ctx.bounds = mask.bounds
+        return out.view(rows, heads, length, width)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_BHTE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *probabilities = ctx.saved_tensors
+        shape, width = d_out_BHTE.shape, q.shape[-1]
+        d_out = d_out_BHTE.reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for index, ((low, high), p) in enumerate(zip(ctx.bounds, probabilities, strict=True)):
+            part = slice(index * QUERY_CHUNK, (index + 1) * QUERY_CHUNK)
+            dv[:, low:high] += torch.bmm(p.transpose(1, 2), d_out[:, part])
+            dp = torch.bmm(d_out[:, part], v[:, low:high].transpose(1, 2))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dq[:, part] = torch.bmm(ds, k[:, low:high])
+            dk[:, low:high] += torch.bmm(ds.transpose(1, 2), q[:, part])
+        return dq.mul_(width**-0.5).view(shape), dk.view(shape), dv.view(shape), None
+
+
+def rotary_angles(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary positions (RoFormer, section 3.4.2), [B, T, 1, width], halves repeated.
+
+    Taken in fp32, then brought to the precision in which they are used.
+    """
+    frequency = theta ** (-torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width)
+    angle = positions_BT[..., None].float() * frequency
+    angle = torch.cat((angle, angle), dim=-1)[:, :, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + E/2) of each head by the angle of their position."""
+    cos, sin = rope
+    first, second = x_BTHE.chunk(2, dim=-1)
+    return x_BTHE * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Cache:
+    """Keys and values of B sequences up to `capacity` positions, for all layers.
+
+    Row b holds `lengths[b]` positions, from 0 on. `select` reorders rows (beam search) or drops finished ones.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.capacity = capacity
+
+    def select(self, rows: Tensor) -> None:
+        self.keys = [k.index_select(0, rows) for k in self.keys]
+        self.values = [v.index_select(0, rows) for v in self.values]
+        self.lengths = self.lengths.index_select(0, rows)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.width, bias=config.bias)
+        self.out = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.bias)
+        self.q_norm = make_norm(config, self.width) if config.qk_norm else None
+        self.k_norm = make_norm(config, self.width) if config.qk_norm else None
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
+        rows, length, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(rows, length, -1, self.width)
+        q_BTHE, k_BTKE, v_BTKE = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.q_norm is not None:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        if rope is not None:
+            q_BTHE, k_BTKE = rotate(q_BTHE, rope), rotate(k_BTKE, rope)
+        # Norms and angles are in fp32; the products run in the precision of the projection.
+        q_BHTE = q_BTHE.to(qkv.dtype).transpose(1, 2)
+        k_BKSE, v_BKSE = k_BTKE.to(qkv.dtype).transpose(1, 2), v_BTKE.transpose(1, 2)
+        if write is not None:
+            k_BKSE, v_BKSE = write(self.layer, k_BKSE, v_BKSE)
+        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask)
+        return self.out(y_BHTE.transpose(1, 2).reshape(rows, length, -1))

@@ -1,0 +1,155 @@
+"""ModelConfig: every size of the network, and the presets."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from typing import Any, ClassVar
+
+import yaml
+from transformers import PreTrainedConfig
+
+from openm6.errors import UsageError, suggest
+
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "activation": ("swiglu", "gelu"),
+    "positions": ("rotary", "learned"),
+    "image_embedder": ("none", "patch", "stem", "resnet"),
+}
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    presets: dict[str, dict[str, Any]] = yaml.safe_load(
+        resources.files("openm6.model").joinpath("presets.yaml").read_text("utf-8")
+    )
+    return presets
+
+
+class ModelConfig(PreTrainedConfig):
+    """The sizes of an M6.
+
+    The modern block (`norm="rms"`, `activation="swiglu"`, `positions="rotary"`) is the default; the papers'
+    block is `norm="layer"`, `activation="gelu"`, `positions="learned"`, and has biases.
+
+    Derived when not given: `num_key_value_heads` (= heads), `head_dim` (= hidden_size / heads), `bias`
+    (only with LayerNorm). `num_codes` of the `vocab_size` ids, the last ones, are image codes.
+    `expert_interval` n puts experts in every n-th layer (n, 2n, ...); the other layers stay dense.
+    """
+
+    model_type: ClassVar[str] = "openm6"
+
+    vocab_size: int = 21128
+    num_codes: int = 0
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    activation: str = "swiglu"
+    positions: str = "rotary"
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    bias: bool | None = None
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    image_embedder: str = "patch"
+    image_patch: int = 16
+    image_max_patches: int = 256
+    stem_widths: list[int] | None = None
+    resnet: dict | None = None
+
+    num_experts: int = 0
+    expert_interval: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.bias is None:
+            self.bias = self.norm == "layer"
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for key, values in _CHOICES.items():
+            if getattr(self, key) not in values:
+                raise UsageError(f'model.{key} is "{getattr(self, key)}"; it can be {", ".join(values)}.')
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"model.num_attention_heads ({self.num_attention_heads}) has to be a multiple of "
+                f"model.num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UsageError(f"model.head_dim ({self.head_dim}) has to be even for rotary positions.")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ModelConfig:
+        """A named size, with single values changed: `ModelConfig.preset("demo", num_hidden_layers=4)`."""
+        presets = _presets()
+        if name not in presets:
+            raise UsageError(f'There is no preset "{name}".{suggest(name, set(presets))} Known: {", ".join(presets)}.')
+        known = set(cls.__dataclass_fields__)
+        for key in changes:
+            if key not in known:
+                raise UsageError(f"model has no key {key}.{suggest(key, known)}")
+        return cls(**{**presets[name], **changes})
+
+    @staticmethod
+    def preset_names() -> tuple[str, ...]:
+        return tuple(_presets())
+
+    @property
+    def image_stride(self) -> int:
+        """Pixels a side of one image position."""
+        if self.image_embedder == "stem":
+            return 4 * 2 ** (len(self.stem_widths or ()) - 1)
+        if self.image_embedder == "resnet":
+            return 32
+        return self.image_patch
+
+    def expert_layers(self) -> list[int]:
+        """Numbers (from 0) of the layers that hold experts."""
+        if not self.num_experts:
+            return []
+        return list(range(self.expert_interval - 1, self.num_hidden_layers, self.expert_interval))
+
+    def count_parameters(self) -> dict[str, int]:
+        """Parameters by part, by arithmetic: nothing is allocated, so any preset can be counted.
+
+        Parts: embedding, attention, feed_forward (dense layers), experts, router, norms, image, head.
+        """
+        d, f, layers = self.hidden_size, self.intermediate_size, self.num_hidden_layers
+        heads, kv, width, bias = self.num_attention_heads, self.num_key_value_heads, self.head_dim, int(self.bias)
+        qkv, gates = (heads + 2 * kv) * width, 2 if self.activation == "swiglu" else 1
+        feed_forward = gates * d * f + f * d + bias * (gates * f + d)
+        with_experts = len(self.expert_layers())
+        norm = d * (2 if self.norm == "layer" else 1)
+        learned = self.max_position_embeddings * d if self.positions == "learned" else 0
+        return {
+            "embedding": self.vocab_size * d + learned,
+            "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
+            "feed_forward": (layers - with_experts) * feed_forward,
+            "experts": with_experts * self.num_experts * feed_forward,
+            "router": with_experts * self.num_experts * d,
+            "norms": (2 * layers + 1) * norm + (2 * layers * width if self.qk_norm else 0),
+            "image": self._count_image(),
+            "head": 0 if self.tie_word_embeddings else self.vocab_size * d,
+        }
+
+    def _count_image(self) -> int:
+        if self.image_embedder == "none":
+            return 0
+        import torch
+
+        from openm6.model.embed import ImageEmbedder
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in ImageEmbedder(self).parameters())

@@ -1,0 +1,120 @@
+"""Pictures in: from pixels to positions of the sequence, with a 2-D place for every patch.
+
+Three ways (M6, KDD 2021, section 4.1 takes features of a ResNet or of patches): `patch`, one linear
+projection of each patch; `stem`, a small residual convolution network; `resnet`, transformers' ResNet.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.model.config import ModelConfig
+from openm6.sequence import Images
+
+MAX_SIDE = 128
+"""Rows or columns of patches with a learned place of their own; longer pictures are interpolated."""
+
+
+class ImageEmbedder(nn.Module):
+    """Pictures of one size, uint8 [N, H, W, 3], to patch features [N * h * w, D], row by row."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.stride = config.image_stride
+        self.features: nn.Module
+        if config.image_embedder == "patch":
+            self.features = nn.Conv2d(3, d, config.image_patch, config.image_patch)
+            width = d
+        elif config.image_embedder == "stem":
+            widths = config.stem_widths or [64, 128, 256]
+            self.features, width = stem(widths), widths[-1]
+        else:
+            self.features = FrozenNormResNet(config.resnet)
+            width = self.features.width
+        self.project = nn.Identity() if width == d else nn.Linear(width, d)
+        side = min(MAX_SIDE, config.image_max_patches)
+        self.row = nn.Parameter(torch.zeros(side, d))
+        self.column = nn.Parameter(torch.zeros(side, d))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # uint8 [N, H, W, 3] seen as [N, 3, H, W] is channels-last already: what the convolutions like best.
+        x = pixels.permute(0, 3, 1, 2).to(self.row.dtype) / 127.5 - 1.0
+        x_NDhw = self.features(x)
+        rows, columns = x_NDhw.shape[-2:]
+        x_NhwD = self.project(x_NDhw.permute(0, 2, 3, 1))
+        place = _places(self.row, rows)[:, None] + _places(self.column, columns)
+        return (x_NhwD + place).flatten(0, 2)
+
+
+def _places(table: Tensor, count: int) -> Tensor:
+    """The first `count` places, or, beyond the table, the table stretched: [count, D]."""
+    if count <= len(table):
+        return table[:count]
+    return F.interpolate(table.T[None], count, mode="linear", align_corners=True)[0].T
+
+
+def stem(widths: list[int]) -> nn.Sequential:
+    """A 4 x 4 convolution of stride 4, then for each further width a 2 x 2 one of stride 2 and a residual block.
+
+    Stride 4 * 2^(len - 1). Group norms: a picture's features do not depend on the others in the batch.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 4), Residual(widths[0])]
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
+    return nn.Sequential(*layers)
+
+
+class Residual(nn.Module):
+    """x + conv(gelu(norm(conv(gelu(norm(x)))))), 3 x 3, as in pre-activation ResNets (He et al. 2016)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.gelu(self.norm1(x)))
+        return x + self.conv2(F.gelu(self.norm2(y)))
+
+
+class FrozenNormResNet(nn.Module):
+    """transformers' ResNet, last stage, stride 32.
+
+    Its batch norms always use their stored statistics: batch statistics would let one example's features
+    depend on the pictures that happen to share its batch.
+    """
+
+    def __init__(self, sizes: dict | None):
+        super().__init__()
+        from transformers import ResNetBackbone, ResNetConfig
+
+        config = ResNetConfig(**{**(sizes or {}), "out_features": None, "out_indices": [-1]})
+        self.backbone = ResNetBackbone(config)
+        self.width = config.hidden_sizes[-1]
+
+    def train(self, mode: bool = True) -> FrozenNormResNet:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x).feature_maps[0]
+
+
+def scatter_images(x_BTD: Tensor, images: list[Images], embedder: ImageEmbedder, training: bool) -> Tensor:
+    """The token embeddings with the patch positions replaced by the patches' features."""
+    flat = x_BTD.flatten(0, 1)
+    for group in images:
+        features = embedder(group.pixels)
+        flat = flat.index_copy(0, group.places, features.to(flat.dtype))
+    if training and not images:
+        # Every parameter takes part in every step: data-parallel reduction waits for all gradients.
+        blank = torch.zeros(1, embedder.stride, embedder.stride, 3, dtype=torch.uint8, device=flat.device)
+        flat = flat + 0.0 * embedder(blank).sum()
+    return flat.view_as(x_BTD)

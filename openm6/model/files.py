@@ -1,0 +1,60 @@
+"""Opening a saved network, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from openm6.errors import OpenM6Error
+from openm6.model.config import ModelConfig
+from openm6.model.m6 import M6
+
+
+def load_model(path: Path) -> M6:
+    """The network of a model directory (config.json and safetensors, in one file or in shards), fp32.
+
+    Only safetensors are read: a pickled checkpoint can run code. Shapes that do not fit, and tensors that are
+    missing or too many, are refused with the first of their names.
+    """
+    expected = shapes(ModelConfig.from_pretrained(path))
+    found = _stored_shapes(path)
+    for name, shape in expected.items():
+        if name not in found:
+            raise OpenM6Error(f"{path} does not hold {name} {list(shape)}, which its config.json asks for.")
+        if found[name] != shape:
+            raise OpenM6Error(
+                f"{path}: {name} has the shape {list(found[name])}, but its config.json asks for {list(shape)}; "
+                "config and weights are of different models."
+            )
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise OpenM6Error(f"{path} holds {extra[0]} (and {len(extra) - 1} more), which its config.json does not know.")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored tensor of a network, without allocating it."""
+    import torch
+
+    with torch.device("meta"):
+        model = M6(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    index = path / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        stored: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            with safe_open(path / Path(name).name, framework="pt") as file:
+                stored.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+        return stored
+    except FileNotFoundError:
+        raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).") from None
+    except (SafetensorError, ValueError, KeyError):
+        raise OpenM6Error(f"The weights in {path} are truncated or damaged.") from None

@@ -1,0 +1,61 @@
+"""Cross-entropy over the vocabulary without keeping the logits.
+
+The logits of 4,096 positions and 150,000 tokens are 2.5 GB in fp32, and again as much for their gradient.
+Here they live one chunk at a time: the forward pass already takes the gradient (the loss is a plain sum, so
+its gradient is known then), and the backward pass only scales it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # The gradients are taken here only when somebody will ask for them.
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        cast = weight.to(hidden.dtype)
+        for start in range(0, len(labels), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = (hidden[part] @ cast.T).float()
+            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+            losses[part] = (norm - logits.gather(1, labels[part, None])).squeeze(1)
+            if not (need_hidden or need_weight):
+                continue
+            gradient = logits.sub_(norm).exp_()
+            gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), -1.0))
+            gradient = gradient.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = gradient @ cast
+            if d_weight is not None:
+                d_weight += gradient.T @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * d_sum.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * d_sum,
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the M positions of -log softmax(hidden weight^T)[label], and the M single losses (no gradient).
+
+    hidden [M, D], weight [V, D], labels int64 [M]; both results fp32.
+    """
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels)
+    return total, losses

@@ -1,0 +1,203 @@
+"""M6: one Transformer over image and text (KDD 2021, section 4), dense layers.
+
+Read this file first, then block.py and attention.py. Shapes: see the legend in attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from openm6.errors import OpenM6Error
+from openm6.model.attention import Cache, additive, build_mask, rotary_angles
+from openm6.model.block import Block
+from openm6.model.config import ModelConfig
+from openm6.model.embed import ImageEmbedder, scatter_images
+from openm6.model.loss import linear_cross_entropy
+from openm6.model.norm import make_norm
+from openm6.sequence import IGNORE, Batch
+
+
+@dataclass
+class Output(ModelOutput):
+    """What a forward gives.
+
+    loss      sum of the losses of all M trained positions (divide by M, or by the M of all processes)
+    losses    fp32 [M], the single losses, without gradient
+    segments  int64 [M], to which example of the batch each belongs
+    hidden    [B, T, D] after the last norm
+    """
+
+    loss: Tensor | None = None
+    losses: Tensor | None = None
+    segments: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class M6(PreTrainedModel):
+    config_class = ModelConfig
+    config: ModelConfig
+    base_model_prefix = "openm6"
+    main_input_name = "batch"
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        if config.num_experts:
+            raise OpenM6Error(
+                f"This model has {config.num_experts} experts a layer; this version builds dense models only "
+                "(ModelConfig.count_parameters() counts it all the same)."
+            )
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.place = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
+        )
+        self.image = ImageEmbedder(config) if config.image_embedder != "none" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2)."""
+        from transformers import initialization as init
+
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            scale = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.attention.out.weight, std=std * scale)
+            init.normal_(module.feed_forward.down.weight, std=std * scale)
+        elif isinstance(module, ImageEmbedder):
+            init.normal_(module.row, std=std)
+            init.normal_(module.column, std=std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.head = value
+
+    def forward(self, batch: Batch) -> Output:
+        """Hidden states of a packed or padded batch, and the loss where it has labels."""
+        x_BTD = self._embed(batch)
+        mask = build_mask(batch.segments, batch.blocks, self._product_dtype(x_BTD))
+        x_BTD = self._backbone(x_BTD, batch.positions, mask)
+        trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
+        if not len(trained):
+            return Output(hidden=x_BTD)
+        hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(self._product_dtype(x_BTD))
+        total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained])
+        return Output(loss=total, losses=losses, segments=batch.segments.flatten()[trained], hidden=x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to fp32 [..., V]."""
+        return (hidden @ self.head_weight.to(hidden.dtype).T).float()
+
+    # Decoding: fill the cache with a prompt, then one position at a time.
+
+    def prefill(self, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
+        """Run padded prompts (one a row, from column 0) and keep their keys and values.
+
+        Returns the hidden state at the last position of every row, [B, D], and the cache.
+        """
+        x_BTD = self._embed(batch)
+        dtype = self._product_dtype(x_BTD)
+        cache = Cache(self.config, len(batch.ids), capacity, dtype, x_BTD.device)
+        cache.lengths = (batch.segments > 0).sum(1)
+        length = x_BTD.shape[1]
+
+        def write(layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+            cache.keys[layer][:, :, :length] = k_BKTE
+            cache.values[layer][:, :, :length] = v_BKTE
+            return k_BKTE, v_BKTE
+
+        x_BTD = self._backbone(x_BTD, batch.positions, build_mask(batch.segments, batch.blocks, dtype), write)
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
+
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        """One further (causal) position for every row of the cache; hidden states [B, D]."""
+        positions_B1 = cache.lengths[:, None]
+        x_B1D = self.embed(ids_B[:, None])
+        if self.place is not None:
+            x_B1D = x_B1D + self.place(positions_B1)
+        filled = int(cache.lengths.max()) + 1
+        rows = torch.arange(len(ids_B), device=ids_B.device)
+        even = bool((cache.lengths == cache.lengths[0]).all())
+        mask = None
+        if not even:
+            seen = torch.arange(filled, device=ids_B.device) <= positions_B1
+            mask = additive(seen[:, None, None], self._product_dtype(x_B1D))
+
+        def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = cache.keys[layer], cache.values[layer]
+            if even:
+                keys[:, :, filled - 1], values[:, :, filled - 1] = k_BK1E[:, :, 0], v_BK1E[:, :, 0]
+            else:
+                keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BK1E[:, :, 0], v_BK1E[:, :, 0]
+            return keys[:, :, :filled], values[:, :, :filled]
+
+        x_B1D = self._backbone(x_B1D, positions_B1, mask, write)
+        cache.lengths = cache.lengths + 1
+        return x_B1D[:, 0]
+
+    def _embed(self, batch: Batch) -> Tensor:
+        x_BTD = self.embed(batch.ids)
+        if self.image is not None:
+            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.training)
+        elif batch.images:
+            raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
+        if self.place is not None:
+            x_BTD = x_BTD + self.place(batch.positions)
+        return x_BTD
+
+    def _backbone(self, x_BTD: Tensor, positions_BT: Tensor, mask: Any, write: Any = None) -> Tensor:
+        rope = None
+        if self.config.positions == "rotary":
+            rope = rotary_angles(
+                positions_BT, self.config.head_dim, self.config.rope_theta, self._product_dtype(x_BTD)
+            )
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rope, mask, write)
+        return self.norm(x_BTD)
+
+    def _product_dtype(self, x: Tensor) -> torch.dtype:
+        """The precision in which matrix products run: autocast's, or the weights'."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+AutoConfig.register("openm6", ModelConfig)
+AutoModel.register(ModelConfig, M6)

@@ -1,0 +1,172 @@
+"""Sequence (one example) and Batch (many examples packed into fixed rows).
+
+Shapes: B rows, T positions a row, N pictures, H x W pixels.
+
+The one mask rule of OpenM6, for a query position q and a key position k of one row:
+
+    allowed(q, k) = segment[q] == segment[k] and (k <= q or block[q] == block[k] >= 0)
+
+`segment` says which example a position belongs to (0 is padding). `block` says which positions of an
+example see each other both ways: 0 for its source, -1 where attention is causal (the target text), and a
+further number for every picture whose codes are generated. One rule so gives the bidirectional, the prefix
+and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position at which nothing is to be predicted."""
+
+SOURCE = 0
+CAUSAL = -1
+
+
+@dataclass(slots=True)
+class Picture:
+    """A picture inside a Sequence: pixels uint8 [H, W, 3], whose `patches` patches (row by row) fill the
+    positions `start` to `start + patches - 1`."""
+
+    pixels: np.ndarray
+    start: int
+    patches: int
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One example, T positions.
+
+    ids     int32 [T]   token ids; positions of picture patches hold the id of `<|patch|>`
+    blocks  int32 [T]   0 = source (sees the whole source), -1 = causal, > 0 = codes of one picture
+    labels  int32 [T]   the token that the output AT this position has to predict, or IGNORE
+    pictures            in the order of their patches
+    task, origin        names of the task and of the data source, for the losses by task and by source
+    """
+
+    ids: np.ndarray
+    blocks: np.ndarray
+    labels: np.ndarray
+    pictures: list[Picture] = field(default_factory=list)
+    task: str = ""
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(slots=True)
+class Images:
+    """Pictures of one size in a batch: pixels uint8 [N, H, W, 3], and the places of their patches in the
+    flattened batch, int64 [N * patches] (picture by picture, row by row)."""
+
+    pixels: Tensor
+    places: Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """B rows of T positions. All tensors int64 [B, T] unless said otherwise.
+
+    segments   1-based number of the example inside this batch, 0 on padding
+    positions  0, 1, 2, ... inside each example
+    images     pictures grouped by size
+    tasks, origins   one entry an example (entry i belongs to segment i + 1)
+    """
+
+    ids: Tensor
+    segments: Tensor
+    blocks: Tensor
+    positions: Tensor
+    labels: Tensor
+    images: list[Images] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        images = [Images(i.pixels.to(device), i.places.to(device)) for i in self.images]
+        moved = (getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels"))
+        return Batch(*moved, images, self.tasks, self.origins)
+
+
+def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
+    """The mask rule as a dense boolean tensor: [B, T] and [B, T] to [B, T (query), T (key)]."""
+    length = segments.shape[-1]
+    past = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
+    return (segments[:, :, None] == segments[:, None, :]) & (past | together)
+
+
+def pack(sequences: Items[Sequence], row_length: int, pad_id: int, row_multiple: int = 1) -> Batch:
+    """Pack examples into as few rows of `row_length` positions as first-fit-decreasing finds.
+
+    The number of rows is rounded up to a multiple of `row_multiple` (so that few shapes are compiled).
+    Examples do not see each other (see `allowed`); segment i + 1 is `sequences[i]`.
+    Raises ValueError if an example is longer than a row.
+    """
+    room: list[int] = []
+    places: list[tuple[int, int]] = [(0, 0)] * len(sequences)
+    for index in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        length = len(sequences[index])
+        if length > row_length:
+            raise ValueError(f"an example of {length} positions does not fit a row of {row_length}")
+        row = next((r for r, free in enumerate(room) if free >= length), len(room))
+        if row == len(room):
+            room.append(row_length)
+        places[index] = (row, row_length - room[row])
+        room[row] -= length
+    rows = -(-max(len(room), 1) // row_multiple) * row_multiple
+    return _lay_out(sequences, places, (rows, row_length), pad_id)
+
+
+def pad(sequences: Items[Sequence], pad_id: int) -> Batch:
+    """One example a row, padded on the right to the longest: the layout of decoding."""
+    longest = max((len(s) for s in sequences), default=1)
+    return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), longest), pad_id)
+
+
+def _lay_out(
+    sequences: Items[Sequence], places: list[tuple[int, int]], shape: tuple[int, int], pad_id: int
+) -> Batch:
+    ids = np.full(shape, pad_id, np.int64)
+    segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    blocks, labels = np.full(shape, CAUSAL, np.int64), np.full(shape, IGNORE, np.int64)
+    for number, (sequence, (row, start)) in enumerate(zip(sequences, places, strict=True), 1):
+        span = slice(start, start + len(sequence))
+        ids[row, span] = sequence.ids
+        segments[row, span] = number
+        blocks[row, span] = sequence.blocks
+        positions[row, span] = np.arange(len(sequence))
+        labels[row, span] = sequence.labels
+    tensors = (torch.from_numpy(a) for a in (ids, segments, blocks, positions, labels))
+    return Batch(
+        *tensors,
+        images=list(_group_images(sequences, places, shape[1])),
+        tasks=[s.task for s in sequences],
+        origins=[s.origin for s in sequences],
+    )
+
+
+def _group_images(
+    sequences: Items[Sequence], places: list[tuple[int, int]], row_length: int
+) -> Iterable[Images]:
+    """Pictures of one size together, each with the flat places of its patches."""
+    groups: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for sequence, (row, start) in zip(sequences, places, strict=True):
+        for picture in sequence.pictures:
+            pixels, where = groups.setdefault(picture.pixels.shape, ([], []))
+            pixels.append(picture.pixels)
+            first = row * row_length + start + picture.start
+            where.append(np.arange(first, first + picture.patches))
+    for pixels, where in groups.values():
+        yield Images(torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.concatenate(where)))

@@ -1,0 +1,66 @@
+"""What several tests need: one seed, few threads, small networks and examples."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.model import M6, ModelConfig
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+
+VOCABULARY = 97
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "image_embedder": "patch",
+        "image_patch": 8,
+        "image_max_patches": 16,
+    }
+    return ModelConfig(**{**sizes, **changes})
+
+
+def tiny_model(**changes: object) -> M6:
+    """A small network whose norms, biases and places are random too, so that leaving one out shows."""
+    model = M6(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "image" not in name:
+                parameter.mul_(4)
+    return model
+
+
+def example(
+    rng: np.random.Generator, source: int, target: int, pictures: tuple[tuple[int, int], ...] = (), patch: int = 8
+) -> Sequence:
+    """Random ids: `pictures` (rows, columns of patches), then `source` tokens, then `target` causal ones."""
+    images, length = [], 0
+    for rows, columns in pictures:
+        pixels = rng.integers(0, 256, (rows * patch, columns * patch, 3), dtype=np.uint8)
+        images.append(Picture(pixels, length, rows * columns))
+        length += rows * columns
+    total = length + source + target
+    ids = rng.integers(1, VOCABULARY, total).astype(np.int32)
+    blocks = np.where(np.arange(total) < length + source, SOURCE, CAUSAL).astype(np.int32)
+    labels = np.where(blocks == CAUSAL, rng.integers(1, VOCABULARY, total), IGNORE).astype(np.int32)
+    return Sequence(ids, blocks, labels, images, task="t", origin="o")

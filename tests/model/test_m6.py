@@ -1,0 +1,215 @@
+"""The network: sizes of the papers, equal paths (plain, SDPA, FlexAttention, cached), files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+import openm6.model.attention as attention
+from openm6.errors import OpenM6Error, UsageError
+from openm6.model import M6, ModelConfig
+from openm6.model.files import load_model
+from openm6.model.loss import linear_cross_entropy
+from openm6.sequence import IGNORE, pack, pad
+from tests.conftest import example, tiny_config, tiny_model
+
+# Total parameters as the papers' own arithmetic gives them: attention 4 d^2 a layer, feed-forward 2 d f a layer or
+# expert, embedding V d. M6-base is stated as 327M, M6-T's sizes as 1.4B, 10.8B, 103.2B and 1002.7B.
+PAPERS = {
+    "m6-base": 327e6,
+    "m6-10b": 50 * 12 * 4096**2 + 21128 * 4096,
+    "m6-moe-100b": 103.1e9,
+    "m6-t-base": 1.385e9,
+    "m6-t-10b": 10.8e9,
+    "m6-t-100b": 103.2e9,
+    "m6-t-1t": 1002.7e9,
+    "m6-10t": 10.05e12,
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_have_the_papers_parameters(name: str) -> None:
+    config = ModelConfig.preset(name)
+    parts = config.count_parameters()
+    assert sum(parts.values()) == pytest.approx(PAPERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["demo", "small", "m6-base", "m6-10b"])
+def test_counted_parameters_are_those_of_the_network(name: str) -> None:
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        model = M6(config)
+    assert sum(p.numel() for p in model.parameters()) == sum(config.count_parameters().values())
+
+
+def test_dense_parts_of_expert_presets_are_those_of_a_dense_network() -> None:
+    config = ModelConfig.preset("m6-moe-100b")
+    dense = ModelConfig.preset("m6-base")
+    parts, same = config.count_parameters(), dense.count_parameters()
+    assert parts["feed_forward"] * 2 == same["feed_forward"]
+    assert {k: parts[k] for k in ("embedding", "attention", "norms")} == {
+        k: same[k] for k in ("embedding", "attention", "norms")
+    }
+    with pytest.raises(OpenM6Error, match="1024 experts"):
+        M6(config)
+
+
+def test_unknown_preset_and_size_are_named() -> None:
+    with pytest.raises(UsageError, match='no preset "m6-bas". Did you mean "m6-base"'):
+        ModelConfig.preset("m6-bas")
+    with pytest.raises(UsageError, match="hiden_size. Did you mean"):
+        ModelConfig.preset("demo", hiden_size=3)
+    with pytest.raises(UsageError, match=r'model.norm is "batch"; it can be rms, layer'):
+        ModelConfig(norm="batch")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 2, "qk_norm": True},
+        {"norm": "layer", "activation": "gelu", "positions": "learned"},
+        {"tie_word_embeddings": False, "head_dim": 12},
+    ],
+)
+def test_flex_attention_and_sdpa_give_the_plain_results(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    batch = pack([example(rng, n % 5, 3 + n % 4, ((2, 2),) * (n % 2)) for n in range(9)], 40, 0)
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        plain = model(batch)
+        monkeypatch.setattr(attention, "PLAIN_LIMIT", 0)
+        sdpa = model(batch)
+        build = attention.build_mask
+        monkeypatch.setattr("openm6.model.m6.build_mask", lambda s, b, d: build(s, b, d, flex=True))
+        flex = model(batch)
+    real = batch.segments > 0
+    torch.testing.assert_close(plain.hidden[real], sdpa.hidden[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.hidden[real], flex.hidden[real], atol=1e-5, rtol=1e-5)
+
+
+def test_plain_attention_has_the_gradients_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    # Longer than a query chunk, so that chunks and their key ranges take part.
+    batch = pack([example(rng, 90, 70), example(rng, 60, 60), example(rng, 20, 130)], 300, 0)
+    gradients = []
+    for limit in (0, 10_000):
+        monkeypatch.setattr(attention, "PLAIN_LIMIT", limit)
+        torch.manual_seed(0)
+        model = tiny_model(num_key_value_heads=2)
+        model(batch).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_source_is_read_both_ways_and_target_is_not() -> None:
+    rng = np.random.default_rng(3)
+    model = tiny_model()
+    sequence = example(rng, 6, 6)
+    before = model(pad([sequence], 0)).hidden[0]
+    late_source = example(np.random.default_rng(3), 6, 6)
+    late_source.ids[5] = (late_source.ids[5] + 1) % 97
+    assert not torch.allclose(model(pad([late_source], 0)).hidden[0, 0], before[0])
+    late_target = example(np.random.default_rng(3), 6, 6)
+    late_target.ids[11] = (late_target.ids[11] + 1) % 97
+    torch.testing.assert_close(model(pad([late_target], 0)).hidden[0, :11], before[:11])
+
+
+@pytest.mark.parametrize("embedder", ["patch", "stem", "resnet"])
+def test_every_embedder_reads_several_pictures_of_any_shape(embedder: str) -> None:
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    changes = {"image_embedder": embedder, "stem_widths": [8, 16, 16], "resnet": resnet}
+    model = tiny_model(**changes)
+    stride = model.config.image_stride
+    rng = np.random.default_rng(4)
+    sequence = example(rng, 3, 3, ((2, 2), (1, 4), (3, 1)), patch=stride)
+    hidden = model(pad([sequence], 0)).hidden
+    for picture in sequence.pictures:
+        changed = example(np.random.default_rng(4), 3, 3, ((2, 2), (1, 4), (3, 1)), patch=stride)
+        same = next(p for p in changed.pictures if p.start == picture.start)
+        same.pixels[...] = 255 - same.pixels
+        assert not torch.allclose(model(pad([changed], 0)).hidden[0, -1], hidden[0, -1]), "a picture is ignored"
+
+
+def test_a_patch_knows_its_row_and_column() -> None:
+    model = tiny_model()
+    pixels = torch.full((1, 16, 16, 3), 128, dtype=torch.uint8)
+    features = model.image(pixels)
+    for first in range(4):
+        for second in range(first):
+            assert not torch.allclose(features[first], features[second])
+
+
+def test_longer_pictures_than_places_are_interpolated() -> None:
+    model = tiny_model(image_max_patches=4)
+    assert model.image(torch.zeros(1, 8, 64, 3, dtype=torch.uint8)).shape == (8, 32)
+
+
+def test_loss_without_logits_equals_cross_entropy_with_gradients() -> None:
+    hidden = torch.randn(2500, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (2500,))
+    total, losses = linear_cross_entropy(hidden, weight, labels)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    ours = torch.autograd.grad(3 * total, (hidden, weight))
+    theirs = torch.autograd.grad(3 * expected.sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_every_parameter_takes_part_without_pictures_too() -> None:
+    model = tiny_model().train()
+    model(pad([example(np.random.default_rng(0), 3, 3)], 0)).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_nothing_to_train_gives_no_loss() -> None:
+    sequence = example(np.random.default_rng(0), 3, 3)
+    sequence.labels[:] = IGNORE
+    assert tiny_model()(pad([sequence], 0)).loss is None
+
+
+def test_saved_and_loaded_again_is_the_same_also_in_shards_and_by_auto_model(tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    batch = pad([example(np.random.default_rng(0), 5, 5, ((2, 2),))], 0)
+    expected = model(batch).hidden
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    for loaded in (
+        load_model(tmp_path / "one"),
+        load_model(tmp_path / "many"),
+        M6.from_pretrained(tmp_path / "many"),
+        AutoModel.from_pretrained(tmp_path / "one"),
+    ):
+        assert torch.equal(loaded.eval()(batch).hidden, expected)
+    assert AutoConfig.from_pretrained(tmp_path / "one").hidden_size == 32
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert load_model(tmp_path).head_weight.shape == (97, 32)
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_config(hidden_size=64).save_pretrained(tmp_path)
+    with pytest.raises(OpenM6Error, match=r"embed.weight has the shape \[97, 32\].*asks for \[97, 64\]"):
+        load_model(tmp_path)
+
+
+def test_truncated_and_missing_weights_are_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(OpenM6Error, match="truncated or damaged"):
+        load_model(tmp_path)
+    file.unlink()
+    with pytest.raises(OpenM6Error, match="no model.safetensors"):
+        load_model(tmp_path)
