@@ -1,0 +1,44 @@
+"""OpenM6: one Transformer that reads text, images and tables and writes text, images, labels and vectors.
+
+    import openm6
+    m6 = openm6.load("runs/demo/model")
+    m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")
+
+Names are imported when they are first used, so that `import openm6` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from openm6._version import __version__
+
+if TYPE_CHECKING:
+    from openm6.bundle import Bundle
+    from openm6.errors import DataError, OpenM6Error, UsageError
+    from openm6.tasks.task import Task
+
+__all__ = ["Bundle", "DataError", "OpenM6Error", "Task", "UsageError", "__version__", "load"]
+
+_PLACES = {
+    "Bundle": "openm6.bundle",
+    "DataError": "openm6.errors",
+    "OpenM6Error": "openm6.errors",
+    "Task": "openm6.tasks.task",
+    "UsageError": "openm6.errors",
+}
+
+
+def load(path: str, device: str | None = None) -> Bundle:
+    """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`."""
+    from openm6.bundle import Bundle
+
+    return Bundle.load(path, device)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module openm6 has no attribute {name}")

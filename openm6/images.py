@@ -44,7 +44,8 @@ def open_image(source: Source, draft: tuple[int, int] | None = None) -> Image.Im
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
-                    f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: shrink it first."
+                    f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: "
+                    "shrink it first."
                 )
             if draft:
                 image.draft("RGB", draft)

@@ -15,7 +15,7 @@ and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -94,9 +94,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels")}
         images = [Images(i.pixels.to(device), i.places.to(device)) for i in self.images]
-        moved = (getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels"))
-        return Batch(*moved, images, self.tasks, self.origins)
+        return replace(self, **moved, images=images)
 
 
 def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
@@ -135,9 +135,7 @@ def pad(sequences: Items[Sequence], pad_id: int) -> Batch:
     return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), longest), pad_id)
 
 
-def _lay_out(
-    sequences: Items[Sequence], places: list[tuple[int, int]], shape: tuple[int, int], pad_id: int
-) -> Batch:
+def _lay_out(sequences: Items[Sequence], places: list[tuple[int, int]], shape: tuple[int, int], pad_id: int) -> Batch:
     ids = np.full(shape, pad_id, np.int64)
     segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     blocks, labels = np.full(shape, CAUSAL, np.int64), np.full(shape, IGNORE, np.int64)
@@ -148,18 +146,16 @@ def _lay_out(
         blocks[row, span] = sequence.blocks
         positions[row, span] = np.arange(len(sequence))
         labels[row, span] = sequence.labels
-    tensors = (torch.from_numpy(a) for a in (ids, segments, blocks, positions, labels))
+    arrays = {"ids": ids, "segments": segments, "blocks": blocks, "positions": positions, "labels": labels}
     return Batch(
-        *tensors,
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
         images=list(_group_images(sequences, places, shape[1])),
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],
     )
 
 
-def _group_images(
-    sequences: Items[Sequence], places: list[tuple[int, int]], row_length: int
-) -> Iterable[Images]:
+def _group_images(sequences: Items[Sequence], places: list[tuple[int, int]], row_length: int) -> Iterable[Images]:
     """Pictures of one size together, each with the flat places of its patches."""
     groups: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for sequence, (row, start) in zip(sequences, places, strict=True):

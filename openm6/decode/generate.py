@@ -228,5 +228,3 @@ def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) ->
     place = torch.searchsorted(heights, draws[:, None] * heights[:, -1:], right=True)
     last = (probs > 0).sum(-1, keepdim=True) - 1
     return ids.gather(1, torch.minimum(place, last)).squeeze(1)
-
-

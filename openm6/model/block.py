@@ -21,6 +21,7 @@ class FeedForward(nn.Module):
         inner = config.intermediate_size * (2 if self.gated else 1)
         self.up = nn.Linear(config.hidden_size, inner, bias=config.bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        self.down.writes_to_stream = True  # type: ignore[assignment]  # for the initialization
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x = self.up(x_BTD)

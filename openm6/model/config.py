@@ -46,8 +46,8 @@ class ModelConfig(PreTrainedConfig):
     intermediate_size: int = 2816
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # derived below, like the next two
+    head_dim: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
 
     norm: str = "rms"
@@ -56,7 +56,7 @@ class ModelConfig(PreTrainedConfig):
     positions: str = "rotary"
     rope_theta: float = 10_000.0
     qk_norm: bool = False
-    bias: bool | None = None
+    bias: bool = None  # type: ignore[assignment]
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
 

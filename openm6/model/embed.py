@@ -6,6 +6,8 @@ projection of each patch; `stem`, a small residual convolution network; `resnet`
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,16 +27,16 @@ class ImageEmbedder(nn.Module):
         d = config.hidden_size
         self.stride = config.image_stride
         self.features: nn.Module
+        self.project: nn.Module = nn.Identity()
         if config.image_embedder == "patch":
             self.features = nn.Conv2d(3, d, config.image_patch, config.image_patch)
-            width = d
         elif config.image_embedder == "stem":
             widths = config.stem_widths or [64, 128, 256]
-            self.features, width = stem(widths), widths[-1]
+            self.features = stem(widths)
+            self.project = _into_stream(widths[-1], d)
         else:
             self.features = FrozenNormResNet(config.resnet)
-            width = self.features.width
-        self.project = nn.Identity() if width == d else nn.Linear(width, d)
+            self.project = _into_stream(self.features.width, d)
         side = min(MAX_SIDE, config.image_max_patches)
         self.row = nn.Parameter(torch.zeros(side, d))
         self.column = nn.Parameter(torch.zeros(side, d))
@@ -47,6 +49,12 @@ class ImageEmbedder(nn.Module):
         x_NhwD = self.project(x_NDhw.permute(0, 2, 3, 1))
         place = _places(self.row, rows)[:, None] + _places(self.column, columns)
         return (x_NhwD + place).flatten(0, 2)
+
+
+def _into_stream(width: int, hidden_size: int) -> nn.Module:
+    """Convolution features brought to the scale of token embeddings: at their own, several times larger, the blocks'
+    updates would hardly change a picture's positions."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size))
 
 
 def _places(table: Tensor, count: int) -> Tensor:
@@ -62,7 +70,7 @@ def stem(widths: list[int]) -> nn.Sequential:
     Stride 4 * 2^(len - 1). Group norms: a picture's features do not depend on the others in the batch.
     """
     layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 4), Residual(widths[0])]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
     return nn.Sequential(*layers)
 
@@ -94,7 +102,7 @@ class FrozenNormResNet(nn.Module):
 
         config = ResNetConfig(**{**(sizes or {}), "out_features": None, "out_indices": [-1]})
         self.backbone = ResNetBackbone(config)
-        self.width = config.hidden_sizes[-1]
+        self.width: int = config.hidden_sizes[-1]  # type: ignore[index]
 
     def train(self, mode: bool = True) -> FrozenNormResNet:
         super().train(mode)

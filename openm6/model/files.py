@@ -48,11 +48,15 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     index = path / "model.safetensors.index.json"
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        names = (
+            sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            if index.is_file()
+            else ["model.safetensors"]
+        )
         stored: dict[str, tuple[int, ...]] = {}
         for name in names:
             with safe_open(path / Path(name).name, framework="pt") as file:
-                stored.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+                stored.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 (no dict)
         return stored
     except FileNotFoundError:
         raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).") from None

@@ -116,7 +116,7 @@ class _Tensors:
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise UsageError(f"{path} has no safetensors files (pickled checkpoints are not read).")
-        self.places = {}
+        self.places: dict[str, Path] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as content:

@@ -57,9 +57,7 @@ def test_new_tokens_leave_the_old_ones_as_they_were(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 120, 20)
     with torch.no_grad():
         logits = ours.logits(ours(pad([text(ids)], 0)).hidden)[0]
-        torch.testing.assert_close(
-            logits[:, :120], theirs(torch.from_numpy(ids)[None]).logits[0], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(logits[:, :120], theirs(torch.from_numpy(ids)[None]).logits[0], atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.embed.weight[:120], theirs.model.embed_tokens.weight)
     assert ours.config.vocab_size == 140 and logits.shape[1] == 140
 

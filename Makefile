@@ -1,0 +1,47 @@
+# Every target makes .venv by itself when it is missing or older than pyproject.toml.
+
+PYTHON ?= python3
+BENCH ?= train_step decode packing
+BIN := .venv/bin
+
+# One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-fast lint format bench docs clean
+
+demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
+	$(BIN)/openm6 demo
+
+test: lint  ## everything
+	$(TEST)
+
+test-fast: .venv/.stamp  ## without the slow tests
+	$(TEST) -m "not slow"
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.stamp  ## against peers; some benchmarks only: make bench BENCH="decode packing"
+	set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks $$name; done
+
+docs: .venv/.stamp  ## the documentation as a web site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find openm6 tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip chooses the PyTorch for this machine (CPU or CUDA); uv keeps that one and installs the rest quickly.
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+		f"OpenM6 needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'torch>=2.13,<2.14' uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,docs]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""One file a question. `python -m benchmarks NAME` or `openm6 bench NAME` runs one."""

@@ -1,0 +1,26 @@
+"""Run one benchmark: `python -m benchmarks train_step [--out DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.common import save, show
+
+NAMES = ("train_step", "decode", "packing", "attention")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", type=lambda text: text.replace("-", "_"), choices=NAMES)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    benchmark = import_module(f"benchmarks.{arguments.name}")
+    rows, note = benchmark.run()
+    show(benchmark.TITLE, rows, note)
+    print(save(arguments.name, benchmark.TITLE, rows, note, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

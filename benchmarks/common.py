@@ -1,0 +1,84 @@
+"""What the benchmarks share: fair timing of several sides in turn, machine facts, a table and a JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call: the median, and the quartiles as spread."""
+
+    median: float
+    low: float
+    high: float
+
+
+def race(sides: dict[str, Callable[[], object]], repeats: int = 9, warmup: int = 2) -> dict[str, Timing]:
+    """Time several sides in turn (a, b, a, b, ...), so that a noisy moment hits them all alike."""
+    for _ in range(warmup):
+        for run in sides.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    timings = {}
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, low, high)
+    return timings
+
+
+def machine() -> str:
+    """This machine in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        name = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name
+        )
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def save(name: str, title: str, rows: list[dict[str, Any]], note: str, directory: Path) -> Path:
+    """Write `name.json`; the docs' benchmark page is made from these files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    content = {
+        "name": name, "title": title, "machine": machine(), "date": date.today().isoformat(),
+        "torch": torch.__version__, "rows": rows, "note": note,
+    }  # fmt: skip
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return path
+
+
+def show(title: str, rows: list[dict[str, Any]], note: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(title=title)
+    for column in rows[0]:
+        view.add_column(column)
+    for row in rows:
+        view.add_row(*(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console = Console(width=160)
+    console.print(view)
+    console.print(note, highlight=False)

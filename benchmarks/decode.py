@@ -1,0 +1,82 @@
+"""Greedy decoding against transformers' generate, batch 1 and 16, on the same weights.
+
+A Qwen3 checkpoint with random weights is imported, so both sides compute the same function; the share of
+equal ids is printed too. Precision: bf16 weights and products on both sides (what each side serves with), and
+fp32 on both sides.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.common import race
+from openm6.decode import Decoding, generate
+from openm6.model import M6
+from openm6.model.imports import import_qwen3
+from openm6.sequence import CAUSAL, IGNORE, Sequence
+
+TITLE = "Greedy decoding against transformers' generate"
+PROMPT, NEW, VOCABULARY = 64, 64, 4096
+
+
+def run() -> tuple[list[dict[str, Any]], str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for hidden in (256, 512):
+        config = Qwen3Config(
+            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=6,
+            num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64, tie_word_embeddings=True,
+        )  # fmt: skip
+        theirs = Qwen3ForCausalLM(config).eval().to(device)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours = import_qwen3(Path(folder), image_embedder="none").eval().to(device)
+        for precision in ("fp32", "bf16"):
+            if precision == "bf16":
+                theirs = theirs.bfloat16()
+                ours = ours.bfloat16() if device == "cuda" else ours.pack_for_cpu()
+            for batch in (1, 16):
+                ids = np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT))
+                sides = {"OpenM6": _ours(ours, ids), "transformers": _theirs(theirs, ids)}
+                same = float(np.mean(np.array(sides["OpenM6"]()) == np.array(sides["transformers"]())))
+                timings = race(sides, repeats=7)
+                mine = timings["OpenM6"].median
+                for name, t in timings.items():
+                    rows.append({
+                        "hidden": hidden, "weights": precision, "batch": batch, "side": name,
+                        "tokens/s": round(batch * NEW / t.median),
+                        "spread": f"{batch * NEW / t.high:,.0f} to {batch * NEW / t.low:,.0f}",
+                        "OpenM6 is faster by": round(t.median / mine, 2), "equal tokens": round(same, 3),
+                    })  # fmt: skip
+    note = (
+        f"6 layers, prompts of {PROMPT}, {NEW} new tokens, vocabulary {VOCABULARY}; median of 7 runs taken in turn, "
+        "spread = quartiles."
+    )
+    return rows, note
+
+
+def _ours(model: M6, ids: np.ndarray) -> Callable[[], list[list[int]]]:
+    prompts = [
+        Sequence(row.astype(np.int32), np.full(PROMPT, CAUSAL, np.int32), np.full(PROMPT, IGNORE, np.int32))
+        for row in ids
+    ]
+    options = Decoding(max_new_tokens=NEW)
+    return lambda: [answer.ids for answer in generate(model, prompts, end_id=-1, decoding=options)]
+
+
+def _theirs(model: Qwen3ForCausalLM, ids: np.ndarray) -> Callable[[], list[list[int]]]:
+    inputs = torch.from_numpy(ids).to(model.device)
+    options = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+    @torch.inference_mode()
+    def decode() -> list[list[int]]:
+        return model.generate(inputs, generation_config=options)[:, PROMPT:].tolist()
+
+    return decode

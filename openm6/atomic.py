@@ -1,0 +1,58 @@
+"""Directories that appear whole or not at all, after a kill or on a full disk too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from openm6.errors import OpenM6Error
+
+
+def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a directory that appears at `target` complete, or not at all.
+
+    Raises OpenM6Error when the disk is full or not writable; what stood at `target` before stays.
+    """
+    from safetensors import SafetensorError
+
+    draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        fill(draft)
+        _flush(draft)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+        _flush_entry(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise OpenM6Error(
+            f"{target} could not be written ({_reason(error)}); what was saved before is untouched."
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return "no space left on the device" if "No space" in str(error) else "the disk refused"
+
+
+def _flush(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _flush_entry(path)
+    _flush_entry(directory)
+
+
+def _flush_entry(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,189 @@
+"""Bundle: a model directory (network, tokenizer, tasks) and what one does with it.
+
+    config.json, model.safetensors      the network, as transformers saves it
+    tokenizer.json, tokenizer_config.json
+    openm6.json                         how records become sequences, and the tasks it was trained on
+
+Nothing in it is unpickled and no code in it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.decode import Decoding, Generated, generate, stream
+from openm6.errors import OpenM6Error, UsageError
+from openm6.images import ImageGrid
+from openm6.model import M6
+from openm6.model.files import load_model
+from openm6.model.precision import fast_dtype
+from openm6.sequence import Sequence
+from openm6.tasks.library import get as get_task
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+
+Record = Mapping[str, Any]
+
+
+class Bundle:
+    """A network with its tokenizer and tasks: `m6.run("vqa", photo="a.jpg", question="...")`."""
+
+    def __init__(self, model: M6, processor: Processor, tasks: Iterable[Task] = (), path: Path | None = None):
+        self.model = model
+        self.processor = processor
+        self.tasks = {task.name: task for task in tasks}
+        self.path = path
+
+    # Files
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, trainable: bool = False) -> Bundle:
+        """Open a model directory, on the GPU when there is one.
+
+        For answering, weights are bf16 on a GPU and packed for bf16 products on a CPU; a `trainable` model
+        keeps fp32 weights and runs its products under autocast.
+        """
+        path = Path(path)
+        card = path / "openm6.json"
+        if not card.is_file():
+            raise UsageError(
+                f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."
+            )
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            content = json.loads(card.read_text("utf-8"))
+            tasks = [Task.from_dict(d) for d in content["tasks"]]
+            length = int(content["max_length"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
+        model = load_model(path).eval()
+        model.to(device)  # type: ignore[arg-type]
+        if not trainable:
+            model = model.to(fast_dtype("cuda")) if device.type == "cuda" else model.pack_for_cpu()
+        grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+        return cls(model, Processor(Tokenizer.load(path), grid, length), tasks, path)
+
+    def save(self, path: str | Path, max_shard_size: str = "4GB") -> None:
+        """Write the model directory (the caller makes it atomic where that matters)."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(path, max_shard_size=max_shard_size)
+        self.processor.tokenizer.save(path)
+        content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
+        (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+    # Use
+
+    def task(self, name: str | Task) -> Task:
+        """A task of this model by name, else one of the library by name or YAML path."""
+        if isinstance(name, Task):
+            return name
+        return self.tasks.get(name) or get_task(name)
+
+    def run(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Any:
+        """One answer. `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
+
+        A task with one output gives its value, a task with several a dict. `decoding` overrides the task's
+        own options (see Decoding).
+        """
+        return next(iter(self.run_many(task, [slots], decoding=decoding)))
+
+    def run_many(
+        self,
+        task: str | Task,
+        records: Iterable[Record],
+        *,
+        batch_size: int = 64,
+        decoding: Mapping[str, Any] | None = None,
+    ) -> Iterator[Any]:
+        """Answers to many records, in their order; read and answered `batch_size` x 4 at a time."""
+        task = self.task(task)
+        for group in _groups(records, batch_size * 4):
+            prompts = [self.prompt(task, record) for record in group]
+            for generated in self.generate(task, prompts, batch_size, decoding):
+                yield self.read(task, generated)
+
+    def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
+        """One text answer in pieces, as it is written."""
+        task = self.task(task)
+        options = Decoding.of(**{**task.decode, **(decoding or {})})
+        ids: list[int] = []
+        told = ""
+        with self.precision():
+            for token in stream(
+                self.model,
+                self.prompt(task, slots),
+                self.processor.tokenizer.end_id,
+                options,
+                task.allowed(self.processor),
+            ):
+                ids.append(token)
+                text = self.processor.tokenizer.decode(ids)
+                # A character can be several tokens: what is not yet whole shows as U+FFFD and waits.
+                if not text.endswith("�"):
+                    yield text[len(told) :]
+                    told = text
+
+    def prompt(self, task: Task, record: Record) -> Sequence:
+        return task.encode(record, self.processor, rng=None, with_target=False)
+
+    def generate(
+        self, task: Task, prompts: list[Sequence], batch_size: int = 64, decoding: Mapping[str, Any] | None = None
+    ) -> list[Generated]:
+        """Decode prompts of one task with its defaults, its constraint and this model's precision."""
+        options = Decoding.of(**{**task.decode, **(decoding or {})})
+        with self.precision():
+            return generate(
+                self.model, prompts, self.processor.tokenizer.end_id, options, task.allowed(self.processor), batch_size
+            )
+
+    def read(self, task: Task, generated: Generated) -> Any:
+        """The value of a task's one output, or the dict of its outputs."""
+        answer = task.read(generated.ids, self.processor)
+        return next(iter(answer.values())) if len(answer) == 1 else answer
+
+    def precision(self) -> torch.autocast:
+        """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing."""
+        model = self.model
+        kind = model.embed.weight.device.type
+        fp32 = model.embed.weight.dtype == torch.float32 and model.packed_head is None
+        return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
+
+
+def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Bundle:
+    """A model directory whose backbone has the weights of a Qwen3 checkpoint; the image embedder starts at random.
+
+    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists.
+    """
+    from openm6.atomic import write_whole
+    from openm6.model.imports import import_qwen3, read_config
+
+    if output.exists():
+        raise UsageError(f"{output} exists already: name another directory.")
+    changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
+    if image_embedder == "stem":
+        changes["stem_widths"] = [64, 128, 256]
+    tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
+    torch.manual_seed(0)
+    model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
+    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+    bundle = Bundle(model, Processor(tokenizer, grid, max_length))
+    write_whole(output, bundle.save)
+    return bundle
+
+
+def _groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    group: list[Record] = []
+    for record in records:
+        group.append(record)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

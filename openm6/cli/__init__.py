@@ -1,0 +1,44 @@
+"""The command line: parse, call, print. Heavy imports sit inside the commands."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from openm6._version import __version__
+from openm6.errors import OpenM6Error
+
+app = typer.Typer(
+    help="OpenM6: one model that reads images and Chinese text, answers, describes and writes.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """OpenM6."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, failed work exit code 1."""
+    from openm6.cli import bench, data, models, tasks, use, work  # noqa: F401  (they add their commands)
+
+    try:
+        app()
+    except OpenM6Error as error:
+        typer.secho(str(error), err=True, fg=typer.colors.RED)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("Stopped.", err=True)
+        sys.exit(130)

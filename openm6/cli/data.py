@@ -1,0 +1,52 @@
+"""openm6 data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+
+data = typer.Typer(help="Look at data before they are trained on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.callback()
+def _data() -> None:
+    """Keeps `check` a sub-command while it is the only one."""
+
+
+@data.command()
+def check(
+    source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
+    task: Annotated[str, typer.Option(help="A task by name or YAML path: can these data be used for it?")],
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
+    json: Json = False,
+) -> None:
+    """Open every record as training would, and say what is wrong. Exit code 1 when any record is bad."""
+    from rich.progress import track
+
+    from openm6.data.check import Check
+    from openm6.tasks.library import get
+
+    checked = Check(source, get(task), pairs(column or []), data_format, images, limit)
+    for record in track(checked.records(), description="checking", total=checked.total, transient=True):
+        checked.look(record)
+    result = checked.to_dict()
+    if json:
+        emit(result)
+    else:
+        typer.echo(f"{source}: {result['good']} of {result['records']} records can be used for {result['task']}.")
+        for slot, name in result["columns"].items():
+            typer.echo(f"  {slot} <- {name}")
+        lengths = result["characters"]
+        table(["slot", "median", "longest"], [(n, v["median"], v["longest"]) for n, v in lengths.items()], "characters")
+        for problem in result["problems"]:
+            typer.echo(f"  {problem['count']} x {problem['reason']} (first: {problem['where']})")
+    if result["records"] > result["good"]:
+        raise typer.Exit(1)

@@ -1,0 +1,35 @@
+"""openm6 run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs
+from openm6.cli.work import decoding_options
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
+    slots: Annotated[list[str] | None, typer.Argument(help="slot=value; a picture is a path.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. temperature=0.8.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
+    from openm6.bundle import Bundle
+
+    bundle = Bundle.load(model)
+    answer = bundle.run(task, decoding=decoding_options(option), **pairs(slots or []))
+    if json:
+        emit({"task": task, "answer": answer})
+    elif isinstance(answer, dict):
+        for name, value in answer.items():
+            typer.echo(f"{name}: {value}")
+    else:
+        typer.echo(answer)

@@ -1,0 +1,98 @@
+"""openm6 train, eval, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that comes with OpenM6.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, e.g. train.steps=500 train.learning_rate=3e-4.")
+    ] = None,
+) -> None:
+    """Pretrain or continue. An interrupted run goes on by itself: run the same command again."""
+    from openm6.train.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from openm6.train.trainer import train as run
+
+    run(loaded)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    task: Annotated[str, typer.Option(help="A task by name or YAML path.")],
+    data: Annotated[str, typer.Option(help="Data to measure on: a path, or a built-in such as demo:questions/test.")],
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: the task's metrics, each with a 95% confidence interval."""
+    from openm6.bundle import Bundle
+    from openm6.evaluate.command import measure
+    from openm6.evaluate.report import write_report
+
+    bundle = Bundle.load(model)
+    result = measure(bundle, task, data, pairs(column or []), data_format, images, limit, decoding_options(option))
+    if report:
+        write_report(report, f"{Path(model).name}: {result.task}", [result])
+    if json:
+        emit(result.to_dict())
+        return
+    rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}", s.n) for n, s in result.scores.items()]
+    table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
+    if result.rejected:
+        typer.echo(f"{result.rejected} records could not be used.")
+
+
+def decoding_options(values: list[str] | None) -> dict[str, float | int]:
+    """`num_beams=4` as numbers."""
+    from openm6.errors import UsageError
+
+    options: dict[str, float | int] = {}
+    for name, value in pairs(values or []).items():
+        try:
+            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
+    return options
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
+    from openm6.evaluate.demo import report_demo
+    from openm6.train.recipe import load_recipe
+
+    recipe = load_recipe("demo", [f"output={output}", *(overrides or [])])
+    from openm6.train.trainer import train as run
+
+    figures = report_demo(run(recipe), recipe.output)
+    if json:
+        emit(figures)
+        return
+    table(["question", "right", "95% interval", "records"], [
+        (f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} to {f['high']:.1%}", f["n"]) for f in figures["figures"]
+    ], "On combinations and digits the model has never seen")  # fmt: skip
+    typer.echo(f"Report: {figures['report']}")

@@ -1,0 +1,142 @@
+"""Records from files and folders that hold the pictures themselves: Parquet, WebDataset tar, folders of pictures."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from openm6.data.files import list_folder, open_file
+from openm6.data.rejects import Reject
+from openm6.data.store import Record
+from openm6.data.tables import OnReject, read_csv, read_jsonl
+from openm6.errors import DataError
+from openm6.images import MAX_BYTES
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+def plain_picture(value: Any) -> Any:
+    """Hugging Face keeps a picture as {"bytes": ..., "path": ...}: the bytes, or the path where there are none."""
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
+        return value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, list):
+        return [plain_picture(v) for v in value]
+    return value
+
+
+def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+    """Parquet; binary columns stay bytes. `path` is a file or a folder of files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in [path] if path.endswith(".parquet") else [n for n in list_folder(path) if n.endswith(".parquet")]:
+        try:
+            with open_file(name) as file, pq.ParquetFile(file) as table:
+                number = 0
+                for batch in table.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        yield {**{k: plain_picture(v) for k, v in row.items()}, "_where": f"{name}#{number}"}
+                        number += 1
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{name} is no Parquet file, or is damaged ({type(error).__name__}).") from None
+
+
+def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+    """WebDataset: neighbouring members with the same name up to the first dot make one record.
+
+    A picture becomes `image`, .txt `text`, .cls `label`, the keys of .json columns of their own; anything else a
+    column named by its ending. Members are read in passing: nothing is written to disk, whatever they are called.
+    """
+    for name in (
+        [path] if not _is_tar_folder(path) else [n for n in list_folder(path) if n.endswith((".tar", ".tar.gz"))]
+    ):
+        record: Record = {}
+        key = ""
+        try:
+            with open_file(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    stem, _, ending = member.name.rpartition("/")[2].partition(".")
+                    full = f"{member.name.rpartition('/')[0]}/{stem}"
+                    if full != key and record:
+                        yield record
+                        record = {}
+                    key = full
+                    where = f"{name}#{member.name}"
+                    if member.size > MAX_BYTES:
+                        on_reject(
+                            Reject(
+                                where,
+                                f"{where} has {member.size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} are read.",
+                            )
+                        )
+                        continue
+                    content = archive.extractfile(member)
+                    record.setdefault("_where", f"{name}#{stem}")
+                    record.setdefault("__key__", stem)
+                    _add_member(record, ending.lower(), content.read() if content else b"", where, on_reject)
+            if record:
+                yield record
+        except tarfile.ReadError:
+            if not key:
+                raise DataError(f"{name} is no tar file, or is damaged at its beginning.") from None
+            # The record before the damage may lack a member: it is not used.
+            on_reject(Reject(name, f"{name} is truncated or damaged after {key.lstrip('/')}."))
+
+
+def _is_tar_folder(path: str) -> bool:
+    return not path.endswith((".tar", ".tar.gz"))
+
+
+def _add_member(record: Record, ending: str, content: bytes, where: str, on_reject: OnReject) -> None:
+    try:
+        if "." + ending.rpartition(".")[2] in PICTURES:
+            # The usual `name.jpg` is the record's picture; `name.mask.png` is a column of its own.
+            record["image" if "." not in ending else ending.rpartition(".")[0]] = content
+        elif ending == "json":
+            columns = json.loads(content)
+            record.update(columns if isinstance(columns, dict) else {"json": columns})
+        elif ending in ("txt", "caption", "text"):
+            record["text"] = content.decode("utf-8-sig").strip()
+        elif ending == "cls":
+            record["label"] = content.decode("utf-8-sig").strip()
+        else:
+            record[ending] = content
+    except ValueError:  # undecodable text or JSON
+        on_reject(Reject(where, f"{where} is not valid {'JSON' if ending == 'json' else 'UTF-8 text'}."))
+
+
+def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+    """Pictures with texts: metadata.jsonl or metadata.csv (`file_name` names the picture), or a .txt of the same
+    name beside each picture, or one folder a label: {image, text | label | the columns of the metadata}."""
+    files = list_folder(path)
+    for name in files:
+        if name.rsplit("/", 1)[-1] in ("metadata.jsonl", "metadata.csv"):
+            for row in (read_jsonl if name.endswith("l") else read_csv)(name, images_root, on_reject):
+                if picture := row.pop("file_name", None) or row.pop("image", None):
+                    yield {"image": picture, **row, "_root": images_root or name.rsplit("/", 1)[0]}
+                else:
+                    on_reject(Reject(row["_where"], f"{row['_where']} has no file_name."))
+            return
+    pictures = [name for name in files if name.lower().endswith(PICTURES)]
+    if not pictures:
+        raise DataError(f"{path} holds no pictures ({', '.join(PICTURES)}), no Parquet and no tar files.")
+    texts = {name for name in files if name.endswith(".txt")}
+    for name in pictures:
+        beside = name.rpartition(".")[0] + ".txt"
+        if beside in texts:
+            with open_file(beside) as file:
+                try:
+                    yield {"image": name, "text": file.read().decode("utf-8-sig").strip(), "_where": name}
+                except UnicodeDecodeError:
+                    on_reject(Reject(beside, f"{beside} is not UTF-8 text."))
+        elif texts:
+            on_reject(Reject(name, f"{name} has no text beside it ({beside.rsplit('/', 1)[-1]})."))
+        else:
+            folder = PurePosixPath(name).parent
+            label = {} if folder == PurePosixPath(path) else {"label": folder.name}
+            yield {"image": name, **label, "_where": name}

@@ -1,0 +1,188 @@
+"""The demo catalogue: generated pictures of goods with captions, questions, titles, slogans and tables.
+
+A fifth of the (category, colour, pattern) combinations is held out: no training picture or training text shows
+one of them, every item of a test picture is one of them. Each category, colour and pattern, and each pair of
+two of these, does occur in training. The same seed gives the same bytes.
+
+Four views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
+
+    catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
+                relation (of the first item to the second), and category, colour, pattern of the first item
+    items       one record a picture with a single item: image, category, colour, pattern
+    questions   one record a question: image, question, answer, kind, detail, objects
+    texts       text alone: text, kind (caption, title, slogan, sentence)
+
+Splits: train; validation (new pictures of combinations that were trained); test (held-out combinations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from openm6.data import phrases
+from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
+from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
+from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.errors import UsageError, suggest
+
+__all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
+
+VERSION = 2
+"""Goes up when the same seed would give other records: old caches are then left aside."""
+
+PICTURES = {"train": 12_000, "validation": 1_000, "test": 1_000}
+SPLITS = tuple(PICTURES)
+VIEWS = ("catalogue", "items", "questions", "texts")
+
+TWO_OBJECTS = 0.3
+"""Share of the pictures with two items."""
+
+
+def _held_out() -> frozenset[Item]:
+    """51 of the 256 combinations: at most one of the four patterns of each (category, colour), at most two of
+    the eight of each (category, pattern) and (colour, pattern). So every pair is left in training."""
+    rng = np.random.default_rng(6)
+    rows, columns = rng.permutation(len(CATEGORIES)), rng.permutation(len(COLOURS))
+    square = [
+        Item(category, colour, PATTERNS[(rows[i] + columns[j]) % len(PATTERNS)])
+        for i, category in enumerate(CATEGORIES)
+        for j, colour in enumerate(COLOURS)
+    ]
+    return frozenset(square[i] for i in rng.permutation(len(square))[:51])
+
+
+HELD_OUT = _held_out()
+_ALL = [Item(k, c, p) for k in CATEGORIES for c in COLOURS for p in PATTERNS]
+
+
+def picture(seed: int, split: str, index: int) -> Record:
+    """The record of one picture; depends on nothing but its arguments."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    pool = _pool(split)
+    items: tuple[Item, ...] = (pool[rng.integers(len(pool))],)
+    relation = ""
+    if rng.uniform() < TWO_OBJECTS:
+        other = pool[rng.integers(len(pool))]
+        while other.category == items[0].category:
+            other = pool[rng.integers(len(pool))]
+        items, relation = (*items, other), tuple(OPPOSITE)[rng.integers(4)]
+    image = draw_picture(_place(items, relation, rng), rng)
+    first = items[0]
+    return {
+        "_where": f"demo:catalogue/{split}#{index}",
+        "image": image,
+        "caption": phrases.captions(items, relation, rng),
+        "title": phrases.title(items, rng),
+        "slogan": phrases.slogan(items, rng),
+        "attributes": phrases.table(items),
+        "category": first.category,
+        "colour": first.colour + "色",
+        "pattern": first.pattern,
+        "objects": len(items),
+        "relation": relation,
+        "questions": [[q.question, q.answer, q.kind, q.detail] for q in phrases.questions(items, relation, rng)],
+        "sentences": [phrases.sentence(item, rng) for item in items for _ in range(2)],
+    }
+
+
+@cache
+def _pool(split: str) -> tuple[Item, ...]:
+    return tuple(item for item in _ALL if (item in HELD_OUT) == (split == "test"))
+
+
+def _place(items: tuple[Item, ...], relation: str, rng: np.random.Generator) -> list[Placed]:
+    """Where the items stand: one anywhere inside the picture, two on their sides of it."""
+    if len(items) == 1:
+        size = rng.uniform(0.45, 0.85)
+        free = (1 - size) / 2 + 0.03
+        return [Placed(items[0], 0.5 + rng.uniform(-free, free), 0.5 + rng.uniform(-free, free), size)]
+    placed = []
+    for item, side in zip(items, (relation, OPPOSITE[relation]), strict=True):
+        size = rng.uniform(0.35, 0.5)
+        along = 0.25 + rng.uniform(-0.03, 0.03)
+        across = 0.5 + rng.uniform(-1, 1) * (0.5 - size / 2)
+        along = along if side in ("左边", "上面") else 1 - along
+        x, y = (along, across) if side in ("左边", "右边") else (across, along)
+        placed.append(Placed(item, x, y, size))
+    return placed
+
+
+class Pictured:
+    """Records that point at a picture by its number; the picture is read from the pictures' store."""
+
+    def __init__(self, pictures: ArrowRecords, rows: ArrowRecords):
+        self._pictures, self._rows = pictures, rows
+        self.columns = ("image", *(name for name in rows.columns if name != "picture"))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._rows[index]
+        return {**record, "image": self._pictures.blob(record.pop("picture"))}
+
+
+def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, Records]:
+    """All views of a split, generated at the first call (about a millisecond a picture), then from the cache."""
+    count = PICTURES[split] if pictures is None else pictures
+    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
+
+    def make(folder: Any) -> None:
+        rows: list[Record] = []
+
+        def drawn() -> Iterator[Record]:
+            for index in range(count):
+                record = picture(seed, split, index)
+                rows.append({k: v for k, v in record.items() if k != "image"})
+                yield {k: v for k, v in record.items() if k not in ("questions", "sentences")}
+
+        write_records(folder / "catalogue", drawn())
+        write_records(folder / "items", _item_rows(split, rows))
+        write_records(folder / "questions", _question_rows(split, rows))
+        write_records(folder / "texts", _text_rows(split, rows))
+
+    folder = cached("catalogue", key, make)
+    views = {view: ArrowRecords(folder / view) for view in VIEWS}
+    return {**views, **{view: Pictured(views["catalogue"], views[view]) for view in ("items", "questions")}}
+
+
+def _item_rows(split: str, rows: list[Record]) -> Iterator[Record]:
+    for number, row in enumerate(rows):
+        if row["objects"] == 1:
+            attributes = {name: row[name] for name in ("category", "colour", "pattern")}
+            yield {"_where": f"demo:items/{split}#{number}", "picture": number, **attributes}
+
+
+def _question_rows(split: str, rows: list[Record]) -> Iterator[Record]:
+    for number, row in enumerate(rows):
+        for place, (question, answer, kind, detail) in enumerate(row["questions"]):
+            yield {
+                "_where": f"demo:questions/{split}#{number}.{place}", "picture": number, "question": question,
+                "answer": answer, "kind": kind, "detail": detail, "objects": row["objects"],
+            }  # fmt: skip
+
+
+def _text_rows(split: str, rows: list[Record]) -> Iterator[Record]:
+    """Every text once."""
+    seen: set[str] = set()
+    for row in rows:
+        texts = [("caption", row["caption"][0]), ("title", row["title"]), ("slogan", row["slogan"])]
+        for kind, text in texts + [("sentence", text) for text in row["sentences"]]:
+            if text not in seen:
+                yield {"_where": f"demo:texts/{split}#{len(seen)}", "text": text, "kind": kind}
+                seen.add(text)
+
+
+def open_catalogue(
+    view: str = "catalogue", split: str = "train", seed: int = 0, pictures: int | None = None
+) -> Records:
+    """The records of one view (see above) of one split. Raises UsageError for an unknown view or split."""
+    if view not in VIEWS:
+        raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
+    if split not in SPLITS:
+        raise UsageError(f"The demo data has no split {split!r}.{suggest(split, SPLITS)} It has: {', '.join(SPLITS)}.")
+    return build(split, seed, pictures)[view]

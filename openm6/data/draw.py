@@ -1,0 +1,292 @@
+"""Pictures of the demo catalogue: eight kinds of goods in eight colours and four patterns, drawn from outlines.
+
+The outlines are drawn once, large; a picture resamples them at its own place, size and angle, at twice its
+resolution, lays a pattern over them, and adds shading and noise. All randomness comes from the generator given.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIDE = 64
+"""Width and height of a picture, in pixels."""
+
+_SHAPE = 160  # pixels of an outline's mask
+_MARGIN = 0.06  # free border of the mask, so that resampling does not cut the edge
+_VARIANTS = 5  # outlines a category
+
+RGB = tuple[int, int, int]
+
+COLOURS: dict[str, RGB] = {
+    "红": (212, 36, 40),
+    "橙": (240, 126, 24),
+    "黄": (244, 210, 48),
+    "绿": (44, 156, 70),
+    "蓝": (36, 96, 212),
+    "紫": (128, 56, 172),
+    "粉": (246, 148, 188),
+    "黑": (34, 34, 38),
+}
+PATTERNS = ("纯色", "条纹", "圆点", "格子")
+
+FAR = 90.0
+"""Least distance of a background tint from an item's colour, in RGB of 0 to 255."""
+
+_GROUNDS: tuple[RGB, ...] = (
+    (236, 232, 222), (214, 226, 236), (226, 236, 218), (238, 220, 222), (206, 206, 210), (232, 226, 240),
+    (150, 158, 166), (168, 152, 134), (138, 154, 142), (176, 166, 182), (92, 98, 108), (104, 92, 84),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One piece of goods: names as they stand in `CATEGORIES`, `COLOURS` and `PATTERNS`."""
+
+    category: str
+    colour: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An item in a picture: its centre and its larger extent as shares of the picture's side."""
+
+    item: Item
+    x: float
+    y: float
+    size: float
+
+
+# Outlines: unit square, y down, t in [0, 1] changes the cut. Each draws a body (which carries the pattern)
+# and a trim (straps, soles, handles: a darker tone of the same colour).
+
+
+class _Pen:
+    """Draws in unit coordinates."""
+
+    def __init__(self) -> None:
+        self.scale = 4 * _SHAPE
+        self.image = Image.new("L", (self.scale, self.scale))
+        self.draw = ImageDraw.Draw(self.image)
+
+    def _at(self, points: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
+        return [(x * self.scale, y * self.scale) for x, y in points]
+
+    def polygon(self, *points: tuple[float, float]) -> None:
+        self.draw.polygon(self._at(points), fill=255)
+
+    def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: int = 255) -> None:
+        self.draw.ellipse(self._at(((x0, y0), (x1, y1))), fill=fill)
+
+    def slice(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float) -> None:
+        self.draw.pieslice(self._at(((x0, y0), (x1, y1))), start, end, fill=255)
+
+    def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, width: float) -> None:
+        self.draw.arc(self._at(((x0, y0), (x1, y1))), start, end, fill=255, width=round(width * self.scale))
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, round_by: float = 0.0) -> None:
+        self.draw.rounded_rectangle(self._at(((x0, y0), (x1, y1))), round_by * self.scale, fill=255)
+
+    def line(self, width: float, *points: tuple[float, float]) -> None:
+        self.draw.line(self._at(points), fill=255, width=round(width * self.scale), joint="curve")
+
+
+def _dress(body: _Pen, trim: _Pen, t: float) -> None:
+    waist, hem = 0.38 + 0.06 * t, 0.30 + 0.14 * t
+    body.polygon(
+        (0.36, 0.03), (0.42, 0.03), (0.45, 0.14), (0.55, 0.14), (0.58, 0.03), (0.64, 0.03), (0.66, 0.22),
+        (0.60, waist), (0.5 + hem, 0.97), (0.5 - hem, 0.97), (0.40, waist), (0.34, 0.22),
+    )  # fmt: skip
+    trim.box(0.39, waist - 0.025, 0.61, waist + 0.035)
+
+
+def _shirt(body: _Pen, trim: _Pen, t: float) -> None:
+    reach = 0.40 + 0.22 * t
+    body.polygon(
+        (0.34, 0.08), (0.66, 0.08), (0.98, 0.24 + 0.2 * t), (0.84, reach + 0.06), (0.72, 0.36), (0.72, 0.95),
+        (0.28, 0.95), (0.28, 0.36), (0.16, reach + 0.06), (0.02, 0.24 + 0.2 * t),
+    )  # fmt: skip
+    body.ellipse(0.40, 0.0, 0.60, 0.17, fill=0)
+    trim.arc(0.375, -0.03, 0.625, 0.195, 20, 160, 0.03)
+
+
+def _trousers(body: _Pen, trim: _Pen, t: float) -> None:
+    outer, inner = 0.20 + 0.12 * t, 0.05 - 0.02 * t
+    body.polygon(
+        (0.30, 0.03), (0.70, 0.03), (0.74, 0.34), (0.5 + outer, 0.97), (0.5 + inner, 0.97), (0.50, 0.36),
+        (0.5 - inner, 0.97), (0.5 - outer, 0.97), (0.26, 0.34),
+    )  # fmt: skip
+    trim.box(0.295, 0.03, 0.705, 0.09)
+
+
+def _hat(body: _Pen, trim: _Pen, t: float) -> None:
+    top = 0.30 - 0.14 * t
+    body.box(0.27, top, 0.73, 0.75, 0.14)
+    body.ellipse(0.02, 0.56, 0.98, 0.80)
+    trim.polygon((0.27, 0.52), (0.73, 0.52), (0.73, 0.60), (0.27, 0.60))
+
+
+def _shoe(body: _Pen, trim: _Pen, t: float) -> None:
+    top = 0.32 - 0.16 * t
+    body.polygon(
+        (0.06, top), (0.34, top), (0.40, 0.42), (0.60, 0.53), (0.84, 0.56), (0.95, 0.64), (0.97, 0.78), (0.04, 0.78)
+    )
+    trim.box(0.03, 0.77, 0.98, 0.87, 0.03)
+    for shift in (0.0, 0.09, 0.18):
+        trim.line(0.025, (0.36 + shift, 0.52 + shift * 0.55), (0.45 + shift, 0.40 + shift * 0.6))
+
+
+def _bag(body: _Pen, trim: _Pen, t: float) -> None:
+    top = 0.36 + 0.12 * t
+    body.polygon((0.14, top), (0.86, top), (0.96, 0.95), (0.04, 0.95))
+    trim.arc(0.28, 0.05, 0.72, 2 * top - 0.02, 180, 360, 0.055)
+    trim.box(0.44, top, 0.56, top + 0.14, 0.02)
+
+
+def _cup(body: _Pen, trim: _Pen, t: float) -> None:
+    foot = 0.04 + 0.08 * t
+    body.polygon((0.08, 0.14), (0.68, 0.14), (0.68 - foot, 0.92), (0.08 + foot, 0.92))
+    body.ellipse(0.08 + foot, 0.87, 0.68 - foot, 0.97)
+    body.arc(0.48, 0.26, 0.96, 0.74, 270 - 30, 360 + 120, 0.085)
+    trim.ellipse(0.08, 0.07, 0.68, 0.21)
+
+
+def _umbrella(body: _Pen, trim: _Pen, t: float) -> None:
+    top = 0.06 + 0.08 * t
+    body.slice(0.02, top, 0.98, 1.02 - top, 180, 360)
+    for left in (0.02, 0.26, 0.50, 0.74):
+        body.ellipse(left, 0.48, left + 0.24, 0.62, fill=0)
+    trim.line(0.035, (0.5, 0.50), (0.5, 0.88))
+    trim.arc(0.355, 0.80, 0.518, 0.97, 0, 180, 0.035)
+    trim.line(0.035, (0.5, top - 0.05), (0.5, top + 0.02))
+
+
+_OUTLINES: dict[str, Callable[[_Pen, _Pen, float], None]] = {
+    "连衣裙": _dress, "T恤": _shirt, "裤子": _trousers, "帽子": _hat,
+    "鞋": _shoe, "包": _bag, "杯子": _cup, "雨伞": _umbrella,
+}  # fmt: skip
+CATEGORIES = tuple(_OUTLINES)
+
+
+@cache
+def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
+    """(body, trim) of an outline, its larger extent brought to the unit square inside the margin."""
+    body, trim = _Pen(), _Pen()
+    _OUTLINES[category](body, trim, variant / (_VARIANTS - 1))
+    both = Image.fromarray(np.maximum(np.asarray(body.image), np.asarray(trim.image)))
+    left, upper, right, lower = both.getbbox() or (0, 0, 1, 1)
+    reach = max(right - left, lower - upper) * (0.5 + _MARGIN)
+    middle = ((left + right) / 2, (upper + lower) / 2)
+    box = (middle[0] - reach, middle[1] - reach, middle[0] + reach, middle[1] + reach)
+    ready = []
+    for pen in (body, trim):
+        square = pen.image.transform((2 * _SHAPE, 2 * _SHAPE), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+        ready.append(square.reduce(2))
+    return ready[0], ready[1]
+
+
+def draw_picture(placed: tuple[Placed, ...] | list[Placed], rng: np.random.Generator) -> bytes:
+    """The picture as JPEG bytes, 64 x 64: the items at their places, everything else at random."""
+    canvas = _ground([COLOURS[p.item.colour] for p in placed], rng)
+    for one in placed:
+        _add(canvas, one, rng)
+    canvas *= rng.uniform(0.82, 1.12)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 12))
+    buffer = io.BytesIO()
+    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()
+
+
+_ROWS, _COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE - 0.5
+
+
+def _ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
+    """A background, float32 [SIDE, SIDE, 3]: a gradient of two tints, neither close to an item's colour."""
+    far = [g for g in _GROUNDS if all(_distance(g, c) > FAR for c in colours)]
+    first = np.array(far[rng.integers(len(far))], np.float32) + rng.uniform(-10, 10, 3)
+    second = first + rng.uniform(-26, 26) + rng.uniform(-12, 12, 3)
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp = (_COLUMNS * math.cos(angle) + _ROWS * math.sin(angle) + 0.7) / 1.4
+    return np.float32(first) + ramp[:, :, None] * np.float32(second - first)
+
+
+def _distance(a: RGB, b: RGB) -> float:
+    return math.dist(a, b)
+
+
+def _add(canvas: np.ndarray, one: Placed, rng: np.random.Generator) -> None:
+    """Lay one item over the canvas."""
+    angle, mirror = rng.uniform(-0.26, 0.26), 1 - 2 * int(rng.integers(2))
+    wide, high = rng.uniform(0.86, 1.0), rng.uniform(0.86, 1.0)
+    # The part of the picture that the item can touch; beyond it nothing is computed.
+    reach = one.size * 0.5 * (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.02
+    x0, x1 = max(0, int((one.x - reach) * SIDE)), min(SIDE, math.ceil((one.x + reach) * SIDE))
+    y0, y1 = max(0, int((one.y - reach) * SIDE)), min(SIDE, math.ceil((one.y + reach) * SIDE))
+    # From fine pixels of this part (two a pixel) to the item's own coordinates, in which it fills a unit square.
+    c, s, step = math.cos(angle) / one.size, math.sin(angle) / one.size, 0.5 / SIDE
+    a, b = c * step / wide * mirror, s * step / wide * mirror
+    d, e = -s * step / high, c * step / high
+    dx, dy = x0 / SIDE - one.x, y0 / SIDE - one.y
+    u0, v0 = (c * dx + s * dy) / wide * mirror, (-s * dx + c * dy) / high
+    size = (2 * (x1 - x0), 2 * (y1 - y0))
+    pixels = _SHAPE / (1 + 2 * _MARGIN)
+    to_mask = (a * pixels, b * pixels, u0 * pixels + _SHAPE / 2, d * pixels, e * pixels, v0 * pixels + _SHAPE / 2)
+    body, trim = (
+        np.asarray(m.transform(size, Image.Transform.AFFINE, to_mask, Image.Resampling.BILINEAR), np.float32) / 255
+        for m in _masks(one.item.category, int(rng.integers(_VARIANTS)))
+    )
+    rows, columns = np.arange(size[1], dtype=np.float32)[:, None], np.arange(size[0], dtype=np.float32)
+    body = body * (1 - trim)
+    marks = body * _pattern(one, a * columns + b * rows + u0, d * columns + e * rows + v0, rng)
+    body, marks, trim = _half(body), _half(marks), _half(trim)
+    base, tone, edge = _tones(COLOURS[one.item.colour], rng)
+    light = (
+        1
+        + rng.uniform(-0.22, 0.22) * _COLUMNS[y0:y1, x0:x1] / one.size
+        + rng.uniform(-0.2, 0.2) * _ROWS[y0:y1, x0:x1] / one.size
+    )
+    part = canvas[y0:y1, x0:x1]
+    part *= (1 - body - trim)[:, :, None]
+    for share, colour in ((body - marks, base), (marks, tone), (trim, edge)):
+        part += (share * light)[:, :, None] * colour
+
+
+def _half(field: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2 pixels: [2H, 2W] to [H, W]."""
+    return (field[::2, ::2] + field[1::2, ::2] + field[::2, 1::2] + field[1::2, 1::2]) * np.float32(0.25)
+
+
+def _pattern(one: Placed, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray | float:
+    """How much of the mark's tone lies on each point (u, v) of the item, 0 to 1."""
+    if one.item.pattern == "纯色":
+        return 0.0
+    # A mark has to stay wider than two pixels, also on a small item.
+    period = max(one.size * rng.uniform(0.15, 0.22), rng.uniform(5.0, 6.0) / SIDE) / one.size
+    angle = rng.uniform(-0.3, 0.3) + (rng.integers(4) * math.pi / 4 if one.item.pattern == "条纹" else 0.0)
+    p = (u * math.cos(angle) + v * math.sin(angle)) / period + rng.uniform()
+    if one.item.pattern == "条纹":
+        return (p % 1 < rng.uniform(0.40, 0.52)).astype(np.float32)
+    q = (v * math.cos(angle) - u * math.sin(angle)) / period + rng.uniform()
+    if one.item.pattern == "圆点":
+        p = p + np.where(np.floor(q) % 2 == 0, 0.0, 0.5)  # every other row is shifted by half
+        return ((p % 1 - 0.5) ** 2 + (q % 1 - 0.5) ** 2 < rng.uniform(0.30, 0.36) ** 2).astype(np.float32)
+    width = rng.uniform(0.34, 0.46)
+    one_way, other_way = (p % 1 < width).astype(np.float32), (q % 1 < width).astype(np.float32)
+    return np.float32(0.62) * (one_way + other_way) * (1 - np.float32(0.19) * one_way * other_way)
+
+
+def _tones(colour: RGB, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(base, marks, trim), float32 [3]: marks are white on dark colours and dark on light ones."""
+    base = np.array(colour, np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+    brightness = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+    dark = brightness > 160 or (brightness > 135 and rng.uniform() < 0.5)
+    tone = np.array((60, 50, 52) if dark else (245, 243, 238), np.float32) + rng.uniform(-10, 10, 3).astype(np.float32)
+    edge = base * 0.58 if brightness > 60 else base + 60
+    return base, tone, edge

@@ -1,0 +1,181 @@
+"""Files here and elsewhere: local paths and fsspec URLs (`s3://`, `hdfs://`, `https://`), globs, retried reads."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from openm6.errors import DataError, UsageError
+
+ATTEMPTS = 3
+_WAIT = 0.2  # seconds before the second attempt, four times that before the third
+
+T = TypeVar("T")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def folder_of(path: str) -> str:
+    """The folder that a file lies in: what its relative picture paths start from."""
+    return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
+
+
+def join(folder: str, name: str) -> str:
+    """`name` inside `folder`; a local absolute name stands for itself.
+
+    Raises DataError where a remote name leads out of its folder.
+    """
+    if not is_remote(folder):
+        return str(Path(folder) / name)
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(f"The path {name} leads out of {folder}: only paths below it are read.")
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def expand(spec: str) -> list[str]:
+    """The files that a path, URL or glob stands for, sorted. Raises DataError when there is none."""
+    if is_remote(spec):
+        found = [spec]
+        if any(c in spec for c in "*["):
+            system, path = filesystem(spec)
+            found = [str(system.unstrip_protocol(p)) for p in _retried(lambda: system.glob(path), spec)]
+    else:
+        found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)
+    if not found:
+        raise DataError(f"There is no file {spec}: check the path (it is looked for from {Path.cwd()}).")
+    return sorted(found)
+
+
+def is_folder(path: str) -> bool:
+    if is_remote(path):
+        system, inner = filesystem(path)
+        return bool(_retried(lambda: system.isdir(inner), path))
+    return Path(path).is_dir()
+
+
+def list_folder(folder: str) -> list[str]:
+    """All files below a folder, sorted; hidden ones are left out."""
+    if is_remote(folder):
+        system, inner = filesystem(folder)
+        names = [str(system.unstrip_protocol(p)) for p in _retried(lambda: system.find(inner), folder)]
+    else:
+        names = [str(p) for p in Path(folder).rglob("*") if p.is_file()]
+    return sorted(n for n in names if not n.rsplit("/", 1)[-1].startswith("."))
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file for reading bytes, unpacked when its name ends in .gz. Reads of remote files are retried.
+
+    Raises DataError when it cannot be opened.
+    """
+    raw: BinaryIO
+    if is_remote(path):
+        raw = cast(BinaryIO, io.BufferedReader(_Remote(path), 2**20))
+    else:
+        try:
+            raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
+
+
+def read_file(path: str) -> bytes:
+    with open_file(path) as file:
+        return file.read()
+
+
+def fingerprint(path: str) -> list[Any]:
+    """What tells a changed file from an unchanged one: path, size, time of change."""
+    if is_remote(path):
+        system, inner = filesystem(path)
+        info = _retried(lambda: system.info(inner), path)
+        marks = [info.get(k) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")]
+        return [path, info.get("size"), *[str(m) for m in marks if m is not None]]
+    status = Path(path).stat()
+    return [str(Path(path).resolve()), status.st_size, status.st_mtime_ns]
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path on it. Raises UsageError for one that is not known here."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UsageError(f"{url} needs a package that is not installed: {error}.") from None
+    except ValueError:
+        raise UsageError(
+            f"{url} has a protocol that is not known here; use s3://, gs://, hdfs://, https:// or a path."
+        ) from None
+
+
+class _Remote(io.RawIOBase):
+    """A remote file that is opened again, at the same place, when reading it fails."""
+
+    def __init__(self, url: str):
+        self._url, self._place = url, 0
+        self._system, self._path = filesystem(url)
+        self._file = self._try(lambda: self._system.open(self._path, "rb", block_size=2**20))
+
+    def _try(self, action: Callable[[], T]) -> T:
+        return _retried(action, self._url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = self._file.seek(offset, whence)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = len(buffer)
+
+        def read() -> bytes:
+            try:
+                return self._file.read(wanted)
+            except OSError:
+                self._reopen()
+                raise
+
+        data = self._try(read)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _reopen(self) -> None:
+        file = self._system.open(self._path, "rb", block_size=2**20)
+        if self._place:
+            file.seek(self._place)
+        self._file = file
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _retried(action: Callable[[], T], name: str) -> T:
+    """The result of a remote read, tried up to three times. Raises DataError after the last failure."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise DataError(f"{name} cannot be read ({type(error).__name__}).") from None
+        except OSError as error:
+            if attempt + 1 == ATTEMPTS:
+                raise DataError(f"{name} could not be read in {ATTEMPTS} attempts ({type(error).__name__}).") from None
+            time.sleep(_WAIT * 4**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,209 @@
+"""The loader: several sources mixed by weight, shuffled, spread over processes, resumed to the record.
+
+Every draw depends on the seed and on its number in the run alone, not on the number of processes or threads:
+source s gives its i-th draw from its shuffle (a new one each epoch), the mixture says which draw of which source
+stands at place g of the whole run, and step k takes the places k * N to (k + 1) * N - 1, dealt out to the
+processes in turn. So the state is one number, and going on from it is the same as never having stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openm6.data.columns import SlotView
+from openm6.data.rejects import Rejects
+from openm6.data.source import Source
+from openm6.data.store import Records
+from openm6.errors import DataError, UsageError
+from openm6.sequence import Sequence
+
+if TYPE_CHECKING:
+    from openm6.tasks.processor import Processor
+    from openm6.tasks.task import Task
+
+_TRIES = 64  # records tried in the place of a bad one
+_DECK = 2**16  # records up to which an order is written down instead of computed
+
+
+@dataclass(slots=True)
+class Entry:
+    """One source for one task: `columns` maps the task's slots to the data's columns where names differ."""
+
+    name: str
+    records: Records
+    task: Task
+    weight: float = 1.0
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+class Loader:
+    """Endless steps of training examples.
+
+    `batch_size` examples make a step over all `world` processes; this one, `rank`, takes every world-th of them.
+    `threads` prepare examples ahead. Bad records are counted in `rejects` and replaced by the next good one of
+    their source; without `rejects` the first one raises its DataError.
+    Raises UsageError where the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        processor: Processor,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        threads: int = 2,
+        rejects: Rejects | None = None,
+    ):
+        if batch_size % world:
+            raise UsageError(
+                f"A step of {batch_size} examples cannot be shared evenly by {world} processes: "
+                f"choose a multiple of {world}."
+            )
+        for entry in entries:
+            if len(entry.records) == 0:
+                raise DataError(f"{entry.name} holds no records.")
+            if entry.weight <= 0:
+                raise UsageError(f"The weight of {entry.name} is {entry.weight}; it has to be above 0.")
+        if not entries:
+            raise UsageError("There is nothing to train on: name at least one source.")
+        self.entries, self.batch_size, self.seed = entries, batch_size, seed
+        self.rank, self.world, self.threads = rank, world, threads
+        self._examples = 0
+        self._deck = _Deck(batch_size, _derived(seed, len(entries)))
+        self._mixture = _mixture([_Draws(e, processor, rejects) for e in entries], seed)
+
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        """This process's share of each step, from where the state is."""
+        import grain
+
+        share = self.batch_size // self.world
+        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * share if self.threads else 0)
+        own = grain.MapDataset.range(sys.maxsize).map(lambda number: self._mixture[self._place(number)])
+        examples = iter(own.to_iter_dataset(ahead))
+        grain.experimental.set_next_index(examples, self._examples // self.world)
+        try:
+            while True:
+                step = list(islice(examples, share))
+                self._examples += self.batch_size
+                yield step
+        finally:
+            examples.close()
+
+    def _place(self, number: int) -> int:
+        """Where the whole run has this process's `number`-th example.
+
+        The mixture alternates evenly, so that of two sources each might fall to one of two processes: hence the
+        places of a step are dealt out in a random order.
+        """
+        return self._deck[number * self.world + self.rank]
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the run is, after the steps that were taken: the same for every process."""
+        return {"examples": self._examples, "seed": self.seed, "sources": self._sources()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; takes effect for the next iteration. The number of processes may differ.
+
+        Raises UsageError when seed or data are not those of the state: the run could not be continued exactly.
+        """
+        now = {"seed": self.seed, "sources": self._sources()}
+        for key, value in now.items():
+            if state[key] != value:
+                raise UsageError(
+                    f"The data of this run has changed: {key} was {state[key]} and is {value}; "
+                    "put it back, or start a new run from the saved model (model.path)."
+                )
+        if state["examples"] % self.batch_size:
+            raise UsageError(
+                f"The run stands at {state['examples']} examples: "
+                f"take a batch_size that divides this, not {self.batch_size}."
+            )
+        self._examples = int(state["examples"])
+
+    def _sources(self) -> list[list[Any]]:
+        return [[e.name, e.task.name, len(e.records), e.weight] for e in self.entries]
+
+
+class _Draws:
+    """The examples of one entry: the i-th draw is the record that the shuffle puts there, encoded."""
+
+    def __init__(self, entry: Entry, processor: Processor, rejects: Rejects | None):
+        self.entry, self._processor, self._rejects = entry, processor, rejects
+        self._view = SlotView.of(entry.task, entry.records, entry.columns)
+
+    def __len__(self) -> int:
+        return len(self.entry.records)
+
+    @property
+    def window(self) -> int:
+        return self.entry.records.window if isinstance(self.entry.records, Source) else 0
+
+    def encode(self, index: int, rng: np.random.Generator) -> Sequence:
+        """The example of record `index` (counted on through the epochs), or of the next one that can be used."""
+        reason = ""
+        for other in range(min(_TRIES, len(self))):
+            record = self.entry.records[(index + other) % len(self)]
+            try:
+                example = self.entry.task.encode(self._view(record, rng), self._processor, rng)
+            except DataError as error:
+                if self._rejects is None:
+                    raise
+                reason = str(error)
+                self._rejects.count(str(record.get("_where", f"{self.entry.name}#{index}")), reason, self.entry.name)
+                continue
+            if self._rejects is not None:
+                self._rejects.saw()
+            example.origin = self.entry.name
+            return example
+        raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
+
+
+class _Deck:
+    """Random orders of 0 to size - 1, one for each round, the last few remembered.
+
+    grain's own shuffle needs no memory, but its cipher works on at least 16 bits and so takes 65,536 / size rounds
+    a draw: milliseconds where there are few records.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size = size
+        self._order = lru_cache(maxsize=16)(lambda turn: np.random.default_rng([seed, turn]).permutation(size))
+
+    def __getitem__(self, number: int) -> int:
+        """The `number`-th of the endless sequence, counted through all rounds: round * size + the place dealt."""
+        turn, place = divmod(number, self.size)
+        return turn * self.size + int(self._order(turn)[place])
+
+
+def _mixture(draws: list[_Draws], seed: int) -> Any:
+    """grain's data set of the whole run: place g gives an encoded example."""
+    noisy = logging.getLogger("absl")
+    level, noisy.level = noisy.level, logging.ERROR  # grain warns that JAX, which it does not need, is absent
+    try:
+        import grain
+    finally:
+        noisy.level = level
+    parts = []
+    for number, draw in enumerate(draws):
+        own = _derived(seed, number)
+        if len(draw) > _DECK and not draw.window:
+            order = grain.MapDataset.range(len(draw)).shuffle(seed=own).repeat()
+        else:
+            order = grain.MapDataset.range(sys.maxsize).map(_Deck(draw.window or len(draw), own).__getitem__)
+        parts.append(order.random_map(draw.encode, seed=own))
+    return grain.MapDataset.mix(parts, [d.entry.weight for d in draws])
+
+
+def _derived(seed: int, number: int) -> int:
+    """A seed of its own for each part, in the 32 bits that grain takes."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -1,0 +1,113 @@
+"""Very large Parquet data, read where it lies: any row by its number, cheaply where neighbouring rows are asked for.
+
+Only the footers are read at first. A row group is decoded when one of its rows is wanted and kept while its
+neighbours are; the order of the row groups is mixed once, so that rows near in number come from all over the data.
+With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
+number, a run is resumed exactly, at any number of processes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from openm6.data.bundled import plain_picture
+from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
+from openm6.data.store import Record
+from openm6.errors import DataError, UsageError
+
+WINDOW_ROWS = 4096
+"""Rows that are mixed with each other, at most (fewer where they are large)."""
+
+WINDOW_BYTES = 512 * 2**20
+
+
+class ParquetRows:
+    """The rows of Parquet files, by number. `window` neighbouring rows are held in memory at a time.
+
+    Raises UsageError when there is another file among them, DataError for a damaged or an empty one.
+    """
+
+    def __init__(self, spec: str):
+        self.columns: tuple[str, ...] = ()
+        groups: list[tuple[str, int, int]] = []
+        size = 0
+        for path in _files(spec):
+            with _table(path) as table:
+                meta = table.metadata
+                self.columns = tuple(dict.fromkeys((*self.columns, *table.schema_arrow.names)))
+                for number in range(meta.num_row_groups):
+                    group = meta.row_group(number)
+                    groups.append((path, number, group.num_rows))
+                    size += group.total_byte_size
+        order = np.random.default_rng(0).permutation(len(groups))
+        self._groups = [groups[i] for i in order]
+        self._ends = [0, *np.cumsum([rows for _, _, rows in self._groups]).tolist()]
+        if len(self) == 0:
+            raise DataError(f"{spec} holds no usable record.")
+        self.window = max(1, min(WINDOW_ROWS, int(WINDOW_BYTES * len(self) / max(size, 1)), len(self)))
+        # A window and what is read ahead of it touch this many groups.
+        smallest = max(1, min(rows for _, _, rows in self._groups if rows))
+        self._kept = min(len(groups), 2 * (self.window // smallest + 2))
+        self._tables: OrderedDict[int, list[Record]] = OrderedDict()
+        self._lock = Lock()
+        self._group_locks = [Lock() for _ in groups]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        place = bisect_right(self._ends, index) - 1
+        row = index - self._ends[place]
+        path, number, _ = self._groups[place]
+        return {**self._rows(place)[row], "_where": f"{path}#{number}.{row}", "_root": folder_of(path)}
+
+    def _rows(self, place: int) -> list[Record]:
+        with self._group_locks[place]:  # one thread decodes a group, the others wait for it
+            with self._lock:
+                if place in self._tables:
+                    self._tables.move_to_end(place)
+                    return self._tables[place]
+            path, number, _ = self._groups[place]
+            with _table(path) as table:
+                rows = [
+                    {k: plain_picture(v) for k, v in row.items()} for row in table.read_row_group(number).to_pylist()
+                ]
+            with self._lock:
+                self._tables[place] = rows
+                while len(self._tables) > self._kept:
+                    self._tables.popitem(last=False)
+            return rows
+
+
+def _files(spec: str) -> list[str]:
+    files: list[str] = []
+    for path in expand(spec):
+        files += [f for f in list_folder(path) if f.endswith(".parquet")] if is_folder(path) else [path]
+    for path in files:
+        if not path.endswith(".parquet"):
+            raise UsageError(f"{path} is not Parquet: only Parquet files are streamed; leave out stream.")
+    if not files:
+        raise DataError(f"{spec} holds no Parquet files to stream.")
+    return files
+
+
+@contextmanager
+def _table(path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open_file(path) as file:
+        try:
+            yield pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is no Parquet file, or is damaged ({type(error).__name__}).") from None

@@ -1,0 +1,68 @@
+"""Records that cannot be used: written down with the reason, counted, and too many of them stop the work."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from openm6.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that cannot be used: where it stands (file:line, file#member) and why."""
+
+    where: str
+    reason: str
+
+
+class Rejects:
+    """Counts records, good and bad; every bad one becomes a line of JSON in `path` (made at the first).
+
+    Raises DataError from `count` when, of at least `minimum` bad records, more than `share` of all were bad.
+    May be used from several threads.
+    """
+
+    def __init__(self, path: str | Path, share: float = 0.05, minimum: int = 20):
+        self.path, self.share, self.minimum = Path(path), share, minimum
+        self.seen = self.bad = 0
+        self._written: set[str] = set()
+        self._reasons: Counter[str] = Counter()
+        self._lock = Lock()
+
+    def saw(self, number: int = 1) -> None:
+        """Records that could be used."""
+        with self._lock:
+            self.seen += number
+
+    def count(self, where: str, reason: str, source: str = "") -> None:
+        """One record that could not be used; a record met again (in the next epoch) is counted but not written."""
+        with self._lock:
+            self.seen += 1
+            self.bad += 1
+            # The same fault reads alike wherever it is: the place is left out of the tally.
+            self._reasons[reason.replace(where, "").strip()] += 1
+            if where not in self._written:
+                self._written.add(where)
+                self._write({"where": where, "reason": reason, "source": source})
+            if self.bad >= self.minimum and self.bad > self.share * self.seen:
+                raise DataError(self._verdict(source))
+
+    def summary(self) -> str:
+        """`3 of 400 records could not be used (most often: ...)`."""
+        reason = self._reasons.most_common(1)[0][0] if self._reasons else "none"
+        return f"{self.bad} of {self.seen} records could not be used (most often: {reason.rstrip('.')})"
+
+    def _verdict(self, source: str) -> str:
+        text = self.summary()
+        if source:
+            text = text.replace(" records could", f" records (the last of {source}) could", 1)
+        return f"{text}; at most {self.share:.0%} may be. See {self.path}."
+
+    def _write(self, line: dict[str, str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,187 @@
+"""Records on disk: a folder with a memory-mapped Arrow file, any record at once, written whole or not at all.
+
+A record is kept as JSON beside its byte strings, so records of one source may differ in their keys and types
+(typed columns would refuse an answer that is 3 in one line and "three" in the next).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from openm6.errors import DataError
+
+Record = dict[str, Any]
+
+HIDDEN = ("_where", "_root", "__key__")
+"""Keys that say where a record comes from; they are no columns."""
+
+_BATCH_ROWS, _BATCH_BYTES = 1024, 8 * 2**20
+_SCHEMA = pa.schema(
+    [("json", pa.large_string()), ("keys", pa.list_(pa.string())), ("blobs", pa.list_(pa.large_binary()))]
+)
+
+
+class Records(Protocol):
+    """Random access to records, and the names of the columns that occur in them."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+class ListRecords:
+    """Records that are in memory already."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]):
+        self._records = [dict(record) for record in records]
+        self.columns = tuple(dict.fromkeys(key for record in self._records for key in record if key not in HIDDEN))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return dict(self._records[index])
+
+
+class ArrowRecords:
+    """The records of a folder made by `write_records`. Reading from several threads is safe."""
+
+    def __init__(self, folder: Path):
+        try:
+            self.columns: tuple[str, ...] = tuple(json.loads((folder / "columns.json").read_text("utf-8")))
+            reader = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except (OSError, ValueError, TypeError):
+            raise DataError(
+                f"The cached records in {folder} are damaged: delete that folder and start again."
+            ) from None
+        self._ends = [0]
+        for batch in self._batches:
+            self._ends.append(self._ends[-1] + batch.num_rows)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self._ends, index) - 1
+        texts, keys, blobs = (column[index - self._ends[number]].as_py() for column in self._batches[number].columns)
+        record: Record = json.loads(texts, object_hook=_unpacked if _PACKED in texts else None)
+        record.update(zip(keys, blobs, strict=True))
+        return record
+
+    def blob(self, index: int) -> bytes:
+        """The first byte string of a record, without the rest of it."""
+        number = bisect_right(self._ends, index) - 1
+        return self._batches[number].column(2)[index - self._ends[number]][0].as_py()
+
+
+def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write records into a folder, in their order; byte strings at the top level stay bytes. Returns their number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, None] = {}
+    total = 0
+    with pa.OSFile(str(folder / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        texts: list[str] = []
+        keys: list[list[str]] = []
+        blobs: list[list[bytes]] = []
+        weight = 0
+        for record in records:
+            raw = {k: bytes(v) for k, v in record.items() if isinstance(v, (bytes, bytearray, memoryview))}
+            text = json.dumps({k: v for k, v in record.items() if k not in raw}, ensure_ascii=False, default=_plain)
+            columns.update(dict.fromkeys(record))
+            texts.append(text)
+            keys.append(list(raw))
+            blobs.append(list(raw.values()))
+            weight += len(text) + sum(map(len, raw.values()))
+            if len(texts) >= _BATCH_ROWS or weight >= _BATCH_BYTES:
+                total += _flush(writer, texts, keys, blobs)
+                weight = 0
+        total += _flush(writer, texts, keys, blobs)
+    shown = [name for name in columns if name not in HIDDEN]
+    (folder / "columns.json").write_text(json.dumps(shown, ensure_ascii=False), "utf-8")
+    return total
+
+
+def _flush(writer: pa.RecordBatchWriter, *parts: list[Any]) -> int:
+    count = len(parts[0])
+    if count:
+        arrays = [pa.array(part, field.type) for part, field in zip(parts, _SCHEMA, strict=True)]
+        writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+        for part in parts:
+            part.clear()
+    return count
+
+
+_PACKED = "__base64__"
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what JSON does not know: bytes inside lists, numpy values as numbers and lists, dates as text."""
+    if isinstance(value, bytes):
+        return {_PACKED: base64.b64encode(value).decode()}
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _unpacked(value: dict[str, Any]) -> Any:
+    return base64.b64decode(value[_PACKED]) if set(value) == {_PACKED} else value
+
+
+def cache_folder() -> Path:
+    """`$OPENM6_CACHE`, else `~/.cache/openm6`."""
+    return Path(os.environ.get("OPENM6_CACHE") or Path.home() / ".cache" / "openm6")
+
+
+def cached(name: str, key: object, make: Callable[[Path], None]) -> Path:
+    """The folder of the cache for `key`; made by `make(folder)` when it is not there yet.
+
+    It appears whole or not at all, and is made once even when several processes ask at the same time.
+    """
+    from filelock import FileLock
+
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    place = cache_folder() / f"{name}-{digest}"
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The cache folder {place.parent} cannot be made ({error.strerror}): set OPENM6_CACHE to another."
+        ) from None
+    with FileLock(f"{place}.lock"):
+        if place.is_dir():  # another process made it while this one waited
+            return place
+        unfinished = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            make(unfinished)
+            os.replace(unfinished, place)
+        except BaseException as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (28, 122):  # no space, over quota
+                raise DataError(
+                    f"The disk of {place.parent} is full: free space, or set OPENM6_CACHE to another folder."
+                ) from None
+            raise
+    return place
+
+
+def iterate(records: Records) -> Iterator[Record]:
+    """All records, in order."""
+    return (records[i] for i in range(len(records)))

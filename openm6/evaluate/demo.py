@@ -1,0 +1,117 @@
+"""The demo's questions: what the small model can do on combinations and digits it has never seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.bundle import Bundle
+from openm6.data.catalogue import same_attributes
+from openm6.evaluate.command import measure
+from openm6.evaluate.measure import Case, Evaluation
+from openm6.evaluate.report import write_report
+from openm6.images import open_image
+from openm6.tasks.metrics import Values, accuracy, bootstrap
+
+Chosen = Callable[[Case], bool]
+
+_INTRO = (
+    "Every picture below shows a combination of category, colour and pattern that no training picture and no training "
+    "text had (51 of the 256 are held out), or a handwritten digit of the test split. Figures are shares of right "
+    "answers with 95% bootstrap intervals."
+)
+
+
+def report_demo(model: Path, output: Path) -> dict[str, Any]:
+    """Measure the demo's model and write `output/report`.
+
+    Returns {"figures": [{name, value, low, high, n}, ...], "report": path}.
+    """
+    bundle = Bundle.load(model)
+    asked = measure(bundle, "vqa", "demo:questions/test")
+    told = measure(bundle, "caption", "demo:catalogue/test")
+    digits = measure(bundle, "vqa", "digits/test")
+    filled = measure(bundle, "infilling", "demo:texts/test", limit=500)
+    right = accuracy([c.answer for c in asked.cases], [c.references for c in asked.cases])
+    described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in told.cases])
+
+    def questions(kind: str, objects: int | None = None) -> Chosen:
+        return lambda c: c.record["kind"] == kind and objects in (None, c.record["objects"])
+
+    figures = [
+        _figure("colour, one object", right, asked, questions("colour", 1)),
+        _figure("pattern, one object", right, asked, questions("pattern", 1)),
+        _figure("category, one object", right, asked, questions("category", 1)),
+        _figure("colour, two objects", right, asked, questions("colour", 2)),
+        _figure("pattern, two objects", right, asked, questions("pattern", 2)),
+        _figure("category, two objects", right, asked, questions("category", 2)),
+        _figure("how many objects", right, asked, questions("count")),
+        _figure("relation of two objects", right, asked, questions("relation")),
+        _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
+        _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
+        _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
+    ]
+    folder = output / "report"
+    page = write_report(
+        folder, "OpenM6 demo", [asked, told, digits, filled], intro=_INTRO, figures=figures,
+        metrics=output / "metrics.jsonl",
+    )  # fmt: skip
+    draw_answers(told.cases, asked.cases, digits.cases, folder / "demo.png")
+    (folder / "figures.json").write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return {"figures": figures, "report": str(page)}
+
+
+def _answers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    return [c.answer for c in evaluation.cases], [c.references for c in evaluation.cases]
+
+
+def _figure(name: str, values: Values, evaluation: Evaluation, chosen: Chosen) -> dict[str, Any]:
+    rows = np.array([i for i, case in enumerate(evaluation.cases) if chosen(case)])
+    low, high = bootstrap(len(rows), lambda drawn: values.corpus(rows[drawn]))
+    return {"name": name, "value": values.corpus(rows), "low": low, "high": high, "n": len(rows)}
+
+
+def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
+    """A sheet of pictures, drawn at random, each with a question, the model's answer, and whether it is right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rng = np.random.default_rng(seed)
+    rows = [*_some(told, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
+    pyplot.rcParams["font.sans-serif"] = [
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "PingFang SC",
+        "SimHei",
+        "DejaVu Sans",
+    ]
+    figure, axes = pyplot.subplots(4, 4, figsize=(11, 9.2))
+    for axis, (case, question) in zip(axes.flat, rows, strict=False):
+        picture = next(v for v in case.record.values() if isinstance(v, bytes))
+        axis.imshow(np.asarray(open_image(picture)))
+        axis.set_axis_off()
+        good = case.answer in case.references or same_caption(case)
+        text = _wrapped(case.answer)
+        axis.set_title(f"{_wrapped(question)}\n{text}", fontsize=9, color="#1a6b2d" if good else "#b00020")
+    figure.tight_layout()
+    figure.savefig(target, dpi=90)
+    pyplot.close(figure)
+
+
+def same_caption(case: Case) -> bool:
+    return "caption" in case.record and same_attributes(case.answer, case.references[0])
+
+
+def _some(cases: list[Case], rng: np.random.Generator, count: int, question: str = "") -> Iterable[tuple[Case, str]]:
+    for index in rng.permutation(len(cases))[:count]:
+        yield cases[index], question or str(cases[index].record["question"])
+
+
+def _wrapped(text: str, width: int = 17) -> str:
+    return "\n".join(text[i : i + width] for i in range(0, len(text), width))

@@ -1,0 +1,123 @@
+"""Answer every record of a source and score the answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from openm6.bundle import Bundle
+from openm6.errors import DataError
+from openm6.sequence import Sequence, pad
+from openm6.tasks.metrics import Score, bootstrap, score
+from openm6.tasks.task import Task
+
+Record = Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Case:
+    """One evaluated record: what was asked, what came, what was wanted."""
+
+    record: Record
+    answer: str
+    references: list[str]
+
+
+@dataclass(slots=True)
+class Evaluation:
+    task: str
+    source: str
+    scores: dict[str, Score]
+    cases: list[Case] = field(repr=False)
+    seconds: float = 0.0
+    rejected: int = 0
+
+    def values(self) -> dict[str, float]:
+        return {name: s.value for name, s in self.scores.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {n: {"value": s.value, "low": s.low, "high": s.high, "n": s.n} for n, s in self.scores.items()}
+        return {
+            "task": self.task, "source": self.source, "records": len(self.cases), "rejected": self.rejected,
+            "seconds": round(self.seconds, 2), "scores": scores,
+        }  # fmt: skip
+
+
+def evaluate(
+    bundle: Bundle,
+    task: Task,
+    records: Iterable[Record],
+    source: str = "",
+    *,
+    batch_size: int = 64,
+    decoding: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`).
+
+    A list as the value of an output slot means several references, each of them right. Records that cannot be
+    encoded are counted, not answered. Raises DataError when none is left.
+    """
+    started = time.perf_counter()
+    output = task.outputs[0]
+    kept: list[Record] = []
+    prompts: list[Sequence] = []
+    rejected, reason = 0, "there are no records"
+    for record in records:
+        try:
+            if record.get(output) in (None, "", []):
+                raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
+            prompts.append(bundle.prompt(task, record))
+            kept.append(record)
+        except DataError as error:
+            rejected, reason = rejected + 1, str(error)
+    if not kept:
+        raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
+    cases = []
+    bundle.model.eval()
+    for start in range(0, len(prompts), 4 * batch_size):
+        part = slice(start, start + 4 * batch_size)
+        for record, generated in zip(
+            kept[part], bundle.generate(task, prompts[part], batch_size, decoding), strict=True
+        ):
+            answer = task.read(generated.ids, bundle.processor)[output]
+            cases.append(Case(record, str(answer), references(record[output])))
+        if on_progress:
+            on_progress(len(cases))
+    answers, wanted = [c.answer for c in cases], [c.references for c in cases]
+    scores = {}
+    for metric in task.metrics:
+        if metric == "perplexity":
+            scores[metric] = perplexity(bundle, task, kept, batch_size)
+        else:
+            scores[metric] = score(metric, answers, wanted)
+    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected)
+
+
+def references(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+@torch.inference_mode()
+def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Score:
+    """exp of the mean negative log-probability of the target's tokens (the end token too), with a bootstrap
+    interval over records. Of several references the first is scored."""
+    output = task.outputs[0]
+    sums, numbers = [], []
+    for start in range(0, len(records), batch_size):
+        group = [{**r, output: references(r[output])[0]} for r in records[start : start + batch_size]]
+        batch = pad([task.encode(r, bundle.processor, rng=None) for r in group], bundle.processor.tokenizer.pad_id)
+        with bundle.precision():
+            out = bundle.model(batch.to(bundle.model.device))
+        total = torch.zeros(len(group), device=out.losses.device).index_add_(0, out.segments - 1, out.losses)
+        sums += total.tolist()
+        numbers += torch.bincount(out.segments - 1, minlength=len(group)).tolist()
+    losses, counts = np.array(sums), np.array(numbers)
+    low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
+    return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))

@@ -1,0 +1,148 @@
+"""Reports to look at: figures with intervals, example pictures with answers, training curves.
+
+A report is a folder: report.md, index.html (the same, made from it), report.json and the pictures.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from openm6.evaluate.measure import Case, Evaluation
+from openm6.images import open_image
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", sans-serif; max-width: 1000px; margin: 2em auto;
+  padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { border: 1px solid #ddd; padding: 4px 10px; text-align: left }
+th { background: #f4f4f4 }
+img { vertical-align: middle; max-width: 100% }
+td img { width: 96px }
+"""
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    evaluations: list[Evaluation],
+    *,
+    intro: str = "",
+    figures: list[dict[str, Any]] | None = None,
+    metrics: Path | None = None,
+    examples: int = 8,
+) -> Path:
+    """Write the report and return the path of its index.html.
+
+    `figures`: rows {name, value, low, high, n} for a table above the metrics. `metrics`: a run's metrics.jsonl,
+    drawn as curves.
+    """
+    pictures = folder / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir(parents=True)
+    parts = [f"# {title}", intro]
+    if figures:
+        rows = [(f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} – {f['high']:.1%}", f["n"]) for f in figures]
+        parts.append(_table(("question", "right", "95% interval", "records"), rows))
+    if metrics and metrics.is_file():
+        draw_curves(metrics, pictures / "curves.png")
+        parts.append("## Training\n\n![loss by task and speed](pictures/curves.png)")
+    for evaluation in evaluations:
+        rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} – {s.high:.4f}", s.n) for n, s in evaluation.scores.items()]
+        heading = f"## {evaluation.task}" + (f" · {evaluation.source}" if evaluation.source else "")
+        parts += [_escape(heading), _table(("metric", "value", "95% interval", "records"), rows)]
+        parts.append(_examples(evaluation, pictures, examples))
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "report.md").write_text(text, "utf-8")
+    content = {"title": title, "figures": figures or [], "evaluations": [e.to_dict() for e in evaluations]}
+    (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return _write_html(folder / "index.html", title, text)
+
+
+def _write_html(path: Path, title: str, text: str) -> Path:
+    from markdown import markdown
+
+    body = markdown(text, extensions=["tables"])
+    path.write_text(
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{_escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n",
+        "utf-8",
+    )
+    return path
+
+
+def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
+    """Answers that were wrong first to no more than half, the rest right ones: a table with pictures."""
+    wrong = [c for c in evaluation.cases if c.answer not in c.references]
+    right = [c for c in evaluation.cases if c.answer in c.references]
+    chosen = wrong[: count // 2]
+    chosen += right[: count - len(chosen)]
+    if not chosen:
+        return ""
+    rows = []
+    for number, case in enumerate(chosen):
+        shown, asked = _inputs(case, pictures, f"{evaluation.task}-{len(list(pictures.iterdir()))}-{number}")
+        mark = "" if case.answer in case.references else "✗ "
+        rows.append((shown, asked, f"{mark}{_escape(case.answer)}", _escape(case.references[0])))
+    return _table(("picture", "asked", "answer", "one right answer"), rows)
+
+
+def _inputs(case: Case, pictures: Path, name: str) -> tuple[str, str]:
+    """The pictures of a record (saved beside the report) and its texts, for two cells."""
+    shown, asked = "", []
+    for key, value in case.record.items():
+        if key.startswith("_") or value == case.references or (isinstance(value, str) and value in case.references):
+            continue
+        if isinstance(value, bytes):
+            file = pictures / f"{name}.png"
+            open_image(value).save(file)
+            shown += f"![]({file.parent.name}/{file.name})"
+        elif isinstance(value, str) and len(value) < 200:
+            asked.append(_escape(value))
+    return shown, "<br>".join(asked)
+
+
+def draw_curves(metrics: Path, target: Path) -> None:
+    """Loss by task and tokens a second over the steps of a metrics.jsonl, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    if not lines:
+        return
+    steps = [line["step"] for line in lines]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    for task in sorted({name for line in lines for name in line["loss_by_task"]}):
+        points = [(line["step"], line["loss_by_task"][task]) for line in lines if task in line["loss_by_task"]]
+        left.plot(*zip(*points, strict=True), label=task, linewidth=1)
+    left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    left.legend(fontsize=7)
+    right.plot(steps, [line["tokens_per_second"] for line in lines], linewidth=1)
+    right.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |"]
+    lines.append("|" + " --- |" * (lines[0].count("|") - 1))
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    """No HTML or Markdown of a model's or a record's text takes effect in the report."""
+    text = html.escape(text)
+    for sign in "\\`*_[]":
+        text = text.replace(sign, f"\\{sign}" if sign != "\\" else "&#92;")
+    return text

@@ -1,0 +1,23 @@
+"""In which precision matrix products run best here."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def fast_dtype(device: str) -> torch.dtype:
+    """bf16 where the device ("cpu", "cuda") has units for it, else fp32.
+
+    A CPU that only emulates bf16 loses by it, far: 1 GFLOP/s against 150 in fp32 on two AVX2 cores, where two with
+    AVX-512 BF16 reach 900.
+    """
+    if device == "cuda":
+        good = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        arm = "aarch64" in torch.__config__.show() or not torch.cpu._is_avx2_supported()
+        good = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (units or arm)
+    return torch.bfloat16 if good else torch.float32

@@ -1,0 +1,142 @@
+"""Metrics: how well answers agree with references, with bootstrap confidence intervals.
+
+Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`.
+Perplexity is not among them: it comes from the loss, not from answers.
+
+    accuracy      share of the answers equal to a reference, but for width, case, blanks and final punctuation
+    exact_match   share of the answers equal to a reference, blanks at the ends aside
+    bleu          corpus BLEU-4, 0 to 100 (sacrebleu, tokenize="zh": each Chinese character is a word)
+    rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the reference it fits best (rouge-chinese)
+    cider         mean CIDEr-D, 0 to 10, of characters (pycocoevalcap; papers print it times 100)
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from openm6.errors import UsageError, suggest
+
+Statistic = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric's value over `n` examples, with the ends of its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """`examples` [n]: the score of each example; `corpus` gives the score of a choice of examples (row numbers),
+    which is their mean unless the metric says otherwise."""
+
+    examples: np.ndarray
+    corpus: Statistic
+
+    @classmethod
+    def mean(cls, examples: list[float]) -> Values:
+        values = np.array(examples, np.float64)
+        return cls(values, lambda rows: float(values[rows].mean()))
+
+
+def accuracy(predictions: list[str], references: list[list[str]]) -> Values:
+    return Values.mean(
+        [float(_plain(p) in map(_plain, wanted)) for p, wanted in zip(predictions, references, strict=True)]
+    )
+
+
+def exact_match(predictions: list[str], references: list[list[str]]) -> Values:
+    return Values.mean(
+        [float(p.strip() in (w.strip() for w in wanted)) for p, wanted in zip(predictions, references, strict=True)]
+    )
+
+
+def bleu(predictions: list[str], references: list[list[str]]) -> Values:
+    from sacrebleu.metrics.bleu import BLEU
+
+    sentence = BLEU(tokenize="zh", effective_order=True)
+    found = [sentence.sentence_score(p, wanted) for p, wanted in zip(predictions, references, strict=True)]
+    # BLEU is made of sums over the corpus: matches and totals of each order, lengths.
+    sums = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found], np.int64)
+
+    def corpus(rows: np.ndarray) -> float:
+        total = sums[rows].sum(0).tolist()
+        return float(BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score)
+
+    return Values(np.array([s.score for s in found]), corpus)
+
+
+def rouge_l(predictions: list[str], references: list[list[str]]) -> Values:
+    from rouge_chinese import Rouge
+
+    rouge = Rouge(metrics=["rouge-l"], stats=["f"])
+
+    def one(prediction: str, reference: str) -> float:
+        # The package refuses empty texts.
+        said, wanted = (" ".join(characters(text)) for text in (prediction, reference))
+        if not said or not wanted:
+            return float(said == wanted)
+        return float(rouge.get_scores(said, wanted)[0]["rouge-l"]["f"])
+
+    return Values.mean([max(one(p, w) for w in wanted) for p, wanted in zip(predictions, references, strict=True)])
+
+
+def cider(predictions: list[str], references: list[list[str]]) -> Values:
+    """The weight of a character sequence depends on how many of the examples' references have it; the interval
+    takes these weights as given."""
+    from pycocoevalcap.cider.cider import Cider
+
+    wanted = {i: [" ".join(characters(w)) for w in texts] for i, texts in enumerate(references)}
+    said = {i: [" ".join(characters(p))] for i, p in enumerate(predictions)}
+    _, examples = Cider().compute_score(wanted, said)
+    return Values.mean([float(v) for v in examples])
+
+
+METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
+    "accuracy": accuracy, "exact_match": exact_match, "bleu": bleu, "rouge_l": rouge_l, "cider": cider,
+}  # fmt: skip
+
+
+def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
+    """A metric by name, with its interval. Raises UsageError for an unknown one, ValueError for empty lists."""
+    if name not in METRICS:
+        raise UsageError(f"There is no metric {name}.{suggest(name, set(METRICS))} There are: {', '.join(METRICS)}.")
+    if not predictions or len(predictions) != len(references) or not all(references):
+        raise ValueError("a score needs predictions, and for each of them at least one reference")
+    values = METRICS[name](predictions, references)
+    everything = np.arange(len(predictions))
+    low, high = bootstrap(len(predictions), values.corpus)
+    return Score(values.corpus(everything), low, high, len(predictions))
+
+
+def bootstrap(n: int, statistic: Statistic, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic of n examples: `statistic` gets row numbers [n], drawn with
+    replacement (Efron, 1979). Seeded: the same examples give the same interval."""
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(rng.integers(n, size=n)) for _ in range(samples)]
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return low, high
+
+
+_TOKENS = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
+
+
+def characters(text: str) -> list[str]:
+    """Chinese characters one by one, other words whole, punctuation one by one."""
+    return _TOKENS.findall(text)
+
+
+def _plain(text: str) -> str:
+    text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    while text and unicodedata.category(text[-1]).startswith("P"):
+        text = text[:-1]
+    return text

@@ -1,0 +1,17 @@
+"""What a task needs of a model to turn a record into a Sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openm6.images import ImageGrid
+from openm6.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The model's tokenizer, its grid of picture patches, and the longest example in positions."""
+
+    tokenizer: Tokenizer
+    grid: ImageGrid
+    max_length: int

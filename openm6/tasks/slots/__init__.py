@@ -1,0 +1,32 @@
+"""The slot types, a file each. A type is a module with the functions of `SlotType`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from openm6.tasks.layout import Piece
+from openm6.tasks.processor import Processor
+from openm6.tasks.slots import box, image, label, table, text, vector
+
+
+class SlotType(Protocol):
+    """What a slot type does. Both encoders raise DataError for a value that is none of theirs, and UsageError for
+    what this version cannot do."""
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of a value."""
+
+    def source(self, value: Any, processor: Processor) -> Piece:
+        """A value as given to the model."""
+
+    def target(self, value: Any, processor: Processor) -> Sequence[int]:
+        """A value as the model has to write it."""
+
+    def read(self, ids: Sequence[int], processor: Processor) -> Any:
+        """The value that the model wrote."""
+
+
+TYPES: dict[str, SlotType] = {
+    "text": text, "image": image, "label": label, "table": table, "box": box, "vector": vector,
+}  # fmt: skip

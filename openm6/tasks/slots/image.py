@@ -1,0 +1,38 @@
+"""A picture: `<|image|>`, a `<|patch|>` for each of its patches, `<|/image|>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from openm6.errors import DataError, UsageError
+from openm6.tasks.layout import Piece
+from openm6.tasks.processor import Processor
+
+
+def schema() -> dict[str, Any]:
+    return {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"}
+
+
+def source(value: Any, processor: Processor) -> Piece:
+    """A path, the bytes of a file, an array or a PIL image."""
+    if not isinstance(value, (str, Path, bytes, np.ndarray, Image.Image)):
+        raise DataError(f"has to be a picture (a path or the bytes of a file), not {type(value).__name__}.")
+    if isinstance(value, (str, bytes)) and not value:
+        raise DataError("is empty.")
+    tokenizer, grid = processor.tokenizer, processor.grid
+    pixels = grid.read(value)
+    patches = (pixels.shape[0] // grid.stride) * (pixels.shape[1] // grid.stride)
+    return Piece([tokenizer.image_id, *[tokenizer.patch_id] * patches, tokenizer.image_end_id], pixels)
+
+
+def target(value: Any, processor: Processor) -> NoReturn:
+    raise UsageError("this version does not draw pictures yet: an image slot can stand on the left only.")
+
+
+def read(ids: Sequence[int], processor: Processor) -> NoReturn:
+    raise UsageError("this version does not draw pictures yet.")

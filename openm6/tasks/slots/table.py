@@ -1,0 +1,82 @@
+"""A table: rows of named cells.
+
+    <|table|> <|row|> 品类 <|cell|> 连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>
+
+Each cell is its column's name and its value; a row may have columns that others have not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openm6.errors import DataError
+from openm6.tasks.layout import Piece
+from openm6.tasks.processor import Processor
+
+
+def schema() -> dict[str, Any]:
+    row = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+    return {"oneOf": [row, {"type": "array", "items": row}]}
+
+
+def source(value: Any, processor: Processor) -> Piece:
+    return Piece(target(value, processor))
+
+
+def target(value: Any, processor: Processor) -> list[int]:
+    """One row (a mapping), several (a list of them), or either as JSON text. A cell of None is left out."""
+    tokenizer = processor.tokenizer
+    ids = [tokenizer.table_id]
+    for row in _rows(value):
+        mark = tokenizer.row_id
+        for name, cell in row.items():
+            if cell is None:
+                continue
+            ids += (mark, *tokenizer.encode_often(str(name)), tokenizer.cell_id, *tokenizer.encode(_cell(cell)))
+            mark = tokenizer.cell_id
+    if len(ids) == 1:
+        raise DataError("is a table without cells.")
+    return [*ids, tokenizer.table_end_id]
+
+
+def read(ids: Sequence[int], processor: Processor) -> list[dict[str, str]]:
+    """The rows; a name without a value has an empty one."""
+    tokenizer = processor.tokenizer
+    inside = [i for i in ids if i not in (tokenizer.table_id, tokenizer.table_end_id)]
+    rows = []
+    for row in split(inside, tokenizer.row_id)[1:]:
+        cells = [tokenizer.decode(cell) for cell in split(row, tokenizer.cell_id)]
+        cells += [""] * (len(cells) % 2)
+        rows.append(dict(zip(cells[::2], cells[1::2], strict=True)))
+    return rows
+
+
+def split(ids: Sequence[int], mark: int) -> list[list[int]]:
+    """The runs of ids between the marks."""
+    runs: list[list[int]] = [[]]
+    for i in ids:
+        if i == mark:
+            runs.append([])
+        else:
+            runs[-1].append(i)
+    return runs
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError("is a text, but not the JSON of a table.") from None
+    rows = [value] if isinstance(value, Mapping) else value
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
+        raise DataError('has to be a table: {"name": value, ...}, or a list of such rows.')
+    return list(rows)
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"has a cell that is a {type(value).__name__}: cells are texts or numbers.")
+    return str(value)

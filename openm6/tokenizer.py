@@ -1,0 +1,222 @@
+"""Text to token ids and back, with the special tokens of OpenM6 and a range of ids for image codes.
+
+    ids 0 .. n-1                    tokens of the text vocabulary and the special tokens
+    ids n .. n + num_codes - 1      image codes; they have no text, and the tokenizer files do not list them
+
+A tokenizer that is trained here reads and writes all of Unicode without loss (lone surrogates are no Unicode
+text). A wrapped one is as lossless as it was: Qwen's, for example, brings text to the form NFC.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from openm6.errors import DataError, UsageError
+
+SPECIAL = (
+    "<|pad|>", "<|answer|>", "<|end|>", "<|image|>", "<|patch|>", "<|/image|>", "<|mask|>",
+    "<|table|>", "<|/table|>", "<|row|>", "<|cell|>", *(f"<|reserved_{k}|>" for k in range(13)),
+)  # fmt: skip
+"""In the order of their ids. The reserved ones keep old models usable when later versions need a token."""
+
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+class Tokenizer:
+    """A fast tokenizer (`tokenizers.Tokenizer`) whose vocabulary has our special tokens.
+
+    vocab_size      all ids, those of the image codes too: the number of the model's embedding rows
+    code_start      id of the first of `num_codes` image codes
+    first_new_id    the lowest of our special tokens' ids: a wrapped vocabulary keeps all ids below it
+    """
+
+    def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
+        if num_codes < 0:
+            raise UsageError(f"num_codes is {num_codes}; it cannot be negative.")
+        known = fast.get_vocab(with_added_tokens=True)
+        missing = [token for token in SPECIAL if token not in known]
+        if missing:
+            raise UsageError(f"This tokenizer has no token {missing[0]}: Tokenizer.wrap adds the tokens of OpenM6.")
+        ids = [known[token] for token in SPECIAL]
+        # A special token that a user writes into a text is text.
+        fast.encode_special_tokens = True
+        fast.no_padding()
+        fast.no_truncation()
+        self._fast = fast
+        self._plain: dict[str, tuple[int, ...]] = {}
+        (
+            self.pad_id, self.answer_id, self.end_id, self.image_id, self.patch_id, self.image_end_id, self.mask_id,
+            self.table_id, self.table_end_id, self.row_id, self.cell_id,
+        ) = ids[:11]  # fmt: skip
+        self.first_new_id = min(ids)
+        self.num_codes = num_codes
+        self.code_start = max(known.values()) + 1
+        self.vocab_size = self.code_start + num_codes
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; never those of a special token. Raises DataError for a lone surrogate."""
+        try:
+            ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise _unreadable(text) from None
+        return ids
+
+    def encode_often(self, text: str) -> tuple[int, ...]:
+        """`encode`, remembered: for the few texts that come again and again (instructions, labels)."""
+        ids = self._plain.get(text)
+        if ids is None:
+            if len(self._plain) > 2**16:  # somebody's labels are no closed set
+                self._plain.clear()
+            ids = self._plain[text] = tuple(self.encode(text))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; special tokens and image codes have none. Half a character reads as U+FFFD."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    # Files
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._fast.to_str(pretty=False), "utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<|pad|>",
+            "eos_token": "<|end|>",
+            "mask_token": "<|mask|>",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "num_codes": self.num_codes,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Open what `save` wrote. Raises UsageError where there is no such tokenizer."""
+        directory = Path(directory)
+        fast = _open(directory)
+        config = directory / "tokenizer_config.json"
+        try:
+            num_codes = json.loads(config.read_text("utf-8"))["num_codes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{directory} holds no tokenizer of OpenM6 ({config.name} does not tell num_codes): "
+                "wrap a foreign one by Tokenizer.wrap."
+            ) from None
+        return cls(fast, num_codes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
+        return _restore, (self._fast.to_str(), self.num_codes)
+
+    # Making
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        num_codes: int = 1024,
+        alphabet: Iterable[str] = (),
+        max_token_length: int = 8,
+    ) -> Tokenizer:
+        """Learn a BPE of at most `vocab_size` tokens from texts, the characters of `alphabet` among them.
+
+        It merges characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1 merges none,
+        as in M6, whose tokens are Chinese characters); a character it has not
+        got is written as its UTF-8 bytes. Raises UsageError when `vocab_size` cannot hold the alphabet.
+        """
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+        alphabet = sorted(set(alphabet))
+        room = vocab_size - len(SPECIAL) - len(_BYTES)
+        if room < max(1, len(alphabet)):
+            raise UsageError(
+                f"A vocabulary of {vocab_size} tokens is too small: special tokens and bytes take "
+                f"{len(SPECIAL) + len(_BYTES)}, the given characters {len(alphabet)}."
+            )
+        fast = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+        # One digit is one token, so that numbers are spelt alike everywhere. Splitting `<` and `>` off also keeps
+        # a text that says "<0x41>" from being taken for the byte.
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{P}\p{S}\p{N}]|\s+"), "isolated")
+        fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL, *_BYTES],
+            initial_alphabet=alphabet,
+            limit_alphabet=room,
+            max_token_length=max_token_length,
+            show_progress=False,
+        )
+        fast.train_from_iterator(texts, trainer)
+        # The trainer knows the bytes as special tokens only, and decoding would leave those out.
+        content = json.loads(fast.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+        return _restore(json.dumps(content), num_codes)
+
+    @classmethod
+    def wrap(cls, path: str | Path, num_codes: int = 1024, start_at: int | None = None) -> Tokenizer:
+        """Take any fast tokenizer (a tokenizer.json or its directory) and append our tokens and codes to its ids.
+
+        `start_at` is the first id to be ours, where the embedding that belongs to the tokenizer has more rows than
+        the tokenizer has tokens (Qwen3: 151,936 rows, 151,669 tokens).
+        """
+        fast = _open(Path(path))
+        used = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if start_at is not None and start_at < used:
+            raise UsageError(f"start_at is {start_at}, but the tokenizer in {path} uses the ids up to {used - 1}.")
+        fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]
+        fast.add_special_tokens([*fillers, *SPECIAL])
+        return cls(fast, num_codes)
+
+
+def _restore(content: str, num_codes: int) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(content), num_codes)
+
+
+def _open(path: Path) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist: a tokenizer is a directory with a tokenizer.json.")
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        raise UsageError(f"{file} is damaged or no tokenizer ({type(error).__name__}).") from None
+
+
+def _unreadable(text: Any) -> DataError:
+    if not isinstance(text, str):
+        return DataError(f"A text is expected, not {type(text).__name__}.")
+    place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
+    return DataError(f"The text {text[:20]!r} is broken: character {place + 1} is half of a surrogate pair.")
+
+
+@lru_cache(maxsize=1)
+def _counted_characters() -> tuple[str, ...]:
+    from importlib.resources import files
+
+    counts: Counter[str] = Counter()
+    for line in files("jieba").joinpath("dict.txt").read_text("utf-8").splitlines():
+        word, count, *_ = line.split(" ")
+        for character in word:
+            if "\u4e00" <= character <= "\u9fff":
+                counts[character] += int(count)
+    return tuple(sorted(counts, key=lambda c: (-counts[c], c)))
+
+
+def common_characters(count: int) -> list[str]:
+    """The `count` most frequent Chinese characters, the first ones first, by the word counts of jieba's dictionary.
+
+    In a small tokenizer's alphabet they keep any Chinese text near one token a character.
+    """
+    return list(_counted_characters()[:count])

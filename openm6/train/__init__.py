@@ -1,0 +1,1 @@
+"""Training: one recipe, one loop, on one process or many."""

@@ -1,0 +1,172 @@
+"""A recipe: everything a training run needs to know, in one YAML file, checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from openm6.errors import UsageError, suggest
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ModelSection(_Strict):
+    """The network to start from: a `preset` (with `sizes` changed) at random, or the model directory `path`."""
+
+    preset: str | None = None
+    path: Path | None = None
+    sizes: dict[str, Any] = Field(default_factory=dict, description="single values of ModelConfig to change")
+    max_length: int | None = Field(None, ge=8, description="longest example in positions; the default is row_length")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSection:
+        if (self.preset is None) == (self.path is None):
+            raise ValueError("give either preset or path")
+        if self.path and self.sizes:
+            raise ValueError("sizes change a preset; a model from a path keeps its own")
+        return self
+
+
+class TokenizerSection(_Strict):
+    """A tokenizer from a directory, or one trained on the texts of this recipe's data."""
+
+    path: Path | None = None
+    vocab_size: int = Field(3072, ge=512, description="text tokens to train, when there is no path")
+    characters: int = Field(2048, ge=0, description="the most frequent Chinese characters, always included")
+    num_codes: int = Field(1024, ge=0, description="ids reserved for image codes")
+    max_token_length: int = Field(8, ge=1, description="characters of a token; 1 keeps each character alone, as M6 does")
+
+
+class DataSection(_Strict):
+    """One source for one task."""
+
+    source: str
+    task: str
+    name: str | None = Field(None, description="under which its loss is logged; the default is the source")
+    weight: float = Field(1.0, gt=0)
+    columns: dict[str, str] = Field(default_factory=dict, description="slot of the task: column of the data")
+    format: str | None = None
+    images: str | None = Field(None, description="folder that picture paths start from")
+    stream: bool = Field(False, description="read a large Parquet source in passing instead of indexing it")
+    limit: int | None = Field(None, ge=1)
+
+
+class TrainSection(_Strict):
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1, description="examples a step, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts in which each process works through its share of a step")
+    packing: bool = True
+    row_length: int = Field(256, ge=8, description="positions of a packed row")
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: int = Field(100, ge=0, description="steps")
+    decay: float = Field(0.2, ge=0, le=1, description="share of the steps in which wsd goes down")
+    final_rate: float = Field(0.05, ge=0, le=1, description="last learning rate / highest")
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 where the machine has units for it"
+    )
+    compile: bool = False
+    workers: int = Field(2, ge=0, description="threads that prepare examples")
+    reject_share: float = Field(0.05, ge=0, le=1, description="stop when more of the records than this are bad")
+    checkpoint_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints that stay")
+    log_every: int = Field(10, ge=1)
+
+
+class EvaluationSection(_Strict):
+    """Data to measure on while training: the tasks' own metrics, by decoding."""
+
+    every: int = Field(1000, ge=1)
+    limit: int = Field(256, ge=1, description="records a source")
+    data: list[DataSection] = Field(default_factory=list)
+
+
+class Recipe(_Strict):
+    name: str
+    seed: int = 0
+    output: Path
+    model: ModelSection
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: list[DataSection] = Field(min_length=1)
+    train: TrainSection
+    evaluation: EvaluationSection = EvaluationSection()
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a YAML recipe, apply `key.path=value` overrides, check everything.
+
+    A UsageError names the file, the key, the value, and what is allowed.
+    """
+    path = find_recipe(path)
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f'"{override}" is no override; write key=value, e.g. train.steps=100.')
+    try:
+        content = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(content, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the YAML scanner's errors share no base class with OmegaConf's
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} is no recipe: it has to hold keys such as model, data and train.")
+    return check_recipe({str(key): value for key, value in values.items()}, str(path))
+
+
+def check_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A Recipe from plain values."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {explain(error, Recipe)}") from None
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A path to a recipe, or the name of one that comes with OpenM6 (`demo`, `recipes/demo.yaml`)."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    here = Path(__file__).parent.parent / "recipes"
+    shipped = here / f"{path.stem}.yaml"
+    if path.suffix in ("", ".yaml") and path.parent.name in ("", "recipes") and shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in here.glob("*.yaml"))
+    raise UsageError(
+        f"There is no recipe {path}.{suggest(path.stem, names)} Recipes that come with OpenM6: {', '.join(names)}."
+    )
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of a validation, in one sentence with key, value and what is allowed."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    kind, more = first["type"], len(error.errors()) - 1
+    if kind == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        text = f"unknown key {key}.{suggest(str(first['loc'][-1]), known)} Known here: {', '.join(known)}."
+    elif kind == "missing":
+        text = f"the key {key} is missing."
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        text = f"{key or 'recipe'} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
+    return text + (f" ({more} more problem{'s' if more > 1 else ''}.)" if more else "")
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys of the section at a place such as ("data", 0)."""
+    section: Any = model
+    for part in place:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+        section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
+    return list(section.model_fields)

@@ -1,0 +1,162 @@
+"""What a training run tells: a progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from openm6.train.meters import EnergyMeter, EnergyUse
+from openm6.train.recipe import Recipe
+
+Losses = list[tuple[str, str, float, int]]
+
+
+class Reporter:
+    """Gathers steps and writes a line every `log` call. One a run, on the first process."""
+
+    def __init__(self, output: Path, recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = Console(stderr=True)
+        self.recipe, self.output, self.on_step = recipe, output, on_step
+        values = recipe.model_dump(mode="json", exclude_unset=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
+        self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(output / "tensorboard"))
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
+        self.peak = math.inf
+        self._clear()
+
+    def _clear(self) -> None:
+        self.losses: Losses = []
+        self.seconds, self.flops, self.positions, self.filled, self.steps = 0.0, 0.0, 0, 0.0, 0
+        self.since = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    def start(self, step: int, peak: float) -> None:
+        self.peak = peak
+        self.bar.start()
+        self.bar.update(self.row, completed=step)
+        self._clear()
+
+    def step(
+        self,
+        step: int,
+        losses: Losses,
+        rate: float,
+        norm: float,
+        seconds: float,
+        *,
+        flops: float,
+        positions: int,
+        filled: float,
+    ) -> None:
+        self.number, self.rate, self.norm = step, rate, norm
+        self.losses += losses
+        self.seconds += seconds
+        self.flops += flops
+        self.positions += positions
+        self.filled += filled
+        self.steps += 1
+        self.bar.update(self.row, completed=step)
+
+    def log(self, energy: EnergyMeter) -> None:
+        """One line for the steps since the last one. Times include waiting for data."""
+        elapsed = time.perf_counter() - self.since
+        use = energy.read()
+        line: dict[str, Any] = {
+            "step": self.number,
+            "loss": _mean(self.losses),
+            "loss_by_task": _means(self.losses, 0),
+            "loss_by_source": _means(self.losses, 1),
+            "learning_rate": self.rate,
+            "gradient_norm": self.norm,
+            "seconds_per_step": elapsed / self.steps,
+            "tokens_per_second": self.positions / elapsed,
+            "tflops": self.flops / elapsed / 1e12,
+            "share_of_peak": self.flops / elapsed / self.peak,
+            "row_fill": self.filled / self.steps,
+            "waiting_for_data": max(0.0, 1 - self.seconds / elapsed),
+            "energy_kwh": use.kwh,
+            "energy_measured": use.measured,
+        }
+        self._write(line)
+        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "energy_kwh"):
+            self.board.add_scalar(key, line[key], self.number)
+        for kind in ("loss_by_task", "loss_by_source"):
+            for name, value in line[kind].items():
+                self.board.add_scalar(f"{kind}/{name}", value, self.number)
+        figures = (
+            f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
+            f"{use.kwh * 1000:.1f} Wh{'' if use.measured else ' (estimated)'}"
+        )
+        self.bar.update(self.row, figures=figures)
+        if not self.console.is_terminal and (self.number % (self.recipe.train.log_every * 10) == 0 or self.number == 1):
+            self.say(f"step {self.number}/{self.recipe.train.steps}  {figures}  {line['seconds_per_step']:.2f} s/step")
+        self._clear()
+
+    def evaluation(self, step: int, name: str, scores: Mapping[str, float]) -> None:
+        self._write({"step": step, "evaluation": name, **scores})
+        for metric, value in scores.items():
+            self.board.add_scalar(f"evaluation/{name}/{metric}", value, step)
+        self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        self.since = time.perf_counter() if not self.steps else self.since
+
+    def finish(self, step: int, use: EnergyUse) -> None:
+        self._write(
+            {
+                "step": step,
+                "finished": True,
+                "energy_kwh": use.kwh,
+                "co2e_kg": use.co2e_kg,
+                "energy_measured": use.measured,
+            }
+        )
+        known = "measured" if use.measured else "estimated"
+        self.say(
+            f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e ({known}). "
+            f"Model: {self.output / 'model'}"
+        )
+
+    def close(self) -> None:
+        self.bar.stop()
+        self.board.close()
+        self.lines.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.flush()
+        if self.on_step:
+            self.on_step(line)
+
+
+def _mean(losses: Losses) -> float:
+    return sum(loss for *_, loss, _ in losses) / max(1, sum(number for *_, number in losses))
+
+
+def _means(losses: Losses, key: int) -> dict[str, float]:
+    groups: dict[str, Losses] = defaultdict(list)
+    for entry in losses:
+        groups[str(entry[key])].append(entry)
+    return {name: _mean(group) for name, group in sorted(groups.items())}

@@ -1,0 +1,138 @@
+"""From a recipe to the parts of a run: model, tokenizer, tasks, data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from openm6.atomic import write_whole
+from openm6.bundle import Bundle
+from openm6.data.columns import SlotView
+from openm6.data.loader import Entry
+from openm6.data.rejects import Rejects
+from openm6.data.source import Source, open_source
+from openm6.errors import UsageError
+from openm6.evaluate.command import measure
+from openm6.images import ImageGrid
+from openm6.model import M6, ModelConfig
+from openm6.tasks.library import get as get_task, names as library_names
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer, common_characters
+from openm6.train.distributed import Group
+from openm6.train.recipe import DataSection, Recipe
+
+TOKENIZER_TEXTS = 200_000
+"""Texts that a tokenizer is trained on at most."""
+
+MAX_LABELS = 10_000
+"""Labels up to which a set is taken from the data; more are no closed set."""
+
+
+def build_bundle(recipe: Recipe, group: Group) -> Bundle:
+    """The model to start from, with its tokenizer. A resumed run takes the tokenizer of its first start."""
+    section = recipe.model
+    if section.path is not None:
+        bundle = Bundle.load(section.path, device="cpu", trainable=True)
+        if section.max_length:
+            bundle.processor = Processor(bundle.processor.tokenizer, bundle.processor.grid, section.max_length)
+        return bundle
+    tokenizer = _tokenizer(recipe, group)
+    sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
+    if "vocab_size" in section.sizes:
+        raise UsageError(
+            "model.sizes.vocab_size follows from the tokenizer: set tokenizer.vocab_size and tokenizer.num_codes."
+        )
+    config = ModelConfig.preset(section.preset or "", **sizes)
+    length = section.max_length or recipe.train.row_length
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
+    return Bundle(M6(config), Processor(tokenizer, grid, length))
+
+
+def _tokenizer(recipe: Recipe, group: Group) -> Tokenizer:
+    section = recipe.tokenizer
+    if section.path is not None:
+        return Tokenizer.load(section.path)
+    place = recipe.output / "tokenizer"
+    if group.first and not (place / "tokenizer.json").is_file():
+        characters = common_characters(section.characters)
+        trained = Tokenizer.train(
+            _texts(recipe), section.vocab_size, section.num_codes, characters, section.max_token_length
+        )
+        write_whole(place, trained.save)
+    group.wait()
+    return Tokenizer.load(place)
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    """The texts of all the recipe's data, and those of its tasks' instructions."""
+    for section in recipe.data:
+        task = get_task(section.task)
+        yield from task.texts()
+        source = _open(section)
+        mapping = SlotView.of(task, source, section.columns).mapping
+        columns = [mapping[s.name] for s in task.slots.values() if s.type in ("text", "label", "table")]
+        for index in range(min(len(source), TOKENIZER_TEXTS // len(recipe.data))):
+            record = source[index]
+            for column in columns:
+                yield from _strings(record.get(column))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a value: of a list, of a table's names and cells."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif value is not None and not isinstance(value, bytes):
+        yield str(value)
+
+
+def _open(section: DataSection, rejects: Rejects | None = None) -> Source:
+    return open_source(
+        section.source, section.format, section.images, stream=section.stream, limit=section.limit, rejects=rejects
+    )
+
+
+def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[Entry], Rejects]:
+    """The recipe's data, each source with its task; and where bad records go.
+
+    A label slot without a set of its own gets the labels that the data have.
+    """
+    name = "rejects.jsonl" if group.first else f"rejects-{group.rank}.jsonl"
+    rejects = Rejects(recipe.output / name, recipe.train.reject_share)
+    entries: list[Entry] = []
+    labels: dict[str, dict[str, tuple[str, ...]]] = {}
+    for section in recipe.data:
+        own = section.task in bundle.tasks and section.task not in library_names()
+        task = bundle.tasks[section.task] if own else get_task(section.task)
+        source = _open(section, rejects)
+        for slot, values in _labels(task, source, section).items():
+            found = labels.setdefault(task.name, {})
+            found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))
+        entries.append(Entry(section.name or section.source, source, task, section.weight, section.columns))
+    for entry in entries:  # two sources of one task share its labels
+        entry.task = entry.task.with_labels(labels.get(entry.task.name, {}))
+    return entries, rejects
+
+
+def _labels(task: Task, source: Source, section: DataSection) -> dict[str, tuple[str, ...]]:
+    """The distinct values of the written label slots whose set the task leaves open (none of a streamed source)."""
+    open_slots = [n for n in task.outputs if task.slots[n].type == "label" and n not in task.labels]
+    if not open_slots or section.stream:
+        return {}
+    mapping = SlotView.of(task, source, section.columns).mapping
+    found: dict[str, dict[str, None]] = {name: {} for name in open_slots}
+    for record in source:
+        for name in open_slots:
+            found[name].update(dict.fromkeys(_strings(record.get(mapping[name]))))
+    return {name: tuple(sorted(values)) for name, values in found.items() if 0 < len(values) <= MAX_LABELS}
+
+
+def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each source of the recipe's evaluation, and its task's metrics on the first `limit` records."""
+    for section in recipe.evaluation.data:
+        limit = min(section.limit or recipe.evaluation.limit, recipe.evaluation.limit)
+        result = measure(bundle, section.task, section.source, section.columns, section.format, section.images, limit)
+        yield section.name or f"{result.task} {section.source}", result.values()

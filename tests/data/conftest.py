@@ -1,0 +1,59 @@
+"""A cache of its own for every test, small pictures, and a task that writes down what it was given."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openm6.errors import DataError
+from openm6.sequence import CAUSAL, Sequence
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("OPENM6_CACHE", str(folder))
+    return folder
+
+
+def picture_bytes(value: int = 0, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value % 256, 100, 200)).save(buffer, format)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class NumberSlot:
+    name: str
+    type: str
+
+
+@dataclass
+class NumberTask:
+    """The smallest thing that the loader can drive: an example holds the record's number and one random draw."""
+
+    name: str = "number"
+    slots: Mapping[str, NumberSlot] = field(default_factory=lambda: {"text": NumberSlot("text", "text")})
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ("text",)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def encode(
+        self, record: Mapping[str, Any], processor: Any, rng: np.random.Generator | None, with_target: bool = True
+    ) -> Sequence:
+        if not str(record.get("text", "")).isdigit():
+            raise DataError(f"{record['_where']} has no number.")
+        draw = 0 if rng is None else int(rng.integers(1 << 30))
+        ids = np.array([int(record["text"]), draw], np.int32)
+        return Sequence(ids, np.full(2, CAUSAL, np.int32), ids, task=self.name)
+
+
+def numbers(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"text": str(i), "_where": f"list#{i}"} for i in range(start, start + count)]

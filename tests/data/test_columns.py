@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openm6.data.columns import SlotView, map_columns
+from openm6.data.store import ListRecords
+from openm6.errors import DataError, UsageError
+from tests.data.conftest import NumberSlot, NumberTask
+
+VQA = NumberTask(
+    "vqa",
+    slots={
+        "photo": NumberSlot("photo", "image"),
+        "question": NumberSlot("question", "text"),
+        "answer": NumberSlot("answer", "text"),
+    },
+    inputs=("photo", "question"),
+    outputs=("answer",),
+    aliases={"question": ("ask",)},
+)
+CAPTION = NumberTask(
+    "caption",
+    slots={"photo": NumberSlot("photo", "image"), "caption": NumberSlot("caption", "text")},
+    inputs=("photo",),
+    outputs=("caption",),
+)
+
+
+def test_the_users_word_comes_first_then_the_name_then_aliases() -> None:
+    assert map_columns(VQA, ["photo", "question", "answer"], {}) == {
+        "photo": "photo",
+        "question": "question",
+        "answer": "answer",
+    }
+    assert map_columns(VQA, ["img", "ask", "answers"], {}) == {"photo": "img", "question": "ask", "answer": "answers"}
+    assert map_columns(VQA, ["image", "q1", "question", "answer"], {"question": "q1"})["question"] == "q1"
+    assert map_columns(CAPTION, ["image", "text"], {}) == {"photo": "image", "caption": "text"}
+
+
+def test_the_only_column_of_a_type_is_taken_and_of_two_none() -> None:
+    rows = [{"文件": "a.JPG", "说明": ["一", "二"], "n": 3}]
+    assert map_columns(CAPTION, ["文件", "说明", "n"], {}, rows) == {"photo": "文件", "caption": "说明"}
+    with pytest.raises(UsageError, match=r"needs caption \(\[text:caption\]\).*文件, 甲, 乙.*columns: \{caption:"):
+        map_columns(CAPTION, ["文件", "甲", "乙"], {}, [{"文件": b"x", "甲": "一", "乙": "二"}])
+
+
+def test_wrong_mappings_are_refused_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match=r'no slot \'foto\'\. Did you mean "photo"'):
+        map_columns(VQA, ["image"], {"foto": "image"})
+    with pytest.raises(UsageError, match=r'no column \'imag\'\. Did you mean "image"'):
+        map_columns(VQA, ["image"], {"photo": "imag"})
+
+
+def test_of_several_texts_one_is_drawn_in_training_and_all_are_kept_for_evaluation() -> None:
+    records = ListRecords([{"image": "a.jpg", "text": ["一", "二", "三"], "kind": "x"}])
+    view = SlotView.of(CAPTION, records, {})
+    drawn = {view(records[0], np.random.default_rng(seed))["caption"] for seed in range(40)}
+    assert drawn == {"一", "二", "三"}
+    assert view(records[0])["caption"] == ["一", "二", "三"]
+    assert view(records[0])["kind"] == "x"
+
+
+def test_an_input_with_several_texts_takes_the_first_without_a_draw() -> None:
+    records = ListRecords([{"photo": "a.jpg", "question": ["一?", "二?"], "answer": 3}])
+    seen = SlotView.of(VQA, records, {})(records[0])
+    assert (seen["question"], seen["answer"]) == ("一?", "3")
+
+
+def test_a_missing_or_empty_value_is_left_out() -> None:
+    records = ListRecords([{"photo": "a.jpg", "question": None, "answer": []}])
+    seen = SlotView.of(VQA, records, {})(records[0])
+    assert "question" not in seen
+    assert "answer" not in seen
+
+
+def test_picture_paths_are_completed_and_absolute_ones_kept() -> None:
+    records = ListRecords(
+        [
+            {"photo": "a.jpg", "caption": "一", "_root": "/data"},
+            {"photo": "/else/b.jpg", "caption": "二", "_root": "/data"},
+        ]
+    )
+    view = SlotView.of(CAPTION, records, {})
+    assert [view(r)["photo"] for r in (records[0], records[1])] == [str(Path("/data/a.jpg")), "/else/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/a.jpg",
+        "https://other.org/a.jpg",
+        "https://cdn.org/pictures/../a.jpg",
+        "file:///etc/passwd",
+    ],
+)
+@pytest.mark.parametrize("root", ["", "/data", "https://cdn.org/pictures"])
+def test_a_picture_elsewhere_is_not_fetched(url: str, root: str) -> None:
+    records = ListRecords([{"photo": url, "caption": "一", "_root": root}])
+    with pytest.raises(DataError, match="is elsewhere"):
+        SlotView.of(CAPTION, records, {})(records[0])

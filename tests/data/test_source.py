@@ -1,0 +1,81 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from openm6.data.rejects import Rejects
+from openm6.data.source import open_source
+from openm6.errors import DataError, UsageError
+
+
+def lines(path: Path, count: int, bad: int = 0) -> Path:
+    path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(count)) + "{\n" * bad, "utf-8")
+    return path
+
+
+def test_records_are_reached_in_any_order_with_their_columns(tmp_path: Path) -> None:
+    source = open_source(lines(tmp_path / "a.jsonl", 10))
+    assert (len(source), source.columns) == (10, ("text",))
+    assert [source[i]["text"] for i in (9, 0, -1)] == ["9", "0", "9"]
+    assert [r["text"] for r in source] == [str(i) for i in range(10)]
+    assert len(open_source(tmp_path / "a.jsonl", limit=3)) == 3
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(tmp_path: Path, cache: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", 3)
+    open_source(path)
+    made = {p for p in cache.iterdir() if p.is_dir()}
+    open_source(path)
+    assert {p for p in cache.iterdir() if p.is_dir()} == made
+    lines(path, 5)
+    assert len(open_source(path)) == 5
+    os.utime(path, ns=(1, 1))
+    assert len(open_source(path)) == 5
+    assert len([p for p in cache.iterdir() if p.is_dir()]) == 3
+
+
+def test_an_empty_data_set_is_an_error_that_names_it_and_the_first_reason(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl holds no usable record\.$"):
+        open_source(lines(tmp_path / "a.jsonl", 0))
+    with pytest.raises(DataError, match=r"no usable record: .*b\.jsonl:1 is not valid JSON"):
+        open_source(lines(tmp_path / "b.jsonl", 0, bad=2))
+
+
+def test_bad_rows_are_counted_also_when_they_come_from_the_cache(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", 97, bad=3)
+    for number in range(2):
+        rejects = Rejects(tmp_path / f"{number}.jsonl")
+        source = open_source(path, rejects=rejects)
+        assert (len(source), rejects.bad, rejects.seen) == (97, 3, 100)
+        assert source.rejected[0].where == f"{path}:98"
+    with pytest.raises(DataError, match="of 35 records"):
+        open_source(lines(tmp_path / "b.jsonl", 10, bad=30), rejects=Rejects(tmp_path / "r.jsonl", minimum=25))
+
+
+def test_the_built_in_sources() -> None:
+    assert open_source("demo:catalogue/train?pictures=5&seed=1").columns[0] == "image"
+    assert len(open_source("demo:catalogue/test?pictures=5")) == 5
+    assert open_source("demo:questions/train?pictures=5")[0]["image"][:2] == b"\xff\xd8"
+    assert "text" in open_source("demo:texts/validation?pictures=5").columns
+    assert len(open_source("digits/test")) + len(open_source("digits/train")) == 1797
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("demo:katalogue/train", "no part"), ("demo:catalogue/dev", "no split"), ("digits/dev", "no split"),
+        ("demo:catalogue/train?pictures=x", "whole numbers"),
+        ("demo:catalogue/train?colour=red", "unknown option colour"),
+    ],
+)  # fmt: skip
+def test_unknown_built_ins_are_usage_errors(name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        open_source(name)
+
+
+def test_only_parquet_is_streamed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only Parquet"):
+        open_source(lines(tmp_path / "a.jsonl", 3), stream=True)
+    with pytest.raises(UsageError, match="not streamed"):
+        open_source("digits/train", stream=True)

@@ -1,0 +1,111 @@
+"""Measuring against answers that are known, and reports that can be read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.bundle import Bundle
+from openm6.decode import Generated
+from openm6.errors import DataError
+from openm6.evaluate import evaluate
+from openm6.evaluate.measure import Case, Evaluation
+from openm6.evaluate.report import write_report
+from openm6.images import ImageGrid
+from openm6.model import M6
+from openm6.sequence import IGNORE
+from openm6.tasks.metrics import Score
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+from tests.conftest import tiny_config
+from tests.tasks.conftest import picture
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    tokenizer = Tokenizer.train(["图中是红色"], 600, num_codes=0)
+    config = tiny_config(vocab_size=tokenizer.vocab_size)
+    return Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64))
+
+
+class Says(Bundle):
+    """A bundle whose model says what it is told to."""
+
+    def __init__(self, bundle: Bundle, answers: list[str]):
+        super().__init__(bundle.model, bundle.processor)
+        self.answers = iter(answers)
+
+    def generate(self, task: Task, prompts: list[Any], *_: Any) -> list[Generated]:
+        return [Generated(self.processor.tokenizer.encode(next(self.answers)), 0.0, True) for _ in prompts]
+
+
+VQA = Task.from_dict(
+    {"name": "vqa", "instructions": ["[text:question] -> [text:answer]"], "metrics": ["accuracy", "exact_match"]}
+)
+
+
+def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
+    records = [
+        {"question": "a", "answer": "红色"},
+        {"question": "b", "answer": ["蓝", "蓝色"]},
+        {"question": "c", "answer": "绿色"},
+        {"question": "d"},
+    ]
+    result = evaluate(Says(bundle, ["红色。", "蓝色", "黄色"]), VQA, records)
+    assert result.scores["accuracy"].value == pytest.approx(2 / 3)
+    assert result.scores["exact_match"].value == pytest.approx(1 / 3)
+    assert result.rejected == 1
+    assert [c.answer for c in result.cases] == ["红色。", "蓝色", "黄色"]
+    score = result.scores["accuracy"]
+    assert 0 <= score.low <= score.value <= score.high <= 1
+
+
+def test_nothing_to_measure_is_told(bundle: Bundle) -> None:
+    with pytest.raises(DataError, match="Nothing to evaluate in x: there are no records"):
+        evaluate(bundle, VQA, [], "x")
+    with pytest.raises(DataError, match="Nothing to evaluate .*has no answer to compare with"):
+        evaluate(bundle, VQA, [{"question": "a", "_where": "f:1"}])
+
+
+def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
+    task = Task.from_dict(
+        {"name": "t", "instructions": ["[text:a] -> [text:b]"], "metrics": ["perplexity"], "decode": {"max_new_tokens": 2}}
+    )
+    records = [{"a": "图中", "b": "红色"}, {"a": "图", "b": "是红色图中"}, {"a": "色", "b": "红"}]
+    found = evaluate(bundle, task, records, batch_size=2).scores["perplexity"].value
+    losses = []
+    for record in records:
+        sequence = task.encode(record, bundle.processor)
+        from openm6.sequence import pad
+
+        with torch.no_grad(), bundle.precision():
+            logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).double()
+        log_probs = logits.log_softmax(-1)
+        losses += [-float(log_probs[t, label]) for t, label in enumerate(sequence.labels) if label != IGNORE]
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=2e-2 if bundle.model.packed_head else 1e-4)
+
+
+def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path: Path) -> None:
+    cases = [
+        Case({"photo": picture(), "question": "<script>alert(1)</script>"}, "红[x](y)", ["蓝"]),
+        Case({"photo": picture(seed=1), "question": "b"}, "蓝", ["蓝"]),
+    ]
+    evaluation = Evaluation("vqa", "data", {"accuracy": Score(0.5, 0.1, 0.9, 2)}, cases)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "loss": 2 / i, "loss_by_task": {"vqa": 2 / i}, "tokens_per_second": 9} for i in (1, 2, 3)]
+    metrics.write_text("\n".join(map(json.dumps, lines)))
+    figures = [{"name": "colour", "value": 0.5, "low": 0.1, "high": 0.9, "n": 2}]
+    page = write_report(tmp_path / "report", "A report", [evaluation], figures=figures, metrics=metrics)
+    text = page.read_text("utf-8")
+    assert "<script>" not in text
+    assert "href" not in text
+    assert "50.0%" in text
+    assert text.count("<img") == 3
+    assert len(list((tmp_path / "report" / "pictures").glob("*.png"))) == 3
+    assert "✗ 红" in (tmp_path / "report" / "report.md").read_text("utf-8")

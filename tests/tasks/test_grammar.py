@@ -1,0 +1,135 @@
+"""Instructions read, written, and refused with a mark under the place."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from openm6.errors import UsageError
+from openm6.tasks.grammar import ATTRIBUTES, Slot, parse, write
+
+
+def test_an_instruction_has_two_sides_of_texts_and_slots() -> None:
+    found = parse("[image:photo] 图中的商品是什么颜色? -> [text:answer]")
+    assert found.source == (Slot("image", "photo"), "图中的商品是什么颜色?")
+    assert found.target == (Slot("text", "answer"),)
+    assert found.text == "[image:photo] 图中的商品是什么颜色? -> [text:answer]"
+
+
+def test_a_slot_without_a_name_is_called_by_its_type() -> None:
+    assert parse("[image] -> [text]").source == (Slot("image", "image"),)
+
+
+def test_an_empty_left_side_and_touching_slots() -> None:
+    assert parse("->[text]").source == ()
+    assert parse("[image:a][image:b]->[text]").source == (Slot("image", "a"), Slot("image", "b"))
+
+
+def test_plain_text_stands_on_both_sides_and_brackets_are_doubled() -> None:
+    found = parse("见[[注1] 与[[[text:a] -> 颜色是[label:b]。")
+    assert found.source == ("见[注1] 与[", Slot("text", "a"))
+    assert found.target == ("颜色是", Slot("label", "b"), "。")
+
+
+def test_attributes() -> None:
+    found = parse("[text:a|mask=0.15|drop=0.1] [text:b|prefix] -> [label:c|set=红色, 蓝色] [text:a]")
+    assert found.source == (Slot("text", "a", mask=0.15, drop=0.1), Slot("text", "b", prefix=True))
+    assert found.target[0] == Slot("label", "c", labels=("红色", "蓝色"))
+
+
+def test_all_types_are_known() -> None:
+    for kind in ATTRIBUTES:
+        assert parse(f"[{kind}:x] -> [text]").source == (Slot(kind, "x"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "problem"),
+    [
+        ("[imge:photo] -> [text]", 2, r'no slot type \'imge\'\. Did you mean "image"'),
+        ("[text:b|msk=1] -> [text]", 9, r'no attribute \'msk\'\. Did you mean "mask"'),
+        ("[image:b|mask=1] -> [text]", 10, "can have: drop"),
+        ("[text:a|mask=2] -> [text:a]", 14, "share above 0"),
+        ("[text:a|mask] -> [text:a]", 14, "share above 0"),
+        ("[text:a|drop=nan] -> [text]", 14, "share above 0"),
+        ("[text:a|prefix=1] -> [text:a]", 15, "takes no value"),
+        ("[text:a|mask=0.1|mask=0.2] -> [text:a]", 18, "given twice"),
+        ("[text:a|mask=0.1|prefix] -> [text:a]", 2, "exclude"),
+        ("[label:a|set=x,,y] -> [text]", 10, "different labels"),
+        ("[label:a|set=x,x] -> [text]", 10, "different labels"),
+        ("图中 [image:a -> [text]", 4, "not closed"),
+        ("[image:[text]] -> [text]", 1, "not closed"),
+        ("abc", 4, "no `->`"),
+        ("a -> b -> [text]", 8, "second `->`"),
+        ("[image] -> 红", 13, "no slot"),
+        ("[image] ->", 11, "no slot"),
+        ("[text] [text] -> [label]", 8, "called text"),
+        ("[text:1a] -> [label]", 7, "cannot name"),
+        ("[text:] -> [label]", 7, "cannot name"),
+        ("[text:_where] -> [label]", 7, "cannot name"),
+        ("[text:task] -> [label]", 7, "reserved"),
+        ("[text:a] -> [text:a|mask=0.1]", 13, "on the left"),
+        ("[label:x] -> [text:x]", 1, "label here and text there"),
+        ("[] -> [text]", 2, "no slot type"),
+    ],
+)
+def test_mistakes_are_shown_at_their_column(text: str, column: int, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem) as caught:
+        parse(text)
+    first, shown, mark = str(caught.value).split("\n")
+    assert first.endswith(f"(column {column}).") and shown == f"  {text}" and len(mark) == 2 + column
+
+
+def test_the_mark_stands_under_wide_characters() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse("图a [x] -> [text]")
+    assert str(caught.value).split("\n")[2] == "  \u3000   ^"
+
+
+names = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True).filter(lambda n: n not in ("self", "task", "decoding"))
+plain = (
+    st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+    .map(str.strip)
+    .filter(lambda t: t and "->" not in t)
+)
+shares = st.sampled_from([0.0, 0.1, 0.15, 1.0, 1e-05])
+labels = st.lists(st.sampled_from(["红色", "7", "a b", "好:评"]), unique=True).map(tuple)
+sources = st.one_of(
+    st.builds(Slot, st.just("text"), names, shares, st.just(False), shares),
+    st.builds(Slot, st.just("text"), names, st.just(0.0), st.booleans(), shares),
+    st.builds(Slot, st.just("label"), names, st.just(0.0), st.just(False), shares, labels),
+    st.builds(Slot, st.sampled_from(["image", "table", "box", "vector"]), names),
+)
+targets = st.one_of(
+    st.builds(Slot, st.sampled_from(sorted(ATTRIBUTES)), names),
+    st.builds(Slot, st.just("label"), names, labels=labels),
+)
+
+
+def _side(parts: list) -> tuple:
+    """No two texts beside each other, no name twice."""
+    side: list = []
+    for part in parts:
+        if isinstance(part, str) and side and isinstance(side[-1], str):
+            continue
+        if isinstance(part, Slot) and any(isinstance(p, Slot) and p.name == part.name for p in side):
+            continue
+        side.append(part)
+    return tuple(side)
+
+
+@given(st.lists(plain | sources, max_size=6).map(_side), st.lists(plain | targets, max_size=5).map(_side))
+def test_what_is_written_is_read_back(source: tuple, target: tuple) -> None:
+    slots = [p for p in target if isinstance(p, Slot)]
+    types = {p.name: p.type for p in slots}
+    if not slots or any(isinstance(p, Slot) and types.get(p.name, p.type) != p.type for p in source):
+        return
+    found = parse(write(source, target))
+    assert (found.source, found.target) == (source, target)
+
+
+@given(st.text(st.sampled_from("[]|:=->,图 textlabmsk.1"), max_size=40))
+def test_nonsense_is_read_or_refused_but_never_fails(text: str) -> None:
+    try:
+        found = parse(text)
+    except UsageError:
+        return
+    again = parse(write(found.source, found.target))
+    assert (again.source, again.target) == (found.source, found.target)

@@ -1,0 +1,57 @@
+"""Every task of the library does what it says, on its own example."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openm6.decode import Decoding
+from openm6.errors import UsageError
+from openm6.sequence import IGNORE
+from openm6.tasks.library import get, names
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from tests.tasks.conftest import picture
+
+FIRST = {
+    "text_denoising", "language_modelling", "image_captioning", "image_text_denoising", "masked_captioning", "caption",
+    "vqa", "image_classification", "text_continuation", "infilling", "title", "text_classification",
+}  # fmt: skip
+
+
+def example(task: Task) -> dict:
+    return {name: picture() if task.slots[name].type == "image" else value for name, value in task.example.items()}
+
+
+def test_the_first_dozen_is_there() -> None:
+    assert set(names()) >= FIRST
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
+    task = get(name)
+    assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)
+    processor = Processor(processor.tokenizer, processor.grid, 128)
+    for seed in range(6):
+        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        answer = task.read(found.labels[found.labels != IGNORE].tolist(), processor)
+        assert list(answer) == list(task.outputs) and all(answer.values())
+    prompt = task.encode(example(task), processor, with_target=False)
+    assert prompt.ids[-1] == processor.tokenizer.answer_id
+    assert Decoding.of(**task.decode).max_new_tokens >= 16
+    assert Task.from_dict(task.to_dict()) == task
+    assert set(task.schema()["inputs"]["properties"]) == set(task.inputs)
+
+
+def test_a_task_is_found_by_name_path_or_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("instruction: '[image:photo] -> [text:poem]'\n", "utf-8")
+    assert get("vqa") is get("vqa")
+    assert get(tmp_path / "mine.yaml").outputs == ("poem",) and get(str(tmp_path / "mine.yaml")).name == "mine"
+    assert get("[image:photo] 写诗 -> [text:poem]").inputs == ("photo",)
+
+
+def test_an_unknown_task_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UsageError, match=r'There is no task "captoin"\. Did you mean "caption"'):
+        get("captoin")
+    with pytest.raises(UsageError, match="cannot be read"):
+        get("nowhere.yaml")

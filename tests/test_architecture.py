@@ -1,0 +1,119 @@
+"""The house keeps its shape: floors, sizes, what may be imported, what may be opened."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "openm6").rglob("*.py"))
+
+LONGEST_FILE = 400
+"""Lines. A longer file holds two things."""
+
+UNSAFE = {
+    "pickle.load", "pickle.loads", "pickle.Unpickler", "_pickle.load", "_pickle.loads", "cloudpickle.load",
+    "cloudpickle.loads", "dill.load", "dill.loads", "joblib.load", "torch.load", "torch.jit.load", "torch.hub.load",
+    "marshal.load", "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
+}  # fmt: skip
+"""Calls that can run code found in a file. A user's file is safetensors, JSON, or YAML by yaml.safe_load."""
+
+
+def test_each_floor_imports_only_from_those_below() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "datasets", "numpy", "pydantic", "tokenizers", "jieba")
+    code = f"import sys, openm6; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_opens_a_file_that_can_run_code(path: Path) -> None:
+    found = [f"{path}:{line}: {name}" for name, line in _calls(path) if name in UNSAFE or name.endswith(".read_pickle")]
+    assert not found
+    numpy_pickles = [
+        f"{path}:{node.lineno}: allow_pickle"
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.keyword)
+        and node.arg == "allow_pickle"
+        and getattr(node.value, "value", None) is not False
+    ]
+    assert not numpy_pickles
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("import torch\ntorch.load('a')", ["torch.load"]),
+        ("import torch as t\nt.load('a')", ["torch.load"]),
+        ("from torch import load as read\nread('a')", ["torch.load"]),
+        ("import pickle\nwith open('a') as f:\n    pickle.load(f)", ["pickle.load"]),
+        ("import json\njson.load('a')", ["json.load"]),
+        ("bundle.load('a')", ["bundle.load"]),
+    ],
+)
+def test_calls_are_known_by_their_full_names(tmp_path: Path, code: str, found: list[str]) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert [name for name, _ in _calls(path) if name != "open"] == found
+
+
+def test_no_file_is_too_long_to_be_read() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_torchvision_is_neither_installed_nor_imported() -> None:
+    """With it beside a CPU torch, transformers' PreTrainedModel cannot be imported."""
+    assert find_spec("torchvision") is None
+    for path in SOURCES:
+        assert "torchvision" not in {name.split(".")[0] for name in _imports(_tree(path)).values()}, path
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+def _imports(tree: ast.Module) -> dict[str, str]:
+    """Every imported name of a file, and what it stands for: `from torch import load as read` is read: torch.load."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def _calls(path: Path) -> Iterator[tuple[str, int]]:
+    """(full dotted name, line) of every call whose function is a name or an attribute of one."""
+    tree = _tree(path)
+    known = _imports(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            parts = []
+            target = node.func
+            while isinstance(target, ast.Attribute):
+                parts.append(target.attr)
+                target = target.value
+            if isinstance(target, ast.Name):
+                yield ".".join([known.get(target.id, target.id), *reversed(parts)]), node.lineno

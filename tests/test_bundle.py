@@ -1,0 +1,143 @@
+"""A model directory in use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import openm6
+from openm6.bundle import Bundle, import_bundle
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.images import ImageGrid
+from openm6.model import M6
+from openm6.sequence import pad
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+from tests.conftest import tiny_config
+from tests.tasks.conftest import picture
+
+QUESTION = "图中的商品是什么？"
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([QUESTION, "红色条纹"], 600, num_codes=8)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=8)
+    task = Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包,连衣裙]", name="kind")
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
+    return Bundle(M6(config).eval(), Processor(tokenizer, grid, 64), [task])
+
+
+def test_a_saved_model_answers_as_before(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "m")
+    loaded = Bundle.load(tmp_path / "m", trainable=True)
+    assert loaded.tasks == bundle.tasks
+    options = {"max_new_tokens": 6}
+    for seed in range(3):
+        asked = {"photo": picture(seed=seed), "question": QUESTION}
+        assert loaded.run("vqa", decoding=options, **asked) == bundle.run("vqa", decoding=options, **asked)
+    assert isinstance(openm6.load(str(tmp_path / "m")).run("vqa", decoding=options, **asked), str)
+
+
+def test_labels_stay_in_their_set(bundle: Bundle) -> None:
+    answers = list(bundle.run_many("kind", ({"photo": picture(seed=s)} for s in range(10)), batch_size=4))
+    assert len(answers) == 10
+    assert set(answers) <= {"鞋", "包", "连衣裙"}
+
+
+def test_many_at_once_equal_one_by_one(bundle: Bundle) -> None:
+    records = [{"photo": picture(16 + 8 * (s % 3), 24, seed=s), "question": QUESTION[: 3 + s]} for s in range(6)]
+    options = {"max_new_tokens": 5}
+    together = list(bundle.run_many("vqa", records, decoding=options))
+    assert together == [bundle.run("vqa", decoding=options, **r) for r in records]
+
+
+def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    asked = {"photo": picture(), "question": QUESTION}
+    pieces = list(bundle.stream("vqa", decoding=options, **asked))
+    whole = bundle.run("vqa", decoding=options, **asked)
+    assert whole.startswith("".join(pieces))
+    assert whole.removeprefix("".join(pieces)).strip("�") == ""
+
+
+def test_a_changed_pixel_and_a_changed_word_reach_the_answer(bundle: Bundle) -> None:
+    task, model = bundle.task("vqa"), bundle.model
+
+    def hidden(**record: object) -> torch.Tensor:
+        prompt = bundle.prompt(task, record)
+        with torch.no_grad():
+            return model(pad([prompt], 0)).hidden[0, -1]
+
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    other = pixels.copy()
+    other[31, 31] = 255
+    reference = hidden(photo=pixels, question=QUESTION)
+    assert not torch.equal(reference, hidden(photo=other, question=QUESTION))
+    assert not torch.equal(reference, hidden(photo=pixels, question="这" + QUESTION[1:]))
+
+
+def test_wrong_requests_are_told(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"question is missing: the task vqa needs it.*photo"):
+        bundle.run("vqa", photo=picture())
+    with pytest.raises(UsageError, match=r'no task "vqaa". Did you mean "vqa"'):
+        bundle.run("vqaa", photo=picture())
+    with pytest.raises(DataError, match="photo: The picture gone.jpg does not exist"):
+        bundle.run("caption", photo="gone.jpg")
+    with pytest.raises(UsageError, match="no option temprature"):
+        bundle.run("caption", photo=picture(), decoding={"temprature": 1})
+    with pytest.raises(UsageError, match="is no OpenM6 model: it has no openm6.json"):
+        Bundle.load(tmp_path)
+
+
+def test_a_model_with_a_damaged_card_or_weights_is_told(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path)
+    card = tmp_path / "openm6.json"
+    content = card.read_text("utf-8")
+    card.write_text(content[:20], "utf-8")
+    with pytest.raises(OpenM6Error, match="openm6.json is damaged"):
+        Bundle.load(tmp_path)
+    card.write_text(content, "utf-8")
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}), "utf-8")
+    with pytest.raises(OpenM6Error, match=r"has the shape .*but its config.json asks for"):
+        Bundle.load(tmp_path)
+
+
+def test_large_models_are_saved_in_shards(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = Bundle.load(tmp_path, trainable=True).model.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in bundle.model.state_dict().items())
+
+
+def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = Tokenizer.train(["今天天气很好"], 600, num_codes=0)
+    config = Qwen3Config(
+        vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    theirs = Qwen3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "qwen")
+    # A foreign tokenizer: without our special tokens.
+    content = json.loads(tokenizer._fast.to_str())
+    names = {t["content"]: f"x{i}" for i, t in enumerate(content["added_tokens"])}
+    content["model"]["vocab"] = {names.get(k, k): v for k, v in content["model"]["vocab"].items()}
+    content["added_tokens"] = []
+    (tmp_path / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    bundle = import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=128)
+    assert bundle.processor.tokenizer.first_new_id == 700
+    loaded = Bundle.load(tmp_path / "m6", trainable=True)
+    assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)
+    answer = loaded.run("caption", photo=picture(), decoding={"max_new_tokens": 4})
+    assert isinstance(answer, str)
+    with pytest.raises(UsageError, match="exists already"):
+        import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", 16, 128)

@@ -1,0 +1,96 @@
+"""Pictures: limits before decoding, damage told in our own words, sizes that keep the aspect ratio."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from PIL import Image
+
+from openm6.errors import DataError
+from openm6.images import ImageGrid, open_image
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def huge_png(width: int = 50_000, height: int = 50_000) -> bytes:
+    """A whole PNG of 50,000 x 50,000 black pixels in a few megabytes at most, written by hand."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compressobj(9)
+    line = bytes(1 + width // 8)
+    packed = b"".join(rows.compress(line) for _ in range(height)) + rows.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def test_a_picture_of_50000_by_50000_pixels_is_refused_by_its_header() -> None:
+    with pytest.raises(DataError, match=r"50000 x 50000 pixels; at most 50 million|more than 50 million pixels"):
+        open_image(huge_png())
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "big.jpg"
+    with path.open("wb") as file:
+        file.truncate(40 * 2**20)
+    with pytest.raises(DataError, match="has 40 MiB; at most 32 MiB are read"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_pictures_are_told(share: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for format in ("JPEG", "PNG"):
+        whole = encoded(noise, format)
+        with pytest.raises(DataError, match="^The picture is (truncated or damaged|in no picture format)"):
+            open_image(whole[: int(len(whole) * share)])
+
+
+def test_what_is_no_picture_and_what_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is in no picture format that is known here"):
+        open_image(b"hello")
+    with pytest.raises(DataError, match="gone.jpg does not exist or cannot be read"):
+        open_image(tmp_path / "gone.jpg")
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_a_picture_or_a_data_error(content: bytes) -> None:
+    try:
+        open_image(content)
+    except DataError as error:
+        assert "0x" not in str(error)
+
+
+def test_transparency_lies_on_white_and_exif_turns_upright() -> None:
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert np.asarray(open_image(encoded(clear))).tolist() == [[[255, 255, 255]] * 2] * 2
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = open_image(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif))
+    assert turned.size == (2, 4)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([4, 16, 64, 256]))
+def test_the_grid_keeps_the_budget_and_the_shape(width: int, height: int, budget: int) -> None:
+    rows, columns = ImageGrid(stride=16, max_patches=budget).fit(width, height)
+    assert 1 <= rows * columns <= budget
+    if max(width, height) <= 2 * min(width, height):
+        assert rows * columns >= budget / 3
+        assert 0.3 < (columns / rows) / (width / height) < 3.4
+
+
+def test_pictures_are_scaled_to_their_grid() -> None:
+    pixels = ImageGrid(stride=16, max_patches=16).read(encoded(Image.new("RGB", (300, 100))))
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (32, 112, 3)

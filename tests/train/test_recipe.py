@@ -1,0 +1,83 @@
+"""Recipes: what is wrong is named with its key, its value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+
+from openm6.errors import UsageError
+from openm6.train.optimizer import rate_at
+from openm6.train.recipe import TrainSection, find_recipe, load_recipe
+
+GOOD = """
+name: goods
+output: out
+model: {preset: demo}
+data: [{source: goods.jsonl, task: caption}]
+train: {steps: 10}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "goods.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_overrides_are_read_as_numbers(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, GOOD), ["train.learning_rate=3e-4", "train.steps=5", "seed=7"])
+    assert (recipe.train.learning_rate, recipe.train.steps, recipe.seed) == (3e-4, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stpes=5", r"unknown key train.stpes. Did you mean \"steps\"\? Known here: steps, batch_size"),
+        ("train.steps=many", r"train.steps is 'many': input should be a valid integer"),
+        ("train.steps=0", r"train.steps is 0: input should be greater than or equal to 1"),
+        ("train.schedule=linear", r"train.schedule is 'linear': input should be 'cosine', 'wsd' or 'constant'"),
+        ("model.path=somewhere", r"model is .*: give either preset or path"),
+        ("data=[]", r"data is \[\]: list should have at least 1 item"),
+        ("nonsense", r"\"nonsense\" is no override; write key=value"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_recipe(written(tmp_path, GOOD), [override])
+
+
+def test_an_unknown_key_deep_in_a_list_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"goods.yaml: unknown key data.0.wieght. Did you mean \"weight\""):
+        load_recipe(written(tmp_path, GOOD.replace("task: caption", "task: caption, wieght: 2")))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the key output is missing"):
+        load_recipe(written(tmp_path, GOOD.replace("output: out\n", "")))
+
+
+def test_broken_yaml_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="goods.yaml is not valid YAML"):
+        load_recipe(written(tmp_path, "name: [a"))
+
+
+def test_recipes_that_come_along_are_found_by_name() -> None:
+    assert find_recipe("demo") == find_recipe("recipes/demo.yaml")
+    assert load_recipe("demo").train.steps > 0
+    with pytest.raises(UsageError, match=r"There is no recipe demmo. Did you mean \"demo\""):
+        find_recipe("demmo")
+
+
+@given(
+    st.sampled_from(["cosine", "wsd", "constant"]), st.integers(1, 400), st.integers(0, 100), st.floats(0, 1)
+)
+def test_the_learning_rate_rises_then_never_rises_again(schedule: str, steps: int, warmup: int, decay: float) -> None:
+    settings = TrainSection(steps=steps, warmup=warmup, decay=decay, schedule=schedule, final_rate=0.1)  # type: ignore[arg-type]
+    rates = [rate_at(step, settings) for step in range(steps)]
+    top = min(warmup, steps)
+    assert all(a < b for a, b in zip(rates[: top - 1], rates[1:top], strict=False))
+    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert max(rates) <= settings.learning_rate * (1 + 1e-9)
+    assert all(rate >= 0.1 * settings.learning_rate * (1 - 1e-9) for rate in rates[top:])

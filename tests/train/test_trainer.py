@@ -1,0 +1,147 @@
+"""The loop: what it learns, that it can be interrupted anywhere, and what it does with trouble."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.bundle import Bundle
+from openm6.errors import DataError, OpenM6Error
+from openm6.train.distributed import process_group
+from openm6.train.trainer import Trainer, train
+from tests.tasks.conftest import picture
+from tests.train.conftest import logged, losses, tiny_recipe
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def cut_at(step: int) -> Any:
+    def look(line: dict[str, Any]) -> None:
+        if line["step"] == step:
+            raise PowerCutError
+
+    return look
+
+
+def test_the_loss_falls_and_a_usable_model_is_left(tmp_path: Path) -> None:
+    model = train(tiny_recipe(tmp_path, steps=40, learning_rate=1e-2, checkpoint_every=40))
+    first, last = losses(tmp_path)[1], losses(tmp_path)[40]
+    assert last < 0.6 * first
+    m6 = Bundle.load(model)
+    assert set(m6.tasks) == {"vqa", "masked_captioning"}
+    assert isinstance(m6.run("vqa", photo=picture(), question="这是什么？"), str)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_recipe(tmp_path / name, seed=seed, steps=3))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize("cut", [2, 4, 5])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(tiny_recipe(whole))
+    with pytest.raises(PowerCutError):
+        train(tiny_recipe(broken), on_step=cut_at(cut))
+    train(tiny_recipe(broken))
+    assert losses(broken) == losses(whole)
+    ours, theirs = (Bundle.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_packing_and_accumulation_change_no_loss(tmp_path: Path) -> None:
+    variants: dict[str, dict[str, Any]] = {
+        "packed": {}, "padded": {"packing": False}, "in parts": {"accumulate": 4}, "in threads": {"workers": 2},
+    }  # fmt: skip
+    for name, changes in variants.items():
+        train(tiny_recipe(tmp_path / name, steps=4, **changes))
+    expected = losses(tmp_path / "packed")
+    for name in variants:
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_losses_come_by_task_and_by_source(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path, steps=2))
+    line = logged(tmp_path)[0]
+    assert set(line["loss_by_task"]) == {"vqa", "masked_captioning"}
+    assert set(line["loss_by_source"]) == {"questions", "captions"}
+    assert line["energy_kwh"] >= 0
+    assert line["tokens_per_second"] > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_checkpoint(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path, steps=3))
+    with process_group() as group:
+        trainer = Trainer(tiny_recipe(tmp_path, steps=6), group)
+        trainer._resume()
+        with torch.no_grad():
+            trainer.model.embed.weight.fill_(float("nan"))
+        with pytest.raises(OpenM6Error, match=r"diverged at step 3: the gradient is not finite.*step-00000003"):
+            trainer._one_step(next(iter(trainer.loader)))
+
+
+def test_a_learning_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OpenM6Error, match="Try a lower train.learning_rate"):
+        train(tiny_recipe(tmp_path, steps=60, learning_rate=30.0, warmup=0, schedule="constant"))
+
+
+def test_bad_records_are_written_down_and_passed_over(tmp_path: Path) -> None:
+    data = _photos(tmp_path, good=40, broken=1)
+    train(tiny_recipe(tmp_path / "run", data=[{"source": str(data), "task": "caption"}], steps=12))
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text("utf-8").splitlines()]
+    assert len(rejects) == 1
+    assert rejects[0]["where"] == f"{data}:41"
+    assert "truncated or damaged" in rejects[0]["reason"]
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path: Path) -> None:
+    data = _photos(tmp_path, good=30, broken=30)
+    recipe = tiny_recipe(tmp_path / "run", data=[{"source": str(data), "task": "caption"}], steps=50)
+    with pytest.raises(DataError, match=r"records .*could not be used .*truncated or damaged.*at most 5% may be"):
+        train(recipe)
+
+
+def test_training_measures_on_the_way(tmp_path: Path) -> None:
+    evaluation = {"every": 2, "limit": 8, "data": [{"source": "demo:questions/test?pictures=5", "task": "vqa"}]}
+    train(tiny_recipe(tmp_path, steps=4, evaluation=evaluation))
+    measured = [line for line in logged(tmp_path) if "evaluation" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    assert all(0 <= line["accuracy"] <= 1 for line in measured)
+
+
+def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) -> None:
+    first = train(tiny_recipe(tmp_path / "first"))
+    data = [{"source": "demo:items/train?pictures=30", "task": "image_classification", "columns": {"label": "category"}}]
+    second = train(tiny_recipe(tmp_path / "second", model={"path": first}, data=data))
+    m6 = Bundle.load(second)
+    assert set(m6.tasks) == {"vqa", "masked_captioning", "image_classification"}
+    labels = m6.tasks["image_classification"].labels["label"]
+    assert 1 < len(labels) <= 8
+    assert m6.run("image_classification", photo=picture()) in labels
+
+
+def test_another_shape_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    train(recipe)
+    recipe.model.sizes["intermediate_size"] = 64
+    with pytest.raises(OpenM6Error, match=r"step-00000006 does not fit this recipe's model: size mismatch for blocks"):
+        train(recipe)
+
+
+def _photos(folder: Path, good: int, broken: int) -> Path:
+    lines = []
+    for number in range(good + broken):
+        content = picture(16, 16, seed=number)
+        (folder / f"{number}.jpg").write_bytes(content if number < good else content[: len(content) // 2])
+        lines.append(json.dumps({"image": f"{number}.jpg", "caption": f"图 {number}"}))
+    (folder / "data.jsonl").write_text("\n".join(lines), "utf-8")
+    return folder / "data.jsonl"
