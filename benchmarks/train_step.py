@@ -1,7 +1,8 @@
 """A whole training step (forward, backward, clipping, AdamW) against transformers' Qwen3 and Llama.
 
 Same sizes, same parameters within the tied embedding, same batch of full causal rows with every position
-trained, same precision (bf16 autocast over fp32 weights), same fused optimizer.
+trained, same precision (bf16 autocast over fp32 weights where the machine has units for it, else fp32), same fused
+optimizer.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from benchmarks.common import race
 from openm6.model import M6, ModelConfig
+from openm6.model.precision import fast_dtype
 from openm6.sequence import CAUSAL, Sequence, pack
 from openm6.train.meters import peak_flops, training_flops
 
-TITLE = "Training step against transformers (bf16, every position trained)"
+TITLE = "Training step against transformers (every position trained)"
 LAYERS, ROWS, LENGTH, VOCABULARY = 6, 8, 512, 4096
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = fast_dtype(device)
     rows = []
     for hidden in (256, 512):
         sizes = {
@@ -44,21 +47,22 @@ def run() -> tuple[list[dict[str, Any]], str]:
             "transformers Qwen3": _theirs(Qwen3ForCausalLM(Qwen3Config(**sizes)).to(device), ids),
             "transformers Llama": _theirs(LlamaForCausalLM(LlamaConfig(**sizes)).to(device), ids),
         }
-        peak = peak_flops.__wrapped__(device, torch.bfloat16)
+        peak = peak_flops.__wrapped__(device, dtype)
         timings = race(sides)
         tokens = ROWS * LENGTH
         flops = training_flops(ours, tokens, ROWS * LENGTH * LENGTH // 2, tokens)
         mine = timings["OpenM6"].median
         for name, t in timings.items():
             rows.append({
-                "hidden": hidden, "side": name, "tokens/s": round(tokens / t.median),
+                "precision": str(dtype).removeprefix("torch."), "hidden": hidden, "side": name,
+                "tokens/s": round(tokens / t.median),
                 "spread": f"{tokens / t.high:,.0f} to {tokens / t.low:,.0f}",
                 "TFLOP/s": flops / t.median / 1e12, "share of matmul peak": round(flops / t.median / peak, 3),
                 "OpenM6 is faster by": round(t.median / mine, 2),
             })  # fmt: skip
     note = (
         f"{LAYERS} layers, {ROWS} rows of {LENGTH} positions, vocabulary {VOCABULARY}; median of 9 steps in turn, "
-        "spread = quartiles. FLOPs count the causal half of attention. Peak: best 2048 x 2048 bf16 product just before."
+        "spread = quartiles. FLOPs count the causal half of attention. Peak: best 2048 x 2048 product just before."
     )
     return rows, note
 
@@ -91,7 +95,7 @@ def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], ob
     kind = next(model.parameters()).device.type
 
     def step() -> None:
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=fast_dtype(kind) == torch.bfloat16):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from openm6.decode import Decoding, Generated, generate, stream
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
-from openm6.model.files import load_model
+from openm6.model.files import load_model, quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
 from openm6.tasks.library import get as get_task
@@ -73,6 +73,7 @@ class Bundle:
         """Write the model directory (the caller makes it atomic where that matters)."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        quietly()
         self.model.save_pretrained(path, max_shard_size=max_shard_size)
         self.processor.tokenizer.save(path)
         content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
@@ -92,6 +93,16 @@ class Bundle:
         A task with one output gives its value, a task with several a dict. `decoding` overrides the task's
         own options (see Decoding).
         """
+        task = self.task(task)
+        for name in slots:
+            if name not in task.slots:
+                raise UsageError(
+                    f"The task {task.name} has no slot {name}.{suggest(name, task.inputs)} It takes: "
+                    f"{', '.join(task.inputs) or 'nothing'}."
+                )
+        for name in task.inputs:
+            if name not in slots and not task.slots[name].drop:
+                raise UsageError(f"{name} is missing: the task {task.name} takes {', '.join(task.inputs)}.")
         return next(iter(self.run_many(task, [slots], decoding=decoding)))
 
     def run_many(

@@ -132,9 +132,9 @@ class Tokenizer:
     ) -> Tokenizer:
         """Learn a BPE of at most `vocab_size` tokens from texts, the characters of `alphabet` among them.
 
-        It merges characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1 merges none,
-        as in M6, whose tokens are Chinese characters); a character it has not
-        got is written as its UTF-8 bytes. Raises UsageError when `vocab_size` cannot hold the alphabet.
+        It merges characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1 merges
+        none, as in M6, whose tokens are Chinese characters); a character it has not got is written as its UTF-8
+        bytes. Raises UsageError when `vocab_size` cannot hold the alphabet.
         """
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,10 @@ from openm6.model import M6, ModelConfig
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
 
 VOCABULARY = 97
+
+# No test depends on time: a busy machine must not fail one.
+hypothesis.settings.register_profile("openm6", deadline=None)
+hypothesis.settings.load_profile("openm6")
 
 
 @pytest.fixture(autouse=True)

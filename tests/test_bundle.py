@@ -84,7 +84,7 @@ def test_a_changed_pixel_and_a_changed_word_reach_the_answer(bundle: Bundle) -> 
 
 
 def test_wrong_requests_are_told(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"question is missing: the task vqa needs it.*photo"):
+    with pytest.raises(UsageError, match=r"question is missing: the task vqa takes photo, question"):
         bundle.run("vqa", photo=picture())
     with pytest.raises(UsageError, match=r'no task "vqaa". Did you mean "vqa"'):
         bundle.run("vqaa", photo=picture())

@@ -33,10 +33,11 @@ def test_mask_is_the_written_rule(positions: list[tuple[int, int]]) -> None:
             assert bool(mask[q, k]) == expected
 
 
-@given(shapes)
-def test_every_example_is_packed_once_and_unchanged(parts: list) -> None:
+@given(shapes, st.booleans())
+def test_every_example_is_packed_once_and_unchanged(parts: list, even: bool) -> None:
     sequences = examples(parts)
-    batch = pack(sequences, row_length=32, pad_id=0)
+    batch = pack(sequences, row_length=32, pad_id=0, even=even)
+    assert batch.shape[1] <= 32
     for number, sequence in enumerate(sequences, 1):
         where = batch.segments == number
         assert where.any(1).sum() == 1, "an example lies in one row"
@@ -49,10 +50,10 @@ def test_every_example_is_packed_once_and_unchanged(parts: list) -> None:
     assert int((~padding).sum()) == sum(len(s) for s in sequences)
 
 
-@given(shapes)
-def test_patches_are_placed_where_the_sequence_says(parts: list) -> None:
+@given(shapes, st.booleans())
+def test_patches_are_placed_where_the_sequence_says(parts: list, even: bool) -> None:
     sequences = examples(parts)
-    batch = pack(sequences, row_length=32, pad_id=0)
+    batch = pack(sequences, row_length=32, pad_id=0, even=even)
     marked = torch.zeros(batch.ids.numel(), dtype=torch.int64)
     for group in batch.images:
         marked[group.places] += 1
@@ -83,7 +84,8 @@ def test_rows_are_filled_first_fit_decreasing() -> None:
     rng = np.random.default_rng(0)
     batch = pack([example(rng, 0, n) for n in (5, 6, 4, 5)], row_length=10, pad_id=0)
     assert batch.shape == (2, 10)
-    assert pack([example(rng, 0, 4)], 10, 0, row_multiple=4).shape == (4, 10)
+    even = pack([example(rng, 0, n) for n in (5, 4, 4, 4, 3, 2)], row_length=12, pad_id=0, even=True)
+    assert even.shape == (2, 11)
 
 
 def test_an_example_longer_than_a_row_is_refused() -> None:

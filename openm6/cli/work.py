@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from openm6.cli import app
 from openm6.cli.output import Json, emit, pairs, table
+from openm6.errors import UsageError
+
+if TYPE_CHECKING:
+    from openm6.train.recipe import Recipe
+
+Processes = Annotated[
+    int, typer.Option("--processes", "-p", min=0, help="Processes on this machine; 0: one a GPU, else one a core.")
+]
 
 
 @app.command()
@@ -17,14 +26,29 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes, e.g. train.steps=500 train.learning_rate=3e-4.")
     ] = None,
+    processes: Processes = 1,
 ) -> None:
     """Pretrain or continue. An interrupted run goes on by itself: run the same command again."""
     from openm6.train.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    from openm6.train.trainer import train as run
+    _train(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
 
-    run(loaded)
+
+def _train(recipe: Recipe, name: str, overrides: list[str], processes: int) -> None:
+    """Train here, or in several processes of their own."""
+    from openm6.train.launch import default_processes, launch
+
+    processes = processes or default_processes()
+    if processes == 1 or "WORLD_SIZE" in os.environ:
+        from openm6.train.trainer import train as run
+
+        run(recipe)
+    else:
+        if recipe.train.batch_size % processes:
+            raise UsageError(
+                f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
+            )
+        launch(["train", name, *overrides], processes, recipe.output / "logs")
 
 
 @app.command("eval")
@@ -64,8 +88,6 @@ def evaluate(
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:
     """`num_beams=4` as numbers."""
-    from openm6.errors import UsageError
-
     options: dict[str, float | int] = {}
     for name, value in pairs(values or []).items():
         try:
@@ -79,16 +101,17 @@ def decoding_options(values: list[str] | None) -> dict[str, float | int]:
 def demo(
     output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
+    processes: Processes = 0,
     json: Json = False,
 ) -> None:
     """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
     from openm6.evaluate.demo import report_demo
     from openm6.train.recipe import load_recipe
 
-    recipe = load_recipe("demo", [f"output={output}", *(overrides or [])])
-    from openm6.train.trainer import train as run
-
-    figures = report_demo(run(recipe), recipe.output)
+    changes = [f"output={output}", *(overrides or [])]
+    recipe = load_recipe("demo", changes)
+    _train(recipe, "demo", changes, processes)
+    figures = report_demo(recipe.output / "model", recipe.output)
     if json:
         emit(figures)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,13 +36,15 @@ _DECK = 2**16  # records up to which an order is written down instead of compute
 
 @dataclass(slots=True)
 class Entry:
-    """One source for one task: `columns` maps the task's slots to the data's columns where names differ."""
+    """One source for one task: `columns` maps the task's slots to the data's columns where names differ; it is drawn
+    from step `start` on (a curriculum)."""
 
     name: str
     records: Records
     task: Task
     weight: float = 1.0
     columns: Mapping[str, str] = field(default_factory=dict)
+    start: int = 0
 
 
 class Loader:
@@ -80,7 +83,15 @@ class Loader:
         self.rank, self.world, self.threads = rank, world, threads
         self._examples = 0
         self._deck = _Deck(batch_size, _derived(seed, len(entries)))
-        self._mixture = _mixture([_Draws(e, processor, rejects) for e in entries], seed)
+        draws = [_Draws(e, processor, rejects) for e in entries]
+        starts = sorted({entry.start for entry in entries})
+        if starts[0] > 0:
+            raise UsageError(f"Nothing is trained before step {starts[0]}: let at least one source start at 0.")
+        self._stages = [start * batch_size for start in starts]
+        self._mixtures = [
+            _mixture([d for d in draws if d.entry.start <= start], _derived(seed, -1 - number) if number else seed)
+            for number, start in enumerate(starts)
+        ]
 
     def __iter__(self) -> Iterator[list[Sequence]]:
         """This process's share of each step, from where the state is."""
@@ -88,7 +99,7 @@ class Loader:
 
         share = self.batch_size // self.world
         ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * share if self.threads else 0)
-        own = grain.MapDataset.range(sys.maxsize).map(lambda number: self._mixture[self._place(number)])
+        own = grain.MapDataset.range(sys.maxsize).map(lambda number: self._example(self._place(number)))
         examples = iter(own.to_iter_dataset(ahead))
         grain.experimental.set_next_index(examples, self._examples // self.world)
         try:
@@ -98,6 +109,11 @@ class Loader:
                 yield step
         finally:
             examples.close()
+
+    def _example(self, place: int) -> Sequence:
+        stage = bisect_right(self._stages, place) - 1
+        example: Sequence = self._mixtures[stage][place - self._stages[stage]]
+        return example
 
     def _place(self, number: int) -> int:
         """Where the whole run has this process's `number`-th example.
@@ -131,7 +147,7 @@ class Loader:
         self._examples = int(state["examples"])
 
     def _sources(self) -> list[list[Any]]:
-        return [[e.name, e.task.name, len(e.records), e.weight] for e in self.entries]
+        return [[e.name, e.task.name, len(e.records), e.weight, e.start] for e in self.entries]
 
 
 class _Draws:
@@ -206,4 +222,4 @@ def _mixture(draws: list[_Draws], seed: int) -> Any:
 
 def _derived(seed: int, number: int) -> int:
     """A seed of its own for each part, in the 32 bits that grain takes."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, number & 0xFFFFFFFF]).generate_state(1)[0])

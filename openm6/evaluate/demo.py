@@ -61,6 +61,10 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         metrics=output / "metrics.jsonl",
     )  # fmt: skip
     draw_answers(told.cases, asked.cases, digits.cases, folder / "demo.png")
+    samples = output / "pictures"  # to ask the model about
+    samples.mkdir(exist_ok=True)
+    for number, case in enumerate(told.cases[:8], 1):
+        (samples / f"goods-{number}.jpg").write_bytes(case.record["image"])
     (folder / "figures.json").write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return {"figures": figures, "report": str(page)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 from openm6.errors import OpenM6Error
@@ -30,8 +29,16 @@ def load_model(path: Path) -> M6:
     extra = sorted(set(found) - set(expected))
     if extra:
         raise OpenM6Error(f"{path} holds {extra[0]} (and {len(extra) - 1} more), which its config.json does not know.")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quietly()
     return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+
+
+def quietly() -> None:
+    """transformers neither draws bars nor warns while it reads or writes a network."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -41,18 +41,13 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return next(reversed(self.all()), None)
 
-    def save(
-        self, step: int, save_model: Callable[[Path], None], optimizers: list[Optimizer], state: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, save_model: Callable[[Path], None], optimizer: Optimizer, state: dict[str, Any]) -> Path:
         """`state` is anything JSON can hold; the random-number state is added."""
         target = self.directory / f"step-{step:08d}"
 
         def fill(draft: Path) -> None:
             save_model(draft / "model")
-            tensors = {"rng": torch.get_rng_state()}
-            for number, optimizer in enumerate(optimizers):
-                tensors |= {f"{number}/{k}": v for k, v in _flatten(optimizer).items()}
-            save_file(tensors, draft / "optimizer.safetensors")
+            save_file({"rng": torch.get_rng_state(), **_flatten(optimizer)}, draft / "optimizer.safetensors")
             (draft / "state.json").write_text(json.dumps({**state, "step": step}), "utf-8")
 
         write_whole(target, fill)
@@ -60,7 +55,7 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def restore(self, path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+    def restore(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Load weights, optimizer and random numbers in place; returns the state that `save` was given."""
         try:
             weights: dict[str, Tensor] = {}
@@ -78,10 +73,8 @@ class Checkpoints:
                 f"The checkpoint {path} does not fit this recipe's model: {line} "
                 "Choose another output directory, or set the sizes back."
             ) from None
-        for number, optimizer in enumerate(optimizers):
-            prefix = f"{number}/"
-            _unflatten(optimizer, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        torch.set_rng_state(tensors["rng"])
+        torch.set_rng_state(tensors.pop("rng"))
+        _unflatten(optimizer, tensors)
         return state
 
 

@@ -11,33 +11,15 @@ from torch.optim import Optimizer
 from openm6.train.recipe import TrainSection
 
 
-def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]:
-    """AdamW (fused) for everything; or Muon (Jordan 2024) for the matrices of the blocks and AdamW for the rest.
-
-    Weight decay falls on matrices and kernels, not on norms, biases and embeddings.
-    """
-    matrices, decayed, plain = [], [], []
+def make_optimizer(model: nn.Module, settings: TrainSection) -> Optimizer:
+    """AdamW (fused). Weight decay falls on matrices and kernels, not on norms, biases and embeddings."""
+    decayed, plain = [], []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column")):
-            plain.append(parameter)
-        elif settings.optimizer == "muon" and parameter.ndim == 2 and "blocks." in name:
-            matrices.append(parameter)
-        else:
-            decayed.append(parameter)
+        if parameter.requires_grad:
+            small = parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column"))
+            (plain if small else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[Optimizer] = [
-        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
-    ]
-    if matrices:
-        # match_rms_adamw: updates as large as AdamW's, so that one learning rate serves both (Liu et al. 2025).
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
 def rate_at(step: int, settings: TrainSection) -> float:

@@ -40,7 +40,9 @@ class TokenizerSection(_Strict):
     vocab_size: int = Field(3072, ge=512, description="text tokens to train, when there is no path")
     characters: int = Field(2048, ge=0, description="the most frequent Chinese characters, always included")
     num_codes: int = Field(1024, ge=0, description="ids reserved for image codes")
-    max_token_length: int = Field(8, ge=1, description="characters of a token; 1 keeps each character alone, as M6 does")
+    max_token_length: int = Field(
+        8, ge=1, description="characters of a token; 1 keeps each character alone, as M6 does"
+    )
 
 
 class DataSection(_Strict):
@@ -50,6 +52,7 @@ class DataSection(_Strict):
     task: str
     name: str | None = Field(None, description="under which its loss is logged; the default is the source")
     weight: float = Field(1.0, gt=0)
+    start: int = Field(0, ge=0, description="step from which it is drawn: a curriculum")
     columns: dict[str, str] = Field(default_factory=dict, description="slot of the task: column of the data")
     format: str | None = None
     images: str | None = Field(None, description="folder that picture paths start from")
@@ -68,7 +71,6 @@ class TrainSection(_Strict):
     warmup: int = Field(100, ge=0, description="steps")
     decay: float = Field(0.2, ge=0, le=1, description="share of the steps in which wsd goes down")
     final_rate: float = Field(0.05, ge=0, le=1, description="last learning rate / highest")
-    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")

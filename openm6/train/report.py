@@ -112,7 +112,8 @@ class Reporter:
             f"{use.kwh * 1000:.1f} Wh{'' if use.measured else ' (estimated)'}"
         )
         self.bar.update(self.row, figures=figures)
-        if not self.console.is_terminal and (self.number % (self.recipe.train.log_every * 10) == 0 or self.number == 1):
+        every = self.recipe.train.log_every
+        if not self.console.is_terminal and (self.number % (10 * every) == 0 or self.number <= every):
             self.say(f"step {self.number}/{self.recipe.train.steps}  {figures}  {line['seconds_per_step']:.2f} s/step")
         self._clear()
 

@@ -19,7 +19,7 @@ from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
 from openm6.train.checkpoint import Checkpoints
 from openm6.train.distributed import Group, process_group
 from openm6.train.meters import EnergyMeter, peak_flops, training_flops
-from openm6.train.optimizer import make_optimizers, rate_at
+from openm6.train.optimizer import make_optimizer, rate_at
 from openm6.train.recipe import Recipe
 from openm6.train.report import Reporter
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
@@ -65,10 +65,10 @@ class Trainer:
                 block.compile()
         self.runner: nn.Module = self.model
         if group.world > 1:
-            self.runner = nn.parallel.DistributedDataParallel(self.model)
+            self.runner = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
-        self.optimizers = make_optimizers(self.model, self.settings)
+        self.optimizer = make_optimizer(self.model, self.settings)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep)
         self.energy = EnergyMeter()
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
@@ -119,11 +119,10 @@ class Trainer:
             )
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self._check(norm)
-        for optimizer in self.optimizers:
-            for settings in optimizer.param_groups:
-                settings["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         self.seen += self.settings.batch_size
         self._track(losses, total)
@@ -134,9 +133,11 @@ class Trainer:
             )  # fmt: skip
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
-        pad_id = self.bundle.processor.tokenizer.pad_id
-        batch = pack(sequences, self.settings.row_length, pad_id) if self.settings.packing else pad(sequences, pad_id)
-        return batch.to(self.group.device)
+        pad_id, on_cpu = self.bundle.processor.tokenizer.pad_id, self.group.device.type == "cpu"
+        if not self.settings.packing:
+            return pad(sequences, pad_id).to(self.group.device)
+        # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
+        return pack(sequences, self.settings.row_length, pad_id, even=on_cpu).to(self.group.device)
 
     def _sync_gradients(self, last: bool) -> None:
         """With accumulation, gradients are exchanged once, with the last part."""
@@ -185,14 +186,14 @@ class Trainer:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         if self.group.first:
             state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
-            self.checkpoints.save(self.step, self.bundle.save, self.optimizers, state)
+            self.checkpoints.save(self.step, self.bundle.save, self.optimizer, state)
         self.group.wait()
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is None:
             return
-        state = self.checkpoints.restore(latest, self.model, self.optimizers)
+        state = self.checkpoints.restore(latest, self.model, self.optimizer)
         self.loader.set_state(state["data"])
         self.step, self.seen = state["step"], state["seen"]
         self.smooth, self.best = state["smooth"], state["best"]

@@ -21,8 +21,8 @@ from tests.data.conftest import NumberSlot, NumberTask, numbers, picture_bytes
 Seen = list[tuple[str, int, int]]
 
 
-def entry(name: str, count: int, weight: float = 1.0, start: int = 0) -> Entry:
-    return Entry(name, ListRecords(numbers(count, start)), NumberTask(), weight)  # type: ignore[arg-type]
+def entry(name: str, count: int, weight: float = 1.0, start: int = 0, from_step: int = 0) -> Entry:
+    return Entry(name, ListRecords(numbers(count, start)), NumberTask(), weight, start=from_step)  # type: ignore[arg-type]
 
 
 def loader(entries: list[Entry], batch_size: int = 8, **options: Any) -> Loader:
@@ -125,6 +125,28 @@ def test_sources_are_mixed_by_their_weights(weights: list[float]) -> None:
     counts = Counter(origin for step in steps(loader(entries), 100) for origin, _, _ in step)
     for i, weight in enumerate(weights):
         assert abs(counts[f"s{i}"] / 800 - weight / sum(weights)) < 0.02
+
+
+def test_a_curriculum_starts_its_sources_at_their_steps_and_resumes_exactly() -> None:
+    entries = [entry("a", 40), entry("b", 40, from_step=3), entry("c", 40, 2.0, from_step=5)]
+    whole = steps(loader(entries), 12)
+    assert [sorted({name for name, *_ in step}) for step in whole[:6]] == [["a"]] * 3 + [["a", "b"]] * 2 + [
+        ["a", "b", "c"]
+    ]
+    for before in (2, 3, 4, 7):
+        first = loader(entries)
+        steps(first, before)
+        second = loader(entries, world=2)
+        second.set_state(first.get_state())
+        other = loader(entries, world=2, rank=1)
+        other.set_state(first.get_state())
+        both = [sorted(a + b) for a, b in zip(steps(second, 3), steps(other, 3), strict=True)]
+        assert both == [sorted(step) for step in whole[before : before + 3]]
+
+
+def test_a_curriculum_needs_something_to_begin_with() -> None:
+    with pytest.raises(UsageError, match="Nothing is trained before step 3"):
+        loader([entry("a", 4, from_step=3)])
 
 
 def test_no_process_is_given_one_source_alone() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,20 +20,29 @@ OPENM6 = Path(sys.executable).with_name("openm6")
 
 
 def torchrun(recipe: Path, processes: int, *changes: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               "--no-python", str(OPENM6), "train", str(recipe), *changes]  # fmt: skip
+    call(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "--no-python", str(OPENM6), "train", str(recipe), *changes,
+    )  # fmt: skip
+
+
+def own_launcher(recipe: Path, processes: int, *changes: str) -> None:
+    call(str(OPENM6), "train", str(recipe), *changes, "--processes", str(processes))
+
+
+def call(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_equal_one(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("run", "accumulate"), [(torchrun, 2), (own_launcher, 1)])
+def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accumulate: int) -> None:
     alone = tiny_recipe(tmp_path / "one", accumulate=accumulate)
     train(alone)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(alone.model_dump(mode="json", exclude_unset=True)), "utf-8")
-    torchrun(recipe, 2, f"output={tmp_path / 'two'}")
+    run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (Bundle.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
     for name, value in ours.items():
@@ -46,8 +57,6 @@ def test_a_run_of_two_is_continued_by_one(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(whole.model_dump(mode="json", exclude_unset=True)), "utf-8")
     # The same schedule, stopped half-way by deleting what came later.
     torchrun(recipe, 2, f"output={tmp_path / 'two'}", "train.keep=9")
-    import shutil
-
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
     train(tiny_recipe(tmp_path / "two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)

@@ -88,7 +88,17 @@ def test_tasks_are_listed_and_shown(room: Path) -> None:
 
 
 def test_help_is_there_for_every_command(room: Path) -> None:
-    for command in ([], ["train"], ["eval"], ["run"], ["demo"], ["bench"], ["tasks"], ["data", "check"], ["models", "import"]):
+    for command in (
+        [],
+        ["train"],
+        ["eval"],
+        ["run"],
+        ["demo"],
+        ["bench"],
+        ["tasks"],
+        ["data", "check"],
+        ["models", "import"],
+    ):
         assert "Usage" in run(room, *command, "--help")
 
 
@@ -99,7 +109,7 @@ def test_help_is_there_for_every_command(room: Path) -> None:
         (2, ["train", "goods.yaml", "train.steps=lots"], "train.steps is 'lots'"),
         (2, ["train", "nowhere.yaml"], "There is no recipe nowhere.yaml."),
         (2, ["run", "run/model", "capton", "photo=photos/1.jpg"], 'no task "capton". Did you mean "caption"?'),
-        (1, ["run", "run/model", "caption"], "photo is missing: the task caption needs it"),
+        (2, ["run", "run/model", "caption"], "photo is missing: the task caption takes photo"),
         (1, ["run", "run/model", "caption", "photo=gone.jpg"], "gone.jpg does not exist"),
         (2, ["run", "run/model", "caption", "photo"], '"photo" is not of the form name=value'),
         (2, ["run", "nowhere", "caption", "photo=photos/1.jpg"], "nowhere is no OpenM6 model"),

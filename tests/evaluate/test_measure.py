@@ -75,7 +75,12 @@ def test_nothing_to_measure_is_told(bundle: Bundle) -> None:
 
 def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
     task = Task.from_dict(
-        {"name": "t", "instructions": ["[text:a] -> [text:b]"], "metrics": ["perplexity"], "decode": {"max_new_tokens": 2}}
+        {
+            "name": "t",
+            "instructions": ["[text:a] -> [text:b]"],
+            "metrics": ["perplexity"],
+            "decode": {"max_new_tokens": 2},
+        }
     )
     records = [{"a": "图中", "b": "红色"}, {"a": "图", "b": "是红色图中"}, {"a": "色", "b": "红"}]
     found = evaluate(bundle, task, records, batch_size=2).scores["perplexity"].value

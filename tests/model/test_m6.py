@@ -213,3 +213,19 @@ def test_truncated_and_missing_weights_are_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(OpenM6Error, match="no model.safetensors"):
         load_model(tmp_path)
+
+
+def test_weights_start_at_their_scale() -> None:
+    """GPT-2: what writes into the stream starts smaller by 1/sqrt(2 layers); pictures come in at a token's scale."""
+    model = M6(tiny_config(hidden_size=64, num_hidden_layers=8, image_embedder="stem", stem_widths=[16, 32]))
+    for block in model.blocks:
+        for linear, scale in (
+            (block.attention.qkv, 1.0),
+            (block.attention.out, 0.25),
+            (block.feed_forward.up, 1.0),
+            (block.feed_forward.down, 0.25),
+        ):
+            assert linear.weight.std().item() == pytest.approx(0.02 * scale, rel=0.1)
+    assert model.image is not None
+    features = model.image(torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8))
+    assert features.std().item() < 0.5

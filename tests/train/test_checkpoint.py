@@ -15,28 +15,28 @@ from openm6.errors import OpenM6Error
 from openm6.train.checkpoint import Checkpoints
 
 
-def parts() -> tuple[nn.Linear, list[torch.optim.Optimizer]]:
+def parts() -> tuple[nn.Linear, torch.optim.Optimizer]:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    return model, [optimizer]
+    return model, optimizer
 
 
-def save(checkpoints: Checkpoints, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Path:
+def save(checkpoints: Checkpoints, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     from safetensors.torch import save_file
 
     def save_model(folder: Path) -> None:
         folder.mkdir()
         save_file(dict(model.state_dict()), folder / "model.safetensors")
 
-    return checkpoints.save(step, save_model, optimizers, {"note": step})
+    return checkpoints.save(step, save_model, optimizer, {"note": step})
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
-    model, optimizers = parts()
+    model, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=2)
-    save(checkpoints, 7, model, optimizers)
+    save(checkpoints, 7, model, optimizer)
     drawn = torch.rand(4)
     other, others = parts()
     latest = checkpoints.latest()
@@ -45,25 +45,25 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert state == {"note": 7, "step": 7}
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(torch.rand(4), drawn)
-    moments, expected = (o[0].state_dict()["state"] for o in (others, optimizers))
+    moments, expected = (o.state_dict()["state"] for o in (others, optimizer))
     assert all(torch.equal(moments[i][k], expected[i][k]) for i in expected for k in expected[i])
 
 
 def test_only_the_last_ones_stay(tmp_path: Path) -> None:
-    model, optimizers = parts()
+    model, optimizer = parts()
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
-        save(checkpoints, step, model, optimizers)
+        save(checkpoints, step, model, optimizer)
     assert [p.name for p in checkpoints.all()] == ["step-00000002", "step-00000003"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    model, optimizers = parts()
-    path = save(Checkpoints(tmp_path, keep=2), 1, model, optimizers)
+    model, optimizer = parts()
+    path = save(Checkpoints(tmp_path, keep=2), 1, model, optimizer)
     file = path / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OpenM6Error, match=r"step-00000001 is damaged; delete it"):
-        Checkpoints(tmp_path, keep=2).restore(path, model, optimizers)
+        Checkpoints(tmp_path, keep=2).restore(path, model, optimizer)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,12 @@ def test_recipes_that_come_along_are_found_by_name() -> None:
         find_recipe("demmo")
 
 
-@given(
-    st.sampled_from(["cosine", "wsd", "constant"]), st.integers(1, 400), st.integers(0, 100), st.floats(0, 1)
-)
+@given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(1, 400), st.integers(0, 100), st.floats(0, 1))
 def test_the_learning_rate_rises_then_never_rises_again(schedule: str, steps: int, warmup: int, decay: float) -> None:
     settings = TrainSection(steps=steps, warmup=warmup, decay=decay, schedule=schedule, final_rate=0.1)  # type: ignore[arg-type]
     rates = [rate_at(step, settings) for step in range(steps)]
     top = min(warmup, steps)
-    assert all(a < b for a, b in zip(rates[: top - 1], rates[1:top], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:top]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
     assert max(rates) <= settings.learning_rate * (1 + 1e-9)
     assert all(rate >= 0.1 * settings.learning_rate * (1 - 1e-9) for rate in rates[top:])

@@ -120,7 +120,9 @@ def test_training_measures_on_the_way(tmp_path: Path) -> None:
 
 def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) -> None:
     first = train(tiny_recipe(tmp_path / "first"))
-    data = [{"source": "demo:items/train?pictures=30", "task": "image_classification", "columns": {"label": "category"}}]
+    data = [
+        {"source": "demo:items/train?pictures=30", "task": "image_classification", "columns": {"label": "category"}}
+    ]
     second = train(tiny_recipe(tmp_path / "second", model={"path": first}, data=data))
     m6 = Bundle.load(second)
     assert set(m6.tasks) == {"vqa", "masked_captioning", "image_classification"}

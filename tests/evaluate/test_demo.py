@@ -1,0 +1,36 @@
+"""The demo from end to end, with a network too small and too short to learn: what it leaves, not how good it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import SIZES
+
+
+@pytest.mark.slow
+def test_the_demo_trains_measures_and_reports(tmp_path: Path) -> None:
+    sizes = [f"model.sizes.{key}={json.dumps(value)}" for key, value in SIZES.items()]
+    names = ("product_attributes", "vqa", "caption", "infilling")
+    views = ("items", "questions", "catalogue", "texts")
+    data = [{"source": f"demo:{v}/train?pictures=60", "task": n} for n, v in zip(names, views, strict=True)]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("openm6")), "demo", "--output", "out", "--json", *sizes,
+         f"data={json.dumps(data)}", "train.steps=3", "train.batch_size=8", "train.log_every=1"],
+        cwd=tmp_path, env={**os.environ, "OPENM6_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    names = [figure["name"] for figure in found["figures"]]
+    assert "colour, one object" in names
+    assert "handwritten digit" in names
+    assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 and f["n"] >= 100 for f in found["figures"])
+    page = (tmp_path / found["report"]).read_text("utf-8")
+    assert page.count("<img") >= 10
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text("utf-8"))
+    assert [e["task"] for e in report["evaluations"]] == ["vqa", "caption", "vqa", "infilling"]

@@ -1,0 +1,46 @@
+"""Several processes by one command: who speaks, and what happens when one dies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from openm6.errors import OpenM6Error
+from openm6.train import launch as launching
+from openm6.train.launch import launch
+
+
+def test_a_failure_of_the_first_process_gives_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch(["tasks", "show", "vqaa"], 2, tmp_path / "logs")
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.count('Did you mean "vqa"?') == 1
+    assert 'Did you mean "vqa"?' in (tmp_path / "logs" / "process-1.log").read_text("utf-8")
+
+
+def test_processes_that_succeed_are_silent_but_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch(["--version"], 3, tmp_path / "logs")
+    assert len(capfd.readouterr().out.splitlines()) == 1
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_when_another_process_dies_the_rest_is_ended_and_its_log_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "GRACE", 2.0)
+    # Process 1 is told to join somebody who is not there, and gives up; process 0 waits for it.
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "0")
+    broken = tmp_path / "openm6"
+    broken.mkdir()
+    (broken / "__main__.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1':\n    print('no more memory'); sys.exit(3)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpenM6Error, match=r"Process 1 of 2 ended with code 3; see .*process-1.log"):
+        launch([], 2, tmp_path / "logs")
+    assert "no more memory" in (tmp_path / "logs" / "process-1.log").read_text("utf-8")
