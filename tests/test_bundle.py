@@ -133,7 +133,7 @@ def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
     content["model"]["vocab"] = {names.get(k, k): v for k, v in content["model"]["vocab"].items()}
     content["added_tokens"] = []
     (tmp_path / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    bundle = import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=128)
+    bundle = import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
     assert bundle.processor.tokenizer.first_new_id == 700
     loaded = Bundle.load(tmp_path / "m6", trainable=True)
     assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)

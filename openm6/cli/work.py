@@ -101,7 +101,7 @@ def decoding_options(values: list[str] | None) -> dict[str, float | int]:
 def demo(
     output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
-    processes: Processes = 0,
+    processes: Processes = 1,
     json: Json = False,
 ) -> None:
     """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""

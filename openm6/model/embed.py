@@ -54,7 +54,9 @@ class ImageEmbedder(nn.Module):
 def _into_stream(width: int, hidden_size: int) -> nn.Module:
     """Convolution features brought to the scale of token embeddings: at their own, several times larger, the blocks'
     updates would hardly change a picture's positions."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size))
+    project = nn.Linear(width, hidden_size)
+    project.enters_stream = True  # type: ignore[assignment]  # for the initialization
+    return nn.Sequential(nn.LayerNorm(width), project)
 
 
 def _places(table: Tensor, count: int) -> Tensor:

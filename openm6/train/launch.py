@@ -1,7 +1,6 @@
 """One command, several processes on this machine: torchrun's variables, without its noise.
 
-On a CPU one process a core is faster than one process with a thread a core (1.4 times on two cores: small products
-and element-wise work divide badly among threads). Across machines use torchrun itself.
+Across machines use torchrun itself.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ def test_when_another_process_dies_the_rest_is_ended_and_its_log_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "GRACE", 2.0)
-    # Process 1 is told to join somebody who is not there, and gives up; process 0 waits for it.
-    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "0")
+    # A package of the same name that comes first: process 1 gives up, process 0 would wait for it.
     broken = tmp_path / "openm6"
     broken.mkdir()
+    (broken / "__init__.py").touch()
     (broken / "__main__.py").write_text(
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1':\n    print('no more memory'); sys.exit(3)\n"
