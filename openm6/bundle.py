@@ -178,8 +178,6 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
     if output.exists():
         raise UsageError(f"{output} exists already: name another directory.")
     changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
-    if image_embedder == "stem":
-        changes["stem_widths"] = [64, 128, 256]
     tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
     torch.manual_seed(0)
     model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)

@@ -19,6 +19,9 @@ from openm6.tasks.metrics import Values, accuracy, bootstrap
 
 Chosen = Callable[[Case], bool]
 
+_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "SimHei",
+          "WenQuanYi Zen Hei")  # fmt: skip
+
 _INTRO = (
     "Every picture below shows a combination of category, colour and pattern that no training picture and no training "
     "text had (51 of the 256 are held out), or a handwritten digit of the test split. Figures are shares of right "
@@ -80,21 +83,23 @@ def _figure(name: str, values: Values, evaluation: Evaluation, chosen: Chosen) -
 
 
 def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
-    """A sheet of pictures, drawn at random, each with a question, the model's answer, and whether it is right."""
+    """A sheet of pictures, drawn at random, each with a question and the model's answer, green where it is right.
+
+    Nothing is drawn where no Chinese font is installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
+
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    font = next((name for name in _FONTS if name in installed), None)
+    if font is None:
+        return
 
     rng = np.random.default_rng(seed)
     rows = [*_some(told, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
-    pyplot.rcParams["font.sans-serif"] = [
-        "Noto Sans CJK SC",
-        "Noto Sans CJK JP",
-        "PingFang SC",
-        "SimHei",
-        "DejaVu Sans",
-    ]
+    pyplot.rcParams["font.sans-serif"] = [font]
     figure, axes = pyplot.subplots(4, 4, figsize=(11, 9.2))
     for axis, (case, question) in zip(axes.flat, rows, strict=False):
         picture = next(v for v in case.record.values() if isinstance(v, bytes))

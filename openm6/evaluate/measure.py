@@ -37,6 +37,7 @@ class Evaluation:
     cases: list[Case] = field(repr=False)
     seconds: float = 0.0
     rejected: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)  # slot of the task's left side: its type
 
     def values(self) -> dict[str, float]:
         return {name: s.value for name, s in self.scores.items()}
@@ -97,7 +98,8 @@ def evaluate(
             scores[metric] = perplexity(bundle, task, kept, batch_size)
         else:
             scores[metric] = score(metric, answers, wanted)
-    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected)
+    inputs = {name: task.slots[name].type for name in task.inputs}
+    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
 
 
 def references(value: Any) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +85,27 @@ def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
         return ""
     rows = []
     for number, case in enumerate(chosen):
-        shown, asked = _inputs(case, pictures, f"{evaluation.task}-{len(list(pictures.iterdir()))}-{number}")
+        shown, asked = _inputs(
+            case, evaluation.inputs, pictures, f"{evaluation.task}-{len(list(pictures.iterdir()))}-{number}"
+        )
         mark = "" if case.answer in case.references else "✗ "
         rows.append((shown, asked, f"{mark}{_escape(case.answer)}", _escape(case.references[0])))
     return _table(("picture", "asked", "answer", "one right answer"), rows)
 
 
-def _inputs(case: Case, pictures: Path, name: str) -> tuple[str, str]:
-    """The pictures of a record (saved beside the report) and its texts, for two cells."""
+def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) -> tuple[str, str]:
+    """The pictures that were shown (saved beside the report) and the texts that were given, for two cells."""
     shown, asked = "", []
-    for key, value in case.record.items():
-        if key.startswith("_") or value == case.references or (isinstance(value, str) and value in case.references):
+    for slot, kind in inputs.items():
+        value = case.record.get(slot)
+        if value is None or str(value) in case.references:
             continue
-        if isinstance(value, bytes):
-            file = pictures / f"{name}.png"
-            open_image(value).save(file)
+        if kind == "image":
+            file = pictures / f"{name}-{slot}.png"
+            open_image(value, draft=(256, 256)).save(file)
             shown += f"![]({file.parent.name}/{file.name})"
-        elif isinstance(value, str) and len(value) < 200:
-            asked.append(_escape(value))
+        else:
+            asked.append(_escape(str(value)[:200]))
     return shown, "<br>".join(asked)
 
 

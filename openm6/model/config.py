@@ -34,7 +34,7 @@ class ModelConfig(PreTrainedConfig):
     block is `norm="layer"`, `activation="gelu"`, `positions="learned"`, and has biases.
 
     Derived when not given: `num_key_value_heads` (= heads), `head_dim` (= hidden_size / heads), `bias`
-    (only with LayerNorm). `num_codes` of the `vocab_size` ids, the last ones, are image codes.
+    (only with LayerNorm), `stem_widths`. `num_codes` of the `vocab_size` ids, the last ones, are image codes.
     `expert_interval` n puts experts in every n-th layer (n, 2n, ...); the other layers stay dense.
     """
 
@@ -75,6 +75,8 @@ class ModelConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.bias is None:
             self.bias = self.norm == "layer"
+        if self.image_embedder == "stem" and self.stem_widths is None:
+            self.stem_widths = [32, 64, 128, 256]
         super().__post_init__(**kwargs)
         self._check()
 
@@ -110,7 +112,7 @@ class ModelConfig(PreTrainedConfig):
     def image_stride(self) -> int:
         """Pixels a side of one image position."""
         if self.image_embedder == "stem":
-            return 4 * 2 ** (len(self.stem_widths or ()) - 1)
+            return int(2 ** len(self.stem_widths or ()))
         if self.image_embedder == "resnet":
             return 32
         return self.image_patch

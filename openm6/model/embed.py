@@ -31,9 +31,9 @@ class ImageEmbedder(nn.Module):
         if config.image_embedder == "patch":
             self.features = nn.Conv2d(3, d, config.image_patch, config.image_patch)
         elif config.image_embedder == "stem":
-            widths = config.stem_widths or [64, 128, 256]
-            self.features = stem(widths)
-            self.project = _into_stream(widths[-1], d)
+            assert config.stem_widths
+            self.features = stem(config.stem_widths)
+            self.project = _into_stream(config.stem_widths[-1], d)
         else:
             self.features = FrozenNormResNet(config.resnet)
             self.project = _into_stream(self.features.width, d)
@@ -67,11 +67,12 @@ def _places(table: Tensor, count: int) -> Tensor:
 
 
 def stem(widths: list[int]) -> nn.Sequential:
-    """A 4 x 4 convolution of stride 4, then for each further width a 2 x 2 one of stride 2 and a residual block.
+    """A 4 x 4 convolution of stride 2 and a residual block, then for each further width a 2 x 2 one of stride 2 and
+    a residual block.
 
-    Stride 4 * 2^(len - 1). Group norms: a picture's features do not depend on the others in the batch.
+    Stride 2^len. Group norms: a picture's features do not depend on the others in the batch.
     """
-    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 4), Residual(widths[0])]
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, padding=1), Residual(widths[0])]
     for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
     return nn.Sequential(*layers)

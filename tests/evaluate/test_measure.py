@@ -101,7 +101,8 @@ def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path
         Case({"photo": picture(), "question": "<script>alert(1)</script>"}, "红[x](y)", ["蓝"]),
         Case({"photo": picture(seed=1), "question": "b"}, "蓝", ["蓝"]),
     ]
-    evaluation = Evaluation("vqa", "data", {"accuracy": Score(0.5, 0.1, 0.9, 2)}, cases)
+    inputs = {"photo": "image", "question": "text"}
+    evaluation = Evaluation("vqa", "data", {"accuracy": Score(0.5, 0.1, 0.9, 2)}, cases, inputs=inputs)
     metrics = tmp_path / "metrics.jsonl"
     lines = [{"step": i, "loss": 2 / i, "loss_by_task": {"vqa": 2 / i}, "tokens_per_second": 9} for i in (1, 2, 3)]
     metrics.write_text("\n".join(map(json.dumps, lines)))
