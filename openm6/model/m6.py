@@ -75,7 +75,8 @@ class M6(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if getattr(module, "writes_to_stream", False):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            elif getattr(module, "enters_stream", False):  # its inputs have unit scale, its outputs get a token's
+            elif isinstance(module, nn.Linear) and getattr(module, "enters_stream", False):
+                # Its inputs have unit scale; its outputs get a token's.
                 std /= math.sqrt(module.in_features)
             init.normal_(module.weight, std=std)
             if isinstance(getattr(module, "bias", None), Tensor):

@@ -13,7 +13,8 @@ from openm6.train.recipe import TrainSection
 
 def make_optimizer(model: nn.Module, settings: TrainSection) -> Optimizer:
     """AdamW (fused). Weight decay falls on matrices and kernels, not on norms, biases and embeddings."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             small = parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column"))

@@ -48,7 +48,7 @@ class Reporter:
 
     def _clear(self) -> None:
         self.losses: Losses = []
-        self.seconds, self.flops, self.positions, self.filled, self.steps = 0.0, 0.0, 0, 0.0, 0
+        self.seconds, self.flops, self.positions, self.filled, self.steps = 0.0, 0.0, 0.0, 0.0, 0
         self.since = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -69,7 +69,7 @@ class Reporter:
         seconds: float,
         *,
         flops: float,
-        positions: int,
+        positions: float,
         filled: float,
     ) -> None:
         self.number, self.rate, self.norm = step, rate, norm

@@ -21,7 +21,7 @@ from openm6.train.distributed import Group, process_group
 from openm6.train.meters import EnergyMeter, peak_flops, training_flops
 from openm6.train.optimizer import make_optimizer, rate_at
 from openm6.train.recipe import Recipe
-from openm6.train.report import Reporter
+from openm6.train.report import Losses, Reporter
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
 
 DIVERGED = 3.0
@@ -58,6 +58,7 @@ class Trainer:
             rejects=rejects,
         )
         self.bundle.tasks |= {entry.task.name: entry.task for entry in self.entries}
+        self.kinds = {kind: i for i, kind in enumerate(dict.fromkeys((e.task.name, e.name) for e in self.entries))}
         self.model = self.bundle.model.train()
         self.model.to(group.device)  # type: ignore[arg-type]
         if self.settings.compile:
@@ -79,7 +80,8 @@ class Trainer:
             self._resume()
             batches = iter(self.loader)
             if self.reporter:
-                self.reporter.start(self.step, peak_flops(self.group.device.type, self.dtype))
+                peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
+                self.reporter.start(self.step, peak)
             while self.step < self.settings.steps:
                 self._one_step(next(batches))
                 self._now_and_then()
@@ -97,8 +99,8 @@ class Trainer:
         total = int(self.group.sum(trained))
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
-        losses: list[tuple[str, str, float, int]] = []
-        flops, positions, padded = 0.0, 0, 0
+        losses: Losses = []
+        flops, positions, padded = 0.0, 0.0, 0.0
         parts = [sequences[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
         for number, part in enumerate(parts):
             batch = self._batch(part)
@@ -125,12 +127,22 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.seen += self.settings.batch_size
+        losses, (flops, positions, padded) = self._everywhere(losses, [flops, positions, padded])
         self._track(losses, total)
         if self.reporter:
             self.reporter.step(
                 self.step, losses, rate, float(norm), time.perf_counter() - started,
                 flops=flops, positions=positions, filled=positions / padded,
             )  # fmt: skip
+
+    def _everywhere(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
+        """The losses of all processes by task and source, and the sums of `counts`."""
+        table = torch.zeros(len(self.kinds) + 1, max(2, len(counts)), dtype=torch.float64)
+        for task, origin, loss, number in losses:
+            table[self.kinds[task, origin], :2] += torch.tensor([loss, number], dtype=torch.float64)
+        table[-1, : len(counts)] = torch.tensor(counts, dtype=torch.float64)
+        rows = self.group.sum(table.to(self.group.device)).tolist()
+        return [(*kind, row[0], int(row[1])) for kind, row in zip(self.kinds, rows, strict=False) if row[1]], rows[-1]
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id, on_cpu = self.bundle.processor.tokenizer.pad_id, self.group.device.type == "cpu"
@@ -148,10 +160,9 @@ class Trainer:
         if not bool(torch.isfinite(norm)):
             self._stop("the gradient is not finite (NaN or infinite)")
 
-    def _track(self, losses: list[tuple[str, str, float, int]], total: int) -> None:
-        """Keep the smoothed loss over all processes, and stop when it has run away."""
-        value = torch.tensor([sum(loss for *_, loss, _ in losses)], dtype=torch.float64, device=self.group.device)
-        loss = float(self.group.sum(value)) / total
+    def _track(self, losses: Losses, total: int) -> None:
+        """Keep the smoothed loss, and stop when it has run away."""
+        loss = sum(loss for *_, loss, _ in losses) / total
         self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.best = min(self.best, self.smooth)
         if self.smooth > self.best + DIVERGED:
@@ -208,7 +219,7 @@ class Trainer:
             self.reporter.finish(self.step, self.energy.stop())
 
 
-def _by_example(output: Any, batch: Batch) -> list[tuple[str, str, float, int]]:
+def _by_example(output: Any, batch: Batch) -> Losses:
     """(task, origin, sum of losses, positions) of every example that was trained."""
     if output.losses is None:
         return []

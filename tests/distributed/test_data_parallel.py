@@ -45,8 +45,11 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
     run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (Bundle.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4)
+    # AdamW steps by the sign of a gradient however small: a bias whose gradient is rounding noise may go either way.
+    # So nearly all weights have to agree closely, and none may be further apart than the steps that were taken.
+    apart = torch.cat([(theirs[name] - value).abs().flatten() for name, value in ours.items()])
+    assert (apart > 1e-4).double().mean() < 1e-3
+    assert apart.max() < alone.train.steps * alone.train.learning_rate
 
 
 @pytest.mark.slow
