@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from openm6.model.precision import fast_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -59,9 +61,13 @@ def machine() -> str:
 
 
 def save(name: str, title: str, rows: list[dict[str, Any]], note: str, directory: Path) -> Path:
-    """Write `name.json`; the docs' benchmark page is made from these files."""
+    """Write `name-PRECISION.json`; the docs' benchmark page is made from these files.
+
+    A machine with bf16 units and one without answer different questions: neither replaces the other's file.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}.json"
+    dtype = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    path = directory / f"{name}-{str(dtype).removeprefix('torch.')}.json"
     content = {
         "name": name, "title": title, "machine": machine(), "date": date.today().isoformat(),
         "torch": torch.__version__, "rows": rows, "note": note,

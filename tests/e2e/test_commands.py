@@ -14,6 +14,8 @@ import yaml
 from tests.tasks.conftest import picture
 from tests.train.conftest import SIZES
 
+pytestmark = pytest.mark.slow
+
 OPENM6 = Path(sys.executable).with_name("openm6")
 
 

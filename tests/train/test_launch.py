@@ -11,6 +11,7 @@ from openm6.train import launch as launching
 from openm6.train.launch import launch
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_process_gives_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         launch(["tasks", "show", "vqaa"], 2, tmp_path / "logs")
@@ -19,6 +20,7 @@ def test_a_failure_of_the_first_process_gives_its_exit_code(tmp_path: Path, capf
     assert 'Did you mean "vqa"?' in (tmp_path / "logs" / "process-1.log").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_processes_that_succeed_are_silent_but_the_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     launch(["--version"], 3, tmp_path / "logs")
     assert len(capfd.readouterr().out.splitlines()) == 1
