@@ -78,9 +78,6 @@ class SlotView:
         return seen
 
 
-slot_view = SlotView.of
-
-
 def map_columns(
     task: Task, columns: Iterable[str], mapping: Mapping[str, str], sample: Iterable[Record] = ()
 ) -> dict[str, str]:

@@ -8,7 +8,6 @@ number, a run is resumed exactly, at any number of processes.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 
 from openm6.data.bundled import plain_picture
 from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
-from openm6.data.store import Record
+from openm6.data.store import Record, locate
 from openm6.errors import DataError, UsageError
 
 WINDOW_ROWS = 4096
@@ -63,11 +62,7 @@ class ParquetRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        place = bisect_right(self._ends, index) - 1
-        row = index - self._ends[place]
+        place, row = locate(self._ends, index)
         path, number, _ = self._groups[place]
         return {**self._rows(place)[row], "_where": f"{path}#{number}.{row}", "_root": folder_of(path)}
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,19 +77,28 @@ class ArrowRecords:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        number = bisect_right(self._ends, index) - 1
-        texts, keys, blobs = (column[index - self._ends[number]].as_py() for column in self._batches[number].columns)
+        number, row = locate(self._ends, index)
+        texts, keys, blobs = (column[row].as_py() for column in self._batches[number].columns)
         record: Record = json.loads(texts, object_hook=_unpacked if _PACKED in texts else None)
         record.update(zip(keys, blobs, strict=True))
         return record
 
     def blob(self, index: int) -> bytes:
         """The first byte string of a record, without the rest of it."""
-        number = bisect_right(self._ends, index) - 1
-        return self._batches[number].column(2)[index - self._ends[number]][0].as_py()
+        number, row = locate(self._ends, index)
+        return self._batches[number].column(2)[row][0].as_py()
+
+
+def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """(part, row in it) of a record, where part n holds the records from `ends[n]` up to `ends[n + 1]`.
+
+    Raises IndexError for a record that is not there; a negative index counts from the end.
+    """
+    if not -ends[-1] <= index < ends[-1]:
+        raise IndexError(index)
+    index %= ends[-1]
+    part = bisect_right(ends, index) - 1
+    return part, index - ends[part]
 
 
 def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from openm6.bundle import Bundle
-from openm6.data.columns import slot_view
+from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.evaluate.measure import Evaluation, evaluate
 
@@ -28,7 +28,7 @@ def measure(
     """
     chosen = bundle.task(task)
     records = open_source(data, data_format, images)
-    view = slot_view(chosen, records, columns or {})
+    view = SlotView.of(chosen, records, columns or {})
     kept = (view(r) for r in records if all(str(r.get(k)) == v for k, v in (where or {}).items()))
     if limit is not None:
         kept = (record for record, _ in zip(kept, range(limit), strict=False))
