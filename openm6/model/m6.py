@@ -186,10 +186,11 @@ class M6(PreTrainedModel):
 
         def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = cache.keys[layer], cache.values[layer]
+            k_BKE, v_BKE = k_BK1E[:, :, 0].to(keys.dtype), v_BK1E[:, :, 0].to(values.dtype)
             if even:
-                keys[:, :, filled - 1], values[:, :, filled - 1] = k_BK1E[:, :, 0], v_BK1E[:, :, 0]
+                keys[:, :, filled - 1], values[:, :, filled - 1] = k_BKE, v_BKE
             else:
-                keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BK1E[:, :, 0], v_BK1E[:, :, 0]
+                keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BKE, v_BKE
             return keys[:, :, :filled], values[:, :, :filled]
 
         x_B1D = self._backbone(x_B1D, positions_B1, mask, write)
