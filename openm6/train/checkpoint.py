@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
         model/             a model directory (usable by itself)
-        optimizer.safetensors
+        optimizer.safetensors  of all optimizers
         state.json         step, place in the data, counters
 
 Each is written beside its place, flushed to the disk and renamed; a crash or a full disk leaves the older
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,15 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return next(reversed(self.all()), None)
 
-    def save(self, step: int, save_model: Callable[[Path], None], optimizer: Optimizer, state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, save_model: Callable[[Path], None], optimizers: list[Optimizer], state: dict[str, Any]
+    ) -> Path:
         """`state` is anything JSON can hold; the random-number state is added."""
         target = self.directory / f"step-{step:08d}"
 
         def fill(draft: Path) -> None:
             save_model(draft / "model")
-            save_file({"rng": torch.get_rng_state(), **_flatten(optimizer)}, draft / "optimizer.safetensors")
+            save_file({"rng": torch.get_rng_state(), **_flatten(optimizers)}, draft / "optimizer.safetensors")
             (draft / "state.json").write_text(json.dumps({**state, "step": step}), "utf-8")
 
         write_whole(target, fill)
@@ -55,8 +58,8 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def restore(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Load weights, optimizer and random numbers in place; returns the state that `save` was given."""
+    def restore(self, path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+        """Load weights, optimizers and random numbers in place; returns the state that `save` was given."""
         try:
             weights: dict[str, Tensor] = {}
             for file in sorted((path / "model").glob("*.safetensors")):
@@ -74,23 +77,27 @@ class Checkpoints:
                 "Choose another output directory, or set the sizes back."
             ) from None
         torch.set_rng_state(tensors.pop("rng"))
-        _unflatten(optimizer, tensors)
+        _unflatten(optimizers, tensors)
         return state
 
 
-def _flatten(optimizer: Optimizer) -> dict[str, Tensor]:
-    """`{parameter number}.{name of the moment}` to tensor; learning rates come from the schedule, not from here."""
+def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """`{optimizer}.{parameter}.{name of the moment}` to tensor, the first two as numbers.
+
+    Learning rates come from the schedule, not from here.
+    """
     return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
+        f"{which}.{index}.{name}": value.detach().cpu().contiguous()
+        for which, optimizer in enumerate(optimizers)
         for index, moments in optimizer.state_dict()["state"].items()
         for name, value in moments.items()
     }
 
 
-def _unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    content = optimizer.state_dict()
-    content["state"] = {}
+def _unflatten(optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
+    contents = [{**optimizer.state_dict(), "state": defaultdict(dict)} for optimizer in optimizers]
     for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        content["state"].setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(content)
+        which, index, name = key.split(".", 2)
+        contents[int(which)]["state"][int(index)][name] = tensor
+    for optimizer, content in zip(optimizers, contents, strict=True):
+        optimizer.load_state_dict(content)

@@ -66,7 +66,11 @@ class TrainSection(_Strict):
     accumulate: int = Field(1, ge=1, description="parts in which each process works through its share of a step")
     packing: bool = True
     row_length: int = Field(256, ge=8, description="positions of a packed row")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for matrices and kernels, AdamW for embeddings, norms and the output"
+    )
     learning_rate: float = Field(1e-3, gt=0)
+    matrix_learning_rate: float | None = Field(None, gt=0, description="of Muon; the default is learning_rate")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = Field(100, ge=0, description="steps")
     decay: float = Field(0.2, ge=0, le=1, description="share of the steps in which wsd goes down")

@@ -19,7 +19,7 @@ from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
 from openm6.train.checkpoint import Checkpoints
 from openm6.train.distributed import Group, process_group
 from openm6.train.meters import EnergyMeter, peak_flops, training_flops
-from openm6.train.optimizer import make_optimizer, rate_at
+from openm6.train.optimizer import make_optimizers, rate_at
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses, Reporter
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
@@ -69,7 +69,7 @@ class Trainer:
             self.runner = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
-        self.optimizer = make_optimizer(self.model, self.settings)
+        self.optimizers = make_optimizers(self.model, self.settings)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep)
         self.energy = EnergyMeter()
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
@@ -93,7 +93,6 @@ class Trainer:
 
     def _one_step(self, sequences: list[Sequence]) -> None:
         started = time.perf_counter()
-        rate = rate_at(self.step, self.settings)
         # Every trained position of the step weighs the same, in whatever process and part it falls.
         trained = torch.tensor([sum(int((s.labels != IGNORE).sum()) for s in sequences)], device=self.group.device)
         total = int(self.group.sum(trained))
@@ -121,17 +120,19 @@ class Trainer:
             )
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self._check(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        share = rate_at(self.step, self.settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         self.seen += self.settings.batch_size
         losses, (flops, positions, padded) = self._everywhere(losses, [flops, positions, padded])
         self._track(losses, total)
         if self.reporter:
             self.reporter.step(
-                self.step, losses, rate, float(norm), time.perf_counter() - started,
+                self.step, losses, share * self.settings.learning_rate, float(norm), time.perf_counter() - started,
                 flops=flops, positions=positions, filled=positions / padded,
             )  # fmt: skip
 
@@ -161,7 +162,9 @@ class Trainer:
             self._stop("the gradient is not finite (NaN or infinite)")
 
     def _track(self, losses: Losses, total: int) -> None:
-        """Keep the smoothed loss, and stop when it has run away."""
+        """Keep the smoothed loss, and stop when it has run away. A source that joins may raise it: it starts anew."""
+        if self.step - 1 in {entry.start for entry in self.entries}:
+            self.smooth, self.best = math.nan, math.inf
         loss = sum(loss for *_, loss, _ in losses) / total
         self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.best = min(self.best, self.smooth)
@@ -197,14 +200,14 @@ class Trainer:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         if self.group.first:
             state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
-            self.checkpoints.save(self.step, self.bundle.save, self.optimizer, state)
+            self.checkpoints.save(self.step, self.bundle.save, self.optimizers, state)
         self.group.wait()
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is None:
             return
-        state = self.checkpoints.restore(latest, self.model, self.optimizer)
+        state = self.checkpoints.restore(latest, self.model, self.optimizers)
         self.loader.set_state(state["data"])
         self.step, self.seen = state["step"], state["seen"]
         self.smooth, self.best = state["smooth"], state["best"]

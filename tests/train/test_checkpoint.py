@@ -30,7 +30,7 @@ def save(checkpoints: Checkpoints, step: int, model: nn.Module, optimizer: torch
         folder.mkdir()
         save_file(dict(model.state_dict()), folder / "model.safetensors")
 
-    return checkpoints.save(step, save_model, optimizer, {"note": step})
+    return checkpoints.save(step, save_model, [optimizer], {"note": step})
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     other, others = parts()
     latest = checkpoints.latest()
     assert latest is not None
-    state = checkpoints.restore(latest, other, others)
+    state = checkpoints.restore(latest, other, [others])
     assert state == {"note": 7, "step": 7}
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(torch.rand(4), drawn)
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file = path / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OpenM6Error, match=r"step-00000001 is damaged; delete it"):
-        Checkpoints(tmp_path, keep=2).restore(path, model, optimizer)
+        Checkpoints(tmp_path, keep=2).restore(path, model, [optimizer])
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from openm6.bundle import Bundle
 from openm6.errors import DataError, OpenM6Error
 from openm6.train.distributed import process_group
-from openm6.train.trainer import Trainer, train
+from openm6.train.trainer import DIVERGED, Trainer, train
 from tests.tasks.conftest import picture
 from tests.train.conftest import logged, losses, tiny_recipe
 
@@ -45,13 +45,13 @@ def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: P
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
-@pytest.mark.parametrize("cut", [2, 4, 5])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize(("cut", "optimizer"), [(2, "adamw"), (4, "adamw"), (4, "muon"), (5, "muon")])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimizer: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(tiny_recipe(whole))
+    train(tiny_recipe(whole, optimizer=optimizer))
     with pytest.raises(PowerCutError):
-        train(tiny_recipe(broken), on_step=cut_at(cut))
-    train(tiny_recipe(broken))
+        train(tiny_recipe(broken, optimizer=optimizer), on_step=cut_at(cut))
+    train(tiny_recipe(broken, optimizer=optimizer))
     assert losses(broken) == losses(whole)
     ours, theirs = (Bundle.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -92,6 +92,15 @@ def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_checkpoint(tmp_
 def test_a_learning_rate_that_is_far_too_high_is_told(tmp_path: Path) -> None:
     with pytest.raises(OpenM6Error, match="Try a lower train.learning_rate"):
         train(tiny_recipe(tmp_path, steps=60, learning_rate=30.0, warmup=0, schedule="constant"))
+
+
+def test_a_source_that_joins_late_may_raise_the_loss(tmp_path: Path) -> None:
+    data = [
+        {"source": "digits/train", "task": "vqa"},
+        {"source": "demo:catalogue/train?pictures=30", "task": "caption", "weight": 50.0, "start": 25},
+    ]
+    train(tiny_recipe(tmp_path, data=data, steps=30, learning_rate=1e-2))
+    assert losses(tmp_path)[26] > losses(tmp_path)[25] + DIVERGED
 
 
 def test_bad_records_are_written_down_and_passed_over(tmp_path: Path) -> None:
