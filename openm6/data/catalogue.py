@@ -4,12 +4,14 @@ A fifth of the (category, colour, pattern) combinations is held out: no training
 one of them, every item of a test picture is one of them. Each category, colour and pattern, and each pair of
 two of these, does occur in training. The same seed gives the same bytes.
 
-Four views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
+Six views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
 
     catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
                 relation (of the first item to the second), and category, colour, pattern of the first item
     items       one record a picture with a single item: image, category, colour, pattern
+    pairs       two records a picture with two, one an item: image, place (its side), category, colour, pattern
     questions   one record a question: image, question, answer, kind, detail, objects
+    relations   of the questions, those about the relation of two items
     texts       text alone: text, kind (caption, title, slogan, sentence)
 
 Splits: train; validation (new pictures of combinations that were trained); test (held-out combinations).
@@ -32,12 +34,12 @@ from openm6.errors import UsageError, suggest
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same seed would give other records: old caches are then left aside."""
 
-PICTURES = {"train": 12_000, "validation": 1_000, "test": 1_000}
+PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
 SPLITS = tuple(PICTURES)
-VIEWS = ("catalogue", "items", "questions", "texts")
+VIEWS = ("catalogue", "items", "pairs", "questions", "relations", "texts")
 
 TWO_OBJECTS = 0.3
 """Share of the pictures with two items."""
@@ -144,12 +146,16 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
 
         write_records(folder / "catalogue", drawn())
         write_records(folder / "items", _item_rows(split, rows))
-        write_records(folder / "questions", _question_rows(split, rows))
+        write_records(folder / "pairs", _pair_rows(split, rows))
+        questions = list(_question_rows(split, rows))
+        write_records(folder / "questions", questions)
+        write_records(folder / "relations", (q for q in questions if q["kind"] == "relation"))
         write_records(folder / "texts", _text_rows(split, rows))
 
     folder = cached("catalogue", key, make)
     views = {view: ArrowRecords(folder / view) for view in VIEWS}
-    return {**views, **{view: Pictured(views["catalogue"], views[view]) for view in ("items", "questions")}}
+    pictured = ("items", "pairs", "questions", "relations")
+    return {**views, **{view: Pictured(views["catalogue"], views[view]) for view in pictured}}
 
 
 def _shown(records: Iterable[Record], count: int, what: str) -> Iterable[Record]:
@@ -165,6 +171,17 @@ def _item_rows(split: str, rows: list[Record]) -> Iterator[Record]:
         if row["objects"] == 1:
             attributes = {name: row[name] for name in ("category", "colour", "pattern")}
             yield {"_where": f"demo:items/{split}#{number}", "picture": number, **attributes}
+
+
+def _pair_rows(split: str, rows: list[Record]) -> Iterator[Record]:
+    for number, row in enumerate(rows):
+        if row["objects"] == 2:
+            places = row["relation"], OPPOSITE[row["relation"]]
+            for place, item in zip(places, row["attributes"], strict=True):
+                yield {
+                    "_where": f"demo:pairs/{split}#{number}.{place}", "picture": number, "place": place,
+                    "category": item["品类"], "colour": item["颜色"], "pattern": item["图案"],
+                }  # fmt: skip
 
 
 def _question_rows(split: str, rows: list[Record]) -> Iterator[Record]:

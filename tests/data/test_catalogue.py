@@ -156,6 +156,25 @@ def test_items_are_the_pictures_of_one_item_with_its_attributes() -> None:
     assert items.columns == ("image", "category", "colour", "pattern")
 
 
+def test_pairs_are_both_items_of_the_pictures_of_two_each_with_its_side() -> None:
+    expected = []
+    for record in iterate(open_catalogue(pictures=40)):
+        if record["objects"] == 2:
+            places = record["relation"], OPPOSITE[record["relation"]]
+            for place, row in zip(places, record["attributes"], strict=True):
+                expected.append((record["image"], place, row["品类"], row["颜色"], row["图案"]))
+    pairs = open_catalogue("pairs", pictures=40)
+    assert pairs.columns == ("image", "place", "category", "colour", "pattern")
+    assert [tuple(r[name] for name in pairs.columns) for r in iterate(pairs)] == expected
+    assert len(expected) >= 2 * 4
+
+
+def test_relations_are_the_questions_about_the_relation() -> None:
+    asked = [r for r in iterate(open_catalogue("questions", pictures=40)) if r["kind"] == "relation"]
+    assert list(iterate(open_catalogue("relations", pictures=40))) == asked
+    assert len(asked) >= 8
+
+
 def test_unknown_view_and_split_are_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r'Did you mean "questions"\?'):
         open_catalogue("question")
