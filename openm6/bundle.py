@@ -125,7 +125,7 @@ class Bundle:
         task = self.task(task)
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         ids: list[int] = []
-        told = ""
+        text = told = ""
         with self.precision():
             for token in stream(
                 self.model,
@@ -136,10 +136,13 @@ class Bundle:
             ):
                 ids.append(token)
                 text = self.processor.tokenizer.decode(ids)
-                # A character can be several tokens: what is not yet whole shows as U+FFFD and waits.
-                if not text.endswith("�"):
+                # A character can be several tokens: what is not yet whole shows as U+FFFD and waits. Whether single
+                # bytes are a character is known when other text ends their row.
+                if not text.endswith("�") and not self.processor.tokenizer.is_part(token):
                     yield text[len(told) :]
                     told = text
+        if text != told:
+            yield text[len(told) :]
 
     def prompt(self, task: Task, record: Record) -> Sequence:
         return task.encode(record, self.processor, rng=None, with_target=False)

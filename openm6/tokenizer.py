@@ -10,6 +10,7 @@ text). A wrapped one is as lossless as it was: Qwen's, for example, brings text 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -81,6 +82,11 @@ class Tokenizer:
         """The text of these ids; special tokens and image codes have none. Half a character reads as U+FFFD."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def is_part(self, token: int) -> bool:
+        """Whether this id is no text by itself: a single byte, or a token that stands for none."""
+        name = self._fast.id_to_token(token) or ""
+        return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
 
     # Files
 

@@ -59,12 +59,14 @@ def test_many_at_once_equal_one_by_one(bundle: Bundle) -> None:
 
 
 def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:
-    options = {"max_new_tokens": 12, "temperature": 1.0}
     asked = {"photo": picture(), "question": QUESTION}
-    pieces = list(bundle.stream("vqa", decoding=options, **asked))
-    whole = bundle.run("vqa", decoding=options, **asked)
-    assert whole.startswith("".join(pieces))
-    assert whole.removeprefix("".join(pieces)).strip("�") == ""
+    most = 0
+    for seed in range(8):  # random weights: bytes that are no characters among them
+        options = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
+        pieces = list(bundle.stream("vqa", decoding=options, **asked))
+        assert "".join(pieces) == bundle.run("vqa", decoding=options, **asked)
+        most = max(most, len(pieces))
+    assert most > 2
 
 
 def test_a_changed_pixel_and_a_changed_word_reach_the_answer(bundle: Bundle) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.model.config import ModelConfig
+from openm6.model.norm import RMSNorm, rms_norm
+from openm6.model.packed import PackedLinear, Shrink, fold
 from openm6.sequence import allowed
 
 QUERY_CHUNK = 128
@@ -147,22 +149,34 @@ def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Cache:
     """Keys and values of B sequences up to `capacity` positions, for all layers.
 
-    Row b holds `lengths[b]` positions, from 0 on. `select` reorders rows (beam search) or drops finished ones.
-    On a CPU it is kept in fp32: one query against many keys is there five times faster than in bf16.
+    Row b holds `lengths[b]` positions, from 0 on; `counts` is the same on the host, so that a step need not ask the
+    device. `select` reorders rows (beam search) or drops finished ones. `rope` holds the rotary angles of all
+    positions, [1, capacity, 1, E] each. On a CPU keys and values are kept in fp32: one query against many keys is
+    there five times faster than in bf16.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
+        device = lengths.device
         dtype = torch.float32 if device.type == "cpu" else dtype
-        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.rope: tuple[Tensor, Tensor] | None = None
+        if config.positions == "rotary":
+            places = torch.arange(capacity, device=device)[None]
+            self.rope = rotary_angles(places, config.head_dim, config.rope_theta, dtype)
+        shape = (len(lengths), config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.capacity = capacity
+        self.lengths, self.counts = lengths, lengths.tolist()
 
     def select(self, rows: Tensor) -> None:
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
         self.lengths = self.lengths.index_select(0, rows)
+        self.counts = self.lengths.tolist()
+
+    def grow(self) -> None:
+        """Every row is one position longer."""
+        self.lengths = self.lengths + 1
+        self.counts = [count + 1 for count in self.counts]
 
 
 class Attention(nn.Module):
@@ -179,23 +193,41 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.width, bias=config.bias)
         self.out = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.bias)
         self.out.writes_to_stream = True  # type: ignore[assignment]  # for the initialization
-        self.q_norm = nn.RMSNorm(self.width, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.width, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.width, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.width, eps=config.norm_eps) if config.qk_norm else None
+        self.packed_norm: nn.Module | None = None
+        self.packed_scale: Tensor | None = None
+
+    def _norm_scale(self) -> Tensor:
+        """The weights of both norms, [H + K, E]."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
+
+    def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Lay the weights out for decoding on a CPU; returns what takes the place of the norm before."""
+        norm, self.qkv = fold(norm, self.qkv, dtype)  # type: ignore[assignment]
+        self.out = PackedLinear(self.out.weight, self.out.bias, dtype)  # type: ignore[assignment]
+        if self.q_norm is not None:
+            self.packed_norm = Shrink(self.width, self.q_norm.eps or 0.0)
+            self.packed_scale = self._norm_scale().detach() * self.width**0.5
+        return norm
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
         rows, length, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(rows, length, -1, self.width)
         # Queries and keys go through norm and rotation together: half the passes over memory.
         qk, v_BTKE = qkv[:, :, : -self.kv_heads], qkv[:, :, -self.kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            scale = torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
-            qk = F.rms_norm(qk, (self.width,), eps=self.q_norm.eps) * scale
+        if self.packed_norm is not None:
+            qk = self.packed_norm(qk) * self.packed_scale
+        elif self.q_norm is not None:
+            qk = rms_norm(qk, self._norm_scale(), self.q_norm.eps or 0.0)
         if rope is not None:
             qk = rotate(qk, rope)
-        # Norms may widen to fp32; the products run in the precision of the projection.
-        qk_BHTE = qk.to(qkv.dtype).transpose(1, 2)
+        # Norms may widen to fp32; the products run in the precision of the values: the projection's or the cache's.
+        qk_BHTE = (qk.to(qkv.dtype) if write is None else qk).transpose(1, 2)
         q_BHTE, k_BKSE, v_BKSE = qk_BHTE[:, : self.heads], qk_BHTE[:, self.heads :], v_BTKE.transpose(1, 2)
         if write is not None:
             k_BKSE, v_BKSE = write(self.layer, k_BKSE, v_BKSE)
-        y_BHTE = attend(q_BHTE.to(k_BKSE.dtype), k_BKSE, v_BKSE, mask).to(qkv.dtype)
+        y_BHTE = attend(q_BHTE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype), v_BKSE, mask).to(qkv.dtype)
         return self.out(y_BHTE.transpose(1, 2).reshape(rows, length, -1))

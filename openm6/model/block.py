@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.model.attention import Attention
 from openm6.model.config import ModelConfig
 from openm6.model.norm import make_norm
+from openm6.model.packed import PackedLinear, fold
 
 
 class FeedForward(nn.Module):
@@ -30,6 +32,12 @@ class FeedForward(nn.Module):
             return self.down(F.silu(gate_BTF) * up_BTF)
         return self.down(F.gelu(x))
 
+    def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """As `Attention.pack`."""
+        norm, self.up = fold(norm, self.up, dtype)  # type: ignore[assignment]
+        self.down = PackedLinear(self.down.weight, self.down.bias, dtype)  # type: ignore[assignment]
+        return norm
+
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
@@ -38,6 +46,11 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward_norm = make_norm(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lay the weights out for decoding on a CPU."""
+        self.attention_norm = self.attention.pack(self.attention_norm, dtype)
+        self.feed_forward_norm = self.feed_forward.pack(self.feed_forward_norm, dtype)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, write)

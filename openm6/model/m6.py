@@ -21,6 +21,7 @@ from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, scatter_images
 from openm6.model.loss import linear_cross_entropy
 from openm6.model.norm import make_norm
+from openm6.model.packed import PackedLinear, kernel_dtype
 from openm6.sequence import IGNORE, Batch
 
 
@@ -63,7 +64,7 @@ class M6(PreTrainedModel):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.packed_head: nn.Module | None = None
+        self.packed_head: PackedLinear | None = None
         self.post_init()
 
     @torch.no_grad()
@@ -116,12 +117,13 @@ class M6(PreTrainedModel):
     def forward(self, batch: Batch) -> Output:
         """Hidden states of a packed or padded batch, and the loss where it has labels."""
         x_BTD = self._embed(batch)
-        mask = build_mask(batch.segments, batch.blocks, self._product_dtype(x_BTD))
-        x_BTD = self._backbone(x_BTD, batch.positions, mask)
+        dtype = self._product_dtype(x_BTD)
+        mask = build_mask(batch.segments, batch.blocks, dtype)
+        x_BTD = self._backbone(x_BTD, self._rope(batch.positions, dtype), mask)
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained):
             return Output(hidden=x_BTD)
-        hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(self._product_dtype(x_BTD))
+        hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained])
         return Output(loss=total, losses=losses, segments=batch.segments.flatten()[trained], hidden=x_BTD)
 
@@ -131,22 +133,18 @@ class M6(PreTrainedModel):
             return self.packed_head(hidden).float()
         return (hidden @ self.head_weight.to(hidden.dtype).T).float()
 
-    def pack_for_cpu(self) -> M6:
-        """Bring the weights of all products to bf16 in the layout that the CPU's kernels want: inference only.
+    def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:
+        """Lay the weights of all products out for the CPU's kernels, in bf16 or fp32 (the default is what this CPU
+        runs best): inference only.
 
         Decoding a few rows is then 1.5 to 2 times faster (benchmarks/decode.py); the network can no longer be
-        trained or saved. Where the kernels are missing, nothing happens.
+        trained or saved.
         """
-        from openm6.model.packed import PackedLinear, available
-
-        if not available():
-            return self
-        self.packed_head = PackedLinear(self.head_weight, None)
+        dtype = dtype or kernel_dtype()
+        self.packed_head = PackedLinear(self.head_weight, None, dtype)
         for block in self.blocks:
-            for part, name in ((block.attention, "qkv"), (block.attention, "out"),
-                               (block.feed_forward, "up"), (block.feed_forward, "down")):  # fmt: skip
-                linear = getattr(part, name)
-                setattr(part, name, PackedLinear(linear.weight, linear.bias))
+            assert isinstance(block, Block)
+            block.pack(dtype)
         return self
 
     # Decoding: fill the cache with a prompt, then one position at a time.
@@ -158,8 +156,7 @@ class M6(PreTrainedModel):
         """
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
-        cache = Cache(self.config, len(batch.ids), capacity, dtype, x_BTD.device)
-        cache.lengths = (batch.segments > 0).sum(1)
+        cache = Cache(self.config, (batch.segments > 0).sum(1), capacity, dtype)
         length = x_BTD.shape[1]
 
         def write(layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +164,8 @@ class M6(PreTrainedModel):
             cache.values[layer][:, :, :length] = v_BKTE
             return k_BKTE, v_BKTE
 
-        x_BTD = self._backbone(x_BTD, batch.positions, build_mask(batch.segments, batch.blocks, dtype), write)
+        mask = build_mask(batch.segments, batch.blocks, dtype)
+        x_BTD = self._backbone(x_BTD, self._rope(batch.positions, dtype), mask, write)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -176,25 +174,28 @@ class M6(PreTrainedModel):
         x_B1D = self.embed(ids_B[:, None])
         if self.place is not None:
             x_B1D = x_B1D + self.place(positions_B1)
-        filled = int(cache.lengths.max()) + 1
-        rows = torch.arange(len(ids_B), device=ids_B.device)
-        even = bool((cache.lengths == cache.lengths[0]).all())
-        mask = None
-        if not even:
+        filled = max(cache.counts) + 1
+        even = min(cache.counts) + 1 == filled
+        rope, mask = cache.rope, None
+        if even:
+            rope = rope and (rope[0][:, filled - 1 : filled], rope[1][:, filled - 1 : filled])
+        else:
+            rows = torch.arange(len(ids_B), device=ids_B.device)
+            rope = rope and (rope[0][0, positions_B1], rope[1][0, positions_B1])
             seen = torch.arange(filled, device=ids_B.device) <= positions_B1
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
 
         def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = cache.keys[layer], cache.values[layer]
-            k_BKE, v_BKE = k_BK1E[:, :, 0].to(keys.dtype), v_BK1E[:, :, 0].to(values.dtype)
             if even:
-                keys[:, :, filled - 1], values[:, :, filled - 1] = k_BKE, v_BKE
+                keys[:, :, filled - 1 : filled], values[:, :, filled - 1 : filled] = k_BK1E, v_BK1E
             else:
-                keys[rows, :, cache.lengths], values[rows, :, cache.lengths] = k_BKE, v_BKE
+                keys[rows, :, cache.lengths] = k_BK1E[:, :, 0].to(keys.dtype)
+                values[rows, :, cache.lengths] = v_BK1E[:, :, 0].to(values.dtype)
             return keys[:, :, :filled], values[:, :, :filled]
 
-        x_B1D = self._backbone(x_B1D, positions_B1, mask, write)
-        cache.lengths = cache.lengths + 1
+        x_B1D = self._backbone(x_B1D, rope, mask, write)
+        cache.grow()
         return x_B1D[:, 0]
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -207,10 +208,12 @@ class M6(PreTrainedModel):
             x_BTD = x_BTD + self.place(batch.positions)
         return x_BTD
 
-    def _backbone(self, x_BTD: Tensor, positions_BT: Tensor, mask: Any, write: Any = None) -> Tensor:
-        rope = None
-        if self.config.positions == "rotary":
-            rope = rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta, self._product_dtype(x_BTD))
+    def _rope(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions != "rotary":
+            return None
+        return rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta, dtype)
+
+    def _backbone(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
         for block in self.blocks:
             x_BTD = block(x_BTD, rope, mask, write)
         return self.norm(x_BTD)
@@ -218,7 +221,7 @@ class M6(PreTrainedModel):
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""
         if self.packed_head is not None:
-            return torch.bfloat16
+            return self.packed_head.dtype
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -1,29 +1,60 @@
-"""Weights laid out once for the CPU's bf16 kernels (oneDNN) instead of at every product."""
+"""Weights laid out once for the CPU's kernels instead of at every product, with the norms' weights in them.
+
+At one position a layer is some thirty operations of microseconds each, so every one that can be done beforehand
+counts: a norm's weight is multiplied into the matrix behind it, and so is the sqrt(D) of its mean square.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from openm6.model.norm import RMSNorm
 from openm6.model.precision import fast_dtype
 
 
-def available() -> bool:
-    """Whether this PyTorch has the kernels and this CPU runs bf16 well."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and fast_dtype("cpu") == torch.bfloat16
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+def kernel_dtype() -> torch.dtype:
+    """bf16 where this CPU runs it well and this PyTorch has oneDNN's kernels, else fp32."""
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.bfloat16 if onednn and fast_dtype("cpu") == torch.bfloat16 else torch.float32
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b in bf16, from fp32 or bf16 [..., in] to bf16 [..., out]. No gradients."""
+    """x W^T + b, from [..., in] to [..., out] in `dtype` (bf16 or fp32). No gradients."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16().contiguous(), 1)
-        self.bias = None if bias is None else bias.detach().bfloat16()
+        self.dtype = dtype
+        weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        if dtype == torch.bfloat16:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        else:
+            self.weight = weight.T.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
+        if self.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._linear_pointwise.default(x.bfloat16(), self.weight, self.bias, "none", [], "")
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class Shrink(nn.Module):
+    """x / sqrt(|x|^2 + D eps): an RMSNorm without its weight and without sqrt(D)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.least = torch.tensor((width * eps) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32), self.least)
+
+
+def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, PackedLinear]:
+    """A norm and the product behind it as a pair that gives the same with less to do (a LayerNorm stays: its kernel
+    takes its weight along)."""
+    if not isinstance(norm, RMSNorm):
+        return norm, PackedLinear(linear.weight, linear.bias, dtype)
+    width = norm.weight.shape[0]
+    weight = linear.weight.float() * norm.weight.float() * width**0.5
+    return Shrink(width, norm.eps or 0.0), PackedLinear(weight, linear.bias, dtype)
