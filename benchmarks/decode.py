@@ -7,6 +7,7 @@ products on both sides (what each side serves with).
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +39,12 @@ def run() -> tuple[list[dict[str, Any]], str]:
         theirs = Qwen3ForCausalLM(config).eval().to(device)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            ours = import_qwen3(Path(folder), image_embedder="none").eval().to(device)
+            base = import_qwen3(Path(folder), image_embedder="none").eval().to(device)
         for precision in ("fp32", "bf16") if fast_dtype(device) == torch.bfloat16 else ("fp32",):
-            if precision == "bf16":
-                theirs = theirs.bfloat16()
-                ours = ours.bfloat16() if device == "cuda" else ours.pack_for_cpu()
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            theirs = theirs.to(dtype)
+            ours = copy.deepcopy(base)
+            ours = ours.to(dtype) if device == "cuda" else ours.pack_for_cpu(dtype)
             for batch in (1, 16):
                 ids = np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT))
                 sides = {"OpenM6": _ours(ours, ids), "transformers": _theirs(theirs, ids)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +29,19 @@ GROUPS, BATCH = 8, 64
 
 def run() -> tuple[list[dict[str, Any]], str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe("demo", [f"output={folder}"])
-        for section in recipe.data:
-            section.start = 0
-        recipe.output = Path(folder)
-        sequences, model = _examples(recipe, device)
+    rows: list[dict[str, Any]] = []
+    for preset in ("demo", "small"):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = load_recipe("demo", [f"output={folder}", f"model.preset={preset}"])
+            for section in recipe.data:
+                section.start = 0
+            more, note = _race(recipe, preset, device)
+        rows += more
+    return rows, note
+
+
+def _race(recipe: Recipe, preset: str, device: torch.device) -> tuple[list[dict[str, Any]], str]:
+    sequences, model = _examples(recipe, device)
     groups = [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)]
     by_length = sorted(sequences, key=len)
     alike = [by_length[i : i + BATCH] for i in range(0, len(by_length), BATCH)]
@@ -50,6 +56,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
     mine = timings["packed"].median
     rows = [
         {
+            "network": preset,
             "side": name,
             "examples/s": round(len(sequences) / t.median),
             "spread": f"{len(sequences) / t.high:,.0f} to {len(sequences) / t.low:,.0f}",
