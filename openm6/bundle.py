@@ -46,7 +46,7 @@ class Bundle:
     def load(cls, path: str | Path, device: str | torch.device | None = None, trainable: bool = False) -> Bundle:
         """Open a model directory, on the GPU when there is one.
 
-        For answering, weights are bf16 on a GPU and packed for bf16 products on a CPU; a `trainable` model
+        For answering, weights are bf16 on a GPU and laid out for its kernels on a CPU; a `trainable` model
         keeps fp32 weights and runs its products under autocast.
         """
         path = Path(path)

@@ -154,8 +154,9 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
 
     folder = cached("catalogue", key, make)
     views = {view: ArrowRecords(folder / view) for view in VIEWS}
-    pictured = ("items", "pairs", "questions", "relations")
-    return {**views, **{view: Pictured(views["catalogue"], views[view]) for view in pictured}}
+    return {
+        view: Pictured(views["catalogue"], rows) if "picture" in rows.columns else rows for view, rows in views.items()
+    }
 
 
 def _shown(records: Iterable[Record], count: int, what: str) -> Iterable[Record]:

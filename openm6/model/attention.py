@@ -128,12 +128,16 @@ class _PlainAttention(torch.autograd.Function):
         return dq.mul_(width**-0.5).view(shape), dk.view(shape), dv.view(shape), None
 
 
-def rotary_angles(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of the rotary positions (RoFormer, section 3.4.2), each [B, T, 1, width].
+def rotary_angles(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """cos and signed sin of the rotary positions (RoFormer, section 3.4.2), each [B, T, 1, E]; None where the
+    positions are not rotary.
 
-    The pairs are (i, i + width/2); the sine of a pair's first half is negative, so that turning is two products
+    The pairs are (i, i + E/2); the sine of a pair's first half is negative, so that turning is two products
     and a roll (see `rotate`). Taken in fp32, then brought to the precision in which they are used.
     """
+    if config.positions != "rotary":
+        return None
+    width, theta = config.head_dim, config.rope_theta
     frequency = theta ** (-torch.arange(0, width, 2, device=positions_BT.device, dtype=torch.float32) / width)
     angle = (positions_BT[..., None].float() * frequency)[:, :, None]
     cos, sin = angle.cos(), angle.sin()
@@ -158,10 +162,7 @@ class Cache:
     def __init__(self, config: ModelConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
         device = lengths.device
         dtype = torch.float32 if device.type == "cpu" else dtype
-        self.rope: tuple[Tensor, Tensor] | None = None
-        if config.positions == "rotary":
-            places = torch.arange(capacity, device=device)[None]
-            self.rope = rotary_angles(places, config.head_dim, config.rope_theta, dtype)
+        self.rope = rotary_angles(config, torch.arange(capacity, device=device)[None], dtype)
         shape = (len(lengths), config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -209,7 +210,7 @@ class Attention(nn.Module):
         norm, self.qkv = fold(norm, self.qkv, dtype)  # type: ignore[assignment]
         self.out = PackedLinear(self.out.weight, self.out.bias, dtype)  # type: ignore[assignment]
         if self.q_norm is not None:
-            self.packed_norm = Shrink(self.width, self.q_norm.eps or 0.0)
+            self.packed_norm = Shrink(self.width, self.q_norm.eps)
             self.packed_scale = self._norm_scale().detach() * self.width**0.5
         return norm
 
@@ -221,7 +222,7 @@ class Attention(nn.Module):
         if self.packed_norm is not None:
             qk = self.packed_norm(qk) * self.packed_scale
         elif self.q_norm is not None:
-            qk = rms_norm(qk, self._norm_scale(), self.q_norm.eps or 0.0)
+            qk = rms_norm(qk, self._norm_scale(), self.q_norm.eps)
         if rope is not None:
             qk = rotate(qk, rope)
         # Norms may widen to fp32; the products run in the precision of the values: the projection's or the cache's.

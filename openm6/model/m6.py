@@ -119,7 +119,7 @@ class M6(PreTrainedModel):
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
         mask = build_mask(batch.segments, batch.blocks, dtype)
-        x_BTD = self._backbone(x_BTD, self._rope(batch.positions, dtype), mask)
+        x_BTD = self._backbone(x_BTD, rotary_angles(self.config, batch.positions, dtype), mask)
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained):
             return Output(hidden=x_BTD)
@@ -165,7 +165,7 @@ class M6(PreTrainedModel):
             return k_BKTE, v_BKTE
 
         mask = build_mask(batch.segments, batch.blocks, dtype)
-        x_BTD = self._backbone(x_BTD, self._rope(batch.positions, dtype), mask, write)
+        x_BTD = self._backbone(x_BTD, rotary_angles(self.config, batch.positions, dtype), mask, write)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -207,11 +207,6 @@ class M6(PreTrainedModel):
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
         return x_BTD
-
-    def _rope(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        if self.config.positions != "rotary":
-            return None
-        return rotary_angles(positions_BT, self.config.head_dim, self.config.rope_theta, dtype)
 
     def _backbone(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
         for block in self.blocks:

@@ -20,8 +20,10 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), by `rms_norm`."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps or 0.0)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,25 +34,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.is_cuda:
         return torch.rms_norm(x, x.shape[-1:], None, eps) * weight
-    if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, weight, eps)
-    return (_unit(x, eps)[0] * weight).to(torch.promote_types(x.dtype, weight.dtype))
+    return _RMSNorm.apply(x, weight, eps)
 
 
-def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x scaled to mean square 1 (but for eps), and the scale."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    width = x.shape[-1]
-    # sqrt(|x|^2 + D eps), without a pass of its own for the squares.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = width**0.5 / torch.hypot(length, length.new_tensor((width * eps) ** 0.5))
-    return x * scale, scale
+def length_of(x: Tensor, least: Tensor) -> Tensor:
+    """sqrt(|x|^2 + least^2) over the last dimension, [..., 1], without a pass of its own for the squares.
+
+    With `least` sqrt(D eps) it is sqrt(D) times what RMSNorm divides by. At least fp32, as `least` is.
+    """
+    return torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype), least)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        unit, scale = _unit(x, eps)
+        width, dtype = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        scale = width**0.5 / length_of(x, torch.tensor((width * eps) ** 0.5, dtype=dtype))
+        unit = x * scale
         ctx.save_for_backward(unit, scale, weight)
         ctx.dtype = x.dtype
         return (unit * weight).to(torch.promote_types(x.dtype, weight.dtype))

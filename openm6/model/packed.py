@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from openm6.model.norm import RMSNorm
+from openm6.model.norm import RMSNorm, length_of
 from openm6.model.precision import fast_dtype
 
 
@@ -47,7 +47,7 @@ class Shrink(nn.Module):
         self.least = torch.tensor((width * eps) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32), self.least)
+        return x / length_of(x, self.least)
 
 
 def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, PackedLinear]:
@@ -57,4 +57,4 @@ def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Mod
         return norm, PackedLinear(linear.weight, linear.bias, dtype)
     width = norm.weight.shape[0]
     weight = linear.weight.float() * norm.weight.float() * width**0.5
-    return Shrink(width, norm.eps or 0.0), PackedLinear(weight, linear.bias, dtype)
+    return Shrink(width, norm.eps), PackedLinear(weight, linear.bias, dtype)

@@ -51,7 +51,9 @@ class Checkpoints:
         def fill(draft: Path) -> None:
             save_model(draft / "model")
             save_file({"rng": torch.get_rng_state(), **_flatten(optimizers)}, draft / "optimizer.safetensors")
-            (draft / "state.json").write_text(json.dumps({**state, "step": step}), "utf-8")
+            (draft / "state.json").write_text(
+                json.dumps({**state, "step": step, "optimizers": _names(optimizers)}), "utf-8"
+            )
 
         write_whole(target, fill)
         for old in self.all()[: -self.keep]:
@@ -76,9 +78,19 @@ class Checkpoints:
                 f"The checkpoint {path} does not fit this recipe's model: {line} "
                 "Choose another output directory, or set the sizes back."
             ) from None
+        made = state.pop("optimizers", None)
+        if made != _names(optimizers):
+            raise OpenM6Error(
+                f"The checkpoint {path} was not made with this recipe's train.optimizer "
+                f"({', '.join(_names(optimizers))}): choose another output directory, or set it back."
+            )
         torch.set_rng_state(tensors.pop("rng"))
         _unflatten(optimizers, tensors)
         return state
+
+
+def _names(optimizers: list[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
 
 
 def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:

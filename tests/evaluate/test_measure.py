@@ -93,7 +93,9 @@ def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
             logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).double()
         log_probs = logits.log_softmax(-1)
         losses += [-float(log_probs[t, label]) for t, label in enumerate(sequence.labels) if label != IGNORE]
-    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=2e-2 if bundle.model.packed_head else 1e-4)
+    packed = bundle.model.packed_head
+    tolerance = 2e-2 if packed is not None and packed.dtype == torch.bfloat16 else 1e-4
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=tolerance)
 
 
 def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from openm6.atomic import write_whole
 from openm6.errors import OpenM6Error
 from openm6.train.checkpoint import Checkpoints
+from openm6.train.muon import Muon
 
 
 def parts() -> tuple[nn.Linear, torch.optim.Optimizer]:
@@ -64,6 +65,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OpenM6Error, match=r"step-00000001 is damaged; delete it"):
         Checkpoints(tmp_path, keep=2).restore(path, model, [optimizer])
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    path = save(Checkpoints(tmp_path, keep=2), 1, model, optimizer)
+    other: list[torch.optim.Optimizer] = [optimizer, Muon([model.weight])]
+    with pytest.raises(
+        OpenM6Error, match=r"step-00000001 was not made with this recipe's train.optimizer \(AdamW, Muon\)"
+    ):
+        Checkpoints(tmp_path, keep=2).restore(path, model, other)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
