@@ -76,9 +76,13 @@ def _write_html(path: Path, title: str, text: str) -> Path:
 
 
 def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
-    """Answers that were wrong first to no more than half, the rest right ones: a table with pictures."""
-    wrong = [c for c in evaluation.cases if c.answer not in c.references]
-    right = [c for c in evaluation.cases if c.answer in c.references]
+    """Answers that were wrong first to no more than half, the rest right ones: a table with pictures.
+
+    Only where answers are right or wrong: a caption in other words than the references is no mistake.
+    """
+    judged = not evaluation.scores.keys().isdisjoint({"accuracy", "exact_match"})
+    wrong = [c for c in evaluation.cases if judged and c.answer not in c.references]
+    right = [c for c in evaluation.cases if not judged or c.answer in c.references]
     chosen = wrong[: count // 2]
     chosen += right[: count - len(chosen)]
     if not chosen:
@@ -88,7 +92,7 @@ def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
         shown, asked = _inputs(
             case, evaluation.inputs, pictures, f"{evaluation.task}-{len(list(pictures.iterdir()))}-{number}"
         )
-        mark = "" if case.answer in case.references else "✗ "
+        mark = "✗ " if judged and case.answer not in case.references else ""
         rows.append((shown, asked, f"{mark}{_escape(case.answer)}", _escape(case.references[0])))
     return _table(("picture", "asked", "answer", "one right answer"), rows)
 

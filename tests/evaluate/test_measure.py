@@ -98,6 +98,14 @@ def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
     assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=tolerance)
 
 
+def test_words_of_its_own_are_no_mistake_where_nothing_is_right_or_wrong(tmp_path: Path) -> None:
+    cases = [Case({"photo": picture()}, "一件红T恤。", ["红色的T恤。"])]
+    evaluation = Evaluation("caption", "data", {"bleu": Score(9.0, 1.0, 20.0, 1)}, cases, inputs={"photo": "image"})
+    text = write_report(tmp_path / "report", "A report", [evaluation]).read_text("utf-8")
+    assert "一件红T恤。" in text
+    assert "✗" not in text
+
+
 def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path: Path) -> None:
     cases = [
         Case({"photo": picture(), "question": "<script>alert(1)</script>"}, "红[x](y)", ["蓝"]),
