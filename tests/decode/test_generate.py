@@ -75,16 +75,22 @@ def test_score_is_the_log_probability_of_the_answer() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "layer", "activation": "gelu", "bias": True}, {"qk_norm": True}])
-def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(changes: dict) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 2e-2), (torch.float32, 1e-4)])
+def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(
+    changes: dict, onednn: bool, dtype: torch.dtype | None, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(**changes)
-    packed = copy.deepcopy(model).pack_for_cpu()
+    if not onednn:
+        monkeypatch.setattr("openm6.model.packed._has_onednn", lambda: False)
+    packed = copy.deepcopy(model).pack_for_cpu(dtype)
     rng = np.random.default_rng(4)
     prompts = [prompt(rng, source, ((1, 2),)) for source in (1, 4, 4, 9)]
     answers = [*generate(packed, prompts, END, Decoding(6)), *generate(packed, prompts[1:3], END, Decoding(6))]
     for p, answer in zip([*prompts, *prompts[1:3]], answers, strict=True):
         ids = answer.ids + ([END] if answer.finished else [])
         expected = sum(float(next_log_probs(model, p, ids[:i])[token]) for i, token in enumerate(ids))
-        assert answer.score == pytest.approx(expected, rel=0.02, abs=0.02)
+        assert answer.score == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 def test_sampled_answers_do_not_depend_on_the_batch() -> None:
