@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from openm6.model.norm import RMSNorm, length_of
 from openm6.model.precision import fast_dtype
 
-
 ROWS = 16
 """The rows that weights are laid out for: 16 rows then take 0.6 of the time of a layout for one, one row as long."""
 
