@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from openm6.bundle import Bundle
-from openm6.data.catalogue import same_attributes
+from openm6.data.catalogue import open_catalogue, same_attributes
+from openm6.data.draw import COLOURS
+from openm6.data.store import iterate
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_report
@@ -57,6 +60,7 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
         _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
         _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
+        _shares("gap in a sentence filled, the rest kept", gaps_filled(bundle)),
     ]
     folder = output / "report"
     page = write_report(
@@ -76,10 +80,28 @@ def _answers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return [c.answer for c in evaluation.cases], [c.references for c in evaluation.cases]
 
 
+def gaps_filled(bundle: Bundle, limit: int = 500) -> list[float]:
+    """For sentences about held-out goods with the colour left out: 1 where the answer has a colour there and all else
+    as it was given, else 0."""
+    colour = re.compile("|".join(name + "色" for name in COLOURS))
+    sentences = [r["text"] for r in iterate(open_catalogue("texts", "test")) if r["kind"] == "sentence"][:limit]
+    parts = [(t[: m.start()], t[m.end() :]) for t in sentences if (m := colour.search(t))]
+    answers = bundle.run_many("infilling", ({"text": f"{before}____{after}"} for before, after in parts))
+    return [
+        float(re.fullmatch(re.escape(before) + f"({colour.pattern})" + re.escape(after), answer) is not None)
+        for (before, after), answer in zip(parts, answers, strict=True)
+    ]
+
+
 def _figure(name: str, values: Values, evaluation: Evaluation, chosen: Chosen) -> dict[str, Any]:
     rows = np.array([i for i, case in enumerate(evaluation.cases) if chosen(case)])
-    low, high = bootstrap(len(rows), lambda drawn: values.corpus(rows[drawn]))
-    return {"name": name, "value": values.corpus(rows), "low": low, "high": high, "n": len(rows)}
+    return _shares(name, [values.corpus(np.array([row])) for row in rows])
+
+
+def _shares(name: str, right: list[float]) -> dict[str, Any]:
+    values = Values.mean(right)
+    low, high = bootstrap(len(right), values.corpus)
+    return {"name": name, "value": values.corpus(np.arange(len(right))), "low": low, "high": high, "n": len(right)}
 
 
 def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:

@@ -6,11 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from openm6.bundle import Bundle
+from openm6.evaluate.demo import gaps_filled
 from tests.train.conftest import SIZES
+
+
+def test_a_filled_gap_keeps_the_rest_and_has_a_colour() -> None:
+    class Answers:
+        """Stands for a Bundle: gives each sentence back with the gap filled by one of these in turn."""
+
+        fillings = ("红色", "条纹", "红色的", "")
+
+        def run_many(self, task: str, records: Iterable[dict[str, str]]) -> Iterator[str]:
+            for number, record in enumerate(records):
+                yield record["text"].replace("____", self.fillings[number % 4])
+
+    right = gaps_filled(cast(Bundle, Answers()), limit=40)
+    assert len(right) == 40
+    assert right == [1.0, 0.0, 0.0, 0.0] * 10
 
 
 @pytest.mark.slow
@@ -29,6 +48,7 @@ def test_the_demo_trains_measures_and_reports(tmp_path: Path) -> None:
     names = [figure["name"] for figure in found["figures"]]
     assert "colour, one object" in names
     assert "handwritten digit" in names
+    assert "gap in a sentence filled, the rest kept" in names
     assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 and f["n"] >= 100 for f in found["figures"])
     page = (tmp_path / found["report"]).read_text("utf-8")
     assert page.count("<img") >= 10
