@@ -18,27 +18,37 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     from safetensors import SafetensorError
 
     draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         fill(draft)
+        publish(draft, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise write_failed(target, error) from None
+
+
+def publish(draft: Path, target: Path) -> None:
+    """Put a complete directory where it belongs, in the place of an older one, after it is on the disk."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    try:
         _flush(draft)
         if target.exists():
             target.rename(old)
         draft.rename(target)
         _flush_entry(target.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
+    except OSError:
         if old.exists() and not target.exists():
             old.rename(target)
-        raise OpenM6Error(
-            f"{target} could not be written ({_reason(error)}); what was saved before is untouched."
-        ) from None
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def write_failed(target: Path, error: BaseException) -> OpenM6Error:
+    return OpenM6Error(f"{target} could not be written ({_reason(error)}); what was saved before is untouched.")
+
+
+def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return "no space left on the device" if "No space" in str(error) else "the disk refused"

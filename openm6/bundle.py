@@ -72,9 +72,14 @@ class Bundle:
     def save(self, path: str | Path, max_shard_size: str = "4GB") -> None:
         """Write the model directory (the caller makes it atomic where that matters)."""
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        self.describe(path)
         quietly()
         self.model.save_pretrained(path, max_shard_size=max_shard_size)
+
+    def describe(self, path: Path) -> None:
+        """Write all of a model directory but the weights."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.model.config.save_pretrained(path)
         self.processor.tokenizer.save(path)
         content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
         (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -186,6 +191,20 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
     model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
     bundle = Bundle(model, Processor(tokenizer, grid, max_length))
+    write_whole(output, bundle.save)
+    return bundle
+
+
+def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Bundle:
+    """A model directory with experts in the place of the feed-forwards of the dense one at `path`."""
+    from openm6.atomic import write_whole
+    from openm6.model.upcycle import upcycle
+
+    if output.exists():
+        raise UsageError(f"{output} exists already: name another directory.")
+    bundle = Bundle.load(path, device="cpu", trainable=True)
+    torch.manual_seed(0)
+    bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)
     write_whole(output, bundle.save)
     return bundle
 

@@ -28,6 +28,10 @@ def _one_seed() -> None:
     torch.set_num_threads(1)
 
 
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "shared_intermediate_size": 16, "router": "prototype"}
+"""Sizes that put experts into a tiny network."""
+
+
 def tiny_config(**changes: object) -> ModelConfig:
     sizes = {
         "vocab_size": VOCABULARY,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, allowed, pack, pad
-from tests.conftest import example, tiny_model
+from tests.conftest import EXPERTS, example, tiny_model
 
 shapes = st.lists(
     st.tuples(st.integers(0, 6), st.integers(1, 6), st.lists(st.sampled_from([(1, 1), (1, 2), (2, 2)]), max_size=2)),
@@ -67,10 +67,10 @@ def test_patches_are_placed_where_the_sequence_says(parts: list, even: bool) -> 
 
 
 @settings(deadline=None, max_examples=15)
-@given(shapes, st.sampled_from(["rotary", "learned"]))
-def test_loss_and_hidden_states_are_the_same_packed_or_not(parts: list, positions: str) -> None:
+@given(shapes, st.sampled_from([{}, {"positions": "learned"}, EXPERTS]))
+def test_loss_and_hidden_states_are_the_same_packed_or_not(parts: list, changes: dict) -> None:
     sequences = examples(parts)
-    model = tiny_model(positions=positions)
+    model = tiny_model(**changes)
     with torch.no_grad():
         packed, padded = pack(sequences, 32, 0), pad(sequences, 0)
         a, b = model(packed), model(padded)

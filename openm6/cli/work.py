@@ -27,10 +27,16 @@ def train(
         list[str] | None, typer.Argument(help="Changes, e.g. train.steps=500 train.learning_rate=3e-4.")
     ] = None,
     processes: Processes = 1,
+    ray_workers: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster, in the place of processes.")] = 0,
 ) -> None:
     """Pretrain or continue. An interrupted run goes on by itself: run the same command again."""
     from openm6.train.recipe import load_recipe
 
+    if ray_workers:
+        from openm6.train.ray import train_on_ray
+
+        train_on_ray(load_recipe(recipe, overrides or []), ray_workers, os.environ.get("RAY_ADDRESS"))
+        return
     _train(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
 
 

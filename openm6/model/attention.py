@@ -187,9 +187,8 @@ class Attention(nn.Module):
     on text and image codes together).
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer = layer
         self.heads, self.kv_heads, self.width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.width, bias=config.bias)
         self.out = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.bias)
@@ -229,6 +228,6 @@ class Attention(nn.Module):
         qk_BHTE = (qk.to(qkv.dtype) if write is None else qk).transpose(1, 2)
         q_BHTE, k_BKSE, v_BKSE = qk_BHTE[:, : self.heads], qk_BHTE[:, self.heads :], v_BTKE.transpose(1, 2)
         if write is not None:
-            k_BKSE, v_BKSE = write(self.layer, k_BKSE, v_BKSE)
+            k_BKSE, v_BKSE = write(k_BKSE, v_BKSE)
         y_BHTE = attend(q_BHTE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype), v_BKSE, mask).to(qkv.dtype)
         return self.out(y_BHTE.transpose(1, 2).reshape(rows, length, -1))

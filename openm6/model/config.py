@@ -16,6 +16,7 @@ _CHOICES = {
     "activation": ("swiglu", "gelu"),
     "positions": ("rotary", "learned"),
     "image_embedder": ("none", "patch", "stem", "resnet"),
+    "router": ("topk", "prototype", "grouped"),
 }
 
 
@@ -34,8 +35,15 @@ class ModelConfig(PreTrainedConfig):
     block is `norm="layer"`, `activation="gelu"`, `positions="learned"`, and has biases.
 
     Derived when not given: `num_key_value_heads` (= heads), `head_dim` (= hidden_size / heads), `bias`
-    (only with LayerNorm), `stem_widths`. `num_codes` of the `vocab_size` ids, the last ones, are image codes.
-    `expert_interval` n puts experts in every n-th layer (n, 2n, ...); the other layers stay dense.
+    (only with LayerNorm), `stem_widths`, `expert_intermediate_size` (= intermediate_size). `num_codes` of the
+    `vocab_size` ids, the last ones, are image codes.
+
+    Experts (model/experts.py): `num_experts` in every `expert_interval`-th layer (n, 2n, ...), the first `dense_layers`
+    layers excepted; `experts_per_token` of them, chosen by `router`, see each token, and one of the width
+    `shared_intermediate_size` sees all. `capacity_factor` None drops no token. `auxiliary_loss`, `router_z_loss` and
+    `bias_update` are off at 0.
+
+    `distinct_layers` d shares weights: layer i is layer i mod d (Pseudo-to-Real, arXiv 2110.03888); null shares none.
     """
 
     model_type: ClassVar[str] = "openm6"
@@ -45,6 +53,7 @@ class ModelConfig(PreTrainedConfig):
     hidden_size: int = 1024
     intermediate_size: int = 2816
     num_hidden_layers: int = 24
+    distinct_layers: int | None = None
     num_attention_heads: int = 16
     num_key_value_heads: int = None  # type: ignore[assignment]  # derived below, like the next two
     head_dim: int = None  # type: ignore[assignment]
@@ -68,6 +77,16 @@ class ModelConfig(PreTrainedConfig):
 
     num_experts: int = 0
     expert_interval: int = 1
+    dense_layers: int = 0
+    experts_per_token: int = 1
+    router: str = "topk"
+    normalize_expert_weights: bool = False
+    expert_intermediate_size: int = None  # type: ignore[assignment]
+    shared_intermediate_size: int = 0
+    capacity_factor: float | None = None
+    auxiliary_loss: float = 0.0
+    router_z_loss: float = 0.0
+    bias_update: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -75,6 +94,7 @@ class ModelConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.bias is None:
             self.bias = self.norm == "layer"
+        self.expert_intermediate_size = self.expert_intermediate_size or self.intermediate_size
         if self.image_embedder == "stem" and self.stem_widths is None:
             self.stem_widths = [32, 64, 128, 256]
         super().__post_init__(**kwargs)
@@ -91,6 +111,37 @@ class ModelConfig(PreTrainedConfig):
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"model.head_dim ({self.head_dim}) has to be even for rotary positions.")
+        if self.num_experts:
+            self._check_experts()
+        if self.distinct_layers is not None:
+            self._check_sharing(self.distinct_layers)
+
+    def _check_experts(self) -> None:
+        number, chosen = self.num_experts, self.experts_per_token
+        if not 1 <= chosen <= number:
+            raise UsageError(f"model.experts_per_token is {chosen}; with {number} experts it can be 1 to {number}.")
+        if self.router != "topk" and number % chosen:
+            raise UsageError(
+                f'The router "{self.router}" makes a group for each of model.experts_per_token ({chosen}), so '
+                f"model.num_experts ({number}) has to be a multiple of it."
+            )
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise UsageError(f"model.capacity_factor is {self.capacity_factor}; give a number above 0, or null.")
+        if self.expert_interval < 1 or not self.expert_layers():
+            raise UsageError(
+                f"With model.expert_interval {self.expert_interval} and model.dense_layers {self.dense_layers}, none "
+                f"of the {self.num_hidden_layers} layers has experts."
+            )
+
+    def _check_sharing(self, distinct: int) -> None:
+        layers, sparse = self.num_hidden_layers, set(self.expert_layers())
+        if distinct < 1 or layers % distinct:
+            raise UsageError(f"model.distinct_layers is {distinct}; it has to divide the {layers} layers.")
+        if any((layer in sparse) != (layer % distinct in sparse) for layer in range(layers)):
+            raise UsageError(
+                f"model.distinct_layers {distinct} would share a layer of experts with one without; "
+                f"experts stand in layers {', '.join(str(layer + 1) for layer in sorted(sparse))}."
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
@@ -121,25 +172,27 @@ class ModelConfig(PreTrainedConfig):
         """Numbers (from 0) of the layers that hold experts."""
         if not self.num_experts:
             return []
-        return list(range(self.expert_interval - 1, self.num_hidden_layers, self.expert_interval))
+        every = range(self.expert_interval - 1, self.num_hidden_layers, self.expert_interval)
+        return [layer for layer in every if layer >= self.dense_layers]
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters by part, by arithmetic: nothing is allocated, so any preset can be counted.
 
-        Parts: embedding, attention, feed_forward (dense layers), experts, router, norms, image, head.
+        Parts: embedding, attention, feed_forward (dense layers), experts, shared_experts, router, norms, image, head.
         """
-        d, f, layers = self.hidden_size, self.intermediate_size, self.num_hidden_layers
+        d, f, layers = self.hidden_size, self.intermediate_size, self.distinct_layers or self.num_hidden_layers
         heads, kv, width, bias = self.num_attention_heads, self.num_key_value_heads, self.head_dim, int(self.bias)
         qkv, gates = (heads + 2 * kv) * width, 2 if self.activation == "swiglu" else 1
-        feed_forward = gates * d * f + f * d + bias * (gates * f + d)
-        with_experts = len(self.expert_layers())
+        feed_forward, per_width = gates * d * f + f * d + bias * (gates * f + d), (gates + 1) * d
+        with_experts = sum(layer < layers for layer in self.expert_layers())
         norm = d * (2 if self.norm == "layer" else 1)
         learned = self.max_position_embeddings * d if self.positions == "learned" else 0
         return {
             "embedding": self.vocab_size * d + learned,
             "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
             "feed_forward": (layers - with_experts) * feed_forward,
-            "experts": with_experts * self.num_experts * feed_forward,
+            "experts": with_experts * self.num_experts * per_width * self.expert_intermediate_size,
+            "shared_experts": with_experts * per_width * self.shared_intermediate_size,
             "router": with_experts * self.num_experts * d,
             "norms": (2 * layers + 1) * norm + (2 * layers * width if self.qk_norm else 0),
             "image": self._count_image(),

@@ -1,7 +1,8 @@
-"""Start from what exists: a Qwen3 text checkpoint becomes an M6 backbone.
+"""Start from what exists: a Qwen3 or Qwen3-MoE text checkpoint becomes an M6 backbone.
 
 The block is the same mathematics (RMSNorm, grouped-query attention with per-head norms, rotary positions by
-halves, SwiGLU); only names differ, and M6 keeps queries, keys and values, and gate and up, in one matrix each.
+halves, SwiGLU, top-k experts); only names differ, and M6 keeps queries, keys and values, and gate and up, in one
+matrix each, and the experts of a layer in one tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from openm6.errors import OpenM6Error, UsageError
 from openm6.model.config import ModelConfig
 from openm6.model.m6 import M6
 
-_FAMILIES = ("qwen3",)
+_FAMILIES = ("qwen3", "qwen3_moe")
 
 
 def read_config(path: Path, **changes: Any) -> ModelConfig:
@@ -46,11 +47,27 @@ def read_config(path: Path, **changes: Any) -> ModelConfig:
         "norm_eps": theirs.get("rms_norm_eps", 1e-6),
         "qk_norm": True,
     }
+    if family == "qwen3_moe":
+        sizes |= _expert_sizes(path, theirs)
     return ModelConfig(**{**sizes, **changes})
 
 
+def _expert_sizes(path: Path, theirs: dict[str, Any]) -> dict[str, Any]:
+    dense = sorted(theirs.get("mlp_only_layers") or ())
+    if dense != list(range(len(dense))):
+        raise UsageError(f"{path} has dense layers {dense} among its experts; only the first ones can be dense.")
+    return {
+        "num_experts": theirs.get("num_experts", theirs.get("num_local_experts", 0)),
+        "experts_per_token": theirs["num_experts_per_tok"],
+        "expert_intermediate_size": theirs["moe_intermediate_size"],
+        "normalize_expert_weights": theirs.get("norm_topk_prob", False),
+        "expert_interval": theirs.get("decoder_sparse_step", 1),
+        "dense_layers": len(dense),
+    }
+
+
 def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any) -> M6:
-    """An M6 with the weights of a Qwen3 directory (config.json, safetensors in one file or in shards).
+    """An M6 with the weights of a Qwen3 or Qwen3-MoE directory (config.json, safetensors in one file or in shards).
 
     `vocab_size` appends rows for new tokens to the embedding (and head): the old rows stay as they are, the
     new ones start at the mean of the old ones plus noise, so that they are neither likely nor out of scale.
@@ -68,7 +85,16 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
     ours = {}
     for index in range(config.num_hidden_layers):
         for name, sources in _block_names(index).items():
-            ours[name] = torch.cat([theirs[s] for s in sources]) if len(sources) > 1 else theirs[sources[0]]
+            ours[name] = theirs.joined(sources)
+        us, them = f"blocks.{index}.feed_forward", f"model.layers.{index}.mlp"
+        if index not in config.expert_layers():
+            ours[f"{us}.up.weight"], ours[f"{us}.down.weight"] = _feed_forward(theirs, them)
+            continue
+        pairs = [_feed_forward(theirs, f"{them}.experts.{n}") for n in range(config.num_experts)]
+        ours[f"{us}.experts.up"], ours[f"{us}.experts.down"] = (
+            torch.stack(weights) for weights in zip(*pairs, strict=True)
+        )
+        ours[f"{us}.router.weight"] = theirs[f"{them}.gate.weight"]
     ours["norm.weight"] = theirs["model.norm.weight"]
     ours["embed.weight"] = _grown(theirs["model.embed_tokens.weight"], config.vocab_size)
     if not config.tie_word_embeddings:
@@ -85,7 +111,7 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
 
 
 def _block_names(layer: int) -> Mapping[str, tuple[str, ...]]:
-    """Our name of every tensor of a block, and theirs, to be put one below the other."""
+    """Our name of every tensor of a block but its feed-forward, and theirs, to be put one below the other."""
     us, them = f"blocks.{layer}", f"model.layers.{layer}"
     return {
         f"{us}.attention_norm.weight": (f"{them}.input_layernorm.weight",),
@@ -94,9 +120,12 @@ def _block_names(layer: int) -> Mapping[str, tuple[str, ...]]:
         f"{us}.attention.q_norm.weight": (f"{them}.self_attn.q_norm.weight",),
         f"{us}.attention.k_norm.weight": (f"{them}.self_attn.k_norm.weight",),
         f"{us}.feed_forward_norm.weight": (f"{them}.post_attention_layernorm.weight",),
-        f"{us}.feed_forward.up.weight": (f"{them}.mlp.gate_proj.weight", f"{them}.mlp.up_proj.weight"),
-        f"{us}.feed_forward.down.weight": (f"{them}.mlp.down_proj.weight",),
     }
+
+
+def _feed_forward(theirs: _Tensors, name: str) -> tuple[Tensor, Tensor]:
+    """Our up (gate above up) and down of a feed-forward or expert of theirs."""
+    return theirs.joined((f"{name}.gate_proj.weight", f"{name}.up_proj.weight")), theirs[f"{name}.down_proj.weight"]
 
 
 def _grown(weight: Tensor, rows: int) -> Tensor:
@@ -129,3 +158,7 @@ class _Tensors:
             raise OpenM6Error(f"{self.path} has no tensor {name}.")
         with safe_open(self.places[name], framework="pt") as content:
             return content.get_tensor(name).float()
+
+    def joined(self, names: tuple[str, ...]) -> Tensor:
+        """Several, one below the other."""
+        return torch.cat([self[name] for name in names]) if len(names) > 1 else self[names[0]]

@@ -1,12 +1,13 @@
-"""M6: one Transformer over image and text (KDD 2021, section 4), dense layers.
+"""M6: one Transformer over image and text (KDD 2021, section 4).
 
-Read this file first, then block.py and attention.py. Shapes: see the legend in attention.py.
+Read this file first, then block.py, attention.py and experts.py. Shapes: see the legend in attention.py.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from openm6.model.attention import Cache, additive, build_mask, rotary_angles
 from openm6.model.block import Block
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, scatter_images
+from openm6.model.experts import Experts, Load, Router
 from openm6.model.loss import linear_cross_entropy
 from openm6.model.norm import make_norm
 from openm6.model.packed import PackedLinear, kernel_dtype
@@ -33,12 +35,14 @@ class Output(ModelOutput):
     losses    fp32 [M], the single losses, without gradient
     segments  int64 [M], to which example of the batch each belongs
     hidden    [B, T, D] after the last norm
+    loads     what each layer of experts saw
     """
 
     loss: Tensor | None = None
     losses: Tensor | None = None
     segments: Tensor | None = None
     hidden: Tensor | None = None
+    loads: list[Load] | None = None
 
 
 class M6(PreTrainedModel):
@@ -51,17 +55,13 @@ class M6(PreTrainedModel):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        if config.num_experts:
-            raise OpenM6Error(
-                f"This model has {config.num_experts} experts a layer; this version builds dense models only "
-                "(ModelConfig.count_parameters() counts it all the same)."
-            )
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.place = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
         )
         self.image = ImageEmbedder(config) if config.image_embedder != "none" else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        distinct = config.distinct_layers or config.num_hidden_layers
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(distinct))
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.packed_head: PackedLinear | None = None
@@ -93,6 +93,11 @@ class M6(PreTrainedModel):
                 init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            init.normal_(module.up, std=std)
+            init.normal_(module.down, std=std / math.sqrt(2 * self.config.num_hidden_layers))
         elif isinstance(module, ImageEmbedder):
             init.normal_(module.row, std=std)
             init.normal_(module.column, std=std)
@@ -119,13 +124,15 @@ class M6(PreTrainedModel):
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
         mask = build_mask(batch.segments, batch.blocks, dtype)
-        x_BTD = self._backbone(x_BTD, rotary_angles(self.config, batch.positions, dtype), mask)
+        rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
+        x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real)
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained):
-            return Output(hidden=x_BTD)
+            return Output(hidden=x_BTD, loads=loads)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained])
-        return Output(loss=total, losses=losses, segments=batch.segments.flatten()[trained], hidden=x_BTD)
+        segments = batch.segments.flatten()[trained]
+        return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, loads=loads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to fp32 [..., V]."""
@@ -165,7 +172,8 @@ class M6(PreTrainedModel):
             return k_BKTE, v_BKTE
 
         mask = build_mask(batch.segments, batch.blocks, dtype)
-        x_BTD = self._backbone(x_BTD, rotary_angles(self.config, batch.positions, dtype), mask, write)
+        rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
+        x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -194,7 +202,7 @@ class M6(PreTrainedModel):
                 values[rows, :, cache.lengths] = v_BK1E[:, :, 0].to(values.dtype)
             return keys[:, :, :filled], values[:, :, :filled]
 
-        x_B1D = self._backbone(x_B1D, rope, mask, write)
+        x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
         cache.grow()
         return x_B1D[:, 0]
 
@@ -208,10 +216,22 @@ class M6(PreTrainedModel):
             x_BTD = x_BTD + self.place(batch.positions)
         return x_BTD
 
-    def _backbone(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rope, mask, write)
-        return self.norm(x_BTD)
+    def _backbone(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Any,
+        write: Any = None,
+        real_BT: Tensor | None = None,
+    ) -> tuple[Tensor, list[Load]]:
+        loads = []
+        for layer in range(self.config.num_hidden_layers):
+            x_BTD, load = self.blocks[layer % len(self.blocks)](
+                x_BTD, rope, mask, write and partial(write, layer), real_BT
+            )
+            if load is not None:
+                loads.append(load)
+        return self.norm(x_BTD), loads
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
     """The normalization that the configuration names, over the last dimension of size `width`."""
-    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
     return kind(width, eps=config.norm_eps)
 
 
@@ -24,6 +24,14 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, whose CPU kernel wants weights in the precision of x; sharded ones are gathered in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

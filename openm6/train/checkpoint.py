@@ -1,39 +1,62 @@
-"""Checkpoints of a running training: whole or not there at all.
+"""Checkpoints of a running training: whole or not there at all, for any number of processes.
 
     checkpoints/step-00000500/
-        model/             a model directory (usable by itself)
-        optimizer.safetensors  of all optimizers
-        state.json         step, place in the data, counters
+        state/        tensors of network and optimizers by name, in shards (PyTorch's distributed checkpoint)
+        config.json, tokenizer.json, openm6.json   as in a model directory
+        state.json    step, place in the data, counters
 
-Each is written beside its place, flushed to the disk and renamed; a crash or a full disk leaves the older
-checkpoints as they were. Tensors are safetensors; nothing is pickled.
+Each is written beside its place while training goes on, flushed to the disk and renamed; a crash or a full disk leaves
+the older checkpoints as they were. What N processes wrote M processes read: tensors are found by name and cut anew.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from openm6.atomic import write_whole
+from openm6.atomic import publish, write_failed, write_whole
 from openm6.errors import OpenM6Error
+from openm6.train.distributed import Group, local
+from openm6.train.optimizer import set_rate
+
+SHARD = 4 * 2**30
+"""Bytes of a safetensors file of a consolidated network, about."""
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 class Checkpoints:
-    """The checkpoints of one run: `save`, `latest`, `restore`."""
+    """The checkpoints of one run: `save`, `wait`, `latest`, `restore`. Every process calls all but `latest`."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory
-        self.keep = keep
+    def __init__(self, directory: Path, keep: int, group: Group):
+        self.directory, self.keep, self.group = directory, keep, group
+        # Of its own: the writing thread talks to the other processes while the training does.
+        self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
+        self.writing: Thread | None = None
+        self.failure: BaseException | None = None
 
     def all(self) -> list[Path]:
         """From the oldest to the newest."""
@@ -43,73 +66,262 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def save(
-        self, step: int, save_model: Callable[[Path], None], optimizers: list[Optimizer], state: dict[str, Any]
-    ) -> Path:
-        """`state` is anything JSON can hold; the random-number state is added."""
-        target = self.directory / f"step-{step:08d}"
-
-        def fill(draft: Path) -> None:
-            save_model(draft / "model")
-            save_file({"rng": torch.get_rng_state(), **_flatten(optimizers)}, draft / "optimizer.safetensors")
-            (draft / "state.json").write_text(
-                json.dumps({**state, "step": step, "optimizers": _names(optimizers)}), "utf-8"
+        self,
+        step: int,
+        describe: Callable[[Path], None],
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        state: dict[str, Any],
+    ) -> None:
+        """Begin to write; the values are those of now. `state` is anything JSON can hold, `describe` writes what a
+        model directory has beside its weights. Raises what the writing before this one failed with."""
+        self.wait()
+        target = self.directory / step_name(step)
+        draft = target.with_name(f".{target.name}.writing")
+        content = {**state, "step": step, "optimizers": _names(optimizers)}
+        if self.group.first:
+            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                describe(draft)
+                (draft / "state.json").write_text(json.dumps(content), "utf-8")
+            except OSError as error:
+                raise write_failed(target, error) from None
+        self.group.wait()
+        tensors = {**_named(model, optimizers), f"random.{self.group.rank}": torch.get_rng_state()}
+        writer = dcp.FileSystemWriter(draft / "state", sync_files=True)
+        with _quietly():
+            future = dcp.async_save(
+                tensors, storage_writer=writer, process_group=self.channel, no_dist=self.group.world == 1
             )
 
-        write_whole(target, fill)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
+        def finish() -> None:
+            try:
+                future.result()  # type: ignore[union-attr]  # done when all processes are
+                if self.group.first:
+                    publish(draft, target)
+                    for old in self.all()[: -self.keep]:
+                        shutil.rmtree(old, ignore_errors=True)
+            except BaseException as error:
+                self.failure = write_failed(target, error)
+                shutil.rmtree(draft, ignore_errors=True)
 
-    def restore(self, path: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
-        """Load weights, optimizers and random numbers in place; returns the state that `save` was given."""
+        self.writing = Thread(target=finish)
+        self.writing.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def restore(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        shared: int | None = None,
+        moments: str = "copy",
+    ) -> dict[str, Any]:
+        """Load weights, optimizers and random numbers in place; returns the state that `save` was given.
+
+        `shared`: the checkpoint is of a network with so few distinct layers, and layer i of this one takes layer
+        i mod shared, its optimizer moments by `moments` (PseudoSection).
+        """
         try:
-            weights: dict[str, Tensor] = {}
-            for file in sorted((path / "model").glob("*.safetensors")):
-                weights |= load_file(file)
-            tensors = load_file(path / "optimizer.safetensors")
             state = json.loads((path / "state.json").read_text("utf-8"))
-        except (OSError, SafetensorError, ValueError):
-            raise OpenM6Error(f"The checkpoint {path} is damaged; delete it to go on from the one before.") from None
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise OpenM6Error(
-                f"The checkpoint {path} does not fit this recipe's model: {line} "
-                "Choose another output directory, or set the sizes back."
-            ) from None
+            stored = _stored(path)
+        except (Exception, CheckpointException):
+            raise _damaged(path) from None
         made = state.pop("optimizers", None)
+        _compare(path, {_source(n, shared): t for n, t in _named(model, []).items()}, stored)
         if made != _names(optimizers):
             raise OpenM6Error(
                 f"The checkpoint {path} was not made with this recipe's train.optimizer "
                 f"({', '.join(_names(optimizers))}): choose another output directory, or set it back."
             )
-        torch.set_rng_state(tensors.pop("rng"))
-        _unflatten(optimizers, tensors)
+        _prepare(optimizers)
+        if shared and moments == "reset":
+            _reset_blocks(model, optimizers)
+        tensors = _named(model, optimizers)
+        random, key = torch.get_rng_state(), f"random.{self.group.rank}"
+        if key in stored:
+            tensors[key] = random
+        # One stored tensor can have several copies: each reading gives every name once.
+        readings: list[dict[str, Tensor]] = []
+        for name, tensor in tensors.items():
+            source = _source(name, shared)
+            reading = next((r for r in readings if source not in r), None)
+            if reading is None:
+                readings.append(reading := {})
+            reading[source] = tensor
+        try:
+            for reading in readings:
+                _read(path, reading, self.group.world == 1)
+        except (Exception, CheckpointException):
+            raise _damaged(path) from None
+        if shared and moments == "rescale":
+            _rescale(tensors, len({_layer(n) for n in tensors if _layer(n) is not None}) / shared)
+        for parameter, name, optimizer in _owned(model, optimizers):
+            for moment, value in optimizer.state[parameter].items():
+                if is_traceable_wrapper_subclass(local(value)):
+                    local(value).copy_(local(tensors[f"optimizer.{moment}.{name}"]))
+        torch.set_rng_state(random)
         return state
+
+
+def consolidate(checkpoint: Path, target: Path) -> None:
+    """The network of a checkpoint, however many processes wrote it, as one model directory in safetensors; at no time
+    more than a file of it is in memory."""
+    try:
+        stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
+    except (Exception, CheckpointException):
+        raise _damaged(checkpoint) from None
+
+    def fill(draft: Path) -> None:
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.name != "state.json":
+                shutil.copy(file, draft / file.name)
+        parts = list(_parts(stored))
+        index: dict[str, str] = {}
+        for number, part in enumerate(parts, 1):
+            name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            tensors = {key: torch.empty(stored[key]) for key in part}
+            _read(checkpoint, {f"model.{key}": tensor for key, tensor in tensors.items()}, alone=True)
+            save_file(tensors, draft / name, metadata={"format": "pt"})
+            index |= dict.fromkeys(part, name)
+        if len(parts) > 1:
+            size = sum(4 * torch.Size(shape).numel() for shape in stored.values())
+            content = {"metadata": {"total_size": size}, "weight_map": index}
+            (draft / "model.safetensors.index.json").write_text(json.dumps(content), "utf-8")
+
+    write_whole(target, fill)
+
+
+def _parts(stored: dict[str, torch.Size]) -> Iterator[list[str]]:
+    part: list[str] = []
+    size = 0
+    for name, shape in stored.items():
+        if part and size + 4 * shape.numel() > SHARD:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += 4 * shape.numel()
+    yield part
 
 
 def _names(optimizers: list[Optimizer]) -> list[str]:
     return [type(optimizer).__name__ for optimizer in optimizers]
 
 
-def _flatten(optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """`{optimizer}.{parameter}.{name of the moment}` to tensor, the first two as numbers.
-
-    Learning rates come from the schedule, not from here.
-    """
-    return {
-        f"{which}.{index}.{name}": value.detach().cpu().contiguous()
-        for which, optimizer in enumerate(optimizers)
-        for index, moments in optimizer.state_dict()["state"].items()
-        for name, value in moments.items()
-    }
+def _damaged(path: Path) -> OpenM6Error:
+    return OpenM6Error(f"The checkpoint {path} is damaged; delete it to go on from the one before.")
 
 
-def _unflatten(optimizers: list[Optimizer], tensors: dict[str, Tensor]) -> None:
-    contents = [{**optimizer.state_dict(), "state": defaultdict(dict)} for optimizer in optimizers]
-    for key, tensor in tensors.items():
-        which, index, name = key.split(".", 2)
-        contents[int(which)]["state"][int(index)][name] = tensor
-    for optimizer, content in zip(optimizers, contents, strict=True):
-        optimizer.load_state_dict(content)
+def _stored(path: Path) -> dict[str, torch.Size]:
+    """Name and whole size of every tensor of a checkpoint."""
+    metadata = dcp.FileSystemReader(path / "state").read_metadata()
+    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+
+
+def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
+    with _quietly():
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without PyTorch's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """`model.{name}` and `optimizer.{moment}.{parameter}` to tensor (sharded ones as DTensors). Learning rates come
+    from the schedule, not from here."""
+    tensors = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+    for parameter, name, optimizer in _owned(model, optimizers):
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{moment}.{name}"] = _plain(value)
+    return tensors
+
+
+def _plain(moment: Tensor) -> Tensor:
+    """A moment itself; of one that is kept in 8 bits a copy in fp32, which can be cut anywhere."""
+    here = local(moment)
+    if not is_traceable_wrapper_subclass(here):
+        return moment
+    here = here.dequantize()
+    if not isinstance(moment, DTensor):
+        return here
+    return DTensor.from_local(
+        here, moment.device_mesh, moment.placements, run_check=False, shape=moment.shape, stride=moment.stride()
+    )
+
+
+def _owned(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[nn.Parameter, str, Optimizer]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, names[parameter], optimizer
+
+
+_BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+
+
+def _layer(name: str) -> int | None:
+    found = _BLOCK.search(name)
+    return int(found[0]) if found else None
+
+
+def _source(name: str, shared: int | None) -> str:
+    """The name under which a checkpoint with `shared` distinct layers has what belongs to `name`."""
+    return _BLOCK.sub(lambda found: str(int(found[0]) % shared), name) if shared else name
+
+
+@torch.no_grad()
+def _prepare(optimizers: list[Optimizer]) -> None:
+    """Let fresh optimizers make their moments, whatever form these have: a step at rate 0 by gradients of 0."""
+    for optimizer in optimizers:
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            set_rate(group, 0.0)
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            set_rate(group, rate)
+
+
+def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    for parameter, name, optimizer in _owned(model, optimizers):
+        if _layer(name) is not None:
+            optimizer.state.pop(parameter)
+
+
+_POWERS = {"exp_avg": 1, "momentum": 1, "exp_avg_sq": 2, "row_var": 2, "col_var": 2, "variance": 2}
+"""By which power of the gradient's scale each moment scales."""
+
+
+def _rescale(tensors: dict[str, Tensor], layers: float) -> None:
+    """The gradient of a shared layer was the sum of those of its `layers` layers."""
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer.") and _layer(name) is not None:
+            tensor /= layers ** _POWERS.get(name.split(".", 2)[1], 0)
+
+
+def _compare(path: Path, wanted: dict[str, Tensor], stored: dict[str, torch.Size]) -> None:
+    found = {name: size for name, size in stored.items() if name.startswith("model.")}
+    for name in sorted(wanted.keys() | found.keys()):
+        here, there = wanted[name].shape if name in wanted else None, found.get(name)
+        if here != there:
+            told = [f"is {list(size)}" if size is not None else "is missing" for size in (there, here)]
+            raise OpenM6Error(
+                f"The checkpoint {path} does not fit this recipe's model: {name.removeprefix('model.')} {told[0]} "
+                f"there and {told[1]} here. Choose another output directory, or set the sizes back."
+            )

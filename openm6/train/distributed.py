@@ -6,10 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from openm6.errors import OpenM6Error
+
+MEETING = timedelta(seconds=120)
+"""Within which all processes have to have found each other; one that dies meanwhile would leave the rest waiting."""
+
+WORK = timedelta(hours=2)
+"""How long one may wait for another: the first process measures and writes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,36 @@ def process_group() -> Iterator[Group]:
     if world == 1:
         yield Group(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if dist.is_initialized():  # by who started the processes (Ray), who also ends it
+        yield Group(dist.get_rank(), world, device)
+        return
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=MEETING)
+    except (RuntimeError, ValueError) as error:
+        raise OpenM6Error(
+            f"The {world} processes did not meet within {MEETING.seconds} s ({str(error).splitlines()[0]}): "
+            "has one died, or is MASTER_ADDR out of reach?"
+        ) from None
+    dist.distributed_c10d._set_pg_timeout(WORK, dist.group.WORLD)
     try:
         yield Group(dist.get_rank(), world, device)
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it; a meeting of the processes that hold it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a whole tensor that is cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()

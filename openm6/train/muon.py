@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openm6.model.precision import fast_dtype
+from openm6.train.distributed import local, share_of, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of a x + b x^3 + c x^5, iterated: steep at 0, it takes singular values into 0.7 to 1.2 in few steps."""
@@ -22,9 +23,11 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(Optimizer):
     """For the matrices and convolution kernels inside a network; the rest belongs to AdamW.
 
-    A kernel [out, in, kh, kw] counts as the matrix [out, in * kh * kw]. Steps are scaled by 0.2 sqrt(max(rows,
-    columns)), so that their root mean square, about 0.2, is that of AdamW's, and its learning rates and weight decay
-    carry over (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    A kernel [out, in, kh, kw] counts as the matrix [out, in * kh * kw], experts [N, out, in] as N matrices. Steps are
+    scaled by 0.2 sqrt(max(rows, columns)), so that their root mean square, about 0.2, is that of AdamW's, and its
+    learning rates and weight decay carry over (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+
+    Sharded (DTensors): each process works on the experts that it holds, and on the whole of every other matrix.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            alike: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+            alike: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)  # by rows and columns
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -47,14 +50,18 @@ class Muon(Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(average, group["momentum"])  # Nesterov
-                matrix = ahead.flatten(1)
-                alike[matrix.shape, matrix.device].append((parameter, matrix))
+                matrices = local(ahead) if ahead.ndim == 3 else whole(ahead).flatten(1)[None]
+                alike[matrices.shape[1:], matrices.device].append((parameter, matrices))
             for (shape, _), pairs in alike.items():
-                directions = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+                directions = orthogonal(torch.cat([matrices for _, matrices in pairs]))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (parameter, _), direction in zip(pairs, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(direction.view_as(parameter), alpha=-rate)
+                sizes = [len(matrices) for _, matrices in pairs]
+                for (parameter, _), direction in zip(pairs, directions.split(sizes), strict=True):
+                    if parameter.ndim != 3:
+                        direction = share_of(direction.view(parameter.shape), parameter)
+                    here = local(parameter)
+                    here.mul_(1 - group["lr"] * group["weight_decay"])
+                    here.add_(direction, alpha=-rate)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -6,15 +6,18 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from openm6.errors import UsageError
+from openm6.train.adafactor import Adafactor
 from openm6.train.muon import Muon
-from openm6.train.recipe import TrainSection
+from openm6.train.recipe import PseudoSection, TrainSection
 
 
 def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]:
-    """AdamW (fused) for all, or with Muon for the matrices and kernels between embeddings and output.
+    """The recipe's optimizer for all, or with Muon AdamW for what lies outside the matrices and kernels between
+    embeddings and output.
 
     Weight decay falls on matrices and kernels, not on norms, biases and embeddings. Each group's `peak_lr` is its
     learning rate where `rate_at` is 1.
@@ -28,27 +31,52 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
         if parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column")):
             plain.append(parameter)
         else:
-            (outer if name.startswith("head.") else inner).append(parameter)
+            # A router's rows are choices, not a map between two spaces: it stays with AdamW.
+            (outer if name.startswith("head.") or ".router." in name else inner).append(parameter)
     muon = settings.optimizer == "muon"
     groups: list[dict[str, Any]] = [
         {"params": outer if muon else inner + outer, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [
-        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
-    ]
+    optimizers = [_optimizer(groups, settings)]
     if muon:
         rate = settings.matrix_learning_rate or settings.learning_rate
         optimizers.append(Muon(inner, lr=rate, weight_decay=settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = float(group["lr"])
     return optimizers
 
 
-def rate_at(step: int, settings: TrainSection) -> float:
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group a learning rate, in whatever form its optimizer keeps it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimizer:
+    rate, betas = settings.learning_rate, settings.betas
+    if settings.optimizer == "adafactor":
+        return Adafactor(groups, lr=rate)
+    if settings.optimizer == "adam8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise UsageError("train.optimizer adam8bit needs torchao: pip install 'openm6[lowbit]'.") from None
+        optimizer = AdamW8bit(groups, lr=rate, betas=betas)
+        if not torch.cuda.is_available():  # it compiles itself: minutes of a C++ compiler for a step of milliseconds
+            optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
+        return optimizer
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+
+
+def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = None) -> float:
     """The share of its highest that the learning rate has at a step (from 0): linear warm-up, then cosine, or
-    constant, or warm-up-stable-decay."""
+    constant, or warm-up-stable-decay; with `pseudo` warmed up again after the layers have parted."""
+    if pseudo and 0 <= step - pseudo.steps < pseudo.rewarm:
+        return rate_at(step, settings) * (step - pseudo.steps + 1) / pseudo.rewarm
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     if settings.schedule == "constant":

@@ -66,8 +66,10 @@ class TrainSection(_Strict):
     accumulate: int = Field(1, ge=1, description="parts in which each process works through its share of a step")
     packing: bool = True
     row_length: int = Field(256, ge=8, description="positions of a packed row")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for matrices and kernels, AdamW for embeddings, norms and the output"
+    optimizer: Literal["adamw", "muon", "adafactor", "adam8bit"] = Field(
+        "adamw",
+        description="muon: Muon for matrices and kernels, AdamW for embeddings, norms and the output; adafactor: "
+        "second moments by row and column, rates relative to a parameter's size; adam8bit: AdamW with 8-bit moments",
     )
     learning_rate: float = Field(1e-3, gt=0)
     matrix_learning_rate: float | None = Field(None, gt=0, description="of Muon; the default is learning_rate")
@@ -89,6 +91,31 @@ class TrainSection(_Strict):
     log_every: int = Field(10, ge=1)
 
 
+class ParallelSection(_Strict):
+    """How the network is laid over the processes (train/parallel.py)."""
+
+    sharding: Literal["none", "zero2", "zero3"] = Field(
+        "none", description="zero2: gradients and optimizer states over all processes; zero3: parameters too"
+    )
+    experts: int = Field(1, ge=1, description="processes that share the experts of a layer")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what of a layer is made again in the backward pass: nothing, all but products, all"
+    )
+
+
+class PseudoSection(_Strict):
+    """Pseudo-to-Real (arXiv 2110.03888): for `steps` steps layers share weights; then each gets its own copy."""
+
+    layers: int = Field(1, ge=1, description="distinct layers of the first stage; 1 shares all")
+    steps: int = Field(ge=1, description="steps of the first stage")
+    moments: Literal["rescale", "copy", "reset"] = Field(
+        "rescale",
+        description="optimizer moments of the copies: a shared gradient is the sum over its n layers, so first moments "
+        "are divided by n and second ones by n^2; or taken as they are; or started anew",
+    )
+    rewarm: int = Field(100, ge=0, description="steps in which the learning rate comes up again after delinking")
+
+
 class EvaluationSection(_Strict):
     """Data to measure on while training: the tasks' own metrics, by decoding."""
 
@@ -105,7 +132,20 @@ class Recipe(_Strict):
     tokenizer: TokenizerSection = TokenizerSection()
     data: list[DataSection] = Field(min_length=1)
     train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    pseudo: PseudoSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _pseudo_from_nothing(self) -> Recipe:
+        if self.pseudo and self.model.path:
+            raise ValueError("pseudo trains a network from a preset; one from model.path has its layers already")
+        if self.pseudo and self.pseudo.steps >= self.train.steps:
+            raise ValueError(
+                f"pseudo.steps ({self.pseudo.steps}) has to be below train.steps ({self.train.steps}): "
+                "the second stage would have none"
+            )
+        return self
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

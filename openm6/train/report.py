@@ -14,10 +14,17 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openm6.train.expert_load import draw_loads
 from openm6.train.meters import EnergyMeter, EnergyUse
 from openm6.train.recipe import Recipe
 
 Losses = list[tuple[str, str, float, int]]
+
+LOADS = "experts.jsonl"
+SCALARS = (
+    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "energy_kwh", "load_variation",
+    "load_dropped",
+)  # fmt: skip
 
 
 class Reporter:
@@ -81,8 +88,10 @@ class Reporter:
         self.steps += 1
         self.bar.update(self.row, completed=step)
 
-    def log(self, energy: EnergyMeter) -> None:
-        """One line for the steps since the last one. Times include waiting for data."""
+    def log(self, energy: EnergyMeter, loads: Mapping[str, Any]) -> None:
+        """One line for the steps since the last one. Times include waiting for data.
+
+        `loads` (ExpertLoads.statistics) goes to experts.jsonl, its means over the layers here too."""
         elapsed = time.perf_counter() - self.since
         use = energy.read()
         line: dict[str, Any] = {
@@ -101,9 +110,14 @@ class Reporter:
             "energy_kwh": use.kwh,
             "energy_measured": use.measured,
         }
+        if loads:
+            line |= {key: sum(loads[key]) / len(loads[key]) for key in ("load_variation", "load_dropped")}
+            with (self.output / LOADS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.number, **loads}) + "\n")
         self._write(line)
-        for key in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "energy_kwh"):
-            self.board.add_scalar(key, line[key], self.number)
+        for key in SCALARS:
+            if key in line:
+                self.board.add_scalar(key, line[key], self.number)
         for kind in ("loss_by_task", "loss_by_source"):
             for name, value in line[kind].items():
                 self.board.add_scalar(f"{kind}/{name}", value, self.number)
@@ -134,6 +148,8 @@ class Reporter:
                 "energy_measured": use.measured,
             }
         )
+        if (self.output / LOADS).is_file():
+            draw_loads(self.output / LOADS, self.output / "experts.png")
         known = "measured" if use.measured else "estimated"
         self.say(
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e ({known}). "

@@ -43,6 +43,8 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
         raise UsageError(
             "model.sizes.vocab_size follows from the tokenizer: set tokenizer.vocab_size and tokenizer.num_codes."
         )
+    if recipe.pseudo:
+        sizes["distinct_layers"] = recipe.pseudo.layers
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = section.max_length or recipe.train.row_length
     grid = ImageGrid(config.image_stride, config.image_max_patches)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openm6.atomic import write_whole
+from openm6.bundle import Bundle
 from openm6.data.loader import Loader
 from openm6.errors import OpenM6Error
+from openm6.model import M6, ModelConfig
 from openm6.model.precision import fast_dtype
 from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
-from openm6.train.checkpoint import Checkpoints
+from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.distributed import Group, process_group
+from openm6.train.expert_load import ExpertLoads
 from openm6.train.meters import EnergyMeter, peak_flops, training_flops
-from openm6.train.optimizer import make_optimizers, rate_at
+from openm6.train.optimizer import make_optimizers, rate_at, set_rate
+from openm6.train.parallel import Parallel
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses, Reporter
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
@@ -59,21 +63,27 @@ class Trainer:
         )
         self.bundle.tasks |= {entry.task.name: entry.task for entry in self.entries}
         self.kinds = {kind: i for i, kind in enumerate(dict.fromkeys((e.task.name, e.name) for e in self.entries))}
-        self.model = self.bundle.model.train()
-        self.model.to(group.device)  # type: ignore[arg-type]
-        if self.settings.compile:
-            for block in self.model.blocks:
-                block.compile()
-        self.runner: nn.Module = self.model
-        if group.world > 1:
-            self.runner = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
-        self.optimizers = make_optimizers(self.model, self.settings)
-        self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
         self.energy = EnergyMeter()
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
         self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
+
+    def _build(self, shared: bool) -> None:
+        """The network as it is laid over the processes, and its optimizers; `shared`: in the first stage of
+        Pseudo-to-Real."""
+        self.shared = shared
+        if self.recipe.pseudo and not shared:
+            self.bundle.model = M6(ModelConfig(**{**self.bundle.model.config.to_dict(), "distinct_layers": None}))
+        self.model = self.bundle.model.train()
+        self.model.to(self.group.device)  # type: ignore[arg-type]
+        if self.settings.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
+        self.optimizers = make_optimizers(self.model, self.settings)
+        self.loads = ExpertLoads(self.model, self.group)
 
     def run(self) -> Path:
         try:
@@ -83,10 +93,14 @@ class Trainer:
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
             while self.step < self.settings.steps:
+                if self.shared and self.recipe.pseudo and self.step == self.recipe.pseudo.steps:
+                    self._delink()
                 self._one_step(next(batches))
                 self._now_and_then()
             self._finish()
         finally:
+            with suppress(OpenM6Error):
+                self.checkpoints.wait()
             if self.reporter:
                 self.reporter.close()
         return self.output / "model"
@@ -94,22 +108,23 @@ class Trainer:
     def _one_step(self, sequences: list[Sequence]) -> None:
         started = time.perf_counter()
         # Every trained position of the step weighs the same, in whatever process and part it falls.
-        trained = torch.tensor([sum(int((s.labels != IGNORE).sum()) for s in sequences)], device=self.group.device)
-        total = int(self.group.sum(trained))
+        counts = [sum(int((s.labels != IGNORE).sum()) for s in sequences), sum(len(s) for s in sequences)]
+        total, everything = self.group.sum(torch.tensor(counts, device=self.group.device)).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
         flops, positions, padded = 0.0, 0.0, 0.0
+        self.loads.begin()
         parts = [sequences[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
         for number, part in enumerate(parts):
             batch = self._batch(part)
             last = number == len(parts) - 1
             with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                self._sync_gradients(last)
-                output = self.runner(batch)
-            # Data-parallel reduction takes the mean over the processes: times world makes it the sum.
-            loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss / total * self.group.world
-            loss.backward()
+                self.parallel.synchronize(last)
+                output = self.parallel.run(batch)
+            loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss / total
+            loss = loss + self.loads.add(output.loads, more=not last) / everything
+            (loss * self.parallel.scale).backward()
             losses += _by_example(output, batch)
             lengths = torch.bincount(batch.segments.flatten())[1:].double()
             positions += int(lengths.sum())
@@ -118,12 +133,13 @@ class Trainer:
             flops += training_flops(
                 self.model.config, int(lengths.sum()), int(pairs), int((batch.labels != IGNORE).sum())
             )
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.loads.end()
+        norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
-        share = rate_at(self.step, self.settings)
+        share = rate_at(self.step, self.settings, self.recipe.pseudo)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
+                set_rate(group, group["peak_lr"] * share)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -152,11 +168,6 @@ class Trainer:
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         return pack(sequences, self.settings.row_length, pad_id, even=on_cpu).to(self.group.device)
 
-    def _sync_gradients(self, last: bool) -> None:
-        """With accumulation, gradients are exchanged once, with the last part."""
-        if self.group.world > 1:
-            self.runner.require_backward_grad_sync = last  # type: ignore[assignment]
-
     def _check(self, norm: Tensor) -> None:
         if not bool(torch.isfinite(norm)):
             self._stop("the gradient is not finite (NaN or infinite)")
@@ -172,6 +183,7 @@ class Trainer:
             self._stop(f"the loss has risen from {self.best:.2f} to {self.smooth:.2f}")
 
     def _stop(self, reason: str) -> None:
+        self.checkpoints.wait()
         last = self.checkpoints.latest()
         kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
         raise OpenM6Error(
@@ -182,32 +194,51 @@ class Trainer:
     def _now_and_then(self) -> None:
         settings, evaluation = self.settings, self.recipe.evaluation
         if self.step % settings.log_every == 0 and self.reporter:
-            self.reporter.log(self.energy)
+            self.reporter.log(self.energy, self.loads.statistics())
+            self.loads.clear()
         if evaluation.data and (self.step % evaluation.every == 0) and self.step < settings.steps:
             self._evaluate()
         if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
             self._save()
 
     def _evaluate(self) -> None:
-        if self.group.first and self.reporter:
-            self.model.eval()
-            for name, scores in evaluate_entries(self.recipe, self.bundle):
+        model = self.parallel.usable()
+        if model is not None and self.reporter:
+            bundle = Bundle(model.eval(), self.bundle.processor, self.bundle.tasks.values())
+            for name, scores in evaluate_entries(self.recipe, bundle):
                 self.reporter.evaluation(self.step, name, scores)
             self.model.train()
         self.group.wait()
 
     def _save(self) -> None:
         # Every process is at the same step, so the first one's place in the data is everyone's.
-        if self.group.first:
-            state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
-            self.checkpoints.save(self.step, self.bundle.save, self.optimizers, state)
+        state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
+        self.checkpoints.save(self.step, self.bundle.describe, self.model, self.optimizers, state)
+
+    def _delink(self) -> None:
+        """Every layer gets its own copy of the weights it shared: what a resumed run does at this step."""
+        if self.step % self.settings.checkpoint_every:
+            self._save()
+        self.checkpoints.wait()
         self.group.wait()
+        self._load(self.checkpoints.directory / step_name(self.step))
+        if self.reporter:
+            self.reporter.say(f"Step {self.step}: the {self.model.config.num_hidden_layers} layers part.")
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Network and optimizers as a checkpoint has them; the last one of the first stage is delinked."""
+        pseudo, step = self.recipe.pseudo, step_of(path)
+        self._build(shared=pseudo is not None and step < pseudo.steps)
+        if pseudo and step == pseudo.steps:
+            return self.checkpoints.restore(path, self.model, self.optimizers, pseudo.layers, pseudo.moments)
+        return self.checkpoints.restore(path, self.model, self.optimizers)
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is None:
+            self._build(shared=self.recipe.pseudo is not None)
             return
-        state = self.checkpoints.restore(latest, self.model, self.optimizers)
+        state = self._load(latest)
         self.loader.set_state(state["data"])
         self.step, self.seen = state["step"], state["seen"]
         self.smooth, self.best = state["smooth"], state["best"]
@@ -217,8 +248,11 @@ class Trainer:
     def _finish(self) -> None:
         if self.recipe.evaluation.data:
             self._evaluate()
+        self.checkpoints.wait()
         if self.group.first and self.reporter:
-            write_whole(self.output / "model", self.bundle.save)
+            last = self.checkpoints.latest()
+            assert last is not None
+            consolidate(last, self.output / "model")
             self.reporter.finish(self.step, self.energy.stop())
 
 

@@ -15,7 +15,7 @@ from openm6.decode.generate import sample
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, pad
-from tests.conftest import example, tiny_model
+from tests.conftest import EXPERTS, example, tiny_model
 
 END = 5
 
@@ -53,7 +53,9 @@ def slow_greedy(model: M6, sequence: Sequence, count: int) -> list[int]:
 @settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.sampled_from([(), ((1, 2),), ((2, 2), (1, 1))])), min_size=1, max_size=5),
-    st.sampled_from([{}, {"positions": "learned", "norm": "layer", "activation": "gelu"}, {"num_key_value_heads": 2}]),
+    st.sampled_from(
+        [{}, {"positions": "learned", "norm": "layer", "activation": "gelu"}, {"num_key_value_heads": 2}, EXPERTS]
+    ),
 )
 def test_cached_batched_greedy_equals_the_uncached_loop(parts: list, changes: dict) -> None:
     model = tiny_model(**changes)
@@ -74,7 +76,9 @@ def test_score_is_the_log_probability_of_the_answer() -> None:
     assert answer.score == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "layer", "activation": "gelu", "bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "layer", "activation": "gelu", "bias": True}, {"qk_norm": True}, EXPERTS]
+)
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 2e-2), (torch.float32, 1e-4)])
 def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from openm6.errors import UsageError
 from openm6.model.imports import import_qwen3
@@ -20,12 +20,20 @@ SHAPES = [
 ]
 
 
-def checkpoint(path: Path, shape: dict, **save: object) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=120, hidden_size=64, intermediate_size=96, num_hidden_layers=3, rope_theta=1e6,
-        max_position_embeddings=512, initializer_range=0.2, **shape,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).eval()
+EXPERTS = [
+    {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True},
+    {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 96, "decoder_sparse_step": 2},
+    {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "mlp_only_layers": [0]},
+]
+
+
+def checkpoint(path: Path, shape: dict, **save: object) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+    sizes = {
+        "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "rope_theta": 1e6,
+        "max_position_embeddings": 512, "initializer_range": 0.2, **shape,
+    }  # fmt: skip
+    sparse = "num_experts" in shape
+    model = (Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)) if sparse else Qwen3ForCausalLM(Qwen3Config(**sizes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -39,7 +47,7 @@ def text(ids: np.ndarray) -> Sequence:
     return Sequence(ids.astype(np.int32), np.full(n, CAUSAL, np.int32), np.full(n, IGNORE, np.int32))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *({**SHAPES[0], **experts} for experts in EXPERTS)])
 @pytest.mark.parametrize("save", [{}, {"max_shard_size": "50KB"}], ids=["one file", "shards"])
 def test_logits_equal_transformers(tmp_path: Path, shape: dict, save: dict) -> None:
     theirs = checkpoint(tmp_path, shape, **save)
@@ -60,6 +68,12 @@ def test_new_tokens_leave_the_old_ones_as_they_were(tmp_path: Path) -> None:
         torch.testing.assert_close(logits[:, :120], theirs(torch.from_numpy(ids)[None]).logits[0], atol=1e-4, rtol=1e-4)
     assert torch.equal(ours.embed.weight[:120], theirs.model.embed_tokens.weight)
     assert ours.config.vocab_size == 140 and logits.shape[1] == 140
+
+
+def test_dense_layers_after_experts_are_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {**SHAPES[0], **EXPERTS[0], "mlp_only_layers": [1]})
+    with pytest.raises(UsageError, match=r"dense layers \[1\] among its experts"):
+        import_qwen3(tmp_path)
 
 
 def test_what_is_no_qwen3_is_refused(tmp_path: Path) -> None:

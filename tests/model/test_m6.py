@@ -38,7 +38,7 @@ def test_presets_have_the_papers_parameters(name: str) -> None:
     assert sum(parts.values()) == pytest.approx(PAPERS[name], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["demo", "small", "m6-base", "m6-10b"])
+@pytest.mark.parametrize("name", ["demo", "small", *PAPERS])
 def test_counted_parameters_are_those_of_the_network(name: str) -> None:
     config = ModelConfig.preset(name)
     with torch.device("meta"):
@@ -54,8 +54,6 @@ def test_dense_parts_of_expert_presets_are_those_of_a_dense_network() -> None:
     assert {k: parts[k] for k in ("embedding", "attention", "norms")} == {
         k: same[k] for k in ("embedding", "attention", "norms")
     }
-    with pytest.raises(OpenM6Error, match="1024 experts"):
-        M6(config)
 
 
 def test_unknown_preset_and_size_are_named() -> None:

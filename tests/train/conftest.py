@@ -49,6 +49,18 @@ def losses(output: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in logged(output) if "loss" in line}
 
 
+class PowerCutError(Exception):
+    pass
+
+
+def cut_at(step: int) -> Any:
+    def look(line: dict[str, Any]) -> None:
+        if line["step"] == step:
+            raise PowerCutError
+
+    return look
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch = pytest.MonkeyPatch()

@@ -12,8 +12,11 @@ from torch import nn
 
 from openm6.atomic import write_whole
 from openm6.errors import OpenM6Error
-from openm6.train.checkpoint import Checkpoints
+from openm6.model.files import load_model
+from openm6.train.checkpoint import Checkpoints, consolidate
+from openm6.train.distributed import Group
 from openm6.train.muon import Muon
+from tests.conftest import tiny_model
 
 
 def parts() -> tuple[nn.Linear, torch.optim.Optimizer]:
@@ -25,18 +28,24 @@ def parts() -> tuple[nn.Linear, torch.optim.Optimizer]:
 
 
 def save(checkpoints: Checkpoints, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-    from safetensors.torch import save_file
-
-    def save_model(folder: Path) -> None:
+    def describe(folder: Path) -> None:
         folder.mkdir()
-        save_file(dict(model.state_dict()), folder / "model.safetensors")
+        (folder / "card.json").write_text("{}")
 
-    return checkpoints.save(step, save_model, [optimizer], {"note": step})
+    checkpoints.save(step, describe, model, [optimizer], {"note": step})
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    assert latest is not None
+    return latest
+
+
+def open_at(path: Path) -> Checkpoints:
+    return Checkpoints(path, keep=2, group=Group(0, 1, torch.device("cpu")))
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     model, optimizer = parts()
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = open_at(tmp_path)
     save(checkpoints, 7, model, optimizer)
     drawn = torch.rand(4)
     other, others = parts()
@@ -52,7 +61,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 def test_only_the_last_ones_stay(tmp_path: Path) -> None:
     model, optimizer = parts()
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = open_at(tmp_path)
     for step in (1, 2, 3):
         save(checkpoints, step, model, optimizer)
     assert [p.name for p in checkpoints.all()] == ["step-00000002", "step-00000003"]
@@ -60,21 +69,77 @@ def test_only_the_last_ones_stay(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     model, optimizer = parts()
-    path = save(Checkpoints(tmp_path, keep=2), 1, model, optimizer)
-    file = path / "optimizer.safetensors"
+    path = save(open_at(tmp_path), 1, model, optimizer)
+    file = next((path / "state").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OpenM6Error, match=r"step-00000001 is damaged; delete it"):
-        Checkpoints(tmp_path, keep=2).restore(path, model, [optimizer])
+        open_at(tmp_path).restore(path, model, [optimizer])
 
 
 def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     model, optimizer = parts()
-    path = save(Checkpoints(tmp_path, keep=2), 1, model, optimizer)
+    path = save(open_at(tmp_path), 1, model, optimizer)
     other: list[torch.optim.Optimizer] = [optimizer, Muon([model.weight])]
     with pytest.raises(
         OpenM6Error, match=r"step-00000001 was not made with this recipe's train.optimizer \(AdamW, Muon\)"
     ):
-        Checkpoints(tmp_path, keep=2).restore(path, model, other)
+        open_at(tmp_path).restore(path, model, other)
+
+
+def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    path = save(open_at(tmp_path), 1, model, optimizer)
+    other = nn.Linear(4, 2)
+    with pytest.raises(OpenM6Error, match=r"weight is \[2, 3\] there and is \[2, 4\] here"):
+        open_at(tmp_path).restore(path, other, [torch.optim.AdamW(other.parameters())])
+    more = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(OpenM6Error, match=r"0.bias is missing there and is \[2\] here"):
+        open_at(tmp_path).restore(path, more, [torch.optim.AdamW(more.parameters())])
+
+
+def test_values_are_those_of_the_moment_of_saving(tmp_path: Path) -> None:
+    """Training goes on while the checkpoint is written."""
+    model, optimizer = parts()
+    expected = model.weight.detach().clone()
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, Path.mkdir, model, [optimizer], {})
+    with torch.no_grad():
+        model.weight.zero_()
+    checkpoints.wait()
+    other, others = parts()
+    latest = checkpoints.latest()
+    assert latest is not None
+    checkpoints.restore(latest, other, [others])
+    assert torch.equal(other.weight, expected)
+
+
+def test_a_write_that_fails_is_told_and_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = parts()
+    checkpoints = open_at(tmp_path)
+    save(checkpoints, 1, model, optimizer)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("openm6.train.checkpoint.publish", full)
+    checkpoints.save(2, Path.mkdir, model, [optimizer], {})
+    with pytest.raises(OpenM6Error, match="step-00000002 could not be written .no space left on device."):
+        checkpoints.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_consolidated_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    path = save(open_at(tmp_path), 1, model, torch.optim.AdamW(model.parameters()))
+    model.config.save_pretrained(path)
+    for name, size in (("one", 2**30), ("many", 20_000)):
+        monkeypatch.setattr("openm6.train.checkpoint.SHARD", size)
+        consolidate(path, tmp_path / name)
+        loaded = load_model(tmp_path / name)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -100,6 +165,7 @@ import torch
 from safetensors.torch import save_file
 from openm6.atomic import write_whole
 from openm6.errors import OpenM6Error
+from openm6.model.files import load_model
 target = Path({str(tmp_path / "model")!r})
 write_whole(target, lambda f: save_file({{"a": torch.zeros(10)}}, f / "m.safetensors"))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

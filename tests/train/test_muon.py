@@ -49,6 +49,17 @@ def test_steps_are_those_of_pytorch() -> None:
         assert float((a - b).detach().norm() / (a.detach() - t).norm()) < 0.03
 
 
+def test_each_expert_is_a_matrix() -> None:
+    torch.manual_seed(0)
+    experts = nn.Parameter(torch.randn(5, 8, 12))
+    single = [nn.Parameter(matrix.clone()) for matrix in experts.detach()]
+    experts.grad = torch.randn(5, 8, 12)
+    for matrix, gradient in zip(single, experts.grad, strict=True):
+        matrix.grad = gradient.clone()
+    Muon([experts, *single]).step()
+    torch.testing.assert_close(experts.detach(), torch.stack(single).detach())
+
+
 def test_a_kernel_is_a_matrix() -> None:
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(8, 4, 3, 3))

@@ -1,0 +1,317 @@
+"""Sparse experts in the place of a feed-forward: routers, dispatch, grouped products (M6-T, arXiv 2105.15082).
+
+Legend, beside that of attention.py: N experts, K experts a token, T tokens (all positions of a batch), S = K T choices
+(of a token for an expert), F width of an expert.
+
+    x [T, D] -> Router: K experts and weights a token -> plan: choices in the order of their experts
+             -> gather [S, D] -> products of each expert with its rows -> combine: weighted sum, [T, D]
+
+A choice that no expert takes (above capacity, or of padding) counts as one for expert N: it stands last and gives zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from openm6.model.config import ModelConfig
+from openm6.model.feed_forward import FeedForward, activate
+from openm6.model.packed import PackedLinear
+
+
+class Routing(NamedTuple):
+    """What a router decides: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts or
+    in each group), and the logsumexp of the logits [T, groups that have a softmax]; all at least fp32."""
+
+    experts_TK: Tensor
+    weights_TK: Tensor
+    scores_TN: Tensor
+    norms: Tensor
+
+
+class Load(NamedTuple):
+    """What an expert layer saw.
+
+    counts   int64 [N], choices for each expert by real positions, before capacity
+    dropped  int64 [], those above capacity
+    loss     [], auxiliary and z losses, summed over the real positions (divide by their number in the whole step)
+    """
+
+    counts: Tensor
+    dropped: Tensor
+    loss: Tensor
+
+
+class Router(nn.Module):
+    """Three ways to K experts a token, by one weight matrix [N, D]:
+
+    topk       one softmax over all experts, the K largest (GShard, Switch)
+    prototype  K groups of N/K experts, each with its own softmax, the best of each: "k top-1" (M6-T, section 3.3)
+    grouped    one softmax over all experts, the best of each of K groups (MoGE, arXiv 2505.21411)
+
+    `bias` [N] moves the choice, never the weights: balance without a loss (Wang et al. 2024, arXiv 2408.15664).
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind, self.chosen = config.router, config.experts_per_token
+        self.normalize = config.normalize_expert_weights
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts) if config.bias_update else None)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)  # a rounded score can choose another expert
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        softmaxes = self.chosen if self.kind == "prototype" else 1
+        logits = logits_TN.unflatten(1, (softmaxes, -1))
+        scores_TN = logits.softmax(-1).flatten(1)
+        wanted_TN = scores_TN.detach() if self.bias is None else scores_TN.detach() + self.bias
+        if self.kind == "topk":
+            experts_TK = wanted_TN.topk(self.chosen, dim=-1).indices
+        else:
+            wanted_TKG = wanted_TN.unflatten(1, (self.chosen, -1))
+            size = wanted_TKG.shape[-1]
+            experts_TK = wanted_TKG.argmax(-1) + torch.arange(0, size * self.chosen, size, device=x_TD.device)
+        weights_TK = scores_TN.gather(1, experts_TK)
+        if self.normalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return Routing(experts_TK, weights_TK, scores_TN, logits.logsumexp(-1))
+
+
+class Plan(NamedTuple):
+    """Choices in the order of their experts: `order` int64 [S] (choice j T + t is the j-th of token t), where each
+    stands in that order, `place` int64 [K, T], and how many rows each expert gets, `counts` int64 [N]."""
+
+    order: Tensor
+    place: Tensor
+    counts: Tensor
+
+
+def plan(experts_TK: Tensor, experts: int, capacity: int | None = None) -> Plan:
+    """Sort the choices by expert (`experts` itself stands for none). Above `capacity` rows an expert takes no more:
+    first choices go before second ones, and among those the order of the tokens counts (GShard, algorithm 1)."""
+    choices = experts_TK.T.flatten()
+    order = choices.argsort(stable=True)
+    counts = _count(choices, experts)
+    if capacity is not None and bool((counts > capacity).any()):
+        sorted_choices = choices[order]
+        starts = F.pad(counts.cumsum(0), (1, 0))
+        late = torch.arange(len(order), device=order.device) - starts[sorted_choices] >= capacity
+        choices = choices.index_fill(0, order[late], experts)
+        order = choices.argsort(stable=True)
+        counts = counts.clamp(max=capacity)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return Plan(order, place.view(experts_TK.shape[1], -1), counts)
+
+
+def _count(choices: Tensor, experts: int) -> Tensor:
+    return torch.bincount(choices, minlength=experts + 1)[:experts]
+
+
+class MixtureOfExperts(nn.Module):
+    """`num_experts` feed-forwards without biases, of which each token sees `experts_per_token`, and optionally a shared
+    one that all see.
+
+    Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows; what is above passes by the
+    residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.number, self.capacity_factor = config.num_experts, config.capacity_factor
+        self.auxiliary_loss, self.router_z_loss = config.auxiliary_loss, config.router_z_loss
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = FeedForward(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
+        # Set from outside: the counts of a step's earlier parts, how counts are summed over the processes, and how rows
+        # reach experts that other processes hold (train/expert_parallel.py).
+        self.earlier: Tensor | None = None
+        self.everywhere: Callable[[Tensor], Tensor] = lambda counts: counts
+        self.exchange: Any = None
+
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Load]:
+        """The sum of the chosen experts' outputs, weighted, and the load. `real_BT` is False at padding."""
+        x_TD = x_BTD.flatten(0, -2)
+        routing = self.router(x_TD)
+        chosen_TK = routing.experts_TK
+        if real_BT is not None:
+            chosen_TK = chosen_TK.masked_fill(~real_BT.flatten()[:, None], self.number)
+        planned = plan(chosen_TK, self.number, self._capacity(chosen_TK.numel()))
+        kind = x_TD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+        rows_SD = _Gather.apply(x_TD.to(dtype), planned)
+        ticket = self.exchange and self.exchange.send(rows_SD, planned.counts)
+        shared_TD = self.shared(x_TD) if self.shared is not None else None  # while the rows travel
+        y_SD = self.exchange.receive(ticket, self.experts) if ticket else self.experts(rows_SD, planned.counts)
+        y_TD = _Combine.apply(y_SD, routing.weights_TK, planned)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        return y_TD.view_as(x_BTD), self._load(routing, chosen_TK, planned, real_BT)
+
+    def _capacity(self, choices: int) -> int | None:
+        if self.capacity_factor is None or not self.training:
+            return None
+        return math.ceil(self.capacity_factor * choices / self.number)
+
+    def _load(self, routing: Routing, chosen_TK: Tensor, planned: Plan, real_BT: Tensor | None) -> Load:
+        counts = _count(chosen_TK.flatten(), self.number)
+        loss = routing.weights_TK.new_zeros(())
+        if self.training and (self.auxiliary_loss or self.router_z_loss):
+            real = torch.ones_like(routing.norms[:, 0]) if real_BT is None else real_BT.flatten().to(routing.norms)
+            if self.auxiliary_loss:
+                # Over the whole batch of the step: balance inside each small part keeps experts from specializing
+                # (arXiv 2501.11873).
+                seen = self.everywhere(counts.to(loss.dtype))
+                seen = seen if self.earlier is None else seen + self.earlier
+                share_N = seen / seen.sum().clamp(min=1)
+                width = self.number / routing.norms.shape[1]
+                loss = loss + self.auxiliary_loss * width * ((real @ routing.scores_TN) @ share_N)
+            if self.router_z_loss:
+                loss = loss + self.router_z_loss * (real @ routing.norms.square().mean(1))
+        return Load(counts, counts.sum() - planned.counts.sum(), loss)
+
+    def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """As `Attention.pack`; the norm stays, because the router reads its output too."""
+        self.experts.pack(dtype)
+        if self.shared is not None:
+            self.shared.pack(nn.Identity(), dtype)
+        return norm
+
+
+class _Gather(torch.autograd.Function):
+    """x [T, D] to the rows of all choices, [S, D]; backward sums them a token, without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, planned: Plan) -> Tensor:
+        ctx.save_for_backward(planned.place)
+        return x_TD.index_select(0, planned.order % len(x_TD))
+
+    @staticmethod
+    def backward(ctx: Any, d_rows_SD: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        total = d_rows_SD.index_select(0, place[0])
+        for where in place[1:]:
+            total += d_rows_SD.index_select(0, where)
+        return total, None
+
+
+class _Combine(torch.autograd.Function):
+    """sum over j of weights[t, j] y[place[j, t]], in the precision of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, y_SD: Tensor, weights_TK: Tensor, planned: Plan) -> Tensor:
+        ctx.save_for_backward(y_SD, weights_TK, planned.place)
+        total = y_SD.index_select(0, planned.place[0]) * weights_TK[:, :1]
+        for where, weight in zip(planned.place[1:], weights_TK[:, 1:].unbind(1), strict=True):
+            total.addcmul_(y_SD.index_select(0, where).to(total.dtype), weight[:, None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_out_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_SD, weights_TK, place = ctx.saved_tensors
+        d_y_SD, d_weights_TK = torch.empty_like(y_SD), torch.empty_like(weights_TK)
+        for j, where in enumerate(place):
+            d_y_SD.index_copy_(0, where, (d_out_TD * weights_TK[:, j, None]).to(y_SD.dtype))
+            d_weights_TK[:, j] = torch.linalg.vecdot(d_out_TD, y_SD.index_select(0, where).to(d_out_TD.dtype))
+        return d_y_SD, d_weights_TK, None
+
+
+class Experts(nn.Module):
+    """The weights of N feed-forwards, `up` [N, F or 2F, D] and `down` [N, D, F]; spread over processes, DTensors."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        number, width = config.num_experts, config.expert_intermediate_size
+        self.gated = config.activation == "swiglu"
+        self.up = nn.Parameter(torch.empty(number, width * (2 if self.gated else 1), config.hidden_size))
+        self.down = nn.Parameter(torch.empty(number, config.hidden_size, width))
+        self.packed: list[tuple[PackedLinear, PackedLinear]] | None = None
+
+    def forward(self, rows_SD: Tensor, counts: Tensor) -> Tensor:
+        """down[n] activation(up[n] x) for each row x, [S, D]: the first counts[0] rows meet expert 0, and so on; rows
+        beyond their sum give zero."""
+        if self.packed is not None:
+            return self._by_packed(rows_SD, counts.tolist())
+        up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.up, self.down))
+        if rows_SD.device.type == "cpu":
+            return _ExpertLoop.apply(rows_SD, up, down, counts.tolist(), self.gated)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        # What grouped_mm leaves in the rows beyond is not defined, neither here nor in its gradient.
+        taken = torch.arange(len(rows_SD), device=rows_SD.device)[:, None] < ends[-1]
+        rows_SD = torch.where(taken, rows_SD, 0)
+        dtype = rows_SD.dtype
+        inner = F.grouped_mm(rows_SD, up.to(dtype).transpose(1, 2), offs=ends)
+        y_SD = F.grouped_mm(activate(inner, self.gated), down.to(dtype).transpose(1, 2), offs=ends)
+        return torch.where(taken, y_SD, 0)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        self.packed = [
+            (PackedLinear(up, None, dtype), PackedLinear(down, None, dtype))
+            for up, down in zip(self.up, self.down, strict=True)
+        ]
+        del self.up, self.down
+
+    def _by_packed(self, rows_SD: Tensor, counts: list[int]) -> Tensor:
+        assert self.packed is not None
+        *parts, rest = rows_SD.split([*counts, len(rows_SD) - sum(counts)])
+        used = [(part, pair) for part, pair in zip(parts, self.packed, strict=True) if len(part)]
+        done = [down(activate(up(part), self.gated)) for part, (up, down) in used]
+        return torch.cat([*done, torch.zeros_like(rest, dtype=self.packed[0][0].dtype)])
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """One expert after the other. On a CPU its three matrices and its rows stay in the cache, each product runs at full
+    speed, and only the inner activations before the gate are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, up: Tensor, down: Tensor, counts: list[int], gated: bool) -> Tensor:
+        dtype = rows_SD.dtype
+        out_SD, inner = torch.empty_like(rows_SD), rows_SD.new_empty(len(rows_SD), up.shape[1])
+        end = 0
+        for n, count in enumerate(counts):
+            part, end = slice(end, end + count), end + count
+            torch.mm(rows_SD[part], up[n].to(dtype).T, out=inner[part])
+            torch.mm(activate(inner[part], gated), down[n].to(dtype).T, out=out_SD[part])
+        out_SD[end:] = 0
+        ctx.save_for_backward(rows_SD, up, down, inner)
+        ctx.counts, ctx.gated = counts, gated
+        return out_SD
+
+    @staticmethod
+    def backward(ctx: Any, d_out_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        rows_SD, up, down, inner = ctx.saved_tensors
+        dtype = rows_SD.dtype
+        d_rows_SD, d_up, d_down = torch.empty_like(rows_SD), torch.empty_like(up), torch.empty_like(down)
+        end = 0
+        for n, count in enumerate(ctx.counts):
+            part, end = slice(end, end + count), end + count
+            d_hidden = torch.mm(d_out_SD[part], down[n].to(dtype))
+            hidden, d_inner = _activate_backward(inner[part], d_hidden, ctx.gated)
+            d_down[n] = torch.mm(d_out_SD[part].T, hidden)
+            d_up[n] = torch.mm(d_inner.T, rows_SD[part])
+            torch.mm(d_inner, up[n].to(dtype), out=d_rows_SD[part])
+        d_rows_SD[end:] = 0
+        return d_rows_SD, d_up, d_down, None, None
+
+
+def _activate_backward(x: Tensor, d_out: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    """activate(x) once more, and the gradient of x."""
+    if not gated:
+        return F.gelu(x), torch.ops.aten.gelu_backward(d_out, x)
+    gate, up = x.chunk(2, dim=-1)
+    soft = F.silu(gate)
+    d_x = torch.empty_like(x)
+    d_gate, d_up = d_x.chunk(2, dim=-1)
+    torch.mul(d_out, soft, out=d_up)
+    d_gate.copy_(torch.ops.aten.silu_backward(d_out * up, gate))
+    return soft * up, d_x

@@ -1,0 +1,115 @@
+"""What experts were given: statistics of a run, and the balance that follows from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openm6.model import M6
+from openm6.model.experts import Load, MixtureOfExperts
+from openm6.train.distributed import Group
+
+
+class ExpertLoads:
+    """Gathers the loads of all expert layers over the parts of a step and over the processes.
+
+    Between steps it moves the routers' biases where `bias_update` asks for it (arXiv 2408.15664: by a fixed amount,
+    down for experts above the mean, up for those below).
+    """
+
+    def __init__(self, model: M6, group: Group):
+        self.group, self.bias_update = group, model.config.bias_update
+        used = [model.blocks[n % len(model.blocks)].feed_forward for n in range(model.config.num_hidden_layers)]
+        self.layers = [layer for layer in used if isinstance(layer, MixtureOfExperts)]  # a shared one several times
+        for layer in self.layers:
+            layer.everywhere = group.sum
+        self.experts = model.config.num_experts
+        self.device = group.device
+        self.begin()
+        self.clear()
+
+    def clear(self) -> None:
+        """Start the statistics anew (after a log)."""
+        self.window = torch.zeros(len(self.layers), self.experts + 1, dtype=torch.int64, device=self.device)
+
+    def begin(self) -> None:
+        """A new step."""
+        self.step = torch.zeros(len(self.layers), self.experts + 1, dtype=torch.int64, device=self.device)
+        for layer in self.layers:
+            layer.earlier = None
+
+    def add(self, loads: list[Load], more: bool) -> Tensor | float:
+        """Take in one part of a step; returns the sum of its auxiliary and z losses. `more`: another part follows."""
+        if not loads:
+            return 0.0
+        self.step += torch.stack([torch.cat((load.counts, load.dropped[None])) for load in loads])
+        if more and any(layer.auxiliary_loss for layer in self.layers):
+            everywhere = self.group.sum(self.step[:, :-1].clone())
+            for layer in self.layers:
+                layer.earlier = None
+            for layer, counts in zip(self.layers, everywhere, strict=True):
+                layer.earlier = counts if layer.earlier is None else layer.earlier + counts
+        return torch.stack([load.loss for load in loads]).sum()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """All parts of a step are in."""
+        if not self.layers:
+            return
+        self.step = self.group.sum(self.step)
+        self.window += self.step
+        if self.bias_update:
+            for layer, counts in zip(self.layers, self.step[:, :-1].float(), strict=True):
+                assert layer.router.bias is not None
+                layer.router.bias += self.bias_update * (counts.mean() - counts).sign()
+
+    def statistics(self) -> dict[str, Any]:
+        """Since `clear`, by layer: coefficient of variation of the tokens an expert (0 is even), the share of choices
+        that were dropped, and the tokens of each expert. Empty for a dense model."""
+        if not self.layers:
+            return {}
+        counts, dropped = self.window[:, :-1].double(), self.window[:, -1].double()
+        variation = counts.std(1, correction=0) / counts.mean(1).clamp(min=1)
+        return {
+            "load_variation": [round(v, 4) for v in variation.tolist()],
+            "load_dropped": [round(v, 5) for v in (dropped / counts.sum(1).clamp(min=1)).tolist()],
+            "load": self.window[:, :-1].tolist(),
+        }
+
+
+def draw_loads(log: Path, target: Path) -> None:
+    """A picture of a run's `experts.jsonl`: variation of each layer over the steps, and last loads of all experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    steps = [line["step"] for line in lines]
+    last = torch.tensor(lines[-1]["load"], dtype=torch.float64)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for layer in range(len(last)):
+        colour = pyplot.get_cmap("viridis")(layer / max(1, len(last) - 1))
+        left.plot(
+            steps, [line["load_variation"][layer] for line in lines], color=colour, lw=1, label=f"layer {layer + 1}"
+        )
+    left.set(
+        xlabel="step",
+        ylabel="coefficient of variation",
+        title="Load variation (0: all experts get as much)",
+        ylim=(0, None),
+    )
+    if len(last) <= 12:
+        left.legend(fontsize=7)
+    image = right.imshow(
+        (last / last.mean(1, keepdim=True)).numpy(), aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
+    )
+    right.set(xlabel="expert", ylabel="expert layer", title=f"Tokens an expert / mean, at step {steps[-1]}")
+    right.set_yticks(range(len(last)), [str(n + 1) for n in range(len(last))])
+    figure.colorbar(image, ax=right)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)

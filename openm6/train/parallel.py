@@ -1,0 +1,156 @@
+"""How one network is laid over many processes, from outside: the network itself never asks what rank it is.
+
+    none    every process holds everything; gradients are reduced (DistributedDataParallel)
+    zero2   gradients and optimizer states are sharded, parameters stay gathered from forward to backward (FSDP2)
+    zero3   parameters too: a layer is gathered when it is needed, and let go
+
+With `experts` P, the processes form a mesh [data, P]: expert n of N lives on the processes of column n P / N, and is
+sharded over its column as above; all other parameters are sharded over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from openm6.errors import UsageError
+from openm6.model import M6
+from openm6.model.experts import MixtureOfExperts
+from openm6.sequence import Batch
+from openm6.train.distributed import Group, local, whole
+from openm6.train.expert_parallel import AllToAll
+from openm6.train.recipe import ParallelSection
+
+_KEPT = ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
+         "_scaled_dot_product_efficient_attention", "flex_attention")  # fmt: skip
+"""What selective recomputation keeps: results of products with weights and of fused attention."""
+
+
+class Parallel:
+    """A network ready to be trained over a group. `run(batch)` is its forward; `scale` what a loss has to be
+    multiplied by so that gradients are sums over the processes."""
+
+    def __init__(self, model: M6, settings: ParallelSection, group: Group, dtype: torch.dtype):
+        self.model, self.group = model, group
+        self.sharded = settings.sharding != "none"
+        _check(model, settings, group)
+        _recompute(model, settings.recompute)
+        self.scale = 1.0
+        self.run: Callable[[Batch], Any] = model
+        if self.sharded:
+            _shard(model, settings, group, dtype)
+        elif group.world > 1:
+            self.scale = float(group.world)  # DistributedDataParallel takes the mean
+            self.run = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def synchronize(self, last: bool) -> None:
+        """Of a step's parts only the last one exchanges gradients."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif self.group.world > 1:
+            self.run.require_backward_grad_sync = last  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def usable(self) -> M6 | None:
+        """The network as one piece, to be asked between two steps; None on all processes but the first."""
+        if not self.sharded:
+            return self.model if self.group.first else None
+        weights = {}
+        for name, value in self.model.state_dict().items():
+            complete = whole(value)
+            if self.group.first:
+                weights[name] = complete.to(self.group.device)
+        if not self.group.first:
+            return None
+        with torch.device("meta"):
+            copy = M6(self.model.config)
+        copy.load_state_dict(weights, assign=True)
+        return copy
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> Tensor:
+        """Scale all gradients so that their norm is at most `limit`; returns the norm before, over all processes."""
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        if self.sharded:  # each process holds its part of every gradient
+            total = self.group.sum(total)
+        norm = total.sqrt()
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def _check(model: M6, settings: ParallelSection, group: Group) -> None:
+    experts, size = model.config.num_experts, settings.experts
+    if size == 1:
+        return
+    if not experts:
+        raise UsageError(f"parallel.experts is {size}, but this model has no experts.")
+    if experts % size:
+        raise UsageError(f"parallel.experts ({size}) has to divide the number of experts ({experts}).")
+    if group.world % size:
+        raise UsageError(f"parallel.experts ({size}) has to divide the number of processes ({group.world}).")
+    if settings.sharding == "none":
+        raise UsageError("parallel.experts above 1 needs parallel.sharding zero2 or zero3.")
+    if settings.recompute == "selective":  # FSDP2's hooks on the experts differ between the two passes over a layer
+        raise UsageError(
+            "parallel.recompute selective and parallel.experts above 1 exclude each other: take full or none."
+        )
+
+
+def _shard(model: M6, settings: ParallelSection, group: Group, dtype: torch.dtype) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():
+        raise UsageError("parallel.sharding needs processes to shard over: start with --processes or torchrun.")
+    columns = settings.experts
+    mesh = init_device_mesh(group.device.type, (group.world // columns, columns), mesh_dim_names=("data", "expert"))
+    everyone = mesh["data", "expert"]._flatten("all")
+    # Inside the blocks products run in bf16 on gathered bf16 weights; sharded weights, gradients and moments are fp32.
+    # The stream between them stays fp32.
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    again = settings.sharding == "zero3"
+    sharded: list[Any] = []
+    for block in model.blocks:
+        layer = block.feed_forward
+        if columns > 1 and isinstance(layer, MixtureOfExperts):
+            _spread(layer, mesh["expert"])
+            sharded.append(fully_shard(layer.experts, mesh=mesh["data"], mp_policy=low, reshard_after_forward=again))
+        sharded.append(fully_shard(block, mesh=everyone, mp_policy=low, reshard_after_forward=again))
+    sharded.append(fully_shard(model, mesh=everyone, reshard_after_forward=False))
+    for module in sharded:
+        module.set_gradient_divide_factor(1.0)  # sums, as `Parallel.scale` says
+        module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it reduces
+
+
+def _spread(layer: MixtureOfExperts, column: Any) -> None:
+    """Leave this process its part of the experts, and give the layer the way to the others."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for name, weight in list(layer.experts.named_parameters()):
+        setattr(layer.experts, name, nn.Parameter(distribute_tensor(weight.detach(), column, [Shard(0)])))
+    layer.exchange = AllToAll(column.get_group())
+
+
+def _recompute(model: M6, how: str) -> None:
+    """Keep less of a block's forward pass for its backward pass, and make it again there."""
+    if how == "none":
+        return
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    more: dict[str, Any] = {}
+    if how == "selective":
+
+        def policy(_: Any, operation: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
+            name, _, overload = operation.__name__.partition(".")
+            kept = name in _KEPT and overload in ("", "default")  # what is written into (mm.out) cannot be kept
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        more["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)  # type: ignore[method-assign]

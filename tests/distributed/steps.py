@@ -1,0 +1,85 @@
+"""A few training steps of a tiny network of experts, alone or under torchrun.
+
+`python -m tests.distributed.steps CASES OUTPUT` writes for every case losses, gradient norms, the rows that experts
+received on every process, and all gradients of the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from openm6.model import M6
+from openm6.sequence import IGNORE, pack
+from openm6.train import muon
+from openm6.train.distributed import Group, process_group, whole
+from openm6.train.expert_load import ExpertLoads
+from openm6.train.optimizer import make_optimizers
+from openm6.train.parallel import Parallel
+from openm6.train.recipe import ParallelSection, TrainSection
+from tests.conftest import example, tiny_config
+
+STEPS = 4
+
+
+muon.fast_dtype = lambda _: torch.float32  # its rounding would hide what is compared
+
+
+def main(cases: dict[str, dict[str, Any]], output: Path) -> None:
+    with process_group() as group:
+        for name, settings in cases.items():
+            told, gradients = steps(settings, group)
+            if group.first:
+                folder = output / name
+                folder.mkdir(parents=True)
+                save_file(gradients, folder / "gradients.safetensors")
+                (folder / "told.json").write_text(json.dumps(told))
+
+
+def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = M6(tiny_config(initializer_range=0.08, **settings["sizes"])).train()
+    parallel = Parallel(model, ParallelSection(**settings.get("parallel", {})), group, torch.float32)
+    train = TrainSection(steps=STEPS, optimizer=settings.get("optimizer", "adamw"), learning_rate=1e-2)
+    optimizers = make_optimizers(model, train)
+    loads = ExpertLoads(model, group)
+    rng = np.random.default_rng(0)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        examples = [example(rng, 3 + i % 5, 4 + i % 3, ((2, 2),) * (i % 2)) for i in range(16)]
+        trained = sum(int((e.labels != IGNORE).sum()) for e in examples)
+        positions = sum(len(e) for e in examples)
+        mine = examples[group.rank :: group.world]
+        loads.begin()
+        total = torch.zeros(())
+        parts = settings.get("accumulate", 1)
+        for part in range(parts):
+            last = part == parts - 1
+            output = parallel.run(pack(mine[part::parts], 64, 0))
+            parallel.synchronize(last)
+            loss = output.loss / trained + loads.add(output.loads, more=not last) / positions
+            (loss * parallel.scale).backward()
+            total += loss.detach()
+        loads.end()
+        norms.append(float(parallel.clip(0.5)))
+        losses.append(float(group.sum(total)))
+        gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    exchanges = [layer.exchange for layer in loads.layers if layer.exchange is not None]
+    received = torch.tensor([exchange.rows_received for exchange in exchanges], dtype=torch.int64)
+    everyone = [torch.empty_like(received) for _ in range(group.world)]
+    if group.world > 1:
+        torch.distributed.all_gather(everyone, received)
+    return {"losses": losses, "norms": norms, "received": [r.tolist() for r in everyone]}, gradients
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

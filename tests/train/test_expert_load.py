@@ -1,0 +1,99 @@
+"""Experts in training: what is told of their loads, and the balance that is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from openm6.bundle import Bundle
+from openm6.model.experts import Load, MixtureOfExperts
+from openm6.train.distributed import Group
+from openm6.train.expert_load import ExpertLoads
+from openm6.train.trainer import train
+from tests.conftest import EXPERTS, tiny_model
+from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
+
+
+def sparse(output: Path, sizes: dict[str, Any], **changes: Any) -> Any:
+    model = {"preset": "demo", "sizes": {**SIZES, "num_experts": 8, "experts_per_token": 2, **sizes}}
+    return tiny_recipe(output, model=model, **changes)
+
+
+def loads(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "experts.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
+    train(sparse(tmp_path, {"capacity_factor": 0.8}, steps=4, accumulate=2, log_every=2))
+    lines = loads(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    tokens = [line for line in logged(tmp_path) if "loss" in line]
+    for line, told in zip(lines, tokens, strict=True):
+        for layer in range(2):
+            counts = torch.tensor(line["load"][layer], dtype=torch.float64)
+            # Every real position, twice: positions a second, times seconds.
+            positions = told["tokens_per_second"] * told["seconds_per_step"] * 2
+            assert int(counts.sum()) == pytest.approx(2 * positions, rel=1e-6)
+            variation = float(counts.std(correction=0) / counts.mean())
+            assert line["load_variation"][layer] == pytest.approx(variation, abs=1e-3)
+            assert 0.05 < line["load_dropped"][layer] < 0.8
+        assert told["load_variation"] == pytest.approx(sum(line["load_variation"]) / 2)
+    assert (tmp_path / "experts.png").stat().st_size > 10_000
+    assert Bundle.load(tmp_path / "model").model.config.num_experts == 8
+
+
+def test_a_dense_model_has_no_loads(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path, steps=2))
+    assert not (tmp_path / "experts.jsonl").exists()
+    assert "load_variation" not in logged(tmp_path)[0]
+
+
+@pytest.mark.parametrize("balance", [{"auxiliary_loss": 0.3}, {"bias_update": 0.02}])
+@pytest.mark.parametrize("router", ["topk", "prototype"])
+def test_balance_evens_the_loads(tmp_path: Path, balance: dict[str, float], router: str) -> None:
+    variation = {}
+    for name, sizes in (("without", {}), ("with", balance)):
+        train(sparse(tmp_path / name, {"router": router, **sizes}, steps=30, log_every=5, checkpoint_every=100))
+        variation[name] = sum(loads(tmp_path / name)[-1]["load_variation"])
+    assert variation["with"] < 0.75 * variation["without"]
+
+
+def test_an_interrupted_run_with_moving_biases_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, broken = (sparse(tmp_path / name, {"bias_update": 0.01}) for name in ("whole", "broken"))
+    train(whole)
+    with pytest.raises(PowerCutError):
+        train(broken, on_step=cut_at(4))
+    train(broken)
+    assert losses(broken.output) == losses(whole.output)
+
+
+def test_a_bias_goes_down_where_there_is_too_much(tmp_path: Path) -> None:
+    model = tiny_model(**EXPERTS, bias_update=0.1)
+    found = ExpertLoads(model, Group(0, 1, torch.device("cpu")))
+    counts = torch.tensor([10, 4, 6, 20])
+    found.add([Load(counts, torch.tensor(0), torch.zeros(()))] * 2, more=False)
+    found.end()
+    for block in model.blocks:
+        assert isinstance(block.feed_forward, MixtureOfExperts)
+        assert block.feed_forward.router.bias is not None
+        assert block.feed_forward.router.bias.tolist() == pytest.approx([0.0, 0.1, 0.1, -0.1])
+
+
+def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
+    """N sum_i f_i P_i (Switch, equation 4), f over everything seen so far; 1 when even."""
+    torch.manual_seed(0)
+    layer = tiny_model(**{**EXPERTS, "router": "topk"}, auxiliary_loss=1.0).train().blocks[0].feed_forward
+    assert isinstance(layer, MixtureOfExperts)
+    x = torch.randn(1, 50, 32)
+    real = torch.arange(50)[None] < 40
+    layer.earlier = torch.tensor([5, 0, 0, 7])
+    _, load = layer(x, real)
+    scores = (x[0, :40] @ layer.router.weight.T).softmax(-1)
+    counts = torch.bincount(scores.topk(2).indices.flatten(), minlength=4)
+    assert load.counts.tolist() == counts.tolist()
+    share = (counts + layer.earlier) / (80 + 12)
+    torch.testing.assert_close(load.loss, 4 * (share * scores.sum(0)).sum())
