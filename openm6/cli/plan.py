@@ -1,0 +1,187 @@
+"""openm6 plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+
+if TYPE_CHECKING:
+    from openm6.model import ModelConfig
+    from openm6.train.footprint import Work
+    from openm6.train.hardware import Hardware
+    from openm6.train.planner import Plan
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or the path of a recipe.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one a process.")] = 8,
+    hardware: Annotated[str, typer.Option(help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu.")] = "a100-80g",
+    gpu_memory: Annotated[float | None, typer.Option(min=0, help="GiB of each.")] = None,
+    host_memory: Annotated[float | None, typer.Option(min=0, help="GiB of its host for each, for offload.")] = None,
+    interconnect: Annotated[float | None, typer.Option(min=0.001, help="GB/s one way between them.")] = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option("--machine", "-m", help="Another figure of the hardware, e.g. price=2 or power=250."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows a process and part of a step; 8 for a preset.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Positions of a row.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Positions of a row that are patches of pictures.")] = 0,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts of a step.")] = None,
+    optimizer: Annotated[
+        Literal["adamw", "muon", "adafactor", "adam8bit"] | None, typer.Option(help="adamw for a preset.")
+    ] = None,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the products.")] = "bf16",
+    distinct_layers: Annotated[int | None, typer.Option(min=1, help="Layers share the weights of so many.")] = None,
+    sharding: Annotated[Literal["none", "zero2", "zero3"] | None, typer.Option(help="Fix it.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Fix the processes that share experts.")] = None,
+    recompute: Annotated[Literal["none", "selective", "full"] | None, typer.Option(help="Fix it.")] = None,
+    offload: Annotated[int | None, typer.Option(min=0, help="Fix the layers in the host's memory.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Positions to train on, e.g. 1e11.")] = None,
+    achieved: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that products reach.")] = 0.4,
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of communication beside products.")] = 0.5,
+    pue: Annotated[float, typer.Option(min=1, help="Energy of the site / energy of the accelerators.")] = 1.2,
+    country: Annotated[str, typer.Option(help="Whose electricity, ISO code of three letters.")] = "CHN",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the shards without memory, and read their bytes.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Memory, time, energy and cost of a training run, before a machine is rented. Exit code 1 when nothing fits."""
+    from dataclasses import replace
+
+    from openm6.model import ModelConfig
+    from openm6.train.footprint import Work
+    from openm6.train.hardware import hardware as known
+    from openm6.train.planner import Fixed, make_plan
+    from openm6.train.steptime import Machine
+
+    if preset in ModelConfig.preset_names() or not _is_recipe(preset):
+        config = ModelConfig.preset(preset)
+        work, usual = Work(8, min(512, config.max_position_embeddings)), "adamw"
+    else:
+        config, work, usual, budget = _of_recipe(preset, gpus)
+        tokens = tokens or budget
+    if distinct_layers:
+        config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
+    given = {"rows": rows, "length": length, "parts": accumulate, "images": images or None}
+    work = replace(work, **{key: value for key, value in given.items() if value is not None})
+    speed = interconnect and interconnect * 1e9
+    changes = {"memory": gpu_memory, "host_memory": host_memory, "link": speed, "network": speed}
+    figures = _changed(known(hardware), changes, machine or [])
+    found = make_plan(
+        config,
+        Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country),
+        _checked(work, config),
+        optimizer or usual,
+        2 if precision == "bf16" else 4,
+        Fixed(sharding, experts, recompute, offload),
+        tokens,
+        dry_run,
+    )
+    if json:
+        emit(_to_dict(found))
+    else:
+        _print(found, preset, f"{gpus} x {hardware}")
+
+
+def _is_recipe(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _of_recipe(path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
+    """Sizes, work, optimizer and tokens of a recipe: every example is taken to fill a row, so that nothing is planned
+    too small. Its vocabulary is the largest that its tokenizer can have."""
+    from openm6.errors import UsageError
+    from openm6.model import ModelConfig
+    from openm6.train.footprint import Work
+    from openm6.train.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    if recipe.model.path:
+        if not (recipe.model.path / "config.json").is_file():
+            raise UsageError(f"{path}: model.path ({recipe.model.path}) is no model directory.")
+        config = ModelConfig.from_pretrained(recipe.model.path)
+    else:
+        ids = recipe.tokenizer.vocab_size + recipe.tokenizer.num_codes
+        config = ModelConfig.preset(recipe.model.preset or "", **{"vocab_size": ids, **recipe.model.sizes})
+    settings = recipe.train
+    rows = -(-settings.batch_size // (gpus * settings.accumulate))
+    budget = float(settings.steps * settings.batch_size * settings.row_length)
+    return config, Work(rows, settings.row_length, parts=settings.accumulate), settings.optimizer, budget
+
+
+def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:
+    from dataclasses import fields, replace
+
+    from openm6.errors import UsageError, suggest
+
+    names = [field.name for field in fields(hardware)]
+    for name, value in pairs(more).items():
+        if name not in names:
+            raise UsageError(f"Hardware has no figure {name}.{suggest(name, names)} Known: {', '.join(names)}.")
+        try:
+            changes[name] = int(value) if name == "per_host" else float(value)
+        except ValueError:
+            raise UsageError(f"The figure {name} has to be a number, not {value!r}.") from None
+    return replace(hardware, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _checked(work: Work, config: ModelConfig) -> Work:
+    from openm6.errors import UsageError
+
+    if config.positions == "learned" and work.length > config.max_position_embeddings:
+        raise UsageError(
+            f"--length is {work.length}; this model has places for {config.max_position_embeddings} positions."
+        )
+    if work.images > work.length:
+        raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
+    return work
+
+
+def _to_dict(found: Plan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    content = asdict(found)
+    content["memory"]["total"] = found.memory.total
+    content["time"]["total"] = found.time.total
+    return content
+
+
+def _print(found: Plan, name: str, machine: str) -> None:
+    layout, memory, time, run = found.layout, found.memory, found.time, found.run
+    typer.echo(f"{name}, {found.parameters:,} parameters, on {machine}")
+    table(["layout", ""], [
+        ("processes, each with data of its own", layout.world),
+        ("parallel.experts", f"{layout.experts} (each part on {layout.data})"),
+        ("parallel.sharding", layout.sharding), ("parallel.recompute", layout.recompute),
+        ("layers offloaded", layout.offload),
+    ])  # fmt: skip
+    table(["memory of the fullest process", "GiB", "bytes"], [
+        (what, f"{size / 2**30:.2f}", f"{size:,}") for what, size in (
+            ("parameters", memory.states.parameters), ("gradients", memory.states.gradients),
+            ("optimizer", memory.states.optimizer), ("activations", memory.activations.peak),
+            ("communication buffers", memory.buffers), ("together", memory.total), ("usable", found.usable),
+            ("in the host's memory", memory.host.total),
+        )
+    ])  # fmt: skip
+    table(["a step", "seconds"], [
+        (what, f"{seconds:.4f}") for what, seconds in (
+            ("matrix products", time.products), ("memory traffic of the passes", time.traffic),
+            ("all-gather", time.gather), ("reduce-scatter", time.reduce), ("all-to-all", time.exchange),
+            ("to and from the host", time.offload), ("optimizer", time.update), ("waiting for links", time.waiting),
+            ("together", time.total),
+        )
+    ])  # fmt: skip
+    typer.echo(f"{found.tokens_per_step / time.total:,.0f} positions a second")
+    if run:
+        table(["run", ""], [
+            ("positions", f"{run.tokens:.3g}"), ("steps", f"{run.steps:,}"), ("days", f"{run.days:.2f}"),
+            ("kWh", f"{run.kwh:,.0f}"), ("kg CO2e", f"{run.co2e_kg:,.0f}"), ("cost", f"${run.cost:,.0f}"),
+        ])  # fmt: skip
+    typer.echo("Assumed: " + "; ".join(found.assumptions) + ".")
