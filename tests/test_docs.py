@@ -58,7 +58,7 @@ def test_commands_and_their_options_exist() -> None:
     from typer.main import get_command
 
     import openm6.cli
-    from openm6.cli import data, models, tasks, use, work  # noqa: F401
+    from openm6.cli import bench, data, models, plan, tasks, use, work  # noqa: F401
 
     shown = {
         line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if "openm6 " in line

@@ -1,0 +1,239 @@
+"""What a training run will need before a machine is rented: memory of a process, time of a step, energy and money.
+
+A plan is the quickest layout that fits the memory of the accelerators; of one that does not fit as it is, as few layers
+as possible leave for the memory of the host (granular offload, M6-10T, arXiv 2110.03888). Where anything fits without
+offload, nothing is offloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from openm6.errors import OpenM6Error, UsageError
+from openm6.model import ModelConfig
+from openm6.train.dryrun import dry_run
+from openm6.train.footprint import (
+    Activations,
+    Layout,
+    States,
+    Weight,
+    Work,
+    activations,
+    buffers,
+    image_bytes,
+    meta_model,
+    states_by_layer,
+    weights_of,
+)
+from openm6.train.hardware import carbon_intensity
+from openm6.train.steptime import Machine, StepTime, step_time
+
+GIB = 2**30
+
+RESERVED = 0.06
+"""Share of an accelerator's memory that its driver, libraries and fragments take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Parts of the layout that are given; None: the planner's choice."""
+
+    sharding: str | None = None
+    experts: int | None = None
+    recompute: str | None = None
+    offload: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of the fullest process: `host` in the memory of its host, all else on its accelerator."""
+
+    states: States
+    activations: Activations
+    buffers: int
+    host: States
+
+    @property
+    def total(self) -> int:
+        """On the accelerator."""
+        return self.states.total + self.activations.peak + self.buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A budget of positions ("tokens"), worked through by the whole machine."""
+
+    tokens: float
+    steps: int
+    days: float
+    kwh: float
+    co2e_kg: float
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    parameters: int
+    layout: Layout
+    memory: Memory
+    usable: int
+    time: StepTime
+    tokens_per_step: int
+    run: Run | None
+    assumptions: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What stays the same over all layouts; `images`: bytes that the image embedder keeps."""
+
+    config: ModelConfig
+    weights: list[Weight]
+    machine: Machine
+    work: Work
+    optimizer: str
+    low: int
+    images: int
+
+
+def make_plan(
+    config: ModelConfig,
+    machine: Machine,
+    work: Work,
+    optimizer: str = "adamw",
+    low: int = 2,
+    fixed: Fixed | None = None,
+    tokens: float | None = None,
+    dry: bool = False,
+) -> Plan:
+    """The quickest layout that fits. `low`: bytes of a number in products. `dry`: the states' bytes are read off the
+    shards of a dry run. Raises OpenM6Error when nothing fits."""
+    fixed, weights = fixed or Fixed(), weights_of(meta_model(config))
+    case = _Case(config, weights, machine, work, optimizer, low, image_bytes(config, work, low))
+    fitting: list[tuple[Layout, Memory, StepTime]] = []
+    short: list[tuple[int, str, Layout]] = []
+    for tried in _layouts(case, fixed):
+        layout, memory = _smallest_offload(case, tried, fixed.offload)
+        lacking = max(
+            (memory.total - usable(machine), "the memory of each accelerator"),
+            (memory.host.total - int(machine.hardware.host_memory * GIB), "the host's memory for each accelerator"),
+        )
+        if lacking[0] > 0:
+            short.append((*lacking, layout))
+            continue
+        time = step_time(config, weights, layout, machine, work, low, memory.states, memory.host)
+        fitting.append((layout, memory, time))
+    if not fitting and not short:
+        raise UsageError(_impossible(case, fixed))
+    if not fitting:
+        missing, where, layout = min(short, key=lambda entry: entry[0])
+        raise OpenM6Error(
+            f"Nothing fits {machine.gpus} x {machine.hardware.memory:g} GiB: the nearest layout ({describe(layout)}) "
+            f"is short of {missing:,} bytes ({missing / GIB:.1f} GiB) in {where}."
+        )
+    layout, memory, time = min(fitting, key=lambda fit: (fit[0].offload > 0, fit[2].total, fit[0].offload))
+    if dry:
+        states, host = _place(dry_run(config, layout, optimizer), layout.offload)
+        memory = replace(memory, states=states, host=host)
+    tokens_per_step = work.positions * work.parts * machine.gpus
+    run = None if tokens is None else _run(tokens, tokens_per_step, time, machine)
+    assumed = list(_assumptions(case, dry))
+    total = sum(w.numel for w in weights)
+    return Plan(total, layout, memory, usable(machine), time, tokens_per_step, run, assumed)
+
+
+def usable(machine: Machine) -> int:
+    """Bytes of one accelerator's memory that a run can have."""
+    return int(machine.hardware.memory * GIB * (1 - RESERVED))
+
+
+def describe(layout: Layout) -> str:
+    return (
+        f"sharding {layout.sharding}, experts over {layout.experts}, recompute {layout.recompute}, "
+        f"{layout.offload} layers offloaded"
+    )
+
+
+def _layouts(case: _Case, fixed: Fixed) -> Iterator[Layout]:
+    """All that train/parallel.py builds, before any offload."""
+    gpus = case.machine.gpus
+    common = math.gcd(case.config.num_experts, gpus) if case.config.num_experts else 1
+    divisors = [n for n in range(1, common + 1) if common % n == 0]
+    for sharding, experts, recompute in product(
+        ("none", "zero2", "zero3") if gpus > 1 else ("none",), divisors, ("none", "selective", "full")
+    ):
+        given = ((fixed.sharding, sharding), (fixed.experts, experts), (fixed.recompute, recompute))
+        if any(wanted not in (None, this) for wanted, this in given):
+            continue
+        if recompute == "selective" and experts > 1:
+            continue
+        if sharding != "none" or (experts == 1 and not fixed.offload):
+            yield Layout(gpus, sharding, experts, recompute)
+
+
+def _smallest_offload(case: _Case, layout: Layout, fixed: int | None) -> tuple[Layout, Memory]:
+    """The layout with as few layers in the host's memory as fit (all, when that does not fit either), and its bytes."""
+    by_layer = states_by_layer(case.weights, layout, case.optimizer)
+    layers = len(by_layer) - 1
+    active = activations(case.config, layout, case.work, case.low, case.machine.gpu, case.images)
+    dials = [min(fixed, layers)] if fixed is not None else range(layers + 1 if layout.sharding != "none" else 1)
+    for dial in dials:
+        changed = replace(layout, offload=dial)
+        states, host = _place(by_layer, dial)
+        memory = Memory(
+            states, active, buffers(case.config, case.weights, changed, case.work, case.low, case.machine.gpu), host
+        )
+        if memory.total <= usable(case.machine):
+            break
+    return changed, memory
+
+
+def _place(by_layer: dict[int | None, States], offload: int) -> tuple[States, States]:
+    """States on the accelerator and in the host's memory: the largest layers leave first."""
+    layers = sorted((s for n, s in by_layer.items() if n is not None), key=lambda s: -s.total)
+    return sum(layers[offload:], by_layer[None]), sum(layers[:offload], States())
+
+
+def _run(tokens: float, tokens_per_step: int, time: StepTime, machine: Machine) -> Run:
+    steps = math.ceil(tokens / tokens_per_step)
+    hours = steps * time.total / 3600
+    kwh = machine.gpus * machine.hardware.power / 1000 * hours * machine.pue
+    cost = machine.gpus * machine.hardware.price * hours
+    return Run(tokens, steps, hours / 24, kwh, kwh * carbon_intensity(machine.country), cost)
+
+
+def _assumptions(case: _Case, dry: bool) -> Iterator[str]:
+    machine, hardware, work = case.machine, case.machine.hardware, case.work
+    where = "read off the shards of a dry run" if dry else "computed from the shapes"
+    yield f"parameters, gradients and optimizer states ({case.optimizer}) are {where}; master weights are fp32"
+    yield (
+        f"a process takes {work.rows} rows of {work.length} positions, {work.labels} with a label, "
+        f"{work.parts} times a step"
+    )
+    yield f"products in {8 * case.low} bits reach {machine.achieved:.0%} of {hardware.peak / 1e12:g} TFLOP/s"
+    yield f"memory moves {hardware.bandwidth / 1e9:g} GB/s; {machine.between / 1e9:g} GB/s one way between processes"
+    yield f"{machine.overlap:.0%} of communication runs beside products"
+    yield f"{RESERVED:.0%} of {hardware.memory:g} GiB is left to driver, libraries and fragments"
+    kind = "FlexAttention" if machine.gpu else "plain attention, which keeps its probabilities"
+    yield f"{kind}; a query sees half of its row on average"
+    if case.config.num_experts:
+        yield "experts are loaded evenly"
+    if work.images:
+        yield f"{work.images} positions of a row are patches of pictures; the FLOPs of their embedder are left out"
+    yield f"host: {hardware.host_link / 1e9:g} GB/s to it, its memory moves {hardware.host_bandwidth / 1e9:g} GB/s"
+    carbon = 1000 * carbon_intensity(machine.country)
+    yield f"{hardware.power:g} W and ${hardware.price:g} an hour each, PUE {machine.pue:g}"
+    yield f"{carbon:.0f} g CO2e a kWh ({machine.country}, by codecarbon's table)"
+
+
+def _impossible(case: _Case, fixed: Fixed) -> str:
+    names = ("sharding", "experts", "recompute", "offload")
+    asked = ", ".join(f"{name} {getattr(fixed, name)}" for name in names if getattr(fixed, name) is not None)
+    return (
+        f"No layout over {case.machine.gpus} processes has {asked}: sharding needs two processes, experts over more "
+        f"than one and offload need sharding, and the number that share experts has to divide both the processes and "
+        f"the experts ({case.config.num_experts})."
+    )

@@ -1,0 +1,106 @@
+"""The bytes of a plan against those that real processes hold after a step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from openm6.model import M6, ModelConfig
+from openm6.sequence import pack
+from openm6.train.distributed import local, process_group
+from openm6.train.dryrun import dry_run
+from openm6.train.footprint import Layout, States, meta_model, states_by_layer, weights_of
+from openm6.train.optimizer import make_optimizers
+from openm6.train.parallel import Parallel
+from openm6.train.recipe import ParallelSection, TrainSection
+from tests.conftest import example, tiny_config
+from tests.train.test_footprint import bytes_of
+
+ROOT = Path(__file__).parents[2]
+
+# Sizes that two and four do not divide.
+UNEVEN = {
+    "vocab_size": 97,
+    "hidden_size": 42,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+}
+SPARSE = {**UNEVEN, "num_experts": 6, "experts_per_token": 2, "shared_intermediate_size": 18, "expert_interval": 2}
+# Blocks of 256 numbers.
+EVEN = {"hidden_size": 64, "intermediate_size": 128, "num_experts": 4}
+CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (UNEVEN, {}, "adamw"),
+    (UNEVEN, {"sharding": "zero2"}, "adamw"),
+    (UNEVEN, {"sharding": "zero3", "recompute": "full"}, "muon"),
+    (SPARSE, {"sharding": "zero2", "experts": 2}, "adamw"),
+    (SPARSE, {"sharding": "zero3", "experts": 2, "recompute": "full"}, "adamw"),
+    (SPARSE, {"sharding": "zero3", "recompute": "selective"}, "muon"),
+    ({**SPARSE, "distinct_layers": 1, "expert_interval": 1}, {"sharding": "zero3", "experts": 2}, "adamw"),
+    (EVEN, {"sharding": "zero3", "experts": 2}, "adafactor"),
+]
+if find_spec("torchao"):
+    CASES.append((EVEN, {"sharding": "zero3", "experts": 2}, "adam8bit"))
+
+
+def config_of(sizes: dict[str, Any]) -> ModelConfig:
+    return tiny_config(**sizes)
+
+
+def measure() -> None:
+    """Every process takes a step of every case; the first one prints what the fullest holds."""
+    torch.set_num_threads(1)
+    with process_group() as group:
+        for sizes, settings, optimizer in CASES:
+            torch.manual_seed(0)
+            model = M6(config_of(sizes)).train()
+            parallel = Parallel(model, ParallelSection.model_validate(settings), group, torch.float32)
+            optimizers = make_optimizers(model, TrainSection(steps=1, optimizer=optimizer))  # type: ignore[arg-type]
+            rng = np.random.default_rng(group.rank)
+            batch = pack([example(rng, 20, 12, ((1, 4),))], 64, 0)
+            (parallel.run(batch).loss * parallel.scale).backward()
+            for each in optimizers:
+                each.step()
+            held = torch.tensor([
+                sum(local(p).nbytes for p in model.parameters()),
+                sum(local(p.grad).nbytes for p in model.parameters()),
+                sum(bytes_of(local(v)) for o in optimizers for state in o.state.values() for v in state.values()),
+            ])  # fmt: skip
+            everyone = [torch.zeros_like(held) for _ in range(group.world)]
+            dist.all_gather(everyone, held)
+            if group.first:
+                fullest = max(everyone, key=lambda found: int(found.sum()))
+                print("held", json.dumps(fullest.tolist()), flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_states_are_those_of_the_fullest_process(processes: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+         "-m", "tests.distributed.test_planner"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    held = [json.loads(line.removeprefix("held ")) for line in done.stdout.splitlines() if line.startswith("held ")]
+    assert len(held) == len(CASES)
+    for (sizes, settings, optimizer), found in zip(CASES, held, strict=True):
+        config, section = config_of(sizes), ParallelSection.model_validate(settings)
+        layout = Layout(processes, section.sharding, section.experts, section.recompute)
+        by_layer = states_by_layer(weights_of(meta_model(config)), layout, optimizer)
+        planned = sum(by_layer.values(), States())
+        assert [planned.parameters, planned.gradients, planned.optimizer] == found, (sizes, settings, optimizer)
+        assert dry_run(config, layout, optimizer) == by_layer
+
+
+if __name__ == "__main__":
+    measure()
