@@ -27,12 +27,12 @@ from openm6.model.packed import PackedLinear
 
 class Routing(NamedTuple):
     """What a router decides: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts or
-    in each group), and the logsumexp of the logits [T, groups that have a softmax]; all at least fp32."""
+    in each group); where the z-loss is asked for, the logsumexp of the logits [T, softmaxes]. All at least fp32."""
 
     experts_TK: Tensor
     weights_TK: Tensor
     scores_TN: Tensor
-    norms: Tensor
+    norms: Tensor | None
 
 
 class Load(NamedTuple):
@@ -63,16 +63,14 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.kind, self.chosen = config.router, config.experts_per_token
-        self.normalize = config.normalize_expert_weights
+        self.softmaxes = config.experts_per_token if config.router == "prototype" else 1
+        self.normalize, self.with_norms = config.normalize_expert_weights, config.router_z_loss > 0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.num_experts) if config.bias_update else None)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)  # a rounded score can choose another expert
-        with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-        softmaxes = self.chosen if self.kind == "prototype" else 1
-        logits = logits_TN.unflatten(1, (softmaxes, -1))
+        logits_TN = _Logits.apply(x_TD, self.weight)
+        logits = logits_TN.unflatten(1, (self.softmaxes, -1))
         scores_TN = logits.softmax(-1).flatten(1)
         wanted_TN = scores_TN.detach() if self.bias is None else scores_TN.detach() + self.bias
         if self.kind == "topk":
@@ -84,7 +82,29 @@ class Router(nn.Module):
         weights_TK = scores_TN.gather(1, experts_TK)
         if self.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return Routing(experts_TK, weights_TK, scores_TN, logits.logsumexp(-1))
+        return Routing(experts_TK, weights_TK, scores_TN, logits.logsumexp(-1) if self.with_norms else None)
+
+
+class _Logits(torch.autograd.Function):
+    """x W^T in at least fp32, for a rounded score can choose another expert; its gradients in the precision of x.
+
+    On a CPU by oneDNN, which for so few columns takes a third of the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        if x_TD.device.type == "cpu" and dtype == torch.float32:
+            return PackedLinear(weight, None, dtype)(x_TD)
+        return F.linear(x_TD.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_logits_TN: Tensor) -> tuple[Tensor | None, Tensor]:
+        x_TD, weight = ctx.saved_tensors
+        d_logits_TN = d_logits_TN.to(x_TD.dtype)
+        d_x = d_logits_TN @ weight.to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+        return d_x, (d_logits_TN.T @ x_TD).to(weight.dtype)
 
 
 class Plan(NamedTuple):
@@ -141,15 +161,15 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Load]:
         """The sum of the chosen experts' outputs, weighted, and the load. `real_BT` is False at padding."""
-        x_TD = x_BTD.flatten(0, -2)
+        kind = x_BTD.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+        x_TD = x_BTD.flatten(0, -2).to(dtype)
         routing = self.router(x_TD)
         chosen_TK = routing.experts_TK
         if real_BT is not None:
             chosen_TK = chosen_TK.masked_fill(~real_BT.flatten()[:, None], self.number)
         planned = plan(chosen_TK, self.number, self._capacity(chosen_TK.numel()))
-        kind = x_TD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
-        rows_SD = _Gather.apply(x_TD.to(dtype), planned)
+        rows_SD = _Gather.apply(x_TD, planned)
         ticket = self.exchange and self.exchange.send(rows_SD, planned.counts)
         shared_TD = self.shared(x_TD) if self.shared is not None else None  # while the rows travel
         y_SD = self.exchange.receive(ticket, self.experts) if ticket else self.experts(rows_SD, planned.counts)
@@ -167,16 +187,17 @@ class MixtureOfExperts(nn.Module):
         counts = _count(chosen_TK.flatten(), self.number)
         loss = routing.weights_TK.new_zeros(())
         if self.training and (self.auxiliary_loss or self.router_z_loss):
-            real = torch.ones_like(routing.norms[:, 0]) if real_BT is None else real_BT.flatten().to(routing.norms)
+            scores_TN = routing.scores_TN
+            real = scores_TN.new_ones(len(scores_TN)) if real_BT is None else real_BT.flatten().to(scores_TN.dtype)
             if self.auxiliary_loss:
                 # Over the whole batch of the step: balance inside each small part keeps experts from specializing
                 # (arXiv 2501.11873).
                 seen = self.everywhere(counts.to(loss.dtype))
                 seen = seen if self.earlier is None else seen + self.earlier
                 share_N = seen / seen.sum().clamp(min=1)
-                width = self.number / routing.norms.shape[1]
-                loss = loss + self.auxiliary_loss * width * ((real @ routing.scores_TN) @ share_N)
-            if self.router_z_loss:
+                width = self.number / self.router.softmaxes
+                loss = loss + self.auxiliary_loss * width * ((real @ scores_TN) @ share_N)
+            if routing.norms is not None:
                 loss = loss + self.router_z_loss * (real @ routing.norms.square().mean(1))
         return Load(counts, counts.sum() - planned.counts.sum(), loss)
 

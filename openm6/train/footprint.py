@@ -279,8 +279,8 @@ def _wide(config: ModelConfig, width: int, low: int) -> int:
 def _experts(config: ModelConfig, layout: Layout, low: int, gpu: bool) -> int:
     d, f, chosen = config.hidden_size, config.expert_intermediate_size, config.experts_per_token
     gated = config.activation == "swiglu"
-    # Router: its input in fp32, all scores, and for each choice its expert, its place and its weight.
-    total = 4 * d + 4 * config.num_experts + chosen * (8 + 8 + 4)
+    # Router: its input, all scores, and for each choice its expert, its place and its weight.
+    total = low * d + 4 * config.num_experts + chosen * (8 + 8 + 4)
     total += 4 * config.num_experts if config.router_z_loss else 0
     total += 4 * chosen + 4 if config.normalize_expert_weights else 0
     # A row into its expert and its answer; on a CPU `_ExpertLoop` keeps no product of the gate.
@@ -288,7 +288,7 @@ def _experts(config: ModelConfig, layout: Layout, low: int, gpu: bool) -> int:
     total += chosen * (2 * low * d + inner)
     total += chosen * 16 if layout.experts > 1 else 0  # the order in which rows arrived, and back
     if config.shared_intermediate_size:
-        total += (low * d if low < 4 else 0) + _wide(config, config.shared_intermediate_size, low)
+        total += _wide(config, config.shared_intermediate_size, low)
     return total
 
 
@@ -301,8 +301,8 @@ def _products(config: ModelConfig, sparse: bool, low: int, gpu: bool) -> int:
     total += low * query + 4 * config.num_attention_heads if gpu else 0
     if not sparse:
         return total + low * (up * config.intermediate_size + d)
-    total += 4 * config.num_experts
-    total += low * config.experts_per_token * (up * config.expert_intermediate_size + d) if gpu else 0
+    if gpu:
+        total += 4 * config.num_experts + low * config.experts_per_token * (up * config.expert_intermediate_size + d)
     shared = config.shared_intermediate_size
     return total + (low * (up * shared + d) if shared else 0)
 

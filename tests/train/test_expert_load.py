@@ -97,3 +97,14 @@ def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
     assert load.counts.tolist() == counts.tolist()
     share = (counts + layer.earlier) / (80 + 12)
     torch.testing.assert_close(load.loss, 4 * (share * scores.sum(0)).sum())
+
+
+def test_the_z_loss_is_that_of_the_definition() -> None:
+    """The mean over the groups of log(sum exp)^2 (ST-MoE, equation 5)."""
+    torch.manual_seed(0)
+    layer = tiny_model(**EXPERTS, router_z_loss=0.1).train().blocks[0].feed_forward
+    assert isinstance(layer, MixtureOfExperts)
+    x = torch.randn(1, 50, 32)
+    _, load = layer(x, torch.arange(50)[None] < 40)
+    logits = (x[0, :40] @ layer.router.weight.T).view(40, 2, 2)
+    torch.testing.assert_close(load.loss, 0.1 * logits.exp().sum(-1).log().square().mean(1).sum())

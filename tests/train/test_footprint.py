@@ -57,7 +57,7 @@ class Living(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_mkldnn:  # a weight laid out for one product
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.known:
                     self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
