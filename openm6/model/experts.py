@@ -318,11 +318,19 @@ class _ExpertLoop(torch.autograd.Function):
             part, end = slice(end, end + count), end + count
             d_hidden = torch.mm(d_out_SD[part], down[n].to(dtype))
             hidden, d_inner = _activate_backward(inner[part], d_hidden, ctx.gated)
-            d_down[n] = torch.mm(d_out_SD[part].T, hidden)
-            d_up[n] = torch.mm(d_inner.T, rows_SD[part])
+            _product_into(d_down[n], d_out_SD[part].T, hidden)
+            _product_into(d_up[n], d_inner.T, rows_SD[part])
             torch.mm(d_inner, up[n].to(dtype), out=d_rows_SD[part])
         d_rows_SD[end:] = 0
         return d_rows_SD, d_up, d_down, None, None
+
+
+def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """a b, written to where it belongs, also where that is wider."""
+    if target.dtype == a.dtype:
+        torch.mm(a, b, out=target)
+    else:
+        target.copy_(a @ b)
 
 
 def _activate_backward(x: Tensor, d_out: Tensor, gated: bool) -> tuple[Tensor, Tensor]:

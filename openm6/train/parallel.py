@@ -4,12 +4,17 @@
     zero2   gradients and optimizer states are sharded, parameters stay gathered from forward to backward (FSDP2)
     zero3   parameters too: a layer is gathered when it is needed, and let go
 
+With `offload`, the first layers' sharded parameters, gradients and optimizer states live in the host's memory: they are
+copied to the device when they are gathered, the next layer's while one computes, and updated on the host (granular
+offload, M6-10T, arXiv 2110.03888).
+
 With `experts` P, the processes form a mesh [data, P]: expert n of N lives on the processes of column n P / N, and is
 sharded over its column as above; all other parameters are sharded over all processes.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -75,17 +80,26 @@ class Parallel:
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients so that their norm is at most `limit`; returns the norm before, over all processes."""
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        places: dict[torch.device, list[Tensor]] = defaultdict(list)  # those of offloaded layers are the host's
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                gradient = local(parameter.grad)
+                places[gradient.device].append(gradient)
+        squares = [torch.stack(torch._foreach_norm(some)).square().sum() for some in places.values()]
+        total = torch.stack([square.to(self.group.device) for square in squares]).sum()
         if self.sharded:  # each process holds its part of every gradient
             total = self.group.sum(total)
         norm = total.sqrt()
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for device, some in places.items():
+            torch._foreach_mul_(some, scale.to(device))
         return norm
 
 
 def _check(model: M6, settings: ParallelSection, group: Group) -> None:
     experts, size = model.config.num_experts, settings.experts
+    if settings.offload and settings.sharding == "none":
+        raise UsageError("parallel.offload needs parallel.sharding zero2 or zero3.")
     if size == 1:
         return
     if not experts:
@@ -104,7 +118,7 @@ def _check(model: M6, settings: ParallelSection, group: Group) -> None:
 
 def _shard(model: M6, settings: ParallelSection, group: Group, dtype: torch.dtype) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if not dist.is_initialized():
         raise UsageError("parallel.sharding needs processes to shard over: start with --processes or torchrun.")
@@ -116,12 +130,15 @@ def _shard(model: M6, settings: ParallelSection, group: Group, dtype: torch.dtyp
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     again = settings.sharding == "zero3"
     sharded: list[Any] = []
-    for block in model.blocks:
+    for number, block in enumerate(model.blocks):
         layer = block.feed_forward
+        away = number < round(settings.offload * len(model.blocks))
+        place = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if away else OffloadPolicy()
+        how: dict[str, Any] = {"mp_policy": low, "reshard_after_forward": again, "offload_policy": place}
         if columns > 1 and isinstance(layer, MixtureOfExperts):
             _spread(layer, mesh["expert"])
-            sharded.append(fully_shard(layer.experts, mesh=mesh["data"], mp_policy=low, reshard_after_forward=again))
-        sharded.append(fully_shard(block, mesh=everyone, mp_policy=low, reshard_after_forward=again))
+            sharded.append(fully_shard(layer.experts, mesh=mesh["data"], **how))
+        sharded.append(fully_shard(block, mesh=everyone, **how))
     sharded.append(fully_shard(model, mesh=everyone, reshard_after_forward=False))
     for module in sharded:
         module.set_gradient_divide_factor(1.0)  # sums, as `Parallel.scale` says

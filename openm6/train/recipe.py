@@ -101,6 +101,12 @@ class ParallelSection(_Strict):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what of a layer is made again in the backward pass: nothing, all but products, all"
     )
+    offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the layers whose parameters, gradients and optimizer states live in the host's memory",
+    )
 
 
 class PseudoSection(_Strict):

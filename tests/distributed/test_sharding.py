@@ -34,6 +34,8 @@ TOGETHER: dict[str, tuple[int, str, dict[str, Any]]] = {
     "zero3, recompute": (2, "muon", {"parallel": {"sharding": "zero3", "recompute": "selective"}}),
     "1 x 2": (2, "muon", {"parallel": {"sharding": "zero3", "experts": 2}, "accumulate": 2}),
     "1 x 2, adafactor": (2, "adafactor", {"parallel": {"sharding": "zero3", "experts": 2}}),
+    "half offloaded": (2, "adamw", {"parallel": {"sharding": "zero3", "offload": 0.5}}),
+    "all offloaded": (2, "muon", {"parallel": {"sharding": "zero2", "experts": 2, "offload": 1.0}}),
     "4 x 1": (4, "adamw", {"parallel": {"sharding": "zero3"}}),
     "2 x 2": (4, "adamw", {"parallel": {"sharding": "zero2", "experts": 2, "recompute": "full"}}),
     "1 x 4": (4, "auxiliary", {"parallel": {"sharding": "zero3", "experts": 4}}),
@@ -107,6 +109,7 @@ def test_what_cannot_be_laid_out_is_refused() -> None:
             "selective and parallel.experts above 1 exclude each other",
         ),
         ({"num_experts": 4}, {"experts": 2}, "needs parallel.sharding zero2 or zero3"),
+        ({}, {"offload": 0.5}, "parallel.offload needs parallel.sharding"),
         ({}, {"sharding": "zero3"}, "needs processes to shard over"),
     ):
         with pytest.raises(UsageError, match=message):
