@@ -9,6 +9,9 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
+# A new store for every start: the addresses of processes that have died are not asked for again.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun a host, one process a GPU. A process that dies takes its round down; torchrun starts the next round on the

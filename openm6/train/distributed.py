@@ -64,7 +64,12 @@ def process_group() -> Iterator[Group]:
         yield Group(dist.get_rank(), world, device)
         return
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=MEETING)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun keeps its store over restarts, with the addresses of processes that are dead. On several hosts
+            # restarts are counted apart: there torchrun has to make a new one (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=MEETING)
     except (RuntimeError, ValueError) as error:
         raise OpenM6Error(
             f"The {world} processes did not meet within {MEETING.seconds} s ({str(error).splitlines()[0]}): "
