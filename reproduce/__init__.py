@@ -1,0 +1,1 @@
+"""The papers' claims at a small scale, one file a claim: `openm6 reproduce NAME`."""
