@@ -161,13 +161,18 @@ class Tokenizer:
             special_tokens=[*SPECIAL, *_BYTES],
             initial_alphabet=alphabet,
             limit_alphabet=room,
-            max_token_length=max_token_length,
+            max_token_length=max_token_length + 1,  # the library means: shorter than this, but pairs always
             show_progress=False,
         )
         fast.train_from_iterator(texts, trainer)
         # The trainer knows the bytes as special tokens only, and decoding would leave those out.
         content = json.loads(fast.to_str())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+        if max_token_length == 1:  # what was merged stands at the end of the vocabulary
+            content["model"]["merges"] = []
+            kept = {*SPECIAL, *_BYTES}
+            vocabulary = content["model"]["vocab"]
+            content["model"]["vocab"] = {t: i for t, i in vocabulary.items() if len(t) == 1 or t in kept}
         return _restore(json.dumps(content), num_codes)
 
     @classmethod

@@ -166,3 +166,14 @@ def test_common_characters_are_common() -> None:
     characters = common_characters(2048)
     assert len(set(characters)) == 2048 and set("的一是不了人") <= set(characters[:40])
     assert common_characters(10) == characters[:10] and len(common_characters(10**6)) > 6000
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 5])
+def test_no_token_is_longer_than_asked(longest: int) -> None:
+    texts = ["红色条纹连衣裙卖得很好", "红色圆点连衣裙卖得很好", "蓝色条纹帽子"] * 20
+    tokenizer = Tokenizer.train(texts, 700, 8, "红色", longest)
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("红色条纹连衣裙卖得很好")]
+    assert max(map(len, pieces)) == longest
+    ids = sorted(tokenizer.encode("".join(sorted({*"".join(texts)}))))
+    assert tokenizer.decode(tokenizer.encode("蓝色的 cat 🐈")) == "蓝色的 cat 🐈"
+    assert ids[-1] < tokenizer.vocab_size
