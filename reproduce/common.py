@@ -41,7 +41,7 @@ SCALES = {
     ),
     "small": Scale(
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
-        400, 64, 3, 8, 32, 64, 3e-3,
+        300, 48, 3, 8, 16, 48, 3e-3,
     ),
     "large": Scale(
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},

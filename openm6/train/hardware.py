@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from importlib import resources
 
 from openm6.errors import UsageError, suggest
 
@@ -58,13 +56,3 @@ def hardware(name: str) -> Hardware:
         known = tuple(HARDWARE)
         raise UsageError(f'There is no hardware "{name}".{suggest(name, known)} Known: {", ".join(known)}.')
     return HARDWARE[name]
-
-
-def carbon_intensity(country: str) -> float:
-    """kg CO2e a kWh of a country's electricity (ISO code of three letters), by codecarbon's table."""
-    table = json.loads(
-        resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
-    )
-    if country not in table:
-        raise UsageError(f'There is no country "{country}"; give an ISO code of three letters, such as CHN or DEU.')
-    return float(table[country]["carbon_intensity"]) / 1000

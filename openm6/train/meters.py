@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
+from pathlib import Path
 
 import torch
 
+from openm6.errors import UsageError
 from openm6.model import ModelConfig
 
 
@@ -43,17 +47,26 @@ def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int
     return 6.0 * weights * positions + attention + 6.0 * config.vocab_size * config.hidden_size * trained
 
 
+GPT3_WH_PER_1000 = 1287e6 / 300e9 * 1000
+"""Wh for 1,000 positions of GPT-3's training, 175 billion dense parameters: 1,287 MWh for 300 billion tokens (Patterson
+et al. 2021, arXiv 2104.10350, table 4)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EnergyUse:
-    """kWh and kg CO2e since the start, and how they were known."""
+    """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
+    from the processors' nominal power."""
 
     kwh: float
     co2e_kg: float
-    measured: bool
+    measured: float
 
 
 class EnergyMeter:
-    """codecarbon, offline. Without power counters (RAPL, NVML) its figures are estimates, and marked so."""
+    """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
+
+    Processors count where the machine shows RAPL, GPUs by NVML; memory is always an estimate.
+    """
 
     def __init__(self, country: str = "CHN"):
         from codecarbon import OfflineEmissionsTracker
@@ -70,14 +83,27 @@ class EnergyMeter:
         self._tracker.start()
 
     def read(self) -> EnergyUse:
-        co2e = self._tracker.flush() or 0.0
-        return EnergyUse(float(self._tracker._total_energy.kWh), float(co2e), self._measured())
+        return self._use(self._tracker.flush() or 0.0)
 
     def stop(self) -> EnergyUse:
-        co2e = self._tracker.stop() or 0.0
-        return EnergyUse(float(self._tracker.final_emissions_data.energy_consumed), float(co2e), self._measured())
+        return self._use(self._tracker.stop() or 0.0)
 
-    def _measured(self) -> bool:
-        from pathlib import Path
+    def _use(self, co2e_kg: float) -> EnergyUse:
+        tracker = self._tracker
+        kwh = float(tracker._total_energy.kWh)
+        counted = 0.0
+        if torch.cuda.is_available():
+            counted += float(tracker._total_gpu_energy.kWh)
+        if Path("/sys/class/powercap/intel-rapl").exists():
+            counted += float(tracker._total_cpu_energy.kWh)
+        return EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
 
-        return torch.cuda.is_available() or Path("/sys/class/powercap/intel-rapl").exists()
+
+def carbon_intensity(country: str) -> float:
+    """kg CO2e a kWh of a country's electricity (ISO code of three letters), by codecarbon's table."""
+    table = json.loads(
+        resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
+    )
+    if country not in table:
+        raise UsageError(f'There is no country "{country}"; give an ISO code of three letters, such as CHN or DEU.')
+    return float(table[country]["carbon_intensity"]) / 1000

@@ -28,7 +28,7 @@ from openm6.train.footprint import (
     states_by_layer,
     weights_of,
 )
-from openm6.train.hardware import carbon_intensity
+from openm6.train.meters import carbon_intensity
 from openm6.train.steptime import Machine, StepTime, step_time
 
 GIB = 2**30

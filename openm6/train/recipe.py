@@ -89,6 +89,7 @@ class TrainSection(_Strict):
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints that stay")
     log_every: int = Field(10, ge=1)
+    country: str = Field("CHN", description="whose electricity CO2e is counted by, an ISO code of three letters")
 
 
 class ParallelSection(_Strict):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openm6.train.expert_load import draw_loads
-from openm6.train.meters import EnergyMeter, EnergyUse
+from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse
 from openm6.train.recipe import Recipe
 
 Losses = list[tuple[str, str, float, int]]
@@ -50,7 +50,7 @@ class Reporter:
             console=self.console,
         )
         self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
-        self.peak = math.inf
+        self.peak, self.positions_in_all = math.inf, 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -84,6 +84,7 @@ class Reporter:
         self.seconds += seconds
         self.flops += flops
         self.positions += positions
+        self.positions_in_all += positions
         self.filled += filled
         self.steps += 1
         self.bar.update(self.row, completed=step)
@@ -123,7 +124,7 @@ class Reporter:
                 self.board.add_scalar(f"{kind}/{name}", value, self.number)
         figures = (
             f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
-            f"{use.kwh * 1000:.1f} Wh{'' if use.measured else ' (estimated)'}"
+            f"{use.kwh * 1000:.1f} Wh ({_known(use)})"
         )
         self.bar.update(self.row, figures=figures)
         every = self.recipe.train.log_every
@@ -150,11 +151,16 @@ class Reporter:
         )
         if (self.output / LOADS).is_file():
             draw_loads(self.output / LOADS, self.output / "experts.png")
-        known = "measured" if use.measured else "estimated"
         self.say(
-            f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e ({known}). "
-            f"Model: {self.output / 'model'}"
+            f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
+            f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
+        if self.positions_in_all and use.kwh:
+            rate = 1000 * use.kwh / self.positions_in_all * 1000
+            self.say(
+                f"{rate:.2g} Wh for 1,000 positions; GPT-3's training took {GPT3_WH_PER_1000:.1f} Wh "
+                f"({GPT3_WH_PER_1000 / rate:,.0f} times as much)."
+            )
 
     def close(self) -> None:
         self.bar.stop()
@@ -166,6 +172,10 @@ class Reporter:
         self.lines.flush()
         if self.on_step:
             self.on_step(line)
+
+
+def _known(use: EnergyUse) -> str:
+    return f"{use.measured:.0%} measured" if use.measured else "estimated"
 
 
 def _mean(losses: Losses) -> float:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from openm6.bundle import Bundle
+from openm6.errors import OpenM6Error
 from openm6.model.experts import Load, MixtureOfExperts
-from openm6.train.distributed import Group
+from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
-from openm6.train.trainer import train
+from openm6.train.trainer import Trainer, train
 from tests.conftest import EXPERTS, tiny_model
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
 
@@ -108,3 +109,25 @@ def test_the_z_loss_is_that_of_the_definition() -> None:
     _, load = layer(x, torch.arange(50)[None] < 40)
     logits = (x[0, :40] @ layer.router.weight.T).view(40, 2, 2)
     torch.testing.assert_close(load.loss, 0.1 * logits.exp().sum(-1).log().square().mean(1).sum())
+
+
+def test_another_number_of_experts_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    train(sparse(tmp_path, {}))
+    with pytest.raises(OpenM6Error, match=r"experts.down is \[8, 32, 48\] there and is \[4, 32, 48\] here"):
+        train(sparse(tmp_path, {"num_experts": 4}))
+
+
+def test_a_nan_in_one_expert_stops_the_run(tmp_path: Path) -> None:
+    with process_group() as group:
+        trainer = Trainer(sparse(tmp_path, {}), group, on_step=None)
+        trainer._resume()
+        experts = trainer.model.blocks[1].feed_forward
+        assert isinstance(experts, MixtureOfExperts)
+        with torch.no_grad():
+            experts.experts.up[3, 0, 0] = float("nan")
+        batches = iter(trainer.loader)
+        with pytest.raises(OpenM6Error, match="the gradient is not finite"):
+            for _ in range(6):  # until a token goes there
+                trainer._one_step(next(batches))
+        assert trainer.reporter is not None
+        trainer.reporter.close()

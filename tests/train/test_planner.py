@@ -24,8 +24,8 @@ from openm6.train.footprint import (
     meta_model,
     weights_of,
 )
-from openm6.train.hardware import HARDWARE, carbon_intensity, hardware
-from openm6.train.meters import training_flops
+from openm6.train.hardware import HARDWARE, hardware
+from openm6.train.meters import carbon_intensity, training_flops
 from openm6.train.planner import GIB, Fixed, make_plan, usable
 from openm6.train.steptime import Machine, step_flops
 from tests.train.test_footprint import total

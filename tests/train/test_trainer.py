@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from openm6.bundle import Bundle
-from openm6.errors import DataError, OpenM6Error
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.train.distributed import process_group
+from openm6.train.meters import carbon_intensity
 from openm6.train.trainer import DIVERGED, Trainer, train
 from tests.tasks.conftest import picture
 from tests.train.conftest import PowerCutError, cut_at, logged, losses, tiny_recipe
@@ -146,3 +147,22 @@ def _photos(folder: Path, good: int, broken: int) -> Path:
         lines.append(json.dumps({"image": f"{number}.jpg", "caption": f"图 {number}"}))
     (folder / "data.jsonl").write_text("\n".join(lines), "utf-8")
     return folder / "data.jsonl"
+
+
+def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {}
+    for country in ("CHN", "FRA"):
+        train(tiny_recipe(tmp_path / country, country=country))
+        told[country] = logged(tmp_path / country)[-1]
+    for line in told.values():
+        assert line["finished"]
+        assert line["energy_kwh"] > 0
+        assert 0 <= line["energy_measured"] <= 1
+    intensity = {c: line["co2e_kg"] / line["energy_kwh"] for c, line in told.items()}
+    assert intensity["CHN"] == pytest.approx(carbon_intensity("CHN"), rel=0.02)
+    assert intensity["FRA"] == pytest.approx(carbon_intensity("FRA"), rel=0.02)
+    assert intensity["CHN"] > 5 * intensity["FRA"]
+    text = " ".join(capsys.readouterr().err.split())
+    assert "Wh for 1,000 positions; GPT-3's training took 4.3 Wh" in text
+    with pytest.raises(UsageError, match='There is no country "XYZ"'):
+        train(tiny_recipe(tmp_path / "nowhere", country="XYZ"))
