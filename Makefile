@@ -44,4 +44,6 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet 'torch>=2.13,<2.14' uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,docs]'
+	@# beside the rest: transformers imports torchao wherever it finds it, which takes seconds at every start
+	$(BIN)/uv pip install --quiet --target .venv/lowbit --no-deps 'torchao>=0.18,<0.19'
 	@touch $@
