@@ -24,6 +24,9 @@ from openm6.model.config import ModelConfig
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.packed import PackedLinear
 
+ROUND = 16
+"""Rows to whose multiples an expert's are rounded up on a CPU."""
+
 
 class Routing(NamedTuple):
     """What a router decides: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts or
@@ -292,7 +295,12 @@ class Experts(nn.Module):
 
 class _ExpertLoop(torch.autograd.Function):
     """One expert after the other. On a CPU its three matrices and its rows stay in the cache, each product runs at full
-    speed, and only the inner activations before the gate are kept for the backward pass."""
+    speed, and only the inner activations before the gate are kept for the backward pass.
+
+    oneDNN prepares a product for each number of rows that it has not met, which takes longer than a small product does.
+    So an expert works on its rows rounded up to ROUND: those of the next one beyond its own are overwritten when that
+    one's turn comes, and have no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_SD: Tensor, up: Tensor, down: Tensor, counts: list[int], gated: bool) -> Tensor:
@@ -300,7 +308,7 @@ class _ExpertLoop(torch.autograd.Function):
         out_SD, inner = torch.empty_like(rows_SD), rows_SD.new_empty(len(rows_SD), up.shape[1])
         end = 0
         for n, count in enumerate(counts):
-            part, end = slice(end, end + count), end + count
+            part, end = _rounded(end, count, len(rows_SD)), end + count
             torch.mm(rows_SD[part], up[n].to(dtype).T, out=inner[part])
             torch.mm(activate(inner[part], gated), down[n].to(dtype).T, out=out_SD[part])
         out_SD[end:] = 0
@@ -315,14 +323,21 @@ class _ExpertLoop(torch.autograd.Function):
         d_rows_SD, d_up, d_down = torch.empty_like(rows_SD), torch.empty_like(up), torch.empty_like(down)
         end = 0
         for n, count in enumerate(ctx.counts):
-            part, end = slice(end, end + count), end + count
-            d_hidden = torch.mm(d_out_SD[part], down[n].to(dtype))
+            part, end = _rounded(end, count, len(rows_SD)), end + count
+            d_out = d_out_SD[part].clone()
+            d_out[count:] = 0
+            d_hidden = torch.mm(d_out, down[n].to(dtype))
             hidden, d_inner = _activate_backward(inner[part], d_hidden, ctx.gated)
-            _product_into(d_down[n], d_out_SD[part].T, hidden)
+            _product_into(d_down[n], d_out.T, hidden)
             _product_into(d_up[n], d_inner.T, rows_SD[part])
             torch.mm(d_inner, up[n].to(dtype), out=d_rows_SD[part])
         d_rows_SD[end:] = 0
         return d_rows_SD, d_up, d_down, None, None
+
+
+def _rounded(start: int, count: int, rows: int) -> slice:
+    """`count` rows from `start`, and as many of those behind them as make it a multiple of ROUND (none of none)."""
+    return slice(start, min(start + -(-count // ROUND) * ROUND, rows))
 
 
 def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
