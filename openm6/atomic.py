@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
 
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
@@ -26,6 +26,12 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise write_failed(target, error) from None
+
+
+def require_new(target: Path) -> None:
+    """Refuse, before any work, to write over something."""
+    if target.exists():
+        raise UsageError(f"{target} exists already: name another directory.")
 
 
 def publish(draft: Path, target: Path) -> None:

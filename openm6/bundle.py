@@ -180,11 +180,10 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
 
     Raises UsageError for a checkpoint that cannot be imported or an `output` that exists.
     """
-    from openm6.atomic import write_whole
+    from openm6.atomic import require_new, write_whole
     from openm6.model.imports import import_qwen3, read_config
 
-    if output.exists():
-        raise UsageError(f"{output} exists already: name another directory.")
+    require_new(output)
     changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
     tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
     torch.manual_seed(0)
@@ -197,11 +196,10 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
 
 def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Bundle:
     """A model directory with experts in the place of the feed-forwards of the dense one at `path`."""
-    from openm6.atomic import write_whole
+    from openm6.atomic import require_new, write_whole
     from openm6.model.upcycle import upcycle
 
-    if output.exists():
-        raise UsageError(f"{output} exists already: name another directory.")
+    require_new(output)
     bundle = Bundle.load(path, device="cpu", trainable=True)
     torch.manual_seed(0)
     bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)

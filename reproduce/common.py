@@ -85,8 +85,8 @@ class Finding:
 
 
 def compare(claim: str, better: list[Run], worse: list[Run], what: str = "test loss") -> Finding:
-    """Is the loss of `better` lower, seed by seed the same data? Holds (or does not) when all seeds agree and the
-    medians are further apart than either spread is wide; else these seeds do not settle it."""
+    """Is the loss of `better` lower, seed by seed the same data? It holds when all seeds agree and the medians are
+    further apart than half the wider of the two spreads; when they disagree, these seeds do not settle it."""
     a, b = [run.test_loss for run in better], [run.test_loss for run in worse]
     gap = median(b) - median(a)
     width = max(max(a) - min(a), max(b) - min(b))
@@ -151,16 +151,12 @@ def _stack(shallow: Path, grown: Path, layers: int) -> None:
     """Repeat the whole stack of layers (G_stack, arXiv 2405.15319)."""
     from openm6.bundle import Bundle
     from openm6.model import M6, ModelConfig
+    from openm6.model.files import shared_name
 
     bundle = Bundle.load(shallow, device="cpu", trainable=True)
     weights, had = bundle.model.state_dict(), bundle.model.config.num_hidden_layers
     bundle.model = M6(ModelConfig(**{**bundle.model.config.to_dict(), "num_hidden_layers": layers}))
-
-    def source(name: str) -> str:
-        block, number, *rest = name.split(".")
-        return ".".join([block, str(int(number) % had), *rest]) if block == "blocks" else name
-
-    bundle.model.load_state_dict({name: weights[source(name)] for name in bundle.model.state_dict()})
+    bundle.model.load_state_dict({name: weights[shared_name(name, had)] for name in bundle.model.state_dict()})
     bundle.save(grown)
 
 

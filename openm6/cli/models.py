@@ -59,14 +59,14 @@ def consolidate(
     json: Json = False,
 ) -> None:
     """Make a training checkpoint a model directory (safetensors), a file at a time in memory."""
+    from openm6.atomic import require_new
     from openm6.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.train.checkpoint import consolidate as write
 
     if not (checkpoint / "state.json").is_file():
         raise UsageError(f"{checkpoint} is no checkpoint: give a step-... folder of a run's checkpoints.")
-    if output.exists():
-        raise UsageError(f"{output} exists already: name another directory.")
+    require_new(output)
     write(checkpoint, output)
     _tell(output, ModelConfig.from_pretrained(output), json)
 

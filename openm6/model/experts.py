@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from openm6.model.config import ModelConfig
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.packed import PackedLinear
+from openm6.model.precision import product_dtype
 
 ROUND = 16
 """Rows to whose multiples an expert's are rounded up on a CPU."""
@@ -112,11 +113,13 @@ class _Logits(torch.autograd.Function):
 
 class Plan(NamedTuple):
     """Choices in the order of their experts: `order` int64 [S] (choice j T + t is the j-th of token t), where each
-    stands in that order, `place` int64 [K, T], and how many rows each expert gets, `counts` int64 [N]."""
+    stands in that order, `place` int64 [K, T], how many rows each expert gets, `counts` int64 [N], and how many it
+    would get without a capacity, `wanted` int64 [N]."""
 
     order: Tensor
     place: Tensor
     counts: Tensor
+    wanted: Tensor
 
 
 def plan(experts_TK: Tensor, experts: int, capacity: int | None = None) -> Plan:
@@ -124,7 +127,7 @@ def plan(experts_TK: Tensor, experts: int, capacity: int | None = None) -> Plan:
     first choices go before second ones, and among those the order of the tokens counts (GShard, algorithm 1)."""
     choices = experts_TK.T.flatten()
     order = choices.argsort(stable=True)
-    counts = _count(choices, experts)
+    counts = wanted = torch.bincount(choices, minlength=experts + 1)[:experts]
     if capacity is not None and bool((counts > capacity).any()):
         sorted_choices = choices[order]
         starts = F.pad(counts.cumsum(0), (1, 0))
@@ -134,11 +137,7 @@ def plan(experts_TK: Tensor, experts: int, capacity: int | None = None) -> Plan:
         counts = counts.clamp(max=capacity)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    return Plan(order, place.view(experts_TK.shape[1], -1), counts)
-
-
-def _count(choices: Tensor, experts: int) -> Tensor:
-    return torch.bincount(choices, minlength=experts + 1)[:experts]
+    return Plan(order, place.view(experts_TK.shape[1], -1), counts, wanted)
 
 
 class MixtureOfExperts(nn.Module):
@@ -164,9 +163,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Load]:
         """The sum of the chosen experts' outputs, weighted, and the load. `real_BT` is False at padding."""
-        kind = x_BTD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
-        x_TD = x_BTD.flatten(0, -2).to(dtype)
+        x_TD = x_BTD.flatten(0, -2).to(product_dtype(x_BTD))
         routing = self.router(x_TD)
         chosen_TK = routing.experts_TK
         if real_BT is not None:
@@ -179,15 +176,15 @@ class MixtureOfExperts(nn.Module):
         y_TD = _Combine.apply(y_SD, routing.weights_TK, planned)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD.view_as(x_BTD), self._load(routing, chosen_TK, planned, real_BT)
+        return y_TD.view_as(x_BTD), self._load(routing, planned, real_BT)
 
     def _capacity(self, choices: int) -> int | None:
         if self.capacity_factor is None or not self.training:
             return None
         return math.ceil(self.capacity_factor * choices / self.number)
 
-    def _load(self, routing: Routing, chosen_TK: Tensor, planned: Plan, real_BT: Tensor | None) -> Load:
-        counts = _count(chosen_TK.flatten(), self.number)
+    def _load(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> Load:
+        counts = planned.wanted
         loss = routing.weights_TK.new_zeros(())
         if self.training and (self.auxiliary_loss or self.router_z_loss):
             scores_TN = routing.scores_TN

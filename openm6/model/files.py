@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+import torch
 
 from openm6.errors import OpenM6Error
 from openm6.model.config import ModelConfig
@@ -33,6 +36,26 @@ def load_model(path: Path) -> M6:
     return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
 
 
+_LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to; None outside of the blocks."""
+    found = _LAYER.search(name)
+    return int(found[0]) if found else None
+
+
+def shared_name(name: str, distinct: int) -> str:
+    """The name that a tensor has in a network of `distinct` layers: layer i is there layer i mod distinct."""
+    return _LAYER.sub(lambda found: str(int(found[0]) % distinct), name)
+
+
+def meta_model(config: ModelConfig) -> M6:
+    """A network with its shapes and without memory."""
+    with torch.device("meta"):
+        return M6(config)
+
+
 def quietly() -> None:
     """transformers neither draws bars nor warns while it reads or writes a network."""
     from transformers.utils import logging
@@ -43,11 +66,7 @@ def quietly() -> None:
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor of a network, without allocating it."""
-    import torch
-
-    with torch.device("meta"):
-        model = M6(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ from openm6.model.experts import Experts, Load, Router
 from openm6.model.loss import linear_cross_entropy
 from openm6.model.norm import make_norm
 from openm6.model.packed import PackedLinear, kernel_dtype
+from openm6.model.precision import product_dtype
 from openm6.sequence import IGNORE, Batch
 
 
@@ -216,6 +217,10 @@ class M6(PreTrainedModel):
             x_BTD = x_BTD + self.place(batch.positions)
         return x_BTD
 
+    def layers(self) -> list[Block]:
+        """The blocks in the order in which they are applied; a shared one several times."""
+        return [self.blocks[n % len(self.blocks)] for n in range(self.config.num_hidden_layers)]  # type: ignore[misc]
+
     def _backbone(
         self,
         x_BTD: Tensor,
@@ -225,10 +230,8 @@ class M6(PreTrainedModel):
         real_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Load]]:
         loads = []
-        for layer in range(self.config.num_hidden_layers):
-            x_BTD, load = self.blocks[layer % len(self.blocks)](
-                x_BTD, rope, mask, write and partial(write, layer), real_BT
-            )
+        for layer, block in enumerate(self.layers()):
+            x_BTD, load = block(x_BTD, rope, mask, write and partial(write, layer), real_BT)
             if load is not None:
                 loads.append(load)
         return self.norm(x_BTD), loads
@@ -237,8 +240,7 @@ class M6(PreTrainedModel):
         """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""
         if self.packed_head is not None:
             return self.packed_head.dtype
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return product_dtype(x)
 
 
 AutoConfig.register("openm6", ModelConfig)

@@ -21,3 +21,9 @@ def fast_dtype(device: str) -> torch.dtype:
         arm = "aarch64" in torch.__config__.show() or not torch.cpu._is_avx2_supported()
         good = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (units or arm)
     return torch.bfloat16 if good else torch.float32
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which matrix products with `x` run: autocast's precision where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -12,7 +12,6 @@ the older checkpoints as they were. What N processes wrote M processes read: ten
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from openm6.atomic import publish, write_failed, write_whole
 from openm6.errors import OpenM6Error
+from openm6.model.files import layer_of, shared_name
 from openm6.train.distributed import Group, local
 from openm6.train.optimizer import set_rate
 
@@ -163,7 +163,7 @@ class Checkpoints:
         except (Exception, CheckpointException):
             raise _damaged(path) from None
         if shared and moments == "rescale":
-            _rescale(tensors, len({_layer(n) for n in tensors if _layer(n) is not None}) / shared)
+            _rescale(tensors, len({layer_of(n) for n in tensors if layer_of(n) is not None}) / shared)
         for parameter, name, optimizer in _owned(model, optimizers):
             for moment, value in optimizer.state[parameter].items():
                 if is_traceable_wrapper_subclass(local(value)):
@@ -270,17 +270,9 @@ def _owned(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[nn.P
                 yield parameter, names[parameter], optimizer
 
 
-_BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
-
-
-def _layer(name: str) -> int | None:
-    found = _BLOCK.search(name)
-    return int(found[0]) if found else None
-
-
 def _source(name: str, shared: int | None) -> str:
     """The name under which a checkpoint with `shared` distinct layers has what belongs to `name`."""
-    return _BLOCK.sub(lambda found: str(int(found[0]) % shared), name) if shared else name
+    return shared_name(name, shared) if shared else name
 
 
 @torch.no_grad()
@@ -300,7 +292,7 @@ def _prepare(optimizers: list[Optimizer]) -> None:
 
 def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:
     for parameter, name, optimizer in _owned(model, optimizers):
-        if _layer(name) is not None:
+        if layer_of(name) is not None:
             optimizer.state.pop(parameter)
 
 
@@ -311,7 +303,7 @@ _POWERS = {"exp_avg": 1, "momentum": 1, "exp_avg_sq": 2, "row_var": 2, "col_var"
 def _rescale(tensors: dict[str, Tensor], layers: float) -> None:
     """The gradient of a shared layer was the sum of those of its `layers` layers."""
     for name, tensor in tensors.items():
-        if name.startswith("optimizer.") and _layer(name) is not None:
+        if name.startswith("optimizer.") and layer_of(name) is not None:
             tensor /= layers ** _POWERS.get(name.split(".", 2)[1], 0)
 
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from openm6.errors import OpenM6Error
 from openm6.model import ModelConfig
+from openm6.model.files import layer_of, meta_model
 from openm6.train.distributed import Group, local
-from openm6.train.footprint import Layout, States, meta_model, states_of
+from openm6.train.footprint import Layout, States, states_of
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection
 
@@ -47,6 +48,6 @@ def dry_run(config: ModelConfig, layout: Layout, optimizer: str) -> dict[int | N
 def _read(model: torch.nn.Module, optimizer: str) -> dict[int | None, States]:
     found: dict[int | None, States] = {}
     for name, parameter in model.named_parameters():
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
+        layer = layer_of(name)
         found[layer] = found.get(layer, States()) + states_of(name, tuple(local(parameter).shape), optimizer)
     return found

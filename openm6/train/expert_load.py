@@ -23,7 +23,7 @@ class ExpertLoads:
 
     def __init__(self, model: M6, group: Group):
         self.group, self.bias_update = group, model.config.bias_update
-        used = [model.blocks[n % len(model.blocks)].feed_forward for n in range(model.config.num_hidden_layers)]
+        used = [block.feed_forward for block in model.layers()]
         self.layers = [layer for layer in used if isinstance(layer, MixtureOfExperts)]  # a shared one several times
         for layer in self.layers:
             layer.everywhere = group.sum
@@ -46,11 +46,10 @@ class ExpertLoads:
         """Take in one part of a step; returns the sum of its auxiliary and z losses. `more`: another part follows."""
         if not loads:
             return 0.0
-        self.step += torch.stack([torch.cat((load.counts, load.dropped[None])) for load in loads])
-        if more and any(layer.auxiliary_loss for layer in self.layers):
-            everywhere = self.group.sum(self.step[:, :-1].clone())
-            for layer in self.layers:
-                layer.earlier = None
+        part = torch.stack([torch.cat((load.counts, load.dropped[None])) for load in loads])
+        self.step += part
+        if more and self.layers[0].auxiliary_loss:
+            everywhere = self.group.sum(part[:, :-1].clone())
             for layer, counts in zip(self.layers, everywhere, strict=True):
                 layer.earlier = counts if layer.earlier is None else layer.earlier + counts
         return torch.stack([load.loss for load in loads]).sum()

@@ -15,6 +15,7 @@ import torch
 
 from openm6.model import M6, ModelConfig
 from openm6.model.attention import PLAIN_LIMIT, QUERY_CHUNK
+from openm6.model.files import layer_of
 from openm6.model.loss import CHUNK
 
 
@@ -91,17 +92,10 @@ class States:
         )
 
 
-def meta_model(config: ModelConfig) -> M6:
-    """The network with its shapes and without memory."""
-    with torch.device("meta"):
-        return M6(config)
-
-
 def weights_of(model: M6) -> list[Weight]:
     found = []
     for name, parameter in model.named_parameters():
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else None
-        found.append(Weight(name, tuple(parameter.shape), layer, ".feed_forward.experts." in name))
+        found.append(Weight(name, tuple(parameter.shape), layer_of(name), ".feed_forward.experts." in name))
     return found
 
 

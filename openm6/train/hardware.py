@@ -1,4 +1,4 @@
-"""What the planner knows of machines, and of the electricity that they draw."""
+"""What the planner knows of machines."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ class EnergyMeter:
     def __init__(self, country: str = "CHN"):
         from codecarbon import OfflineEmissionsTracker
 
+        carbon_intensity(country)  # codecarbon itself would only warn of a country that it does not know
         logging.getLogger("codecarbon").disabled = True
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,

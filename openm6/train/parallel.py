@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.model.experts import MixtureOfExperts
+from openm6.model.files import meta_model
 from openm6.sequence import Batch
 from openm6.train.distributed import Group, local, whole
 from openm6.train.expert_parallel import AllToAll
@@ -72,8 +73,7 @@ class Parallel:
                 weights[name] = complete.to(self.group.device)
         if not self.group.first:
             return None
-        with torch.device("meta"):
-            copy = M6(self.model.config)
+        copy = meta_model(self.model.config)
         copy.load_state_dict(weights, assign=True)
         return copy
 

@@ -14,6 +14,7 @@ from itertools import product
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import ModelConfig
+from openm6.model.files import meta_model
 from openm6.train.dryrun import dry_run
 from openm6.train.footprint import (
     Activations,
@@ -24,7 +25,6 @@ from openm6.train.footprint import (
     activations,
     buffers,
     image_bytes,
-    meta_model,
     states_by_layer,
     weights_of,
 )

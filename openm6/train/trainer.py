@@ -21,7 +21,7 @@ from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
-from openm6.train.meters import EnergyMeter, carbon_intensity, peak_flops, training_flops
+from openm6.train.meters import EnergyMeter, peak_flops, training_flops
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import Recipe
@@ -66,7 +66,6 @@ class Trainer:
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
-        carbon_intensity(self.settings.country)  # a wrong code is told before anything runs
         self.energy = EnergyMeter(self.settings.country)
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
         self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from openm6.model import M6, ModelConfig
+from openm6.model.files import meta_model
 from openm6.sequence import pack
 from openm6.train.distributed import local, process_group
 from openm6.train.dryrun import dry_run
-from openm6.train.footprint import Layout, States, meta_model, states_by_layer, weights_of
+from openm6.train.footprint import Layout, States, states_by_layer, weights_of
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection

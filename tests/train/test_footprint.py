@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openm6.model import M6, ModelConfig
+from openm6.model.files import meta_model
 from openm6.sequence import IGNORE, Batch, pack
 from openm6.train.distributed import Group
 from openm6.train.dryrun import dry_run
@@ -23,7 +24,6 @@ from openm6.train.footprint import (
     activations,
     buffers,
     image_bytes,
-    meta_model,
     states_by_layer,
     states_of,
     weights_of,

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import ModelConfig
+from openm6.model.files import meta_model
 from openm6.train.footprint import (
     Layout,
     Work,
     buffers,
-    meta_model,
     weights_of,
 )
 from openm6.train.hardware import HARDWARE, hardware
