@@ -192,8 +192,8 @@ def _smallest_offload(case: _Case, layout: Layout, fixed: int | None) -> tuple[L
 
 
 def _place(by_layer: dict[int | None, States], offload: int) -> tuple[States, States]:
-    """States on the accelerator and in the host's memory: the largest layers leave first."""
-    layers = sorted((s for n, s in by_layer.items() if n is not None), key=lambda s: -s.total)
+    """States on the accelerator and in the host's memory: the first layers leave, as in train/parallel.py."""
+    layers = [by_layer[n] for n in sorted(n for n in by_layer if n is not None)]
     return sum(layers[offload:], by_layer[None]), sum(layers[:offload], States())
 
 
