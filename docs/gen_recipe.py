@@ -20,13 +20,17 @@ def recipe_tables(source: Path = SOURCE) -> str:
     classes = {
         node.name: node for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.ClassDef)
     }
-    parts = [_table("At the top", classes["Recipe"])]
-    for field in _fields(classes["Recipe"]):
+    return "\n\n".join([_table("At the top", classes["Recipe"]), *_sections("Recipe", "", classes)])
+
+
+def _sections(outer: str, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:
+    """Tables of the sections inside one, each followed by those inside it."""
+    for field in _fields(classes[outer]):
         section = next((n.id for n in ast.walk(field.annotation) if isinstance(n, ast.Name) and n.id in classes), None)
         if section:
             many = " (a list)" if "list" in ast.unparse(field.annotation) else ""
-            parts.append(_table(f"`{_name(field)}`{many}", classes[section]))
-    return "\n\n".join(parts)
+            yield _table(f"`{prefix}{_name(field)}`{many}", classes[section])
+            yield from _sections(section, f"{prefix}{_name(field)}.", classes)
 
 
 def _table(title: str, section: ast.ClassDef) -> str:

@@ -20,7 +20,7 @@ from openm6.decode import Decoding, Generated, generate, stream
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
-from openm6.model.files import load_model, quietly
+from openm6.model.files import check_model, load_model, meta_model, quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
 from openm6.tasks.library import get as get_task
@@ -47,7 +47,7 @@ class Bundle:
         """Open a model directory, on the GPU when there is one.
 
         For answering, weights are bf16 on a GPU and laid out for its kernels on a CPU; a `trainable` model
-        keeps fp32 weights and runs its products under autocast.
+        keeps fp32 weights and runs its products under autocast. On the device "meta" it has shapes, and no weights yet.
         """
         path = Path(path)
         card = path / "openm6.json"
@@ -62,10 +62,12 @@ class Bundle:
             length = int(content["max_length"])
         except (ValueError, KeyError, TypeError) as error:
             raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
-        model = load_model(path).eval()
+        model = meta_model(check_model(path)) if device.type == "meta" else load_model(path).eval()
         model.to(device)  # type: ignore[arg-type]
-        if not trainable:
-            model = model.to(fast_dtype("cuda")) if device.type == "cuda" else model.pack_for_cpu()
+        if not trainable and device.type == "cuda":
+            model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
+        elif not trainable:
+            model.pack_for_cpu()
         grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
         return cls(model, Processor(Tokenizer.load(path), grid, length), tasks, path)
 

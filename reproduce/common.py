@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
+from benchmarks.common import machine
 from reproduce.corpus import ENTROPY, write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +44,11 @@ SCALES = {
     ),
     "small": Scale(
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
-        300, 48, 3, 8, 16, 48, 3e-3,
+        200, 48, 3, 16, 64, 48, 3e-3,
     ),
     "large": Scale(
         {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-        6000, 512, 3, 64, 64, 128, 6e-4,
+        6000, 512, 3, 128, 256, 128, 6e-4,
     ),
 }  # fmt: skip
 """`tiny` is for tests."""
@@ -64,13 +67,14 @@ class Variant:
 
 @dataclass
 class Run:
-    """What one variant gave with one seed. `curve`: (step, training loss), fresh lines all the time."""
+    """What one variant gave with one seed. `curve`: (step, training loss), fresh lines all the time; `memory`: the
+    most bytes that the process had up to each of these steps, beyond what a process without a network has."""
 
     curve: list[tuple[int, float]]
     test_loss: float
     seconds_per_step: float
     flops: float
-    peak_bytes: int
+    memory: list[int]
     variation: list[float]
     dropped: float
 
@@ -144,6 +148,7 @@ def _train(claim: str, variant: Variant, seed: int, scale: Scale, folder: Path, 
     second = _run(recipe)
     second.curve = first.curve + [(step + steps, loss) for step, loss in second.curve]
     second.flops += first.flops
+    second.memory = first.memory + [max(first.memory[-1], bytes) for bytes in second.memory]
     return second
 
 
@@ -191,23 +196,29 @@ def _recipe(
 def _run(recipe: dict[str, Any]) -> Run:
     """Train in a process of its own, so that its memory can be told; what is done is not done again."""
     output = Path(recipe["output"])
-    done = output / "done.json"
+    done = output / "done"
     if not done.is_file():
         output.mkdir(parents=True, exist_ok=True)
         file = output / "run.yaml"
         file.write_text(yaml.safe_dump(recipe, allow_unicode=True), "utf-8")
         with (output / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "openm6", "train", str(file)], stdout=log, stderr=log, cwd=ROOT
-            )
-            _, status, used = os.wait4(process.pid, 0)
+            command = [sys.executable, "-m", "openm6", "train", str(file)]
+            status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, check=False).returncode
         if status:
             raise RuntimeError(f"{recipe['name']} with seed {recipe['seed']} failed; see {output / 'log.txt'}")
-        done.write_text(json.dumps({"peak_bytes": used.ru_maxrss * 1024}))
-    return _read(output, json.loads(done.read_text())["peak_bytes"])
+        done.touch()
+    return _read(output)
 
 
-def _read(output: Path, peak: int) -> Run:
+@cache
+def _idle_bytes() -> int:
+    """What a process needs for the libraries of training alone, and for nothing on a GPU."""
+    code = "import openm6.train.trainer, torch.distributed.checkpoint; from openm6.train.meters import peak_memory as p"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(p())"], capture_output=True, check=True, cwd=ROOT)
+    return int(done.stdout)
+
+
+def _read(output: Path) -> Run:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     tests = [line for line in lines if "evaluation" in line]
@@ -217,7 +228,7 @@ def _read(output: Path, peak: int) -> Run:
         test_loss=math.log(tests[-1]["perplexity"]),
         seconds_per_step=median(line["seconds_per_step"] for line in later),
         flops=sum(_flops(line, before) for before, line in zip([{"step": 0}, *steps], steps, strict=False)),
-        peak_bytes=peak,
+        memory=[max(0, bytes - _idle_bytes()) for bytes in accumulate((s["peak_memory_bytes"] for s in steps), max)],
         variation=[line["load_variation"] for line in steps if "load_variation" in line],
         dropped=median([line["load_dropped"] for line in later if "load_dropped" in line] or [0.0]),
     )
@@ -252,14 +263,17 @@ def write_page(
             f"| {median(run.flops for run in group) / 1e12:.2f} "
             f"| {f'{median(variation):.2f}' if variation else '–'} "
             f"| {100 * median(run.dropped for run in group):.1f}% "
-            f"| {median(run.peak_bytes for run in group) / 2**30:.2f} GiB |"
+            f"| {median(run.memory[-1] for run in group) / 2**20:.0f} MiB |"
         )
     lines += [
         "",
         f"{scale.seeds} seeds (data, weights and order); medians. {scale.steps} steps of {scale.batch_size} examples, "
         f"hidden size {scale.sizes['hidden_size']}, {scale.sizes['num_hidden_layers']} layers. The corpus: "
         f"{scale.languages} random languages over {scale.characters} characters (`reproduce/corpus.py`; no network "
-        f"gets below {ENTROPY:.3f} nats a character) and sentences of the demo's catalogue. Test lines are new draws.",
+        f"gets below {ENTROPY:.3f} nats a character) and sentences of the demo's catalogue. Test lines are new draws. "
+        "Memory: the most that a process had beyond one without a network. TFLOP: of the whole run.",
+        "",
+        f"Made by `openm6 reproduce {name.replace('_', '-')}` on {machine()}, {date.today().isoformat()}.",
         "",
     ]
     page = out / f"{name}.md"

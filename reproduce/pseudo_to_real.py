@@ -63,18 +63,22 @@ def run(scale: Scale, folder: Path, out: Path) -> Path:
 
 def _reached(name: str, runs: list[Run], scratch: list[Run]) -> Finding:
     """At which share of the steps, and of the FLOPs, the smoothed training loss is the last one from scratch."""
-    steps, flops = [], []
+    steps, flops, memory = [], [], []
     for mine, other in zip(runs, scratch, strict=True):
         goal, smooth = _smooth(other.curve)[-1], _smooth(mine.curve)
         first = next((i for i, loss in enumerate(smooth) if loss <= goal), None)
         share = math.inf if first is None else mine.curve[first][0] / other.curve[-1][0]
         steps.append(share)
         flops.append(share * mine.flops / other.flops)
+        memory.append(mine.memory[-1 if first is None else first] / other.memory[-1])
+    claim = f"{name}: reaches the loss from scratch with 40% of the samples"
     if median(steps) == math.inf:
-        return Finding(f"{name}: reaches the loss from scratch with 40% of the samples", "does not hold", "not reached")
-    told = f"{100 * median(steps):.0f}% of the samples, about {100 * median(flops):.0f}% of the FLOPs"
-    verdict = "holds" if median(steps) <= 0.4 else "does not hold"
-    return Finding(f"{name}: reaches the loss from scratch with 40% of the samples", verdict, told)
+        return Finding(claim, "does not hold", "not reached")
+    told = (
+        f"{100 * median(steps):.0f}% of the samples, about {100 * median(flops):.0f}% of the FLOPs, "
+        f"{100 * median(memory):.0f}% of the memory"
+    )
+    return Finding(claim, "holds" if median(steps) <= 0.4 else "does not hold", told)
 
 
 def _smooth(curve: list[tuple[int, float]], width: int = 4) -> list[float]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
     from openm6.train.hardware import Hardware
+    from openm6.train.offload import Offload
     from openm6.train.planner import Plan
 
 
@@ -41,7 +42,10 @@ def plan(
     sharding: Annotated[Literal["none", "zero2", "zero3"] | None, typer.Option(help="Fix it.")] = None,
     experts: Annotated[int | None, typer.Option(min=1, help="Fix the processes that share experts.")] = None,
     recompute: Annotated[Literal["none", "selective", "full"] | None, typer.Option(help="Fix it.")] = None,
-    offload: Annotated[int | None, typer.Option(min=0, help="Fix the layers in the host's memory.")] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Fix the layers whose states are in the host's memory: 12, or optimizer=24,gradients=6."),
+    ] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="Positions to train on, e.g. 1e11.")] = None,
     achieved: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that products reach.")] = 0.4,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of communication beside products.")] = 0.5,
@@ -80,7 +84,7 @@ def plan(
         _checked(work, config),
         optimizer or usual,
         2 if precision == "bf16" else 4,
-        Fixed(sharding, experts, recompute, offload),
+        Fixed(sharding, experts, recompute, _offload(offload)),
         tokens,
         dry_run,
     )
@@ -88,6 +92,26 @@ def plan(
         emit(_to_dict(found))
     else:
         _print(found, preset, f"{gpus} x {hardware}")
+
+
+def _offload(text: str | None) -> Offload | None:
+    from openm6.errors import UsageError
+    from openm6.train.offload import Offload
+
+    if text is None:
+        return None
+    try:
+        if text.isdecimal():
+            return Offload(*[int(text)] * 3)
+        found = Offload(**{name: int(value) for name, value in pairs(text.split(",")).items()})
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"--offload is {text!r}: give a number of layers, or one for each of optimizer, gradients and parameters, "
+            "e.g. optimizer=24,gradients=6."
+        ) from None
+    if not 0 <= found.parameters <= min(found.gradients, found.optimizer):
+        raise UsageError("--offload: a layer whose parameters are on the host has its gradients and moments there too.")
+    return found
 
 
 def _is_recipe(name: str) -> bool:
@@ -160,13 +184,17 @@ def _print(found: Plan, name: str, machine: str) -> None:
         ("processes, each with data of its own", layout.world),
         ("parallel.experts", f"{layout.experts} (each part on {layout.data})"),
         ("parallel.sharding", layout.sharding), ("parallel.recompute", layout.recompute),
-        ("layers offloaded", layout.offload),
+        *((f"layers with {what} on the host", number) for what, number in (
+            ("optimizer states", layout.offload.optimizer), ("gradients", layout.offload.gradients),
+            ("parameters", layout.offload.parameters),
+        ) if number),
     ])  # fmt: skip
     table(["memory of the fullest process", "GiB", "bytes"], [
         (what, f"{size / 2**30:.2f}", f"{size:,}") for what, size in (
             ("parameters", memory.states.parameters), ("gradients", memory.states.gradients),
             ("optimizer", memory.states.optimizer), ("activations", memory.activations.peak),
-            ("communication buffers", memory.buffers), ("together", memory.total), ("usable", found.usable),
+            ("communication buffers", memory.buffers), ("or visiting for their update", memory.visit),
+            ("together", memory.total), ("usable", found.usable),
             ("in the host's memory", memory.host.total),
         )
     ])  # fmt: skip

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from openm6.errors import OpenM6Error
 from openm6.model.config import ModelConfig
@@ -19,8 +22,15 @@ def load_model(path: Path) -> M6:
     Only safetensors are read: a pickled checkpoint can run code. Shapes that do not fit, and tensors that are
     missing or too many, are refused with the first of their names.
     """
-    expected = shapes(ModelConfig.from_pretrained(path))
-    found = _stored_shapes(path)
+    check_model(path)
+    quietly()
+    return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+
+
+def check_model(path: Path) -> ModelConfig:
+    """The config of a model directory whose weights are as it asks for."""
+    config = ModelConfig.from_pretrained(path)
+    expected, found = shapes(config), _stored_shapes(path)
     for name, shape in expected.items():
         if name not in found:
             raise OpenM6Error(f"{path} does not hold {name} {list(shape)}, which its config.json asks for.")
@@ -32,8 +42,18 @@ def load_model(path: Path) -> M6:
     extra = sorted(set(found) - set(expected))
     if extra:
         raise OpenM6Error(f"{path} holds {extra[0]} (and {len(extra) - 1} more), which its config.json does not know.")
-    quietly()
-    return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    return config
+
+
+@contextmanager
+def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor]]:
+    """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+        yield lambda name, first, last: where[name].get_slice(name)[first:last]
 
 
 _LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
@@ -72,19 +92,21 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
-    index = path / "model.safetensors.index.json"
     try:
-        names = (
-            sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
         stored: dict[str, tuple[int, ...]] = {}
-        for name in names:
-            with safe_open(path / Path(name).name, framework="pt") as file:
+        for place in _weight_files(path):
+            with safe_open(place, framework="pt") as file:
                 stored.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 (no dict)
         return stored
     except FileNotFoundError:
         raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).") from None
     except (SafetensorError, ValueError, KeyError):
         raise OpenM6Error(f"The weights in {path} are truncated or damaged.") from None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    return [path / Path(name).name for name in sorted(names)]

@@ -6,6 +6,7 @@ Read this file first, then block.py, attention.py and experts.py. Shapes: see th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -70,38 +71,46 @@ class M6(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2)."""
         from transformers import initialization as init
 
-        std = self.config.initializer_range
+        for parameter, mean, std in self.initial(module):
+            if std:
+                init.normal_(parameter, mean, std)
+            else:
+                init.constant_(parameter, mean)
+
+    def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
+        """A module's own parameters, each with the mean and the standard deviation that it starts with.
+
+        Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2), convolutions by
+        their inputs (He et al. 2015).
+        """
+        std, last = self.config.initializer_range, 1 / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if getattr(module, "writes_to_stream", False):
-                std /= math.sqrt(2 * self.config.num_hidden_layers)
+                std *= last
             elif isinstance(module, nn.Linear) and getattr(module, "enters_stream", False):
                 # Its inputs have unit scale; its outputs get a token's.
                 std /= math.sqrt(module.in_features)
-            init.normal_(module.weight, std=std)
-            if isinstance(getattr(module, "bias", None), Tensor):
-                init.zeros_(module.bias)  # type: ignore[arg-type]
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)):
-            init.ones_(module.weight)
-            if isinstance(getattr(module, "bias", None), Tensor):
-                init.zeros_(module.bias)  # type: ignore[arg-type]
+            yield module.weight, 0.0, std
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
+            yield module.weight, 1.0, 0.0
         elif isinstance(module, nn.Conv2d):
-            if self.image is not None and module is self.image.features:  # the patch projection
-                init.normal_(module.weight, std=std)
-            else:
-                init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            inputs = module.weight[0].numel()
+            if self.config.image_embedder == "resnet":  # transformers' rule: by its outputs
+                inputs = module.weight[:, 0].numel()
+            patches = self.image is not None and module is self.image.features  # the patch projection
+            yield module.weight, 0.0, std if patches else math.sqrt(2 / inputs)
         elif isinstance(module, Router):
-            init.normal_(module.weight, std=std)
+            yield module.weight, 0.0, std
         elif isinstance(module, Experts):
-            init.normal_(module.up, std=std)
-            init.normal_(module.down, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+            yield module.up, 0.0, std
+            yield module.down, 0.0, std * last
         elif isinstance(module, ImageEmbedder):
-            init.normal_(module.row, std=std)
-            init.normal_(module.column, std=std)
+            yield module.row, 0.0, std
+            yield module.column, 0.0, std
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            yield bias, 0.0, 0.0
 
     @property
     def head_weight(self) -> Tensor:

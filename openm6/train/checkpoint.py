@@ -34,7 +34,7 @@ from openm6.atomic import publish, write_failed, write_whole
 from openm6.errors import OpenM6Error
 from openm6.model.files import layer_of, shared_name
 from openm6.train.distributed import Group, local
-from openm6.train.optimizer import set_rate
+from openm6.train.optimizer import set_rate, step_all
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file of a consolidated network, about."""
@@ -122,10 +122,12 @@ class Checkpoints:
         path: Path,
         model: nn.Module,
         optimizers: list[Optimizer],
+        update: Callable[[list[Optimizer]], None] = step_all,
         shared: int | None = None,
         moments: str = "copy",
     ) -> dict[str, Any]:
-        """Load weights, optimizers and random numbers in place; returns the state that `save` was given.
+        """Load weights, optimizers and random numbers in place; returns the state that `save` was given. `update` makes
+        a step of the optimizers (Parallel.update).
 
         `shared`: the checkpoint is of a network with so few distinct layers, and layer i of this one takes layer
         i mod shared, its optimizer moments by `moments` (PseudoSection).
@@ -142,7 +144,7 @@ class Checkpoints:
                 f"The checkpoint {path} was not made with this recipe's train.optimizer "
                 f"({', '.join(_names(optimizers))}): choose another output directory, or set it back."
             )
-        _prepare(optimizers)
+        _prepare(model, optimizers, update)
         if shared and moments == "reset":
             _reset_blocks(model, optimizers)
         tensors = _named(model, optimizers)
@@ -276,18 +278,22 @@ def _source(name: str, shared: int | None) -> str:
 
 
 @torch.no_grad()
-def _prepare(optimizers: list[Optimizer]) -> None:
-    """Let fresh optimizers make their moments, whatever form these have: a step at rate 0 by gradients of 0."""
-    for optimizer in optimizers:
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            set_rate(group, 0.0)
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            set_rate(group, rate)
+def _prepare(model: nn.Module, optimizers: list[Optimizer], update: Callable[[list[Optimizer]], None]) -> None:
+    """Let fresh optimizers make their moments, whatever form and place these have: a step at rate 0 by gradients of 0,
+    of one layer after the other."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in groups]
+    for group in groups:
+        set_rate(group, 0.0)
+    layers: dict[int | None, list[nn.Parameter]] = {}
+    for parameter, name, _ in _owned(model, optimizers):
+        layers.setdefault(layer_of(name), []).append(parameter)
+    for layer in layers.values():
+        for parameter in layer:
+            parameter.grad = torch.zeros_like(parameter)
+        update(optimizers)
+    for group, rate in zip(groups, rates, strict=True):
+        set_rate(group, rate)
 
 
 def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:

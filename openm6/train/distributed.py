@@ -98,3 +98,14 @@ def share_of(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """Which rows of a tensor this process holds: the first, and the one after the last."""
+    if not isinstance(tensor, DTensor):
+        return 0, len(tensor)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert shape[1:] == tensor.shape[1:], "cut along another dimension than the first"
+    return offset[0], offset[0] + shape[0]

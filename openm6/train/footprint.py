@@ -8,7 +8,7 @@ model/experts.py. The stream between the layers and all states are fp32; product
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from openm6.model import M6, ModelConfig
 from openm6.model.attention import PLAIN_LIMIT, QUERY_CHUNK
 from openm6.model.files import layer_of
 from openm6.model.loss import CHUNK
+from openm6.train.offload import Offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """As the section `parallel` of a recipe, over `world` processes; of `offload` layers parameters, gradients and
-    optimizer states live in the memory of the host."""
+    """As the section `parallel` of a recipe, over `world` processes."""
 
     world: int
     sharding: str
     experts: int
     recompute: str
-    offload: int = 0
+    offload: Offload = field(default_factory=Offload)
 
     @property
     def data(self) -> int:
@@ -142,6 +142,40 @@ def states_by_layer(weights: list[Weight], layout: Layout, optimizer: str) -> di
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the states of a process are: on its `device` or in the memory of its host.
+
+    resident   on the host with the parameters of their layers, and updated there
+    guest      on the host, but visiting the device for their layer's update; at most `visit` bytes at a time
+    """
+
+    device: States
+    resident: States
+    guest: States
+    visit: int
+
+    @property
+    def host(self) -> States:
+        return self.resident + self.guest
+
+
+def places(by_layer: dict[int | None, States], offload: Offload) -> Places:
+    """As train/offload.py has them: the first layers leave."""
+    device, resident, guest, visit = by_layer[None], States(), States(), 0
+    for number in sorted(n for n in by_layer if n is not None):
+        layer = by_layer[number]
+        if number < offload.parameters:
+            resident += layer
+            continue
+        gradients = layer.gradients if number < offload.gradients else 0
+        optimizer = layer.optimizer if number < offload.optimizer else 0
+        guest += States(0, gradients, optimizer)
+        device += States(layer.parameters, layer.gradients - gradients, layer.optimizer - optimizer)
+        visit = max(visit, 2 * (gradients + optimizer))  # one layer's, and the next one's on their way
+    return Places(device, resident, guest, visit)
+
+
 def gathered(weights: list[Weight], layout: Layout) -> dict[int | None, int]:
     """Elements of every layer (and, under None, of the rest) that a process holds while it works on it."""
     found: dict[int | None, int] = {}
@@ -179,8 +213,9 @@ def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Wo
     if layout.experts > 1:  # sent and received
         travelling = 2 * low * config.experts_per_token * work.positions * config.hidden_size
     staged = 0
-    if layout.offload:  # a layer's fp32 shard on its way to the device, and its gradient's on the way back
-        staged = 8 * max(sum(math.prod(local_shape(w, layout)) for w in weights if w.layer == n) for n in elements)
+    if layout.offload.layers:  # a layer's gradients on their way to the host, its fp32 shard on its way from there
+        shard = max(sum(math.prod(local_shape(w, layout)) for w in weights if w.layer == n) for n in elements)
+        staged = 4 * shard * ((layout.offload.gradients > 0) + (layout.offload.parameters > 0))
     return weights_held + gradients + travelling + staged
 
 

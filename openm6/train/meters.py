@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -30,6 +33,21 @@ def peak_flops(device: str, dtype: torch.dtype, size: int | None = None) -> floa
         best = min(best, time.perf_counter() - start)
     del c
     return 2 * size**3 / best
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most since this was last asked: of the GPU's allocator, or else resident
+    (where the system lets nobody begin anew, since its start)."""
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        most = 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        Path("/proc/self/clear_refs").write_text("5")
+    return most
 
 
 def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int) -> float:

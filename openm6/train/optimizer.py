@@ -48,6 +48,13 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
     return optimizers
 
 
+def step_all(optimizers: list[Optimizer]) -> None:
+    """Step by the gradients that there are, and drop them."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def set_rate(group: dict[str, Any], rate: float) -> None:
     """Give a parameter group a learning rate, in whatever form its optimizer keeps it."""
     if isinstance(group["lr"], Tensor):

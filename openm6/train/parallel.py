@@ -4,9 +4,8 @@
     zero2   gradients and optimizer states are sharded, parameters stay gathered from forward to backward (FSDP2)
     zero3   parameters too: a layer is gathered when it is needed, and let go
 
-With `offload`, the first layers' sharded parameters, gradients and optimizer states live in the host's memory: they are
-copied to the device when they are gathered, the next layer's while one computes, and updated on the host (granular
-offload, M6-10T, arXiv 2110.03888).
+With `offload`, states of the first layers live in the host's memory (train/offload.py). Parameters there are copied to
+the device when they are gathered, the next layer's while one computes, and updated on the host.
 
 With `experts` P, the processes form a mesh [data, P]: expert n of N lives on the processes of column n P / N, and is
 sharded over its column as above; all other parameters are sharded over all processes.
@@ -22,14 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.model.experts import MixtureOfExperts
-from openm6.model.files import meta_model
 from openm6.sequence import Batch
-from openm6.train.distributed import Group, local, whole
+from openm6.train.distributed import Group, local
 from openm6.train.expert_parallel import AllToAll
+from openm6.train.offload import HostStates, Offload
+from openm6.train.optimizer import step_all
 from openm6.train.recipe import ParallelSection
 
 _KEPT = ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
@@ -48,11 +49,31 @@ class Parallel:
         _recompute(model, settings.recompute)
         self.scale = 1.0
         self.run: Callable[[Batch], Any] = model
+        self.host: HostStates | None = None
+        self.offload = Offload.of(settings.offload, len(model.blocks))
         if self.sharded:
-            _shard(model, settings, group, dtype)
-        elif group.world > 1:
-            self.scale = float(group.world)  # DistributedDataParallel takes the mean
-            self.run = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            _shard(model, settings, self.offload.parameters, group, dtype)
+        if not model.embed.weight.is_meta:
+            self._attach()
+
+    def allocate(self) -> None:
+        """Give a network without memory the part of it that this process holds; what is in it is still to be filled."""
+        model, device = self.model, self.group.device
+        for part in model.children():
+            if part is not model.blocks:
+                part.to_empty(device=device)
+        for number, block in enumerate(model.blocks):
+            block.to_empty(device=torch.device("cpu") if number < self.offload.parameters else device)
+        self._attach()
+
+    def _attach(self) -> None:
+        """What clings to the parameters themselves, which `allocate` makes anew."""
+        if self.sharded:
+            if self.offload.layers > self.offload.parameters:
+                self.host = HostStates(self.model.blocks, self.offload, self.group.device)
+        elif self.group.world > 1:
+            self.scale = float(self.group.world)  # DistributedDataParallel takes the mean
+            self.run = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def synchronize(self, last: bool) -> None:
         """Of a step's parts only the last one exchanges gradients."""
@@ -62,29 +83,15 @@ class Parallel:
             self.run.require_backward_grad_sync = last  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def usable(self) -> M6 | None:
-        """The network as one piece, to be asked between two steps; None on all processes but the first."""
-        if not self.sharded:
-            return self.model if self.group.first else None
-        weights = {}
-        for name, value in self.model.state_dict().items():
-            complete = whole(value)
-            if self.group.first:
-                weights[name] = complete.to(self.group.device)
-        if not self.group.first:
-            return None
-        copy = meta_model(self.model.config)
-        copy.load_state_dict(weights, assign=True)
-        return copy
-
-    @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """Scale all gradients so that their norm is at most `limit`; returns the norm before, over all processes."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if self.host is not None:
+            self.host.wait()
+            gradients += self.host.gradients.values()
         places: dict[torch.device, list[Tensor]] = defaultdict(list)  # those of offloaded layers are the host's
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                gradient = local(parameter.grad)
-                places[gradient.device].append(gradient)
+        for gradient in map(local, gradients):
+            places[gradient.device].append(gradient)
         squares = [torch.stack(torch._foreach_norm(some)).square().sum() for some in places.values()]
         total = torch.stack([square.to(self.group.device) for square in squares]).sum()
         if self.sharded:  # each process holds its part of every gradient
@@ -95,10 +102,17 @@ class Parallel:
             torch._foreach_mul_(some, scale.to(device))
         return norm
 
+    def update(self, optimizers: list[Optimizer]) -> None:
+        """Step by the gradients that there are, wherever, and drop them."""
+        if self.host is not None:
+            self.host.update(optimizers)
+        else:
+            step_all(optimizers)
+
 
 def _check(model: M6, settings: ParallelSection, group: Group) -> None:
     experts, size = model.config.num_experts, settings.experts
-    if settings.offload and settings.sharding == "none":
+    if settings.offload.optimizer + settings.offload.gradients and settings.sharding == "none":
         raise UsageError("parallel.offload needs parallel.sharding zero2 or zero3.")
     if size == 1:
         return
@@ -110,13 +124,9 @@ def _check(model: M6, settings: ParallelSection, group: Group) -> None:
         raise UsageError(f"parallel.experts ({size}) has to divide the number of processes ({group.world}).")
     if settings.sharding == "none":
         raise UsageError("parallel.experts above 1 needs parallel.sharding zero2 or zero3.")
-    if settings.recompute == "selective":  # FSDP2's hooks on the experts differ between the two passes over a layer
-        raise UsageError(
-            "parallel.recompute selective and parallel.experts above 1 exclude each other: take full or none."
-        )
 
 
-def _shard(model: M6, settings: ParallelSection, group: Group, dtype: torch.dtype) -> None:
+def _shard(model: M6, settings: ParallelSection, offloaded: int, group: Group, dtype: torch.dtype) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -132,17 +142,53 @@ def _shard(model: M6, settings: ParallelSection, group: Group, dtype: torch.dtyp
     sharded: list[Any] = []
     for number, block in enumerate(model.blocks):
         layer = block.feed_forward
-        away = number < round(settings.offload * len(model.blocks))
-        place = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if away else OffloadPolicy()
+        place = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if number < offloaded else OffloadPolicy()
         how: dict[str, Any] = {"mp_policy": low, "reshard_after_forward": again, "offload_policy": place}
         if columns > 1 and isinstance(layer, MixtureOfExperts):
             _spread(layer, mesh["expert"])
             sharded.append(fully_shard(layer.experts, mesh=mesh["data"], **how))
+            _hide_hooks(layer.experts)
         sharded.append(fully_shard(block, mesh=everyone, **how))
     sharded.append(fully_shard(model, mesh=everyone, reshard_after_forward=False))
+    _let_answer(model, group)
     for module in sharded:
         module.set_gradient_divide_factor(1.0)  # sums, as `Parallel.scale` says
         module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it reduces
+
+
+def _let_answer(model: M6, group: Group) -> None:
+    """A sharded network can decode between two steps, when all processes ask the same at the same time. They then take
+    the first one's logits: rounding may not let one of them stop earlier than another."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for name in ("prefill", "step", "logits"):
+        register_fsdp_forward_method(model, name)
+    own = model.logits
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = own(hidden)
+        if group.world > 1:
+            dist.broadcast(found, 0)
+        return found
+
+    model.logits = logits  # type: ignore[method-assign]
+
+
+def _hide_hooks(module: nn.Module) -> None:
+    """Selective recomputation counts the operations of both passes over a layer, and FSDP2's hooks on a module inside
+    do other things in the second one: keep them out of its sight."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def hidden(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **keywords: Any) -> Any:
+            with _disable_current_modes():
+                return hook(*args, **keywords)
+
+        return run
+
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            hooks[key] = hidden(hook)
 
 
 def _spread(layer: MixtureOfExperts, column: Any) -> None:

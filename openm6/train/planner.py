@@ -1,8 +1,9 @@
 """What a training run will need before a machine is rented: memory of a process, time of a step, energy and money.
 
-A plan is the quickest layout that fits the memory of the accelerators; of one that does not fit as it is, as few layers
-as possible leave for the memory of the host (granular offload, M6-10T, arXiv 2110.03888). Where anything fits without
-offload, nothing is offloaded.
+A plan is the quickest layout that fits the memory of the accelerators; of one that does not fit as it is, as little as
+possible leaves for the memory of the host, and what comes back least often goes first: optimizer states layer by layer,
+then gradients, then parameters (granular offload, M6-10T, arXiv 2110.03888). Where anything fits without offload,
+nothing is offloaded.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from openm6.train.footprint import (
     activations,
     buffers,
     image_bytes,
+    places,
     states_by_layer,
     weights_of,
 )
 from openm6.train.meters import carbon_intensity
+from openm6.train.offload import Offload
 from openm6.train.steptime import Machine, StepTime, step_time
 
 GIB = 2**30
@@ -44,22 +47,24 @@ class Fixed:
     sharding: str | None = None
     experts: int | None = None
     recompute: str | None = None
-    offload: int | None = None
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of the fullest process: `host` in the memory of its host, all else on its accelerator."""
+    """Bytes of the fullest process: `host` in the memory of its host, all else on its accelerator; `visit` while layers
+    are updated, when activations and buffers are gone."""
 
     states: States
     activations: Activations
     buffers: int
+    visit: int
     host: States
 
     @property
     def total(self) -> int:
         """On the accelerator."""
-        return self.states.total + self.activations.peak + self.buffers
+        return self.states.total + max(self.activations.peak + self.buffers, self.visit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +119,11 @@ def make_plan(
     fixed, weights = fixed or Fixed(), weights_of(meta_model(config))
     case = _Case(config, weights, machine, work, optimizer, low, image_bytes(config, work, low))
     fitting: list[tuple[Layout, Memory, StepTime]] = []
+    most = config.distinct_layers or config.num_hidden_layers
     short: list[tuple[int, str, Layout]] = []
     for tried in _layouts(case, fixed):
-        layout, memory = _smallest_offload(case, tried, fixed.offload)
+        by_layer = states_by_layer(weights, tried, optimizer)
+        layout, memory = _smallest_offload(case, tried, by_layer, _dials(tried, most, fixed.offload))
         lacking = max(
             (memory.total - usable(machine), "the memory of each accelerator"),
             (memory.host.total - int(machine.hardware.host_memory * GIB), "the host's memory for each accelerator"),
@@ -124,7 +131,7 @@ def make_plan(
         if lacking[0] > 0:
             short.append((*lacking, layout))
             continue
-        time = step_time(config, weights, layout, machine, work, low, memory.states, memory.host)
+        time = step_time(config, weights, layout, machine, work, low, places(by_layer, layout.offload))
         fitting.append((layout, memory, time))
     if not fitting and not short:
         raise UsageError(_impossible(case, fixed))
@@ -134,10 +141,9 @@ def make_plan(
             f"Nothing fits {machine.gpus} x {machine.hardware.memory:g} GiB: the nearest layout ({describe(layout)}) "
             f"is short of {missing:,} bytes ({missing / GIB:.1f} GiB) in {where}."
         )
-    layout, memory, time = min(fitting, key=lambda fit: (fit[0].offload > 0, fit[2].total, fit[0].offload))
+    layout, memory, time = min(fitting, key=lambda fit: (fit[0].offload.layers > 0, fit[2].total))
     if dry:
-        states, host = _place(dry_run(config, layout, optimizer), layout.offload)
-        memory = replace(memory, states=states, host=host)
+        memory = _memory(case, layout, dry_run(config, layout, optimizer), memory.activations)
     tokens_per_step = work.positions * work.parts * machine.gpus
     run = None if tokens is None else _run(tokens, tokens_per_step, time, machine)
     assumed = list(_assumptions(case, dry))
@@ -151,9 +157,10 @@ def usable(machine: Machine) -> int:
 
 
 def describe(layout: Layout) -> str:
+    away = layout.offload
     return (
-        f"sharding {layout.sharding}, experts over {layout.experts}, recompute {layout.recompute}, "
-        f"{layout.offload} layers offloaded"
+        f"sharding {layout.sharding}, experts over {layout.experts}, recompute {layout.recompute}, on the host "
+        f"optimizer states of {away.optimizer}, gradients of {away.gradients}, parameters of {away.parameters} layers"
     )
 
 
@@ -168,33 +175,40 @@ def _layouts(case: _Case, fixed: Fixed) -> Iterator[Layout]:
         given = ((fixed.sharding, sharding), (fixed.experts, experts), (fixed.recompute, recompute))
         if any(wanted not in (None, this) for wanted, this in given):
             continue
-        if recompute == "selective" and experts > 1:
-            continue
-        if sharding != "none" or (experts == 1 and not fixed.offload):
+        if sharding != "none" or (experts == 1 and not (fixed.offload and fixed.offload.layers)):
             yield Layout(gpus, sharding, experts, recompute)
 
 
-def _smallest_offload(case: _Case, layout: Layout, fixed: int | None) -> tuple[Layout, Memory]:
-    """The layout with as few layers in the host's memory as fit (all, when that does not fit either), and its bytes."""
-    by_layer = states_by_layer(case.weights, layout, case.optimizer)
-    layers = len(by_layer) - 1
+def _dials(layout: Layout, layers: int, fixed: Offload | None) -> list[Offload]:
+    """How much may leave for the host, from nothing to all."""
+    if fixed is not None:
+        return [Offload(*(min(n, layers) for n in (fixed.parameters, fixed.gradients, fixed.optimizer)))]
+    if layout.sharding == "none":
+        return [Offload()]
+    return [
+        *(Offload(0, 0, n) for n in range(layers + 1)),
+        *(Offload(0, n, layers) for n in range(1, layers + 1)),
+        *(Offload(n, layers, layers) for n in range(1, layers + 1)),
+    ]
+
+
+def _smallest_offload(
+    case: _Case, layout: Layout, by_layer: dict[int | None, States], dials: list[Offload]
+) -> tuple[Layout, Memory]:
+    """The layout with the first of the dials that fits (the last one, when none does), and its bytes."""
     active = activations(case.config, layout, case.work, case.low, case.machine.gpu, case.images)
-    dials = [min(fixed, layers)] if fixed is not None else range(layers + 1 if layout.sharding != "none" else 1)
     for dial in dials:
         changed = replace(layout, offload=dial)
-        states, host = _place(by_layer, dial)
-        memory = Memory(
-            states, active, buffers(case.config, case.weights, changed, case.work, case.low, case.machine.gpu), host
-        )
+        memory = _memory(case, changed, by_layer, active)
         if memory.total <= usable(case.machine):
             break
     return changed, memory
 
 
-def _place(by_layer: dict[int | None, States], offload: int) -> tuple[States, States]:
-    """States on the accelerator and in the host's memory: the first layers leave, as in train/parallel.py."""
-    layers = [by_layer[n] for n in sorted(n for n in by_layer if n is not None)]
-    return sum(layers[offload:], by_layer[None]), sum(layers[:offload], States())
+def _memory(case: _Case, layout: Layout, by_layer: dict[int | None, States], active: Activations) -> Memory:
+    place = places(by_layer, layout.offload)
+    more = buffers(case.config, case.weights, layout, case.work, case.low, case.machine.gpu)
+    return Memory(place.device, active, more, place.visit, place.host)
 
 
 def _run(tokens: float, tokens_per_step: int, time: StepTime, machine: Machine) -> Run:

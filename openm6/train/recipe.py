@@ -92,6 +92,31 @@ class TrainSection(_Strict):
     country: str = Field("CHN", description="whose electricity CO2e is counted by, an ISO code of three letters")
 
 
+class OffloadSection(_Strict):
+    """Share of the layers, the first ones, of which a state lives in the host's memory; one number stands for all.
+
+    A layer whose parameters are there is updated there, so its gradients and moments are there too.
+    """
+
+    parameters: float = Field(0.0, ge=0, le=1, description="come to the device whenever the layer is gathered")
+    gradients: float = Field(0.0, ge=0, le=1, description="leave as soon as they are reduced")
+    optimizer: float = Field(0.0, ge=0, le=1, description="moments: visit the device while the layer is updated")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        return dict.fromkeys(cls.model_fields, value) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _parameters_last(self) -> OffloadSection:
+        if self.parameters > min(self.gradients, self.optimizer):
+            raise ValueError(
+                f"parameters ({self.parameters:g}) cannot be above gradients ({self.gradients:g}) or optimizer "
+                f"({self.optimizer:g}): a layer whose parameters are on the host is updated there"
+            )
+        return self
+
+
 class ParallelSection(_Strict):
     """How the network is laid over the processes (train/parallel.py)."""
 
@@ -102,11 +127,8 @@ class ParallelSection(_Strict):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what of a layer is made again in the backward pass: nothing, all but products, all"
     )
-    offload: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the layers whose parameters, gradients and optimizer states live in the host's memory",
+    offload: OffloadSection = Field(
+        OffloadSection(), description="what lives in the host's memory: a share of the layers, or one for each state"
     )
 
 

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openm6.train.expert_load import draw_loads
-from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse
+from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
 from openm6.train.recipe import Recipe
 
 Losses = list[tuple[str, str, float, int]]
 
 LOADS = "experts.jsonl"
 SCALARS = (
-    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "energy_kwh", "load_variation",
-    "load_dropped",
+    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "peak_memory_bytes", "energy_kwh",
+    "load_variation", "load_dropped",
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ class Reporter:
 
         `loads` (ExpertLoads.statistics) goes to experts.jsonl, its means over the layers here too."""
         elapsed = time.perf_counter() - self.since
-        use = energy.read()
+        use, memory = energy.read(), peak_memory()
         line: dict[str, Any] = {
             "step": self.number,
             "loss": _mean(self.losses),
@@ -108,6 +108,7 @@ class Reporter:
             "share_of_peak": self.flops / elapsed / self.peak,
             "row_fill": self.filled / self.steps,
             "waiting_for_data": max(0.0, 1 - self.seconds / elapsed),
+            "peak_memory_bytes": memory,
             "energy_kwh": use.kwh,
             "energy_measured": use.measured,
         }
@@ -124,7 +125,7 @@ class Reporter:
                 self.board.add_scalar(f"{kind}/{name}", value, self.number)
         figures = (
             f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
-            f"{use.kwh * 1000:.1f} Wh ({_known(use)})"
+            f"{memory / 2**30:.1f} GiB  {use.kwh * 1000:.1f} Wh ({_known(use)})"
         )
         self.bar.update(self.row, figures=figures)
         every = self.recipe.train.log_every

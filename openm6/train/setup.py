@@ -14,7 +14,8 @@ from openm6.data.source import Source, open_source
 from openm6.errors import UsageError
 from openm6.evaluate.command import measure
 from openm6.images import ImageGrid
-from openm6.model import M6, ModelConfig
+from openm6.model import ModelConfig
+from openm6.model.files import meta_model
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -30,10 +31,10 @@ MAX_LABELS = 10_000
 
 
 def build_bundle(recipe: Recipe, group: Group) -> Bundle:
-    """The model to start from, with its tokenizer. A resumed run takes the tokenizer of its first start."""
+    """The model to start from, without weights yet, and its tokenizer. A resumed run takes that of its first start."""
     section = recipe.model
     if section.path is not None:
-        bundle = Bundle.load(section.path, device="cpu", trainable=True)
+        bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
             bundle.processor = Processor(bundle.processor.tokenizer, bundle.processor.grid, section.max_length)
         return bundle
@@ -48,7 +49,7 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = section.max_length or recipe.train.row_length
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(M6(config), Processor(tokenizer, grid, length))
+    return Bundle(meta_model(config), Processor(tokenizer, grid, length))
 
 
 def _tokenizer(recipe: Recipe, group: Group) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from openm6.model import ModelConfig
-from openm6.train.footprint import Layout, States, Weight, Work, activations, gathered
+from openm6.train.footprint import Layout, Places, States, Weight, Work, activations, gathered
 from openm6.train.hardware import Hardware
 from openm6.train.meters import training_flops
 
@@ -43,7 +43,7 @@ class StepTime:
     gather, reduce      weights from their shards, gradients into them
     exchange            rows to experts and back
     offload             weights from the host's memory, gradients into it
-    update              the optimizer's
+    update              the optimizer's, and the way of what visits for it
     waiting             for the links: what does not run beside the passes
     """
 
@@ -73,10 +73,9 @@ def step_time(
     machine: Machine,
     work: Work,
     low: int,
-    states: States,
-    host: States,
+    places: Places,
 ) -> StepTime:
-    """Of one process, all working alike; `states` are on its accelerator, `host` in the host's memory."""
+    """Of one process, all working alike."""
     hardware, parts, world, between = machine.hardware, work.parts, layout.world, machine.between
     products = parts * step_flops(config, layout.recompute, work, machine.gpu) / (hardware.peak * machine.achieved)
     elements = gathered(weights, layout)
@@ -98,8 +97,11 @@ def step_time(
     rows = config.experts_per_token * work.positions * (1 - 1 / layout.experts)
     journeys = len(config.expert_layers()) * (6 if again else 4)  # there and back: forward, backward, recomputed
     exchange = parts * journeys * low * config.hidden_size * rows / between
-    offload = (parts * times * host.parameters + host.gradients) / hardware.host_link
-    update = _touched(states) / hardware.bandwidth + _touched(host) / hardware.host_bandwidth
+    resident, guest = places.resident, places.guest
+    offload = (parts * times * resident.parameters + resident.gradients + guest.gradients) / hardware.host_link
+    update = _touched(places.device) / hardware.bandwidth + _touched(resident) / hardware.host_bandwidth
+    # Guests come while those of the layer before leave; what the update itself takes is little beside that.
+    update += (guest.gradients + guest.optimizer) / hardware.host_link
     # The links between accelerators and those to the host are different ones.
     passes = max(products, traffic)
     waiting = sum(t - min(machine.overlap * t, passes) for t in (gather + reduce + exchange, offload))

@@ -15,7 +15,8 @@ from torch import Tensor
 from openm6.bundle import Bundle
 from openm6.data.loader import Loader
 from openm6.errors import OpenM6Error
-from openm6.model import M6, ModelConfig
+from openm6.model import ModelConfig
+from openm6.model.files import meta_model
 from openm6.model.precision import fast_dtype
 from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
@@ -27,6 +28,7 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses, Reporter
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
+from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
 """Nats by which the smoothed loss may rise above its best before the run is stopped."""
@@ -71,17 +73,18 @@ class Trainer:
         self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
 
     def _build(self, shared: bool) -> None:
-        """The network as it is laid over the processes, and its optimizers; `shared`: in the first stage of
-        Pseudo-to-Real."""
+        """The network as it is laid over the processes, its weights still to be filled, and its optimizers; `shared`:
+        in the first stage of Pseudo-to-Real."""
         self.shared = shared
+        config = self.bundle.model.config
         if self.recipe.pseudo and not shared:
-            self.bundle.model = M6(ModelConfig(**{**self.bundle.model.config.to_dict(), "distinct_layers": None}))
-        self.model = self.bundle.model.train()
-        self.model.to(self.group.device)  # type: ignore[arg-type]
+            config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
+        self.model = self.bundle.model = meta_model(config).train()
         if self.settings.compile:
             for block in self.model.blocks:
                 block.compile()
         self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
+        self.parallel.allocate()
         self.optimizers = make_optimizers(self.model, self.settings)
         self.loads = ExpertLoads(self.model, self.group)
 
@@ -140,8 +143,7 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 set_rate(group, group["peak_lr"] * share)
-            optimizer.step()
-            optimizer.zero_grad()
+        self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
         losses, (flops, positions, padded) = self._everywhere(losses, [flops, positions, padded])
@@ -202,11 +204,11 @@ class Trainer:
             self._save()
 
     def _evaluate(self) -> None:
-        model = self.parallel.usable()
-        if model is not None and self.reporter:
-            bundle = Bundle(model.eval(), self.bundle.processor, self.bundle.tasks.values())
+        if self.group.first or self.parallel.sharded:  # whose parts all have to work
+            bundle = Bundle(self.model.eval(), self.bundle.processor, self.bundle.tasks.values())
             for name, scores in evaluate_entries(self.recipe, bundle):
-                self.reporter.evaluation(self.step, name, scores)
+                if self.reporter:
+                    self.reporter.evaluation(self.step, name, scores)
             self.model.train()
         self.group.wait()
 
@@ -230,13 +232,19 @@ class Trainer:
         pseudo, step = self.recipe.pseudo, step_of(path)
         self._build(shared=pseudo is not None and step < pseudo.steps)
         if pseudo and step == pseudo.steps:
-            return self.checkpoints.restore(path, self.model, self.optimizers, pseudo.layers, pseudo.moments)
-        return self.checkpoints.restore(path, self.model, self.optimizers)
+            return self.checkpoints.restore(
+                path, self.model, self.optimizers, self.parallel.update, pseudo.layers, pseudo.moments
+            )
+        return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update)
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
+            if self.recipe.model.path:
+                start_from(self.model, self.recipe.model.path)
+            else:
+                start_at_random(self.model, self.recipe.seed)
             return
         state = self._load(latest)
         self.loader.set_state(state["data"])

@@ -69,16 +69,17 @@ def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[
         loads.end()
         norms.append(float(parallel.clip(0.5)))
         losses.append(float(group.sum(total)))
-        gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        away = parallel.host.gradients if parallel.host else {}
+        found = {name: away.get(p, p.grad) for name, p in model.named_parameters()}
+        gradients = {name: whole(gradient).clone() for name, gradient in found.items() if gradient is not None}
+        parallel.update(optimizers)
     exchanges = [layer.exchange for layer in loads.layers if layer.exchange is not None]
     received = torch.tensor([exchange.rows_received for exchange in exchanges], dtype=torch.int64)
     everyone = [torch.empty_like(received) for _ in range(group.world)]
     if group.world > 1:
         torch.distributed.all_gather(everyone, received)
-    return {"losses": losses, "norms": norms, "received": [r.tolist() for r in everyone]}, gradients
+    told = {"losses": losses, "norms": norms, "received": [r.tolist() for r in everyone]}
+    return {**told, "host_bytes": parallel.host.bytes if parallel.host else 0}, gradients
 
 
 if __name__ == "__main__":

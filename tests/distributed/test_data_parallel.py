@@ -14,7 +14,7 @@ import yaml
 
 from openm6.bundle import Bundle
 from openm6.train.trainer import train
-from tests.train.conftest import cache, losses, tiny_recipe  # noqa: F401
+from tests.train.conftest import SIZES, cache, logged, losses, tiny_recipe  # noqa: F401
 
 OPENM6 = Path(sys.executable).with_name("openm6")
 
@@ -50,6 +50,32 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
     apart = torch.cat([(theirs[name] - value).abs().flatten() for name, value in ours.items()])
     assert (apart > 1e-4).double().mean() < 1e-3
     assert apart.max() < alone.train.steps * alone.train.learning_rate
+
+
+@pytest.mark.slow
+def test_a_sharded_network_is_measured_as_one(tmp_path: Path) -> None:
+    """Also with experts on several processes, and without any process that holds the whole."""
+    evaluation = {
+        "every": 3, "limit": 6,
+        "data": [
+            {"source": "demo:questions/test?pictures=5", "task": "vqa"},
+            {"source": "demo:texts/test?pictures=5", "task": "text_continuation"},
+        ],
+    }  # fmt: skip
+    model = {"preset": "demo", "sizes": {**SIZES, "num_experts": 4, "experts_per_token": 1}}
+    alone = tiny_recipe(tmp_path / "one", evaluation=evaluation, model=model)
+    train(alone)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(alone.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    torchrun(recipe, 2, f"output={tmp_path / 'two'}", "parallel={sharding: zero3, experts: 2, offload: 0.5}")
+    ours, theirs = ([line for line in logged(tmp_path / name) if "evaluation" in line] for name in ("one", "two"))
+    assert len(ours) == len(theirs) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        if "perplexity" in mine:
+            assert other["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-3)
+    assert sum("perplexity" in mine for mine in ours) == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow

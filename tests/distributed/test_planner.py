@@ -19,7 +19,8 @@ from openm6.model.files import meta_model
 from openm6.sequence import pack
 from openm6.train.distributed import local, process_group
 from openm6.train.dryrun import dry_run
-from openm6.train.footprint import Layout, States, states_by_layer, weights_of
+from openm6.train.footprint import Layout, States, places, states_by_layer, weights_of
+from openm6.train.offload import Offload
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
@@ -48,6 +49,8 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (SPARSE, {"sharding": "zero3", "recompute": "selective"}, "muon"),
     ({**SPARSE, "distinct_layers": 1, "expert_interval": 1}, {"sharding": "zero3", "experts": 2}, "adamw"),
     (EVEN, {"sharding": "zero3", "experts": 2}, "adafactor"),
+    (SPARSE, {"sharding": "zero2", "experts": 2, "offload": {"optimizer": 0.67}}, "adamw"),
+    (SPARSE, {"sharding": "zero3", "offload": {"parameters": 0.34, "gradients": 1, "optimizer": 0.67}}, "muon"),
 ]
 if find_spec("torchao"):
     CASES.append((EVEN, {"sharding": "zero3", "experts": 2}, "adam8bit"))
@@ -61,20 +64,30 @@ def measure() -> None:
     """Every process takes a step of every case; the first one prints what the fullest holds."""
     torch.set_num_threads(1)
     with process_group() as group:
-        for sizes, settings, optimizer in CASES:
+        for sizes, section, optimizer in CASES:
             torch.manual_seed(0)
             model = M6(config_of(sizes)).train()
-            parallel = Parallel(model, ParallelSection.model_validate(settings), group, torch.float32)
+            settings = ParallelSection.model_validate(section)
+            parallel = Parallel(model, settings, group, torch.float32)
             optimizers = make_optimizers(model, TrainSection(steps=1, optimizer=optimizer))  # type: ignore[arg-type]
             rng = np.random.default_rng(group.rank)
             batch = pack([example(rng, 20, 12, ((1, 4),))], 64, 0)
             (parallel.run(batch).loss * parallel.scale).backward()
-            for each in optimizers:
-                each.step()
+            away = parallel.host.gradients if parallel.host else {}
+            gradients = sum(local(away.get(p, p.grad)).nbytes for p in model.parameters())
+            parallel.update(optimizers)
+            offload = Offload.of(settings.offload, len(model.blocks))
+            states = {p: state for o in optimizers for p, state in o.state.items()}
+            counts = 0  # of steps, which do not leave the device
+            for number in range(offload.parameters, offload.optimizer):
+                counts += sum(
+                    v.nbytes for p in model.blocks[number].parameters() for v in states[p].values() if not v.ndim
+                )
             held = torch.tensor([
                 sum(local(p).nbytes for p in model.parameters()),
-                sum(local(p.grad).nbytes for p in model.parameters()),
-                sum(bytes_of(local(v)) for o in optimizers for state in o.state.values() for v in state.values()),
+                gradients,
+                sum(bytes_of(local(v)) for state in states.values() for v in state.values()),
+                counts + parallel.host.bytes if parallel.host else 0,
             ])  # fmt: skip
             everyone = [torch.zeros_like(held) for _ in range(group.world)]
             dist.all_gather(everyone, held)
@@ -96,10 +109,12 @@ def test_states_are_those_of_the_fullest_process(processes: int) -> None:
     assert len(held) == len(CASES)
     for (sizes, settings, optimizer), found in zip(CASES, held, strict=True):
         config, section = config_of(sizes), ParallelSection.model_validate(settings)
-        layout = Layout(processes, section.sharding, section.experts, section.recompute)
+        offload = Offload.of(section.offload, config.distinct_layers or config.num_hidden_layers)
+        layout = Layout(processes, section.sharding, section.experts, section.recompute, offload)
         by_layer = states_by_layer(weights_of(meta_model(config)), layout, optimizer)
         planned = sum(by_layer.values(), States())
-        assert [planned.parameters, planned.gradients, planned.optimizer] == found, (sizes, settings, optimizer)
+        guests = places(by_layer, offload).guest.total
+        assert [planned.parameters, planned.gradients, planned.optimizer, guests] == found, (sizes, settings, optimizer)
         assert dry_run(config, layout, optimizer) == by_layer
 
 

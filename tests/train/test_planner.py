@@ -26,6 +26,7 @@ from openm6.train.footprint import (
 )
 from openm6.train.hardware import HARDWARE, hardware
 from openm6.train.meters import carbon_intensity, training_flops
+from openm6.train.offload import Offload
 from openm6.train.planner import GIB, Fixed, make_plan, usable
 from openm6.train.steptime import Machine, step_flops
 from tests.train.test_footprint import total
@@ -63,21 +64,23 @@ def test_the_models_of_the_papers_fit_their_machines(preset: str, machine: Machi
     if preset == "m6-t-1t":
         assert layout.experts == 480
     if preset == "m6-10t":
-        assert layout.offload > 0
+        assert layout.offload.layers > 0
         assert memory.host.total <= machine.hardware.host_memory * GIB
     else:
-        assert layout.offload == 0
+        assert layout.offload == Offload()
 
 
 def test_without_offload_ten_trillion_do_not_fit() -> None:
     with pytest.raises(OpenM6Error, match=r"is short of [\d,]+ bytes \([\d.]+ GiB\) in the memory of each") as caught:
-        make_plan(ModelConfig.preset("m6-10t"), on("v100-32g", 512), Work(8, 512), "adamw", fixed=Fixed(offload=0))
+        make_plan(
+            ModelConfig.preset("m6-10t"), on("v100-32g", 512), Work(8, 512), "adamw", fixed=Fixed(offload=Offload())
+        )
     assert caught.value.exit_code == 1
 
 
 def test_with_adamw_one_trillion_fits_v100s_only_by_offload() -> None:
     plan = make_plan(ModelConfig.preset("m6-t-1t"), on("v100-32g", 480), Work(8, 512), "adamw")
-    assert plan.layout.offload > 0
+    assert plan.layout.offload.layers > 0
 
 
 SMALL = ModelConfig.preset("m6-t-base")
@@ -85,7 +88,7 @@ SMALL = ModelConfig.preset("m6-t-base")
 
 def test_what_is_missing_is_told_to_the_byte() -> None:
     def plan(memory: float) -> None:
-        make_plan(SMALL, on("a100-40g", 4, memory=memory), Work(8, 512), fixed=Fixed(offload=0))
+        make_plan(SMALL, on("a100-40g", 4, memory=memory), Work(8, 512), fixed=Fixed(offload=Offload()))
 
     with pytest.raises(OpenM6Error) as caught:
         plan(4)
@@ -99,17 +102,25 @@ def test_what_is_missing_is_told_to_the_byte() -> None:
 def test_the_host_can_be_too_small_too() -> None:
     machine = on("a100-40g", 4, memory=5, host_memory=0.1)
     with pytest.raises(OpenM6Error, match="in the host's memory for each accelerator"):
-        make_plan(SMALL, machine, Work(8, 512), fixed=Fixed("zero3", 4, "full", 4))
+        make_plan(SMALL, machine, Work(8, 512), fixed=Fixed("zero3", 4, "full", Offload(4, 4, 4)))
 
 
-def test_as_few_layers_as_possible_are_offloaded() -> None:
-    machine = on("a100-40g", 4, memory=5)
+@pytest.mark.parametrize("memory", [6.5, 5, 4])
+def test_as_little_as_possible_is_offloaded_what_comes_back_least_often_first(memory: float) -> None:
+    machine = on("a100-40g", 4, memory=memory)
     fixed = {"sharding": "zero3", "experts": 4, "recompute": "full"}
     plan = make_plan(SMALL, machine, Work(8, 512), fixed=Fixed(**fixed))  # type: ignore[arg-type]
-    assert 0 < plan.layout.offload < 5
-    assert plan.memory.host.total == pytest.approx(plan.layout.offload / 5 * 4 * total(SMALL), rel=0.1)
+    offload = plan.layout.offload
+    assert offload.optimizer > 0
+    assert offload.optimizer == 5 or not offload.gradients
+    assert offload.gradients == 5 or not offload.parameters
+    # Of five layers of nearly all parameters.
+    share = (8 * offload.optimizer + 4 * offload.gradients + 4 * offload.parameters) / 5
+    assert plan.memory.host.total == pytest.approx(share / 4 * total(SMALL), rel=0.1)
+    last = "parameters" if offload.parameters else "gradients" if offload.gradients else "optimizer"
+    less = replace(offload, **{last: getattr(offload, last) - 1})
     with pytest.raises(OpenM6Error):
-        make_plan(SMALL, machine, Work(8, 512), fixed=Fixed(**fixed, offload=plan.layout.offload - 1))  # type: ignore[arg-type]
+        make_plan(SMALL, machine, Work(8, 512), fixed=Fixed(**fixed, offload=less))  # type: ignore[arg-type]
 
 
 def test_no_layout_that_fits_is_quicker() -> None:
@@ -180,14 +191,14 @@ def test_energy_and_cost_follow_from_time() -> None:
 def test_shared_layers_need_the_memory_of_one() -> None:
     shared = ModelConfig.preset("m6-10t", distinct_layers=1)
     plan = make_plan(shared, on("v100-32g", 512), Work(8, 512), "adamw")
-    assert plan.layout.offload == 0
+    assert plan.layout.offload == Offload()
     assert plan.memory.states.total < 8 * GIB
 
 
 @pytest.mark.parametrize(
     ("fixed", "gpus"),
     [(Fixed(experts=3), 4), (Fixed(sharding="none", experts=2), 4), (Fixed(sharding="zero3"), 1),
-     (Fixed(sharding="none", offload=1), 4)],
+     (Fixed(sharding="none", offload=Offload(optimizer=1)), 4)],
 )  # fmt: skip
 def test_what_cannot_be_built_is_refused(fixed: Fixed, gpus: int) -> None:
     with pytest.raises(UsageError, match="No layout over"):

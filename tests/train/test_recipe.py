@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
 from openm6.errors import UsageError
 from openm6.train.optimizer import rate_at
-from openm6.train.recipe import TrainSection, find_recipe, load_recipe
+from openm6.train.recipe import ParallelSection, TrainSection, check_recipe, find_recipe, load_recipe
+from tests.train.conftest import tiny_recipe
 
 GOOD = """
 name: goods
@@ -80,3 +82,24 @@ def test_the_learning_rate_rises_then_never_rises_again(schedule: str, steps: in
     assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
     assert max(rates) <= 1 + 1e-9
     assert all(rate >= 0.1 * (1 - 1e-9) for rate in rates[top:])
+
+
+@pytest.mark.parametrize("shares", [0.5, {"parameters": 0.5, "gradients": 0.5, "optimizer": 0.5}])
+def test_one_number_offloads_all_states(shares: Any) -> None:
+    offload = ParallelSection.model_validate({"offload": shares}).offload
+    assert (offload.parameters, offload.gradients, offload.optimizer) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        (1.5, "parallel.offload.parameters is 1.5: input should be less than or equal to 1"),
+        ({"optimizer": -0.1}, "parallel.offload.optimizer is -0.1"),
+        ({"parameters": 0.5, "optimizer": 1.0}, "whose parameters are on the host is updated there"),
+        ({"moments": 1.0}, "unknown key parallel.offload.moments. Known here: parameters, gradients, optimizer"),
+    ],
+)
+def test_an_offload_that_cannot_be_is_refused(tmp_path: Path, shares: Any, message: str) -> None:
+    values = tiny_recipe(tmp_path).model_dump(mode="json", exclude_unset=True)
+    with pytest.raises(UsageError, match=message):
+        check_recipe({**values, "parallel": {"sharding": "zero3", "offload": shares}})
