@@ -41,3 +41,15 @@ def test_eight_bits_train_like_thirty_two_and_go_on_after_a_stop(tmp_path: Path)
     assert low[1] == pytest.approx(full[1], rel=1e-5)
     assert low[12] < 0.9 * low[1]
     assert all(low[s] == pytest.approx(full[s], rel=0.05) for s in low)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BESIDE.is_dir(), reason="torchao is not installed beside the rest; `make` does it")
+def test_their_planned_bytes_are_those_that_they_take() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/train/test_footprint.py", "-k", "adam8bit"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "4 passed" in done.stdout
+    assert "skipped" not in done.stdout
