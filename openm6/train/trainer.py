@@ -12,23 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.bundle import Bundle
-from openm6.data.loader import Loader
 from openm6.errors import OpenM6Error
-from openm6.model import ModelConfig
-from openm6.model.files import meta_model
 from openm6.model.precision import fast_dtype
-from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
-from openm6.train.meters import EnergyMeter, peak_flops, training_flops
+from openm6.train.meters import EnergyMeter, peak_flops
+from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses, Reporter
-from openm6.train.setup import build_bundle, build_entries, evaluate_entries
-from openm6.train.start import start_at_random, start_from
+from openm6.train.sequences import Sequences
 
 DIVERGED = 3.0
 """Nats by which the smoothed loss may rise above its best before the run is stopped."""
@@ -51,20 +46,9 @@ class Trainer:
         self.output = recipe.output
         self.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        self.bundle = build_bundle(recipe, group)
-        self.entries, rejects = build_entries(recipe, self.bundle, group)
-        self.loader = Loader(
-            self.entries,
-            self.bundle.processor,
-            self.settings.batch_size,
-            seed=recipe.seed,
-            rank=group.rank,
-            world=group.world,
-            threads=self.settings.workers,
-            rejects=rejects,
-        )
-        self.bundle.tasks |= {entry.task.name: entry.task for entry in self.entries}
-        self.kinds = {kind: i for i, kind in enumerate(dict.fromkeys((e.task.name, e.name) for e in self.entries))}
+        self.objective: Objective = Sequences(recipe, group)
+        self.loader = self.objective.loader
+        self.kinds = {kind: number for number, kind in enumerate(self.objective.kinds)}
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
@@ -76,10 +60,7 @@ class Trainer:
         """The network as it is laid over the processes, its weights still to be filled, and its optimizers; `shared`:
         in the first stage of Pseudo-to-Real."""
         self.shared = shared
-        config = self.bundle.model.config
-        if self.recipe.pseudo and not shared:
-            config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
-        self.model = self.bundle.model = meta_model(config).train()
+        self.model: Any = self.objective.network(shared).train()
         if self.settings.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -108,50 +89,42 @@ class Trainer:
                 self.reporter.close()
         return self.output / "model"
 
-    def _one_step(self, sequences: list[Sequence]) -> None:
+    def _one_step(self, examples: list[Any]) -> None:
         started = time.perf_counter()
         # Every trained position of the step weighs the same, in whatever process and part it falls.
-        counts = [sum(int((s.labels != IGNORE).sum()) for s in sequences), sum(len(s) for s in sequences)]
-        total, everything = self.group.sum(torch.tensor(counts, device=self.group.device)).tolist()
+        counts = torch.tensor(self.objective.count(examples), device=self.group.device)
+        total, everything = self.group.sum(counts).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, padded = 0.0, 0.0, 0.0
+        flops, positions, slots = 0.0, 0.0, 0.0
         self.loads.begin()
-        parts = [sequences[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
-        for number, part in enumerate(parts):
-            batch = self._batch(part)
-            last = number == len(parts) - 1
+        shares = [examples[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
+        for number, share in enumerate(shares):
+            last = number == len(shares) - 1
             with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.parallel.synchronize(last)
-                output = self.parallel.run(batch)
-            loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss / total
-            loss = loss + self.loads.add(output.loads, more=not last) / everything
+                part = self.objective.part(self.parallel.run, share)
+            loss = part.loss / total + self.loads.add(part.loads, more=not last) / everything
             (loss * self.parallel.scale).backward()
-            losses += _by_example(output, batch)
-            lengths = torch.bincount(batch.segments.flatten())[1:].double()
-            positions += int(lengths.sum())
-            padded += batch.ids.numel()
-            pairs = float((lengths**2).sum() / 2)
-            flops += training_flops(
-                self.model.config, int(lengths.sum()), int(pairs), int((batch.labels != IGNORE).sum())
-            )
+            losses += part.losses
+            flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
-        share = rate_at(self.step, self.settings, self.recipe.pseudo)
+        rate = rate_at(self.step, self.settings, self.recipe.pseudo)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                set_rate(group, group["peak_lr"] * share)
+                set_rate(group, group["peak_lr"] * rate)
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, padded) = self._everywhere(losses, [flops, positions, padded])
+        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
         self._track(losses, total)
         if self.reporter:
             self.reporter.step(
-                self.step, losses, share * self.settings.learning_rate, float(norm), time.perf_counter() - started,
-                flops=flops, positions=positions, filled=positions / padded,
+                self.step, losses, rate * self.settings.learning_rate, float(norm), time.perf_counter() - started,
+                flops=flops, positions=positions, filled=positions / slots,
             )  # fmt: skip
 
     def _everywhere(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
@@ -163,20 +136,13 @@ class Trainer:
         rows = self.group.sum(table.to(self.group.device)).tolist()
         return [(*kind, row[0], int(row[1])) for kind, row in zip(self.kinds, rows, strict=False) if row[1]], rows[-1]
 
-    def _batch(self, sequences: list[Sequence]) -> Batch:
-        pad_id, on_cpu = self.bundle.processor.tokenizer.pad_id, self.group.device.type == "cpu"
-        if not self.settings.packing:
-            return pad(sequences, pad_id).to(self.group.device)
-        # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
-        return pack(sequences, self.settings.row_length, pad_id, even=on_cpu).to(self.group.device)
-
     def _check(self, norm: Tensor) -> None:
         if not bool(torch.isfinite(norm)):
             self._stop("the gradient is not finite (NaN or infinite)")
 
     def _track(self, losses: Losses, total: int) -> None:
         """Keep the smoothed loss, and stop when it has run away. A source that joins may raise it: it starts anew."""
-        if self.step - 1 in {entry.start for entry in self.entries}:
+        if self.step - 1 in {entry.start for entry in self.loader.entries}:
             self.smooth, self.best = math.nan, math.inf
         loss = sum(loss for *_, loss, _ in losses) / total
         self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
@@ -205,8 +171,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         if self.group.first or self.parallel.sharded:  # whose parts all have to work
-            bundle = Bundle(self.model.eval(), self.bundle.processor, self.bundle.tasks.values())
-            for name, scores in evaluate_entries(self.recipe, bundle):
+            for name, scores in self.objective.evaluate(self.model):
                 if self.reporter:
                     self.reporter.evaluation(self.step, name, scores)
             self.model.train()
@@ -215,7 +180,7 @@ class Trainer:
     def _save(self) -> None:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
-        self.checkpoints.save(self.step, self.bundle.describe, self.model, self.optimizers, state)
+        self.checkpoints.save(self.step, self.objective.describe, self.model, self.optimizers, state)
 
     def _delink(self) -> None:
         """Every layer gets its own copy of the weights it shared: what a resumed run does at this step."""
@@ -241,10 +206,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
-            if self.recipe.model.path:
-                start_from(self.model, self.recipe.model.path)
-            else:
-                start_at_random(self.model, self.recipe.seed)
+            self.objective.start(self.model)
             return
         state = self._load(latest)
         self.loader.set_state(state["data"])
@@ -262,20 +224,3 @@ class Trainer:
             assert last is not None
             consolidate(last, self.output / "model")
             self.reporter.finish(self.step, self.energy.stop())
-
-
-def _by_example(output: Any, batch: Batch) -> Losses:
-    """(task, origin, sum of losses, positions) of every example that was trained."""
-    if output.losses is None:
-        return []
-    count = len(batch.tasks)
-    segments = output.segments - 1
-    sums = torch.zeros(count, dtype=torch.float64, device=segments.device).index_add_(
-        0, segments, output.losses.double()
-    )
-    numbers = torch.bincount(segments, minlength=count)
-    return [
-        (task, origin, value, number)
-        for task, origin, value, number in zip(batch.tasks, batch.origins, sums.tolist(), numbers.tolist(), strict=True)
-        if number
-    ]

@@ -1,0 +1,57 @@
+"""What a run trains: the one loop (train/trainer.py) asks its objective for a network, examples, and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from openm6.data.loader import Loader
+from openm6.train.report import Losses
+
+
+@dataclass(slots=True)
+class Part:
+    """What a part of a step gave.
+
+    loss        sum over all that is trained, with gradients
+    losses      the same by task and source: (task, source, sum, number)
+    loads       of each layer of experts
+    flops       of the forward and backward pass
+    positions   that the network worked on; `slots` with those that only fill rows
+    """
+
+    loss: Tensor
+    losses: Losses
+    flops: float
+    positions: int
+    slots: int
+    loads: list[Any] = field(default_factory=list)
+
+
+class Objective(Protocol):
+    """`kinds`: the (task, source) pairs that losses are told by."""
+
+    loader: Loader
+    kinds: list[tuple[str, str]]
+
+    def network(self, shared: bool) -> Any:
+        """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""
+
+    def start(self, model: Any) -> None:
+        """Fill it with the weights to start from."""
+
+    def count(self, examples: list[Any]) -> tuple[int, int]:
+        """What of these examples is trained (a step's loss is divided by that), and positions in all."""
+
+    def part(self, run: Callable[[Any], Any], examples: list[Any]) -> Part:
+        """Losses of some examples; `run` is the network's forward."""
+
+    def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """Figures by source, between two steps."""
+
+    def describe(self, path: Path) -> None:
+        """Write all of a model directory but the weights."""

@@ -1,0 +1,101 @@
+"""The objective of M6: sequences of pictures and text for tasks, and the loss of their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.bundle import Bundle
+from openm6.data.loader import Loader
+from openm6.model import M6, ModelConfig
+from openm6.model.files import meta_model
+from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
+from openm6.train.distributed import Group
+from openm6.train.meters import training_flops
+from openm6.train.objective import Part
+from openm6.train.recipe import Recipe
+from openm6.train.report import Losses
+from openm6.train.setup import build_bundle, build_entries, evaluate_entries
+from openm6.train.start import start_at_random, start_from
+
+
+class Sequences:
+    """An Objective (train/objective.py)."""
+
+    def __init__(self, recipe: Recipe, group: Group):
+        self.recipe, self.settings, self.device = recipe, recipe.train, group.device
+        self.bundle = build_bundle(recipe, group)
+        entries, rejects = build_entries(recipe, self.bundle, group)
+        self.loader = Loader(
+            entries,
+            self.bundle.processor,
+            self.settings.batch_size,
+            seed=recipe.seed,
+            rank=group.rank,
+            world=group.world,
+            threads=self.settings.workers,
+            rejects=rejects,
+        )
+        self.bundle.tasks |= {entry.task.name: entry.task for entry in entries}
+        self.kinds = list(dict.fromkeys((entry.task.name, entry.name) for entry in entries))
+
+    def network(self, shared: bool) -> M6:
+        config = self.bundle.model.config
+        if self.recipe.pseudo and not shared:
+            config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
+        self.bundle.model = meta_model(config)
+        return self.bundle.model
+
+    def start(self, model: M6) -> None:
+        if self.recipe.model.path:
+            start_from(model, self.recipe.model.path)
+        else:
+            start_at_random(model, self.recipe.seed)
+
+    def count(self, examples: list[Sequence]) -> tuple[int, int]:
+        return sum(int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)
+
+    def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
+        batch = self._batch(examples)
+        output = run(batch)
+        loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
+        lengths = torch.bincount(batch.segments.flatten())[1:].double()
+        positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
+        trained = int((batch.labels != IGNORE).sum())
+        flops = training_flops(self.bundle.model.config, positions, pairs, trained)
+        return Part(loss, _by_example(output, batch), flops, positions, batch.ids.numel(), output.loads)
+
+    def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
+        bundle = Bundle(model.eval(), self.bundle.processor, self.bundle.tasks.values())
+        yield from evaluate_entries(self.recipe, bundle)
+
+    def describe(self, path: Path) -> None:
+        self.bundle.describe(path)
+
+    def _batch(self, sequences: list[Sequence]) -> Batch:
+        pad_id = self.bundle.processor.tokenizer.pad_id
+        if not self.settings.packing:
+            return pad(sequences, pad_id).to(self.device)
+        # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
+        even = self.device.type == "cpu"
+        return pack(sequences, self.settings.row_length, pad_id, even=even).to(self.device)
+
+
+def _by_example(output: Any, batch: Batch) -> Losses:
+    """(task, origin, sum of losses, positions) of every example that was trained."""
+    if output.losses is None:
+        return []
+    count = len(batch.tasks)
+    segments = output.segments - 1
+    sums = torch.zeros(count, dtype=torch.float64, device=segments.device).index_add_(
+        0, segments, output.losses.double()
+    )
+    numbers = torch.bincount(segments, minlength=count)
+    return [
+        (task, origin, value, number)
+        for task, origin, value, number in zip(batch.tasks, batch.origins, sums.tolist(), numbers.tolist(), strict=True)
+        if number
+    ]
