@@ -20,7 +20,9 @@ def recipe_tables(source: Path = SOURCE) -> str:
     classes = {
         node.name: node for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.ClassDef)
     }
-    return "\n\n".join([_table("At the top", classes["Recipe"]), *_sections("Recipe", "", classes)])
+    model = [_table("At the top", classes["Recipe"]), *_sections("Recipe", "", classes)]
+    codec = [_table("At the top, of an image codec", classes["CodecRecipe"]), *_sections("CodecRecipe", "", classes)]
+    return "\n\n".join(dict.fromkeys([*model, *codec]))  # what both have, once
 
 
 def _sections(outer: str, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[str]:

@@ -124,9 +124,11 @@ def _of_recipe(path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     from openm6.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
-    from openm6.train.recipe import load_recipe
+    from openm6.train.recipe import Recipe, load_recipe
 
     recipe = load_recipe(path)
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"{path} trains an image codec, which needs no plan: every process holds all of it.")
     if recipe.model.path:
         if not (recipe.model.path / "config.json").is_file():
             raise UsageError(f"{path}: model.path ({recipe.model.path}) is no model directory.")

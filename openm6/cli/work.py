@@ -13,7 +13,7 @@ from openm6.cli.output import Json, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
-    from openm6.train.recipe import Recipe
+    from openm6.train.recipe import AnyRecipe
 
 Processes = Annotated[
     int, typer.Option("--processes", "-p", min=0, help="Processes on this machine; 0: one a GPU, else one a core.")
@@ -40,7 +40,7 @@ def train(
     _train(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
 
 
-def _train(recipe: Recipe, name: str, overrides: list[str], processes: int) -> None:
+def _train(recipe: AnyRecipe, name: str, overrides: list[str], processes: int) -> None:
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from openm6.errors import OpenM6Error
@@ -23,6 +23,7 @@ from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, scatter_images
 from openm6.model.experts import Experts, Load, Router
 from openm6.model.loss import linear_cross_entropy
+from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.packed import PackedLinear, kernel_dtype
 from openm6.model.precision import product_dtype
@@ -47,7 +48,7 @@ class Output(ModelOutput):
     loads: list[Load] | None = None
 
 
-class M6(PreTrainedModel):
+class M6(Network):
     config_class = ModelConfig
     config: ModelConfig
     base_model_prefix = "openm6"
@@ -69,22 +70,9 @@ class M6(PreTrainedModel):
         self.packed_head: PackedLinear | None = None
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        for parameter, mean, std in self.initial(module):
-            if std:
-                init.normal_(parameter, mean, std)
-            else:
-                init.constant_(parameter, mean)
-
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-        """A module's own parameters, each with the mean and the standard deviation that it starts with.
-
-        Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2), convolutions by
-        their inputs (He et al. 2015).
-        """
+        """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2),
+        convolutions by their inputs (He et al. 2015)."""
         std, last = self.config.initializer_range, 1 / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if getattr(module, "writes_to_stream", False):

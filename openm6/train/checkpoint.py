@@ -15,7 +15,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,6 +34,9 @@ from openm6.errors import OpenM6Error
 from openm6.model.files import layer_of, shared_name
 from openm6.train.distributed import Group, local
 from openm6.train.optimizer import set_rate, step_all
+
+# One process is one process; said from several threads, so no context can hold it back.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file of a consolidated network, about."""
@@ -89,10 +91,8 @@ class Checkpoints:
         self.group.wait()
         tensors = {**_named(model, optimizers), f"random.{self.group.rank}": torch.get_rng_state()}
         writer = dcp.FileSystemWriter(draft / "state", sync_files=True)
-        with _quietly():
-            future = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self.channel, no_dist=self.group.world == 1
-            )
+        alone = self.group.world == 1
+        future = dcp.async_save(tensors, storage_writer=writer, process_group=self.channel, no_dist=alone)
 
         def finish() -> None:
             try:
@@ -229,16 +229,7 @@ def _stored(path: Path) -> dict[str, torch.Size]:
 
 
 def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
-    with _quietly():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without PyTorch's warning that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
 
 
 def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:

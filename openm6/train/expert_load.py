@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openm6.model import M6
+from openm6.model.codec import Codec
 from openm6.model.experts import Load, MixtureOfExperts
 from openm6.train.distributed import Group
 
@@ -21,13 +22,14 @@ class ExpertLoads:
     down for experts above the mean, up for those below).
     """
 
-    def __init__(self, model: M6, group: Group):
-        self.group, self.bias_update = group, model.config.bias_update
-        used = [block.feed_forward for block in model.layers()]
+    def __init__(self, model: M6 | Codec, group: Group):
+        self.group = group
+        used = [block.feed_forward for block in model.layers()] if isinstance(model, M6) else []  # a codec has none
         self.layers = [layer for layer in used if isinstance(layer, MixtureOfExperts)]  # a shared one several times
         for layer in self.layers:
             layer.everywhere = group.sum
-        self.experts = model.config.num_experts
+        self.bias_update = model.config.bias_update if isinstance(model, M6) else 0.0
+        self.experts: int = model.config.num_experts if isinstance(model, M6) else 0
         self.device = group.device
         self.begin()
         self.clear()

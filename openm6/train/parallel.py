@@ -50,20 +50,24 @@ class Parallel:
         self.scale = 1.0
         self.run: Callable[[Batch], Any] = model
         self.host: HostStates | None = None
-        self.offload = Offload.of(settings.offload, len(model.blocks))
+        self.offload = Offload()
         if self.sharded:
+            self.offload = Offload.of(settings.offload, len(model.blocks))
             _shard(model, settings, self.offload.parameters, group, dtype)
-        if not model.embed.weight.is_meta:
+        if not next(model.parameters()).is_meta:
             self._attach()
 
     def allocate(self) -> None:
         """Give a network without memory the part of it that this process holds; what is in it is still to be filled."""
         model, device = self.model, self.group.device
-        for part in model.children():
-            if part is not model.blocks:
-                part.to_empty(device=device)
-        for number, block in enumerate(model.blocks):
-            block.to_empty(device=torch.device("cpu") if number < self.offload.parameters else device)
+        if self.offload.parameters:
+            for part in model.children():
+                if part is not model.blocks:
+                    part.to_empty(device=device)
+            for number, block in enumerate(model.blocks):
+                block.to_empty(device=torch.device("cpu") if number < self.offload.parameters else device)
+        else:
+            model.to_empty(device=device)
         self._attach()
 
     def _attach(self) -> None:
@@ -111,11 +115,12 @@ class Parallel:
 
 
 def _check(model: M6, settings: ParallelSection, group: Group) -> None:
-    experts, size = model.config.num_experts, settings.experts
+    size = settings.experts
     if settings.offload.optimizer + settings.offload.gradients and settings.sharding == "none":
         raise UsageError("parallel.offload needs parallel.sharding zero2 or zero3.")
     if size == 1:
         return
+    experts = model.config.num_experts
     if not experts:
         raise UsageError(f"parallel.experts is {size}, but this model has no experts.")
     if experts % size:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError
-from openm6.train.recipe import Recipe
+from openm6.train.recipe import AnyRecipe
 
 
-def train_on_ray(recipe: Recipe, workers: int, address: str | None = None, failures: int = 3) -> None:
+def train_on_ray(recipe: AnyRecipe, workers: int, address: str | None = None, failures: int = 3) -> None:
     """Train with `workers` Ray workers, each with one GPU where the cluster has as many, on the cluster at `address` or
     one that is started here. The recipe's output has to be on a file system that all workers share.
 

@@ -45,11 +45,10 @@ class TokenizerSection(_Strict):
     )
 
 
-class DataSection(_Strict):
-    """One source for one task."""
+class SourceSection(_Strict):
+    """One source."""
 
     source: str
-    task: str
     name: str | None = Field(None, description="under which its loss is logged; the default is the source")
     weight: float = Field(1.0, gt=0)
     start: int = Field(0, ge=0, description="step from which it is drawn: a curriculum")
@@ -58,6 +57,12 @@ class DataSection(_Strict):
     images: str | None = Field(None, description="folder that picture paths start from")
     stream: bool = Field(False, description="read a large Parquet source in passing instead of indexing it")
     limit: int | None = Field(None, ge=1)
+
+
+class DataSection(SourceSection):
+    """One source for one task."""
+
+    task: str
 
 
 class TrainSection(_Strict):
@@ -153,6 +158,48 @@ class EvaluationSection(_Strict):
     data: list[DataSection] = Field(default_factory=list)
 
 
+class CodecSection(_Strict):
+    """The image codec to start from: `sizes` of CodecConfig at random, or the model directory `path`."""
+
+    sizes: dict[str, Any] = Field(default_factory=dict)
+    path: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> CodecSection:
+        if self.path and self.sizes:
+            raise ValueError("a codec from a path keeps its own sizes")
+        return self
+
+
+class CodecEvaluationSection(_Strict):
+    """Pictures to measure the codec on while it is trained."""
+
+    every: int = Field(1000, ge=1)
+    limit: int = Field(256, ge=1, description="pictures a source")
+    data: list[SourceSection] = Field(default_factory=list)
+
+
+class CodecRecipe(_Strict):
+    """For an image codec; its data are pictures."""
+
+    name: str
+    seed: int = 0
+    output: Path
+    codec: CodecSection
+    data: list[SourceSection] = Field(min_length=1)
+    train: TrainSection
+    evaluation: CodecEvaluationSection = CodecEvaluationSection()
+
+    @property
+    def parallel(self) -> ParallelSection:
+        """A codec is small: every process holds it."""
+        return ParallelSection()
+
+    @property
+    def pseudo(self) -> None:
+        return None
+
+
 class Recipe(_Strict):
     name: str
     seed: int = 0
@@ -177,7 +224,10 @@ class Recipe(_Strict):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+AnyRecipe = Recipe | CodecRecipe
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyRecipe:
     """Read a YAML recipe, apply `key.path=value` overrides, check everything.
 
     A UsageError names the file, the key, the value, and what is allowed.
@@ -198,12 +248,13 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return check_recipe({str(key): value for key, value in values.items()}, str(path))
 
 
-def check_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A Recipe from plain values."""
+def check_recipe(values: dict[str, Any], where: str = "recipe") -> AnyRecipe:
+    """A recipe from plain values; one with the key `codec` is a codec's."""
+    kind = CodecRecipe if "codec" in values else Recipe
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{where}: {explain(error, Recipe)}") from None
+        raise UsageError(f"{where}: {explain(error, kind)}") from None
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
-from openm6.train.recipe import Recipe
+from openm6.train.recipe import AnyRecipe
 
 Losses = list[tuple[str, str, float, int]]
 
@@ -30,7 +30,7 @@ SCALARS = (
 class Reporter:
     """Gathers steps and writes a line every `log` call. One a run, on the first process."""
 
-    def __init__(self, output: Path, recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None):
+    def __init__(self, output: Path, recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None):
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = Console(stderr=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from openm6.atomic import write_whole
@@ -21,7 +22,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.distributed import Group
-from openm6.train.recipe import DataSection, Recipe
+from openm6.train.recipe import DataSection, Recipe, SourceSection, TrainSection
 
 TOKENIZER_TEXTS = 200_000
 """Texts that a tokenizer is trained on at most."""
@@ -72,7 +73,7 @@ def _texts(recipe: Recipe) -> Iterator[str]:
     for section in recipe.data:
         task = get_task(section.task)
         yield from task.texts()
-        source = _open(section)
+        source = open_section(section)
         mapping = SlotView.of(task, source, section.columns).mapping
         columns = [mapping[s.name] for s in task.slots.values() if s.type in ("text", "label", "table")]
         for index in range(min(len(source), TOKENIZER_TEXTS // len(recipe.data))):
@@ -92,10 +93,16 @@ def _strings(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def _open(section: DataSection, rejects: Rejects | None = None) -> Source:
+def open_section(section: SourceSection, rejects: Rejects | None = None) -> Source:
     return open_source(
         section.source, section.format, section.images, stream=section.stream, limit=section.limit, rejects=rejects
     )
+
+
+def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
+    """Where this process's bad records go."""
+    name = "rejects.jsonl" if group.first else f"rejects-{group.rank}.jsonl"
+    return Rejects(output / name, settings.reject_share)
 
 
 def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[Entry], Rejects]:
@@ -103,14 +110,13 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
 
     A label slot without a set of its own gets the labels that the data have.
     """
-    name = "rejects.jsonl" if group.first else f"rejects-{group.rank}.jsonl"
-    rejects = Rejects(recipe.output / name, recipe.train.reject_share)
+    rejects = open_rejects(recipe.output, recipe.train, group)
     entries: list[Entry] = []
     labels: dict[str, dict[str, tuple[str, ...]]] = {}
     for section in recipe.data:
         own = section.task in bundle.tasks and section.task not in library_names()
         task = bundle.tasks[section.task] if own else get_task(section.task)
-        source = _open(section, rejects)
+        source = open_section(section, rejects)
         for slot, values in _labels(task, source, section).items():
             found = labels.setdefault(task.name, {})
             found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from openm6.model import M6
 from openm6.model.files import stored_rows
+from openm6.model.network import Network
 from openm6.train.distributed import local, rows_of
 
 BLOCK = 2**20
@@ -17,8 +17,8 @@ BLOCK = 2**20
 
 
 @torch.no_grad()
-def start_at_random(model: M6, seed: int) -> None:
-    """As `M6.initial` says. Numbers depend on the seed, a parameter's name and their place in it alone, so that a
+def start_at_random(model: Network, seed: int) -> None:
+    """As its `initial` says. Numbers depend on the seed, a parameter's name and their place in it alone, so that a
     network starts the same however it is laid over however many processes."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
@@ -38,7 +38,7 @@ def start_at_random(model: M6, seed: int) -> None:
 
 
 @torch.no_grad()
-def start_from(model: M6, path: Path) -> None:
+def start_from(model: Network, path: Path) -> None:
     """The weights of a model directory; of each tensor only the rows are read that this process holds."""
     with stored_rows(path) as read:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

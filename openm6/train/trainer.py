@@ -15,13 +15,14 @@ from torch import Tensor
 from openm6.errors import OpenM6Error
 from openm6.model.precision import fast_dtype
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
+from openm6.train.codec import Pictures
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
 from openm6.train.meters import EnergyMeter, peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
-from openm6.train.recipe import Recipe
+from openm6.train.recipe import AnyRecipe, CodecRecipe
 from openm6.train.report import Losses, Reporter
 from openm6.train.sequences import Sequences
 
@@ -29,7 +30,7 @@ DIVERGED = 3.0
 """Nats by which the smoothed loss may rise above its best before the run is stopped."""
 
 
-def train(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """Train, or go on where an interrupted run of the same output directory stopped.
 
     Returns the model directory, `output/model`. `on_step` gets each logged line.
@@ -41,12 +42,14 @@ def train(recipe: Recipe, on_step: Callable[[dict[str, Any]], None] | None = Non
 class Trainer:
     """A run: its model, data, optimizer, and where it is. One instance a process."""
 
-    def __init__(self, recipe: Recipe, group: Group, on_step: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(self, recipe: AnyRecipe, group: Group, on_step: Callable[[dict[str, Any]], None] | None = None):
         self.recipe, self.settings, self.group = recipe, recipe.train, group
         self.output = recipe.output
         self.output.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        self.objective: Objective = Sequences(recipe, group)
+        self.objective: Objective = (
+            Pictures(recipe, group) if isinstance(recipe, CodecRecipe) else Sequences(recipe, group)
+        )
         self.loader = self.objective.loader
         self.kinds = {kind: number for number, kind in enumerate(self.objective.kinds)}
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,7 +65,7 @@ class Trainer:
         self.shared = shared
         self.model: Any = self.objective.network(shared).train()
         if self.settings.compile:
-            for block in self.model.blocks:
+            for block in getattr(self.model, "blocks", []):
                 block.compile()
         self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
         self.parallel.allocate()

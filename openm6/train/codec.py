@@ -1,0 +1,166 @@
+"""The objective of the image codec: pictures, and how well they come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from openm6.data.columns import SlotView
+from openm6.data.loader import Entry, Loader
+from openm6.errors import DataError
+from openm6.images import open_image
+from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
+from openm6.tasks.grammar import Slot
+from openm6.train.distributed import Group
+from openm6.train.objective import Part
+from openm6.train.recipe import CodecRecipe
+from openm6.train.setup import open_rejects, open_section
+from openm6.train.start import start_at_random, start_from
+
+SHOWN = 12
+"""Pictures in a reconstruction grid."""
+
+
+@dataclass(slots=True)
+class Picture:
+    """An example: uint8 [size, size, 3], and the name of its source."""
+
+    pixels: np.ndarray
+    origin: str = ""
+
+
+class PictureTask:
+    """Reads the picture of a record: what a Task is to the loader."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.name, self.inputs = "codec", ("image",)
+        self.slots = {"image": Slot("image", "image")}
+        self.aliases: dict[str, tuple[str, ...]] = {}
+
+    def encode(self, record: Mapping[str, Any], *_: Any) -> Picture:
+        """The middle of the picture, as large as it goes, scaled to the codec's size."""
+        if record.get("image") is None:
+            raise DataError("There is no picture in this record.")
+        image = open_image(record["image"], draft=(self.size, self.size))
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
+        return Picture(np.asarray(image))
+
+
+class Pictures:
+    """An Objective (train/objective.py)."""
+
+    def __init__(self, recipe: CodecRecipe, group: Group):
+        self.recipe, self.device = recipe, group.device
+        path = recipe.codec.path
+        self.config = CodecConfig.from_pretrained(path) if path else CodecConfig(**recipe.codec.sizes)
+        self.task = PictureTask(self.config.image_size)
+        rejects = open_rejects(recipe.output, recipe.train, group)
+        entries = [
+            Entry(s.name or s.source, open_section(s, rejects), self.task, s.weight, s.columns, s.start)  # type: ignore[arg-type]
+            for s in recipe.data
+        ]
+        self.loader = Loader(
+            entries,
+            None,  # type: ignore[arg-type]  # nothing but the task reads a picture
+            recipe.train.batch_size,
+            seed=recipe.seed,
+            rank=group.rank,
+            world=group.world,
+            threads=recipe.train.workers,
+            rejects=rejects,
+        )
+        self.kinds = list(dict.fromkeys((self.task.name, entry.name) for entry in entries))
+        self.flops = _training_flops(self.config)
+
+    def network(self, shared: bool) -> Codec:
+        with torch.device("meta"):
+            return Codec(self.config)
+
+    def start(self, model: Codec) -> None:
+        if self.recipe.codec.path:
+            start_from(model, self.recipe.codec.path)
+        else:
+            start_at_random(model, self.recipe.seed)
+
+    def count(self, examples: list[Picture]) -> tuple[int, int]:
+        return len(examples), len(examples)
+
+    def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
+        output = run(unit(_stack(examples, self.device)))
+        assert output.loss is not None and output.losses is not None
+        told = [("codec", e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
+        positions = len(examples) * self.config.side**2
+        return Part(output.loss, told, len(examples) * self.flops, positions, positions)
+
+    def evaluate(self, model: Codec) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """PSNR, SSIM and the share of the codes in use; a grid of pictures above their reconstructions as PNG."""
+        model.eval()
+        for section in self.recipe.evaluation.data:
+            source = open_section(section)
+            count = min(len(source), self.recipe.evaluation.limit)
+            if not count:
+                raise DataError(f"{section.source} holds no pictures to measure on.")
+            view = SlotView.of(self.task, source, section.columns)  # type: ignore[arg-type]
+            pictures = [self.task.encode(view(source[i])) for i in range(count)]
+            name = section.name or section.source
+            yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
+
+    def describe(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(path)
+
+    def _measure(self, model: Codec, pictures: list[Picture], grid: Path) -> dict[str, float]:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        used = torch.zeros(self.config.num_codes, dtype=torch.bool)
+        psnr, similar = [], []
+        for start in range(0, len(pictures), 64):
+            real = _stack(pictures[start : start + 64], self.device)
+            codes = model.encode(real)
+            made = model.decode(codes)
+            used[codes.flatten().cpu()] = True
+            error = (real.float() - made.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
+            psnr += (10 * torch.log10(255**2 / error)).tolist()
+            pair = [x.permute(0, 3, 1, 2).float() for x in (made, real)]
+            found = ssim(pair[0], pair[1], data_range=255.0, reduction="none")
+            assert isinstance(found, Tensor)
+            similar += found.tolist()
+            if start == 0:
+                _draw(real[:SHOWN], made[:SHOWN], grid)
+        return {
+            "psnr": float(np.mean(psnr)), "ssim": float(np.mean(similar)), "codes_used": float(used.float().mean())
+        }  # fmt: skip
+
+
+def _stack(pictures: list[Picture], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(device)
+
+
+def _draw(real: Tensor, made: Tensor, path: Path) -> None:
+    """Pictures in a row, what came back below."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [torch.cat(list(row.cpu()), 1) for row in (real, made)]
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _training_flops(config: CodecConfig) -> float:
+    """Of the forward and backward pass of one picture, counted on tensors without memory."""
+    with torch.device("meta"):
+        model = Codec(config).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, config.image_size, config.image_size)).loss.backward()
+    return float(counter.get_total_flops())
