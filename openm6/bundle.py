@@ -2,6 +2,7 @@
 
     config.json, model.safetensors      the network, as transformers saves it
     tokenizer.json, tokenizer_config.json
+    codec/                              the image codec of a model that draws
     openm6.json                         how records become sequences, and the tasks it was trained on
 
 Nothing in it is unpickled and no code in it is run.
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
+from openm6.decode.draw import Codes, Drawing, draw
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
@@ -24,11 +27,15 @@ from openm6.model.files import check_model, load_model, meta_model, quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
 from openm6.tasks.library import get as get_task
+from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
+
+CODEC = "codec"
+"""Folder of a model directory with the image codec of a model that draws."""
 
 
 class Bundle:
@@ -69,7 +76,8 @@ class Bundle:
         elif not trainable:
             model.pack_for_cpu()
         grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-        return cls(model, Processor(Tokenizer.load(path), grid, length), tasks, path)
+        codec = PictureCodec.load(path / CODEC) if (path / CODEC).is_dir() else None
+        return cls(model, Processor(Tokenizer.load(path), grid, length, codec), tasks, path)
 
     def save(self, path: str | Path, max_shard_size: str = "4GB") -> None:
         """Write the model directory (the caller makes it atomic where that matters)."""
@@ -83,6 +91,8 @@ class Bundle:
         path.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(path)
         self.processor.tokenizer.save(path)
+        if self.processor.codec is not None:
+            self.processor.codec.save(path / CODEC)
         content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
         (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
@@ -122,6 +132,9 @@ class Bundle:
     ) -> Iterator[Any]:
         """Answers to many records, in their order; read and answered `batch_size` x 4 at a time."""
         task = self.task(task)
+        if task.draws:
+            yield from self._draw_many(task, records, batch_size, decoding)
+            return
         for group in _groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             for generated in self.generate(task, prompts, batch_size, decoding):
@@ -150,6 +163,26 @@ class Bundle:
                     told = text
         if text != told:
             yield text[len(told) :]
+
+    def _draw_many(
+        self, task: Task, records: Iterable[Record], batch_size: int, decoding: Mapping[str, Any] | None
+    ) -> Iterator[Image.Image]:
+        options = Drawing.of(**{**task.decode, **(decoding or {})})
+        codec, tokenizer = self.processor.codec, self.processor.tokenizer
+        if codec is None:
+            raise UsageError(f"{task.name} draws, and this model has no image codec (model.codec in its recipe).")
+        codes = Codes(tokenizer.code_start, codec.num_codes, codec.side**2, tokenizer.mask_id)
+        droppable = {name for name in task.inputs if task.slots[name].drop}
+        if options.guidance and not droppable:
+            raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
+        done = 0
+        for group in _groups(records, batch_size):
+            prompts = [self.prompt(task, record) for record in group]
+            free = [self.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in group]
+            with self.precision():
+                found = draw(self.model, prompts, free, codes, options, numbers=range(done, done + len(group)))
+            done += len(group)
+            yield from (codec.decode(row) for row in found.cpu().numpy())
 
     def prompt(self, task: Task, record: Record) -> Sequence:
         return task.encode(record, self.processor, rng=None, with_target=False)

@@ -109,3 +109,11 @@ class ImageGrid:
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
         return np.asarray(image)
+
+
+def read_square(source: Source, size: int) -> np.ndarray:
+    """The middle of a picture, as large as it goes, scaled to uint8 [size, size, 3]."""
+    image = open_image(source, draft=(size, size))
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ def run(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. temperature=0.8.")
     ] = None,
+    output: Annotated[Path, typer.Option(help="File for an answer that is a picture.")] = Path("picture.png"),
     json: Json = False,
 ) -> None:
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
@@ -26,6 +28,9 @@ def run(
 
     bundle = Bundle.load(model)
     answer = bundle.run(task, decoding=decoding_options(option), **pairs(slots or []))
+    if bundle.task(task).draws:
+        answer.save(output)
+        answer = str(output)
     if json:
         emit({"task": task, "answer": answer})
     elif isinstance(answer, dict):

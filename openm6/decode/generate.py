@@ -6,9 +6,9 @@ answer is the same whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
 from openm6.sequence import Sequence, pad
+
+T = TypeVar("T")
 
 
 class Constraint(Protocol):
@@ -57,11 +59,16 @@ class Decoding:
     @classmethod
     def of(cls, **values: Any) -> Decoding:
         """From keywords, e.g. a task's defaults and a user's wishes; an unknown one is a UsageError."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise UsageError(f"Decoding has no option {key}.{suggest(key, known)}")
-        return cls(**values)
+        return options(cls, values)
+
+
+def options(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of options from keywords."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{cls.__name__} has no option {key}.{suggest(key, known)}")
+    return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

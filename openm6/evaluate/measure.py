@@ -82,6 +82,9 @@ def evaluate(
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
     cases = []
     bundle.model.eval()
+    if task.draws:  # pictures are told by the likelihood of their codes alone
+        cases = [Case(record, "", []) for record in kept]
+        prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
         for record, generated in zip(

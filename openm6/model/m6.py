@@ -204,6 +204,30 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
+    def fill(self, ids_BN: Tensor, cache: Cache) -> Tensor:
+        """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
+
+        The cache stays as it is: positions to be filled in (masked codes) can be asked again and again.
+        """
+        rows, count = ids_BN.shape
+        positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
+        x_BND = self.embed(ids_BN)
+        if self.place is not None:
+            x_BND = x_BND + self.place(positions_BN)
+        rope = cache.rope and (cache.rope[0][0, positions_BN], cache.rope[1][0, positions_BN])
+        longest, mask = max(cache.counts), None
+        if min(cache.counts) < longest:
+            seen = torch.arange(longest, device=ids_BN.device) < cache.lengths[:, None]
+            seen = torch.cat((seen, seen.new_ones(rows, count)), 1)
+            mask = additive(seen[:, None, None], cache.keys[0].dtype)
+
+        def write(layer: int, k_BKNE: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = cache.keys[layer][:, :, :longest], cache.values[layer][:, :, :longest]
+            return torch.cat((keys, k_BKNE.to(keys.dtype)), 2), torch.cat((values, v_BKNE.to(values.dtype)), 2)
+
+        x_BND, _ = self._backbone(x_BND, rope, mask, write)
+        return x_BND
+
     def _embed(self, batch: Batch) -> Tensor:
         x_BTD = self.embed(batch.ids)
         if self.image is not None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openm6.images import ImageGrid
+from openm6.tasks.pictures import PictureCodec
 from openm6.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The model's tokenizer, its grid of picture patches, and the longest example in positions."""
+    """The model's tokenizer, its grid of picture patches, the longest example in positions, and the codec of a model
+    that draws."""
 
     tokenizer: Tokenizer
     grid: ImageGrid
     max_length: int
+    codec: PictureCodec | None = None

@@ -14,7 +14,7 @@ import numpy as np
 
 from openm6.errors import DataError, UsageError, suggest
 from openm6.sequence import Sequence
-from openm6.tasks import corrupt, target
+from openm6.tasks import corrupt, drawn, target
 from openm6.tasks.grammar import Instruction, Slot, parse
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
@@ -24,6 +24,9 @@ from openm6.tasks.trie import Trie
 from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
+
+BY_MASKS = 0.75
+"""Share of the drawn pictures that are learned by masks; the others one code after the other."""
 
 _ANSWERS = 100_000
 """Closed answers (combinations of labels) up to which decoding is kept to them."""
@@ -71,6 +74,8 @@ class Task:
         object.__setattr__(self, "inputs", tuple(inputs))
         object.__setattr__(self, "outputs", tuple(outputs))
         every = [part for i in self.instructions for part in (*i.source, *i.target) if isinstance(part, Slot)]
+        if self.draws and any(len(i.target) > 1 for i in self.instructions):
+            raise UsageError(f"The task {self.name}: a picture that is drawn stands alone on the right side.")
         labels = {**{slot.name: slot.labels for slot in every if slot.labels}, **self.labels}
         for name, values in labels.items():
             if name not in self.slots or self.slots[name].type != "label":
@@ -80,6 +85,11 @@ class Task:
                 raise UsageError(f"The task {self.name} has an empty set of labels for {name}.")
         # A label may be met twice (labels taken from data); its place in the set is its first one.
         object.__setattr__(self, "labels", {name: tuple(dict.fromkeys(map(str, v))) for name, v in labels.items()})
+
+    @property
+    def draws(self) -> bool:
+        """Whether the answer is a picture. It then stands alone on the right."""
+        return any(self.slots[name].type == "image" for name in self.outputs)
 
     # Making
 
@@ -167,6 +177,9 @@ class Task:
             pieces.append(piece)
             after_text = part.type in target.SPOKEN
         if not with_target:
+            if self.draws:
+                count = 0 if processor.codec is None else processor.codec.side**2
+                return drawn.begin(lay_out(pieces, None, processor, self.name, count + 1), processor.tokenizer)
             reserve = int(self.decode.get("max_new_tokens", 0))
             return lay_out(pieces, None, processor, self.name, reserve)
         written = {}
@@ -178,7 +191,20 @@ class Task:
                 raise _bad(record, slot, error) from None
             except UsageError as error:
                 raise UsageError(f"{slot}: {error}") from None
-        return lay_out(pieces, target.join(instruction.target, written, processor.tokenizer), processor, self.name)
+        wanted = target.join(instruction.target, written, processor.tokenizer)
+        sequence = lay_out(pieces, wanted, processor, self.name)
+        if not self.draws:
+            return sequence
+        assert processor.codec is not None
+        codes = np.array(wanted[1:], np.int32)
+        if sequence.labels[-1] != processor.tokenizer.end_id:
+            raise DataError(
+                f"{_where(record)}the {len(codes)} codes of a picture do not fit: the model takes "
+                f"{processor.max_length} positions (max_length)."
+            )
+        if rng is not None and rng.random() < BY_MASKS:
+            return drawn.by_masks(sequence, codes, processor.codec.side, processor.tokenizer, rng)
+        return sequence
 
     def _value(self, record: Record, slot: Slot, rng: np.random.Generator | None) -> Any:
         value = record.get(slot.name)

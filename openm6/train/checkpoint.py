@@ -186,6 +186,8 @@ def consolidate(checkpoint: Path, target: Path) -> None:
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != "state.json":
                 shutil.copy(file, draft / file.name)
+            elif file.is_dir() and file.name != "state":
+                shutil.copytree(file, draft / file.name)
         parts = list(_parts(stored))
         index: dict[str, str] = {}
         for number, part in enumerate(parts, 1):

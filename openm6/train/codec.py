@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry, Loader
 from openm6.errors import DataError
-from openm6.images import open_image
+from openm6.images import read_square
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.tasks.grammar import Slot
 from openm6.train.distributed import Group
@@ -47,13 +47,9 @@ class PictureTask:
         self.aliases: dict[str, tuple[str, ...]] = {}
 
     def encode(self, record: Mapping[str, Any], *_: Any) -> Picture:
-        """The middle of the picture, as large as it goes, scaled to the codec's size."""
         if record.get("image") is None:
             raise DataError("There is no picture in this record.")
-        image = open_image(record["image"], draft=(self.size, self.size))
-        if image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)
-        return Picture(np.asarray(image))
+        return Picture(read_square(record["image"], self.size))
 
 
 class Pictures:

@@ -166,7 +166,7 @@ def _let_answer(model: M6, group: Group) -> None:
     the first one's logits: rounding may not let one of them stop earlier than another."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for name in ("prefill", "step", "logits"):
+    for name in ("prefill", "step", "fill", "logits"):
         register_fsdp_forward_method(model, name)
     own = model.logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from openm6.images import ImageGrid
 from openm6.model import ModelConfig
 from openm6.model.files import meta_model
 from openm6.tasks.library import get as get_task, names as library_names
+from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
@@ -37,9 +39,10 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     if section.path is not None:
         bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
-            bundle.processor = Processor(bundle.processor.tokenizer, bundle.processor.grid, section.max_length)
+            bundle.processor = replace(bundle.processor, max_length=section.max_length)
         return bundle
-    tokenizer = _tokenizer(recipe, group)
+    codec = PictureCodec.load(section.codec) if section.codec else None
+    tokenizer = _tokenizer(recipe, group, codec)
     sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
     if "vocab_size" in section.sizes:
         raise UsageError(
@@ -50,19 +53,25 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = section.max_length or recipe.train.row_length
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(meta_model(config), Processor(tokenizer, grid, length))
+    return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec))
 
 
-def _tokenizer(recipe: Recipe, group: Group) -> Tokenizer:
+def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Tokenizer:
+    """With a codec it has the ids of its codes."""
     section = recipe.tokenizer
+    num_codes = codec.num_codes if codec else section.num_codes
     if section.path is not None:
-        return Tokenizer.load(section.path)
+        tokenizer = Tokenizer.load(section.path)
+        if codec and tokenizer.num_codes < num_codes:
+            raise UsageError(
+                f"The tokenizer {section.path} has ids for {tokenizer.num_codes} image codes; the codec "
+                f"{recipe.model.codec} has {num_codes}."
+            )
+        return tokenizer
     place = recipe.output / "tokenizer"
     if group.first and not (place / "tokenizer.json").is_file():
         characters = common_characters(section.characters)
-        trained = Tokenizer.train(
-            _texts(recipe), section.vocab_size, section.num_codes, characters, section.max_token_length
-        )
+        trained = Tokenizer.train(_texts(recipe), section.vocab_size, num_codes, characters, section.max_token_length)
         write_whole(place, trained.save)
     group.wait()
     return Tokenizer.load(place)

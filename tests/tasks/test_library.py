@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from openm6.decode import Decoding
+from openm6.decode.draw import Drawing
 from openm6.errors import UsageError
+from openm6.model.codec import Codec, CodecConfig
 from openm6.sequence import IGNORE
 from openm6.tasks.library import get, names
+from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.tasks.conftest import picture
@@ -27,7 +30,21 @@ def test_the_first_dozen_is_there() -> None:
     assert set(names()) >= FIRST
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if get(name).draws])
+def test_a_task_that_draws_works_on_its_example(processor: Processor, name: str) -> None:
+    task = get(name)
+    assert task.description and task.metrics == ("perplexity",) and set(task.example) == set(task.slots)
+    codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], levels=[4, 4], depth=1)))
+    processor = Processor(processor.tokenizer, processor.grid, 128, codec)
+    for seed in range(6):
+        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        assert (found.labels != IGNORE).any()
+    assert task.encode(example(task), processor, with_target=False).ids[-1] == processor.tokenizer.image_id
+    assert Drawing.of(**task.decode).passes > 0
+    assert Task.from_dict(task.to_dict()) == task
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not get(name).draws])
 def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     task = get(name)
     assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)

@@ -266,11 +266,9 @@ def test_what_is_no_table_is_bad_data(processor: Processor, value: Any) -> None:
         Task.from_instruction("[table:t] -> [text]").encode({"t": value, "text": "红"}, processor)
 
 
-@pytest.mark.parametrize(
-    "line", ["[text:a] -> [image:b]", "[text:a] -> [vector:b]", "[box:b] -> [text:a]", "->[box:b]"]
-)
+@pytest.mark.parametrize("line", ["[text:a] -> [vector:b]", "[box:b] -> [text:a]", "->[box:b]"])
 def test_what_this_version_cannot_do_is_said(processor: Processor, line: str) -> None:
-    with pytest.raises(UsageError, match=r"^\[(image|vector|box):b\]: this version does not"):
+    with pytest.raises(UsageError, match=r"^\[(vector|box):b\]: this version does not"):
         Task.from_instruction(line).encode({"a": "红", "b": [0, 0, 1, 1]}, processor)
 
 

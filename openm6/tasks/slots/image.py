@@ -1,16 +1,17 @@
-"""A picture: `<|image|>`, a `<|patch|>` for each of its patches, `<|/image|>`."""
+"""A picture: `<|image|>`, a `<|patch|>` for each of its patches, `<|/image|>`; drawn, `<|image|>` and its codes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from openm6.errors import DataError, UsageError
 from openm6.tasks.layout import Piece
+from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 
 
@@ -30,9 +31,22 @@ def source(value: Any, processor: Processor) -> Piece:
     return Piece([tokenizer.image_id, *[tokenizer.patch_id] * patches, tokenizer.image_end_id], pixels)
 
 
-def target(value: Any, processor: Processor) -> NoReturn:
-    raise UsageError("this version does not draw pictures yet: an image slot can stand on the left only.")
+def target(value: Any, processor: Processor) -> Sequence[int]:
+    """A picture as in `source`."""
+    codec, start = _codec(processor), processor.tokenizer.code_start
+    if not isinstance(value, (str, Path, bytes, np.ndarray, Image.Image)):
+        raise DataError(f"has to be a picture (a path or the bytes of a file), not {type(value).__name__}.")
+    return [processor.tokenizer.image_id, *(start + codec.encode(value)).tolist()]
 
 
-def read(ids: Sequence[int], processor: Processor) -> NoReturn:
-    raise UsageError("this version does not draw pictures yet.")
+def read(ids: Sequence[int], processor: Processor) -> Image.Image:
+    """The picture of the codes among `ids`."""
+    start = processor.tokenizer.code_start
+    codes = np.array([i - start for i in ids if i >= start], np.int64)
+    return _codec(processor).decode(codes)
+
+
+def _codec(processor: Processor) -> PictureCodec:
+    if processor.codec is None:
+        raise UsageError("this model has no image codec: it was not trained to draw (model.codec in its recipe).")
+    return processor.codec

@@ -1,0 +1,58 @@
+"""A picture on the right side of an instruction: its codes, learned one after the other or by masks.
+
+    one after the other   source <|answer|> <|image|> c1 c2 ... cn     labels: <|image|> c1 c2 ... cn <|end|>
+    by masks              source <|answer|> <|image|> c1 ?  ... ?      labels: of the masked codes, at their own places
+
+By masks the codes see each other both ways (block 1), and the sequence ends with them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from openm6.sequence import CAUSAL, IGNORE, Sequence
+from openm6.tokenizer import Tokenizer
+
+BLOCK = 1
+
+
+def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
+    """A prompt that ends where codes begin."""
+    return replace(
+        sequence,
+        ids=np.append(sequence.ids, tokenizer.image_id).astype(np.int32),
+        blocks=np.append(sequence.blocks, CAUSAL).astype(np.int32),
+        labels=np.append(sequence.labels, IGNORE).astype(np.int32),
+    )
+
+
+def by_masks(
+    sequence: Sequence, codes: np.ndarray, side: int, tokenizer: Tokenizer, rng: np.random.Generator
+) -> Sequence:
+    """The sequence whose last positions are these codes [side * side], learned by masks instead."""
+    count, masked = len(codes), draw_mask(side, rng).ravel()
+    ids, blocks = sequence.ids.copy(), sequence.blocks.copy()
+    labels = np.full_like(sequence.labels, IGNORE)
+    ids[-count:][masked] = tokenizer.mask_id
+    blocks[-count:] = BLOCK
+    labels[-count:][masked] = codes[masked]
+    return replace(sequence, ids=ids, blocks=blocks, labels=labels)
+
+
+def draw_mask(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Which codes of a picture are masked, bool [side, side], at least one: at random places (their share by the cosine
+    schedule that decoding goes through), all, those inside of a box, or those outside (M6-UFC, section 3.1)."""
+    kind = rng.choice(4, p=[0.55, 0.15, 0.15, 0.15])
+    if kind == 0:
+        count = max(1, round(math.cos(math.pi / 2 * rng.random()) * side * side))
+        return (rng.permutation(side * side) < count).reshape(side, side)
+    if kind == 1 or side == 1:
+        return np.ones((side, side), bool)
+    height, width = rng.integers(1, side, 2)
+    top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+    inside = np.zeros((side, side), bool)
+    inside[top : top + height, left : left + width] = True
+    return inside if kind == 2 else ~inside

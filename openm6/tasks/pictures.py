@@ -1,0 +1,55 @@
+"""The codec of a model that draws, for any thread: pictures to code numbers, remembered, and back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from openm6.images import Source, read_square
+from openm6.model.codec import Codec
+
+REMEMBERED = 2**18
+"""Pictures whose codes are kept: every epoch asks for the same ones."""
+
+
+class PictureCodec:
+    def __init__(self, codec: Codec):
+        self.codec, self.size, self.side = codec.eval(), codec.config.image_size, codec.config.side
+        self.num_codes = codec.config.num_codes
+        self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._lock = Lock()
+
+    @classmethod
+    def load(cls, path: Path) -> PictureCodec:
+        return cls(Codec.from_pretrained(path))
+
+    def save(self, path: Path) -> None:
+        self.codec.save_pretrained(path)
+
+    def encode(self, picture: Source) -> np.ndarray:
+        """The middle square of a picture as codes, int64 [side * side], row by row."""
+        pixels = read_square(picture, self.size)
+        key = blake2b(pixels.tobytes(), digest_size=16).digest()
+        with self._lock:
+            known = self._known.get(key)
+        if known is None:
+            device = self.codec.out_of.weight.device
+            codes = self.codec.encode(torch.from_numpy(pixels)[None].to(device))
+            known = codes.flatten().cpu().numpy().astype(np.uint16 if self.num_codes < 2**16 else np.int32)
+            with self._lock:
+                self._known[key] = known
+                while len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+        return known.astype(np.int64)
+
+    def decode(self, codes: np.ndarray) -> Image.Image:
+        """Codes [side * side] as a picture."""
+        device = self.codec.out_of.weight.device
+        grid = torch.from_numpy(codes.reshape(1, self.side, self.side)).to(device)
+        return Image.fromarray(self.codec.decode(grid)[0].cpu().numpy())

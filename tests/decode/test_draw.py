@@ -1,0 +1,124 @@
+"""Drawing: filling in against a whole forward pass, one after the other against the definition, kept codes, seeds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.decode.draw import OPEN, Codes, Drawing, draw
+from openm6.errors import UsageError
+from openm6.model import M6
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, pad
+from tests.conftest import VOCABULARY, tiny_config
+
+CODES = Codes(start=VOCABULARY - 20, number=20, count=9, mask_id=3)
+
+
+def model(**sizes: Any) -> M6:
+    torch.manual_seed(0)
+    return M6(tiny_config(initializer_range=0.2, **sizes)).eval()
+
+
+def prompt(length: int, seed: int = 0) -> Sequence:
+    ids = np.random.default_rng(seed).integers(4, VOCABULARY - 20, length).astype(np.int32)
+    blocks = np.full(length, SOURCE, np.int32)
+    blocks[-2:] = CAUSAL
+    return Sequence(ids, blocks, np.full(length, IGNORE, np.int32))
+
+
+def extended(start: Sequence, ids: list[int], block: int) -> Sequence:
+    count = len(ids)
+    return Sequence(
+        np.append(start.ids, ids).astype(np.int32),
+        np.append(start.blocks, [block] * count).astype(np.int32),
+        np.append(start.labels, [IGNORE] * count).astype(np.int32),
+    )
+
+
+@pytest.mark.parametrize("sizes", [{}, {"norm": "layer", "activation": "gelu", "positions": "learned"}])
+@pytest.mark.parametrize("lengths", [(5, 5), (7, 4)])
+def test_filling_in_is_a_whole_forward_pass(sizes: dict[str, Any], lengths: tuple[int, int]) -> None:
+    network = model(**sizes)
+    prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
+    ids = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        _, cache = network.prefill(pad(prompts, 0), 20)
+        for _ in range(2):  # the cache stays as it is
+            filled = network.fill(ids, cache)
+        for row, start in enumerate(prompts):
+            whole = network(pad([extended(start, ids[row].tolist(), 1)], 0)).hidden[0, -9:]
+            torch.testing.assert_close(filled[row], whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_one_after_the_other_is_what_it_says(guidance: float) -> None:
+    network, given, free = model(), prompt(6), prompt(4, 1)
+    found = draw(network, [given], [free], CODES, Drawing(passes=0, temperature=0, guidance=guidance))[0].tolist()
+    ids: list[int] = []
+    with torch.inference_mode():
+        for _ in range(CODES.count):
+            rows = [network(pad([extended(s, ids, CAUSAL)], 0)).hidden[0, -1] for s in (given, free)]
+            told, other = (network.logits(row)[CODES.start : CODES.start + CODES.number] for row in rows)
+            ids.append(int((told + guidance * (told - other)).argmax()) + CODES.start)
+    assert [CODES.start + code for code in found] == ids
+
+
+def test_one_pass_takes_the_likeliest_of_all_codes_at_once() -> None:
+    network, given = model(), prompt(6)
+    found = draw(network, [given], [], CODES, Drawing(passes=1, temperature=0))
+    with torch.inference_mode():
+        hidden = network(pad([extended(given, [CODES.mask_id] * 9, 1)], 0)).hidden[:, -9:]
+        logits = network.logits(hidden)[..., CODES.start : CODES.start + CODES.number]
+    assert torch.equal(found, logits.argmax(-1))
+
+
+def test_each_pass_keeps_the_surest_by_the_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, asked = model(), []
+    real = network.fill
+
+    def spy(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        asked.append(ids.clone())
+        return real(ids, cache)
+
+    monkeypatch.setattr(network, "fill", spy)
+    found = draw(network, [prompt(6)], [], CODES, Drawing(passes=4, temperature=0, noise=0))
+    still_open = [int((ids == CODES.mask_id).sum()) for ids in asked]
+    assert still_open == [9, *(int(np.cos(np.pi / 2 * n / 4) * 9) for n in (1, 2, 3))]
+    for before, after in itertools.pairwise(asked):  # what is decided stays
+        decided = before != CODES.mask_id
+        assert torch.equal(after[decided], before[decided])
+    last = asked[-1] != CODES.mask_id
+    assert torch.equal(found[last[0:1]] + CODES.start, asked[-1][last])
+
+
+@pytest.mark.parametrize("passes", [0, 5])
+def test_kept_codes_are_kept_and_seeds_and_company_change_nothing_else(passes: int) -> None:
+    network, prompts = model(), [prompt(6), prompt(9, 1), prompt(4, 2)]
+    options = Drawing(passes=passes, guidance=1.0, seed=5)
+    free = [prompt(3, 9)] * 3
+    kept = torch.full((3, 9), OPEN)
+    kept[1, 2:6] = torch.tensor([7, 0, 19, 3])
+    found = draw(network, prompts, free, CODES, options, kept)
+    assert found.shape == (3, 9)
+    assert ((found >= 0) & (found < 20)).all()
+    assert found[1, 2:6].tolist() == [7, 0, 19, 3]
+    assert torch.equal(found, draw(network, prompts, free, CODES, options, kept))
+    alone = draw(network, prompts[1:2], free[:1], CODES, options, kept[1:2], numbers=[1])
+    assert torch.equal(alone[0], found[1])
+    other = draw(network, prompts, free, CODES, Drawing(passes=passes, guidance=1.0, seed=6), kept)
+    assert not torch.equal(other, found)
+    everything = draw(network, prompts, free, CODES, options, found)
+    assert torch.equal(everything, found)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(UsageError, match="passes is -1; it has to be between 0 and 1000"):
+        Drawing.of(passes=-1)
+    with pytest.raises(UsageError, match='Drawing has no option pases. Did you mean "passes"'):
+        Drawing.of(pases=3)
+    with pytest.raises(UsageError, match="more than the model's 256 positions"):
+        draw(model(positions="learned"), [prompt(250)], [], CODES)

@@ -1,0 +1,117 @@
+"""Pictures that are drawn: their codes in a sequence, masked or one after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.errors import DataError, UsageError
+from openm6.images import ImageGrid
+from openm6.model.codec import Codec, CodecConfig
+from openm6.sequence import CAUSAL, IGNORE, SOURCE
+from openm6.tasks.drawn import draw_mask
+from openm6.tasks.pictures import PictureCodec
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+
+TASK = Task.from_instruction("画: [text:caption|drop=0.1] -> [image:picture]", "drawing")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    torch.manual_seed(0)
+    codec = Codec(CodecConfig(image_size=16, widths=[8, 16], levels=[4, 4], depth=1))
+    return Processor(Tokenizer.train(["红色的杯子", "画: "], 600, 16), ImageGrid(8, 4), 64, PictureCodec(codec))
+
+
+def record() -> dict[str, object]:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return {"caption": "红色的杯子", "picture": picture}
+
+
+def codes_of(processor: Processor) -> np.ndarray:
+    assert processor.codec is not None
+    codes: np.ndarray = processor.tokenizer.code_start + processor.codec.encode(record()["picture"])  # type: ignore[arg-type]
+    return codes
+
+
+def test_codes_follow_one_another_when_measured(processor: Processor) -> None:
+    sequence, codes = TASK.encode(record(), processor), codes_of(processor)
+    tokenizer = processor.tokenizer
+    assert sequence.ids[-18:].tolist() == [tokenizer.answer_id, tokenizer.image_id, *codes]
+    assert sequence.labels[-18:].tolist() == [tokenizer.image_id, *codes, tokenizer.end_id]
+    assert set(sequence.blocks[:-18]) == {SOURCE}
+    assert set(sequence.blocks[-18:]) == {CAUSAL}
+
+
+def test_in_training_most_are_learned_by_masks(processor: Processor) -> None:
+    rng, codes, tokenizer = np.random.default_rng(0), codes_of(processor), processor.tokenizer
+    masked = 0
+    for _ in range(200):
+        sequence = TASK.encode(record(), processor, rng)
+        if sequence.blocks[-1] == CAUSAL:
+            assert sequence.labels[-1] == tokenizer.end_id
+            continue
+        masked += 1
+        assert (sequence.blocks[-16:] == 1).all()
+        assert sequence.blocks[-17] == CAUSAL
+        assert (sequence.labels[:-16] == IGNORE).all()
+        open_ = sequence.ids[-16:] == tokenizer.mask_id
+        assert open_.any()
+        assert np.array_equal(np.where(open_, sequence.labels[-16:], sequence.ids[-16:]), codes)
+        assert (sequence.labels[-16:][~open_] == IGNORE).all()
+    assert 0.65 < masked / 200 < 0.85
+
+
+def test_a_prompt_ends_where_codes_begin(processor: Processor) -> None:
+    with_text = TASK.encode({"caption": "红色的杯子"}, processor, with_target=False)
+    without = TASK.encode({}, processor, with_target=False)
+    tokenizer = processor.tokenizer
+    for prompt in (with_text, without):
+        assert prompt.ids[-2:].tolist() == [tokenizer.answer_id, tokenizer.image_id]
+        assert (prompt.labels == IGNORE).all()
+        assert prompt.blocks[-2:].tolist() == [CAUSAL, CAUSAL]
+    assert len(without) < len(with_text)
+
+
+def test_masks_are_of_all_kinds() -> None:
+    rng = np.random.default_rng(0)
+    masks = [draw_mask(6, rng) for _ in range(400)]
+    assert all(mask.shape == (6, 6) and mask.any() for mask in masks)
+    whole = sum(bool(mask.all()) for mask in masks)
+    assert 30 < whole < 110
+
+    def box(mask: np.ndarray) -> bool:
+        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        return bool(mask.any()) and bool(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all())
+
+    inside = sum(box(mask) and not mask.all() for mask in masks)
+    outside = sum(box(~mask) and not mask.all() for mask in masks)
+    assert inside > 40
+    assert outside > 40
+    assert len({int(mask.sum()) for mask in masks}) > 20
+
+
+def test_codes_are_remembered_and_drawn_back(processor: Processor) -> None:
+    codec = processor.codec
+    assert codec is not None
+    first = codec.encode(record()["picture"])  # type: ignore[arg-type]
+    assert np.array_equal(codec.encode(record()["picture"]), first)  # type: ignore[arg-type]
+    picture = TASK.read([processor.tokenizer.image_id, *codes_of(processor), processor.tokenizer.end_id], processor)
+    assert picture["picture"].size == (16, 16)
+    assert np.array_equal(np.asarray(picture["picture"]), np.asarray(codec.decode(first)))
+
+
+def test_what_cannot_be_drawn_is_told(processor: Processor) -> None:
+    bare = Processor(processor.tokenizer, processor.grid, 64)
+    with pytest.raises(UsageError, match="this model has no image codec"):
+        TASK.encode(record(), bare)
+    with pytest.raises(DataError, match=r"picture: has to be a picture .*, not int"):
+        TASK.encode({**record(), "picture": 3}, processor)
+    short = Processor(processor.tokenizer, processor.grid, 20, processor.codec)
+    with pytest.raises(DataError, match=r"the 16 codes of a picture do not fit: the model takes 20 positions"):
+        TASK.encode(record(), short)
+    with pytest.raises(UsageError, match="stands alone on the right side"):
+        Task.from_instruction("[text:caption] -> 好的 [image:picture]")
