@@ -147,6 +147,7 @@ def _train(claim: str, variant: Variant, seed: int, scale: Scale, folder: Path, 
     del recipe["tokenizer"]
     second = _run(recipe)
     second.curve = first.curve + [(step + steps, loss) for step, loss in second.curve]
+    second.variation = first.variation + second.variation
     second.flops += first.flops
     second.memory = first.memory + [max(first.memory[-1], bytes) for bytes in second.memory]
     return second
@@ -239,9 +240,16 @@ def _flops(line: dict[str, Any], before: dict[str, Any]) -> float:
 
 
 def write_page(
-    name: str, title: str, intro: str, scale: Scale, runs: dict[str, list[Run]], findings: list[Finding], out: Path
+    name: str,
+    title: str,
+    intro: str,
+    scale: Scale,
+    runs: dict[str, list[Run]],
+    findings: list[Finding],
+    out: Path,
+    remark: str = "",
 ) -> Path:
-    """A page with figures, curves and what holds; JSON beside it."""
+    """A page with figures, curves, what holds and a remark on it; JSON beside it."""
     out.mkdir(parents=True, exist_ok=True)
     picture = _draw(name, title, runs, out)
     lines = [f"# {title}", "", intro, "", f"![Loss curves]({picture.name})", "", "## What holds at this scale", ""]
@@ -249,6 +257,7 @@ def write_page(
     lines += [f"| {f.claim} | {f.verdict} | {f.figures} |" for f in findings]
     lines += [
         "",
+        *([remark, ""] if remark else []),
         "## Figures",
         "",
         "| variant | test loss (lowest to highest) | ms a step | TFLOP | load variation | dropped | memory |",
@@ -282,7 +291,8 @@ def write_page(
         "findings": [vars(f) for f in findings],
         "runs": {variant: [vars(run) for run in group] for variant, group in runs.items()},
     }
-    (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    rounded = json.loads(json.dumps(told), parse_float=lambda text: float(f"{float(text):.5g}"))
+    (out / f"{name}.json").write_text(json.dumps(rounded) + "\n", "utf-8")
     return page
 
 

@@ -23,7 +23,6 @@ from openm6.train.distributed import Group
 from openm6.train.objective import Part
 from openm6.train.recipe import CodecRecipe
 from openm6.train.setup import open_rejects, open_section
-from openm6.train.start import start_at_random, start_from
 
 SHOWN = 12
 """Pictures in a reconstruction grid."""
@@ -57,8 +56,8 @@ class Pictures:
 
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
-        path = recipe.codec.path
-        self.config = CodecConfig.from_pretrained(path) if path else CodecConfig(**recipe.codec.sizes)
+        self.path = recipe.codec.path
+        self.config = CodecConfig.from_pretrained(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
         self.task = PictureTask(self.config.image_size)
         rejects = open_rejects(recipe.output, recipe.train, group)
         entries = [
@@ -81,12 +80,6 @@ class Pictures:
     def network(self, shared: bool) -> Codec:
         with torch.device("meta"):
             return Codec(self.config)
-
-    def start(self, model: Codec) -> None:
-        if self.recipe.codec.path:
-            start_from(model, self.recipe.codec.path)
-        else:
-            start_at_random(model, self.recipe.seed)
 
     def count(self, examples: list[Picture]) -> tuple[int, int]:
         return len(examples), len(examples)

@@ -33,16 +33,16 @@ class Part:
 
 
 class Objective(Protocol):
-    """`kinds`: the (task, source) pairs that losses are told by."""
+    """path    the model directory to start from; None starts at random
+    kinds   the (task, source) pairs that losses are told by
+    """
 
+    path: Path | None
     loader: Loader
     kinds: list[tuple[str, str]]
 
     def network(self, shared: bool) -> Any:
         """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""
-
-    def start(self, model: Any) -> None:
-        """Fill it with the weights to start from."""
 
     def count(self, examples: list[Any]) -> tuple[int, int]:
         """What of these examples is trained (a step's loss is divided by that), and positions in all."""

@@ -19,7 +19,6 @@ from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries
-from openm6.train.start import start_at_random, start_from
 
 
 class Sequences:
@@ -27,6 +26,7 @@ class Sequences:
 
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
+        self.path = recipe.model.path
         self.bundle = build_bundle(recipe, group)
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = Loader(
@@ -48,12 +48,6 @@ class Sequences:
             config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
         self.bundle.model = meta_model(config)
         return self.bundle.model
-
-    def start(self, model: M6) -> None:
-        if self.recipe.model.path:
-            start_from(model, self.recipe.model.path)
-        else:
-            start_at_random(model, self.recipe.seed)
 
     def count(self, examples: list[Sequence]) -> tuple[int, int]:
         return sum(int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)

@@ -25,6 +25,7 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import AnyRecipe, CodecRecipe
 from openm6.train.report import Losses, Reporter
 from openm6.train.sequences import Sequences
+from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
 """Nats by which the smoothed loss may rise above its best before the run is stopped."""
@@ -209,7 +210,10 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
-            self.objective.start(self.model)
+            if self.objective.path:
+                start_from(self.model, self.objective.path)
+            else:
+                start_at_random(self.model, self.recipe.seed)
             return
         state = self._load(latest)
         self.loader.set_state(state["data"])
