@@ -21,8 +21,9 @@ def measure(
     limit: int | None = None,
     decoding: Mapping[str, Any] | None = None,
     where: Mapping[str, str] | None = None,
+    answers: bool = True,
 ) -> Evaluation:
-    """Open `data`, map its columns to the task's slots and measure on its first `limit` records.
+    """Open `data`, map its columns to the task's slots and measure on its first `limit` records (`answers`: evaluate).
 
     `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}.
     """
@@ -32,4 +33,4 @@ def measure(
     kept = (view(r) for r in records if all(str(r.get(k)) == v for k, v in (where or {}).items()))
     if limit is not None:
         kept = (record for record, _ in zip(kept, range(limit), strict=False))
-    return evaluate(bundle, chosen, kept, data, decoding=decoding)
+    return evaluate(bundle, chosen, kept, data, decoding=decoding, answers=answers)

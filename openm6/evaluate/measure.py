@@ -58,9 +58,12 @@ def evaluate(
     *,
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
+    answers: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`).
+
+    Without `answers` nothing is answered that no metric asks for; of a task that draws, never.
 
     A list as the value of an output slot means several references, each of them right. Records that cannot be
     encoded are counted, not answered. Raises DataError when none is left.
@@ -82,7 +85,7 @@ def evaluate(
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
     cases = []
     bundle.model.eval()
-    if task.draws:  # pictures are told by the likelihood of their codes alone
+    if task.draws or not (answers or set(task.metrics) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
@@ -94,13 +97,13 @@ def evaluate(
             cases.append(Case(record, str(answer), references(record[output])))
         if on_progress:
             on_progress(len(cases))
-    answers, wanted = [c.answer for c in cases], [c.references for c in cases]
+    given, wanted = [c.answer for c in cases], [c.references for c in cases]
     scores = {}
     for metric in task.metrics:
         if metric == "perplexity":
             scores[metric] = perplexity(bundle, task, kept, batch_size)
         else:
-            scores[metric] = score(metric, answers, wanted)
+            scores[metric] = score(metric, given, wanted)
     inputs = {name: task.slots[name].type for name in task.inputs}
     return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
 

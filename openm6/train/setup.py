@@ -154,5 +154,7 @@ def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict
     """Each source of the recipe's evaluation, and its task's metrics on the first `limit` records."""
     for section in recipe.evaluation.data:
         limit = min(section.limit or recipe.evaluation.limit, recipe.evaluation.limit)
-        result = measure(bundle, section.task, section.source, section.columns, section.format, section.images, limit)
+        result = measure(
+            bundle, section.task, section.source, section.columns, section.format, section.images, limit, answers=False
+        )
         yield section.name or f"{result.task} {section.source}", result.values()

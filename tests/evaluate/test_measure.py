@@ -66,6 +66,15 @@ def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
     assert 0 <= score.low <= score.value <= score.high <= 1
 
 
+def test_without_answers_only_what_a_metric_asks_for_is_answered(bundle: Bundle) -> None:
+    records = [{"question": "a", "answer": "红色"}]
+    assert evaluate(Says(bundle, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
+    likely = Task.from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
+    silent = evaluate(Says(bundle, []), likely, records, answers=False)  # an answer would be a StopIteration
+    assert silent.scores == evaluate(bundle, likely, records).scores
+    assert [case.record for case in silent.cases] == records
+
+
 def test_nothing_to_measure_is_told(bundle: Bundle) -> None:
     with pytest.raises(DataError, match="Nothing to evaluate in x: there are no records"):
         evaluate(bundle, VQA, [], "x")
