@@ -88,7 +88,7 @@ class Finding:
     figures: str
 
 
-def compare(claim: str, better: list[Run], worse: list[Run], what: str = "test loss") -> Finding:
+def compare(claim: str, better: list[Run], worse: list[Run]) -> Finding:
     """Is the loss of `better` lower, seed by seed the same data? It holds when all seeds agree and the medians are
     further apart than half the wider of the two spreads; when they disagree, these seeds do not settle it."""
     a, b = [run.test_loss for run in better], [run.test_loss for run in worse]
@@ -101,7 +101,7 @@ def compare(claim: str, better: list[Run], worse: list[Run], what: str = "test l
         verdict = "does not hold: the other way round in every seed"
     else:
         verdict = "not settled: the seeds disagree"
-    return Finding(claim, verdict, f"{what} {median(a):.4f} against {median(b):.4f}")
+    return Finding(claim, verdict, f"test loss {median(a):.4f} against {median(b):.4f}")
 
 
 def faster(claim: str, quick: list[Run], slow: list[Run]) -> Finding:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.decode.generate import check_room, options, sample
-from openm6.errors import UsageError
+from openm6.decode.generate import check_ranges, check_room, options, sample
 from openm6.model import M6
 from openm6.sequence import Sequence, pad
 
@@ -43,9 +42,7 @@ class Drawing:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("passes", 0, 1000), ("temperature", 0, 100), ("noise", 0, 1000), ("guidance", 0, 100)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name} is {getattr(self, name)}; it has to be between {low} and {high}.")
+        check_ranges(self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100))
 
     @classmethod
     def of(cls, **values: Any) -> Drawing:

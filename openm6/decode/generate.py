@@ -49,9 +49,7 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.num_beams > 1 and self.temperature > 0:
             raise UsageError("num_beams and temperature exclude each other: beam search does not sample.")
-        for name, low, high in (("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31)):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name} is {getattr(self, name)}; it has to be between {low:g} and {high:g}.")
+        check_ranges(self, temperature=(0, 100), top_p=(1e-9, 1), top_k=(0, 2**31))
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
@@ -69,6 +67,13 @@ def options(cls: type[T], values: Mapping[str, Any]) -> T:
         if key not in known:
             raise UsageError(f"{cls.__name__} has no option {key}.{suggest(key, known)}")
     return cls(**values)
+
+
+def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
+    """UsageError for the first option that is out of its range."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(options, name) <= high:
+            raise UsageError(f"{name} is {getattr(options, name)}; it has to be between {low:g} and {high:g}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.data.columns import SlotView
-from openm6.data.loader import Entry, Loader
+from openm6.data.loader import Entry
 from openm6.errors import DataError
 from openm6.images import read_square
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
@@ -22,7 +22,7 @@ from openm6.tasks.grammar import Slot
 from openm6.train.distributed import Group
 from openm6.train.objective import Part
 from openm6.train.recipe import CodecRecipe
-from openm6.train.setup import open_rejects, open_section
+from openm6.train.setup import make_loader, open_rejects, open_section
 
 SHOWN = 12
 """Pictures in a reconstruction grid."""
@@ -64,17 +64,7 @@ class Pictures:
             Entry(s.name or s.source, open_section(s, rejects), self.task, s.weight, s.columns, s.start)  # type: ignore[arg-type]
             for s in recipe.data
         ]
-        self.loader = Loader(
-            entries,
-            None,  # type: ignore[arg-type]  # nothing but the task reads a picture
-            recipe.train.batch_size,
-            seed=recipe.seed,
-            rank=group.rank,
-            world=group.world,
-            threads=recipe.train.workers,
-            rejects=rejects,
-        )
-        self.kinds = list(dict.fromkeys((self.task.name, entry.name) for entry in entries))
+        self.loader = make_loader(recipe, group, entries, None, rejects)
         self.flops = _training_flops(self.config)
 
     def network(self, shared: bool) -> Codec:
@@ -87,7 +77,7 @@ class Pictures:
     def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
         output = run(unit(_stack(examples, self.device)))
         assert output.loss is not None and output.losses is not None
-        told = [("codec", e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
+        told = [(self.task.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
         positions = len(examples) * self.config.side**2
         return Part(output.loss, told, len(examples) * self.flops, positions, positions)
 

@@ -33,13 +33,10 @@ class Part:
 
 
 class Objective(Protocol):
-    """path    the model directory to start from; None starts at random
-    kinds   the (task, source) pairs that losses are told by
-    """
+    """`path`: the model directory to start from; None starts at random."""
 
     path: Path | None
     loader: Loader
-    kinds: list[tuple[str, str]]
 
     def network(self, shared: bool) -> Any:
         """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from openm6.bundle import Bundle
-from openm6.data.loader import Loader
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
 from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
@@ -18,7 +17,7 @@ from openm6.train.meters import training_flops
 from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
-from openm6.train.setup import build_bundle, build_entries, evaluate_entries
+from openm6.train.setup import build_bundle, build_entries, evaluate_entries, make_loader
 
 
 class Sequences:
@@ -29,18 +28,8 @@ class Sequences:
         self.path = recipe.model.path
         self.bundle = build_bundle(recipe, group)
         entries, rejects = build_entries(recipe, self.bundle, group)
-        self.loader = Loader(
-            entries,
-            self.bundle.processor,
-            self.settings.batch_size,
-            seed=recipe.seed,
-            rank=group.rank,
-            world=group.world,
-            threads=self.settings.workers,
-            rejects=rejects,
-        )
+        self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
         self.bundle.tasks |= {entry.task.name: entry.task for entry in entries}
-        self.kinds = list(dict.fromkeys((entry.task.name, entry.name) for entry in entries))
 
     def network(self, shared: bool) -> M6:
         config = self.bundle.model.config

@@ -10,7 +10,7 @@ from typing import Any
 from openm6.atomic import write_whole
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
-from openm6.data.loader import Entry
+from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.errors import UsageError
@@ -24,7 +24,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.distributed import Group
-from openm6.train.recipe import DataSection, Recipe, SourceSection, TrainSection
+from openm6.train.recipe import AnyRecipe, DataSection, Recipe, SourceSection, TrainSection
 
 TOKENIZER_TEXTS = 200_000
 """Texts that a tokenizer is trained on at most."""
@@ -105,6 +105,22 @@ def _strings(value: Any) -> Iterator[str]:
 def open_section(section: SourceSection, rejects: Rejects | None = None) -> Source:
     return open_source(
         section.source, section.format, section.images, stream=section.stream, limit=section.limit, rejects=rejects
+    )
+
+
+def make_loader(
+    recipe: AnyRecipe, group: Group, entries: list[Entry], processor: Processor | None, rejects: Rejects
+) -> Loader:
+    """The recipe's loader for this process; an image codec's pictures need no processor."""
+    return Loader(
+        entries,
+        processor,  # type: ignore[arg-type]
+        recipe.train.batch_size,
+        seed=recipe.seed,
+        rank=group.rank,
+        world=group.world,
+        threads=recipe.train.workers,
+        rejects=rejects,
     )
 
 

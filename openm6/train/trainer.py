@@ -52,7 +52,8 @@ class Trainer:
             Pictures(recipe, group) if isinstance(recipe, CodecRecipe) else Sequences(recipe, group)
         )
         self.loader = self.objective.loader
-        self.kinds = {kind: number for number, kind in enumerate(self.objective.kinds)}
+        kinds = dict.fromkeys((entry.task.name, entry.name) for entry in self.loader.entries)
+        self.kinds = {kind: number for number, kind in enumerate(kinds)}
         chosen = {"bf16": torch.bfloat16, "fp32": torch.float32}
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from openm6.bundle import Bundle
 from openm6.train.trainer import train
-from tests.train.conftest import SIZES, cache, logged, losses, tiny_recipe  # noqa: F401
+from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
 
 OPENM6 = Path(sys.executable).with_name("openm6")
 
@@ -40,8 +39,7 @@ def call(*command: str) -> None:
 def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accumulate: int) -> None:
     alone = tiny_recipe(tmp_path / "one", accumulate=accumulate)
     train(alone)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(alone.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    recipe = recipe_file(alone, tmp_path)
     run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (Bundle.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
@@ -65,8 +63,7 @@ def test_a_sharded_network_is_measured_as_one(tmp_path: Path) -> None:
     model = {"preset": "demo", "sizes": {**SIZES, "num_experts": 4, "experts_per_token": 1}}
     alone = tiny_recipe(tmp_path / "one", evaluation=evaluation, model=model)
     train(alone)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(alone.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    recipe = recipe_file(alone, tmp_path)
     torchrun(recipe, 2, f"output={tmp_path / 'two'}", "parallel={sharding: zero3, experts: 2, offload: 0.5}")
     ours, theirs = ([line for line in logged(tmp_path / name) if "evaluation" in line] for name in ("one", "two"))
     assert len(ours) == len(theirs) == 4
@@ -82,8 +79,7 @@ def test_a_sharded_network_is_measured_as_one(tmp_path: Path) -> None:
 def test_a_run_of_two_is_continued_by_one(tmp_path: Path) -> None:
     whole = tiny_recipe(tmp_path / "whole")
     train(whole)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(whole.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    recipe = recipe_file(whole, tmp_path)
     # The same schedule, stopped half-way by deleting what came later.
     torchrun(recipe, 2, f"output={tmp_path / 'two'}", "train.keep=9")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")

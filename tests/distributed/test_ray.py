@@ -6,19 +6,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from openm6.train.trainer import train
 from tests.distributed.test_data_parallel import OPENM6
-from tests.train.conftest import cache, losses, tiny_recipe  # noqa: F401
+from tests.train.conftest import cache, losses, recipe_file, tiny_recipe  # noqa: F401
 
 
 @pytest.mark.slow
 def test_two_workers_equal_one_process(tmp_path: Path) -> None:
     alone = tiny_recipe(tmp_path / "alone")
     train(alone)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(alone.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    recipe = recipe_file(alone, tmp_path)
     output = tmp_path / "ray"
     done = subprocess.run(
         [str(OPENM6), "train", str(recipe), f"output={output}", "--ray-workers", "2"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from openm6.train.recipe import Recipe, check_recipe
 
@@ -38,6 +39,14 @@ def tiny_recipe(output: Path, **changes: Any) -> Recipe:
             **sections,
         }
     )
+
+
+def recipe_file(recipe: Recipe, folder: Path) -> Path:
+    """The recipe as a YAML file, for a command to read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)), "utf-8")
+    return file
 
 
 def logged(output: Path) -> list[dict[str, Any]]:

@@ -21,10 +21,7 @@ def schema() -> dict[str, Any]:
 
 def source(value: Any, processor: Processor) -> Piece:
     """A path, the bytes of a file, an array or a PIL image."""
-    if not isinstance(value, (str, Path, bytes, np.ndarray, Image.Image)):
-        raise DataError(f"has to be a picture (a path or the bytes of a file), not {type(value).__name__}.")
-    if isinstance(value, (str, bytes)) and not value:
-        raise DataError("is empty.")
+    _check(value)
     tokenizer, grid = processor.tokenizer, processor.grid
     pixels = grid.read(value)
     patches = (pixels.shape[0] // grid.stride) * (pixels.shape[1] // grid.stride)
@@ -34,8 +31,7 @@ def source(value: Any, processor: Processor) -> Piece:
 def target(value: Any, processor: Processor) -> Sequence[int]:
     """A picture as in `source`."""
     codec, start = _codec(processor), processor.tokenizer.code_start
-    if not isinstance(value, (str, Path, bytes, np.ndarray, Image.Image)):
-        raise DataError(f"has to be a picture (a path or the bytes of a file), not {type(value).__name__}.")
+    _check(value)
     return [processor.tokenizer.image_id, *(start + codec.encode(value)).tolist()]
 
 
@@ -50,3 +46,10 @@ def _codec(processor: Processor) -> PictureCodec:
     if processor.codec is None:
         raise UsageError("this model has no image codec: it was not trained to draw (model.codec in its recipe).")
     return processor.codec
+
+
+def _check(value: Any) -> None:
+    if not isinstance(value, (str, Path, bytes, np.ndarray, Image.Image)):
+        raise DataError(f"has to be a picture (a path or the bytes of a file), not {type(value).__name__}.")
+    if isinstance(value, (str, bytes)) and not value:
+        raise DataError("is empty.")
