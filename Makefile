@@ -7,10 +7,13 @@ BIN := .venv/bin
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-fast lint format bench docs clean
+.PHONY: demo demo-images test test-fast lint format bench docs clean
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
+
+demo-images: .venv/.stamp  ## then teach that model to draw, and measure what it draws
+	$(BIN)/openm6 demo-images
 
 test: lint  ## everything
 	$(TEST)

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
-from openm6.decode.draw import Codes, Drawing, draw
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.decode.draw import OPEN, Codes, Drawing, draw
+from openm6.errors import DataError, OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.model.files import check_model, load_model, meta_model, quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
+from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -36,6 +39,21 @@ Record = Mapping[str, Any]
 
 CODEC = "codec"
 """Folder of a model directory with the image codec of a model that draws."""
+
+KEPT = "_kept"
+"""In a record of a task that draws: the codes that are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Painting:
+    """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
+    log-odds of relevance, fidelity and quality, and the score that ranks."""
+
+    image: Image.Image
+    number: int
+    codes: np.ndarray
+    estimates: dict[str, float]
+    score: float
 
 
 class Bundle:
@@ -111,16 +129,26 @@ class Bundle:
         own options (see Decoding).
         """
         task = self.task(task)
-        for name in slots:
-            if name not in task.slots:
-                raise UsageError(
-                    f"The task {task.name} has no slot {name}.{suggest(name, task.inputs)} It takes: "
-                    f"{', '.join(task.inputs) or 'nothing'}."
-                )
-        for name in task.inputs:
-            if name not in slots and not task.slots[name].drop:
-                raise UsageError(f"{name} is missing: the task {task.name} takes {', '.join(task.inputs)}.")
+        _check_slots(task, slots)
         return next(iter(self.run_many(task, [slots], decoding=decoding)))
+
+    def draw(
+        self,
+        task: str | Task,
+        *,
+        candidates: int = 1,
+        decoding: Mapping[str, Any] | None = None,
+        kept: np.ndarray | None = None,
+        **slots: Any,
+    ) -> list[Painting]:
+        """Candidates for one wish, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
+
+        `kept`, int [side * side]: codes that are given; -1 is drawn.
+        """
+        task = self.task(task)
+        _check_slots(task, slots)
+        records = [{**slots, KEPT: kept}]
+        return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
 
     def run_many(
         self,
@@ -133,7 +161,8 @@ class Bundle:
         """Answers to many records, in their order; read and answered `batch_size` x 4 at a time."""
         task = self.task(task)
         if task.draws:
-            yield from self._draw_many(task, records, batch_size, decoding)
+            for best in self.draw_many(task, records, batch_size=batch_size, decoding=decoding):
+                yield best[0].image
             return
         for group in _groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
@@ -164,25 +193,54 @@ class Bundle:
         if text != told:
             yield text[len(told) :]
 
-    def _draw_many(
-        self, task: Task, records: Iterable[Record], batch_size: int, decoding: Mapping[str, Any] | None
-    ) -> Iterator[Image.Image]:
+    def draw_many(
+        self,
+        task: str | Task,
+        records: Iterable[Record],
+        *,
+        candidates: int = 1,
+        batch_size: int = 64,
+        decoding: Mapping[str, Any] | None = None,
+    ) -> Iterator[list[Painting]]:
+        """For each record `candidates` pictures of a task that draws, the best by the model's own estimates first.
+
+        `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
+        """
+        task = self.task(task)
         options = Drawing.of(**{**task.decode, **(decoding or {})})
-        codec, tokenizer = self.processor.codec, self.processor.tokenizer
-        if codec is None:
-            raise UsageError(f"{task.name} draws, and this model has no image codec (model.codec in its recipe).")
-        codes = Codes(tokenizer.code_start, codec.num_codes, codec.side**2, tokenizer.mask_id)
+        codec, codes = self._codec(task)
         droppable = {name for name in task.inputs if task.slots[name].drop}
         if options.guidance and not droppable:
             raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
+        if candidates < 1:
+            raise UsageError(f"candidates is {candidates}; draw 1 or more.")
         done = 0
-        for group in _groups(records, batch_size):
-            prompts = [self.prompt(task, record) for record in group]
+        for group in _groups(records, max(1, batch_size // candidates)):
+            prompts = [self.prompt(task, record) for record in group for _ in range(candidates)]
             free = [self.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in group]
+            free = [prompt for prompt in free for _ in range(candidates)]
             with self.precision():
-                found = draw(self.model, prompts, free, codes, options, numbers=range(done, done + len(group)))
-            done += len(group)
-            yield from (codec.decode(row) for row in found.cpu().numpy())
+                kept = _kept([r.get(KEPT) for r in group for _ in range(candidates)], codes)
+                numbers = range(done, done + len(prompts))
+                drawn = draw(self.model, prompts, free, codes, options, kept, numbers)
+            done += len(prompts)
+            rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
+            made = [
+                Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
+                for place, (row, told, score) in enumerate(rows)
+            ]
+            for start in range(0, len(made), candidates):
+                yield sorted(made[start : start + candidates], key=lambda p: -p.score)
+
+    def _codec(self, task: Task) -> tuple[PictureCodec, Codes]:
+        codec, tokenizer = self.processor.codec, self.processor.tokenizer
+        if codec is None:
+            raise UsageError(f"{task.name} draws, and this model has no image codec (model.codec in its recipe).")
+        codes = Codes(
+            tokenizer.code_start, codec.num_codes, codec.side**2, tokenizer.mask_id, tokenizer.estimate_ids,
+            tokenizer.yes_id, tokenizer.no_id,
+        )  # fmt: skip
+        return codec, codes
 
     def prompt(self, task: Task, record: Record) -> Sequence:
         return task.encode(record, self.processor, rng=None, with_target=False)
@@ -240,6 +298,30 @@ def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, rout
     bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)
     write_whole(output, bundle.save)
     return bundle
+
+
+def _kept(given: list[np.ndarray | None], codes: Codes) -> torch.Tensor:
+    """Codes that are given, OPEN elsewhere, int64 [B, count]."""
+    kept = torch.full((len(given), codes.count), OPEN)
+    for row, one in zip(kept, given, strict=True):
+        if one is not None:
+            found = torch.as_tensor(np.asarray(one).ravel().astype(np.int64))
+            if len(found) != codes.count or found.min() < OPEN or found.max() >= codes.number:
+                raise DataError(f"What is kept of a picture has to be {codes.count} codes below {codes.number}, or -1.")
+            row[:] = found
+    return kept
+
+
+def _check_slots(task: Task, slots: Record) -> None:
+    for name in slots:
+        if name not in task.slots:
+            raise UsageError(
+                f"The task {task.name} has no slot {name}.{suggest(name, task.inputs)} It takes: "
+                f"{', '.join(task.inputs) or 'nothing'}."
+            )
+    for name in task.inputs:
+        if name not in slots and not task.slots[name].drop:
+            raise UsageError(f"{name} is missing: the task {task.name} takes {', '.join(task.inputs)}.")
 
 
 def _groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

@@ -25,7 +25,8 @@ SPECIAL = (
     "<|pad|>", "<|answer|>", "<|end|>", "<|image|>", "<|patch|>", "<|/image|>", "<|mask|>",
     "<|table|>", "<|/table|>", "<|row|>", "<|cell|>", *(f"<|reserved_{k}|>" for k in range(13)),
 )  # fmt: skip
-"""In the order of their ids. The reserved ones keep old models usable when later versions need a token."""
+"""In the order of their ids. The reserved ones keep old models usable when later versions need a token: the first five
+are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -35,6 +36,7 @@ class Tokenizer:
 
     vocab_size      all ids, those of the image codes too: the number of the model's embedding rows
     code_start      id of the first of `num_codes` image codes
+    estimate_ids    of the tokens that ask for a picture's relevance, fidelity and quality; answered by yes_id or no_id
     first_new_id    the lowest of our special tokens' ids: a wrapped vocabulary keeps all ids below it
     """
 
@@ -56,6 +58,7 @@ class Tokenizer:
             self.pad_id, self.answer_id, self.end_id, self.image_id, self.patch_id, self.image_end_id, self.mask_id,
             self.table_id, self.table_end_id, self.row_id, self.cell_id,
         ) = ids[:11]  # fmt: skip
+        self.estimate_ids, self.yes_id, self.no_id = tuple(ids[11:14]), ids[14], ids[15]
         self.first_new_id = min(ids)
         self.num_codes = num_codes
         self.code_start = max(known.values()) + 1

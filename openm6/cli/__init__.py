@@ -32,7 +32,7 @@ def _root(
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, failed work exit code 1."""
-    from openm6.cli import bench, data, models, plan, tasks, use, work  # noqa: F401  (they add their commands)
+    from openm6.cli import bench, data, demo, images, models, plan, tasks, use, work  # noqa: F401  (they add their commands)
 
     try:
         app()

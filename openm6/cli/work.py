@@ -1,4 +1,4 @@
-"""openm6 train, eval, demo."""
+"""openm6 train, eval."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def train(
 
         train_on_ray(load_recipe(recipe, overrides or []), ray_workers, os.environ.get("RAY_ADDRESS"))
         return
-    _train(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
+    run_recipe(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
 
 
-def _train(recipe: AnyRecipe, name: str, overrides: list[str], processes: int) -> None:
+def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: int) -> None:
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 
@@ -101,27 +101,3 @@ def decoding_options(values: list[str] | None) -> dict[str, float | int]:
         except ValueError:
             raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
     return options
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
-    processes: Processes = 1,
-    json: Json = False,
-) -> None:
-    """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
-    from openm6.evaluate.demo import report_demo
-    from openm6.train.recipe import load_recipe
-
-    changes = [f"output={output}", *(overrides or [])]
-    recipe = load_recipe("demo", changes)
-    _train(recipe, "demo", changes, processes)
-    figures = report_demo(recipe.output / "model", recipe.output)
-    if json:
-        emit(figures)
-        return
-    table(["question", "right", "95% interval", "records"], [
-        (f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} to {f['high']:.1%}", f["n"]) for f in figures["figures"]
-    ], "On combinations and digits the model has never seen")  # fmt: skip
-    typer.echo(f"Report: {figures['report']}")

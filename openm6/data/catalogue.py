@@ -4,11 +4,14 @@ A fifth of the (category, colour, pattern) combinations is held out: no training
 one of them, every item of a test picture is one of them. Each category, colour and pattern, and each pair of
 two of these, does occur in training. The same seed gives the same bytes.
 
-Six views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
+Seven views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
 
     catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
                 relation (of the first item to the second), and category, colour, pattern of the first item
-    items       one record a picture with a single item: image, category, colour, pattern
+    items       one record a picture with a single item: image, caption (six), category, colour, pattern
+    controls    of the items, with what a drawing can be asked to follow: caption, sketch (lines of the picture),
+                reference (another picture of the same category, colour and pattern), style (another category in the
+                same colour and pattern)
     pairs       two records a picture with two, one an item: image, place (its side), category, colour, pattern
     questions   one record a question: image, question, answer, kind, detail, objects
     relations   of the questions, those about the relation of two items
@@ -19,6 +22,8 @@ Splits: train; validation (new pictures of combinations that were trained); test
 
 from __future__ import annotations
 
+import io
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -27,19 +32,20 @@ from typing import Any
 import numpy as np
 
 from openm6.data import phrases
-from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
+from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, SIDE, Item, Placed, draw_picture
 from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
 from openm6.errors import UsageError, suggest
+from openm6.images import sketch
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
 
-VERSION = 3
+VERSION = 5
 """Goes up when the same seed would give other records: old caches are then left aside."""
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
 SPLITS = tuple(PICTURES)
-VIEWS = ("catalogue", "items", "pairs", "questions", "relations", "texts")
+VIEWS = ("catalogue", "items", "controls", "pairs", "questions", "relations", "texts")
 
 TWO_OBJECTS = 0.3
 """Share of the pictures with two items."""
@@ -114,19 +120,24 @@ def _place(items: tuple[Item, ...], relation: str, rng: np.random.Generator) -> 
     return placed
 
 
+_PLACES = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
+"""Columns with a picture's number, and what they are called with the picture itself."""
+
+
 class Pictured:
-    """Records that point at a picture by its number; the picture is read from the pictures' store."""
+    """Records that point at pictures by their numbers; the pictures are read from the pictures' store."""
 
     def __init__(self, pictures: ArrowRecords, rows: ArrowRecords):
         self._pictures, self._rows = pictures, rows
-        self.columns = ("image", *(name for name in rows.columns if name != "picture"))
+        self._places = {name: _PLACES[name] for name in rows.columns if name in _PLACES}
+        self.columns = tuple(self._places.get(name, name) for name in rows.columns)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
         record = self._rows[index]
-        return {**record, "image": self._pictures.blob(record.pop("picture"))}
+        return {self._places.get(k, k): self._pictures.blob(v) if k in self._places else v for k, v in record.items()}
 
 
 def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, Records]:
@@ -146,6 +157,8 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
 
         write_records(folder / "catalogue", drawn())
         write_records(folder / "items", _item_rows(split, rows))
+        drawn_pictures = ArrowRecords(folder / "catalogue")
+        write_records(folder / "controls", _control_rows(split, rows, drawn_pictures))
         write_records(folder / "pairs", _pair_rows(split, rows))
         questions = list(_question_rows(split, rows))
         write_records(folder / "questions", questions)
@@ -170,8 +183,30 @@ def _shown(records: Iterable[Record], count: int, what: str) -> Iterable[Record]
 def _item_rows(split: str, rows: list[Record]) -> Iterator[Record]:
     for number, row in enumerate(rows):
         if row["objects"] == 1:
-            attributes = {name: row[name] for name in ("category", "colour", "pattern")}
-            yield {"_where": f"demo:items/{split}#{number}", "picture": number, **attributes}
+            told = {name: row[name] for name in ("caption", "category", "colour", "pattern")}
+            yield {"_where": f"demo:items/{split}#{number}", "picture": number, **told}
+
+
+def _control_rows(split: str, rows: list[Record], pictures: ArrowRecords) -> Iterator[Record]:
+    """Items of whose kind there are others."""
+    rng = np.random.default_rng(len(rows))
+    items = [(number, row) for number, row in enumerate(rows) if row["objects"] == 1]
+    alike: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in items:
+        alike[row["colour"], row["pattern"]][row["category"]].append(number)
+    for number, row in items:
+        kinds = alike[row["colour"], row["pattern"]]
+        same = [other for other in kinds[row["category"]] if other != number]
+        styled = [other for category, numbers in kinds.items() if category != row["category"] for other in numbers]
+        if same and styled:
+            lines = io.BytesIO()
+            sketch(pictures.blob(number), SIDE).convert("1").save(lines, "PNG")
+            yield {
+                "_where": f"demo:controls/{split}#{number}", "picture": number, "caption": row["caption"],
+                "sketch": lines.getvalue(), "reference_picture": same[rng.integers(len(same))],
+                "style_picture": styled[rng.integers(len(styled))],
+                **{name: row[name] for name in ("category", "colour", "pattern")},
+            }  # fmt: skip
 
 
 def _pair_rows(split: str, rows: list[Record]) -> Iterator[Record]:

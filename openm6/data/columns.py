@@ -111,14 +111,14 @@ def map_columns(
                 free = [c for c in candidates(slot) if c in columns and c not in chosen.values()]
                 if free:
                     chosen[slot] = free[0]
-    for slot in task.slots:
-        if slot not in chosen:
+    for slot, what in task.slots.items():
+        if slot not in chosen and not what.drop:
             raise UsageError(
                 f"The task {task.name} needs {slot} ([{task.slots[slot].type}:{slot}]), and none of the data's columns "
                 f"({', '.join(columns)}) is taken for it: say which, "
                 f"by columns: {{{slot}: {columns[0] if columns else 'COLUMN'}}}."
             )
-    return {slot: chosen[slot] for slot in task.slots}
+    return {slot: chosen[slot] for slot in task.slots if slot in chosen}
 
 
 def _synonyms(slot: str, kind: str) -> list[str]:

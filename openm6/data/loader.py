@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,9 @@ class _Draws:
         for other in range(min(_TRIES, len(self))):
             record = self.entry.records[(index + other) % len(self)]
             try:
-                example = self.entry.task.encode(self._view(record, rng), self._processor, rng)
+                seen = self._view(record, rng)
+                another = partial(self._another, rng)
+                example = self.entry.task.encode(seen, self._processor, rng, another=another)
             except DataError as error:
                 if self._rejects is None:
                     raise
@@ -182,6 +184,9 @@ class _Draws:
             example.origin = self.entry.name
             return example
         raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
+
+    def _another(self, rng: np.random.Generator) -> Mapping[str, Any]:
+        return self._view(self.entry.records[int(rng.integers(len(self)))], rng)
 
 
 class _Deck:

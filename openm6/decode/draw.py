@@ -3,6 +3,9 @@
 In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass proposes all codes that are
 still open, which see the prompt and each other both ways; the surest stay, the others are asked again.
 What a row gets depends on that row alone: its own mask, its own random numbers.
+
+Progressive (M6-UFC, section 3.2): every pass draws several pictures from what stands; the estimates say which goes on,
+and its least sure codes are drawn again, until the estimates stop rising.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import torch
 from torch import Tensor
 
 from openm6.decode.generate import check_ranges, check_room, options, sample
+from openm6.errors import UsageError
 from openm6.model import M6
+from openm6.model.attention import Cache
 from openm6.sequence import Sequence, pad
 
 OPEN = -1
@@ -33,6 +38,10 @@ class Drawing:
     guidance      how much further than the prompt says, away from what would be drawn without its droppable parts
                   (classifier-free guidance, Ho and Salimans 2022): logits c + guidance (c - u)
     seed          of the random numbers; row i draws from seed and i
+    branches      pictures drawn in every pass, of which the best by the estimates goes on; 1 asks for no estimates
+    relevance     weight of the estimate of that name (log-odds), and likewise:
+    fidelity
+    quality
     """
 
     passes: int = 8
@@ -40,9 +49,23 @@ class Drawing:
     noise: float = 4.0
     guidance: float = 0.0
     seed: int = 0
+    branches: int = 1
+    relevance: float = 1.0
+    fidelity: float = 1.0
+    quality: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100))
+        check_ranges(
+            self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
+            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100),
+        )  # fmt: skip
+        if self.branches > 1 and not self.passes:
+            raise UsageError("branches are drawn in passes: give passes above 0.")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the estimates, in their order."""
+        return self.relevance, self.fidelity, self.quality
 
     @classmethod
     def of(cls, **values: Any) -> Drawing:
@@ -53,12 +76,27 @@ class Drawing:
 @dataclass(frozen=True, slots=True)
 class Codes:
     """The ids of image codes: `count` a picture, of `number` different ones from the id `start` on; `mask_id` stands
-    for one that is open."""
+    for one that is open. `estimates` ask for the estimates; their answers are `yes_id` and `no_id`."""
 
     start: int
     number: int
     count: int
     mask_id: int
+    estimates: tuple[int, ...]
+    yes_id: int
+    no_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """codes int64 [B, count], 0 to number - 1; estimates fp32 [B, 3], log-odds of relevance, fidelity, quality."""
+
+    codes: Tensor
+    estimates: Tensor
+
+    def score(self, drawing: Drawing) -> Tensor:
+        """The estimates as one number, fp32 [B]."""
+        return _combined(self.estimates, drawing)
 
 
 @torch.inference_mode()
@@ -70,23 +108,37 @@ def draw(
     drawing: Drawing | None = None,
     kept: Tensor | None = None,
     numbers: Items[int] | None = None,
-) -> Tensor:
-    """Codes 0 to number - 1 for every prompt (a Sequence that ends where the codes begin), int64 [B, count].
+) -> Drawn:
+    """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
 
     `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
     OPEN where one has to be drawn. `numbers`: of the rows, for their random numbers; 0, 1, ... by default.
     """
     drawing = drawing or Drawing()
-    both = [*prompts, *(free if drawing.guidance else [])]
+    branches = drawing.branches
+    prompts = [p for p in prompts for _ in range(branches)]
+    both = [*prompts, *(p for p in free if drawing.guidance for _ in range(branches))]
     longest, device = max(len(p) for p in both), model.embed.weight.device
-    check_room(model, longest, codes.count)
-    hidden, cache = model.prefill(pad(both, pad_id=0).to(device), longest + codes.count)
-    found = torch.full((len(prompts), codes.count), OPEN, device=device) if kept is None else kept.clone().to(device)
-    seeds = [hash((drawing.seed, row)) & 0x7FFFFFFF for row in numbers or range(len(prompts))]
+    check_room(model, longest, codes.count + len(codes.estimates))
+    hidden, cache = model.prefill(pad(both, pad_id=0).to(device), longest + codes.count + len(codes.estimates))
+    found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
+    found = found.repeat_interleave(branches, 0).to(device)
+    rows = numbers or range(len(prompts) // branches)
+    seeds = [hash((drawing.seed, row, branch)) & 0x7FFFFFFF for row in rows for branch in range(branches)]
     chance = _Chance([torch.Generator().manual_seed(seed) for seed in seeds], device)
-    if drawing.passes:
-        return _in_passes(model, cache, found, codes, drawing, chance)
-    return _one_by_one(model, cache, hidden, found, codes, drawing, chance)
+    painter = _Painter(model, cache, codes, drawing, chance)
+    if branches > 1:
+        return painter.progressively(found)
+    found = painter.in_passes(found) if drawing.passes else painter.one_by_one(found, hidden)
+    return Drawn(found, painter.estimate(found))
+
+
+@torch.inference_mode()
+def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -> Drawn:
+    """What the model thinks of whole pictures, int64 [B, count], as answers to these prompts."""
+    device = model.embed.weight.device
+    _, cache = model.prefill(pad(prompts, pad_id=0).to(device), max(len(p) for p in prompts) + codes.count + 3)
+    return Drawn(found, _Painter(model, cache, codes, Drawing(), None).estimate(found.to(device)))
 
 
 class _Chance:
@@ -99,38 +151,90 @@ class _Chance:
         return torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
 
 
-def _in_passes(model: M6, cache: Any, found_BN: Tensor, codes: Codes, drawing: Drawing, chance: _Chance) -> Tensor:
-    wanted_B = (found_BN == OPEN).sum(1)
-    for number in range(1, drawing.passes + 1):
+class _Painter:
+    """The ways to fill in the open codes of some rows, all after one cache."""
+
+    def __init__(self, model: M6, cache: Cache, codes: Codes, drawing: Drawing, chance: _Chance | None):
+        self.model, self.cache, self.codes, self.drawing, self.chance = model, cache, codes, drawing, chance
+
+    def in_passes(self, found_BN: Tensor) -> Tensor:
+        wanted_B = (found_BN == OPEN).sum(1)
+        for number in range(1, self.drawing.passes + 1):
+            drawn_BN, sure_BN = self._propose(found_BN, number)
+            sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
+            found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
+            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+        return found_BN
+
+    def progressively(self, found_BN: Tensor) -> Drawn:
+        """Rows come in groups of `branches`, alike; one row of each group is given back."""
+        branches, passes = self.drawing.branches, self.drawing.passes
+        given_BN, wanted_B = found_BN != OPEN, (found_BN == OPEN).sum(1)
+        groups = len(found_BN) // branches
+        sure_BN = torch.zeros(found_BN.shape, device=found_BN.device)
+        best = Drawn(found_BN[::branches].clone(), torch.full((groups, 3), -math.inf, device=found_BN.device))
+        going_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
+        for number in range(1, passes + 1):
+            drawn_BN, now_BN = self._propose(found_BN, number)
+            whole_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
+            sure_BN = torch.where(found_BN == OPEN, now_BN, sure_BN).masked_fill(given_BN, math.inf)
+            estimates_BE = self.estimate(whole_BN)
+            score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
+            chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
+            rises_G = going_G & (score_GR.amax(1) > best.score(self.drawing))
+            best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
+            # From half of the passes on, the first pass that gives nothing better is the last.
+            going_G = going_G & (rises_G | (number <= passes // 2))
+            if not going_G.any():
+                break
+            every_B = chosen_G.repeat_interleave(branches)
+            found_BN, sure_BN = whole_BN[every_B], sure_BN[every_B]
+            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+        return best
+
+    def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Tensor:
+        found_BN, times = found_BN.clone(), 2 if self.drawing.guidance else 1
+        assert self.chance is not None
+        lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
+        for place in range(self.codes.count):
+            logits_BK = _guided(self.model.logits(hidden), self.codes, self.drawing)
+            drawn_B = _choose(logits_BK, self.chance(1)[:, 0], self.drawing.temperature)
+            found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
+            if place + 1 < self.codes.count:
+                hidden = self.model.step((self.codes.start + found_BN[:, place]).repeat(times), self.cache)
+        self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
+        return found_BN
+
+    def estimate(self, found_BN: Tensor) -> Tensor:
+        """Log-odds of each estimate, fp32 [B, 3]. The picture's place in the cache is after the prompts alone."""
+        asked_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
+        ids_BN = torch.cat((self.codes.start + found_BN, asked_BE), 1)
+        hidden = self.model.fill(ids_BN, self.cache.first(len(found_BN)))[:, -len(self.codes.estimates) :]
+        logits = self.model.logits(hidden)
+        return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
+
+    def _propose(self, found_BN: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """A code for every place, and how sure it is with the pass's noise, both [B, N]."""
+        codes, drawing = self.codes, self.drawing
+        assert self.chance is not None
         ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
         times = 2 if drawing.guidance else 1
-        logits_BNK = _guided(model.logits(model.fill(ids_BN.repeat(times, 1), cache)), codes, drawing)
-        drawn_BN = _choose(logits_BNK, chance(codes.count), drawing.temperature)
+        logits_BNK = _guided(self.model.logits(self.model.fill(ids_BN.repeat(times, 1), self.cache)), codes, drawing)
+        drawn_BN = _choose(logits_BNK, self.chance(codes.count), drawing.temperature)
         sure_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
-        share = number / drawing.passes
-        gumbel_BN = -(-chance(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
-        sure_BN = sure_BN + drawing.noise * (1 - share) * gumbel_BN
-        sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
-        # A cosine of what was open at first is asked again.
-        again_B = (math.cos(math.pi / 2 * share) * wanted_B + 1e-6).floor()
-        rank_BN = sure_BN.argsort(dim=1).argsort(dim=1)
-        found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
-        found_BN = found_BN.masked_fill(rank_BN < again_B[:, None], OPEN)
-    return found_BN
+        gumbel_BN = -(-self.chance(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
+        return drawn_BN, sure_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
+
+    def _least(self, sure_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
+        """Which codes are asked again after a pass, bool [B, N]: a cosine of the `wanted_B` that were open at first."""
+        again_B = (math.cos(math.pi / 2 * number / self.drawing.passes) * wanted_B + 1e-6).floor()
+        return sure_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
 
 
-def _one_by_one(
-    model: M6, cache: Any, hidden: Tensor, found_BN: Tensor, codes: Codes, drawing: Drawing, chance: _Chance
-) -> Tensor:
-    found_BN = found_BN.clone()
-    times = 2 if drawing.guidance else 1
-    for place in range(codes.count):
-        logits_BK = _guided(model.logits(hidden), codes, drawing)
-        drawn_B = _choose(logits_BK, chance(1)[:, 0], drawing.temperature)
-        found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
-        if place + 1 < codes.count:
-            hidden = model.step((codes.start + found_BN[:, place]).repeat(times), cache)
-    return found_BN
+def _combined(estimates_BE: Tensor, drawing: Drawing) -> Tensor:
+    """Log-probability of a yes to each estimate, weighted: being sure of one does not make up for another."""
+    weights_E = torch.tensor(drawing.weights, device=estimates_BE.device)
+    return (torch.nn.functional.logsigmoid(estimates_BE) * weights_E).sum(1)
 
 
 def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:

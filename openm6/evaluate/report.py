@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.images import open_image
 
@@ -59,6 +61,31 @@ def write_report(
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
     content = {"title": title, "figures": figures or [], "evaluations": [e.to_dict() for e in evaluations]}
+    (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return _write_html(folder / "index.html", title, text)
+
+
+def write_pictures(
+    folder: Path,
+    title: str,
+    intro: str,
+    rows: Mapping[str, Mapping[str, float]],
+    shown: Iterable[tuple[str, Image.Image]],
+) -> Path:
+    """A report of drawn pictures: `rows` of measures, and pictures with what was asked for. Returns its index.html."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    names = list(list(rows.values())[-1])
+    figures = [(name, *(f"{row[name]:.3f}" for row in rows.values())) for name in names]
+    cells = []
+    for number, (text, picture) in enumerate(shown):
+        picture.resize((192, 192)).save(pictures / f"{number}.png")
+        cells.append((f"![](pictures/{number}.png)", _escape(text)))
+    pairs = [(*cells[i], *cells[i + 1]) for i in range(0, len(cells) - 1, 2)]
+    parts = [f"# {title}", intro, _table(("measure", *rows), figures)]
+    text = "\n\n".join([*parts, _table(("drawn", "asked for") * 2, pairs)]) + "\n"
+    (folder / "report.md").write_text(text, "utf-8")
+    content = {"title": title, "rows": rows}
     (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return _write_html(folder / "index.html", title, text)
 

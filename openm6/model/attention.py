@@ -6,6 +6,7 @@ H query heads, K key/value heads, E width of a head, F width of the feed-forward
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,15 @@ class Cache:
         self.values = [v.index_select(0, rows) for v in self.values]
         self.lengths = self.lengths.index_select(0, rows)
         self.counts = self.lengths.tolist()
+
+    def first(self, rows: int) -> Cache:
+        """The first rows, which share their memory with this one's."""
+        if rows == len(self.counts):
+            return self
+        part = copy(self)
+        part.keys, part.values = [k[:rows] for k in self.keys], [v[:rows] for v in self.values]
+        part.lengths, part.counts = self.lengths[:rows], self.counts[:rows]
+        return part
 
     def grow(self) -> None:
         """Every row is one position longer."""

@@ -1,6 +1,6 @@
 """The image codec: pictures to a grid of codes and back, the first stage of drawing (VQGAN, Esser et al. 2021).
 
-encoder   convolutions of stride 2 with residual blocks between them, as in the stem that reads pictures
+encoder   squares of a few pixels to channels, then a halving for each further width, a residual block after each
 middle    a quantizer (model/quantize.py)
 decoder   the same upside down: each doubling is a convolution to 4 x the channels, laid out as 2 x 2 pixels
 critic    optional: tells real squares of a picture from made ones (PatchGAN, Isola et al. 2017)
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from openm6.errors import UsageError
-from openm6.model.embed import Residual, stem
+from openm6.model.embed import Residual
 from openm6.model.network import Network
 from openm6.model.quantize import FiniteScalars, VectorCodebook
 
@@ -30,18 +31,21 @@ class CodecConfig(PreTrainedConfig):
     """The sizes of a codec, and what its loss is made of.
 
     image_size     pixels of a side
-    widths         channels after each halving; a code stands for a square of 2^len(widths) pixels
+    patch          pixels of a side that the first convolution takes together
+    widths         channels after it and after each halving; a code stands for a square of patch * 2^(len(widths) - 1)
     depth          residual blocks of the decoder at each size
     quantizer      `fsq` with `levels` (num_codes is their product), or `vq` with `num_codes` vectors of `code_dims`
-    feature_loss   weight of the distance between what the encoder makes of a picture and of its reconstruction
+    feature_loss   weight of the distance between what an encoder makes of a picture and of its reconstruction: the
+                   codec's own, or the eyes of a model that has learned to read such pictures (`Codec.look_with`)
     critic_loss    weight of the critic's opinion; 0 has no critic
     """
 
     model_type: ClassVar[str] = "openm6-codec"
 
     image_size: int = 64
-    widths: list[int] = None  # type: ignore[assignment]  # [32, 64, 128]
-    depth: int = 2
+    patch: int = 4
+    widths: list[int] = None  # type: ignore[assignment]  # [48, 96]
+    depth: int = 1
     quantizer: str = "fsq"
     levels: list[int] = None  # type: ignore[assignment]  # [8, 5, 5, 5]
     num_codes: int = None  # type: ignore[assignment]  # 1,024 for vq
@@ -50,14 +54,14 @@ class CodecConfig(PreTrainedConfig):
     critic_loss: float = 0.0
 
     def __post_init__(self, **more: object) -> None:
-        self.widths, self.levels = self.widths or [32, 64, 128], self.levels or [8, 5, 5, 5]
+        self.widths, self.levels = self.widths or [48, 96], self.levels or [8, 5, 5, 5]
         if self.quantizer not in ("fsq", "vq"):
             raise UsageError(f'codec.quantizer is "{self.quantizer}"; it can be fsq or vq.')
         self.num_codes = math.prod(self.levels) if self.quantizer == "fsq" else self.num_codes or 1024
         if self.image_size % self.stride:
             raise UsageError(
-                f"codec.image_size is {self.image_size}; with {len(self.widths)} widths it has to be a multiple of "
-                f"{self.stride}."
+                f"codec.image_size is {self.image_size}; with patch {self.patch} and {len(self.widths)} widths it "
+                f"has to be a multiple of {self.stride}."
             )
         if any(width % 8 for width in self.widths):
             raise UsageError(f"codec.widths are {self.widths}; each has to be a multiple of 8.")
@@ -66,7 +70,7 @@ class CodecConfig(PreTrainedConfig):
     @property
     def stride(self) -> int:
         """Pixels of a code's side."""
-        return int(2 ** len(self.widths))
+        return int(self.patch * 2 ** (len(self.widths) - 1))
 
     @property
     def side(self) -> int:
@@ -99,12 +103,17 @@ class Codec(Network):
             if config.quantizer == "fsq"
             else VectorCodebook(config.num_codes, config.code_dims)
         )
-        self.encoder = stem(config.widths)
+        self.encoder = _down(config.patch, config.widths)
         self.into = nn.Sequential(nn.GroupNorm(8, width), nn.Conv2d(width, self.quantizer.dims, 1))
         self.out_of = nn.Conv2d(self.quantizer.dims, width, 1)
-        self.decoder = _upside_down(config.widths, config.depth)
+        self.decoder = _up(config.patch, config.widths, config.depth)
         self.critic = _critic(config.widths) if config.critic_loss else None
+        self._eyes: tuple[nn.Sequential, ...] = ()  # in a tuple: no part of this network
         self.post_init()
+
+    def look_with(self, eyes: nn.Sequential) -> None:
+        """Take the features of the loss from these layers (a `stem`), which stay as they are."""
+        self._eyes = (eyes,)
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
         if isinstance(module, nn.Conv2d):  # He et al. 2015
@@ -148,8 +157,8 @@ class Codec(Network):
         return x.float()
 
     def _features(self, x_B3HW: Tensor) -> Iterator[Tensor]:
-        """What the encoder, held still, makes of pictures after each halving, every position scaled to length 1."""
-        for layer in self.encoder:
+        """What an encoder, held still, makes of pictures after each halving, every position scaled to length 1."""
+        for layer in self._eyes[0] if self._eyes else self.encoder:
             x_B3HW = _held(layer, x_B3HW)
             if isinstance(layer, Residual):
                 yield F.normalize(x_B3HW.float(), dim=1)
@@ -179,15 +188,23 @@ def _held(module: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def _upside_down(widths: list[int], depth: int) -> nn.Sequential:
+def _down(patch: int, widths: list[int]) -> nn.Sequential:
+    """[B, 3, H, W] to [B, widths[-1], h, w]."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], patch, patch), Residual(widths[0])]
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
+    return nn.Sequential(*layers)
+
+
+def _up(patch: int, widths: list[int], depth: int) -> nn.Sequential:
     """[B, widths[-1], h, w] to [B, 3, H, W]."""
     layers: list[nn.Module] = []
-    for here, above in zip(reversed(widths), [*reversed(widths[:-1]), 0], strict=True):
+    for here, above in pairwise([*reversed(widths), 0]):
         layers += [Residual(here) for _ in range(depth)]
         if above:
             layers += [nn.Conv2d(here, 4 * above, 1), nn.PixelShuffle(2)]
-    layers += [nn.GroupNorm(8, widths[0]), nn.GELU(), nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2)]
-    return nn.Sequential(*layers)
+    last = nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1)
+    return nn.Sequential(*layers, nn.GroupNorm(8, widths[0]), nn.GELU(), last, nn.PixelShuffle(patch))
 
 
 def _critic(widths: list[int]) -> nn.Sequential:

@@ -2,21 +2,31 @@
 
     one after the other   source <|answer|> <|image|> c1 c2 ... cn     labels: <|image|> c1 c2 ... cn <|end|>
     by masks              source <|answer|> <|image|> c1 ?  ... ?      labels: of the masked codes, at their own places
+    judged                source <|answer|> <|image|> c1 c2 ... cn r f q   labels: verdicts at r, f and q
 
-By masks the codes see each other both ways (block 1), and the sequence ends with them.
+By masks the codes see each other both ways (block 1), and the sequence ends with them. A judged picture is whole; its
+estimates belong to its block: does it show what it should (relevance), does it look real (fidelity; M6-UFC, section
+3.2), do people like it (quality).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from openm6.errors import DataError
 from openm6.sequence import CAUSAL, IGNORE, Sequence
 from openm6.tokenizer import Tokenizer
 
 BLOCK = 1
+
+ESTIMATES = ("relevance", "fidelity", "quality")
+"""What a picture is judged by, in the order of the tokenizer's `estimate_ids`. A record may have verdicts of its own,
+in columns `verdict_relevance` and so on: true or false, 1 or 0."""
 
 
 def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
@@ -39,6 +49,35 @@ def by_masks(
     ids[-count:][masked] = tokenizer.mask_id
     blocks[-count:] = BLOCK
     labels[-count:][masked] = codes[masked]
+    return replace(sequence, ids=ids, blocks=blocks, labels=labels)
+
+
+def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
+    """The verdicts that a record has. Raises DataError for one that is neither true nor false."""
+    found = {}
+    for name in ESTIMATES:
+        value = record.get(f"verdict_{name}")
+        if value is None or value == "":
+            continue
+        if str(value).lower() not in _VERDICTS:
+            raise DataError(f"verdict_{name} is {str(value)[:40]!r}; a verdict on a picture is 1 or 0, true or false.")
+        found[name] = _VERDICTS[str(value).lower()]
+    return found
+
+
+_VERDICTS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
+
+
+def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
+    """The sequence whose last positions are the `count` codes of a whole picture, with its estimates after them."""
+    start = len(sequence) - count
+    blocks = np.append(sequence.blocks, [BLOCK] * len(ESTIMATES)).astype(np.int32)
+    blocks[start:] = BLOCK
+    labels = np.full(len(blocks), IGNORE, np.int32)
+    for place, name in enumerate(ESTIMATES, start=len(sequence)):
+        if name in verdicts:
+            labels[place] = tokenizer.yes_id if verdicts[name] else tokenizer.no_id
+    ids = np.append(sequence.ids, tokenizer.estimate_ids).astype(np.int32)
     return replace(sequence, ids=ids, blocks=blocks, labels=labels)
 
 

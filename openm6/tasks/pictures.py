@@ -40,7 +40,7 @@ class PictureCodec:
             known = self._known.get(key)
         if known is None:
             device = self.codec.out_of.weight.device
-            codes = self.codec.encode(torch.from_numpy(pixels)[None].to(device))
+            codes = self.codec.encode(torch.tensor(pixels)[None].to(device))
             known = codes.flatten().cpu().numpy().astype(np.uint16 if self.num_codes < 2**16 else np.int32)
             with self._lock:
                 self._known[key] = known

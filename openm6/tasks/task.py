@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence as Items
+from collections.abc import Callable, Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -18,7 +18,7 @@ from openm6.tasks import corrupt, drawn, target
 from openm6.tasks.grammar import Instruction, Slot, parse
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import TYPES
+from openm6.tasks.slots import TYPES, image
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.trie import Trie
 from openm6.tokenizer import Tokenizer
@@ -27,6 +27,9 @@ Record = Mapping[str, Any]
 
 BY_MASKS = 0.75
 """Share of the drawn pictures that are learned by masks; the others one code after the other."""
+
+JUDGED = 0.2
+"""Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
 
 _ANSWERS = 100_000
 """Closed answers (combinations of labels) up to which decoding is kept to them."""
@@ -134,9 +137,17 @@ class Task:
     # From a record to a Sequence
 
     def encode(
-        self, record: Record, processor: Processor, rng: np.random.Generator | None = None, with_target: bool = True
+        self,
+        record: Record,
+        processor: Processor,
+        rng: np.random.Generator | None = None,
+        with_target: bool = True,
+        another: Callable[[], Record] | None = None,
     ) -> Sequence:
         """The Sequence of one record whose keys are the slots' names.
+
+        A task that draws learns verdicts on whole pictures too: those of a record that has them (drawn.ESTIMATES), and
+        in training, with `another` record of the same source, whether a picture is the record's own.
 
         With `rng` (training) it takes any of the instructions and corrupts as they say. Without, the first one, and
 
@@ -149,6 +160,7 @@ class Task:
         instruction = self.instructions[number]
         complements: dict[str, str] = {}
         pieces: list[Piece] = []
+        asked: list[str] = []
         after_text = False  # two texts that touch are kept apart
         for part in instruction.source:
             if isinstance(part, str):
@@ -175,6 +187,7 @@ class Task:
             if after_text and part.type in target.SPOKEN:
                 pieces.append(Piece((processor.tokenizer.row_id,)))
             pieces.append(piece)
+            asked.append(part.name)
             after_text = part.type in target.SPOKEN
         if not with_target:
             if self.draws:
@@ -196,14 +209,43 @@ class Task:
         if not self.draws:
             return sequence
         assert processor.codec is not None
-        codes = np.array(wanted[1:], np.int32)
         if sequence.labels[-1] != processor.tokenizer.end_id:
             raise DataError(
-                f"{_where(record)}the {len(codes)} codes of a picture do not fit: the model takes "
+                f"{_where(record)}the {len(wanted) - 1} codes of a picture do not fit: the model takes "
                 f"{processor.max_length} positions (max_length)."
             )
-        if rng is not None and rng.random() < BY_MASKS:
-            return drawn.by_masks(sequence, codes, processor.codec.side, processor.tokenizer, rng)
+        return self._learned(record, sequence, np.array(wanted[1:], np.int32), processor, rng, another, asked)
+
+    def _learned(
+        self,
+        record: Record,
+        sequence: Sequence,
+        codes: np.ndarray,
+        processor: Processor,
+        rng: np.random.Generator | None,
+        another: Callable[[], Record] | None,
+        asked: Items[str],
+    ) -> Sequence:
+        """The way in which a picture, the last positions of a sequence, is learned; `asked` are the slots before it."""
+        tokenizer, codec = processor.tokenizer, processor.codec
+        assert codec is not None
+        if verdicts := drawn.verdicts_of(record):
+            return drawn.judged(sequence, len(codes), verdicts, tokenizer)
+        if rng is None:
+            return sequence
+        if another is not None and rng.random() < JUDGED:
+            verdicts = {"relevance": True, "fidelity": True}
+            if rng.random() < 0.5:
+                other, slot = another(), self.outputs[0]
+                ids = sequence.ids.copy()
+                ids[-len(codes) :] = image.target(self._value(other, self.slots[slot], rng), processor)[1:]
+                sequence = replace(sequence, ids=ids)
+                verdicts["relevance"] = all(other.get(name) == record.get(name) for name in asked)
+            if not asked:
+                del verdicts["relevance"]
+            return drawn.judged(sequence, len(codes), verdicts, tokenizer)
+        if rng.random() < BY_MASKS:
+            return drawn.by_masks(sequence, codes, codec.side, tokenizer, rng)
         return sequence
 
     def _value(self, record: Record, slot: Slot, rng: np.random.Generator | None) -> Any:

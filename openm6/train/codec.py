@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
-from openm6.errors import DataError
+from openm6.errors import DataError, UsageError
 from openm6.images import read_square
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.tasks.grammar import Slot
@@ -45,7 +46,7 @@ class PictureTask:
         self.slots = {"image": Slot("image", "image")}
         self.aliases: dict[str, tuple[str, ...]] = {}
 
-    def encode(self, record: Mapping[str, Any], *_: Any) -> Picture:
+    def encode(self, record: Mapping[str, Any], *_: Any, **__: Any) -> Picture:
         if record.get("image") is None:
             raise DataError("There is no picture in this record.")
         return Picture(read_square(record["image"], self.size))
@@ -59,6 +60,7 @@ class Pictures:
         self.path = recipe.codec.path
         self.config = CodecConfig.from_pretrained(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
         self.task = PictureTask(self.config.image_size)
+        self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
         rejects = open_rejects(recipe.output, recipe.train, group)
         entries = [
             Entry(s.name or s.source, open_section(s, rejects), self.task, s.weight, s.columns, s.start)  # type: ignore[arg-type]
@@ -69,7 +71,10 @@ class Pictures:
 
     def network(self, shared: bool) -> Codec:
         with torch.device("meta"):
-            return Codec(self.config)
+            codec = Codec(self.config)
+        if self.eyes is not None:
+            codec.look_with(self.eyes)
+        return codec
 
     def count(self, examples: list[Picture]) -> tuple[int, int]:
         return len(examples), len(examples)
@@ -119,6 +124,14 @@ class Pictures:
         return {
             "psnr": float(np.mean(psnr)), "ssim": float(np.mean(similar)), "codes_used": float(used.float().mean())
         }  # fmt: skip
+
+
+def _eyes(path: Path) -> nn.Sequential:
+    """The stem that a model reads pictures with."""
+    embedder = Bundle.load(path, device="cpu", trainable=True).model.image
+    if embedder is None or not isinstance(embedder.features, nn.Sequential):
+        raise UsageError(f"codec.eyes: {path} has no stem; its image_embedder has to be stem.")
+    return embedder.features.requires_grad_(False)
 
 
 def _stack(pictures: list[Picture], device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ class ModelSection(_Strict):
     preset: str | None = None
     path: Path | None = None
     sizes: dict[str, Any] = Field(default_factory=dict, description="single values of ModelConfig to change")
-    codec: Path | None = Field(None, description="directory of an image codec, for a model that draws")
+    codec: Path | None = Field(None, description="directory of an image codec: the model learns to draw with it")
     max_length: int | None = Field(None, ge=8, description="longest example in positions; the default is row_length")
 
     @model_validator(mode="after")
@@ -31,8 +31,6 @@ class ModelSection(_Strict):
             raise ValueError("give either preset or path")
         if self.path and self.sizes:
             raise ValueError("sizes change a preset; a model from a path keeps its own")
-        if self.path and self.codec:
-            raise ValueError("a model from a path keeps its own codec")
         return self
 
 
@@ -166,6 +164,9 @@ class CodecSection(_Strict):
 
     sizes: dict[str, Any] = Field(default_factory=dict)
     path: Path | None = None
+    eyes: Path | None = Field(
+        None, description="model directory whose picture stem gives the features of the loss, not the codec's encoder"
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> CodecSection:

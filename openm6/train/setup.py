@@ -24,7 +24,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.distributed import Group
-from openm6.train.recipe import AnyRecipe, DataSection, Recipe, SourceSection, TrainSection
+from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
 
 TOKENIZER_TEXTS = 200_000
 """Texts that a tokenizer is trained on at most."""
@@ -36,12 +36,14 @@ MAX_LABELS = 10_000
 def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     """The model to start from, without weights yet, and its tokenizer. A resumed run takes that of its first start."""
     section = recipe.model
+    codec = PictureCodec.load(section.codec) if section.codec else None
     if section.path is not None:
         bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
             bundle.processor = replace(bundle.processor, max_length=section.max_length)
+        if codec is not None:
+            bundle.processor = replace(bundle.processor, codec=_fitting(codec, bundle, section))
         return bundle
-    codec = PictureCodec.load(section.codec) if section.codec else None
     tokenizer = _tokenizer(recipe, group, codec)
     sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
     if "vocab_size" in section.sizes:
@@ -54,6 +56,18 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     length = section.max_length or recipe.train.row_length
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec))
+
+
+def _fitting(codec: PictureCodec, bundle: Bundle, section: ModelSection) -> PictureCodec:
+    """The codec for a model that has none yet, but ids for its codes."""
+    if bundle.processor.codec is not None:
+        raise UsageError(f"{section.path} draws already, with a codec of its own: leave model.codec out.")
+    ids = bundle.processor.tokenizer.num_codes
+    if ids < codec.num_codes:
+        raise UsageError(
+            f"{section.path} has ids for {ids} image codes; the codec {section.codec} has {codec.num_codes}."
+        )
+    return codec
 
 
 def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Tokenizer:

@@ -11,7 +11,7 @@ import torch
 from openm6.errors import UsageError
 from openm6.model.codec import Codec, CodecConfig, as_bytes, unit
 
-TINY = {"image_size": 16, "widths": [8, 16], "levels": [4, 4], "depth": 1}
+TINY = {"image_size": 16, "widths": [8, 16], "patch": 2, "levels": [4, 4], "depth": 1}
 
 
 def tiny(**changes: Any) -> Codec:
@@ -97,7 +97,7 @@ def test_it_is_saved_and_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"image_size": 18}, "image_size is 18; with 2 widths it has to be a multiple of 4"),
+        ({"image_size": 18}, "image_size is 18; with patch 2 and 2 widths it has to be a multiple of 4"),
         ({"widths": [8, 12]}, r"widths are \[8, 12\]; each has to be a multiple of 8"),
         ({"quantizer": "rvq"}, 'quantizer is "rvq"; it can be fsq or vq'),
     ],

@@ -22,7 +22,7 @@ TASK = Task.from_instruction("画: [text:caption|drop=0.1] -> [image:picture]", 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
     torch.manual_seed(0)
-    codec = Codec(CodecConfig(image_size=16, widths=[8, 16], levels=[4, 4], depth=1))
+    codec = Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1))
     return Processor(Tokenizer.train(["红色的杯子", "画: "], 600, 16), ImageGrid(8, 4), 64, PictureCodec(codec))
 
 

@@ -34,7 +34,7 @@ def test_the_first_dozen_is_there() -> None:
 def test_a_task_that_draws_works_on_its_example(processor: Processor, name: str) -> None:
     task = get(name)
     assert task.description and task.metrics == ("perplexity",) and set(task.example) == set(task.slots)
-    codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], levels=[4, 4], depth=1)))
+    codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1)))
     processor = Processor(processor.tokenizer, processor.grid, 128, codec)
     for seed in range(6):
         found = task.encode(example(task), processor, np.random.default_rng(seed))

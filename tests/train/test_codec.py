@@ -20,7 +20,7 @@ from tests.train.conftest import PowerCutError, cut_at, logged, losses
 
 
 def recipe(output: Path, **changes: Any) -> Any:
-    sizes = {"image_size": 16, "widths": [8, 16], "levels": [4, 4], "depth": 1, **changes.pop("sizes", {})}
+    sizes = {"image_size": 16, "widths": [8, 16], "patch": 2, "levels": [4, 4], "depth": 1, **changes.pop("sizes", {})}
     return check_recipe(
         {
             "name": "tiny codec",

@@ -28,7 +28,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     codec = train(
         check_recipe({
             "name": "codec", "output": str(folder / "codec"),
-            "codec": {"sizes": {"image_size": 16, "widths": [8, 16], "levels": [5, 5, 5], "depth": 1}},
+            "codec": {"sizes": {"image_size": 16, "widths": [8, 16], "patch": 2, "levels": [5, 5, 5], "depth": 1}},
             "data": [{"source": str(written(folder))}],
             "train": {
                 "steps": 150, "batch_size": 16, "learning_rate": 5e-3, "warmup": 10, "workers": 0, "precision": "fp32",
@@ -116,7 +116,7 @@ def test_a_model_without_a_codec_says_so(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    Codec(CodecConfig(image_size=16, widths=[8, 16], levels=[8, 8], depth=1)).save_pretrained(tmp_path / "codec")
+    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[8, 8], depth=1)).save_pretrained(tmp_path / "codec")
     first = tiny_recipe(tmp_path / "first", steps=1)
     train(first)
     recipe = tiny_recipe(tmp_path / "second", model={"preset": "demo", "sizes": SIZES, "codec": tmp_path / "codec"})

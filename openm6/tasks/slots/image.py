@@ -29,8 +29,10 @@ def source(value: Any, processor: Processor) -> Piece:
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
-    """A picture as in `source`."""
+    """A picture as in `source`, or its codes, a list of numbers."""
     codec, start = _codec(processor), processor.tokenizer.code_start
+    if isinstance(value, list):
+        return [processor.tokenizer.image_id, *(start + _checked_codes(value, codec)).tolist()]
     _check(value)
     return [processor.tokenizer.image_id, *(start + codec.encode(value)).tolist()]
 
@@ -46,6 +48,14 @@ def _codec(processor: Processor) -> PictureCodec:
     if processor.codec is None:
         raise UsageError("this model has no image codec: it was not trained to draw (model.codec in its recipe).")
     return processor.codec
+
+
+def _checked_codes(value: list[Any], codec: PictureCodec) -> np.ndarray:
+    codes, count = np.array(value), codec.side**2
+    fits = codes.shape == (count,) and codes.dtype.kind in "iu"
+    if not fits or codes.min() < 0 or codes.max() >= codec.num_codes:
+        raise DataError(f"has to be a picture, or {count} codes from 0 to {codec.num_codes - 1}.")
+    return codes
 
 
 def _check(value: Any) -> None:

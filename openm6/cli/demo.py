@@ -1,0 +1,72 @@
+"""openm6 demo, demo-images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, table
+from openm6.cli.work import Processes, run_recipe
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
+    processes: Processes = 1,
+    json: Json = False,
+) -> None:
+    """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
+    from openm6.evaluate.demo import report_demo
+    from openm6.train.recipe import load_recipe
+
+    changes = [f"output={output}", *(overrides or [])]
+    recipe = load_recipe("demo", changes)
+    run_recipe(recipe, "demo", changes, processes)
+    figures = report_demo(recipe.output / "model", recipe.output)
+    if json:
+        emit(figures)
+        return
+    table(["question", "right", "95% interval", "records"], [
+        (f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} to {f['high']:.1%}", f["n"]) for f in figures["figures"]
+    ], "On combinations and digits the model has never seen")  # fmt: skip
+    typer.echo(f"Report: {figures['report']}")
+
+
+@app.command("demo-images")
+def demo_images(
+    output: Annotated[Path, typer.Option(help="Where the models and their report go.")] = Path("runs/demo-images"),
+    start: Annotated[Path, typer.Option(help="The demo's output, made first where it is missing.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of all that is trained.")] = 0,
+    json: Json = False,
+) -> None:
+    """Teach the demo's model to draw: an image codec, drawing, estimates; measured by a judge of its own."""
+    from openm6.evaluate.demo_images import draw_own, report_images
+    from openm6.train.recipe import load_recipe
+
+    def trained(name: str, folder: Path, *changes: str) -> Path:
+        every = [f"output={folder}", f"seed={seed}", *changes]
+        model = folder / "model"
+        if not model.is_dir():
+            run_recipe(load_recipe(name, every), name, every, 1)
+        return model
+
+    base = trained("demo", start)
+    judge = trained("judge", output / "judge", f"seed={seed + 1000}")
+    codec = trained("codec_64", output / "codec", f"codec.eyes={base}")
+    painter = trained("demo_images", output / "drawing", f"model.path={base}", f"model.codec={codec}")
+    own = draw_own(painter, "demo:items/train", output / "own.jsonl")
+    model = trained("demo_images_estimates", output, f"model.path={painter}", f"data.0.source={own}")
+    figures = report_images(model, judge, output)
+    if json:
+        emit(figures)
+        return
+    table(
+        ["measure", *figures["rows"]],
+        [[name, *(f"{r[name]:.3f}" for r in figures["rows"].values())] for name in figures["rows"]["drawn"]],
+        "On combinations the models have never seen",
+    )
+    typer.echo(f"Report: {figures['report']}")

@@ -1,0 +1,211 @@
+"""Measures of drawn pictures without any downloaded network: what a judge reads in them, and how its features spread.
+
+The judge is a small M6 of its own that has learned one task, the attributes of a picture, from real pictures alone
+(recipes/judge.yaml). Its opinion of real pictures, and of those that only went through the codec, stands beside.
+
+    each attribute, all   share of the pictures in which the judge reads what was asked for
+    relevance             mean probability that the judge gives to all attributes asked for
+    frechet               distance of two Gaussians fitted to the judge's features of real and drawn pictures (Heusel et
+                          al. 2017); 0 is best, and figures of different judges do not compare
+    precision, recall     share of drawn pictures that lie among the real ones, and of real ones among the drawn
+                          (Kynkaanniemi et al. 2019, arXiv 1904.06991, k = 3)
+    diversity             mean distance of the features of two pictures of the same attributes, over that of real ones
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from openm6.bundle import Bundle
+from openm6.data.columns import SlotView
+from openm6.data.source import open_source
+from openm6.errors import DataError, UsageError
+from openm6.images import read_square
+from openm6.sequence import pad
+from openm6.tasks.task import Task
+
+NEIGHBOURS = 3
+"""Whose farthest one is the radius around a picture within which others count as alike."""
+
+Answer = Mapping[str, str]
+
+
+class Judge:
+    """A model that answers `task`, whose one picture slot is what is judged."""
+
+    def __init__(self, bundle: Bundle, task: str = "product_attributes", batch_size: int = 64):
+        self.bundle, self.task, self.batch_size = bundle, bundle.task(task), batch_size
+        pictures = [name for name in self.task.inputs if self.task.slots[name].type == "image"]
+        if len(pictures) != 1:
+            raise UsageError(f"The task {task} has {len(pictures)} pictures: a judge looks at one.")
+        self.slot = pictures[0]
+
+    def read(self, pictures: Items[Any]) -> list[Answer]:
+        """What the judge sees, by output slot."""
+        records = [{self.slot: picture} for picture in pictures]
+        found = list(self.bundle.run_many(self.task, records, batch_size=self.batch_size))
+        only = self.task.outputs[0]
+        return [answer if isinstance(answer, dict) else {only: answer} for answer in found]
+
+    @torch.inference_mode()
+    def features(self, pictures: Items[Any]) -> Tensor:
+        """The hidden state from which the judge starts its answer, fp32 [N, D]."""
+        parts = []
+        for batch in self._batches(pictures):
+            with self.bundle.precision():
+                parts.append(self.bundle.model.prefill(batch, batch.ids.shape[1])[0].float().cpu())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
+        """Probability of the answers asked for, fp32 [N]."""
+        parts = []
+        for batch in self._batches(pictures, wanted):
+            with self.bundle.precision():
+                out = self.bundle.model(batch)
+            sums = torch.zeros(len(batch.tasks), device=out.losses.device)
+            parts.append((-sums.index_add_(0, out.segments - 1, out.losses.float())).exp().cpu())
+        return torch.cat(parts)
+
+    def _batches(self, pictures: Items[Any], wanted: Items[Answer] | None = None) -> Any:
+        tokenizer, device = self.bundle.processor.tokenizer, self.bundle.model.embed.weight.device
+        for start in range(0, len(pictures), self.batch_size):
+            group = [{self.slot: picture} for picture in pictures[start : start + self.batch_size]]
+            if wanted:
+                answers = wanted[start : start + self.batch_size]
+                group = [{**record, **answer} for record, answer in zip(group, answers, strict=True)]
+            sequences = [self.task.encode(r, self.bundle.processor, None, wanted is not None) for r in group]
+            yield pad(sequences, tokenizer.pad_id).to(device)
+
+
+def measure_pictures(
+    judge: Judge, pictures: Items[Image.Image], wanted: Items[Answer], real: Items[Any]
+) -> dict[str, float]:
+    """The measures above of `pictures`, which were to show what `wanted` says, against `real` ones."""
+    if len(pictures) != len(wanted) or not pictures:
+        raise DataError(f"{len(pictures)} pictures for {len(wanted)} wishes: there has to be one for each.")
+    right = judged(judge, pictures, wanted)
+    ours, theirs = judge.features(pictures), judge.features(real)
+    found = {name: sum(r[name] for r in right) / len(right) for name in right[0]}
+    found["relevance"] = float(judge.relevance(pictures, wanted).mean())
+    found["frechet"] = frechet(theirs, ours)
+    found["precision"], found["recall"] = share_among(ours, theirs), share_among(theirs, ours)
+    seen = judge.read(real)
+    found["diversity"] = _spread(ours, wanted) / max(1e-9, _spread(theirs, seen))
+    return found
+
+
+def judged(judge: Judge, pictures: Items[Any], wanted: Items[Answer]) -> list[dict[str, bool]]:
+    """Of each picture and attribute whether the judge reads what was asked for; `all`: every one."""
+    names = judge.task.outputs
+    rows = []
+    for answer, wish in zip(judge.read(pictures), wanted, strict=True):
+        row = {name: answer[name] == wish[name] for name in names}
+        rows.append({**row, "all": all(row.values())})
+    return rows
+
+
+def frechet(real: Tensor, drawn: Tensor) -> float:
+    """Of features [N, D] and [M, D]."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    measure = FrechetInceptionDistance(_Features(real.shape[1]))
+    measure.update(real, real=True)
+    measure.update(drawn, real=False)
+    return float(measure.compute())
+
+
+class _Features(nn.Module):
+    """Stands where torchmetrics has its Inception network: features come ready."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def share_among(points: Tensor, others: Tensor) -> float:
+    """Share of `points` [N, D] that lie within the radius of one of `others` [M, D], to the third nearest of them."""
+    if len(others) <= NEIGHBOURS:
+        raise DataError(f"{len(others)} pictures are too few: more than {NEIGHBOURS} are needed.")
+    radius_M = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values  # itself is the nearest
+    return float((torch.cdist(points, others) <= radius_M).any(1).float().mean())
+
+
+def _spread(features: Tensor, labels: Items[Answer]) -> float:
+    """Mean distance of two pictures with the same labels."""
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        groups[tuple(str(v) for v in label.values())].append(row)
+    means = [float(torch.pdist(features[rows]).mean()) for rows in groups.values() if len(rows) > 1]
+    return sum(means) / len(means) if means else 0.0
+
+
+def read_wishes(bundle: Bundle, task: str | Task, judge: Judge, data: str) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """The records of `data` by the slots of a task that draws, and the attributes that their pictures have."""
+    chosen, source = bundle.task(task), open_source(data)
+    draws, reads = SlotView.of(chosen, source), SlotView.of(judge.task, source)
+    records: list[dict[str, Any]] = []
+    wanted: list[Answer] = []
+    for record in source:
+        records.append({k: v for k, v in draws(record).items() if k in chosen.slots})
+        seen = reads(record)
+        wanted.append({name: seen[name] for name in judge.task.outputs})
+    return records, wanted
+
+
+def measure_drawing(
+    bundle: Bundle,
+    task: str | Task,
+    judge: Judge,
+    records: list[dict[str, Any]],
+    wanted: list[Answer],
+    candidates: int = 1,
+    decoding: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, dict[str, float]], list[Image.Image]]:
+    """The measures of real pictures, of reconstructed ones, of drawn ones, and, with several candidates, of the best
+    of each by the model's own estimates; and the pictures drawn (the best ones).
+
+    Real and reconstructed pictures are measured against the real ones too: what a perfect drawing would get.
+    """
+    chosen = bundle.task(task)
+    slot, codec = chosen.outputs[0], bundle.processor.codec
+    if codec is None:
+        raise UsageError(f"{chosen.name} draws, and this model has no image codec (model.codec in its recipe).")
+    real = [as_square(record[slot], codec.size) for record in records]
+    wishes = [{k: v for k, v in record.items() if k != slot} for record in records]
+    drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=decoding))
+    # In the order in which they were drawn, the first one is as good as any.
+    any_one = [min(some, key=lambda painting: painting.number).image for some in drawn]
+    rows = {
+        "real": measure_pictures(judge, real, wanted, real),
+        "reconstructed": measure_pictures(judge, [codec.decode(codec.encode(p)) for p in real], wanted, real),
+        "drawn": measure_pictures(judge, any_one, wanted, real),
+    }
+    best = [some[0].image for some in drawn]
+    if candidates > 1:
+        rows[f"best of {candidates}"] = measure_pictures(judge, best, wanted, real)
+    return rows, best
+
+
+def as_square(picture: Any, size: int) -> Image.Image:
+    return Image.fromarray(read_square(picture, size))
+
+
+def draw_sheet(pictures: Items[Image.Image], path: Path, columns: int = 12, rows: int = 4, scale: int = 2) -> None:
+    """The first pictures side by side, as PNG."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, picture in enumerate(pictures[: columns * rows]):
+        sheet.paste(picture, (number % columns * width, number // columns * height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((scale * sheet.width, scale * sheet.height), Image.Resampling.NEAREST).save(path)
