@@ -2,6 +2,8 @@
 
 The outlines are drawn once, large; a picture resamples them at its own place, size and angle, at twice its
 resolution, lays a pattern over them, and adds shading and noise. All randomness comes from the generator given.
+
+`figures` shows the same goods on a person, from their `Look`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ _MARGIN = 0.06  # free border of the mask, so that resampling does not cut the e
 _VARIANTS = 5  # outlines a category
 
 RGB = tuple[int, int, int]
+Marks = Callable[[np.ndarray, np.ndarray], np.ndarray | float]
+"""How much of the marks' tone lies on the points (u, v) of an item, 0 to 1; it fills the unit square about (0, 0)."""
 
 COLOURS: dict[str, RGB] = {
     "红": (212, 36, 40),
@@ -64,15 +68,35 @@ class Placed:
     size: float
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one piece of goods is made and laid down: all that is at random about it but its place and the light."""
+
+    angle: float
+    mirror: int
+    wide: float
+    high: float
+    variant: int
+    marks: Marks
+    base: np.ndarray
+    tone: np.ndarray
+    edge: np.ndarray
+
+    @property
+    def cut(self) -> float:
+        """The t of the outline, 0 to 1."""
+        return self.variant / (_VARIANTS - 1)
+
+
 # Outlines: unit square, y down, t in [0, 1] changes the cut. Each draws a body (which carries the pattern)
 # and a trim (straps, soles, handles: a darker tone of the same colour).
 
 
-class _Pen:
-    """Draws in unit coordinates."""
+class Pen:
+    """Draws in unit coordinates into a mask of `scale` x `scale` pixels."""
 
-    def __init__(self) -> None:
-        self.scale = 4 * _SHAPE
+    def __init__(self, scale: int = 4 * _SHAPE) -> None:
+        self.scale = scale
         self.image = Image.new("L", (self.scale, self.scale))
         self.draw = ImageDraw.Draw(self.image)
 
@@ -98,7 +122,7 @@ class _Pen:
         self.draw.line(self._at(points), fill=255, width=round(width * self.scale), joint="curve")
 
 
-def _dress(body: _Pen, trim: _Pen, t: float) -> None:
+def _dress(body: Pen, trim: Pen, t: float) -> None:
     waist, hem = 0.38 + 0.06 * t, 0.30 + 0.14 * t
     body.polygon(
         (0.36, 0.03), (0.42, 0.03), (0.45, 0.14), (0.55, 0.14), (0.58, 0.03), (0.64, 0.03), (0.66, 0.22),
@@ -107,7 +131,7 @@ def _dress(body: _Pen, trim: _Pen, t: float) -> None:
     trim.box(0.39, waist - 0.025, 0.61, waist + 0.035)
 
 
-def _shirt(body: _Pen, trim: _Pen, t: float) -> None:
+def _shirt(body: Pen, trim: Pen, t: float) -> None:
     reach = 0.40 + 0.22 * t
     body.polygon(
         (0.34, 0.08), (0.66, 0.08), (0.98, 0.24 + 0.2 * t), (0.84, reach + 0.06), (0.72, 0.36), (0.72, 0.95),
@@ -117,7 +141,7 @@ def _shirt(body: _Pen, trim: _Pen, t: float) -> None:
     trim.arc(0.375, -0.03, 0.625, 0.195, 20, 160, 0.03)
 
 
-def _trousers(body: _Pen, trim: _Pen, t: float) -> None:
+def _trousers(body: Pen, trim: Pen, t: float) -> None:
     outer, inner = 0.20 + 0.12 * t, 0.05 - 0.02 * t
     body.polygon(
         (0.30, 0.03), (0.70, 0.03), (0.74, 0.34), (0.5 + outer, 0.97), (0.5 + inner, 0.97), (0.50, 0.36),
@@ -126,14 +150,14 @@ def _trousers(body: _Pen, trim: _Pen, t: float) -> None:
     trim.box(0.295, 0.03, 0.705, 0.09)
 
 
-def _hat(body: _Pen, trim: _Pen, t: float) -> None:
+def _hat(body: Pen, trim: Pen, t: float) -> None:
     top = 0.30 - 0.14 * t
     body.box(0.27, top, 0.73, 0.75, 0.14)
     body.ellipse(0.02, 0.56, 0.98, 0.80)
     trim.polygon((0.27, 0.52), (0.73, 0.52), (0.73, 0.60), (0.27, 0.60))
 
 
-def _shoe(body: _Pen, trim: _Pen, t: float) -> None:
+def _shoe(body: Pen, trim: Pen, t: float) -> None:
     top = 0.32 - 0.16 * t
     body.polygon(
         (0.06, top), (0.34, top), (0.40, 0.42), (0.60, 0.53), (0.84, 0.56), (0.95, 0.64), (0.97, 0.78), (0.04, 0.78)
@@ -143,14 +167,14 @@ def _shoe(body: _Pen, trim: _Pen, t: float) -> None:
         trim.line(0.025, (0.36 + shift, 0.52 + shift * 0.55), (0.45 + shift, 0.40 + shift * 0.6))
 
 
-def _bag(body: _Pen, trim: _Pen, t: float) -> None:
+def _bag(body: Pen, trim: Pen, t: float) -> None:
     top = 0.36 + 0.12 * t
     body.polygon((0.14, top), (0.86, top), (0.96, 0.95), (0.04, 0.95))
     trim.arc(0.28, 0.05, 0.72, 2 * top - 0.02, 180, 360, 0.055)
     trim.box(0.44, top, 0.56, top + 0.14, 0.02)
 
 
-def _cup(body: _Pen, trim: _Pen, t: float) -> None:
+def _cup(body: Pen, trim: Pen, t: float) -> None:
     foot = 0.04 + 0.08 * t
     body.polygon((0.08, 0.14), (0.68, 0.14), (0.68 - foot, 0.92), (0.08 + foot, 0.92))
     body.ellipse(0.08 + foot, 0.87, 0.68 - foot, 0.97)
@@ -158,7 +182,7 @@ def _cup(body: _Pen, trim: _Pen, t: float) -> None:
     trim.ellipse(0.08, 0.07, 0.68, 0.21)
 
 
-def _umbrella(body: _Pen, trim: _Pen, t: float) -> None:
+def _umbrella(body: Pen, trim: Pen, t: float) -> None:
     top = 0.06 + 0.08 * t
     body.slice(0.02, top, 0.98, 1.02 - top, 180, 360)
     for left in (0.02, 0.26, 0.50, 0.74):
@@ -168,7 +192,7 @@ def _umbrella(body: _Pen, trim: _Pen, t: float) -> None:
     trim.line(0.035, (0.5, top - 0.05), (0.5, top + 0.02))
 
 
-_OUTLINES: dict[str, Callable[[_Pen, _Pen, float], None]] = {
+_OUTLINES: dict[str, Callable[[Pen, Pen, float], None]] = {
     "连衣裙": _dress, "T恤": _shirt, "裤子": _trousers, "帽子": _hat,
     "鞋": _shoe, "包": _bag, "杯子": _cup, "雨伞": _umbrella,
 }  # fmt: skip
@@ -178,7 +202,7 @@ CATEGORIES = tuple(_OUTLINES)
 @cache
 def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
     """(body, trim) of an outline, its larger extent brought to the unit square inside the margin."""
-    body, trim = _Pen(), _Pen()
+    body, trim = Pen(), Pen()
     _OUTLINES[category](body, trim, variant / (_VARIANTS - 1))
     both = Image.fromarray(np.maximum(np.asarray(body.image), np.asarray(trim.image)))
     left, upper, right, lower = both.getbbox() or (0, 0, 1, 1)
@@ -194,26 +218,31 @@ def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
 
 def draw_picture(placed: tuple[Placed, ...] | list[Placed], rng: np.random.Generator) -> bytes:
     """The picture as JPEG bytes, 64 x 64: the items at their places, everything else at random."""
-    canvas = _ground([COLOURS[p.item.colour] for p in placed], rng)
+    canvas = ground([COLOURS[p.item.colour] for p in placed], rng)
     for one in placed:
-        _add(canvas, one, rng)
-    canvas *= rng.uniform(0.82, 1.12)
+        add(canvas, one, look_of(one, rng), rng)
+    return photo(canvas, rng)
+
+
+def photo(canvas: np.ndarray, rng: np.random.Generator) -> bytes:
+    """The canvas as JPEG bytes, exposed and with a camera's noise."""
+    canvas = canvas * np.float32(rng.uniform(0.82, 1.12))
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 12))
     buffer = io.BytesIO()
     Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
 
 
-_ROWS, _COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE - 0.5
+ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE - 0.5
 
 
-def _ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
+def ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
     """A background, float32 [SIDE, SIDE, 3]: a gradient of two tints, neither close to an item's colour."""
     far = [g for g in _GROUNDS if all(_distance(g, c) > FAR for c in colours)]
     first = np.array(far[rng.integers(len(far))], np.float32) + rng.uniform(-10, 10, 3)
     second = first + rng.uniform(-26, 26) + rng.uniform(-12, 12, 3)
     angle = rng.uniform(0, 2 * math.pi)
-    ramp = (_COLUMNS * math.cos(angle) + _ROWS * math.sin(angle) + 0.7) / 1.4
+    ramp = (COLUMNS * math.cos(angle) + ROWS * math.sin(angle) + 0.7) / 1.4
     return np.float32(first) + ramp[:, :, None] * np.float32(second - first)
 
 
@@ -221,65 +250,78 @@ def _distance(a: RGB, b: RGB) -> float:
     return math.dist(a, b)
 
 
-def _add(canvas: np.ndarray, one: Placed, rng: np.random.Generator) -> None:
-    """Lay one item over the canvas."""
+def look_of(one: Placed, rng: np.random.Generator) -> Look:
+    """How an item of this size is made, at random."""
     angle, mirror = rng.uniform(-0.26, 0.26), 1 - 2 * int(rng.integers(2))
     wide, high = rng.uniform(0.86, 1.0), rng.uniform(0.86, 1.0)
+    variant = int(rng.integers(_VARIANTS))
+    return Look(angle, mirror, wide, high, variant, _marks(one, rng), *_tones(COLOURS[one.item.colour], rng))
+
+
+def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> None:
+    """Lay one item over the canvas."""
+    angle = look.angle
     # The part of the picture that the item can touch; beyond it nothing is computed.
     reach = one.size * 0.5 * (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.02
     x0, x1 = max(0, int((one.x - reach) * SIDE)), min(SIDE, math.ceil((one.x + reach) * SIDE))
     y0, y1 = max(0, int((one.y - reach) * SIDE)), min(SIDE, math.ceil((one.y + reach) * SIDE))
     # From fine pixels of this part (two a pixel) to the item's own coordinates, in which it fills a unit square.
     c, s, step = math.cos(angle) / one.size, math.sin(angle) / one.size, 0.5 / SIDE
-    a, b = c * step / wide * mirror, s * step / wide * mirror
-    d, e = -s * step / high, c * step / high
+    a, b = c * step / look.wide * look.mirror, s * step / look.wide * look.mirror
+    d, e = -s * step / look.high, c * step / look.high
     dx, dy = x0 / SIDE - one.x, y0 / SIDE - one.y
-    u0, v0 = (c * dx + s * dy) / wide * mirror, (-s * dx + c * dy) / high
+    u0, v0 = (c * dx + s * dy) / look.wide * look.mirror, (-s * dx + c * dy) / look.high
     size = (2 * (x1 - x0), 2 * (y1 - y0))
     pixels = _SHAPE / (1 + 2 * _MARGIN)
     to_mask = (a * pixels, b * pixels, u0 * pixels + _SHAPE / 2, d * pixels, e * pixels, v0 * pixels + _SHAPE / 2)
     body, trim = (
         np.asarray(m.transform(size, Image.Transform.AFFINE, to_mask, Image.Resampling.BILINEAR), np.float32) / 255
-        for m in _masks(one.item.category, int(rng.integers(_VARIANTS)))
+        for m in _masks(one.item.category, look.variant)
     )
     rows, columns = np.arange(size[1], dtype=np.float32)[:, None], np.arange(size[0], dtype=np.float32)
     body = body * (1 - trim)
-    marks = body * _pattern(one, a * columns + b * rows + u0, d * columns + e * rows + v0, rng)
-    body, marks, trim = _half(body), _half(marks), _half(trim)
-    base, tone, edge = _tones(COLOURS[one.item.colour], rng)
+    marks = body * look.marks(a * columns + b * rows + u0, d * columns + e * rows + v0)
+    body, marks, trim = half(body), half(marks), half(trim)
     light = (
         1
-        + rng.uniform(-0.22, 0.22) * _COLUMNS[y0:y1, x0:x1] / one.size
-        + rng.uniform(-0.2, 0.2) * _ROWS[y0:y1, x0:x1] / one.size
+        + rng.uniform(-0.22, 0.22) * COLUMNS[y0:y1, x0:x1] / one.size
+        + rng.uniform(-0.2, 0.2) * ROWS[y0:y1, x0:x1] / one.size
     )
     part = canvas[y0:y1, x0:x1]
     part *= (1 - body - trim)[:, :, None]
-    for share, colour in ((body - marks, base), (marks, tone), (trim, edge)):
+    for share, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
         part += (share * light)[:, :, None] * colour
 
 
-def _half(field: np.ndarray) -> np.ndarray:
+def half(field: np.ndarray) -> np.ndarray:
     """Means of 2 x 2 pixels: [2H, 2W] to [H, W]."""
     return (field[::2, ::2] + field[1::2, ::2] + field[::2, 1::2] + field[1::2, 1::2]) * np.float32(0.25)
 
 
-def _pattern(one: Placed, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray | float:
-    """How much of the mark's tone lies on each point (u, v) of the item, 0 to 1."""
-    if one.item.pattern == "纯色":
-        return 0.0
+def _marks(one: Placed, rng: np.random.Generator) -> Marks:
+    """An item's pattern."""
+    kind = one.item.pattern
+    if kind == "纯色":
+        return lambda u, v: 0.0
     # A mark has to stay wider than two pixels, also on a small item.
     period = max(one.size * rng.uniform(0.15, 0.22), rng.uniform(5.0, 6.0) / SIDE) / one.size
-    angle = rng.uniform(-0.3, 0.3) + (rng.integers(4) * math.pi / 4 if one.item.pattern == "条纹" else 0.0)
-    p = (u * math.cos(angle) + v * math.sin(angle)) / period + rng.uniform()
-    if one.item.pattern == "条纹":
-        return (p % 1 < rng.uniform(0.40, 0.52)).astype(np.float32)
-    q = (v * math.cos(angle) - u * math.sin(angle)) / period + rng.uniform()
-    if one.item.pattern == "圆点":
-        p = p + np.where(np.floor(q) % 2 == 0, 0.0, 0.5)  # every other row is shifted by half
-        return ((p % 1 - 0.5) ** 2 + (q % 1 - 0.5) ** 2 < rng.uniform(0.30, 0.36) ** 2).astype(np.float32)
-    width = rng.uniform(0.34, 0.46)
-    one_way, other_way = (p % 1 < width).astype(np.float32), (q % 1 < width).astype(np.float32)
-    return np.float32(0.62) * (one_way + other_way) * (1 - np.float32(0.19) * one_way * other_way)
+    angle = rng.uniform(-0.3, 0.3) + (rng.integers(4) * math.pi / 4 if kind == "条纹" else 0.0)
+    c, s, along = math.cos(angle), math.sin(angle), rng.uniform()
+    across = 0.0 if kind == "条纹" else rng.uniform()
+    width = rng.uniform(*{"条纹": (0.40, 0.52), "圆点": (0.30, 0.36), "格子": (0.34, 0.46)}[kind])
+
+    def marks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        p = (u * c + v * s) / period + along
+        if kind == "条纹":
+            return (p % 1 < width).astype(np.float32)
+        q = (v * c - u * s) / period + across
+        if kind == "圆点":
+            p = p + np.where(np.floor(q) % 2 == 0, 0.0, 0.5)  # every other row is shifted by half
+            return ((p % 1 - 0.5) ** 2 + (q % 1 - 0.5) ** 2 < width**2).astype(np.float32)
+        one_way, other_way = (p % 1 < width).astype(np.float32), (q % 1 < width).astype(np.float32)
+        return np.float32(0.62) * (one_way + other_way) * (1 - np.float32(0.19) * one_way * other_way)
+
+    return marks
 
 
 def _tones(colour: RGB, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

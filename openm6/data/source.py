@@ -57,15 +57,16 @@ def open_source(
     """Open data by its name.
 
     `demo:catalogue/train`, `demo:questions/test`, `demo:texts/train` (options: `?pictures=500&seed=1`),
-    `digits/train`, `digits/test`, or a path, URL or glob in a format of `openm6.data.readers`. Files are read once
-    into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only when they change. With `stream` a Parquet
-    source is read in passing and never copied.
+    `tryon/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob in a format of
+    `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
+    when they change. With `stream` a Parquet source is read in passing and never copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
     Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
     """
     name = str(spec)
-    if name.startswith("demo:") or (name.split("/")[0] in ("digits", "digits:") and not Path(name).exists()):
+    kind = name.partition("?")[0].partition("/")[0].rstrip(":")
+    if name.startswith("demo:") or (kind in ("digits", "tryon") and not Path(name).exists()):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
         return Source(name, _built_in(name), limit=limit)
@@ -93,9 +94,6 @@ def _built_in(name: str) -> Records:
 
         _no_more(name, options)
         return open_digits(place.partition("/")[2] or "train")
-    from openm6.data.catalogue import open_catalogue
-
-    view, _, split = place.removeprefix("demo:").partition("/")
     try:
         seed, pictures = int(options.pop("seed", 0)), int(options.pop("pictures", 0)) or None
         if seed < 0 or (pictures or 0) < 0:
@@ -103,13 +101,21 @@ def _built_in(name: str) -> Records:
     except ValueError:
         raise UsageError(f"{name}: seed and pictures have to be whole numbers, not negative.") from None
     _no_more(name, options)
+    view, _, split = place.removeprefix("demo:").partition("/")
+    if not place.startswith("demo:"):
+        from openm6.data.figures import open_figures
+
+        return open_figures(split or "train", seed, pictures)
+    from openm6.data.catalogue import open_catalogue
+
     return open_catalogue(view, split or "train", seed, pictures)
 
 
 def _no_more(name: str, options: dict[str, str]) -> None:
     if options:
         raise UsageError(
-            f"{name}: unknown option {', '.join(options)}; the demo data knows seed and pictures, the digits none."
+            f"{name}: unknown option {', '.join(options)}; the demo and try-on data know seed and pictures, the digits "
+            "none."
         )
 
 
