@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.common import save, show
 
-NAMES = ("train_step", "decode", "packing", "attention", "experts", "scale", "sharing")
+NAMES = ("train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode")
 
 
 def main() -> None:

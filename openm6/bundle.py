@@ -145,7 +145,7 @@ class Bundle:
 
         `kept`, int [side * side]: codes that are given; -1 is drawn.
         """
-        task = self.task(task)
+        task = self._drawing(task)
         _check_slots(task, slots)
         records = [{**slots, KEPT: kept}]
         return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
@@ -206,7 +206,7 @@ class Bundle:
 
         `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
         """
-        task = self.task(task)
+        task = self._drawing(task)
         options = Drawing.of(**{**task.decode, **(decoding or {})})
         codec, codes = self._codec(task)
         droppable = {name for name in task.inputs if task.slots[name].drop}
@@ -231,6 +231,12 @@ class Bundle:
             ]
             for start in range(0, len(made), candidates):
                 yield sorted(made[start : start + candidates], key=lambda p: -p.score)
+
+    def _drawing(self, task: str | Task) -> Task:
+        task = self.task(task)
+        if not task.draws:
+            raise UsageError(f"The task {task.name} does not draw: it writes {', '.join(task.outputs)}.")
+        return task
 
     def _codec(self, task: Task) -> tuple[PictureCodec, Codes]:
         codec, tokenizer = self.processor.codec, self.processor.tokenizer

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from openm6.errors import DataError
-from openm6.images import ImageGrid, open_image
+from openm6.images import ImageGrid, open_image, sketch
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -94,3 +94,12 @@ def test_pictures_are_scaled_to_their_grid() -> None:
     pixels = ImageGrid(stride=16, max_patches=16).read(encoded(Image.new("RGB", (300, 100))))
     assert pixels.dtype == np.uint8
     assert pixels.shape == (32, 112, 3)
+
+
+def test_a_sketch_has_lines_where_colours_change() -> None:
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    pixels[16:48, 16:48] = (200, 30, 30)
+    lines = np.asarray(sketch(pixels, 64)) == 0
+    assert lines[15:17, 20:44].any(0).all() and lines[20:44, 47:49].any(1).all()
+    assert not lines[22:42, 22:42].any() and not lines[:10].any() and not lines[:, -10:].any()
+    assert sketch(pixels, 32).size == (32, 32)

@@ -1,10 +1,10 @@
-"""openm6 images: draw, measure."""
+"""openm6 images: draw, edit, vary, extend, measure."""
 
 from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,11 +12,28 @@ from openm6.cli import app
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.cli.work import decoding_options
 
+if TYPE_CHECKING:
+    from openm6.bundle import Painting
+
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")
 
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of drawing, e.g. passes=12.")]
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
+
+
+def show(drawn: list[Painting], output: Path, json: bool) -> None:
+    """Save pictures as 1.png, 2.png, ... and print what the model thinks of them."""
+    output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for number, painting in enumerate(drawn, start=1):
+        file = output / f"{number}.png"
+        painting.image.save(file)
+        rows.append({"file": str(file), "score": painting.score, **painting.estimates})
+    if json:
+        emit(rows)
+        return
+    table(list(rows[0]), [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows])
 
 
 def slots_of(values: list[str] | None) -> dict[str, Any]:
@@ -38,16 +55,75 @@ def draw(
 
     bundle = Bundle.load(model)
     drawn = bundle.draw(task, candidates=candidates, decoding=decoding_options(option), **slots_of(slots))
-    output.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, painting in enumerate(drawn, start=1):
-        file = output / f"{number}.png"
-        painting.image.save(file)
-        rows.append({"file": str(file), "score": round(painting.score, 4), **painting.estimates})
-    if json:
-        emit(rows)
-        return
-    table(list(rows[0]), [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows])
+    show(drawn, output, json)
+
+
+@images.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    picture: Annotated[Path, typer.Option(help="The picture to change.")],
+    mask: Annotated[Path, typer.Option(help="Picture of the same size: black stays as it is.")],
+    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    task: TaskName = "text_to_image",
+    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose from.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    option: Options = None,
+    json: Json = False,
+) -> None:
+    """Draw a part of a picture again; outside of the blocks that the mask touches every pixel stays."""
+    from openm6.bundle import Bundle
+    from openm6.editing import edit as edit_picture
+
+    options = decoding_options(option)
+    found = edit_picture(
+        Bundle.load(model), task, picture, mask, candidates=candidates, decoding=options, **slots_of(slots)
+    )
+    show(found, output, json)
+
+
+@images.command()
+def vary(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    picture: Annotated[Path, typer.Option(help="The picture to vary.")],
+    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    task: TaskName = "text_to_image",
+    share: Annotated[float, typer.Option(help="Of the picture's codes that are drawn again.")] = 0.6,
+    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose from.")] = 4,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    option: Options = None,
+    json: Json = False,
+) -> None:
+    """Pictures like a given one."""
+    from openm6.bundle import Bundle
+    from openm6.editing import vary as vary_picture
+
+    options = decoding_options(option)
+    found = vary_picture(
+        Bundle.load(model), task, picture, share=share, candidates=candidates, decoding=options,
+        seed=int(options.get("seed", 0)), **slots_of(slots),
+    )  # fmt: skip
+    show(found, output, json)
+
+
+@images.command()
+def extend(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    picture: Annotated[Path, typer.Option(help="The picture to continue; its middle square is taken.")],
+    side: Annotated[str, typer.Option(help="left, right, top or bottom.")],
+    pixels: Annotated[int, typer.Option(help="How far beyond that side.")],
+    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    task: TaskName = "text_to_image",
+    output: Annotated[Path, typer.Option(help="File for the picture.")] = Path("picture.png"),
+    option: Options = None,
+) -> None:
+    """Continue a picture beyond one of its sides."""
+    from openm6.bundle import Bundle
+    from openm6.editing import extend as extend_picture
+
+    options = decoding_options(option)
+    found = extend_picture(Bundle.load(model), task, picture, side, pixels, decoding=options, **slots_of(slots))
+    found.save(output)
+    typer.echo(str(output))
 
 
 @images.command()
@@ -84,3 +160,52 @@ def measure(
         [[name, *(f"{r[name]:.3f}" if name in r else "" for r in rows.values())] for name in rows["drawn"]],
         f"{len(chosen)} pictures of {data}",
     )
+
+
+@images.command()
+def batch(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    prompts: Annotated[
+        str, typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ...")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the pictures and the page; one begun earlier goes on.")],
+    task: TaskName = "text_to_image",
+    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures drawn for a prompt.")] = 8,
+    keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 4,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    option: Options = None,
+    json: Json = False,
+) -> None:
+    """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
+    from openm6.batch import make_batch
+    from openm6.bundle import Bundle
+
+    made = make_batch(
+        Bundle.load(model), task, prompts, output, candidates=candidates, keep=keep, columns=pairs(column or []),
+        decoding=decoding_options(option),
+    )  # fmt: skip
+    if json:
+        emit(made)
+        return
+    if made["bad"]:
+        total = made["prompts"] + made["bad"]
+        typer.echo(f"{made['bad']} of {total} prompts could not be used: see {output / 'rejects.jsonl'}.")
+    typer.echo(f"{made['pictures']} pictures for {made['prompts']} prompts. To review: {made['page']}")
+
+
+@images.command()
+def labels(
+    output: Annotated[Path, typer.Argument(help="Folder of `openm6 images batch`.")],
+    labels: Annotated[Path, typer.Argument(help="The labels.jsonl that its review page gave.")],
+    json: Json = False,
+) -> None:
+    """People's verdicts as a source to train on, labelled.jsonl, and how much they accept."""
+    from openm6.batch import write_labelled
+
+    found = write_labelled(output, labels)
+    if json:
+        emit(found)
+        return
+    rows = [("all", found), *found["by_rank"].items()]
+    table(["rank", "accepted", "pictures"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
+    typer.echo(f"To train on: {found['file']}")

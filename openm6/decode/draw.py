@@ -172,7 +172,8 @@ class _Painter:
         given_BN, wanted_B = found_BN != OPEN, (found_BN == OPEN).sum(1)
         groups = len(found_BN) // branches
         sure_BN = torch.zeros(found_BN.shape, device=found_BN.device)
-        best = Drawn(found_BN[::branches].clone(), torch.full((groups, 3), -math.inf, device=found_BN.device))
+        best = Drawn(found_BN[::branches].clone(), torch.zeros((groups, 3), device=found_BN.device))
+        highest_G = torch.full((groups,), -math.inf, device=found_BN.device)
         going_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
         for number in range(1, passes + 1):
             drawn_BN, now_BN = self._propose(found_BN, number)
@@ -181,7 +182,8 @@ class _Painter:
             estimates_BE = self.estimate(whole_BN)
             score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
             chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
-            rises_G = going_G & (score_GR.amax(1) > best.score(self.drawing))
+            rises_G = going_G & (score_GR.amax(1) > highest_G)
+            highest_G = torch.where(rises_G, score_GR.amax(1), highest_G)
             best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
             # From half of the passes on, the first pass that gives nothing better is the last.
             going_G = going_G & (rises_G | (number <= passes // 2))

@@ -23,9 +23,10 @@ OWN = 1500
 
 
 def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
-    """Write pictures of the model itself, as codes, with the verdict that they are not real."""
-    if target.is_file():
-        return target
+    """Write pictures of the model itself, as codes, with the verdict that they are not real, into a folder; returns the
+    file."""
+    if target.is_dir():
+        return target / "own.jsonl"
     bundle = Bundle.load(model)
     source = open_source(data)
     texts = [str(_first(source[i]["caption"], i)) for i in range(min(count, len(source)))]
@@ -36,11 +37,11 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
             line = {"caption": text, "picture": some[0].codes.tolist(), "verdict_fidelity": 0}
             yield json.dumps(line, ensure_ascii=False) + "\n"
 
-    def write(path: Path) -> None:
-        path.write_text("".join(lines()), "utf-8")
+    def write(folder: Path) -> None:
+        (folder / "own.jsonl").write_text("".join(lines()), "utf-8")
 
     write_whole(target, write)
-    return target
+    return target / "own.jsonl"
 
 
 def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:

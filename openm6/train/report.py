@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
-from openm6.train.recipe import AnyRecipe
+from openm6.train.recipe import AnyRecipe, Recipe
 
 Losses = list[tuple[str, str, float, int]]
 
@@ -156,7 +156,7 @@ class Reporter:
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
-        if self.positions_in_all and use.kwh:
+        if self.positions_in_all and use.kwh and isinstance(self.recipe, Recipe):  # a codec reads no text
             rate = 1000 * use.kwh / self.positions_in_all * 1000
             self.say(
                 f"{rate:.2g} Wh for 1,000 positions; GPT-3's training took {GPT3_WH_PER_1000:.1f} Wh "

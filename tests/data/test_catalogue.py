@@ -153,7 +153,7 @@ def test_items_are_the_pictures_of_one_item_with_its_attributes() -> None:
     assert [(r["image"], r["category"], r["colour"], r["pattern"]) for r in iterate(items)] == [
         (r["image"], r["attributes"][0]["品类"], r["attributes"][0]["颜色"], r["attributes"][0]["图案"]) for r in alone
     ]
-    assert items.columns == ("image", "category", "colour", "pattern")
+    assert items.columns == ("image", "caption", "category", "colour", "pattern")
 
 
 def test_pairs_are_both_items_of_the_pictures_of_two_each_with_its_side() -> None:

@@ -115,3 +115,48 @@ def test_what_cannot_be_drawn_is_told(processor: Processor) -> None:
         TASK.encode(record(), short)
     with pytest.raises(UsageError, match="stands alone on the right side"):
         Task.from_instruction("[text:caption] -> 好的 [image:picture]")
+
+
+def test_a_record_with_verdicts_is_judged_whole(processor: Processor) -> None:
+    codes, tokenizer = codes_of(processor), processor.tokenizer
+    for rng in (None, np.random.default_rng(0)):
+        found = TASK.encode({**record(), "verdict_fidelity": 0, "verdict_quality": "true"}, processor, rng)
+        assert found.ids[-19:].tolist() == [*codes, *tokenizer.estimate_ids]
+        assert (found.blocks[-19:] == 1).all()
+        assert found.labels[-3:].tolist() == [IGNORE, tokenizer.no_id, tokenizer.yes_id]
+        assert (found.labels[:-3] == IGNORE).all()
+    with pytest.raises(DataError, match="verdict_quality is 'fine'; a verdict on a picture is 1 or 0"):
+        TASK.encode({**record(), "verdict_quality": "fine"}, processor)
+
+
+def test_some_are_judged_with_another_records_picture(processor: Processor) -> None:
+    """Half of the judged ones: the picture is not theirs; and where nothing was asked for there is no verdict on it."""
+    assert processor.codec is not None
+    other = {"caption": "蓝色的帽子", "picture": np.zeros((16, 16, 3), np.uint8)}
+    own, theirs = codes_of(processor), processor.tokenizer.code_start + processor.codec.encode(other["picture"])
+    rng, seen = np.random.default_rng(0), {"own": 0, "theirs": 0, "unasked": 0, "else": 0}
+    for _ in range(600):
+        found = TASK.encode(record(), processor, rng, another=lambda: other)
+        if found.ids[-1] != processor.tokenizer.estimate_ids[-1]:
+            seen["else"] += 1
+            continue
+        relevance, fidelity, quality = found.labels[-3:]
+        assert (fidelity, quality) == (processor.tokenizer.yes_id, IGNORE)
+        swapped = np.array_equal(found.ids[-19:-3], theirs)
+        assert swapped or np.array_equal(found.ids[-19:-3], own)
+        if relevance == IGNORE:
+            seen["unasked"] += 1
+        else:
+            assert relevance == (processor.tokenizer.no_id if swapped else processor.tokenizer.yes_id)
+            seen["theirs" if swapped else "own"] += 1
+    assert 0.15 < 1 - seen["else"] / 600 < 0.25
+    assert min(seen["own"], seen["theirs"]) > 30 and 2 < seen["unasked"] < 30
+
+
+def test_codes_may_stand_for_a_picture(processor: Processor) -> None:
+    given = list(range(16))
+    found = TASK.encode({**record(), "picture": given}, processor)
+    assert found.ids[-16:].tolist() == [processor.tokenizer.code_start + code for code in given]
+    for wrong in (given[:-1], [*given[:-1], 16], [0.5] * 16):
+        with pytest.raises(DataError, match="picture: has to be a picture, or 16 codes from 0 to 15"):
+            TASK.encode({**record(), "picture": wrong}, processor)

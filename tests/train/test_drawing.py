@@ -116,7 +116,9 @@ def test_a_model_without_a_codec_says_so(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[8, 8], depth=1)).save_pretrained(tmp_path / "codec")
+    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[8, 8], depth=1)).save_pretrained(
+        tmp_path / "codec"
+    )
     first = tiny_recipe(tmp_path / "first", steps=1)
     train(first)
     recipe = tiny_recipe(tmp_path / "second", model={"preset": "demo", "sizes": SIZES, "codec": tmp_path / "codec"})

@@ -1,0 +1,71 @@
+"""The codes of a picture in a few passes against one after the other with a cache, on the same weights.
+
+Time with random weights, at 64, 256 and 4,096 codes. Where `make demo-images` has left its model, its judge says how
+many pictures show all that was asked for, drawn both ways.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import race
+from openm6.decode.draw import Codes, Drawing, draw
+from openm6.model import M6, ModelConfig
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+
+TITLE = "A picture's codes in 8 passes against one after the other"
+PROMPT, PASSES, ASKED = 24, 8, 200
+DEMO = Path("runs/demo-images")
+
+
+def run() -> tuple[list[dict[str, Any]], str]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    config = ModelConfig.preset(
+        "demo", hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=704, vocab_size=4096,
+        max_position_embeddings=4352, image_embedder="none",
+    )  # fmt: skip
+    model = M6(config).eval().to(device)
+    model = model.to(torch.bfloat16) if device == "cuda" else model.pack_for_cpu()
+    blocks = np.array([*[SOURCE] * (PROMPT - 2), CAUSAL, CAUSAL], np.int32)
+    prompt = Sequence(np.arange(100, 100 + PROMPT, dtype=np.int32), blocks, np.full(PROMPT, IGNORE, np.int32))
+    rows = []
+    for count, repeats in ((64, 5), (256, 5), (4096, 3)):
+        codes = Codes(3096, 1000, count, 6, (11, 12, 13), 14, 15)
+
+        def drawn(passes: int, codes: Codes = codes) -> object:
+            return draw(model, [prompt], [], codes, Drawing(passes=passes))
+
+        sides = {f"{PASSES} passes": lambda: drawn(PASSES), "one after the other": lambda: drawn(0)}
+        timings = race(sides, repeats=repeats, warmup=1)
+        slow = timings["one after the other"]
+        for name, t in timings.items():
+            rows.append({
+                "codes": count, "side": name, "ms": round(1000 * t.median, 1),
+                "spread": f"{1000 * t.low:,.1f} to {1000 * t.high:,.1f}", "faster by": round(slow.median / t.median, 1),
+                "all attributes": accuracy(PASSES if "passes" in name else 0) if count == 64 else "",
+            })  # fmt: skip
+    note = (
+        f"hidden size 256, 6 layers, a prompt of {PROMPT}, one picture, no guidance; medians of runs taken in turn, "
+        f"spread = quartiles. All attributes: the model of make demo-images on {ASKED} combinations it has never seen."
+    )
+    return rows, note
+
+
+def accuracy(passes: int) -> float | str:
+    """Share of the pictures in which the demo's judge reads all that was asked for."""
+    if not (DEMO / "model").is_dir():
+        return ""
+    from openm6.bundle import Bundle
+    from openm6.evaluate.demo_images import DATA, TASK
+    from openm6.evaluate.pictures import Judge, judged, read_wishes
+
+    bundle, judge = Bundle.load(DEMO / "model"), Judge(Bundle.load(DEMO / "judge" / "model"))
+    records, wanted = read_wishes(bundle, TASK, judge, DATA)
+    asked = [{"caption": record["caption"]} for record in records[:ASKED]]
+    pictures = list(bundle.run_many(TASK, asked, decoding={"passes": passes}))
+    return float(np.mean([row["all"] for row in judged(judge, pictures, wanted[:ASKED])]))

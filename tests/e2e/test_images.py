@@ -1,0 +1,110 @@
+"""`openm6 images` on a small untrained model: files, tables, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from openm6.bundle import Bundle
+from openm6.cli import app, bench, data, demo, images, models, plan, tasks, use, work  # noqa: F401  (commands)
+from openm6.errors import OpenM6Error
+from openm6.tasks.task import Task
+from tests.conftest import drawing_bundle
+
+QUICK = ("-o", "passes=2", "-o", "guidance=0")
+SEEN = "[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a picture, masks, and six goods."""
+    folder = tmp_path_factory.mktemp("images")
+    bundle = drawing_bundle()
+    bundle.tasks["seen"] = Task.from_instruction(SEEN, "seen")
+    bundle.save(folder / "model")
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        told = {"caption": "红色的杯子", "image": f"{number}.png", "colour": "红", "kind": "鞋包"[number % 2]}
+        lines.append(json.dumps(told, ensure_ascii=False) + "\n")
+    (folder / "goods.jsonl").write_text("".join(lines), "utf-8")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(mask[:, :8]).save(folder / "narrow.png")
+    (folder / "words.png").write_text("no picture", "utf-8")
+    return folder
+
+
+def call(*arguments: Any) -> str:
+    result = CliRunner().invoke(app, ["images", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_candidates_are_files_best_first(room: Path, tmp_path: Path) -> None:
+    model, wish = room / "model", "caption=红色的杯子"
+    rows = json.loads(call("draw", model, wish, "-n", 3, "--output", tmp_path, "--json", *QUICK))
+    assert [Path(row["file"]).name for row in rows] == ["1.png", "2.png", "3.png"]
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    assert all(Image.open(row["file"]).size == (16, 16) for row in rows)
+    # The same seed gives the same pictures, progressive drawing others.
+    again = json.loads(call("draw", model, wish, "-n", 3, "--output", tmp_path / "b", "--json", *QUICK))
+    assert [r["score"] for r in again] == [r["score"] for r in rows]
+    assert "relevance" in call("draw", model, wish, "--output", tmp_path, *QUICK, "-o", "branches=2")
+
+
+def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) -> None:
+    model, wish, picture = room / "model", "caption=红色的杯子", room / "0.png"
+    given = np.asarray(Image.open(picture))
+    some = ("--picture", picture, "-n", 2, "--output", tmp_path, *QUICK)
+    call("edit", model, wish, "--mask", room / "mask.png", *some)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "1.png"))[:, :8], given[:, :8])
+    call("vary", model, wish, "--share", 0.5, *some)
+    target = tmp_path / "wide.png"
+    said = call(
+        "extend", model, wish, "--picture", picture, "--side", "left", "--pixels", 8, "--output", target, *QUICK
+    )
+    assert said.strip() == str(target)
+    assert np.array_equal(np.asarray(Image.open(target))[:, 8:], given)
+
+
+def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:
+    judge = ("--judge", room / "model", "--judge-task", "seen", "--data", room / "goods.jsonl", "-n", 2)
+    grid = tmp_path / "sheet.png"
+    rows = json.loads(call("measure", room / "model", *judge, "--grid", grid, "--json", *QUICK))
+    assert list(rows) == ["real", "reconstructed", "drawn", "best of 2"]
+    assert rows["real"]["precision"] == rows["real"]["recall"] == 1.0
+    # What the table says of real pictures is what the model answers when it is asked.
+    bundle = Bundle.load(room / "model")
+    said = [bundle.run("seen", photo=str(room / f"{i}.png")) for i in range(6)]
+    right = [s["colour"] == "红" and s["kind"] == "鞋包"[i % 2] for i, s in enumerate(said)]
+    assert rows["real"]["all"] == pytest.approx(sum(right) / 6)
+    assert Image.open(grid).size == (2 * 12 * 16, 2 * 4 * 16)
+    assert "diversity" in call("measure", room / "model", *judge, "--limit", 5, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["draw", "MODEL", "caption="], "caption: is empty"),
+        (["draw", "MODEL", "captoin=杯子"], "has no slot captoin. Did you mean"),
+        (["draw", "MODEL", "caption=杯子", "-o", "branches=100"], "branches is 100; it has to be between 1 and 64"),
+        (["draw", "MODEL", "caption=杯子", "--task", "caption"], "The task caption does not draw"),
+        (["edit", "MODEL", "--picture", "0.png", "--mask", "narrow.png"], "The mask has 8 x 16 pixels"),
+        (["edit", "MODEL", "--picture", "words.png", "--mask", "mask.png"], "in no picture format"),
+        (["vary", "MODEL", "--picture", "gone.png"], "gone.png does not exist"),
+        (["draw", "MODEL", "--task", "controlled_image", "reference=words.png"], "in no picture format"),
+    ],
+)
+def test_bad_input_is_told(room: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
+    monkeypatch.chdir(room)
+    with pytest.raises(OpenM6Error, match=said):
+        call(*("model" if a == "MODEL" else a for a in arguments))
