@@ -8,7 +8,9 @@ from pathlib import Path
 
 from benchmarks.common import save, show
 
-NAMES = ("train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode")
+NAMES = (
+    "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
+)  # fmt: skip
 
 
 def main() -> None:

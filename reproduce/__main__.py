@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reproduce.common import ROOT, SCALES
 
-NAMES = ("prototyping", "auxiliary_loss", "capacity", "pseudo_to_real", "sparse_vs_dense")
+NAMES = ("prototyping", "auxiliary_loss", "capacity", "pseudo_to_real", "sparse_vs_dense", "progressive")
 
 
 def main() -> None:

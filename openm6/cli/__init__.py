@@ -30,12 +30,17 @@ def _root(
     """OpenM6."""
 
 
+def commands() -> typer.Typer:
+    """The program with all its commands, which their modules add to it."""
+    from openm6.cli import bench, data, demo, images, models, plan, tasks, use, work  # noqa: F401
+
+    return app
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, failed work exit code 1."""
-    from openm6.cli import bench, data, demo, images, models, plan, tasks, use, work  # noqa: F401  (they add their commands)
-
     try:
-        app()
+        commands()()
     except OpenM6Error as error:
         typer.secho(str(error), err=True, fg=typer.colors.RED)
         sys.exit(error.exit_code)

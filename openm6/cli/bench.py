@@ -28,7 +28,8 @@ def bench(
 @app.command()
 def reproduce(
     claim: Annotated[
-        str, typer.Argument(help="prototyping, auxiliary-loss, capacity, pseudo-to-real or sparse-vs-dense.")
+        str,
+        typer.Argument(help="prototyping, auxiliary-loss, capacity, pseudo-to-real, sparse-vs-dense or progressive."),
     ],
     scale: Annotated[str, typer.Option(help="small: minutes on two cores; large: a GPU's work.")] = "small",
     out: Annotated[Path | None, typer.Option(help="Folder for the page; the default is docs/reproduce.")] = None,

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
-from openm6.cli import app, bench, data, demo, images, models, plan, tasks, use, work  # noqa: F401  (commands)
+from openm6.cli import commands
 from openm6.errors import OpenM6Error
 from openm6.tasks.task import Task
 from tests.conftest import drawing_bundle
@@ -44,7 +44,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: Any) -> str:
-    result = CliRunner().invoke(app, ["images", *map(str, arguments)], catch_exceptions=False)
+    result = CliRunner().invoke(commands(), ["images", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
