@@ -47,6 +47,7 @@ class Sequence:
     labels  int32 [T]   the token that the output AT this position has to predict, or IGNORE
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source
+    codes               the places of a drawn picture's codes, if there is one
     """
 
     ids: np.ndarray
@@ -55,6 +56,7 @@ class Sequence:
     pictures: list[Picture] = field(default_factory=list)
     task: str = ""
     origin: str = ""
+    codes: range | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,6 +79,7 @@ class Batch:
     positions  0, 1, 2, ... inside each example
     images     pictures grouped by size
     tasks, origins   one entry an example (entry i belongs to segment i + 1)
+    codes            the columns that hold the codes of every row's picture (`pad_drawn`)
     """
 
     ids: Tensor
@@ -87,6 +90,7 @@ class Batch:
     images: list[Images] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
+    codes: range | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -144,34 +148,62 @@ def pad(sequences: Items[Sequence], pad_id: int) -> Batch:
     return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), longest), pad_id)
 
 
+def pad_drawn(sequences: Items[Sequence], pad_id: int) -> Batch:
+    """One example a row, each with a drawn picture of equally many codes, which stand in the same columns: padding is
+    between a shorter text and its codes, and at the end."""
+    spans = [s.codes for s in sequences]
+    assert all(span is not None for span in spans)
+    start, count = max(span.start for span in spans if span), len(spans[0] or ())
+    rest = max(len(s) - span.stop for s, span in zip(sequences, spans, strict=True) if span)
+    widths = [(span.start, count, len(s) - span.stop) for s, span in zip(sequences, spans, strict=True) if span]
+    columns = np.arange(start + count + rest)
+    places = [
+        columns[(columns < text) | ((columns >= start) & (columns < start + count + tail))] for text, _, tail in widths
+    ]
+    batch = _lay_out_at(sequences, list(enumerate(places)), (len(sequences), len(columns)), pad_id)
+    batch.codes = range(start, start + count)
+    return batch
+
+
 def _lay_out(sequences: Items[Sequence], places: list[tuple[int, int]], shape: tuple[int, int], pad_id: int) -> Batch:
+    spans = [(row, np.arange(start, start + len(s))) for s, (row, start) in zip(sequences, places, strict=True)]
+    return _lay_out_at(sequences, spans, shape, pad_id)
+
+
+def _lay_out_at(
+    sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int], pad_id: int
+) -> Batch:
+    """`places`: the row of each sequence and the columns of its positions."""
     ids = np.full(shape, pad_id, np.int64)
     segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     blocks, labels = np.full(shape, CAUSAL, np.int64), np.full(shape, IGNORE, np.int64)
-    for number, (sequence, (row, start)) in enumerate(zip(sequences, places, strict=True), 1):
-        span = slice(start, start + len(sequence))
-        ids[row, span] = sequence.ids
-        segments[row, span] = number
-        blocks[row, span] = sequence.blocks
-        positions[row, span] = np.arange(len(sequence))
-        labels[row, span] = sequence.labels
-    arrays = {"ids": ids, "segments": segments, "blocks": blocks, "positions": positions, "labels": labels}
+    for number, (sequence, (row, columns)) in enumerate(zip(sequences, places, strict=True), 1):
+        ids[row, columns] = sequence.ids
+        segments[row, columns] = number
+        blocks[row, columns] = sequence.blocks
+        positions[row, columns] = np.arange(len(sequence))
+        labels[row, columns] = sequence.labels
     return Batch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        torch.from_numpy(ids),
+        torch.from_numpy(segments),
+        torch.from_numpy(blocks),
+        torch.from_numpy(positions),
+        torch.from_numpy(labels),
         images=list(_group_images(sequences, places, shape[1])),
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],
     )
 
 
-def _group_images(sequences: Items[Sequence], places: list[tuple[int, int]], row_length: int) -> Iterable[Images]:
+def _group_images(
+    sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], row_length: int
+) -> Iterable[Images]:
     """Pictures of one size together, each with the flat places of its patches."""
     groups: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for sequence, (row, start) in zip(sequences, places, strict=True):
+    for sequence, (row, columns) in zip(sequences, places, strict=True):
         for picture in sequence.pictures:
             pixels, where = groups.setdefault(picture.pixels.shape, ([], []))
             pixels.append(picture.pixels)
-            first = row * row_length + start + picture.start
-            where.append(np.arange(first, first + picture.patches))
+            where.append(row * row_length + columns[picture.start : picture.start + picture.patches])
     for pixels, where in groups.values():
         yield Images(torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.concatenate(where)))

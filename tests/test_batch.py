@@ -21,6 +21,8 @@ from openm6.bundle import Bundle, Painting
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.train.recipe import check_recipe
+from openm6.train.trainer import train
 from tests.conftest import drawing_bundle
 from tests.tasks.conftest import picture
 
@@ -292,6 +294,40 @@ def test_a_full_disk_is_told(bundle: Bundle, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OpenM6Error, match="could not be written .no space left on device"):
             made(bundle, tmp_path)
     assert made(bundle, tmp_path)["prompts"] == 11
+
+
+@pytest.mark.slow
+def test_a_model_learns_what_people_accept(bundle: Bundle, tmp_path: Path) -> None:
+    """Trained on verdicts by a rule that it is not told, it ranks other pictures by it."""
+    bundle.save(tmp_path / "model")
+
+    def accepted(row: dict[str, Any]) -> bool:
+        pixels = np.asarray(Image.open(tmp_path / "batch" / row["file"]), float)
+        return bool(pixels[:, :8].mean() > pixels[:, 8:].mean())
+
+    def reviewed() -> dict[str, Any]:
+        lines = [{"file": row["file"], "accepted": accepted(row)} for row in rows(tmp_path)]
+        return write_labelled(tmp_path / "batch", labelled(tmp_path, lines))
+
+    wishes = [{"caption": f"{text}，{other}"} for text in CAPTIONS for other in range(6)]
+    prompts(tmp_path, wishes)
+    made(bundle, tmp_path, keep=16)
+    recipe = check_recipe({
+        "name": "verdicts", "output": str(tmp_path / "run"), "model": {"path": str(tmp_path / "model")},
+        "data": [{"source": reviewed()["file"], "task": TASK}],
+        "train": {
+            "steps": 150, "batch_size": 32, "row_length": 64, "learning_rate": 4e-3, "warmup": 10, "precision": "fp32",
+            "checkpoint_every": 150, "workers": 0,
+        },
+    })  # fmt: skip
+    learned = Bundle.load(train(recipe))
+    shutil.rmtree(tmp_path / "batch")
+    prompts(tmp_path, wishes[:24])
+    weights = {"relevance": 0, "fidelity": 0, "quality": 1, "seed": 1}
+    made(learned, tmp_path, keep=16, decoding={**QUICK, **weights})
+    found = reviewed()
+    assert 0.3 < found["accepted"] < 0.7
+    assert found["by_rank"][1]["accepted"] > found["accepted"] + 0.2
 
 
 # Press keys, click, page on, and lay what would be downloaded before the reader.

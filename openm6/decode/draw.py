@@ -203,7 +203,7 @@ class _Painter:
             drawn_B = _choose(logits_BK, self.chance(1)[:, 0], self.drawing.temperature)
             found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
             if place + 1 < self.codes.count:
-                hidden = self.model.step((self.codes.start + found_BN[:, place]).repeat(times), self.cache)
+                hidden = self.model.step((self.codes.start + found_BN[:, place]).repeat(times), self.cache, place)
         self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
         return found_BN
 

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.errors import OpenM6Error
 from openm6.model.config import ModelConfig
 from openm6.model.norm import RMSNorm, rms_norm
 from openm6.model.packed import PackedLinear, Shrink, fold
-from openm6.sequence import allowed
+from openm6.model.picture_mask import PictureMask
+from openm6.model.sparse import SparsePattern, block_mask
+from openm6.sequence import CAUSAL, Batch, allowed
 
 QUERY_CHUNK = 128
 """Queries a chunk of the plain attention; each chunk looks only at the keys that some query of it may see."""
@@ -59,6 +62,27 @@ def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex:
     return DenseMask(additive(mask_BTS[:, None], dtype), bounds)
 
 
+def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> PictureMask:
+    """The mask of a batch whose rows hold the codes of a drawn picture in the same columns (`pad_drawn`), all by masks
+    or all one after the other."""
+    assert batch.codes is not None and config.picture_side is not None
+    device, columns = batch.ids.device, torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    inside = (columns >= batch.codes.start) & (columns < batch.codes.stop)
+    segments, blocks = batch.segments, batch.blocks
+    others = columns[~inside]
+    together = (blocks[:, others, None] == blocks[:, None]) & (blocks[:, others, None] >= 0)
+    seen = (segments[:, others, None] == segments[:, None]) & ((columns <= others[:, None]) | together)
+    one_by_one = bool(blocks[0, batch.codes.start] == CAUSAL)
+    pattern = SparsePattern(config.picture_side, tuple(config.picture_tile), one_by_one)  # type: ignore[arg-type]
+    if pattern.codes != len(batch.codes):
+        raise OpenM6Error(f"A picture of {len(batch.codes)} codes; model.picture_side makes them {pattern.codes}.")
+    # The text, and what follows the codes where they see each other both ways.
+    before = batch.codes.start
+    told = (segments[:, others] > 0) & ((others < before) | (not one_by_one))
+    mask = block_mask(pattern, len(others), told, device) if device.type == "cuda" else None
+    return PictureMask(pattern, before, before, additive(seen[:, None], dtype), told, mask)
+
+
 def additive(allowed_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """True/False to 0/-inf."""
     return torch.zeros_like(allowed_mask, dtype=dtype).masked_fill_(~allowed_mask, float("-inf"))
@@ -70,10 +94,12 @@ _flex_compiled: Any = None
 def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Any) -> Tensor:
     """softmax(q k / sqrt(E) + mask) v, [B, H, T, E].
 
-    `mask` chooses the means: BlockMask FlexAttention, DenseMask plain products up to PLAIN_LIMIT positions
-    (on a CPU and short rows several times faster than SDPA, whose backward pass is slow there; see
+    `mask` chooses the means: PictureMask its own, BlockMask FlexAttention, DenseMask plain products up to PLAIN_LIMIT
+    positions (on a CPU and short rows several times faster than SDPA, whose backward pass is slow there; see
     benchmarks/attention.py), anything else SDPA.
     """
+    if isinstance(mask, PictureMask):
+        return mask.attend(q_BHTE, k_BKSE, v_BKSE)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
     if isinstance(mask, DenseMask):
         if q_BHTE.shape[2] <= PLAIN_LIMIT:

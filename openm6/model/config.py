@@ -43,6 +43,9 @@ class ModelConfig(PreTrainedConfig):
     `shared_intermediate_size` sees all. `capacity_factor` None drops no token. `auxiliary_loss`, `router_z_loss` and
     `bias_update` are off at 0.
 
+    `picture_side` n: the n x n codes of a drawn picture see each other by tiles of `picture_tile` (rows, columns):
+    tile row, tile column and neighbours (model/sparse.py); null lets all of them see each other.
+
     `distinct_layers` d shares weights: layer i is layer i mod d (Pseudo-to-Real, arXiv 2110.03888); null shares none.
     """
 
@@ -58,6 +61,8 @@ class ModelConfig(PreTrainedConfig):
     num_key_value_heads: int = None  # type: ignore[assignment]  # derived below, like the next two
     head_dim: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
+    picture_side: int | None = None
+    picture_tile: list[int] = None  # type: ignore[assignment]  # [4, 8]
 
     norm: str = "rms"
     norm_eps: float = 1e-6
@@ -94,6 +99,7 @@ class ModelConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.bias is None:
             self.bias = self.norm == "layer"
+        self.picture_tile = self.picture_tile or [4, 8]
         self.expert_intermediate_size = self.expert_intermediate_size or self.intermediate_size
         if self.image_embedder == "stem" and self.stem_widths is None:
             self.stem_widths = [32, 64, 128, 256]

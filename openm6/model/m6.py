@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from openm6.errors import OpenM6Error
-from openm6.model.attention import Cache, additive, build_mask, rotary_angles
+from openm6.model.attention import Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, scatter_images
@@ -26,7 +27,9 @@ from openm6.model.loss import linear_cross_entropy
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.packed import PackedLinear, kernel_dtype
+from openm6.model.picture_mask import PictureMask
 from openm6.model.precision import product_dtype
+from openm6.model.sparse import SparsePattern, block_mask, cached_places
 from openm6.sequence import IGNORE, Batch
 
 
@@ -121,7 +124,11 @@ class M6(Network):
         """Hidden states of a packed or padded batch, and the loss where it has labels."""
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
-        mask = build_mask(batch.segments, batch.blocks, dtype)
+        mask: Any
+        if batch.codes is not None and self.config.picture_side:
+            mask = build_picture_mask(self.config, batch, dtype)
+        else:
+            mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
         x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real)
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
@@ -174,8 +181,14 @@ class M6(Network):
         x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
-    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """One further (causal) position for every row of the cache; hidden states [B, D]."""
+    def step(self, ids_B: Tensor, cache: Cache, code: int | None = None) -> Tensor:
+        """One further (causal) position for every row of the cache; hidden states [B, D].
+
+        `code`: it is that code of a picture, row by row, and the codes before it stand last in the cache; of a model
+        with `picture_side` it then looks at those alone that the pattern keeps.
+        """
+        if code is not None and self.config.picture_side:
+            return self._sparse_step(ids_B, cache, code)
         positions_B1 = cache.lengths[:, None]
         x_B1D = self.embed(ids_B[:, None])
         if self.place is not None:
@@ -204,6 +217,38 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
+    def _sparse_step(self, ids_B: Tensor, cache: Cache, code: int) -> Tensor:
+        pattern = self._pattern(causal=True)
+        places_B1, rows = cache.lengths[:, None], torch.arange(len(ids_B), device=ids_B.device)
+        x_B1D = self.embed(ids_B[:, None])
+        if self.place is not None:
+            x_B1D = x_B1D + self.place(places_B1)
+        rope = cache.rope and (cache.rope[0][0, places_B1], cache.rope[1][0, places_B1])
+        texts_B = cache.lengths - code
+        longest = max(cache.counts) - code
+        codes_S = cached_places(pattern, code, 0).to(ids_B.device)
+        text_L = torch.arange(longest, device=ids_B.device)
+        keys_BS = torch.cat((text_L.expand(len(ids_B), -1), texts_B[:, None] + codes_S), 1)
+        mask = None
+        if min(cache.counts) < max(cache.counts):
+            seen = torch.cat((text_L < texts_B[:, None], keys_BS.new_ones(len(ids_B), len(codes_S)).bool()), 1)
+            mask = additive(seen[:, None, None], cache.keys[0].dtype)
+
+        def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
+            kept = []
+            for stored, new in ((cache.keys[layer], k_BK1E), (cache.values[layer], v_BK1E)):
+                stored[rows, :, cache.lengths] = new[:, :, 0].to(stored.dtype)
+                kept.append(stored.transpose(1, 2)[rows[:, None], keys_BS].transpose(1, 2))
+            return kept[0], kept[1]
+
+        x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
+        cache.grow()
+        return x_B1D[:, 0]
+
+    def _pattern(self, causal: bool = False) -> SparsePattern:
+        assert self.config.picture_side is not None
+        return SparsePattern(self.config.picture_side, tuple(self.config.picture_tile), causal)  # type: ignore[arg-type]
+
     def fill(self, ids_BN: Tensor, cache: Cache) -> Tensor:
         """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
 
@@ -215,8 +260,11 @@ class M6(Network):
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
         rope = cache.rope and (cache.rope[0][0, positions_BN], cache.rope[1][0, positions_BN])
-        longest, mask = max(cache.counts), None
-        if min(cache.counts) < longest:
+        longest = max(cache.counts)
+        mask: Any = None
+        if self.config.picture_side:
+            mask = self._filling_mask(count, cache)
+        elif min(cache.counts) < longest:
             seen = torch.arange(longest, device=ids_BN.device) < cache.lengths[:, None]
             seen = torch.cat((seen, seen.new_ones(rows, count)), 1)
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
@@ -227,6 +275,18 @@ class M6(Network):
 
         x_BND, _ = self._backbone(x_BND, rope, mask, write)
         return x_BND
+
+    def _filling_mask(self, count: int, cache: Cache) -> PictureMask:
+        """For a picture's codes and what follows them, after the texts of a cache."""
+        pattern, longest, device = self._pattern(), max(cache.counts), cache.lengths.device
+        tail = count - pattern.codes
+        if tail < 0:
+            raise OpenM6Error(f"{count} codes; model.picture_side makes a picture of {pattern.codes}.")
+        text_BL = torch.arange(longest, device=device) < cache.lengths[:, None]
+        seen = F.pad(text_BL, (0, tail), value=True)
+        after = F.pad(text_BL, (0, count), value=True)[:, None, None].expand(-1, 1, tail, -1)
+        mask = block_mask(pattern, longest + tail, seen, device) if device.type == "cuda" else None
+        return PictureMask(pattern, longest, 0, additive(after, cache.keys[0].dtype), seen, mask)
 
     def _embed(self, batch: Batch) -> Tensor:
         x_BTD = self.embed(batch.ids)

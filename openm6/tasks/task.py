@@ -214,7 +214,9 @@ class Task:
                 f"{_where(record)}the {len(wanted) - 1} codes of a picture do not fit: the model takes "
                 f"{processor.max_length} positions (max_length)."
             )
-        return self._learned(record, sequence, np.array(wanted[1:], np.int32), processor, rng, another, asked)
+        codes = np.array(wanted[1:], np.int32)
+        sequence.codes = range(len(sequence) - len(codes), len(sequence))
+        return self._learned(record, sequence, codes, processor, rng, another, asked)
 
     def _learned(
         self,

@@ -11,7 +11,7 @@ import torch
 from openm6.bundle import Bundle
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
-from openm6.sequence import IGNORE, Batch, Sequence, pack, pad
+from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.objective import Part
@@ -42,7 +42,10 @@ class Sequences:
         return sum(int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)
 
     def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
-        batch = self._batch(examples)
+        parts = [self._part(run, batch) for batch in self._batches(examples)]
+        return parts[0] if len(parts) == 1 else _together(parts)
+
+    def _part(self, run: Callable[[Batch], Any], batch: Batch) -> Part:
         output = run(batch)
         loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
@@ -58,6 +61,20 @@ class Sequences:
     def describe(self, path: Path) -> None:
         self.bundle.describe(path)
 
+    def _batches(self, sequences: list[Sequence]) -> list[Batch]:
+        """One, but for a network with block-sparse pictures: those apart, whose codes see each other both ways and one
+        after the other apart too."""
+        if self.bundle.model.config.picture_side is None:
+            return [self._batch(sequences)]
+        plain = [s for s in sequences if s.codes is None]
+        drawn: dict[bool, list[Sequence]] = {}
+        for sequence in sequences:
+            if sequence.codes is not None:
+                drawn.setdefault(bool(sequence.blocks[sequence.codes.start] == CAUSAL), []).append(sequence)
+        pad_id = self.bundle.processor.tokenizer.pad_id
+        pictures = [pad_drawn(some, pad_id).to(self.device) for some in drawn.values()]
+        return [*([self._batch(plain)] if plain else []), *pictures]
+
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.bundle.processor.tokenizer.pad_id
         if not self.settings.packing:
@@ -65,6 +82,18 @@ class Sequences:
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         even = self.device.type == "cpu"
         return pack(sequences, self.settings.row_length, pad_id, even=even).to(self.device)
+
+
+def _together(parts: list[Part]) -> Part:
+    """Of batches that were worked on one after the other."""
+    return Part(
+        sum((part.loss for part in parts[1:]), parts[0].loss),
+        [entry for part in parts for entry in part.losses],
+        sum(part.flops for part in parts),
+        sum(part.positions for part in parts),
+        sum(part.slots for part in parts),
+        [load for part in parts for load in part.loads or []],
+    )
 
 
 def _by_example(output: Any, batch: Batch) -> Losses:

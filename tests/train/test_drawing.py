@@ -126,3 +126,23 @@ def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
     values["tokenizer"] = {"path": str(tmp_path / "first" / "model")}
     with pytest.raises(UsageError, match=r"has ids for 8 image codes; the codec .* has 64"):
         train(check_recipe(values))
+
+
+@pytest.mark.slow
+def test_a_picture_of_one_tile_trains_as_without_tiles(tmp_path: Path) -> None:
+    """Block-sparse pictures are worked on apart from texts, and apart by kind; with one tile nothing is left out."""
+    torch.manual_seed(0)
+    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])).save_pretrained(tmp_path / "codec")
+    data = [
+        {"source": str(written(tmp_path)), "task": "text_to_image", "weight": 3},
+        {"source": str(written(tmp_path)), "task": "caption"},
+    ]
+    losses = []
+    for name, sizes in (("full", {}), ("tiled", {"picture_side": 4, "picture_tile": [4, 4]})):
+        model = {"preset": "demo", "codec": str(tmp_path / "codec"), "sizes": {**SIZES, **sizes}}
+        train(
+            tiny_recipe(tmp_path / name, model=model, data=data, steps=6, batch_size=24, precision="fp32", log_every=1)
+        )
+        losses.append([line["loss"] for line in logged(tmp_path / name) if "loss" in line])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
