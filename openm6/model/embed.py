@@ -126,6 +126,7 @@ def scatter_images(x_BTD: Tensor, images: list[Images], embedder: ImageEmbedder,
         flat = flat.index_copy(0, group.places, features.to(flat.dtype))
     if training and not images:
         # Every parameter takes part in every step: data-parallel reduction waits for all gradients.
-        blank = torch.zeros(1, embedder.stride, embedder.stride, 3, dtype=torch.uint8, device=flat.device)
+        side = 2 * embedder.stride  # a norm needs more than one value
+        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)
         flat = flat + 0.0 * embedder(blank).sum()
     return flat.view_as(x_BTD)
