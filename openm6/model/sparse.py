@@ -139,7 +139,7 @@ def sparse_attend(
         kv_2GIAE, text_mask_BL = _keys_by_tile(k_BKNE, v_BKNE, k_text_BKLE, v_text_BKLE, pattern, text_mask_BL)
         hidden_GL = None if text_mask_BL is None else ~text_mask_BL.repeat_interleave(kv_heads, 0)
         q_BHJAE = pattern.to_tiles(q_BHNE * width**-0.5)
-        shared = q_BHJAE.view(rows * kv_heads, heads // kv_heads, pattern.tiles, pattern.area, width)
+        shared = q_BHJAE.reshape(rows * kv_heads, heads // kv_heads, pattern.tiles, pattern.area, width)
         y_GJQE = _GatheredBlocks.apply(shared.transpose(1, 2).flatten(2, 3), kv_2GIAE, hidden_GL, pattern)
     shared = y_GJQE.view(rows * kv_heads, pattern.tiles, -1, pattern.area, width).transpose(1, 2)
     return pattern.to_rows(shared.reshape(q_BHJAE.shape))
