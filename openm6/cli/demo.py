@@ -69,4 +69,6 @@ def demo_images(
         [[name, *(f"{r[name]:.3f}" for r in figures["rows"].values())] for name in figures["rows"]["drawn"]],
         "On combinations the models have never seen",
     )
+    edits = figures["edits"]
+    typer.echo(f"Edits: kept pixels as they were in {edits['kept']:.1%}, attribute changed in {edits['changed']:.1%}")
     typer.echo(f"Report: {figures['report']}")

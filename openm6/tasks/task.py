@@ -28,6 +28,10 @@ Record = Mapping[str, Any]
 BY_MASKS = 0.75
 """Share of the drawn pictures that are learned by masks; the others one code after the other."""
 
+UNGUIDED = 0.1
+"""Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads away
+from what is drawn so."""
+
 JUDGED = 0.2
 """Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
 
@@ -88,6 +92,11 @@ class Task:
                 raise UsageError(f"The task {self.name} has an empty set of labels for {name}.")
         # A label may be met twice (labels taken from data); its place in the set is its first one.
         object.__setattr__(self, "labels", {name: tuple(dict.fromkeys(map(str, v))) for name, v in labels.items()})
+
+    @property
+    def _controls(self) -> int:
+        """Slots that may be dropped, of a task that draws."""
+        return sum(bool(self.slots[name].drop) for name in self.inputs) if self.draws else 0
 
     @property
     def draws(self) -> bool:
@@ -161,13 +170,16 @@ class Task:
         complements: dict[str, str] = {}
         pieces: list[Piece] = []
         asked: list[str] = []
+        unguided = rng is not None and self._controls > 1 and rng.random() < UNGUIDED
         after_text = False  # two texts that touch are kept apart
         for part in instruction.source:
             if isinstance(part, str):
                 pieces.append(Piece(processor.tokenizer.encode_often(part)))
                 after_text = False
                 continue
-            if part.drop and (record.get(part.name) is None or (rng is not None and rng.random() < part.drop)):
+            if part.drop and (
+                record.get(part.name) is None or unguided or (rng is not None and rng.random() < part.drop)
+            ):
                 continue
             value = self._value(record, part, rng)
             try:

@@ -160,3 +160,20 @@ def test_codes_may_stand_for_a_picture(processor: Processor) -> None:
     for wrong in (given[:-1], [*given[:-1], 16], [0.5] * 16):
         with pytest.raises(DataError, match="picture: has to be a picture, or 16 codes from 0 to 15"):
             TASK.encode({**record(), "picture": wrong}, processor)
+
+
+def test_several_controls_are_dropped_together_too(processor: Processor) -> None:
+    """In every combination, and a tenth of the time all of them, whatever their own shares are."""
+    line = "甲[text:a|drop=0.1]乙[text:b|drop=0.1] -> [image:picture]"
+    task, rng = Task.from_instruction(line, "two"), np.random.default_rng(0)
+    shortest = len(task.encode({"picture": record()["picture"]}, processor, with_target=False))
+    texts = {"a": "红色", "b": "的杯子"}
+    seen: dict[tuple[bool, bool], int] = {}
+    for _ in range(1000):
+        ids = task.encode({**record(), **texts}, processor, rng).ids.tolist()
+        text = processor.tokenizer.decode(ids)
+        found = ("红色" in text, "的杯子" in text)
+        seen[found] = seen.get(found, 0) + 1
+    assert set(seen) == {(True, True), (True, False), (False, True), (False, False)}
+    assert 0.08 < seen[False, False] / 1000 < 0.15
+    assert shortest < len(task.encode(texts, processor, with_target=False))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from openm6.bundle import Bundle
 from openm6.errors import DataError, UsageError
 from openm6.model.codec import Codec
 from openm6.train.codec import PictureTask
 from openm6.train.recipe import check_recipe, load_recipe
 from openm6.train.trainer import train
-from tests.train.conftest import PowerCutError, cut_at, logged, losses
+from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
 
 
 def recipe(output: Path, **changes: Any) -> Any:
@@ -78,6 +79,28 @@ def test_a_codec_can_be_trained_on(tmp_path: Path) -> None:
     values = recipe(tmp_path / "second").model_dump(mode="json", exclude_unset=True)
     train(check_recipe({**values, "codec": {"path": str(first)}}))
     assert losses(tmp_path / "second")[1] == pytest.approx(losses(tmp_path / "first")[20], rel=0.2)
+
+
+def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None:
+    """The eyes stay as they are, are no part of the codec, and their opinion is in the loss."""
+    eyes = train(tiny_recipe(tmp_path / "reader", model={"preset": "demo", "sizes": SIZES}, steps=1))
+    before = Bundle.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    values = recipe(tmp_path / "own").model_dump(mode="json", exclude_unset=True)
+    model = train(
+        check_recipe({**values, "codec": {**values["codec"], "eyes": str(eyes)}, "output": tmp_path / "eyes"})
+    )
+    train(check_recipe(values))
+    assert losses(tmp_path / "eyes")[1] != losses(tmp_path / "own")[1]
+    after = Bundle.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        Codec.from_pretrained(model).state_dict().keys()
+        == Codec.from_pretrained(tmp_path / "own" / "model").state_dict().keys()
+    )
+    patches = {"preset": "demo", "sizes": {**SIZES, "image_embedder": "patch"}}
+    plain = train(tiny_recipe(tmp_path / "plain", model=patches, steps=1))
+    with pytest.raises(UsageError, match=r"codec.eyes: .* has no stem; its image_embedder has to be stem"):
+        train(check_recipe({**values, "codec": {**values["codec"], "eyes": str(plain)}, "output": tmp_path / "x"}))
 
 
 def test_a_picture_of_any_shape_is_cut_to_a_square() -> None:
