@@ -29,8 +29,8 @@ BY_MASKS = 0.75
 """Share of the drawn pictures that are learned by masks; the others one code after the other."""
 
 UNGUIDED = 0.1
-"""Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads away
-from what is drawn so."""
+"""Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads
+away from what is drawn so."""
 
 JUDGED = 0.2
 """Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
