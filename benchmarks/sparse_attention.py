@@ -1,8 +1,8 @@
 """Block-sparse attention of a long picture against dense SDPA: 4,096 codes that see 64 positions of text and, under the
 pattern of model/sparse.py, each other; one layer's attention, without its projections.
 
-On a CPU compiled FlexAttention forward, and gathered blocks forward and backward (4 heads of width 32, fp32). On a GPU
-compiled FlexAttention forward and backward (16 heads of width 64, bf16), in tiles of 32 and of 64 codes.
+On a CPU compiled FlexAttention and gathered blocks forward, gathered blocks forward and backward (4 heads of width 32,
+fp32). On a GPU compiled FlexAttention forward and backward (16 heads of width 64, bf16), tiles of 32 and of 64 codes.
 `python -m benchmarks.sparse_attention --device cpu` leaves the GPU alone.
 """
 
@@ -45,6 +45,7 @@ def _cpu() -> list[dict[str, Any]]:
     mask = block_mask(pattern, TEXT)
     forward = {
         "FlexAttention": lambda: flex_attend(*plain, pattern, mask),
+        "gathered blocks": lambda: sparse_attend(*plain, pattern),
         "dense SDPA": lambda: F.scaled_dot_product_attention(*(t.detach() for t in dense_inputs)),
     }
     both = {

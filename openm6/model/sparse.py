@@ -4,8 +4,8 @@ The codes of a picture of side 64 are 4,096; full attention among them is most o
 grouped into tiles, and a tile sees its tile row and its tile column (Sparse Transformers, Child et al. 2019, arXiv
 1904.10509, in two dimensions) and the 3 x 3 tiles around it: 21% of all pairs of tiles at side 64. Text is always seen.
 
-`SparsePattern.allowed` is the one definition. Three means follow from it: gathered blocks (`sparse_attend`: training on
-a CPU), FlexAttention (`flex_attend`: a GPU, and answering on a CPU), and lists of places for decoding one by one.
+`SparsePattern.allowed` is the one definition. Three means follow from it: gathered blocks (`sparse_attend`: a CPU),
+FlexAttention (`flex_attend`: a GPU), and lists of places for decoding one by one.
 
 Shapes, beside the legend in attention.py: N codes of a picture, row by row; L positions of text; J tiles of A codes,
 row by row, and A codes row by row inside; I tiles of keys, those of the text before the J; G = B x K; Q = A x (H / K)
@@ -30,7 +30,7 @@ from openm6.errors import UsageError
 
 PRODUCTS = 8
 """Tiles (of all heads) a thread multiplies at a time: what they touch stays in its cache (8 took 141 ms, 32 took 172
-ms, for forward and backward of 4 heads at side 64)."""
+ms, for forward and backward of 4 heads at side 64 on one core)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ def sparse_attend(
     """softmax(q k / sqrt(E)) v of a picture's codes over its text and, under the pattern, each other; [B, H, N, E].
 
     All row by row, in one precision. `text_mask` is True where text may be seen; L may be 0. Runs on any device, and is
-    made for training on a CPU, where FlexAttention has no backward pass. SDPA on the same gathered blocks took a
-    quarter longer than these products, and kept the gathered blocks of every layer.
+    made for a CPU, where FlexAttention has no backward pass and is slower forward. SDPA on the same gathered blocks
+    took a quarter longer than these products, and kept the gathered blocks of every layer.
     """
     rows, heads, _, width = q_BHNE.shape
     kv_heads = k_BKNE.shape[1]
@@ -336,7 +336,7 @@ def flex_attend(
 ) -> Tensor:
     """The same as `sparse_attend` by FlexAttention, with `mask` from `block_mask`; [B, H, N, E].
 
-    On a CPU the forward pass alone can be compiled. What is not compiled skips nothing.
+    On a CPU it goes forward only. What is not compiled skips nothing.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

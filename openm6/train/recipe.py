@@ -241,7 +241,13 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if "=" not in override:
             raise UsageError(f'"{override}" is no override; write key=value, e.g. train.steps=100.')
     try:
-        content = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.load(path)
+        for override in overrides:  # one by one: a merge knows no places in lists, such as data.0.source
+            key, _, value = override.partition("=")
+            try:
+                OmegaConf.update(content, key, OmegaConf.from_dotlist([f"value={value}"]).value)
+            except (IndexError, TypeError):
+                raise UsageError(f'"{override}": {path} has no place {key}.') from None
         values = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:
         raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None

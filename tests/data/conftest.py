@@ -33,6 +33,7 @@ def picture_bytes(value: int = 0, format: str = "PNG") -> bytes:
 class NumberSlot:
     name: str
     type: str
+    drop: float = 0.0
 
 
 @dataclass
@@ -46,7 +47,12 @@ class NumberTask:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def encode(
-        self, record: Mapping[str, Any], processor: Any, rng: np.random.Generator | None, with_target: bool = True
+        self,
+        record: Mapping[str, Any],
+        processor: Any,
+        rng: np.random.Generator | None,
+        with_target: bool = True,
+        **_: Any,
     ) -> Sequence:
         if not str(record.get("text", "")).isdigit():
             raise DataError(f"{record['_where']} has no number.")

@@ -45,6 +45,13 @@ def test_the_only_column_of_a_type_is_taken_and_of_two_none() -> None:
         map_columns(CAPTION, ["文件", "甲", "乙"], {}, [{"文件": b"x", "甲": "一", "乙": "二"}])
 
 
+def test_a_slot_that_may_be_dropped_needs_no_column() -> None:
+    slots = {"hint": NumberSlot("hint", "text", drop=0.5), "caption": NumberSlot("caption", "text")}
+    task = NumberTask("hinted", slots=slots, inputs=("hint",))
+    assert map_columns(task, ["caption"], {}) == {"caption": "caption"}
+    assert map_columns(task, ["caption", "hint"], {}) == {"hint": "hint", "caption": "caption"}
+
+
 def test_wrong_mappings_are_refused_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match=r'no slot \'foto\'\. Did you mean "photo"'):
         map_columns(VQA, ["image"], {"foto": "image"})

@@ -103,3 +103,16 @@ def test_an_offload_that_cannot_be_is_refused(tmp_path: Path, shares: Any, messa
     values = tiny_recipe(tmp_path).model_dump(mode="json", exclude_unset=True)
     with pytest.raises(UsageError, match=message):
         check_recipe({**values, "parallel": {"sharding": "zero3", "offload": shares}})
+
+
+def test_an_override_may_change_one_of_a_list(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "name: a\noutput: o\nmodel: {preset: demo}\ntrain: {steps: 3}\n"
+        "data: [{source: one, task: caption}, {source: two, task: vqa, weight: 2}]\n",
+        "utf-8",
+    )
+    found = load_recipe(tmp_path / "a.yaml", ["data.1.source=three", "train.steps=5", "data.0.columns={photo: p}"])
+    assert [d.source for d in found.data] == ["one", "three"] and found.data[1].weight == 2  # type: ignore[union-attr]
+    assert found.train.steps == 5 and found.data[0].columns == {"photo": "p"}
+    with pytest.raises(UsageError, match=r"a.yaml has no place data.7.source"):
+        load_recipe(tmp_path / "a.yaml", ["data.7.source=x"])
