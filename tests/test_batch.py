@@ -301,12 +301,10 @@ def test_a_model_learns_what_people_accept(bundle: Bundle, tmp_path: Path) -> No
     """Trained on verdicts by a rule that it is not told, it ranks other pictures by it."""
     bundle.save(tmp_path / "model")
 
-    def accepted(row: dict[str, Any]) -> bool:
-        pixels = np.asarray(Image.open(tmp_path / "batch" / row["file"]), float)
-        return bool(pixels[:, :8].mean() > pixels[:, 8:].mean())
-
     def reviewed() -> dict[str, Any]:
-        lines = [{"file": row["file"], "accepted": accepted(row)} for row in rows(tmp_path)]
+        # The codec is untrained: what people see is in the codes, not in the pixels.
+        verdicts = {row["file"]: sum(code < 8 for code in row["codes"]) > 8 for row in rows(tmp_path)}
+        lines = [{"file": file, "accepted": verdict} for file, verdict in verdicts.items()]
         return write_labelled(tmp_path / "batch", labelled(tmp_path, lines))
 
     wishes = [{"caption": f"{text}，{other}"} for text in CAPTIONS for other in range(6)]
@@ -326,8 +324,8 @@ def test_a_model_learns_what_people_accept(bundle: Bundle, tmp_path: Path) -> No
     weights = {"relevance": 0, "fidelity": 0, "quality": 1, "seed": 1}
     made(learned, tmp_path, keep=16, decoding={**QUICK, **weights})
     found = reviewed()
-    assert 0.3 < found["accepted"] < 0.7
-    assert found["by_rank"][1]["accepted"] > found["accepted"] + 0.2
+    assert found["accepted"] < 0.5
+    assert found["by_rank"][1]["accepted"] > 0.75
 
 
 # Press keys, click, page on, and lay what would be downloaded before the reader.

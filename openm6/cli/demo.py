@@ -58,7 +58,7 @@ def demo_images(
     judge = trained("judge", output / "judge", f"seed={seed + 1000}")
     codec = trained("codec_64", output / "codec", f"codec.eyes={base}")
     painter = trained("demo_images", output / "drawing", f"model.path={base}", f"model.codec={codec}")
-    own = draw_own(painter, "demo:items/train", output / "own")
+    own = draw_own(painter, "demo:studio/train", output / "own")
     model = trained("demo_images_estimates", output, f"model.path={painter}", f"data.0.source={own}")
     figures = report_images(model, judge, output)
     if json:

@@ -130,7 +130,7 @@ def extend(
 def measure(
     model: Annotated[str, typer.Argument(help="A model directory.")],
     judge: Annotated[str, typer.Option(help="Model directory of a judge (recipes/judge.yaml).")],
-    data: Annotated[str, typer.Option(help="Real pictures, their captions and attributes.")] = "demo:items/test",
+    data: Annotated[str, typer.Option(help="Real pictures, their captions and attributes.")] = "demo:studio/test",
     task: TaskName = "text_to_image",
     judge_task: Annotated[str, typer.Option(help="What the judge reads in a picture.")] = "product_attributes",
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Of which the best one counts.")] = 1,

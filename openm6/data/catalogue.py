@@ -9,9 +9,8 @@ Seven views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
     catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
                 relation (of the first item to the second), and category, colour, pattern of the first item
     items       one record a picture with a single item: image, caption (six), category, colour, pattern
-    controls    of the items, with what a drawing can be asked to follow: caption, sketch (lines of the picture),
-                reference (another picture of the same category, colour and pattern), style (another category in the
-                same colour and pattern)
+    studio      other pictures of single items, taken for a shop: large, upright, hardly any noise, bold patterns; with
+                caption (six), category, colour, pattern, and what a drawing can be asked to follow (data/studio.py)
     pairs       two records a picture with two, one an item: image, place (its side), category, colour, pattern
     questions   one record a question: image, question, answer, kind, detail, objects
     relations   of the questions, those about the relation of two items
@@ -22,21 +21,18 @@ Splits: train; validation (new pictures of combinations that were trained); test
 
 from __future__ import annotations
 
-import io
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from openm6.data import phrases
-from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, SIDE, Item, Placed, draw_picture
+from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
 from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
 from openm6.errors import UsageError, suggest
-from openm6.images import sketch
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
 
@@ -45,7 +41,9 @@ VERSION = 5
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
 SPLITS = tuple(PICTURES)
-VIEWS = ("catalogue", "items", "controls", "pairs", "questions", "relations", "texts")
+VIEWS = ("catalogue", "items", "pairs", "questions", "relations", "studio", "texts")
+
+Made = TypeVar("Made")
 
 TWO_OBJECTS = 0.3
 """Share of the pictures with two items."""
@@ -71,13 +69,13 @@ _ALL = [Item(k, c, p) for k in CATEGORIES for c in COLOURS for p in PATTERNS]
 def picture(seed: int, split: str, index: int) -> Record:
     """The record of one picture; depends on nothing but its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    pool = _pool(split)
-    items: tuple[Item, ...] = (pool[rng.integers(len(pool))],)
+    every = combinations(split)
+    items: tuple[Item, ...] = (every[rng.integers(len(every))],)
     relation = ""
     if rng.uniform() < TWO_OBJECTS:
-        other = pool[rng.integers(len(pool))]
+        other = every[rng.integers(len(every))]
         while other.category == items[0].category:
-            other = pool[rng.integers(len(pool))]
+            other = every[rng.integers(len(every))]
         items, relation = (*items, other), tuple(OPPOSITE)[rng.integers(4)]
     image = draw_picture(_place(items, relation, rng), rng)
     first = items[0]
@@ -99,7 +97,7 @@ def picture(seed: int, split: str, index: int) -> Record:
 
 
 @cache
-def _pool(split: str) -> tuple[Item, ...]:
+def combinations(split: str) -> tuple[Item, ...]:
     return tuple(item for item in _ALL if (item in HELD_OUT) == (split == "test"))
 
 
@@ -120,17 +118,15 @@ def _place(items: tuple[Item, ...], relation: str, rng: np.random.Generator) -> 
     return placed
 
 
-_PLACES = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
-"""Columns with a picture's number, and what they are called with the picture itself."""
-
-
 class Pictured:
-    """Records that point at pictures by their numbers; the pictures are read from the pictures' store."""
+    """Records that point at pictures by their numbers; the pictures are read from the pictures' store.
 
-    def __init__(self, pictures: ArrowRecords, rows: ArrowRecords):
-        self._pictures, self._rows = pictures, rows
-        self._places = {name: _PLACES[name] for name in rows.columns if name in _PLACES}
-        self.columns = tuple(self._places.get(name, name) for name in rows.columns)
+    `places`: columns with a picture's number, and what they are called with the picture itself.
+    """
+
+    def __init__(self, pictures: ArrowRecords, rows: ArrowRecords, places: Mapping[str, str]):
+        self._pictures, self._rows, self._places = pictures, rows, places
+        self.columns = tuple(places.get(name, name) for name in rows.columns)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -151,14 +147,12 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         def drawn() -> Iterator[Record]:
             with ThreadPoolExecutor() as pool:
                 records = pool.map(partial(picture, seed, split), range(count))
-                for record in _shown(records, count, f"drawing the {split} pictures"):
+                for record in shown(records, count, f"drawing the {split} pictures"):
                     rows.append({k: v for k, v in record.items() if k != "image"})
                     yield {k: v for k, v in record.items() if k not in ("questions", "sentences")}
 
         write_records(folder / "catalogue", drawn())
         write_records(folder / "items", _item_rows(split, rows))
-        drawn_pictures = ArrowRecords(folder / "catalogue")
-        write_records(folder / "controls", _control_rows(split, rows, drawn_pictures))
         write_records(folder / "pairs", _pair_rows(split, rows))
         questions = list(_question_rows(split, rows))
         write_records(folder / "questions", questions)
@@ -166,13 +160,14 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         write_records(folder / "texts", _text_rows(split, rows))
 
     folder = cached("catalogue", key, make)
-    views = {view: ArrowRecords(folder / view) for view in VIEWS}
+    views = {view: ArrowRecords(folder / view) for view in VIEWS if view != "studio"}
     return {
-        view: Pictured(views["catalogue"], rows) if "picture" in rows.columns else rows for view, rows in views.items()
+        view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
+        for view, rows in views.items()
     }
 
 
-def _shown(records: Iterable[Record], count: int, what: str) -> Iterable[Record]:
+def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
     """With a progress bar on the terminal, where it takes more than moments."""
     from rich.console import Console
     from rich.progress import track
@@ -185,28 +180,6 @@ def _item_rows(split: str, rows: list[Record]) -> Iterator[Record]:
         if row["objects"] == 1:
             told = {name: row[name] for name in ("caption", "category", "colour", "pattern")}
             yield {"_where": f"demo:items/{split}#{number}", "picture": number, **told}
-
-
-def _control_rows(split: str, rows: list[Record], pictures: ArrowRecords) -> Iterator[Record]:
-    """Items of whose kind there are others."""
-    rng = np.random.default_rng(len(rows))
-    items = [(number, row) for number, row in enumerate(rows) if row["objects"] == 1]
-    alike: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, row in items:
-        alike[row["colour"], row["pattern"]][row["category"]].append(number)
-    for number, row in items:
-        kinds = alike[row["colour"], row["pattern"]]
-        same = [other for other in kinds[row["category"]] if other != number]
-        styled = [other for category, numbers in kinds.items() if category != row["category"] for other in numbers]
-        if same and styled:
-            lines = io.BytesIO()
-            sketch(pictures.blob(number), SIDE).convert("1").save(lines, "PNG")
-            yield {
-                "_where": f"demo:controls/{split}#{number}", "picture": number, "caption": row["caption"],
-                "sketch": lines.getvalue(), "reference_picture": same[rng.integers(len(same))],
-                "style_picture": styled[rng.integers(len(styled))],
-                **{name: row[name] for name in ("category", "colour", "pattern")},
-            }  # fmt: skip
 
 
 def _pair_rows(split: str, rows: list[Record]) -> Iterator[Record]:
@@ -248,4 +221,8 @@ def open_catalogue(
         raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
     if split not in SPLITS:
         raise UsageError(f"The demo data has no split {split!r}.{suggest(split, SPLITS)} It has: {', '.join(SPLITS)}.")
+    if view == "studio":
+        from openm6.data.studio import open_studio
+
+        return open_studio(split, seed, pictures)
     return build(split, seed, pictures)[view]

@@ -43,6 +43,26 @@ PATTERNS = ("纯色", "条纹", "圆点", "格子")
 FAR = 90.0
 """Least distance of a background tint from an item's colour, in RGB of 0 to 255."""
 
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How pictures are taken: ranges of what is random in them.
+
+    tilt      of an item, at most, in radians; skew: of its pattern
+    period    of a pattern, as a share of the item; at least `least` pixels
+    noise     of the camera, in levels of 255
+    """
+
+    tilt: float
+    skew: float
+    period: tuple[float, float]
+    least: tuple[float, float]
+    noise: tuple[float, float]
+
+
+SNAPSHOT = Manner(tilt=0.26, skew=0.3, period=(0.15, 0.22), least=(5.0, 6.0), noise=(4, 12))
+STUDIO = Manner(tilt=0.1, skew=0.1, period=(0.19, 0.24), least=(8.0, 8.0), noise=(2, 5))
+
 _GROUNDS: tuple[RGB, ...] = (
     (236, 232, 222), (214, 226, 236), (226, 236, 218), (238, 220, 222), (206, 206, 210), (232, 226, 240),
     (150, 158, 166), (168, 152, 134), (138, 154, 142), (176, 166, 182), (92, 98, 108), (104, 92, 84),
@@ -216,18 +236,20 @@ def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
     return ready[0], ready[1]
 
 
-def draw_picture(placed: tuple[Placed, ...] | list[Placed], rng: np.random.Generator) -> bytes:
+def draw_picture(
+    placed: tuple[Placed, ...] | list[Placed], rng: np.random.Generator, manner: Manner = SNAPSHOT
+) -> bytes:
     """The picture as JPEG bytes, 64 x 64: the items at their places, everything else at random."""
     canvas = ground([COLOURS[p.item.colour] for p in placed], rng)
     for one in placed:
-        add(canvas, one, look_of(one, rng), rng)
-    return photo(canvas, rng)
+        add(canvas, one, look_of(one, rng, manner), rng)
+    return photo(canvas, rng, manner)
 
 
-def photo(canvas: np.ndarray, rng: np.random.Generator) -> bytes:
+def photo(canvas: np.ndarray, rng: np.random.Generator, manner: Manner = SNAPSHOT) -> bytes:
     """The canvas as JPEG bytes, exposed and with a camera's noise."""
     canvas = canvas * np.float32(rng.uniform(0.82, 1.12))
-    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(4, 12))
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(*manner.noise))
     buffer = io.BytesIO()
     Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
@@ -250,12 +272,12 @@ def _distance(a: RGB, b: RGB) -> float:
     return math.dist(a, b)
 
 
-def look_of(one: Placed, rng: np.random.Generator) -> Look:
+def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT) -> Look:
     """How an item of this size is made, at random."""
-    angle, mirror = rng.uniform(-0.26, 0.26), 1 - 2 * int(rng.integers(2))
+    angle, mirror = rng.uniform(-manner.tilt, manner.tilt), 1 - 2 * int(rng.integers(2))
     wide, high = rng.uniform(0.86, 1.0), rng.uniform(0.86, 1.0)
     variant = int(rng.integers(_VARIANTS))
-    return Look(angle, mirror, wide, high, variant, _marks(one, rng), *_tones(COLOURS[one.item.colour], rng))
+    return Look(angle, mirror, wide, high, variant, _marks(one, rng, manner), *_tones(COLOURS[one.item.colour], rng))
 
 
 def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> None:
@@ -298,14 +320,14 @@ def half(field: np.ndarray) -> np.ndarray:
     return (field[::2, ::2] + field[1::2, ::2] + field[::2, 1::2] + field[1::2, 1::2]) * np.float32(0.25)
 
 
-def _marks(one: Placed, rng: np.random.Generator) -> Marks:
+def _marks(one: Placed, rng: np.random.Generator, manner: Manner) -> Marks:
     """An item's pattern."""
     kind = one.item.pattern
     if kind == "纯色":
         return lambda u, v: 0.0
     # A mark has to stay wider than two pixels, also on a small item.
-    period = max(one.size * rng.uniform(0.15, 0.22), rng.uniform(5.0, 6.0) / SIDE) / one.size
-    angle = rng.uniform(-0.3, 0.3) + (rng.integers(4) * math.pi / 4 if kind == "条纹" else 0.0)
+    period = max(one.size * rng.uniform(*manner.period), rng.uniform(*manner.least) / SIDE) / one.size
+    angle = rng.uniform(-manner.skew, manner.skew) + (rng.integers(4) * math.pi / 4 if kind == "条纹" else 0.0)
     c, s, along = math.cos(angle), math.sin(angle), rng.uniform()
     across = 0.0 if kind == "条纹" else rng.uniform()
     width = rng.uniform(*{"条纹": (0.40, 0.52), "圆点": (0.30, 0.36), "格子": (0.34, 0.46)}[kind])

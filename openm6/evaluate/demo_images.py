@@ -14,7 +14,7 @@ import numpy as np
 from openm6.atomic import write_whole
 from openm6.bundle import Bundle
 from openm6.data.catalogue import HELD_OUT
-from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Placed, draw_picture
+from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw_picture
 from openm6.data.phrases import captions
 from openm6.data.source import open_source
 from openm6.editing import blocks_of, codec_of, edit
@@ -23,7 +23,7 @@ from openm6.evaluate.report import write_pictures
 from openm6.images import read_square
 
 TASK = "text_to_image"
-DATA = "demo:items/test"
+DATA = "demo:studio/test"
 ASKED = 400
 CANDIDATES = 8
 EDITS = 200
@@ -96,9 +96,9 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
         name = ATTRIBUTES[number % len(ATTRIBUTES)]
         others = [value for value in VALUES[name] if value != getattr(item, name)]
         target = replace(item, **{name: others[rng.integers(len(others))]})
-        size = rng.uniform(0.45, 0.7)
+        size = rng.uniform(0.6, 0.8)
         x, y = rng.uniform(size / 2, 1 - size / 2, 2)
-        picture = read_square(draw_picture([Placed(item, x, y, size)], rng), codec.size)
+        picture = read_square(draw_picture([Placed(item, x, y, size)], rng, STUDIO), codec.size)
         mask = np.zeros(picture.shape[:2], bool)
         left, top, right, bottom = (
             round(v * codec.size) for v in (x - size / 2, y - size / 2, x + size / 2, y + size / 2)
