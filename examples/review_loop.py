@@ -60,8 +60,8 @@ def review(batch: Path, seed: int) -> dict[str, Any]:
 
 def learn(model: Path, labelled: list[str], output: Path) -> Path:
     """The model that has learned from all verdicts so far, and goes on drawing beside."""
-    verdicts = [{"source": file, "task": TASK, "name": "verdicts", "weight": 3 / len(labelled)} for file in labelled]
-    replay = {"source": DATA, "task": TASK, "name": "drawing", "weight": 1}
+    verdicts = [{"source": file, "task": TASK, "name": "verdicts", "weight": 1 / len(labelled)} for file in labelled]
+    replay = {"source": DATA, "task": TASK, "name": "drawing", "weight": 2}  # the other estimates stay what they are
     recipe = {
         "name": "quality", "output": str(output), "model": {"path": str(model)}, "data": [*verdicts, replay],
         "train": {
