@@ -44,9 +44,9 @@ ROWS = 64
 
 ALIKE = 5.0
 """Mean difference of two pictures at 8 x 8 pixels, in levels of 255, below which they count as the same. Of the demo's
-goods, noise of 8 levels makes 2.2 at most, a shift by 2 of 64 pixels 2.9 (95%); different pictures of one kind are 6.2
-apart at least. By a difference hash noise alone flips 19 of its 64 bits, since their grounds are flat; different
-pictures differ in as few as 2."""
+studio, noise of 8 levels makes 2.3 at most, a shift by 2 of 64 pixels 3.4 (the median); of 87,000 pairs of pictures of
+one kind the nearest are 4.9 apart, a thousandth less than 9.6. By a difference hash noise alone flips up to 22 of its
+64 bits, since grounds are flat, and different pictures of one kind differ in as few as 1."""
 
 
 def make_batch(
