@@ -65,7 +65,7 @@ def accuracy(passes: int) -> float | str:
     from openm6.evaluate.pictures import Judge, judged, read_wishes
 
     bundle, judge = Bundle.load(DEMO / "model"), Judge(Bundle.load(DEMO / "judge" / "model"))
-    records, wanted = read_wishes(bundle, TASK, judge, DATA)
-    asked = [{"caption": record["caption"]} for record in records[:ASKED]]
+    records, wanted = read_wishes(bundle, TASK, judge, DATA, ASKED)
+    asked = [{"caption": record["caption"]} for record in records]
     pictures = list(bundle.run_many(TASK, asked, decoding={"passes": passes}))
-    return float(np.mean([row["all"] for row in judged(judge, pictures, wanted[:ASKED])]))
+    return float(np.mean([row["all"] for row in judged(judge, pictures, wanted)]))

@@ -208,7 +208,7 @@ class Bundle:
         """
         task = self._drawing(task)
         options = Drawing.of(**{**task.decode, **(decoding or {})})
-        codec, codes = self._codec(task)
+        codec, codes = self.codec, self._codes()
         droppable = {name for name in task.inputs if task.slots[name].drop}
         if options.guidance and not droppable:
             raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
@@ -238,15 +238,19 @@ class Bundle:
             raise UsageError(f"The task {task.name} does not draw: it writes {', '.join(task.outputs)}.")
         return task
 
-    def _codec(self, task: Task) -> tuple[PictureCodec, Codes]:
-        codec, tokenizer = self.processor.codec, self.processor.tokenizer
-        if codec is None:
-            raise UsageError(f"{task.name} draws, and this model has no image codec (model.codec in its recipe).")
-        codes = Codes(
+    @property
+    def codec(self) -> PictureCodec:
+        """Of a model that draws; of another a UsageError."""
+        if self.processor.codec is None:
+            raise UsageError("This model does not draw: it has no image codec (model.codec in its recipe).")
+        return self.processor.codec
+
+    def _codes(self) -> Codes:
+        codec, tokenizer = self.codec, self.processor.tokenizer
+        return Codes(
             tokenizer.code_start, codec.num_codes, codec.side**2, tokenizer.mask_id, tokenizer.estimate_ids,
             tokenizer.yes_id, tokenizer.no_id,
         )  # fmt: skip
-        return codec, codes
 
     def prompt(self, task: Task, record: Record) -> Sequence:
         return task.encode(record, self.processor, rng=None, with_target=False)

@@ -18,7 +18,6 @@ from openm6.bundle import Bundle, Painting
 from openm6.decode.draw import OPEN
 from openm6.errors import DataError, UsageError
 from openm6.images import Source, open_image, read_square
-from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.task import Task
 
 SIDES = ("left", "right", "top", "bottom")
@@ -39,7 +38,7 @@ def edit(
     A mask has the picture's width and height. Both are brought to the codec's square; a block is redrawn when the mask
     touches it. Raises UsageError for a mask of another size, or one that redraws nothing.
     """
-    codec = codec_of(bundle)
+    codec = bundle.codec
     given = open_image(picture)
     size = codec.size
     if isinstance(mask, np.ndarray):
@@ -51,7 +50,7 @@ def edit(
             "they have to be of one size."
         )
     wanted = read_square(shape, size).max(2) > 127
-    open_blocks = blocks_of(wanted, codec)
+    open_blocks = codec.blocks_of(wanted)
     if not open_blocks.any():
         raise UsageError("The mask is black everywhere: nothing would be redrawn.")
     pixels = read_square(given, size)
@@ -72,7 +71,7 @@ def vary(
     """Pictures like this one: `share` of its codes, at random places, are drawn again."""
     if not 0 < share <= 1:
         raise UsageError(f"share is {share}; it is above 0, and at most 1.")
-    codec = codec_of(bundle)
+    codec = bundle.codec
     codes = codec.encode(picture)
     chosen = np.random.default_rng(seed).permutation(len(codes)) < max(1, round(share * len(codes)))
     return bundle.draw(task, candidates=candidates, decoding=decoding, kept=np.where(chosen, OPEN, codes), **slots)
@@ -96,8 +95,8 @@ def extend(
         raise UsageError(f"side is {side}; it can be {', '.join(SIDES)}.")
     if pixels < 1:
         raise UsageError(f"pixels is {pixels}; it has to be 1 or more.")
-    codec = codec_of(bundle)
-    stride, size = codec.size // codec.side, codec.size
+    codec = bundle.codec
+    stride, size = codec.stride, codec.size
     turns = {"right": 0, "bottom": 1, "left": 2, "top": 3}[side]  # so that it always grows to the right
     canvas = np.rot90(read_square(picture, size), turns)
     options = dict(decoding or {})
@@ -113,18 +112,6 @@ def extend(
     return Image.fromarray(np.ascontiguousarray(np.rot90(canvas[:, : size + pixels], -turns)))
 
 
-def blocks_of(mask: np.ndarray, codec: PictureCodec) -> np.ndarray:
-    """Which blocks a mask, bool [size, size], touches: bool [side, side]."""
-    stride = codec.size // codec.side
-    return np.asarray(mask.reshape(codec.side, stride, codec.side, stride).any((1, 3)))
-
-
-def codec_of(bundle: Bundle) -> PictureCodec:
-    if bundle.processor.codec is None:
-        raise UsageError("This model does not draw: it has no image codec (model.codec in its recipe).")
-    return bundle.processor.codec
-
-
 def _redraw(
     bundle: Bundle,
     task: str | Task,
@@ -134,10 +121,15 @@ def _redraw(
     decoding: Mapping[str, Any] | None,
     slots: Mapping[str, Any],
 ) -> list[Painting]:
-    codec = codec_of(bundle)
+    codec = bundle.codec
     kept = np.where(open_blocks.ravel(), OPEN, codec.encode(pixels))
     drawn = bundle.draw(task, candidates=candidates, decoding=decoding, kept=kept, **slots)
     return [replace(p, image=Image.fromarray(blend(pixels, np.asarray(p.image), open_blocks))) for p in drawn]
+
+
+def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:
+    """[h, w] blocks as [h stride, w stride] pixels."""
+    return blocks.repeat(stride, 0).repeat(stride, 1)
 
 
 def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.ndarray:
@@ -146,7 +138,7 @@ def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.n
     if given.shape != drawn.shape:
         raise DataError(f"pictures of {given.shape[:2]} and {drawn.shape[:2]} pixels cannot be blended.")
     stride = given.shape[0] // open_blocks.shape[0]
-    inside: np.ndarray = open_blocks.repeat(stride, 0).repeat(stride, 1)
+    inside = pixels_of(open_blocks, stride)
     if inside.all():
         return drawn.copy()
     distance, nearest = ndimage.distance_transform_edt(inside, return_indices=True)

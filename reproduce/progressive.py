@@ -49,11 +49,8 @@ def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL) -> Path:
     if not (model / "model").is_dir():
         raise UsageError(f"{model} holds no model that draws: run `make demo-images` first.")
     bundle, judge = Bundle.load(model / "model"), Judge(Bundle.load(model / "judge" / "model"))
-    records, wanted = read_wishes(bundle, TASK, judge, DATA)
-    records, wanted = records[: ASKED[name]], wanted[: ASKED[name]]
-    assert bundle.processor.codec is not None
-    size = bundle.processor.codec.size
-    real = judge.features([as_square(record["picture"], size) for record in records])
+    records, wanted = read_wishes(bundle, TASK, judge, DATA, ASKED[name])
+    real = judge.features([as_square(record["picture"], bundle.codec.size) for record in records])
     asked = [{"caption": record["caption"]} for record in records]
 
     def drawn(options: dict[str, float], passes: int, seed: int) -> dict[str, float]:

@@ -75,8 +75,7 @@ def test_the_best_candidates_of_every_prompt_are_kept(bundle: Bundle, tmp_path: 
     for row in rows(tmp_path):
         by_prompt.setdefault(row["prompt"], []).append(row)
         saved = np.asarray(Image.open(tmp_path / "batch" / row["file"]))
-        assert bundle.processor.codec is not None
-        assert np.array_equal(saved, np.asarray(bundle.processor.codec.decode(np.array(row["codes"]))))
+        assert np.array_equal(saved, np.asarray(bundle.codec.decode(np.array(row["codes"]))))
         assert set(row["estimates"]) == {"relevance", "fidelity", "quality"}
     assert list(by_prompt) == list(range(11))
     for number, some in by_prompt.items():

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from openm6.bundle import Bundle
-from openm6.editing import blend, blocks_of, edit, extend, vary
+from openm6.editing import blend, edit, extend, pixels_of, vary
 from openm6.errors import DataError, UsageError
 from openm6.tasks.processor import Processor
 from tests.conftest import drawing_bundle
@@ -35,8 +35,7 @@ def test_pixels_outside_of_the_touched_blocks_come_back_bit_by_bit(places: list[
     mask = mask.reshape(16, 16)
     picture = noise(seed=seed)
     best = edit(BUNDLE, TASK, picture, mask, decoding={**QUICK, "seed": seed}, caption="红色的杯子")[0]
-    assert BUNDLE.processor.codec is not None
-    inside = blocks_of(mask, BUNDLE.processor.codec).repeat(4, 0).repeat(4, 1)
+    inside = pixels_of(BUNDLE.codec.blocks_of(mask), 4)
     assert inside[mask].all()
     changed = np.asarray(best.image)
     assert np.array_equal(changed[~inside], picture[~inside])
@@ -48,8 +47,7 @@ def test_candidates_of_an_edit_come_best_first_and_keep_the_codes() -> None:
     found = edit(BUNDLE, TASK, picture, mask, candidates=3, decoding=QUICK, caption="红色的杯子")
     assert [p.score for p in found] == sorted((p.score for p in found), reverse=True)
     assert sorted(p.number for p in found) == [0, 1, 2]
-    assert BUNDLE.processor.codec is not None
-    given_codes = BUNDLE.processor.codec.encode(picture).reshape(4, 4)
+    given_codes = BUNDLE.codec.encode(picture).reshape(4, 4)
     for painting in found:
         kept = ~np.eye(4, dtype=bool)
         assert np.array_equal(painting.codes.reshape(4, 4)[kept], given_codes[kept])
@@ -80,8 +78,7 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 
 def test_a_variation_keeps_the_rest_of_the_codes() -> None:
     picture = noise()
-    assert BUNDLE.processor.codec is not None
-    codes = BUNDLE.processor.codec.encode(picture)
+    codes = BUNDLE.codec.encode(picture)
     varied = vary(BUNDLE, TASK, picture, share=0.25, candidates=2, decoding=QUICK, caption="杯子")
     assert all((painting.codes == codes).sum() >= 12 for painting in varied)
     with pytest.raises(UsageError, match=r"share is 1.5; it is above 0, and at most 1\."):

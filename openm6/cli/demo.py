@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.output import Json, emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
 
 
@@ -64,11 +64,7 @@ def demo_images(
     if json:
         emit(figures)
         return
-    table(
-        ["measure", *figures["rows"]],
-        [[name, *(f"{r[name]:.3f}" for r in figures["rows"].values())] for name in figures["rows"]["drawn"]],
-        "On combinations the models have never seen",
-    )
+    show_measures(figures["rows"], "On combinations the models have never seen")
     edits = figures["edits"]
     typer.echo(f"Edits: kept pixels as they were in {edits['kept']:.1%}, attribute changed in {edits['changed']:.1%}")
     typer.echo(f"Report: {figures['report']}")

@@ -1,15 +1,14 @@
-"""openm6 images: draw, edit, vary, extend, measure."""
+"""openm6 images: draw, edit, vary, extend, measure, batch, labels."""
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Json, emit, pairs, show_measures, table
 from openm6.cli.work import decoding_options
 
 if TYPE_CHECKING:
@@ -18,6 +17,10 @@ if TYPE_CHECKING:
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")
 
+Model = Annotated[str, typer.Argument(help="A model directory.")]
+Slots = Annotated[list[str] | None, typer.Argument(help="slot=value of the task; a picture is a path.")]
+Candidates = Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose the best of.")]
+Folder = Annotated[Path, typer.Option(help="Folder for the pictures.")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of drawing, e.g. passes=12.")]
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
 
@@ -42,11 +45,11 @@ def slots_of(values: list[str] | None) -> dict[str, Any]:
 
 @images.command()
 def draw(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
-    slots: Annotated[list[str] | None, typer.Argument(help="slot=value; a picture is a path.")] = None,
+    model: Model,
+    slots: Slots = None,
     task: TaskName = "text_to_image",
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose from.")] = 8,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    candidates: Candidates = 8,
+    output: Folder = Path("pictures"),
     option: Options = None,
     json: Json = False,
 ) -> None:
@@ -60,13 +63,13 @@ def draw(
 
 @images.command()
 def edit(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Model,
     picture: Annotated[Path, typer.Option(help="The picture to change.")],
     mask: Annotated[Path, typer.Option(help="Picture of the same size: black stays as it is.")],
-    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    slots: Slots = None,
     task: TaskName = "text_to_image",
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose from.")] = 4,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    candidates: Candidates = 4,
+    output: Folder = Path("pictures"),
     option: Options = None,
     json: Json = False,
 ) -> None:
@@ -83,13 +86,13 @@ def edit(
 
 @images.command()
 def vary(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Model,
     picture: Annotated[Path, typer.Option(help="The picture to vary.")],
-    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    slots: Slots = None,
     task: TaskName = "text_to_image",
     share: Annotated[float, typer.Option(help="Of the picture's codes that are drawn again.")] = 0.6,
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose from.")] = 4,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    candidates: Candidates = 4,
+    output: Folder = Path("pictures"),
     option: Options = None,
     json: Json = False,
 ) -> None:
@@ -107,11 +110,11 @@ def vary(
 
 @images.command()
 def extend(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Model,
     picture: Annotated[Path, typer.Option(help="The picture to continue; its middle square is taken.")],
     side: Annotated[str, typer.Option(help="left, right, top or bottom.")],
     pixels: Annotated[int, typer.Option(help="How far beyond that side.")],
-    slots: Annotated[list[str] | None, typer.Argument(help="slot=value of the task.")] = None,
+    slots: Slots = None,
     task: TaskName = "text_to_image",
     output: Annotated[Path, typer.Option(help="File for the picture.")] = Path("picture.png"),
     option: Options = None,
@@ -128,12 +131,12 @@ def extend(
 
 @images.command()
 def measure(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Model,
     judge: Annotated[str, typer.Option(help="Model directory of a judge (recipes/judge.yaml).")],
     data: Annotated[str, typer.Option(help="Real pictures, their captions and attributes.")] = "demo:studio/test",
     task: TaskName = "text_to_image",
     judge_task: Annotated[str, typer.Option(help="What the judge reads in a picture.")] = "product_attributes",
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Of which the best one counts.")] = 1,
+    candidates: Candidates = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
     grid: Annotated[Path | None, typer.Option(help="PNG file for a sheet of drawn pictures.")] = None,
     option: Options = None,
@@ -145,32 +148,25 @@ def measure(
 
     bundle = Bundle.load(model)
     judging = Judge(Bundle.load(judge), judge_task)
-    records, wanted = read_wishes(bundle, task, judging, data)
-    chosen = list(islice(zip(records, wanted, strict=True), limit))
-    rows, drawn = measure_drawing(
-        bundle, task, judging, [r for r, _ in chosen], [w for _, w in chosen], candidates, decoding_options(option)
-    )
+    records, wanted = read_wishes(bundle, task, judging, data, limit)
+    rows, drawn = measure_drawing(bundle, task, judging, records, wanted, candidates, decoding_options(option))
     if grid:
         draw_sheet(drawn, grid)
     if json:
         emit(rows)
         return
-    table(
-        ["measure", *rows],
-        [[name, *(f"{r[name]:.3f}" if name in r else "" for r in rows.values())] for name in rows["drawn"]],
-        f"{len(chosen)} pictures of {data}",
-    )
+    show_measures(rows, f"{len(records)} pictures of {data}")
 
 
 @images.command()
 def batch(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Model,
     prompts: Annotated[
         str, typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ...")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the page; one begun earlier goes on.")],
     task: TaskName = "text_to_image",
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures drawn for a prompt.")] = 8,
+    candidates: Candidates = 8,
     keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 4,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     option: Options = None,

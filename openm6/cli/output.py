@@ -28,6 +28,12 @@ def table(columns: list[str], rows: Iterable[Iterable[Any]], title: str | None =
     Console().print(view)
 
 
+def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
+    """{what was measured: {measure: value}} with a row for each measure."""
+    names = list(next(iter(rows.values())))
+    table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
+
+
 def pairs(values: list[str]) -> dict[str, str]:
     """`["a=b"]` to `{"a": "b"}`."""
     from openm6.errors import UsageError

@@ -21,17 +21,17 @@ Splits: train; validation (new pictures of combinations that were trained); test
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from openm6.data import phrases
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
 from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
-from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
 from openm6.errors import UsageError, suggest
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
@@ -43,7 +43,6 @@ PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
 SPLITS = tuple(PICTURES)
 VIEWS = ("catalogue", "items", "pairs", "questions", "relations", "studio", "texts")
 
-Made = TypeVar("Made")
 
 TWO_OBJECTS = 0.3
 """Share of the pictures with two items."""
@@ -165,14 +164,6 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
         for view, rows in views.items()
     }
-
-
-def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
-    """With a progress bar on the terminal, where it takes more than moments."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(records, what, total=count, console=Console(stderr=True), transient=True, disable=count < 2000)
 
 
 def _item_rows(split: str, rows: list[Record]) -> Iterator[Record]:

@@ -15,16 +15,16 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from openm6.data import draw
-from openm6.data.catalogue import HELD_OUT
-from openm6.data.draw import COLOURS, PATTERNS, RGB, SIDE, Item, Look, Pen, Placed
+from openm6.data.catalogue import combinations
+from openm6.data.draw import COLOURS, RGB, SIDE, Item, Look, Pen, Placed
 from openm6.data.phrases import MEASURES
-from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
 from openm6.errors import UsageError, suggest
 
 VERSION = 1
@@ -313,14 +313,8 @@ def _apart(choices: tuple[RGB, ...], colours: list[Colour], rng: np.random.Gener
     return good[rng.integers(len(good))]
 
 
-@cache
-def _pool(split: str, category: str) -> tuple[Item, ...]:
-    every = (Item(category, colour, pattern) for colour in COLOURS for pattern in PATTERNS)
-    return tuple(item for item in every if (item in HELD_OUT) == (split == "test"))
-
-
 def _some(split: str, category: str, rng: np.random.Generator, but: Item | None = None) -> Item:
-    pool = [item for item in _pool(split, category) if item != but]
+    pool = [item for item in combinations(split) if item.category == category and item != but]
     return pool[rng.integers(len(pool))]
 
 
@@ -385,12 +379,8 @@ def open_figures(split: str = "train", seed: int = 0, pictures: int | None = Non
     count = PICTURES[split] if pictures is None else pictures
 
     def make(folder: Path) -> None:
-        from rich.console import Console
-        from rich.progress import track
-
         with ThreadPoolExecutor() as pool:
             records = pool.map(partial(record, seed, split), range(count))
-            what, console = f"drawing the {split} people", Console(stderr=True)
-            write_records(folder, track(records, what, count, console=console, transient=True, disable=count < 1000))
+            write_records(folder, shown(records, count, f"drawing the {split} people"))
 
     return ArrowRecords(cached("tryon", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make))

@@ -15,13 +15,14 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
 from openm6.errors import DataError
 
 Record = dict[str, Any]
+Made = TypeVar("Made")
 
 HIDDEN = ("_where", "_root", "__key__")
 """Keys that say where a record comes from; they are no columns."""
@@ -155,6 +156,14 @@ def _unpacked(value: dict[str, Any]) -> Any:
 def cache_folder() -> Path:
     """`$OPENM6_CACHE`, else `~/.cache/openm6`."""
     return Path(os.environ.get("OPENM6_CACHE") or Path.home() / ".cache" / "openm6")
+
+
+def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
+    """With a progress bar on the terminal, where it takes more than moments."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(records, what, total=count, console=Console(stderr=True), transient=True, disable=count < 2000)
 
 
 def cached(name: str, key: object, make: Callable[[Path], None]) -> Path:

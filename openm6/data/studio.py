@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from openm6.data import phrases
-from openm6.data.catalogue import SPLITS, Pictured, combinations, shown
+from openm6.data.catalogue import SPLITS, Pictured, combinations
 from openm6.data.draw import SIDE, STUDIO, Item, Placed, draw_picture
-from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
 from openm6.images import sketch
 
 VERSION = 1

@@ -137,7 +137,8 @@ def draw(
 def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -> Drawn:
     """What the model thinks of whole pictures, int64 [B, count], as answers to these prompts."""
     device = model.embed.weight.device
-    _, cache = model.prefill(pad(prompts, pad_id=0).to(device), max(len(p) for p in prompts) + codes.count + 3)
+    capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
+    _, cache = model.prefill(pad(prompts, pad_id=0).to(device), capacity)
     return Drawn(found, _Painter(model, cache, codes, Drawing(), None).estimate(found.to(device)))
 
 

@@ -17,7 +17,7 @@ from openm6.data.catalogue import HELD_OUT
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw_picture
 from openm6.data.phrases import captions
 from openm6.data.source import open_source
-from openm6.editing import blocks_of, codec_of, edit
+from openm6.editing import edit, pixels_of
 from openm6.evaluate.pictures import Judge, draw_sheet, judged, measure_drawing, read_wishes
 from openm6.evaluate.report import write_pictures
 from openm6.images import read_square
@@ -62,8 +62,7 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     `measure_edits` gives, "report": path}.
     """
     bundle, judging = Bundle.load(model), Judge(Bundle.load(judge))
-    records, wanted = read_wishes(bundle, TASK, judging, DATA)
-    records, wanted = records[:ASKED], wanted[:ASKED]
+    records, wanted = read_wishes(bundle, TASK, judging, DATA, ASKED)
     rows, best = measure_drawing(bundle, TASK, judging, records, wanted, CANDIDATES)
     folder = output / "report"
     draw_sheet(best, folder / "pictures" / "drawn.png")
@@ -88,7 +87,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
     attribute.
     """
     rng = np.random.default_rng(seed)
-    codec = codec_of(bundle)
+    codec = bundle.codec
     held_out = sorted(HELD_OUT, key=str)
     kept, wanted, asked, results = [], [], [], []
     for number in range(count):
@@ -106,7 +105,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
         mask[max(0, top) : bottom, max(0, left) : right] = True
         text = captions((target,), "", rng)[0]
         edited = edit(bundle, TASK, picture, mask, candidates=4, decoding={"seed": number}, caption=text)[0].image
-        outside = ~blocks_of(mask, codec).repeat(codec.size // codec.side, 0).repeat(codec.size // codec.side, 1)
+        outside = ~pixels_of(codec.blocks_of(mask), codec.stride)
         kept.append(bool((np.asarray(edited)[outside] == picture[outside]).all()))
         wanted.append({"category": target.category, "colour": target.colour + "色", "pattern": target.pattern})
         asked.append(name)

@@ -123,9 +123,9 @@ def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: in
         batch = pad([task.encode(r, bundle.processor, rng=None) for r in group], bundle.processor.tokenizer.pad_id)
         with bundle.precision():
             out = bundle.model(batch.to(bundle.model.device))
-        total = torch.zeros(len(group), device=out.losses.device).index_add_(0, out.segments - 1, out.losses)
+        total, trained = out.by_example(len(group))
         sums += total.tolist()
-        numbers += torch.bincount(out.segments - 1, minlength=len(group)).tolist()
+        numbers += trained.tolist()
     losses, counts = np.array(sums), np.array(numbers)
     low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
     return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence as Items
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ class Judge:
         for batch in self._batches(pictures, wanted):
             with self.bundle.precision():
                 out = self.bundle.model(batch)
-            sums = torch.zeros(len(batch.tasks), device=out.losses.device)
-            parts.append((-sums.index_add_(0, out.segments - 1, out.losses.float())).exp().cpu())
+            parts.append((-out.by_example(len(batch.tasks))[0]).exp().float().cpu())
         return torch.cat(parts)
 
     def _batches(self, pictures: Items[Any], wanted: Items[Answer] | None = None) -> Any:
@@ -85,21 +85,26 @@ class Judge:
             yield pad(sequences, tokenizer.pad_id).to(device)
 
 
-def measure_pictures(
-    judge: Judge, pictures: Items[Image.Image], wanted: Items[Answer], real: Items[Any]
-) -> dict[str, float]:
-    """The measures above of `pictures`, which were to show what `wanted` says, against `real` ones."""
-    if len(pictures) != len(wanted) or not pictures:
-        raise DataError(f"{len(pictures)} pictures for {len(wanted)} wishes: there has to be one for each.")
-    right = judged(judge, pictures, wanted)
-    ours, theirs = judge.features(pictures), judge.features(real)
-    found = {name: sum(r[name] for r in right) / len(right) for name in right[0]}
-    found["relevance"] = float(judge.relevance(pictures, wanted).mean())
-    found["frechet"] = frechet(theirs, ours)
-    found["precision"], found["recall"] = share_among(ours, theirs), share_among(theirs, ours)
-    seen = judge.read(real)
-    found["diversity"] = _spread(ours, wanted) / max(1e-9, _spread(theirs, seen))
-    return found
+class Real:
+    """Real pictures, as a judge sees them, to measure others against."""
+
+    def __init__(self, judge: Judge, pictures: Items[Any]):
+        self.judge, self.features = judge, judge.features(pictures)
+        self.spread = _spread(self.features, judge.read(pictures))
+
+    def measure(self, pictures: Items[Image.Image], wanted: Items[Answer]) -> dict[str, float]:
+        """The measures above of pictures which were to show what `wanted` says."""
+        if len(pictures) != len(wanted) or not pictures:
+            raise DataError(f"{len(pictures)} pictures for {len(wanted)} wishes: there has to be one for each.")
+        right, features = judged(self.judge, pictures, wanted), self.judge.features(pictures)
+        return {
+            **{name: sum(r[name] for r in right) / len(right) for name in right[0]},
+            "relevance": float(self.judge.relevance(pictures, wanted).mean()),
+            "frechet": frechet(self.features, features),
+            "precision": share_among(features, self.features),
+            "recall": share_among(self.features, features),
+            "diversity": _spread(features, wanted) / max(1e-9, self.spread),
+        }
 
 
 def judged(judge: Judge, pictures: Items[Any], wanted: Items[Answer]) -> list[dict[str, bool]]:
@@ -150,13 +155,15 @@ def _spread(features: Tensor, labels: Items[Answer]) -> float:
     return sum(means) / len(means) if means else 0.0
 
 
-def read_wishes(bundle: Bundle, task: str | Task, judge: Judge, data: str) -> tuple[list[dict[str, Any]], list[Answer]]:
-    """The records of `data` by the slots of a task that draws, and the attributes that their pictures have."""
+def read_wishes(
+    bundle: Bundle, task: str | Task, judge: Judge, data: str, limit: int | None = None
+) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """The first records of `data` by the slots of a task that draws, and the attributes that their pictures have."""
     chosen, source = bundle.task(task), open_source(data)
     draws, reads = SlotView.of(chosen, source), SlotView.of(judge.task, source)
     records: list[dict[str, Any]] = []
     wanted: list[Answer] = []
-    for record in source:
+    for record in islice(source, limit):
         records.append({k: v for k, v in draws(record).items() if k in chosen.slots})
         seen = reads(record)
         wanted.append({name: seen[name] for name in judge.task.outputs})
@@ -178,22 +185,21 @@ def measure_drawing(
     Real and reconstructed pictures are measured against the real ones too: what a perfect drawing would get.
     """
     chosen = bundle.task(task)
-    slot, codec = chosen.outputs[0], bundle.processor.codec
-    if codec is None:
-        raise UsageError(f"{chosen.name} draws, and this model has no image codec (model.codec in its recipe).")
-    real = [as_square(record[slot], codec.size) for record in records]
+    slot, codec = chosen.outputs[0], bundle.codec
+    pictures = [as_square(record[slot], codec.size) for record in records]
     wishes = [{k: v for k, v in record.items() if k != slot} for record in records]
     drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=decoding))
     # In the order in which they were drawn, the first one is as good as any.
     any_one = [min(some, key=lambda painting: painting.number).image for some in drawn]
+    real = Real(judge, pictures)
     rows = {
-        "real": measure_pictures(judge, real, wanted, real),
-        "reconstructed": measure_pictures(judge, [codec.decode(codec.encode(p)) for p in real], wanted, real),
-        "drawn": measure_pictures(judge, any_one, wanted, real),
+        "real": real.measure(pictures, wanted),
+        "reconstructed": real.measure([codec.decode(codec.encode(p)) for p in pictures], wanted),
+        "drawn": real.measure(any_one, wanted),
     }
     best = [some[0].image for some in drawn]
     if candidates > 1:
-        rows[f"best of {candidates}"] = measure_pictures(judge, best, wanted, real)
+        rows[f"best of {candidates}"] = real.measure(best, wanted)
     return rows, best
 
 

@@ -65,7 +65,7 @@ def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex:
 def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> PictureMask:
     """The mask of a batch whose rows hold the codes of a drawn picture in the same columns (`pad_drawn`), all by masks
     or all one after the other."""
-    assert batch.codes is not None and config.picture_side is not None
+    assert batch.codes is not None
     device, columns = batch.ids.device, torch.arange(batch.ids.shape[1], device=batch.ids.device)
     inside = (columns >= batch.codes.start) & (columns < batch.codes.stop)
     segments, blocks = batch.segments, batch.blocks
@@ -73,7 +73,7 @@ def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) ->
     together = (blocks[:, others, None] == blocks[:, None]) & (blocks[:, others, None] >= 0)
     seen = (segments[:, others, None] == segments[:, None]) & ((columns <= others[:, None]) | together)
     one_by_one = bool(blocks[0, batch.codes.start] == CAUSAL)
-    pattern = SparsePattern(config.picture_side, tuple(config.picture_tile), one_by_one)  # type: ignore[arg-type]
+    pattern = SparsePattern.of(config, one_by_one)
     if pattern.codes != len(batch.codes):
         raise OpenM6Error(f"A picture of {len(batch.codes)} codes; model.picture_side makes them {pattern.codes}.")
     # The text, and what follows the codes where they see each other both ways.
@@ -209,6 +209,10 @@ class Cache:
         part.keys, part.values = [k[:rows] for k in self.keys], [v[:rows] for v in self.values]
         part.lengths, part.counts = self.lengths[:rows], self.counts[:rows]
         return part
+
+    def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary angles of positions [B, N], [B, N, 1, E] each."""
+        return self.rope and (self.rope[0][0, positions], self.rope[1][0, positions])
 
     def grow(self) -> None:
         """Every row is one position longer."""

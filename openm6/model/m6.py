@@ -50,6 +50,13 @@ class Output(ModelOutput):
     hidden: Tensor | None = None
     loads: list[Load] | None = None
 
+    def by_example(self, count: int) -> tuple[Tensor, Tensor]:
+        """Of a batch of `count` examples each one's sum of losses, fp64, and trained positions, int64: [count]."""
+        assert self.losses is not None and self.segments is not None
+        rows = self.segments - 1
+        sums = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, rows, self.losses.double())
+        return sums, torch.bincount(rows, minlength=count)
+
 
 class M6(Network):
     config_class = ModelConfig
@@ -190,9 +197,7 @@ class M6(Network):
         if code is not None and self.config.picture_side:
             return self._sparse_step(ids_B, cache, code)
         positions_B1 = cache.lengths[:, None]
-        x_B1D = self.embed(ids_B[:, None])
-        if self.place is not None:
-            x_B1D = x_B1D + self.place(positions_B1)
+        x_B1D = self._embed_ids(ids_B[:, None], positions_B1)
         filled = max(cache.counts) + 1
         even = min(cache.counts) + 1 == filled
         rope, mask = cache.rope, None
@@ -200,7 +205,7 @@ class M6(Network):
             rope = rope and (rope[0][:, filled - 1 : filled], rope[1][:, filled - 1 : filled])
         else:
             rows = torch.arange(len(ids_B), device=ids_B.device)
-            rope = rope and (rope[0][0, positions_B1], rope[1][0, positions_B1])
+            rope = cache.rope_at(positions_B1)
             seen = torch.arange(filled, device=ids_B.device) <= positions_B1
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
 
@@ -218,12 +223,9 @@ class M6(Network):
         return x_B1D[:, 0]
 
     def _sparse_step(self, ids_B: Tensor, cache: Cache, code: int) -> Tensor:
-        pattern = self._pattern(causal=True)
-        places_B1, rows = cache.lengths[:, None], torch.arange(len(ids_B), device=ids_B.device)
-        x_B1D = self.embed(ids_B[:, None])
-        if self.place is not None:
-            x_B1D = x_B1D + self.place(places_B1)
-        rope = cache.rope and (cache.rope[0][0, places_B1], cache.rope[1][0, places_B1])
+        pattern = SparsePattern.of(self.config, causal=True)
+        positions_B1, rows = cache.lengths[:, None], torch.arange(len(ids_B), device=ids_B.device)
+        x_B1D, rope = self._embed_ids(ids_B[:, None], positions_B1), cache.rope_at(positions_B1)
         texts_B = cache.lengths - code
         longest = max(cache.counts) - code
         codes_S = cached_places(pattern, code, 0).to(ids_B.device)
@@ -245,10 +247,6 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
-    def _pattern(self, causal: bool = False) -> SparsePattern:
-        assert self.config.picture_side is not None
-        return SparsePattern(self.config.picture_side, tuple(self.config.picture_tile), causal)  # type: ignore[arg-type]
-
     def fill(self, ids_BN: Tensor, cache: Cache) -> Tensor:
         """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
 
@@ -256,10 +254,7 @@ class M6(Network):
         """
         rows, count = ids_BN.shape
         positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
-        x_BND = self.embed(ids_BN)
-        if self.place is not None:
-            x_BND = x_BND + self.place(positions_BN)
-        rope = cache.rope and (cache.rope[0][0, positions_BN], cache.rope[1][0, positions_BN])
+        x_BND, rope = self._embed_ids(ids_BN, positions_BN), cache.rope_at(positions_BN)
         longest = max(cache.counts)
         mask: Any = None
         if self.config.picture_side:
@@ -278,7 +273,7 @@ class M6(Network):
 
     def _filling_mask(self, count: int, cache: Cache) -> PictureMask:
         """For a picture's codes and what follows them, after the texts of a cache."""
-        pattern, longest, device = self._pattern(), max(cache.counts), cache.lengths.device
+        pattern, longest, device = SparsePattern.of(self.config), max(cache.counts), cache.lengths.device
         tail = count - pattern.codes
         if tail < 0:
             raise OpenM6Error(f"{count} codes; model.picture_side makes a picture of {pattern.codes}.")
@@ -297,6 +292,10 @@ class M6(Network):
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
         return x_BTD
+
+    def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor) -> Tensor:
+        x_BND = self.embed(ids_BN)
+        return x_BND if self.place is None else x_BND + self.place(positions_BN)
 
     def layers(self) -> list[Block]:
         """The blocks in the order in which they are applied; a shared one several times."""

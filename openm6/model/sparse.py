@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openm6.errors import UsageError
+
+if TYPE_CHECKING:
+    from openm6.model.config import ModelConfig
 
 PRODUCTS = 8
 """Tiles (of all heads) a thread multiplies at a time: what they touch stays in its cache (8 took 141 ms, 32 took 172
@@ -51,6 +54,12 @@ class SparsePattern:
                 f"Tiles of {self.tile[0]} x {self.tile[1]} codes do not fill a picture of {self.side} x {self.side}; "
                 "give a side that is a multiple of both."
             )
+
+    @classmethod
+    def of(cls, config: ModelConfig, causal: bool = False) -> SparsePattern:
+        """The one of a model with `picture_side`."""
+        assert config.picture_side is not None
+        return cls(config.picture_side, tuple(config.picture_tile), causal)  # type: ignore[arg-type]
 
     def allowed(self, query: Any, key: Any) -> Any:
         """Whether code number `query` sees code number `key`, row by row: integers, or tensors that broadcast."""

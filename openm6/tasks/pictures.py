@@ -21,9 +21,13 @@ REMEMBERED = 2**18
 class PictureCodec:
     def __init__(self, codec: Codec):
         self.codec, self.size, self.side = codec.eval(), codec.config.image_size, codec.config.side
-        self.num_codes = codec.config.num_codes
+        self.num_codes, self.stride = codec.config.num_codes, self.size // self.side
         self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = Lock()
+
+    def blocks_of(self, mask: np.ndarray) -> np.ndarray:
+        """Which codes stand for a part of what a mask, bool [size, size], marks: bool [side, side]."""
+        return np.asarray(mask.reshape(self.side, self.stride, self.side, self.stride).any((1, 3)))
 
     @classmethod
     def load(cls, path: Path) -> PictureCodec:

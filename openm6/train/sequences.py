@@ -100,12 +100,7 @@ def _by_example(output: Any, batch: Batch) -> Losses:
     """(task, origin, sum of losses, positions) of every example that was trained."""
     if output.losses is None:
         return []
-    count = len(batch.tasks)
-    segments = output.segments - 1
-    sums = torch.zeros(count, dtype=torch.float64, device=segments.device).index_add_(
-        0, segments, output.losses.double()
-    )
-    numbers = torch.bincount(segments, minlength=count)
+    sums, numbers = output.by_example(len(batch.tasks))
     return [
         (task, origin, value, number)
         for task, origin, value, number in zip(batch.tasks, batch.origins, sums.tolist(), numbers.tolist(), strict=True)

@@ -12,7 +12,7 @@ from scipy import linalg
 
 from openm6.bundle import Bundle
 from openm6.errors import DataError, UsageError
-from openm6.evaluate.pictures import Judge, draw_sheet, frechet, judged, measure_pictures, share_among
+from openm6.evaluate.pictures import Judge, Real, draw_sheet, frechet, judged, share_among
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.sequence import IGNORE, pad
@@ -86,13 +86,13 @@ def test_share_among_is_its_definition() -> None:
 
 def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> None:
     some = pictures(12)
-    found = measure_pictures(judge, some, judge.read(some), some)
+    found = Real(judge, some).measure(some, judge.read(some))
     assert found["all"] == found["colour"] == found["kind"] == found["precision"] == found["recall"] == 1.0
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["diversity"] == pytest.approx(1)
-    flat = measure_pictures(judge, [some[0]] * 12, judge.read([some[0]] * 12), some)
+    flat = Real(judge, some).measure([some[0]] * 12, judge.read([some[0]] * 12))
     assert flat["diversity"] < 0.01 and flat["recall"] < 0.5 and flat["frechet"] > found["frechet"]
     with pytest.raises(DataError, match="12 pictures for 1 wishes"):
-        measure_pictures(judge, some, [{}], some)
+        Real(judge, some).measure(some, [{}])
 
 
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:

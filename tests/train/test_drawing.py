@@ -70,7 +70,7 @@ def test_what_was_learned_is_drawn(drawn: Path, passes: int) -> None:
     m6 = Bundle.load(drawn)
     asked = [{"caption": f"{name}的布"} for name in COLOURS]
     pictures = list(m6.run_many("text_to_image", asked, decoding={"passes": passes, "temperature": 0, "noise": 0}))
-    codec = m6.processor.codec
+    codec = m6.codec
     assert codec is not None
     learned = [codec.decode(codec.encode(plain(colour))) for colour in COLOURS.values()]  # as the codec has them
     for number, picture in enumerate(pictures):
@@ -85,7 +85,6 @@ def test_what_was_learned_is_drawn(drawn: Path, passes: int) -> None:
 @pytest.mark.slow
 def test_its_codec_is_part_of_the_model(drawn: Path) -> None:
     m6, codec = Bundle.load(drawn), Codec.from_pretrained(drawn / "codec")
-    assert m6.processor.codec is not None
     assert m6.processor.tokenizer.num_codes == codec.config.num_codes == 125
     assert m6.model.config.vocab_size == m6.processor.tokenizer.vocab_size
     measured = [line for line in logged(drawn.parent) if "perplexity" in line]
