@@ -5,6 +5,7 @@
     codec/                              the image codec of a model that draws
     openm6.json                         how records become sequences, and the tasks it was trained on
 
+A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
 Nothing in it is unpickled and no code in it is run.
 """
 
@@ -25,6 +26,7 @@ from openm6.decode.draw import OPEN, Codes, Drawing, draw
 from openm6.errors import DataError, OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
+from openm6.model.adapters import base_of, merge_adapter
 from openm6.model.files import check_model, load_model, meta_model, quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
@@ -69,7 +71,7 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, trainable: bool = False) -> Bundle:
-        """Open a model directory, on the GPU when there is one.
+        """Open a model directory, on the GPU when there is one. An adapter's comes with the model beneath it.
 
         For answering, weights are bf16 on a GPU and laid out for its kernels on a CPU; a `trainable` model
         keeps fp32 weights and runs its products under autocast. On the device "meta" it has shapes, and no weights yet.
@@ -87,15 +89,19 @@ class Bundle:
             length = int(content["max_length"])
         except (ValueError, KeyError, TypeError) as error:
             raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
-        model = meta_model(check_model(path)) if device.type == "meta" else load_model(path).eval()
+        base = base_of(path)
+        model = meta_model(check_model(base or path)) if device.type == "meta" else load_model(base or path).eval()
+        if base is not None:
+            model = merge_adapter(model, path).eval()
         model.to(device)  # type: ignore[arg-type]
         if not trainable and device.type == "cuda":
             model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
         elif not trainable:
             model.pack_for_cpu()
         grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-        codec = PictureCodec.load(path / CODEC) if (path / CODEC).is_dir() else None
-        return cls(model, Processor(Tokenizer.load(path), grid, length, codec), tasks, path)
+        place = base or path
+        codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
+        return cls(model, Processor(Tokenizer.load(place), grid, length, codec), tasks, path)
 
     def save(self, path: str | Path, max_shard_size: str = "4GB") -> None:
         """Write the model directory (the caller makes it atomic where that matters)."""
@@ -104,13 +110,17 @@ class Bundle:
         quietly()
         self.model.save_pretrained(path, max_shard_size=max_shard_size)
 
-    def describe(self, path: Path) -> None:
-        """Write all of a model directory but the weights."""
+    def describe(self, path: Path, adapter: Any = None) -> None:
+        """Write all of a model directory but the weights; with PEFT's configuration of an `adapter`, of one that holds
+        that adapter."""
         path.mkdir(parents=True, exist_ok=True)
-        self.model.config.save_pretrained(path)
-        self.processor.tokenizer.save(path)
-        if self.processor.codec is not None:
-            self.processor.codec.save(path / CODEC)
+        if adapter is not None:
+            adapter.save_pretrained(path)
+        else:
+            self.model.config.save_pretrained(path)
+            self.processor.tokenizer.save(path)
+            if self.processor.codec is not None:
+                self.processor.codec.save(path / CODEC)
         content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
         (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 

@@ -48,6 +48,7 @@ class Sequence:
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source
     codes               the places of a drawn picture's codes, if there is one
+    weight              of each of its labels in the loss
     """
 
     ids: np.ndarray
@@ -57,6 +58,7 @@ class Sequence:
     task: str = ""
     origin: str = ""
     codes: range | None = None
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,6 +82,7 @@ class Batch:
     images     pictures grouped by size
     tasks, origins   one entry an example (entry i belongs to segment i + 1)
     codes            the columns that hold the codes of every row's picture (`pad_drawn`)
+    weights          of each example in the loss, fp32 [examples]; None: all 1
     """
 
     ids: Tensor
@@ -91,6 +94,7 @@ class Batch:
     tasks: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     codes: range | None = None
+    weights: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -100,7 +104,8 @@ class Batch:
         """The same batch on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels")}
         images = [Images(i.pixels.to(device), i.places.to(device)) for i in self.images]
-        return replace(self, **moved, images=images)
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, **moved, images=images, weights=weights)
 
 
 def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
@@ -183,6 +188,7 @@ def _lay_out_at(
         blocks[row, columns] = sequence.blocks
         positions[row, columns] = np.arange(len(sequence))
         labels[row, columns] = sequence.labels
+    weights = [s.weight for s in sequences]
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(segments),
@@ -192,6 +198,7 @@ def _lay_out_at(
         images=list(_group_images(sequences, places, shape[1])),
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],
+        weights=None if all(weight == 1 for weight in weights) else torch.tensor(weights),
     )
 
 

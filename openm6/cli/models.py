@@ -36,6 +36,22 @@ def import_(
 
 
 @models.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Directory of an adapter: what a recipe with `adapt` trains.")],
+    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    json: Json = False,
+) -> None:
+    """Make an adapter and the model beneath it one model directory."""
+    from openm6.atomic import require_new, write_whole
+    from openm6.bundle import Bundle
+
+    require_new(output)
+    bundle = Bundle.load(adapter, "cpu", trainable=True)
+    write_whole(output, bundle.save)
+    _tell(output, bundle.model.config, json)
+
+
+@models.command()
 def upcycle(
     model: Annotated[Path, typer.Argument(help="A dense model directory.")],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],

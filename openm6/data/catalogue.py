@@ -4,13 +4,14 @@ A fifth of the (category, colour, pattern) combinations is held out: no training
 one of them, every item of a test picture is one of them. Each category, colour and pattern, and each pair of
 two of these, does occur in training. The same seed gives the same bytes.
 
-Seven views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
+Eight views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
 
     catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
                 relation (of the first item to the second), and category, colour, pattern of the first item
     items       one record a picture with a single item: image, caption (six), category, colour, pattern
     studio      other pictures of single items, taken for a shop: large, upright, hardly any noise, bold patterns; with
                 caption (six), category, colour, pattern, and what a drawing can be asked to follow (data/studio.py)
+    matches     of these, image and caption (six), half of them wrong in one attribute, with verdict_relevance 1 or 0
     pairs       two records a picture with two, one an item: image, place (its side), category, colour, pattern
     questions   one record a question: image, question, answer, kind, detail, objects
     relations   of the questions, those about the relation of two items
@@ -41,7 +42,7 @@ VERSION = 5
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
 SPLITS = tuple(PICTURES)
-VIEWS = ("catalogue", "items", "pairs", "questions", "relations", "studio", "texts")
+VIEWS = ("catalogue", "items", "matches", "pairs", "questions", "relations", "studio", "texts")
 
 
 TWO_OBJECTS = 0.3
@@ -159,7 +160,7 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         write_records(folder / "texts", _text_rows(split, rows))
 
     folder = cached("catalogue", key, make)
-    views = {view: ArrowRecords(folder / view) for view in VIEWS if view != "studio"}
+    views = {view: ArrowRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
     return {
         view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
         for view, rows in views.items()
@@ -212,8 +213,9 @@ def open_catalogue(
         raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
     if split not in SPLITS:
         raise UsageError(f"The demo data has no split {split!r}.{suggest(split, SPLITS)} It has: {', '.join(SPLITS)}.")
-    if view == "studio":
-        from openm6.data.studio import open_studio
+    if view in ("studio", "matches"):
+        from openm6.data.studio import Matches, open_studio
 
-        return open_studio(split, seed, pictures)
+        studio = open_studio(split, seed, pictures)
+        return studio if view == "studio" else Matches(studio, split, seed)
     return build(split, seed, pictures)[view]

@@ -57,8 +57,8 @@ def open_source(
     """Open data by its name.
 
     `demo:catalogue/train`, `demo:questions/test`, `demo:texts/train` (options: `?pictures=500&seed=1`),
-    `tryon/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob in a format of
-    `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
+    `tryon/train`, `logos/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob in a format
+    of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
     when they change. With `stream` a Parquet source is read in passing and never copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
@@ -66,7 +66,7 @@ def open_source(
     """
     name = str(spec)
     kind = name.partition("?")[0].partition("/")[0].rstrip(":")
-    if name.startswith("demo:") or (kind in ("digits", "tryon") and not Path(name).exists()):
+    if name.startswith("demo:") or (kind in ("digits", "logos", "tryon") and not Path(name).exists()):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
         return Source(name, _built_in(name), limit=limit)
@@ -102,6 +102,10 @@ def _built_in(name: str) -> Records:
         raise UsageError(f"{name}: seed and pictures have to be whole numbers, not negative.") from None
     _no_more(name, options)
     view, _, split = place.removeprefix("demo:").partition("/")
+    if place.startswith("logos"):
+        from openm6.data.logos import open_logos
+
+        return open_logos(split or "train", seed, pictures)
     if not place.startswith("demo:"):
         from openm6.data.figures import open_figures
 
@@ -114,8 +118,8 @@ def _built_in(name: str) -> Records:
 def _no_more(name: str, options: dict[str, str]) -> None:
     if options:
         raise UsageError(
-            f"{name}: unknown option {', '.join(options)}; the demo and try-on data know seed and pictures, the digits "
-            "none."
+            f"{name}: unknown option {', '.join(options)}; the demo, logo and try-on data know seed and pictures, the "
+            "digits none."
         )
 
 

@@ -4,6 +4,8 @@ bold enough for the 8 x 8 codes of a small image codec.
 Each record has image, caption (six), category, colour, pattern, and what a drawing can be asked to follow: sketch (the
 picture's lines), reference (another picture of the same category, colour and pattern) and style (one of another
 category in the same colour and pattern). Splits and held-out combinations are the catalogue's.
+
+`Matches` are the same pictures, half of them with wrong captions, to learn from what goes together.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import io
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,41 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
     folder = cached("studio", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make)
     places = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
     return Pictured(ArrowRecords(folder / "pictures"), ArrowRecords(folder / "records"), places)
+
+
+class Matches:
+    """Studio pictures with a caption of them, or one that is wrong in a single attribute: image, caption (six),
+    verdict_relevance (1 or 0, half of each). Wrong captions name combinations of the split alone, as right ones do."""
+
+    columns = ("image", "caption", "verdict_relevance")
+
+    def __init__(self, studio: Records, split: str, seed: int = 0):
+        self._studio, self._split, self._seed = studio, split, seed
+
+    def __len__(self) -> int:
+        return len(self._studio)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._studio[index]
+        told = {name: record[name] for name in self.columns[:2]}
+        rng = np.random.default_rng([self._seed, SPLITS.index(self._split), index, 2])
+        right = bool(rng.random() < 0.5)
+        if not right:
+            item = Item(record["category"], record["colour"].removesuffix("色"), record["pattern"])
+            groups = _near(item, self._split)
+            others = groups[rng.integers(len(groups))]
+            told["caption"] = phrases.captions((others[rng.integers(len(others))],), "", rng)
+        return {"_where": f"demo:matches/{self._split}#{index}", **told, "verdict_relevance": int(right)}
+
+
+@cache
+def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
+    """For each attribute the items of a split that differ in it alone, where there are any."""
+    every = (
+        tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
+        for name in ("category", "colour", "pattern")
+    )
+    return tuple(some for some in every if some)
 
 
 def _pointing(items: list[Item], rows: list[Record], seed: int) -> Iterator[Record]:

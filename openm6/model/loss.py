@@ -17,7 +17,9 @@ CHUNK = 1024
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         # The gradients are taken here only when somebody will ask for them.
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
@@ -33,6 +35,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             gradient = logits.sub_(norm).exp_()
             gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), -1.0))
+            if shares is not None:
+                gradient *= shares[part, None]
             gradient = gradient.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = gradient @ cast
@@ -40,22 +44,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_weight += gradient.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum() if shares is None else losses @ shares, losses
 
     @staticmethod
-    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * d_sum.to(d_hidden.dtype),
             None if d_weight is None else d_weight * d_sum,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum over the M positions of -log softmax(hidden weight^T)[label], and the M single losses (no gradient).
 
-    hidden [M, D], weight [V, D], labels int64 [M]; both results fp32.
+    hidden [M, D], weight [V, D], labels int64 [M]; `shares`, fp32 [M]: what each position counts in the sum, 1 by
+    default. Both results fp32.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares)
     return total, losses

@@ -37,7 +37,8 @@ from openm6.sequence import IGNORE, Batch
 class Output(ModelOutput):
     """What a forward gives.
 
-    loss      sum of the losses of all M trained positions (divide by M, or by the M of all processes)
+    loss      sum of the losses of all M trained positions, each by its example's weight (divide by the sum of those, or
+              by that of all processes)
     losses    fp32 [M], the single losses, without gradient
     segments  int64 [M], to which example of the batch each belongs
     hidden    [B, T, D] after the last norm
@@ -127,6 +128,13 @@ class M6(Network):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.head = value  # type: ignore[assignment]
 
+    def train(self, mode: bool = True) -> M6:
+        """A reader of pictures that is not trained keeps its statistics too."""
+        super().train(mode)
+        if self.image is not None and not any(p.requires_grad for p in self.image.parameters()):
+            self.image.eval()
+        return self
+
     def forward(self, batch: Batch) -> Output:
         """Hidden states of a packed or padded batch, and the loss where it has labels."""
         x_BTD = self._embed(batch)
@@ -142,8 +150,9 @@ class M6(Network):
         if not len(trained):
             return Output(hidden=x_BTD, loads=loads)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
-        total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained])
         segments = batch.segments.flatten()[trained]
+        shares = None if batch.weights is None else batch.weights[segments - 1]
+        total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained], shares)
         return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, loads=loads)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
 _VERDICTS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 
 
+VERDICT = 16.0
+"""What a verdict counts in the loss: a picture has one or two of them, and many codes (by 1, relevance was not learned
+beside them)."""
+
+
 def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
     """The sequence whose last positions are the `count` codes of a whole picture, with its estimates after them."""
     start = len(sequence) - count
@@ -78,7 +83,7 @@ def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokeniz
         if name in verdicts:
             labels[place] = tokenizer.yes_id if verdicts[name] else tokenizer.no_id
     ids = np.append(sequence.ids, tokenizer.estimate_ids).astype(np.int32)
-    return replace(sequence, ids=ids, blocks=blocks, labels=labels)
+    return replace(sequence, ids=ids, blocks=blocks, labels=labels, weight=VERDICT)
 
 
 def draw_mask(side: int, rng: np.random.Generator) -> np.ndarray:

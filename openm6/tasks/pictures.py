@@ -13,6 +13,7 @@ from PIL import Image
 
 from openm6.images import Source, read_square
 from openm6.model.codec import Codec
+from openm6.model.files import quietly
 
 REMEMBERED = 2**18
 """Pictures whose codes are kept: every epoch asks for the same ones."""
@@ -31,10 +32,17 @@ class PictureCodec:
 
     @classmethod
     def load(cls, path: Path) -> PictureCodec:
+        quietly()
         return cls(Codec.from_pretrained(path))
 
     def save(self, path: Path) -> None:
+        quietly()
         self.codec.save_pretrained(path)
+
+    def vectors(self) -> torch.Tensor:
+        """Of all codes, fp32 [num_codes, dims]."""
+        device = self.codec.out_of.weight.device
+        return self.codec.quantizer.vectors(torch.arange(self.num_codes, device=device)).float().cpu()
 
     def encode(self, picture: Source) -> np.ndarray:
         """The middle square of a picture as codes, int64 [side * side], row by row."""

@@ -25,14 +25,14 @@ from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
 
-BY_MASKS = 0.75
+BY_MASKS = 0.6
 """Share of the drawn pictures that are learned by masks; the others one code after the other."""
 
 UNGUIDED = 0.1
 """Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads
 away from what is drawn so."""
 
-JUDGED = 0.2
+JUDGED = 0.1
 """Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
 
 _ANSWERS = 100_000
@@ -170,7 +170,9 @@ class Task:
         complements: dict[str, str] = {}
         pieces: list[Piece] = []
         asked: list[str] = []
-        unguided = rng is not None and self._controls > 1 and rng.random() < UNGUIDED
+        # A verdict is on a picture as the answer to all that was asked for.
+        drops = rng if not (self.draws and drawn.verdicts_of(record)) else None
+        unguided = drops is not None and self._controls > 1 and drops.random() < UNGUIDED
         after_text = False  # two texts that touch are kept apart
         for part in instruction.source:
             if isinstance(part, str):
@@ -178,7 +180,7 @@ class Task:
                 after_text = False
                 continue
             if part.drop and (
-                record.get(part.name) is None or unguided or (rng is not None and rng.random() < part.drop)
+                record.get(part.name) is None or unguided or (drops is not None and drops.random() < part.drop)
             ):
                 continue
             value = self._value(record, part, rng)

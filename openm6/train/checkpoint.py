@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from openm6.atomic import publish, write_failed, write_whole
 from openm6.errors import OpenM6Error
+from openm6.model import adapters
 from openm6.model.files import layer_of, shared_name
 from openm6.train.distributed import Group, local
 from openm6.train.optimizer import set_rate, step_all
@@ -189,6 +190,12 @@ def consolidate(checkpoint: Path, target: Path) -> None:
             elif file.is_dir() and file.name != "state":
                 shutil.copytree(file, draft / file.name)
         parts = list(_parts(stored))
+        if (checkpoint / adapters.CONFIG).is_file():  # PEFT keeps an adapter in one file, under names of its own
+            tensors = {f"model.{key}": torch.empty(shape) for key, shape in stored.items()}
+            _read(checkpoint, tensors, alone=True)
+            named = {adapters.stored_name(key.removeprefix("model.")): value for key, value in tensors.items()}
+            save_file(named, draft / adapters.WEIGHTS, metadata={"format": "pt"})
+            return
         index: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
             name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -235,9 +242,11 @@ def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
 
 
 def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """`model.{name}` and `optimizer.{moment}.{parameter}` to tensor (sharded ones as DTensors). Learning rates come
-    from the schedule, not from here."""
-    tensors = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+    """`model.{name}` and `optimizer.{moment}.{parameter}` to tensor (sharded ones as DTensors), of an adapted network
+    the adapter alone. Learning rates come from the schedule, not from here."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = len(trained) == sum(1 for _ in model.parameters())
+    tensors = {f"model.{n}": value.detach() for n, value in model.state_dict().items() if whole or n in trained}
     for parameter, name, optimizer in _owned(model, optimizers):
         for moment, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{moment}.{name}"] = _plain(value)

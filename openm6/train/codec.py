@@ -76,6 +76,9 @@ class Pictures:
             codec.look_with(self.eyes)
         return codec
 
+    def begin(self, model: Codec) -> None:
+        """Nothing."""
+
     def count(self, examples: list[Picture]) -> tuple[int, int]:
         return len(examples), len(examples)
 

@@ -17,8 +17,8 @@ from openm6.train.report import Losses
 class Part:
     """What a part of a step gave.
 
-    loss        sum over all that is trained, with gradients
-    losses      the same by task and source: (task, source, sum, number)
+    loss        sum over all that is trained, by weight, with gradients
+    losses      the same by task and source, unweighted: (task, source, sum, number)
     loads       of each layer of experts
     flops       of the forward and backward pass
     positions   that the network worked on; `slots` with those that only fill rows
@@ -41,8 +41,11 @@ class Objective(Protocol):
     def network(self, shared: bool) -> Any:
         """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""
 
-    def count(self, examples: list[Any]) -> tuple[int, int]:
-        """What of these examples is trained (a step's loss is divided by that), and positions in all."""
+    def begin(self, model: Any) -> None:
+        """Change what starts otherwise than at random or by `path`."""
+
+    def count(self, examples: list[Any]) -> tuple[float, int]:
+        """What of these examples is trained, by weight (a step's loss is divided by that), and positions in all."""
 
     def part(self, run: Callable[[Any], Any], examples: list[Any]) -> Part:
         """Losses of some examples; `run` is the network's forward."""

@@ -151,6 +151,14 @@ class PseudoSection(_Strict):
     rewarm: int = Field(100, ge=0, description="steps in which the learning rate comes up again after delinking")
 
 
+class AdaptSection(_Strict):
+    """Train a small change of the network instead of the network: `output/model` is an adapter of `model.path`."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1, description="the change is scaled by alpha / rank")
+
+
 class EvaluationSection(_Strict):
     """Data to measure on while training: the tasks' own metrics, by decoding."""
 
@@ -203,6 +211,10 @@ class CodecRecipe(_Strict):
     def pseudo(self) -> None:
         return None
 
+    @property
+    def adapt(self) -> None:
+        return None
+
 
 class Recipe(_Strict):
     name: str
@@ -214,7 +226,16 @@ class Recipe(_Strict):
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
     pseudo: PseudoSection | None = None
+    adapt: AdaptSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _adapt_what_is_there(self) -> Recipe:
+        if self.adapt and not self.model.path:
+            raise ValueError("adapt changes a network that is there: give model.path")
+        if self.adapt and self.model.codec:
+            raise ValueError("adapt leaves the model as it is, with the codec that it has: leave model.codec out")
+        return self
 
     @model_validator(mode="after")
     def _pseudo_from_nothing(self) -> Recipe:

@@ -10,6 +10,7 @@ import torch
 
 from openm6.bundle import Bundle
 from openm6.model import M6, ModelConfig
+from openm6.model.adapters import add_adapter, lora_config
 from openm6.model.files import meta_model
 from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
 from openm6.train.distributed import Group
@@ -18,6 +19,7 @@ from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries, make_loader
+from openm6.train.start import start_codes
 
 
 class Sequences:
@@ -26,6 +28,8 @@ class Sequences:
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
         self.path = recipe.model.path
+        adapt = recipe.adapt
+        self.adapter = adapt and lora_config(self.path.resolve(), adapt.rank, adapt.alpha) if self.path else None
         self.bundle = build_bundle(recipe, group)
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
@@ -36,10 +40,20 @@ class Sequences:
         if self.recipe.pseudo and not shared:
             config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
         self.bundle.model = meta_model(config)
+        if self.adapter is not None:
+            add_adapter(self.bundle.model, self.adapter)
         return self.bundle.model
 
-    def count(self, examples: list[Sequence]) -> tuple[int, int]:
-        return sum(int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)
+    def begin(self, model: M6) -> None:
+        """Image codes of a codec that is new to the model."""
+        if self.recipe.model.codec is None:
+            return
+        vectors, first = self.bundle.codec.vectors(), self.bundle.processor.tokenizer.code_start
+        for weight in {model.embed.weight, model.head_weight}:
+            start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
+
+    def count(self, examples: list[Sequence]) -> tuple[float, int]:
+        return sum(e.weight * int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)
 
     def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
         parts = [self._part(run, batch) for batch in self._batches(examples)]
@@ -59,7 +73,7 @@ class Sequences:
         yield from evaluate_entries(self.recipe, bundle)
 
     def describe(self, path: Path) -> None:
-        self.bundle.describe(path)
+        self.bundle.describe(path, self.adapter)
 
     def _batches(self, sequences: list[Sequence]) -> list[Batch]:
         """One, but for a network with block-sparse pictures: those apart, whose codes see each other both ways and one

@@ -17,6 +17,7 @@ from openm6.errors import UsageError
 from openm6.evaluate.command import measure
 from openm6.images import ImageGrid
 from openm6.model import ModelConfig
+from openm6.model.adapters import CONFIG as ADAPTER
 from openm6.model.files import meta_model
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
@@ -38,6 +39,8 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     section = recipe.model
     codec = PictureCodec.load(section.codec) if section.codec else None
     if section.path is not None:
+        if (section.path / ADAPTER).is_file():
+            raise UsageError(f"{section.path} is an adapter: make it a model first, with `openm6 models merge`.")
         bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
             bundle.processor = replace(bundle.processor, max_length=section.max_length)

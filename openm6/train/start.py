@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from openm6.model.adapters import adapter_start, base_name
 from openm6.model.files import stored_rows
 from openm6.model.network import Network
 from openm6.train.distributed import local, rows_of
@@ -38,13 +40,37 @@ def start_at_random(model: Network, seed: int) -> None:
 
 
 @torch.no_grad()
-def start_from(model: Network, path: Path) -> None:
-    """The weights of a model directory; of each tensor only the rows are read that this process holds."""
+def start_from(model: Network, path: Path, seed: int) -> None:
+    """The weights of a model directory; of each tensor only the rows are read that this process holds. An adapter's
+    start at random."""
     with stored_rows(path) as read:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            first, last = rows_of(tensor)
-            if last > first:
-                local(tensor).copy_(read(name, first, last))
+            here, (first, last) = local(tensor), rows_of(tensor)
+            stored = base_name(name)
+            if stored is None and (std := adapter_start(name, tensor)):
+                _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
+            elif stored is None:
+                here.zero_()
+            elif last > first:
+                here.copy_(read(stored, first, last))
+
+
+@torch.no_grad()
+def start_codes(weight: Tensor, first: int, vectors_KE: Tensor, seed: int, std: float) -> None:
+    """Let the rows of image codes, from row `first` of `weight` [V, D] on, start alike where their vectors in the codec
+    are near: random Fourier features of a Gaussian kernel (Rahimi and Recht 2007), of deviation `std`.
+
+    What is learned of one code so holds for those like it (the demo's model was 100 to 150 steps ahead after 400).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vectors_KE = (vectors_KE - vectors_KE.mean(0)) / vectors_KE.std(0)
+    frequencies_ED = torch.randn(vectors_KE.shape[1], weight.shape[1], generator=generator)
+    phases_D = 2 * math.pi * torch.rand(weight.shape[1], generator=generator)
+    rows_KD = math.sqrt(2) * std * torch.cos(vectors_KE @ frequencies_ED + phases_D)
+    begin, end = rows_of(weight)
+    inside = range(max(begin, first), min(end, first + len(rows_KD)))
+    if inside:
+        local(weight)[inside.start - begin : inside.stop - begin] = rows_KD[inside.start - first : inside.stop - first]
 
 
 def _draw(here: Tensor, first: int, last: int, shape: torch.Size, key: str, mean: float, std: float) -> None:

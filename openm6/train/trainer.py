@@ -71,6 +71,8 @@ class Trainer:
                 block.compile()
         self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
         self.parallel.allocate()
+        if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint is made
+            start_from(self.model, self.objective.path, self.recipe.seed)
         self.optimizers = make_optimizers(self.model, self.settings)
         self.loads = ExpertLoads(self.model, self.group)
 
@@ -96,8 +98,8 @@ class Trainer:
 
     def _one_step(self, examples: list[Any]) -> None:
         started = time.perf_counter()
-        # Every trained position of the step weighs the same, in whatever process and part it falls.
-        counts = torch.tensor(self.objective.count(examples), device=self.group.device)
+        # A trained position weighs the same, in whatever process and part of the step it falls.
+        counts = torch.tensor(self.objective.count(examples), dtype=torch.float64, device=self.group.device)
         total, everything = self.group.sum(counts).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
@@ -125,7 +127,7 @@ class Trainer:
         self.step += 1
         self.seen += self.settings.batch_size
         losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
-        self._track(losses, total)
+        self._track(losses)
         if self.reporter:
             self.reporter.step(
                 self.step, losses, rate * self.settings.learning_rate, float(norm), time.perf_counter() - started,
@@ -145,11 +147,11 @@ class Trainer:
         if not bool(torch.isfinite(norm)):
             self._stop("the gradient is not finite (NaN or infinite)")
 
-    def _track(self, losses: Losses, total: int) -> None:
+    def _track(self, losses: Losses) -> None:
         """Keep the smoothed loss, and stop when it has run away. A source that joins may raise it: it starts anew."""
         if self.step - 1 in {entry.start for entry in self.loader.entries}:
             self.smooth, self.best = math.nan, math.inf
-        loss = sum(loss for *_, loss, _ in losses) / total
+        loss = sum(loss for *_, loss, _ in losses) / sum(number for *_, number in losses)
         self.smooth = loss if math.isnan(self.smooth) else 0.95 * self.smooth + 0.05 * loss
         self.best = min(self.best, self.smooth)
         if self.smooth > self.best + DIVERGED:
@@ -211,10 +213,11 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
-            if self.objective.path:
-                start_from(self.model, self.objective.path)
-            else:
+            if not self.objective.path:
                 start_at_random(self.model, self.recipe.seed)
+            elif not self.recipe.adapt:
+                start_from(self.model, self.objective.path, self.recipe.seed)
+            self.objective.begin(self.model)
             return
         state = self._load(latest)
         self.loader.set_state(state["data"])

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from openm6.data.catalogue import HELD_OUT, open_catalogue
+from openm6.data.catalogue import HELD_OUT, attributes_in, open_catalogue
 from openm6.data.store import iterate
 from openm6.images import sketch
 
@@ -42,6 +42,29 @@ def test_controls_fit_their_picture() -> None:
     assert apart > 1000  # hardly any stands for itself
     lines = Image.open(io.BytesIO(records[0]["sketch"])).convert("L")
     assert np.array_equal(np.asarray(lines), np.asarray(sketch(records[0]["image"], 64)))
+
+
+def test_a_wrong_caption_is_wrong_in_one_attribute_and_of_its_split() -> None:
+    held_out = {(i.category, i.colour + "色", i.pattern) for i in HELD_OUT}
+    for split in ("train", "test"):
+        studio = open_catalogue("studio", split, pictures=300)
+        wrong = {"category": 0, "colour": 0, "pattern": 0}
+        right = 0
+        for number, record in enumerate(iterate(open_catalogue("matches", split, pictures=300))):
+            shown = studio[number]
+            assert record["image"] == shown["image"]
+            if record["verdict_relevance"]:
+                right += 1
+                assert record["caption"] == shown["caption"]
+                continue
+            told = attributes_in(record["caption"][0])[0]
+            told["colour"] += "色"
+            assert ((told["category"], told["colour"], told["pattern"]) in held_out) == (split == "test")
+            off = [name for name in wrong if told[name] != shown[name]]
+            assert len(off) == 1
+            wrong[off[0]] += 1
+        assert 110 < right < 190
+        assert min(wrong.values()) > 25 or split == "test"
 
 
 def test_studio_pictures_have_less_noise_and_larger_items() -> None:

@@ -42,7 +42,7 @@ def build(folder: Path) -> None:
                 if way == "seed":
                     start_at_random(model, 7)
                 else:
-                    start_from(model, folder)
+                    start_from(model, folder, 0)
                 tensors = {name: whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
                 if group.first:
                     save_file(tensors, folder / f"{way}-{number}.safetensors")

@@ -148,16 +148,30 @@ def test_longer_pictures_than_places_are_interpolated() -> None:
     assert model.image(torch.zeros(1, 8, 64, 3, dtype=torch.uint8)).shape == (8, 32)
 
 
-def test_loss_without_logits_equals_cross_entropy_with_gradients() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_loss_without_logits_equals_cross_entropy_with_gradients(shared: bool) -> None:
     hidden = torch.randn(2500, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)
     labels = torch.randint(0, 50, (2500,))
-    total, losses = linear_cross_entropy(hidden, weight, labels)
+    shares = torch.rand(2500) * 3 if shared else None
+    total, losses = linear_cross_entropy(hidden, weight, labels, shares)
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     ours = torch.autograd.grad(3 * total, (hidden, weight))
-    theirs = torch.autograd.grad(3 * expected.sum(), (hidden, weight))
+    theirs = torch.autograd.grad(3 * (expected if shares is None else expected * shares).sum(), (hidden, weight))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_an_example_counts_by_its_weight() -> None:
+    rng = np.random.default_rng(0)
+    heavy, light = example(rng, 3, 3), example(rng, 4, 5)
+    model = tiny_model()
+    alone = [model(pad([s], 0)).loss for s in (heavy, light)]
+    heavy.weight = 3.0
+    for batch in (pad([light, heavy], 0), pack([light, heavy], 32, 0)):
+        output = model(batch)
+        torch.testing.assert_close(output.loss, 3 * alone[0] + alone[1])
+        torch.testing.assert_close(output.losses.sum(), alone[0] + alone[1])
 
 
 def test_every_parameter_takes_part_without_pictures_too() -> None:

@@ -10,7 +10,7 @@ from openm6.errors import DataError, UsageError
 from openm6.images import ImageGrid
 from openm6.model.codec import Codec, CodecConfig
 from openm6.sequence import CAUSAL, IGNORE, SOURCE
-from openm6.tasks.drawn import draw_mask
+from openm6.tasks.drawn import VERDICT, draw_mask
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -62,7 +62,7 @@ def test_in_training_most_are_learned_by_masks(processor: Processor) -> None:
         assert open_.any()
         assert np.array_equal(np.where(open_, sequence.labels[-16:], sequence.ids[-16:]), codes)
         assert (sequence.labels[-16:][~open_] == IGNORE).all()
-    assert 0.65 < masked / 200 < 0.85
+    assert 0.5 < masked / 200 < 0.7
 
 
 def test_a_prompt_ends_where_codes_begin(processor: Processor) -> None:
@@ -119,8 +119,12 @@ def test_what_cannot_be_drawn_is_told(processor: Processor) -> None:
 
 def test_a_record_with_verdicts_is_judged_whole(processor: Processor) -> None:
     codes, tokenizer = codes_of(processor), processor.tokenizer
-    for rng in (None, np.random.default_rng(0)):
-        found = TASK.encode({**record(), "verdict_fidelity": 0, "verdict_quality": "true"}, processor, rng)
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        given = {**record(), "verdict_fidelity": 0, "verdict_quality": "true"}
+        found = TASK.encode(given, processor, rng if number else None)
+        assert len(found) == len(TASK.encode(record(), processor)) + 3  # nothing is dropped
+        assert found.weight == VERDICT
         assert found.ids[-19:].tolist() == [*codes, *tokenizer.estimate_ids]
         assert (found.blocks[-19:] == 1).all()
         assert found.labels[-3:].tolist() == [IGNORE, tokenizer.no_id, tokenizer.yes_id]
@@ -149,8 +153,8 @@ def test_some_are_judged_with_another_records_picture(processor: Processor) -> N
         else:
             assert relevance == (processor.tokenizer.no_id if swapped else processor.tokenizer.yes_id)
             seen["theirs" if swapped else "own"] += 1
-    assert 0.15 < 1 - seen["else"] / 600 < 0.25
-    assert min(seen["own"], seen["theirs"]) > 30 and 2 < seen["unasked"] < 30
+    assert 0.07 < 1 - seen["else"] / 600 < 0.14
+    assert min(seen["own"], seen["theirs"]) > 15 and 0 < seen["unasked"] < 20
 
 
 def test_codes_may_stand_for_a_picture(processor: Processor) -> None:

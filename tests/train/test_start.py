@@ -72,11 +72,26 @@ def test_any_rows_are_those_of_the_whole(rows: int, width: int, block: int, data
     assert whole.all()
 
 
+def test_codes_whose_vectors_are_near_start_alike() -> None:
+    """Products of two rows are those of a Gaussian kernel on the vectors; other rows are left alone."""
+    vectors = torch.randn(30, 4)
+    weight = torch.full((50, 4096), 7.0)
+    start.start_codes(weight, 10, vectors, 0, 0.5)
+    assert (weight[:10] == 7).all() and (weight[40:] == 7).all()
+    rows = weight[10:40]
+    apart = torch.cdist(vectors / vectors.std(0), vectors / vectors.std(0))
+    torch.testing.assert_close(rows @ rows.T / (4096 * 0.25), torch.exp(-(apart**2) / 2), atol=0.08, rtol=0)
+    again, other = torch.zeros(50, 4096), torch.zeros(50, 4096)
+    start.start_codes(again, 10, vectors, 0, 0.5)
+    start.start_codes(other, 10, vectors, 1, 0.5)
+    assert torch.equal(again[10:40], rows) and not torch.equal(other[10:40], rows)
+
+
 def test_stored_weights_are_read(tmp_path: Path) -> None:
     saved = M6(tiny_config(**SIZES))
     saved.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     model = empty()
-    start_from(model, tmp_path)
+    start_from(model, tmp_path, 0)
     for (name, tensor), other in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name

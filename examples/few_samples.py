@@ -1,0 +1,99 @@
+"""A new subject from 5, 10 and 20 pictures: adapt the demo's model to a family of logos, and let a judge look.
+
+    make demo-images
+    .venv/bin/python examples/few_samples.py runs/demo-images runs/few-samples
+
+The judge, a small model of its own, has learned to tell twelve families apart from 200 pictures of each; an adapted
+model draws 100 pictures of its family. Beside it: what the judge says of real pictures, of what the model draws before
+it is adapted, and what the demo's judge says of the adapted model's goods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+from openm6.bundle import Bundle
+from openm6.data.logos import family
+from openm6.data.source import open_source
+from openm6.evaluate.demo_images import DATA, TASK
+from openm6.evaluate.pictures import Judge, judged, read_wishes
+from openm6.train.recipe import load_recipe
+from openm6.train.trainer import train
+
+FAMILIES, DRAWN, GOODS = 12, 100, 200
+COUNTS, SEEDS = (5, 10, 20), 3
+
+
+def make_judge(output: Path) -> Judge:
+    """Tells the families apart; trained on other pictures than those that models are adapted to."""
+    data = [
+        {"source": f"logos/test?seed={n}&pictures=200", "task": "image_classification", "columns": {"label": "name"}}
+        for n in range(FAMILIES)
+    ]
+    changes = [f"output={output}", f"data={json.dumps(data, ensure_ascii=False)}", "evaluation.data=[]"]
+    model = output / "model"
+    if not model.is_dir():
+        train(load_recipe("judge", [*changes, "train.steps=500"]))
+    return Judge(Bundle.load(model), "image_classification")
+
+
+def right(judge: Judge, pictures: list[object], name: str) -> float:
+    rows = judged(judge, pictures, [{"label": name}] * len(pictures))
+    return sum(row["all"] for row in rows) / len(rows)
+
+
+def drawn(bundle: Bundle, name: str) -> list[object]:
+    asked = [{"caption": f"{name}的标志。"}] * DRAWN
+    return list(bundle.run_many(TASK, asked))
+
+
+def goods(bundle: Bundle, judge: Judge) -> float:
+    """Share of the drawn goods that show all that was asked for."""
+    records, wanted = read_wishes(bundle, TASK, judge, DATA, GOODS)
+    rows = judged(judge, list(bundle.run_many(TASK, [{"caption": r["caption"]} for r in records])), wanted)
+    return sum(row["all"] for row in rows) / len(rows)
+
+
+def run(demo: Path, output: Path) -> dict[str, list[float]]:
+    """{what: the share that the judge names right, by family}."""
+    judge = make_judge(output / "judge")
+    shop, base = Judge(Bundle.load(demo / "judge" / "model")), Bundle.load(demo / "model")
+    found: dict[str, list[float]] = {"goods, not adapted": [goods(base, shop)]}
+    for seed in range(SEEDS):
+        name = family(seed).name
+        real = [record["image"] for record in open_source(f"logos/train?seed={seed}&pictures=100")]
+        found.setdefault("real pictures", []).append(right(judge, real, name))
+        found.setdefault("not adapted", []).append(right(judge, drawn(base, name), name))
+        for count in COUNTS:
+            folder = output / f"family-{seed}-{count}"
+            changes = [
+                f"output={folder}", f"seed={seed}", f"model.path={demo / 'model'}",
+                f"data.0.source=logos/train?seed={seed}&pictures={count}",
+            ]  # fmt: skip
+            if not (folder / "model").is_dir():
+                train(load_recipe("few_samples", changes))
+            adapted = Bundle.load(folder / "model")
+            pictures = drawn(adapted, name)
+            for number, one in enumerate(pictures[:12]):
+                one.save(folder / f"{number}.png")  # type: ignore[attr-defined]
+            found.setdefault(f"{count} pictures", []).append(right(judge, pictures, name))
+            found.setdefault(f"goods, after {count}", []).append(goods(adapted, shop))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("demo", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args()
+    found = run(options.demo, options.output)
+    (options.output / "figures.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    for what, shares in found.items():
+        print(f"{what:24} {median(shares):6.1%}   {', '.join(f'{share:.0%}' for share in shares)}")
+
+
+if __name__ == "__main__":
+    main()
