@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
-from openm6.decode.draw import OPEN, Codes, Drawing, draw
+from openm6.decode.draw import OPEN, Codes, Drawing, draw, estimate
 from openm6.errors import DataError, OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
 from openm6.model import M6
@@ -241,6 +241,22 @@ class Bundle:
             ]
             for start in range(0, len(made), candidates):
                 yield sorted(made[start : start + candidates], key=lambda p: -p.score)
+
+    def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
+        """How well pictures follow each given slot that may be dropped, by itself: log-odds by slot. Where what was
+        asked for contradicts itself it tells which part won."""
+        task = self._drawing(task)
+        codes = torch.from_numpy(np.stack([painting.codes for painting in drawn]))
+        droppable = [name for name in task.inputs if task.slots[name].drop]
+        found = {}
+        for name in droppable:
+            if slots.get(name) is None:
+                continue
+            alone = self.prompt(task, {k: v for k, v in slots.items() if k == name or k not in droppable})
+            with self.precision():
+                told = estimate(self.model, [alone] * len(codes), codes, self._codes()).estimates
+            found[name] = told[:, ESTIMATES.index("relevance")].tolist()
+        return found
 
     def _drawing(self, task: str | Task) -> Task:
         task = self.task(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,18 +26,23 @@ Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Optio
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
 
 
-def show(drawn: list[Painting], output: Path, json: bool) -> None:
-    """Save pictures as 1.png, 2.png, ... and print what the model thinks of them."""
+def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, list[float]] | None = None) -> None:
+    """Save pictures as 1.png, 2.png, ... and print what the model thinks of them; `follows`: log-odds that they show
+    what each of several controls says."""
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for number, painting in enumerate(drawn, start=1):
         file = output / f"{number}.png"
         painting.image.save(file)
-        rows.append({"file": str(file), "score": painting.score, **painting.estimates})
+        each = {f"follows {name}": odds[number - 1] for name, odds in (follows or {}).items()}
+        rows.append({"file": str(file), "score": painting.score, **painting.estimates, **each})
     if json:
         emit(rows)
         return
     table(list(rows[0]), [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows])
+    won, lost = ([n for n, odds in (follows or {}).items() if (odds[0] > 0) is side] for side in (True, False))
+    if won and lost:
+        typer.echo(f"The controls contradict each other: 1.png follows {', '.join(won)}, not {', '.join(lost)}.")
 
 
 def slots_of(values: list[str] | None) -> dict[str, Any]:
@@ -57,8 +63,10 @@ def draw(
     from openm6.bundle import Bundle
 
     bundle = Bundle.load(model)
-    drawn = bundle.draw(task, candidates=candidates, decoding=decoding_options(option), **slots_of(slots))
-    show(drawn, output, json)
+    asked = slots_of(slots)
+    drawn = bundle.draw(task, candidates=candidates, decoding=decoding_options(option), **asked)
+    follows = bundle.relevance_by_slot(task, drawn, **asked)
+    show(drawn, output, json, follows if len(follows) > 1 else {})
 
 
 @images.command()

@@ -2,7 +2,8 @@
 
 A family is its seed: a name of two characters, an outer shape, an inner one, two colours. Its pictures show it at other
 places and sizes, slightly turned, on other backgrounds; now and then the colours are exchanged, as families of logos
-have a light and a dark one. Records: image (JPEG, 64 x 64), caption (four), name.
+have a light and a dark one. They can be drawn in any size: a large one shows the same, with sharper edges. Records:
+image (JPEG), caption (four), name.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def family(seed: int) -> Family:
     return Family(name, outer, inner, (names[first], names[second]))
 
 
-def picture(seed: int, split: str, index: int) -> Record:
+def picture(seed: int, split: str, index: int, side: int = SIDE) -> Record:
     """One record; depends on nothing but its arguments."""
     one, rng = family(seed), np.random.default_rng([seed, SPLITS.index(split), index, 7])
     base, mark = (np.array(COLOURS[name], np.float32) for name in one.colours)
@@ -83,9 +84,9 @@ def picture(seed: int, split: str, index: int) -> Record:
         base, mark = mark, base
     size, turn = rng.uniform(0.5, 0.85), rng.uniform(-0.2, 0.2)
     x, y = 0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - size)
-    canvas = draw.ground([COLOURS[name] for name in one.colours], rng)
+    canvas = _enlarged(draw.ground([COLOURS[name] for name in one.colours], rng), side)
     for shape, colour in ((_OUTER[one.outer], base), (_INNER[one.inner], mark)):
-        share = _laid(shape, x, y, size, turn)
+        share = _laid(shape, x, y, size, turn, side)
         canvas = canvas * (1 - share) + share * colour
     told = [text.format(n=one.name) for text in _CAPTIONS]
     return {
@@ -94,21 +95,33 @@ def picture(seed: int, split: str, index: int) -> Record:
     }  # fmt: skip
 
 
-def _laid(shape: Callable[[Pen], None], x: float, y: float, size: float, turn: float) -> np.ndarray:
-    """What of each pixel a shape covers, float32 [SIDE, SIDE, 1]: it fills a square of `size` about (x, y)."""
-    pen, fine = Pen(8 * SIDE), 4 * SIDE
+def _enlarged(canvas: np.ndarray, side: int) -> np.ndarray:
+    if side == len(canvas):
+        return canvas
+    parts = (Image.fromarray(canvas[:, :, i]).resize((side, side), Image.Resampling.BICUBIC) for i in range(3))
+    return np.stack([np.asarray(part) for part in parts], 2)
+
+
+def _laid(shape: Callable[[Pen], None], x: float, y: float, size: float, turn: float, side: int) -> np.ndarray:
+    """What of each pixel a shape covers, float32 [side, side, 1]: it fills a square of `size` about (x, y)."""
+    finer = 4 if side <= 256 else 2
+    pen, fine = Pen(2 * finer * side), finer * side
     shape(pen)
     c, s = math.cos(turn) / size, math.sin(turn) / size
     scale = pen.scale / fine
     a, b, d, e = c * scale, s * scale, -s * scale, c * scale
     u, v = pen.scale * (0.5 - c * x - s * y), pen.scale * (0.5 + s * x - c * y)
     large = pen.image.transform((fine, fine), Image.Transform.AFFINE, (a, b, u, d, e, v), Image.Resampling.BILINEAR)
-    return np.asarray(large.reduce(4), np.float32)[:, :, None] / 255
+    return np.asarray(large.reduce(finer), np.float32)[:, :, None] / 255
 
 
-def open_logos(split: str = "train", seed: int = 0, pictures: int | None = None) -> Records:
-    """The pictures of the family `seed`. Raises UsageError for an unknown split."""
+def open_logos(split: str = "train", seed: int = 0, pictures: int | None = None, side: int | None = None) -> Records:
+    """The pictures of the family `seed`, of `side` pixels (64). Raises UsageError for an unknown split, or a side that
+    is not from 16 to 2,048."""
     if split not in SPLITS:
         raise UsageError(f"The logos have no split {split!r}.{suggest(split, SPLITS)} They have: {', '.join(SPLITS)}.")
+    side = SIDE if side is None else side
+    if not 16 <= side <= 2048:
+        raise UsageError(f"side is {side}; logos have 16 to 2,048 pixels.")
     count = PICTURES[split] if pictures is None else pictures
-    return ListRecords([picture(seed, split, index) for index in range(count)])
+    return ListRecords([picture(seed, split, index, side) for index in range(count)])

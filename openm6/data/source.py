@@ -96,16 +96,17 @@ def _built_in(name: str) -> Records:
         return open_digits(place.partition("/")[2] or "train")
     try:
         seed, pictures = int(options.pop("seed", 0)), int(options.pop("pictures", 0)) or None
+        side = int(options.pop("side", 0)) or None if place.startswith("logos") else None
         if seed < 0 or (pictures or 0) < 0:
             raise ValueError
     except ValueError:
-        raise UsageError(f"{name}: seed and pictures have to be whole numbers, not negative.") from None
+        raise UsageError(f"{name}: seed, pictures and side have to be whole numbers, not negative.") from None
     _no_more(name, options)
     view, _, split = place.removeprefix("demo:").partition("/")
     if place.startswith("logos"):
         from openm6.data.logos import open_logos
 
-        return open_logos(split or "train", seed, pictures)
+        return open_logos(split or "train", seed, pictures, side)
     if not place.startswith("demo:"):
         from openm6.data.figures import open_figures
 
@@ -119,7 +120,7 @@ def _no_more(name: str, options: dict[str, str]) -> None:
     if options:
         raise UsageError(
             f"{name}: unknown option {', '.join(options)}; the demo, logo and try-on data know seed and pictures, the "
-            "digits none."
+            "logos side too, the digits none."
         )
 
 

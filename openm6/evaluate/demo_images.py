@@ -59,11 +59,12 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     """Measure what the demo's model draws, and write `output/report`.
 
     Returns {"rows": {"real": {measure: value}, "reconstructed": ..., "drawn": ..., "best of 8": ...}, "edits": what
-    `measure_edits` gives, "report": path}.
+    `measure_edits` gives, "controls": what `measure_controls` gives, "report": path}.
     """
     bundle, judging = Bundle.load(model), Judge(Bundle.load(judge))
     records, wanted = read_wishes(bundle, TASK, judging, DATA, ASKED)
-    rows, best = measure_drawing(bundle, TASK, judging, records, wanted, CANDIDATES)
+    others = {"one by one": {"passes": 0}}
+    rows, best = measure_drawing(bundle, TASK, judging, records, wanted, CANDIDATES, others=others)
     folder = output / "report"
     draw_sheet(best, folder / "pictures" / "drawn.png")
     texts = [str(record["caption"]) for record in records]
@@ -74,8 +75,10 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
         f"in {edits['changed']:.1%} (category {edits['category']:.1%}, colour {edits['colour']:.1%}, pattern "
         f"{edits['pattern']:.1%})."
     )
-    page = write_pictures(folder, "Drawn by OpenM6", f"{_INTRO}\n\n{told}", rows, shown)
-    return {"rows": rows, "edits": edits, "report": str(page)}
+    controls = measure_controls(bundle, judging)
+    intro = f"{_INTRO}\n\n{told}\n\n{_told_controls(controls)}"
+    page = write_pictures(folder, "Drawn by OpenM6", intro, rows, shown)
+    return {"rows": rows, "edits": edits, "controls": controls, "report": str(page)}
 
 
 def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 0) -> dict[str, float]:
@@ -117,6 +120,47 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
     for name in ATTRIBUTES:
         found[name] = float(np.mean([c for c, a in zip(changed, asked, strict=True) if a == name]))
     return found
+
+
+CONTRADICTIONS = {"style": ("colour", "pattern"), "sketch": ("category",), "reference": ATTRIBUTES}
+"""What a control of `controlled_image` says of an item, which a caption may contradict."""
+
+
+def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, float]]]:
+    """Which wins where controls contradict each other: pictures drawn by a caption of one item and a control that was
+    made from another, unlike it in every attribute.
+
+    Returns {control: {attribute: (share of the pictures that follow the caption, share that follow the control)}} for
+    what that control says.
+    """
+    source = open_source(DATA)
+    pairs = []
+    for number in range(len(source)):
+        one, other = source[number], source[(number + len(source) // 2) % len(source)]
+        if all(one[name] != other[name] for name in ATTRIBUTES):
+            pairs.append((one, other))
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for control, names in CONTRADICTIONS.items():
+        some = pairs[:count]
+        wishes = ({"caption": _first(one["caption"], 0), control: other[control]} for one, other in some)
+        drawn = list(bundle.run_many("controlled_image", wishes, decoding={"seed": 2}))
+        ours, theirs = (judged(judge, drawn, [pair[side] for pair in some]) for side in (0, 1))
+        found[control] = {
+            name: tuple(float(np.mean([row[name] for row in rows])) for rows in (ours, theirs))  # type: ignore[misc]
+            for name in names
+        }
+    return found
+
+
+def _told_controls(found: dict[str, dict[str, tuple[float, float]]]) -> str:
+    lines = ["Where a control says something else than the caption, what the picture follows:", ""]
+    lines += ["| control | attribute | the caption | the control |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {control} | {name} | {ours:.0%} | {theirs:.0%} |"
+        for control, shares in found.items()
+        for name, (ours, theirs) in shares.items()
+    ]
+    return "\n".join(lines)
 
 
 _INTRO = (

@@ -178,9 +178,11 @@ def measure_drawing(
     wanted: list[Answer],
     candidates: int = 1,
     decoding: Mapping[str, Any] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[Image.Image]]:
-    """The measures of real pictures, of reconstructed ones, of drawn ones, and, with several candidates, of the best
-    of each by the model's own estimates; and the pictures drawn (the best ones).
+    """The measures of real pictures, of reconstructed ones, of drawn ones, of those drawn in `others` ways (name to
+    options), and, with several candidates, of the best of each by the model's own estimates; and the pictures drawn
+    (the best ones).
 
     Real and reconstructed pictures are measured against the real ones too: what a perfect drawing would get.
     """
@@ -197,6 +199,8 @@ def measure_drawing(
         "reconstructed": real.measure([codec.decode(codec.encode(p)) for p in pictures], wanted),
         "drawn": real.measure(any_one, wanted),
     }
+    for name, options in (others or {}).items():
+        rows[name] = real.measure(list(bundle.run_many(chosen, wishes, decoding=options)), wanted)
     best = [some[0].image for some in drawn]
     if candidates > 1:
         rows[f"best of {candidates}"] = real.measure(best, wanted)

@@ -39,6 +39,17 @@ def test_pictures_show_both_colours_before_another_ground() -> None:
             assert np.abs(pixels[:3, :3] - np.array(COLOURS[family(seed).colours[0]])).max() > 30
 
 
+def test_a_large_picture_shows_the_same() -> None:
+    small, large = (open_source(f"logos/train?seed=1&pictures=3&side={side}") for side in (64, 512))
+    for one, other in zip(small, large, strict=True):
+        ours = np.asarray(Image.open(io.BytesIO(one["image"])), np.float32)
+        picture = Image.open(io.BytesIO(other["image"]))
+        assert picture.size == (512, 512)
+        assert np.abs(ours - np.asarray(picture.reduce(8), np.float32)).mean() < 8
+    with pytest.raises(UsageError, match="16 to 2,048 pixels"):
+        open_source("logos/train?side=4096")
+
+
 def test_an_unknown_split_is_told() -> None:
     with pytest.raises(UsageError, match="no split 'trial'"):
         open_source("logos/trial")

@@ -49,6 +49,20 @@ def call(*arguments: Any) -> str:
     return result.stdout
 
 
+def test_with_several_controls_each_candidate_tells_which_it_follows(room: Path, tmp_path: Path) -> None:
+    controls = ("caption=红色的杯子", f"style={room / '0.png'}", f"sketch={room / '1.png'}")
+    wish = ("draw", room / "model", *controls, "--task", "controlled_image", "-n", 2, "--output", tmp_path, *QUICK)
+    rows = json.loads(call(*wish, "--json"))
+    assert all({"follows caption", "follows style", "follows sketch"} <= row.keys() for row in rows)
+    told = call(*wish)
+    odds = {name: rows[0][f"follows {name}"] for name in ("caption", "style", "sketch")}
+    won, lost = ([n for n, value in odds.items() if (value > 0) is side] for side in (True, False))
+    assert ("contradict" in told) == bool(won and lost)
+    if won and lost:
+        assert f"1.png follows {', '.join(won)}, not {', '.join(lost)}." in told
+    assert "follows caption" not in call("draw", room / "model", controls[0], "-n", 2, "--output", tmp_path, *QUICK)
+
+
 def test_candidates_are_files_best_first(room: Path, tmp_path: Path) -> None:
     model, wish = room / "model", "caption=红色的杯子"
     rows = json.loads(call("draw", model, wish, "-n", 3, "--output", tmp_path, "--json", *QUICK))
