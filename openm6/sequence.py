@@ -14,6 +14,7 @@ and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence as Items
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +84,7 @@ class Batch:
     tasks, origins   one entry an example (entry i belongs to segment i + 1)
     codes            the columns that hold the codes of every row's picture (`pad_drawn`)
     weights          of each example in the loss, fp32 [examples]; None: all 1
+    cells            row and column of each code in its drawn picture, int64 [B, T, 2], -1 elsewhere; None: no picture
     """
 
     ids: Tensor
@@ -95,6 +97,7 @@ class Batch:
     origins: list[str] = field(default_factory=list)
     codes: range | None = None
     weights: Tensor | None = None
+    cells: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -105,7 +108,8 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels")}
         images = [Images(i.pixels.to(device), i.places.to(device)) for i in self.images]
         weights = None if self.weights is None else self.weights.to(device)
-        return replace(self, **moved, images=images, weights=weights)
+        cells = None if self.cells is None else self.cells.to(device)
+        return replace(self, **moved, images=images, weights=weights, cells=cells)
 
 
 def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
@@ -199,7 +203,24 @@ def _lay_out_at(
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],
         weights=None if all(weight == 1 for weight in weights) else torch.tensor(weights),
+        cells=_cells(sequences, places, shape),
     )
+
+
+def cells_of(count: int) -> Tensor:
+    """Row and column of the codes of a square picture, int64 [count, 2]."""
+    numbers, side = torch.arange(count), math.isqrt(count)
+    return torch.stack((numbers // side, numbers % side), 1)
+
+
+def _cells(sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int]) -> Tensor | None:
+    if all(sequence.codes is None for sequence in sequences):
+        return None
+    cells = torch.full((*shape, 2), -1)
+    for sequence, (row, columns) in zip(sequences, places, strict=True):
+        if sequence.codes is not None:
+            cells[row, columns[sequence.codes.start : sequence.codes.stop]] = cells_of(len(sequence.codes))
+    return cells
 
 
 def _group_images(

@@ -99,3 +99,14 @@ def test_source_sees_both_ways_and_target_only_the_past() -> None:
     batch = pad([Sequence(ids, blocks, np.full(4, IGNORE, np.int32))], 0)
     expected = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert allowed(batch.segments, batch.blocks)[0].int().tolist() == expected
+
+
+def test_codes_know_their_row_and_column() -> None:
+    drawn = Sequence(*(np.zeros(9, np.int32),) * 3, codes=range(3, 7))
+    text = Sequence(*(np.zeros(4, np.int32),) * 3)
+    batch = pack([text, drawn], 20, 0)
+    places = (batch.segments[0] == 2).nonzero().squeeze(1)
+    expected = [[-1, -1]] * 3 + [[0, 0], [0, 1], [1, 0], [1, 1]] + [[-1, -1]] * 2
+    assert batch.cells[0, places].tolist() == expected
+    assert (batch.cells[batch.segments != 2] == -1).all()
+    assert pack([text], 20, 0).cells is None

@@ -204,7 +204,8 @@ class _Painter:
             drawn_B = _choose(logits_BK, self.chance(1)[:, 0], self.drawing.temperature)
             found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
             if place + 1 < self.codes.count:
-                hidden = self.model.step((self.codes.start + found_BN[:, place]).repeat(times), self.cache, place)
+                ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
+                hidden = self.model.step(ids_B, self.cache, place, self.codes.count)
         self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
         return found_BN
 
@@ -212,8 +213,8 @@ class _Painter:
         """Log-odds of each estimate, fp32 [B, 3]. The picture's place in the cache is after the prompts alone."""
         asked_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
         ids_BN = torch.cat((self.codes.start + found_BN, asked_BE), 1)
-        hidden = self.model.fill(ids_BN, self.cache.first(len(found_BN)))[:, -len(self.codes.estimates) :]
-        logits = self.model.logits(hidden)
+        hidden = self.model.fill(ids_BN, self.cache.first(len(found_BN)), self.codes.count)
+        logits = self.model.logits(hidden[:, self.codes.count :])
         return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
 
     def _propose(self, found_BN: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,8 @@ class _Painter:
         assert self.chance is not None
         ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
         times = 2 if drawing.guidance else 1
-        logits_BNK = _guided(self.model.logits(self.model.fill(ids_BN.repeat(times, 1), self.cache)), codes, drawing)
+        hidden = self.model.fill(ids_BN.repeat(times, 1), self.cache, codes.count)
+        logits_BNK = _guided(self.model.logits(hidden), codes, drawing)
         drawn_BN = _choose(logits_BNK, self.chance(codes.count), drawing.temperature)
         sure_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
         gumbel_BN = -(-self.chance(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()

@@ -29,24 +29,34 @@ CANDIDATES = 8
 EDITS = 200
 ATTRIBUTES = ("category", "colour", "pattern")
 VALUES = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
-OWN = 1500
-"""Of its own pictures a model learns from, as what is not real."""
+OWN, EACH = 400, 4
+"""Captions for which a model draws pictures to learn from itself, and pictures for each."""
 
 
 def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
-    """Write pictures of the model itself, as codes, with the verdict that they are not real, into a folder; returns the
-    file."""
+    """Write pictures of the model itself, as codes, with verdicts, into a folder; returns the file.
+
+    None is real. Of the pictures for one caption the one from which the model itself, reading, would most likely write
+    that caption is taken to be relevant, and the one from which it would least likely is not: a model that only saw
+    real pictures judged finds all that it draws relevant.
+    """
     if target.is_dir():
         return target / "own.jsonl"
     bundle = Bundle.load(model)
+    reader = Judge(bundle, "caption")
     source = open_source(data)
     texts = [str(_first(source[i]["caption"], i)) for i in range(min(count, len(source)))]
 
     def lines() -> Iterator[str]:
-        drawn = bundle.draw_many(TASK, ({"caption": text} for text in texts), decoding={"seed": 1})
+        wishes = ({"caption": text} for text in texts)
+        drawn = bundle.draw_many(TASK, wishes, candidates=EACH, decoding={"seed": 1})
         for text, some in zip(texts, drawn, strict=True):
-            line = {"caption": text, "picture": some[0].codes.tolist(), "verdict_fidelity": 0}
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+            read = reader.log_likelihood([one.image for one in some], [{"caption": text}] * EACH)
+            for number, one in enumerate(some):
+                line = {"caption": text, "picture": one.codes.tolist(), "verdict_fidelity": 0}
+                if number in (int(read.argmax()), int(read.argmin())):
+                    line["verdict_relevance"] = int(number == int(read.argmax()))
+                yield json.dumps(line, ensure_ascii=False) + "\n"
 
     def write(folder: Path) -> None:
         (folder / "own.jsonl").write_text("".join(lines()), "utf-8")

@@ -64,14 +64,18 @@ class Judge:
                 parts.append(self.bundle.model.prefill(batch, batch.ids.shape[1])[0].float().cpu())
         return torch.cat(parts)
 
-    @torch.inference_mode()
     def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
         """Probability of the answers asked for, fp32 [N]."""
+        return self.log_likelihood(pictures, wanted).exp()
+
+    @torch.inference_mode()
+    def log_likelihood(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
+        """Log-probability of the answers asked for, fp32 [N]."""
         parts = []
         for batch in self._batches(pictures, wanted):
             with self.bundle.precision():
                 out = self.bundle.model(batch)
-            parts.append((-out.by_example(len(batch.tasks))[0]).exp().float().cpu())
+            parts.append(-out.by_example(len(batch.tasks))[0].float().cpu())
         return torch.cat(parts)
 
     def _batches(self, pictures: Items[Any], wanted: Items[Answer] | None = None) -> Any:

@@ -6,6 +6,7 @@ projection of each patch; `stem`, a small residual convolution network; `resnet`
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -57,6 +58,19 @@ def _into_stream(width: int, hidden_size: int) -> nn.Module:
     project = nn.Linear(width, hidden_size)
     project.enters_stream = True  # type: ignore[assignment]  # for the initialization
     return nn.Sequential(nn.LayerNorm(width), project)
+
+
+def cell_features(cells: Tensor, width: int, scale: float) -> Tensor:
+    """Sinusoids of the rows and columns of a drawn picture's codes, [..., 2] to [..., width] of root mean square
+    `scale`, with periods from 4 to 512; 0 where a cell is -1.
+
+    Rotary positions count codes in a line: where a code stands has to be told to one that is masked as its neighbours.
+    """
+    quarter = width // 4
+    periods = 4 * 128 ** (torch.arange(quarter, device=cells.device) / quarter)
+    angles = cells[..., None] * (2 * math.pi / periods)
+    waves = torch.cat((angles.sin(), angles.cos()), -1).flatten(-2) * (scale * math.sqrt(2))
+    return F.pad(waves, (0, width - 4 * quarter)).masked_fill(cells[..., :1] < 0, 0.0)
 
 
 def _places(table: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from openm6.errors import OpenM6Error
 from openm6.model.attention import Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
 from openm6.model.config import ModelConfig
-from openm6.model.embed import ImageEmbedder, scatter_images
+from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import Experts, Load, Router
 from openm6.model.loss import linear_cross_entropy
 from openm6.model.network import Network
@@ -30,7 +30,7 @@ from openm6.model.packed import PackedLinear, kernel_dtype
 from openm6.model.picture_mask import PictureMask
 from openm6.model.precision import product_dtype
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
-from openm6.sequence import IGNORE, Batch
+from openm6.sequence import IGNORE, Batch, cells_of
 
 
 @dataclass
@@ -197,16 +197,17 @@ class M6(Network):
         x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
-    def step(self, ids_B: Tensor, cache: Cache, code: int | None = None) -> Tensor:
+    def step(self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0) -> Tensor:
         """One further (causal) position for every row of the cache; hidden states [B, D].
 
-        `code`: it is that code of a picture, row by row, and the codes before it stand last in the cache; of a model
-        with `picture_side` it then looks at those alone that the pattern keeps.
+        `code`: it is that one of the `codes` of a picture, row by row, and the codes before it stand last in the cache;
+        of a model with `picture_side` it then looks at those alone that the pattern keeps.
         """
+        cell = None if code is None else cells_of(codes)[code].to(ids_B.device)
         if code is not None and self.config.picture_side:
-            return self._sparse_step(ids_B, cache, code)
+            return self._sparse_step(ids_B, cache, code, cell)
         positions_B1 = cache.lengths[:, None]
-        x_B1D = self._embed_ids(ids_B[:, None], positions_B1)
+        x_B1D = self._embed_ids(ids_B[:, None], positions_B1, cell)
         filled = max(cache.counts) + 1
         even = min(cache.counts) + 1 == filled
         rope, mask = cache.rope, None
@@ -231,10 +232,10 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
-    def _sparse_step(self, ids_B: Tensor, cache: Cache, code: int) -> Tensor:
+    def _sparse_step(self, ids_B: Tensor, cache: Cache, code: int, cell: Tensor | None) -> Tensor:
         pattern = SparsePattern.of(self.config, causal=True)
         positions_B1, rows = cache.lengths[:, None], torch.arange(len(ids_B), device=ids_B.device)
-        x_B1D, rope = self._embed_ids(ids_B[:, None], positions_B1), cache.rope_at(positions_B1)
+        x_B1D, rope = self._embed_ids(ids_B[:, None], positions_B1, cell), cache.rope_at(positions_B1)
         texts_B = cache.lengths - code
         longest = max(cache.counts) - code
         codes_S = cached_places(pattern, code, 0).to(ids_B.device)
@@ -256,14 +257,16 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
-    def fill(self, ids_BN: Tensor, cache: Cache) -> Tensor:
+    def fill(self, ids_BN: Tensor, cache: Cache, codes: int) -> Tensor:
         """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
+        The first `codes` of them are those of a picture, row by row.
 
         The cache stays as it is: positions to be filled in (masked codes) can be asked again and again.
         """
         rows, count = ids_BN.shape
         positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
-        x_BND, rope = self._embed_ids(ids_BN, positions_BN), cache.rope_at(positions_BN)
+        cells_N2 = F.pad(cells_of(codes).to(ids_BN.device), (0, 0, 0, count - codes), value=-1)
+        x_BND, rope = self._embed_ids(ids_BN, positions_BN, cells_N2), cache.rope_at(positions_BN)
         longest = max(cache.counts)
         mask: Any = None
         if self.config.picture_side:
@@ -300,11 +303,16 @@ class M6(Network):
             raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
-        return x_BTD
+        return x_BTD if batch.cells is None else x_BTD + self._at(batch.cells)
 
-    def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor) -> Tensor:
+    def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
         x_BND = self.embed(ids_BN)
-        return x_BND if self.place is None else x_BND + self.place(positions_BN)
+        if self.place is not None:
+            x_BND = x_BND + self.place(positions_BN)
+        return x_BND if cells is None else x_BND + self._at(cells)
+
+    def _at(self, cells: Tensor) -> Tensor:
+        return cell_features(cells, self.config.hidden_size, self.config.initializer_range)
 
     def layers(self) -> list[Block]:
         """The blocks in the order in which they are applied; a shared one several times."""

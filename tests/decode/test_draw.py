@@ -32,11 +32,13 @@ def prompt(length: int, seed: int = 0) -> Sequence:
 
 
 def extended(start: Sequence, ids: list[int], block: int) -> Sequence:
+    """With the codes of a picture, and what follows them."""
     count = len(ids)
     return Sequence(
         np.append(start.ids, ids).astype(np.int32),
         np.append(start.blocks, [block] * count).astype(np.int32),
         np.append(start.labels, [IGNORE] * count).astype(np.int32),
+        codes=range(len(start), len(start) + CODES.count),
     )
 
 
@@ -49,7 +51,7 @@ def test_filling_in_is_a_whole_forward_pass(sizes: dict[str, Any], lengths: tupl
     with torch.inference_mode():
         _, cache = network.prefill(pad(prompts, 0), 20)
         for _ in range(2):  # the cache stays as it is
-            filled = network.fill(ids, cache)
+            filled = network.fill(ids, cache, 9)
         for row, start in enumerate(prompts):
             whole = network(pad([extended(start, ids[row].tolist(), 1)], 0)).hidden[0, -9:]
             torch.testing.assert_close(filled[row], whole, atol=1e-4, rtol=1e-3)
@@ -61,8 +63,9 @@ def test_one_after_the_other_is_what_it_says(guidance: float) -> None:
     found = draw(network, [given], [free], CODES, Drawing(passes=0, temperature=0, guidance=guidance)).codes[0].tolist()
     ids: list[int] = []
     with torch.inference_mode():
-        for _ in range(CODES.count):
-            rows = [network(pad([extended(s, ids, CAUSAL)], 0)).hidden[0, -1] for s in (given, free)]
+        for place in range(CODES.count):
+            whole = [*ids, *[0] * (CODES.count - place)]  # what comes later is not seen
+            rows = [network(pad([extended(s, whole, CAUSAL)], 0)).hidden[0, len(s) + place - 1] for s in (given, free)]
             told, other = (network.logits(row)[CODES.start : CODES.start + CODES.number] for row in rows)
             ids.append(int((told + guidance * (told - other)).argmax()) + CODES.start)
     assert [CODES.start + code for code in found] == ids
@@ -81,9 +84,9 @@ def test_each_pass_keeps_the_surest_by_the_cosine(monkeypatch: pytest.MonkeyPatc
     network, asked = model(), []
     real = network.fill
 
-    def spy(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    def spy(ids: torch.Tensor, cache: Any, codes: int) -> torch.Tensor:
         asked.append(ids.clone())
-        return real(ids, cache)
+        return real(ids, cache, codes)
 
     monkeypatch.setattr(network, "fill", spy)
     found = draw(network, [prompt(6)], [], CODES, Drawing(passes=4, temperature=0, noise=0)).codes

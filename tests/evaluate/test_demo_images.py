@@ -79,7 +79,11 @@ def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatc
     BUNDLE.save(tmp_path / "model")
     file = draw_own(tmp_path / "model", "demo:studio/train?pictures=6", tmp_path / "own", count=5)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    assert len(rows) == 5 and all(row["verdict_fidelity"] == 0 for row in rows)
+    assert len(rows) == 5 * demo_images.EACH and all(row["verdict_fidelity"] == 0 for row in rows)
+    for start in range(0, len(rows), demo_images.EACH):
+        some = rows[start : start + demo_images.EACH]
+        assert len({row["caption"] for row in some}) == 1
+        assert sorted(row.get("verdict_relevance", 2) for row in some) == [0, 1, *[2] * (demo_images.EACH - 2)]
     task = BUNDLE.task("text_to_image")
     for row in rows:
         assert len(row["picture"]) == BUNDLE.codec.side**2

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 import openm6.model.attention as attention
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import M6, ModelConfig
+from openm6.model.embed import cell_features
 from openm6.model.files import load_model
 from openm6.model.loss import linear_cross_entropy
 from openm6.sequence import IGNORE, pack, pad
@@ -172,6 +173,19 @@ def test_an_example_counts_by_its_weight() -> None:
         output = model(batch)
         torch.testing.assert_close(output.loss, 3 * alone[0] + alone[1])
         torch.testing.assert_close(output.losses.sum(), alone[0] + alone[1])
+
+
+def test_places_of_codes_are_told_apart_in_both_directions() -> None:
+    """Each cell has features of its own, near cells like ones; outside of a picture there are none."""
+    cells = torch.stack(torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij"), 2)
+    found = cell_features(cells, 130, 0.1)
+    assert found.shape == (64, 64, 130)
+    torch.testing.assert_close(found[..., :128].square().mean().sqrt(), torch.tensor(0.1), atol=1e-3, rtol=0)
+    flat = torch.nn.functional.normalize(found.flatten(0, 1), dim=1)
+    assert float((flat @ flat.T - 2 * torch.eye(4096)).max()) < 0.999
+    middle = flat.view(64, 64, -1)[32, 32]
+    assert middle @ flat.view(64, 64, -1)[32, 33] > middle @ flat.view(64, 64, -1)[32, 40]
+    assert (cell_features(torch.tensor([[-1, -1]]), 130, 0.1) == 0).all()
 
 
 def test_every_parameter_takes_part_without_pictures_too() -> None:
