@@ -242,7 +242,8 @@ class M6(Network):
         text_L = torch.arange(longest, device=ids_B.device)
         keys_BS = torch.cat((text_L.expand(len(ids_B), -1), texts_B[:, None] + codes_S), 1)
         mask = None
-        if min(cache.counts) < max(cache.counts):
+        even = min(cache.counts) == max(cache.counts)
+        if not even:
             seen = torch.cat((text_L < texts_B[:, None], keys_BS.new_ones(len(ids_B), len(codes_S)).bool()), 1)
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
 
@@ -250,7 +251,10 @@ class M6(Network):
             kept = []
             for stored, new in ((cache.keys[layer], k_BK1E), (cache.values[layer], v_BK1E)):
                 stored[rows, :, cache.lengths] = new[:, :, 0].to(stored.dtype)
-                kept.append(stored.transpose(1, 2)[rows[:, None], keys_BS].transpose(1, 2))
+                if even:
+                    kept.append(stored.index_select(2, keys_BS[0]))
+                else:
+                    kept.append(stored.transpose(1, 2)[rows[:, None], keys_BS].transpose(1, 2))
             return kept[0], kept[1]
 
         x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
