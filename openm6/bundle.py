@@ -217,7 +217,7 @@ class Bundle:
         `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
         """
         task = self._drawing(task)
-        options = Drawing.of(**{**task.decode, **(decoding or {})})
+        options = Drawing.of(**{**_ways(task.decode, decoding), **(decoding or {})})
         codec, codes = self.codec, self._codes()
         droppable = {name for name in task.inputs if task.slots[name].drop}
         if options.guidance and not droppable:
@@ -302,6 +302,12 @@ class Bundle:
         kind = model.embed.weight.device.type
         fp32 = model.embed.weight.dtype == torch.float32 and model.packed_head is None
         return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
+
+
+def _ways(defaults: Mapping[str, Any], decoding: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A task's defaults; several branches are drawn in passes, though it draws one after the other otherwise."""
+    several = int((decoding or {}).get("branches", 1)) > 1
+    return {k: v for k, v in defaults.items() if not (several and k == "passes" and not v)}
 
 
 def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Bundle:

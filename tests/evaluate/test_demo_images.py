@@ -106,7 +106,7 @@ def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPa
     bundle.save(tmp_path / "model")
     judge.save(tmp_path / "judge")
     found = report_images(tmp_path / "model", tmp_path / "judge", tmp_path / "out")
-    assert found["rows"].keys() == {"real", "reconstructed", "drawn", "one by one", "best of 2"}
+    assert found["rows"].keys() == {"real", "reconstructed", "drawn", "8 passes", "best of 2"}
     assert found["edits"]["kept"] == 1.0
     text = (tmp_path / "out" / "report" / "report.md").read_text("utf-8")
     assert "| style | colour | 75% | 25% |" in text and "best of 2" in text

@@ -40,7 +40,7 @@ def test_a_task_that_draws_works_on_its_example(processor: Processor, name: str)
         found = task.encode(example(task), processor, np.random.default_rng(seed))
         assert (found.labels != IGNORE).any()
     assert task.encode(example(task), processor, with_target=False).ids[-1] == processor.tokenizer.image_id
-    assert Drawing.of(**task.decode).passes > 0
+    assert Drawing.of(**task.decode).guidance > 0
     assert Task.from_dict(task.to_dict()) == task
 
 
