@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import openm6
-from openm6.bundle import Bundle, import_bundle
+from openm6.bundle import Bundle
+from openm6.convert import import_bundle
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6

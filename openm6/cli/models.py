@@ -30,7 +30,7 @@ def import_(
     json: Json = False,
 ) -> None:
     """Make the backbone of a Qwen3 checkpoint: same weights, new tokens behind the old ones, pictures in."""
-    from openm6.bundle import import_bundle
+    from openm6.convert import import_bundle
 
     _tell(output, import_bundle(path, output, image_embedder, num_codes, max_length).model.config, json)
 
@@ -62,7 +62,7 @@ def upcycle(
     json: Json = False,
 ) -> None:
     """Make a dense model one of experts that answers the same; training on lets them part."""
-    from openm6.bundle import upcycle_bundle
+    from openm6.convert import upcycle_bundle
 
     made = upcycle_bundle(model, output, num_experts, experts_per_token, router, expert_interval)
     _tell(output, made.model.config, json)
