@@ -12,8 +12,8 @@ Nothing in it is unpickled and no code in it is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from openm6.model import M6
 from openm6.model.adapters import base_of, merge_adapter
 from openm6.model.files import check_model, load_model, meta_model, quietly
 from openm6.model.precision import fast_dtype
-from openm6.sequence import Sequence
+from openm6.sequence import Sequence, pad
 from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
@@ -239,8 +239,40 @@ class Bundle:
                 Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
                 for place, (row, told, score) in enumerate(rows)
             ]
+            if candidates > 1 and options.reading:
+                made = self._read_back(task, made, [r for r in group for _ in range(candidates)], options.reading)
             for start in range(0, len(made), candidates):
                 yield sorted(made[start : start + candidates], key=lambda p: -p.score)
+
+    def _read_back(self, task: Task, made: list[Painting], asked: list[Record], weight: float) -> list[Painting]:
+        """The pictures, where the model has learned the task's reader and there was asked for what it writes with the
+        log-probability of writing it from the picture (`reading`) among the estimates and in the score."""
+        reader = self.tasks.get(task.reader)
+        if reader is None:
+            return made
+        places = [i for i, record in enumerate(asked) if all(record.get(n) is not None for n in reader.outputs)]
+        picture = next((name for name in reader.inputs if reader.slots[name].type == "image"), None)
+        if picture is None:
+            raise UsageError(f"The reader of the task {task.name}, {reader.name}, takes no picture.")
+        records = [{picture: made[i].image, **{n: asked[i][n] for n in reader.outputs}} for i in places]
+        for i, value in zip(places, self.log_likelihood(reader, records).tolist(), strict=True):
+            told = {**made[i].estimates, "reading": value}
+            made[i] = replace(made[i], estimates=told, score=made[i].score + weight * value)
+        return made
+
+    @torch.inference_mode()
+    def log_likelihood(self, task: str | Task, records: Items[Record], batch_size: int = 64) -> torch.Tensor:
+        """Log-probability of the outputs that records have, given their inputs, fp32 [N]; of several references of the
+        first."""
+        task, pad_id = self.task(task), self.processor.tokenizer.pad_id
+        parts = [torch.zeros(0)]
+        for start in range(0, len(records), batch_size):
+            some = records[start : start + batch_size]
+            batch = pad([task.encode(record, self.processor, rng=None) for record in some], pad_id)
+            with self.precision():
+                out = self.model(batch.to(self.model.embed.weight.device))
+            parts.append(-out.by_example(len(some))[0].float().cpu())
+        return torch.cat(parts)
 
     def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
         """How well pictures follow each given slot that may be dropped, by itself: log-odds by slot. Where what was

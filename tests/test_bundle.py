@@ -15,11 +15,11 @@ from openm6.convert import import_bundle
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6
-from openm6.sequence import pad
+from openm6.sequence import IGNORE, pad
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
-from tests.conftest import tiny_config
+from tests.conftest import drawing_bundle, tiny_config
 from tests.tasks.conftest import picture
 
 QUESTION = "图中的商品是什么？"
@@ -33,6 +33,31 @@ def bundle() -> Bundle:
     task = Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包,连衣裙]", name="kind")
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     return Bundle(M6(config).eval(), Processor(tokenizer, grid, 64), [task])
+
+
+def test_candidates_are_ranked_by_how_they_read() -> None:
+    """With only the reading to rank by, the order is that of a whole forward pass over picture and caption."""
+    bundle = drawing_bundle()
+    asked = {"caption": "红色的杯子"}
+    only = {"passes": 2, "guidance": 0, "relevance": 0, "fidelity": 0, "reading": 2.0}
+    assert "reading" not in bundle.draw("text_to_image", candidates=3, decoding=only, **asked)[0].estimates
+    bundle.tasks["caption"] = bundle.task("caption")
+    drawn = bundle.draw("text_to_image", candidates=6, decoding=only, **asked)
+    told = [painting.estimates["reading"] for painting in drawn]
+    assert told == sorted(told, reverse=True) and len(set(told)) > 1
+    for painting, value in zip(drawn, told, strict=True):
+        assert painting.score == pytest.approx(2 * value)
+        record = {"photo": painting.image, **asked}
+        sequence = bundle.task("caption").encode(record, bundle.processor)
+        with torch.inference_mode():
+            logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
+        labels = torch.from_numpy(sequence.labels.astype(np.int64))
+        places = (labels != IGNORE).nonzero().squeeze(1)
+        assert value == pytest.approx(float(logits[places, labels[places]].sum()), rel=1e-3)
+    # What was not asked for in words cannot be read back.
+    style = np.zeros((16, 16, 3), np.uint8)
+    found = bundle.draw("controlled_image", candidates=2, decoding=only, style=style)
+    assert all("reading" not in painting.estimates for painting in found)
 
 
 def test_a_saved_model_answers_as_before(bundle: Bundle, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class Drawing:
     relevance     weight of the estimate of that name (log-odds), and likewise:
     fidelity
     quality
+    reading       weight of the log-probability that the model, reading a candidate by the task's `reader`, would write
+                  what was asked for; candidates alone are read, not branches
     """
 
     passes: int = 8
@@ -53,11 +55,12 @@ class Drawing:
     relevance: float = 1.0
     fidelity: float = 1.0
     quality: float = 0.0
+    reading: float = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(
             self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
-            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100),
+            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100), reading=(0, 100),
         )  # fmt: skip
         if self.branches > 1 and not self.passes:
             raise UsageError("branches are drawn in passes: give passes above 0.")

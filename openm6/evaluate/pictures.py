@@ -59,7 +59,11 @@ class Judge:
     def features(self, pictures: Items[Any]) -> Tensor:
         """The hidden state from which the judge starts its answer, fp32 [N, D]."""
         parts = []
-        for batch in self._batches(pictures):
+        pad_id, device = self.bundle.processor.tokenizer.pad_id, self.bundle.model.embed.weight.device
+        for start in range(0, len(pictures), self.batch_size):
+            some = pictures[start : start + self.batch_size]
+            prompts = [self.bundle.prompt(self.task, {self.slot: picture}) for picture in some]
+            batch = pad(prompts, pad_id).to(device)
             with self.bundle.precision():
                 parts.append(self.bundle.model.prefill(batch, batch.ids.shape[1])[0].float().cpu())
         return torch.cat(parts)
@@ -68,25 +72,10 @@ class Judge:
         """Probability of the answers asked for, fp32 [N]."""
         return self.log_likelihood(pictures, wanted).exp()
 
-    @torch.inference_mode()
     def log_likelihood(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
         """Log-probability of the answers asked for, fp32 [N]."""
-        parts = []
-        for batch in self._batches(pictures, wanted):
-            with self.bundle.precision():
-                out = self.bundle.model(batch)
-            parts.append(-out.by_example(len(batch.tasks))[0].float().cpu())
-        return torch.cat(parts)
-
-    def _batches(self, pictures: Items[Any], wanted: Items[Answer] | None = None) -> Any:
-        tokenizer, device = self.bundle.processor.tokenizer, self.bundle.model.embed.weight.device
-        for start in range(0, len(pictures), self.batch_size):
-            group = [{self.slot: picture} for picture in pictures[start : start + self.batch_size]]
-            if wanted:
-                answers = wanted[start : start + self.batch_size]
-                group = [{**record, **answer} for record, answer in zip(group, answers, strict=True)]
-            sequences = [self.task.encode(r, self.bundle.processor, None, wanted is not None) for r in group]
-            yield pad(sequences, tokenizer.pad_id).to(device)
+        records = [{self.slot: picture, **answer} for picture, answer in zip(pictures, wanted, strict=True)]
+        return self.bundle.log_likelihood(self.task, records, self.batch_size)
 
 
 class Real:

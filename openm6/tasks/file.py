@@ -39,6 +39,7 @@ class TaskFile(BaseModel):
     labels: dict[str, list[str]] = {}
     example: dict[str, Any] = {}
     aliases: dict[str, list[str]] = {}
+    reader: str = ""
 
     @field_validator("example")
     @classmethod
@@ -106,6 +107,7 @@ def task_of(content: Mapping[str, Any], where: str) -> Task:
             {name: tuple(values) for name, values in file.labels.items()},
             file.example,
             {name: tuple(values) for name, values in file.aliases.items()},
+            file.reader,
         )
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None

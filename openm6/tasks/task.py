@@ -49,6 +49,8 @@ class Task:
     labels         the closed set of each label slot, where it is known
     example        one input, and the answer to it, by slot
     aliases        names of data columns that fill a slot besides its own name
+    reader         of a task that draws: the task by which what was drawn is read, to rank candidates; it writes what
+                   was asked for under the same slot names
     slots          slot by name, those of the left first; `inputs` and `outputs` are the names of each side
     """
 
@@ -60,6 +62,7 @@ class Task:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     example: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reader: str = ""
     slots: Mapping[str, Slot] = field(init=False, repr=False)
     inputs: tuple[str, ...] = field(init=False)
     outputs: tuple[str, ...] = field(init=False)
@@ -137,6 +140,7 @@ class Task:
             "labels": {name: list(values) for name, values in self.labels.items()},
             "example": dict(self.example),
             "aliases": {name: list(values) for name, values in self.aliases.items()},
+            "reader": self.reader,
         }
 
     def with_labels(self, labels: Mapping[str, Items[str]]) -> Task:
