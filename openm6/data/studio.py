@@ -99,12 +99,13 @@ class Matches:
 
 @cache
 def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
-    """For each attribute the items of a split that differ in it alone, where there are any."""
+    """For each attribute the items of a split that differ in it alone, where there are any; else all others at once
+    (a few held-out items stand alone)."""
     every = (
         tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
         for name in ("category", "colour", "pattern")
     )
-    return tuple(some for some in every if some)
+    return tuple(some for some in every if some) or (tuple(o for o in combinations(split) if o != item),)
 
 
 def _pointing(items: list[Item], rows: list[Record], seed: int) -> Iterator[Record]:
