@@ -89,9 +89,9 @@ class Bundle:
             length = int(content["max_length"])
         except (ValueError, KeyError, TypeError) as error:
             raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
-        base = base_of(path)
-        model = meta_model(check_model(base or path)) if device.type == "meta" else load_model(base or path).eval()
-        if base is not None:
+        place = base_of(path) or path
+        model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
+        if place != path:
             model = merge_adapter(model, path).eval()
         model.to(device)  # type: ignore[arg-type]
         if not trainable and device.type == "cuda":
@@ -99,7 +99,6 @@ class Bundle:
         elif not trainable:
             model.pack_for_cpu()
         grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-        place = base or path
         codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
         return cls(model, Processor(Tokenizer.load(place), grid, length, codec), tasks, path)
 
@@ -153,10 +152,12 @@ class Bundle:
     ) -> list[Painting]:
         """Candidates for one wish, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
 
-        `kept`, int [side * side]: codes that are given; -1 is drawn.
+        `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
         """
         task = self._drawing(task)
         _check_slots(task, slots)
+        if kept is not None:
+            decoding = _in_passes(task, decoding)
         records = [{**slots, KEPT: kept}]
         return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
 
@@ -217,7 +218,9 @@ class Bundle:
         `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
         """
         task = self._drawing(task)
-        options = Drawing.of(**{**_ways(task.decode, decoding), **(decoding or {})})
+        if decoding and int(decoding.get("branches", 1)) > 1:
+            decoding = _in_passes(task, decoding)
+        options = Drawing.of(**{**task.decode, **(decoding or {})})
         codec, codes = self.codec, self._codes()
         droppable = {name for name in task.inputs if task.slots[name].drop}
         if options.guidance and not droppable:
@@ -255,24 +258,28 @@ class Bundle:
         if picture is None:
             raise UsageError(f"The reader of the task {task.name}, {reader.name}, takes no picture.")
         records = [{picture: made[i].image, **{n: asked[i][n] for n in reader.outputs}} for i in places]
-        for i, value in zip(places, self.log_likelihood(reader, records).tolist(), strict=True):
+        for i, value in zip(places, (-self.target_losses(reader, records)[0]).tolist(), strict=True):
             told = {**made[i].estimates, "reading": value}
             made[i] = replace(made[i], estimates=told, score=made[i].score + weight * value)
         return made
 
     @torch.inference_mode()
-    def log_likelihood(self, task: str | Task, records: Items[Record], batch_size: int = 64) -> torch.Tensor:
-        """Log-probability of the outputs that records have, given their inputs, fp32 [N]; of several references of the
-        first."""
+    def target_losses(
+        self, task: str | Task, records: Items[Record], batch_size: int = 64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Negative log-probability of the outputs that records have, given their inputs, fp64 [N], and of how many
+        tokens, int64 [N]; of several references the first one's."""
         task, pad_id = self.task(task), self.processor.tokenizer.pad_id
-        parts = [torch.zeros(0)]
+        sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
         for start in range(0, len(records), batch_size):
             some = records[start : start + batch_size]
             batch = pad([task.encode(record, self.processor, rng=None) for record in some], pad_id)
             with self.precision():
                 out = self.model(batch.to(self.model.embed.weight.device))
-            parts.append(-out.by_example(len(some))[0].float().cpu())
-        return torch.cat(parts)
+            total, trained = out.by_example(len(some))
+            sums.append(total.cpu())
+            counts.append(trained.cpu())
+        return torch.cat(sums), torch.cat(counts)
 
     def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
         """How well pictures follow each given slot that may be dropped, by itself: log-odds by slot. Where what was
@@ -336,10 +343,9 @@ class Bundle:
         return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
 
 
-def _ways(defaults: Mapping[str, Any], decoding: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A task's defaults; several branches are drawn in passes, though it draws one after the other otherwise."""
-    several = int((decoding or {}).get("branches", 1)) > 1
-    return {k: v for k, v in defaults.items() if not (several and k == "passes" and not v)}
+def _in_passes(task: Task, decoding: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options, in passes where they do not say otherwise, though the task draws one code after the other."""
+    return {"passes": task.decode.get("passes") or Drawing().passes, **(decoding or {})}
 
 
 def _kept(given: list[np.ndarray | None], codes: Codes) -> torch.Tensor:

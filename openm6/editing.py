@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from openm6.bundle import Bundle, Painting
-from openm6.decode.draw import OPEN, Drawing
+from openm6.decode.draw import OPEN
 from openm6.errors import DataError, UsageError
 from openm6.images import Source, open_image, read_square
 from openm6.tasks.task import Task
@@ -74,8 +74,7 @@ def vary(
     codec = bundle.codec
     codes = codec.encode(picture)
     chosen = np.random.default_rng(seed).permutation(len(codes)) < max(1, round(share * len(codes)))
-    kept = np.where(chosen, OPEN, codes)
-    return bundle.draw(task, candidates=candidates, decoding=_in_passes(decoding), kept=kept, **slots)
+    return bundle.draw(task, candidates=candidates, decoding=decoding, kept=np.where(chosen, OPEN, codes), **slots)
 
 
 def extend(
@@ -124,13 +123,8 @@ def _redraw(
 ) -> list[Painting]:
     codec = bundle.codec
     kept = np.where(open_blocks.ravel(), OPEN, codec.encode(pixels))
-    drawn = bundle.draw(task, candidates=candidates, decoding=_in_passes(decoding), kept=kept, **slots)
+    drawn = bundle.draw(task, candidates=candidates, decoding=decoding, kept=kept, **slots)
     return [replace(p, image=Image.fromarray(blend(pixels, np.asarray(p.image), open_blocks))) for p in drawn]
-
-
-def _in_passes(decoding: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Drawn one after the other a code would not see what is kept behind it."""
-    return {"passes": Drawing().passes, **(decoding or {})}
 
 
 def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,11 +107,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "segments", "blocks", "positions", "labels")}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        moved: dict[str, Any] = {n: value.to(device) for n, value in values.items() if isinstance(value, Tensor)}
         images = [Images(i.pixels.to(device), i.places.to(device)) for i in self.images]
-        weights = None if self.weights is None else self.weights.to(device)
-        cells = None if self.cells is None else self.cells.to(device)
-        return replace(self, **moved, images=images, weights=weights, cells=cells)
+        return replace(self, **moved, images=images)
 
 
 def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
@@ -207,8 +208,9 @@ def _lay_out_at(
     )
 
 
+@cache
 def cells_of(count: int) -> Tensor:
-    """Row and column of the codes of a square picture, int64 [count, 2]."""
+    """Row and column of the codes of a square picture, int64 [count, 2]; made once, not to be written to."""
     numbers, side = torch.arange(count), math.isqrt(count)
     return torch.stack((numbers // side, numbers % side), 1)
 

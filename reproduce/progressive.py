@@ -28,7 +28,7 @@ ASKED = {"tiny": 8, "small": 200, "large": 700}
 
 WAYS: dict[str, dict[str, float]] = {
     "mask-predict": {},
-    f"mask-predict, best of {BRANCHES}": {"candidates": BRANCHES},
+    f"mask-predict, best of {BRANCHES}": {"candidates": BRANCHES, "reading": 0},
     "progressive, relevance": {"branches": BRANCHES, "fidelity": 0},
     "progressive, fidelity": {"branches": BRANCHES, "relevance": 0},
     "progressive, both": {"branches": BRANCHES},

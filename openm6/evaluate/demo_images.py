@@ -18,8 +18,8 @@ from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw
 from openm6.data.phrases import captions
 from openm6.data.source import open_source
 from openm6.editing import edit, pixels_of
-from openm6.evaluate.pictures import Judge, draw_sheet, judged, measure_drawing, read_wishes
-from openm6.evaluate.report import write_pictures
+from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
+from openm6.evaluate.report import markdown_table, write_pictures
 from openm6.images import read_square
 
 TASK = "text_to_image"
@@ -43,7 +43,6 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
     if target.is_dir():
         return target / "own.jsonl"
     bundle = Bundle.load(model)
-    reader = Judge(bundle, "caption")
     source = open_source(data)
     texts = [str(_first(source[i]["caption"], i)) for i in range(min(count, len(source)))]
 
@@ -51,11 +50,11 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
         wishes = ({"caption": text} for text in texts)
         drawn = bundle.draw_many(TASK, wishes, candidates=EACH, decoding={"seed": 1})
         for text, some in zip(texts, drawn, strict=True):
-            read = reader.log_likelihood([one.image for one in some], [{"caption": text}] * EACH)
+            worst, *_, best = sorted(range(EACH), key=lambda number: some[number].estimates["reading"])
             for number, one in enumerate(some):
                 line = {"caption": text, "picture": one.codes.tolist(), "verdict_fidelity": 0}
-                if number in (int(read.argmax()), int(read.argmin())):
-                    line["verdict_relevance"] = int(number == int(read.argmax()))
+                if number in (worst, best):
+                    line["verdict_relevance"] = int(number == best)
                 yield json.dumps(line, ensure_ascii=False) + "\n"
 
     def write(folder: Path) -> None:
@@ -144,17 +143,15 @@ def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str
     what that control says.
     """
     source = open_source(DATA)
-    pairs = []
-    for number in range(len(source)):
-        one, other = source[number], source[(number + len(source) // 2) % len(source)]
-        if all(one[name] != other[name] for name in ATTRIBUTES):
-            pairs.append((one, other))
+    every = ((source[i], source[(i + len(source) // 2) % len(source)]) for i in range(len(source)))
+    unlike = (pair for pair in every if all(pair[0][name] != pair[1][name] for name in ATTRIBUTES))
+    pairs = list(islice(unlike, count))
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for control, names in CONTRADICTIONS.items():
-        some = pairs[:count]
-        wishes = ({"caption": _first(one["caption"], 0), control: other[control]} for one, other in some)
+        wishes = ({"caption": _first(one["caption"], 0), control: other[control]} for one, other in pairs)
         drawn = list(bundle.run_many("controlled_image", wishes, decoding={"seed": 2}))
-        ours, theirs = (judged(judge, drawn, [pair[side] for pair in some]) for side in (0, 1))
+        read = judge.read(drawn)
+        ours, theirs = (compared(read, [pair[side] for pair in pairs], names) for side in (0, 1))
         found[control] = {
             name: tuple(float(np.mean([row[name] for row in rows])) for rows in (ours, theirs))  # type: ignore[misc]
             for name in names
@@ -163,14 +160,13 @@ def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str
 
 
 def _told_controls(found: dict[str, dict[str, tuple[float, float]]]) -> str:
-    lines = ["Where a control says something else than the caption, what the picture follows:", ""]
-    lines += ["| control | attribute | the caption | the control |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {control} | {name} | {ours:.0%} | {theirs:.0%} |"
+    rows = [
+        (control, name, f"{ours:.0%}", f"{theirs:.0%}")
         for control, shares in found.items()
         for name, (ours, theirs) in shares.items()
     ]
-    return "\n".join(lines)
+    said = "Where a control says something else than the caption, what the picture follows:"
+    return f"{said}\n\n{markdown_table(('control', 'attribute', 'the caption', 'the control'), rows)}"
 
 
 _INTRO = (

@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from openm6.bundle import Bundle
 from openm6.errors import DataError
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Sequence
 from openm6.tasks.metrics import Score, bootstrap, score
 from openm6.tasks.task import Task
 
@@ -112,20 +109,11 @@ def references(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
-@torch.inference_mode()
 def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Score:
     """exp of the mean negative log-probability of the target's tokens (the end token too), with a bootstrap
     interval over records. Of several references the first is scored."""
     output = task.outputs[0]
-    sums, numbers = [], []
-    for start in range(0, len(records), batch_size):
-        group = [{**r, output: references(r[output])[0]} for r in records[start : start + batch_size]]
-        batch = pad([task.encode(r, bundle.processor, rng=None) for r in group], bundle.processor.tokenizer.pad_id)
-        with bundle.precision():
-            out = bundle.model(batch.to(bundle.model.device))
-        total, trained = out.by_example(len(group))
-        sums += total.tolist()
-        numbers += trained.tolist()
-    losses, counts = np.array(sums), np.array(numbers)
+    first = [{**r, output: references(r[output])[0]} for r in records]
+    losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size))
     low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
     return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))

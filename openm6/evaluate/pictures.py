@@ -70,12 +70,8 @@ class Judge:
 
     def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
         """Probability of the answers asked for, fp32 [N]."""
-        return self.log_likelihood(pictures, wanted).exp()
-
-    def log_likelihood(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
-        """Log-probability of the answers asked for, fp32 [N]."""
         records = [{self.slot: picture, **answer} for picture, answer in zip(pictures, wanted, strict=True)]
-        return self.bundle.log_likelihood(self.task, records, self.batch_size)
+        return (-self.bundle.target_losses(self.task, records, self.batch_size)[0]).exp().float()
 
 
 class Real:
@@ -102,9 +98,13 @@ class Real:
 
 def judged(judge: Judge, pictures: Items[Any], wanted: Items[Answer]) -> list[dict[str, bool]]:
     """Of each picture and attribute whether the judge reads what was asked for; `all`: every one."""
-    names = judge.task.outputs
+    return compared(judge.read(pictures), wanted, judge.task.outputs)
+
+
+def compared(read: Items[Answer], wanted: Items[Answer], names: Items[str]) -> list[dict[str, bool]]:
+    """The same of what was read already."""
     rows = []
-    for answer, wish in zip(judge.read(pictures), wanted, strict=True):
+    for answer, wish in zip(read, wanted, strict=True):
         row = {name: answer[name] == wish[name] for name in names}
         rows.append({**row, "all": all(row.values())})
     return rows

@@ -49,14 +49,14 @@ def write_report(
     parts = [f"# {title}", intro]
     if figures:
         rows = [(f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} – {f['high']:.1%}", f["n"]) for f in figures]
-        parts.append(_table(("question", "right", "95% interval", "records"), rows))
+        parts.append(markdown_table(("question", "right", "95% interval", "records"), rows))
     if metrics and metrics.is_file():
         draw_curves(metrics, pictures / "curves.png")
         parts.append("## Training\n\n![loss by task and speed](pictures/curves.png)")
     for evaluation in evaluations:
         rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} – {s.high:.4f}", s.n) for n, s in evaluation.scores.items()]
         heading = f"## {evaluation.task}" + (f" · {evaluation.source}" if evaluation.source else "")
-        parts += [_escape(heading), _table(("metric", "value", "95% interval", "records"), rows)]
+        parts += [_escape(heading), markdown_table(("metric", "value", "95% interval", "records"), rows)]
         parts.append(_examples(evaluation, pictures, examples))
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
@@ -82,8 +82,8 @@ def write_pictures(
         picture.resize((192, 192)).save(pictures / f"{number}.png")
         cells.append((f"![](pictures/{number}.png)", _escape(text)))
     pairs = [(*cells[i], *cells[i + 1]) for i in range(0, len(cells) - 1, 2)]
-    parts = [f"# {title}", intro, _table(("measure", *rows), figures)]
-    text = "\n\n".join([*parts, _table(("drawn", "asked for") * 2, pairs)]) + "\n"
+    parts = [f"# {title}", intro, markdown_table(("measure", *rows), figures)]
+    text = "\n\n".join([*parts, markdown_table(("drawn", "asked for") * 2, pairs)]) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
     content = {"title": title, "rows": rows}
     (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -121,7 +121,7 @@ def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
         )
         mark = "✗ " if judged and case.answer not in case.references else ""
         rows.append((shown, asked, f"{mark}{_escape(case.answer)}", _escape(case.references[0])))
-    return _table(("picture", "asked", "answer", "one right answer"), rows)
+    return markdown_table(("picture", "asked", "answer", "one right answer"), rows)
 
 
 def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |"]
     lines.append("|" + " --- |" * (lines[0].count("|") - 1))
     lines += [

@@ -30,11 +30,11 @@ _PREFIX = "base_model.model."
 """What PEFT puts before a network's names in its files."""
 
 
-def lora_config(base: Path | str, rank: int, alpha: int, targets: tuple[str, ...] = LINEAR) -> Any:
+def lora_config(base: Path, rank: int, alpha: int) -> Any:
     """PEFT's configuration of a LoRA on the model directory `base`."""
     from peft import LoraConfig
 
-    pattern = rf"blocks\..*\.({'|'.join(targets)})"
+    pattern = rf"blocks\..*\.({'|'.join(LINEAR)})"
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, base_model_name_or_path=str(base))
 
 

@@ -28,8 +28,9 @@ class Sequences:
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
         self.path = recipe.model.path
-        adapt = recipe.adapt
-        self.adapter = adapt and lora_config(self.path.resolve(), adapt.rank, adapt.alpha) if self.path else None
+        self.adapter = None
+        if recipe.adapt and self.path:
+            self.adapter = lora_config(self.path.resolve(), recipe.adapt.rank, recipe.adapt.alpha)
         self.bundle = build_bundle(recipe, group)
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)

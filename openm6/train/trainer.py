@@ -71,8 +71,6 @@ class Trainer:
                 block.compile()
         self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
         self.parallel.allocate()
-        if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint is made
-            start_from(self.model, self.objective.path, self.recipe.seed)
         self.optimizers = make_optimizers(self.model, self.settings)
         self.loads = ExpertLoads(self.model, self.group)
 
@@ -203,6 +201,8 @@ class Trainer:
         """Network and optimizers as a checkpoint has them; the last one of the first stage is delinked."""
         pseudo, step = self.recipe.pseudo, step_of(path)
         self._build(shared=pseudo is not None and step < pseudo.steps)
+        if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint was made
+            start_from(self.model, self.objective.path, self.recipe.seed)
         if pseudo and step == pseudo.steps:
             return self.checkpoints.restore(
                 path, self.model, self.optimizers, self.parallel.update, pseudo.layers, pseudo.moments
@@ -215,7 +215,7 @@ class Trainer:
             self._build(shared=self.recipe.pseudo is not None)
             if not self.objective.path:
                 start_at_random(self.model, self.recipe.seed)
-            elif not self.recipe.adapt:
+            else:
                 start_from(self.model, self.objective.path, self.recipe.seed)
             self.objective.begin(self.model)
             return

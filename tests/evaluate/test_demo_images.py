@@ -76,7 +76,9 @@ def test_who_wins_is_counted_for_either_side(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
-    BUNDLE.save(tmp_path / "model")
+    bundle = drawing_bundle()
+    bundle.tasks["caption"] = bundle.task("caption")  # it can read
+    bundle.save(tmp_path / "model")
     file = draw_own(tmp_path / "model", "demo:studio/train?pictures=6", tmp_path / "own", count=5)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert len(rows) == 5 * demo_images.EACH and all(row["verdict_fidelity"] == 0 for row in rows)
