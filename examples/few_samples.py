@@ -1,10 +1,10 @@
-"""A new subject from 5, 10 and 20 pictures: adapt the demo's model to a family of logos, and let a judge look.
+"""A new subject from 5, 10 and 20 pictures: adapt the demo's model to a pet, and let a judge look.
 
     make demo-images
     .venv/bin/python examples/few_samples.py runs/demo-images runs/few-samples
 
-The judge, a small model of its own, has learned to tell twelve families apart from 200 pictures of each; an adapted
-model draws 100 pictures of its family. Beside it: what the judge says of real pictures, of what the model draws before
+The judge, a small model of its own, has learned to tell twelve pets apart from 200 pictures of each; an adapted model
+draws 100 pictures of its own. Beside it: what the judge says of real pictures, of what the model draws before
 it is adapted, and what the demo's judge says of the adapted model's goods.
 """
 
@@ -16,22 +16,22 @@ from pathlib import Path
 from statistics import median
 
 from openm6.bundle import Bundle
-from openm6.data.logos import family
+from openm6.data.pets import pet
 from openm6.data.source import open_source
 from openm6.evaluate.demo_images import DATA, TASK
 from openm6.evaluate.pictures import Judge, judged, read_wishes
 from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
 
-FAMILIES, DRAWN, GOODS = 12, 100, 200
+PETS, DRAWN, GOODS = 12, 100, 200
 COUNTS, SEEDS = (5, 10, 20), 3
 
 
 def make_judge(output: Path) -> Judge:
-    """Tells the families apart; trained on other pictures than those that models are adapted to."""
+    """Tells the pets apart; trained on other pictures than those that models are adapted to."""
     data = [
-        {"source": f"logos/test?seed={n}&pictures=200", "task": "image_classification", "columns": {"label": "name"}}
-        for n in range(FAMILIES)
+        {"source": f"pets/test?seed={n}&pictures=200", "task": "image_classification", "columns": {"label": "name"}}
+        for n in range(PETS)
     ]
     changes = [f"output={output}", f"data={json.dumps(data, ensure_ascii=False)}", "evaluation.data=[]"]
     model = output / "model"
@@ -46,7 +46,7 @@ def right(judge: Judge, pictures: list[object], name: str) -> float:
 
 
 def drawn(bundle: Bundle, name: str) -> list[object]:
-    asked = [{"caption": f"{name}的标志。"}] * DRAWN
+    asked = [{"caption": f"{name}的照片。"}] * DRAWN
     return list(bundle.run_many(TASK, asked))
 
 
@@ -58,20 +58,20 @@ def goods(bundle: Bundle, judge: Judge) -> float:
 
 
 def run(demo: Path, output: Path) -> dict[str, list[float]]:
-    """{what: the share that the judge names right, by family}."""
+    """{what: the share that the judge names right, by pet}."""
     judge = make_judge(output / "judge")
     shop, base = Judge(Bundle.load(demo / "judge" / "model")), Bundle.load(demo / "model")
     found: dict[str, list[float]] = {"goods, not adapted": [goods(base, shop)]}
     for seed in range(SEEDS):
-        name = family(seed).name
-        real = [record["image"] for record in open_source(f"logos/train?seed={seed}&pictures=100")]
+        name = pet(seed)[0]
+        real = [record["image"] for record in open_source(f"pets/train?seed={seed}&pictures=100")]
         found.setdefault("real pictures", []).append(right(judge, real, name))
         found.setdefault("not adapted", []).append(right(judge, drawn(base, name), name))
         for count in COUNTS:
-            folder = output / f"family-{seed}-{count}"
+            folder = output / f"pet-{seed}-{count}"
             changes = [
                 f"output={folder}", f"seed={seed}", f"model.path={demo / 'model'}",
-                f"data.0.source=logos/train?seed={seed}&pictures={count}",
+                f"data.0.source=pets/train?seed={seed}&pictures={count}",
             ]  # fmt: skip
             if not (folder / "model").is_dir():
                 train(load_recipe("few_samples", changes))

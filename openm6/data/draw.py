@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from openm6.data.outlines import GOODS, PETS, Pen
 
 SIDE = 64
 """Width and height of a picture, in pixels."""
@@ -108,121 +110,14 @@ class Look:
         return self.variant / (_VARIANTS - 1)
 
 
-# Outlines: unit square, y down, t in [0, 1] changes the cut. Each draws a body (which carries the pattern)
-# and a trim (straps, soles, handles: a darker tone of the same colour).
-
-
-class Pen:
-    """Draws in unit coordinates into a mask of `scale` x `scale` pixels."""
-
-    def __init__(self, scale: int = 4 * _SHAPE) -> None:
-        self.scale = scale
-        self.image = Image.new("L", (self.scale, self.scale))
-        self.draw = ImageDraw.Draw(self.image)
-
-    def _at(self, points: tuple[tuple[float, float], ...]) -> list[tuple[float, float]]:
-        return [(x * self.scale, y * self.scale) for x, y in points]
-
-    def polygon(self, *points: tuple[float, float]) -> None:
-        self.draw.polygon(self._at(points), fill=255)
-
-    def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: int = 255) -> None:
-        self.draw.ellipse(self._at(((x0, y0), (x1, y1))), fill=fill)
-
-    def slice(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float) -> None:
-        self.draw.pieslice(self._at(((x0, y0), (x1, y1))), start, end, fill=255)
-
-    def arc(self, x0: float, y0: float, x1: float, y1: float, start: float, end: float, width: float) -> None:
-        self.draw.arc(self._at(((x0, y0), (x1, y1))), start, end, fill=255, width=round(width * self.scale))
-
-    def box(self, x0: float, y0: float, x1: float, y1: float, round_by: float = 0.0) -> None:
-        self.draw.rounded_rectangle(self._at(((x0, y0), (x1, y1))), round_by * self.scale, fill=255)
-
-    def line(self, width: float, *points: tuple[float, float]) -> None:
-        self.draw.line(self._at(points), fill=255, width=round(width * self.scale), joint="curve")
-
-
-def _dress(body: Pen, trim: Pen, t: float) -> None:
-    waist, hem = 0.38 + 0.06 * t, 0.30 + 0.14 * t
-    body.polygon(
-        (0.36, 0.03), (0.42, 0.03), (0.45, 0.14), (0.55, 0.14), (0.58, 0.03), (0.64, 0.03), (0.66, 0.22),
-        (0.60, waist), (0.5 + hem, 0.97), (0.5 - hem, 0.97), (0.40, waist), (0.34, 0.22),
-    )  # fmt: skip
-    trim.box(0.39, waist - 0.025, 0.61, waist + 0.035)
-
-
-def _shirt(body: Pen, trim: Pen, t: float) -> None:
-    reach = 0.40 + 0.22 * t
-    body.polygon(
-        (0.34, 0.08), (0.66, 0.08), (0.98, 0.24 + 0.2 * t), (0.84, reach + 0.06), (0.72, 0.36), (0.72, 0.95),
-        (0.28, 0.95), (0.28, 0.36), (0.16, reach + 0.06), (0.02, 0.24 + 0.2 * t),
-    )  # fmt: skip
-    body.ellipse(0.40, 0.0, 0.60, 0.17, fill=0)
-    trim.arc(0.375, -0.03, 0.625, 0.195, 20, 160, 0.03)
-
-
-def _trousers(body: Pen, trim: Pen, t: float) -> None:
-    outer, inner = 0.20 + 0.12 * t, 0.05 - 0.02 * t
-    body.polygon(
-        (0.30, 0.03), (0.70, 0.03), (0.74, 0.34), (0.5 + outer, 0.97), (0.5 + inner, 0.97), (0.50, 0.36),
-        (0.5 - inner, 0.97), (0.5 - outer, 0.97), (0.26, 0.34),
-    )  # fmt: skip
-    trim.box(0.295, 0.03, 0.705, 0.09)
-
-
-def _hat(body: Pen, trim: Pen, t: float) -> None:
-    top = 0.30 - 0.14 * t
-    body.box(0.27, top, 0.73, 0.75, 0.14)
-    body.ellipse(0.02, 0.56, 0.98, 0.80)
-    trim.polygon((0.27, 0.52), (0.73, 0.52), (0.73, 0.60), (0.27, 0.60))
-
-
-def _shoe(body: Pen, trim: Pen, t: float) -> None:
-    top = 0.32 - 0.16 * t
-    body.polygon(
-        (0.06, top), (0.34, top), (0.40, 0.42), (0.60, 0.53), (0.84, 0.56), (0.95, 0.64), (0.97, 0.78), (0.04, 0.78)
-    )
-    trim.box(0.03, 0.77, 0.98, 0.87, 0.03)
-    for shift in (0.0, 0.09, 0.18):
-        trim.line(0.025, (0.36 + shift, 0.52 + shift * 0.55), (0.45 + shift, 0.40 + shift * 0.6))
-
-
-def _bag(body: Pen, trim: Pen, t: float) -> None:
-    top = 0.36 + 0.12 * t
-    body.polygon((0.14, top), (0.86, top), (0.96, 0.95), (0.04, 0.95))
-    trim.arc(0.28, 0.05, 0.72, 2 * top - 0.02, 180, 360, 0.055)
-    trim.box(0.44, top, 0.56, top + 0.14, 0.02)
-
-
-def _cup(body: Pen, trim: Pen, t: float) -> None:
-    foot = 0.04 + 0.08 * t
-    body.polygon((0.08, 0.14), (0.68, 0.14), (0.68 - foot, 0.92), (0.08 + foot, 0.92))
-    body.ellipse(0.08 + foot, 0.87, 0.68 - foot, 0.97)
-    body.arc(0.48, 0.26, 0.96, 0.74, 270 - 30, 360 + 120, 0.085)
-    trim.ellipse(0.08, 0.07, 0.68, 0.21)
-
-
-def _umbrella(body: Pen, trim: Pen, t: float) -> None:
-    top = 0.06 + 0.08 * t
-    body.slice(0.02, top, 0.98, 1.02 - top, 180, 360)
-    for left in (0.02, 0.26, 0.50, 0.74):
-        body.ellipse(left, 0.48, left + 0.24, 0.62, fill=0)
-    trim.line(0.035, (0.5, 0.50), (0.5, 0.88))
-    trim.arc(0.355, 0.80, 0.518, 0.97, 0, 180, 0.035)
-    trim.line(0.035, (0.5, top - 0.05), (0.5, top + 0.02))
-
-
-_OUTLINES: dict[str, Callable[[Pen, Pen, float], None]] = {
-    "连衣裙": _dress, "T恤": _shirt, "裤子": _trousers, "帽子": _hat,
-    "鞋": _shoe, "包": _bag, "杯子": _cup, "雨伞": _umbrella,
-}  # fmt: skip
-CATEGORIES = tuple(_OUTLINES)
+CATEGORIES = tuple(GOODS)
+_OUTLINES = GOODS | PETS
 
 
 @cache
 def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
     """(body, trim) of an outline, its larger extent brought to the unit square inside the margin."""
-    body, trim = Pen(), Pen()
+    body, trim = Pen(4 * _SHAPE), Pen(4 * _SHAPE)
     _OUTLINES[category](body, trim, variant / (_VARIANTS - 1))
     both = Image.fromarray(np.maximum(np.asarray(body.image), np.asarray(trim.image)))
     left, upper, right, lower = both.getbbox() or (0, 0, 1, 1)

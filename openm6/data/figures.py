@@ -22,7 +22,8 @@ import numpy as np
 
 from openm6.data import draw
 from openm6.data.catalogue import combinations
-from openm6.data.draw import COLOURS, RGB, SIDE, Item, Look, Pen, Placed
+from openm6.data.draw import COLOURS, RGB, SIDE, Item, Look, Placed
+from openm6.data.outlines import Pen
 from openm6.data.phrases import MEASURES
 from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
 from openm6.errors import UsageError, suggest

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from openm6.data import draw
-from openm6.data.draw import COLOURS, SIDE, STUDIO, Pen
+from openm6.data.draw import COLOURS, SIDE, STUDIO
+from openm6.data.outlines import Pen
 from openm6.data.store import ListRecords, Record, Records
 from openm6.errors import UsageError, suggest
 

@@ -57,16 +57,16 @@ def open_source(
     """Open data by its name.
 
     `demo:catalogue/train`, `demo:questions/test`, `demo:texts/train` (options: `?pictures=500&seed=1`),
-    `tryon/train`, `logos/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob in a format
-    of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
-    when they change. With `stream` a Parquet source is read in passing and never copied.
+    `tryon/train`, `logos/train`, `pets/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob
+    in a format of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and
+    again only when they change. With `stream` a Parquet source is read in passing and never copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
     Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
     """
     name = str(spec)
     kind = name.partition("?")[0].partition("/")[0].rstrip(":")
-    if name.startswith("demo:") or (kind in ("digits", "logos", "tryon") and not Path(name).exists()):
+    if name.startswith("demo:") or (kind in ("digits", "logos", "pets", "tryon") and not Path(name).exists()):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
         return Source(name, _built_in(name), limit=limit)
@@ -107,6 +107,10 @@ def _built_in(name: str) -> Records:
         from openm6.data.logos import open_logos
 
         return open_logos(split or "train", seed, pictures, side)
+    if place.startswith("pets"):
+        from openm6.data.pets import open_pets
+
+        return open_pets(split or "train", seed, pictures)
     if not place.startswith("demo:"):
         from openm6.data.figures import open_figures
 
@@ -119,8 +123,8 @@ def _built_in(name: str) -> Records:
 def _no_more(name: str, options: dict[str, str]) -> None:
     if options:
         raise UsageError(
-            f"{name}: unknown option {', '.join(options)}; the demo, logo and try-on data know seed and pictures, the "
-            "logos side too, the digits none."
+            f"{name}: unknown option {', '.join(options)}; the demo, logo, pet and try-on data know seed and "
+            "pictures, the logos side too, the digits none."
         )
 
 
