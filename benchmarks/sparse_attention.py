@@ -2,7 +2,8 @@
 pattern of model/sparse.py, each other; one layer's attention, without its projections.
 
 On a CPU compiled FlexAttention and gathered blocks forward, gathered blocks forward and backward (4 heads of width 32,
-fp32). On a GPU compiled FlexAttention forward and backward (16 heads of width 64, bf16), tiles of 32 and of 64 codes.
+fp32; 8 of width 64, bf16). On a GPU compiled FlexAttention forward and backward (16 heads of width 64, bf16), tiles of
+32 and of 64 codes.
 `python -m benchmarks.sparse_attention --device cpu` leaves the GPU alone.
 """
 
@@ -40,22 +41,22 @@ def run(device: str | None = None) -> tuple[list[dict[str, Any]], str]:
 
 def _cpu() -> list[dict[str, Any]]:
     pattern = SparsePattern(SIDE)
-    inputs, dense_inputs = _inputs("cpu", rows=1, heads=4, width=32, dtype=torch.float32)
-    plain = [t.detach() for t in inputs]
-    mask = block_mask(pattern, TEXT)
-    forward = {
-        "FlexAttention": lambda: flex_attend(*plain, pattern, mask),
-        "gathered blocks": lambda: sparse_attend(*plain, pattern),
-        "dense SDPA": lambda: F.scaled_dot_product_attention(*(t.detach() for t in dense_inputs)),
-    }
-    both = {
-        "gathered blocks": _both(lambda: sparse_attend(*inputs, pattern), inputs),
-        "dense SDPA": _both(lambda: F.scaled_dot_product_attention(*dense_inputs), dense_inputs),
-    }
-    return [
-        *_rows("forward", "fp32", inputs, forward, pattern),
-        *_rows("forward + backward", "fp32", inputs, both, pattern),
-    ]
+    mask, rows = block_mask(pattern, TEXT), []
+    for heads, width, dtype, precision in ((4, 32, torch.float32, "fp32"), (8, 64, torch.bfloat16, "bf16")):
+        inputs, dense_inputs = _inputs("cpu", 1, heads, width, dtype)
+        plain, dense = ([t.detach() for t in some] for some in (inputs, dense_inputs))
+        forward = {
+            "FlexAttention": lambda plain=plain: flex_attend(*plain, pattern, mask),
+            "gathered blocks": lambda plain=plain: sparse_attend(*plain, pattern),
+            "dense SDPA": lambda dense=dense: F.scaled_dot_product_attention(*dense),
+        }
+        both = {
+            "gathered blocks": _both(lambda inputs=inputs: sparse_attend(*inputs, pattern), inputs),
+            "dense SDPA": _both(lambda some=dense_inputs: F.scaled_dot_product_attention(*some), dense_inputs),
+        }
+        rows += _rows("forward", precision, inputs, forward, pattern)
+        rows += _rows("forward + backward", precision, inputs, both, pattern)
+    return rows
 
 
 def _gpu() -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from functools import cache, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -291,7 +292,9 @@ class _GatheredBlocks(torch.autograd.Function):
                 torch.bmm(ds.mT, q, out=d_gathered[0])
                 _put(dq[heads, chunk.tiles], torch.bmm(ds, k))
                 part = dkv[:, heads]
-                part.index_add_(2, chunk.kept, d_gathered.view(*part.shape[:2], -1, *part.shape[3:]))
+                some = d_gathered.view(*part.shape[:2], -1, *part.shape[3:])
+                for one in np.ndindex(*part.shape[:2]):  # along a first axis index_add_ is up to 2.6 times as fast
+                    part[one].index_add_(0, chunk.kept, some[one])
         return dq, dkv, None, None
 
 
