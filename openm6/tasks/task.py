@@ -25,14 +25,14 @@ from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
 
-BY_MASKS = 0.6
+BY_MASKS = 0.4
 """Share of the drawn pictures that are learned by masks; the others one code after the other."""
 
 UNGUIDED = 0.1
 """Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads
 away from what is drawn so."""
 
-JUDGED = 0.1
+JUDGED = 0.05
 """Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
 
 _ANSWERS = 100_000

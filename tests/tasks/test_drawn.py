@@ -46,7 +46,7 @@ def test_codes_follow_one_another_when_measured(processor: Processor) -> None:
     assert set(sequence.blocks[-18:]) == {CAUSAL}
 
 
-def test_in_training_most_are_learned_by_masks(processor: Processor) -> None:
+def test_in_training_four_in_ten_are_learned_by_masks(processor: Processor) -> None:
     rng, codes, tokenizer = np.random.default_rng(0), codes_of(processor), processor.tokenizer
     masked = 0
     for _ in range(200):
@@ -62,7 +62,7 @@ def test_in_training_most_are_learned_by_masks(processor: Processor) -> None:
         assert open_.any()
         assert np.array_equal(np.where(open_, sequence.labels[-16:], sequence.ids[-16:]), codes)
         assert (sequence.labels[-16:][~open_] == IGNORE).all()
-    assert 0.5 < masked / 200 < 0.7
+    assert 0.3 < masked / 200 < 0.5
 
 
 def test_a_prompt_ends_where_codes_begin(processor: Processor) -> None:
