@@ -183,6 +183,8 @@ class Bundle:
     def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
         """One text answer in pieces, as it is written."""
         task = self.task(task)
+        if task.draws:
+            raise UsageError(f"The task {task.name} draws a picture, which does not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         ids: list[int] = []
         text = told = ""

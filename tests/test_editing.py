@@ -116,3 +116,8 @@ def test_what_cannot_be_continued_is_refused() -> None:
     plain = Bundle(BUNDLE.model, Processor(BUNDLE.processor.tokenizer, BUNDLE.processor.grid, 64))
     with pytest.raises(UsageError, match="does not draw"):
         extend(plain, TASK, Image.fromarray(noise()), "left", 4)
+
+
+def test_a_picture_does_not_come_in_pieces() -> None:
+    with pytest.raises(UsageError, match="draws a picture, which does not come in pieces"):
+        next(BUNDLE.stream(TASK, caption="杯子"))
