@@ -135,38 +135,40 @@ CONTRADICTIONS = {"style": ("colour", "pattern"), "sketch": ("category",), "refe
 """What a control of `controlled_image` says of an item, which a caption may contradict."""
 
 
-def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, float]]]:
-    """Which wins where controls contradict each other: pictures drawn by a caption of one item and a control that was
-    made from another, unlike it in every attribute.
+def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Whether pictures follow a control, and which wins where controls contradict each other: drawn by a control alone,
+    and by it and a caption of another item, unlike the control's in every attribute.
 
-    Returns {control: {attribute: (share of the pictures that follow the caption, share that follow the control)}} for
-    what that control says.
+    Returns {control: {attribute: (share of the pictures that follow the control alone, that follow the caption against
+    the control, that follow the control against the caption)}} for what that control says.
     """
     source = open_source(DATA)
     every = ((source[i], source[(i + len(source) // 2) % len(source)]) for i in range(len(source)))
     unlike = (pair for pair in every if all(pair[0][name] != pair[1][name] for name in ATTRIBUTES))
-    pairs = list(islice(unlike, count))
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    told, shown = zip(*islice(unlike, count), strict=True)
+    found = {}
     for control, names in CONTRADICTIONS.items():
-        wishes = ({"caption": _first(one["caption"], 0), control: other[control]} for one, other in pairs)
-        drawn = list(bundle.run_many("controlled_image", wishes, decoding={"seed": 2}))
-        read = judge.read(drawn)
-        ours, theirs = (compared(read, [pair[side] for pair in pairs], names) for side in (0, 1))
-        found[control] = {
-            name: tuple(float(np.mean([row[name] for row in rows])) for rows in (ours, theirs))  # type: ignore[misc]
-            for name in names
-        }
+        alone = [{control: one[control]} for one in shown]
+        against = [{"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(told, shown, strict=True)]
+        ours, both = (_read_controlled(bundle, judge, asked) for asked in (alone, against))
+        columns = [compared(ours, shown, names), compared(both, told, names), compared(both, shown, names)]
+        found[control] = {name: tuple(float(np.mean([row[name] for row in c])) for c in columns) for name in names}
     return found
 
 
-def _told_controls(found: dict[str, dict[str, tuple[float, float]]]) -> str:
+def _read_controlled(bundle: Bundle, judge: Judge, asked: list[dict[str, Any]]) -> Any:
+    return judge.read(list(bundle.run_many("controlled_image", asked, decoding={"seed": 2})))
+
+
+def _told_controls(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
     rows = [
-        (control, name, f"{ours:.0%}", f"{theirs:.0%}")
-        for control, shares in found.items()
-        for name, (ours, theirs) in shares.items()
+        (control, name, *(f"{share:.0%}" for share in shares))
+        for control, several in found.items()
+        for name, shares in several.items()
     ]
-    said = "Where a control says something else than the caption, what the picture follows:"
-    return f"{said}\n\n{markdown_table(('control', 'attribute', 'the caption', 'the control'), rows)}"
+    said = "Pictures that follow a control alone; and, where a caption says something else, either:"
+    heads = ("control", "attribute", "alone", "the caption against it", "it against the caption")
+    return f"{said}\n\n{markdown_table(heads, rows)}"
 
 
 _INTRO = (

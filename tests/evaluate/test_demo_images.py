@@ -57,7 +57,7 @@ def test_an_edit_that_touches_what_it_should_keep_is_seen(monkeypatch: pytest.Mo
     assert measure_edits(BUNDLE, judge, count=12)["kept"] < 0.5
 
 
-def test_who_wins_is_counted_for_either_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_control_is_measured_alone_and_against_a_caption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A judge that always says red: of captions and of controls those count that ask for red."""
     monkeypatch.setenv("OPENM6_CACHE", str(tmp_path))
     monkeypatch.setattr(demo_images, "DATA", "demo:studio/test?pictures=60")
@@ -71,7 +71,7 @@ def test_who_wins_is_counted_for_either_side(monkeypatch: pytest.MonkeyPatch, tm
     pairs = [(source[i], source[(i + 30) % 60]) for i in range(60)]
     pairs = [(a, b) for a, b in pairs if all(a[n] != b[n] for n in ("category", "colour", "pattern"))][:20]
     ours, theirs = (np.mean([pair[side]["colour"] == "红色" for pair in pairs]) for side in (0, 1))
-    assert found["style"]["colour"] == (pytest.approx(ours), pytest.approx(theirs))
+    assert found["style"]["colour"] == (pytest.approx(theirs), pytest.approx(ours), pytest.approx(theirs))
 
 
 def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
     for name, value in {"ASKED": 14, "CANDIDATES": 2, "EDITS": 3, "DATA": "demo:studio/test?pictures=40"}.items():
         monkeypatch.setattr(demo_images, name, value)
-    monkeypatch.setattr(demo_images, "measure_controls", lambda *_: {"style": {"colour": (0.75, 0.25)}})
+    monkeypatch.setattr(demo_images, "measure_controls", lambda *_: {"style": {"colour": (0.9, 0.75, 0.25)}})
     bundle = drawing_bundle()
     task = bundle.task("product_attributes").with_labels(
         {"category": CATEGORIES, "colour": tuple(c + "色" for c in COLOURS), "pattern": PATTERNS}
@@ -111,5 +111,5 @@ def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPa
     assert found["rows"].keys() == {"real", "reconstructed", "drawn", "8 passes", "best of 2"}
     assert found["edits"]["kept"] == 1.0
     text = (tmp_path / "out" / "report" / "report.md").read_text("utf-8")
-    assert "| style | colour | 75% | 25% |" in text and "best of 2" in text
+    assert "| style | colour | 90% | 75% | 25% |" in text and "best of 2" in text
     assert (tmp_path / "out" / "report" / "pictures" / "drawn.png").is_file()
