@@ -32,7 +32,7 @@ import numpy as np
 from openm6.data import phrases
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
 from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
-from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
+from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
 from openm6.errors import UsageError, suggest
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
@@ -211,8 +211,7 @@ def open_catalogue(
     """The records of one view (see above) of one split. Raises UsageError for an unknown view or split."""
     if view not in VIEWS:
         raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
-    if split not in SPLITS:
-        raise UsageError(f"The demo data has no split {split!r}.{suggest(split, SPLITS)} It has: {', '.join(SPLITS)}.")
+    check_split("The demo data has", split, SPLITS)
     if view in ("studio", "matches"):
         from openm6.data.studio import Matches, open_studio
 

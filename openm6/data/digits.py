@@ -12,8 +12,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from openm6.data.store import ListRecords, Record, Records
-from openm6.errors import UsageError, suggest
+from openm6.data.store import ListRecords, Record, Records, check_split
 
 SPLITS = ("train", "test")
 SIDE = 64
@@ -35,8 +34,7 @@ def open_digits(split: str = "train") -> Records:
 
     Raises UsageError for an unknown split.
     """
-    if split not in SPLITS:
-        raise UsageError(f"The digits have no split {split!r}.{suggest(split, SPLITS)} They have: {', '.join(SPLITS)}.")
+    check_split("The digits have", split, SPLITS)
     from sklearn.datasets import load_digits
 
     data = load_digits()

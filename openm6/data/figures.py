@@ -25,8 +25,7 @@ from openm6.data.catalogue import combinations
 from openm6.data.draw import COLOURS, RGB, SIDE, Item, Look, Placed
 from openm6.data.outlines import Pen
 from openm6.data.phrases import MEASURES
-from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
-from openm6.errors import UsageError, suggest
+from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
 
 VERSION = 1
 """Goes up when the same seed would give other records: old caches are then left aside."""
@@ -373,10 +372,7 @@ def open_figures(split: str = "train", seed: int = 0, pictures: int | None = Non
     Generated at the first call (a few milliseconds a record), then from the cache. Raises UsageError for an unknown
     split.
     """
-    if split not in SPLITS:
-        raise UsageError(
-            f"The try-on data has no split {split!r}.{suggest(split, SPLITS)} It has: {', '.join(SPLITS)}."
-        )
+    check_split("The try-on data has", split, SPLITS)
     count = PICTURES[split] if pictures is None else pictures
 
     def make(folder: Path) -> None:

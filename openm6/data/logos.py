@@ -18,8 +18,8 @@ from PIL import Image
 from openm6.data import draw
 from openm6.data.draw import COLOURS, SIDE, STUDIO
 from openm6.data.outlines import Pen
-from openm6.data.store import ListRecords, Record, Records
-from openm6.errors import UsageError, suggest
+from openm6.data.store import ListRecords, Record, Records, check_split
+from openm6.errors import UsageError
 
 PICTURES = {"train": 20, "test": 100}
 SPLITS = tuple(PICTURES)
@@ -119,8 +119,7 @@ def _laid(shape: Callable[[Pen], None], x: float, y: float, size: float, turn: f
 def open_logos(split: str = "train", seed: int = 0, pictures: int | None = None, side: int | None = None) -> Records:
     """The pictures of the family `seed`, of `side` pixels (64). Raises UsageError for an unknown split, or a side that
     is not from 16 to 2,048."""
-    if split not in SPLITS:
-        raise UsageError(f"The logos have no split {split!r}.{suggest(split, SPLITS)} They have: {', '.join(SPLITS)}.")
+    check_split("The logos have", split, SPLITS)
     side = SIDE if side is None else side
     if not 16 <= side <= 2048:
         raise UsageError(f"side is {side}; logos have 16 to 2,048 pixels.")

@@ -10,8 +10,7 @@ import numpy as np
 
 from openm6.data.draw import COLOURS, PATTERNS, STUDIO, Item, Placed, draw_picture
 from openm6.data.outlines import PETS
-from openm6.data.store import ListRecords, Record, Records
-from openm6.errors import UsageError, suggest
+from openm6.data.store import ListRecords, Record, Records, check_split
 
 PICTURES = {"train": 20, "test": 100}
 SPLITS = tuple(PICTURES)
@@ -45,7 +44,6 @@ def picture(seed: int, split: str, index: int) -> Record:
 
 def open_pets(split: str = "train", seed: int = 0, pictures: int | None = None) -> Records:
     """The pictures of the pet `seed`. Raises UsageError for an unknown split."""
-    if split not in SPLITS:
-        raise UsageError(f"The pets have no split {split!r}.{suggest(split, SPLITS)} They have: {', '.join(SPLITS)}.")
+    check_split("The pets have", split, SPLITS)
     count = PICTURES[split] if pictures is None else pictures
     return ListRecords([picture(seed, split, index) for index in range(count)])

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from openm6.errors import DataError
+from openm6.errors import DataError, UsageError, suggest
 
 Record = dict[str, Any]
 Made = TypeVar("Made")
@@ -31,6 +31,13 @@ _BATCH_ROWS, _BATCH_BYTES = 1024, 8 * 2**20
 _SCHEMA = pa.schema(
     [("json", pa.large_string()), ("keys", pa.list_(pa.string())), ("blobs", pa.list_(pa.large_binary()))]
 )
+
+
+def check_split(subject: str, split: str, splits: tuple[str, ...]) -> None:
+    """Raises UsageError where generated data have no such split; `subject` with its verb, "The logos have"."""
+    if split not in splits:
+        listed = f"{'They have' if subject.endswith('have') else 'It has'}: {', '.join(splits)}."
+        raise UsageError(f"{subject} no split {split!r}.{suggest(split, splits)} {listed}")
 
 
 class Records(Protocol):
