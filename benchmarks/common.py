@@ -61,13 +61,13 @@ def machine() -> str:
 
 
 def save(name: str, title: str, rows: list[dict[str, Any]], note: str, directory: Path) -> Path:
-    """Write `name-PRECISION.json`; the docs' benchmark page is made from these files.
+    """Write `name-PRECISION.json`, or `name-cuda.json`; the docs' benchmark page is made from these files.
 
-    A machine with bf16 units and one without answer different questions: neither replaces the other's file.
+    A GPU, a CPU with bf16 units and one without answer different questions: neither replaces another's file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    dtype = fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    path = directory / f"{name}-{str(dtype).removeprefix('torch.')}.json"
+    kind = "cuda" if torch.cuda.is_available() else str(fast_dtype("cpu")).removeprefix("torch.")
+    path = directory / f"{name}-{kind}.json"
     content = {
         "name": name, "title": title, "machine": machine(), "date": date.today().isoformat(),
         "torch": torch.__version__, "rows": rows, "note": note,

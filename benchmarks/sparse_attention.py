@@ -3,7 +3,7 @@ pattern of model/sparse.py, each other; one layer's attention, without its proje
 
 On a CPU compiled FlexAttention and gathered blocks forward, gathered blocks forward and backward (4 heads of width 32,
 fp32; 8 of width 64, bf16). On a GPU compiled FlexAttention forward and backward (16 heads of width 64, bf16), tiles of
-32 and of 64 codes.
+32, 64 and 128 codes.
 `python -m benchmarks.sparse_attention --device cpu` leaves the GPU alone.
 """
 
@@ -62,7 +62,7 @@ def _cpu() -> list[dict[str, Any]]:
 def _gpu() -> list[dict[str, Any]]:
     inputs, dense_inputs = _inputs("cuda", rows=4, heads=16, width=64, dtype=torch.bfloat16)
     rows = []
-    for tile in ((4, 8), (8, 8)):
+    for tile in ((4, 8), (8, 8), (8, 16)):
         pattern = SparsePattern(SIDE, tile)
         mask = block_mask(pattern, TEXT, device="cuda")
         sides = {

@@ -2,13 +2,13 @@
 
 Same sizes, same parameters within the tied embedding, same batch of full causal rows with every position
 trained, same precision (bf16 autocast over fp32 weights where the machine has units for it, else fp32), same fused
-optimizer.
+optimizer. On a GPU the size of M6-base, and M6-base itself in the papers' block; every side as it is and compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,56 +22,86 @@ from openm6.sequence import CAUSAL, Sequence, pack
 from openm6.train.meters import peak_flops, training_flops
 
 TITLE = "Training step against transformers (every position trained)"
-LAYERS, ROWS, LENGTH, VOCABULARY = 6, 8, 512, 4096
+
+
+class Case(NamedTuple):
+    hidden: int
+    layers: int
+    rows: int
+    length: int
+    vocabulary: int
+
+
+ON_CPU = (Case(256, 6, 8, 512, 4096), Case(512, 6, 8, 512, 4096))
+ON_GPU = (Case(1024, 24, 16, 1024, 21128),)
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = fast_dtype(device)
     rows = []
-    for hidden in (256, 512):
+    for case in ON_GPU if device == "cuda" else ON_CPU:
         sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": hidden * 11 // 4,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": hidden // 64,
-            "num_key_value_heads": hidden // 64,
+            "hidden_size": case.hidden,
+            "intermediate_size": case.hidden * 11 // 4,
+            "num_hidden_layers": case.layers,
+            "num_attention_heads": case.hidden // 64,
+            "num_key_value_heads": case.hidden // 64,
             "head_dim": 64,
-            "vocab_size": VOCABULARY,
+            "vocab_size": case.vocabulary,
             "tie_word_embeddings": True,
         }
-        ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1))
-        ours = ModelConfig(**sizes, qk_norm=True, image_embedder="none")
-        sides = {
-            "OpenM6": _ours(M6(ours).to(device), ids),
-            "transformers Qwen3": _theirs(Qwen3ForCausalLM(Qwen3Config(**sizes)).to(device), ids),
-            "transformers Llama": _theirs(LlamaForCausalLM(LlamaConfig(**sizes)).to(device), ids),
-        }
+        ids = np.random.default_rng(0).integers(0, case.vocabulary, (case.rows, case.length + 1))
+        ours = {"OpenM6": ModelConfig(**sizes, qk_norm=True, image_embedder="none")}
+        if device == "cuda":
+            ours["OpenM6, M6-base"] = ModelConfig.preset("m6-base", image_embedder="none")
+        sides = {}
+        for way in ("", ", compiled") if device == "cuda" else ("",):
+            for name, config in ours.items():
+                model = M6(config).to(device)
+                sides[name + way] = _ours(_compiled(model, model.blocks, way), ids)
+            for name, theirs in (
+                ("Qwen3", Qwen3ForCausalLM(Qwen3Config(**sizes))), ("Llama", LlamaForCausalLM(LlamaConfig(**sizes)))
+            ):  # fmt: skip
+                sides[f"transformers {name}{way}"] = _theirs(
+                    _compiled(theirs.to(device), theirs.model.layers, way), ids
+                )
         peak = peak_flops.__wrapped__(device, dtype)
         timings = race(sides)
-        tokens = ROWS * LENGTH
-        flops = training_flops(ours, tokens, ROWS * LENGTH * LENGTH // 2, tokens)
+        tokens = case.rows * case.length
         mine = timings["OpenM6"].median
         for name, t in timings.items():
+            config = ours.get(name.removesuffix(", compiled"), ours["OpenM6"])
+            flops = training_flops(config, tokens, tokens * case.length // 2, tokens)
             rows.append({
-                "precision": str(dtype).removeprefix("torch."), "hidden": hidden, "side": name,
+                "precision": str(dtype).removeprefix("torch."), **case._asdict(), "side": name,
                 "tokens/s": round(tokens / t.median),
                 "spread": f"{tokens / t.high:,.0f} to {tokens / t.low:,.0f}",
                 "TFLOP/s": flops / t.median / 1e12, "share of matmul peak": round(flops / t.median / peak, 3),
                 "OpenM6 is faster by": round(t.median / mine, 2),
             })  # fmt: skip
     note = (
-        f"{LAYERS} layers, {ROWS} rows of {LENGTH} positions, vocabulary {VOCABULARY}; median of 9 steps in turn, "
-        "spread = quartiles. FLOPs count the causal half of attention. Peak: best 2048 x 2048 product just before."
+        "Rows of so many positions; median of 9 steps in turn, spread = quartiles. FLOPs count the causal half of "
+        f"attention. Peak: best {8192 if device == 'cuda' else 2048} x the same product just before, "
+        f"{peak / 1e12:,.2f} TFLOP/s."
     )
     return rows, note
 
 
+def _compiled(model: Any, layers: Iterable[nn.Module], way: str) -> Any:
+    """Layer by layer, as `train.compile` does."""
+    if way:
+        for layer in layers:
+            layer.compile()
+    return model
+
+
 def _ours(model: M6, ids: np.ndarray) -> Callable[[], object]:
+    length = ids.shape[1] - 1
     rows = [
-        Sequence(row[:-1].astype(np.int32), np.full(LENGTH, CAUSAL, np.int32), row[1:].astype(np.int32)) for row in ids
+        Sequence(row[:-1].astype(np.int32), np.full(length, CAUSAL, np.int32), row[1:].astype(np.int32)) for row in ids
     ]
-    batch = pack(rows, LENGTH, 0).to(model.device)
+    batch = pack(rows, length, 0).to(model.device)
 
     def loss() -> torch.Tensor:
         return model(batch).loss / batch.labels.numel()

@@ -307,13 +307,13 @@ class M6(Network):
             raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
-        return x_BTD if batch.cells is None else x_BTD + self._at(batch.cells)
+        return x_BTD if batch.cells is None else x_BTD + self._at(batch.cells).to(x_BTD.dtype)
 
     def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
         x_BND = self.embed(ids_BN)
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
-        return x_BND if cells is None else x_BND + self._at(cells)
+        return x_BND if cells is None else x_BND + self._at(cells).to(x_BND.dtype)
 
     def _at(self, cells: Tensor) -> Tensor:
         return cell_features(cells, self.config.hidden_size, self.config.initializer_range)

@@ -313,12 +313,12 @@ def block_mask(
     from torch.nn.attention.flex_attention import create_block_mask
 
     before = length + -length % pattern.area
+    if text_mask_BL is not None:  # of whole tiles too: what is compiled for it serves every length up to there
+        text_mask_BL = F.pad(text_mask_BL, (0, before - length))
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # Both sides are taken for every pair: a place that the other side asks for must exist.
-        text = k < length
-        if text_mask_BL is not None:
-            text = text & text_mask_BL[b, k.clamp(max=length - 1)]
+        text = k < length if text_mask_BL is None else text_mask_BL[b, k.clamp(max=before - 1)]
         seen = pattern.allowed(pattern.code_at(q), pattern.code_at((k - before).clamp(min=0)))
         return torch.where(k < before, text, seen)
 
@@ -330,10 +330,15 @@ def block_mask(
 
 @cache
 def _compiled_flex(cuda: bool) -> Any:
-    """FlexAttention. On a GPU, tuned: only then its backward pass has kernels as small as a tile of 32 codes."""
+    """FlexAttention. On a GPU, tuned and for each shape by itself: only then its backward pass has kernels as small as
+    a tile of 32 codes (for shapes in general the tuned kernels of tiles of 64 took a third longer on an H200)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, mode="max-autotune-no-cudagraphs" if cuda else None)
+    if not cuda:
+        return torch.compile(flex_attention)
+    # A shape for each number of rows and of the text's tiles. Beyond the limit nothing is compiled, nor skipped.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def flex_attend(
@@ -357,9 +362,9 @@ def flex_attend(
     k_BKSE, v_BKSE = kv_2GIAE.view(2, *k_BKNE.shape[:2], -1, k_BKNE.shape[-1])
     grouped = q_BHNE.shape[1] != k_BKNE.shape[1]
     q_BHJAE = pattern.to_tiles(q_BHNE)
-    # A kernel's blocks may not be larger than the mask's.
-    block = min(pattern.area, 64)
-    options = {"fwd_BLOCK_M": block, "fwd_BLOCK_N": block} if q_BHNE.is_cuda else None
+    # A kernel's blocks may not be larger than the mask's; the usual ones are of up to 128.
+    small = q_BHNE.is_cuda and pattern.area < 128
+    options = {"fwd_BLOCK_M": pattern.area, "fwd_BLOCK_N": pattern.area} if small else None
     y_BHNE = run(q_BHJAE.flatten(2, 3), k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     return pattern.to_rows(y_BHNE.view(q_BHJAE.shape))
 

@@ -57,6 +57,26 @@ def test_filling_in_is_a_whole_forward_pass(sizes: dict[str, Any], lengths: tupl
             torch.testing.assert_close(filled[row], whole, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"norm": "layer", "activation": "gelu", "positions": "learned"}])
+@pytest.mark.parametrize("side", [None, 8])
+def test_a_network_in_bf16_fills_in_what_it_fills_in_fp32(sizes: dict[str, Any], side: int | None) -> None:
+    """As a GPU's does, whose weights are not packed."""
+    network = model(picture_side=side, picture_tile=(2, 4), **sizes)
+    count = 64 if side else 9
+    ids = torch.randint(4, VOCABULARY, (2, count), generator=torch.Generator().manual_seed(1))
+    found = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            network.to(dtype)  # type: ignore[arg-type]
+            _, cache = network.prefill(pad([prompt(7), prompt(4, 1)], 0), 80)
+            filled = network.fill(ids, cache, count)
+            stepped = torch.stack([network.step(ids[:, n], cache, n, count) for n in range(count)], 1)
+            found[dtype] = torch.cat((filled, stepped), 1)
+    assert found[torch.bfloat16].dtype == torch.bfloat16
+    wrong = found[torch.bfloat16].float() - found[torch.float32]
+    assert wrong.norm() < 0.05 * found[torch.float32].norm()
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 def test_one_after_the_other_is_what_it_says(guidance: float) -> None:
     network, given, free = model(), prompt(6), prompt(4, 1)
