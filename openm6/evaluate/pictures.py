@@ -39,7 +39,10 @@ Answer = Mapping[str, str]
 
 
 class Judge:
-    """A model that answers `task`, whose one picture slot is what is judged."""
+    """A model that answers `task`, whose one picture slot is what is judged.
+
+    Its other inputs, if it has any (which garment of those that are worn), are `given`: slot values for each picture.
+    """
 
     def __init__(self, bundle: Bundle, task: str = "product_attributes", batch_size: int = 64):
         self.bundle, self.task, self.batch_size = bundle, bundle.task(task), batch_size
@@ -47,29 +50,36 @@ class Judge:
         if len(pictures) != 1:
             raise UsageError(f"The task {task} has {len(pictures)} pictures: a judge looks at one.")
         self.slot = pictures[0]
+        self.others = [name for name in self.task.inputs if name != self.slot]
 
-    def read(self, pictures: Items[Any]) -> list[Answer]:
+    def _records(self, pictures: Items[Any], given: Items[Answer] | None) -> list[dict[str, Any]]:
+        some = given if given is not None else [{}] * len(pictures)
+        return [
+            {self.slot: picture, **{name: told[name] for name in self.others if name in told}}
+            for picture, told in zip(pictures, some, strict=True)
+        ]
+
+    def read(self, pictures: Items[Any], given: Items[Answer] | None = None) -> list[Answer]:
         """What the judge sees, by output slot."""
-        records = [{self.slot: picture} for picture in pictures]
+        records = self._records(pictures, given)
         found = list(self.bundle.run_many(self.task, records, batch_size=self.batch_size))
         only = self.task.outputs[0]
         return [answer if isinstance(answer, dict) else {only: answer} for answer in found]
 
     @torch.inference_mode()
-    def features(self, pictures: Items[Any]) -> Tensor:
+    def features(self, pictures: Items[Any], given: Items[Answer] | None = None) -> Tensor:
         """The hidden state from which the judge starts its answer, fp32 [N, D]."""
-        parts = []
+        parts, records = [], self._records(pictures, given)
         pad_id, device = self.bundle.processor.tokenizer.pad_id, self.bundle.model.embed.weight.device
         for start in range(0, len(pictures), self.batch_size):
-            some = pictures[start : start + self.batch_size]
-            prompts = [self.bundle.prompt(self.task, {self.slot: picture}) for picture in some]
+            prompts = [self.bundle.prompt(self.task, record) for record in records[start : start + self.batch_size]]
             batch = pad(prompts, pad_id).to(device)
             with self.bundle.precision():
                 parts.append(self.bundle.model.prefill(batch, batch.ids.shape[1])[0].float().cpu())
         return torch.cat(parts)
 
     def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
-        """Probability of the answers asked for, fp32 [N]."""
+        """Probability of the answers asked for (with them, what is given), fp32 [N]."""
         records = [{self.slot: picture, **answer} for picture, answer in zip(pictures, wanted, strict=True)]
         return (-self.bundle.target_losses(self.task, records, self.batch_size)[0]).exp().float()
 
@@ -77,15 +87,15 @@ class Judge:
 class Real:
     """Real pictures, as a judge sees them, to measure others against."""
 
-    def __init__(self, judge: Judge, pictures: Items[Any]):
-        self.judge, self.features = judge, judge.features(pictures)
-        self.spread = _spread(self.features, judge.read(pictures))
+    def __init__(self, judge: Judge, pictures: Items[Any], given: Items[Answer] | None = None):
+        self.judge, self.features = judge, judge.features(pictures, given)
+        self.spread = _spread(self.features, judge.read(pictures, given))
 
     def measure(self, pictures: Items[Image.Image], wanted: Items[Answer]) -> dict[str, float]:
         """The measures above of pictures which were to show what `wanted` says."""
         if len(pictures) != len(wanted) or not pictures:
             raise DataError(f"{len(pictures)} pictures for {len(wanted)} wishes: there has to be one for each.")
-        right, features = judged(self.judge, pictures, wanted), self.judge.features(pictures)
+        right, features = judged(self.judge, pictures, wanted), self.judge.features(pictures, wanted)
         return {
             **{name: sum(r[name] for r in right) / len(right) for name in right[0]},
             "relevance": float(self.judge.relevance(pictures, wanted).mean()),
@@ -98,7 +108,7 @@ class Real:
 
 def judged(judge: Judge, pictures: Items[Any], wanted: Items[Answer]) -> list[dict[str, bool]]:
     """Of each picture and attribute whether the judge reads what was asked for; `all`: every one."""
-    return compared(judge.read(pictures), wanted, judge.task.outputs)
+    return compared(judge.read(pictures, wanted), wanted, judge.task.outputs)
 
 
 def compared(read: Items[Answer], wanted: Items[Answer], names: Items[str]) -> list[dict[str, bool]]:
@@ -151,7 +161,8 @@ def _spread(features: Tensor, labels: Items[Answer]) -> float:
 def read_wishes(
     bundle: Bundle, task: str | Task, judge: Judge, data: str, limit: int | None = None
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
-    """The first records of `data` by the slots of a task that draws, and the attributes that their pictures have."""
+    """The first records of `data` by the slots of a task that draws, and the attributes that their pictures have (and
+    what the judge is given beside a picture)."""
     chosen, source = bundle.task(task), open_source(data)
     draws, reads = SlotView.of(chosen, source), SlotView.of(judge.task, source)
     records: list[dict[str, Any]] = []
@@ -159,7 +170,7 @@ def read_wishes(
     for record in islice(source, limit):
         records.append({k: v for k, v in draws(record).items() if k in chosen.slots})
         seen = reads(record)
-        wanted.append({name: seen[name] for name in judge.task.outputs})
+        wanted.append({name: seen[name] for name in (*judge.others, *judge.task.outputs)})
     return records, wanted
 
 
@@ -186,7 +197,7 @@ def measure_drawing(
     drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=decoding))
     # In the order in which they were drawn, the first one is as good as any.
     any_one = [min(some, key=lambda painting: painting.number).image for some in drawn]
-    real = Real(judge, pictures)
+    real = Real(judge, pictures, wanted)
     rows = {
         "real": real.measure(pictures, wanted),
         "reconstructed": real.measure([codec.decode(codec.encode(p)) for p in pictures], wanted),

@@ -95,6 +95,22 @@ def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> 
         Real(judge, some).measure(some, [{}])
 
 
+def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge) -> None:
+    told = Task.from_instruction("[image:photo] [text:kind] -> [label:colour|set=红,蓝]", "of")
+    bundle = Bundle(judge.bundle.model, judge.bundle.processor, [told])
+    of, some = Judge(bundle, "of", batch_size=4), pictures(6)
+    wanted = [{"kind": "鞋" if i % 2 else "包", "colour": "红"} for i in range(6)]
+    alone = [bundle.run("of", photo=one, kind=wish["kind"]) for one, wish in zip(some, wanted, strict=True)]
+    rows = judged(of, some, wanted)
+    assert [row["colour"] for row in rows] == [answer == "红" for answer in alone]
+    features = of.features(some, wanted)
+    other = of.features(some, [{**wish, "kind": "鞋鞋"} for wish in wanted])
+    assert not torch.isclose(features, other).all(1).any()
+    assert Real(of, some, wanted).measure(some, wanted)["frechet"] == pytest.approx(0, abs=1e-3)
+    with pytest.raises(DataError, match="kind is missing"):
+        of.read(some)
+
+
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:
     judge.bundle.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
     with pytest.raises(UsageError, match="The task two has 2 pictures: a judge looks at one"):
