@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-images test test-fast lint format bench docs clean
+.PHONY: demo demo-images test test-fast lint format bench docs clean browser
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
@@ -15,7 +15,7 @@ demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, w
 demo-images: .venv/.stamp  ## then teach that model to draw, and measure what it draws
 	$(BIN)/openm6 demo-images
 
-test: lint  ## everything
+test: lint browser  ## everything
 	$(TEST)
 
 test-fast: .venv/.stamp  ## without the slow tests
@@ -39,6 +39,12 @@ docs: .venv/.stamp  ## the documentation as a web site, in site/
 clean:
 	rm -rf site build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find openm6 tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The tests of pages run in Chromium. Root on a Debian gets it here; elsewhere they are skipped without one.
+browser:
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { [ "$$(id -u)" = 0 ] && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } 2> /dev/null || \
+		echo "No Chromium here: the tests of pages are skipped."
 
 # pip chooses the PyTorch for this machine (CPU or CUDA); uv keeps that one and installs the rest quickly.
 .venv/.stamp: pyproject.toml
