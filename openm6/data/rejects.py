@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,7 +30,7 @@ class Rejects:
     def __init__(self, path: str | Path, share: float = 0.05, minimum: int = 20):
         self.path, self.share, self.minimum = Path(path), share, minimum
         self.seen = self.bad = 0
-        self._written: set[str] = set()
+        self._written: set[str] | None = None
         self._reasons: Counter[str] = Counter()
         self._lock = Lock()
 
@@ -39,12 +40,15 @@ class Rejects:
             self.seen += number
 
     def count(self, where: str, reason: str, source: str = "") -> None:
-        """One record that could not be used; a record met again (in the next epoch) is counted but not written."""
+        """One record that could not be used; one met again (in the next epoch, or by a resumed run) is counted but not
+        written."""
         with self._lock:
             self.seen += 1
             self.bad += 1
             # The same fault reads alike wherever it is: the place is left out of the tally.
-            self._reasons[reason.replace(where, "").strip()] += 1
+            self._reasons[reason.replace(f"{where}: ", "").replace(where, "").strip()] += 1
+            if self._written is None:
+                self._written = self._before()
             if where not in self._written:
                 self._written.add(where)
                 self._write({"where": where, "reason": reason, "source": source})
@@ -61,6 +65,16 @@ class Rejects:
         if source:
             text = text.replace(" records could", f" records (the last of {source}) could", 1)
         return f"{text}; at most {self.share:.0%} may be. See {self.path}."
+
+    def _before(self) -> set[str]:
+        """Where the bad records stand that the file tells of already."""
+        if not self.path.is_file():
+            return set()
+        found = set()
+        for line in self.path.read_text("utf-8").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # of a run that was killed as it wrote
+                found.add(str(json.loads(line)["where"]))
+        return found
 
     def _write(self, line: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
             raise UsageError(f"{section.path} is an adapter: make it a model first, with `openm6 models merge`.")
         bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
-            bundle.processor = replace(bundle.processor, max_length=section.max_length)
+            length = _longest(bundle.model.config, section.max_length, 0)
+            bundle.processor = replace(bundle.processor, max_length=length)
         if codec is not None:
             bundle.processor = replace(bundle.processor, codec=_fitting(codec, bundle, section))
         return bundle
@@ -56,9 +57,20 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     if recipe.pseudo:
         sizes["distinct_layers"] = recipe.pseudo.layers
     config = ModelConfig.preset(section.preset or "", **sizes)
-    length = section.max_length or recipe.train.row_length
+    length = _longest(config, section.max_length, recipe.train.row_length)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec))
+
+
+def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
+    """Positions that an example may have: what is asked for, else the rows' or, if learned ones end before, theirs."""
+    most = config.max_position_embeddings if config.positions == "learned" else None
+    if asked and most and asked > most:
+        raise UsageError(
+            f"model.max_length is {asked:,}; the model has {most:,} positions (model.sizes.max_position_embeddings), and "
+            "learned ones end there."
+        )
+    return asked or min(otherwise, most or otherwise)
 
 
 def _fitting(codec: PictureCodec, bundle: Bundle, section: ModelSection) -> PictureCodec:

@@ -15,7 +15,7 @@ from openm6.train.distributed import process_group
 from openm6.train.meters import carbon_intensity
 from openm6.train.trainer import DIVERGED, Trainer, train
 from tests.tasks.conftest import picture
-from tests.train.conftest import PowerCutError, cut_at, logged, losses, tiny_recipe
+from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
 
 
 def test_the_loss_falls_and_a_usable_model_is_left(tmp_path: Path) -> None:
@@ -127,6 +127,18 @@ def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) ->
     labels = m6.tasks["image_classification"].labels["label"]
     assert 1 < len(labels) <= 8
     assert m6.run("image_classification", photo=picture()) in labels
+
+
+def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
+    model: dict[str, Any] = {
+        "preset": "demo", "sizes": {**SIZES, "positions": "learned", "max_position_embeddings": 64},
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="max_length is 65; the model has 64 positions"):
+        train(tiny_recipe(tmp_path, model={**model, "max_length": 65}))
+    made = train(tiny_recipe(tmp_path, model=model, steps=3))
+    assert Bundle.load(made).processor.max_length == 64  # rows are of 96
+    with pytest.raises(UsageError, match="max_length is 65; the model has 64 positions"):
+        train(tiny_recipe(tmp_path / "on", model={"path": str(made), "max_length": 65}))
 
 
 def test_another_shape_in_the_same_folder_is_refused(tmp_path: Path) -> None:
