@@ -67,8 +67,8 @@ def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
     most = config.max_position_embeddings if config.positions == "learned" else None
     if asked and most and asked > most:
         raise UsageError(
-            f"model.max_length is {asked:,}; the model has {most:,} positions (model.sizes.max_position_embeddings), and "
-            "learned ones end there."
+            f"model.max_length is {asked:,}; the model has {most:,} positions (model.sizes.max_position_embeddings), "
+            "and learned ones end there."
         )
     return asked or min(otherwise, most or otherwise)
 
