@@ -36,7 +36,7 @@ def alike(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def test_a_record_has_three_pictures_a_caption_and_the_names_of_its_garment() -> None:
-    assert PICTURES == {"train": 8000, "validation": 400, "test": 400}
+    assert PICTURES == {"train": 24_000, "validation": 400, "test": 400}
     records = open_figures("train", pictures=30)
     assert len(records) == 30
     assert records.columns == ("person", "garment", "result", "category", "colour", "pattern", "caption")
