@@ -155,7 +155,9 @@ ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE - 0.5
 
 def ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
     """A background, float32 [SIDE, SIDE, 3]: a gradient of two tints, neither close to an item's colour."""
-    far = [g for g in _GROUNDS if all(_distance(g, c) > FAR for c in colours)]
+    near = {g: min((_distance(g, c) for c in colours), default=math.inf) for g in _GROUNDS}
+    # Colours of any kind may leave none.
+    far = [g for g in _GROUNDS if near[g] > FAR] or [max(_GROUNDS, key=near.__getitem__)]
     first = np.array(far[rng.integers(len(far))], np.float32) + rng.uniform(-10, 10, 3)
     second = first + rng.uniform(-26, 26) + rng.uniform(-12, 12, 3)
     angle = rng.uniform(0, 2 * math.pi)
@@ -167,12 +169,14 @@ def _distance(a: RGB, b: RGB) -> float:
     return math.dist(a, b)
 
 
-def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT) -> Look:
-    """How an item of this size is made, at random."""
+def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT, colour: RGB | None = None) -> Look:
+    """How an item of this size is made, at random; of another `colour` than its own where one is given."""
     angle, mirror = rng.uniform(-manner.tilt, manner.tilt), 1 - 2 * int(rng.integers(2))
     wide, high = rng.uniform(0.86, 1.0), rng.uniform(0.86, 1.0)
     variant = int(rng.integers(_VARIANTS))
-    return Look(angle, mirror, wide, high, variant, _marks(one, rng, manner), *_tones(COLOURS[one.item.colour], rng))
+    return Look(
+        angle, mirror, wide, high, variant, _marks(one, rng, manner), *_tones(colour or COLOURS[one.item.colour], rng)
+    )
 
 
 def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> None:

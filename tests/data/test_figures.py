@@ -9,7 +9,8 @@ from PIL import Image
 from openm6.data.catalogue import HELD_OUT
 from openm6.data.columns import map_columns
 from openm6.data.draw import COLOURS, PATTERNS, SIDE, Item, Placed, look_of
-from openm6.data.figures import GARMENTS, PICTURES, SPLITS, clothes_for, figure_of, open_figures, paint, record, worn
+from openm6.data.figures import GARMENTS, PICTURES, clothes_for, figure_of, open_figures, record
+from openm6.data.people import paint, worn
 from openm6.data.phrases import attributes_in
 from openm6.data.source import open_source
 from openm6.data.store import iterate
@@ -36,10 +37,10 @@ def alike(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def test_a_record_has_three_pictures_a_caption_and_the_names_of_its_garment() -> None:
-    assert PICTURES == {"train": 24_000, "validation": 400, "test": 400}
+    assert PICTURES == {"train": 24_000, "validation": 400, "test": 400, "varied": 24_000}
     records = open_figures("train", pictures=30)
     assert len(records) == 30
-    assert records.columns == ("person", "garment", "result", "category", "colour", "pattern", "caption")
+    assert records.columns == ("person", "garment", "result", "category", "pattern", "colour", "caption")
     for found in iterate(records):
         for name in ("person", "garment", "result"):
             assert found[name][:2] == b"\xff\xd8" and pixels(found[name]).shape == (SIDE, SIDE, 3)
@@ -58,7 +59,17 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others() -> None:
         assert other["person"] != record(3, "train", 7)["person"]
 
 
-@pytest.mark.parametrize("split", SPLITS)
+def test_varied_garments_have_colours_of_their_own() -> None:
+    rows = open_figures("varied", pictures=60)
+    assert set(rows.columns) == {"person", "garment", "result", "category", "pattern"}
+    for found in iterate(rows):
+        if found["pattern"] == "纯色":
+            laid = pixels(found["garment"])
+            middle = np.median(laid[24:40, 28:36].reshape(-1, 3), 0)
+            assert min(np.linalg.norm(middle - np.array(named)) for named in COLOURS.values()) > 12
+
+
+@pytest.mark.parametrize("split", ("train", "validation", "test"))
 def test_only_the_test_split_shows_the_combinations_held_out_by_the_catalogue(split: str) -> None:
     assert all((item_of(record(0, split, i)) in HELD_OUT) == (split == "test") for i in range(30))
     rng = np.random.default_rng(0)
