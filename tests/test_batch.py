@@ -348,12 +348,19 @@ def test_the_page_takes_verdicts_and_gives_labels(bundle: Bundle, tmp_path: Path
     page = tmp_path / "batch" / "review.html"
     acting = page.with_name("acting.html")
     acting.write_text(page.read_text("utf-8").replace("</script></body>", f"{_ACTIONS}</script></body>"), "utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--dump-dom", acting.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    told = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)
-    assert told, done.stdout[-2000:]
+
+    def visit(number: int, which: Path) -> str:
+        profile = f"--user-data-dir={tmp_path / f'profile-{number}'}"
+        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", which.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    # What a page keeps reaches the disk a little later; this browser may be gone before. Then all is done once more.
+    for number in range(5):
+        shown, again = visit(number, acting), visit(number, page)
+        if "1 accepted, 2 rejected" in again:
+            break
+    told = re.search(r'<pre id="out">(.*?)</pre>', shown, re.S)
+    assert told, shown[-2000:]
     found = json.loads(html.unescape(told[1]))
     files = [row["file"] for row in rows(tmp_path)]
     assert [json.loads(line) for line in found["labels"].splitlines()] == [
@@ -367,10 +374,7 @@ def test_the_page_takes_verdicts_and_gives_labels(bundle: Bundle, tmp_path: Path
     # What it gave can be joined, and the next visit goes on.
     (tmp_path / "labels.jsonl").write_text(found["labels"], "utf-8")
     assert write_labelled(tmp_path / "batch", tmp_path / "labels.jsonl")["labelled"] == 3
-    again = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert f"1 accepted, 2 rejected, {len(files) - 3} to go" in again.stdout
+    assert f"1 accepted, 2 rejected, {len(files) - 3} to go" in again
 
 
 @pytest.mark.slow

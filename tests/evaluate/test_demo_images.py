@@ -27,7 +27,7 @@ class Reader(Judge):
         super().__init__(BUNDLE, "product_attributes")
         self.answer, self.shown = answer, []
 
-    def read(self, pictures: Any) -> list[Any]:
+    def read(self, pictures: Any, given: Any = None) -> list[Any]:
         self.shown += [np.asarray(p) for p in pictures]
         return [self.answer for _ in pictures]
 
