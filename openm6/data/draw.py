@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,6 +27,7 @@ _MARGIN = 0.06  # free border of the mask, so that resampling does not cut the e
 _VARIANTS = 5  # outlines a category
 
 RGB = tuple[int, int, int]
+Colour = tuple[float, ...]
 Marks = Callable[[np.ndarray, np.ndarray], np.ndarray | float]
 """How much of the marks' tone lies on the points (u, v) of an item, 0 to 1; it fills the unit square about (0, 0)."""
 
@@ -155,18 +156,18 @@ ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE - 0.5
 
 def ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
     """A background, float32 [SIDE, SIDE, 3]: a gradient of two tints, neither close to an item's colour."""
-    near = {g: min((_distance(g, c) for c in colours), default=math.inf) for g in _GROUNDS}
-    # Colours of any kind may leave none.
-    far = [g for g in _GROUNDS if near[g] > FAR] or [max(_GROUNDS, key=near.__getitem__)]
-    first = np.array(far[rng.integers(len(far))], np.float32) + rng.uniform(-10, 10, 3)
+    first = np.array(apart(_GROUNDS, colours, rng, FAR), np.float32) + rng.uniform(-10, 10, 3)
     second = first + rng.uniform(-26, 26) + rng.uniform(-12, 12, 3)
     angle = rng.uniform(0, 2 * math.pi)
     ramp = (COLUMNS * math.cos(angle) + ROWS * math.sin(angle) + 0.7) / 1.4
     return np.float32(first) + ramp[:, :, None] * np.float32(second - first)
 
 
-def _distance(a: RGB, b: RGB) -> float:
-    return math.dist(a, b)
+def apart(choices: tuple[RGB, ...], colours: Sequence[Colour], rng: np.random.Generator, least: float = 60.0) -> RGB:
+    """One that stands out from these colours, by more than `least`; the farthest where none does."""
+    far = {choice: min((math.dist(choice, colour) for colour in colours), default=math.inf) for choice in choices}
+    good = [choice for choice in choices if far[choice] > least] or [max(choices, key=far.__getitem__)]
+    return good[rng.integers(len(good))]
 
 
 def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT, colour: RGB | None = None) -> Look:

@@ -22,8 +22,8 @@ import numpy as np
 
 from openm6.data import draw
 from openm6.data.catalogue import combinations
-from openm6.data.draw import COLOURS, RGB, Item, Look, Manner, Placed
-from openm6.data.people import Colour, Figure, Point, paint
+from openm6.data.draw import COLOURS, RGB, Colour, Item, Look, Manner, Placed
+from openm6.data.people import Figure, Point, paint
 from openm6.data.phrases import MEASURES
 from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
 
@@ -62,12 +62,12 @@ _CAPTIONS = (
 
 def figure_of(tint: Colour, rng: np.random.Generator) -> Figure:
     """Somebody who stands out from a background of this tint."""
-    skin = _apart(_SKINS, [tint], rng)
+    skin = draw.apart(_SKINS, [tint], rng)
     return Figure(
         x=0.5 + rng.uniform(-0.04, 0.04), size=rng.uniform(0.94, 1.0), build=rng.uniform(0.98, 1.12),
         lean=rng.uniform(-0.16, 0.16), stance=rng.uniform(-0.005, 0.045), arms=(_arm(rng), _arm(rng)),
-        haircut=_HAIRCUTS[rng.integers(len(_HAIRCUTS))], hair=_apart(_HAIRS, [skin], rng), skin=skin,
-        shoes=_apart(_SHOES, [tint], rng),
+        haircut=_HAIRCUTS[rng.integers(len(_HAIRCUTS))], hair=draw.apart(_HAIRS, [skin], rng), skin=skin,
+        shoes=draw.apart(_SHOES, [tint], rng),
     )  # fmt: skip
 
 
@@ -75,13 +75,6 @@ def _arm(rng: np.random.Generator) -> Point:
     """Hanging, raised, or with the hand on the hip."""
     low, high, fore_low, fore_high = ((6, 35, -6, 40), (35, 70, 140, 175), (38, 50, -50, -35))[rng.choice(3, p=_POSES)]
     return math.radians(rng.uniform(low, high)), math.radians(rng.uniform(fore_low, fore_high))
-
-
-def _apart(choices: tuple[RGB, ...], colours: list[Colour], rng: np.random.Generator) -> RGB:
-    """One that stands out from these colours; the farthest where none does well."""
-    far = {choice: min(math.dist(choice, colour) for colour in colours) for choice in choices}
-    good = [choice for choice in choices if far[choice] > 60] or [max(choices, key=far.__getitem__)]
-    return good[rng.integers(len(good))]
 
 
 def _some(split: str, category: str, rng: np.random.Generator, but: Item | None = None) -> Item:
@@ -119,14 +112,18 @@ def record(seed: int, split: str, index: int) -> Record:
     item = _some(split, GARMENTS[rng.integers(len(GARMENTS))], rng)
     laid = Placed(item, 0.5 + rng.uniform(-0.03, 0.03), 0.5 + rng.uniform(-0.03, 0.03), rng.uniform(0.78, 0.9))
     varied = split == "varied"
-    colour = _free_colour(rng) if varied else COLOURS[item.colour]
+
+    def colour_of(one: Item) -> RGB:
+        return _free_colour(rng) if varied else COLOURS[one.colour]
+
+    colour = colour_of(item)
     look = draw.look_of(laid, rng, MANNER, colour)
     clothes = clothes_for(split, item, rng)
-    colours = {kind: _free_colour(rng) if varied else COLOURS[one.colour] for kind, one in clothes.items() if one}
+    colours = {kind: colour_of(one) for kind, one in clothes.items() if one}
     room, table = draw.ground([colour, *colours.values()], rng), draw.ground([colour], rng)
     tint = tuple(room.mean((0, 1)).tolist())
     figure = figure_of(tint, rng)
-    plain = _underclothes(_apart(_UNDERCLOTHES, [tint, figure.skin], rng))
+    plain = _underclothes(draw.apart(_UNDERCLOTHES, [tint, figure.skin], rng))
     before = {
         kind: draw.look_of(Placed(one, 0.5, 0.5, 0.84), rng, MANNER, colours[kind]) if one else plain
         for kind, one in clothes.items()

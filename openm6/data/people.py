@@ -16,7 +16,6 @@ _UNIT = 0.7  # side of a garment's unit square on a person, of the picture's: ma
 _EYES: RGB = (52, 32, 32)
 
 Point = tuple[float, float]
-Colour = tuple[float, ...]
 
 # Heights of a standing figure in the unit square; x is counted from its middle.
 _HEAD, _SHOULDER, _WAIST, _HIP, _FOOT, _GROUND = 0.145, 0.275, 0.44, 0.57, 0.945, 0.975

@@ -307,16 +307,19 @@ class M6(Network):
             raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
-        return x_BTD if batch.cells is None else x_BTD + self._at(batch.cells).to(x_BTD.dtype)
+        return self._at(x_BTD, batch.cells)
 
     def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
         x_BND = self.embed(ids_BN)
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
-        return x_BND if cells is None else x_BND + self._at(cells).to(x_BND.dtype)
+        return self._at(x_BND, cells)
 
-    def _at(self, cells: Tensor) -> Tensor:
-        return cell_features(cells, self.config.hidden_size, self.config.initializer_range)
+    def _at(self, x: Tensor, cells: Tensor | None) -> Tensor:
+        """With the rows and columns of a picture's codes, in the precision that x has."""
+        if cells is None:
+            return x
+        return x + cell_features(cells, self.config.hidden_size, self.config.initializer_range).to(x.dtype)
 
     def layers(self) -> list[Block]:
         """The blocks in the order in which they are applied; a shared one several times."""
