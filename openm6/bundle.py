@@ -194,7 +194,6 @@ class Bundle:
                 self.prompt(task, slots),
                 self.processor.tokenizer.end_id,
                 options,
-                task.allowed(self.processor),
             ):
                 ids.append(token)
                 text = self.processor.tokenizer.decode(ids)
@@ -325,12 +324,10 @@ class Bundle:
     def generate(
         self, task: Task, prompts: list[Sequence], batch_size: int = 64, decoding: Mapping[str, Any] | None = None
     ) -> list[Generated]:
-        """Decode prompts of one task with its defaults, its constraint and this model's precision."""
+        """Decode prompts of one task with its defaults and this model's precision."""
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         with self.precision():
-            return generate(
-                self.model, prompts, self.processor.tokenizer.end_id, options, task.allowed(self.processor), batch_size
-            )
+            return generate(self.model, prompts, self.processor.tokenizer.end_id, options, batch_size)
 
     def read(self, task: Task, generated: Generated) -> Any:
         """The value of a task's one output, or the dict of its outputs."""

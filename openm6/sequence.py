@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Sequence as Items
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,12 @@ class Picture:
     patches: int
 
 
+class Constraint(Protocol):
+    """Which ids may follow the ids generated so far (a trie over labels, say)."""
+
+    def next(self, prefix: Items[int]) -> Items[int]: ...
+
+
 @dataclass(slots=True)
 class Sequence:
     """One example, T positions.
@@ -52,6 +58,7 @@ class Sequence:
     task, origin        names of the task and of the data source, for the losses by task and by source
     codes               the places of a drawn picture's codes, if there is one
     weight              of each of its labels in the loss
+    constraint          of a prompt: what may be written after it
     """
 
     ids: np.ndarray
@@ -62,6 +69,7 @@ class Sequence:
     origin: str = ""
     codes: range | None = None
     weight: float = 1.0
+    constraint: Constraint | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

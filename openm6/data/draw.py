@@ -180,8 +180,8 @@ def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT, co
     )
 
 
-def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> None:
-    """Lay one item over the canvas."""
+def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Lay one item over the canvas. Returns its box: left, top, right, bottom as shares of the side."""
     angle = look.angle
     # The part of the picture that the item can touch; beyond it nothing is computed.
     reach = one.size * 0.5 * (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.02
@@ -213,6 +213,12 @@ def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -
     part *= (1 - body - trim)[:, :, None]
     for share, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
         part += (share * light)[:, :, None] * colour
+    covered = body + trim > 0.5
+    across, down = np.flatnonzero(covered.any(0)), np.flatnonzero(covered.any(1))
+    return (
+        float(x0 + across[0]) / SIDE, float(y0 + down[0]) / SIDE,
+        float(x0 + across[-1] + 1) / SIDE, float(y0 + down[-1] + 1) / SIDE,
+    )  # fmt: skip
 
 
 def half(field: np.ndarray) -> np.ndarray:

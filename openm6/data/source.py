@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -56,20 +57,19 @@ def open_source(
 ) -> Source:
     """Open data by its name.
 
-    `demo:catalogue/train`, `demo:questions/test`, `demo:texts/train` (options: `?pictures=500&seed=1`),
-    `tryon/train`, `logos/train`, `pets/train` (the same options), `digits/train`, `digits/test`, or a path, URL or glob
-    in a format of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and
-    again only when they change. With `stream` a Parquet source is read in passing and never copied.
+    `demo:catalogue/train`, `demo:questions/test` (options: `?pictures=500&seed=1`), `market:copy/train`
+    (`?records=500`), `scenes/train`, `tryon/test` and the others of `_BUILT_IN`, or a path, URL or glob in a format of
+    `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
+    when they change. With `stream` a Parquet source is read in passing and never copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
     Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
     """
     name = str(spec)
-    kind = name.partition("?")[0].partition("/")[0].rstrip(":")
-    if name.startswith("demo:") or (kind in ("digits", "logos", "pets", "tryon") and not Path(name).exists()):
+    if kind := _kind(name):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
-        return Source(name, _built_in(name), limit=limit)
+        return Source(name, _built_in(kind, name), limit=limit)
     if stream:
         from openm6.data.parquet import ParquetRows
 
@@ -86,46 +86,44 @@ def open_source(
     return Source(name, records, rejected, limit)
 
 
-def _built_in(name: str) -> Records:
+_BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "demo": ("catalogue", "open_catalogue", ("seed", "pictures")),
+    "digits": ("digits", "open_digits", ()),
+    "logos": ("logos", "open_logos", ("seed", "pictures", "side")),
+    "market": ("market", "open_market", ("seed", "records")),
+    "pets": ("pets", "open_pets", ("seed", "pictures")),
+    "scenes": ("scenes", "open_scenes", ("seed", "pictures")),
+    "tryon": ("figures", "open_figures", ("seed", "pictures")),
+    "writing": ("writing", "open_writing", ("seed", "records")),
+}
+"""What is made on the spot: module of this package, function, options. Those in `_WITH_VIEWS` have parts."""
+
+_WITH_VIEWS = ("demo", "market")
+
+
+def _kind(name: str) -> str | None:
+    """Which of the built-in data a name means, if any: `demo:VIEW/SPLIT` or `pets/SPLIT`, each with `?option=value`."""
+    place = name.partition("?")[0]
+    kind = place.partition(":")[0] if ":" in place else place.partition("/")[0]
+    if kind not in _BUILT_IN or (":" in place) != (kind in _WITH_VIEWS) or (":" not in place and Path(name).exists()):
+        return None
+    return kind
+
+
+def _built_in(kind: str, name: str) -> Records:
     place, _, query = name.partition("?")
+    module, function, known = _BUILT_IN[kind]
     options = dict(parse_qsl(query, keep_blank_values=True))
-    if place.startswith("digits"):
-        from openm6.data.digits import open_digits
-
-        _no_more(name, options)
-        return open_digits(place.partition("/")[2] or "train")
-    try:
-        seed, pictures = int(options.pop("seed", 0)), int(options.pop("pictures", 0)) or None
-        side = int(options.pop("side", 0)) or None if place.startswith("logos") else None
-        if seed < 0 or (pictures or 0) < 0:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"{name}: seed, pictures and side have to be whole numbers, not negative.") from None
-    _no_more(name, options)
-    view, _, split = place.removeprefix("demo:").partition("/")
-    if place.startswith("logos"):
-        from openm6.data.logos import open_logos
-
-        return open_logos(split or "train", seed, pictures, side)
-    if place.startswith("pets"):
-        from openm6.data.pets import open_pets
-
-        return open_pets(split or "train", seed, pictures)
-    if not place.startswith("demo:"):
-        from openm6.data.figures import open_figures
-
-        return open_figures(split or "train", seed, pictures)
-    from openm6.data.catalogue import open_catalogue
-
-    return open_catalogue(view, split or "train", seed, pictures)
-
-
-def _no_more(name: str, options: dict[str, str]) -> None:
-    if options:
-        raise UsageError(
-            f"{name}: unknown option {', '.join(options)}; the demo, logo, pet and try-on data know seed and "
-            "pictures, the logos side too, the digits none."
-        )
+    if unknown := ", ".join(options.keys() - set(known)):
+        raise UsageError(f"{name}: unknown option {unknown}; {kind} knows {', '.join(known) or 'none'}.")
+    if any(not (value.isascii() and value.isdigit()) for value in options.values()):
+        raise UsageError(f"{name}: {', '.join(options)} have to be whole numbers, not negative.")
+    numbers = {key: int(value) for key, value in options.items()}
+    chosen = {key: value for key, value in numbers.items() if value or key == "seed"}  # 0 pictures: as many as usual
+    view, _, split = place.removeprefix(kind).lstrip(":").partition("/")
+    views = (view,) if kind in _WITH_VIEWS else ()
+    records: Records = getattr(import_module(f"openm6.data.{module}"), function)(*views, split or "train", **chosen)
+    return records
 
 
 def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[ArrowRecords, tuple[Reject, ...]]:

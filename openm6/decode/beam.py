@@ -6,15 +6,13 @@ from collections.abc import Sequence as Items
 
 import torch
 
-from openm6.decode.generate import Constraint, Decoding, Generated, check_room, constrain
+from openm6.decode.generate import Decoding, Generated, check_room, constrain
 from openm6.model import M6
 from openm6.sequence import Sequence, pad
 
 
 @torch.inference_mode()
-def beam_search(
-    model: M6, prompts: Items[Sequence], end_id: int, decoding: Decoding, constraint: Constraint | None
-) -> list[Generated]:
+def beam_search(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decoding) -> list[Generated]:
     """The best finished beam of every prompt, by log-probability / length ** length_penalty.
 
     Each prompt keeps `num_beams` open beams. Of the 2 x num_beams best continuations those that end are set
@@ -34,15 +32,20 @@ def beam_search(
     beams: list[list[list[int]]] = [[[] for _ in range(width)] for _ in prompts]
     ended: list[list[tuple[float, Generated]]] = [[] for _ in prompts]
     done = [False] * count
+    constrained = any(prompt.constraint is not None for prompt in prompts)
 
     def final(score: float, length: int) -> float:
         return score / max(length, 1) ** decoding.length_penalty
 
     for step in range(decoding.max_new_tokens):
         logits = model.logits(hidden)
-        if constraint is not None:
+        if constrained:
             dead = [end_id]
-            allowed = [constraint.next(b) or dead for beam in beams for b in beam]
+            allowed = [
+                None if prompt.constraint is None else prompt.constraint.next(b) or dead
+                for prompt, beam in zip(prompts, beams, strict=True)
+                for b in beam
+            ]
             logits = constrain(logits, allowed)
         totals = scores[:, :, None] + logits.log_softmax(-1).view(count, width, -1)
         vocabulary = totals.shape[-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,6 @@ from openm6.model import M6
 from openm6.sequence import Sequence, pad
 
 T = TypeVar("T")
-
-
-class Constraint(Protocol):
-    """Which ids may follow the ids generated so far (a trie over labels, say)."""
-
-    def next(self, prefix: Items[int]) -> Items[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +85,6 @@ def generate(
     prompts: Items[Sequence],
     end_id: int,
     decoding: Decoding | None = None,
-    constraint: Constraint | None = None,
     batch_size: int = 64,
 ) -> list[Generated]:
     """Continue every prompt (a Sequence that ends where the answer begins). Results in the prompts' order.
@@ -107,22 +100,20 @@ def generate(
         if decoding.num_beams > 1:
             from openm6.decode.beam import beam_search
 
-            answers = beam_search(model, group, end_id, decoding, constraint)
+            answers = beam_search(model, group, end_id, decoding)
         else:
-            answers = _batch(model, group, chosen, end_id, decoding, constraint)
+            answers = _batch(model, group, chosen, end_id, decoding)
         for index, answer in zip(chosen, answers, strict=True):
             results[index] = answer
     return [r for r in results if r is not None]
 
 
-def stream(
-    model: M6, prompt: Sequence, end_id: int, decoding: Decoding | None = None, constraint: Constraint | None = None
-) -> Iterator[int]:
+def stream(model: M6, prompt: Sequence, end_id: int, decoding: Decoding | None = None) -> Iterator[int]:
     """The ids of one answer as they are decided (not with beams: a beam may still change its mind)."""
     decoding = decoding or Decoding()
     if decoding.num_beams > 1:
         raise UsageError("Beam search cannot stream: its first token is decided last. Use num_beams=1.")
-    for tokens, _, _ in _steps(model, [prompt], [0], end_id, decoding, constraint):
+    for tokens, _, _ in _steps(model, [prompt], [0], end_id, decoding):
         token = int(tokens[0])
         if token != end_id:
             yield token
@@ -134,11 +125,10 @@ def _batch(
     numbers: list[int],
     end_id: int,
     decoding: Decoding,
-    constraint: Constraint | None,
 ) -> list[Generated]:
     ids: list[list[int]] = [[] for _ in prompts]
     scores, finished = [0.0] * len(prompts), [False] * len(prompts)
-    for tokens, log_probs, rows in _steps(model, prompts, numbers, end_id, decoding, constraint):
+    for tokens, log_probs, rows in _steps(model, prompts, numbers, end_id, decoding):
         for token, log_prob, row in zip(tokens.tolist(), log_probs.tolist(), rows, strict=True):
             scores[row] += log_prob
             if token == end_id:
@@ -155,7 +145,6 @@ def _steps(
     numbers: list[int],
     end_id: int,
     decoding: Decoding,
-    constraint: Constraint | None,
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Yields (tokens, log-probabilities, rows) of the rows that still run, until all have ended."""
     longest = max(len(p) for p in prompts)
@@ -165,16 +154,17 @@ def _steps(
     rows = list(range(len(prompts)))
     choose = Chooser(decoding, numbers)
     prefixes: list[list[int]] = [[] for _ in prompts]
+    constrained = any(prompt.constraint is not None for prompt in prompts)
     for left in range(decoding.max_new_tokens, 0, -1):
         logits = model.logits(hidden)
-        if constraint is not None:
-            logits = constrain(logits, [constraint.next(prefixes[r]) for r in rows])
+        if constrained:
+            logits = constrain(logits, [_next(prompts[r], prefixes[r]) for r in rows])
         tokens, log_probs = choose(logits, rows)
         yield tokens, log_probs, rows
         running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
         if not running or left == 1:
             return
-        if constraint is not None:
+        if constrained:
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 prefixes[row].append(token)
         if len(running) < len(rows):
@@ -194,11 +184,15 @@ def check_room(model: M6, prompt: int, new: int) -> None:
         )
 
 
-def constrain(logits: Tensor, allowed: list[Items[int]]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf."""
+def _next(prompt: Sequence, prefix: list[int]) -> Items[int] | None:
+    return None if prompt.constraint is None else prompt.constraint.next(prefix)
+
+
+def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
+    """Logits [B, V] with everything but the allowed ids of each row at -inf; None allows all."""
     mask = torch.ones_like(logits, dtype=torch.bool)
     for row, ids in enumerate(allowed):
-        mask[row, torch.as_tensor(list(ids), device=logits.device)] = False
+        mask[row, slice(None) if ids is None else torch.as_tensor(list(ids), device=logits.device)] = False
     return logits.masked_fill(mask, float("-inf"))
 
 

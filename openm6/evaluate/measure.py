@@ -12,6 +12,7 @@ from openm6.bundle import Bundle
 from openm6.errors import DataError
 from openm6.sequence import Sequence
 from openm6.tasks.metrics import Score, bootstrap, score
+from openm6.tasks.slots.box import as_box
 from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
@@ -67,6 +68,7 @@ def evaluate(
     """
     started = time.perf_counter()
     output = task.outputs[0]
+    kind = task.slots[output].type
     kept: list[Record] = []
     prompts: list[Sequence] = []
     rejected, reason = 0, "there are no records"
@@ -91,7 +93,7 @@ def evaluate(
             kept[part], bundle.generate(task, prompts[part], batch_size, decoding), strict=True
         ):
             answer = task.read(generated.ids, bundle.processor)[output]
-            cases.append(Case(record, str(answer), references(record[output])))
+            cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
             on_progress(len(cases))
     given, wanted = [c.answer for c in cases], [c.references for c in cases]
@@ -105,7 +107,10 @@ def evaluate(
     return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
 
 
-def references(value: Any) -> list[str]:
+def references(value: Any, kind: str = "text") -> list[str]:
+    """What is right: each of a list, but for a box, which is a list itself."""
+    if kind == "box":
+        return [str(as_box(value))]
     return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
@@ -113,7 +118,8 @@ def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: in
     """exp of the mean negative log-probability of the target's tokens (the end token too), with a bootstrap
     interval over records. Of several references the first is scored."""
     output = task.outputs[0]
-    first = [{**r, output: references(r[output])[0]} for r in records]
+    kind = task.slots[output].type
+    first = [{**r, output: references(r[output], kind)[0]} for r in records]
     losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size))
     low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
     return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))

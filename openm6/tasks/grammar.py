@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from openm6.errors import UsageError, suggest
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
-    "text": frozenset({"mask", "prefix", "drop"}),
+    "text": frozenset({"mask", "prefix", "drop", "verse"}),
     "image": frozenset({"drop"}),
     "label": frozenset({"set", "drop"}),
     "table": frozenset({"drop"}),
@@ -28,7 +28,8 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     "vector": frozenset({"drop"}),
 }
 """The slot types, and what may be said about a slot of each. `mask`, `prefix` and `drop` are corruptions
-(see `corrupt`) and belong on the left; `set` lists the labels."""
+(see `corrupt`) and belong on the left; `set` lists the labels; `verse` belongs on the right, and names the slot on the
+left that tells the text's form (see `forms`)."""
 
 _CORRUPTIONS = ("mask", "prefix", "drop")
 _RESERVED = ("self", "task", "decoding")  # keywords of Bundle.run
@@ -44,12 +45,14 @@ class Slot:
     prefix: bool = False
     drop: float = 0.0
     labels: tuple[str, ...] = ()
+    verse: str = ""
 
     def __str__(self) -> str:
         parts = [self.type if self.name == self.type else f"{self.type}:{self.name}"]
         parts += [f"{key}={value!r}" for key, value in (("mask", self.mask), ("drop", self.drop)) if value]
         parts += ["prefix"] if self.prefix else []
         parts += ["set=" + ",".join(self.labels)] if self.labels else []
+        parts += [f"verse={self.verse}"] if self.verse else []
         return f"[{'|'.join(parts)}]"
 
 
@@ -81,7 +84,11 @@ def parse(text: str) -> Instruction:
         for attribute in _CORRUPTIONS:
             if getattr(slot, attribute):
                 raise _error(text, place, f"`{attribute}` belongs to a slot on the left, not to one that is written")
+        if slot.verse and slot.verse not in {part.name for part, _ in source if isinstance(part, Slot)}:
+            raise _error(text, place, f"verse={slot.verse} names no slot on the left")
     for part, place in source:
+        if isinstance(part, Slot) and part.verse:
+            raise _error(text, place, "`verse` belongs to a slot that is written, on the right")
         if isinstance(part, Slot) and part.name in written and written[part.name][0].type != part.type:
             raise _error(text, place, f"{part.name} is of type {part.type} here and {written[part.name][0].type} there")
     return Instruction(text, tuple(part for part, _ in source), tuple(part for part, _ in target))
@@ -136,7 +143,7 @@ def _slot(text: str, start: int, stop: int) -> Slot:
     if not name.isidentifier() or name.startswith("_") or name in _RESERVED:
         problem = f"{name!r} cannot name a slot: take letters, digits and _, a letter first"
         raise _error(text, start + len(kind) + 1, f"{name!r} is reserved" if name in _RESERVED else problem)
-    found: dict[str, float | bool | tuple[str, ...]] = {}
+    found: dict[str, float | bool | str | tuple[str, ...]] = {}
     place = start + len(head) + 1
     for attribute in attributes:
         key, equals, value = attribute.partition("=")
@@ -150,6 +157,8 @@ def _slot(text: str, start: int, stop: int) -> Slot:
             if equals:
                 raise _error(text, place + len(key), "prefix takes no value")
             found[key] = True
+        elif key == "verse":
+            found[key] = value.strip()
         elif key == "set":
             labels = tuple(label.strip() for label in value.split(","))
             if not all(labels) or len(set(labels)) < len(labels):

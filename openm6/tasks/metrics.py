@@ -8,10 +8,15 @@ Perplexity is not among them: it comes from the loss, not from answers.
     bleu          corpus BLEU-4, 0 to 100 (sacrebleu, tokenize="zh": each Chinese character is a word)
     rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the reference it fits best (rouge-chinese)
     cider         mean CIDEr-D, 0 to 10, of characters (pycocoevalcap; papers print it times 100)
+    same_form     share of the answers whose lines have as many characters as a reference's, one by one
+    spearman      rank correlation of numbers, -1 to 1 (an answer that is no number counts as 0)
+    iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
+    found         share of the boxes that overlap the reference by 0.5 or more
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -101,8 +106,60 @@ def cider(predictions: list[str], references: list[list[str]]) -> Values:
     return Values.mean([float(v) for v in examples])
 
 
+def same_form(predictions: list[str], references: list[list[str]]) -> Values:
+    def form(text: str) -> list[int]:
+        return [len(line) for line in re.split(r"[，。；！？,.;!?\n]+", text.strip()) if line]
+
+    return Values.mean([float(form(p) in map(form, wanted)) for p, wanted in zip(predictions, references, strict=True)])
+
+
+def spearman(predictions: list[str], references: list[list[str]]) -> Values:
+    from scipy.stats import spearmanr
+
+    def number(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            return 0.0
+
+    pairs = np.array([(number(p), number(w[0])) for p, w in zip(predictions, references, strict=True)])
+
+    def corpus(rows: np.ndarray) -> float:
+        said, wanted = pairs[rows].T
+        if said.min() == said.max() or wanted.min() == wanted.max():  # no order to agree with
+            return 0.0
+        return float(spearmanr(said, wanted).statistic)
+
+    return Values(-np.abs(pairs[:, 0] - pairs[:, 1]), corpus)
+
+
+def iou(predictions: list[str], references: list[list[str]]) -> Values:
+    return Values.mean(_overlaps(predictions, references))
+
+
+def found(predictions: list[str], references: list[list[str]]) -> Values:
+    return Values.mean([float(share >= 0.5) for share in _overlaps(predictions, references)])
+
+
+def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """Of boxes written as JSON lists of left, top, right, bottom."""
+
+    def overlap(first: list[float], second: list[float]) -> float:
+        width = min(first[2], second[2]) - max(first[0], second[0])
+        height = min(first[3], second[3]) - max(first[1], second[1])
+        both = max(0.0, width) * max(0.0, height)
+        areas = [max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (first, second)]
+        return both / (sum(areas) - both) if sum(areas) > both else 0.0
+
+    return [
+        max(overlap(json.loads(p), json.loads(w)) for w in wanted)
+        for p, wanted in zip(predictions, references, strict=True)
+    ]
+
+
 METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
     "accuracy": accuracy, "exact_match": exact_match, "bleu": bleu, "rouge_l": rouge_l, "cider": cider,
+    "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
 }  # fmt: skip
 
 

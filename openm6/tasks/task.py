@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from openm6.errors import DataError, UsageError, suggest
-from openm6.sequence import Sequence
+from openm6.sequence import Constraint, Sequence
 from openm6.tasks import corrupt, drawn, target
+from openm6.tasks.forms import Digits, Verse, form_of
 from openm6.tasks.grammar import Instruction, Slot, parse
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import TYPES, image
+from openm6.tasks.slots import TYPES, box, image
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.trie import Trie
 from openm6.tokenizer import Tokenizer
@@ -212,7 +213,9 @@ class Task:
                 count = 0 if processor.codec is None else processor.codec.side**2
                 return drawn.begin(lay_out(pieces, None, processor, self.name, count + 1), processor.tokenizer)
             reserve = int(self.decode.get("max_new_tokens", 0))
-            return lay_out(pieces, None, processor, self.name, reserve)
+            prompt = lay_out(pieces, None, processor, self.name, reserve)
+            prompt.constraint = self.allowed(processor, record)
+            return prompt
         written = {}
         for slot in _slots(instruction.target).values():
             value = complements[slot.name] if slot.name in complements else self._value(record, slot, rng)
@@ -294,8 +297,19 @@ class Task:
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
         return {slot.name: TYPES[slot.type].read(found, processor) for slot, found in parts}
 
-    def allowed(self, processor: Processor) -> Trie | None:
-        """What may be written, when all outputs are labels of known sets; else None."""
+    def allowed(self, processor: Processor, record: Record) -> Constraint | None:
+        """What may be written, when all outputs are labels of known sets, or the one output is a box or a verse; else
+        None. Raises DataError for a form that is none."""
+        only = self.slots[self.outputs[0]] if len(self.outputs) == 1 and len(self.instructions[0].target) == 1 else None
+        if only and only.type == "box":
+            return Digits(box.DIGITS, processor.tokenizer)
+        written = next(iter(_slots(self.instructions[0].target).values()))
+        if only and written.verse:
+            try:
+                lines, length = form_of(as_text(self._value(record, self.slots[written.verse], None)))
+            except DataError as error:
+                raise _bad(record, self.slots[written.verse], error) from None
+            return Verse(lines, length, processor.tokenizer)
         sets = [self.labels.get(name, ()) for name in self.outputs]
         if not all(sets) or prod(map(len, sets)) > _ANSWERS:
             return None

@@ -33,6 +33,7 @@ def test_attributes() -> None:
     found = parse("[text:a|mask=0.15|drop=0.1] [text:b|prefix] -> [label:c|set=红色, 蓝色] [text:a]")
     assert found.source == (Slot("text", "a", mask=0.15, drop=0.1), Slot("text", "b", prefix=True))
     assert found.target[0] == Slot("label", "c", labels=("红色", "蓝色"))
+    assert parse("[text:a] -> [text:b|verse=a]").target == (Slot("text", "b", verse="a"),)
 
 
 def test_all_types_are_known() -> None:
@@ -68,6 +69,8 @@ def test_all_types_are_known() -> None:
         ("[text:a] -> [text:a|mask=0.1]", 13, "on the left"),
         ("[label:x] -> [text:x]", 1, "label here and text there"),
         ("[] -> [text]", 2, "no slot type"),
+        ("[text:a] -> [text:b|verse=c]", 13, "names no slot"),
+        ("[text:a|verse=a] -> [text:b]", 1, "on the right"),
     ],
 )
 def test_mistakes_are_shown_at_their_column(text: str, column: int, problem: str) -> None:

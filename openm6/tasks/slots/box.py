@@ -1,12 +1,19 @@
-"""A box in a picture: known to the grammar, not yet to the model."""
+"""A box in a picture: left, top, right and bottom in hundredths of the picture's width and height, two digits each.
+
+The last hundredth is written 99, so that a box always takes eight digits.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from openm6.errors import UsageError
+from openm6.errors import DataError
+from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
+
+DIGITS = 8
 
 
 def schema() -> dict[str, Any]:
@@ -14,13 +21,35 @@ def schema() -> dict[str, Any]:
     return {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 4, "maxItems": 4}
 
 
-def source(value: Any, processor: Processor) -> NoReturn:
-    raise UsageError("this version does not read or write boxes yet.")
+def source(value: Any, processor: Processor) -> Piece:
+    return Piece(target(value, processor))
 
 
-def target(value: Any, processor: Processor) -> NoReturn:
-    source(value, processor)
+def target(value: Any, processor: Processor) -> Sequence[int]:
+    """Four shares, or JSON of them."""
+    return processor.tokenizer.encode("".join(f"{min(99, round(100 * share)):02d}" for share in as_box(value)))
 
 
-def read(ids: Sequence[int], processor: Processor) -> NoReturn:
-    source(ids, processor)
+def read(ids: Sequence[int], processor: Processor) -> list[float]:
+    """The four shares; what is missing is 0."""
+    digits = "".join(c for c in processor.tokenizer.decode(ids) if c.isascii() and c.isdigit())[:DIGITS]
+    digits = digits.ljust(DIGITS, "0")
+    return [int(digits[i : i + 2]) / 100 for i in range(0, DIGITS, 2)]
+
+
+def as_box(value: Any) -> list[float]:
+    """Raises DataError for what is no box."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = None
+    numbers = isinstance(value, (list, tuple)) and len(value) == 4
+    if not numbers or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value):
+        raise DataError("has to be a box: [left, top, right, bottom] as shares of the picture from 0 to 1.")
+    left, top, right, bottom = (float(v) for v in value)
+    if left >= right or top >= bottom:
+        raise DataError(
+            f"is no box: left {left:g} and top {top:g} have to be below right {right:g}, bottom {bottom:g}."
+        )
+    return [left, top, right, bottom]

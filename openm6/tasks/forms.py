@@ -1,0 +1,87 @@
+"""What an answer has to look like, kept in decoding: so many digits, or the lines of a verse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from openm6.errors import DataError
+from openm6.tokenizer import Tokenizer
+
+FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
+"""Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""
+
+LINES, LENGTH = 64, 64
+"""The most that a form may have."""
+
+
+def form_of(text: str) -> tuple[int, int]:
+    """Lines and characters a line of a form. Raises DataError for what is none."""
+    if text in FORMS:
+        return FORMS[text]
+    found = re.fullmatch(r"\s*(\d{1,4})\s*[x×*]\s*(\d{1,4})\s*", text)
+    lines, length = (int(n) for n in found.groups()) if found else (0, 0)
+    if not (1 <= lines <= LINES and 1 <= length <= LENGTH):
+        raise DataError(
+            f"{text[:20]!r} is no form of a verse: one of {', '.join(FORMS)}, or lines x characters, as in 4x6 "
+            f"(at most {LINES}x{LENGTH})."
+        )
+    return lines, length
+
+
+class Digits:
+    """`count` digits, and the end."""
+
+    def __init__(self, count: int, tokenizer: Tokenizer):
+        self._count, self._end_id = count, tokenizer.end_id
+        self._digits = tuple(tokenizer.encode(str(digit))[0] for digit in range(10))
+
+    def next(self, prefix: Sequence[int]) -> Sequence[int]:
+        return self._digits if len(prefix) < self._count else (self._end_id,)
+
+
+class Verse:
+    """Lines of so many Chinese characters, a comma after every odd one and a full stop after every even one (and after
+    the last)."""
+
+    def __init__(self, lines: int, length: int, tokenizer: Tokenizer):
+        self._lines, self._length, self._end_id = lines, length, tokenizer.end_id
+        self._words = _words(tokenizer)
+        self._comma, self._stop = (tuple(tokenizer.encode(mark)) for mark in "，。")
+        # The place after every sequence of whole tokens: where a line stands, and which mark is being written.
+        self._lengths = {token: length for length, tokens in self._words.items() for token in tokens}
+
+    def next(self, prefix: Sequence[int]) -> Sequence[int]:
+        line = inside = place = 0
+        while place < len(prefix):
+            if inside < self._length:
+                inside += self._lengths.get(prefix[place], self._length)
+                place += 1
+                continue
+            mark = self._mark(line)
+            if len(prefix) - place < len(mark):  # a mark of several tokens, not yet whole
+                return (mark[len(prefix) - place],)
+            line, inside, place = line + 1, 0, place + len(mark)
+        if line == self._lines:
+            return (self._end_id,)
+        if inside >= self._length:
+            return self._mark(line)[:1]
+        return self._fitting(self._length - inside)
+
+    def _mark(self, line: int) -> tuple[int, ...]:
+        return self._stop if line % 2 or line == self._lines - 1 else self._comma
+
+    def _fitting(self, room: int) -> Sequence[int]:
+        return [token for length, tokens in self._words.items() if length <= room for token in tokens]
+
+
+@lru_cache(maxsize=8)
+def _words(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
+    """The tokens that are Chinese characters alone, by their number."""
+    found: dict[int, list[int]] = {}
+    for token in range(tokenizer.code_start):
+        text = "" if tokenizer.is_part(token) else tokenizer.decode([token])
+        if text and all("\u4e00" <= character <= "\u9fff" for character in text):
+            found.setdefault(len(text), []).append(token)
+    return {length: tuple(tokens) for length, tokens in found.items()}
