@@ -9,6 +9,7 @@ Names are imported when they are first used, so that `import openm6` costs milli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from openm6._version import __version__
@@ -29,11 +30,12 @@ _PLACES = {
 }
 
 
-def load(path: str, device: str | None = None) -> Bundle:
-    """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`."""
+def load(path: str, device: str | None = None, adapters: Mapping[str, str] | None = None) -> Bundle:
+    """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`; with `adapters` of it by
+    names of your own, of which each request can take one: `.adapter("mine").run(...)`."""
     from openm6.bundle import Bundle
 
-    return Bundle.load(path, device)
+    return Bundle.load(path, device, adapters=adapters)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,7 @@
-"""Bundle: a model directory (network, tokenizer, tasks) and what one does with it.
-
-    config.json, model.safetensors      the network, as transformers saves it
-    tokenizer.json, tokenizer_config.json
-    codec/                              the image codec of a model that draws
-    openm6.json                         how records become sequences, and the tasks it was trained on
-
-A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
-Nothing in it is unpickled and no code in it is run.
-"""
+"""Bundle: a model directory (directory.py) and what one does with it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +13,10 @@ from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.draw import OPEN, Codes, Drawing, draw, estimate
-from openm6.errors import DataError, OpenM6Error, UsageError, suggest
-from openm6.images import ImageGrid
+from openm6.directory import Adapters, describe, open_directory
+from openm6.errors import DataError, UsageError, suggest
 from openm6.model import M6
-from openm6.model.adapters import base_of, merge_adapter
-from openm6.model.files import check_model, load_model, meta_model, quietly
+from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence, pad
 from openm6.tasks.drawn import ESTIMATES
@@ -35,12 +24,8 @@ from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
-
-CODEC = "codec"
-"""Folder of a model directory with the image codec of a model that draws."""
 
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
@@ -61,69 +46,65 @@ class Painting:
 class Bundle:
     """A network with its tokenizer and tasks: `m6.run("vqa", photo="a.jpg", question="...")`."""
 
-    def __init__(self, model: M6, processor: Processor, tasks: Iterable[Task] = (), path: Path | None = None):
+    def __init__(
+        self,
+        model: M6,
+        processor: Processor,
+        tasks: Iterable[Task] = (),
+        path: Path | None = None,
+        adapters: Adapters | None = None,
+    ):
         self.model = model
         self.processor = processor
         self.tasks = {task.name: task for task in tasks}
         self.path = path
+        self._adapters, self._chosen = adapters, ""
 
     # Files
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None, trainable: bool = False) -> Bundle:
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        trainable: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> Bundle:
         """Open a model directory, on the GPU when there is one. An adapter's comes with the model beneath it.
+
+        `adapters`, by names of your own: directories of adapters of this model, of which each request takes one or none
+        (see `adapter`).
 
         For answering, weights are bf16 on a GPU and laid out for its kernels on a CPU; a `trainable` model
         keeps fp32 weights and runs its products under autocast. On the device "meta" it has shapes, and no weights yet.
         """
-        path = Path(path)
-        card = path / "openm6.json"
-        if not card.is_file():
-            raise UsageError(
-                f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."
-            )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            content = json.loads(card.read_text("utf-8"))
-            tasks = [Task.from_dict(d) for d in content["tasks"]]
-            length = int(content["max_length"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
-        place = base_of(path) or path
-        model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
-        if place != path:
-            model = merge_adapter(model, path).eval()
-        model.to(device)  # type: ignore[arg-type]
-        if not trainable and device.type == "cuda":
-            model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
-        elif not trainable:
-            model.pack_for_cpu()
-        grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-        codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-        return cls(model, Processor(Tokenizer.load(place), grid, length, codec), tasks, path)
+        opened = open_directory(Path(path), device, trainable, adapters or {})
+        return cls(opened.model, opened.processor, opened.tasks, Path(path), opened.adapters)
 
     def save(self, path: str | Path, max_shard_size: str = "4GB") -> None:
         """Write the model directory (the caller makes it atomic where that matters)."""
-        path = Path(path)
-        self.describe(path)
+        self.describe(Path(path))
         quietly()
         self.model.save_pretrained(path, max_shard_size=max_shard_size)
 
     def describe(self, path: Path, adapter: Any = None) -> None:
-        """Write all of a model directory but the weights; with PEFT's configuration of an `adapter`, of one that holds
-        that adapter."""
-        path.mkdir(parents=True, exist_ok=True)
-        if adapter is not None:
-            adapter.save_pretrained(path)
-        else:
-            self.model.config.save_pretrained(path)
-            self.processor.tokenizer.save(path)
-            if self.processor.codec is not None:
-                self.processor.codec.save(path / CODEC)
-        content = {"max_length": self.processor.max_length, "tasks": [t.to_dict() for t in self.tasks.values()]}
-        (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        """Write all of a model directory but the weights (see directory.describe)."""
+        describe(path, self.model, self.processor, self.tasks.values(), adapter)
 
     # Use
+
+    def adapter(self, name: str | None) -> Bundle:
+        """This model as one of its adapters changes it, or without any (None); the weights are shared, and nothing is
+        loaded: `m6.adapter("copy").run("slogan", ...)`. Of all views of a model one at a time may work."""
+        known = self._adapters.tasks if self._adapters else {}
+        if name is not None and name not in known:
+            there = f"It has: {', '.join(known)}." if known else "It was opened without any (adapters={...})."
+            raise UsageError(f"The model has no adapter {name}.{suggest(name, list(known))} {there}")
+        tasks = [*self.tasks.values(), *(known[name] if name else [])]
+        view = Bundle(self.model, self.processor, tasks, self.path, self._adapters)
+        view._chosen = name or ""
+        return view
 
     def task(self, name: str | Task) -> Task:
         """A task of this model by name, else one of the library by name or YAML path."""
@@ -335,7 +316,10 @@ class Bundle:
         return next(iter(answer.values())) if len(answer) == 1 else answer
 
     def precision(self) -> torch.autocast:
-        """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing."""
+        """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing. Everything
+        that asks the network does so inside."""
+        if self._adapters:
+            self._adapters.active.name = self._chosen or None
         model = self.model
         kind = model.embed.weight.device.type
         fp32 = model.embed.weight.dtype == torch.float32 and model.packed_head is None

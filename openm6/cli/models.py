@@ -44,8 +44,17 @@ def merge(
     """Make an adapter and the model beneath it one model directory."""
     from openm6.atomic import require_new, write_whole
     from openm6.bundle import Bundle
+    from openm6.errors import UsageError
+    from openm6.model.adapters import MERGEABLE, base_of, method_of
 
     require_new(output)
+    if base_of(adapter) is None:
+        raise UsageError(f"{adapter} is no adapter: it has no adapter_config.json.")
+    if (method := method_of(adapter)) not in MERGEABLE:
+        raise UsageError(
+            f"{adapter} is an adapter of the method {method}, which stays beside its model: use it as it is. "
+            f"Merged are: {', '.join(MERGEABLE)}."
+        )
     bundle = Bundle.load(adapter, "cpu", trainable=True)
     write_whole(output, bundle.save)
     _tell(output, bundle.model.config, json)

@@ -1,75 +1,150 @@
-"""Adapters: a network whose own weights stay, and small ones beside them that are trained (PEFT underneath).
+"""Adapters: a network whose own weights stay, and small ones beside them that are trained.
 
-    adapter_config.json, adapter_model.safetensors     as PEFT writes and reads them
+    adapter_config.json, adapter_model.safetensors     LoRA and IA3 as PEFT writes and reads them
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) adds B A x alpha / rank to the product of a linear layer, A [rank, in] and
-B [out, rank]. B starts at zero, so that an adapted network starts as the one beneath.
+    lora         B A x beside the product of a linear layer (of the experts' weights too, where asked for); B starts at
+                 zero, so that an adapted network starts as the one beneath
+    ia3          products times learned vectors that start at one
+    bottleneck   narrow networks behind what writes into the stream; they start at zero
+    prompt       vectors of their own for some positions before every example; prefix: before each layer
+    head         the last norm and the output matrix
+
+LoRA and IA3 are PEFT's; they and a head can be merged, the others stay beside (model/changed.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.errors import OpenM6Error, UsageError
+from openm6.model.changed import ONLY, Active, Bottleneck, Changed, Low, Prompt, Scaled
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+METHODS = ("lora", "ia3", "bottleneck", "prompt", "prefix", "head")
+_PEFT = ("lora", "ia3")
+MERGEABLE = (*_PEFT, "head")
+
 LINEAR = ("qkv", "out", "up", "down")
 """Names of the linear layers of a block."""
 
-_BASE, _NEW, _NAME = ".base_layer.", ".lora_", ".default."
+_BASE = ".base_layer"
+_NEW = re.compile(r"\.lora_|\.ia3_l|\.changes\.|^prompt\.")
+_HEAD = ("norm.weight", "norm.bias", "head.weight")
 _PREFIX = "base_model.model."
 """What PEFT puts before a network's names in its files."""
 
 
-def lora_config(base: Path, rank: int, alpha: int) -> Any:
-    """PEFT's configuration of a LoRA on the model directory `base`."""
-    from peft import LoraConfig
+@dataclass(frozen=True)
+class OwnConfig:
+    """Of an adapter that PEFT has no form of."""
 
-    pattern = rf"blocks\..*\.({'|'.join(LINEAR)})"
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, base_model_name_or_path=str(base))
+    method: str
+    base_model_name_or_path: str
+    rank: int = 0
+    length: int = 0
+
+    def save_pretrained(self, path: Path) -> None:
+        text = json.dumps({"peft_type": "OPENM6", **asdict(self)}, indent=1)
+        (path / CONFIG).write_text(text + "\n", "utf-8")
+
+
+def adapter_config(
+    base: Path, method: str, rank: int = 8, alpha: int = 16, experts: bool = False, length: int = 16
+) -> Any:
+    """The configuration of an adapter of the model directory `base`: PEFT's, or ours. `rank` is also the width of a
+    bottleneck, `length` the positions of a prompt."""
+    if method == "lora":
+        from peft import LoraConfig
+
+        pattern = rf"blocks\..*\.({'|'.join(LINEAR)})"
+        targets = ["experts.up", "experts.down"] if experts else None
+        return LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=pattern, target_parameters=targets,
+            base_model_name_or_path=str(base),
+        )  # fmt: skip
+    if method == "ia3":
+        from peft import IA3Config
+
+        return IA3Config(
+            target_modules=r"blocks\..*\.(qkv|down)", feedforward_modules=r"blocks\..*\.down",
+            base_model_name_or_path=str(base),
+        )  # fmt: skip
+    prompts = method in ("prompt", "prefix")
+    return OwnConfig(method, str(base), rank if method == "bottleneck" else 0, length if prompts else 0)
+
+
+def prompt_length(config: Any) -> int:
+    """Positions that an adapter puts before every example."""
+    return config.length if isinstance(config, OwnConfig) else 0
 
 
 def add_adapter(model: M6, config: Any) -> None:
     """Put an adapter into a network in place. Only its own weights are trained; they are still to be filled."""
-    from peft import inject_adapter_in_model
+    if not isinstance(config, OwnConfig):
+        from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model)
+    elif config.method == "bottleneck":
+        active = Active()
+        for module in list(model.blocks.modules()):
+            for name, layer in list(module.named_children()):
+                if getattr(layer, "writes_to_stream", False):
+                    changed = Changed(layer, active)
+                    changed.changes[ONLY] = Bottleneck(layer.out_features, config.rank)  # type: ignore[arg-type]
+                    setattr(module, name, changed)
+    elif config.method == "head":
+        untie(model)
+    else:
+        layers = model.config.num_hidden_layers if config.method == "prefix" else 1
+        model.prompt = Prompt(layers, config.length, model.config.hidden_size)
+    head = isinstance(config, OwnConfig) and config.method == "head"
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_NEW in name)
+        parameter.requires_grad_(name in _HEAD if head else _NEW.search(name) is not None)
+
+
+def untie(model: M6) -> None:
+    """Give a network an output matrix of its own, still to be filled."""
+    if model.head is None:
+        model.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+        model.config.tie_word_embeddings = False
 
 
 def base_name(name: str) -> str | None:
     """The name that a tensor of an adapted network has in the network beneath; None for the adapter's own."""
-    return None if _NEW in name else name.replace(_BASE, ".")
+    return None if _NEW.search(name) else name.replace(_BASE, "")
 
 
-def adapter_start(name: str, parameter: Tensor) -> float:
-    """The deviation that a weight of an adapter starts with: PEFT's rule, as a normal distribution; 0 for zeros."""
-    return 1 / math.sqrt(3 * parameter.shape[1]) if ".lora_A." in name else 0.0
+def adapter_start(name: str, parameter: Tensor, std: float) -> tuple[float, float]:
+    """Mean and deviation that a weight of an adapter starts with: PEFT's rules, as normal distributions; the vectors of
+    a prompt with `std`, that of a token's."""
+    if ".lora_A." in name or name.endswith(".down.weight"):
+        return 0.0, 1 / math.sqrt(3 * parameter.shape[1])
+    if ".ia3_l" in name:
+        return 1.0, 0.0
+    return 0.0, std if name.startswith("prompt.") else 0.0
 
 
 def stored_name(name: str) -> str:
     """The name in PEFT's file of a weight of an adapter."""
-    return _PREFIX + name.replace(_NAME, ".")
+    return _PREFIX + name.replace(".default.", ".").removesuffix(".default")
 
 
 def base_of(path: Path) -> Path | None:
     """The model directory beneath the adapter in `path`; None where `path` holds no adapter."""
     if not (path / CONFIG).is_file():
         return None
-    try:
-        base = Path(json.loads((path / CONFIG).read_text("utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError):
-        raise OpenM6Error(f"{path / CONFIG} is damaged.") from None
+    base = Path(str(_read(path).get("base_model_name_or_path")))
     if not (base / "config.json").is_file():
         raise UsageError(
             f"{path} is an adapter of the model {base}, which is not there. Bring it back, or write where it is now "
@@ -78,16 +153,116 @@ def base_of(path: Path) -> Path | None:
     return base
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / CONFIG).read_text("utf-8"))
+        assert isinstance(content["base_model_name_or_path"], str)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise OpenM6Error(f"{path / CONFIG} is damaged.") from None
+    return dict(content)
+
+
+def method_of(path: Path) -> str:
+    """The method of the adapter in `path`."""
+    content = _read(path)
+    kind = str(content.get("peft_type", "")).lower()
+    method = str(content.get("method", "")) if kind == "openm6" else kind
+    if method not in METHODS:
+        raise OpenM6Error(f"{path} holds an adapter of the kind {method or kind}; known are {', '.join(METHODS)}.")
+    return method
+
+
 def merge_adapter(model: M6, path: Path) -> M6:
-    """The network with an adapter's change in its own weights."""
+    """The network with an adapter's change in its own weights, where it can be merged; else beside them."""
+    weights = stored_weights(path)
+    if method_of(path) not in _PEFT:
+        content = _read(path)
+        config = OwnConfig(*(content[key] for key in ("method", "base_model_name_or_path", "rank", "length")))
+        add_adapter(model, config)
+        names = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if {n: tuple(p.shape) for n, p in names.items()} != {
+            n: tuple(weights[stored_name(n)].shape) if stored_name(n) in weights else None for n in names
+        }:
+            raise _misfit(path, "its tensors are others")
+        for name, parameter in names.items():
+            parameter.data = weights[stored_name(name)]
+        return model
     from peft import PeftModel
+
+    try:
+        merged: M6 = PeftModel.from_pretrained(model, path, local_files_only=True).merge_and_unload()  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as error:
+        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+    return merged
+
+
+def stored_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     if not (path / WEIGHTS).is_file():
         raise OpenM6Error(f"{path} has no {WEIGHTS} (pickled adapters are not read).")
     try:
-        merged: M6 = PeftModel.from_pretrained(model, path, local_files_only=True).merge_and_unload()  # type: ignore[arg-type]
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OpenM6Error(f"The adapter {path} does not fit the model beneath it, or is damaged: {reason}") from None
-    return merged
+        return load_file(path / WEIGHTS)
+    except (SafetensorError, ValueError) as error:
+        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+
+
+def _misfit(path: Path, reason: str) -> OpenM6Error:
+    return OpenM6Error(f"The adapter {path} does not fit the model beneath it, or is damaged: {reason}")
+
+
+def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
+    """Give a network the changes of several adapters, none of which is merged, before it is packed. The Active that
+    is returned says which one counts; at first none does.
+
+    LoRA, IA3 and bottlenecks of linear layers; raises UsageError for others.
+    """
+    active = Active(None)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, path in adapters.items():
+        method, content = method_of(path), _read(path)
+        if method in ("prompt", "prefix", "head"):
+            raise UsageError(f"{path} is an adapter of the method {method}, which cannot share a model: open it alone.")
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, value in stored_weights(path).items():
+            place, kind = re.split(r"\.(?=lora_|ia3_l|changes\.)", key.removeprefix(_PREFIX), maxsplit=1)
+            if place not in layers:
+                raise _misfit(path, f"the model has no linear layer {place}")
+            found.setdefault(place, {})[kind] = value
+        for place, parts in found.items():
+            changed = _changed(model, place, active)
+            changed.changes[name] = _change(method, content, place, parts, layers[place], path)
+    return active
+
+
+def _changed(model: M6, place: str, active: Active) -> Changed:
+    parent, _, name = place.rpartition(".")
+    layer = getattr(model.get_submodule(parent), name)
+    if not isinstance(layer, Changed):
+        layer = Changed(layer, active)
+        setattr(model.get_submodule(parent), name, layer)
+    return layer
+
+
+def _change(
+    method: str, content: dict[str, Any], place: str, parts: dict[str, Tensor], layer: nn.Linear, path: Path
+) -> nn.Module:
+    wide, deep = layer.out_features, layer.in_features
+    if method == "lora":
+        a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+        if (a.shape[1], b.shape[0]) != (deep, wide):
+            raise _misfit(path, f"{place} is [{wide}, {deep}] there and [{b.shape[0]}, {a.shape[1]}] here")
+        return Low(a, b, content["lora_alpha"] / content["r"])
+    if method == "ia3":
+        scale, inputs = parts["ia3_l"], place.endswith(".down")
+        if scale.numel() != (deep if inputs else wide):
+            raise _misfit(path, f"{place} has {deep if inputs else wide} values there and {scale.numel()} here")
+        return Scaled(scale, inputs)
+    narrow = Bottleneck(wide, int(content["rank"]))
+    own = {key.removeprefix("changes."): value for key, value in parts.items()}
+    try:
+        narrow.load_state_dict(own)
+    except RuntimeError as error:
+        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+    return narrow.requires_grad_(False).eval()

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.errors import OpenM6Error
+from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
 from openm6.model.norm import RMSNorm, rms_norm
-from openm6.model.packed import PackedLinear, Shrink, fold
+from openm6.model.packed import Shrink
 from openm6.model.picture_mask import PictureMask
 from openm6.model.sparse import SparsePattern, block_mask
 from openm6.sequence import CAUSAL, Batch, allowed
@@ -246,8 +247,8 @@ class Attention(nn.Module):
 
     def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
         """Lay the weights out for decoding on a CPU; returns what takes the place of the norm before."""
-        norm, self.qkv = fold(norm, self.qkv, dtype)  # type: ignore[assignment]
-        self.out = PackedLinear(self.out.weight, self.out.bias, dtype)  # type: ignore[assignment]
+        norm, self.qkv = fold_any(norm, self.qkv, dtype)  # type: ignore[assignment]
+        self.out = pack_any(self.out, dtype)  # type: ignore[assignment]
         if self.q_norm is not None:
             self.packed_norm = Shrink(self.width, self.q_norm.eps)
             self.packed_scale = self._norm_scale().detach() * self.width**0.5

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
-from openm6.model.packed import PackedLinear, fold
 
 
 class FeedForward(nn.Module):
@@ -28,8 +28,8 @@ class FeedForward(nn.Module):
 
     def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
         """As `Attention.pack`."""
-        norm, self.up = fold(norm, self.up, dtype)  # type: ignore[assignment]
-        self.down = PackedLinear(self.down.weight, self.down.bias, dtype)  # type: ignore[assignment]
+        norm, self.up = fold_any(norm, self.up, dtype)  # type: ignore[assignment]
+        self.down = pack_any(self.down, dtype)  # type: ignore[assignment]
         return norm
 
 

@@ -53,7 +53,13 @@ def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor]]:
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
-        yield lambda name, first, last: where[name].get_slice(name)[first:last]
+
+        def rows(name: str, first: int, last: int) -> Tensor:
+            if name == "head.weight" and name not in where:  # the output matrix of a tied network is its embedding
+                name = "embed.weight"
+            return where[name].get_slice(name)[first:last]  # type: ignore[no-any-return]
+
+        yield rows
 
 
 _LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from openm6.errors import OpenM6Error
 from openm6.model.attention import Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
+from openm6.model.changed import Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import Experts, Load, Router
@@ -78,6 +79,7 @@ class M6(Network):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(distinct))
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.prompt: Prompt | None = None
         self.packed_head: PackedLinear | None = None
         self.post_init()
 
@@ -145,7 +147,7 @@ class M6(Network):
         else:
             mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real)
+        x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained):
             return Output(hidden=x_BTD, loads=loads)
@@ -194,7 +196,7 @@ class M6(Network):
 
         mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real)
+        x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real, batch.positions)
         return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
 
     def step(self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0) -> Tensor:
@@ -332,9 +334,13 @@ class M6(Network):
         mask: Any,
         write: Any = None,
         real_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Load]]:
+        """All layers and the last norm. `positions_BT` where examples begin in this call: a prompt is put there."""
         loads = []
         for layer, block in enumerate(self.layers()):
+            if self.prompt is not None and positions_BT is not None:
+                x_BTD = self.prompt(layer, x_BTD, positions_BT)
             x_BTD, load = block(x_BTD, rope, mask, write and partial(write, layer), real_BT)
             if load is not None:
                 loads.append(load)

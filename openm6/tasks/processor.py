@@ -11,10 +11,11 @@ from openm6.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Processor:
-    """The model's tokenizer, its grid of picture patches, the longest example in positions, and the codec of a model
-    that draws."""
+    """The model's tokenizer, its grid of picture patches, the longest example in positions, the codec of a model that
+    draws, and the positions before every example that an adapter fills."""
 
     tokenizer: Tokenizer
     grid: ImageGrid
     max_length: int
     codec: PictureCodec | None = None
+    prompt: int = 0

@@ -173,7 +173,7 @@ class Task:
         number = 0 if rng is None or len(self.instructions) == 1 else int(rng.integers(len(self.instructions)))
         instruction = self.instructions[number]
         complements: dict[str, str] = {}
-        pieces: list[Piece] = []
+        pieces: list[Piece] = [Piece((processor.tokenizer.pad_id,) * processor.prompt)] if processor.prompt else []
         asked: list[str] = []
         # A verdict is on a picture as the answer to all that was asked for.
         drops = rng if not (self.draws and drawn.verdicts_of(record)) else None

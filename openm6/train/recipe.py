@@ -154,9 +154,11 @@ class PseudoSection(_Strict):
 class AdaptSection(_Strict):
     """Train a small change of the network instead of the network: `output/model` is an adapter of `model.path`."""
 
-    method: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1, description="the change is scaled by alpha / rank")
+    method: Literal["lora", "ia3", "bottleneck", "prompt", "prefix", "head"] = "lora"
+    rank: int = Field(8, ge=1, description="of LoRA; the width of a bottleneck")
+    alpha: int = Field(16, ge=1, description="LoRA's change is scaled by alpha / rank")
+    experts: bool = Field(False, description="LoRA on the weights of experts too")
+    length: int = Field(16, ge=1, description="positions of a prompt or prefix")
 
 
 class EvaluationSection(_Strict):

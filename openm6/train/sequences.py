@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from openm6.bundle import Bundle
 from openm6.model import M6, ModelConfig
-from openm6.model.adapters import add_adapter, lora_config
+from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
 from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
 from openm6.train.distributed import Group
@@ -29,9 +30,10 @@ class Sequences:
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
         self.path = recipe.model.path
         self.adapter = None
-        if recipe.adapt and self.path:
-            self.adapter = lora_config(self.path.resolve(), recipe.adapt.rank, recipe.adapt.alpha)
         self.bundle = build_bundle(recipe, group)
+        if recipe.adapt and self.path:
+            self.adapter = adapter_config(self.path.resolve(), **recipe.adapt.model_dump())
+            self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
         self.bundle.tasks |= {entry.task.name: entry.task for entry in entries}

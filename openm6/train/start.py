@@ -47,10 +47,12 @@ def start_from(model: Network, path: Path, seed: int) -> None:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             here, (first, last) = local(tensor), rows_of(tensor)
             stored = base_name(name)
-            if stored is None and (std := adapter_start(name, tensor)):
-                _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
-            elif stored is None:
-                here.zero_()
+            if stored is None:
+                mean, std = adapter_start(name, tensor, model.config.initializer_range)
+                if std:
+                    _draw(here, first, last, tensor.shape, f"{seed}/{name}", mean, std)
+                else:
+                    here.fill_(mean)
             elif last > first:
                 here.copy_(read(stored, first, last))
 

@@ -1,0 +1,115 @@
+"""Model directories: opened, and described.
+
+    config.json, model.safetensors      the network, as transformers saves it
+    tokenizer.json, tokenizer_config.json
+    codec/                              the image codec of a model that draws
+    openm6.json                         how records become sequences, and the tasks it was trained on
+
+A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
+Nothing in it is unpickled and no code in it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from openm6.errors import OpenM6Error, UsageError
+from openm6.images import ImageGrid
+from openm6.model import M6
+from openm6.model.adapters import base_of, lay_beside, merge_adapter
+from openm6.model.changed import Active
+from openm6.model.files import check_model, load_model, meta_model
+from openm6.model.precision import fast_dtype
+from openm6.tasks.pictures import PictureCodec
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+
+CODEC = "codec"
+"""Folder with the image codec of a model that draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Several adapters beside one network: which one counts, and the tasks that each was trained on."""
+
+    active: Active
+    tasks: dict[str, list[Task]]
+
+
+class Opened(NamedTuple):
+    model: M6
+    processor: Processor
+    tasks: list[Task]
+    adapters: Adapters | None
+
+
+def open_directory(path: Path, device: torch.device, trainable: bool, adapters: Mapping[str, str | Path]) -> Opened:
+    """See Bundle.load."""
+    tasks, length, prompt = _card(path)
+    place = base_of(path) or path
+    model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
+    if place != path:
+        model = merge_adapter(model, path).eval()
+    beside = _beside(place, model, {name: Path(directory) for name, directory in adapters.items()})
+    model.to(device)  # type: ignore[arg-type]
+    if not trainable and device.type == "cuda":
+        model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
+    elif not trainable:
+        model.pack_for_cpu()
+    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+    codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
+    return Opened(model, Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks, beside)
+
+
+def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:
+    """Write all of a model directory but the weights; with the configuration of an `adapter`, of one that holds that
+    adapter."""
+    path.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        adapter.save_pretrained(path)
+    else:
+        model.config.save_pretrained(path)
+        processor.tokenizer.save(path)
+        if processor.codec is not None:
+            processor.codec.save(path / CODEC)
+    content: dict[str, Any] = {"max_length": processor.max_length, "tasks": [task.to_dict() for task in tasks]}
+    if processor.prompt:
+        content["prompt"] = processor.prompt
+    (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _card(path: Path) -> tuple[list[Task], int, int]:
+    """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
+    card = path / "openm6.json"
+    if not card.is_file():
+        raise UsageError(
+            f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."
+        )
+    try:
+        content = json.loads(card.read_text("utf-8"))
+        tasks = [Task.from_dict(d) for d in content["tasks"]]
+        return tasks, int(content["max_length"]), int(content.get("prompt", 0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
+
+
+def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | None:
+    """Put adapters into the network. Raises UsageError for one of another model, or that has to be opened alone."""
+    if not directories:
+        return None
+    for name, path in directories.items():
+        if not name.isidentifier():
+            raise UsageError(f"{name!r} cannot name an adapter: take letters, digits and _, a letter first.")
+        beneath = base_of(path)
+        if beneath is None or beneath.resolve() != base.resolve():
+            of = f"one of {beneath}" if beneath else "none at all"
+            raise UsageError(f"{path} is no adapter of {base}: it is {of}.")
+    tasks = {name: _card(path)[0] for name, path in directories.items()}
+    return Adapters(lay_beside(model, directories), tasks)

@@ -1,0 +1,123 @@
+"""Linear layers with the changes of adapters beside them, and learned positions before an example.
+
+One base can carry the changes of several adapters; which one counts is told for the whole network at once (`Active`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openm6.model.packed import PackedLinear, fold
+
+ONLY = "default"
+"""The name of an adapter that is alone."""
+
+
+@dataclass(slots=True)
+class Active:
+    """Whose changes count; None: nobody's."""
+
+    name: str | None = ONLY
+
+
+class Low(nn.Module):
+    """LoRA (arXiv 2106.09685): B A x times a scale beside the product; A [rank, in], B [out, rank]."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b * scale)
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        y = base(x)
+        low = F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+        return y + low.to(y.dtype)
+
+
+class Scaled(nn.Module):
+    """IA3 (arXiv 2205.05638): outputs, or inputs, times a learned vector."""
+
+    def __init__(self, scale: Tensor, inputs: bool):
+        super().__init__()
+        self.scale, self.inputs = nn.Parameter(scale.flatten()), inputs
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        if self.inputs:
+            return base(x * self.scale.to(x.dtype))
+        y = base(x)
+        return y * self.scale.to(y.dtype)
+
+
+class Bottleneck(nn.Module):
+    """Houlsby et al. 2019 (arXiv 1902.00751): a narrow network after the product, added to what it gave."""
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+        y = base(x)
+        inner = F.relu(F.linear(y.to(self.down.weight.dtype), self.down.weight, self.down.bias))
+        return y + F.linear(inner, self.up.weight, self.up.bias).to(y.dtype)
+
+
+class Changed(nn.Module):
+    """A linear layer, and what adapters make of it, by the adapter's name."""
+
+    def __init__(self, base: nn.Module, active: Active):
+        super().__init__()
+        self.base_layer, self.active = base, active
+        self.changes = nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        name = self.active.name
+        if name is None or name not in self.changes:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        return self.changes[name](x, self.base_layer)  # type: ignore[no-any-return]
+
+    def fold(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """As `packed.fold`: what takes the place of the norm before. Its weight goes into the changes too."""
+        before, weight = norm, norm.get_parameter("weight")
+        norm, self.base_layer = fold(norm, self.base_layer, dtype)  # type: ignore[arg-type]
+        if norm is not before:
+            for change in self.changes.values():
+                if isinstance(change, Low):
+                    change.a.data = change.a.data * weight.to(change.a.dtype) * len(weight) ** 0.5
+        return norm
+
+
+class Prompt(nn.Module):
+    """Vectors of their own for the first `length` positions of every example: before the first layer (prompt tuning,
+    arXiv 2104.08691), or before each (prefix tuning in the form of P-tuning v2, arXiv 2110.07602).
+
+    weight [layers, length, D]
+    """
+
+    def __init__(self, layers: int, length: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(layers, length, width))
+
+    def forward(self, layer: int, x_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        if layer >= len(self.weight):
+            return x_BTD
+        length = self.weight.shape[1]
+        own = self.weight[layer][positions_BT.clamp(max=length - 1)].to(x_BTD.dtype)
+        return torch.where((positions_BT < length)[..., None], own, x_BTD)
+
+
+def fold_any(norm: nn.Module, linear: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """`packed.fold`, of a changed layer too."""
+    if isinstance(linear, Changed):
+        return linear.fold(norm, dtype), linear
+    return fold(norm, linear, dtype)  # type: ignore[arg-type]
+
+
+def pack_any(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer with its weights laid out for the CPU's kernels."""
+    if isinstance(linear, Changed):
+        linear.base_layer = pack_any(linear.base_layer, dtype)
+        return linear
+    return PackedLinear(linear.weight, linear.bias, dtype)  # type: ignore[arg-type]
