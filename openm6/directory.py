@@ -52,7 +52,7 @@ class Opened(NamedTuple):
 
 def open_directory(path: Path, device: torch.device, trainable: bool, adapters: Mapping[str, str | Path]) -> Opened:
     """See Bundle.load."""
-    tasks, length, prompt = _card(path)
+    tasks, length, prompt = read_card(path)
     place = base_of(path) or path
     model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
     if place != path:
@@ -85,7 +85,7 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
     (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
-def _card(path: Path) -> tuple[list[Task], int, int]:
+def read_card(path: Path) -> tuple[list[Task], int, int]:
     """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
     card = path / "openm6.json"
     if not card.is_file():
@@ -111,5 +111,5 @@ def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | N
         if beneath is None or beneath.resolve() != base.resolve():
             of = f"one of {beneath}" if beneath else "none at all"
             raise UsageError(f"{path} is no adapter of {base}: it is {of}.")
-    tasks = {name: _card(path)[0] for name, path in directories.items()}
+    tasks = {name: read_card(path)[0] for name, path in directories.items()}
     return Adapters(lay_beside(model, directories), tasks)

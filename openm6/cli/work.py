@@ -57,6 +57,43 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
         launch(["train", name, *overrides], processes, recipe.output / "logs")
 
 
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Argument(help="The model directory to start from.")],
+    task: Annotated[str, typer.Option(help="A task by name, YAML path or instruction.")],
+    data: Annotated[list[str], typer.Option(help="Data to learn from; can be given several times.")],
+    method: Annotated[
+        str, typer.Option(help="full, or an adapter: lora, ia3, bottleneck, prompt, prefix, head.")
+    ] = "full",
+    validation: Annotated[
+        str | None, typer.Option(help="Data to measure on: it stops when that gets no better, and keeps the best.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/finetune-TASK.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
+    noise: Annotated[float, typer.Option(min=0, max=0.9, help="Share of given texts' characters to spoil.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9, help="Of the targets.")] = 0.0,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
+    ] = None,
+    processes: Processes = 1,
+) -> None:
+    """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
+    interrupted run goes on when the same command is given again."""
+    from openm6.train.finetune import finetune_recipe
+    from openm6.train.recipe import load_recipe, write_recipe
+
+    values = finetune_recipe(
+        model, task, data, method, output=output, validation=validation, steps=steps, batch_size=batch_size,
+        columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, seed=seed,
+    )  # fmt: skip
+    recipe = load_recipe(write_recipe(values), overrides or [])
+    run_recipe(recipe, str(Path(values["output"]) / "finetune.yaml"), overrides or [], processes)
+    typer.echo(f"{recipe.output / 'model'}")
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model directory.")],

@@ -25,6 +25,7 @@ from openm6.data.source import Source
 from openm6.data.store import Records
 from openm6.errors import DataError, UsageError
 from openm6.sequence import Sequence
+from openm6.tasks.corrupt import noised
 
 if TYPE_CHECKING:
     from openm6.tasks.processor import Processor
@@ -37,7 +38,7 @@ _DECK = 2**16  # records up to which an order is written down instead of compute
 @dataclass(slots=True)
 class Entry:
     """One source for one task: `columns` maps the task's slots to the data's columns where names differ; it is drawn
-    from step `start` on (a curriculum)."""
+    from step `start` on (a curriculum), with so much `noise` in the texts that its task is given (see corrupt)."""
 
     name: str
     records: Records
@@ -45,6 +46,7 @@ class Entry:
     weight: float = 1.0
     columns: Mapping[str, str] = field(default_factory=dict)
     start: int = 0
+    noise: float = 0.0
 
 
 class Loader:
@@ -170,7 +172,7 @@ class _Draws:
         for other in range(min(_TRIES, len(self))):
             record = self.entry.records[(index + other) % len(self)]
             try:
-                seen = self._view(record, rng)
+                seen = self._noised(self._view(record, rng), rng)
                 another = partial(self._another, rng)
                 example = self.entry.task.encode(seen, self._processor, rng, another=another)
             except DataError as error:
@@ -184,6 +186,16 @@ class _Draws:
             example.origin = self.entry.name
             return example
         raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
+
+    def _noised(self, seen: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
+        entry = self.entry
+        if not entry.noise:
+            return seen
+        given = [name for name in entry.task.inputs if entry.task.slots[name].type == "text"]
+        texts = {name: seen[name] for name in given if isinstance(seen.get(name), str) and seen[name]}
+        # What is asked for must not change by what spoils the question.
+        free = {name: text for name, text in texts.items() if name not in entry.task.outputs}
+        return {**seen, **{name: noised(text, entry.noise, rng) for name, text in free.items()}}
 
     def _another(self, rng: np.random.Generator) -> Mapping[str, Any]:
         return self._view(self.entry.records[int(rng.integers(len(self)))], rng)

@@ -18,11 +18,12 @@ CHUNK = 1024
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None, smoothing: float
     ) -> tuple[Tensor, Tensor]:
         # The gradients are taken here only when somebody will ask for them.
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        total = losses.new_zeros(())
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         cast = weight.to(hidden.dtype)
@@ -31,10 +32,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (hidden[part] @ cast.T).float()
             norm = torch.logsumexp(logits, dim=-1, keepdim=True)
             losses[part] = (norm - logits.gather(1, labels[part, None])).squeeze(1)
+            taught = losses[part]
+            if smoothing:
+                taught = (1 - smoothing) * taught + smoothing * (norm.squeeze(1) - logits.mean(1))
+            total += taught.sum() if shares is None else taught @ shares[part]
             if not (need_hidden or need_weight):
                 continue
             gradient = logits.sub_(norm).exp_()
-            gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), -1.0))
+            if smoothing:
+                gradient -= smoothing / gradient.shape[1]
+            gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), smoothing - 1.0))
             if shares is not None:
                 gradient *= shares[part, None]
             gradient = gradient.to(hidden.dtype)
@@ -44,26 +51,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_weight += gradient.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
-        return losses.sum() if shares is None else losses @ shares, losses
+        return total, losses
 
     @staticmethod
-    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * d_sum.to(d_hidden.dtype),
             None if d_weight is None else d_weight * d_sum,
             None,
             None,
+            None,
         )
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None = None, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Sum over the M positions of -log softmax(hidden weight^T)[label], and the M single losses (no gradient).
 
     hidden [M, D], weight [V, D], labels int64 [M]; `shares`, fp32 [M]: what each position counts in the sum, 1 by
-    default. Both results fp32.
+    default. With `smoothing` the sum is against targets of which so much is spread over all ids (Szegedy et al. 2016),
+    the single losses stay as they are. Both results fp32.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares, smoothing)
     return total, losses

@@ -80,6 +80,7 @@ class M6(Network):
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.prompt: Prompt | None = None
+        self.label_smoothing = 0.0  # in training
         self.packed_head: PackedLinear | None = None
         self.post_init()
 
@@ -154,7 +155,8 @@ class M6(Network):
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]
         shares = None if batch.weights is None else batch.weights[segments - 1]
-        total, losses = linear_cross_entropy(hidden, self.head_weight, batch.labels.flatten()[trained], shares)
+        labels, smoothing = batch.labels.flatten()[trained], self.label_smoothing if self.training else 0.0
+        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing)
         return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, loads=loads)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -4,6 +4,8 @@
     prefix      the text is cut in two; the source keeps the beginning, the target is the rest
     drop=0.1    the slot is left out altogether, once in ten (it needs nothing from here)
 
+A source of a recipe can have `noise`, for all texts that its task is given.
+
 Spans are counted in characters, as in M6, where a Chinese character is a token (KDD 2021, section 4: about 15%
 masked; lengths from Poisson(3) as in BART). So a gap that a person writes ("我喜欢____。") is the same thing as a
 gap that training made.
@@ -69,6 +71,19 @@ def spans(length: int, share: float, rng: np.random.Generator) -> list[tuple[int
         found.append((place + masked, place + masked + size))
         masked += size
     return found
+
+
+def noised(text: str, share: float, rng: np.random.Generator) -> str:
+    """The text with about `share` of its characters left out or exchanged for another of its own (half of each): what
+    little data one has is read in ever other forms."""
+    found = []
+    for character in text:
+        chance = rng.random()
+        if chance >= share:
+            found.append(character)
+        elif chance < share / 2:
+            found.append(text[int(rng.integers(len(text)))])
+    return "".join(found) or text
 
 
 def own_generator(text: str) -> np.random.Generator:

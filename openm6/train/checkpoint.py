@@ -56,6 +56,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, group: Group):
         self.directory, self.keep, self.group = directory, keep, group
+        self.best: int | None = None  # the step of a checkpoint that stays
         # Of its own: the writing thread talks to the other processes while the training does.
         self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
         self.writing: Thread | None = None
@@ -95,13 +96,16 @@ class Checkpoints:
         alone = self.group.world == 1
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self.channel, no_dist=alone)
 
+        best = self.best
+
         def finish() -> None:
             try:
                 future.result()  # type: ignore[union-attr]  # done when all processes are
                 if self.group.first:
                     publish(draft, target)
                     for old in self.all()[: -self.keep]:
-                        shutil.rmtree(old, ignore_errors=True)
+                        if step_of(old) != best:
+                            shutil.rmtree(old, ignore_errors=True)
             except BaseException as error:
                 self.failure = write_failed(target, error)
                 shutil.rmtree(draft, ignore_errors=True)

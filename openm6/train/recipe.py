@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,6 +65,9 @@ class DataSection(SourceSection):
     """One source for one task."""
 
     task: str
+    noise: float = Field(
+        0.0, ge=0, lt=1, description="share of the characters of given texts that are left out or exchanged"
+    )
 
 
 class TrainSection(_Strict):
@@ -86,6 +90,7 @@ class TrainSection(_Strict):
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all ids")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the machine has units for it"
     )
@@ -166,6 +171,12 @@ class EvaluationSection(_Strict):
 
     every: int = Field(1000, ge=1)
     limit: int = Field(256, ge=1, description="records a source")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many measures without a better first metric of the first source, and "
+        "keep the weights of the best",
+    )
     data: list[DataSection] = Field(default_factory=list)
 
 
@@ -190,6 +201,7 @@ class CodecEvaluationSection(_Strict):
 
     every: int = Field(1000, ge=1)
     limit: int = Field(256, ge=1, description="pictures a source")
+    patience: None = Field(None, description="a codec is trained to the end")
     data: list[SourceSection] = Field(default_factory=list)
 
 
@@ -230,6 +242,12 @@ class Recipe(_Strict):
     pseudo: PseudoSection | None = None
     adapt: AdaptSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _measured_to_stop(self) -> Recipe:
+        if self.evaluation.patience and not self.evaluation.data:
+            raise ValueError("evaluation.patience needs something to measure on: give evaluation.data")
+        return self
 
     @model_validator(mode="after")
     def _adapt_what_is_there(self) -> Recipe:
@@ -279,6 +297,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(values, dict):
         raise UsageError(f"{path} is no recipe: it has to hold keys such as model, data and train.")
     return check_recipe({str(key): value for key, value in values.items()}, str(path))
+
+
+def write_recipe(values: dict[str, Any], name: str = "finetune.yaml") -> Path:
+    """Check a recipe and write it into the folder of its run. Returns the file."""
+    check_recipe(values)
+    folder = Path(values["output"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
+    return folder / name
 
 
 def check_recipe(values: dict[str, Any], where: str = "recipe") -> AnyRecipe:

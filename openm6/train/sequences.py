@@ -45,6 +45,7 @@ class Sequences:
         self.bundle.model = meta_model(config)
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
+        self.bundle.model.label_smoothing = self.settings.label_smoothing
         return self.bundle.model
 
     def begin(self, model: M6) -> None:

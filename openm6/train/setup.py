@@ -174,9 +174,8 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
         for slot, values in _labels(task, source, section).items():
             found = labels.setdefault(task.name, {})
             found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))
-        entries.append(
-            Entry(section.name or section.source, source, task, section.weight, section.columns, section.start)
-        )
+        name = section.name or section.source
+        entries.append(Entry(name, source, task, section.weight, section.columns, section.start, section.noise))
     for entry in entries:  # two sources of one task share its labels
         entry.task = entry.task.with_labels(labels.get(entry.task.name, {}))
     return entries, rejects

@@ -60,6 +60,7 @@ class Trainer:
         self.energy = EnergyMeter(self.settings.country)
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
         self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
+        self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
         """The network as it is laid over the processes, its weights still to be filled, and its optimizers; `shared`:
@@ -81,7 +82,7 @@ class Trainer:
             if self.reporter:
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
-            while self.step < self.settings.steps:
+            while self.step < self.settings.steps and not self._waited_enough():
                 if self.shared and self.recipe.pseudo and self.step == self.recipe.pseudo.steps:
                     self._delink()
                 self._one_step(next(batches))
@@ -169,22 +170,42 @@ class Trainer:
         if self.step % settings.log_every == 0 and self.reporter:
             self.reporter.log(self.energy, self.loads.statistics())
             self.loads.clear()
-        if evaluation.data and (self.step % evaluation.every == 0) and self.step < settings.steps:
-            self._evaluate()
-        if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
+        better, stops = False, evaluation.patience is not None
+        if evaluation.data and (self.step % evaluation.every == 0 if self.step < settings.steps else stops):
+            better = self._evaluate() and stops
+        last = self.step == settings.steps or self._waited_enough()
+        if better or last or self.step % settings.checkpoint_every == 0:
             self._save()
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Measure; whether the first metric of the first source is the best so far."""
+        found = torch.zeros(1, dtype=torch.float64, device=self.group.device)
         if self.group.first or self.parallel.sharded:  # whose parts all have to work
-            for name, scores in self.objective.evaluate(self.model):
+            for number, (name, scores) in enumerate(self.objective.evaluate(self.model)):
                 if self.reporter:
                     self.reporter.evaluation(self.step, name, scores)
+                if self.group.first and number == 0:
+                    metric, value = next(iter(scores.items()))
+                    found[0] = -value if metric == "perplexity" else value
             self.model.train()
         self.group.wait()
+        score = float(self.group.sum(found)[0])
+        better = score > self.score
+        self.score, self.waited = (score, 0) if better else (self.score, self.waited + 1)
+        if better:
+            self.checkpoints.best = self.step if self.recipe.evaluation.patience else None
+        return better
+
+    def _waited_enough(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return patience is not None and self.waited >= patience
 
     def _save(self) -> None:
         # Every process is at the same step, so the first one's place in the data is everyone's.
-        state = {"data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen}
+        state = {
+            "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
+            "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
+        }  # fmt: skip
         self.checkpoints.save(self.step, self.objective.describe, self.model, self.optimizers, state)
 
     def _delink(self) -> None:
@@ -223,15 +244,20 @@ class Trainer:
         self.loader.set_state(state["data"])
         self.step, self.seen = state["step"], state["seen"]
         self.smooth, self.best = state["smooth"], state["best"]
+        self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
+        self.checkpoints.best = state.get("best_step")
         if self.reporter:
             self.reporter.say(f"Going on from step {self.step} ({latest}).")
 
     def _finish(self) -> None:
-        if self.recipe.evaluation.data:
+        best = self.checkpoints.best
+        if self.recipe.evaluation.data and self.recipe.evaluation.patience is None:
             self._evaluate()
         self.checkpoints.wait()
         if self.group.first and self.reporter:
-            last = self.checkpoints.latest()
-            assert last is not None
-            consolidate(last, self.output / "model")
+            chosen = self.checkpoints.latest() if best is None else self.checkpoints.directory / step_name(best)
+            assert chosen is not None
+            if best is not None:
+                self.reporter.say(f"The best measure was that of step {best}: its weights are the model.")
+            consolidate(chosen, self.output / "model")
             self.reporter.finish(self.step, self.energy.stop())

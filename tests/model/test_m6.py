@@ -149,15 +149,18 @@ def test_longer_pictures_than_places_are_interpolated() -> None:
     assert model.image(torch.zeros(1, 8, 64, 3, dtype=torch.uint8)).shape == (8, 32)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shared", [False, True])
-def test_loss_without_logits_equals_cross_entropy_with_gradients(shared: bool) -> None:
+def test_loss_without_logits_equals_cross_entropy_with_gradients(shared: bool, smoothing: float) -> None:
     hidden = torch.randn(2500, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)
     labels = torch.randint(0, 50, (2500,))
     shares = torch.rand(2500) * 3 if shared else None
-    total, losses = linear_cross_entropy(hidden, weight, labels, shares)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    torch.testing.assert_close(losses, expected.detach())
+    total, losses = linear_cross_entropy(hidden, weight, labels, shares, smoothing)
+    cross_entropy = torch.nn.functional.cross_entropy
+    torch.testing.assert_close(losses, cross_entropy(hidden @ weight.T, labels, reduction="none").detach())
+    expected = cross_entropy(hidden @ weight.T, labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(total, (expected if shares is None else expected * shares).sum(), rtol=1e-5, atol=1e-3)
     ours = torch.autograd.grad(3 * total, (hidden, weight))
     theirs = torch.autograd.grad(3 * (expected if shares is None else expected * shares).sum(), (hidden, weight))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)

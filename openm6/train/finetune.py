@@ -1,0 +1,68 @@
+"""From a few words (model, task, data, method) to the recipe of a fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openm6.directory import read_card
+from openm6.errors import UsageError, suggest
+from openm6.model.adapters import METHODS
+
+FULL = "full"
+
+RATES: dict[str, dict[str, Any]] = {
+    FULL: {"optimizer": "muon", "learning_rate": 1e-3, "matrix_learning_rate": 2e-3},
+    "lora": {"learning_rate": 5e-3}, "ia3": {"learning_rate": 3e-2}, "bottleneck": {"learning_rate": 5e-3},
+    "prompt": {"learning_rate": 1e-1}, "prefix": {"learning_rate": 3e-2}, "head": {"learning_rate": 3e-3},
+}  # fmt: skip
+"""How each method is trained unless a recipe says otherwise."""
+
+MEASURES, PATIENCE = 10, 3
+"""With data to measure on: so many measures in all, and so many without a better one before it stops."""
+
+
+def finetune_recipe(
+    model: Path,
+    task: str,
+    data: list[str],
+    method: str = FULL,
+    *,
+    output: Path | None = None,
+    validation: str | None = None,
+    steps: int = 500,
+    batch_size: int = 32,
+    columns: Mapping[str, str] | None = None,
+    noise: float = 0.0,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The values of a recipe that teaches `model` a task (by name or YAML path) from sources.
+
+    With `validation`, a source, it stops when measures get no better and keeps the best weights. Raises UsageError for
+    an unknown method, or where there is no model.
+    """
+    if method not in RATES:
+        raise UsageError(f"There is no method {method}.{suggest(method, list(RATES))} There are: {', '.join(RATES)}.")
+    _, longest, _ = read_card(model)
+    name = "instruction" if "->" in task else Path(task).stem
+    sections = [{"source": source, "task": task, "columns": dict(columns or {}), "noise": noise} for source in data]
+    every = max(1, steps // MEASURES)
+    values: dict[str, Any] = {
+        "name": f"{name} {method}",
+        "seed": seed,
+        "output": str(output or Path("runs") / f"finetune-{name}"),
+        "model": {"path": str(model)},
+        "data": sections,
+        "train": {
+            "steps": steps, "batch_size": batch_size, "row_length": longest, "warmup": max(1, steps // 20),
+            "weight_decay": 0.01, "label_smoothing": label_smoothing, "checkpoint_every": every, **RATES[method],
+        },
+    }  # fmt: skip
+    if method in METHODS:
+        values["adapt"] = {"method": method}
+    if validation:
+        measured = {"source": validation, "task": task, "columns": dict(columns or {})}
+        values["evaluation"] = {"every": every, "patience": PATIENCE, "data": [measured]}
+    return values

@@ -1,0 +1,79 @@
+"""Training that stops when measures get no better keeps the weights of the best, also after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openm6.errors import UsageError
+from openm6.train import sequences
+from openm6.train.recipe import Recipe
+from openm6.train.trainer import train
+from tests.train.conftest import PowerCutError, cut_at, losses, tiny_recipe
+
+SCORES = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3, 6: 0.9}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tensor]]:
+    """Scores by the step instead of a measure's; the weights at each."""
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def evaluate(self: sequences.Sequences, model: torch.nn.Module):  # type: ignore[no-untyped-def]
+        step = len(weights) % 10 + 1
+        weights[step] = {name: value.clone() for name, value in model.state_dict().items()}
+        yield "questions", {self.recipe.name: SCORES[step], "other": 0.0}
+
+    monkeypatch.setattr(sequences.Sequences, "evaluate", evaluate)
+    return weights
+
+
+def stopping(output: Path, patience: int | None = 3, **changes: object) -> Recipe:
+    data = [{"source": "demo:questions/validation?pictures=6", "task": "vqa"}]
+    return tiny_recipe(output, evaluation={"every": 1, "patience": patience, "data": data}, keep=1, **changes)
+
+
+def test_it_stops_and_keeps_the_best(tmp_path: Path, measured: dict) -> None:
+    model = train(stopping(tmp_path))
+    assert len(measured) == 5 and len(losses(tmp_path)) == 5  # the best was the second: three more came
+    kept = load_file(model / "model.safetensors")
+    assert all(torch.equal(kept[name], measured[2][name]) for name in kept)
+    assert any(not torch.equal(kept[name], measured[5][name]) for name in kept)
+    steps = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert steps == ["step-00000002", "step-00000005"]
+
+
+def test_a_better_one_in_time_goes_on_to_the_end(tmp_path: Path, measured: dict) -> None:
+    model = train(stopping(tmp_path, patience=4))
+    assert len(measured) == 6
+    kept = load_file(model / "model.safetensors")
+    assert all(torch.equal(kept[name], measured[6][name]) for name in kept)
+
+
+def test_an_interrupted_run_stops_where_it_would_have(tmp_path: Path, measured: dict) -> None:
+    recipe = stopping(tmp_path)
+    with pytest.raises(PowerCutError):
+        train(recipe, cut_at(4))
+    for step in range(4, len(measured) + 1):  # measured again from the last checkpoint on
+        measured.pop(step, None)
+    model = train(recipe)
+    kept = load_file(model / "model.safetensors")
+    assert all(torch.equal(kept[name], measured[2][name]) for name in kept)
+    train(recipe)  # there is nothing left to do
+    assert len(losses(tmp_path)) == 5
+
+
+def test_perplexity_is_better_when_lower(tmp_path: Path, measured: dict) -> None:
+    recipe = stopping(tmp_path, patience=2)
+    recipe.name = "perplexity"
+    model = train(recipe)
+    kept = load_file(model / "model.safetensors")
+    assert len(measured) == 3 and all(torch.equal(kept[name], measured[1][name]) for name in kept)
+
+
+def test_patience_needs_a_measure(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give evaluation.data"):
+        tiny_recipe(tmp_path, evaluation={"patience": 2})
