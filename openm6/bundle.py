@@ -156,16 +156,46 @@ class Bundle:
             for best in self.draw_many(task, records, batch_size=batch_size, decoding=decoding):
                 yield best[0].image
             return
+        if task.embeds:
+            dims = (decoding or {}).get("dims")
+            yield from self.vectors(task, records, batch_size=batch_size, dims=None if dims is None else int(dims))
+            return
         for group in _groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             for generated in self.generate(task, prompts, batch_size, decoding):
                 yield self.read(task, generated)
+
+    @torch.inference_mode()
+    def vectors(
+        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, dims: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (all numbers by
+        default)."""
+        task, width = self.task(task), self.model.config.hidden_size
+        if not task.embeds:
+            raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
+        if dims is not None and not 1 <= dims <= width:
+            raise UsageError(f"dims is {dims}; vectors of this model have 1 to {width} numbers.")
+        for group in _groups(records, batch_size * 4):
+            prompts = [self.prompt(task, record) for record in group]
+            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little is padded
+            found = torch.empty(len(group), dims or width)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id)
+                with self.precision():
+                    hidden = self.model(batch.to(self.model.embed.weight.device)).hidden
+                ends = hidden.flatten(0, 1)[batch.ends().to(hidden.device)].float().cpu()
+                found[chosen] = torch.nn.functional.normalize(ends[:, :dims], dim=-1)
+            yield from found.numpy()
 
     def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
         """One text answer in pieces, as it is written."""
         task = self.task(task)
         if task.draws:
             raise UsageError(f"The task {task.name} draws a picture, which does not come in pieces: run it.")
+        if task.embeds:
+            raise UsageError(f"The task {task.name} gives a vector, which does not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         ids: list[int] = []
         text = told = ""

@@ -59,6 +59,8 @@ class Sequence:
     codes               the places of a drawn picture's codes, if there is one
     weight              of each of its labels in the loss
     constraint          of a prompt: what may be written after it
+    partner             what has to get a near vector (its own last position's), and `negatives`, which must not
+    group               pairs of one group are not negatives of each other; "" is none
     """
 
     ids: np.ndarray
@@ -70,6 +72,9 @@ class Sequence:
     codes: range | None = None
     weight: float = 1.0
     constraint: Constraint | None = None
+    partner: Sequence | None = None
+    negatives: list[Sequence] = field(default_factory=list)
+    group: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,6 +117,12 @@ class Batch:
     @property
     def shape(self) -> torch.Size:
         return self.ids.shape
+
+    def ends(self) -> Tensor:
+        """Flat place of the last position of every example, int64 [examples]."""
+        segments = self.segments.flatten()
+        last = torch.zeros(len(self.tasks) + 1, dtype=torch.int64, device=segments.device)
+        return last.scatter_reduce_(0, segments, torch.arange(len(segments), device=segments.device), "amax")[1:]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

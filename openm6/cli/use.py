@@ -31,6 +31,8 @@ def run(
     if bundle.task(task).draws:
         answer.save(output)
         answer = str(output)
+    elif bundle.task(task).embeds:
+        answer = [round(float(number), 6) for number in answer]
     if json:
         emit({"task": task, "answer": answer})
     elif isinstance(answer, dict):

@@ -109,15 +109,32 @@ def evaluate(
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Of a task that gives a vector: the other one, whose vectors it has to find.")
+    ] = None,
+    against_column: Annotated[
+        list[str] | None, typer.Option("--against-column", help="slot=column, for the slots of --against.")
+    ] = None,
+    same: Annotated[
+        list[str] | None, typer.Option(help="Column; records that agree in all of these are right for each other.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
     from openm6.bundle import Bundle
-    from openm6.evaluate.command import measure
+    from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
     bundle = Bundle.load(model)
-    result = measure(bundle, task, data, pairs(column or []), data_format, images, limit, decoding_options(option))
+    options = decoding_options(option)
+    if bundle.task(task).embeds:
+        dims = int(options["dims"]) if "dims" in options else None
+        result = measure_retrieval(
+            bundle, task, against or task, data, pairs(column or []), pairs(against_column or []), same or [],
+            data_format, images, limit, dims,
+        )  # fmt: skip
+    else:
+        result = measure(bundle, task, data, pairs(column or []), data_format, images, limit, options)
     if report:
         write_report(report, f"{Path(model).name}: {result.task}", [result])
     if json:

@@ -51,7 +51,7 @@ class Check:
             seen = self._view(record)
             for name, slot in self.task.slots.items():
                 value = seen.get(name)
-                if value is None and slot.drop:
+                if slot.type == "vector" or (value is None and slot.drop):
                     continue
                 if value is None or value == "":
                     raise DataError(f"{name} is missing.")

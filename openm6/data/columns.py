@@ -107,12 +107,12 @@ def map_columns(
     )
     for candidates in steps:
         for slot in task.slots:
-            if slot not in chosen:
+            if slot not in chosen and task.slots[slot].type != "vector":
                 free = [c for c in candidates(slot) if c in columns and c not in chosen.values()]
                 if free:
                     chosen[slot] = free[0]
     for slot, what in task.slots.items():
-        if slot not in chosen and not what.drop:
+        if slot not in chosen and not what.drop and what.type != "vector":
             raise UsageError(
                 f"The task {task.name} needs {slot} ([{task.slots[slot].type}:{slot}]), and none of the data's columns "
                 f"({', '.join(columns)}) is taken for it: say which, "

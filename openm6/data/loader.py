@@ -22,7 +22,7 @@ import numpy as np
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
-from openm6.data.store import Records
+from openm6.data.store import Record, Records
 from openm6.errors import DataError, UsageError
 from openm6.sequence import Sequence
 from openm6.tasks.corrupt import noised
@@ -38,7 +38,10 @@ _DECK = 2**16  # records up to which an order is written down instead of compute
 @dataclass(slots=True)
 class Entry:
     """One source for one task: `columns` maps the task's slots to the data's columns where names differ; it is drawn
-    from step `start` on (a curriculum), with so much `noise` in the texts that its task is given (see corrupt)."""
+    from step `start` on (a curriculum), with so much `noise` in the texts that its task is given (see corrupt).
+
+    `against`: the task that sees the same record from another side, and has to give it the same vector; records that
+    agree in the columns `same` are not told apart. A record's column `negatives` may have others, as records."""
 
     name: str
     records: Records
@@ -47,6 +50,9 @@ class Entry:
     columns: Mapping[str, str] = field(default_factory=dict)
     start: int = 0
     noise: float = 0.0
+    against: Task | None = None
+    against_columns: Mapping[str, str] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
 
 
 class Loader:
@@ -158,6 +164,9 @@ class _Draws:
     def __init__(self, entry: Entry, processor: Processor, rejects: Rejects | None):
         self.entry, self._processor, self._rejects = entry, processor, rejects
         self._view = SlotView.of(entry.task, entry.records, entry.columns)
+        self._other_view: SlotView | None = None
+        if entry.against:
+            self._other_view = SlotView.of(entry.against, entry.records, entry.against_columns)
 
     def __len__(self) -> int:
         return len(self.entry.records)
@@ -175,6 +184,8 @@ class _Draws:
                 seen = self._noised(self._view(record, rng), rng)
                 another = partial(self._another, rng)
                 example = self.entry.task.encode(seen, self._processor, rng, another=another)
+                if self.entry.against:
+                    self._add_partner(example, record, rng)
             except DataError as error:
                 if self._rejects is None:
                     raise
@@ -186,6 +197,19 @@ class _Draws:
             example.origin = self.entry.name
             return example
         raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
+
+    def _add_partner(self, example: Sequence, record: Record, rng: np.random.Generator) -> None:
+        entry, view = self.entry, self._other_view
+        assert entry.against is not None and view is not None
+        example.partner = entry.against.encode(view(record, rng), self._processor, rng)
+        negatives = record.get("negatives") or []
+        if not isinstance(negatives, list) or not all(isinstance(other, Mapping) for other in negatives):
+            raise DataError(f"{record.get('_where', entry.name)}: negatives has to be a list of records.")
+        root = {"_root": record.get("_root", "")}
+        example.negatives = [
+            entry.against.encode(view({**root, **other}, rng), self._processor, rng) for other in negatives
+        ]
+        example.group = "|".join(str(record.get(name)) for name in entry.same)
 
     def _noised(self, seen: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         entry = self.entry

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openm6.bundle import Bundle
-from openm6.errors import DataError
+from openm6.errors import DataError, UsageError
 from openm6.sequence import Sequence
 from openm6.tasks.metrics import Score, bootstrap, score
 from openm6.tasks.slots.box import as_box
@@ -67,6 +67,8 @@ def evaluate(
     encoded are counted, not answered. Raises DataError when none is left.
     """
     started = time.perf_counter()
+    if task.embeds:
+        raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
     output = task.outputs[0]
     kind = task.slots[output].type
     kept: list[Record] = []

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from openm6.errors import UsageError, suggest
 from openm6.tasks.grammar import parse
-from openm6.tasks.metrics import METRICS
+from openm6.tasks.metrics import ELSEWHERE, METRICS
 from openm6.tasks.task import Task
 
 
@@ -94,8 +94,8 @@ def task_of(content: Mapping[str, Any], where: str) -> Task:
     except ValidationError as error:
         raise UsageError(f"{where}: {_first(error)}") from None
     for metric in file.metrics:
-        if metric not in (*METRICS, "perplexity"):
-            hint = f"{suggest(metric, set(METRICS))} There are: {', '.join(METRICS)}, perplexity."
+        if metric not in (*METRICS, *ELSEWHERE):
+            hint = f"{suggest(metric, set(METRICS))} There are: {', '.join((*METRICS, *ELSEWHERE))}."
             raise UsageError(f"{where}: metrics: there is no {metric}.{hint}")
     try:
         task = Task(

@@ -163,6 +163,10 @@ METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
 }  # fmt: skip
 
 
+ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+"""Metrics that are no comparison of answers: of losses, and of vectors (evaluate/retrieval.py)."""
+
+
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
     """A metric by name, with its interval. Raises UsageError for an unknown one, ValueError for empty lists."""
     if name not in METRICS:

@@ -85,8 +85,9 @@ class Task:
         object.__setattr__(self, "inputs", tuple(inputs))
         object.__setattr__(self, "outputs", tuple(outputs))
         every = [part for i in self.instructions for part in (*i.source, *i.target) if isinstance(part, Slot)]
-        if self.draws and any(len(i.target) > 1 for i in self.instructions):
-            raise UsageError(f"The task {self.name}: a picture that is drawn stands alone on the right side.")
+        if (self.draws or self.embeds) and any(len(i.target) > 1 for i in self.instructions):
+            what = "picture that is drawn" if self.draws else "vector"
+            raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         labels = {**{slot.name: slot.labels for slot in every if slot.labels}, **self.labels}
         for name, values in labels.items():
             if name not in self.slots or self.slots[name].type != "label":
@@ -106,6 +107,11 @@ class Task:
     def draws(self) -> bool:
         """Whether the answer is a picture. It then stands alone on the right."""
         return any(self.slots[name].type == "image" for name in self.outputs)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the answer is a vector: the network's output where the answer would begin. It stands alone."""
+        return any(self.slots[name].type == "vector" for name in self.outputs)
 
     # Making
 
@@ -208,7 +214,7 @@ class Task:
             pieces.append(piece)
             asked.append(part.name)
             after_text = part.type in target.SPOKEN
-        if not with_target:
+        if not with_target or self.embeds:
             if self.draws:
                 count = 0 if processor.codec is None else processor.codec.side**2
                 return drawn.begin(lay_out(pieces, None, processor, self.name, count + 1), processor.tokenizer)

@@ -68,6 +68,13 @@ class DataSection(SourceSection):
     noise: float = Field(
         0.0, ge=0, lt=1, description="share of the characters of given texts that are left out or exchanged"
     )
+    against: str | None = Field(
+        None, description="of a task that gives a vector: the task that has to give the same record the same one"
+    )
+    against_columns: dict[str, str] = Field(default_factory=dict, description="columns for the slots of `against`")
+    same: list[str] = Field(
+        default_factory=list, description="columns: pairs that agree in all of them are not told apart"
+    )
 
 
 class TrainSection(_Strict):
@@ -166,6 +173,15 @@ class AdaptSection(_Strict):
     length: int = Field(16, ge=1, description="positions of a prompt or prefix")
 
 
+class VectorsSection(_Strict):
+    """How vectors are learned, by data with `against` (train/contrastive.py)."""
+
+    temperature: float = Field(0.05, gt=0)
+    dims: list[int] = Field(
+        default_factory=list, description="lengths at which a vector may be cut; the default is the whole alone"
+    )
+
+
 class EvaluationSection(_Strict):
     """Data to measure on while training: the tasks' own metrics, by decoding."""
 
@@ -241,6 +257,7 @@ class Recipe(_Strict):
     parallel: ParallelSection = ParallelSection()
     pseudo: PseudoSection | None = None
     adapt: AdaptSection | None = None
+    vectors: VectorsSection = VectorsSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openm6.bundle import Bundle
+from openm6.errors import UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
 from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
+from openm6.train.contrastive import contrast
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.objective import Part
@@ -36,7 +39,15 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
-        self.bundle.tasks |= {entry.task.name: entry.task for entry in entries}
+        both = [task for entry in entries for task in (entry.task, entry.against) if task]
+        self.bundle.tasks |= {task.name: task for task in both}
+        self.group, self.contrasts = group, any(entry.against for entry in entries)
+        if self.contrasts and self.bundle.model.config.picture_side:
+            raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
+        width = self.bundle.model.config.hidden_size
+        self.dims = recipe.vectors.dims or [width]
+        if max(self.dims) > width:
+            raise UsageError(f"vectors.dims has {max(self.dims)}; vectors of this model have {width} numbers.")
 
     def network(self, shared: bool) -> M6:
         config = self.bundle.model.config
@@ -57,20 +68,46 @@ class Sequences:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
     def count(self, examples: list[Sequence]) -> tuple[float, int]:
-        return sum(e.weight * int((e.labels != IGNORE).sum()) for e in examples), sum(len(e) for e in examples)
+        trained = sum(e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None) for e in examples)
+        return trained, sum(len(e) for e in _flat(examples))
 
     def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
-        parts = [self._part(run, batch) for batch in self._batches(examples)]
+        parts = [self._part(run, batch, examples) for batch in self._batches(_flat(examples))]
         return parts[0] if len(parts) == 1 else _together(parts)
 
-    def _part(self, run: Callable[[Batch], Any], batch: Batch) -> Part:
+    def _part(self, run: Callable[[Batch], Any], batch: Batch, examples: list[Sequence]) -> Part:
         output = run(batch)
         loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
+        losses = _by_example(output, batch)
+        if self.contrasts:
+            values, contrasted = self._contrast(output.hidden, batch, examples)
+            loss = loss + values.sum()
+            told = zip(contrasted, values.tolist(), strict=True)
+            losses += [(pair.task, pair.origin, value, 1) for pair, value in told]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         trained = int((batch.labels != IGNORE).sum())
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        return Part(loss, _by_example(output, batch), flops, positions, batch.ids.numel(), output.loads)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+
+    def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
+        """The loss of every pair among the examples, fp32 [pairs], and those pairs."""
+        vectors = hidden_BTD.flatten(0, 1)[batch.ends()]
+        pairs: list[Sequence] = []
+        queries: list[int] = []
+        keys: list[int] = []
+        negatives: list[int] = []
+        place = 0
+        for example in examples:
+            if example.partner is not None:
+                pairs.append(example)
+                queries.append(place)
+                keys.append(place + 1)
+                negatives += range(place + 2, place + 2 + len(example.negatives))
+            place += len(_flat([example]))
+        settings, groups = self.recipe.vectors, [pair.group for pair in pairs]
+        found = vectors[queries], vectors[keys + negatives]
+        return contrast(*found, groups, settings.temperature, self.dims, self.group), pairs
 
     def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
         bundle = Bundle(model.eval(), self.bundle.processor, self.bundle.tasks.values())
@@ -100,6 +137,11 @@ class Sequences:
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         even = self.device.type == "cpu"
         return pack(sequences, self.settings.row_length, pad_id, even=even).to(self.device)
+
+
+def _flat(examples: list[Sequence]) -> list[Sequence]:
+    """Each with its partner and negatives behind it."""
+    return [one for e in examples for one in (e, *([e.partner] if e.partner else []), *e.negatives)]
 
 
 def _together(parts: list[Part]) -> Part:

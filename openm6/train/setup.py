@@ -14,7 +14,7 @@ from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.errors import UsageError
-from openm6.evaluate.command import measure
+from openm6.evaluate.command import measure, measure_retrieval
 from openm6.images import ImageGrid
 from openm6.model import ModelConfig
 from openm6.model.adapters import CONFIG as ADAPTER
@@ -111,6 +111,7 @@ def _texts(recipe: Recipe) -> Iterator[str]:
     for section in recipe.data:
         task = get_task(section.task)
         yield from task.texts()
+        yield from get_task(section.against).texts() if section.against else ()
         source = open_section(section)
         mapping = SlotView.of(task, source, section.columns).mapping
         columns = [mapping[s.name] for s in task.slots.values() if s.type in ("text", "label", "table")]
@@ -168,17 +169,32 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
     entries: list[Entry] = []
     labels: dict[str, dict[str, tuple[str, ...]]] = {}
     for section in recipe.data:
-        own = section.task in bundle.tasks and section.task not in library_names()
-        task = bundle.tasks[section.task] if own else get_task(section.task)
+        task = _task(section.task, bundle)
         source = open_section(section, rejects)
         for slot, values in _labels(task, source, section).items():
             found = labels.setdefault(task.name, {})
             found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))
-        name = section.name or section.source
-        entries.append(Entry(name, source, task, section.weight, section.columns, section.start, section.noise))
+        against = _task(section.against, bundle) if section.against else None
+        if (against or task).embeds != task.embeds or (task.embeds and against is None):
+            raise UsageError(
+                f"{section.source}: the tasks {task.name} and {section.against or '(no against)'}: a vector is learned "
+                "by two tasks that give one, task and against."
+            )
+        entries.append(
+            Entry(
+                section.name or section.source, source, task, section.weight, section.columns, section.start,
+                section.noise, against, section.against_columns, tuple(section.same),
+            )
+        )  # fmt: skip
     for entry in entries:  # two sources of one task share its labels
         entry.task = entry.task.with_labels(labels.get(entry.task.name, {}))
     return entries, rejects
+
+
+def _task(name: str, bundle: Bundle) -> Task:
+    """The library's, or one that only the model has."""
+    own = name in bundle.tasks and name not in library_names()
+    return bundle.tasks[name] if own else get_task(name)
 
 
 def _labels(task: Task, source: Source, section: DataSection) -> dict[str, tuple[str, ...]]:
@@ -198,7 +214,14 @@ def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict
     """Each source of the recipe's evaluation, and its task's metrics on the first `limit` records."""
     for section in recipe.evaluation.data:
         limit = min(section.limit or recipe.evaluation.limit, recipe.evaluation.limit)
-        result = measure(
-            bundle, section.task, section.source, section.columns, section.format, section.images, limit, answers=False
-        )
-        yield section.name or f"{result.task} {section.source}", result.values()
+        if section.against:
+            found = measure_retrieval(
+                bundle, section.task, section.against, section.source, section.columns, section.against_columns,
+                section.same, section.format, section.images, limit,
+            )  # fmt: skip
+        else:
+            found = measure(
+                bundle, section.task, section.source, section.columns, section.format, section.images, limit,
+                answers=False,
+            )  # fmt: skip
+        yield section.name or f"{found.task} {section.source}", found.values()

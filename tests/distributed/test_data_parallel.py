@@ -51,6 +51,15 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
 
 
 @pytest.mark.slow
+def test_pairs_of_two_processes_are_told_apart_from_all_others(tmp_path: Path) -> None:
+    data = [{"source": "demo:items/train?pictures=40", "task": "text_vector", "against": "image_vector"}]
+    alone = tiny_recipe(tmp_path / "one", data=data, vectors={"dims": [8, 32]})
+    train(alone)
+    torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_sharded_network_is_measured_as_one(tmp_path: Path) -> None:
     """Also with experts on several processes, and without any process that holds the whole."""
     evaluation = {

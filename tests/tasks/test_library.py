@@ -44,7 +44,17 @@ def test_a_task_that_draws_works_on_its_example(processor: Processor, name: str)
     assert Task.from_dict(task.to_dict()) == task
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not get(name).draws])
+@pytest.mark.parametrize("name", [name for name in names() if get(name).embeds])
+def test_a_task_that_gives_a_vector_works_on_its_example(processor: Processor, name: str) -> None:
+    task = get(name)
+    assert task.description and "recall@1" in task.metrics and set(task.example) == set(task.slots)
+    for rng in (None, np.random.default_rng(0)):
+        found = task.encode(example(task), processor, rng)
+        assert found.ids[-1] == processor.tokenizer.answer_id and not (found.labels != IGNORE).any()
+    assert Task.from_dict(task.to_dict()) == task
+
+
+@pytest.mark.parametrize("name", [name for name in names() if not (get(name).draws or get(name).embeds)])
 def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     task = get(name)
     assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)

@@ -266,10 +266,9 @@ def test_what_is_no_table_is_bad_data(processor: Processor, value: Any) -> None:
         Task.from_instruction("[table:t] -> [text]").encode({"t": value, "text": "红"}, processor)
 
 
-@pytest.mark.parametrize("line", ["[text:a] -> [vector:b]", "[vector:b] -> [text:a]"])
-def test_what_this_version_cannot_do_is_said(processor: Processor, line: str) -> None:
-    with pytest.raises(UsageError, match=r"^\[vector:b\]: this version does not"):
-        Task.from_instruction(line).encode({"a": "红", "b": [0, 0, 1, 1]}, processor)
+def test_a_vector_is_no_input(processor: Processor) -> None:
+    with pytest.raises(UsageError, match=r"^\[vector:b\]: a vector is what a model gives"):
+        Task.from_instruction("[vector:b] -> [text:a]").encode({"a": "红", "b": [0, 0, 1, 1]}, processor)
 
 
 def test_a_picture_that_does_not_fit_is_bad_data(processor: Processor) -> None:

@@ -1,4 +1,7 @@
-"""A vector that stands for the input: known to the grammar, not yet to the model."""
+"""A vector that stands for the input: what the network has made of it where the answer would begin, at length 1.
+
+It is no token: nothing is written, and it cannot be given.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> NoReturn:
-    raise UsageError("this version does not read or write vectors yet.")
+    raise UsageError("a vector is what a model gives, and cannot be given to it.")
 
 
 def target(value: Any, processor: Processor) -> NoReturn:
-    source(value, processor)
+    raise UsageError("a vector is not written in tokens.")
 
 
 def read(ids: Sequence[int], processor: Processor) -> NoReturn:
-    source(ids, processor)
+    raise UsageError("a vector is not written in tokens.")

@@ -1,0 +1,74 @@
+"""Two towers: what belongs together gets near vectors, what does not gets far ones (InfoNCE, arXiv 1807.03748).
+
+Both towers are one network, asked by two instructions. Of the N pairs of a step, those of all processes, each side has
+to find its partner among all others' (and the hard negatives beside them), by cosine over a temperature. With several
+`dims` the same is asked of the first numbers of each vector alone, so that short vectors can be cut from long ones
+(Matryoshka, arXiv 2205.13147).
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from openm6.train.distributed import Group
+
+
+def contrast(
+    queries_ND: Tensor,
+    keys_MD: Tensor,
+    groups: list[str],
+    temperature: float,
+    dims: list[int],
+    group: Group,
+) -> Tensor:
+    """The loss of each of the N pairs here, fp32 [N]: the mean of both directions and of all `dims`.
+
+    The first N of the M keys are the queries' partners, the others hard negatives. `groups`: of each pair; those of one
+    group, "" aside, are no negatives of each other. Every process has to call it, with any N.
+    """
+    count = len(queries_ND)
+    owners = torch.tensor([crc32(name.encode()) + 1 if name else 0 for name in groups], device=queries_ND.device)
+    all_queries, first = _gather(queries_ND.float(), group)
+    all_keys, _ = _gather(keys_MD[:count].float(), group)
+    negatives, _ = _gather(keys_MD[count:].float(), group)
+    all_owners, _ = _gather(owners, group)
+    places = torch.arange(first, first + count, device=queries_ND.device)
+    same = (owners[:, None] == all_owners) & (owners[:, None] > 0)
+    same[torch.arange(count), places] = False
+    total = queries_ND.new_zeros(count, dtype=torch.float32)
+    for dim in dims:
+        queries, keys, others, far = (
+            F.normalize(x[:, :dim], dim=-1) for x in (queries_ND.float(), all_keys, all_queries, negatives)
+        )
+        forward = (queries @ keys.T / temperature).masked_fill(same, float("-inf"))
+        forward = torch.cat((forward, queries @ far.T / temperature), 1)
+        mine = F.normalize(keys_MD[:count, :dim].float(), dim=-1)
+        backward = (mine @ others.T / temperature).masked_fill(same, float("-inf"))
+        total = total + F.cross_entropy(forward, places, reduction="none") / 2
+        total = total + F.cross_entropy(backward, places, reduction="none") / 2
+    return total / len(dims)
+
+
+def _gather(x: Tensor, group: Group) -> tuple[Tensor, int]:
+    """The rows of all processes, with gradients to each, and the place of this one's first row."""
+    if group.world == 1:
+        return x, 0
+    from torch.distributed.nn.functional import all_gather
+
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(group.world)]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    sizes = [int(count) for count in counts]
+    padded = torch.cat((x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])))
+    parts = all_gather(padded) if x.is_floating_point() else _plain_gather(padded, group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[: group.rank])
+
+
+def _plain_gather(x: Tensor, group: Group) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(group.world)]
+    dist.all_gather(parts, x)
+    return parts
