@@ -1,0 +1,176 @@
+"""openm6 index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+from openm6.errors import UsageError
+
+if TYPE_CHECKING:
+    from openm6.bundle import Bundle
+    from openm6.retrieve import Index
+
+index = typer.Typer(help="Vectors of items, kept and found again.", no_args_is_help=True)
+app.add_typer(index, name="index")
+
+Place = Annotated[Path, typer.Argument(help="Directory of the index.")]
+Data = Annotated[str, typer.Option(help="Items: a path, or built-in data.")]
+Format = Annotated[str | None, typer.Option("--format", help="The data's format, when its name does not say.")]
+Images = Annotated[str | None, typer.Option(help="Folder that picture paths start from.")]
+
+
+@index.command()
+def build(
+    path: Place,
+    model: Annotated[str, typer.Option(help="A model directory that has learned vectors.")],
+    task: Annotated[str, typer.Option(help="The task that gives an item's vector.")],
+    data: Data,
+    query_task: Annotated[str | None, typer.Option(help="The task that gives a question's vector.")] = None,
+    id_column: Annotated[str, typer.Option("--id", help="Column with an id; else an item's place in the data.")] = "",
+    keep: Annotated[list[str] | None, typer.Option(help="Column to filter by and to show; several times.")] = None,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    dims: Annotated[int | None, typer.Option(min=1, help="Cut the vectors to so many numbers.")] = None,
+    data_format: Format = None,
+    images: Images = None,
+    json: Json = False,
+) -> None:
+    """Make an index of the items of a source. An interrupted one goes on when the same command is given again."""
+    from openm6.bundle import Bundle
+    from openm6.retrieve.fill import create_for
+    from openm6.retrieve.index import Index
+
+    bundle = Bundle.load(model)
+    if (path / "index.json").is_file():
+        made = Index.open(path)
+        if (made.about["task"], made.about["model"]) != (task, str(Path(model).resolve())):
+            raise UsageError(f"{path} is an index of the task {made.about['task']} by {made.about['model']}.")
+    else:
+        made = create_for(
+            path, bundle, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
+            columns=pairs(column or []), dims=dims, data_format=data_format, images=images,
+        )  # fmt: skip
+    _fill(made, bundle, data, data_format, images, True, json)
+
+
+@index.command()
+def add(
+    path: Place,
+    data: Data,
+    only_new: Annotated[bool, typer.Option("--only-new", help="Pass over items whose ids are there.")] = False,
+    data_format: Format = None,
+    images: Images = None,
+    json: Json = False,
+) -> None:
+    """Add items, or replace those of the same id."""
+    made, bundle = _open(path)
+    _fill(made, bundle, data, data_format, images, only_new, json)
+
+
+@index.command()
+def delete(
+    path: Place,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids.")] = None,
+    where: Annotated[str, typer.Option(help='A filter in their place, e.g. "price > 100".')] = "",
+    json: Json = False,
+) -> None:
+    """Delete items by id or by a filter."""
+    from openm6.retrieve.index import Index
+
+    made = Index.open(path)
+    gone = made.delete(ids or [], where)
+    emit({"deleted": gone, "items": len(made), "version": made.version}) if json else typer.echo(f"{gone} deleted.")
+
+
+@index.command()
+def search(
+    path: Place,
+    slots: Annotated[
+        list[str], typer.Argument(help="slot=value of the question's task, or id=ITEM for items like it.")
+    ],
+    k: Annotated[int, typer.Option("-k", min=1, help="Items to find.")] = 10,
+    where: Annotated[str, typer.Option(help="A filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
+    task: Annotated[str | None, typer.Option(help="Another task than the index's for the question.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Leave inverted lists aside.")] = False,
+    json: Json = False,
+) -> None:
+    """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
+    made, bundle = _open(path)
+    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, **pairs(slots))
+    columns = list(made.about["columns"])
+    hits = made.search(vector, k, where=where, columns=columns, exact=exact)[0]
+    if json:
+        emit([{"id": hit.id, "score": round(hit.score, 6), **hit.columns} for hit in hits])
+        return
+    rows = [[hit.id, f"{hit.score:.3f}", *(hit.columns[name] for name in columns)] for hit in hits]
+    table(["id", "cosine", *columns], rows)
+
+
+@index.command()
+def tune(
+    path: Place,
+    recall: Annotated[float, typer.Option(min=0.1, max=1, help="Recall@10 to reach.")] = 0.95,
+    lists: Annotated[
+        int | None, typer.Option(min=1, help="Number of lists; by default 4 x the root of the items.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make searches without a filter quick where there are many items: inverted lists, looked into as far as needed."""
+    from openm6.retrieve.index import Index
+
+    found = Index.open(path).tune(recall, lists)
+    if json:
+        emit(found)
+    else:
+        typer.echo(f"{found['probes']} of {found['lists']} lists give a recall@10 of {found['recall@10']:.3f}.")
+
+
+@index.command()
+def show(path: Place, json: Json = False) -> None:
+    """What an index holds, and its versions."""
+    from openm6.retrieve.index import Index
+
+    made = Index.open(path)
+    told: dict[str, Any] = {"items": len(made), "version": made.version, **made.about, "versions": made.versions()}
+    if json:
+        emit(told)
+    else:
+        table(["", ""], [[name, value] for name, value in told.items() if name != "versions"], str(path))
+
+
+def _open(path: Path) -> tuple[Index, Bundle]:
+    from openm6.bundle import Bundle
+    from openm6.retrieve.index import Index
+
+    made = Index.open(path)
+    if "model" not in made.about:
+        raise UsageError(f"{path} does not say by which model its vectors were made: use openm6.retrieve.Index.")
+    return made, Bundle.load(made.about["model"])
+
+
+def _fill(
+    made: Index, bundle: Bundle, data: str, data_format: str | None, images: str | None, only_new: bool, json: bool
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from openm6.data.source import open_source
+    from openm6.retrieve.fill import add_source
+
+    rejected: list[str] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("items", total=len(open_source(data, data_format, images)))
+        done = add_source(
+            made, bundle, data, data_format=data_format, images=images, only_new=only_new,
+            on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append,
+        )  # fmt: skip
+    if json:
+        emit({"added": done, "rejected": rejected, "items": len(made), "version": made.version})
+        return
+    typer.echo(f"{done} added; {made.path} has {len(made)} items.")
+    if rejected:
+        typer.echo(f"{len(rejected)} could not be used: {rejected[0]}")

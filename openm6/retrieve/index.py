@@ -1,0 +1,275 @@
+"""An index of vectors: a LanceDB table on disk, and what answers quickly in memory (faiss).
+
+    DIR/items.lance     id, vector, and columns to filter by; every change is a version, whole or not there at all
+    DIR/index.json      dims, and what the vectors were made with
+    DIR/ann.faiss       inverted lists of a snapshot, if `tune` made them, with ann.json
+
+Vectors are brought to length 1; the score of a hit is the cosine. Without inverted lists every search is exact; with
+them a search without a filter looks into some of the lists, and exactly at what came after the snapshot. A search with
+a filter is always exact. One process writes at a time, others wait; readers see the last whole version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.atomic import require_new, write_whole
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.retrieve.memory import ALL, Lists, Memory
+
+TABLE = "items"
+COMPACT_EVERY = 64
+"""Versions after which small files of the table are joined, and versions older than a day dropped."""
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    id: str
+    score: float
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Index:
+    """`Index.create` or `Index.open`; `add`, `delete`, `search`."""
+
+    def __init__(self, path: Path, table: Any, about: dict[str, Any], pinned: bool = False):
+        self.path, self.about, self._pinned = path, about, pinned
+        self.dims = int(about["dims"])
+        self._table, self._memory = table, Memory(self.dims)
+        self._ann: Lists | None = None
+
+    # Making
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        dims: int,
+        columns: Mapping[str, str] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Index:
+        """An empty index. `columns`: name to type, of string, int64, float64 or bool; `about`: what to remember of how
+        its vectors are made. Raises UsageError where there is something already."""
+        import lancedb
+        import pyarrow as pa
+
+        path = Path(path)
+        require_new(path)
+        if dims < 1:
+            raise UsageError(f"dims is {dims}; vectors need at least 1.")
+        fields = [("key", pa.int64()), ("id", pa.string()), ("vector", pa.list_(pa.float32(), dims))]
+        for name, kind in (columns or {}).items():
+            if kind not in _TYPES:
+                raise UsageError(f"The column {name} is of type {kind}; columns are {', '.join(_TYPES)}.")
+            if name in ("key", "id", "vector") or not name.isidentifier():
+                raise UsageError(
+                    f"A column cannot be called {name!r}: take letters, digits and _, not key, id, vector."
+                )
+            fields.append((name, getattr(pa, _TYPES[kind])()))
+        content = {**(about or {}), "dims": dims, "columns": dict(columns or {})}
+
+        def fill(folder: Path) -> None:
+            lancedb.connect(str(folder)).create_table(TABLE, schema=pa.schema(fields))
+            (folder / "index.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+        write_whole(path, fill)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path, version: int | None = None) -> Index:
+        """What `create` made, as it was at a `version`, or as it is. Raises UsageError where there is none."""
+        import lancedb
+
+        path = Path(path)
+        try:
+            about = json.loads((path / "index.json").read_text("utf-8"))
+            table = lancedb.connect(str(path)).open_table(TABLE)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} is no index ({type(error).__name__}): `openm6 index build` makes one.") from None
+        if version is not None:
+            try:
+                table.checkout(version)
+            except (ValueError, RuntimeError, OSError):
+                known = [row["version"] for row in table.list_versions()]
+                raise UsageError(
+                    f"{path} has no version {version}: from {min(known)} to {max(known)} it has."
+                ) from None
+        return cls(path, table, about, pinned=version is not None)
+
+    # What it is
+
+    def __len__(self) -> int:
+        self._latest()
+        return int(self._table.count_rows())
+
+    @property
+    def version(self) -> int:
+        return int(self._table.version)
+
+    def versions(self) -> list[dict[str, Any]]:
+        """Number and time of each version that is kept."""
+        return [{"version": v["version"], "time": str(v["timestamp"])} for v in self._table.list_versions()]
+
+    def ids(self) -> set[str]:
+        self._latest()
+        return set(self._table.search().select(["id"]).limit(ALL).to_arrow()["id"].to_pylist())
+
+    # Changing
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> int:
+        """Add or replace items: `vectors` [N, dims], a value of every column for each id. When it returns they are
+        kept. Returns the version. Raises DataError for what does not fit."""
+        import pyarrow as pa
+
+        vectors = np.asarray(vectors, np.float32)
+        names = list(map(str, ids))
+        if vectors.ndim != 2 or vectors.shape != (len(names), self.dims):
+            shape = list(vectors.shape)
+            raise DataError(f"Vectors of shape {shape} for {len(names)} ids; the index has {self.dims} dims.")
+        if not np.isfinite(vectors).all():
+            raise DataError("A vector has numbers that are not finite.")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"The id {twice} is given twice in one call.")
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not lengths.all():
+            raise DataError(f"The vector of {names[int(lengths.argmin())]} is zero: it has no direction.")
+        given, known = dict(columns or {}), self.about["columns"]
+        if given.keys() != known.keys():
+            raise DataError(f"The index has the columns {', '.join(known) or '(none)'}; given: {', '.join(given)}.")
+        with self._writing():
+            parts = [pa.array(np.arange(len(names)) + self._next_key()), pa.array(names, pa.string())]
+            flat = pa.array((vectors / lengths).ravel())
+            parts.append(pa.FixedSizeListArray.from_arrays(flat, self.dims))
+            for name, kind in known.items():
+                try:
+                    parts.append(pa.array(given[name], getattr(pa, _TYPES[kind])()))
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                    raise DataError(f"The column {name} is of type {kind}: {str(error)[:160]}") from None
+            rows = pa.table(parts, schema=self._table.schema)
+            merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(rows)
+        return self.version
+
+    def delete(self, ids: Sequence[str] = (), where: str = "") -> int:
+        """Delete items by id or by a filter. Returns how many there were."""
+        if bool(len(ids)) == bool(where):
+            raise UsageError("Say which items to delete: by ids, or by a filter.")
+        with self._writing():
+            before = len(self)
+            quoted = ", ".join("'" + str(one).replace("'", "''") + "'" for one in ids)
+            self._filtered(lambda: self._table.delete(where or f"id IN ({quoted})"), where)
+        return before - len(self)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        from filelock import FileLock
+
+        if self._pinned:
+            raise UsageError(f"{self.path} was opened at version {self.version}: an older version is not changed.")
+        with FileLock(str(self.path / "write.lock")):
+            self._latest()
+            try:
+                yield
+            except OSError as error:
+                raise OpenM6Error(f"{self.path} cannot be written ({error.strerror or error}).") from None
+            if self.version % COMPACT_EVERY == 0:
+                self._table.optimize()
+
+    def _next_key(self) -> int:
+        keys = self._table.search().select(["key"]).limit(ALL).to_arrow()["key"]
+        return int(np.asarray(keys).max()) + 1 if len(keys) else 0
+
+    def _latest(self) -> None:
+        """See what others have written since."""
+        if not self._pinned:
+            self._table.checkout_latest()
+
+    # Finding
+
+    def search(
+        self,
+        vectors: np.ndarray,
+        k: int = 10,
+        *,
+        where: str = "",
+        columns: Sequence[str] = (),
+        exact: bool = False,
+    ) -> list[list[Hit]]:
+        """The k nearest of each vector, [Q, dims] or [dims], the nearest first; fewer where there are not so many.
+
+        `where` is an SQL condition on the columns (`price < 100 AND colour = 'red'`), `columns` are told with the hits,
+        `exact` leaves inverted lists aside. Raises UsageError for a condition that cannot be read.
+        """
+        queries = np.atleast_2d(np.asarray(vectors, np.float32))
+        if queries.ndim != 2 or queries.shape[1] != self.dims:
+            raise UsageError(f"A vector of {queries.shape[-1]} numbers; the index has {self.dims}.")
+        if k < 1:
+            raise UsageError(f"k is {k}; ask for 1 or more.")
+        unknown = [name for name in columns if name not in self.about["columns"]]
+        if unknown:
+            raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
+        queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
+        self._latest()
+        self._memory.follow(self._table)
+        chosen = None
+        if where:
+            keys = self._filtered(
+                lambda: self._table.search().where(where).select(["key"]).limit(ALL).to_arrow(), where
+            )
+            chosen = np.asarray(keys["key"])
+        lists = None if exact or where or self._pinned else self._lists()
+        scores, places = self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
+        found = [
+            [(p, float(s)) for p, s in zip(*row, strict=True) if p >= 0] for row in zip(places, scores, strict=True)
+        ]
+        told = self._columns_of({p for row in found for p, _ in row}, columns) if columns else {}
+        return [[Hit(self._memory.ids[p], s, told.get(p, {})) for p, s in row] for row in found]
+
+    def _columns_of(self, places: set[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
+        if not places:
+            return {}
+        by_key = {int(self._memory.keys[p]): p for p in places}
+        listed = ", ".join(map(str, by_key))
+        rows = self._table.search().where(f"key IN ({listed})").select(["key", *columns]).limit(ALL).to_arrow()
+        return {by_key[row.pop("key")]: row for row in rows.to_pylist()}
+
+    def _filtered(self, act: Any, where: str) -> Any:
+        try:
+            return act()
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"The filter {where!r} cannot be used: {reason}") from None
+
+    # Inverted lists
+
+    def tune(self, recall: float = 0.95, lists: int | None = None, seed: int = 0) -> dict[str, Any]:
+        """Cut the items into inverted lists, and find out into how many of them a search has to look for this recall@10
+        (of 256 of the items, each slightly moved). Returns what was found."""
+        self._latest()
+        self._memory.follow(self._table)
+        made = Lists.build(self._memory, lists, recall, seed)
+        made.save(self.path)
+        self._ann = made
+        return made.about
+
+    def _lists(self) -> Lists | None:
+        stamp = Lists.stamp(self.path)
+        if stamp is None:
+            self._ann = None
+        elif self._ann is None or self._ann.about["stamp"] != stamp:
+            self._ann = Lists.load(self.path)
+        return self._ann
+
+
+_TYPES = {"string": "string", "int64": "int64", "float64": "float64", "bool": "bool_"}
+"""Types of columns: what pyarrow calls them."""

@@ -1,0 +1,161 @@
+"""What an index answers from: vectors of a version of its table in memory, and inverted lists of a snapshot (faiss)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.errors import UsageError
+
+ALL = 2**31 - 1
+"""Rows that are read at most."""
+
+
+class Memory:
+    """Keys, ids and vectors of a version of the table; dead rows stay until there are too many."""
+
+    def __init__(self, dims: int):
+        self.dims = dims
+        self._clear()
+
+    def _clear(self) -> None:
+        import faiss
+
+        self.version = -1
+        self.keys, self.ids = np.zeros(0, np.int64), np.zeros(0, object)
+        self.alive = np.zeros(0, bool)
+        self.flat = faiss.IndexFlatIP(self.dims)
+
+    def follow(self, table: Any) -> None:
+        """Come to the version that the table is at: read what is new, mark what is gone."""
+        if table.version == self.version:
+            return
+        last = int(self.keys[-1]) if len(self.keys) else -1
+        keys = np.asarray(table.search().select(["key"]).limit(ALL).to_arrow()["key"])
+        old = keys[keys <= last]
+        alive = np.isin(self.keys, old)
+        if alive.sum() < len(old) or len(old) < 0.8 * len(self.keys):  # an older version, or many are gone
+            self._clear()
+            last, alive = -1, self.alive
+        self.alive = alive
+        if (keys > last).any():
+            rows = table.search().where(f"key > {last}").select(["key", "id", "vector"]).limit(ALL).to_arrow()
+            rows = rows.sort_by("key").combine_chunks()
+            self.flat.add(np.asarray(rows["vector"].chunk(0).flatten()).reshape(-1, self.dims))
+            self.keys = np.concatenate((self.keys, np.asarray(rows["key"])))
+            self.ids = np.concatenate((self.ids, np.array(rows["id"].to_pylist(), object)))
+            self.alive = np.concatenate((self.alive, np.ones(len(rows), bool)))
+        self.version = table.version
+
+    def search(
+        self, queries: np.ndarray, k: int, chosen: np.ndarray | None, lists: Lists | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and places [Q, k], place -1 where there are no more; among the keys `chosen`, or all."""
+        if not self.alive.any():
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        if lists is None:
+            mask = self.alive if chosen is None else self.alive & np.isin(self.keys, chosen)
+            return self._exact(queries, k, mask)
+        scores, keys = lists.search(queries, k, self.keys[~self.alive])
+        places = np.searchsorted(self.keys, keys)
+        places[keys < 0] = -1
+        after = self.alive & (self.keys > lists.about["last"])
+        if after.any():
+            more, where = self._exact(queries, k, after)
+            scores, places = np.concatenate((scores, more), 1), np.concatenate((places, where), 1)
+            scores[places < 0] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores, places = np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
+        return scores, places
+
+    def _exact(self, queries: np.ndarray, k: int, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import faiss
+
+        if mask.all():
+            return self.flat.search(queries, k)  # type: ignore[no-any-return]
+        bits = np.packbits(mask, bitorder="little")
+        selector = faiss.IDSelectorBitmap(len(mask), faiss.swig_ptr(bits))
+        return self.flat.search(queries, k, params=faiss.SearchParameters(sel=selector))  # type: ignore[no-any-return]
+
+
+class Lists:
+    """Inverted lists over a snapshot's vectors; their ids are keys."""
+
+    def __init__(self, lists: Any, about: dict[str, Any]):
+        self.lists, self.about = lists, about
+
+    @classmethod
+    def build(cls, memory: Memory, number: int | None, recall: float, seed: int) -> Lists:
+        import faiss
+
+        count = int(memory.alive.sum())
+        number = number or max(1, round(4 * count**0.5))
+        if count < max(64, number):
+            raise UsageError(f"{count} items in {number} lists: too few to be worth it; searches are exact and quick.")
+        vectors = memory.flat.reconstruct_n(0, len(memory.keys))[memory.alive]
+        keys = memory.keys[memory.alive]
+        lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(memory.dims), memory.dims, number, faiss.METRIC_INNER_PRODUCT)
+        lists.cp.seed, lists.cp.max_points_per_centroid = seed + 1, 64
+        lists.train(vectors)
+        lists.add_with_ids(vectors, keys)
+        rng = np.random.default_rng(seed)
+        asked = vectors[rng.choice(count, min(256, count), replace=False)]
+        asked = asked + rng.normal(0, 0.3 / memory.dims**0.5, asked.shape).astype(np.float32)
+        right = keys[faiss.knn(asked, vectors, min(10, count), faiss.METRIC_INNER_PRODUCT)[1]]
+        probes, found = 1, 0.0
+        while True:
+            lists.nprobe = probes
+            got = lists.search(asked, right.shape[1])[1]
+            found = float(
+                np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(right.tolist(), got.tolist(), strict=True)])
+            )
+            if found >= recall or probes >= number:
+                break
+            probes = min(number, max(probes + 1, round(probes * 1.25)))
+        about = {"lists": number, "probes": probes, "recall@10": found, "items": count, "last": int(keys.max())}
+        return cls(lists, {**about, "stamp": os.urandom(8).hex()})
+
+    def search(self, queries: np.ndarray, k: int, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import faiss
+
+        params = faiss.SearchParametersIVF(nprobe=self.about["probes"])
+        if len(dead):
+            gone = faiss.IDSelectorBatch(dead)
+            params.sel = rest = faiss.IDSelectorNot(gone)  # both have to live as long as the search
+            assert rest is not None
+        return self.lists.search(queries, k, params=params)  # type: ignore[no-any-return]
+
+    def save(self, path: Path) -> None:
+        """Beside their place first: the lists, then the file that says they are there."""
+        import faiss
+
+        file = f"ann-{self.about['stamp']}.faiss"
+        faiss.write_index(self.lists, str(path / file))
+        draft = path / ".ann.json.writing"
+        draft.write_text(json.dumps({**self.about, "file": file}), "utf-8")
+        os.replace(draft, path / "ann.json")
+        for other in path.glob("ann-*.faiss"):
+            if other.name != file:
+                other.unlink(missing_ok=True)
+
+    @classmethod
+    def stamp(cls, path: Path) -> str | None:
+        try:
+            return str(json.loads((path / "ann.json").read_text("utf-8"))["stamp"])
+        except (OSError, ValueError, KeyError):
+            return None
+
+    @classmethod
+    def load(cls, path: Path) -> Lists | None:
+        """None where they cannot be read: searches are then exact."""
+        import faiss
+
+        try:
+            about = json.loads((path / "ann.json").read_text("utf-8"))
+            return cls(faiss.read_index(str(path / about["file"])), about)
+        except (OSError, ValueError, KeyError, RuntimeError):
+            return None

@@ -1,0 +1,134 @@
+"""An index filled by a model and asked by the real commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.errors import UsageError
+from openm6.retrieve import Index, fill
+from openm6.train.trainer import train
+from tests.tasks.conftest import picture
+from tests.train.conftest import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = [{"source": "demo:items/train?pictures=20", "task": "text_vector", "against": "image_vector"}]
+    return train(tiny_recipe(tmp_path_factory.mktemp("run"), data=data, steps=3, checkpoint_every=3))
+
+
+@pytest.fixture
+def goods(tmp_path: Path) -> Path:
+    lines = []
+    for number in range(24):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(seed=number))
+        lines.append(
+            {"image": f"{number}.jpg", "sku": f"A{number}", "price": number * 10, "colour": "红蓝"[number % 2]}
+        )
+    file = tmp_path / "goods.jsonl"
+    file.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
+    return file
+
+
+def call(*words: object) -> Any:
+    done = CliRunner().invoke(commands(), [*map(str, words), "--json"])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def built(model: Path, goods: Path, place: Path, *more: object) -> Any:
+    return call(
+        "index", "build", place, "--model", model, "--task", "image_vector", "--query-task", "text_vector",
+        "--data", goods, "--id", "sku", "--keep", "price", "--keep", "colour", *more,
+    )  # fmt: skip
+
+
+def test_goods_are_found_by_text_and_filtered(model: Path, goods: Path, tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    assert built(model, goods, place)["added"] == 24
+    hits = call("index", "search", place, "text=红色的裙子", "-k", 5)
+    assert len(hits) == 5 and hits[0]["id"].startswith("A") and hits[0]["score"] >= hits[1]["score"]
+    bundle = Bundle.load(model)
+    vectors = {f"A{n}": bundle.run("image_vector", photo=picture(seed=n)) for n in range(24)}
+    query = bundle.run("text_vector", text="红色的裙子")
+    best = max(vectors, key=lambda name: float(vectors[name] @ query))
+    assert hits[0]["score"] == pytest.approx(float(vectors[best] @ query), abs=0.02)
+    cheap = call("index", "search", place, "text=红色的裙子", "--where", "price < 50 AND colour = '蓝'")
+    assert {hit["id"] for hit in cheap} == {"A1", "A3"}
+    found = call("index", "search", place, f"photo={tmp_path / '7.jpg'}", "--task", "image_vector", "-k", 1)
+    assert found[0]["id"] == "A7" and found[0]["score"] == pytest.approx(1, abs=0.01)
+    assert call("index", "show", place)["items"] == 24
+
+
+def test_items_are_added_replaced_and_deleted(model: Path, goods: Path, tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    built(model, goods, place, "--dims", 8)
+    (tmp_path / "new.jpg").write_bytes(picture(seed=99))
+    rows = [{"image": "new.jpg", "sku": name, "price": 5, "colour": "绿"} for name in ("A3", "B1")]
+    rows.append({"image": "missing.jpg", "sku": "B2", "price": 5, "colour": "绿"})
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    told = call("index", "add", place, "--data", more)
+    assert told["added"] == 2 and told["items"] == 25 and "missing.jpg" in told["rejected"][0]
+    found = call("index", "search", place, f"photo={tmp_path / 'new.jpg'}", "--task", "image_vector", "-k", 2)
+    assert {hit["id"] for hit in found} == {"A3", "B1"} and found[0]["colour"] == "绿"
+    assert call("index", "delete", place, "B1", "A0")["items"] == 23
+    assert call("index", "delete", place, "--where", "price >= 100")["deleted"] == 14
+
+
+def test_an_interrupted_build_goes_on(
+    model: Path, goods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, seen = tmp_path / "index", []
+    monkeypatch.setattr(fill, "BATCH", 10)
+    kept = Index.add
+
+    def cut(self: Index, names: list[str], *rest: Any) -> int:
+        if len(self) == 10:
+            raise KeyboardInterrupt
+        return kept(self, names, *rest)
+
+    monkeypatch.setattr(Index, "add", cut)
+    with pytest.raises(AssertionError):
+        built(model, goods, place)
+    monkeypatch.setattr(Index, "add", lambda self, names, *rest: seen.extend(names) or kept(self, names, *rest))
+    assert built(model, goods, place)["items"] == 24
+    assert len(seen) == 14
+
+
+def test_what_cannot_be_is_told(model: Path, goods: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gives no vector"):
+        call("index", "build", tmp_path / "a", "--model", model, "--task", "vqa", "--data", goods)
+    with pytest.raises(UsageError, match="no column 'skew'"):
+        call(
+            "index",
+            "build",
+            tmp_path / "a",
+            "--model",
+            model,
+            "--task",
+            "image_vector",
+            "--data",
+            goods,
+            "--id",
+            "skew",
+        )
+    assert not (tmp_path / "a").exists()
+    built(model, goods, tmp_path / "b")
+    with pytest.raises(UsageError, match="is an index of the task image_vector"):
+        call("index", "build", tmp_path / "b", "--model", model, "--task", "text_vector", "--data", goods)
+    with pytest.raises(UsageError, match="is no index"):
+        call("index", "search", tmp_path / "c", "text=红")
+    Index.create(tmp_path / "own", 4).add(["a"], np.ones((1, 4)))
+    with pytest.raises(UsageError, match="does not say by which model"):
+        call("index", "search", tmp_path / "own", "text=红")
