@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
-from openm6.decode.draw import OPEN, Codes, Drawing, draw, estimate
+from openm6.decode.draw import Codes, Drawing, draw, estimate, kept_codes
 from openm6.directory import Adapters, describe, open_directory
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import UsageError, suggest
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
@@ -29,6 +29,9 @@ Record = Mapping[str, Any]
 
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
+
+SHOTS = "_shots"
+"""In a record: other records with their answers, examples of what is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +115,22 @@ class Bundle:
             return name
         return self.tasks.get(name) or get_task(name)
 
-    def run(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Any:
+    def run(
+        self,
+        task: str | Task,
+        *,
+        decoding: Mapping[str, Any] | None = None,
+        examples: Items[Record] = (),
+        **slots: Any,
+    ) -> Any:
         """One answer. `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
 
-        A task with one output gives its value, a task with several a dict. `decoding` overrides the task's
-        own options (see Decoding).
+        A task with one output gives its value, a task with several a dict. `decoding` overrides the task's own options
+        (see Decoding). `examples`: records with answers, to be told what is asked for (data.*.shots in training).
         """
         task = self.task(task)
         _check_slots(task, slots)
-        return next(iter(self.run_many(task, [slots], decoding=decoding)))
+        return next(iter(self.run_many(task, [{**slots, SHOTS: examples}], decoding=decoding)))
 
     def draw(
         self,
@@ -200,12 +210,7 @@ class Bundle:
         ids: list[int] = []
         text = told = ""
         with self.precision():
-            for token in stream(
-                self.model,
-                self.prompt(task, slots),
-                self.processor.tokenizer.end_id,
-                options,
-            ):
+            for token in stream(self.model, self.prompt(task, slots), self.processor.tokenizer.end_id, options):
                 ids.append(token)
                 text = self.processor.tokenizer.decode(ids)
                 # A character can be several tokens: what is not yet whole shows as U+FFFD and waits. Whether single
@@ -245,7 +250,7 @@ class Bundle:
             free = [self.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in group]
             free = [prompt for prompt in free for _ in range(candidates)]
             with self.precision():
-                kept = _kept([r.get(KEPT) for r in group for _ in range(candidates)], codes)
+                kept = kept_codes([r.get(KEPT) for r in group for _ in range(candidates)], codes)
                 numbers = range(done, done + len(prompts))
                 drawn = draw(self.model, prompts, free, codes, options, kept, numbers)
             done += len(prompts)
@@ -330,7 +335,7 @@ class Bundle:
         )  # fmt: skip
 
     def prompt(self, task: Task, record: Record) -> Sequence:
-        return task.encode(record, self.processor, rng=None, with_target=False)
+        return task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
 
     def generate(
         self, task: Task, prompts: list[Sequence], batch_size: int = 64, decoding: Mapping[str, Any] | None = None
@@ -359,18 +364,6 @@ class Bundle:
 def _in_passes(task: Task, decoding: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options, in passes where they do not say otherwise, though the task draws one code after the other."""
     return {"passes": task.decode.get("passes") or Drawing().passes, **(decoding or {})}
-
-
-def _kept(given: list[np.ndarray | None], codes: Codes) -> torch.Tensor:
-    """Codes that are given, OPEN elsewhere, int64 [B, count]."""
-    kept = torch.full((len(given), codes.count), OPEN)
-    for row, one in zip(kept, given, strict=True):
-        if one is not None:
-            found = torch.as_tensor(np.asarray(one).ravel().astype(np.int64))
-            if len(found) != codes.count or found.min() < OPEN or found.max() >= codes.number:
-                raise DataError(f"What is kept of a picture has to be {codes.count} codes below {codes.number}, or -1.")
-            row[:] = found
-    return kept
 
 
 def _check_slots(task: Task, slots: Record) -> None:

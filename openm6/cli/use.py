@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +21,20 @@ def run(
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. temperature=0.8.")
     ] = None,
     output: Annotated[Path, typer.Option(help="File for an answer that is a picture.")] = Path("picture.png"),
+    examples: Annotated[str | None, typer.Option(help="Data with a few records and answers, to show how.")] = None,
     json: Json = False,
 ) -> None:
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
     from openm6.bundle import Bundle
+    from openm6.data.columns import SlotView
+    from openm6.data.source import open_source
 
     bundle = Bundle.load(model)
-    answer = bundle.run(task, decoding=decoding_options(option), **pairs(slots or []))
+    shown: list[Any] = []
+    if examples:
+        records = open_source(examples)
+        shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
+    answer = bundle.run(task, decoding=decoding_options(option), examples=shown, **pairs(slots or []))
     if bundle.task(task).draws:
         answer.save(output)
         answer = str(output)

@@ -109,6 +109,8 @@ def evaluate(
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples with answers before every record.")] = 0,
+    shots_from: Annotated[str, typer.Option(help="Data that the examples are taken from.")] = "",
     against: Annotated[
         str | None, typer.Option(help="Of a task that gives a vector: the other one, whose vectors it has to find.")
     ] = None,
@@ -134,7 +136,10 @@ def evaluate(
             data_format, images, limit, dims,
         )  # fmt: skip
     else:
-        result = measure(bundle, task, data, pairs(column or []), data_format, images, limit, options)
+        result = measure(
+            bundle, task, data, pairs(column or []), data_format, images, limit, options, shots=shots,
+            shots_from=shots_from,
+        )  # fmt: skip
     if report:
         write_report(report, f"{Path(model).name}: {result.task}", [result])
     if json:

@@ -41,7 +41,9 @@ class Entry:
     from step `start` on (a curriculum), with so much `noise` in the texts that its task is given (see corrupt).
 
     `against`: the task that sees the same record from another side, and has to give it the same vector; records that
-    agree in the columns `same` are not told apart. A record's column `negatives` may have others, as records."""
+    agree in the columns `same` are not told apart. A record's column `negatives` may have others, as records.
+
+    `shots`: up to so many other records stand before each, with their answers."""
 
     name: str
     records: Records
@@ -53,6 +55,7 @@ class Entry:
     against: Task | None = None
     against_columns: Mapping[str, str] = field(default_factory=dict)
     same: tuple[str, ...] = ()
+    shots: int = 0
 
 
 class Loader:
@@ -183,7 +186,8 @@ class _Draws:
             try:
                 seen = self._noised(self._view(record, rng), rng)
                 another = partial(self._another, rng)
-                example = self.entry.task.encode(seen, self._processor, rng, another=another)
+                shots = [another() for _ in range(int(rng.integers(self.entry.shots + 1)))] if self.entry.shots else []
+                example = self.entry.task.encode(seen, self._processor, rng, another=another, shots=shots)
                 if self.entry.against:
                     self._add_partner(example, record, rng)
             except DataError as error:

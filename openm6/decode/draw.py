@@ -15,11 +15,12 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from openm6.decode.generate import check_ranges, check_room, options, sample
-from openm6.errors import UsageError
+from openm6.errors import DataError, UsageError
 from openm6.model import M6
 from openm6.model.attention import Cache
 from openm6.sequence import Sequence, pad
@@ -258,3 +259,15 @@ def _choose(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return sample(logits.flatten(0, -2) / temperature, chance.flatten()).view(chance.shape)
+
+
+def kept_codes(given: list[np.ndarray | None], codes: Codes) -> Tensor:
+    """Codes that are given, OPEN elsewhere, int64 [B, count]."""
+    kept = torch.full((len(given), codes.count), OPEN)
+    for row, one in zip(kept, given, strict=True):
+        if one is not None:
+            found = torch.as_tensor(np.asarray(one).ravel().astype(np.int64))
+            if len(found) != codes.count or found.min() < OPEN or found.max() >= codes.number:
+                raise DataError(f"What is kept of a picture has to be {codes.count} codes below {codes.number}, or -1.")
+            row[:] = found
+    return kept

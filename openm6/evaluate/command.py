@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openm6.bundle import Bundle
+import numpy as np
+
+from openm6.bundle import SHOTS, Bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
+from openm6.errors import UsageError
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
+from openm6.tasks.task import Task
 
 
 def measure(
@@ -23,10 +27,13 @@ def measure(
     decoding: Mapping[str, Any] | None = None,
     where: Mapping[str, str] | None = None,
     answers: bool = True,
+    shots: int = 0,
+    shots_from: str = "",
 ) -> Evaluation:
     """Open `data`, map its columns to the task's slots and measure on its first `limit` records (`answers`: evaluate).
 
-    `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}.
+    `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
+    `shots` records of the source `shots_from`, with their answers.
     """
     chosen = bundle.task(task)
     records = open_source(data, data_format, images)
@@ -34,7 +41,22 @@ def measure(
     kept = (view(r) for r in records if all(str(r.get(k)) == v for k, v in (where or {}).items()))
     if limit is not None:
         kept = (record for record, _ in zip(kept, range(limit), strict=False))
+    if shots:
+        told = _shots(chosen, shots, shots_from, columns, data_format, images)
+        kept = ({**record, SHOTS: told} for record in kept)
     return evaluate(bundle, chosen, kept, data, decoding=decoding, answers=answers)
+
+
+def _shots(
+    task: Task, count: int, source: str, columns: Mapping[str, str] | None, data_format: str | None, images: str | None
+) -> list[Mapping[str, Any]]:
+    """So many records of a source, drawn at random, always the same ones; of several references the first."""
+    if not source:
+        raise UsageError("Say where the examples come from: shots needs shots_from, data other than what is measured.")
+    records = open_source(source, data_format, images)
+    view = SlotView.of(task, records, columns or {})
+    chosen = np.random.default_rng(0).permutation(len(records))[:count]
+    return [view(records[int(number)]) for number in chosen]
 
 
 def measure_retrieval(

@@ -14,27 +14,17 @@ import numpy as np
 
 from openm6.errors import DataError, UsageError, suggest
 from openm6.sequence import Constraint, Sequence
-from openm6.tasks import corrupt, drawn, target
+from openm6.tasks import target
+from openm6.tasks.encode import bad, encode, slots_of, value_of
 from openm6.tasks.forms import Digits, Verse, form_of
 from openm6.tasks.grammar import Instruction, Slot, parse
-from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import TYPES, box, image
+from openm6.tasks.slots import TYPES, box
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.trie import Trie
 from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
-
-BY_MASKS = 0.4
-"""Share of the drawn pictures that are learned by masks; the others one code after the other."""
-
-UNGUIDED = 0.1
-"""Share of the drawn pictures without any of the slots that may be dropped, where there are several: guidance leads
-away from what is drawn so."""
-
-JUDGED = 0.05
-"""Share of the drawn pictures that are whole, and judged: half of them belong to another record."""
 
 _ANSWERS = 100_000
 """Closed answers (combinations of labels) up to which decoding is kept to them."""
@@ -72,10 +62,10 @@ class Task:
         if not self.instructions:
             raise UsageError(f"The task {self.name} has no instruction.")
         first = self.instructions[0]
-        inputs, outputs = _slots(first.source), _slots(first.target)
+        inputs, outputs = slots_of(first.source), slots_of(first.target)
         for other in self.instructions[1:]:
             for side, expected in ((other.source, inputs), (other.target, outputs)):
-                if {s.name: s.type for s in _slots(side).values()} != {s.name: s.type for s in expected.values()}:
+                if {s.name: s.type for s in slots_of(side).values()} != {s.name: s.type for s in expected.values()}:
                     raise UsageError(
                         f"The task {self.name} has instructions with different slots: "
                         f'"{first.text}" and "{other.text}".'
@@ -99,7 +89,7 @@ class Task:
         object.__setattr__(self, "labels", {name: tuple(dict.fromkeys(map(str, v))) for name, v in labels.items()})
 
     @property
-    def _controls(self) -> int:
+    def controls(self) -> int:
         """Slots that may be dropped, of a task that draws."""
         return sum(bool(self.slots[name].drop) for name in self.inputs) if self.draws else 0
 
@@ -163,138 +153,10 @@ class Task:
         rng: np.random.Generator | None = None,
         with_target: bool = True,
         another: Callable[[], Record] | None = None,
+        shots: Items[Record] = (),
     ) -> Sequence:
-        """The Sequence of one record whose keys are the slots' names.
-
-        A task that draws learns verdicts on whole pictures too: those of a record that has them (drawn.ESTIMATES), and
-        in training, with `another` record of the same source, whether a picture is the record's own.
-
-        With `rng` (training) it takes any of the instructions and corrupts as they say. Without, the first one, and
-
-        - `with_target=False` (use): the source as it is given, with the gaps written in it; it ends with `<|answer|>`;
-        - `with_target=True` (measuring): corrupted too, but alike each time.
-
-        Raises DataError, which names the slot, for a record that cannot be used.
-        """
-        number = 0 if rng is None or len(self.instructions) == 1 else int(rng.integers(len(self.instructions)))
-        instruction = self.instructions[number]
-        complements: dict[str, str] = {}
-        pieces: list[Piece] = [Piece((processor.tokenizer.pad_id,) * processor.prompt)] if processor.prompt else []
-        asked: list[str] = []
-        # A verdict is on a picture as the answer to all that was asked for.
-        drops = rng if not (self.draws and drawn.verdicts_of(record)) else None
-        unguided = drops is not None and self._controls > 1 and drops.random() < UNGUIDED
-        after_text = False  # two texts that touch are kept apart
-        for part in instruction.source:
-            if isinstance(part, str):
-                pieces.append(Piece(processor.tokenizer.encode_often(part)))
-                after_text = False
-                continue
-            if part.drop and (
-                record.get(part.name) is None or unguided or (drops is not None and drops.random() < part.drop)
-            ):
-                continue
-            value = self._value(record, part, rng)
-            try:
-                if (part.mask or part.prefix) and (rng is not None or with_target):
-                    text = as_text(value)
-                    own = rng or corrupt.own_generator(text)
-                    value, complements[part.name] = (
-                        corrupt.mask(text, part.mask, own) if part.mask else corrupt.prefix(text, own)
-                    )
-                elif part.mask:
-                    value = corrupt.written_gaps(as_text(value))
-                piece = TYPES[part.type].source(value, processor)
-            except DataError as error:
-                raise _bad(record, part, error) from None
-            except UsageError as error:
-                raise UsageError(f"{part}: {error}") from None
-            if after_text and part.type in target.SPOKEN:
-                pieces.append(Piece((processor.tokenizer.row_id,)))
-            pieces.append(piece)
-            asked.append(part.name)
-            after_text = part.type in target.SPOKEN
-        if not with_target or self.embeds:
-            if self.draws:
-                count = 0 if processor.codec is None else processor.codec.side**2
-                return drawn.begin(lay_out(pieces, None, processor, self.name, count + 1), processor.tokenizer)
-            reserve = int(self.decode.get("max_new_tokens", 0))
-            prompt = lay_out(pieces, None, processor, self.name, reserve)
-            prompt.constraint = self.allowed(processor, record)
-            return prompt
-        written = {}
-        for slot in _slots(instruction.target).values():
-            value = complements[slot.name] if slot.name in complements else self._value(record, slot, rng)
-            try:
-                written[slot.name] = TYPES[slot.type].target(value, processor)
-            except DataError as error:
-                raise _bad(record, slot, error) from None
-            except UsageError as error:
-                raise UsageError(f"{slot}: {error}") from None
-        wanted = target.join(instruction.target, written, processor.tokenizer)
-        sequence = lay_out(pieces, wanted, processor, self.name)
-        if not self.draws:
-            return sequence
-        assert processor.codec is not None
-        if sequence.labels[-1] != processor.tokenizer.end_id:
-            raise DataError(
-                f"{_where(record)}the {len(wanted) - 1} codes of a picture do not fit: the model takes "
-                f"{processor.max_length} positions (max_length)."
-            )
-        codes = np.array(wanted[1:], np.int32)
-        sequence.codes = range(len(sequence) - len(codes), len(sequence))
-        return self._learned(record, sequence, codes, processor, rng, another, asked)
-
-    def _learned(
-        self,
-        record: Record,
-        sequence: Sequence,
-        codes: np.ndarray,
-        processor: Processor,
-        rng: np.random.Generator | None,
-        another: Callable[[], Record] | None,
-        asked: Items[str],
-    ) -> Sequence:
-        """The way in which a picture, the last positions of a sequence, is learned; `asked` are the slots before it."""
-        tokenizer, codec = processor.tokenizer, processor.codec
-        assert codec is not None
-        if verdicts := drawn.verdicts_of(record):
-            return drawn.judged(sequence, len(codes), verdicts, tokenizer)
-        if rng is None:
-            return sequence
-        if another is not None and rng.random() < JUDGED:
-            verdicts = {"relevance": True, "fidelity": True}
-            if rng.random() < 0.5:
-                other, slot = another(), self.outputs[0]
-                ids = sequence.ids.copy()
-                ids[-len(codes) :] = image.target(self._value(other, self.slots[slot], rng), processor)[1:]
-                sequence = replace(sequence, ids=ids)
-                verdicts["relevance"] = all(other.get(name) == record.get(name) for name in asked)
-            if not asked:
-                del verdicts["relevance"]
-            return drawn.judged(sequence, len(codes), verdicts, tokenizer)
-        if rng.random() < BY_MASKS:
-            return drawn.by_masks(sequence, codes, codec.side, tokenizer, rng)
-        return sequence
-
-    def _value(self, record: Record, slot: Slot, rng: np.random.Generator | None) -> Any:
-        value = record.get(slot.name)
-        if isinstance(value, list) and slot.type in ("text", "label") and value:
-            value = value[0 if rng is None else int(rng.integers(len(value)))]
-        if value is None:
-            keys = [key for key in record if not key.startswith("_")]
-            raise DataError(
-                f"{_where(record)}{slot.name} is missing: the task {self.name} needs it, and the record has "
-                f"{', '.join(keys) or 'nothing'}.{suggest(slot.name, keys)}"
-            )
-        known = self.labels.get(slot.name)
-        if known and str(value) not in known:
-            listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            raise DataError(
-                f"{_where(record)}{slot.name}: {str(value)[:40]!r} is none of the task's labels."
-                f"{suggest(str(value), known)} They are: {listed}."
-            )
-        return value
+        """The Sequence of one record whose keys are the slots' names: see `encode.encode`."""
+        return encode(self, record, processor, rng, with_target, another, shots)
 
     # From what was written to an answer
 
@@ -309,12 +171,12 @@ class Task:
         only = self.slots[self.outputs[0]] if len(self.outputs) == 1 and len(self.instructions[0].target) == 1 else None
         if only and only.type == "box":
             return Digits(box.DIGITS, processor.tokenizer)
-        written = next(iter(_slots(self.instructions[0].target).values()))
+        written = next(iter(slots_of(self.instructions[0].target).values()))
         if only and written.verse:
             try:
-                lines, length = form_of(as_text(self._value(record, self.slots[written.verse], None)))
+                lines, length = form_of(as_text(value_of(self, record, self.slots[written.verse], None)))
             except DataError as error:
-                raise _bad(record, self.slots[written.verse], error) from None
+                raise bad(record, self.slots[written.verse], error) from None
             return Verse(lines, length, processor.tokenizer)
         sets = [self.labels.get(name, ()) for name in self.outputs]
         if not all(sets) or prod(map(len, sets)) > _ANSWERS:
@@ -344,23 +206,11 @@ class Task:
             yield from labels
 
 
-def _slots(side: Items[Any]) -> dict[str, Slot]:
-    return {part.name: part for part in side if isinstance(part, Slot)}
-
-
 @lru_cache(maxsize=64)
 def _trie(side: tuple[Any, ...], sets: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> Trie:
-    names = list(_slots(side))
+    names = list(slots_of(side))
     answers = (
         target.join(side, {n: tokenizer.encode(v) for n, v in zip(names, values, strict=True)}, tokenizer)
         for values in product(*sets)
     )
     return Trie(answers, tokenizer.end_id)
-
-
-def _where(record: Record) -> str:
-    return f"{record['_where']}: " if "_where" in record else ""
-
-
-def _bad(record: Record, slot: Slot, error: DataError) -> DataError:
-    return DataError(f"{_where(record)}{slot.name}: {error}")

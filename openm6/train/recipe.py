@@ -68,6 +68,7 @@ class DataSection(SourceSection):
     noise: float = Field(
         0.0, ge=0, lt=1, description="share of the characters of given texts that are left out or exchanged"
     )
+    shots: int = Field(0, ge=0, description="other records that stand before each, with their answers, at most")
     against: str | None = Field(
         None, description="of a task that gives a vector: the task that has to give the same record the same one"
     )

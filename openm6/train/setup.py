@@ -183,7 +183,7 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
         entries.append(
             Entry(
                 section.name or section.source, source, task, section.weight, section.columns, section.start,
-                section.noise, against, section.against_columns, tuple(section.same),
+                section.noise, against, section.against_columns, tuple(section.same), section.shots,
             )
         )  # fmt: skip
     for entry in entries:  # two sources of one task share its labels

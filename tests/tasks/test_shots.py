@@ -1,0 +1,54 @@
+"""Examples before a record: the same tokens that answers are learned as, all of them source."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from openm6.errors import DataError, UsageError
+from openm6.sequence import IGNORE, SOURCE
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from tests.tasks.conftest import picture
+
+TASK = Task.from_instruction("[image:photo] [text:question] -> [text:answer]")
+RECORDS = [{"photo": picture(seed=n), "question": "什么" + "?" * n, "answer": word} for n, word in enumerate("红黄蓝")]
+
+
+def wide(processor: Processor, length: int = 256) -> Processor:
+    return Processor(processor.tokenizer, processor.grid, length)
+
+
+def test_examples_stand_before_with_their_answers(processor: Processor) -> None:
+    processor = wide(processor)
+    tokenizer = processor.tokenizer
+    alone = [TASK.encode(record, processor) for record in RECORDS]
+    found = TASK.encode(RECORDS[2], processor, shots=RECORDS[:2])
+    expected = [i for one in alone[:2] for i in (*one.ids.tolist(), tokenizer.end_id)] + alone[2].ids.tolist()
+    assert found.ids.tolist() == expected and len(found.pictures) == 3
+    own = len(alone[2])
+    assert (found.blocks[: len(found) - own] == SOURCE).all() and (found.labels[: len(found) - own] == IGNORE).all()
+    assert found.labels[-own:].tolist() == alone[2].labels.tolist()
+    for shown, one in zip(found.pictures, alone, strict=True):
+        assert np.array_equal(shown.pixels, one.pictures[0].pixels)
+        assert (found.ids[shown.start : shown.start + shown.patches] == tokenizer.patch_id).all()
+
+
+def test_training_leaves_out_the_first_of_too_many_and_use_tells(processor: Processor) -> None:
+    length = len(TASK.encode(RECORDS[2], wide(processor))) + len(TASK.encode(RECORDS[1], wide(processor))) + 3
+    tight = wide(processor, length)
+    found = TASK.encode(RECORDS[2], tight, np.random.default_rng(0), shots=RECORDS[:2])
+    assert len(found.pictures) == 2
+    with pytest.raises(DataError, match="positions for its pictures and fixed texts"):
+        TASK.encode(RECORDS[2], tight, with_target=False, shots=RECORDS[:2])
+
+
+def test_tasks_that_answer_in_no_words_take_none(processor: Processor) -> None:
+    task = Task.from_instruction("[text:a] -> [vector:v]")
+    with pytest.raises(UsageError, match="takes no examples"):
+        task.encode({"a": "红"}, processor, shots=[{"a": "蓝"}])
+
+
+def test_a_bad_example_is_told(processor: Processor) -> None:
+    with pytest.raises(DataError, match="answer is missing"):
+        TASK.encode(RECORDS[0], wide(processor), shots=[{"photo": picture(), "question": "?"}])
