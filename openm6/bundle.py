@@ -13,6 +13,7 @@ from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.draw import Codes, Drawing, draw, estimate, kept_codes
+from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
@@ -204,6 +205,9 @@ class Bundle:
         task = self.task(task)
         if task.draws:
             raise UsageError(f"The task {task.name} draws a picture, which does not come in pieces: run it.")
+        if task.sketch:  # all of it is decided at once
+            yield str(next(iter(self.run_many(task, [slots], decoding=decoding))))
+            return
         if task.embeds:
             raise UsageError(f"The task {task.name} gives a vector, which does not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
@@ -342,6 +346,9 @@ class Bundle:
     ) -> list[Generated]:
         """Decode prompts of one task with its defaults and this model's precision."""
         options = Decoding.of(**{**task.decode, **(decoding or {})})
+        if task.sketch:
+            with self.precision():
+                return refine(self.model, prompts, self.processor.tokenizer, options.max_new_tokens, batch_size)
         with self.precision():
             return generate(self.model, prompts, self.processor.tokenizer.end_id, options, batch_size)
 

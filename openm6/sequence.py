@@ -60,6 +60,7 @@ class Sequence:
     weight              of each of its labels in the loss
     constraint          of a prompt: what may be written after it
     partner             what has to get a near vector (its own last position's), and `negatives`, which must not
+    sketch              of a prompt that is answered by a sketch and edits: the places of what is sketched from
     group               pairs of one group are not negatives of each other; "" is none
     """
 
@@ -75,6 +76,7 @@ class Sequence:
     partner: Sequence | None = None
     negatives: list[Sequence] = field(default_factory=list)
     group: str = ""
+    sketch: range | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

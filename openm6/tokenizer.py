@@ -37,6 +37,7 @@ class Tokenizer:
     vocab_size      all ids, those of the image codes too: the number of the model's embedding rows
     code_start      id of the first of `num_codes` image codes
     estimate_ids    of the tokens that ask for a picture's relevance, fidelity and quality; answered by yes_id or no_id
+    class_ids       256 ids that stand for numbers where a position is asked for one (of the bytes, if it has them)
     first_new_id    the lowest of our special tokens' ids: a wrapped vocabulary keeps all ids below it
     """
 
@@ -60,6 +61,7 @@ class Tokenizer:
         ) = ids[:11]  # fmt: skip
         self.estimate_ids, self.yes_id, self.no_id = tuple(ids[11:14]), ids[14], ids[15]
         self.first_new_id = min(ids)
+        self.class_ids = tuple(known.get(name, number) for number, name in enumerate(_BYTES))
         self.num_codes = num_codes
         self.code_start = max(known.values()) + 1
         self.vocab_size = self.code_start + num_codes

@@ -186,6 +186,11 @@ class M6(Network):
 
         Returns the hidden state at the last position of every row, [B, D], and the cache.
         """
+        x_BTD, cache = self.prefill_all(batch, capacity)
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
+
+    def prefill_all(self, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
+        """As `prefill`, with the hidden states at all positions, [B, T, D]."""
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
         cache = Cache(self.config, (batch.segments > 0).sum(1), capacity, dtype)
@@ -199,7 +204,7 @@ class M6(Network):
         mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
         x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real, batch.positions)
-        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
+        return x_BTD, cache
 
     def step(self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0) -> Tensor:
         """One further (causal) position for every row of the cache; hidden states [B, D].
@@ -265,9 +270,9 @@ class M6(Network):
         cache.grow()
         return x_B1D[:, 0]
 
-    def fill(self, ids_BN: Tensor, cache: Cache, codes: int) -> Tensor:
+    def fill(self, ids_BN: Tensor, cache: Cache, codes: int, lengths_B: Tensor | None = None) -> Tensor:
         """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
-        The first `codes` of them are those of a picture, row by row.
+        The first `codes` of them are those of a picture, row by row; only the first `lengths_B` of a row are seen.
 
         The cache stays as it is: positions to be filled in (masked codes) can be asked again and again.
         """
@@ -279,9 +284,11 @@ class M6(Network):
         mask: Any = None
         if self.config.picture_side:
             mask = self._filling_mask(count, cache)
-        elif min(cache.counts) < longest:
+        elif min(cache.counts) < longest or lengths_B is not None:
             seen = torch.arange(longest, device=ids_BN.device) < cache.lengths[:, None]
-            seen = torch.cat((seen, seen.new_ones(rows, count)), 1)
+            last = count if lengths_B is None else lengths_B[:, None]
+            own = (torch.arange(count, device=ids_BN.device) < last).expand(rows, count)
+            seen = torch.cat((seen, own), 1)
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
 
         def write(layer: int, k_BKNE: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:

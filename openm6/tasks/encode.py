@@ -10,7 +10,7 @@ import numpy as np
 
 from openm6.errors import DataError, UsageError, suggest
 from openm6.sequence import Sequence
-from openm6.tasks import corrupt, drawn, target
+from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.grammar import Instruction, Slot
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
@@ -34,11 +34,12 @@ JUDGED = 0.05
 
 
 class _Given(NamedTuple):
-    """A left side: its pieces, what was taken out of its texts, and the slots that are there."""
+    """A left side: its pieces, what was taken out of its texts, the slots that are there, and which piece is whose."""
 
     pieces: list[Piece]
     complements: dict[str, str]
     asked: list[str]
+    places: dict[str, int]
 
 
 def encode(
@@ -69,6 +70,8 @@ def encode(
     ids = None
     if with_target and not task.embeds:
         ids = _written(task, instruction, record, processor, rng, given.complements)
+    if task.sketch:
+        return _sketched(task, given, ids, processor, rng)
     before = [_shot(task, instruction, shot, processor, rng) for shot in shots]
     prompt = [Piece((processor.tokenizer.pad_id,) * processor.prompt)] if processor.prompt else []
     reserve = int(task.decode.get("max_new_tokens", 0))
@@ -101,6 +104,29 @@ def encode(
     return _learned(task, record, sequence, codes, processor, rng, another, given.asked)
 
 
+def _sketched(
+    task: Task, given: _Given, ids: Items[int] | None, processor: Processor, rng: np.random.Generator | None
+) -> Sequence:
+    """Of a task that is written from a sketch: the prompt, or one of the things that are learned (for measuring, what
+    the gaps of the sketch hold)."""
+    prompt = [Piece((processor.tokenizer.pad_id,) * processor.prompt)]
+    number = given.places[task.sketch] + 1
+    pieces = [*prompt, *given.pieces]
+    pieces[number] = pieces[number]._replace(cuttable=False)
+    found = lay_out(pieces, None, processor, task.name, int(task.decode.get("max_new_tokens", 0)))
+    start = sum(len(piece.ids) for piece in pieces[:number])
+    if any(piece.cuttable for piece in pieces[:number]) and not np.array_equal(
+        found.ids[start : start + len(pieces[number].ids)], pieces[number].ids
+    ):
+        raise DataError(f"The example is longer than the {processor.max_length} positions that the model takes.")
+    found = replace(found, sketch=range(start, start + len(pieces[number].ids)))
+    if ids is None:
+        return found
+    kind = "fill" if rng is None else None
+    text = list(ids)[: max(1, processor.max_length - len(found) - 1)]
+    return sketch.learned(found, text, processor.tokenizer, rng or np.random.default_rng(0), kind)
+
+
 def _given(
     task: Task,
     instruction: Instruction,
@@ -110,7 +136,7 @@ def _given(
     spoil: bool,
 ) -> _Given:
     """The left side of an instruction; `spoil`: with its corruptions."""
-    found = _Given([], {}, [])
+    found = _Given([], {}, [], {})
     # A verdict is on a picture as the answer to all that was asked for.
     drops = rng if not (task.draws and drawn.verdicts_of(record)) else None
     unguided = drops is not None and task.controls > 1 and drops.random() < UNGUIDED
@@ -143,6 +169,7 @@ def _given(
             found.pieces.append(Piece((processor.tokenizer.row_id,)))
         found.pieces.append(piece)
         found.asked.append(part.name)
+        found.places[part.name] = len(found.pieces) - 1
         after_text = part.type in target.SPOKEN
     return found
 

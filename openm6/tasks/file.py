@@ -40,6 +40,7 @@ class TaskFile(BaseModel):
     example: dict[str, Any] = {}
     aliases: dict[str, list[str]] = {}
     reader: str = ""
+    sketch: str = ""
 
     @field_validator("example")
     @classmethod
@@ -108,6 +109,7 @@ def task_of(content: Mapping[str, Any], where: str) -> Task:
             file.example,
             {name: tuple(values) for name, values in file.aliases.items()},
             file.reader,
+            file.sketch,
         )
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None

@@ -42,6 +42,8 @@ class Task:
     aliases        names of data columns that fill a slot besides its own name
     reader         of a task that draws: the task by which what was drawn is read, to rank candidates; it writes what
                    was asked for under the same slot names
+    sketch         the slot on the left that the text keeps much of: it is then written from a sketch of it, by edits in
+                   parallel (see `sketch`), not one token after the other
     slots          slot by name, those of the left first; `inputs` and `outputs` are the names of each side
     """
 
@@ -54,6 +56,7 @@ class Task:
     example: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reader: str = ""
+    sketch: str = ""
     slots: Mapping[str, Slot] = field(init=False, repr=False)
     inputs: tuple[str, ...] = field(init=False)
     outputs: tuple[str, ...] = field(init=False)
@@ -78,6 +81,13 @@ class Task:
         if (self.draws or self.embeds) and any(len(i.target) > 1 for i in self.instructions):
             what = "picture that is drawn" if self.draws else "vector"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
+        if self.sketch:
+            written = [slot for name, slot in outputs.items()]
+            given = inputs.get(self.sketch)
+            if given is None or given.type not in ("text", "table") or given.drop or given.mask or given.prefix:
+                raise UsageError(f"The task {self.name}: sketch names a text or table that is given whole.")
+            if [slot.type for slot in written] != ["text"] or any(len(i.target) > 1 for i in self.instructions):
+                raise UsageError(f"The task {self.name}: what is written from a sketch is one text alone.")
         labels = {**{slot.name: slot.labels for slot in every if slot.labels}, **self.labels}
         for name, values in labels.items():
             if name not in self.slots or self.slots[name].type != "label":
@@ -138,6 +148,7 @@ class Task:
             "example": dict(self.example),
             "aliases": {name: list(values) for name, values in self.aliases.items()},
             "reader": self.reader,
+            "sketch": self.sketch,
         }
 
     def with_labels(self, labels: Mapping[str, Items[str]]) -> Task:

@@ -54,7 +54,23 @@ def test_a_task_that_gives_a_vector_works_on_its_example(processor: Processor, n
     assert Task.from_dict(task.to_dict()) == task
 
 
-@pytest.mark.parametrize("name", [name for name in names() if not (get(name).draws or get(name).embeds)])
+@pytest.mark.parametrize("name", [name for name in names() if get(name).sketch])
+def test_a_task_that_is_written_from_a_sketch_works_on_its_example(processor: Processor, name: str) -> None:
+    task = get(name)
+    assert task.description and task.metrics and set(task.example) == set(task.slots)
+    processor = Processor(processor.tokenizer, processor.grid, 256)
+    for seed in range(8):
+        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        assert (found.labels != IGNORE).any()
+    prompt = task.encode(example(task), processor, with_target=False)
+    assert prompt.sketch is not None and prompt.ids[-1] == processor.tokenizer.answer_id
+    assert Task.from_dict(task.to_dict()) == task
+
+
+PLAIN = [name for name in names() if not (get(name).draws or get(name).embeds or get(name).sketch)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     task = get(name)
     assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)

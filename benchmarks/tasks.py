@@ -1,0 +1,222 @@
+"""Every task: learned for a few steps from the demo's model, for as many from nothing, and a trivial answer beside.
+
+The steps are the same, the data generated, what is measured held out (docs/data.md). It goes on where it was
+interrupted: each figure is kept in runs/bench-tasks. Tasks that draw start from what `make demo-images` leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.bundle import Bundle
+from openm6.data.columns import SlotView
+from openm6.data.source import open_source
+from openm6.errors import UsageError
+from openm6.evaluate.command import measure, measure_retrieval
+from openm6.evaluate.measure import references
+from openm6.sequence import IGNORE
+from openm6.tasks.library import get
+from openm6.tasks.metrics import score
+from openm6.train.recipe import check_recipe
+from openm6.train.trainer import train
+
+TITLE = "Every task, from the demo's model and from nothing"
+ROOT = Path(__file__).parents[1] / "runs"
+STEPS, BATCH, ASKED = 120, 24, 200
+LOWER = ("perplexity",)
+"""Metrics that are better when lower."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A task, its data without the split, its metric, and what a trivial answer is: `majority` (the most frequent
+    answer in training), `random` (any answer of training), `copy` (what is given), `ngram` (bigrams of the answers'
+    tokens), `mean` (the mean box), `chance` (any vector)."""
+
+    task: str
+    data: str
+    metric: str
+    trivial: str
+    columns: dict[str, str] = field(default_factory=dict)
+    against: str = ""
+    against_columns: dict[str, str] = field(default_factory=dict)
+
+
+SIDES = (
+    Side("text_continuation", "market:facts", "perplexity", "ngram"),
+    Side("infilling", "market:facts", "perplexity", "ngram"),
+    Side("summary", "market:passages", "rouge_l", "copy"),
+    Side("title", "market:passages", "rouge_l", "copy", {"text": "passage"}),
+    Side("poem", "market:poems", "perplexity", "ngram"),
+    Side("story", "market:stories", "rouge_l", "random"),
+    Side("reading", "market:passages", "accuracy", "majority"),
+    Side("question_answering", "market:knowledge", "accuracy", "majority"),
+    Side("table_question", "market:tables", "accuracy", "majority"),
+    Side("reply", "market:talks", "bleu", "random"),
+    Side("product_copy", "market:copy", "bleu", "random"),
+    Side("slogan_pair", "market:copy", "rouge_l", "random"),
+    Side("slogan", "demo:catalogue", "rouge_l", "random"),
+    Side("product_title", "demo:catalogue", "rouge_l", "random"),
+    Side("table_to_text", "market:facts", "bleu", "copy"),
+    Side("live_script", "market:live", "bleu", "copy"),
+    Side("text_classification", "market:reviews", "accuracy", "majority"),
+    Side("entailment", "market:entailment", "accuracy", "majority"),
+    Side("text_similarity", "market:similar", "spearman", "majority"),
+    Side("caption", "demo:items", "bleu", "random"),
+    Side("vqa", "demo:questions", "accuracy", "majority"),
+    Side("image_classification", "digits", "accuracy", "majority"),
+    Side("product_attributes", "demo:items", "accuracy", "majority"),
+    Side("visual_entailment", "scenes", "accuracy", "majority"),
+    Side("image_text_matching", "scenes", "accuracy", "majority"),
+    Side("grounding", "scenes", "iou", "mean"),
+    Side("ocr", "writing", "accuracy", "majority"),
+    Side("text_vector", "scenes", "recall@10", "chance", {"text": "caption"}, "image_vector"),
+    Side("item_vector", "demo:catalogue", "recall@10", "chance", {}, "text_vector", {"text": "caption"}),
+    Side("text_to_image", "demo:studio", "perplexity", "ngram"),
+    Side("controlled_image", "demo:studio", "perplexity", "ngram"),
+    Side("try_on", "tryon", "perplexity", "ngram"),
+)
+
+
+def run(sides: tuple[Side, ...] = SIDES, steps: int = STEPS) -> tuple[list[dict[str, Any]], str]:
+    folder = ROOT / "bench-tasks"
+    rows = []
+    for side in sides:
+        base = ROOT / ("demo-images" if get(side.task).draws else "demo") / "model"
+        if not base.is_dir():
+            raise UsageError(f"{base} is not there: run `make demo` and `make demo-images` first.")
+        found = {
+            name: _kept(folder / f"{side.task}-{name}.json", act)
+            for name, act in {
+                "trivial": lambda side=side, base=base: _trivial(side, base),
+                "scratch": lambda side=side, base=base: _learned(side, base, folder / "run", False, steps),
+                "pretrained": lambda side=side, base=base: _learned(side, base, folder / "run", True, steps),
+            }.items()
+        }
+        sign = -1 if side.metric in LOWER else 1
+        best = sign * found["pretrained"]
+        rows.append(
+            {
+                "task": side.task, "data": side.data, "metric": side.metric,
+                "pretrained": round(found["pretrained"], 3), "from nothing": round(found["scratch"], 3),
+                "trivial": round(found["trivial"], 3),
+                "trivial answer": side.trivial, "beats nothing": best > sign * found["scratch"],
+                "beats trivial": best > sign * found["trivial"],
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+    note = (
+        f"{steps} steps of {BATCH} examples each, all weights, the same recipe and tokenizer on both sides; measured "
+        f"on {ASKED} held-out records. Better than from nothing: {sum(r['beats nothing'] for r in rows)} of "
+        f"{len(rows)}; than the trivial answer: {sum(r['beats trivial'] for r in rows)}. One seed."
+    )
+    return rows, note
+
+
+def _kept(file: Path, act: Callable[[], float]) -> float:
+    """The figure of an earlier run, or of `act`, kept."""
+    if file.is_file():
+        return float(json.loads(file.read_text("utf-8")))
+    value = act()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value), "utf-8")
+    return value
+
+
+def _learned(side: Side, base: Path, folder: Path, pretrained: bool, steps: int) -> float:
+    shutil.rmtree(folder, ignore_errors=True)
+    section: dict[str, Any] = {"source": f"{side.data}/train", "task": side.task, "columns": side.columns}
+    if side.against:
+        section |= {"against": side.against, "against_columns": side.against_columns}
+    model: dict[str, Any] = {"path": str(base)}
+    if not pretrained:
+        model = {"preset": "demo", "max_length": 256}
+        if get(side.task).draws:
+            model["codec"] = str(base / "codec")
+    values = {
+        "name": f"{side.task} {'on' if pretrained else 'anew'}", "output": str(folder), "model": model,
+        "tokenizer": {"path": str(base)}, "data": [section],
+        "train": {
+            "steps": steps, "batch_size": BATCH, "row_length": 256, "optimizer": "muon", "learning_rate": 1e-3,
+            "matrix_learning_rate": 2e-3, "warmup": 10, "checkpoint_every": steps, "log_every": 20, "workers": 0,
+        },
+    }  # fmt: skip
+    bundle = Bundle.load(train(check_recipe(values)))
+    test = f"{side.data}/test"
+    if side.against:
+        found = measure_retrieval(
+            bundle, side.task, side.against, test, side.columns, side.against_columns, limit=ASKED
+        )
+    else:
+        found = measure(bundle, side.task, test, side.columns, limit=ASKED, answers=False)
+    shutil.rmtree(folder)
+    return found.values()[side.metric]
+
+
+def _trivial(side: Side, base: Path) -> float:
+    if side.trivial == "chance":
+        return min(1.0, 10 / ASKED)
+    task = get(side.task)
+    splits = [open_source(f"{side.data}/{split}") for split in ("train", "test")]
+    views = [SlotView.of(task, records, side.columns) for records in splits]
+    known = [views[0](splits[0][i]) for i in range(min(2000, len(splits[0])))]
+    asked = [views[1](splits[1][i]) for i in range(min(ASKED, len(splits[1])))]
+    if side.trivial == "ngram":
+        return _bigrams(side, base, known, asked)
+    output = task.outputs[0]
+    kind = task.slots[output].type
+    wanted = [references(record[output], kind) for record in asked]
+    if side.trivial == "mean":
+        answers = [str(np.mean([record[output] for record in known], 0).tolist())] * len(asked)
+    elif side.trivial == "majority":
+        counts = Counter(references(record[output], kind)[0] for record in known)
+        answers = [counts.most_common(1)[0][0]] * len(asked)
+    elif side.trivial == "random":
+        rng = np.random.default_rng(0)
+        answers = [references(known[int(rng.integers(len(known)))][output], kind)[0] for _ in asked]
+    else:
+        answers = [_copied(record[task.inputs[0]], side.metric) for record in asked]
+    return score(side.metric, answers, wanted).value
+
+
+def _copied(value: Any, metric: str) -> str:
+    """What is given: a table's values in a row, a text itself, for a summary or title its first sentence."""
+    if isinstance(value, list):
+        return "，".join(str(cell) for row in value for cell in row.values()) + "。"
+    return str(value).split("。")[0] + "。" if metric == "rouge_l" else str(value)
+
+
+def _bigrams(side: Side, base: Path, known: list[Any], asked: list[Any]) -> float:
+    """Perplexity of the answers' tokens by bigrams of 2,000 training records, with unigrams and an even share mixed in
+    (0.7, 0.25, 0.05)."""
+    processor = Bundle.load(base, "meta", trainable=True).processor
+    task = get(side.task)
+
+    def tokens(record: Any) -> list[int]:
+        found = task.encode(record, processor, rng=None)
+        return [0, *found.labels[found.labels != IGNORE].tolist()]
+
+    pairs: Counter[tuple[int, int]] = Counter()
+    firsts: Counter[int] = Counter()
+    singles: Counter[int] = Counter()
+    for record in known:
+        ids = tokens(record)
+        pairs.update(pairwise(ids))
+        firsts.update(ids[:-1])
+        singles.update(ids[1:])
+    total, size = sum(singles.values()), processor.tokenizer.vocab_size
+    losses = [
+        -np.log(0.7 * pairs[a, b] / max(1, firsts[a]) + 0.25 * singles[b] / total + 0.05 / size)
+        for record in asked
+        for a, b in pairwise(tokens(record))
+    ]
+    return float(np.exp(np.mean(losses)))
