@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from openm6.decode import Decoding, Generated, generate, stream
-from openm6.decode.draw import Codes, Drawing, draw, estimate, kept_codes
+from openm6.decode.limits import Limits
 from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
+from openm6.painting import KEPT, Painting, draw_many, drawing_task, groups, in_passes, relevance_by_slot
 from openm6.sequence import Sequence, pad
-from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -28,23 +26,11 @@ from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
 
-KEPT = "_kept"
-"""In a record of a task that draws: the codes that are given."""
-
 SHOTS = "_shots"
 """In a record: other records with their answers, examples of what is asked for."""
 
-
-@dataclass(frozen=True, slots=True)
-class Painting:
-    """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
-    log-odds of relevance, fidelity and quality, and the score that ranks."""
-
-    image: Image.Image
-    number: int
-    codes: np.ndarray
-    estimates: dict[str, float]
-    score: float
+LIMITS = "_limits"
+"""In a record: what its answer must not say, a Limits (decode/limits.py)."""
 
 
 class Bundle:
@@ -122,16 +108,18 @@ class Bundle:
         *,
         decoding: Mapping[str, Any] | None = None,
         examples: Items[Record] = (),
+        limits: Limits | None = None,
         **slots: Any,
     ) -> Any:
         """One answer. `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
 
         A task with one output gives its value, a task with several a dict. `decoding` overrides the task's own options
         (see Decoding). `examples`: records with answers, to be told what is asked for (data.*.shots in training).
+        `limits`: what the text must not say, and how long it may be.
         """
         task = self.task(task)
         _check_slots(task, slots)
-        return next(iter(self.run_many(task, [{**slots, SHOTS: examples}], decoding=decoding)))
+        return next(iter(self.run_many(task, [{**slots, SHOTS: examples, LIMITS: limits}], decoding=decoding)))
 
     def draw(
         self,
@@ -146,10 +134,10 @@ class Bundle:
 
         `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
         """
-        task = self._drawing(task)
+        task = drawing_task(self, task)
         _check_slots(task, slots)
         if kept is not None:
-            decoding = _in_passes(task, decoding)
+            decoding = in_passes(task, decoding)
         records = [{**slots, KEPT: kept}]
         return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
 
@@ -171,7 +159,7 @@ class Bundle:
             dims = (decoding or {}).get("dims")
             yield from self.vectors(task, records, batch_size=batch_size, dims=None if dims is None else int(dims))
             return
-        for group in _groups(records, batch_size * 4):
+        for group in groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             for generated in self.generate(task, prompts, batch_size, decoding):
                 yield self.read(task, generated)
@@ -187,7 +175,7 @@ class Bundle:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
         if dims is not None and not 1 <= dims <= width:
             raise UsageError(f"dims is {dims}; vectors of this model have 1 to {width} numbers.")
-        for group in _groups(records, batch_size * 4):
+        for group in groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little is padded
             found = torch.empty(len(group), dims or width)
@@ -234,55 +222,12 @@ class Bundle:
         batch_size: int = 64,
         decoding: Mapping[str, Any] | None = None,
     ) -> Iterator[list[Painting]]:
-        """For each record `candidates` pictures of a task that draws, the best by the model's own estimates first.
+        """For each record `candidates` pictures, the best first: see `painting.draw_many`."""
+        return draw_many(self, task, records, candidates=candidates, batch_size=batch_size, decoding=decoding)
 
-        `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
-        """
-        task = self._drawing(task)
-        if decoding and int(decoding.get("branches", 1)) > 1:
-            decoding = _in_passes(task, decoding)
-        options = Drawing.of(**{**task.decode, **(decoding or {})})
-        codec, codes = self.codec, self._codes()
-        droppable = {name for name in task.inputs if task.slots[name].drop}
-        if options.guidance and not droppable:
-            raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
-        if candidates < 1:
-            raise UsageError(f"candidates is {candidates}; draw 1 or more.")
-        done = 0
-        for group in _groups(records, max(1, batch_size // candidates)):
-            prompts = [self.prompt(task, record) for record in group for _ in range(candidates)]
-            free = [self.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in group]
-            free = [prompt for prompt in free for _ in range(candidates)]
-            with self.precision():
-                kept = kept_codes([r.get(KEPT) for r in group for _ in range(candidates)], codes)
-                numbers = range(done, done + len(prompts))
-                drawn = draw(self.model, prompts, free, codes, options, kept, numbers)
-            done += len(prompts)
-            rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
-            made = [
-                Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
-                for place, (row, told, score) in enumerate(rows)
-            ]
-            if candidates > 1 and options.reading:
-                made = self._read_back(task, made, [r for r in group for _ in range(candidates)], options.reading)
-            for start in range(0, len(made), candidates):
-                yield sorted(made[start : start + candidates], key=lambda p: -p.score)
-
-    def _read_back(self, task: Task, made: list[Painting], asked: list[Record], weight: float) -> list[Painting]:
-        """The pictures, where the model has learned the task's reader and there was asked for what it writes with the
-        log-probability of writing it from the picture (`reading`) among the estimates and in the score."""
-        reader = self.tasks.get(task.reader)
-        if reader is None:
-            return made
-        places = [i for i, record in enumerate(asked) if all(record.get(n) is not None for n in reader.outputs)]
-        picture = next((name for name in reader.inputs if reader.slots[name].type == "image"), None)
-        if picture is None:
-            raise UsageError(f"The reader of the task {task.name}, {reader.name}, takes no picture.")
-        records = [{picture: made[i].image, **{n: asked[i][n] for n in reader.outputs}} for i in places]
-        for i, value in zip(places, (-self.target_losses(reader, records)[0]).tolist(), strict=True):
-            told = {**made[i].estimates, "reading": value}
-            made[i] = replace(made[i], estimates=told, score=made[i].score + weight * value)
-        return made
+    def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
+        """How well pictures follow each given slot by itself: see `painting.relevance_by_slot`."""
+        return relevance_by_slot(self, task, drawn, **slots)
 
     @torch.inference_mode()
     def target_losses(
@@ -302,28 +247,6 @@ class Bundle:
             counts.append(trained.cpu())
         return torch.cat(sums), torch.cat(counts)
 
-    def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
-        """How well pictures follow each given slot that may be dropped, by itself: log-odds by slot. Where what was
-        asked for contradicts itself it tells which part won."""
-        task = self._drawing(task)
-        codes = torch.from_numpy(np.stack([painting.codes for painting in drawn]))
-        droppable = [name for name in task.inputs if task.slots[name].drop]
-        found = {}
-        for name in droppable:
-            if slots.get(name) is None:
-                continue
-            alone = self.prompt(task, {k: v for k, v in slots.items() if k == name or k not in droppable})
-            with self.precision():
-                told = estimate(self.model, [alone] * len(codes), codes, self._codes()).estimates
-            found[name] = told[:, ESTIMATES.index("relevance")].tolist()
-        return found
-
-    def _drawing(self, task: str | Task) -> Task:
-        task = self.task(task)
-        if not task.draws:
-            raise UsageError(f"The task {task.name} does not draw: it writes {', '.join(task.outputs)}.")
-        return task
-
     @property
     def codec(self) -> PictureCodec:
         """Of a model that draws; of another a UsageError."""
@@ -331,15 +254,13 @@ class Bundle:
             raise UsageError("This model does not draw: it has no image codec (model.codec in its recipe).")
         return self.processor.codec
 
-    def _codes(self) -> Codes:
-        codec, tokenizer = self.codec, self.processor.tokenizer
-        return Codes(
-            tokenizer.code_start, codec.num_codes, codec.side**2, tokenizer.mask_id, tokenizer.estimate_ids,
-            tokenizer.yes_id, tokenizer.no_id,
-        )  # fmt: skip
-
     def prompt(self, task: Task, record: Record) -> Sequence:
-        return task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
+        prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
+        if record.get(LIMITS) is not None:
+            if prompt.constraint is not None or prompt.sketch is not None:
+                raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
+            prompt.constraint = record[LIMITS]
+        return prompt
 
     def generate(
         self, task: Task, prompts: list[Sequence], batch_size: int = 64, decoding: Mapping[str, Any] | None = None
@@ -368,11 +289,6 @@ class Bundle:
         return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
 
 
-def _in_passes(task: Task, decoding: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options, in passes where they do not say otherwise, though the task draws one code after the other."""
-    return {"passes": task.decode.get("passes") or Drawing().passes, **(decoding or {})}
-
-
 def _check_slots(task: Task, slots: Record) -> None:
     for name in slots:
         if name not in task.slots:
@@ -383,14 +299,3 @@ def _check_slots(task: Task, slots: Record) -> None:
     for name in task.inputs:
         if name not in slots and not task.slots[name].drop:
             raise UsageError(f"{name} is missing: the task {task.name} takes {', '.join(task.inputs)}.")
-
-
-def _groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

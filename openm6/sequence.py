@@ -41,8 +41,14 @@ class Picture:
     patches: int
 
 
+class Banned(tuple[int, ...]):
+    """Ids that may not follow; all others may."""
+
+    __slots__ = ()
+
+
 class Constraint(Protocol):
-    """Which ids may follow the ids generated so far (a trie over labels, say)."""
+    """Which ids may follow the ids generated so far (a trie over labels, say), or, as `Banned`, which may not."""
 
     def next(self, prefix: Items[int]) -> Items[int]: ...
 

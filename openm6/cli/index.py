@@ -89,9 +89,7 @@ def delete(
 @index.command()
 def search(
     path: Place,
-    slots: Annotated[
-        list[str], typer.Argument(help="slot=value of the question's task, or id=ITEM for items like it.")
-    ],
+    slots: Annotated[list[str], typer.Argument(help="slot=value of the question's task.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Items to find.")] = 10,
     where: Annotated[str, typer.Option(help="A filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
     task: Annotated[str | None, typer.Option(help="Another task than the index's for the question.")] = None,
@@ -100,7 +98,8 @@ def search(
 ) -> None:
     """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
     made, bundle = _open(path)
-    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, **pairs(slots))
+    asked: dict[str, Any] = dict(pairs(slots))
+    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, **asked)
     columns = list(made.about["columns"])
     hits = made.search(vector, k, where=where, columns=columns, exact=exact)[0]
     if json:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
-from openm6.decode.generate import Decoding, Generated, check_room, constrain
+from openm6.decode.generate import Decoding, Generated, allowed_after, check_room, constrain
 from openm6.model import M6
 from openm6.sequence import Sequence, pad
 
@@ -40,11 +40,8 @@ def beam_search(model: M6, prompts: Items[Sequence], end_id: int, decoding: Deco
     for step in range(decoding.max_new_tokens):
         logits = model.logits(hidden)
         if constrained:
-            dead = [end_id]
             allowed = [
-                None if prompt.constraint is None else prompt.constraint.next(b) or dead
-                for prompt, beam in zip(prompts, beams, strict=True)
-                for b in beam
+                allowed_after(prompt, b, end_id) for prompt, beam in zip(prompts, beams, strict=True) for b in beam
             ]
             logits = constrain(logits, allowed)
         totals = scores[:, :, None] + logits.log_softmax(-1).view(count, width, -1)

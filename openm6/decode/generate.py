@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Banned, Sequence, pad
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def _steps(
     for left in range(decoding.max_new_tokens, 0, -1):
         logits = model.logits(hidden)
         if constrained:
-            logits = constrain(logits, [_next(prompts[r], prefixes[r]) for r in rows])
+            logits = constrain(logits, [allowed_after(prompts[r], prefixes[r], end_id) for r in rows])
         tokens, log_probs = choose(logits, rows)
         yield tokens, log_probs, rows
         running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
@@ -184,15 +184,24 @@ def check_room(model: M6, prompt: int, new: int) -> None:
         )
 
 
-def _next(prompt: Sequence, prefix: list[int]) -> Items[int] | None:
-    return None if prompt.constraint is None else prompt.constraint.next(prefix)
+def allowed_after(prompt: Sequence, prefix: list[int], end_id: int) -> Items[int] | None:
+    """What its constraint lets follow; None: anything. The end where nothing may."""
+    if prompt.constraint is None:
+        return None
+    found = prompt.constraint.next(prefix)
+    return found if len(found) or isinstance(found, Banned) else (end_id,)
 
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf; None allows all."""
-    mask = torch.ones_like(logits, dtype=torch.bool)
+    """Logits [B, V] with everything but the allowed ids of each row at -inf; None allows all, Banned all but those."""
+    mask = torch.zeros_like(logits, dtype=torch.bool)
     for row, ids in enumerate(allowed):
-        mask[row, slice(None) if ids is None else torch.as_tensor(list(ids), device=logits.device)] = False
+        if ids is None:
+            continue
+        banned = isinstance(ids, Banned)
+        mask[row] = not banned
+        if len(ids):
+            mask[row, torch.as_tensor(list(ids), device=logits.device)] = banned
     return logits.masked_fill(mask, float("-inf"))
 
 

@@ -1,0 +1,98 @@
+"""Limits: whatever is written under them keeps them, however the tokenizer cuts words and numbers."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from openm6.bundle import Bundle
+from openm6.decode.limits import Limits
+from openm6.errors import UsageError
+from openm6.model import M6
+from openm6.sequence import Banned
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+from tests.conftest import tiny_config
+from tests.tasks.conftest import processor, tokenizer  # noqa: F401
+
+letters = "红黄蓝绿色条"
+
+
+@pytest.fixture(scope="module")
+def merged() -> Tokenizer:
+    """One whose tokens are up to three characters."""
+    texts = ["".join(random.Random(n).choices(letters, k=12)) + "价12元35元" for n in range(300)]
+    return Tokenizer.train(texts, 420, num_codes=4, alphabet=letters + "价元，。", max_token_length=3)
+
+
+def walked(limits: Limits, tokenizer: Tokenizer, rng: random.Random, longest: int = 40) -> tuple[str, bool]:  # noqa: F811
+    """Any text that the limits let through, one favouring the dangerous; and whether it has ended."""
+    ids: list[int] = []
+    plain = [i for i in range(tokenizer.code_start) if not tokenizer.is_part(i) or tokenizer.decode([i]).isdigit()]
+    favoured = [i for i in plain if any(c in letters + "0123456789" for c in tokenizer.decode([i]))]
+    for _ in range(longest):
+        found = limits.next(ids)
+        if isinstance(found, Banned):
+            pool = [i for i in (favoured if rng.random() < 0.8 else plain) if i not in found]
+            if tokenizer.end_id not in found and rng.random() < 0.05:
+                return tokenizer.decode(ids), True
+            pool = pool or [i for i in plain if i not in found]
+            assert pool
+            ids.append(rng.choice(pool))
+        else:
+            assert list(found) == [tokenizer.end_id]
+            return tokenizer.decode(ids), True
+    return tokenizer.decode(ids), False
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.text(st.sampled_from(letters), min_size=1, max_size=4), max_size=4, unique=True),
+    st.none() | st.sets(st.sampled_from(["12", "35", "123", "5", "120"]), min_size=1),
+    st.integers(0, 6), st.integers(0, 30), st.randoms(),
+)  # fmt: skip
+def test_whatever_is_written_keeps_them(
+    merged: Tokenizer, forbid: list[str], numbers: set[str] | None, least: int, most: int, rng: random.Random
+) -> None:
+    if (most and least > most) or len({c for word in forbid if len(word) == 1 for c in word}) == len(letters):
+        return
+    limits = Limits(merged, forbid, numbers, least, most)
+    text, ended = walked(limits, merged, rng)
+    assert not any(word in text for word in forbid)
+    assert not most or len(text) <= most
+    runs = re.findall(r"\d+", text)
+    if numbers is not None:
+        for run in runs if ended else runs[:-1]:
+            assert run in numbers or (most and len(text) >= most and text.endswith(run))
+    if ended:
+        assert len(text) >= least
+
+
+def test_what_is_broken_is_told(merged: Tokenizer) -> None:
+    limits = Limits(merged, ["红色"], ["12"], 3, 6)
+    assert limits.broken_by("一二三12") == ""
+    assert limits.broken_by("红色的裙") == "says 红色"
+    assert limits.broken_by("价13元") == "says 13, which is not given"
+    assert limits.broken_by("价") == "has 1 characters, fewer than 3"
+    assert limits.broken_by("一二三四五六七") == "has 7 characters, more than 6"
+    for bad in ({"forbid": [" "]}, {"least": 5, "most": 4}):
+        with pytest.raises(UsageError):
+            Limits(merged, **bad)
+
+
+@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3}, {"temperature": 1.0}])
+def test_a_model_keeps_them(processor: Processor, decoding: dict) -> None:  # noqa: F811
+    model = M6(tiny_config(vocab_size=processor.tokenizer.vocab_size, initializer_range=0.3)).eval()
+    bundle = Bundle(model, processor)
+    task = Task.from_instruction("[text:a] -> [text:b]")
+    free = bundle.run(task, a="红色", decoding={"max_new_tokens": 12, **decoding})
+    forbid = sorted({c for c in free if c.strip()})[:6] or ["红"]
+    limits = Limits(processor.tokenizer, forbid, most=5)
+    text = bundle.run(task, a="红色", decoding={"max_new_tokens": 12, **decoding}, limits=limits)
+    assert len(text) <= 5 and not any(word in text for word in forbid)
+    with pytest.raises(UsageError, match="has a form of its own"):
+        bundle.run(Task.from_instruction("[text:a] -> [label:b|set=x,y]"), a="红", limits=limits)
