@@ -34,7 +34,8 @@ def run(
     if examples:
         records = open_source(examples)
         shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
-    answer = bundle.run(task, decoding=decoding_options(option), examples=shown, **pairs(slots or []))
+    asked: dict[str, Any] = dict(pairs(slots or []))
+    answer = bundle.run(task, decoding=decoding_options(option), examples=shown, **asked)
     if bundle.task(task).draws:
         answer.save(output)
         answer = str(output)

@@ -113,6 +113,10 @@ class Task:
         """Whether the answer is a vector: the network's output where the answer would begin. It stands alone."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
 
+    def left(self) -> Task:
+        """The task with nothing on its right, for records that have no answer yet."""
+        return replace(self, instructions=tuple(replace(i, target=()) for i in self.instructions), sketch="")
+
     # Making
 
     @classmethod

@@ -1,0 +1,77 @@
+"""openm6 copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.work import decoding_options
+
+copy = typer.Typer(help="Texts for many items, checked against their facts, reviewed by people.", no_args_is_help=True)
+app.add_typer(copy, name="copy")
+
+
+@copy.command()
+def batch(
+    model: Annotated[str, typer.Argument(help="A model directory.")],
+    items: Annotated[str, typer.Option(help="A table of items: CSV, JSONL, Parquet ...; a row is an item.")],
+    output: Annotated[Path, typer.Option(help="Folder for the texts and the page; one begun earlier goes on.")],
+    task: Annotated[str, typer.Option(help="A task that writes one text.")] = "product_copy",
+    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Texts to choose the best of.")] = 4,
+    keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 2,
+    forbid: Annotated[list[str] | None, typer.Option(help="A word that never occurs; several times.")] = None,
+    forbid_file: Annotated[Path | None, typer.Option(help="A file of such words, a line each.")] = None,
+    least: Annotated[int, typer.Option("--min", min=0, help="Characters at least.")] = 0,
+    most: Annotated[int, typer.Option("--max", min=0, help="Characters at most; 0: any number.")] = 0,
+    facts: Annotated[bool, typer.Option(help="Refuse values of other items, and numbers that an item has not.")] = True,
+    lexicon: Annotated[str | None, typer.Option(help="Other items, whose values are known to be values too.")] = None,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Decoding option.")] = None,
+    json: Json = False,
+) -> None:
+    """The best of several texts for every item, none that breaks a rule, and a page for people's verdicts."""
+    from openm6.bundle import Bundle
+    from openm6.copywriting import make_copy
+    from openm6.errors import UsageError
+
+    words = list(forbid or [])
+    if forbid_file:
+        try:
+            words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
+    made = make_copy(
+        Bundle.load(model), task, items, output, candidates=candidates, keep=keep, columns=pairs(column or []),
+        decoding=decoding_options(option), forbid=words, least=least, most=most, facts=facts,
+        lexicon=lexicon,
+    )  # fmt: skip
+    if json:
+        emit(made)
+        return
+    if made["bad"]:
+        typer.echo(f"{made['bad']} items could not be used: see {output / 'rejects.jsonl'}.")
+    if made["broken"]:
+        table(["texts that broke a rule", "how many"], made["broken"].items())
+    typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} have none). Review: {made['page']}")
+
+
+@copy.command()
+def labels(
+    output: Annotated[Path, typer.Argument(help="Folder of `openm6 copy batch`.")],
+    labels: Annotated[Path, typer.Argument(help="The labels.jsonl that its review page gave.")],
+    json: Json = False,
+) -> None:
+    """The accepted texts as a source to train on, labelled.jsonl, and how much people accept."""
+    from openm6.copywriting import write_labelled_copy
+
+    found = write_labelled_copy(output, labels)
+    if json:
+        emit(found)
+        return
+    rows = [("all", found), *found["by_rank"].items()]
+    table(["rank", "accepted", "texts"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
+    typer.echo(f"To train on: {found['file']}")

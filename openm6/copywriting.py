@@ -1,0 +1,346 @@
+"""Texts by the batch: several for each item of a table, checked against rules and the item's facts, reviewed, learned.
+
+batch.json         what was asked for
+candidates.jsonl   the texts that are kept, the best first: file (a name), prompt (the item's number), rank, said, score
+broken.jsonl       texts that broke a rule, each with the reason
+rejects.jsonl      items that could not be used
+review.html        the texts, each with two buttons; gives labels.jsonl
+labelled.jsonl     the accepted texts, as a source to train on
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openm6.atomic import write_failed
+from openm6.bundle import LIMITS, Bundle, Record
+from openm6.data.columns import SlotView
+from openm6.data.rejects import Rejects
+from openm6.data.source import Source, open_source
+from openm6.decode import Decoding, Generated
+from openm6.decode.limits import Limits
+from openm6.errors import DataError, UsageError
+from openm6.review import (
+    CANDIDATES,
+    LABELLED,
+    REJECTS,
+    as_line,
+    begin,
+    go_on,
+    groups,
+    open_rejects,
+    progress,
+    rows_of,
+    seed_of,
+    settings_of,
+    verdicts_of,
+    write,
+    write_review,
+)  # fmt: skip
+from openm6.tasks.task import Task
+
+BROKEN = "broken.jsonl"
+
+ITEMS = 16
+"""Items that are written for at once."""
+
+ALIKE = 0.8
+"""Share of common runs of three characters from which two texts count as the same."""
+
+MANY = 2_000
+"""Different values up to which those of a column are a closed set: a text must not name another one's."""
+
+_ENDS = "。！？!?.…~”』」）)"
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A view of records that are rows of a table themselves, as those of a CSV are."""
+
+    table: str
+    mapping: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, record: Record, rng: Any = None) -> dict[str, Any]:
+        row = {
+            k: v for k, v in record.items() if not k.startswith("_") and isinstance(v, (str, int, float)) and v != ""
+        }
+        return {**record, self.table: row}
+
+
+View = SlotView | _Whole
+
+
+def make_copy(
+    bundle: Bundle,
+    task: str | Task,
+    items: str | Path,
+    output: Path,
+    *,
+    candidates: int = 4,
+    keep: int = 2,
+    columns: Mapping[str, str] | None = None,
+    decoding: Mapping[str, Any] | None = None,
+    forbid: Iterable[str] = (),
+    least: int = 0,
+    most: int = 0,
+    facts: bool = True,
+    lexicon: str | Path | None = None,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """For every item of the source write `candidates` texts, keep the `keep` best that break no rule and are not alike,
+    and write `output` with a page to review them. Called again after a kill it goes on after the last whole item.
+
+    `forbid`, `least`, `most`: words that never occur, characters at least and at most. `facts`: no value that other
+    items have in a column of the table and this one has not, and no number that it has not; `lexicon` is a source of
+    other items whose values are known too. All are kept while a text is written, and checked afterwards.
+
+    Returns {"items", "bad", "texts", "empty": items none of whose texts were kept, "broken": {reason: texts}, "page"}.
+    """
+    chosen, source = bundle.task(task), open_source(items)
+    _check(chosen, candidates, keep)
+    view = _view(chosen, source, columns or {})
+    options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
+    rules: dict[str, Any] = {
+        "forbid": sorted(set(forbid)),
+        "least": least,
+        "most": most,
+        "facts": facts,
+        "lexicon": str(lexicon),
+    }
+    Limits(bundle.processor.tokenizer, rules["forbid"], None, least, most)  # refuses what cannot be
+    settings = {
+        "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "prompts": str(items),
+        "records": len(source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep, **rules,
+        **asdict(options),
+    }  # fmt: skip
+    slots = {name: chosen.slots[name].type for name in chosen.inputs}
+    begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume)
+    known = _values_of(chosen, view, source) if facts else {}
+    if facts and lexicon:
+        more = open_source(lexicon)
+        for name, values in _values_of(chosen, _view(chosen, more, columns or {}), more).items():
+            known.setdefault(name, set()).update(values)
+    try:
+        done, texts = go_on(output / CANDIDATES)
+        seen = {row["said"]: row["prompt"] for row in rows_of(output)}
+        rejects = open_rejects(output / REJECTS, source)
+        with (
+            open(output / CANDIDATES, "a", encoding="utf-8") as file,
+            open(output / BROKEN, "a", encoding="utf-8") as broken,
+            progress() as bar,
+        ):
+            row = bar.add_task("items", total=len(source))
+            for group in groups(len(source), ITEMS):
+                asked = dict(_asked(bundle, chosen, view, source, group, rejects))
+                if not done.issuperset(asked):
+                    own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
+                    limits = {n: _limits(bundle, chosen, record, known, rules) for n, record in asked.items()}
+                    written = _written(bundle, chosen, asked, limits, candidates, own)
+                    for number in asked:
+                        if number in done:
+                            continue
+                        good, bad = _judge(bundle, chosen, written[number], limits[number], seen, number)
+                        lines = list(_lines(number, _plain(asked[number], chosen), good[:keep]))
+                        broken.writelines(as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
+                        broken.flush()
+                        file.writelines(lines)
+                        file.flush()
+                        seen |= {text: number for text, _ in good[:keep]}
+                        done.add(number)
+                        texts += len(good[:keep])
+                bar.update(row, completed=group.stop)
+        page = write_review(output)
+    except OSError as error:
+        raise write_failed(output, error) from None
+    reasons = Counter(_kind(json.loads(one)["reason"]) for one in (output / BROKEN).read_text("utf-8").splitlines())
+    kept = sum(1 for row in rows_of(output) if row["rank"])
+    return {
+        "items": len(done), "bad": rejects.bad, "texts": kept, "empty": len(done) - len(_with_texts(output)),
+        "broken": dict(reasons.most_common()), "page": str(page),
+    }  # fmt: skip
+
+
+def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
+    """Write the texts that people accepted, as records of the task, and tell how much they accept: {"file", "labelled",
+    "accepted", "by_rank"}."""
+    settings, verdicts = settings_of(output), verdicts_of(labels)
+    by_rank: dict[int, list[int]] = defaultdict(list)
+    rows = {row["file"]: row for row in rows_of(output) if row["rank"]}
+    for name, (_, where) in verdicts.items():
+        if name not in rows:
+            raise DataError(f"{where}: the batch {output} has no text {name[:80]!r}; are these its labels?")
+
+    def lines() -> Iterator[str]:
+        for name, row in rows.items():
+            if name in verdicts:
+                accepted = verdicts[name][0]
+                by_rank[row["rank"]].append(int(accepted))
+                if accepted:
+                    yield as_line({**row["given"], settings["picture"]: row["said"]})
+
+    file = write(output / LABELLED, lines())
+    every = [verdict for some in by_rank.values() for verdict in some]
+    ranks = {r: {"labelled": len(v), "accepted": sum(v) / len(v)} for r, v in sorted(by_rank.items())}
+    return {"file": str(file), "labelled": len(every), "accepted": sum(every) / len(every), "by_rank": ranks}
+
+
+def _check(task: Task, candidates: int, keep: int) -> None:
+    if [task.slots[name].type for name in task.outputs] != ["text"]:
+        raise UsageError(f"The task {task.name} does not write one text: it gives {', '.join(task.outputs)}.")
+    if not 1 <= keep <= candidates:
+        raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+
+
+def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
+    """Of the slots on the task's left; a table for which there is no column is made of all columns."""
+    left = task.left()
+    tables = [name for name in task.inputs if task.slots[name].type == "table" and name not in columns]
+    if len(tables) == 1 and tables[0] not in source.columns:
+        sample = next(iter(source), {})
+        if not any(isinstance(value, (dict, list)) for value in sample.values()):
+            return _Whole(tables[0])
+    return SlotView.of(left, source, columns)
+
+
+def _asked(
+    bundle: Bundle, task: Task, view: View, source: Source, numbers: Iterable[int], rejects: Rejects
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number in numbers:
+        record = source[number]
+        where = str(record.get("_where", f"{source.name}#{number}"))
+        try:
+            seen = view(record)
+            asked = {name: seen[name] for name in task.inputs if seen.get(name) not in (None, "")}
+            bundle.prompt(task, asked)
+        except DataError as error:
+            rejects.count(where, str(error), source.name)
+        else:
+            yield number, asked
+
+
+def _values_of(task: Task, view: View, source: Source) -> dict[str, set[str]]:
+    """The closed sets of the tables' columns: all values of each, of two characters or more that are no numbers."""
+    found: dict[str, set[str]] = defaultdict(set)
+    open_: set[str] = set()
+    for record in source:
+        for name, value in _cells(view(record), task):
+            if name in open_ or len(value) < 2 or any(c.isdigit() for c in value):
+                continue
+            found[name].add(value)
+            if len(found[name]) > MANY:
+                open_.add(name)
+                del found[name]
+    return dict(found)
+
+
+def _cells(record: Record, task: Task) -> Iterator[tuple[str, str]]:
+    for name in task.inputs:
+        value = record.get(name)
+        if task.slots[name].type == "table" and value is not None:
+            for row in value if isinstance(value, list) else [value]:
+                if isinstance(row, Mapping):
+                    yield from ((str(k), str(v)) for k, v in row.items() if v is not None)
+
+
+def _limits(
+    bundle: Bundle, task: Task, record: Record, known: Mapping[str, set[str]], rules: Mapping[str, Any]
+) -> Limits:
+    """The rules for one item: what is forbidden to all, and, of facts, what it has not."""
+    forbid, numbers = list(rules["forbid"]), None
+    if rules["facts"]:
+        cells = list(_cells(record, task))
+        given = "\n".join(value for _, value in cells)
+        texts = "\n".join(str(record.get(name)) for name in task.inputs if task.slots[name].type == "text")
+        own = {name for name, _ in cells}
+        others = {value for name, values in known.items() if name in own for value in values}
+        forbid += sorted(value for value in others if value not in given and value not in texts)
+        if cells:
+            numbers = set(re.findall(r"\d+", given + "\n" + texts))
+    return Limits(bundle.processor.tokenizer, forbid, numbers, rules["least"], rules["most"])
+
+
+def _written(
+    bundle: Bundle, task: Task, asked: Mapping[int, Record], limits: Mapping[int, Limits], candidates: int, own: Any
+) -> dict[int, list[Generated]]:
+    prompts = [
+        bundle.prompt(task, {**record, LIMITS: None if task.sketch else limits[number]})
+        for number, record in asked.items()
+        for _ in range(candidates)
+    ]
+    made = bundle.generate(task, prompts, decoding=own)
+    return {n: made[i * candidates : (i + 1) * candidates] for i, n in enumerate(asked)}
+
+
+def _judge(
+    bundle: Bundle, task: Task, written: list[Generated], limits: Limits, seen: Mapping[str, int], number: int
+) -> tuple[list[tuple[str, float]], list[tuple[str, str]]]:
+    """The texts that can be kept, the likeliest first, each with its mean log-probability; and the others with the
+    reason."""
+    good: list[tuple[str, float]] = []
+    bad: list[tuple[str, str]] = []
+    for one in sorted(written, key=lambda g: -g.score / (len(g.ids) + 1)):
+        text = str(bundle.read(task, one)).strip()
+        reason = limits.broken_by(text)
+        if not text:
+            reason = "says nothing"
+        elif not reason and not (one.finished and text[-1] in _ENDS):
+            reason = "does not come to an end"
+        elif not reason and text in seen:
+            reason = f"was written for item {seen[text] + 1} already"
+        elif not reason and any(_alike(text, other) for other, _ in good):
+            reason = "is like another of this item"
+        if reason:
+            bad.append((text, reason))
+        else:
+            good.append((text, one.score / (len(one.ids) + 1)))
+    return good, bad
+
+
+def _alike(first: str, second: str) -> bool:
+    one, other = ({text[i : i + 3] for i in range(max(1, len(text) - 2))} for text in (first, second))
+    return len(one & other) >= ALIKE * len(one | other)
+
+
+def _plain(record: Record, task: Task) -> dict[str, Any]:
+    """What an item gave, as JSON; pictures by their paths alone."""
+    return {
+        name: value if task.slots[name].type != "image" or isinstance(value, str) else None
+        for name, value in record.items()
+    }
+
+
+def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]]) -> Iterator[str]:
+    """A line for each kept text; for an item without any one of rank 0, so that it is known to be done."""
+    shown = {
+        name: " ".join(f"{k}:{v}" for row in (value if isinstance(value, list) else [value]) for k, v in row.items())
+        if isinstance(value, (dict, list))
+        else value
+        for name, value in given.items()
+        if value is not None
+    }
+    base = {"prompt": number, "of": len(kept), "asked": shown, "given": given}
+    if not kept:
+        yield as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})
+    for rank, (text, score) in enumerate(kept, start=1):
+        yield as_line({**base, "file": f"{number:06d}-{rank}", "rank": rank, "said": text, "score": score})
+
+
+def _with_texts(output: Path) -> set[int]:
+    return {row["prompt"] for row in rows_of(output) if row["rank"]}
+
+
+_KINDS = {
+    "which is not given": "a number that is not given", "says nothing": "nothing said", "says ": "what it must not say",
+    "fewer than": "too short", "more than": "too long", "was written": "written already", "is like": "alike",
+}  # fmt: skip
+"""Words of a reason: what it counts as."""
+
+
+def _kind(reason: str) -> str:
+    return next((kind for words, kind in _KINDS.items() if words in reason), reason)

@@ -1,0 +1,171 @@
+"""What batches of pictures and of texts share: a folder that goes on after a kill, a page to review, people's verdicts.
+
+candidates.jsonl has a line for each candidate: the name by which it is judged, the number of its prompt, its rank among
+the kept ones of that prompt, and how many those are.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from openm6.atomic import require_new, write_failed, write_whole
+from openm6.data.rejects import Reject, Rejects
+from openm6.data.source import Source
+from openm6.data.tables import read_jsonl
+from openm6.errors import DataError, UsageError
+
+SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
+    "batch.json", "candidates.jsonl", "rejects.jsonl", "review.html", "labelled.jsonl",
+)  # fmt: skip
+
+
+def groups(count: int, size: int) -> Iterator[range]:
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def seed_of(seed: int, start: int) -> int:
+    return int(np.random.SeedSequence([seed & 0xFFFFFFFF, start]).generate_state(1)[0])
+
+
+def begin(output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str) -> None:
+    """Make the folder of a new batch, with these in it, or see that the one there was begun with the same settings."""
+    if not (resume and (output / SETTINGS).is_file()):
+        require_new(output)
+        content = {**settings, **more, "id": uuid.uuid4().hex}
+
+        def fill(folder: Path) -> None:
+            for name in folders:
+                (folder / name).mkdir()
+            (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+        write_whole(output, fill)
+        return
+    before = settings_of(output)
+    for key, now in settings.items():
+        if before.get(key) != now:
+            raise UsageError(
+                f"{output} was begun with {key} {before.get(key)}, not {now}: name another directory to begin anew."
+            )
+
+
+def settings_of(output: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((output / SETTINGS).read_text("utf-8"))
+        return {**content, "id": str(content["id"]), "slots": dict(content["slots"]), "picture": content["picture"]}
+    except OSError:
+        raise UsageError(f"{output} is no batch: it has no {SETTINGS}. `openm6 images batch` makes one.") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{output / SETTINGS} is damaged: make the batch again.") from None
+
+
+def go_on(path: Path) -> tuple[set[int], int]:
+    """The prompts that are whole, and their pictures' number. What follows the last of them, torn by a kill, is cut."""
+    done: set[int] = set()
+    place = end = pictures = 0
+    with open(path, "a+b") as file:
+        file.seek(0)
+        for line in file:
+            try:
+                row = json.loads(line)
+                number, rank, of = row["prompt"], row["rank"], row["of"]
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            place += len(line)
+            if rank == of:
+                done.add(number)
+                end, pictures = place, pictures + of
+        file.truncate(end)
+    return done, pictures
+
+
+def open_rejects(path: Path, source: Source) -> Rejects:
+    """Counted anew by every call, those of the reading of the source too."""
+    path.unlink(missing_ok=True)
+    rejects = Rejects(path)
+    rejects.saw(len(source))
+    for reject in source.rejected:
+        rejects.count(reject.where, reject.reason, source.name)
+    return rejects
+
+
+def write_review(output: Path) -> Path:
+    """Write the page on which people accept or reject the candidates of a batch, pictures or, with a column `said`,
+    texts; their verdicts stay in the browser until they are downloaded as labels.jsonl."""
+    settings = settings_of(output)
+    pictures = []
+    for row in rows_of(output):
+        if row["rank"] == 0:  # a prompt for which nothing was kept
+            continue
+        asked: dict[bool, list[str]] = {True: [], False: []}  # pictures, and the rest
+        for slot, value in row["asked"].items():
+            asked[settings["slots"].get(slot) == "image"].append(str(value))
+        shown = {"file": row["file"], "text": " · ".join(asked[False]), "given": asked[True]}
+        pictures.append({**shown, "said": row["said"]} if "said" in row else shown)
+    data = json.dumps({"id": settings["id"], "pictures": pictures}, ensure_ascii=False)
+    page = Path(__file__).with_name("review.html").read_text("utf-8")
+    # A text that holds </script> must not end the script.
+    page = page.replace("@TITLE@", html.escape(output.resolve().name)).replace("@DATA@", data.replace("<", "\\u003c"))
+    return write(output / PAGE, [page])
+
+
+def verdicts_of(labels: str | Path) -> dict[str, tuple[bool, str]]:
+    """By picture: the verdict, and where it stands."""
+    found: dict[str, tuple[bool, str]] = {}
+    for row in read_jsonl(str(labels), None, refuse):
+        where, file, accepted = row["_where"], row.get("file"), row.get("accepted")
+        if not isinstance(file, str):
+            raise DataError(f'{where} names no picture: a line has to be {{"file": ..., "accepted": true or false}}.')
+        if not isinstance(accepted, bool):
+            raise DataError(f"{where}: accepted is {str(accepted)[:40]!r}; a verdict is true or false.")
+        before, there = found.setdefault(file, (accepted, where))
+        if before != accepted:
+            words = ("rejected", "accepted")
+            raise DataError(
+                f"{where}: {file} is {words[accepted]} here, and {words[before]} in {there}: keep one line."
+            )
+    if not found:
+        raise DataError(f"{labels} holds no label.")
+    return found
+
+
+def refuse(reject: Reject) -> None:
+    raise DataError(reject.reason)
+
+
+def rows_of(output: Path) -> Iterator[dict[str, Any]]:
+    return read_jsonl(str(output / CANDIDATES), None, refuse)
+
+
+def as_line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, parts: Iterable[str]) -> Path:
+    """A file that appears whole."""
+    draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.writelines(parts)
+        draft.replace(path)
+    except OSError as error:
+        raise write_failed(path, error) from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)

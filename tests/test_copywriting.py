@@ -1,0 +1,155 @@
+"""Texts by the batch: rules and facts are kept, a kill loses nothing, winners become data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from openm6 import copywriting
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.copywriting import make_copy, write_labelled_copy
+from openm6.data.market import open_market
+from openm6.decode import Generated
+from openm6.errors import DataError, UsageError
+from openm6.train.trainer import train
+from tests.train.conftest import tiny_recipe
+
+COLOURS = "红橙黄绿蓝紫粉黑"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    data = [{"source": "market:copy/train?records=300", "task": "product_copy"}]
+    recipe = tiny_recipe(
+        tmp_path_factory.mktemp("run"), data=data, steps=40, checkpoint_every=40, row_length=256, learning_rate=2e-2
+    )
+    return Bundle.load(train(recipe), "cpu")
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    """A table as shops have it: a row an item."""
+    market = open_market("copy", "test", 3, 20)
+    rows = [market[i]["attributes"][0] for i in range(20)]
+    names = ["品牌", "品类", "颜色", "图案", "材质", "风格", "季节", "价格"]
+    lines = [",".join(names), *(",".join(row[name] for name in names) for row in rows)]
+    (tmp_path / "items.csv").write_text("\n".join(lines), "utf-8")
+    return tmp_path / "items.csv"
+
+
+OPTIONS: dict[str, Any] = {
+    "candidates": 3, "keep": 2, "most": 24, "decoding": {"max_new_tokens": 30},
+    "lexicon": "market:copy/train?records=300",
+}  # fmt: skip
+
+
+def lines_of(folder: Path, name: str = "candidates.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+
+def test_texts_keep_the_rules_and_the_facts_of_their_item(bundle: Bundle, items: Path, tmp_path: Path) -> None:
+    told = make_copy(bundle, "product_copy", items, tmp_path / "out", forbid=["只要", "好"], **OPTIONS)
+    rows = [row for row in lines_of(tmp_path / "out") if row["rank"]]
+    assert told["items"] == 20 and told["texts"] == len(rows)
+    written = [(row["prompt"], row["said"]) for row in (*rows, *lines_of(tmp_path / "out", "broken.jsonl"))]
+    given = {row["prompt"]: row["given"]["attributes"] for row in lines_of(tmp_path / "out")}
+    for number, text in written:  # also those that are not kept were written under the rules
+        assert "只要" not in text and "好" not in text and len(text) <= 24
+        for colour in COLOURS:
+            assert f"{colour}色" not in text or given[number]["颜色"] == f"{colour}色"
+    for row in rows:
+        price = given[row["prompt"]]["价格"]
+        assert all(number == price[:-1] for number in re.findall("[0-9]+", row["said"]))
+        assert row["said"][-1] in copywriting._ENDS
+    assert len({row["said"] for row in rows}) == len(rows)
+    page = (tmp_path / "out" / "review.html").read_text("utf-8")
+    assert all(row["said"] in page for row in rows)
+
+
+def test_a_killed_batch_goes_on_to_the_same_texts(
+    bundle: Bundle, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copywriting, "ITEMS", 6)
+    make_copy(bundle, "product_copy", items, tmp_path / "whole", **OPTIONS)
+    kept, calls = copywriting._lines, []
+
+    def cut(number: int, *rest: Any) -> Any:
+        calls.append(number)
+        if number == 8 and len(calls) == 9:
+            raise KeyboardInterrupt
+        return kept(number, *rest)
+
+    monkeypatch.setattr(copywriting, "_lines", cut)
+    with pytest.raises(KeyboardInterrupt):
+        make_copy(bundle, "product_copy", items, tmp_path / "cut", **OPTIONS)
+    file = tmp_path / "cut" / "candidates.jsonl"
+    assert {row["prompt"] for row in lines_of(tmp_path / "cut")} == set(range(8))
+    with open(file, "a", encoding="utf-8") as torn:
+        torn.write('{"file": "000008-1", "pro')
+    make_copy(bundle, "product_copy", items, tmp_path / "cut", **OPTIONS)
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+    with pytest.raises(UsageError, match="was begun with most 24, not 30"):
+        make_copy(bundle, "product_copy", items, tmp_path / "cut", **{**OPTIONS, "most": 30})
+
+
+def test_what_is_wrong_is_left_out_with_the_reason(bundle: Bundle) -> None:
+    task = bundle.task("product_copy")
+    tokenizer = bundle.processor.tokenizer
+    limits = copywriting.Limits(tokenizer, ["蓝色"], ["199"], 4, 30)
+    said = [
+        "这条红色裙子199元。", "这条蓝色裙子199元。", "只要99元就好。", "好。", "这条红色裙子199元！", "没有说完", "",
+        "别的话说完了。",
+    ]  # fmt: skip
+    written = [Generated(tokenizer.encode(text), -float(n), text != "没有说完") for n, text in enumerate(said)]
+    good, bad = copywriting._judge(bundle, task, written, limits, {"别的话说完了。": 4}, 7)
+    assert [text for text, _ in good] == ["这条红色裙子199元。"]
+    reasons = dict(bad)
+    assert reasons["这条蓝色裙子199元。"] == "says 蓝色"
+    assert reasons["只要99元就好。"] == "says 99, which is not given"
+    assert "fewer than 4" in reasons["好。"] and reasons["这条红色裙子199元！"].startswith("is like")
+    assert reasons["没有说完"] == "does not come to an end" and reasons[""] == "says nothing"
+    assert reasons["别的话说完了。"] == "was written for item 5 already"
+    assert {copywriting._kind(reason) for reason in reasons.values()} == {
+        "what it must not say", "a number that is not given", "too short", "alike", "does not come to an end",
+        "nothing said", "written already",
+    }  # fmt: skip
+
+
+def test_winners_become_data(bundle: Bundle, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copywriting, "_ENDS", "".join(map(chr, range(0x10000))))  # so small a model seldom ends well
+    make_copy(bundle, "product_copy", items, tmp_path / "out", **OPTIONS)
+    rows = [row for row in lines_of(tmp_path / "out") if row["rank"]]
+    verdicts = [{"file": row["file"], "accepted": row["rank"] == 1} for row in rows]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, verdicts)), "utf-8")
+    told = write_labelled_copy(tmp_path / "out", tmp_path / "labels.jsonl")
+    first = sum(row["rank"] == 1 for row in rows)
+    assert first and told["labelled"] == len(rows) and told["accepted"] == pytest.approx(first / len(rows))
+    assert told["by_rank"][1]["accepted"] == 1
+    data = [{"source": told["file"], "task": "product_copy"}]
+    assert len(lines_of(tmp_path / "out", "labelled.jsonl")) == first
+    train(tiny_recipe(tmp_path / "next", data=data, steps=1, checkpoint_every=1, row_length=256))
+    (tmp_path / "labels.jsonl").write_text('{"file": "x", "accepted": true}', "utf-8")
+    with pytest.raises(DataError, match="has no text 'x'"):
+        write_labelled_copy(tmp_path / "out", tmp_path / "labels.jsonl")
+
+
+def test_the_command_and_what_cannot_be(bundle: Bundle, items: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("只要\n\n不\n", "utf-8")
+    words = ["copy", "batch", str(bundle.path), "--items", str(items), "--output", str(tmp_path / "out"), "-n", "2",
+             "--keep", "1", "--forbid-file", str(tmp_path / "words.txt"), "--max", "20", "--json"]  # fmt: skip
+    done = CliRunner().invoke(commands(), words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["items"] == 20
+    with pytest.raises(UsageError, match="does not write one text"):
+        make_copy(bundle, "slogan_pair", items, tmp_path / "a")
+    with pytest.raises(UsageError, match="keep is 9"):
+        make_copy(bundle, "product_copy", items, tmp_path / "a", keep=9)
+    with pytest.raises(UsageError, match="cannot be"):
+        make_copy(bundle, "product_copy", items, tmp_path / "a", least=9, most=4)
+    assert not (tmp_path / "a").exists()
