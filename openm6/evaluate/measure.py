@@ -11,7 +11,8 @@ from typing import Any
 from openm6.bundle import Bundle
 from openm6.errors import DataError, UsageError
 from openm6.sequence import Sequence
-from openm6.tasks.metrics import Score, bootstrap, score
+from openm6.tasks.faithful import FAITHFUL
+from openm6.tasks.metrics import Score, bootstrap, score, score_of
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.task import Task
 
@@ -103,10 +104,19 @@ def evaluate(
     for metric in task.metrics:
         if metric == "perplexity":
             scores[metric] = perplexity(bundle, task, kept, batch_size)
+        elif metric in FAITHFUL:
+            scores[metric] = score_of(FAITHFUL[metric](given, wanted, [_cells(task, case.record) for case in cases]))
         else:
             scores[metric] = score(metric, given, wanted)
     inputs = {name: task.slots[name].type for name in task.inputs}
     return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
+
+
+def _cells(task: Task, record: Record) -> list[str]:
+    """The values of the tables that were given."""
+    tables = [record.get(name) for name in task.inputs if task.slots[name].type == "table"]
+    rows = [row for table in tables if table is not None for row in (table if isinstance(table, list) else [table])]
+    return [str(value) for row in rows if isinstance(row, Mapping) for value in row.values() if value is not None]
 
 
 def references(value: Any, kind: str = "text") -> list[str]:

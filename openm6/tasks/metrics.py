@@ -163,8 +163,9 @@ METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
 }  # fmt: skip
 
 
-ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
-"""Metrics that are no comparison of answers: of losses, and of vectors (evaluate/retrieval.py)."""
+ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
+"""Metrics that are more than a comparison with references: of losses, of vectors (evaluate/retrieval.py), and with the
+table that was given (faithful.py)."""
 
 
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
@@ -173,10 +174,14 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
         raise UsageError(f"There is no metric {name}.{suggest(name, set(METRICS))} There are: {', '.join(METRICS)}.")
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError("a score needs predictions, and for each of them at least one reference")
-    values = METRICS[name](predictions, references)
-    everything = np.arange(len(predictions))
-    low, high = bootstrap(len(predictions), values.corpus)
-    return Score(values.corpus(everything), low, high, len(predictions))
+    return score_of(METRICS[name](predictions, references))
+
+
+def score_of(values: Values) -> Score:
+    """Values over all examples, with the interval."""
+    count = len(values.examples)
+    low, high = bootstrap(count, values.corpus)
+    return Score(values.corpus(np.arange(count)), low, high, count)
 
 
 def bootstrap(n: int, statistic: Statistic, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
