@@ -24,6 +24,7 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     "image": frozenset({"drop"}),
     "label": frozenset({"set", "drop"}),
     "table": frozenset({"drop"}),
+    "triples": frozenset({"drop"}),
     "box": frozenset({"drop"}),
     "vector": frozenset({"drop"}),
 }

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import box, image, label, table, text, vector
+from openm6.tasks.slots import box, image, label, table, text, triples, vector
 
 
 class SlotType(Protocol):
@@ -28,5 +28,5 @@ class SlotType(Protocol):
 
 
 TYPES: dict[str, SlotType] = {
-    "text": text, "image": image, "label": label, "table": table, "box": box, "vector": vector,
+    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": vector,
 }  # fmt: skip
