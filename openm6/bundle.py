@@ -19,6 +19,7 @@ from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, groups, in_passes, relevance_by_slot
 from openm6.sequence import Sequence, pad
+from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -159,6 +160,9 @@ class Bundle:
             dims = (decoding or {}).get("dims")
             yield from self.vectors(task, records, batch_size=batch_size, dims=None if dims is None else int(dims))
             return
+        if task.head:
+            yield from self._answers_of_head(task, records, batch_size)
+            return
         for group in groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             for generated in self.generate(task, prompts, batch_size, decoding):
@@ -188,6 +192,16 @@ class Bundle:
                 found[chosen] = torch.nn.functional.normalize(ends[:, :dims], dim=-1)
             yield from found.numpy()
 
+    @torch.inference_mode()
+    def _answers_of_head(self, task: Task, records: Iterable[Record], batch_size: int) -> Iterator[Any]:
+        if task.head not in self.model.heads:
+            raise UsageError(f"This model has no head {task.head}: it was not trained for the task {task.name}.")
+        for group in groups(records, batch_size):
+            batch = pad([self.prompt(task, record) for record in group], self.processor.tokenizer.pad_id)
+            with self.precision():
+                found = self.model(batch.to(self.model.embed.weight.device)).heads[task.head]
+            yield from (HEADS[task.head].read(row) for row in found.tolist())
+
     def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
         """One text answer in pieces, as it is written."""
         task = self.task(task)
@@ -196,8 +210,8 @@ class Bundle:
         if task.sketch:  # all of it is decided at once
             yield str(next(iter(self.run_many(task, [slots], decoding=decoding))))
             return
-        if task.embeds:
-            raise UsageError(f"The task {task.name} gives a vector, which does not come in pieces: run it.")
+        if task.silent:
+            raise UsageError(f"The task {task.name} gives numbers, which do not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         ids: list[int] = []
         text = told = ""

@@ -66,6 +66,7 @@ class Sequence:
     weight              of each of its labels in the loss
     constraint          of a prompt: what may be written after it
     partner             what has to get a near vector (its own last position's), and `negatives`, which must not
+    head, values        of an example that a head answers: which, and the numbers that it has to give
     sketch              of a prompt that is answered by a sketch and edits: the places of what is sketched from
     group               pairs of one group are not negatives of each other; "" is none
     """
@@ -83,6 +84,8 @@ class Sequence:
     negatives: list[Sequence] = field(default_factory=list)
     group: str = ""
     sketch: range | None = None
+    head: str = ""
+    values: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)

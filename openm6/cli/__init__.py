@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -17,6 +20,10 @@ app = typer.Typer(
 )
 
 
+EXTENSIONS = "OPENM6_EXTENSION"
+"""Environment variable with a user's own Python files."""
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -26,8 +33,20 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    extension: Annotated[
+        list[Path] | None,
+        typer.Option(
+            envvar=EXTENSIONS, help="A Python file of your own, run first: slot types, heads, metrics (openm6.extend)."
+        ),
+    ] = None,
 ) -> None:
     """OpenM6."""
+    if extension:
+        from openm6.extend import load_extension
+
+        os.environ[EXTENSIONS] = os.pathsep.join(str(path.resolve()) for path in extension)  # for further processes
+        for path in extension:
+            load_extension(path)
 
 
 def commands() -> typer.Typer:

@@ -90,6 +90,10 @@ def evaluate(
     if task.draws or not (answers or set(task.metrics) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
         prompts = []
+    if task.head:
+        found = bundle.run_many(task, kept, batch_size=batch_size)
+        cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
+        prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
         for record, generated in zip(
@@ -120,10 +124,10 @@ def _cells(task: Task, record: Record) -> list[str]:
 
 
 def references(value: Any, kind: str = "text") -> list[str]:
-    """What is right: each of a list, but for a box, which is a list itself."""
-    if kind == "box":
-        return [str(as_box(value))]
-    return [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    """What is right: of a list of texts or labels each, of any other slot type the value itself."""
+    if isinstance(value, (list, tuple)) and kind in ("text", "label"):
+        return [str(v) for v in value]
+    return [str(as_box(value) if kind == "box" else value)]
 
 
 def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Score:

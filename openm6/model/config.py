@@ -46,6 +46,8 @@ class ModelConfig(PreTrainedConfig):
     `picture_side` n: the n x n codes of a drawn picture see each other by tiles of `picture_tile` (rows, columns):
     tile row, tile column and neighbours (model/sparse.py); null lets all of them see each other.
 
+    `heads`: name and outputs of linear layers on the state where an answer would begin (tasks/heads.py).
+
     `distinct_layers` d shares weights: layer i is layer i mod d (Pseudo-to-Real, arXiv 2110.03888); null shares none.
     """
 
@@ -80,6 +82,8 @@ class ModelConfig(PreTrainedConfig):
     stem_widths: list[int] | None = None
     resnet: dict | None = None
 
+    heads: dict | None = None
+
     num_experts: int = 0
     expert_interval: int = 1
     dense_layers: int = 0
@@ -100,6 +104,7 @@ class ModelConfig(PreTrainedConfig):
         if self.bias is None:
             self.bias = self.norm == "layer"
         self.picture_tile = self.picture_tile or [4, 8]
+        self.heads = self.heads or {}
         self.expert_intermediate_size = self.expert_intermediate_size or self.intermediate_size
         if self.image_embedder == "stem" and self.stem_widths is None:
             self.stem_widths = [32, 64, 128, 256]
@@ -202,7 +207,8 @@ class ModelConfig(PreTrainedConfig):
             "router": with_experts * self.num_experts * d,
             "norms": (2 * layers + 1) * norm + (2 * layers * width if self.qk_norm else 0),
             "image": self._count_image(),
-            "head": 0 if self.tie_word_embeddings else self.vocab_size * d,
+            "head": (0 if self.tie_word_embeddings else self.vocab_size * d)
+            + sum((d + 1) * outputs for outputs in (self.heads or {}).values()),
         }
 
     def _count_image(self) -> int:

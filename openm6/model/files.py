@@ -46,15 +46,18 @@ def check_model(path: Path) -> ModelConfig:
 
 
 @contextmanager
-def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor]]:
-    """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread."""
+def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor | None]]:
+    """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread; None for
+    a head's that is not there."""
     from safetensors import safe_open
 
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
 
-        def rows(name: str, first: int, last: int) -> Tensor:
+        def rows(name: str, first: int, last: int) -> Tensor | None:
+            if name.startswith("heads.") and name not in where:
+                return None
             if name == "head.weight" and name not in where:  # the output matrix of a tied network is its embedding
                 name = "embed.weight"
             return where[name].get_slice(name)[first:last]  # type: ignore[no-any-return]

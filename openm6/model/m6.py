@@ -43,6 +43,7 @@ class Output(ModelOutput):
     losses    fp32 [M], the single losses, without gradient
     segments  int64 [M], to which example of the batch each belongs
     hidden    [B, T, D] after the last norm
+    heads     by name what each head gives at the end of every example, fp32 [examples, outputs]
     loads     what each layer of experts saw
     """
 
@@ -50,6 +51,7 @@ class Output(ModelOutput):
     losses: Tensor | None = None
     segments: Tensor | None = None
     hidden: Tensor | None = None
+    heads: dict[str, Tensor] | None = None
     loads: list[Load] | None = None
 
     def by_example(self, count: int) -> tuple[Tensor, Tensor]:
@@ -79,6 +81,7 @@ class M6(Network):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(distinct))
         self.norm = make_norm(config, config.hidden_size)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.heads = nn.ModuleDict({n: nn.Linear(config.hidden_size, k) for n, k in (config.heads or {}).items()})
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
         self.packed_head: PackedLinear | None = None
@@ -149,15 +152,22 @@ class M6(Network):
             mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
         x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
+        heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained):
-            return Output(hidden=x_BTD, loads=loads)
+            return Output(hidden=x_BTD, heads=heads, loads=loads)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]
         shares = None if batch.weights is None else batch.weights[segments - 1]
         labels, smoothing = batch.labels.flatten()[trained], self.label_smoothing if self.training else 0.0
         total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing)
-        return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, loads=loads)
+        return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, heads=heads, loads=loads)
+
+    def at_ends(self, hidden_BTD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What every head gives at the last position of each example, fp32."""
+        ends = hidden_BTD.flatten(0, 1)[batch.ends()].float()
+        with torch.autocast(ends.device.type, enabled=False):
+            return {name: F.linear(ends, *(p.float() for p in head.parameters())) for name, head in self.heads.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to fp32 [..., V]."""

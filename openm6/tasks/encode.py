@@ -12,6 +12,7 @@ from openm6.errors import DataError, UsageError, suggest
 from openm6.sequence import Sequence
 from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.grammar import Instruction, Slot
+from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES, image
@@ -68,7 +69,7 @@ def encode(
     instruction = task.instructions[number]
     given = _given(task, instruction, record, processor, rng, rng is not None or with_target)
     ids = None
-    if with_target and not task.embeds:
+    if with_target and not task.silent:
         ids = _written(task, instruction, record, processor, rng, given.complements)
     if task.sketch:
         return _sketched(task, given, ids, processor, rng)
@@ -89,7 +90,14 @@ def encode(
     if ids is None:
         if task.draws:
             return drawn.begin(sequence, processor.tokenizer)
-        sequence.constraint = task.allowed(processor, record)
+        sequence.constraint = None if task.silent else task.allowed(processor, record)
+        sequence.head = task.head
+        if task.head and with_target:
+            slot = task.slots[task.outputs[0]]
+            try:
+                sequence.values = HEADS[task.head].numbers(value_of(task, record, slot, rng))
+            except DataError as error:
+                raise bad(record, slot, error) from None
         return sequence
     if not task.draws:
         return sequence
@@ -199,7 +207,7 @@ def _shot(
     task: Task, instruction: Instruction, record: Record, processor: Processor, rng: np.random.Generator | None
 ) -> list[Piece]:
     """A record with its answer, to stand before another: all of it is source, and none of it is cut."""
-    if task.draws or task.embeds:
+    if task.draws or task.silent:
         raise UsageError(f"The task {task.name} takes no examples: it does not answer in words.")
     given = _given(task, instruction, record, processor, rng, spoil=True)
     answer = _written(task, instruction, record, processor, rng, given.complements)

@@ -18,6 +18,7 @@ from openm6.tasks import target
 from openm6.tasks.encode import bad, encode, slots_of, value_of
 from openm6.tasks.forms import Digits, Verse, form_of
 from openm6.tasks.grammar import Instruction, Slot, parse
+from openm6.tasks.heads import HEADS
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES, box
 from openm6.tasks.slots.text import as_text
@@ -78,8 +79,8 @@ class Task:
         object.__setattr__(self, "inputs", tuple(inputs))
         object.__setattr__(self, "outputs", tuple(outputs))
         every = [part for i in self.instructions for part in (*i.source, *i.target) if isinstance(part, Slot)]
-        if (self.draws or self.embeds) and any(len(i.target) > 1 for i in self.instructions):
-            what = "picture that is drawn" if self.draws else "vector"
+        if (self.draws or self.silent) and any(len(i.target) > 1 for i in self.instructions):
+            what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         if self.sketch:
             written = [slot for name, slot in outputs.items()]
@@ -112,6 +113,16 @@ class Task:
     def embeds(self) -> bool:
         """Whether the answer is a vector: the network's output where the answer would begin. It stands alone."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
+
+    @property
+    def head(self) -> str:
+        """The slot type of an answer that a head gives; "" of other tasks."""
+        return next((kind for name in self.outputs if (kind := self.slots[name].type) in HEADS), "")
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is written: the answer is a vector, or a head's."""
+        return self.embeds or bool(self.head)
 
     def left(self) -> Task:
         """The task with nothing on its right, for records that have no answer yet."""

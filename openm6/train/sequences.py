@@ -16,6 +16,7 @@ from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
 from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
+from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
@@ -41,6 +42,7 @@ class Sequences:
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
+        self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
         self.group, self.contrasts = group, any(entry.against for entry in entries)
         if self.contrasts and self.bundle.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
@@ -53,6 +55,8 @@ class Sequences:
         config = self.bundle.model.config
         if self.recipe.pseudo and not shared:
             config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
+        if self.heads:
+            config = ModelConfig(**{**config.to_dict(), "heads": {**(config.heads or {}), **self.heads}})
         self.bundle.model = meta_model(config)
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
@@ -68,7 +72,9 @@ class Sequences:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
     def count(self, examples: list[Sequence]) -> tuple[float, int]:
-        trained = sum(e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None) for e in examples)
+        trained = sum(
+            e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
+        )
         return trained, sum(len(e) for e in _flat(examples))
 
     def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
@@ -84,6 +90,13 @@ class Sequences:
             loss = loss + values.sum()
             told = zip(contrasted, values.tolist(), strict=True)
             losses += [(pair.task, pair.origin, value, 1) for pair, value in told]
+        for name in self.heads:
+            answered = [(i, e) for i, e in enumerate(_flat(examples)) if e.head == name]
+            outputs = output.heads[name][[i for i, _ in answered]]
+            wanted = torch.tensor([e.values for _, e in answered], dtype=torch.float32, device=outputs.device)
+            values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
+            loss = loss + values.sum()
+            losses += [(e.task, e.origin, v, 1) for (_, e), v in zip(answered, values.tolist(), strict=True)]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         trained = int((batch.labels != IGNORE).sum())

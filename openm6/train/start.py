@@ -54,7 +54,14 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                 else:
                     here.fill_(mean)
             elif last > first:
-                here.copy_(read(stored, first, last))
+                rows = read(stored, first, last)
+                if rows is not None:
+                    here.copy_(rows)
+                elif tensor.ndim > 1:  # a head that is new to the model
+                    std = model.config.initializer_range
+                    _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
+                else:
+                    here.zero_()
 
 
 @torch.no_grad()

@@ -1,0 +1,44 @@
+"""What is yours: slot types, heads with losses of their own, metrics. Import this, register, use.
+
+    register_slot("money", my_module)          a slot type (tasks/slots)
+    register_head("depth", Depth())            answers by a linear layer and a loss of your own (tasks/heads.py)
+    register_metric("close", close)            a metric (tasks/metrics.py)
+
+`openm6 --extension mine.py ...` runs such a file of yours first, for any command. Nothing else is ever run: a model or
+a recipe from elsewhere cannot name one.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from openm6.errors import UsageError
+from openm6.tasks.grammar import ATTRIBUTES
+from openm6.tasks.heads import Head, register_head
+from openm6.tasks.metrics import METRICS, Values
+from openm6.tasks.slots import TYPES, SlotType
+
+__all__ = ["Head", "Values", "load_extension", "register_head", "register_metric", "register_slot"]
+
+
+def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop",)) -> None:
+    """Make `name` a slot type. Raises UsageError for a name that is taken."""
+    if not name.isidentifier() or name in TYPES:
+        raise UsageError(f"{name!r} cannot name a slot type: it is no name, or taken.")
+    TYPES[name] = kind
+    ATTRIBUTES[name] = frozenset(attributes)
+
+
+def register_metric(name: str, metric: Callable[[list[str], list[list[str]]], Values]) -> None:
+    """Make `name` a metric: of answers and, for each, its references, as texts."""
+    METRICS[name] = metric
+
+
+def load_extension(path: str | Path) -> None:
+    """Run a Python file of your own, which registers what it has."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"The extension {path} is not there.")
+    runpy.run_path(str(path), run_name=path.stem)
