@@ -187,7 +187,8 @@ class _Painter:
             estimates_BE = self.estimate(whole_BN)
             score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
             chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
-            rises_G = going_G & (score_GR.amax(1) > highest_G)
+            # What the first half gives only leads on: estimates of pictures that were guessed at once are no guide.
+            rises_G = going_G & ((score_GR.amax(1) > highest_G) | (number <= passes // 2))
             highest_G = torch.where(rises_G, score_GR.amax(1), highest_G)
             best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
             # From half of the passes on, the first pass that gives nothing better is the last.

@@ -163,7 +163,7 @@ def test_estimates_are_those_of_a_whole_forward_pass(passes: int, guidance: floa
 @torch.inference_mode()
 def test_progressive_drawing_is_what_it_says() -> None:
     """Against its definition, row by row: branches from one picture, the best goes on, its least sure are drawn again,
-    and it ends when a pass of the second half gives nothing better."""
+    and from the half on it ends when a pass gives nothing better."""
     network, given = model(), prompt(6)
     options = Drawing(passes=6, branches=3, temperature=1.0, noise=2.0, seed=4)
     kept = torch.full((1, 9), OPEN)
@@ -185,10 +185,9 @@ def test_progressive_drawing_is_what_it_says() -> None:
             score = sum(torch.nn.functional.logsigmoid(whole_estimates(network, given, torch.tensor(new)))[:2]).item()
             tried.append((score, new, now))
         chosen = max(tried, key=lambda one: one[0])
-        if chosen[0] > best[0]:
-            best = chosen[:2]
-        elif number > 3:
+        if number > 3 and chosen[0] <= best[0]:
             break
+        best = chosen[:2]
         picture, sure = list(chosen[1]), [np.inf if kept[0, i] != OPEN else chosen[2][i] for i in range(9)]
         again = int(np.floor(np.cos(np.pi / 2 * number / 6) * 7 + 1e-6))
         for place in np.argsort(sure)[:again]:
