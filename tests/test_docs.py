@@ -69,6 +69,9 @@ def test_commands_and_their_options_exist() -> None:
             continue
         command = get_command(commands())
         while isinstance(command, TyperGroup):
+            while words and words[0].startswith("-"):  # an option of the program itself, with its value
+                assert words[0] in {option for parameter in command.params for option in parameter.opts}, line
+                words = words[2:]
             assert words and words[0] in command.commands, line
             command = command.commands[words.pop(0)]
         known = {option for parameter in command.params for option in parameter.opts}

@@ -61,7 +61,9 @@ def test_the_loss_is_that_of_a_naive_loop(pairs: int, negatives: int, data: st.D
     groups = [data.draw(st.sampled_from(["", "", "a", "b"])) for _ in range(pairs)]
     dims = data.draw(st.sampled_from([[6], [2, 6], [3]]))
     found = contrast(torch.tensor(queries), torch.tensor(keys), groups, 0.2, dims, ALONE)
-    assert found.tolist() == pytest.approx(naive(queries.tolist(), keys.tolist(), groups, 0.2, dims), rel=1e-4)
+    assert found.tolist() == pytest.approx(
+        naive(queries.tolist(), keys.tolist(), groups, 0.2, dims), rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_last_position_of_every_example_is_found_wherever_it_was_packed() -> None:
