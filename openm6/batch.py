@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from openm6.atomic import write_failed
-from openm6.bundle import Bundle, Painting, Record
+from openm6.bundle import Bundle, Painting
 from openm6.data.columns import SlotView
-from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
+from openm6.data.store import Record
 from openm6.decode.draw import Drawing
 from openm6.errors import DataError, UsageError
 from openm6.images import open_image
@@ -30,8 +31,10 @@ from openm6.review import (
     CANDIDATES,
     LABELLED,
     REJECTS,
+    acceptance,
     as_line,
     begin,
+    check_keep,
     go_on,
     groups,
     open_rejects,
@@ -39,7 +42,8 @@ from openm6.review import (
     rows_of,
     seed_of,
     settings_of,
-    verdicts_of,
+    usable,
+    verdicts_on,
     write,
     write_review,
 )
@@ -77,8 +81,7 @@ def make_batch(
     chosen, source = bundle.task(task), open_source(prompts)
     if not chosen.draws:
         raise UsageError(f"The task {chosen.name} does not draw.")
-    if not 1 <= keep <= candidates:
-        raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+    check_keep(keep, candidates)
     list(bundle.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for
     options = Drawing.of(**{**chosen.decode, **(decoding or {})})
     view = _wishing(chosen, source, columns or {})
@@ -95,7 +98,7 @@ def make_batch(
         with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
             row = bar.add_task("prompts", total=len(source))
             for group in groups(len(source), max(1, ROWS // candidates)):
-                wishes = dict(_wishes(bundle, chosen, view, source, group, rejects))
+                wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects))
                 if not done.issuperset(wishes):
                     # A group is drawn whole, with a seed of its own: its pictures do not depend on a kill.
                     own = {**(decoding or {}), "seed": seed_of(options.seed, group.start)}
@@ -149,9 +152,7 @@ def write_labelled(output: Path, labels: str | Path) -> dict[str, Any]:
             yield as_line(record)
 
     file = write(output / LABELLED, lines())
-    by_rank = {r: {"labelled": len(v), "accepted": sum(v) / len(v)} for r, v in sorted(verdicts.items())}
-    every = [verdict for some in verdicts.values() for verdict in some]
-    return {"file": str(file), "labelled": len(every), "accepted": sum(every) / len(every), "by_rank": by_rank}
+    return {"file": str(file), **acceptance(verdicts)}
 
 
 def _wishing(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
@@ -165,23 +166,14 @@ def _wishing(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView
     return view
 
 
-def _wishes(
-    bundle: Bundle, task: Task, view: SlotView, source: Source, numbers: Iterable[int], rejects: Rejects
-) -> Iterator[tuple[int, Record]]:
-    """The prompts of these numbers that can be used, by slot; the others are counted."""
-    for number in numbers:
-        record = source[number]
-        where = str(record.get("_where", f"{source.name}#{number}"))
-        try:
-            seen = view(record)
-            wish = {name: seen[name] for name in view.mapping if seen.get(name) not in (None, "")}
-            if not wish:
-                raise DataError(f"{where} asks for nothing: {', '.join(view.mapping.values())} is empty.")
-            bundle.prompt(task, wish)
-        except DataError as error:
-            rejects.count(where, str(error), source.name)
-        else:
-            yield number, wish
+def _wish(view: SlotView, record: Record) -> dict[str, Any]:
+    """What a prompt asks for, by slot."""
+    seen = view(record)
+    wish = {name: seen[name] for name in view.mapping if seen.get(name) not in (None, "")}
+    if not wish:
+        where = record.get("_where", "a prompt")
+        raise DataError(f"{where} asks for nothing: {', '.join(view.mapping.values())} is empty.")
+    return wish
 
 
 def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painting]) -> list[str]:
@@ -205,14 +197,11 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painti
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(rank, record to train on) of every picture with a verdict."""
-    settings, verdicts = settings_of(output), verdicts_of(labels)
-    known = {row["file"] for row in rows_of(output)}
-    for file, (_, where) in verdicts.items():
-        if file not in known:
-            raise DataError(f"{where}: the batch {output} has no picture {file[:80]!r}; are these its labels?")
+    settings = settings_of(output)
+    verdicts = verdicts_on({row["file"] for row in rows_of(output)}, output, "picture", labels)
     for row in rows_of(output):
         if row["file"] in verdicts:
             # Slots that were not asked for are named too: no other column is then taken for them.
             asked = {slot: row["asked"].get(slot) for slot in settings["slots"]}
-            verdict = int(verdicts[row["file"]][0])
+            verdict = int(verdicts[row["file"]])
             yield row["rank"], {**asked, settings["picture"]: row["codes"], "verdict_quality": verdict}

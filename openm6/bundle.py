@@ -18,7 +18,7 @@ from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, groups, in_passes, relevance_by_slot
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Sequence, by_length, pad
 from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
@@ -181,10 +181,8 @@ class Bundle:
             raise UsageError(f"dims is {dims}; vectors of this model have 1 to {width} numbers.")
         for group in groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
-            order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little is padded
             found = torch.empty(len(group), dims or width)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in by_length(prompts, batch_size):
                 batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id)
                 with self.precision():
                     hidden = self.model(batch.to(self.model.embed.weight.device)).hidden

@@ -15,23 +15,26 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openm6.atomic import write_failed
-from openm6.bundle import LIMITS, Bundle, Record
+from openm6.bundle import LIMITS, Bundle
 from openm6.data.columns import SlotView
-from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
+from openm6.data.store import Record
 from openm6.decode import Decoding, Generated
 from openm6.decode.limits import Limits
-from openm6.errors import DataError, UsageError
+from openm6.errors import UsageError
 from openm6.review import (
     CANDIDATES,
     LABELLED,
     REJECTS,
+    acceptance,
     as_line,
     begin,
+    check_keep,
     go_on,
     groups,
     open_rejects,
@@ -39,10 +42,12 @@ from openm6.review import (
     rows_of,
     seed_of,
     settings_of,
-    verdicts_of,
+    usable,
+    verdicts_on,
     write,
     write_review,
-)  # fmt: skip
+)
+from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
 
 BROKEN = "broken.jsonl"
@@ -103,7 +108,9 @@ def make_copy(
     Returns {"items", "bad", "texts", "empty": items none of whose texts were kept, "broken": {reason: texts}, "page"}.
     """
     chosen, source = bundle.task(task), open_source(items)
-    _check(chosen, candidates, keep)
+    if [chosen.slots[name].type for name in chosen.outputs] != ["text"]:
+        raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
+    check_keep(keep, candidates)
     view = _view(chosen, source, columns or {})
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
@@ -127,7 +134,7 @@ def make_copy(
         for name, values in _values_of(chosen, _view(chosen, more, columns or {}), more).items():
             known.setdefault(name, set()).update(values)
     try:
-        done, texts = go_on(output / CANDIDATES)
+        done, _ = go_on(output / CANDIDATES)
         seen = {row["said"]: row["prompt"] for row in rows_of(output)}
         rejects = open_rejects(output / REJECTS, source)
         with (
@@ -137,7 +144,7 @@ def make_copy(
         ):
             row = bar.add_task("items", total=len(source))
             for group in groups(len(source), ITEMS):
-                asked = dict(_asked(bundle, chosen, view, source, group, rejects))
+                asked = dict(usable(bundle, chosen, partial(_asked, chosen, view), source, group, rejects))
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
                     limits = {n: _limits(bundle, chosen, record, known, rules) for n, record in asked.items()}
@@ -153,15 +160,14 @@ def make_copy(
                         file.flush()
                         seen |= {text: number for text, _ in good[:keep]}
                         done.add(number)
-                        texts += len(good[:keep])
                 bar.update(row, completed=group.stop)
         page = write_review(output)
     except OSError as error:
         raise write_failed(output, error) from None
     reasons = Counter(_kind(json.loads(one)["reason"]) for one in (output / BROKEN).read_text("utf-8").splitlines())
-    kept = sum(1 for row in rows_of(output) if row["rank"])
+    kept = Counter(row["prompt"] for row in rows_of(output) if row["rank"])
     return {
-        "items": len(done), "bad": rejects.bad, "texts": kept, "empty": len(done) - len(_with_texts(output)),
+        "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),
         "broken": dict(reasons.most_common()), "page": str(page),
     }  # fmt: skip
 
@@ -169,32 +175,20 @@ def make_copy(
 def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
     """Write the texts that people accepted, as records of the task, and tell how much they accept: {"file", "labelled",
     "accepted", "by_rank"}."""
-    settings, verdicts = settings_of(output), verdicts_of(labels)
-    by_rank: dict[int, list[int]] = defaultdict(list)
+    settings = settings_of(output)
     rows = {row["file"]: row for row in rows_of(output) if row["rank"]}
-    for name, (_, where) in verdicts.items():
-        if name not in rows:
-            raise DataError(f"{where}: the batch {output} has no text {name[:80]!r}; are these its labels?")
+    verdicts = verdicts_on(rows, output, "text", labels)
+    by_rank: dict[int, list[int]] = defaultdict(list)
 
     def lines() -> Iterator[str]:
         for name, row in rows.items():
             if name in verdicts:
-                accepted = verdicts[name][0]
-                by_rank[row["rank"]].append(int(accepted))
-                if accepted:
+                by_rank[row["rank"]].append(int(verdicts[name]))
+                if verdicts[name]:
                     yield as_line({**row["given"], settings["picture"]: row["said"]})
 
     file = write(output / LABELLED, lines())
-    every = [verdict for some in by_rank.values() for verdict in some]
-    ranks = {r: {"labelled": len(v), "accepted": sum(v) / len(v)} for r, v in sorted(by_rank.items())}
-    return {"file": str(file), "labelled": len(every), "accepted": sum(every) / len(every), "by_rank": ranks}
-
-
-def _check(task: Task, candidates: int, keep: int) -> None:
-    if [task.slots[name].type for name in task.outputs] != ["text"]:
-        raise UsageError(f"The task {task.name} does not write one text: it gives {', '.join(task.outputs)}.")
-    if not 1 <= keep <= candidates:
-        raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+    return {"file": str(file), **acceptance(by_rank)}
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
@@ -208,20 +202,10 @@ def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
     return SlotView.of(left, source, columns)
 
 
-def _asked(
-    bundle: Bundle, task: Task, view: View, source: Source, numbers: Iterable[int], rejects: Rejects
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number in numbers:
-        record = source[number]
-        where = str(record.get("_where", f"{source.name}#{number}"))
-        try:
-            seen = view(record)
-            asked = {name: seen[name] for name in task.inputs if seen.get(name) not in (None, "")}
-            bundle.prompt(task, asked)
-        except DataError as error:
-            rejects.count(where, str(error), source.name)
-        else:
-            yield number, asked
+def _asked(task: Task, view: View, record: Record) -> dict[str, Any]:
+    """What an item gives, by slot."""
+    seen = view(record)
+    return {name: seen[name] for name in task.inputs if seen.get(name) not in (None, "")}
 
 
 def _values_of(task: Task, view: View, source: Source) -> dict[str, set[str]]:
@@ -241,11 +225,8 @@ def _values_of(task: Task, view: View, source: Source) -> dict[str, set[str]]:
 
 def _cells(record: Record, task: Task) -> Iterator[tuple[str, str]]:
     for name in task.inputs:
-        value = record.get(name)
-        if task.slots[name].type == "table" and value is not None:
-            for row in value if isinstance(value, list) else [value]:
-                if isinstance(row, Mapping):
-                    yield from ((str(k), str(v)) for k, v in row.items() if v is not None)
+        if task.slots[name].type == "table":
+            yield from cells_of(record.get(name))
 
 
 def _limits(
@@ -329,10 +310,6 @@ def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]])
         yield as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})
     for rank, (text, score) in enumerate(kept, start=1):
         yield as_line({**base, "file": f"{number:06d}-{rank}", "rank": rank, "said": text, "score": score})
-
-
-def _with_texts(output: Path) -> set[int]:
-    return {row["prompt"] for row in rows_of(output) if row["rank"]}
 
 
 _KINDS = {

@@ -10,7 +10,7 @@ import html
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openm6.atomic import require_new, write_failed, write_whole
+from openm6.bundle import Bundle
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
+from openm6.data.store import Record
 from openm6.data.tables import read_jsonl
 from openm6.errors import DataError, UsageError
+from openm6.tasks.task import Task
 
 SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
     "batch.json", "candidates.jsonl", "rejects.jsonl", "review.html", "labelled.jsonl",
@@ -35,6 +38,42 @@ def groups(count: int, size: int) -> Iterator[range]:
 
 def seed_of(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed & 0xFFFFFFFF, start]).generate_state(1)[0])
+
+
+def check_keep(keep: int, candidates: int) -> None:
+    if not 1 <= keep <= candidates:
+        raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+
+
+def usable(
+    bundle: Bundle,
+    task: Task,
+    ask: Callable[[Record], dict[str, Any]],
+    source: Source,
+    numbers: Iterable[int],
+    rejects: Rejects,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted. `ask`
+    makes it of a record; it may raise DataError."""
+    for number in numbers:
+        record = source[number]
+        try:
+            asked = ask(record)
+            bundle.prompt(task, asked)
+        except DataError as error:
+            rejects.count(str(record.get("_where", f"{source.name}#{number}")), str(error), source.name)
+        else:
+            yield number, asked
+
+
+def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
+    """Of verdicts, 1 or 0, by rank: {"labelled": number, "accepted": share, "by_rank": {rank: the same two}}."""
+
+    def told(some: list[int]) -> dict[str, Any]:
+        return {"labelled": len(some), "accepted": sum(some) / len(some)}
+
+    every = [verdict for some in verdicts.values() for verdict in some]
+    return {**told(every), "by_rank": {rank: told(some) for rank, some in sorted(verdicts.items())}}
 
 
 def begin(output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str) -> None:
@@ -118,6 +157,16 @@ def write_review(output: Path) -> Path:
     # A text that holds </script> must not end the script.
     page = page.replace("@TITLE@", html.escape(output.resolve().name)).replace("@DATA@", data.replace("<", "\\u003c"))
     return write(output / PAGE, [page])
+
+
+def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, bool]:
+    """People's verdicts on the candidates of a batch, by name. Raises DataError for one of a candidate that it has not
+    (`what`: picture, text), and as `verdicts_of` does."""
+    found = verdicts_of(labels)
+    for name, (_, where) in found.items():
+        if name not in known:
+            raise DataError(f"{where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
+    return {name: verdict for name, (verdict, _) in found.items()}
 
 
 def verdicts_of(labels: str | Path) -> dict[str, tuple[bool, str]]:

@@ -15,7 +15,7 @@ and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence as Items
+from collections.abc import Iterable, Iterator, Sequence as Items
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Protocol
@@ -180,6 +180,12 @@ def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = 
         if max(spread) < row_length:  # spreading can be worse, but for few and long examples only
             places, row_length = other, max(spread)
     return _lay_out(sequences, places, (max(len(filled), 1), row_length), pad_id)
+
+
+def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the sequences in batches of about one length, so that little is padded."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def pad(sequences: Items[Sequence], pad_id: int) -> Batch:

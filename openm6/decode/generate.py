@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
-from openm6.sequence import Banned, Sequence, pad
+from openm6.sequence import Banned, Sequence, by_length, pad
 
 T = TypeVar("T")
 
@@ -92,10 +92,8 @@ def generate(
     Prompts are batched by length, so that little is padded.
     """
     decoding = decoding or Decoding()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[Generated | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length(prompts, batch_size):
         group = [prompts[i] for i in chosen]
         if decoding.num_beams > 1:
             from openm6.decode.beam import beam_search

@@ -42,18 +42,21 @@ class Limits:
             raise UsageError(f"A text of at least {least} and at most {most} characters cannot be.")
         self._reach = max(map(len, self.forbid), default=1) - 1
         self._texts = _texts(tokenizer)
-        self._always = frozenset(i for i, text in self._texts.items() if any(word in text for word in self.forbid))
+        self._always = frozenset(token for word in self.forbid for token in _holding(tokenizer, word))
+        self._rests: dict[str, list[str]] = {}  # of a word that is begun: what is missing
+        for word in self.forbid:
+            for cut in range(1, len(word)):
+                self._rests.setdefault(word[:cut], []).append(word[cut:])
 
     def next(self, prefix: Sequence[int]) -> Sequence[int]:
         text = self._tokenizer.decode(list(prefix))
         if self.most and len(text) >= self.most:
             return (self._tokenizer.end_id,)
         banned = set(self._always)
-        tail = text[-self._reach :] if self._reach else ""
+        for length in range(1, min(self._reach, len(text)) + 1):
+            for rest in self._rests.get(text[-length:], ()):
+                banned.update(_starting(self._tokenizer, rest))
         for word in self.forbid:
-            for cut in range(1, len(word)):
-                if tail.endswith(word[:cut]):
-                    banned.update(_starting(self._tokenizer, word[cut:]))
             if self._spelled(prefix, word):
                 banned.add(self._tokenizer.class_ids[word.encode()[-1]])
         if self.most:
@@ -63,11 +66,13 @@ class Limits:
             banned |= self._wrong_numbers(text)
         if len(text) < self.least:
             banned.add(self._tokenizer.end_id)
-        return Banned(sorted(banned))
+        return Banned(banned)
 
     def _spelled(self, prefix: Sequence[int], word: str) -> bool:
         """Whether the last byte of a word is all that is missing of it, its last character being spelt in bytes."""
         *begun, _ = word[-1].encode()
+        if not begun:  # a byte of ASCII has a text
+            return False
         ids = [self._tokenizer.class_ids[byte] for byte in begun]
         place = len(prefix) - len(ids)
         return (
@@ -126,6 +131,12 @@ def _texts(tokenizer: Tokenizer) -> dict[int, str]:
 def _sorted(tokenizer: Tokenizer) -> tuple[list[str], list[int]]:
     pairs = sorted((text, token) for token, text in _texts(tokenizer).items())
     return [text for text, _ in pairs], [token for _, token in pairs]
+
+
+@lru_cache(maxsize=2**16)
+def _holding(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
+    """Tokens whose text has a word in it."""
+    return tuple(token for token, text in _texts(tokenizer).items() if word in text)
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ from torch import Tensor
 from openm6.decode.generate import Generated, check_room
 from openm6.model import M6
 from openm6.model.attention import Cache
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Sequence, by_length, pad
 from openm6.tasks.sketch import DROP, modes, skeleton
 from openm6.tokenizer import Tokenizer
 
@@ -35,10 +35,8 @@ def refine(
     model: M6, prompts: Items[Sequence], tokenizer: Tokenizer, most: int, batch_size: int = 64, rounds: int = ROUNDS
 ) -> list[Generated]:
     """The text of every prompt, of `most` tokens at most. What a row gets depends on that row alone."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, Generated] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in by_length(prompts, batch_size):
         texts = _batch(model, [prompts[i] for i in chosen], tokenizer, most, rounds)
         found |= {i: Generated(ids, 0.0, True) for i, ids in zip(chosen, texts, strict=True)}
     return [found[i] for i in range(len(prompts))]
@@ -76,7 +74,7 @@ class _Asking:
     def sketch(self, prompt: Sequence, hidden_TD: Tensor) -> _Draft:
         assert prompt.sketch is not None
         places = slice(prompt.sketch.start, prompt.sketch.stop)
-        numbers = self._logits(hidden_TD[places])[:, self.classes].argmax(-1).tolist()
+        numbers = self.model.logits(hidden_TD[places])[:, self.classes].argmax(-1).tolist()
         kept = [i for i in skeleton(numbers, prompt.ids[places].tolist()) if i in self.known][: self.most]
         return _Draft(kept, [True] * len(kept))
 
@@ -127,7 +125,4 @@ class _Asking:
         even = len(set(lengths)) == 1
         real = None if even else torch.tensor(lengths, device=device)
         hidden = self.model.fill(ids.to(device), self.cache, 0, real)
-        return [self._logits(row[:length]) for row, length in zip(hidden, lengths, strict=True)]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
+        return [self.model.logits(row[:length]) for row, length in zip(hidden, lengths, strict=True)]

@@ -14,6 +14,7 @@ from openm6.sequence import Sequence
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import Score, bootstrap, score, score_of
 from openm6.tasks.slots.box import as_box
+from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
@@ -118,9 +119,8 @@ def evaluate(
 
 def _cells(task: Task, record: Record) -> list[str]:
     """The values of the tables that were given."""
-    tables = [record.get(name) for name in task.inputs if task.slots[name].type == "table"]
-    rows = [row for table in tables if table is not None for row in (table if isinstance(table, list) else [table])]
-    return [str(value) for row in rows if isinstance(row, Mapping) for value in row.values() if value is not None]
+    tables = (record.get(name) for name in task.inputs if task.slots[name].type == "table")
+    return [value for table in tables for _, value in cells_of(table)]
 
 
 def references(value: Any, kind: str = "text") -> list[str]:

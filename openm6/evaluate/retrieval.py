@@ -16,7 +16,7 @@ import numpy as np
 from openm6.bundle import Bundle
 from openm6.errors import DataError, UsageError
 from openm6.evaluate.measure import Case, Evaluation
-from openm6.tasks.metrics import Score, bootstrap
+from openm6.tasks.metrics import Score, Values, score_of
 from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
@@ -65,9 +65,4 @@ def rank_scores(likeness: np.ndarray, right: np.ndarray) -> dict[str, Score]:
         "mrr": 1 / (first + 1.0),
         "ndcg@10": top @ gains[: top.shape[1]] / best,
     }
-    return {name: _score(examples) for name, examples in values.items()}
-
-
-def _score(examples: np.ndarray) -> Score:
-    low, high = bootstrap(len(examples), lambda rows: float(examples[rows].mean()))
-    return Score(float(examples.mean()), low, high, len(examples))
+    return {name: score_of(Values.mean(examples.tolist())) for name, examples in values.items()}

@@ -2,7 +2,7 @@
 
     DIR/items.lance     id, vector, and columns to filter by; every change is a version, whole or not there at all
     DIR/index.json      dims, and what the vectors were made with
-    DIR/ann.faiss       inverted lists of a snapshot, if `tune` made them, with ann.json
+    DIR/ann.json        inverted lists of a snapshot, if `tune` made them, and which ann-*.faiss they are in
 
 Vectors are brought to length 1; the score of a hit is the cosine. Without inverted lists every search is exact; with
 them a search without a filter looks into some of the lists, and exactly at what came after the snapshot. A search with

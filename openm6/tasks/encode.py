@@ -74,12 +74,11 @@ def encode(
     if task.sketch:
         return _sketched(task, given, ids, processor, rng)
     before = [_shot(task, instruction, shot, processor, rng) for shot in shots]
-    prompt = [Piece((processor.tokenizer.pad_id,) * processor.prompt)] if processor.prompt else []
     reserve = int(task.decode.get("max_new_tokens", 0))
     if task.draws and ids is None:
         reserve = 1 + (0 if processor.codec is None else processor.codec.side**2)
     while True:
-        pieces = [*prompt, *(piece for shot in before for piece in shot), *given.pieces]
+        pieces = [_filled_by_adapter(processor), *(piece for shot in before for piece in shot), *given.pieces]
         try:
             sequence = lay_out(pieces, ids, processor, task.name, reserve)
             break
@@ -117,9 +116,8 @@ def _sketched(
 ) -> Sequence:
     """Of a task that is written from a sketch: the prompt, or one of the things that are learned (for measuring, what
     the gaps of the sketch hold)."""
-    prompt = [Piece((processor.tokenizer.pad_id,) * processor.prompt)]
     number = given.places[task.sketch] + 1
-    pieces = [*prompt, *given.pieces]
+    pieces = [_filled_by_adapter(processor), *given.pieces]
     pieces[number] = pieces[number]._replace(cuttable=False)
     found = lay_out(pieces, None, processor, task.name, int(task.decode.get("max_new_tokens", 0)))
     start = sum(len(piece.ids) for piece in pieces[:number])
@@ -133,6 +131,11 @@ def _sketched(
     kind = "fill" if rng is None else None
     text = list(ids)[: max(1, processor.max_length - len(found) - 1)]
     return sketch.learned(found, text, processor.tokenizer, rng or np.random.default_rng(0), kind)
+
+
+def _filled_by_adapter(processor: Processor) -> Piece:
+    """The positions before every example that an adapter fills (none, mostly)."""
+    return Piece((processor.tokenizer.pad_id,) * processor.prompt)
 
 
 def _given(

@@ -20,11 +20,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from openm6.sequence import CAUSAL, IGNORE, Sequence
+from openm6.sequence import IGNORE, Sequence
+from openm6.tasks.drawn import BLOCK
 from openm6.tokenizer import Tokenizer
 
 DROP = 255
-BLOCK = 1
 
 KEPT = 0.7
 """Share of the pieces that a draft in training still has (the paper's beta), where it is not the sketch itself."""
@@ -138,6 +138,3 @@ def skeleton(classes: Items[int], source: Items[int]) -> list[int]:
     """The tokens that are kept, piece after piece in the order of their numbers; `classes`: of each source token."""
     order = sorted((number, place) for place, number in enumerate(classes) if number != DROP)
     return [source[place] for _, place in order]
-
-
-assert CAUSAL != BLOCK

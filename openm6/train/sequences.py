@@ -78,10 +78,10 @@ class Sequences:
         return trained, sum(len(e) for e in _flat(examples))
 
     def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
-        parts = [self._part(run, batch, examples) for batch in self._batches(_flat(examples))]
+        parts = [self._part(run, *some) for some in self._batches(_flat(examples))]
         return parts[0] if len(parts) == 1 else _together(parts)
 
-    def _part(self, run: Callable[[Batch], Any], batch: Batch, examples: list[Sequence]) -> Part:
+    def _part(self, run: Callable[[Batch], Any], examples: list[Sequence], batch: Batch) -> Part:
         output = run(batch)
         loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
         losses = _by_example(output, batch)
@@ -91,7 +91,7 @@ class Sequences:
             told = zip(contrasted, values.tolist(), strict=True)
             losses += [(pair.task, pair.origin, value, 1) for pair, value in told]
         for name in self.heads:
-            answered = [(i, e) for i, e in enumerate(_flat(examples)) if e.head == name]
+            answered = [(i, e) for i, e in enumerate(examples) if e.head == name]
             outputs = output.heads[name][[i for i, _ in answered]]
             wanted = torch.tensor([e.values for _, e in answered], dtype=torch.float32, device=outputs.device)
             values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
@@ -104,20 +104,15 @@ class Sequences:
         return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
-        """The loss of every pair among the examples, fp32 [pairs], and those pairs."""
+        """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
+        their example."""
         vectors = hidden_BTD.flatten(0, 1)[batch.ends()]
-        pairs: list[Sequence] = []
-        queries: list[int] = []
-        keys: list[int] = []
-        negatives: list[int] = []
-        place = 0
-        for example in examples:
-            if example.partner is not None:
-                pairs.append(example)
-                queries.append(place)
-                keys.append(place + 1)
-                negatives += range(place + 2, place + 2 + len(example.negatives))
-            place += len(_flat([example]))
+        queries = [place for place, example in enumerate(examples) if example.partner is not None]
+        pairs = [examples[place] for place in queries]
+        keys = [place + 1 for place in queries]
+        negatives = [
+            place + 2 + i for place, pair in zip(queries, pairs, strict=True) for i in range(len(pair.negatives))
+        ]
         settings, groups = self.recipe.vectors, [pair.group for pair in pairs]
         found = vectors[queries], vectors[keys + negatives]
         return contrast(*found, groups, settings.temperature, self.dims, self.group), pairs
@@ -129,19 +124,19 @@ class Sequences:
     def describe(self, path: Path) -> None:
         self.bundle.describe(path, self.adapter)
 
-    def _batches(self, sequences: list[Sequence]) -> list[Batch]:
-        """One, but for a network with block-sparse pictures: those apart, whose codes see each other both ways and one
-        after the other apart too."""
+    def _batches(self, sequences: list[Sequence]) -> list[tuple[list[Sequence], Batch]]:
+        """Each with its sequences. One, but for a network with block-sparse pictures: those apart, whose codes see each
+        other both ways and one after the other apart too."""
         if self.bundle.model.config.picture_side is None:
-            return [self._batch(sequences)]
+            return [(sequences, self._batch(sequences))]
         plain = [s for s in sequences if s.codes is None]
         drawn: dict[bool, list[Sequence]] = {}
         for sequence in sequences:
             if sequence.codes is not None:
                 drawn.setdefault(bool(sequence.blocks[sequence.codes.start] == CAUSAL), []).append(sequence)
         pad_id = self.bundle.processor.tokenizer.pad_id
-        pictures = [pad_drawn(some, pad_id).to(self.device) for some in drawn.values()]
-        return [*([self._batch(plain)] if plain else []), *pictures]
+        pictures = [(some, pad_drawn(some, pad_id).to(self.device)) for some in drawn.values()]
+        return [*([(plain, self._batch(plain))] if plain else []), *pictures]
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.bundle.processor.tokenizer.pad_id

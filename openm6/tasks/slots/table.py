@@ -8,7 +8,7 @@ Each cell is its column's name and its value; a row may have columns that others
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from openm6.errors import DataError
@@ -62,6 +62,16 @@ def split(ids: Sequence[int], mark: int) -> list[list[int]]:
         else:
             runs[-1].append(i)
     return runs
+
+
+def cells_of(value: Any) -> Iterator[tuple[str, str]]:
+    """Name and value of every cell of a table in any of its forms; of what is no table none."""
+    try:
+        rows = _rows(value)
+    except DataError:
+        return
+    for row in rows:
+        yield from ((str(name), str(cell)) for name, cell in row.items() if cell is not None)
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
