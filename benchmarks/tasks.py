@@ -79,7 +79,7 @@ SIDES = (
     Side("image_text_matching", "scenes", "accuracy", "majority"),
     Side("grounding", "scenes", "iou", "mean"),
     Side("ocr", "writing", "accuracy", "majority"),
-    Side("text_vector", "scenes", "recall@10", "chance", {"text": "caption"}, "image_vector"),
+    Side("text_vector", "scenes", "recall@10", "chance", {"text": "description"}, "image_vector"),
     Side("item_vector", "demo:catalogue", "recall@10", "chance", {}, "text_vector", {"text": "caption"}),
     Side("text_to_image", "demo:studio", "perplexity", "ngram"),
     Side("controlled_image", "demo:studio", "perplexity", "ngram"),

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from reproduce.common import ROOT, SCALES
 
-NAMES = ("prototyping", "auxiliary_loss", "capacity", "pseudo_to_real", "sparse_vs_dense", "progressive")
+NAMES = (
+    "prototyping",
+    "auxiliary_loss",
+    "capacity",
+    "pseudo_to_real",
+    "sparse_vs_dense",
+    "progressive",
+    "five_percent",
+)
 
 
 def main() -> None:

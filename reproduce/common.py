@@ -88,20 +88,24 @@ class Finding:
     figures: str
 
 
+def verdict(better: list[float], worse: list[float]) -> str:
+    """Is what is better when higher higher, seed by seed? As `compare` says it of losses."""
+    differences = [a - b for a, b in zip(better, worse, strict=True)]
+    width = max(max(better) - min(better), max(worse) - min(worse))
+    if all(d > 0 for d in differences):
+        apart = median(better) - median(worse) > width / 2
+        return "holds" if apart else "holds in every seed, by less than the seeds differ"
+    if all(d < 0 for d in differences):
+        return "does not hold: the other way round in every seed"
+    return "not settled: the seeds disagree"
+
+
 def compare(claim: str, better: list[Run], worse: list[Run]) -> Finding:
     """Is the loss of `better` lower, seed by seed the same data? It holds when all seeds agree and the medians are
     further apart than half the wider of the two spreads; when they disagree, these seeds do not settle it."""
     a, b = [run.test_loss for run in better], [run.test_loss for run in worse]
-    gap = median(b) - median(a)
-    width = max(max(a) - min(a), max(b) - min(b))
-    differences = [y - x for x, y in zip(a, b, strict=True)]
-    if all(d > 0 for d in differences):
-        verdict = "holds" if gap > width / 2 else "holds in every seed, by less than the seeds differ"
-    elif all(d < 0 for d in differences):
-        verdict = "does not hold: the other way round in every seed"
-    else:
-        verdict = "not settled: the seeds disagree"
-    return Finding(claim, verdict, f"test loss {median(a):.4f} against {median(b):.4f}")
+    found = verdict([-loss for loss in a], [-loss for loss in b])
+    return Finding(claim, found, f"test loss {median(a):.4f} against {median(b):.4f}")
 
 
 def faster(claim: str, quick: list[Run], slow: list[Run]) -> Finding:

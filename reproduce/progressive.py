@@ -18,7 +18,7 @@ from openm6.bundle import Bundle
 from openm6.errors import UsageError
 from openm6.evaluate.demo_images import DATA, TASK
 from openm6.evaluate.pictures import Judge, as_square, frechet, judged, read_wishes
-from reproduce.common import ROOT, SCALES, Scale
+from reproduce.common import ROOT, SCALES, Scale, verdict
 
 TITLE = "Progressive drawing"
 MODEL = ROOT / "runs" / "demo-images"
@@ -71,18 +71,6 @@ def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL) -> Path:
             rows.append({"way": way, "passes": passes, **{key: [f[key] for f in found] for key in found[0]}})
             print(f"{way}, {passes} passes: {median(rows[-1]['all']):.1%} show all attributes", flush=True)
     return _page(rows, len(asked), out)
-
-
-def verdict(better: list[float], worse: list[float]) -> str:
-    """Of shares by seed: as for losses (reproduce/common.py), turned round."""
-    differences = [a - b for a, b in zip(better, worse, strict=True)]
-    width = max(max(better) - min(better), max(worse) - min(worse))
-    if all(d > 0 for d in differences):
-        apart = median(better) - median(worse) > width / 2
-        return "holds" if apart else "holds in every seed, by less than the seeds differ"
-    if all(d < 0 for d in differences):
-        return "does not hold: the other way round in every seed"
-    return "not settled: the seeds disagree"
 
 
 def _page(rows: list[dict[str, Any]], asked: int, out: Path) -> Path:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from openm6.errors import UsageError
-from reproduce import progressive
-from reproduce.common import SCALES, Run, Variant, compare, train_all, write_page
+from openm6.train.trainer import train
+from reproduce import five_percent, progressive
+from reproduce.common import SCALES, Run, Variant, compare, train_all, verdict, write_page
 from reproduce.corpus import ENTROPY, ODDS, write_corpus
 from tests.conftest import drawing_bundle
+from tests.train.conftest import tiny_recipe
 
 
 def texts(file: Path) -> list[str]:
@@ -101,7 +103,7 @@ def test_runs_are_measured_and_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_verdict_on_shares_needs_all_seeds_too(better: list[float], worse: list[float], said: str) -> None:
-    assert progressive.verdict(better, worse) == said
+    assert verdict(better, worse) == said
 
 
 @pytest.mark.slow
@@ -120,3 +122,21 @@ def test_ways_of_drawing_are_compared(tmp_path: Path) -> None:
     assert "8 captions" in text and "progressive, both" in text and (tmp_path / "out" / "progressive.png").is_file()
     with pytest.raises(UsageError, match="run `make demo-images` first"):
         progressive.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_few_labels_are_compared_with_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(five_percent, "TASKS", {"title": five_percent.TASKS["title"]})
+    data = [{"source": "market:copy/train?records=20", "task": "text_continuation", "columns": {"text": "copy"}}]
+    model = train(tiny_recipe(tmp_path / "market", data=data, row_length=256, steps=2, checkpoint_every=2))
+    page = five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", model)
+    rows = json.loads((tmp_path / "out" / "five_percent.json").read_text("utf-8"))
+    assert [(r["task"], r["way"]) for r in rows] == [(t, way) for t in five_percent.TASKS for way in five_percent.WAYS]
+    assert all(len(row["figures"]) == 1 and 0 <= row["figures"][0] <= 100 for row in rows)
+    assert "title: pretrained, 5%, beats from nothing, 100%" in page.read_text("utf-8")
+    (tmp_path / "work").joinpath("title-from-nothing-5%-0.json").write_text("0.5", "utf-8")
+    five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", model)  # what is there is not done again
+    again = json.loads((tmp_path / "out" / "five_percent.json").read_text("utf-8"))
+    assert next(r for r in again if r["task"] == "title" and r["way"] == "from nothing, 5%")["figures"] == [0.5]
+    with pytest.raises(UsageError, match="openm6 train market"):
+        five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", tmp_path / "nowhere")

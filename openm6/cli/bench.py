@@ -29,7 +29,9 @@ def bench(
 def reproduce(
     claim: Annotated[
         str,
-        typer.Argument(help="prototyping, auxiliary-loss, capacity, pseudo-to-real, sparse-vs-dense or progressive."),
+        typer.Argument(
+            help="prototyping, auxiliary-loss, capacity, pseudo-to-real, sparse-vs-dense, progressive or five-percent."
+        ),
     ],
     scale: Annotated[str, typer.Option(help="small: minutes on two cores; large: a GPU's work.")] = "small",
     out: Annotated[Path | None, typer.Option(help="Folder for the page; the default is docs/reproduce.")] = None,

@@ -120,6 +120,9 @@ def evaluate(
     same: Annotated[
         list[str] | None, typer.Option(help="Column; records that agree in all of these are right for each other.")
     ] = None,
+    among_negatives: Annotated[
+        bool, typer.Option("--among-negatives", help="Find it among the record's own `negatives` alone.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
@@ -133,7 +136,7 @@ def evaluate(
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
             bundle, task, against or task, data, pairs(column or []), pairs(against_column or []), same or [],
-            data_format, images, limit, dims,
+            data_format, images, limit, dims, among_negatives,
         )  # fmt: skip
     else:
         result = measure(

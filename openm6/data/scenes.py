@@ -2,8 +2,8 @@
 
 Records: image (JPEG, 64 x 64); phrase (points at one of the goods alone) and box (left, top, right, bottom of it, as
 shares of the picture); statement and relation (蕴含: the picture shows it, 矛盾: it shows otherwise, 无关: it cannot
-tell); caption (of all goods, in half of the records wrong in one attribute) and match (是 or 否). The goods are the
-catalogue's, with its splits and held-out combinations.
+tell); description (of all goods), caption (the same, in half of the records wrong in one attribute) and match (是 or
+否). The goods are the catalogue's, with its splits and held-out combinations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed
 from openm6.data.phrases import MEASURES
 from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same seed would give other records: old caches are then left aside."""
 
 PICTURES = {"train": 12_000, "validation": 500, "test": 500}
@@ -58,8 +58,8 @@ def picture(seed: int, split: str, index: int) -> Record:
     caption, match = _caption(items, split, rng)
     return {
         "_where": f"scenes/{split}#{index}", "image": image, "phrase": _phrase(items, corners, number, rng),
-        "box": boxes[number], "statement": statement, "relation": relation, "caption": caption, "match": match,
-        "objects": len(items),
+        "box": boxes[number], "statement": statement, "relation": relation, "description": _told(items, rng),
+        "caption": caption, "match": match, "objects": len(items),
     }  # fmt: skip
 
 
@@ -80,14 +80,18 @@ def named(item: Item, kinds: tuple[str, ...]) -> str:
 
 
 def _phrase(items: list[Item], corners: list[str], number: int, rng: np.random.Generator) -> str:
-    """Points at one item: by attributes that no other one has together, or by its corner."""
-    item = items[number]
+    """Points at one item: by attributes or by its corner."""
     if rng.random() < 0.2:
-        name = corners[number] + "的商品"
-    else:
-        sets = [kinds for count in (1, 2, 3) for kinds in choose(_KINDS, count)]
-        alone = [k for k in sets if sum(all(getattr(o, n) == getattr(item, n) for n in k) for o in items) == 1]
-        name = named(item, alone[rng.integers(len(alone))])
+        return _POINTED[rng.integers(len(_POINTED))].format(n=corners[number] + "的商品", m="件")
+    return pointed(items, number, rng)
+
+
+def pointed(items: list[Item], number: int, rng: np.random.Generator) -> str:
+    """Points at one of several different items by attributes that no other one has together."""
+    item = items[number]
+    sets = [kinds for count in (1, 2, 3) for kinds in choose(_KINDS, count)]
+    alone = [k for k in sets if sum(all(getattr(o, n) == getattr(item, n) for n in k) for o in items) == 1]
+    name = named(item, alone[rng.integers(len(alone))])
     measure = MEASURES[item.category] if item.category in name else "件"
     return _POINTED[rng.integers(len(_POINTED))].format(n=name, m=measure)
 
@@ -121,8 +125,12 @@ def _caption(items: list[Item], split: str, rng: np.random.Generator) -> tuple[s
         near = [o for o in every if sum(getattr(o, k) != getattr(told[number], k) for k in _KINDS) == 1]
         near = [o for o in near if o not in items] or [o for o in every if o not in items]
         told[number] = near[rng.integers(len(near))]
-    names = [f"一{MEASURES[told[i].category]}{named(told[i], _KINDS)}" for i in rng.permutation(len(told))]
-    return "图中有" + "、".join(names) + "。", match
+    return _told(told, rng), match
+
+
+def _told(items: list[Item], rng: np.random.Generator) -> str:
+    names = [f"一{MEASURES[items[i].category]}{named(items[i], _KINDS)}" for i in rng.permutation(len(items))]
+    return "图中有" + "、".join(names) + "。"
 
 
 def open_scenes(split: str, seed: int = 0, pictures: int | None = None) -> Records:

@@ -58,7 +58,8 @@ def open_source(
     """Open data by its name.
 
     `demo:catalogue/train`, `demo:questions/test` (options: `?pictures=500&seed=1`), `market:copy/train`
-    (`?records=500`), `scenes/train`, `tryon/test` and the others of `_BUILT_IN`, or a path, URL or glob in a format of
+    (`?records=500`), `scenes/train`, `shop:visits/train`, `tryon/test` and the others of `_BUILT_IN`, or a path, URL or
+    glob in a format of
     `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
     when they change. With `stream` a Parquet source is read in passing and never copied.
 
@@ -93,12 +94,13 @@ _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "market": ("market", "open_market", ("seed", "records")),
     "pets": ("pets", "open_pets", ("seed", "pictures")),
     "scenes": ("scenes", "open_scenes", ("seed", "pictures")),
+    "shop": ("shop", "open_shop", ("seed", "records")),
     "tryon": ("figures", "open_figures", ("seed", "pictures")),
     "writing": ("writing", "open_writing", ("seed", "records")),
 }
 """What is made on the spot: module of this package, function, options. Those in `_WITH_VIEWS` have parts."""
 
-_WITH_VIEWS = ("demo", "market")
+_WITH_VIEWS = ("demo", "market", "shop")
 
 
 def _kind(name: str) -> str | None:

@@ -71,15 +71,22 @@ def measure_retrieval(
     images: str | None = None,
     limit: int | None = None,
     dims: int | None = None,
+    among_negatives: bool = False,
 ) -> Evaluation:
     """Let the vector that `task` gives of each record find the one that `against` gives of it among those of all.
 
-    Records that agree in the columns `same` are right for each other.
+    Records that agree in the columns `same` are right for each other. With `among_negatives` it has to be found among
+    the record's own `negatives` alone.
     """
     records = open_source(data, data_format, images, limit=limit)
     first, second = bundle.task(task), bundle.task(against)
     views = SlotView.of(first, records, columns or {}), SlotView.of(second, records, against_columns or {})
     groups = ["|".join(str(record.get(name)) for name in same) for record in records] if same else None
+    others = None
+    if among_negatives:
+        rooted = ([{"_root": r.get("_root", ""), **one} for one in r.get("negatives") or ()] for r in records)
+        others = [[views[1](one) for one in some] for some in rooted]
     return evaluate_retrieval(
-        bundle, first, second, [views[0](r) for r in records], [views[1](r) for r in records], groups, data, dims=dims
-    )
+        bundle, first, second, [views[0](r) for r in records], [views[1](r) for r in records], groups, data, dims=dims,
+        others=others,
+    )  # fmt: skip

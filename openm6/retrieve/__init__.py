@@ -1,4 +1,4 @@
-"""Vectors kept and found again: an index on disk, filled by a model's tasks."""
+"""Vectors kept and found again: an index on disk, filled by a model's tasks; and a recommender on one."""
 
 from openm6.retrieve.index import Hit, Index
 

@@ -38,6 +38,15 @@ class Hit:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Items:
+    """All items: ids [N], vectors of length 1 [N, dims], columns as lists."""
+
+    ids: np.ndarray
+    vectors: np.ndarray
+    columns: dict[str, list[Any]]
+
+
 class Index:
     """`Index.create` or `Index.open`; `add`, `delete`, `search`."""
 
@@ -122,6 +131,17 @@ class Index:
     def ids(self) -> set[str]:
         self._latest()
         return set(self._table.search().select(["id"]).limit(ALL).to_arrow()["id"].to_pylist())
+
+    def items(self, columns: Sequence[str] = ()) -> Items:
+        """All of them, in the order in which they came."""
+        self._latest()
+        rows = self._table.search().select(["key", "id", "vector", *columns]).limit(ALL).to_arrow()
+        rows = rows.sort_by("key").combine_chunks()
+        flat = np.concatenate([np.asarray(chunk.flatten()) for chunk in rows["vector"].chunks] or [np.zeros(0)])
+        return Items(
+            np.array(rows["id"].to_pylist(), object), flat.astype(np.float32).reshape(-1, self.dims),
+            {name: rows[name].to_pylist() for name in columns},
+        )  # fmt: skip
 
     # Changing
 
@@ -210,14 +230,30 @@ class Index:
         `where` is an SQL condition on the columns (`price < 100 AND colour = 'red'`), `columns` are told with the hits,
         `exact` leaves inverted lists aside. Raises UsageError for a condition that cannot be read.
         """
+        unknown = [name for name in columns if name not in self.about["columns"]]
+        if unknown:
+            raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
+        scores, places = self._found(vectors, k, where, exact)
+        found = [
+            [(p, float(s)) for p, s in zip(*row, strict=True) if p >= 0] for row in zip(places, scores, strict=True)
+        ]
+        told = self._columns_of({p for row in found for p, _ in row}, columns) if columns else {}
+        return [[Hit(self._memory.ids[p], s, told.get(p, {})) for p, s in row] for row in found]
+
+    def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ids [Q, k] of the nearest of many vectors at once; score -inf and id None where there are no
+        more. Errors: `search`."""
+        scores, places = self._found(vectors, k, "", False)
+        ids = np.full(places.shape, None, object)
+        ids[places >= 0] = self._memory.ids[places[places >= 0]]
+        return np.where(places >= 0, scores, -np.inf), ids
+
+    def _found(self, vectors: np.ndarray, k: int, where: str, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         queries = np.atleast_2d(np.asarray(vectors, np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.dims:
             raise UsageError(f"A vector of {queries.shape[-1]} numbers; the index has {self.dims}.")
         if k < 1:
             raise UsageError(f"k is {k}; ask for 1 or more.")
-        unknown = [name for name in columns if name not in self.about["columns"]]
-        if unknown:
-            raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
         self._latest()
         self._memory.follow(self._table)
@@ -229,11 +265,7 @@ class Index:
             chosen = np.asarray(keys["key"])
         lists = None if exact or where or self._pinned else self._lists()
         scores, places = self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
-        found = [
-            [(p, float(s)) for p, s in zip(*row, strict=True) if p >= 0] for row in zip(places, scores, strict=True)
-        ]
-        told = self._columns_of({p for row in found for p, _ in row}, columns) if columns else {}
-        return [[Hit(self._memory.ids[p], s, told.get(p, {})) for p, s in row] for row in found]
+        return scores, places
 
     def _columns_of(self, places: set[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         if not places:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.errors import DataError, UsageError
 from openm6.evaluate.command import measure_retrieval
-from openm6.evaluate.retrieval import rank_scores
+from openm6.retrieve.ranks import rank_scores
 from openm6.sequence import pack, pad
 from openm6.tasks.task import Task
 from openm6.train.contrastive import contrast
@@ -158,6 +159,25 @@ def test_the_commands_give_and_measure_vectors(model: Path, things: Path) -> Non
     assert len(call("run", str(model), "text_vector", "text=红", "-o", "dims=5")["answer"]) == 5
     words = ("eval", str(model), "--task", "text_vector", "--data", str(things), "-c", "text=first")
     assert call(*words, "--against-column", "text=second")["scores"]["recall@1"]["value"] == 1
+
+
+def test_it_is_found_among_its_own_negatives_alone(model: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(model)
+    words = ["红", "蓝", "大", "小", "圆"]
+    vectors = dict(zip(words, bundle.vectors("text_vector", [{"text": w} for w in words]), strict=True))
+    records = [{"first": "红", "second": "蓝", "negatives": [{"second": w} for w in some]} for some in ("大", "小圆")]
+    expected = [
+        1 / (1 + sum(vectors["红"] @ vectors[other["second"]] >= vectors["红"] @ vectors["蓝"] for other in negatives))
+        for negatives in (record["negatives"] for record in records)
+    ]
+    file = tmp_path / "some.jsonl"
+    file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
+    columns = {"text": "first"}, {"text": "second"}
+    ask = partial(measure_retrieval, bundle, "text_vector", "text_vector", str(file), *columns, among_negatives=True)
+    assert ask().scores["mrr"].value == pytest.approx(np.mean(expected))
+    file.write_text(json.dumps({**records[0], "negatives": []}, ensure_ascii=False), "utf-8")
+    with pytest.raises(DataError, match="no negatives"):
+        ask()
 
 
 @settings(deadline=None)

@@ -1,0 +1,80 @@
+"""How much of full fine-tuning each adapter reaches, and with how many weights: the same model, data and steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from safetensors.torch import load_file
+
+from openm6.bundle import Bundle
+from openm6.errors import UsageError
+from openm6.evaluate.command import measure
+from openm6.model.adapters import WEIGHTS
+from openm6.train.finetune import FULL, RATES, finetune_recipe
+from openm6.train.recipe import check_recipe
+from openm6.train.trainer import train
+
+TITLE = "Adapters against full fine-tuning"
+ROOT = Path(__file__).parents[1] / "runs"
+STEPS, ASKED, SEEDS = 300, 300, 3
+TASKS = (
+    ("text_classification", "market:reviews", "accuracy", {}),
+    ("title", "market:passages", "rouge_l", {"text": "passage"}),
+    ("product_copy", "market:copy", "bleu", {}),
+)
+"""Task, data, metric, columns."""
+RANK = 4
+
+
+def run() -> tuple[list[dict[str, Any]], str]:
+    base = ROOT / "market" / "model"
+    if not base.is_dir():
+        raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
+    total = sum(p.numel() for p in Bundle.load(base).model.parameters())
+    rows: list[dict[str, Any]] = []
+    for task, data, metric, columns in TASKS:
+        full = 0.0
+        for method in (FULL, "lora", *(m for m in RATES if m not in (FULL, "lora"))):
+            figures, trained = [], 0
+            for seed in range(SEEDS if method in (FULL, "lora") else 1):
+                bundle, trained = _learned(base, task, data, columns, method, seed)
+                found = measure(bundle, task, f"{data}/test", columns, limit=ASKED)
+                figures.append(found.scores[metric].value)
+            full = full or median(figures)
+            rows.append(
+                {
+                    "task": task, "method": method, "trained": f"{trained / total:.2%}",
+                    "metric": metric, "value": round(median(figures), 4),
+                    "by seed": ", ".join(f"{figure:.4f}" for figure in figures),
+                    "of full": f"{median(figures) / full:.1%}",
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    note = (
+        f"From the demo's model after `openm6 train market` ({total:,} weights); {STEPS} steps of 32, {ASKED} held-out "
+        f"records; full and LoRA (rank {RANK}): the median of {SEEDS} seeds, the others one."
+    )
+    return rows, note
+
+
+def _learned(base: Path, task: str, data: str, columns: dict[str, str], method: str, seed: int) -> tuple[Bundle, int]:
+    """The bundle, and how many weights were trained."""
+    folder = ROOT / "bench-adapters"
+    shutil.rmtree(folder, ignore_errors=True)
+    values = finetune_recipe(
+        base, task, [f"{data}/train"], method, output=folder, steps=STEPS, columns=columns, seed=seed
+    )
+    values["train"] |= {"workers": 0, "checkpoint_every": STEPS}
+    if method == "lora":
+        values["adapt"]["rank"] = RANK
+    model = train(check_recipe(values))
+    bundle = Bundle.load(model)
+    total = sum(p.numel() for p in bundle.model.parameters())
+    return bundle, total if method == FULL else _weights(model)
+
+
+def _weights(adapter: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values())
