@@ -81,8 +81,19 @@ SIDES = (
     Side("ocr", "writing", "accuracy", "majority"),
     Side("text_vector", "scenes", "recall@10", "chance", {"text": "description"}, "image_vector"),
     Side("item_vector", "demo:catalogue", "recall@10", "chance", {}, "text_vector", {"text": "caption"}),
+    Side(
+        "style_vector",
+        "shop:pairs",
+        "recall@10",
+        "chance",
+        {},
+        "style_vector",
+        {"photo": "other_photo", "title": "other_title", "attributes": "other_attributes"},
+    ),
+    Side("reference", "shop:references", "recall@1", "chance", {}, "image_vector"),
     Side("text_to_image", "demo:studio", "perplexity", "ngram"),
     Side("controlled_image", "demo:studio", "perplexity", "ngram"),
+    Side("image_editing", "edits", "perplexity", "ngram"),
     Side("try_on", "tryon", "perplexity", "ngram"),
 )
 

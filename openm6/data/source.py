@@ -90,6 +90,7 @@ def open_source(
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("catalogue", "open_catalogue", ("seed", "pictures")),
     "digits": ("digits", "open_digits", ()),
+    "edits": ("edits", "open_edits", ("seed", "pictures")),
     "logos": ("logos", "open_logos", ("seed", "pictures", "side")),
     "market": ("market", "open_market", ("seed", "records")),
     "pets": ("pets", "open_pets", ("seed", "pictures")),
