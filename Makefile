@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-images test test-fast lint format bench docs clean browser
+.PHONY: demo demo-images bench-tasks test test-fast lint format bench docs clean browser
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
@@ -32,6 +32,12 @@ format: .venv/.stamp
 
 bench: .venv/.stamp  ## against peers; some benchmarks only: make bench BENCH="decode packing"
 	set -e; for name in $(BENCH); do $(BIN)/python -m benchmarks $$name; done
+
+bench-tasks: .venv/.stamp  ## every task, pretrained and from nothing; goes on where it was interrupted
+	test -d runs/demo/model || $(BIN)/openm6 demo
+	test -d runs/demo-images/model || $(BIN)/openm6 demo-images
+	test -d runs/market/model || $(BIN)/openm6 train market
+	$(BIN)/python -m benchmarks tasks
 
 docs: .venv/.stamp  ## the documentation as a web site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
