@@ -37,9 +37,9 @@ PAIRS = {
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
-    base = ROOT / "demo" / "model"
+    base = ROOT / "market" / "model"
     if not base.is_dir():
-        raise UsageError(f"{base} is not there: run `make demo` first.")
+        raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
     rows: list[dict[str, Any]] = []
     for part, (plain, edited, slot) in PAIRS.items():
         figures: dict[str, list[dict[str, float]]] = {plain: [], edited: []}
@@ -62,8 +62,9 @@ def run() -> tuple[list[dict[str, Any]], str]:
             )  # fmt: skip
             print(rows[-1], flush=True)
     note = (
-        f"{LEARNED} labelled texts, {STEPS} steps of 32 from the demo's model, {ASKED} held-out ones, {SEEDS} seeds "
-        "(medians). Facts: values of the table that the true text names and the written one has, word for word."
+        f"{LEARNED} labelled texts, {STEPS} steps of 32 from the demo's model after `openm6 train market`, {ASKED} "
+        f"held-out ones, {SEEDS} seeds (medians). Facts: values of the table that the true text names and the written "
+        "one has, word for word."
     )
     return rows, note
 

@@ -15,7 +15,7 @@ goods of `pairs/test` and `references/test` are those of `items/test`, combinati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -215,7 +215,7 @@ def _photos(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         yield from shown(made, len(goods.items), f"photographing the shop's goods ({split})")
 
 
-def _kept(view: str, key: dict[str, object], make: Callable[[], Iterator[Record]]) -> ArrowRecords:
+def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> ArrowRecords:
     def fill(folder: Path) -> None:
         write_records(folder, make())
 
