@@ -23,6 +23,7 @@ from reproduce.common import ROOT, SCALES, Scale, verdict
 
 TITLE = "A twentieth of the labels"
 MODEL = ROOT / "runs" / "market" / "model"
+BEFORE = ROOT / "runs" / "demo" / "model"
 LABELS = {"tiny": 40, "small": 8000, "large": 8000}
 STEPS = {"tiny": 4, "small": 300, "large": 3000}
 SEEDS = {"tiny": 1, "small": 3, "large": 3}
@@ -36,47 +37,54 @@ TASKS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 """Task: its data, its metric, columns."""
 
-WAYS = {"pretrained, 5%": (True, 0.05), "from nothing, 100%": (False, 1.0), "from nothing, 5%": (False, 0.05)}
-"""Whether it begins with the pretrained model, and the share of the labels."""
+WAYS: dict[str, tuple[str, float]] = {
+    "pretrained, 5%": ("texts", 0.05), "from nothing, 100%": ("nothing", 1.0), "from nothing, 5%": ("nothing", 0.05),
+    "without the texts, 5%": ("demo", 0.05),
+}  # fmt: skip
+"""What it begins with (`texts`: the demo's model after unlabelled texts), and the share of the labels."""
 
 INTRO = (
     "M6 was fine-tuned for copy of its platform on 5% of the data and did better than models without pretraining. Here "
     "the demo's model, after 1,200 steps on texts without labels (`openm6 train market`), learns each task from 5% of "
-    "the labels; the same network from random weights learns it from all of them, and from 5%. The same number of "
-    "steps for all, early stopping by the same validation records, all weights."
+    "the labels; the same network from random weights learns it from all of them, and from 5%; and so does the demo's "
+    "model without those texts. The same number of steps for all, early stopping by the same validation records, all "
+    "weights."
 )
 
 
-def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL) -> Path:
+def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL, before: Path = BEFORE) -> Path:
     """Fine-tune in every way, several seeds, and write the page; what is done already is not done again."""
     name = next(name for name, one in SCALES.items() if one is scale)
-    if not model.is_dir():
+    if not (model.is_dir() and before.is_dir()):
         raise UsageError(f"{model} is not there: run `make demo`, then `openm6 train market`.")
     rows: list[dict[str, Any]] = []
+    bases = {"texts": model, "demo": before, "nothing": None}
     for task in TASKS:
         for way in WAYS:
-            found = [_figure(task, way, seed, name, model, folder) for seed in range(SEEDS[name])]
+            found = [_figure(task, way, seed, name, bases, folder) for seed in range(SEEDS[name])]
             rows.append({"task": task, "way": way, "metric": TASKS[task][1], "figures": found})
             print(f"{task}, {way}: {TASKS[task][1]} {median(found):.3f}", flush=True)
     return _page(rows, name, out)
 
 
-def _figure(task: str, way: str, seed: int, name: str, model: Path, folder: Path) -> float:
+def _figure(task: str, way: str, seed: int, name: str, bases: dict[str, Path | None], folder: Path) -> float:
     kept = folder / f"{task}-{way.replace(', ', '-').replace(' ', '-')}-{seed}.json"
     if kept.is_file():
         return float(json.loads(kept.read_text("utf-8")))
     data, metric, columns = TASKS[task]
-    pretrained, share = WAYS[way]
+    start, share = WAYS[way]
+    given = bases[start] or bases["texts"]
+    assert given is not None
     labels = max(1, round(LABELS[name] * share))
     values = finetune_recipe(
-        model, task, [f"{data}/train?records={labels}&seed={seed}"], output=folder / "run", steps=STEPS[name],
+        given, task, [f"{data}/train?records={labels}&seed={seed}"], output=folder / "run", steps=STEPS[name],
         validation=f"{data}/validation?records={VALIDATED}&seed={seed}", columns=columns, seed=seed,
         noise=0.0 if share == 1 else 0.05, label_smoothing=0.0 if share == 1 else 0.1,
     )  # fmt: skip
     values["train"]["workers"] = 0
-    if not pretrained:
+    if bases[start] is None:  # the same tokens for all
         values["model"] = {"preset": "demo", "max_length": values["train"]["row_length"]}
-        values["tokenizer"] = {"path": str(model)}
+        values["tokenizer"] = {"path": str(given)}
     shutil.rmtree(folder / "run", ignore_errors=True)
     bundle = Bundle.load(train(check_recipe(values)))
     figure = measure(bundle, task, f"{data}/test", columns, limit=ASKED[name], answers=True).scores[metric].value
@@ -88,10 +96,10 @@ def _figure(task: str, way: str, seed: int, name: str, model: Path, folder: Path
 def _page(rows: list[dict[str, Any]], name: str, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     by = {(row["task"], row["way"]): row["figures"] for row in rows}
-    few, every, scratch = WAYS
+    few, *others = WAYS
     lines = [f"# {TITLE}", "", INTRO, "", "## What holds here", "", "| claim | here | figures |", "| --- | --- | --- |"]
     for task, (_, metric, _) in TASKS.items():
-        for other in (every, scratch):
+        for other in others:
             a, b = by[task, few], by[task, other]
             lines.append(
                 f"| {task}: {few}, beats {other} | {verdict(a, b)} | {metric} {median(a):.3f} against {median(b):.3f} |"

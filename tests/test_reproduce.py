@@ -129,13 +129,15 @@ def test_few_labels_are_compared_with_all(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(five_percent, "TASKS", {"title": five_percent.TASKS["title"]})
     data = [{"source": "market:copy/train?records=20", "task": "text_continuation", "columns": {"text": "copy"}}]
     model = train(tiny_recipe(tmp_path / "market", data=data, row_length=256, steps=2, checkpoint_every=2))
-    page = five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", model)
+    page = five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", model, model)
     rows = json.loads((tmp_path / "out" / "five_percent.json").read_text("utf-8"))
     assert [(r["task"], r["way"]) for r in rows] == [(t, way) for t in five_percent.TASKS for way in five_percent.WAYS]
     assert all(len(row["figures"]) == 1 and 0 <= row["figures"][0] <= 100 for row in rows)
     assert "title: pretrained, 5%, beats from nothing, 100%" in page.read_text("utf-8")
     (tmp_path / "work").joinpath("title-from-nothing-5%-0.json").write_text("0.5", "utf-8")
-    five_percent.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", model)  # what is there is not done again
+    five_percent.run(
+        SCALES["tiny"], tmp_path / "work", tmp_path / "out", model, model
+    )  # what is there is not done again
     again = json.loads((tmp_path / "out" / "five_percent.json").read_text("utf-8"))
     assert next(r for r in again if r["task"] == "title" and r["way"] == "from nothing, 5%")["figures"] == [0.5]
     with pytest.raises(UsageError, match="openm6 train market"):
