@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from openm6.cli import app
 from openm6.cli.output import Json, emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+
+T = TypeVar("T")
 
 
 @app.command()
@@ -47,24 +51,33 @@ def demo_images(
     from openm6.evaluate.demo_images import draw_own, report_images
     from openm6.train.recipe import load_recipe
 
+    spent: list[str] = []
+
+    def timed(what: str, act: Callable[[], T]) -> T:
+        started = time.monotonic()
+        made = act()
+        spent.append(f"{what} {(time.monotonic() - started) / 60:.1f}")
+        return made
+
     def trained(name: str, folder: Path, *changes: str) -> Path:
         every = [f"output={folder}", f"seed={seed}", *changes]
         model = folder / "model"
         if not model.is_dir():
-            run_recipe(load_recipe(name, every), name, every, 1)
+            timed(name, lambda: run_recipe(load_recipe(name, every), name, every, 1))
         return model
 
     base = trained("demo", start)
     judge = trained("judge", output / "judge", f"seed={seed + 1000}")
     codec = trained("codec_64", output / "codec", f"codec.eyes={base}")
     painter = trained("demo_images", output / "drawing", f"model.path={base}", f"model.codec={codec}")
-    own = draw_own(painter, "demo:studio/train", output / "own")
+    own = timed("own pictures", lambda: draw_own(painter, "demo:studio/train", output / "own"))
     model = trained("demo_images_estimates", output, f"model.path={painter}", f"data.0.source={own}")
-    figures = report_images(model, judge, output)
+    figures = timed("report", lambda: report_images(model, judge, output))
     if json:
         emit(figures)
         return
     show_measures(figures["rows"], "On combinations the models have never seen")
     edits = figures["edits"]
     typer.echo(f"Edits: kept pixels as they were in {edits['kept']:.1%}, attribute changed in {edits['changed']:.1%}")
+    typer.echo(f"Minutes: {', '.join(spent)}")
     typer.echo(f"Report: {figures['report']}")
