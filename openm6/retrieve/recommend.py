@@ -26,8 +26,11 @@ from openm6.retrieve.index import Index
 from openm6.retrieve.ranks import scores_of_ranks
 from openm6.tasks.metrics import Score, Values, score_of
 
-RECALLED, POPULAR = 200, 50
-"""Candidates that are near to the history, and those that are most bought, before ranking."""
+NEAREST, LIKED, POPULAR = 150, 100, 50
+"""Candidates for ranking: what is nearest to the history; the most bought of what is near; the most bought of all."""
+WIDE = 10
+"""What is near: so many times as many as the nearest that are taken."""
+RECALLED = NEAREST + LIKED + POPULAR
 DECAY = 0.8
 """Weight of an item of the history against the next one, in the customer's vector."""
 NEGATIVES = 30
@@ -100,13 +103,19 @@ class Recommender:
         rows, labels, groups = [], [], []
         for record, candidates in zip(records, self._candidates(records), strict=True):
             right = self._place[record["bought"]]
+            # Where recall does not bring it there is nothing to learn for ranking: it would teach that what is near
+            # is wrong. What else was shown is a lesson of its own.
             offered = [self._place[name] for name in record.get("shown") or [] if name in self._place]
-            others = np.array(sorted({*candidates.tolist(), *offered} - {right}))
-            others = rng.choice(others, min(NEGATIVES, len(others)), replace=False)
-            places = np.concatenate(([right], others)).astype(int)
-            rows.append(self._features(record, places, without=right))
-            labels += [1] + [0] * len(others)
-            groups.append(len(places))
+            for others in (candidates if right in candidates else [], offered):
+                wrong = np.array([place for place in others if place != right], int)
+                if not len(wrong):
+                    continue
+                wrong = rng.choice(wrong, min(NEGATIVES, len(wrong)), replace=False)
+                rows.append(self._features(record, np.concatenate(([right], wrong)), without=right))
+                labels += [1] + [0] * len(wrong)
+                groups.append(1 + len(wrong))
+        if not rows:
+            raise DataError("Of no visit is what was bought among what is recalled or shown: nothing can be learned.")
         data = lightgbm.Dataset(
             np.concatenate(rows), label=labels, group=groups, feature_name=self.features,
             categorical_feature=[name for name in self.features if name.startswith(("is ", "at "))],
@@ -132,7 +141,7 @@ class Recommender:
             if known_values is not None and str(value) not in known_values:
                 raise UsageError(f"{name} is one of {', '.join(known_values)}, not {value!r}.")
         visit = {**given, "history": list(history)}
-        places = next(iter(self._candidates([visit], max(RECALLED, k))))
+        places = next(iter(self._candidates([visit], -(-k // RECALLED))))
         scores = self._scores(visit, places)
         order = np.argsort(-scores, kind="stable")[:k]
         return [Recommendation(str(self._ids[places[i]]), float(scores[i])) for i in order]
@@ -140,14 +149,16 @@ class Recommender:
     def _known(self, visit: Mapping[str, Any]) -> list[int]:
         return [self._place[name] for name in visit["history"] if name in self._place][-MOST:]
 
-    def _candidates(self, visits: Sequence[Mapping[str, Any]], count: int = RECALLED) -> Iterator[np.ndarray]:
-        """Of each visit the places of what is near to any of its history or to all of it, the nearest first, and of
-        what is most bought."""
-        popular = np.argsort(-self._bought, kind="stable")[: max(POPULAR, count) + MOST]
+    def _candidates(self, visits: Sequence[Mapping[str, Any]], times: int = 1) -> Iterator[np.ndarray]:
+        """Of each visit the places of RECALLED items, or `times` as many, none of the history: the nearest to any of
+        the history or to all of it, the most bought of what is near, and the most bought. Fewer where there are not so
+        many."""
+        nearest, liked, total = NEAREST * times, LIKED * times, RECALLED * times
+        popular = np.argsort(-self._bought, kind="stable")[: total + MOST]
         for some in (visits[i : i + CHUNK] for i in range(0, len(visits), CHUNK)):
             histories = [self._known(visit) for visit in some]
             asked = [np.concatenate((self._vectors[h], self._customer(h)[None])) for h in histories if h]
-            found = self.index.nearest(np.concatenate(asked), count + MOST) if asked else (np.zeros((0, 0)),) * 2
+            found = self.index.nearest(np.concatenate(asked), nearest * WIDE) if asked else (np.zeros((0, 0)),) * 2
             row = 0
             for history in histories:
                 near = np.zeros(0, int)
@@ -156,9 +167,12 @@ class Recommender:
                     row += len(history) + 1
                     places = np.array([self._place.get(name, -1) for name in ids[np.argsort(-scores, kind="stable")]])
                     places = places[np.sort(np.unique(places, return_index=True)[1])]
-                    near = places[(places >= 0) & ~np.isin(places, history)][:count]
-                rest = popular[~np.isin(popular, [*history, *near])]
-                yield np.concatenate((near, rest[: POPULAR if history else max(POPULAR, count)]))
+                    near = places[(places >= 0) & ~np.isin(places, history)][: nearest * WIDE]
+                rest = near[nearest:]
+                rest = rest[np.argsort(-self._bought[rest], kind="stable")[:liked]]
+                chosen = np.concatenate((near[:nearest], rest)).astype(int)
+                more = popular[~np.isin(popular, [*history, *chosen])]
+                yield np.concatenate((chosen, more[: total - len(chosen)]))
 
     def _customer(self, history: Sequence[int]) -> np.ndarray:
         """The mean of the items' vectors, the last ones weighing most."""
@@ -213,7 +227,7 @@ class Recommender:
     # Measuring
 
     def measure(self, visits: Source) -> dict[str, dict[str, Score]]:
-        """What was bought on visits that were not learned from, found among all items: {"recalled": {recall@200},
+        """What was bought on visits that were not learned from, found among all items: {"recalled": {recall@300},
         "ranked": ..., "near": ..., "popular": {recall@1, 5, 10, mrr, ndcg@10, auc}}.
 
         near: by nearness to the customer's vector alone; popular: by how often it was bought. auc: share of the other
@@ -227,7 +241,7 @@ class Recommender:
         areas: dict[str, list[float]] = {name: [] for name in ranks}
         for record, places in zip(records, self._candidates(records), strict=True):
             right, history = self._place[record["bought"]], self._known(record)
-            found.append(float(right in places[:RECALLED]))
+            found.append(float(right in places))
             near = self._vectors @ self._customer(history) if history else np.zeros(len(self._ids))
             rows = {"near": near, "popular": self._bought, "ranked": np.full(len(self._ids), -np.inf)}
             rows["ranked"][places] = self._scores(record, places)

@@ -63,7 +63,7 @@ def test_it_learns_what_is_near_and_of_the_season(made: Recommender) -> None:
     # 27 of the group are left, half of them of the season: ten of some thirteen.
     assert found["ranked"]["recall@10"].value > 0.55
     assert 0.2 < found["near"]["recall@10"].value < 0.5 and found["popular"]["recall@10"].value < 0.15
-    assert found["recalled"]["recall@200"].value == 1
+    assert found["recalled"]["recall@300"].value == 1
     assert found["ranked"]["auc"].value > 0.9 > found["popular"]["auc"].value
     best = made.recommend(["3-0", "3-1"], {"season": "冬季"}, 8)
     assert {one.id.split("-")[0] for one in best} == {"3"} and all(int(one.id.split("-")[1]) % 2 for one in best)
