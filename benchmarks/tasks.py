@@ -81,9 +81,9 @@ SIDES = (
     Side("visual_entailment", "scenes", "accuracy", "majority"),
     Side("image_text_matching", "scenes", "accuracy", "majority"),
     Side("grounding", "scenes", "iou", "mean"),
-    Side("ocr", "writing", "accuracy", "majority"),
+    Side("ocr", "writing", "character_accuracy", "random"),
     Side("text_vector", "scenes", "recall@10", "chance", {"text": "description"}, "image_vector"),
-    Side("item_vector", "demo:catalogue", "recall@10", "chance", {}, "text_vector", {"text": "caption"}),
+    Side("item_vector", "demo:catalogue", "recall@1", "chance", {}, "text_vector", {"text": "caption"}),
     Side(
         "style_vector",
         "shop:pairs",

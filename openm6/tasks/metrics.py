@@ -5,6 +5,7 @@ Perplexity is not among them: it comes from the loss, not from answers.
 
     accuracy      share of the answers equal to a reference, but for width, case, blanks and final punctuation
     exact_match   share of the answers equal to a reference, blanks at the ends aside
+    character_accuracy   mean of 1 - edits / characters of the reference it is nearest to, 0 to 1 (of characters read)
     bleu          corpus BLEU-4, 0 to 100 (sacrebleu, tokenize="zh": each Chinese character is a word)
     rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the reference it fits best (rouge-chinese)
     cider         mean CIDEr-D, 0 to 10, of characters (pycocoevalcap; papers print it times 100)
@@ -62,6 +63,17 @@ def accuracy(predictions: list[str], references: list[list[str]]) -> Values:
 def exact_match(predictions: list[str], references: list[list[str]]) -> Values:
     return Values.mean(
         [float(p.strip() in (w.strip() for w in wanted)) for p, wanted in zip(predictions, references, strict=True)]
+    )
+
+
+def character_accuracy(predictions: list[str], references: list[list[str]]) -> Values:
+    from torchmetrics.functional.text import char_error_rate
+
+    def one(said: str, wanted: str) -> float:
+        return max(0.0, 1 - float(char_error_rate([said], [wanted]))) if wanted else float(not said)
+
+    return Values.mean(
+        [max(one(_plain(p), _plain(w)) for w in wanted) for p, wanted in zip(predictions, references, strict=True)]
     )
 
 
@@ -158,13 +170,13 @@ def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float
 
 
 METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
-    "accuracy": accuracy, "exact_match": exact_match, "bleu": bleu, "rouge_l": rouge_l, "cider": cider,
-    "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
+    "accuracy": accuracy, "exact_match": exact_match, "character_accuracy": character_accuracy, "bleu": bleu,
+    "rouge_l": rouge_l, "cider": cider, "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
 }  # fmt: skip
 
 
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
-"""Metrics that are more than a comparison with references: of losses, of vectors (evaluate/retrieval.py), and with the
+"""Metrics that are more than a comparison with references: of losses, of vectors (retrieve/ranks.py), and with the
 table that was given (faithful.py)."""
 
 

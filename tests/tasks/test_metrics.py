@@ -5,10 +5,27 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from openm6.errors import UsageError
-from openm6.tasks.metrics import METRICS, accuracy, bleu, bootstrap, characters, cider, exact_match, rouge_l, score
+from openm6.tasks.metrics import (
+    METRICS,
+    accuracy,
+    bleu,
+    bootstrap,
+    character_accuracy,
+    characters,
+    cider,
+    exact_match,
+    rouge_l,
+    score,
+)
 
 chinese = st.text(st.sampled_from("红蓝绿色的图中有一件。 a7"), min_size=1, max_size=14).filter(str.strip)
 corpora = st.lists(st.tuples(chinese, st.lists(chinese, min_size=1, max_size=3)), min_size=1, max_size=8)
+
+
+def test_characters_that_are_read_are_counted_by_edits() -> None:
+    found = character_accuracy(["山水", "山", "山水田", "", "日月火水木", "xyz"], [["山水"]] * 6)
+    assert found.examples.tolist() == pytest.approx([1, 0.5, 0.5, 0, 0, 0])
+    assert character_accuracy(["山木"], [["日", "山水"]]).examples.tolist() == pytest.approx([0.5])
 
 
 def test_accuracy_looks_past_width_case_blanks_and_final_punctuation() -> None:
