@@ -35,7 +35,7 @@ def open_image(source: Source, draft: tuple[int, int] | None = None) -> Image.Im
         return Image.fromarray(source).convert("RGB")
     if isinstance(source, Image.Image):
         return source.convert("RGB")
-    name = "The picture" if isinstance(source, bytes) else f"The picture {source}"
+    name = "The picture" if isinstance(source, bytes) else f"The picture {str(source)[:200]}"
     size = len(source) if isinstance(source, bytes) else _size(Path(source), name)
     if size > MAX_BYTES:
         raise DataError(f"{name} has {size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} MiB are read.")

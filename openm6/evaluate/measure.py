@@ -135,7 +135,7 @@ def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: in
     interval over records. Of several references the first is scored."""
     output = task.outputs[0]
     kind = task.slots[output].type
-    first = [{**r, output: references(r[output], kind)[0]} for r in records]
+    first = records if kind == "image" else [{**r, output: references(r[output], kind)[0]} for r in records]
     losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size))
     low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
     return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))

@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from openm6.bundle import Bundle
 from openm6.decode import Generated
@@ -23,7 +25,7 @@ from openm6.tasks.metrics import Score
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
-from tests.conftest import tiny_config
+from tests.conftest import drawing_bundle, tiny_config
 from tests.tasks.conftest import picture
 
 
@@ -134,3 +136,13 @@ def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path
     assert text.count("<img") == 3
     assert len(list((tmp_path / "report" / "pictures").glob("*.png"))) == 3
     assert "✗ 红" in (tmp_path / "report" / "report.md").read_text("utf-8")
+
+
+def test_perplexity_of_a_picture_is_that_of_its_codes() -> None:
+    bundle, rng = drawing_bundle(), np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)) for _ in range(5)]
+    records = [{"caption": "红色的杯子", "picture": picture} for picture in pictures]
+    found = evaluate(bundle, bundle.task("text_to_image"), records).scores["perplexity"]
+    coded = [{**record, "picture": bundle.codec.encode(record["picture"]).tolist()} for record in records]
+    losses, counts = bundle.target_losses("text_to_image", coded)
+    assert found.value == pytest.approx(math.exp(losses.sum() / counts.sum())) and found.n == 5
