@@ -23,6 +23,7 @@ import torch
 from openm6.bundle import Bundle
 from openm6.decode.steps import Steps
 from openm6.errors import OpenM6Error, UsageError
+from openm6.serve.features import Features
 from openm6.serve.texts import Texts
 from openm6.serve.work import Request, Told, prepared, steps_of
 
@@ -85,6 +86,8 @@ class Engine:
     def __init__(self, bundle: Bundle, tell: Callable[[Told], None], settings: Settings | None = None):
         self.bundle, self.settings, self._tell = bundle, settings or Settings(), tell
         self.counts = Counts()
+        if bundle.model.image is not None and not isinstance(bundle.model.image, Features):
+            bundle.model.image = Features(bundle.model.image, self.settings.prefix_mib * MIB)
         self._inbox: deque[Request] = deque()
         self._gone: set[str] = set()
         self._change = Condition()

@@ -1,9 +1,8 @@
-"""Keys and values of the texts that are being written, a slot each; and those of prompts seen before."""
+"""Keys and values of the texts that are being written, a slot each."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from copy import copy
 from dataclasses import dataclass
 
@@ -116,43 +115,12 @@ def prefixes_of(hidden_BD: Tensor, cache: Cache) -> list[Prefix]:
     ]
 
 
-class Prefixes:
-    """Prompts that were read lately, up to `budget` bytes, the oldest forgotten first.
-
-    A source sees itself both ways: what stands in the cache for its beginning depends on its end. So a whole prompt is
-    found again, not a part of it.
-    """
-
-    def __init__(self, budget: int):
-        self._budget, self._used = budget, 0
-        self._known: OrderedDict[bytes, Prefix] = OrderedDict()
-        self.hits = self.misses = 0
-
-    def get(self, key: bytes) -> Prefix | None:
-        found = self._known.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self._known.move_to_end(key)
-        self.hits += 1
-        return found
-
-    def put(self, key: bytes, prefix: Prefix) -> None:
-        if key in self._known or prefix.nbytes > self._budget:
-            return
-        self._known[key] = prefix
-        self._used += prefix.nbytes
-        while self._used > self._budget:
-            _, oldest = self._known.popitem(last=False)
-            self._used -= oldest.nbytes
-
-    def clear(self) -> None:
-        self._known.clear()
-        self._used = 0
-
-
 def key_of(prompt: Sequence) -> bytes:
-    """Of all that the network sees of a prompt."""
+    """Of all that the network sees of a prompt.
+
+    A source sees itself both ways: what the cache holds of its beginning depends on its end. So a whole prompt is found
+    again, not a part of it.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(prompt.ids.tobytes())
     digest.update(prompt.blocks.tobytes())

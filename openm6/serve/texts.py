@@ -15,7 +15,8 @@ from openm6.decode.generate import allowed_after, chance, choose, constrain
 from openm6.decode.pieces import Pieces
 from openm6.errors import UsageError
 from openm6.sequence import by_length, pad
-from openm6.serve.slots import Prefix, Prefixes, Slots, key_of, prefixes_of
+from openm6.serve.recent import Recent
+from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
 from openm6.serve.work import Request, Told
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Texts:
         self.rows: list[_Row] = []
         self._settings, self._shares = settings, 1 + len(bundle.adapters)
         self._slots: Slots | None = None
-        self.prefixes = Prefixes(settings.prefix_mib * 2**20 // self._shares)
+        self.prefixes: Recent[Prefix] = Recent(settings.prefix_mib * 2**20 // self._shares)
 
     def step(self) -> list[Told]:
         """Let come in who fits, then one token for everybody."""
@@ -139,7 +140,7 @@ class Texts:
         told += failed
         for request, key in new:
             if request.id in found:
-                self.prefixes.put(key, found[request.id])
+                self.prefixes.put(key, found[request.id], found[request.id].nbytes)
         ready = [(r, known or found.get(r.id)) for r, _, known in taken]
         kept = [(r, prefix) for r, prefix in ready if prefix is not None]
         return [r for r, _ in kept], [prefix for _, prefix in kept], told

@@ -15,6 +15,7 @@ from openm6.bundle import Bundle
 from openm6.errors import OpenM6Error, UsageError
 from openm6.sequence import pad
 from openm6.serve.engine import Engine, Full, Settings
+from openm6.serve.recent import Recent
 from openm6.serve.slots import Slots, prefixes_of
 from openm6.serve.work import Request
 from tests.serve.conftest import Watched
@@ -93,6 +94,33 @@ def test_a_prompt_that_was_read_before_is_not_read_again(bundle: Bundle) -> None
     for seed, told in watched.finish().items():
         decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": int(seed)}
         assert told.value == offline(bundle, "write", decoding, text="红色条纹")
+
+
+def test_a_picture_that_was_seen_before_is_not_read_again(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    recent = bundle.model.image.recent
+    photo, before = picture(seed=77), (recent.hits, recent.misses)
+    for number, task in enumerate(("kind", "caption", "kind")):
+        watched.ask(str(number), task, photo=photo, decoding={"max_new_tokens": 4})
+        watched.finish()
+    assert (recent.hits - before[0], recent.misses - before[1]) == (1, 1)  # the third is a prompt that was read
+    direct = bundle.model.image.embedder
+    pixels = torch.randint(0, 255, (3, 16, 8, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = direct(pixels[[0, 1, 0, 2]])
+        torch.testing.assert_close(bundle.model.image(pixels[[0, 1, 0, 2]]), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bundle.model.image(pixels[[2, 1]]), direct(pixels[[2, 1]]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_used_least_lately_is_forgotten() -> None:
+    recent: Recent[str] = Recent(10)
+    for key in (b"a", b"b"):
+        recent.put(key, key.decode(), 5)
+    assert recent.get(b"a") == "a"
+    recent.put(b"c", "c", 5)
+    assert recent.get(b"b") is None and recent.get(b"a") == "a" and recent.get(b"c") == "c"
+    recent.put(b"d", "large", 11)
+    assert recent.get(b"d") is None and len(recent) == 2
 
 
 def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
