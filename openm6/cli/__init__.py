@@ -48,7 +48,21 @@ def _root(
 
 def commands() -> typer.Typer:
     """The program with all its commands, which their modules add to it."""
-    from openm6.cli import bench, copy, data, demo, images, index, models, plan, recommend, tasks, use, work  # noqa: F401
+    from openm6.cli import (  # noqa: F401
+        bench,
+        copy,
+        data,
+        demo,
+        images,
+        index,
+        models,
+        plan,
+        recommend,
+        serve,
+        tasks,
+        use,
+        work,
+    )
 
     return app
 

@@ -87,7 +87,7 @@ class Engine:
         self.bundle, self.settings, self._tell = bundle, settings or Settings(), tell
         self.counts = Counts()
         if bundle.model.image is not None and not isinstance(bundle.model.image, Features):
-            bundle.model.image = Features(bundle.model.image, self.settings.prefix_mib * MIB)
+            bundle.model.image = Features(bundle.model.image, self.settings.prefix_mib * MIB)  # type: ignore[assignment]
         self._inbox: deque[Request] = deque()
         self._gone: set[str] = set()
         self._change = Condition()
@@ -154,7 +154,7 @@ class Engine:
         jobs = bool(self._jobs or self._waiting)
         spent = self.counts.seconds
         if texts and (not jobs or spent["texts"] <= spent["jobs"]):
-            self._spend("texts", lambda: [self._write(lane) for lane in texts], alone=not jobs)
+            self._spend("texts", lambda: self._write(texts), alone=not jobs)
         elif jobs:
             self._spend("jobs", self._work, alone=not texts)
         return True
@@ -203,9 +203,10 @@ class Engine:
             else:
                 self._fail(request, TimeoutError("The request's deadline has passed."))
 
-    def _write(self, lane: Texts) -> None:
-        for told in lane.step():
-            self._told(told)
+    def _write(self, lanes: list[Texts]) -> None:
+        for lane in lanes:
+            for told in lane.step():
+                self._told(told)
 
     def _work(self) -> None:
         """One step of a job; the jobs take turns."""
@@ -226,7 +227,7 @@ class Engine:
 
     def _begun(self) -> _Job:
         first = self._waiting.popleft()
-        chosen, rest = [first], []
+        chosen, rest = [first], list[Request]()
         while self._waiting and len(chosen) < self.settings.batch:
             other = self._waiting.popleft()
             (chosen if other.like == first.like else rest).append(other)

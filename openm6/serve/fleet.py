@@ -55,6 +55,7 @@ class Worker:
         self._reader, self._writer = reader, writer
         self._open: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._states: list[asyncio.Future[dict[str, Any]]] = []
+        self.about: dict[str, Any] = {}
         self.alive = True
         self._listening: asyncio.Task[None] | None = None
 
@@ -79,6 +80,7 @@ class Worker:
             process.kill()
             await asyncio.to_thread(process.wait)
             raise UsageError((first or {}).get("fatal") or f"The process for {place.model} ended as it began.")
+        worker.about = first["ready"]
         worker._listening = asyncio.create_task(worker._listen())
         return worker
 
@@ -166,6 +168,12 @@ class Deployment:
     def place(self) -> Place:
         assert self.worker is not None
         return self.worker.place
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the worker told of its model (worker.described)."""
+        assert self.worker is not None
+        return self.worker.about
 
     async def start(self, place: Place) -> None:
         self.worker = await Worker.start(place, self.settings)

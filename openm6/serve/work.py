@@ -9,10 +9,12 @@ from typing import Any
 from openm6.bundle import SHOTS, Bundle, check_dims, check_slots
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
+from openm6.decode.draw import Drawing
 from openm6.decode.generate import check_room
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
-from openm6.painting import options_of, paint_steps
+from openm6.editing import Cut, cut_of
+from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
 from openm6.tasks.task import Task
 
@@ -23,6 +25,7 @@ class Request:
 
     candidates   pictures of a task that draws
     examples     records with answers, told before
+    edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
     deadline     by time.monotonic(): after it the request fails
     """
 
@@ -33,12 +36,14 @@ class Request:
     adapter: str | None = None
     candidates: int = 1
     examples: list[Mapping[str, Any]] = field(default_factory=list)
+    edit: Mapping[str, Any] | None = None
     deadline: float | None = None
 
     # What `prepared` makes of it.
     made: Task | None = None
     prompt: Sequence | None = None
     options: Any = None
+    cut: Cut | None = None
     alone: bool = False
     like: Hashable = None
 
@@ -69,7 +74,11 @@ def prepared(request: Request, view: Bundle) -> None:
     request.alone = True
     kind: tuple[Hashable, ...]
     if task.draws:
-        _, request.options = options_of(view, task, request.candidates, request.decoding)
+        decoding = in_passes(task, request.decoding) if request.edit else request.decoding
+        _, request.options = options_of(view, task, request.candidates, decoding)
+        if request.edit:
+            request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
+            record[KEPT] = request.cut.kept(view.codec)
         kind = ("draw", request.options, request.candidates)
         view.prompt(task, record)  # a bad record is told now, and not in the midst of others
     elif task.embeds:
@@ -101,12 +110,20 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     assert task is not None
     if task.draws:
         numbers = list(range(first.candidates)) * len(requests)
-        return paint_steps(view, task, [r.record for r in requests], first.candidates, options, numbers)
+        return _pictures(view, task, requests, options, numbers)
     if task.embeds:
         return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)))
     if task.head:
         return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])))
     return _texts(view, task, [r.prompt for r in requests if r.prompt is not None], options)
+
+
+def _pictures(
+    view: Bundle, task: Task, requests: list[Request], options: Drawing, numbers: list[int]
+) -> Steps[list[list[Painting]]]:
+    records = [request.record for request in requests]
+    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers)
+    return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 
 def _at_once(act: Any) -> Steps[list[Any]]:

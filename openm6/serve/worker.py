@@ -15,9 +15,13 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openm6.serve.wire import kind_of, packed, read, told_of
+
+if TYPE_CHECKING:
+    from openm6.bundle import Bundle
+    from openm6.serve.engine import Engine
 
 READERS = 2
 """Threads that decode pictures and texts while the engine works."""
@@ -40,7 +44,7 @@ def main(descriptor: int) -> int:
         outbox.put(None)
         writer.join()
         return 1
-    outbox.put({"ready": True})
+    outbox.put({"ready": described(engine.bundle)})
     listener = Thread(target=_listen, args=(stream, engine, outbox), daemon=True)
     listener.start()
     engine.run()
@@ -50,7 +54,7 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def _opened(start: dict[str, Any], outbox: Any) -> Any:
+def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.bundle import Bundle
     from openm6.extend import load_named_extensions
     from openm6.serve.engine import Engine, Settings
@@ -77,6 +81,33 @@ def _opened(start: dict[str, Any], outbox: Any) -> Any:
     return Engine(bundle, tell, Settings(**start.get("settings") or {}))
 
 
+def described(bundle: Bundle) -> dict[str, Any]:
+    """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
+    and give, its adapters, its size."""
+    from openm6.model.files import meta_model
+    from openm6.tasks.library import get, names
+
+    library = {name: get(name) for name in names()}
+    every = {**library, **bundle.tasks}
+    draws = bundle.processor.codec is not None
+    return {
+        "tasks": {
+            name: {
+                "description": task.description, "instructions": [one.text for one in task.instructions],
+                "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
+                "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
+                "kind": "picture" if task.draws else "vector" if task.embeds else "value" if task.head else "text",
+                "trained": name in bundle.tasks, "example": dict(task.example),
+            }
+            for name, task in every.items()
+            if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
+        },
+        "adapters": bundle.adapters, "parameters": sum(p.numel() for p in meta_model(bundle.model.config).parameters()),
+        "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
+        "path": str(bundle.path),
+    }  # fmt: skip
+
+
 def _write(connection: socket.socket, outbox: Any) -> None:
     while (message := outbox.get()) is not None:
         try:
@@ -87,7 +118,7 @@ def _write(connection: socket.socket, outbox: Any) -> None:
             connection.sendall(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
 
 
-def _listen(stream: Any, engine: Any, outbox: Any) -> None:
+def _listen(stream: Any, engine: Engine, outbox: Any) -> None:
     """Until the server closes its end: then what is open is of no use to anybody."""
     from openm6.serve.work import Request
 
@@ -117,7 +148,7 @@ def _listen(stream: Any, engine: Any, outbox: Any) -> None:
     os._exit(0)
 
 
-def _state(engine: Any) -> dict[str, Any]:
+def _state(engine: Engine) -> dict[str, Any]:
     return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running}
 
 
