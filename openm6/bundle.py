@@ -11,6 +11,7 @@ import torch
 
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.limits import Limits
+from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
 from openm6.errors import UsageError, suggest
@@ -97,6 +98,11 @@ class Bundle:
         view._chosen = name or ""
         return view
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that were opened with the model."""
+        return list(self._adapters.tasks) if self._adapters else []
+
     def task(self, name: str | Task) -> Task:
         """A task of this model by name, else one of the library by name or YAML path."""
         if isinstance(name, Task):
@@ -119,7 +125,7 @@ class Bundle:
         `limits`: what the text must not say, and how long it may be.
         """
         task = self.task(task)
-        _check_slots(task, slots)
+        check_slots(task, slots)
         return next(iter(self.run_many(task, [{**slots, SHOTS: examples, LIMITS: limits}], decoding=decoding)))
 
     def draw(
@@ -136,7 +142,7 @@ class Bundle:
         `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
         """
         task = drawing_task(self, task)
-        _check_slots(task, slots)
+        check_slots(task, slots)
         if kept is not None:
             decoding = in_passes(task, decoding)
         records = [{**slots, KEPT: kept}]
@@ -177,8 +183,7 @@ class Bundle:
         task, width = self.task(task), self.model.config.hidden_size
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
-        if dims is not None and not 1 <= dims <= width:
-            raise UsageError(f"dims is {dims}; vectors of this model have 1 to {width} numbers.")
+        check_dims(self.model, dims)
         for group in groups(records, batch_size * 4):
             prompts = [self.prompt(task, record) for record in group]
             found = torch.empty(len(group), dims or width)
@@ -211,19 +216,13 @@ class Bundle:
         if task.silent:
             raise UsageError(f"The task {task.name} gives numbers, which do not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
-        ids: list[int] = []
-        text = told = ""
+        pieces = Pieces(self.processor.tokenizer)
         with self.precision():
             for token in stream(self.model, self.prompt(task, slots), self.processor.tokenizer.end_id, options):
-                ids.append(token)
-                text = self.processor.tokenizer.decode(ids)
-                # A character can be several tokens: what is not yet whole shows as U+FFFD and waits. Whether single
-                # bytes are a character is known when other text ends their row.
-                if not text.endswith("�") and not self.processor.tokenizer.is_part(token):
-                    yield text[len(told) :]
-                    told = text
-        if text != told:
-            yield text[len(told) :]
+                if piece := pieces.add(token):
+                    yield piece
+        if piece := pieces.rest():
+            yield piece
 
     def draw_many(
         self,
@@ -301,7 +300,14 @@ class Bundle:
         return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
 
 
-def _check_slots(task: Task, slots: Record) -> None:
+def check_dims(model: M6, dims: int | None) -> None:
+    """Raises UsageError where vectors cannot be cut to so many numbers."""
+    if dims is not None and not 1 <= dims <= model.config.hidden_size:
+        raise UsageError(f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.")
+
+
+def check_slots(task: Task, slots: Record) -> None:
+    """Raises UsageError where a slot is unknown or one that has to be there is missing."""
     for name in slots:
         if name not in task.slots:
             raise UsageError(

@@ -7,7 +7,7 @@ come back are the given ones, bit by bit. Inside, the drawn picture is brought t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from openm6.bundle import Bundle, Painting
 from openm6.decode.draw import OPEN
 from openm6.errors import DataError, UsageError
 from openm6.images import Source, open_image, read_square
+from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.task import Task
 
 SIDES = ("left", "right", "top", "bottom")
@@ -38,9 +39,29 @@ def edit(
     A mask has the picture's width and height. Both are brought to the codec's square; a block is redrawn when the mask
     touches it. Raises UsageError for a mask of another size, or one that redraws nothing.
     """
-    codec = bundle.codec
-    given = open_image(picture)
-    size = codec.size
+    return _redraw(bundle, task, cut_of(bundle.codec, picture, mask), candidates, decoding, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A picture, uint8 [size, size, 3], and its blocks that are to be redrawn, bool [side, side]."""
+
+    pixels: np.ndarray
+    open_blocks: np.ndarray
+
+    def kept(self, codec: PictureCodec) -> np.ndarray:
+        """The codes that stay, OPEN elsewhere, int64 [side * side]."""
+        return np.where(self.open_blocks.ravel(), OPEN, codec.encode(self.pixels))
+
+    def filled(self, drawn: list[Painting]) -> list[Painting]:
+        """What was drawn, with the picture's own pixels where it stays."""
+        blended = (blend(self.pixels, np.asarray(p.image), self.open_blocks) for p in drawn)
+        return [replace(p, image=Image.fromarray(pixels)) for p, pixels in zip(drawn, blended, strict=True)]
+
+
+def cut_of(codec: PictureCodec, picture: Source, mask: Source | np.ndarray) -> Cut:
+    """See `edit`."""
+    given, size = open_image(picture), codec.size
     if isinstance(mask, np.ndarray):
         mask = Image.fromarray((mask > 0).astype(np.uint8) * 255)
     shape = open_image(mask)
@@ -53,8 +74,7 @@ def edit(
     open_blocks = codec.blocks_of(wanted)
     if not open_blocks.any():
         raise UsageError("The mask is black everywhere: nothing would be redrawn.")
-    pixels = read_square(given, size)
-    return _redraw(bundle, task, pixels, open_blocks, candidates, decoding, slots)
+    return Cut(read_square(given, size), open_blocks)
 
 
 def vary(
@@ -106,7 +126,7 @@ def extend(
         new = np.zeros((codec.side, codec.side), bool)
         new[:, codec.side - step // stride :] = True
         upright, blocks = (np.ascontiguousarray(np.rot90(a, -turns)) for a in (window, new))
-        best = _redraw(bundle, task, upright, blocks, 1, options, slots)[0]
+        best = _redraw(bundle, task, Cut(upright, blocks), 1, options, slots)[0]
         canvas = np.concatenate((canvas, np.rot90(np.asarray(best.image), turns)[:, -step:]), 1)
         options["seed"] = int(options.get("seed", 0)) + 1
     return Image.fromarray(np.ascontiguousarray(np.rot90(canvas[:, : size + pixels], -turns)))
@@ -115,16 +135,13 @@ def extend(
 def _redraw(
     bundle: Bundle,
     task: str | Task,
-    pixels: np.ndarray,
-    open_blocks: np.ndarray,
+    cut: Cut,
     candidates: int,
     decoding: Mapping[str, Any] | None,
     slots: Mapping[str, Any],
 ) -> list[Painting]:
-    codec = bundle.codec
-    kept = np.where(open_blocks.ravel(), OPEN, codec.encode(pixels))
-    drawn = bundle.draw(task, candidates=candidates, decoding=decoding, kept=kept, **slots)
-    return [replace(p, image=Image.fromarray(blend(pixels, np.asarray(p.image), open_blocks))) for p in drawn]
+    kept = cut.kept(bundle.codec)
+    return cut.filled(bundle.draw(task, candidates=candidates, decoding=decoding, kept=kept, **slots))
 
 
 def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:

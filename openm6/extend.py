@@ -10,17 +10,27 @@ a recipe from elsewhere cannot name one.
 
 from __future__ import annotations
 
+import os
 import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from openm6.environment import EXTENSIONS
 from openm6.errors import UsageError
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.heads import Head, register_head
 from openm6.tasks.metrics import METRICS, Values
 from openm6.tasks.slots import TYPES, SlotType
 
-__all__ = ["Head", "Values", "load_extension", "register_head", "register_metric", "register_slot"]
+__all__ = [
+    "Head",
+    "Values",
+    "load_extension",
+    "load_named_extensions",
+    "register_head",
+    "register_metric",
+    "register_slot",
+]
 
 
 def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop",)) -> None:
@@ -34,6 +44,12 @@ def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop"
 def register_metric(name: str, metric: Callable[[list[str], list[list[str]]], Values]) -> None:
     """Make `name` a metric: of answers and, for each, its references, as texts."""
     METRICS[name] = metric
+
+
+def load_named_extensions() -> None:
+    """Run those that the environment names: what a further process of a command does first."""
+    for path in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
+        load_extension(path)
 
 
 def load_extension(path: str | Path) -> None:

@@ -23,10 +23,11 @@ Source = str | Path | bytes | np.ndarray | Image.Image
 """What may stand for a picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], a PIL image."""
 
 
-def open_image(source: Source, draft: tuple[int, int] | None = None) -> Image.Image:
+def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool = False) -> Image.Image:
     """Open and decode a picture as RGB, turned upright by its EXIF orientation.
 
-    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster.
+    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster. With `alpha` a
+    file that is transparent in places comes as RGBA.
     Raises DataError, in one sentence, for a missing, truncated, unknown or too large picture.
     """
     if isinstance(source, np.ndarray):
@@ -50,7 +51,8 @@ def open_image(source: Source, draft: tuple[int, int] | None = None) -> Image.Im
             if draft:
                 image.draft("RGB", draft)
             image.load()
-            return _flatten(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGBA") if alpha and upright.has_transparency_data else _flatten(upright)
     except UnidentifiedImageError:
         raise DataError(f"{name} is in no picture format that is known here (JPEG, PNG, WebP, BMP, GIF).") from None
     except Image.DecompressionBombError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openm6.decode.draw import Codes, Drawing, draw, estimate, kept_codes
+from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
+from openm6.decode.steps import Steps, finish
 from openm6.errors import UsageError
 from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.task import Task
@@ -49,35 +50,56 @@ def draw_many(
 
     `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
     """
+    task, options = options_of(bundle, task, candidates, decoding)
+    done = 0
+    for group in groups(records, max(1, batch_size // candidates)):
+        numbers = range(done, done + len(group) * candidates)
+        with bundle.precision():
+            made = finish(paint_steps(bundle, task, group, candidates, options, numbers))
+        yield from made
+        done += len(group) * candidates
+
+
+def options_of(
+    bundle: Bundle, task: str | Task, candidates: int, decoding: Mapping[str, Any] | None
+) -> tuple[Task, Drawing]:
+    """The task and how it is drawn. Raises UsageError for what cannot be."""
     task = drawing_task(bundle, task)
     if decoding and int(decoding.get("branches", 1)) > 1:
         decoding = in_passes(task, decoding)
     options = Drawing.of(**{**task.decode, **(decoding or {})})
-    codec, codes = bundle.codec, _codes(bundle)
-    droppable = {name for name in task.inputs if task.slots[name].drop}
-    if options.guidance and not droppable:
+    if options.guidance and not _droppable(task):
         raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
     if candidates < 1:
         raise UsageError(f"candidates is {candidates}; draw 1 or more.")
-    done = 0
-    for group in groups(records, max(1, batch_size // candidates)):
-        prompts = [bundle.prompt(task, record) for record in group for _ in range(candidates)]
-        free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in group]
-        free = [prompt for prompt in free for _ in range(candidates)]
-        with bundle.precision():
-            kept = kept_codes([r.get(KEPT) for r in group for _ in range(candidates)], codes)
-            numbers = range(done, done + len(prompts))
-            drawn = draw(bundle.model, prompts, free, codes, options, kept, numbers)
-        done += len(prompts)
-        rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
-        made = [
-            Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
-            for place, (row, told, score) in enumerate(rows)
-        ]
-        if candidates > 1 and options.reading:
-            made = _read_back(bundle, task, made, [r for r in group for _ in range(candidates)], options.reading)
-        for start in range(0, len(made), candidates):
-            yield sorted(made[start : start + candidates], key=lambda p: -p.score)
+    return task, options
+
+
+def _droppable(task: Task) -> set[str]:
+    return {name for name in task.inputs if task.slots[name].drop}
+
+
+def paint_steps(
+    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int]
+) -> Steps[list[list[Painting]]]:
+    """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers."""
+    codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
+    prompts = [bundle.prompt(task, record) for record in records for _ in range(candidates)]
+    free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
+    free = [prompt for prompt in free for _ in range(candidates)]
+    kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
+    drawn = yield from draw_steps(bundle.model, prompts, free, codes, options, kept, numbers)
+    yield
+    rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
+    made = [
+        Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
+        for place, (row, told, score) in enumerate(rows)
+    ]
+    if candidates > 1 and options.reading:
+        yield
+        made = _read_back(bundle, task, made, [r for r in records for _ in range(candidates)], options.reading)
+    parts = [made[start : start + candidates] for start in range(0, len(made), candidates)]
+    return [sorted(part, key=lambda p: -p.score) for part in parts]
 
 
 def _read_back(bundle: Bundle, task: Task, made: list[Painting], asked: list[Record], weight: float) -> list[Painting]:
@@ -102,9 +124,8 @@ def relevance_by_slot(bundle: Bundle, task: str | Task, drawn: list[Painting], *
     asked for contradicts itself it tells which part won."""
     task = drawing_task(bundle, task)
     codes = torch.from_numpy(np.stack([painting.codes for painting in drawn]))
-    droppable = [name for name in task.inputs if task.slots[name].drop]
-    found = {}
-    for name in droppable:
+    found, droppable = {}, _droppable(task)
+    for name in (name for name in task.inputs if name in droppable):
         if slots.get(name) is None:
             continue
         alone = bundle.prompt(task, {k: v for k, v in slots.items() if k == name or k not in droppable})

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from openm6._version import __version__
+from openm6.environment import EXTENSIONS
 from openm6.errors import OpenM6Error
 
 app = typer.Typer(
@@ -18,10 +19,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-
-
-EXTENSIONS = "OPENM6_EXTENSION"
-"""Environment variable with a user's own Python files."""
 
 
 def _version(wanted: bool) -> None:
@@ -51,7 +48,21 @@ def _root(
 
 def commands() -> typer.Typer:
     """The program with all its commands, which their modules add to it."""
-    from openm6.cli import bench, copy, data, demo, images, index, models, plan, recommend, tasks, use, work  # noqa: F401
+    from openm6.cli import (  # noqa: F401
+        bench,
+        copy,
+        data,
+        demo,
+        images,
+        index,
+        models,
+        plan,
+        recommend,
+        serve,
+        tasks,
+        use,
+        work,
+    )
 
     return app
 

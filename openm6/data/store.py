@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from openm6.environment import CACHE
 from openm6.errors import DataError, UsageError, suggest
 
 Record = dict[str, Any]
@@ -162,7 +163,7 @@ def _unpacked(value: dict[str, Any]) -> Any:
 
 def cache_folder() -> Path:
     """`$OPENM6_CACHE`, else `~/.cache/openm6`."""
-    return Path(os.environ.get("OPENM6_CACHE") or Path.home() / ".cache" / "openm6")
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "openm6")
 
 
 def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:

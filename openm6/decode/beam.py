@@ -7,12 +7,13 @@ from collections.abc import Sequence as Items
 import torch
 
 from openm6.decode.generate import Decoding, Generated, allowed_after, check_room, constrain
+from openm6.decode.steps import Steps, whole
 from openm6.model import M6
 from openm6.sequence import Sequence, pad
 
 
 @torch.inference_mode()
-def beam_search(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decoding) -> list[Generated]:
+def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decoding) -> Steps[list[Generated]]:
     """The best finished beam of every prompt, by log-probability / length ** length_penalty.
 
     Each prompt keeps `num_beams` open beams. Of the 2 x num_beams best continuations those that end are set
@@ -76,6 +77,7 @@ def beam_search(model: M6, prompts: Items[Sequence], end_id: int, decoding: Deco
         if step + 1 < decoding.max_new_tokens:
             cache.select(parents.flatten())
             hidden = model.step(tokens.flatten(), cache)
+            yield
 
     answers = []
     for p in range(count):
@@ -86,3 +88,7 @@ def beam_search(model: M6, prompts: Items[Sequence], end_id: int, decoding: Deco
                     candidates.append((final(score, len(ids)), Generated(ids, score, False)))
         answers.append(max(candidates, key=lambda pair: pair[0])[1])
     return answers
+
+
+beam_search = whole(beam_steps)
+"""`beam_steps` from beginning to end."""

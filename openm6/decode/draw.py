@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from openm6.decode.generate import check_ranges, check_room, options, sample
+from openm6.decode.steps import Steps, whole
 from openm6.errors import DataError, UsageError
 from openm6.model import M6
 from openm6.model.attention import Cache
@@ -104,7 +105,7 @@ class Drawn:
 
 
 @torch.inference_mode()
-def draw(
+def draw_steps(
     model: M6,
     prompts: Items[Sequence],
     free: Items[Sequence],
@@ -112,11 +113,12 @@ def draw(
     drawing: Drawing | None = None,
     kept: Tensor | None = None,
     numbers: Items[int] | None = None,
-) -> Drawn:
+) -> Steps[Drawn]:
     """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
 
     `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
-    OPEN where one has to be drawn. `numbers`: of the rows, for their random numbers; 0, 1, ... by default.
+    OPEN where one has to be drawn. `numbers`: of the rows, for their random numbers; 0, 1, ... by default. A step is a
+    pass, or a code.
     """
     drawing = drawing or Drawing()
     branches = drawing.branches
@@ -132,9 +134,13 @@ def draw(
     chance = _Chance([torch.Generator().manual_seed(seed) for seed in seeds], device)
     painter = _Painter(model, cache, codes, drawing, chance)
     if branches > 1:
-        return painter.progressively(found)
-    found = painter.in_passes(found) if drawing.passes else painter.one_by_one(found, hidden)
+        return (yield from painter.progressively(found))
+    found = yield from (painter.in_passes(found) if drawing.passes else painter.one_by_one(found, hidden))
     return Drawn(found, painter.estimate(found))
+
+
+draw = whole(draw_steps)
+"""`draw_steps` from beginning to end."""
 
 
 @torch.inference_mode()
@@ -162,16 +168,17 @@ class _Painter:
     def __init__(self, model: M6, cache: Cache, codes: Codes, drawing: Drawing, chance: _Chance | None):
         self.model, self.cache, self.codes, self.drawing, self.chance = model, cache, codes, drawing, chance
 
-    def in_passes(self, found_BN: Tensor) -> Tensor:
+    def in_passes(self, found_BN: Tensor) -> Steps[Tensor]:
         wanted_B = (found_BN == OPEN).sum(1)
         for number in range(1, self.drawing.passes + 1):
             drawn_BN, sure_BN = self._propose(found_BN, number)
             sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
             found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
             found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+            yield
         return found_BN
 
-    def progressively(self, found_BN: Tensor) -> Drawn:
+    def progressively(self, found_BN: Tensor) -> Steps[Drawn]:
         """Rows come in groups of `branches`, alike; one row of each group is given back."""
         branches, passes = self.drawing.branches, self.drawing.passes
         given_BN, wanted_B = found_BN != OPEN, (found_BN == OPEN).sum(1)
@@ -198,9 +205,10 @@ class _Painter:
             every_B = chosen_G.repeat_interleave(branches)
             found_BN, sure_BN = whole_BN[every_B], sure_BN[every_B]
             found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+            yield
         return best
 
-    def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Tensor:
+    def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Steps[Tensor]:
         found_BN, times = found_BN.clone(), 2 if self.drawing.guidance else 1
         assert self.chance is not None
         lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
@@ -211,6 +219,7 @@ class _Painter:
             if place + 1 < self.codes.count:
                 ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
                 hidden = self.model.step(ids_B, self.cache, place, self.codes.count)
+            yield
         self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
         return found_BN
 

@@ -150,14 +150,14 @@ def _steps(
     device = model.embed.weight.device
     hidden, cache = model.prefill(pad(prompts, pad_id=0).to(device), longest + decoding.max_new_tokens)
     rows = list(range(len(prompts)))
-    choose = Chooser(decoding, numbers)
+    chances = [chance(decoding, number) for number in numbers]
     prefixes: list[list[int]] = [[] for _ in prompts]
     constrained = any(prompt.constraint is not None for prompt in prompts)
     for left in range(decoding.max_new_tokens, 0, -1):
         logits = model.logits(hidden)
         if constrained:
             logits = constrain(logits, [allowed_after(prompts[r], prefixes[r], end_id) for r in rows])
-        tokens, log_probs = choose(logits, rows)
+        tokens, log_probs = choose(logits, [decoding] * len(rows), [chances[row] for row in rows])
         yield tokens, log_probs, rows
         running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
         if not running or left == 1:
@@ -203,25 +203,29 @@ def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
     return logits.masked_fill(mask, float("-inf"))
 
 
-class Chooser:
-    """Takes one token a row, greedily or by sampling with a generator of the row's own."""
+def chance(decoding: Decoding, number: int = 0) -> torch.Generator | None:
+    """The random numbers of row `number` of a call; None where nothing is drawn."""
+    if not decoding.temperature:
+        return None
+    return torch.Generator().manual_seed(hash((decoding.seed, number)) & 0x7FFFFFFF)
 
-    def __init__(self, decoding: Decoding, numbers: Items[int]):
-        self.decoding = decoding
-        self.generators: list[torch.Generator] = []
-        if decoding.temperature > 0:
-            seeds = [hash((decoding.seed, n)) & 0x7FFFFFFF for n in numbers]
-            self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, logits: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """logits fp32 [B, V] and the rows' numbers to (ids int64 [B], their log-probabilities [B])."""
-        log_probs = logits.log_softmax(-1)
-        if not self.generators:
-            best = log_probs.max(-1)
-            return best.indices, best.values
-        draws = torch.cat([torch.rand(1, generator=self.generators[r]) for r in rows]).to(logits.device)
-        tokens = sample(logits / self.decoding.temperature, draws, self.decoding.top_k, self.decoding.top_p)
-        return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+def choose(logits: Tensor, decodings: Items[Decoding], chances: Items[torch.Generator | None]) -> tuple[Tensor, Tensor]:
+    """One token a row, greedily or sampled by the row's own options and random numbers: logits fp32 [B, V] to ids
+    int64 [B] and their log-probabilities [B]."""
+    log_probs = logits.log_softmax(-1)
+    best = log_probs.max(-1)
+    alike: dict[tuple[float, int, float], list[int]] = {}
+    for row, one in enumerate(decodings):
+        if one.temperature:
+            alike.setdefault((one.temperature, one.top_k, one.top_p), []).append(row)
+    if not alike:
+        return best.indices, best.values
+    tokens = best.indices.clone()
+    for (temperature, top_k, top_p), rows in alike.items():
+        draws = torch.cat([torch.rand(1, generator=chances[row]) for row in rows]).to(logits.device)
+        tokens[rows] = sample(logits[rows] / temperature, draws, top_k, top_p)
+    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
 
 
 def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openm6.decode.generate import Generated, check_room
+from openm6.decode.steps import Steps, whole
 from openm6.model import M6
 from openm6.model.attention import Cache
 from openm6.sequence import Sequence, by_length, pad
@@ -31,18 +32,22 @@ class _Draft:
 
 
 @torch.inference_mode()
-def refine(
+def refine_steps(
     model: M6, prompts: Items[Sequence], tokenizer: Tokenizer, most: int, batch_size: int = 64, rounds: int = ROUNDS
-) -> list[Generated]:
+) -> Steps[list[Generated]]:
     """The text of every prompt, of `most` tokens at most. What a row gets depends on that row alone."""
     found: dict[int, Generated] = {}
     for chosen in by_length(prompts, batch_size):
-        texts = _batch(model, [prompts[i] for i in chosen], tokenizer, most, rounds)
+        texts = yield from _batch(model, [prompts[i] for i in chosen], tokenizer, most, rounds)
         found |= {i: Generated(ids, 0.0, True) for i, ids in zip(chosen, texts, strict=True)}
     return [found[i] for i in range(len(prompts))]
 
 
-def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, rounds: int) -> list[list[int]]:
+refine = whole(refine_steps)
+"""`refine_steps` from beginning to end."""
+
+
+def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, rounds: int) -> Steps[list[list[int]]]:
     longest = max(len(prompt) for prompt in prompts)
     check_room(model, longest, most + 1)
     device = model.embed.weight.device
@@ -52,6 +57,7 @@ def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, 
     for number in range(rounds):
         if all(draft.done for draft in drafts):
             break
+        yield
         asking.insert(drafts, number > 0)
         asking.fill(drafts)
         if number + 1 < rounds:

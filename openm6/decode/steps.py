@@ -1,0 +1,32 @@
+"""Work in steps: a generator that stops after each pass of the network, so that other work can go between, and returns
+what it has made. Whoever advances it sees to the precision (`Bundle.precision`) at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from functools import wraps
+from typing import ParamSpec, TypeAlias, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Steps: TypeAlias = Generator[None, None, T]
+
+
+def whole(steps: Callable[P, Steps[T]]) -> Callable[P, T]:
+    """The function that takes all steps at once."""
+
+    @wraps(steps)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return finish(steps(*args, **kwargs))
+
+    return run
+
+
+def finish(steps: Steps[T]) -> T:
+    """What is made, after all steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

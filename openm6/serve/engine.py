@@ -1,0 +1,256 @@
+"""The engine: one thread that takes many requests at once through one network, step by step.
+
+Two kinds of work. Texts are written together: whoever comes is read (prefill) and joins at the next step, whoever is
+done leaves, so that a step is one pass for all of them. Everything else (pictures in passes, beams, texts from a
+sketch, vectors, heads) is work in steps of its own (decode/steps.py), alike requests in one batch. Between the two the
+engine shares its time evenly: it goes on with the kind that has had less of it.
+
+What a request gets is what the offline decoder gives it alone, whatever else is being done: rows do not see each other,
+and each has its own random numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Any
+
+import torch
+
+from openm6.bundle import Bundle
+from openm6.decode.steps import Steps
+from openm6.errors import OpenM6Error, UsageError
+from openm6.serve.features import Features
+from openm6.serve.texts import Texts
+from openm6.serve.work import Request, Told, prepared, steps_of
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much the engine does at once.
+
+    capacity       positions of a text with its prompt; 0: as many as the model has
+    cache_mib      memory for keys and values of texts that are written
+    prefix_mib     for prompts that were read lately, and as much for features of pictures
+    queue          requests that wait at most; further ones are refused
+    batch          alike requests that are worked at together (pictures, vectors)
+    prefill        positions of prompts that are read at once, at most, while others write
+    """
+
+    capacity: int = 0
+    cache_mib: int = 512
+    prefix_mib: int = 64
+    queue: int = 256
+    batch: int = 16
+    prefill: int = 2048
+
+
+class Full(OpenM6Error):
+    """Too many requests wait."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """Alike requests in steps."""
+
+    requests: list[Request | None]  # None in the place of one that was cancelled
+    steps: Steps[list[Any]]
+    adapter: str | None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the engine has done since it began."""
+
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    steps: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"texts": 0.0, "jobs": 0.0})
+
+
+class Engine:
+    """`submit` and `cancel` from any thread; `run` in one of its own until `stop`.
+
+    `tell` is called in the engine's thread with what becomes of each request: pieces of text, the answer, or why there
+    is none.
+    """
+
+    def __init__(self, bundle: Bundle, tell: Callable[[Told], None], settings: Settings | None = None):
+        self.bundle, self.settings, self._tell = bundle, settings or Settings(), tell
+        self.counts = Counts()
+        if bundle.model.image is not None and not isinstance(bundle.model.image, Features):
+            bundle.model.image = Features(bundle.model.image, self.settings.prefix_mib * MIB)  # type: ignore[assignment]
+        self._inbox: deque[Request] = deque()
+        self._gone: set[str] = set()
+        self._change = Condition()
+        self._ending = self._ended = False
+        self._texts: dict[str | None, Texts] = {}
+        self._waiting: deque[Request] = deque()  # for a job
+        self._jobs: deque[_Job] = deque()
+        self._open: dict[str, Request] = {}
+
+    # From other threads
+
+    def submit(self, request: Request) -> None:
+        """Reads the request's texts and pictures, in the thread that calls. Raises UsageError or DataError for what
+        cannot be done, Full where too many wait already, UsageError once the engine is stopping."""
+        prepared(request, self._view(request.adapter))
+        with self._change:
+            if self._ending:
+                raise UsageError("The engine is stopping.")
+            if self.waiting >= self.settings.queue:
+                raise Full(f"{self.waiting} requests wait already.")
+            self._inbox.append(request)
+            self._change.notify()
+
+    def cancel(self, identity: str) -> None:
+        """Nothing more is told of this request, and what it holds is free at the next step."""
+        with self._change:
+            self._gone.add(identity)
+            self._change.notify()
+
+    def stop(self) -> None:
+        """`run` returns when all that was submitted is answered."""
+        with self._change:
+            self._ending = True
+            self._change.notify()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._inbox) + len(self._waiting) + sum(len(texts.waiting) for texts in self._texts.values())
+
+    @property
+    def running(self) -> int:
+        return len(self._open) - self.waiting
+
+    # In the engine's thread
+
+    def run(self) -> None:
+        while self._next():
+            pass
+
+    def _next(self) -> bool:
+        """One step of the kind of work that has had less time; False when there is nothing more to come."""
+        with self._change:
+            while not (self._inbox or self._gone or self._open):
+                if self._ending:
+                    return False
+                self._change.wait()
+            taken, gone = list(self._inbox), self._gone
+            self._inbox.clear()
+            self._gone = set()
+        for request in taken:
+            self._take(request)
+        self._forget(gone)
+        texts = [lane for lane in self._texts.values() if lane.rows or lane.waiting]
+        jobs = bool(self._jobs or self._waiting)
+        spent = self.counts.seconds
+        if texts and (not jobs or spent["texts"] <= spent["jobs"]):
+            self._spend("texts", lambda: self._write(texts), alone=not jobs)
+        elif jobs:
+            self._spend("jobs", self._work, alone=not texts)
+        return True
+
+    def _spend(self, kind: str, act: Callable[[], Any], alone: bool) -> None:
+        started = time.perf_counter()
+        act()
+        self.counts.steps += 1
+        other = "jobs" if kind == "texts" else "texts"
+        spent = self.counts.seconds
+        spent[kind] += time.perf_counter() - started
+        if alone:  # time that nobody else wanted is not held against it
+            spent[other] = max(spent[other], spent[kind])
+
+    def _take(self, request: Request) -> None:
+        self._open[request.id] = request
+        if request.alone:
+            self._waiting.append(request)
+            return
+        if request.adapter not in self._texts:
+            self._texts[request.adapter] = Texts(self.bundle, request.adapter, self.settings)
+        self._texts[request.adapter].waiting.append(request)
+
+    def _view(self, adapter: str | None) -> Bundle:
+        return self.bundle.adapter(adapter) if adapter else self.bundle
+
+    def _forget(self, gone: set[str]) -> None:
+        """Requests that were cancelled, and those whose time is over."""
+        now = time.monotonic()
+        late = {r.id for r in self._open.values() if r.deadline is not None and r.deadline < now}
+        for identity in gone | late:
+            request = self._open.get(identity)
+            if request is None:
+                continue
+            for lane in self._texts.values():
+                lane.remove(request)
+            if request in self._waiting:
+                self._waiting.remove(request)
+            for job in list(self._jobs):
+                job.requests = [None if one is request else one for one in job.requests]
+                if not any(job.requests):
+                    self._jobs.remove(job)
+            if identity in gone:
+                self.counts.cancelled += 1
+                del self._open[identity]
+            else:
+                self._fail(request, TimeoutError("The request's deadline has passed."))
+
+    def _write(self, lanes: list[Texts]) -> None:
+        for lane in lanes:
+            for told in lane.step():
+                self._told(told)
+
+    def _work(self) -> None:
+        """One step of a job; the jobs take turns."""
+        if self._waiting and len(self._jobs) < 2:
+            self._jobs.appendleft(self._begun())
+        job = self._jobs.popleft()
+        try:
+            with torch.inference_mode(), self._view(job.adapter).precision():
+                next(job.steps)
+        except StopIteration as done:
+            for request, value in zip(job.requests, done.value, strict=True):
+                if request is not None:
+                    self._told(Told(request.id, value=value, done=True))
+        except Exception as error:
+            self._apart(job, error)
+        else:
+            self._jobs.append(job)
+
+    def _begun(self) -> _Job:
+        first = self._waiting.popleft()
+        chosen, rest = [first], list[Request]()
+        while self._waiting and len(chosen) < self.settings.batch:
+            other = self._waiting.popleft()
+            (chosen if other.like == first.like else rest).append(other)
+        self._waiting.extendleft(reversed(rest))
+        return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
+
+    def _apart(self, job: _Job, error: Exception) -> None:
+        """What went wrong together is tried one by one: only whose fault it is fails."""
+        left = [request for request in job.requests if request is not None]
+        if len(left) == 1:
+            self._fail(left[0], error)
+            return
+        view = self._view(job.adapter)
+        self._jobs.extend(_Job([one], steps_of(view, [one]), job.adapter) for one in left)
+
+    def _told(self, told: Told) -> None:
+        if told.done or told.error is not None:
+            del self._open[told.id]
+            self.counts.answered += told.error is None
+            self.counts.failed += told.error is not None
+            self.counts.tokens += told.tokens
+            self.counts.prompt_tokens += told.prompt_tokens
+        self._tell(told)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._told(Told(request.id, error=error, done=True))

@@ -1,0 +1,119 @@
+"""Around every request: how large it may be, what is said when it cannot be answered, a line in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from openm6.errors import OpenM6Error
+from openm6.serve.fleet import Refused
+from openm6.serve.wire import DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+
+log = logging.getLogger("openm6.access")
+
+STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500}
+
+
+class Refusal(OpenM6Error):
+    """An error of the API itself."""
+
+    def __init__(self, status: int, message: str, code: str, seconds: float | None = None):
+        super().__init__(message)
+        self.status, self.code, self.seconds = status, code, seconds
+
+
+def body_of(code: str, message: str, kind: str = "server_error") -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
+
+
+def add_errors(app: FastAPI) -> None:
+    def response(status: int, code: str, message: str, seconds: float | None = None) -> JSONResponse:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        wait = seconds if seconds is not None else 1.0 if status in (429, 503) else None
+        headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
+        return JSONResponse(body_of(code, message, kind), status, headers)
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        status = 503 if error.kind == FULL and "stopping" in str(error) else STATUS.get(error.kind, 500)
+        return response(status, error.kind, str(error))
+
+    @app.exception_handler(Refusal)
+    async def refusal(_: Request, error: Refusal) -> JSONResponse:
+        return response(error.status, error.code, str(error), error.seconds)
+
+    @app.exception_handler(OpenM6Error)
+    async def invalid(_: Request, error: OpenM6Error) -> JSONResponse:
+        return response(422, INVALID, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def plain(_: Request, error: HTTPException) -> JSONResponse:
+        too_large = isinstance(error, _TooLarge)
+        return response(error.status_code, "too_large" if too_large else INVALID, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first.get("loc", ())[1:])
+        return response(422, INVALID, f"{place}: {first.get('msg')}" if place else str(first.get("msg")))
+
+
+class Guard:
+    """Before anything is read: the size of the body; afterwards a line in the log, without contents and keys."""
+
+    def __init__(self, app: Any, most: int):
+        self.app, self.limit = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, seen = time.perf_counter(), {"status": 0, "in": 0, "out": 0}
+        identity = uuid.uuid4().hex[:16]
+
+        async def counted() -> Any:
+            message = await receive()
+            seen["in"] += len(message.get("body", b""))
+            if seen["in"] > self.limit:
+                raise _TooLarge(self.limit)
+            return message
+
+        async def told(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", identity.encode())]}
+            seen["out"] += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if length.isdigit() and int(length) > self.limit:
+                raise _TooLarge(self.limit)
+            await self.app(scope, counted, told)
+        except _TooLarge as error:
+            if not seen["status"]:
+                body = body_of("too_large", str(error.detail), "invalid_request_error")
+                await JSONResponse(body, 413)(scope, receive, told)
+        finally:
+            key = scope.get("state", {}).get("key", "")
+            log.info(
+                json.dumps({
+                    "request": identity, "method": scope["method"], "path": scope["path"], "status": seen["status"],
+                    "ms": round(1000 * (time.perf_counter() - started), 1), "key": key, "bytes_in": seen["in"],
+                    "bytes_out": seen["out"],
+                })
+            )  # fmt: skip
+
+
+class _TooLarge(HTTPException):
+    def __init__(self, limit: int):
+        super().__init__(413, f"A request has at most {limit / 2**20:.0f} MiB.")

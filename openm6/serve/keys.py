@@ -1,0 +1,139 @@
+"""Keys of the API: made here, shown once, kept as hashes; and how much each may ask.
+
+The file is JSON: name to {"hash", "role", "per_minute", "per_day"}. A key is 32 random bytes, so that a plain SHA-256
+of it can be kept: there is nothing to guess from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from openm6.errors import UsageError
+
+USE, MANAGE = "use", "manage"
+ROLES = (USE, MANAGE)
+PREFIX = "m6-"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """`per_minute`: requests; `per_day`: tokens written, a picture counting as its codes; 0: any number."""
+
+    name: str
+    hash: str
+    role: str = USE
+    per_minute: int = 0
+    per_day: int = 0
+
+    def may(self, role: str) -> bool:
+        return self.role == MANAGE or role == USE
+
+
+class Keys:
+    """Those of a file; it is read again when it changes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen: float | None = None
+        self._known: dict[str, Key] = {}
+
+    def find(self, given: str) -> Key | None:
+        """The key that was given, if it is one."""
+        self._follow()
+        digest = _hash(given)
+        found = None
+        for key in self._known.values():  # all of them, in the same time whichever it is
+            if hmac.compare_digest(key.hash, digest):
+                found = key
+        return found
+
+    def add(self, name: str, role: str = USE, per_minute: int = 0, per_day: int = 0) -> str:
+        """A new key, which nobody can be shown again. Raises UsageError for a name that is taken."""
+        self._follow()
+        if name in self._known:
+            raise UsageError(f"There is a key {name} already.")
+        if role not in ROLES:
+            raise UsageError(f"role is {role}; it is {' or '.join(ROLES)}.")
+        secret = PREFIX + secrets.token_urlsafe(32)
+        self._known[name] = Key(name, _hash(secret), role, per_minute, per_day)
+        self._write()
+        return secret
+
+    def remove(self, name: str) -> None:
+        """Raises UsageError for one that is not there."""
+        self._follow()
+        if name not in self._known:
+            raise UsageError(f"There is no key {name}.")
+        del self._known[name]
+        self._write()
+
+    def list(self) -> list[Key]:
+        self._follow()
+        return list(self._known.values())
+
+    def _follow(self) -> None:
+        try:
+            changed = self.path.stat().st_mtime
+        except OSError:
+            self._seen, self._known = None, {}
+            return
+        if changed == self._seen:
+            return
+        try:
+            content = json.loads(self.path.read_text("utf-8"))
+            self._known = {name: Key(name, **values) for name, values in content.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise UsageError(f"{self.path} is no file of keys.") from None
+        self._seen = changed
+
+    def _write(self) -> None:
+        values = {key.name: {k: v for k, v in asdict(key).items() if k != "name"} for key in self._known.values()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f".{self.path.name}.writing")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            json.dump(values, file, ensure_ascii=False, indent=1)
+        os.replace(draft, self.path)
+        self._seen = None
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Meter:
+    """How much each key has asked lately."""
+
+    def __init__(self) -> None:
+        self._requests: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._tokens: dict[str, tuple[int, int]] = {}  # day and number
+
+    def wait(self, key: Key) -> float:
+        """Seconds until this key may ask again, counting the request when that is now (0)."""
+        now = time.time()
+        if key.per_day and self._spent(key, now) >= key.per_day:
+            return 86_400 - now % 86_400
+        if not key.per_minute:
+            return 0.0
+        recent = self._requests[key.name]
+        while recent and recent[0] <= now - 60:
+            recent.popleft()
+        if len(recent) >= key.per_minute:
+            return recent[0] + 60 - now
+        recent.append(now)
+        return 0.0
+
+    def spend(self, key: Key, tokens: int) -> None:
+        now = time.time()
+        self._tokens[key.name] = int(now // 86_400), self._spent(key, now) + tokens
+
+    def _spent(self, key: Key, now: float) -> int:
+        day, spent = self._tokens.get(key.name, (0, 0))
+        return spent if day == int(now // 86_400) else 0

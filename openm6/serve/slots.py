@@ -1,0 +1,130 @@
+"""Keys and values of the texts that are being written, a slot each."""
+
+from __future__ import annotations
+
+import hashlib
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openm6.model import M6, ModelConfig
+from openm6.model.attention import Cache
+from openm6.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Prefix:
+    """A prompt that was read: keys and values of every layer, [layers, K, T, E] each, and the hidden state at its last
+    position, [D]."""
+
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+
+    @property
+    def positions(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.hidden.nbytes
+
+
+class Slots:
+    """Room for so many positions of so many texts as `budget` bytes hold. The first `len` slots are in use, always:
+    the last one moves into the place of one that is given back."""
+
+    def __init__(self, model: M6, capacity: int, budget: int, dtype: torch.dtype):
+        config, device = model.config, model.embed.weight.device
+        self.capacity = capacity
+        self.most = max(1, budget // bytes_of_slot(config, capacity, dtype, device))
+        self._config, self._dtype = config, dtype
+        self._cache = Cache(config, torch.zeros(0, dtype=torch.int64, device=device), capacity, dtype)
+        self._size = 0  # slots there is memory for now
+
+    def __len__(self) -> int:
+        return len(self._cache.counts)
+
+    @property
+    def free(self) -> int:
+        return self.most - len(self)
+
+    @torch.inference_mode()
+    def add(self, prefixes: list[Prefix]) -> None:
+        """Give each prompt the next slot."""
+        first, count = len(self), len(prefixes)
+        self._grow(first + count)
+        for slot, prefix in enumerate(prefixes, first):
+            for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+                self._cache.keys[layer][slot, :, : prefix.positions] = keys
+                self._cache.values[layer][slot, :, : prefix.positions] = values
+        self._lengths([*self._cache.counts, *(prefix.positions for prefix in prefixes)])
+
+    @torch.inference_mode()
+    def drop(self, slot: int) -> None:
+        """Give a slot back; the last one in use has its number from now on."""
+        counts, last = self._cache.counts, len(self) - 1
+        if slot != last:
+            used = counts[last]
+            for stored in (*self._cache.keys, *self._cache.values):
+                stored[slot, :, :used] = stored[last, :, :used]
+            counts[slot] = counts[last]
+        self._lengths(counts[:last])
+
+    def step(self, model: M6, tokens_B: Tensor) -> Tensor:
+        """One further position of every slot in use; hidden states [B, D]."""
+        part, used = copy(self._cache), len(self)
+        part.keys, part.values = ([layer[:used] for layer in stored] for stored in (part.keys, part.values))
+        hidden = model.step(tokens_B, part)
+        self._cache.lengths, self._cache.counts = part.lengths, part.counts
+        return hidden
+
+    def _lengths(self, counts: list[int]) -> None:
+        self._cache.counts = counts
+        self._cache.lengths = torch.tensor(counts, dtype=torch.int64, device=self._cache.lengths.device)
+
+    def _grow(self, wanted: int) -> None:
+        """Memory is taken as it is needed, doubling, and kept."""
+        if wanted <= self._size:
+            return
+        size = min(self.most, max(wanted, 2 * self._size, 4))
+        for stored in (self._cache.keys, self._cache.values):
+            for layer, old in enumerate(stored):
+                new = torch.zeros((size, *old.shape[1:]), dtype=old.dtype, device=old.device)
+                new[: len(self)] = old[: len(self)]
+                stored[layer] = new
+        self._size = size
+
+
+def bytes_of_slot(config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> int:
+    wide = 4 if device.type == "cpu" else dtype.itemsize  # as Cache keeps them
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * capacity * wide
+
+
+def prefixes_of(hidden_BD: Tensor, cache: Cache) -> list[Prefix]:
+    """A prefilled cache, prompt by prompt."""
+    return [
+        Prefix(
+            torch.stack([keys[row, :, :count] for keys in cache.keys]),
+            torch.stack([values[row, :, :count] for values in cache.values]),
+            hidden_BD[row].clone(),
+        )
+        for row, count in enumerate(cache.counts)
+    ]
+
+
+def key_of(prompt: Sequence) -> bytes:
+    """Of all that the network sees of a prompt.
+
+    A source sees itself both ways: what the cache holds of its beginning depends on its end. So a whole prompt is found
+    again, not a part of it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(prompt.ids.tobytes())
+    digest.update(prompt.blocks.tobytes())
+    for picture in prompt.pictures:
+        digest.update(repr((picture.start, picture.patches, picture.pixels.shape)).encode())
+        digest.update(picture.pixels.tobytes())
+    return digest.digest()

@@ -1,0 +1,95 @@
+"""Messages between the server and its workers: MessagePack with its length before it, over a socket pair."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import msgpack
+import numpy as np
+import torch
+from PIL import Image
+
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.painting import Painting
+
+_LENGTH = struct.Struct(">I")
+LARGEST = 2**28
+"""Bytes of a message at most."""
+
+INVALID, DEADLINE, MEMORY, FULL, DIED, INTERNAL = "invalid", "deadline", "memory", "full", "died", "internal"
+"""Kinds of errors."""
+
+
+def packed(message: Mapping[str, Any]) -> bytes:
+    """Raises DataError for a message that is too large."""
+    body: bytes = msgpack.packb(message, default=_plain, use_bin_type=True)
+    if len(body) > LARGEST:
+        raise DataError(f"A message of {len(body) / 2**20:.0f} MiB; {LARGEST / 2**20:.0f} are the most.")
+    return _LENGTH.pack(len(body)) + body
+
+
+def read(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message; None at the end."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    body = stream.read(_LENGTH.unpack(head)[0])
+    return _unpacked(body)
+
+
+async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """The next message; None at the end."""
+    try:
+        head = await reader.readexactly(_LENGTH.size)
+        return _unpacked(await reader.readexactly(_LENGTH.unpack(head)[0]))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
+def _unpacked(body: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = msgpack.unpackb(body, raw=False, strict_map_key=False)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What MessagePack does not know: pictures as PNG, arrays as lists, paintings as dicts."""
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return buffer.getvalue()
+    if isinstance(value, Painting):
+        return {
+            "image": value.image, "number": value.number, "score": value.score, "estimates": value.estimates,
+            "codes": value.codes.tolist(),
+        }  # fmt: skip
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be sent.")
+
+
+def kind_of(error: Exception) -> str:
+    """What kind of error it is to whoever asked."""
+    from openm6.serve.engine import Full
+
+    if isinstance(error, Full):
+        return FULL
+    if isinstance(error, (UsageError, DataError)):
+        return INVALID
+    if isinstance(error, TimeoutError):
+        return DEADLINE
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return MEMORY
+    return INTERNAL
+
+
+def told_of(error: Exception) -> str:
+    """The sentence for whoever asked; of what is no fault of theirs the kind alone."""
+    if isinstance(error, (OpenM6Error, TimeoutError)):
+        return str(error)
+    if kind_of(error) == MEMORY:
+        return "The request takes more memory than there is."
+    return f"The request failed ({type(error).__name__})."

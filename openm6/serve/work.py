@@ -1,0 +1,140 @@
+"""What is asked of the engine, what it tells of it, and how each kind of task is worked at."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from openm6.bundle import SHOTS, Bundle, check_dims, check_slots
+from openm6.decode import Decoding
+from openm6.decode.beam import beam_steps
+from openm6.decode.draw import Drawing
+from openm6.decode.generate import check_room
+from openm6.decode.refine import refine_steps
+from openm6.decode.steps import Steps
+from openm6.editing import Cut, cut_of
+from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
+from openm6.sequence import Sequence
+from openm6.tasks.task import Task
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One wish: a task of the model or of the library, a record with its slots, and how to decode.
+
+    candidates   pictures of a task that draws
+    examples     records with answers, told before
+    edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
+    deadline     by time.monotonic(): after it the request fails
+    """
+
+    id: str
+    task: str
+    record: Mapping[str, Any]
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    candidates: int = 1
+    examples: list[Mapping[str, Any]] = field(default_factory=list)
+    edit: Mapping[str, Any] | None = None
+    deadline: float | None = None
+
+    # What `prepared` makes of it.
+    made: Task | None = None
+    prompt: Sequence | None = None
+    options: Any = None
+    cut: Cut | None = None
+    alone: bool = False
+    like: Hashable = None
+
+
+@dataclass(slots=True)
+class Told:
+    """What became of a request so far: a piece of its text, its answer, or why it has none.
+
+    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: of an answer.
+    """
+
+    id: str
+    piece: str = ""
+    value: Any = None
+    done: bool = False
+    error: Exception | None = None
+    finished: bool = True
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+
+def prepared(request: Request, view: Bundle) -> None:
+    """Fill in what the engine works with. Raises UsageError or DataError for what cannot be done."""
+    task = request.made = view.task(request.task)
+    check_slots(task, request.record)
+    record = {**request.record, SHOTS: request.examples}
+    request.record = record
+    request.alone = True
+    kind: tuple[Hashable, ...]
+    if task.draws:
+        decoding = in_passes(task, request.decoding) if request.edit else request.decoding
+        _, request.options = options_of(view, task, request.candidates, decoding)
+        if request.edit:
+            request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
+            record[KEPT] = request.cut.kept(view.codec)
+        kind = ("draw", request.options, request.candidates)
+        view.prompt(task, record)  # a bad record is told now, and not in the midst of others
+    elif task.embeds:
+        dims = request.decoding.get("dims")
+        request.options = None if dims is None else int(dims)
+        check_dims(view.model, request.options)
+        kind = ("vector", request.options)
+        view.prompt(task, record)
+    elif task.head:
+        kind = ("head",)
+        view.prompt(task, record)
+    else:
+        request.options = Decoding.of(**{**task.decode, **request.decoding})
+        request.prompt = view.prompt(task, record)
+        check_room(view.model, len(request.prompt), request.options.max_new_tokens)
+        if task.sketch:
+            kind = ("sketch", request.options.max_new_tokens)
+        elif request.options.num_beams > 1:
+            kind = ("beam", request.options)
+        else:
+            kind, request.alone = ("text",), False
+    request.like = (request.adapter, task.name, *kind)
+
+
+def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
+    """Alike requests that are no plain texts, at once; a value for each."""
+    first = requests[0]
+    task, options = first.made, first.options
+    assert task is not None
+    if task.draws:
+        numbers = list(range(first.candidates)) * len(requests)
+        return _pictures(view, task, requests, options, numbers)
+    if task.embeds:
+        return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)))
+    if task.head:
+        return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])))
+    return _texts(view, task, [r.prompt for r in requests if r.prompt is not None], options)
+
+
+def _pictures(
+    view: Bundle, task: Task, requests: list[Request], options: Drawing, numbers: list[int]
+) -> Steps[list[list[Painting]]]:
+    records = [request.record for request in requests]
+    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers)
+    return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
+
+
+def _at_once(act: Any) -> Steps[list[Any]]:
+    yield
+    return act()  # type: ignore[no-any-return]
+
+
+def _texts(view: Bundle, task: Task, prompts: list[Sequence], options: Decoding) -> Steps[list[Any]]:
+    tokenizer = view.processor.tokenizer
+    if task.sketch:
+        found = yield from refine_steps(view.model, prompts, tokenizer, options.max_new_tokens)
+    else:
+        found = yield from beam_steps(view.model, prompts, tokenizer.end_id, options)
+    return [view.read(task, one) for one in found]

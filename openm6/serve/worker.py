@@ -1,0 +1,156 @@
+"""The process in which a model is: `python -m openm6.serve.worker FD`, started by the server (fleet.py).
+
+Over the socket FD it is told the model and its settings, then requests; it says `ready`, then what becomes of each. Its
+end of the socket closes when it dies, which is how the server knows.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from openm6.serve.wire import kind_of, packed, read, told_of
+
+if TYPE_CHECKING:
+    from openm6.bundle import Bundle
+    from openm6.serve.engine import Engine
+
+READERS = 2
+"""Threads that decode pictures and texts while the engine works."""
+
+
+def main(descriptor: int) -> int:
+    connection = socket.socket(fileno=descriptor)
+    stream = connection.makefile("rb")
+    start = read(stream)
+    if start is None:
+        return 1
+    outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    writer = Thread(target=_write, args=(connection, outbox), daemon=True)
+    writer.start()
+    try:
+        engine = _opened(start, outbox)
+    except Exception as error:
+        traceback.print_exc()
+        outbox.put({"fatal": told_of(error)})
+        outbox.put(None)
+        writer.join()
+        return 1
+    outbox.put({"ready": described(engine.bundle)})
+    listener = Thread(target=_listen, args=(stream, engine, outbox), daemon=True)
+    listener.start()
+    engine.run()
+    outbox.put({"state": _state(engine)})
+    outbox.put(None)
+    writer.join()
+    return 0
+
+
+def _opened(start: dict[str, Any], outbox: Any) -> Engine:
+    from openm6.bundle import Bundle
+    from openm6.extend import load_named_extensions
+    from openm6.serve.engine import Engine, Settings
+    from openm6.serve.work import Told
+
+    load_named_extensions()
+
+    def tell(told: Told) -> None:
+        message: dict[str, Any] = {"id": told.id}
+        if told.piece:
+            message["piece"] = told.piece
+        if told.error is not None:
+            if kind_of(told.error) == "internal":
+                traceback.print_exception(told.error)
+            message |= {"error": kind_of(told.error), "message": told_of(told.error)}
+        elif told.done:
+            message |= {
+                "value": told.value, "finished": told.finished, "tokens": told.tokens,
+                "prompt_tokens": told.prompt_tokens,
+            }  # fmt: skip
+        outbox.put(message)
+
+    bundle = Bundle.load(start["model"], adapters=start.get("adapters") or {})
+    return Engine(bundle, tell, Settings(**start.get("settings") or {}))
+
+
+def described(bundle: Bundle) -> dict[str, Any]:
+    """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
+    and give, its adapters, its size."""
+    from openm6.model.files import meta_model
+    from openm6.tasks.library import get, names
+
+    library = {name: get(name) for name in names()}
+    every = {**library, **bundle.tasks}
+    draws = bundle.processor.codec is not None
+    return {
+        "tasks": {
+            name: {
+                "description": task.description, "instructions": [one.text for one in task.instructions],
+                "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
+                "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
+                "kind": "picture" if task.draws else "vector" if task.embeds else "value" if task.head else "text",
+                "trained": name in bundle.tasks, "example": dict(task.example),
+            }
+            for name, task in every.items()
+            if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
+        },
+        "adapters": bundle.adapters, "parameters": sum(p.numel() for p in meta_model(bundle.model.config).parameters()),
+        "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
+        "path": str(bundle.path),
+    }  # fmt: skip
+
+
+def _write(connection: socket.socket, outbox: Any) -> None:
+    while (message := outbox.get()) is not None:
+        try:
+            connection.sendall(packed(message))
+        except OSError:
+            os._exit(1)  # nobody listens any more
+        except Exception as error:
+            connection.sendall(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
+
+
+def _listen(stream: Any, engine: Engine, outbox: Any) -> None:
+    """Until the server closes its end: then what is open is of no use to anybody."""
+    from openm6.serve.work import Request
+
+    def submit(message: dict[str, Any]) -> None:
+        seconds = message.pop("seconds", None)
+        request = Request(**message, deadline=None if seconds is None else time.monotonic() + seconds)
+        try:
+            engine.submit(request)
+        except Exception as error:
+            if kind_of(error) == "internal":
+                traceback.print_exc()
+            outbox.put({"id": request.id, "error": kind_of(error), "message": told_of(error)})
+
+    with ThreadPoolExecutor(READERS) as readers:
+        while (message := read(stream)) is not None:
+            what = message.pop("do")
+            if what == "ask":
+                readers.submit(submit, message)
+            elif what == "cancel":
+                engine.cancel(message["id"])
+            elif what == "state":
+                outbox.put({"state": _state(engine)})
+            elif what == "stop":
+                readers.shutdown(wait=True)
+                engine.stop()
+                return
+    os._exit(0)
+
+
+def _state(engine: Engine) -> dict[str, Any]:
+    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running}
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,282 @@
+"""The API as clients see it: OpenAI's own, and plain HTTP, against a server with a real process behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+
+from openm6.bundle import Bundle
+from openm6.serve.api import Options, create_app
+from openm6.serve.engine import Settings
+from openm6.serve.fleet import Fleet, Place
+from openm6.serve.keys import Keys
+from tests.tasks.conftest import picture
+
+
+class Served:
+    """A server in a thread, on a port of its own."""
+
+    def __init__(self, places: dict[str, Place], options: Options, settings: Settings | None = None):
+        self.fleet = Fleet(settings)
+        app = create_app(self.fleet, options, places)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        until = time.monotonic() + 120
+        while not self.server.started:
+            assert self.thread.is_alive() and time.monotonic() < until
+            time.sleep(0.05)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model") / "model"
+    bundle.save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys = Keys(file)
+    return file, {
+        "user": keys.add("user"), "manager": keys.add("manager", "manage"),
+        "slow": keys.add("slow", per_minute=2), "poor": keys.add("poor", per_day=3),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(model: Path, secrets: Any) -> Iterator[Served]:
+    one = Served({"m6": Place(model)}, Options(keys=secrets[0], body_mib=4))
+    yield one
+    one.stop()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> Bundle:
+    """The same model without a server."""
+    return Bundle.load(model)
+
+
+@pytest.fixture
+def client(served: Served, secrets: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=secrets[1]["user"], max_retries=0)
+
+
+@pytest.fixture
+def http(served: Served, secrets: Any) -> Iterator[httpx2.Client]:
+    headers = {"Authorization": f"Bearer {secrets[1]['user']}"}
+    with httpx2.Client(base_url=served.url, headers=headers, timeout=60) as one:
+        yield one
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_a_chat_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
+    assert [one.id for one in client.models.list()] == ["m6"]
+    said = client.chat.completions.create(
+        model="m6:write", messages=[{"role": "user", "content": "红色条纹"}], max_tokens=12
+    )
+    expected = alone.run("write", text="红色条纹", decoding={"max_new_tokens": 12})
+    assert said.choices[0].message.content == expected
+    assert said.usage.completion_tokens > 0 and said.choices[0].finish_reason in ("stop", "length")
+    chunks = list(
+        client.chat.completions.create(
+            model="m6:write", messages=[{"role": "user", "content": "红色条纹"}], max_tokens=12, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected and chunks[-1].usage.completion_tokens == said.usage.completion_tokens
+    several = client.chat.completions.create(
+        model="m6:write", messages=[{"role": "user", "content": "红色"}], n=3, temperature=1.0, seed=5, max_tokens=8
+    )
+    for number, choice in enumerate(several.choices):
+        decoding = {"max_new_tokens": 8, "temperature": 1.0, "seed": 5 + number}
+        assert choice.message.content == alone.run("write", text="红色", decoding=decoding)
+    stop = expected[2] if len(expected) > 2 else expected
+    cut = client.chat.completions.create(
+        model="m6:write", messages=[{"role": "user", "content": "红色条纹"}], max_tokens=12, stop=[stop]
+    )
+    assert cut.choices[0].message.content == expected[: expected.index(stop)]
+
+
+def test_a_picture_in_a_chat(client: openai.OpenAI, alone: Bundle) -> None:
+    url = f"data:image/jpeg;base64,{encoded(picture())}"
+    content = [{"type": "text", "text": "图中的商品是什么？"}, {"type": "image_url", "image_url": {"url": url}}]
+    said = client.chat.completions.create(model="m6", messages=[{"role": "user", "content": content}], max_tokens=6)
+    expected = alone.run("vqa", photo=picture(), question="图中的商品是什么？", decoding={"max_new_tokens": 6})
+    assert said.choices[0].message.content == expected
+
+
+def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
+    drawn = client.images.generate(model="m6", prompt="红色的杯子", n=2)
+    images = [Image.open(io.BytesIO(base64.b64decode(one.b64_json))) for one in drawn.data]
+    expected = alone.draw("text_to_image", candidates=2, caption="红色的杯子")
+    assert [np.asarray(one).tolist() for one in images] == [np.asarray(p.image).tolist() for p in expected]
+    for encoding in ({}, {"encoding_format": "float"}):  # by itself the client asks for base64
+        found = client.embeddings.create(model="m6", input=["红色", "蓝色的杯子"], dimensions=8, **encoding)
+        for one, text in zip(found.data, ("红色", "蓝色的杯子"), strict=True):
+            vector = alone.run("text_vector", text=text, decoding={"dims": 8})
+            np.testing.assert_allclose(one.embedding, vector, atol=2e-2)  # bf16, in a batch
+
+
+def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    alpha = np.full((16, 16, 1), 255, np.uint8)
+    alpha[:, 8:] = 0
+    files = []
+    for content in (pixels, np.concatenate((pixels, alpha), 2)):
+        buffer = io.BytesIO()
+        Image.fromarray(content).save(buffer, "PNG")
+        files.append(("a.png", buffer.getvalue(), "image/png"))
+    found = client.images.edit(model="m6", image=files[0], mask=files[1], prompt="红色的杯子")
+    edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
+    assert (edited[:, :8] == pixels[:, :8]).all() and (edited[:, 8:] != pixels[:, 8:]).any()
+    again = client.images.edit(model="m6", image=files[1], prompt="红色的杯子")
+    assert again.data[0].b64_json == found.data[0].b64_json
+    with pytest.raises(openai.UnprocessableEntityError, match="mask is needed"):
+        client.images.edit(model="m6", image=files[0], prompt="红色的杯子")
+
+
+def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Bundle) -> None:
+    told = http.get("/v1/tasks/kind").json()
+    assert told["schema"]["outputs"]["properties"]["kind"]["enum"] == ["鞋", "包", "连衣裙"]
+    assert {"kind", "vqa", "text_to_image"} <= {one["name"] for one in http.get("/v1/tasks").json()["data"]}
+    found = http.post("/v1/tasks/kind", json={"inputs": {"photo": encoded(picture())}}).json()
+    assert found["outputs"] == {"kind": alone.run("kind", photo=picture())}
+    assert found["usage"]["completion_tokens"] > 0
+    drawn = http.post("/v1/tasks/text_to_image", json={"inputs": {"caption": "红"}, "candidates": 2}).json()
+    assert len(drawn["outputs"]["candidates"]) == 2
+    assert base64.b64decode(drawn["outputs"]["picture"])[:4] == b"\x89PNG"
+    with http.stream("POST", "/v1/tasks/write", json={"inputs": {"text": "红"}, "stream": True}) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+    assert "".join(event.get("piece", "") for event in events) == events[-1]["outputs"]["answer"]
+
+
+def test_a_file_of_records(http: httpx2.Client, alone: Bundle) -> None:
+    texts = [f"红色{number}" for number in range(50)]
+    body = "\n".join([*(json.dumps({"text": text}) for text in texts), "{bad", json.dumps({"wrong": 1}), ""])
+    lines = [json.loads(line) for line in http.post("/v1/tasks/write/batch", content=body.encode()).text.splitlines()]
+    by_number = {line["line"]: line for line in lines}
+    assert len(lines) == 52 and "error" in by_number[51] and "no slot wrong" in by_number[52]["error"]["message"]
+    for number in (1, 50):
+        assert by_number[number]["outputs"]["answer"] == alone.run("write", text=texts[number - 1])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/tasks/nothing", {}, 404), ("/v1/tasks/write", {"inputs": {"text": "a"}, "model": "m7"}, 404),
+        ("/v1/tasks/write", {"inputs": {"wrong": "a"}}, 422), ("/v1/tasks/write", {"unknown": 1}, 422),
+        ("/v1/tasks/kind", {"inputs": {"photo": "/etc/passwd"}}, 422),
+        ("/v1/tasks/kind", {"inputs": {"photo": "http://127.0.0.1/a.png"}}, 422),
+        ("/v1/tasks/kind", {"inputs": {"photo": encoded(b"no picture")}}, 422),
+        ("/v1/tasks/write", {"inputs": {"text": {"a": 1}}}, 422),
+        ("/v1/tasks/write", {"inputs": {"text": "a"}, "decoding": {"temperature": -1}}, 422),
+        ("/v1/tasks/..%2Fwrite", {}, 404), ("/v1/chat/completions", {"messages": []}, 422),
+        ("/v1/chat/completions", {"model": "m7", "messages": [{"role": "user", "content": "a"}]}, 404),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_told(http: httpx2.Client, path: str, body: Any, status: int) -> None:
+    found = http.post(path, json=body)
+    assert found.status_code == status, found.text
+    if "error" in found.json():
+        assert found.json()["error"]["message"] and "Traceback" not in found.text
+
+
+def test_who_may_what(served: Served, secrets: Any) -> None:
+    def post(key: str | None, path: str, body: Any) -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx2.post(served.url + path, json=body, headers=headers, timeout=60)
+
+    ask = "/v1/tasks/write", {"inputs": {"text": "红"}, "decoding": {"max_new_tokens": 2}}
+    assert post(None, *ask).status_code == 401 and post("m6-wrong", *ask).status_code == 401
+    assert httpx2.get(served.url + "/healthz").text == "ok" and httpx2.get(served.url + "/readyz").status_code == 200
+    keys = secrets[1]
+    swap = "/v1/models/m6/promote", {"path": "/nowhere"}
+    assert post(keys["user"], *swap).status_code == 403 and post(keys["manager"], *swap).status_code == 422
+    answers = [post(keys["slow"], *ask) for _ in range(3)]
+    assert [one.status_code for one in answers] == [200, 200, 429]
+    assert 1 <= int(answers[2].headers["retry-after"]) <= 60
+    assert [post(keys["poor"], *ask).status_code for _ in range(3)][-1] == 429
+    assert not any(secret in secrets[0].read_text() for secret in keys.values())
+    assert secrets[0].stat().st_mode & 0o077 == 0
+
+
+def test_a_body_that_is_too_large_is_not_read(http: httpx2.Client) -> None:
+    assert http.post("/v1/tasks/write", content=b"x" * (5 * 2**20)).status_code == 413
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"x" * 2**17
+
+    assert http.post("/v1/tasks/write", content=parts()).status_code == 413
+
+
+def test_the_log_tells_neither_contents_nor_keys(
+    http: httpx2.Client, secrets: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "openm6.access"):
+        http.post("/v1/tasks/write", json={"inputs": {"text": "秘密"}, "decoding": {"max_new_tokens": 2}})
+    line = json.loads(next(r.message for r in caplog.records if "/v1/tasks/write" in r.message))
+    assert line["status"] == 200 and line["key"] == "user" and line["bytes_in"] > 0
+    assert "秘密" not in caplog.text and secrets[1]["user"] not in caplog.text
+
+
+def test_figures_for_prometheus(http: httpx2.Client) -> None:
+    http.post("/v1/tasks/write", json={"inputs": {"text": "红"}, "decoding": {"max_new_tokens": 2}})
+    page = http.get("/metrics").text
+    assert 'openm6_requests_total{kind="text",status="ok"}' in page
+    assert 'openm6_waiting{model="m6"} 0.0' in page and "openm6_first_seconds_bucket" in page
+
+
+@pytest.mark.slow
+def test_beyond_its_queue_it_refuses_and_says_when_to_come_again(model: Path) -> None:
+    one = Served({"m6": Place(model)}, Options(), Settings(queue=2, batch=1, cache_mib=1))
+
+    async def all_at_once() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(base_url=one.url, timeout=120) as client:
+            body = {"inputs": {"caption": "红"}, "decoding": {"passes": 20, "guidance": 0}}
+            return await asyncio.gather(*(client.post("/v1/tasks/text_to_image", json=body) for _ in range(20)))
+
+    found = asyncio.run(all_at_once())
+    assert {answer.status_code for answer in found} == {200, 429}
+    assert all("retry-after" in answer.headers for answer in found if answer.status_code == 429)
+    one.stop()
+
+
+def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    secret = keys.add("anna", "manage", per_minute=5)
+    other = Keys(tmp_path / "keys.json")
+    assert other.find(secret).name == "anna" and other.find(secret + "x") is None and other.find("") is None
+    keys.remove("anna")
+    assert other.find(secret) is None or True  # seen at the next change of the file
+    time.sleep(0.01)
+    keys.add("bert")
+    assert other.find(secret) is None and [key.name for key in other.list()] == ["bert"]

@@ -1,0 +1,282 @@
+"""The engine against the offline decoder, whatever else it does at the same time."""
+
+from __future__ import annotations
+
+import random
+import time
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.bundle import Bundle
+from openm6.errors import OpenM6Error, UsageError
+from openm6.sequence import pad
+from openm6.serve.engine import Engine, Full, Settings
+from openm6.serve.recent import Recent
+from openm6.serve.slots import Slots, prefixes_of
+from openm6.serve.work import Request
+from tests.serve.conftest import Watched
+from tests.tasks.conftest import picture
+
+TEXTS = ["红色", "蓝色的杯子", "条纹连衣裙，红色条纹", "图中的商品是什么？", "画"]
+
+
+def offline(bundle: Bundle, task: str, decoding: dict, **record: Any) -> Any:
+    return bundle.run(task, decoding=decoding, **record)
+
+
+def test_texts_are_those_of_the_offline_decoder(bundle: Bundle) -> None:
+    """Greedy, sampled and constrained, of all lengths, joining and leaving at any time."""
+    rng = random.Random(0)
+    watched = Watched(bundle, batch=3)
+    asked = {}
+    for number in range(24):
+        decoding = {"max_new_tokens": rng.randint(1, 20)}
+        if rng.random() < 0.5:
+            decoding |= {"temperature": 0.8, "seed": rng.randint(0, 9), "top_k": rng.choice([0, 5])}
+        task, record = ("kind", {"photo": picture(seed=number % 5)}) if number % 3 == 0 else (
+            "write", {"text": rng.choice(TEXTS)}
+        )  # fmt: skip
+        asked[str(number)] = (task, decoding, record)
+        watched.ask(str(number), task, record=record, decoding=decoding)
+        for _ in range(rng.randint(0, 3)):
+            watched.engine._next()
+    found = watched.finish()
+    assert len(found) == 24
+    for identity, (task, decoding, record) in asked.items():
+        assert found[identity].error is None
+        assert found[identity].value == offline(bundle, task, decoding, **record), identity
+    pieces = watched.texts()
+    for identity, (task, _, _) in asked.items():
+        if task == "write":
+            assert pieces[identity] == found[identity].value
+
+
+def test_every_other_kind_of_work_gives_what_it_gives_alone(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    drawing = {"passes": 3, "guidance": 1.0, "seed": 4, "temperature": 1.0}
+    for number, caption in enumerate(("红色的杯子", "蓝色条纹")):
+        watched.ask(f"d{number}", "text_to_image", caption=caption, candidates=2, decoding=drawing)
+    watched.ask("one by one", "text_to_image", caption="红色", decoding={"passes": 0, "guidance": 0.0})
+    watched.ask("v", "text_vector", text="红色", decoding={"dims": 8})
+    watched.ask("w", "text_vector", text="蓝色的杯子", decoding={"dims": 8})
+    watched.ask("b", "write", text="红色", decoding={"num_beams": 3, "max_new_tokens": 6})
+    watched.ask("s", "live_script_edit", asr="红色条纹，蓝色圆点", decoding={"max_new_tokens": 12})
+    watched.ask("t", "write", text="红色", decoding={"max_new_tokens": 30})
+    found = watched.finish()
+    assert not [told for told in found.values() if told.error]
+    for number, caption in enumerate(("红色的杯子", "蓝色条纹")):
+        expected = bundle.draw("text_to_image", candidates=2, decoding=drawing, caption=caption)
+        given = found[f"d{number}"].value
+        assert [p.codes.tolist() for p in given] == [p.codes.tolist() for p in expected]
+    alone = bundle.draw("text_to_image", decoding={"passes": 0, "guidance": 0.0}, caption="红色")
+    assert found["one by one"].value[0].codes.tolist() == alone[0].codes.tolist()
+    for identity, text in (("v", "红色"), ("w", "蓝色的杯子")):
+        np.testing.assert_allclose(
+            found[identity].value, bundle.run("text_vector", text=text, decoding={"dims": 8}), atol=1e-5
+        )
+    assert found["b"].value == offline(bundle, "write", {"num_beams": 3, "max_new_tokens": 6}, text="红色")
+    assert found["s"].value == offline(bundle, "live_script_edit", {"max_new_tokens": 12}, asr="红色条纹，蓝色圆点")
+    assert found["t"].value == offline(bundle, "write", {"max_new_tokens": 30}, text="红色")
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    for seed in range(4):
+        decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": seed}
+        watched.ask(str(seed), "write", text="红色条纹", decoding=decoding)
+        watched.finish()
+    prefixes = watched.engine._texts[None].prefixes
+    assert (prefixes.hits, prefixes.misses) == (3, 1)
+    for seed, told in watched.finish().items():
+        decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": int(seed)}
+        assert told.value == offline(bundle, "write", decoding, text="红色条纹")
+
+
+def test_a_picture_that_was_seen_before_is_not_read_again(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    recent = bundle.model.image.recent
+    photo, before = picture(seed=77), (recent.hits, recent.misses)
+    for number, task in enumerate(("kind", "caption", "kind")):
+        watched.ask(str(number), task, photo=photo, decoding={"max_new_tokens": 4})
+        watched.finish()
+    assert (recent.hits - before[0], recent.misses - before[1]) == (1, 1)  # the third is a prompt that was read
+    direct = bundle.model.image.embedder
+    pixels = torch.randint(0, 255, (3, 16, 8, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = direct(pixels[[0, 1, 0, 2]])
+        torch.testing.assert_close(bundle.model.image(pixels[[0, 1, 0, 2]]), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(bundle.model.image(pixels[[2, 1]]), direct(pixels[[2, 1]]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_used_least_lately_is_forgotten() -> None:
+    recent: Recent[str] = Recent(10)
+    for key in (b"a", b"b"):
+        recent.put(key, key.decode(), 5)
+    assert recent.get(b"a") == "a"
+    recent.put(b"c", "c", 5)
+    assert recent.get(b"b") is None and recent.get(b"a") == "a" and recent.get(b"c") == "c"
+    recent.put(b"d", "large", 11)
+    assert recent.get(b"d") is None and len(recent) == 2
+
+
+def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    for identity in "abc":
+        watched.ask(
+            identity, "write", text="红色", decoding={"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
+        )
+    watched.ask("d", "text_to_image", caption="红", decoding={"passes": 40, "guidance": 0.0})
+    for _ in range(4):
+        watched.engine._next()
+    before = len(watched.engine._texts[None].rows)
+    watched.engine.cancel("b")
+    watched.engine.cancel("d")
+    watched.engine.cancel("nobody")
+    watched.engine._next()
+    assert len(watched.engine._texts[None].rows) <= before - 1 and not watched.engine._jobs
+    found = watched.finish()
+    assert set(found) == {"a", "c"} and watched.engine.counts.cancelled == 2
+    for identity in "ac":
+        decoding = {"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
+        assert found[identity].value == offline(bundle, "write", decoding, text="红色")
+
+
+def test_a_deadline_that_passes_is_an_error(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    watched.ask("late", "write", text="红色", deadline=time.monotonic() - 1)
+    watched.ask("fine", "write", text="红色", deadline=time.monotonic() + 60, decoding={"max_new_tokens": 4})
+    found = watched.finish()
+    assert isinstance(found["late"].error, TimeoutError) and found["fine"].error is None
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "decoding"),
+    [
+        ("write", {"wrong": "红色"}, {}), ("kind", {"photo": b"nothing"}, {}), ("nothing", {"text": "红色"}, {}),
+        ("write", {"text": "红色"}, {"temprature": 1}), ("text_vector", {"text": "红色"}, {"dims": 1000}),
+        ("text_to_image", {"caption": "红"}, {"branches": 0}),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_refused(bundle: Bundle, task: str, record: dict, decoding: dict) -> None:
+    watched = Watched(bundle)
+    with pytest.raises(OpenM6Error):
+        watched.ask("bad", task, record=record, decoding=decoding)
+    watched.ask("good", "write", text="红色", decoding={"max_new_tokens": 4})
+    assert set(watched.finish()) == {"good"}
+
+
+def test_what_has_no_room_fails_alone(bundle: Bundle) -> None:
+    watched = Watched(bundle, capacity=40)
+    watched.ask("too long", "write", text="红色" * 20, decoding={"max_new_tokens": 30})
+    watched.ask("good", "write", text="红色", decoding={"max_new_tokens": 4})
+    found = watched.finish()
+    assert found["good"].error is None and isinstance(found["too long"].error, UsageError)
+    assert watched.engine.counts.failed == 1
+
+
+def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a batch with a white picture takes more memory than there is."""
+    read = type(bundle.model).prefill
+
+    def scarce(model: Any, batch: Any, capacity: int) -> Any:
+        if any(int(images.pixels.max()) == 255 for images in batch.images):
+            raise torch.OutOfMemoryError("out of memory")
+        return read(model, batch, capacity)
+
+    monkeypatch.setattr(type(bundle.model), "prefill", scarce)
+    watched = Watched(bundle)
+    watched.ask("large", "kind", photo=np.full((8, 8, 3), 255, np.uint8))
+    watched.ask("small", "kind", photo=np.zeros((8, 8, 3), np.uint8))
+    found = watched.finish()
+    assert isinstance(found["large"].error, torch.OutOfMemoryError) and found["small"].value in ("鞋", "包", "连衣裙")
+
+
+def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
+    """With room for few texts the others wait, and all are answered."""
+    watched = Watched(bundle, cache_mib=1, batch=4)
+    for number in range(30):
+        watched.ask(
+            str(number), "write", text="红色", decoding={"max_new_tokens": 12, "temperature": 1.0, "seed": number}
+        )
+    most = 0
+    while watched.engine._open or watched.engine._inbox:
+        watched.engine._next()
+        most = max(most, len(watched.engine._texts[None].rows))
+    slots = watched.engine._texts[None]._slots
+    assert slots is not None and most <= slots.most < 30
+    found = watched.finish()
+    for number in (0, 29):
+        decoding = {"max_new_tokens": 12, "temperature": 1.0, "seed": number}
+        assert found[str(number)].value == offline(bundle, "write", decoding, text="红色")
+
+
+def test_long_work_does_not_keep_short_work_waiting(bundle: Bundle) -> None:
+    """Beside pictures of many passes a text of a few tokens is answered long before them, and they are not starved."""
+    watched = Watched(bundle, batch=1)
+    for number in range(3):
+        watched.ask(f"picture {number}", "text_to_image", caption="红", decoding={"passes": 30, "guidance": 0.0})
+    for _ in range(3):
+        watched.engine._next()
+    watched.ask("text", "write", text="红色", decoding={"max_new_tokens": 3})
+    watched.finish()
+    order = [told.id for told in watched.told if told.done]
+    assert order[0] == "text" and len(order) == 4
+
+
+def test_the_queue_has_an_end(bundle: Bundle) -> None:
+    watched = Watched(bundle, queue=2)
+    watched.ask("a", "write", text="红色")
+    watched.ask("b", "write", text="红色")
+    with pytest.raises(Full):
+        watched.ask("c", "write", text="红色")
+    watched.finish()
+    watched.engine.stop()
+    with pytest.raises(UsageError, match="stopping"):
+        watched.ask("d", "write", text="红色")
+
+
+def test_it_runs_in_a_thread_and_ends_when_all_is_answered(bundle: Bundle) -> None:
+    done = []
+    engine = Engine(bundle, done.append, Settings())
+    thread = Thread(target=engine.run)
+    thread.start()
+    for number in range(5):
+        engine.submit(Request(str(number), "write", {"text": "红色"}, {"max_new_tokens": 6}))
+    engine.stop()
+    thread.join(60)
+    assert not thread.is_alive() and {told.id for told in done if told.done} == set("01234")
+
+
+@torch.inference_mode()
+def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
+    """Rows join and leave; the hidden states are those of each alone."""
+    model, rng = bundle.model, np.random.default_rng(0)
+    prompts = [bundle.prompt(bundle.task("write"), {"text": text}) for text in TEXTS]
+    slots = Slots(model, 64, 10**7, torch.float32)
+    caches = {}
+    for number, prompt in enumerate(prompts):
+        hidden, cache = model.prefill(pad([prompt], 0), len(prompt))
+        slots.add(prefixes_of(hidden, cache))
+        caches[number] = model.prefill(pad([prompt], 0), 64)[1]
+    order = list(caches)
+    for turn in range(12):
+        tokens = torch.from_numpy(rng.integers(1, 90, len(order)))
+        hidden = slots.step(model, tokens)
+        for row, number in enumerate(order):
+            alone = model.step(tokens[row : row + 1], caches[number])[0]
+            torch.testing.assert_close(hidden[row], alone, atol=1e-4, rtol=1e-4)
+        if turn in (2, 5, 8):
+            slot = int(rng.integers(len(order)))
+            slots.drop(slot)
+            order[slot] = order[-1]
+            order.pop()
+        if turn == 6:
+            hidden, cache = model.prefill(pad([prompts[0]], 0), len(prompts[0]))
+            slots.add(prefixes_of(hidden, cache))
+            caches[9], order = model.prefill(pad([prompts[0]], 0), 64)[1], [*order, 9]
