@@ -34,6 +34,7 @@ def serve(
 ) -> None:
     """Put a model behind an API: `openm6 serve runs/demo/model`"""
     import logging
+    import signal
 
     import uvicorn
 
@@ -58,6 +59,8 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()))
     application = create_app(Fleet(Settings(cache_mib=cache_mib, queue=queue)), options, places)
+    # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
 
 

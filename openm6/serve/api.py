@@ -14,8 +14,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +31,14 @@ from openm6.serve.fleet import Deployment, Fleet, Place, Refused
 from openm6.serve.guard import Guard, Refusal, add_errors, body_of
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
+from openm6.serve.wire import CANCELLED
 
 LOCAL = Key("local", "", MANAGE)
 """Who asks where no keys are needed: a server that listens on this machine alone."""
+
+
+GONE = 0.5
+"""Seconds between two looks whether whoever asked is still there."""
 
 
 @dataclass(frozen=True)
@@ -124,22 +129,23 @@ class Server:
 
     async def answer(
         self, key: Key, deployment: Deployment, message: Mapping[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """What the worker tells, counted. Raises Refused."""
         started, first = time.perf_counter(), True
         kind = self.task(deployment, message["task"])["kind"]
         status = "cancelled"
         try:
-            async for event in self.fleet.ask(deployment.name, message):
-                if first:
-                    self.figures.first.labels(kind).observe(time.perf_counter() - started)
-                    first = False
-                if "value" in event:
-                    tokens = event["tokens"] or _weight(event["value"])
-                    self.figures.tokens.labels(kind).inc(tokens)
-                    self.meter.spend(key, tokens)
-                    status = "ok"
-                yield event
+            async with aclosing(self.fleet.ask(deployment.name, message)) as events:
+                async for event in events:
+                    if first:
+                        self.figures.first.labels(kind).observe(time.perf_counter() - started)
+                        first = False
+                    if "value" in event:
+                        tokens = event["tokens"] or _weight(event["value"])
+                        self.figures.tokens.labels(kind).inc(tokens)
+                        self.meter.spend(key, tokens)
+                        status = "ok"
+                    yield event
         except Refused as error:
             status = error.kind
             raise
@@ -147,12 +153,25 @@ class Server:
             self.figures.requests.labels(kind, status).inc()
             self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
 
-    async def whole(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer alone. Raises Refused."""
-        found: dict[str, Any] = {}
-        async for event in self.answer(key, deployment, message):
-            found = event
-        return found
+    async def whole(
+        self, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
+    ) -> dict[str, Any]:
+        """The answer alone; cancelled when whoever sent the `request` has gone. Raises Refused."""
+
+        async def last() -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            async for event in self.answer(key, deployment, message):
+                found = event
+            return found
+
+        answering = asyncio.ensure_future(last())
+        try:
+            while request is not None and not (await asyncio.wait({answering}, timeout=GONE))[0]:
+                if await request.is_disconnected():
+                    raise Refused(CANCELLED, "Whoever asked has gone.")
+            return await answering
+        finally:
+            answering.cancel()
 
 
 def create_app(fleet: Fleet, options: Options | None = None, places: Mapping[str, Place] | None = None) -> FastAPI:
@@ -238,14 +257,16 @@ def _routes(app: FastAPI, server: Server) -> None:
         return {"name": task, **_task(server, _deployment(fleet, model), task)}
 
     @app.post("/v1/tasks/{task}", response_model=None)
-    async def run(task: str, asked: TaskRequest, key: Annotated[Key, asker()]) -> dict[str, Any] | StreamingResponse:
+    async def run(
+        task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
+    ) -> dict[str, Any] | StreamingResponse:
         """Ask a task by its own slots. Pictures come and go as base64."""
         deployment = _deployment(fleet, asked.model)
         outputs = _task(server, deployment, task)["outputs"]
         message = await server.message(deployment, task, asked)
         if asked.stream:
             return await sse(_told_in_pieces(server, key, deployment, message, outputs))
-        return _answer(await server.whole(key, deployment, message), outputs)
+        return _answer(await server.whole(key, deployment, message, request), outputs)
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None) -> Any:

@@ -15,11 +15,11 @@ from starlette.exceptions import HTTPException
 
 from openm6.errors import OpenM6Error
 from openm6.serve.fleet import Refused
-from openm6.serve.wire import DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
 
 log = logging.getLogger("openm6.access")
 
-STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500}
+STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
 
 class Refusal(OpenM6Error):
