@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1] / "runs"
 STEPS, ASKED, SEEDS = 300, 300, 3
 TASKS = (
     ("text_classification", "market:reviews", "accuracy", {}),
-    ("title", "market:passages", "rouge_l", {"text": "passage"}),
     ("product_copy", "market:copy", "bleu", {}),
 )
 """Task, data, metric, columns."""
@@ -37,7 +36,8 @@ def run() -> tuple[list[dict[str, Any]], str]:
     rows: list[dict[str, Any]] = []
     for task, data, metric, columns in TASKS:
         full = 0.0
-        for method in (FULL, "lora", *(m for m in RATES if m not in (FULL, "lora"))):
+        others = [m for m in RATES if m not in (FULL, "lora")] if task == TASKS[0][0] else []
+        for method in (FULL, "lora", *others):
             figures, trained = [], 0
             for seed in range(SEEDS if method in (FULL, "lora") else 1):
                 bundle, trained = _learned(base, task, data, columns, method, seed)
@@ -55,7 +55,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
             print(rows[-1], flush=True)
     note = (
         f"From the demo's model after `openm6 train market` ({total:,} weights); {STEPS} steps of 32, {ASKED} held-out "
-        f"records; full and LoRA (rank {RANK}): the median of {SEEDS} seeds, the others one."
+        f"records; full and LoRA (rank {RANK}): the median of {SEEDS} seeds; the others: one, of the first task."
     )
     return rows, note
 
