@@ -219,7 +219,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
+    async def metrics(_: Annotated[Key, asker()]) -> Response:
         return Response(await server.figures.page(fleet), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")

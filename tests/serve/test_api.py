@@ -216,6 +216,7 @@ def test_who_may_what(served: Served, secrets: Any) -> None:
 
     ask = "/v1/tasks/write", {"inputs": {"text": "红"}, "decoding": {"max_new_tokens": 2}}
     assert post(None, *ask).status_code == 401 and post("m6-wrong", *ask).status_code == 401
+    assert httpx2.get(served.url + "/metrics").status_code == 401
     assert httpx2.get(served.url + "/healthz").text == "ok" and httpx2.get(served.url + "/readyz").status_code == 200
     keys = secrets[1]
     swap = "/v1/models/m6/promote", {"path": "/nowhere"}
