@@ -5,3 +5,6 @@ EXTENSIONS = "OPENM6_EXTENSION"
 
 CACHE = "OPENM6_CACHE"
 """Folder of generated and converted data; else ~/.cache/openm6."""
+
+HOME = "OPENM6_HOME"
+"""Folder of jobs; else ~/.local/share/openm6."""

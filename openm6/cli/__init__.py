@@ -55,6 +55,7 @@ def commands() -> typer.Typer:
         demo,
         images,
         index,
+        jobs,
         models,
         plan,
         recommend,
