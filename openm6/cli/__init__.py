@@ -53,6 +53,7 @@ def commands() -> typer.Typer:
         copy,
         data,
         demo,
+        deploy,
         images,
         index,
         jobs,

@@ -1,1 +1,1 @@
-"""What a team keeps: jobs."""
+"""What a team keeps: jobs, deployments."""

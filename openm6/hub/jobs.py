@@ -118,7 +118,7 @@ class Jobs:
             job = replace(job, state=STOPPED, ended=time.time())
             self._write(job)
         if process is not None:
-            _end(process)
+            end(process)
         return job
 
     def resume(self, identity: str) -> Job:
@@ -175,7 +175,7 @@ class Jobs:
             )  # fmt: skip
         now = time.time()
         self._write(
-            replace(job, state=RUNNING, started=job.started or now, process=process.pid, begun=_begun(process.pid))
+            replace(job, state=RUNNING, started=job.started or now, process=process.pid, begun=begun(process.pid))
         )
 
     def finished(self, identity: str, code: int) -> None:
@@ -196,7 +196,7 @@ class Jobs:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]
 
     def _lives(self, job: Job) -> bool:
-        return job.process is not None and _begun(job.process) == job.begun and job.begun is not None
+        return job.process is not None and begun(job.process) == job.begun and job.begun is not None
 
     # Files
 
@@ -236,22 +236,22 @@ def _died(job: Job) -> Job:
     return replace(job, state=FAILED, attempts=job.attempts + 1, ended=time.time(), message=message)
 
 
-def _end(process: int, seconds: float = 20.0) -> None:
-    """The whole session, gently, then not."""
-    begun = _begun(process)
-    for number in (signal.SIGTERM, signal.SIGKILL):
+def end(process: int, gently: int = signal.SIGTERM, seconds: float = 20.0) -> None:
+    """The whole session of a process, gently, then not."""
+    since = begun(process)
+    for number in (gently, signal.SIGKILL):
         try:
             os.killpg(process, number)
         except (ProcessLookupError, PermissionError):
             return
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if _begun(process) != begun:
+            if begun(process) != since:
                 return
             time.sleep(0.05)
 
 
-def _begun(process: int) -> float | None:
+def begun(process: int) -> float | None:
     """When a process began; None of one that is not there or only waits to be buried."""
     import psutil
 
