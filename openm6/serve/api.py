@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,8 +120,12 @@ class Server:
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
         """A request as it goes to the worker."""
         slots = self.task(deployment, task)["slots"]
-        record = await asyncio.to_thread(record_of, asked.inputs, slots, self.pictures)
-        examples = [await asyncio.to_thread(record_of, one, slots, self.pictures) for one in asked.examples]
+        read = partial(record_of, slots=slots, pictures=self.pictures)
+        every = [asked.inputs, *asked.examples]
+        if "image" in slots.values():  # it may have to be fetched, or be large
+            record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
+        else:
+            record, *examples = [read(one) for one in every]
         return {
             "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
             "candidates": asked.candidates, "examples": examples,
@@ -199,7 +204,7 @@ def create_app(fleet: Fleet, options: Options | None = None, places: Mapping[str
 def asker(role: str = USE) -> Any:
     """A dependency: the key of whoever asks."""
 
-    def found(request: Request) -> Key:
+    async def found(request: Request) -> Key:  # a plain function would be called in a thread
         server: Server = request.app.state.server
         return server.key_of(request, role)
 
