@@ -146,7 +146,7 @@ class Server:
                         self.figures.first.labels(kind).observe(time.perf_counter() - started)
                         first = False
                     if "value" in event:
-                        tokens = event["tokens"] or _weight(event["value"])
+                        tokens = event["tokens"] or _weight(kind, event["value"])
                         self.figures.tokens.labels(kind).inc(tokens)
                         self.meter.spend(key, tokens)
                         status = "ok"
@@ -267,19 +267,22 @@ def _routes(app: FastAPI, server: Server) -> None:
     ) -> dict[str, Any] | StreamingResponse:
         """Ask a task by its own slots. Pictures come and go as base64."""
         deployment = _deployment(fleet, asked.model)
-        outputs = _task(server, deployment, task)["outputs"]
+        told = _task(server, deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, outputs))
-        return _answer(await server.whole(key, deployment, message, request), outputs)
+            return await sse(_told_in_pieces(server, key, deployment, message, told))
+        return _answer(await server.whole(key, deployment, message, request), told)
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None) -> Any:
         """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
         it is there. A line that fails has an error in the place of an answer."""
         deployment = _deployment(fleet, model)
-        outputs = _task(server, deployment, task)["outputs"]
-        lines = (await request.body()).decode("utf-8").splitlines()
+        told = _task(server, deployment, task)
+        try:
+            lines = (await request.body()).decode("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise DataError("The file has to be JSON lines in UTF-8.") from None
 
         async def one(number: int, line: str) -> str:
             try:
@@ -287,9 +290,11 @@ def _routes(app: FastAPI, server: Server) -> None:
                 if not isinstance(inputs, dict):
                     raise DataError("A line has to be a JSON object.")
                 message = await server.message(deployment, task, TaskRequest(inputs=inputs))
-                found = _answer(await server.whole(key, deployment, message), outputs)
-            except (OpenM6Error, ValueError) as error:
+                found = _answer(await server.whole(key, deployment, message), told)
+            except OpenM6Error as error:
                 found = {"error": {"message": str(error)}}
+            except (ValueError, RecursionError):
+                found = {"error": {"message": "The line is no JSON."}}
             return json.dumps({"line": number, **found}, ensure_ascii=False) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
@@ -338,10 +343,10 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _answer(found: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
-    value = outgoing(found["value"])
+def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    value, outputs = outgoing(found["value"]), task["outputs"]
     answer = value if len(outputs) > 1 else {outputs[0]: value}
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "image" in value[0]:  # pictures
+    if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
     return {"outputs": answer, "finished": found["finished"], "usage": usage}
@@ -358,21 +363,20 @@ def outgoing(value: Any) -> Any:
     return value
 
 
-def _weight(value: Any) -> int:
+def _weight(kind: str, value: Any) -> int:
     """What an answer without tokens counts: a picture its codes, else 1."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return sum(len(one.get("codes", ())) for one in value)
-    return 1
+    return sum(len(one["codes"]) for one in value) if kind == "picture" else 1
 
 
 async def _told_in_pieces(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], outputs: list[str]
+    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    async for event in server.answer(key, deployment, message):
-        if event.get("piece"):
-            yield {"piece": event["piece"]}
-        if "value" in event:
-            yield _answer(event, outputs)
+    async with aclosing(server.answer(key, deployment, message)) as events:
+        async for event in events:
+            if event.get("piece"):
+                yield {"piece": event["piece"]}
+            if "value" in event:
+                yield _answer(event, task)
 
 
 async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> StreamingResponse:
