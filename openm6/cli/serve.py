@@ -38,9 +38,10 @@ def serve(
 
     import uvicorn
 
-    from openm6.serve.api import Options, create_app
+    from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
+    from openm6.serve.server import Options
 
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")

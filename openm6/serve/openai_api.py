@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.errors import DataError, UsageError
 from openm6.images import open_image
-from openm6.serve.api import Refusal, Server, TaskRequest, asker, sse
 from openm6.serve.fleet import Deployment
+from openm6.serve.guard import Refusal, sse
 from openm6.serve.keys import Key
+from openm6.serve.server import Server, TaskRequest, asker
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
 """Tasks that answer where none is named."""

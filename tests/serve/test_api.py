@@ -21,10 +21,11 @@ import uvicorn
 from PIL import Image
 
 from openm6.bundle import Bundle
-from openm6.serve.api import Options, create_app
+from openm6.serve.api import create_app
 from openm6.serve.engine import Settings
 from openm6.serve.fleet import Fleet, Place
 from openm6.serve.keys import Keys
+from openm6.serve.server import Options
 from tests.tasks.conftest import picture
 
 
