@@ -33,7 +33,7 @@ from openm6.train.trainer import train
 
 TITLE = "Every task, from the demo's model after unlabelled texts, and from nothing"
 ROOT = Path(__file__).parents[1] / "runs"
-STEPS, BATCH, ASKED = 120, 24, 200
+STEPS, BATCH, ASKED = 240, 24, 200
 LOWER = ("perplexity",)
 """Metrics that are better when lower."""
 

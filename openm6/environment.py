@@ -5,3 +5,12 @@ EXTENSIONS = "OPENM6_EXTENSION"
 
 CACHE = "OPENM6_CACHE"
 """Folder of generated and converted data; else ~/.cache/openm6."""
+
+HOME = "OPENM6_HOME"
+"""Folder of jobs; else ~/.local/share/openm6."""
+
+CATALOGUE = "OPENM6_CATALOGUE"
+"""Database of the catalogue; else catalogue.db in OPENM6_HOME."""
+
+ARTIFACTS = "OPENM6_ARTIFACTS"
+"""Where the catalogue keeps files; else artifacts in OPENM6_HOME."""

@@ -34,12 +34,14 @@ def serve(
 ) -> None:
     """Put a model behind an API: `openm6 serve runs/demo/model`"""
     import logging
+    import signal
 
     import uvicorn
 
-    from openm6.serve.api import Options, create_app
+    from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
+    from openm6.serve.server import Options
 
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
@@ -58,6 +60,8 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()))
     application = create_app(Fleet(Settings(cache_mib=cache_mib, queue=queue)), options, places)
+    # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
 
 

@@ -7,18 +7,15 @@ asks for is a combination that no training picture shows, before or after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from openm6.data import draw
 from openm6.data.catalogue import HELD_OUT, SPLITS
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Item, Placed
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import Record, Records, check_split, drawn
 
 VERSION = 1
 """Goes up when the same seed would give other records: old caches are then left aside."""
@@ -69,13 +66,5 @@ def open_edits(split: str = "train", seed: int = 0, pictures: int | None = None)
     """The records of a split, generated at the first call, then from the cache."""
     check_split("The edits have", split, SPLITS)
     count = PICTURES[split] if pictures is None else pictures
-
-    def made() -> Iterator[Record]:
-        with ThreadPoolExecutor() as pool:
-            records = pool.map(partial(record, seed, split), range(count))
-            yield from shown(records, count, f"drawing the {split} edits")
-
-    def make(folder: Path) -> None:
-        write_records(folder, made())
-
-    return ArrowRecords(cached("edits", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make))
+    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
+    return drawn("edits", key, count, partial(record, seed, split), f"drawing the {split} edits")

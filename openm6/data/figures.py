@@ -14,9 +14,7 @@ the same bytes.
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from openm6.data.catalogue import combinations
 from openm6.data.draw import COLOURS, RGB, Colour, Item, Look, Manner, Placed
 from openm6.data.people import Figure, Point, paint
 from openm6.data.phrases import MEASURES
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import Record, Records, check_split, drawn
 
 VERSION = 2
 """Goes up when the same seed would give other records: old caches are then left aside."""
@@ -157,10 +155,5 @@ def open_figures(split: str = "train", seed: int = 0, pictures: int | None = Non
     """
     check_split("The try-on data has", split, SPLITS)
     count = PICTURES[split] if pictures is None else pictures
-
-    def make(folder: Path) -> None:
-        with ThreadPoolExecutor() as pool:
-            records = pool.map(partial(record, seed, split), range(count))
-            write_records(folder, shown(records, count, f"drawing the {split} people"))
-
-    return ArrowRecords(cached("tryon", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make))
+    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
+    return drawn("tryon", key, count, partial(record, seed, split), f"drawing the {split} people")

@@ -8,12 +8,9 @@ tell); description (of all goods), caption (the same, in half of the records wro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import combinations as choose
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +18,7 @@ from openm6.data import draw
 from openm6.data.catalogue import SPLITS, combinations
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed
 from openm6.data.phrases import MEASURES
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import Record, Records, check_split, drawn
 
 VERSION = 2
 """Goes up when the same seed would give other records: old caches are then left aside."""
@@ -137,13 +134,5 @@ def open_scenes(split: str, seed: int = 0, pictures: int | None = None) -> Recor
     """The records of a split, generated at the first call, then from the cache."""
     check_split("The scenes have", split, SPLITS)
     count = PICTURES[split] if pictures is None else pictures
-
-    def made() -> Iterator[Record]:
-        with ThreadPoolExecutor() as pool:
-            records = pool.map(partial(picture, seed, split), range(count))
-            yield from shown(records, count, f"drawing the {split} scenes")
-
-    def make(folder: Path) -> None:
-        write_records(folder, made())
-
-    return ArrowRecords(cached("scenes", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make))
+    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
+    return drawn("scenes", key, count, partial(picture, seed, split), f"drawing the {split} scenes")

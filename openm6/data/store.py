@@ -14,6 +14,7 @@ import shutil
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -174,7 +175,7 @@ def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
     return track(records, what, total=count, console=Console(stderr=True), transient=True, disable=count < 2000)
 
 
-def cached(name: str, key: object, make: Callable[[Path], None]) -> Path:
+def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
     """The folder of the cache for `key`; made by `make(folder)` when it is not there yet.
 
     It appears whole or not at all, and is made once even when several processes ask at the same time.
@@ -206,6 +207,16 @@ def cached(name: str, key: object, make: Callable[[Path], None]) -> Path:
                 ) from None
             raise
     return place
+
+
+def drawn(name: str, key: Mapping[str, Any], count: int, draw: Callable[[int], Record], what: str) -> ArrowRecords:
+    """The records 0 to `count` - 1 that `draw` makes, at the first call (by several threads), then from the cache."""
+
+    def made() -> Iterator[Record]:
+        with ThreadPoolExecutor() as pool:
+            yield from shown(pool.map(draw, range(count)), count, what)
+
+    return ArrowRecords(cached(name, key, lambda folder: write_records(folder, made())))
 
 
 def iterate(records: Records) -> Iterator[Record]:

@@ -13,59 +13,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6._version import __version__
-from openm6.errors import DataError, OpenM6Error, UsageError, suggest
-from openm6.serve.figures import Figures
-from openm6.serve.fleet import Deployment, Fleet, Place, Refused
-from openm6.serve.guard import Guard, Refusal, add_errors, body_of
-from openm6.serve.incoming import Pictures, record_of
-from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
-
-LOCAL = Key("local", "", MANAGE)
-"""Who asks where no keys are needed: a server that listens on this machine alone."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the server behaves.
-
-    keys        file of keys (keys.py); None: nobody is asked, for a server on the loopback address
-    hosts       from which pictures may be fetched
-    body_mib    of a request at most
-    seconds     that a request may take, unless it asks for less
-    """
-
-    keys: Path | None = None
-    hosts: tuple[str, ...] = ()
-    body_mib: int = 64
-    seconds: float = 300.0
-    drain: float = 30.0
-
-
-class TaskRequest(BaseModel):
-    """What a task is asked."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
-    model: str | None = Field(None, description="a model's name; the first one by default")
-    adapter: str | None = Field(None, description="one of the model's adapters")
-    decoding: dict[str, int | float] = Field(default_factory=dict, description="options of decoding or drawing")
-    examples: list[dict[str, Any]] = Field(default_factory=list, max_length=64, description="records with answers")
-    candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
-    stream: bool = Field(False, description="pieces of a text as they are written")
-    seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.serve.fleet import Deployment, Fleet, Place
+from openm6.serve.guard import Guard, Refusal, add_errors, sse
+from openm6.serve.keys import MANAGE, Key
+from openm6.serve.openai_api import add_routes
+from openm6.serve.server import Options, Server, TaskRequest, asker
 
 
 class PromoteRequest(BaseModel):
@@ -73,86 +36,6 @@ class PromoteRequest(BaseModel):
 
     path: str = Field(description="a model directory on the server")
     adapters: dict[str, str] = Field(default_factory=dict)
-
-
-@dataclass
-class Server:
-    """What all routes share."""
-
-    fleet: Fleet
-    options: Options
-    figures: Figures = field(default_factory=Figures)
-    meter: Meter = field(default_factory=Meter)
-
-    def __post_init__(self) -> None:
-        self.keys = Keys(self.options.keys) if self.options.keys else None
-        self.pictures = Pictures(self.options.hosts)
-
-    def key_of(self, request: Request, role: str = USE) -> Key:
-        """Whoever asks. Raises Refusal where they may not."""
-        if self.keys is None:
-            return LOCAL
-        given = request.headers.get("authorization", "")
-        kind, _, secret = given.partition(" ")
-        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
-        if key is None:
-            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
-        if not key.may(role):
-            raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
-        if (seconds := self.meter.wait(key)) > 0:
-            raise Refusal(429, f"The key {key.name} has asked as often as it may.", "rate_limit_exceeded", seconds)
-        request.state.key = key.name
-        return key
-
-    def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
-        """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
-        tasks: dict[str, dict[str, Any]] = deployment.about["tasks"]
-        if name not in tasks:
-            raise UsageError(f"The model {deployment.name} has no task {name}.{suggest(name, list(tasks))}")
-        return tasks[name]
-
-    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as it goes to the worker."""
-        slots = self.task(deployment, task)["slots"]
-        record = await asyncio.to_thread(record_of, asked.inputs, slots, self.pictures)
-        examples = [await asyncio.to_thread(record_of, one, slots, self.pictures) for one in asked.examples]
-        return {
-            "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
-            "candidates": asked.candidates, "examples": examples,
-            "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
-        }  # fmt: skip
-
-    async def answer(
-        self, key: Key, deployment: Deployment, message: Mapping[str, Any]
-    ) -> AsyncIterator[dict[str, Any]]:
-        """What the worker tells, counted. Raises Refused."""
-        started, first = time.perf_counter(), True
-        kind = self.task(deployment, message["task"])["kind"]
-        status = "cancelled"
-        try:
-            async for event in self.fleet.ask(deployment.name, message):
-                if first:
-                    self.figures.first.labels(kind).observe(time.perf_counter() - started)
-                    first = False
-                if "value" in event:
-                    tokens = event["tokens"] or _weight(event["value"])
-                    self.figures.tokens.labels(kind).inc(tokens)
-                    self.meter.spend(key, tokens)
-                    status = "ok"
-                yield event
-        except Refused as error:
-            status = error.kind
-            raise
-        finally:
-            self.figures.requests.labels(kind, status).inc()
-            self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
-
-    async def whole(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer alone. Raises Refused."""
-        found: dict[str, Any] = {}
-        async for event in self.answer(key, deployment, message):
-            found = event
-        return found
 
 
 def create_app(fleet: Fleet, options: Options | None = None, places: Mapping[str, Place] | None = None) -> FastAPI:
@@ -171,20 +54,8 @@ def create_app(fleet: Fleet, options: Options | None = None, places: Mapping[str
     app.add_middleware(Guard, most=server.options.body_mib * 2**20)
     add_errors(app)
     _routes(app, server)
-    from openm6.serve.openai_api import add_routes
-
     add_routes(app, server)
     return app
-
-
-def asker(role: str = USE) -> Any:
-    """A dependency: the key of whoever asks."""
-
-    def found(request: Request) -> Key:
-        server: Server = request.app.state.server
-        return server.key_of(request, role)
-
-    return Depends(found)
 
 
 def _routes(app: FastAPI, server: Server) -> None:
@@ -200,7 +71,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
+    async def metrics(_: Annotated[Key, asker()]) -> Response:
         return Response(await server.figures.page(fleet), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
@@ -238,22 +109,27 @@ def _routes(app: FastAPI, server: Server) -> None:
         return {"name": task, **_task(server, _deployment(fleet, model), task)}
 
     @app.post("/v1/tasks/{task}", response_model=None)
-    async def run(task: str, asked: TaskRequest, key: Annotated[Key, asker()]) -> dict[str, Any] | StreamingResponse:
+    async def run(
+        task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
+    ) -> dict[str, Any] | StreamingResponse:
         """Ask a task by its own slots. Pictures come and go as base64."""
         deployment = _deployment(fleet, asked.model)
-        outputs = _task(server, deployment, task)["outputs"]
+        told = _task(server, deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, outputs))
-        return _answer(await server.whole(key, deployment, message), outputs)
+            return await sse(_told_in_pieces(server, key, deployment, message, told))
+        return _answer(await server.whole(key, deployment, message, request), told)
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None) -> Any:
         """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
         it is there. A line that fails has an error in the place of an answer."""
         deployment = _deployment(fleet, model)
-        outputs = _task(server, deployment, task)["outputs"]
-        lines = (await request.body()).decode("utf-8").splitlines()
+        told = _task(server, deployment, task)
+        try:
+            lines = (await request.body()).decode("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise DataError("The file has to be JSON lines in UTF-8.") from None
 
         async def one(number: int, line: str) -> str:
             try:
@@ -261,9 +137,11 @@ def _routes(app: FastAPI, server: Server) -> None:
                 if not isinstance(inputs, dict):
                     raise DataError("A line has to be a JSON object.")
                 message = await server.message(deployment, task, TaskRequest(inputs=inputs))
-                found = _answer(await server.whole(key, deployment, message), outputs)
-            except (OpenM6Error, ValueError) as error:
+                found = _answer(await server.whole(key, deployment, message), told)
+            except OpenM6Error as error:
                 found = {"error": {"message": str(error)}}
+            except (ValueError, RecursionError):
+                found = {"error": {"message": "The line is no JSON."}}
             return json.dumps({"line": number, **found}, ensure_ascii=False) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
@@ -312,10 +190,10 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _answer(found: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
-    value = outgoing(found["value"])
+def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    value, outputs = outgoing(found["value"]), task["outputs"]
     answer = value if len(outputs) > 1 else {outputs[0]: value}
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "image" in value[0]:  # pictures
+    if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
     return {"outputs": answer, "finished": found["finished"], "usage": usage}
@@ -332,36 +210,12 @@ def outgoing(value: Any) -> Any:
     return value
 
 
-def _weight(value: Any) -> int:
-    """What an answer without tokens counts: a picture its codes, else 1."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return sum(len(one.get("codes", ())) for one in value)
-    return 1
-
-
 async def _told_in_pieces(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], outputs: list[str]
+    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    async for event in server.answer(key, deployment, message):
-        if event.get("piece"):
-            yield {"piece": event["piece"]}
-        if "value" in event:
-            yield _answer(event, outputs)
-
-
-async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> StreamingResponse:
-    """Server-sent events. What is refused before the first of them is an error of the response itself."""
-    first = await anext(events, None)
-
-    async def lines() -> AsyncIterator[str]:
-        try:
-            if first is not None:
-                yield f"data: {json.dumps(first, ensure_ascii=False)}\n\n"
-                async for event in events:
-                    yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-        except Refused as error:
-            yield f"data: {json.dumps(body_of(error.kind, str(error)), ensure_ascii=False)}\n\n"
-        if end:
-            yield f"data: {end}\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    async with aclosing(server.answer(key, deployment, message)) as events:
+        async for event in events:
+            if event.get("piece"):
+                yield {"piece": event["piece"]}
+            if "value" in event:
+                yield _answer(event, task)

@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return len(self._inbox) + len(self._waiting) + sum(len(texts.waiting) for texts in self._texts.values())
+        return len(self._inbox) + len(self._waiting) + sum(len(texts.waiting) for texts in list(self._texts.values()))
 
     @property
     def running(self) -> int:

@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class Worker:
                 future.set_result({})
         await asyncio.to_thread(self.process.wait)
 
-    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """What becomes of a request; whoever stops listening has it cancelled."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if not self.alive:
@@ -204,29 +205,33 @@ class Deployment:
                 log.warning(
                     "the process of %s died (exit code %s); a new one starts", self.name, self.worker.process.poll()
                 )
-                self.worker = await Worker.start(self.worker.place, self.settings)
+                try:
+                    self.worker = await Worker.start(self.worker.place, self.settings)
+                except UsageError as error:
+                    raise Refused(DIED, f"The model cannot be started again: {error}") from None
             return self.worker
 
-    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Pieces of text, then the answer: {"value", "finished", "tokens", "prompt_tokens"}. Raises Refused."""
         told = ""
         for left in range(TRIES, 0, -1):
             worker = await self._alive()
             text, died = "", False
-            async for event in worker.ask(f"{identity}-{left}", message):
-                if "error" in event:
-                    died = event["error"] == DIED
-                    if died and left > 1:
-                        break
-                    raise Refused(event["error"], event["message"])
-                if piece := event.get("piece", ""):
-                    text += piece
-                    new = text[len(told) :]
-                    told = text if len(text) > len(told) else told
-                    event = {**event, "piece": new}
-                yield event
-                if "value" in event:
-                    return
+            async with aclosing(worker.ask(f"{identity}-{left}", message)) as events:
+                async for event in events:
+                    if "error" in event:
+                        died = event["error"] == DIED
+                        if died and left > 1:
+                            break
+                        raise Refused(event["error"], event["message"])
+                    if piece := event.get("piece", ""):
+                        text += piece
+                        new = text[len(told) :]
+                        told = text if len(text) > len(told) else told
+                        event = {**event, "piece": new}
+                    yield event
+                    if "value" in event:
+                        return
             if not died:
                 return
 
@@ -264,7 +269,7 @@ class Fleet:
             raise UsageError(f"There is no model {name}.{suggest(name, known)} There are: {', '.join(known)}.")
         return self.deployments[name]
 
-    def ask(self, name: str | None, message: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    def ask(self, name: str | None, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""
         if self.closing:
             raise Refused(FULL, "The server is stopping.")

@@ -6,20 +6,21 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from openm6.errors import OpenM6Error
 from openm6.serve.fleet import Refused
-from openm6.serve.wire import DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
 
 log = logging.getLogger("openm6.access")
 
-STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500}
+STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
 
 class Refusal(OpenM6Error):
@@ -117,3 +118,21 @@ class Guard:
 class _TooLarge(HTTPException):
     def __init__(self, limit: int):
         super().__init__(413, f"A request has at most {limit / 2**20:.0f} MiB.")
+
+
+async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> StreamingResponse:
+    """Server-sent events. What is refused before the first of them is an error of the response itself."""
+    first = await anext(events, None)
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            if first is not None:
+                yield f"data: {json.dumps(first, ensure_ascii=False)}\n\n"
+                async for event in events:
+                    yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except Refused as error:
+            yield f"data: {json.dumps(body_of(error.kind, str(error)), ensure_ascii=False)}\n\n"
+        if end:
+            yield f"data: {end}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

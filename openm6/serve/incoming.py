@@ -98,9 +98,15 @@ def _public(host: str, port: int) -> str:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         raise DataError("The picture's host is not known.") from None
-    if not found or not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in found):
+    if not found or not all(map(_is_public, found)):
         raise DataError("Pictures are not fetched from there: send the picture itself, as base64.")
     return sorted(found)[0]
+
+
+def _is_public(address: str) -> bool:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(found, "ipv4_mapped", None)
+    return (inner or found).is_global and not found.is_multicast
 
 
 def record_of(inputs: Mapping[str, Any], slots: Mapping[str, str], pictures: Pictures) -> dict[str, Any]:

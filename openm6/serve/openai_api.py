@@ -12,19 +12,21 @@ import io
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import StreamingResponse
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.errors import DataError, UsageError
 from openm6.images import open_image
-from openm6.serve.api import Refusal, Server, TaskRequest, asker, sse
 from openm6.serve.fleet import Deployment
+from openm6.serve.guard import Refusal, sse
 from openm6.serve.keys import Key
+from openm6.serve.server import Server, TaskRequest, asker
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
 """Tasks that answer where none is named."""
@@ -71,7 +73,9 @@ class EmbeddingRequest(_Asked):
 
 def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest, key: Annotated[Key, asker()]) -> dict[str, Any] | StreamingResponse:
+    async def chat(
+        asked: ChatRequest, request: Request, key: Annotated[Key, asker()]
+    ) -> dict[str, Any] | StreamingResponse:
         """A conversation goes on."""
         text, picture = _conversation(asked.messages)
         deployment, task = _chosen(server, asked.model, LOOK if picture is not None else CHAT)
@@ -94,7 +98,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if asked.stream:
             usage = bool((asked.stream_options or {}).get("include_usage"))
             return await sse(_chunks(server, key, deployment, messages, stops, about, usage), "[DONE]")
-        found = await asyncio.gather(*(_text(server, key, deployment, one, stops) for one in messages))
+        found = await asyncio.gather(*(_text(server, key, deployment, one, stops, request) for one in messages))
         choices = [
             {"index": i, "message": {"role": "assistant", "content": said}, "finish_reason": reason, "logprobs": None}
             for i, (said, reason, _, _) in enumerate(found)
@@ -102,15 +106,16 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return {**about, "object": "chat.completion", "choices": choices, "usage": _usage([f[2:] for f in found])}
 
     @app.post("/v1/images/generations")
-    async def generations(asked: ImageRequest, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Pictures for a text, the best first."""
         deployment, task = _chosen(server, asked.model, PAINT)
         inputs = _by_type(server, deployment, task, asked.prompt, None)
         one = TaskRequest(inputs=inputs, candidates=asked.n, decoding={"seed": asked.seed or 0})
-        return await _pictures(server, key, deployment, await server.message(deployment, task, one))
+        return await _pictures(server, key, deployment, await server.message(deployment, task, one), request)
 
     @app.post("/v1/images/edits")
     async def edits(
+        request: Request,
         key: Annotated[Key, asker()],
         image: Annotated[UploadFile, File()],
         prompt: Annotated[str, Form(min_length=1, max_length=4_000)],
@@ -124,7 +129,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         message = await server.message(deployment, task, TaskRequest(inputs=inputs, candidates=n))
         given = await image.read()
         message["edit"] = await asyncio.to_thread(_edit_of, given, await mask.read() if mask else given)
-        return await _pictures(server, key, deployment, message)
+        return await _pictures(server, key, deployment, message, request)
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest, key: Annotated[Key, asker()]) -> dict[str, Any]:
@@ -204,9 +209,9 @@ def _png(image: Image.Image) -> bytes:
 
 
 async def _text(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], stops: list[str]
+    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], stops: list[str], request: Request
 ) -> tuple[str, str, int, int]:
-    found = await server.whole(key, deployment, message)
+    found = await server.whole(key, deployment, message, request)
     said = found["value"] if isinstance(found["value"], str) else str(found["value"])
     cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
     reason = "stop" if found["finished"] or cut >= 0 else "length"
@@ -232,34 +237,37 @@ async def _chunks(
     counts = []
     for index, message in enumerate(messages):
         said, told, reason, begun = "", "", None, False
-        async for event in server.answer(key, deployment, message):
-            said += event.get("piece", "")
-            value = event.get("value")
-            if "value" in event:
-                counts.append((event["prompt_tokens"], event["tokens"]))
-                reason = "stop" if event["finished"] else "length"
-                if not said:  # labels and numbers come at once
-                    said = value if isinstance(value, str) else str(value)
-            cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
-            # What may be the beginning of a stop waits.
-            kept = len(said) if reason or not stops else max(len(told), len(said) - max(map(len, stops)) + 1)
-            safe = said[:cut] if cut >= 0 else said[:kept]
-            if not begun:
-                yield chunk(index, {"role": "assistant", "content": ""})
-                begun = True
-            if len(safe) > len(told):
-                yield chunk(index, {"content": safe[len(told) :]})
-                told = safe
-            if cut >= 0:
-                reason = "stop"
-                break
+        async with aclosing(server.answer(key, deployment, message)) as events:
+            async for event in events:
+                said += event.get("piece", "")
+                value = event.get("value")
+                if "value" in event:
+                    counts.append((event["prompt_tokens"], event["tokens"]))
+                    reason = "stop" if event["finished"] else "length"
+                    if not said:  # labels and numbers come at once
+                        said = value if isinstance(value, str) else str(value)
+                cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
+                # What may be the beginning of a stop waits.
+                kept = len(said) if reason or not stops else max(len(told), len(said) - max(map(len, stops)) + 1)
+                safe = said[:cut] if cut >= 0 else said[:kept]
+                if not begun:
+                    yield chunk(index, {"role": "assistant", "content": ""})
+                    begun = True
+                if len(safe) > len(told):
+                    yield chunk(index, {"content": safe[len(told) :]})
+                    told = safe
+                if cut >= 0:
+                    reason = "stop"
+                    break
         yield chunk(index, {}, reason)
     if usage:
         yield {**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(counts or [(0, 0)])}
 
 
-async def _pictures(server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-    found = await server.whole(key, deployment, message)
+async def _pictures(
+    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request
+) -> dict[str, Any]:
+    found = await server.whole(key, deployment, message, request)
     data = [{"b64_json": base64.b64encode(one["image"]).decode()} for one in found["value"]]
     return {"created": int(time.time()), "data": data}
 

@@ -20,7 +20,8 @@ _LENGTH = struct.Struct(">I")
 LARGEST = 2**28
 """Bytes of a message at most."""
 
-INVALID, DEADLINE, MEMORY, FULL, DIED, INTERNAL = "invalid", "deadline", "memory", "full", "died", "internal"
+INVALID, DEADLINE, MEMORY, FULL = "invalid", "deadline", "memory", "full"
+DIED, INTERNAL, CANCELLED = "died", "internal", "cancelled"
 """Kinds of errors."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,8 @@ READERS = 2
 
 
 def main(descriptor: int) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole session: when to end, the server says
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     stream = connection.makefile("rb")
     start = read(stream)

@@ -21,10 +21,11 @@ import uvicorn
 from PIL import Image
 
 from openm6.bundle import Bundle
-from openm6.serve.api import Options, create_app
+from openm6.serve.api import create_app
 from openm6.serve.engine import Settings
 from openm6.serve.fleet import Fleet, Place
 from openm6.serve.keys import Keys
+from openm6.serve.server import Options
 from tests.tasks.conftest import picture
 
 
@@ -216,6 +217,7 @@ def test_who_may_what(served: Served, secrets: Any) -> None:
 
     ask = "/v1/tasks/write", {"inputs": {"text": "红"}, "decoding": {"max_new_tokens": 2}}
     assert post(None, *ask).status_code == 401 and post("m6-wrong", *ask).status_code == 401
+    assert httpx2.get(served.url + "/metrics").status_code == 401
     assert httpx2.get(served.url + "/healthz").text == "ok" and httpx2.get(served.url + "/readyz").status_code == 200
     keys = secrets[1]
     swap = "/v1/models/m6/promote", {"path": "/nowhere"}

@@ -1,0 +1,254 @@
+"""Serving: requests a second and the time to the first token, by how many clients ask at once, against transformers'
+`generate` behind a plain FastAPI handler (texts, the same weights), and against LitServe with dynamic batching around
+the same model (the demo's tasks, mixed); and what HTTP and scheduling add to one request.
+
+Closed loop: each client sends its next request when it has its answer. Sides take turns at each number of clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from openm6.bundle import Bundle
+from openm6.data.source import open_source
+from openm6.errors import UsageError
+
+TITLE = "Serving: clients at once"
+ROOT = Path(__file__).parents[1] / "runs"
+CLIENTS, SECONDS, NEW = (1, 4, 16, 64), 8.0, 32
+
+Ask = Callable[[int], tuple[str, dict[str, Any]]]
+"""The n-th request: its path and its body."""
+
+
+def run() -> tuple[list[dict[str, Any]], str]:
+    demo = ROOT / "demo" / "model"
+    if not demo.is_dir():
+        raise UsageError(f"{demo} is not there: run `make demo` first.")
+    checkpoint, imported = _checkpoint(ROOT / "bench-serve")
+    texts = _texts()
+    rows = _compared(
+        "texts of 32 tokens",
+        {
+            "openm6": (_served(imported), _openm6(texts)),
+            "transformers": (_peer("transformers", checkpoint), _plain(texts)),
+        },
+    )
+    mixed = _mixed()
+    rows += _compared(
+        "the demo's tasks, mixed",
+        {"openm6": (_served(demo), _openm6(mixed)), "litserve": (_peer("litserve", demo), _whole(mixed))},
+    )
+    rows.append(_overhead(demo, mixed))
+    note = (
+        f"{SECONDS:.0f} s each; first: the time to the first token where a side streams, else to the answer. Texts: a "
+        "Qwen3 of 6 layers, hidden size 256, random weights, bf16 where the machine has units for it, on both sides."
+    )
+    return rows, note
+
+
+def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Ask]]) -> list[dict[str, Any]]:
+    rows = []
+    for clients in CLIENTS:
+        found = {}
+        for name, (started, ask) in sides.items():
+            with started() as url:
+                asyncio.run(_load(url, ask, 2, 1.0))  # warm
+                found[name] = asyncio.run(_load(url, ask, clients, SECONDS))
+        for name, (rate, firsts, wholes, bad) in found.items():
+            peer = next(other for other in found if other != name)
+            rows.append(
+                {
+                    "what": what, "clients": clients, "side": name, "requests/s": round(rate, 1),
+                    "times the other": round(rate / found[peer][0], 2),
+                    "first ms p50": round(1000 * median(firsts), 1),
+                    "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
+                    "answer ms p50": round(1000 * median(wholes), 1), "refused": bad,
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+async def _load(url: str, ask: Ask, clients: int, seconds: float) -> tuple[float, list[float], list[float], int]:
+    """Answers a second, times to the first token and to the answer, and requests that were refused."""
+    firsts: list[float] = []
+    wholes: list[float] = []
+    bad = 0
+    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
+    started = time.perf_counter()
+
+    async def client(number: int, http: httpx2.AsyncClient) -> None:
+        nonlocal bad
+        turn = number
+        while time.perf_counter() - started < seconds:
+            path, body = ask(turn)
+            turn += clients
+            sent = time.perf_counter()
+            first = 0.0
+            async with http.stream("POST", path, json=body) as answer:
+                async for _ in answer.aiter_raw():
+                    first = first or time.perf_counter() - sent
+            if answer.status_code != 200:
+                bad += 1
+                continue
+            firsts.append(first)
+            wholes.append(time.perf_counter() - sent)
+
+    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        await asyncio.gather(*(client(number, http) for number in range(clients)))
+    return len(wholes) / (time.perf_counter() - started), firsts, wholes, bad
+
+
+def _overhead(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One client: milliseconds a request over HTTP, and by the decoder alone, taken in turn."""
+    bundle = Bundle.load(model)
+    records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed[:40]]
+    ask = _whole_openm6(mixed)
+    by_http, alone = [], []
+    with _served(model)() as url, httpx2.Client(base_url=url, timeout=60) as http:
+        for turn in range(3):
+            for number, (task, record) in enumerate(records):
+                path, body = ask(number)
+                started = time.perf_counter()
+                http.post(path, json=body)
+                middle = time.perf_counter()
+                bundle.run(task, **record)
+                ended = time.perf_counter()
+                if turn:  # the first time is warm-up
+                    by_http.append(middle - started)
+                    alone.append(ended - middle)
+    over = 1000 * median(a - b for a, b in zip(by_http, alone, strict=True))
+    row = {
+        "what": "one client, the demo's tasks", "clients": 1, "side": "openm6 over the decoder alone",
+        "answer ms p50": round(1000 * median(by_http), 2), "decoder ms p50": round(1000 * median(alone), 2),
+        "more ms p50": round(over, 2),
+    }  # fmt: skip
+    print(row, flush=True)
+    return row
+
+
+# What is asked
+
+
+def _texts() -> list[tuple[str, dict[str, Any]]]:
+    source = open_source("market:passages/test?records=200")
+    return [("text_continuation", {"text": record["passage"][:40] + str(i)}) for i, record in enumerate(source)]
+
+
+def _mixed() -> list[tuple[str, dict[str, Any]]]:
+    source = open_source("demo:questions/test?pictures=200")
+    texts = open_source("demo:texts/test?pictures=200")
+    found: list[tuple[str, dict[str, Any]]] = []
+    for number in range(200):
+        photo = base64.b64encode(source[number * 3]["image"]).decode()
+        found.append(
+            [
+                ("vqa", {"photo": photo, "question": source[number * 3]["question"]}), ("caption", {"photo": photo}),
+                ("product_attributes", {"photo": photo}), ("infilling", {"text": texts[number]["text"][:3] + "____。"}),
+            ][number % 4]
+        )  # fmt: skip
+    return found
+
+
+def _openm6(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
+    """Streamed."""
+    return lambda n: (
+        f"/v1/tasks/{asked[n % len(asked)][0]}",
+        {"inputs": asked[n % len(asked)][1], "stream": True, "decoding": {"max_new_tokens": NEW}},
+    )
+
+
+def _whole_openm6(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
+    return lambda n: (f"/v1/tasks/{asked[n % len(asked)][0]}", {"inputs": asked[n % len(asked)][1]})
+
+
+def _plain(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
+    return lambda n: ("/run", {"inputs": asked[n % len(asked)][1], "decoding": {"max_new_tokens": NEW}})
+
+
+def _whole(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
+    return lambda n: (
+        "/predict",
+        {"task": asked[n % len(asked)][0], "inputs": asked[n % len(asked)][1], "decoding": {"max_new_tokens": NEW}},
+    )
+
+
+# Who answers
+
+
+def _served(model: Path) -> Callable[[], Any]:
+    return lambda: _process([sys.executable, "-m", "openm6", "serve", f"m6={model}", "--port"], "/readyz")
+
+
+def _peer(kind: str, model: Path) -> Callable[[], Any]:
+    return lambda: _process([sys.executable, "-m", "benchmarks._serve_peers", kind, str(model)], "/docs")
+
+
+@contextmanager
+def _process(command: list[str], ready: str) -> Iterator[str]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    process = subprocess.Popen(
+        [*command, str(port)], cwd=ROOT.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                if httpx2.get(url + ready, timeout=5).status_code == 200:
+                    break
+            except httpx2.TransportError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"{command} does not answer") from None
+            time.sleep(0.1)
+        yield url
+    finally:
+        subprocess.run(["pkill", "-TERM", "-s", str(process.pid)], check=False)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+            process.wait()
+
+
+def _checkpoint(folder: Path) -> tuple[Path, Path]:
+    """A Qwen3 checkpoint with random weights, and the model directory imported from it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from openm6.convert import import_bundle
+    from openm6.tokenizer import Tokenizer
+
+    shutil.rmtree(folder, ignore_errors=True)
+    texts = [record["passage"] for record in open_source("market:passages/train?records=2000")]
+    tokenizer = Tokenizer.train(texts, 2000, num_codes=0)
+    content = json.loads(tokenizer._fast.to_str())
+    names = {t["content"]: f"x{i}" for i, t in enumerate(content["added_tokens"])}  # special tokens of others
+    content["model"]["vocab"] = {names.get(k, k): v for k, v in content["model"]["vocab"].items()}
+    content["added_tokens"] = []
+    config = Qwen3Config(
+        vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen")
+    (folder / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    import_bundle(folder / "qwen", folder / "model", "stem", num_codes=0, max_length=256)
+    return folder / "qwen", folder / "model"

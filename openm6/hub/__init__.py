@@ -1,0 +1,1 @@
+"""What a team keeps: jobs, deployments."""

@@ -1,0 +1,299 @@
+"""One catalogue of data sets and models: versions, what they are made of, which one is live. MLflow is underneath.
+
+    $OPENM6_CATALOGUE     the database: sqlite:///... or postgresql+psycopg://...; else OPENM6_HOME/catalogue.db
+    $OPENM6_ARTIFACTS     where files go: a folder, or s3://...; else OPENM6_HOME/artifacts
+
+A version is there whole or not at all: its files go first, and it has a number only when they are all there. Numbers
+are given by the database, so that two processes never get the same one. Nothing of it is ever served by MLflow itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openm6.environment import ARTIFACTS, CATALOGUE
+from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.hub.jobs import home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+DATA, MODEL = "data", "model"
+LIVE = "live"
+"""The alias of the version that answers."""
+SAMPLE = 10
+"""Records that are kept of a data set to look at."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_TAG = "openm6."
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of a data set or a model. `made_of`: the versions that it was made of, as kind, name and number."""
+
+    kind: str
+    name: str
+    number: int
+    created: float
+    about: dict[str, Any]
+    made_of: tuple[tuple[str, str, int], ...] = ()
+    aliases: tuple[str, ...] = ()
+    files: str = ""
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """A version and, beneath it, all that it was made of."""
+
+    version: Version
+    made_of: list[Lineage] = field(default_factory=list)
+
+    def lines(self, depth: int = 0) -> list[str]:
+        """As a text, a version a line, what it is made of further in."""
+        v = self.version
+        told = f"{'  ' * depth}{v.kind} {v.full_name}{' [' + ', '.join(v.aliases) + ']' if v.aliases else ''}"
+        if source := v.about.get("source"):
+            told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
+        return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
+
+
+class Catalogue:
+    """Of a database and a place for files, by default those of the environment."""
+
+    def __init__(self, database: str | None = None, artifacts: str | None = None):
+        base = home().parent
+        self.database = database or os.environ.get(CATALOGUE) or f"sqlite:///{base / 'catalogue.db'}"
+        self.artifacts = artifacts or os.environ.get(ARTIFACTS) or str(base / "artifacts")
+        if self.database.startswith("sqlite:///"):
+            Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self._client: MlflowClient | None = None
+
+    # Putting in
+
+    def add_data(self, name: str, source: str, data_format: str | None = None, images: str | None = None) -> Version:
+        """A version of a data set: where it is, what is in it, a hash of all of it, a few records to look at. One that
+        is there already, with the same hash, is given back as it is.
+
+        The data themselves stay where they are.
+        """
+        about, sample = describe(source, data_format, images)
+        for version in self.versions(DATA, name):
+            if version.about.get("hash") == about["hash"]:
+                return version
+        return self._add(DATA, name, about, (), {"sample.jsonl": sample})
+
+    def add_model(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        made_of: Iterable[str] = (),
+        metrics: Mapping[str, float] | None = None,
+        run: Path | None = None,
+        note: str = "",
+    ) -> Version:
+        """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
+        `run`: the folder of its training, of which recipe and energy are kept."""
+        if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
+            raise UsageError(f"{directory} is no model directory.")
+        parts = tuple(self.named(one) for one in made_of)
+        about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
+        texts = {}
+        if run is not None:
+            about |= _costs(run)
+            if (run / "recipe.yaml").is_file():
+                texts["recipe.yaml"] = (run / "recipe.yaml").read_text("utf-8")
+        return self._add(MODEL, name, about, parts, texts, directory)
+
+    def _add(
+        self, kind: str, name: str, about: dict[str, Any], made_of: Iterable[Version], texts: Mapping[str, str],
+        directory: Path | None = None,
+    ) -> Version:  # fmt: skip
+        from mlflow.exceptions import MlflowException
+
+        _check(name)
+        client = self._open()
+        parts = [[v.kind, v.name, v.number] for v in made_of]
+        content = {"about": about, "made_of": parts}
+        run = client.create_run(self._experiment(kind), run_name=name)
+        identity = run.info.run_id
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in {**texts, "about.json": json.dumps(content, ensure_ascii=False, indent=1)}.items():
+                (Path(folder) / file).write_text(text, "utf-8")
+            client.log_artifacts(identity, folder)
+        if directory is not None:
+            client.log_artifacts(identity, str(directory), "files")
+        client.set_terminated(identity)
+        try:
+            client.create_registered_model(f"{kind}.{name}")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        tags = {f"{_TAG}content": json.dumps(content, ensure_ascii=False)}
+        made = client.create_model_version(f"{kind}.{name}", f"{run.info.artifact_uri}/files", identity, tags=tags)
+        return self._version(made)
+
+    # Finding
+
+    def names(self, kind: str) -> list[str]:
+        """Of all data sets or models."""
+        found = self._open().search_registered_models(f"name LIKE '{kind}.%'")
+        return sorted(one.name.removeprefix(f"{kind}.") for one in found)
+
+    def versions(self, kind: str, name: str) -> list[Version]:
+        """Of one, the oldest first; none where there is no such."""
+        _check(name)
+        found = self._open().search_model_versions(f"name = '{kind}.{name}'")
+        return sorted((self._version(one) for one in found), key=lambda version: version.number)
+
+    def named(self, text: str, kind: str = MODEL) -> Version:
+        """NAME, NAME@3 or NAME@live, with `data:` before it for a data set; without a number the last one. Raises
+        UsageError where there is none."""
+        if text.startswith(("data:", "model:")):
+            kind, _, text = text.partition(":")
+        name, _, which = text.partition("@")
+        every = self.versions(kind, name)
+        if not every:
+            raise UsageError(f"There is no {kind} {name}.{suggest(name, self.names(kind))}")
+        found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
+        if not found:
+            raise UsageError(f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}.")
+        return found[-1]
+
+    def lineage(self, version: Version) -> Lineage:
+        """All that a version was made of, down to the data."""
+        below = [self.lineage(self.named(f"{kind}:{name}@{number}")) for kind, name, number in version.made_of]
+        return Lineage(version, below)
+
+    def fetch(self, version: Version, target: Path) -> Path:
+        """The files of a model, copied to a new directory."""
+        from mlflow.artifacts import download_artifacts
+
+        from openm6.atomic import require_new, write_whole
+
+        require_new(target)
+        if version.kind != MODEL:
+            raise UsageError("Data stay where they are: the catalogue keeps what they were like.")
+
+        def fill(folder: Path) -> None:
+            got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
+            for path in Path(got).iterdir():
+                path.rename(folder / path.name)
+            Path(got).rmdir()
+            if (folder / "got").is_dir():
+                (folder / "got").rmdir()
+
+        write_whole(target, fill)
+        return target
+
+    # Changing
+
+    def promote(self, version: Version, alias: str = LIVE) -> Version | None:
+        """Let an alias stand for this version. Returns the one that it stood for before."""
+        _check(alias)
+        before = next((v for v in self.versions(version.kind, version.name) if alias in v.aliases), None)
+        self._open().set_registered_model_alias(f"{version.kind}.{version.name}", alias, str(version.number))
+        return before
+
+    # Beneath
+
+    def _open(self) -> MlflowClient:
+        if self._client is None:
+            try:
+                import mlflow
+            except ImportError:
+                raise UsageError("The catalogue needs MLflow: pip install 'openm6[hub]'.") from None
+            from mlflow.exceptions import MlflowException
+
+            for name in ("mlflow", "alembic"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            try:
+                self._client = mlflow.MlflowClient(self.database, self.database)
+                self._client.search_experiments(max_results=1)
+            except (MlflowException, OSError, ImportError) as error:
+                self._client = None
+                place = re.sub(r"//[^@/]*@", "//", self.database)  # not its password
+                raise OpenM6Error(f"The catalogue {place} cannot be opened ({type(error).__name__}).") from None
+        return self._client
+
+    def _experiment(self, kind: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        client, name = self._open(), f"openm6-{kind}"
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, f"{self.artifacts.rstrip('/')}/{kind}"))
+            except MlflowException:  # another process was quicker
+                found = client.get_experiment_by_name(name)
+                assert found is not None
+        return str(found.experiment_id)
+
+    def _version(self, one: ModelVersion) -> Version:
+        kind, _, name = one.name.partition(".")
+        content = json.loads(one.tags[f"{_TAG}content"])
+        return Version(
+            kind, name, int(one.version), one.creation_timestamp / 1000, content["about"],
+            tuple((k, n, int(v)) for k, n, v in content["made_of"]), tuple(one.aliases or ()), str(one.source),
+        )  # fmt: skip
+
+
+def _check(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} cannot name anything: take letters, digits, - and _, at most 100.")
+
+
+def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:
+    """What a data set is like: columns with the kinds of their values, number of records, a hash of all records; and a
+    few of them as JSON lines, pictures told by their sizes."""
+    from openm6.data.source import open_source
+
+    records = open_source(source, data_format, images)
+    digest = hashlib.sha256()
+    kinds: dict[str, set[str]] = {}
+    sample = []
+    for number, record in enumerate(records):
+        shown = {}
+        for name, value in sorted(record.items()):
+            if name.startswith("_"):
+                continue
+            digest.update(repr((name, value)).encode())
+            kinds.setdefault(name, set()).add(type(value).__name__)
+            shown[name] = f"<{len(value)} bytes>" if isinstance(value, bytes) else value
+        if number < SAMPLE:
+            sample.append(json.dumps(shown, ensure_ascii=False, default=str))
+    about = {
+        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": digest.hexdigest(),
+        "columns": {name: " or ".join(sorted(found)) for name, found in kinds.items()},
+    }  # fmt: skip
+    return about, "\n".join(sample) + "\n"
+
+
+def _costs(run: Path) -> dict[str, Any]:
+    """Energy and the last loss of a training, as its log tells."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 100_000))
+            lines = [json.loads(line) for line in file.read().splitlines() if line.startswith(b"{")]
+    except (OSError, ValueError):
+        return {}
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        return {}
+    last = steps[-1]
+    return {"steps": last["step"], "loss": last["loss"], "energy_kwh": last.get("energy_kwh")}

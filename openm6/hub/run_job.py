@@ -1,0 +1,27 @@
+"""The process that runs one job: `python -m openm6.hub.run_job DIRECTORY`, started by a queue (jobs.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openm6.hub.jobs import Jobs
+
+
+def main(directory: Path) -> int:
+    jobs = Jobs(directory.parent)
+    job = jobs.get(directory.name)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  openm6 {' '.join(job.words)}", flush=True)
+    # A stop reaches the whole session: the command ends by it, and is waited for.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    code = subprocess.run([sys.executable, "-m", "openm6", *job.words], check=False, env=os.environ).returncode
+    jobs.finished(job.id, code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,175 @@
+"""What all routes of the API share: who asks, what is asked of a model, what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from openm6.errors import UsageError, suggest
+from openm6.serve.figures import Figures
+from openm6.serve.fleet import Deployment, Fleet, Refused
+from openm6.serve.guard import Refusal
+from openm6.serve.incoming import Pictures, record_of
+from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
+from openm6.serve.wire import CANCELLED
+
+LOCAL = Key("local", "", MANAGE)
+"""Who asks where no keys are needed: a server that listens on this machine alone."""
+
+
+GONE = 0.5
+"""Seconds between two looks whether whoever asked is still there."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the server behaves.
+
+    keys        file of keys (keys.py); None: nobody is asked, for a server on the loopback address
+    hosts       from which pictures may be fetched
+    body_mib    of a request at most
+    seconds     that a request may take, unless it asks for less
+    """
+
+    keys: Path | None = None
+    hosts: tuple[str, ...] = ()
+    body_mib: int = 64
+    seconds: float = 300.0
+    drain: float = 30.0
+
+
+class TaskRequest(BaseModel):
+    """What a task is asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
+    model: str | None = Field(None, description="a model's name; the first one by default")
+    adapter: str | None = Field(None, description="one of the model's adapters")
+    decoding: dict[str, int | float] = Field(default_factory=dict, description="options of decoding or drawing")
+    examples: list[dict[str, Any]] = Field(default_factory=list, max_length=64, description="records with answers")
+    candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
+    stream: bool = Field(False, description="pieces of a text as they are written")
+    seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
+
+
+@dataclass
+class Server:
+    """What all routes share."""
+
+    fleet: Fleet
+    options: Options
+    figures: Figures = field(default_factory=Figures)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.options.keys) if self.options.keys else None
+        self.pictures = Pictures(self.options.hosts)
+
+    def key_of(self, request: Request, role: str = USE) -> Key:
+        """Whoever asks. Raises Refusal where they may not."""
+        if self.keys is None:
+            return LOCAL
+        given = request.headers.get("authorization", "")
+        kind, _, secret = given.partition(" ")
+        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+        if not key.may(role):
+            raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
+        if (seconds := self.meter.wait(key)) > 0:
+            raise Refusal(429, f"The key {key.name} has asked as often as it may.", "rate_limit_exceeded", seconds)
+        request.state.key = key.name
+        return key
+
+    def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
+        """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
+        tasks: dict[str, dict[str, Any]] = deployment.about["tasks"]
+        if name not in tasks:
+            raise UsageError(f"The model {deployment.name} has no task {name}.{suggest(name, list(tasks))}")
+        return tasks[name]
+
+    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
+        """A request as it goes to the worker."""
+        slots = self.task(deployment, task)["slots"]
+        read = partial(record_of, slots=slots, pictures=self.pictures)
+        every = [asked.inputs, *asked.examples]
+        if "image" in slots.values():  # it may have to be fetched, or be large
+            record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
+        else:
+            record, *examples = [read(one) for one in every]
+        return {
+            "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
+            "candidates": asked.candidates, "examples": examples,
+            "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
+        }  # fmt: skip
+
+    async def answer(
+        self, key: Key, deployment: Deployment, message: Mapping[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """What the worker tells, counted. Raises Refused."""
+        started, first = time.perf_counter(), True
+        kind = self.task(deployment, message["task"])["kind"]
+        status = "cancelled"
+        try:
+            async with aclosing(self.fleet.ask(deployment.name, message)) as events:
+                async for event in events:
+                    if first:
+                        self.figures.first.labels(kind).observe(time.perf_counter() - started)
+                        first = False
+                    if "value" in event:
+                        tokens = event["tokens"] or _weight(kind, event["value"])
+                        self.figures.tokens.labels(kind).inc(tokens)
+                        self.meter.spend(key, tokens)
+                        status = "ok"
+                    yield event
+        except Refused as error:
+            status = error.kind
+            raise
+        finally:
+            self.figures.requests.labels(kind, status).inc()
+            self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
+
+    async def whole(
+        self, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
+    ) -> dict[str, Any]:
+        """The answer alone; cancelled when whoever sent the `request` has gone. Raises Refused."""
+
+        async def last() -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            async for event in self.answer(key, deployment, message):
+                found = event
+            return found
+
+        answering = asyncio.ensure_future(last())
+        try:
+            while request is not None and not (await asyncio.wait({answering}, timeout=GONE))[0]:
+                if await request.is_disconnected():
+                    raise Refused(CANCELLED, "Whoever asked has gone.")
+            return await answering
+        finally:
+            answering.cancel()
+
+
+def asker(role: str = USE) -> Any:
+    """A dependency: the key of whoever asks."""
+
+    async def found(request: Request) -> Key:  # a plain function would be called in a thread
+        server: Server = request.app.state.server
+        return server.key_of(request, role)
+
+    return Depends(found)
+
+
+def _weight(kind: str, value: Any) -> int:
+    """What an answer without tokens counts: a picture its codes, else 1."""
+    return sum(len(one["codes"]) for one in value) if kind == "picture" else 1

@@ -1,0 +1,89 @@
+"""`openm6 serve` as a process: started, asked, stopped in the midst of work; what it will not do."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from openm6 import Client
+from tests.conftest import drawing_bundle
+
+
+def port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "openm6", *map(str, words)]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    drawing_bundle().save(tmp_path / "goods" / "model")
+    return tmp_path / "goods" / "model"
+
+
+@pytest.mark.slow
+def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path) -> None:
+    place = port()
+    process = subprocess.Popen(
+        command("serve", model, "--port", place), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    url, until = f"http://127.0.0.1:{place}", time.monotonic() + 120
+    while True:
+        try:
+            if httpx2.get(f"{url}/readyz").status_code == 200:
+                break
+        except httpx2.TransportError:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+    m6 = Client(url, retries=0)
+    assert [one["id"] for one in m6.models()] == ["goods"]
+    assert len(list(m6.run_many("text_vector", [{"text": "红"}] * 20))) == 20
+    found: list[Any] = []
+    slow = {"passes": 60, "guidance": 0}
+    asking = threading.Thread(target=lambda: found.append(m6.run("text_to_image", caption="红", decoding=slow)))
+    asking.start()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    asking.join(60)
+    assert found and found[0].size == (16, 16)
+    assert process.wait(60) == 0
+    told = process.stderr.read() + process.stdout.read()
+    assert "Traceback" not in told and re.search('"path": "/v1/tasks/text_to_image", "status": 200', told)
+
+
+def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
+    for words, message in (
+        (["serve", model, "--host", "0.0.0.0"], "give --keys FILE"),
+        (["serve", model.parent], "is no model directory"),
+        (["serve", model, model], "Two models are called goods"),
+    ):
+        done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_keys_by_command(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+
+    def call(*words: object) -> str:
+        done = subprocess.run(command("keys", *words, "--keys", file), capture_output=True, text=True, check=True)
+        return done.stdout
+
+    secret = call("add", "anna", "--role", "manage").strip()
+    assert secret.startswith("m6-") and secret not in file.read_text()
+    assert "anna" in call("list")
+    call("remove", "anna")
+    assert "anna" not in call("list")

@@ -1,0 +1,121 @@
+"""The catalogue: versions that are whole, what they were made of, which one is live; two processes at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openm6.bundle import Bundle
+from openm6.environment import HOME
+from openm6.errors import OpenM6Error, UsageError
+from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
+from tests.conftest import drawing_bundle
+
+pytest.importorskip("mlflow")
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
+    monkeypatch.setenv(HOME, str(tmp_path / "home"))
+    return Catalogue()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model") / "model"
+    drawing_bundle().save(place)
+    return place
+
+
+def records(file: Path, count: int = 5) -> Path:
+    lines = [json.dumps({"text": f"红色{number}", "price": number}, ensure_ascii=False) for number in range(count)]
+    file.write_text("\n".join(lines), "utf-8")
+    return file
+
+
+def test_a_data_set_is_known_by_what_is_in_it(catalogue: Catalogue, tmp_path: Path) -> None:
+    file = records(tmp_path / "goods.jsonl")
+    first = catalogue.add_data("goods", str(file))
+    assert (first.kind, first.name, first.number) == (DATA, "goods", 1)
+    assert first.about["records"] == 5 and first.about["columns"] == {"text": "str", "price": "int"}
+    assert catalogue.add_data("goods", str(file)) == first
+    second = catalogue.add_data("goods", str(records(file, 6)))
+    assert second.number == 2 and second.about["hash"] != first.about["hash"]
+    assert [v.number for v in catalogue.versions(DATA, "goods")] == [1, 2] and catalogue.names(DATA) == ["goods"]
+    assert catalogue.named("data:goods@1") == first and catalogue.named("goods", DATA) == second
+
+
+def test_a_model_tells_what_it_was_made_of(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
+    data = catalogue.add_data("goods", str(records(tmp_path / "goods.jsonl")))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: demo\n", "utf-8")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "loss": 0.5, "energy_kwh": 0.25}) + "\n", "utf-8")
+    base = catalogue.add_model("base", model, made_of=["data:goods"], run=run, metrics={"accuracy": 0.9})
+    tuned = catalogue.add_model("replies", model, made_of=["base@1", "data:goods@1"])
+    assert base.made_of == ((DATA, "goods", 1),) and base.about["energy_kwh"] == 0.25
+    assert base.about["metrics"] == {"accuracy": 0.9}
+    told = catalogue.lineage(tuned)
+    assert [one.version.full_name for one in told.made_of] == ["base@1", "goods@1"]
+    lines = told.lines()
+    assert lines[0] == "model replies@1" and lines[1] == "  model base@1" and lines[2].startswith("    data goods@1")
+    assert str(tmp_path / "goods.jsonl") in lines[2] and data.about["hash"][:12] in lines[2]
+
+
+def test_one_version_is_live_and_the_one_before_is_told(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
+    first, second = (catalogue.add_model("goods", model, note=note) for note in "ab")
+    assert catalogue.promote(first) is None
+    assert catalogue.named(f"goods@{LIVE}").number == 1
+    before = catalogue.promote(second)
+    assert before is not None and before.number == 1
+    assert catalogue.named("goods@live").number == 2 and catalogue.named("goods@live").aliases == (LIVE,)
+    fetched = catalogue.fetch(catalogue.named("goods@live"), tmp_path / "copy")
+    assert Bundle.load(fetched).run("text_vector", text="红").shape == (32,)
+    assert {p.name for p in fetched.iterdir()} == {p.name for p in model.iterdir()}
+
+
+def test_what_cannot_be_is_told(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no model goods"):
+        catalogue.named("goods")
+    catalogue.add_model("goods", model)
+    with pytest.raises(UsageError, match="no version 7; it has 1 to 1"):
+        catalogue.named("goods@7")
+    for name in ("../goods", "a/b", "", "a" * 200, "x' OR 1"):
+        with pytest.raises(UsageError, match="cannot name anything"):
+            catalogue.add_model(name, model)
+    with pytest.raises(UsageError, match="is no model directory"):
+        catalogue.add_model("goods", tmp_path)
+    with pytest.raises(UsageError, match="There is no data nothing"):
+        catalogue.add_model("goods", model, made_of=["data:nothing"])
+    with pytest.raises(UsageError, match="exists already"):
+        catalogue.fetch(catalogue.named("goods"), model)
+    with pytest.raises(OpenM6Error, match="cannot be opened") as error:
+        Catalogue("postgresql+psycopg://anna:secret@127.0.0.1:1/none").names(MODEL)
+    assert "secret" not in str(error.value)
+
+
+def test_two_processes_at_once_get_numbers_of_their_own(catalogue: Catalogue, model: Path) -> None:
+    catalogue.add_model("goods", model)
+    code = (
+        "import sys; from pathlib import Path; from openm6.hub.catalogue import Catalogue\n"
+        "for _ in range(3): Catalogue().add_model('goods', Path(sys.argv[1]))"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(model)]) for _ in range(2)]
+    assert [one.wait(180) for one in both] == [0, 0]
+    assert [v.number for v in catalogue.versions(MODEL, "goods")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_is_cut_off_is_not_there(catalogue: Catalogue, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = catalogue._open()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(client, "log_artifacts", full)
+    with pytest.raises(OSError, match="no space"):
+        catalogue.add_model("goods", model)
+    assert catalogue.versions(MODEL, "goods") == [] and catalogue.names(MODEL) == []
