@@ -79,7 +79,7 @@ SIDES = (
     Side("image_classification", "digits", "accuracy", "majority"),
     Side("product_attributes", "demo:items", "accuracy", "majority"),
     Side("visual_entailment", "scenes", "accuracy", "majority"),
-    Side("image_text_matching", "scenes", "accuracy", "majority"),
+    Side("image_text_matching", "demo:matches", "accuracy", "majority"),
     Side("grounding", "scenes", "iou", "mean"),
     Side("ocr", "writing", "character_accuracy", "random"),
     Side("text_vector", "scenes", "recall@10", "chance", {"text": "description"}, "image_vector"),

@@ -74,9 +74,9 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
 
 class Matches:
     """Studio pictures with a caption of them, or one that is wrong in a single attribute: image, caption (six),
-    verdict_relevance (1 or 0, half of each). Wrong captions name combinations of the split alone, as right ones do."""
+    verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name combinations of the split alone, as right ones do."""
 
-    columns = ("image", "caption", "verdict_relevance")
+    columns = ("image", "caption", "verdict_relevance", "match")
 
     def __init__(self, studio: Records, split: str, seed: int = 0):
         self._studio, self._split, self._seed = studio, split, seed
@@ -94,7 +94,12 @@ class Matches:
             groups = _near(item, self._split)
             others = groups[rng.integers(len(groups))]
             told["caption"] = phrases.captions((others[rng.integers(len(others))],), "", rng)
-        return {"_where": f"demo:matches/{self._split}#{index}", **told, "verdict_relevance": int(right)}
+        return {
+            "_where": f"demo:matches/{self._split}#{index}",
+            **told,
+            "verdict_relevance": int(right),
+            "match": "是" if right else "否",
+        }
 
 
 @cache

@@ -15,8 +15,9 @@ import logging
 import os
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,13 @@ class Catalogue:
     def versions(self, kind: str, name: str) -> list[Version]:
         """Of one, the oldest first; none where there is no such."""
         _check(name)
-        found = self._open().search_model_versions(f"name = '{kind}.{name}'")
-        return sorted((self._version(one) for one in found), key=lambda version: version.number)
+        client, aliases = self._open(), defaultdict(list)
+        found = client.search_model_versions(f"name = '{kind}.{name}'")
+        if found:
+            for alias, number in client.get_registered_model(f"{kind}.{name}").aliases.items():
+                aliases[int(number)].append(alias)
+        versions = (replace(self._version(one), aliases=tuple(aliases[int(one.version)])) for one in found)
+        return sorted(versions, key=lambda version: version.number)
 
     def named(self, text: str, kind: str = MODEL) -> Version:
         """NAME, NAME@3 or NAME@live, with `data:` before it for a data set; without a number the last one. Raises
@@ -219,13 +225,18 @@ class Catalogue:
             except ImportError:
                 raise UsageError("The catalogue needs MLflow: pip install 'openm6[hub]'.") from None
             from mlflow.exceptions import MlflowException
+            from sqlalchemy import create_engine
+            from sqlalchemy.exc import SQLAlchemyError
 
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             try:
+                # Asked first: MLflow itself tries for minutes.
+                with create_engine(self.database).connect():
+                    pass
                 self._client = mlflow.MlflowClient(self.database, self.database)
                 self._client.search_experiments(max_results=1)
-            except (MlflowException, OSError, ImportError) as error:
+            except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
                 self._client = None
                 place = re.sub(r"//[^@/]*@", "//", self.database)  # not its password
                 raise OpenM6Error(f"The catalogue {place} cannot be opened ({type(error).__name__}).") from None
@@ -249,7 +260,7 @@ class Catalogue:
         content = json.loads(one.tags[f"{_TAG}content"])
         return Version(
             kind, name, int(one.version), one.creation_timestamp / 1000, content["about"],
-            tuple((k, n, int(v)) for k, n, v in content["made_of"]), tuple(one.aliases or ()), str(one.source),
+            tuple((k, n, int(v)) for k, n, v in content["made_of"]), files=str(one.source),
         )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ class Pictures:
 
         parts = urlsplit(url)
         host = (parts.hostname or "").lower()
-        if parts.scheme not in ("http", "https") or host not in self._hosts:
+        ambiguous = "\\" in url or "@" in parts.netloc  # others may read another host out of it
+        if parts.scheme not in ("http", "https") or host not in self._hosts or ambiguous:
             raise DataError("Pictures are not fetched from there: send the picture itself, as base64.")
         port = parts.port or (443 if parts.scheme == "https" else 80)
         address = _public(host, port)
@@ -80,7 +81,7 @@ class Pictures:
             if parts.scheme == "https":
                 context = ssl.create_default_context()
                 connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
-            connection.request("GET", target, headers={"Host": parts.netloc.rpartition("@")[2], "Accept": "image/*"})
+            connection.request("GET", target, headers={"Host": parts.netloc, "Accept": "image/*"})
             answer = connection.getresponse()
             body = answer.read(MAX_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:

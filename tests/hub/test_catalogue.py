@@ -16,6 +16,7 @@ from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
 from tests.conftest import drawing_bundle
 
 pytest.importorskip("mlflow")
+pytestmark = pytest.mark.slow  # a database is made in seconds
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def training(tmp_path: Path, steps: int = 6) -> tuple[str, Path]:
 def test_they_run_one_after_the_other_and_tell_how_they_ended(jobs: Jobs, tmp_path: Path) -> None:
     first = jobs.submit(["eval", "--help"], folder=tmp_path)
     second = jobs.submit(["train", "no-such-recipe.yaml"], name="mine", folder=tmp_path)
-    assert [job.id for job in jobs.list()] == [first.id, second.id] and jobs.get(second.id[:17]).state == WAITING
+    assert [job.id for job in jobs.list()] == [first.id, second.id] and jobs.get(second.id[:-1]).state == WAITING
     jobs.step()
     assert [job.state for job in jobs.list()].count(RUNNING) == 1
     jobs.work(until_empty=True, seconds=0.05)
