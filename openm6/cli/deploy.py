@@ -40,7 +40,7 @@ def deploy(
         made = Deployments().start(name, model, host, port, more)
         emit({"name": made.name, "url": made.url}) if json else typer.echo(f"{made.name} is served at {made.url}")
         return
-    chosen = {"image": image} if image else {}
+    called, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
     plan = Plan(called, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
     files = write(to, plan, output, model, keys or KEYS)
     emit({"files": list(map(str, files))}) if json else typer.echo("\n".join(map(str, files)))
