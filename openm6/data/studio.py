@@ -74,8 +74,8 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
 
 class Matches:
     """Studio pictures with a caption of them, or one that is wrong in a single attribute: image, caption (six),
-    verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name combinations of the split
-    alone, as right ones do."""
+    verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name
+    combinations of the split alone, as right ones do."""
 
     columns = ("image", "caption", "verdict_relevance", "match")
 
