@@ -9,13 +9,8 @@ import typer
 from openm6.cli import app
 from openm6.cli.output import Json, emit, pairs, table
 
-data = typer.Typer(help="Look at data before they are trained on.", no_args_is_help=True)
+data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
-
-
-@data.callback()
-def _data() -> None:
-    """Keeps `check` a sub-command while it is the only one."""
 
 
 @data.command()
@@ -50,3 +45,51 @@ def check(
             typer.echo(f"  {problem['count']} x {problem['reason']} (first: {problem['where']})")
     if result["records"] > result["good"]:
         raise typer.Exit(1)
+
+
+@data.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
+    data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    json: Json = False,
+) -> None:
+    """Put a data set into the catalogue: what is in it and a hash; the data stay where they are. What is there already
+    is not put in again."""
+    from openm6.hub.catalogue import Catalogue
+
+    version = Catalogue().add_data(name, source, data_format, images)
+    if json:
+        emit({"name": version.name, "version": version.number, **version.about})
+    else:
+        typer.echo(f"{version.full_name}: {version.about['records']} records, {version.about['hash'][:12]}")
+
+
+@data.command("list")
+def list_data(json: Json = False) -> None:
+    """The data sets of the catalogue, the last version of each."""
+    from openm6.hub.catalogue import DATA, Catalogue
+
+    catalogue = Catalogue()
+    last = [catalogue.named(name, DATA) for name in catalogue.names(DATA)]
+    if json:
+        emit([{"name": v.name, "version": v.number, **v.about} for v in last])
+    else:
+        table(["name", "version", "records", "source"], [
+            (v.name, v.number, v.about["records"], v.about["source"]) for v in last
+        ])  # fmt: skip
+
+
+@data.command()
+def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: Json = False) -> None:
+    """One of them: columns, records, hash, where it is."""
+    from openm6.hub.catalogue import DATA, Catalogue
+
+    version = Catalogue().named(name, DATA)
+    if json:
+        emit({"name": version.name, "version": version.number, "created": version.created, **version.about})
+        return
+    rows = [(key, value) for key, value in version.about.items() if key != "columns"]
+    rows += [(f"column {column}", kind) for column, kind in version.about["columns"].items()]
+    table(["", ""], rows, version.full_name)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit
+from openm6.cli.output import Json, emit, table
 
 if TYPE_CHECKING:
+    from openm6.hub.catalogue import Version
     from openm6.model import ModelConfig
 
-models = typer.Typer(help="Model directories.", no_args_is_help=True)
+models = typer.Typer(help="Model directories, and the catalogue of models.", no_args_is_help=True)
 app.add_typer(models, name="models")
 
 
@@ -102,3 +103,107 @@ def _tell(output: Path, config: ModelConfig, json: bool) -> None:
         emit({"model": str(output), "parameters": total, "vocab_size": config.vocab_size})
     else:
         typer.echo(f"{output}: {total / 1e6:,.1f} million parameters, {config.vocab_size:,} ids.")
+
+
+Named = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@live.")]
+
+
+@models.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    directory: Annotated[Path, typer.Argument(help="The model directory; it is copied.")],
+    made_of: Annotated[
+        list[str] | None, typer.Option(help="NAME@3 or data:NAME@3 of what it was made of; several times.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of its training; by default the one above, if it has a recipe.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="name=value, measured; several times.")] = None,
+    note: Annotated[str, typer.Option(help="Anything to remember.")] = "",
+    json: Json = False,
+) -> None:
+    """Put a model into the catalogue, with what it was made of."""
+    from openm6.cli.output import pairs
+    from openm6.errors import UsageError
+    from openm6.hub.catalogue import Catalogue
+
+    try:
+        metrics = {key: float(value) for key, value in pairs(metric or []).items()}
+    except ValueError:
+        raise UsageError("--metric is name=value, the value a number.") from None
+    above = directory.resolve().parent
+    run = run or (above if (above / "recipe.yaml").is_file() else None)
+    version = Catalogue().add_model(name, directory, made_of=made_of or [], metrics=metrics, run=run, note=note)
+    emit({"name": version.name, "version": version.number}) if json else typer.echo(version.full_name)
+
+
+@models.command("list")
+def list_models(json: Json = False) -> None:
+    """The models of the catalogue, all versions."""
+    from openm6.hub.catalogue import MODEL, Catalogue
+
+    catalogue = Catalogue()
+    every = [version for name in catalogue.names(MODEL) for version in catalogue.versions(MODEL, name)]
+    if json:
+        emit([_version(version) for version in every])
+        return
+    table(["name", "version", "alias", "metrics", "kWh", "note"], [
+        (v.name, v.number, ", ".join(v.aliases), ", ".join(f"{k} {x:g}" for k, x in v.about["metrics"].items()),
+         v.about.get("energy_kwh") or "", v.about["note"]) for v in every
+    ])  # fmt: skip
+
+
+@models.command()
+def show(name: Named, json: Json = False) -> None:
+    """One of them, and what it was made of."""
+    from openm6.hub.catalogue import Catalogue
+
+    version = Catalogue().named(name)
+    told = _version(version)
+    emit(told) if json else table(["", ""], list(told.items()), version.full_name)
+
+
+@models.command()
+def lineage(name: Named, json: Json = False) -> None:
+    """From a model back to its data: `openm6 models lineage goods@live`"""
+    from openm6.hub.catalogue import Catalogue
+
+    catalogue = Catalogue()
+    lines = catalogue.lineage(catalogue.named(name)).lines()
+    emit(lines) if json else typer.echo("\n".join(lines))
+
+
+@models.command()
+def promote(
+    name: Named, alias: Annotated[str, typer.Option(help="What it is to be from now on.")] = "live", json: Json = False
+) -> None:
+    """Let an alias stand for a version: `openm6 models promote goods@3`"""
+    from openm6.hub.catalogue import Catalogue
+
+    catalogue = Catalogue()
+    version = catalogue.named(name)
+    before = catalogue.promote(version, alias)
+    if json:
+        emit({"name": version.name, "version": version.number, "alias": alias, "before": before and before.number})
+    else:
+        typer.echo(f"{version.full_name} is {alias}{f', which {before.full_name} was' if before else ''}.")
+
+
+@models.command()
+def fetch(
+    name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
+) -> None:
+    """A model of the catalogue as a directory."""
+    from openm6.hub.catalogue import Catalogue
+
+    catalogue = Catalogue()
+    place = catalogue.fetch(catalogue.named(name), output)
+    emit({"directory": str(place)}) if json else typer.echo(str(place))
+
+
+def _version(version: Version) -> dict[str, Any]:
+    made_of = [f"{kind}:{name}@{number}" for kind, name, number in version.made_of]
+    return {
+        "name": version.name, "version": version.number, "created": version.created,
+        "aliases": list(version.aliases), "made_of": made_of, "files": version.files, **version.about,
+    }  # fmt: skip

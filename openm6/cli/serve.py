@@ -19,7 +19,9 @@ KeysFile = Annotated[Path, typer.Option("--keys", help="File of the keys.")]
 
 @app.command()
 def serve(
-    model: Annotated[list[str], typer.Argument(help="A model directory, or NAME=DIRECTORY; several.")],
+    model: Annotated[
+        list[str], typer.Argument(help="A model directory, or one of the catalogue (goods@live); NAME=... names it.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     adapter: Annotated[
@@ -49,13 +51,11 @@ def serve(
     places = {}
     for number, one in enumerate(model):
         name, _, path = one.rpartition("=")
-        place = Path(path)
-        if not (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
-            raise UsageError(f"{path} is no model directory.")
-        name = name or (place.parent.name if place.name == "model" else place.name)
+        place, called = _directory(path)
+        name = name or called
         if name in places:
             raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
-        places[name] = Place(place.resolve(), adapters if number == 0 else {})
+        places[name] = Place(place, adapters if number == 0 else {})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()))
@@ -63,6 +63,20 @@ def serve(
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+
+
+def _directory(path: str) -> tuple[Path, str]:
+    """A model's directory and what to call it: given as it is, or by the catalogue's NAME@N."""
+    place = Path(path)
+    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+        return place.resolve(), place.resolve().parent.name if place.name == "model" else place.name
+    if "@" not in path or place.exists():
+        raise UsageError(f"{path} is no model directory.")
+    from openm6.hub.catalogue import Catalogue
+
+    catalogue = Catalogue()
+    version = catalogue.named(path)
+    return catalogue.local(version).resolve(), version.name
 
 
 keys_app = typer.Typer(help="Keys of the API.", no_args_is_help=True)

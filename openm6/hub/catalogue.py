@@ -207,6 +207,13 @@ class Catalogue:
         write_whole(target, fill)
         return target
 
+    def local(self, version: Version) -> Path:
+        """The directory of a model here, fetched when it is asked for the first time."""
+        target = home().parent / "models" / version.full_name
+        if not target.is_dir():
+            self.fetch(version, target)
+        return target
+
     # Changing
 
     def promote(self, version: Version, alias: str = LIVE) -> Version | None:

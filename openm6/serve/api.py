@@ -187,6 +187,7 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     return {
         "id": deployment.name, "object": "model", "created": 0, "owned_by": "openm6",
         "parameters": about["parameters"], "adapters": about["adapters"], "restarts": deployment.restarts,
+        "directory": deployment.place.model.name,
     }  # fmt: skip
 
 

@@ -87,7 +87,6 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
 def described(bundle: Bundle) -> dict[str, Any]:
     """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
     and give, its adapters, its size."""
-    from openm6.model.files import meta_model
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -105,7 +104,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
             for name, task in every.items()
             if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
         },
-        "adapters": bundle.adapters, "parameters": sum(p.numel() for p in meta_model(bundle.model.config).parameters()),
+        "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
         "path": str(bundle.path),
     }  # fmt: skip

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
+from openm6.cli import commands
 from openm6.environment import HOME
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
@@ -120,3 +123,25 @@ def test_what_is_cut_off_is_not_there(catalogue: Catalogue, model: Path, monkeyp
     with pytest.raises(OSError, match="no space"):
         catalogue.add_model("goods", model)
     assert catalogue.versions(MODEL, "goods") == [] and catalogue.names(MODEL) == []
+
+
+def test_the_commands(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
+    def call(*words: object) -> Any:
+        done = CliRunner().invoke(commands(), [*map(str, words), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    file = records(tmp_path / "goods.jsonl")
+    assert call("data", "add", "goods", file)["version"] == 1 == call("data", "add", "goods", file)["version"]
+    assert call("data", "list")[0]["records"] == 5 and call("data", "show", "goods@1")["columns"]["price"] == "int"
+    for _ in range(2):
+        call("models", "add", "replies", model, "--made-of", "data:goods@1", "--metric", "bleu=31.5")
+    assert [one["version"] for one in call("models", "list")] == [1, 2]
+    assert call("models", "promote", "replies@1")["before"] is None
+    assert call("models", "promote", "replies@2")["before"] == 1
+    shown = call("models", "show", "replies@live")
+    assert shown["version"] == 2 and shown["metrics"] == {"bleu": 31.5} and shown["made_of"] == ["data:goods@1"]
+    assert str(file) in call("models", "lineage", "replies@live")[1]
+    assert (Path(call("models", "fetch", "replies", tmp_path / "out")["directory"]) / "config.json").is_file()
+    for words in (("models", "list"), ("data", "list"), ("models", "lineage", "replies"), ("data", "show", "goods")):
+        assert CliRunner().invoke(commands(), list(words)).exit_code == 0
