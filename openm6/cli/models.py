@@ -190,6 +190,22 @@ def promote(
 
 
 @models.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="NAME.")],
+    alias: Annotated[str, typer.Option(help="Of which alias.")] = "live",
+    json: Json = False,
+) -> None:
+    """Let an alias stand for the version before again."""
+    from openm6.hub.catalogue import Catalogue
+
+    version = Catalogue().rollback(name, alias)
+    if json:
+        emit({"name": version.name, "version": version.number, "alias": alias})
+    else:
+        typer.echo(f"{version.full_name} is {alias} again.")
+
+
+@models.command()
 def fetch(
     name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
 ) -> None:

@@ -219,9 +219,24 @@ class Catalogue:
     def promote(self, version: Version, alias: str = LIVE) -> Version | None:
         """Let an alias stand for this version. Returns the one that it stood for before."""
         _check(alias)
+        client, name = self._open(), f"{version.kind}.{version.name}"
         before = next((v for v in self.versions(version.kind, version.name) if alias in v.aliases), None)
-        self._open().set_registered_model_alias(f"{version.kind}.{version.name}", alias, str(version.number))
+        if before is not None and before.number != version.number:
+            client.set_registered_model_tag(name, f"{_TAG}before.{alias}", str(before.number))
+        client.set_registered_model_alias(name, alias, str(version.number))
         return before
+
+    def rollback(self, name: str, alias: str = LIVE) -> Version:
+        """Let an alias stand again for the version that it stood for before. Raises UsageError where there is none."""
+        _check(name)
+        self.named(name)
+        tags = self._open().get_registered_model(f"{MODEL}.{name}").tags
+        number = tags.get(f"{_TAG}before.{alias}")
+        if number is None:
+            raise UsageError(f"No other version of {name} was {alias} before.")
+        version = self.named(f"{name}@{number}")
+        self.promote(version, alias)
+        return version
 
     # Beneath
 

@@ -76,6 +76,10 @@ def test_one_version_is_live_and_the_one_before_is_told(catalogue: Catalogue, mo
     assert catalogue.named(f"goods@{LIVE}").number == 1
     before = catalogue.promote(second)
     assert before is not None and before.number == 1
+    assert catalogue.rollback("goods").number == 1 == catalogue.named("goods@live").number
+    assert catalogue.rollback("goods").number == 2
+    with pytest.raises(UsageError, match="was test before"):
+        catalogue.rollback("goods", "test")
     assert catalogue.named("goods@live").number == 2 and catalogue.named("goods@live").aliases == (LIVE,)
     fetched = catalogue.fetch(catalogue.named("goods@live"), tmp_path / "copy")
     assert Bundle.load(fetched).run("text_vector", text="红").shape == (32,)
@@ -139,6 +143,8 @@ def test_the_commands(catalogue: Catalogue, model: Path, tmp_path: Path) -> None
     assert [one["version"] for one in call("models", "list")] == [1, 2]
     assert call("models", "promote", "replies@1")["before"] is None
     assert call("models", "promote", "replies@2")["before"] == 1
+    assert call("models", "rollback", "replies")["version"] == 1
+    assert call("models", "rollback", "replies")["version"] == 2
     shown = call("models", "show", "replies@live")
     assert shown["version"] == 2 and shown["metrics"] == {"bleu": 31.5} and shown["made_of"] == ["data:goods@1"]
     assert str(file) in call("models", "lineage", "replies@live")[1]
