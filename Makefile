@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-images bench-tasks test test-fast lint format bench docs clean browser
+.PHONY: demo demo-images bench-tasks test test-fast lint format bench docs clean browser postgres
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
@@ -15,7 +15,7 @@ demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, w
 demo-images: .venv/.stamp  ## then teach that model to draw, and measure what it draws
 	$(BIN)/openm6 demo-images
 
-test: lint browser  ## everything
+test: lint browser postgres  ## everything
 	$(TEST)
 
 test-fast: .venv/.stamp  ## without the slow tests
@@ -51,6 +51,12 @@ browser:
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || { [ "$$(id -u)" = 0 ] && \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } 2> /dev/null || \
 		echo "No Chromium here: the tests of pages are skipped."
+
+# Likewise the tests of a catalogue in PostgreSQL.
+postgres:
+	@command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql > /dev/null; } 2> /dev/null || \
+		echo "No PostgreSQL here: its tests are skipped."
 
 # pip chooses the PyTorch for this machine (CPU or CUDA); uv keeps that one and installs the rest quickly.
 .venv/.stamp: pyproject.toml
