@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +11,13 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.output import Json, emit, table
-from openm6.cli.serve import KEYS
+from openm6.cli.serve import KEYS, LOOPBACK
 
 
 @app.command()
 def deploy(
     model: Annotated[Path, typer.Argument(help="A model directory.")],
-    to: Annotated[str, typer.Option(help="here, compose or k8s.")] = "here",
+    to: Annotated[str, typer.Option(help="here, compose, k8s or ray.")] = "here",
     name: Annotated[str, typer.Option(help="Of the service; by default of the directory.")] = "",
     host: Annotated[str, typer.Option(help="Here: address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Here: port; 0: any that is free.")] = 0,
@@ -39,6 +40,19 @@ def deploy(
         more = ("--keys", str(keys)) if keys else ()
         made = Deployments().start(name, model, host, port, more)
         emit({"name": made.name, "url": made.url}) if json else typer.echo(f"{made.name} is served at {made.url}")
+        return
+    if to == "ray":
+        from openm6.serve.fleet import Place
+        from openm6.serve.on_ray import deploy_on_ray
+        from openm6.serve.server import Options
+
+        if keys is None and host not in LOOPBACK:
+            raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
+        url = deploy_on_ray(
+            name, {name: Place(model.resolve())}, Options(keys=keys), replicas=replicas, most=max(most, replicas),
+            host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
+        )  # fmt: skip
+        emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")
         return
     called, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
     plan = Plan(called, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]

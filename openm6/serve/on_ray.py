@@ -1,0 +1,64 @@
+"""The same API on a Ray cluster: replicas of the server, each with its model's process, more of them under load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from openm6.errors import UsageError
+from openm6.serve.engine import Settings
+from openm6.serve.fleet import Fleet, Place
+from openm6.serve.server import Options
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+ONGOING = 16
+"""Requests that a replica works at before another one is wanted."""
+
+
+def deploy_on_ray(
+    name: str,
+    places: Mapping[str, Place],
+    options: Options,
+    settings: Settings | None = None,
+    *,
+    replicas: int = 1,
+    most: int = 4,
+    cpus: float = 1.0,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    address: str | None = None,
+) -> str:
+    """Serve on the cluster at `address` (one is started here where there is none). Returns the URL; the deployment
+    stays when this process ends, on a cluster that does. Raises UsageError where Ray is not installed."""
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        raise UsageError("Serving on Ray needs it: pip install 'openm6[ray]'.") from None
+
+    if not ray.is_initialized():
+        ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": host, "port": port})
+    shown = dict(places)
+
+    def app() -> FastAPI:
+        from openm6.serve.api import create_app
+
+        return create_app(Fleet(settings), options, shown)
+
+    scaling: dict[str, Any] = {
+        "min_replicas": replicas, "max_replicas": max(replicas, most), "target_ongoing_requests": ONGOING,
+    }  # fmt: skip
+
+    @serve.deployment(
+        name=name, autoscaling_config=scaling, ray_actor_options={"num_cpus": cpus}, max_ongoing_requests=4 * ONGOING,
+        graceful_shutdown_timeout_s=options.drain,
+    )  # fmt: skip
+    @serve.ingress(app)
+    class Server:
+        pass
+
+    serve.run(Server.bind(), name=name, route_prefix="/")
+    return f"http://{host}:{port}"
