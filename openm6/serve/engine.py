@@ -86,8 +86,8 @@ class Engine:
     def __init__(self, bundle: Bundle, tell: Callable[[Told], None], settings: Settings | None = None):
         self.bundle, self.settings, self._tell = bundle, settings or Settings(), tell
         self.counts = Counts()
-        if bundle.model.image is not None and not isinstance(bundle.model.image, Features):
-            bundle.model.image = Features(bundle.model.image, self.settings.prefix_mib * MIB)  # type: ignore[assignment]
+        image = bundle.model.image
+        self.features = Features.of(image, self.settings.prefix_mib * MIB) if image is not None else None
         self._inbox: deque[Request] = deque()
         self._gone: set[str] = set()
         self._change = Condition()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,27 @@ from torch import Tensor, nn
 from openm6.serve.recent import Recent
 
 
-class Features(nn.Module):
-    """In the place of a network's embedder of pictures: uint8 [N, H, W, 3] to [N * h * w, D], each picture known by
-    its pixels; inference only."""
+class Features:
+    """In the place of `forward` of a network's embedder of pictures: uint8 [N, H, W, 3] to [N * h * w, D], each picture
+    known by its pixels; inference only. The network's weights keep their names."""
 
     def __init__(self, embedder: nn.Module, budget: int):
-        super().__init__()
-        self.embedder = embedder
+        self.read: Callable[[Tensor], Tensor] = embedder.forward
         self.recent: Recent[Tensor] = Recent(budget)
+        embedder.forward = self  # type: ignore[assignment]
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, embedder: nn.Module, budget: int) -> Features:
+        """Those of an embedder, made once."""
+        return embedder.forward if isinstance(embedder.forward, Features) else cls(embedder, budget)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
         keys = [_key(one) for one in pixels]
         found = {key: self.recent.get(key) for key in keys}
         new = [number for number, key in enumerate(keys) if found[key] is None]
         new = list({keys[number]: number for number in new}.values())  # of pictures that come twice one
         if new:
-            read = self.embedder(pixels[new]).unflatten(0, (len(new), -1))
+            read = self.read(pixels[new]).unflatten(0, (len(new), -1))
             for number, features in zip(new, read, strict=True):
                 found[keys[number]] = features
                 self.recent.put(keys[number], features.clone(), features.nbytes)

@@ -60,5 +60,5 @@ def deploy_on_ray(
     class Server:
         pass
 
-    serve.run(Server.bind(), name=name, route_prefix="/")
+    serve.run(Server.bind(), name=name, route_prefix="/")  # type: ignore[attr-defined]
     return f"http://{host}:{port}"

@@ -20,6 +20,8 @@ REMEMBERED = 2**18
 
 
 class PictureCodec:
+    """A codec in use: always in its own precision, whoever asks (in bf16 pictures come out a level or two off)."""
+
     def __init__(self, codec: Codec):
         self.codec, self.size, self.side = codec.eval(), codec.config.image_size, codec.config.side
         self.num_codes, self.stride = codec.config.num_codes, self.size // self.side
@@ -52,7 +54,8 @@ class PictureCodec:
             known = self._known.get(key)
         if known is None:
             device = self.codec.out_of.weight.device
-            codes = self.codec.encode(torch.tensor(pixels)[None].to(device))
+            with torch.autocast(device.type, enabled=False):
+                codes = self.codec.encode(torch.tensor(pixels)[None].to(device))
             known = codes.flatten().cpu().numpy().astype(np.uint16 if self.num_codes < 2**16 else np.int32)
             with self._lock:
                 self._known[key] = known
@@ -64,4 +67,5 @@ class PictureCodec:
         """Codes [side * side] as a picture."""
         device = self.codec.out_of.weight.device
         grid = torch.from_numpy(codes.reshape(1, self.side, self.side)).to(device)
-        return Image.fromarray(self.codec.decode(grid)[0].cpu().numpy())
+        with torch.autocast(device.type, enabled=False):
+            return Image.fromarray(self.codec.decode(grid)[0].cpu().numpy())

@@ -98,13 +98,15 @@ def test_a_prompt_that_was_read_before_is_not_read_again(bundle: Bundle) -> None
 
 def test_a_picture_that_was_seen_before_is_not_read_again(bundle: Bundle) -> None:
     watched = Watched(bundle)
-    recent = bundle.model.image.recent
+    features = watched.engine.features
+    assert features is not None
+    recent = features.recent
     photo, before = picture(seed=77), (recent.hits, recent.misses)
     for number, task in enumerate(("kind", "caption", "kind")):
         watched.ask(str(number), task, photo=photo, decoding={"max_new_tokens": 4})
         watched.finish()
     assert (recent.hits - before[0], recent.misses - before[1]) == (1, 1)  # the third is a prompt that was read
-    direct = bundle.model.image.embedder
+    direct = features.read
     pixels = torch.randint(0, 255, (3, 16, 8, 3), dtype=torch.uint8)
     with torch.inference_mode():
         expected = direct(pixels[[0, 1, 0, 2]])
