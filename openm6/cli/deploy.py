@@ -11,7 +11,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.output import Json, emit, table
-from openm6.cli.serve import KEYS, LOOPBACK
+from openm6.cli.serve import KEYS, check_reach
 
 
 @app.command()
@@ -46,8 +46,7 @@ def deploy(
         from openm6.serve.on_ray import deploy_on_ray
         from openm6.serve.server import Options
 
-        if keys is None and host not in LOOPBACK:
-            raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
+        check_reach(host, keys)
         url = deploy_on_ray(
             name, {name: Place(model.resolve())}, Options(keys=keys), replicas=replicas, most=max(most, replicas),
             host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),

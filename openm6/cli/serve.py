@@ -45,8 +45,7 @@ def serve(
     from openm6.serve.fleet import Fleet, Place
     from openm6.serve.server import Options
 
-    if keys is None and host not in LOOPBACK:
-        raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
+    check_reach(host, keys)
     adapters = {name: Path(path) for name, path in pairs(adapter or []).items()}
     places = {}
     for number, one in enumerate(model):
@@ -63,6 +62,12 @@ def serve(
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+
+
+def check_reach(host: str, keys: Path | None) -> None:
+    """Raises UsageError where others could ask without a key."""
+    if keys is None and host not in LOOPBACK:
+        raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
 
 
 def _directory(path: str) -> tuple[Path, str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.environment import ARTIFACTS, CATALOGUE
 from openm6.errors import OpenM6Error, UsageError, suggest
-from openm6.hub.jobs import home
+from openm6.hub.jobs import home, last_step
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,7 +77,7 @@ class Catalogue:
     """Of a database and a place for files, by default those of the environment."""
 
     def __init__(self, database: str | None = None, artifacts: str | None = None):
-        base = home().parent
+        base = home()
         self.database = database or os.environ.get(CATALOGUE) or f"sqlite:///{base / 'catalogue.db'}"
         self.artifacts = artifacts or os.environ.get(ARTIFACTS) or str(base / "artifacts")
         if self.database.startswith("sqlite:///"):
@@ -209,7 +209,7 @@ class Catalogue:
 
     def local(self, version: Version) -> Path:
         """The directory of a model here, fetched when it is asked for the first time."""
-        target = home().parent / "models" / version.full_name
+        target = home() / "models" / version.full_name
         if not target.is_dir():
             self.fetch(version, target)
         return target
@@ -319,14 +319,7 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
 
 def _costs(run: Path) -> dict[str, Any]:
     """Energy and the last loss of a training, as its log tells."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 100_000))
-            lines = [json.loads(line) for line in file.read().splitlines() if line.startswith(b"{")]
-    except (OSError, ValueError):
+    last = last_step(run)
+    if not last:
         return {}
-    steps = [line for line in lines if "loss" in line]
-    if not steps:
-        return {}
-    last = steps[-1]
     return {"steps": last["step"], "loss": last["loss"], "energy_kwh": last.get("energy_kwh")}

@@ -40,7 +40,7 @@ class Deployments:
     """Those of a folder, by default beside the jobs."""
 
     def __init__(self, root: Path | None = None):
-        self.root = root or home().parent / "deployments"
+        self.root = root or home() / "deployments"
 
     def start(
         self, name: str, model: Path, host: str = "127.0.0.1", port: int = 0, more: tuple[str, ...] = ()

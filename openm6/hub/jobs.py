@@ -59,15 +59,15 @@ class Job:
 
 
 def home() -> Path:
-    """Where jobs are kept: `$OPENM6_HOME`/jobs, else ~/.local/share/openm6/jobs."""
-    return Path(os.environ.get(HOME) or Path.home() / ".local" / "share" / "openm6") / "jobs"
+    """Where a team's things are kept here: `$OPENM6_HOME`, else ~/.local/share/openm6."""
+    return Path(os.environ.get(HOME) or Path.home() / ".local" / "share" / "openm6")
 
 
 class Jobs:
     """The jobs of a folder."""
 
     def __init__(self, root: Path | None = None):
-        self.root = root or home()
+        self.root = root or home() / "jobs"
 
     # Asking
 
@@ -267,19 +267,22 @@ def progress(job: Job) -> dict[str, Any]:
     output = _output(job)
     if output is None:
         return {}
+    last, total = last_step(output), _steps(output)
+    if not last or not total:
+        return {}
+    left = (total - last["step"]) * last.get("seconds_per_step", 0.0)
+    return {"step": last["step"], "steps": total, "loss": last["loss"], "seconds_left": round(left)}
+
+
+def last_step(output: Path) -> dict[str, Any]:
+    """What the log of a training in this folder says of its last step; {} where there is none."""
     try:
         with (output / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 20_000))
+            file.seek(max(0, file.seek(0, 2) - 100_000))
             lines = [json.loads(line) for line in file.read().splitlines()[-50:] if line.startswith(b"{")]
     except (OSError, ValueError):
         return {}
-    steps = [line for line in lines if "loss" in line]
-    total = _steps(output)
-    if not steps or not total:
-        return {}
-    last = steps[-1]
-    left = (total - last["step"]) * last.get("seconds_per_step", 0.0)
-    return {"step": last["step"], "steps": total, "loss": last["loss"], "seconds_left": round(left)}
+    return next((line for line in reversed(lines) if "loss" in line), {})
 
 
 def _output(job: Job) -> Path | None:
