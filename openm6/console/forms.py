@@ -96,7 +96,7 @@ class Form:
                 inputs={slot: value for slot, value in inputs.items() if value is not None}, decoding=decoding,
                 examples=records, candidates=int(count) if self.draws else 1,
             )  # fmt: skip
-        except ValueError:
+        except (ValueError, RecursionError):
             raise refusal(self.desk.say("An example is a JSON object on a line of its own.")) from None
 
     def example(self) -> Any:
