@@ -100,8 +100,12 @@ class Guard:
 
         try:
             headers = dict(scope["headers"])
-            if self.loopback and not _from_here(headers):
+            message = ""
+            if _from_another_site(headers, scope["method"]):
+                message = "Pages of other sites may not ask this server."
+            elif self.loopback and not _from_here(headers):
                 message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
+            if message:
                 await JSONResponse(body_of("forbidden", message, "invalid_request_error"), 403)(scope, receive, told)
                 return
             length = headers.get(b"content-length", b"0")
@@ -121,6 +125,13 @@ class Guard:
                     "bytes_out": seen["out"],
                 })
             )  # fmt: skip
+
+
+def _from_another_site(headers: Mapping[bytes, bytes], method: str) -> bool:
+    """Whether a browser says that a page of another site asks, other than by a link that was followed. The console's
+    cookie would come with it, and Gradio lets any origin read what it answers."""
+    followed = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    return headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin") and not followed
 
 
 def _from_here(headers: Mapping[bytes, bytes]) -> bool:
