@@ -74,23 +74,16 @@ def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Ask]]) -> lis
             with started() as url:
                 asyncio.run(_load(url, ask, 2, 1.0))  # warm
                 found[name] = asyncio.run(_load(url, ask, clients, SECONDS))
-        for name, (rate, firsts, wholes, bad) in found.items():
+        for name, measured in found.items():
             peer = next(other for other in found if other != name)
-            rows.append(
-                {
-                    "what": what, "clients": clients, "side": name, "requests/s": round(rate, 1),
-                    "times the other": round(rate / found[peer][0], 2),
-                    "first ms p50": round(1000 * median(firsts), 1),
-                    "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
-                    "answer ms p50": round(1000 * median(wholes), 1), "refused": bad,
-                }
-            )  # fmt: skip
+            rows.append(_row(what, clients, name, measured))
+            rows[-1]["times the other"] = round(measured[0] / found[peer][0], 2)
             print(rows[-1], flush=True)
     return rows
 
 
-async def _load(url: str, ask: Ask, clients: int, seconds: float) -> tuple[float, list[float], list[float], int]:
-    """Answers a second, times to the first token and to the answer, and requests that were refused."""
+async def _load(url: str, ask: Ask, clients: int, seconds: float) -> Measured:
+    """Closed loop."""
     firsts: list[float] = []
     wholes: list[float] = []
     bad = 0
@@ -119,6 +112,20 @@ async def _load(url: str, ask: Ask, clients: int, seconds: float) -> tuple[float
     return len(wholes) / (time.perf_counter() - started), firsts, wholes, bad
 
 
+Measured = tuple[float, list[float], list[float], int]
+"""Answers a second, seconds to the first token and to the answer of each, and requests that were refused."""
+
+
+def _row(what: str, clients: int | str, side: str, measured: Measured) -> dict[str, Any]:
+    rate, firsts, wholes, refused = measured
+    return {
+        "what": what, "clients": clients, "side": side, "requests/s": round(rate, 1),
+        "first ms p50": round(1000 * median(firsts), 1),
+        "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
+        "answer ms p50": round(1000 * median(wholes), 1), "refused": refused,
+    }  # fmt: skip
+
+
 def _curve(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Open loop: the peak by 64 clients, then requests at shares of it."""
     ask, rows = _openm6(mixed), []
@@ -126,21 +133,14 @@ def _curve(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> list[dict[st
         asyncio.run(_load(url, ask, 8, 2.0))  # warm
         peak, *_ = asyncio.run(_load(url, ask, 64, SECONDS))
         for share in SHARES:
-            rate, firsts, wholes, refused = asyncio.run(_arriving(url, ask, share * peak, SECONDS))
-            rows.append(
-                {
-                    "what": "the demo's tasks, as they come", "clients": f"{share * peak:.0f} a second",
-                    "side": f"openm6, {share:.0%} of the peak", "requests/s": round(rate, 1),
-                    "first ms p50": round(1000 * median(firsts), 1),
-                    "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
-                    "answer ms p50": round(1000 * median(wholes), 1), "refused": refused,
-                }
-            )  # fmt: skip
+            measured = asyncio.run(_arriving(url, ask, share * peak, SECONDS))
+            side = f"openm6, {share:.0%} of the peak"
+            rows.append(_row("the demo's tasks, as they come", f"{share * peak:.0f} a second", side, measured))
             print(rows[-1], flush=True)
     return rows
 
 
-async def _arriving(url: str, ask: Ask, rate: float, seconds: float) -> tuple[float, list[float], list[float], int]:
+async def _arriving(url: str, ask: Ask, rate: float, seconds: float) -> Measured:
     """As `_load`, of requests that come `rate` a second; answers are counted within these seconds."""
     rng = np.random.default_rng(0)
     firsts: list[float] = []
