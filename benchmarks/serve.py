@@ -250,7 +250,9 @@ def _whole(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
 
 
 def _served(model: Path) -> Callable[[], Any]:
-    return lambda: _process([sys.executable, "-m", "openm6", "serve", f"m6={model}", "--port"], "/readyz")
+    return lambda: _process(
+        [sys.executable, "-m", "openm6", "serve", f"m6={model}", "--no-console", "--jobs", "0", "--port"], "/readyz"
+    )
 
 
 def _peer(kind: str, model: Path) -> Callable[[], Any]:

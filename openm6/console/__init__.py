@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
 from openm6.errors import UsageError
@@ -41,7 +41,7 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
     from PIL import Image
 
     from openm6.console.desk import Desk
-    from openm6.console.site import HEAD, STYLE, build
+    from openm6.console.site import HEAD, ICON, STYLE, build
     from openm6.images import MAX_PIXELS
 
     # Gradio opens what is uploaded by itself: no larger than what the API takes.
@@ -52,6 +52,10 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
     async def home(request: Request) -> RedirectResponse:
         wanted = request.headers.get("accept-language", "").lower()
         return RedirectResponse("zh" if wanted.startswith("zh") else "en")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     for language in LANGUAGES:
         desk = Desk(server, language, batches)

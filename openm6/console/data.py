@@ -29,11 +29,10 @@ def page(desk: Desk) -> None:
     )
     shown = [facts, columns, sample, pictures, problems]
 
-    def names() -> Any:
-        found = [
-            version.full_name for name in desk.catalogue.names(DATA) for version in desk.catalogue.versions(DATA, name)
-        ]
-        return gr.Dropdown(choices=found, value=found[-1] if found else None)
+    def names(select: str | None = None) -> Any:
+        catalogue = desk.catalogue
+        found = [one.full_name for name in catalogue.names(DATA) for one in catalogue.versions(DATA, name)]
+        return gr.Dropdown(choices=found, value=select or (found[-1] if found else None))
 
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
@@ -58,8 +57,7 @@ def page(desk: Desk) -> None:
     async def added(request: gr.Request, called: str, place: str) -> Any:
         desk.manager(request)
         version = await desk.do(lambda: desk.catalogue.add_data(called.strip(), place.strip()))
-        found = await desk.do(names)
-        return gr.Dropdown(choices=found["choices"], value=version.full_name)
+        return await desk.do(lambda: names(version.full_name))
 
     add.click(added, [name, source], known, api_visibility="private")
 

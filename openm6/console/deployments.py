@@ -17,7 +17,7 @@ def page(desk: Desk) -> None:
         say("model"), say("parameters"), say("waiting"), say("worked at"), say("tokens a second"), say("answered"),
         say("restarts"), say("energy"), say("directory"),
     ]  # fmt: skip
-    models = gr.Dataframe(headers=heads, label=say("Served here"), interactive=False, type="array", wrap=True)
+    models = gr.Dataframe(headers=heads, label=say("Served here"), interactive=False, type="array")
     with gr.Row():
         names = {"tokens": say("tokens a second"), "requests": say("requests a second")}
         names |= {"open": say("waiting and worked at"), "watts": say("watts (estimated)")}

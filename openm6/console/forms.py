@@ -127,12 +127,9 @@ class Answer:
             visible=told["kind"] != "picture",
         )  # fmt: skip
         self.pictures = gr.Gallery(
-            label=label or desk.say("Pictures"),
-            columns=2,
-            object_fit="contain",
+            label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
             visible=self.shows_pictures,
-            format="png",
-        )
+        )  # fmt: skip
         self.told_line = gr.Markdown(elem_classes="quiet")
 
     @property

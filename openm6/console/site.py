@@ -11,13 +11,14 @@ STYLE = """
 .gradio-container {width: 100%; max-width: 1200px !important; margin: 0 auto}
 .quiet {opacity: .75; font-size: .9em}
 .lineage {overflow-x: auto}
+.image-frame img {width: 100%; height: 100%; object-fit: contain}
 .said textarea {font-size: 1.1em; line-height: 1.6}
 """
-HEAD = """<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E\
-%3Crect width='16' height='16' rx='4' fill='%23f97316'/%3E%3Ctext x='2' y='12' font-size='9' fill='white'%3EM6%3C\
-/text%3E\
-%3C/svg%3E">
-<script>
+ICON = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' fill='#f97316'/>"
+    "<text x='2' y='12' font-size='9' fill='white'>M6</text></svg>"
+)
+HEAD = """<script>
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
   const button = document.getElementById({a: "accept", r: "reject", z: "back"}[event.key] || "none");
