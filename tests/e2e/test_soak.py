@@ -78,19 +78,17 @@ def asking(url: str, until: Callable[[], bool], outcomes: Counter[str], seed: in
                 outcomes["refused"] += 1
 
 
-def together(url: str, until: Callable[[], bool]) -> Counter[str]:
-    outcomes: Counter[str] = Counter()
+def together(url: str, until: Callable[[], bool], outcomes: Counter[str]) -> None:
     threads = [threading.Thread(target=asking, args=(url, until, outcomes, seed)) for seed in range(CLIENTS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes
 
 
 def test_nothing_is_lost_and_memory_stays_flat(server: tuple[psutil.Process, str]) -> None:
     process, url = server
-    begun, sizes = time.monotonic(), []
+    begun, sizes, outcomes = time.monotonic(), [], Counter[str]()
     child = worker(process)
     assert child is not None
 
@@ -100,7 +98,7 @@ def test_nothing_is_lost_and_memory_stays_flat(server: tuple[psutil.Process, str
             sizes.append((process.memory_info().rss, child.memory_info().rss))
         return passed > SECONDS
 
-    outcomes = together(url, over)
+    together(url, over, outcomes)
     assert outcomes["asked"] == outcomes["answered"] > SECONDS and not outcomes["refused"]
     third = len(sizes) // 3
     first, last = (np.max(part, 0) for part in (sizes[:third], sizes[-third:]))
@@ -112,24 +110,28 @@ def test_nothing_is_lost_and_memory_stays_flat(server: tuple[psutil.Process, str
 
 def test_a_worker_that_is_killed_over_and_over_loses_nothing(server: tuple[psutil.Process, str]) -> None:
     process, url = server
-    chance, done = random.Random(0), threading.Event()
+    chance, done, outcomes = random.Random(0), threading.Event(), Counter[str]()
 
     def kill() -> None:
+        """Three times in the midst of work, then while it starts, and so on."""
         killed: set[int] = set()
+        answered = 0
         while len(killed) < KILLS:
             child = worker(process)
-            if child is not None and child.pid not in killed:
-                killed.add(child.pid)
-                time.sleep(chance.random())  # sometimes while it starts, sometimes in the midst of work
-                os.kill(child.pid, signal.SIGKILL)
-            time.sleep(0.2)
+            if child is None or child.pid in killed or (len(killed) % 4 < 3 and outcomes["answered"] == answered):
+                time.sleep(0.05)
+                continue
+            time.sleep(chance.random())
+            os.kill(child.pid, signal.SIGKILL)
+            killed.add(child.pid)
+            answered = outcomes["answered"]
         done.set()
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcomes = together(url, done.is_set)
+    together(url, done.is_set, outcomes)
     killer.join()
-    assert outcomes["asked"] == outcomes["answered"] + outcomes["refused"] > 0
+    assert outcomes["asked"] == outcomes["answered"] + outcomes["refused"] > KILLS
     with Client(url) as m6:  # and it answers still
         assert m6.run("text_vector", text="红").shape == (32,)
     print(outcomes)
