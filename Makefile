@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-images bench-tasks test test-fast lint format bench docs clean browser postgres
+.PHONY: demo demo-images bench-tasks soak test test-fast lint format bench docs clean browser postgres
 
 demo: .venv/.stamp  ## train a small M6 on the built-in catalogue, measure it, write a report
 	$(BIN)/openm6 demo
@@ -38,6 +38,9 @@ bench-tasks: .venv/.stamp  ## every task, pretrained and from nothing; goes on w
 	test -d runs/demo-images/model || $(BIN)/openm6 demo-images
 	test -d runs/market/model || $(BIN)/openm6 train market
 	$(BIN)/python -m benchmarks tasks
+
+soak: .venv/.stamp  ## an hour of mixed requests, with a worker that is killed over and over
+	OPENM6_SOAK=$(or $(SECONDS),3600) $(BIN)/python -m pytest tests/e2e/test_soak.py -s
 
 docs: .venv/.stamp  ## the documentation as a web site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -3,6 +3,7 @@
 the same model (the demo's tasks, mixed); and what HTTP and scheduling add to one request.
 
 Closed loop: each client sends its next request when it has its answer. Sides take turns at each number of clients.
+Open loop: requests come when they come (Poisson), whatever is answered, at shares of the peak up to twice of it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from openm6.errors import UsageError
 TITLE = "Serving: clients at once"
 ROOT = Path(__file__).parents[1] / "runs"
 CLIENTS, SECONDS, NEW = (1, 4, 16, 64), 8.0, 32
+SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
+"""Of the peak, at which requests come in the open loop."""
 
 Ask = Callable[[int], tuple[str, dict[str, Any]]]
 """The n-th request: its path and its body."""
@@ -54,6 +57,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
         "the demo's tasks, mixed",
         {"openm6": (_served(demo), _openm6(mixed)), "litserve": (_peer("litserve", demo), _whole(mixed))},
     )
+    rows += _curve(demo, mixed)
     rows.append(_overhead(demo, mixed))
     note = (
         f"{SECONDS:.0f} s each; first: the time to the first token where a side streams, else to the answer. Texts: a "
@@ -70,23 +74,16 @@ def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Ask]]) -> lis
             with started() as url:
                 asyncio.run(_load(url, ask, 2, 1.0))  # warm
                 found[name] = asyncio.run(_load(url, ask, clients, SECONDS))
-        for name, (rate, firsts, wholes, bad) in found.items():
+        for name, measured in found.items():
             peer = next(other for other in found if other != name)
-            rows.append(
-                {
-                    "what": what, "clients": clients, "side": name, "requests/s": round(rate, 1),
-                    "times the other": round(rate / found[peer][0], 2),
-                    "first ms p50": round(1000 * median(firsts), 1),
-                    "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
-                    "answer ms p50": round(1000 * median(wholes), 1), "refused": bad,
-                }
-            )  # fmt: skip
+            rows.append(_row(what, clients, name, measured))
+            rows[-1]["times the other"] = round(measured[0] / found[peer][0], 2)
             print(rows[-1], flush=True)
     return rows
 
 
-async def _load(url: str, ask: Ask, clients: int, seconds: float) -> tuple[float, list[float], list[float], int]:
-    """Answers a second, times to the first token and to the answer, and requests that were refused."""
+async def _load(url: str, ask: Ask, clients: int, seconds: float) -> Measured:
+    """Closed loop."""
     firsts: list[float] = []
     wholes: list[float] = []
     bad = 0
@@ -113,6 +110,66 @@ async def _load(url: str, ask: Ask, clients: int, seconds: float) -> tuple[float
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         await asyncio.gather(*(client(number, http) for number in range(clients)))
     return len(wholes) / (time.perf_counter() - started), firsts, wholes, bad
+
+
+Measured = tuple[float, list[float], list[float], int]
+"""Answers a second, seconds to the first token and to the answer of each, and requests that were refused."""
+
+
+def _row(what: str, clients: int | str, side: str, measured: Measured) -> dict[str, Any]:
+    rate, firsts, wholes, refused = measured
+    return {
+        "what": what, "clients": clients, "side": side, "requests/s": round(rate, 1),
+        "first ms p50": round(1000 * median(firsts), 1),
+        "first ms p99": round(1000 * float(np.quantile(firsts, 0.99)), 1),
+        "answer ms p50": round(1000 * median(wholes), 1), "refused": refused,
+    }  # fmt: skip
+
+
+def _curve(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Open loop: the peak by 64 clients, then requests at shares of it."""
+    ask, rows = _openm6(mixed), []
+    with _served(model)() as url:
+        asyncio.run(_load(url, ask, 8, 2.0))  # warm
+        peak, *_ = asyncio.run(_load(url, ask, 64, SECONDS))
+        for share in SHARES:
+            measured = asyncio.run(_arriving(url, ask, share * peak, SECONDS))
+            side = f"openm6, {share:.0%} of the peak"
+            rows.append(_row("the demo's tasks, as they come", f"{share * peak:.0f} a second", side, measured))
+            print(rows[-1], flush=True)
+    return rows
+
+
+async def _arriving(url: str, ask: Ask, rate: float, seconds: float) -> Measured:
+    """As `_load`, of requests that come `rate` a second; answers are counted within these seconds."""
+    rng = np.random.default_rng(0)
+    firsts: list[float] = []
+    wholes: list[float] = []
+    counts = {"refused": 0, "in time": 0}
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=512)
+
+    async def one(number: int, http: httpx2.AsyncClient) -> None:
+        path, body = ask(number)
+        sent, first = time.perf_counter(), 0.0
+        async with http.stream("POST", path, json=body) as answer:
+            async for _ in answer.aiter_raw():
+                first = first or time.perf_counter() - sent
+        if answer.status_code != 200:
+            counts["refused"] += 1
+            return
+        ended = time.perf_counter()
+        firsts.append(first)
+        wholes.append(ended - sent)
+        counts["in time"] += ended - started < seconds
+
+    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        started, due, running = time.perf_counter(), 0.0, []
+        while (due := due + rng.exponential(1 / rate)) < seconds:
+            if (wait := started + due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            running.append(asyncio.create_task(one(len(running), http)))
+        await asyncio.gather(*running)
+    return counts["in time"] / seconds, firsts, wholes, counts["refused"]
 
 
 def _overhead(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -193,7 +250,9 @@ def _whole(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
 
 
 def _served(model: Path) -> Callable[[], Any]:
-    return lambda: _process([sys.executable, "-m", "openm6", "serve", f"m6={model}", "--port"], "/readyz")
+    return lambda: _process(
+        [sys.executable, "-m", "openm6", "serve", f"m6={model}", "--no-console", "--jobs", "0", "--port"], "/readyz"
+    )
 
 
 def _peer(kind: str, model: Path) -> Callable[[], Any]:

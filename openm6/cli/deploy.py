@@ -16,7 +16,7 @@ from openm6.cli.serve import KEYS, check_reach
 
 @app.command()
 def deploy(
-    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help="A model directory, or one of the catalogue (goods@live).")],
     to: Annotated[str, typer.Option(help="here, compose, k8s or ray.")] = "here",
     name: Annotated[str, typer.Option(help="Of the service; by default of the directory.")] = "",
     host: Annotated[str, typer.Option(help="Here: address to listen on.")] = "127.0.0.1",
@@ -29,16 +29,15 @@ def deploy(
     json: Json = False,
 ) -> None:
     """Serve a model in the background, or write what puts it to work elsewhere: `openm6 deploy runs/demo/model`"""
-    from openm6.errors import UsageError
+    from openm6.hub.catalogue import find_model
     from openm6.hub.deployments import Deployments
     from openm6.hub.manifests import Plan, write
 
-    if not (model / "config.json").is_file():
-        raise UsageError(f"{model} is no model directory.")
-    name = name or (model.resolve().parent.name if model.name == "model" else model.name)
+    directory, called = find_model(model)
+    name = name or called
     if to == "here":
         more = ("--keys", str(keys)) if keys else ()
-        made = Deployments().start(name, model, host, port, more)
+        made = Deployments().start(name, directory, host, port, more)
         emit({"name": made.name, "url": made.url}) if json else typer.echo(f"{made.name} is served at {made.url}")
         return
     if to == "ray":
@@ -48,14 +47,14 @@ def deploy(
 
         check_reach(host, keys)
         url = deploy_on_ray(
-            name, {name: Place(model.resolve())}, Options(keys=keys), replicas=replicas, most=max(most, replicas),
+            name, {name: Place(directory)}, Options(keys=keys), replicas=replicas, most=max(most, replicas),
             host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
         )  # fmt: skip
         emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")
         return
-    called, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
-    plan = Plan(called, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
-    files = write(to, plan, output, model, keys or KEYS)
+    service, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
+    plan = Plan(service, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
+    files = write(to, plan, output, directory, keys or KEYS)
     emit({"files": list(map(str, files))}) if json else typer.echo("\n".join(map(str, files)))
 
 

@@ -21,20 +21,22 @@ Identity = Annotated[str, typer.Argument(help="Its id, or the beginning of it.")
 def submit(
     context: typer.Context,
     name: Annotated[str, typer.Option("--name", help="What to call it; before the command.")] = "",
+    engine: Annotated[str, typer.Option("--engine", help="here, or ray: on the cluster at $RAY_ADDRESS.")] = "here",
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="On Ray: GPUs that it needs.")] = 0,
 ) -> None:
     """Let a command wait for its turn: `openm6 jobs submit train recipe.yaml train.steps=500`"""
     from openm6.hub.jobs import Jobs
 
-    job = Jobs().submit(context.args, name)
+    job = Jobs().submit(context.args, name, engine=engine, gpus=gpus)
     typer.echo(job.id)
 
 
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
     """All jobs and how far they are."""
-    from openm6.hub.jobs import Jobs
+    from openm6.hub.jobs import Jobs, told
 
-    found = [_told(job) for job in Jobs().list()]
+    found = [told(job) for job in Jobs().list()]
     if json:
         emit(found)
         return
@@ -45,13 +47,13 @@ def list_jobs(json: Json = False) -> None:
 @jobs.command()
 def show(identity: Identity, json: Json = False) -> None:
     """One job."""
-    from openm6.hub.jobs import Jobs
+    from openm6.hub.jobs import Jobs, told
 
-    told = _told(Jobs().get(identity))
+    found = told(Jobs().get(identity))
     if json:
-        emit(told)
+        emit(found)
     else:
-        table(["", ""], [[name, value] for name, value in told.items()], told["id"])
+        table(["", ""], [[name, value] for name, value in found.items()], found["id"])
 
 
 @jobs.command()
@@ -111,17 +113,6 @@ def work(
     from openm6.hub.jobs import Jobs
 
     Jobs().work(at_once, until_empty)
-
-
-def _told(job: Any) -> dict[str, Any]:
-    from openm6.hub.jobs import RUNNING, progress
-
-    seconds = (job.ended or time.time()) - job.started if job.started else None
-    return {
-        "id": job.id, "name": job.name, "state": job.state, "command": " ".join(job.words), "folder": job.folder,
-        "seconds": None if seconds is None else round(seconds), "code": job.code, "message": job.message,
-        "attempts": job.attempts, **({"progress": progress(job)} if job.state == RUNNING else {"progress": {}}),
-    }  # fmt: skip
 
 
 def _far(one: dict[str, Any]) -> str:

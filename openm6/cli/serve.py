@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +13,10 @@ from openm6.cli import app
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.errors import UsageError
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 KEYS = Path.home() / ".config" / "openm6" / "keys.json"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 KeysFile = Annotated[Path, typer.Option("--keys", help="File of the keys.")]
 
@@ -30,58 +34,80 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="File of keys (openm6 keys); without one nobody is asked.")] = None,
     cache_mib: Annotated[int, typer.Option(min=16, help="Memory for texts that are being written.")] = 512,
     queue: Annotated[int, typer.Option(min=1, help="Requests that wait at most; further ones are refused.")] = 256,
+    jobs: Annotated[int, typer.Option(min=0, help="Jobs of the queue that it starts at the same time.")] = 1,
+    batches: Annotated[Path, typer.Option(help="Console: folder below which batches wait for review.")] = Path("runs"),
+    console: Annotated[bool, typer.Option(help="The web page beside the API, at the same address.")] = True,
+    traces: Annotated[bool, typer.Option(help="OpenTelemetry, to $OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
     image_host: Annotated[
         list[str] | None, typer.Option(help="Host from which pictures may be fetched; none by default.")
     ] = None,
 ) -> None:
-    """Put a model behind an API: `openm6 serve runs/demo/model`"""
+    """Put a model behind an API and a web page: `openm6 serve runs/demo/model`"""
     import logging
     import signal
 
     import uvicorn
 
+    from openm6.hub.catalogue import find_model
     from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
     from openm6.serve.server import Options
+    from openm6.serve.traces import add_traces
 
     check_reach(host, keys)
     adapters = {name: Path(path) for name, path in pairs(adapter or []).items()}
     places = {}
     for number, one in enumerate(model):
         name, _, path = one.rpartition("=")
-        place, called = _directory(path)
+        place, called = find_model(path)
         name = name or called
         if name in places:
             raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
         places[name] = Place(place, adapters if number == 0 else {})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = Options(keys=keys, hosts=tuple(image_host or ()))
-    application = create_app(Fleet(Settings(cache_mib=cache_mib, queue=queue)), options, places)
+    options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None)
+    beside = [partial(work_beside, jobs)] if jobs else []
+    application = create_app(Fleet(Settings(cache_mib=cache_mib, queue=queue)), options, places, beside)
+    if traces:
+        add_traces(application, application.state.server)
+    if console:
+        _mount(application, batches)
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
 
 
+async def work_beside(at_once: int) -> None:
+    """The queue of jobs, worked at for as long as the server runs; what it has started outlives it."""
+    import asyncio
+
+    from openm6.errors import OpenM6Error
+    from openm6.hub.jobs import Jobs
+
+    every = Jobs()
+    while True:
+        with suppress(OpenM6Error):  # a full disk, a folder that is gone: it may come back
+            await asyncio.to_thread(every.step, at_once)
+        await asyncio.sleep(1)
+
+
+def _mount(application: FastAPI, batches: Path) -> None:
+    from openm6.console import add_console
+
+    try:
+        add_console(application, application.state.server, batches)
+    except UsageError as error:
+        typer.echo(f"Without the console: {error}", err=True)
+
+
 def check_reach(host: str, keys: Path | None) -> None:
     """Raises UsageError where others could ask without a key."""
+    from openm6.serve.guard import LOOPBACK
+
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
-
-
-def _directory(path: str) -> tuple[Path, str]:
-    """A model's directory and what to call it: given as it is, or by the catalogue's NAME@N."""
-    place = Path(path)
-    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
-        return place.resolve(), place.resolve().parent.name if place.name == "model" else place.name
-    if "@" not in path or place.exists():
-        raise UsageError(f"{path} is no model directory.")
-    from openm6.hub.catalogue import Catalogue
-
-    catalogue = Catalogue()
-    version = catalogue.named(path)
-    return catalogue.local(version).resolve(), version.name
 
 
 keys_app = typer.Typer(help="Keys of the API.", no_args_is_help=True)

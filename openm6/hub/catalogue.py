@@ -214,6 +214,32 @@ class Catalogue:
             self.fetch(version, target)
         return target
 
+    def version_at(self, directory: Path) -> Version | None:
+        """The version whose files `local` has put into this directory."""
+        place = directory.resolve()
+        return self.named(place.name) if place.parent == (home() / "models").resolve() else None
+
+    def sample(self, version: Version) -> list[dict[str, Any]]:
+        """The few records that are kept of a data set."""
+        return [json.loads(line) for line in self._text(version, "sample.jsonl").splitlines()]
+
+    def recipe(self, version: Version) -> str:
+        """That of a model's training; empty where none was kept."""
+        return self._text(version, "recipe.yaml")
+
+    def parents(self, run: Path) -> list[str]:
+        """What a training was begun from and read, as far as it is in the catalogue: for `made_of`."""
+        import yaml
+
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
+        begun_from = self.version_at(Path(str((recipe.get("model") or {}).get("path") or "")))
+        found = [begun_from.full_name] if begun_from else []
+        sources = {str(section.get("source")) for section in recipe.get("data") or []}
+        for name in self.names(DATA):
+            known = [version for version in self.versions(DATA, name) if version.about["source"] in sources]
+            found += [f"{DATA}:{version.full_name}" for version in known[-1:]]
+        return found
+
     # Changing
 
     def promote(self, version: Version, alias: str = LIVE) -> Version | None:
@@ -250,6 +276,7 @@ class Catalogue:
             from sqlalchemy import create_engine
             from sqlalchemy.exc import SQLAlchemyError
 
+            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             try:
@@ -263,6 +290,17 @@ class Catalogue:
                 place = re.sub(r"//[^@/]*@", "//", self.database)  # not its password
                 raise OpenM6Error(f"The catalogue {place} cannot be opened ({type(error).__name__}).") from None
         return self._client
+
+    def _text(self, version: Version, file: str) -> str:
+        """Of one of the small files beside a version; empty where it is not there."""
+        from mlflow.artifacts import download_artifacts
+
+        place = version.files.removesuffix("/files")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return Path(download_artifacts(artifact_uri=f"{place}/{file}", dst_path=folder)).read_text("utf-8")
+            except Exception:  # of each store another one
+                return ""
 
     def _experiment(self, kind: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -284,6 +322,19 @@ class Catalogue:
             kind, name, int(one.version), one.creation_timestamp / 1000, content["about"],
             tuple((k, n, int(v)) for k, n, v in content["made_of"]), files=str(one.source),
         )  # fmt: skip
+
+
+def find_model(text: str) -> tuple[Path, str]:
+    """A model's directory and what to call it: a directory as it is, or one of the catalogue's (NAME, NAME@3,
+    NAME@live). Raises UsageError for what is neither."""
+    place = Path(text)
+    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+        return place.resolve(), place.resolve().parent.name if place.name == "model" else place.name
+    if "@" not in text or place.exists():
+        raise UsageError(f"{text} is no model directory.")
+    catalogue = Catalogue()
+    version = catalogue.named(text)
+    return catalogue.local(version).resolve(), version.name
 
 
 def _check(name: str) -> None:

@@ -28,6 +28,9 @@ from openm6.environment import HOME
 from openm6.errors import OpenM6Error, UsageError, suggest
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+HERE, RAY = "here", "ray"
+ENGINES = (HERE, RAY)
+"""Where a job runs: in a process of this machine, or on a Ray cluster."""
 OVER = (DONE, FAILED, STOPPED)
 ATTEMPTS = 3
 """Times that a job is started again after its process died."""
@@ -56,6 +59,8 @@ class Job:
     attempts: int = 0
     message: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    engine: str = HERE
+    gpus: int = 0
 
 
 def home() -> Path:
@@ -71,8 +76,12 @@ class Jobs:
 
     # Asking
 
-    def submit(self, words: Sequence[str], name: str = "", folder: Path | None = None) -> Job:
+    def submit(
+        self, words: Sequence[str], name: str = "", folder: Path | None = None, engine: str = HERE, gpus: int = 0
+    ) -> Job:
         """A command waits for its turn. Raises UsageError for what is no job."""
+        if engine not in ENGINES:
+            raise UsageError(f"A job runs {' or '.join(ENGINES)}, not {engine}.")
         if not words or words[0] not in COMMANDS:
             given = words[0] if words else ""
             raise UsageError(
@@ -84,6 +93,7 @@ class Jobs:
         job = Job(
             f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(created))}-{secrets.token_hex(2)}", tuple(words),
             str((folder or Path.cwd()).resolve()), name=name or " ".join(words[:2]), created=created, environment=kept,
+            engine=engine, gpus=gpus,
         )  # fmt: skip
         with self._locked():
             (self.root / job.id).mkdir(parents=True)
@@ -107,6 +117,17 @@ class Jobs:
 
     def log(self, job: Job) -> Path:
         return self.root / job.id / "log.txt"
+
+    def last_said(self, job: Job, most: int) -> str:
+        """The end of its log, of so many bytes at most, from the beginning of a line."""
+        try:
+            with self.log(job).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - most))
+                text = file.read()
+        except OSError:
+            return ""
+        return (text if size <= most else text.partition(b"\n")[2]).decode("utf-8", "replace")
 
     def stop(self, identity: str) -> Job:
         """End a job, gently; it can be gone on with. Raises UsageError for one that is over."""
@@ -189,10 +210,7 @@ class Jobs:
             self._write(replace(job, state=state, ended=time.time(), code=code, message=message))
 
     def _last_words(self, job: Job) -> str:
-        try:
-            lines = self.log(job).read_bytes()[-4000:].decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
+        lines = self.last_said(job, 4000).splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]
 
     def _lives(self, job: Job) -> bool:
@@ -264,7 +282,7 @@ def begun(process: int) -> float | None:
 
 def progress(job: Job) -> dict[str, Any]:
     """Of a job that trains: step, steps, loss, seconds left, as its run tells; {} of others and before it begins."""
-    output = _output(job)
+    output = output_of(job)
     if output is None:
         return {}
     last, total = last_step(output), _steps(output)
@@ -272,6 +290,16 @@ def progress(job: Job) -> dict[str, Any]:
         return {}
     left = (total - last["step"]) * last.get("seconds_per_step", 0.0)
     return {"step": last["step"], "steps": total, "loss": last["loss"], "seconds_left": round(left)}
+
+
+def told(job: Job) -> dict[str, Any]:
+    """What is said of a job, by the command line and by HTTP."""
+    seconds = (job.ended or time.time()) - job.started if job.started else None
+    return {
+        "id": job.id, "name": job.name, "state": job.state, "command": " ".join(job.words), "folder": job.folder,
+        "engine": job.engine, "seconds": None if seconds is None else round(seconds), "code": job.code,
+        "message": job.message, "attempts": job.attempts, "progress": progress(job) if job.state == RUNNING else {},
+    }  # fmt: skip
 
 
 def last_step(output: Path) -> dict[str, Any]:
@@ -285,8 +313,25 @@ def last_step(output: Path) -> dict[str, Any]:
     return next((line for line in reversed(lines) if "loss" in line), {})
 
 
-def _output(job: Job) -> Path | None:
-    """Where a job's run is: what it says itself, else what its recipe says."""
+def curve(job: Job) -> list[tuple[int, float]]:
+    """Of a job that trains: (step, loss) as its run has logged them; a log that is being written may end mid-line."""
+    output = output_of(job)
+    try:
+        lines = (output / "metrics.jsonl").read_bytes().splitlines() if output else []
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            told = json.loads(line)
+            found.append((int(told["step"]), float(told["loss"])))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def output_of(job: Job) -> Path | None:
+    """The folder of a job's run: what it says itself, else what its recipe says; None of one that does not train."""
     import yaml
 
     words = list(job.words)

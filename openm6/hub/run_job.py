@@ -9,13 +9,19 @@ import sys
 import time
 from pathlib import Path
 
-from openm6.hub.jobs import Jobs
+from openm6.hub.jobs import RAY, Jobs
 
 
 def main(directory: Path) -> int:
     jobs = Jobs(directory.parent)
     job = jobs.get(directory.name)
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  openm6 {' '.join(job.words)}", flush=True)
+    if job.engine == RAY:
+        from openm6.hub.on_ray import run_on_ray
+
+        code = run_on_ray(job.words, job.folder, job.environment, job.gpus)
+        jobs.finished(job.id, code)
+        return code
     # A stop reaches the whole session: the command ends by it, and is waited for.
     signal.signal(signal.SIGTERM, lambda *_: None)
     code = subprocess.run([sys.executable, "-m", "openm6", *job.words], check=False, env=os.environ).returncode

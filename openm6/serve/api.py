@@ -6,6 +6,7 @@ POST /v1/tasks/{task}            any task, by its own slots; pieces as server-se
 POST /v1/tasks/{task}/batch      a file of records, answers line by line
 POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
 POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
+     /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.hub.catalogue import find_model
 from openm6.serve.fleet import Deployment, Fleet, Place
 from openm6.serve.guard import Guard, Refusal, add_errors, sse
+from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import Options, Server, TaskRequest, asker
@@ -34,27 +37,37 @@ from openm6.serve.server import Options, Server, TaskRequest, asker
 class PromoteRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    path: str = Field(description="a model directory on the server")
+    path: str = Field(description="a model directory on the server, or one of the catalogue (goods@3)")
     adapters: dict[str, str] = Field(default_factory=dict)
 
 
-def create_app(fleet: Fleet, options: Options | None = None, places: Mapping[str, Place] | None = None) -> FastAPI:
-    """The application; the models of `places` are loaded when it starts."""
+def create_app(
+    fleet: Fleet,
+    options: Options | None = None,
+    places: Mapping[str, Place] | None = None,
+    beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+) -> FastAPI:
+    """The application; the models of `places` are loaded when it starts. What is `beside` runs as long as it does."""
     server = Server(fleet, options or Options())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for name, place in (places or {}).items():
             await fleet.deploy(name, place)
+        running = [asyncio.create_task(act()) for act in (server.history.follow, *beside)]
         yield
+        for one in running:
+            one.cancel()
         await fleet.stop(server.options.drain)
+        server.meter.keep()
 
     app = FastAPI(title="OpenM6", version=__version__, lifespan=lifespan)
     app.state.server = server
-    app.add_middleware(Guard, most=server.options.body_mib * 2**20)
+    app.add_middleware(Guard, most=server.options.body_mib * 2**20, loopback=server.options.loopback)
     add_errors(app)
     _routes(app, server)
     add_routes(app, server)
+    add_hub(app, server)
     return app
 
 
@@ -87,7 +100,8 @@ def _routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/models/{name}/promote")
     async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let another model answer by this name; what is being answered is finished by the one before."""
-        place = Place(Path(asked.path), {n: Path(p) for n, p in asked.adapters.items()})
+        path, _ = await asyncio.to_thread(find_model, asked.path)
+        place = Place(path, {n: Path(p) for n, p in asked.adapters.items()})
         await _deployment(fleet, name).swap(place)
         return _model(fleet.get(name))
 

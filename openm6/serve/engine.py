@@ -28,6 +28,8 @@ from openm6.serve.texts import Texts
 from openm6.serve.work import Request, Told, prepared, steps_of
 
 MIB = 2**20
+JOBS = 2
+"""That are worked at in turn, so that a short one does not wait for a long one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Settings:
     """How much the engine does at once.
 
     capacity       positions of a text with its prompt; 0: as many as the model has
-    cache_mib      memory for keys and values of texts that are written
+    cache_mib      memory for keys and values of texts that are written, and as much for those of pictures and beams
     prefix_mib     for prompts that were read lately, and as much for features of pictures
     queue          requests that wait at most; further ones are refused
     batch          alike requests that are worked at together (pictures, vectors)
@@ -103,6 +105,11 @@ class Engine:
         """Reads the request's texts and pictures, in the thread that calls. Raises UsageError or DataError for what
         cannot be done, Full where too many wait already, UsageError once the engine is stopping."""
         prepared(request, self._view(request.adapter))
+        if request.needs > self._room:
+            raise UsageError(
+                f"This takes {request.needs / MIB:.0f} MiB; the server has {self._room / MIB:.0f} for a request "
+                "(half of cache_mib): ask for fewer pictures or beams."
+            )
         with self._change:
             if self._ending:
                 raise UsageError("The engine is stopping.")
@@ -122,6 +129,11 @@ class Engine:
         with self._change:
             self._ending = True
             self._change.notify()
+
+    @property
+    def _room(self) -> int:
+        """Bytes for one of the jobs."""
+        return self.settings.cache_mib * MIB // JOBS
 
     @property
     def waiting(self) -> int:
@@ -210,7 +222,7 @@ class Engine:
 
     def _work(self) -> None:
         """One step of a job; the jobs take turns."""
-        if self._waiting and len(self._jobs) < 2:
+        if self._waiting and len(self._jobs) < JOBS:
             self._jobs.appendleft(self._begun())
         job = self._jobs.popleft()
         try:
@@ -227,10 +239,12 @@ class Engine:
 
     def _begun(self) -> _Job:
         first = self._waiting.popleft()
-        chosen, rest = [first], list[Request]()
+        chosen, rest, needed = [first], list[Request](), first.needs
         while self._waiting and len(chosen) < self.settings.batch:
             other = self._waiting.popleft()
-            (chosen if other.like == first.like else rest).append(other)
+            fits = other.like == first.like and needed + other.needs <= self._room
+            (chosen if fits else rest).append(other)
+            needed += other.needs * fits
         self._waiting.extendleft(reversed(rest))
         return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
 

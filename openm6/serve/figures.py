@@ -28,6 +28,12 @@ class Figures:
         self.waiting = Gauge("openm6_waiting", "Requests that wait", ["model"], registry=registry)
         self.running = Gauge("openm6_running", "Requests that are worked at", ["model"], registry=registry)
         self.restarts = Gauge("openm6_restarts", "Times that a model's process died", ["model"], registry=registry)
+        self.energy = Gauge(
+            "openm6_energy_kwh",
+            "Of a model's process, mostly estimated from nominal power",
+            ["model"],
+            registry=registry,
+        )
         self.busy = Gauge("openm6_busy_seconds", "Time spent by the engine", ["model", "work"], registry=registry)
 
     async def page(self, fleet: Fleet) -> bytes:
@@ -37,6 +43,7 @@ class Figures:
             if state:
                 self.waiting.labels(name).set(state["waiting"])
                 self.running.labels(name).set(state["running"])
+                self.energy.labels(name).set(state["energy_kwh"])
                 for work, seconds in state["seconds"].items():
                     self.busy.labels(name, work).set(seconds)
         return generate_latest(self.registry)

@@ -6,8 +6,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,8 @@ from starlette.exceptions import HTTPException
 from openm6.errors import OpenM6Error
 from openm6.serve.fleet import Refused
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 log = logging.getLogger("openm6.access")
 
@@ -71,8 +74,8 @@ def add_errors(app: FastAPI) -> None:
 class Guard:
     """Before anything is read: the size of the body; afterwards a line in the log, without contents and keys."""
 
-    def __init__(self, app: Any, most: int):
-        self.app, self.limit = app, most
+    def __init__(self, app: Any, most: int, loopback: bool = False):
+        self.app, self.limit, self.loopback = app, most, loopback
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -96,7 +99,16 @@ class Guard:
             await send(message)
 
         try:
-            length = dict(scope["headers"]).get(b"content-length", b"0")
+            headers = dict(scope["headers"])
+            message = ""
+            if _from_another_site(headers, scope["method"]):
+                message = "Pages of other sites may not ask this server."
+            elif self.loopback and not _from_here(headers):
+                message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
+            if message:
+                await JSONResponse(body_of("forbidden", message, "invalid_request_error"), 403)(scope, receive, told)
+                return
+            length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.limit:
                 raise _TooLarge(self.limit)
             await self.app(scope, counted, told)
@@ -113,6 +125,21 @@ class Guard:
                     "bytes_out": seen["out"],
                 })
             )  # fmt: skip
+
+
+def _from_another_site(headers: Mapping[bytes, bytes], method: str) -> bool:
+    """Whether a browser says that a page of another site asks, other than by a link that was followed. The console's
+    cookie would come with it, and Gradio lets any origin read what it answers."""
+    followed = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    return headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin") and not followed
+
+
+def _from_here(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request names this machine, and no page of another site sends it. A name of someone else's that stands
+    for the loopback address (DNS rebinding) would let any page ask."""
+    host = urlsplit("//" + headers.get(b"host", b"").decode("latin-1"))
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    return host.hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host.netloc)
 
 
 class _TooLarge(HTTPException):

@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from collections import defaultdict, deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,12 +109,25 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-class Meter:
-    """How much each key has asked lately."""
+KEPT_EVERY = 5.0
+"""Seconds between two writings of what was spent."""
 
-    def __init__(self) -> None:
+
+class Meter:
+    """How much each key has asked lately. What was spent of a day is kept in a file, so that a restart gives nobody
+    a new day; without one, in memory alone."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
         self._requests: defaultdict[str, deque[float]] = defaultdict(deque)
         self._tokens: dict[str, tuple[int, int]] = {}  # day and number
+        self._kept = 0.0
+        if path is not None and path.is_file():
+            try:
+                content = json.loads(path.read_text("utf-8"))
+                self._tokens = {name: (int(day), int(number)) for name, (day, number) in content.items()}
+            except (OSError, ValueError, TypeError, AttributeError):
+                raise UsageError(f"{path} is damaged: remove it, and all keys begin a new day.") from None
 
     def wait(self, key: Key) -> float:
         """Seconds until this key may ask again, counting the request when that is now (0)."""
@@ -133,6 +147,18 @@ class Meter:
     def spend(self, key: Key, tokens: int) -> None:
         now = time.time()
         self._tokens[key.name] = int(now // 86_400), self._spent(key, now) + tokens
+        if now - self._kept > KEPT_EVERY:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write what was spent; a disk that is full costs the file, not the answer."""
+        if self.path is None:
+            return
+        self._kept = time.time()
+        draft = self.path.with_name(f".{self.path.name}.writing")
+        with suppress(OSError):
+            draft.write_text(json.dumps(self._tokens), "utf-8")
+            os.replace(draft, self.path)
 
     def _spent(self, key: Key, now: float) -> int:
         day, spent = self._tokens.get(key.name, (0, 0))

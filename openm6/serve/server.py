@@ -18,8 +18,10 @@ from openm6.errors import UsageError, suggest
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
 from openm6.serve.guard import Refusal
+from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
+from openm6.serve.traces import NoSpan
 from openm6.serve.wire import CANCELLED
 
 LOCAL = Key("local", "", MANAGE)
@@ -36,12 +38,14 @@ class Options:
 
     keys        file of keys (keys.py); None: nobody is asked, for a server on the loopback address
     hosts       from which pictures may be fetched
+    loopback    whether only this machine asks: then no page of another site may, nor by another name of this machine
     body_mib    of a request at most
     seconds     that a request may take, unless it asks for less
     """
 
     keys: Path | None = None
     hosts: tuple[str, ...] = ()
+    loopback: bool = False
     body_mib: int = 64
     seconds: float = 300.0
     drain: float = 30.0
@@ -69,11 +73,14 @@ class Server:
     fleet: Fleet
     options: Options
     figures: Figures = field(default_factory=Figures)
-    meter: Meter = field(default_factory=Meter)
+    span: type[NoSpan] = NoSpan
 
     def __post_init__(self) -> None:
-        self.keys = Keys(self.options.keys) if self.options.keys else None
+        file = self.options.keys
+        self.keys = Keys(file) if file else None
+        self.meter = Meter(file.with_name(f"{file.name}.spent") if file else None)
         self.pictures = Pictures(self.options.hosts)
+        self.history = History(self.fleet)
 
     def key_of(self, request: Request, role: str = USE) -> Key:
         """Whoever asks. Raises Refusal where they may not."""
@@ -117,17 +124,18 @@ class Server:
         self, key: Key, deployment: Deployment, message: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the worker tells, counted. Raises Refused."""
-        started, first = time.perf_counter(), True
+        started, first, tokens = time.perf_counter(), True, 0
         kind = self.task(deployment, message["task"])["kind"]
-        status = "cancelled"
+        status, span = "cancelled", self.span(deployment.name, message["task"])
         try:
             async with aclosing(self.fleet.ask(deployment.name, message)) as events:
                 async for event in events:
                     if first:
                         self.figures.first.labels(kind).observe(time.perf_counter() - started)
                         first = False
+                        span.first()
                     if "value" in event:
-                        tokens = event["tokens"] or _weight(kind, event["value"])
+                        tokens = event["tokens"] or weight(kind, event["value"])
                         self.figures.tokens.labels(kind).inc(tokens)
                         self.meter.spend(key, tokens)
                         status = "ok"
@@ -136,6 +144,7 @@ class Server:
             status = error.kind
             raise
         finally:
+            span.end(status, tokens)
             self.figures.requests.labels(kind, status).inc()
             self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
 
@@ -170,6 +179,6 @@ def asker(role: str = USE) -> Any:
     return Depends(found)
 
 
-def _weight(kind: str, value: Any) -> int:
+def weight(kind: str, value: Any) -> int:
     """What an answer without tokens counts: a picture its codes, else 1."""
     return sum(len(one["codes"]) for one in value) if kind == "picture" else 1

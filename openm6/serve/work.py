@@ -14,8 +14,10 @@ from openm6.decode.generate import check_room
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
+from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
+from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
 
 
@@ -39,13 +41,14 @@ class Request:
     edit: Mapping[str, Any] | None = None
     deadline: float | None = None
 
-    # What `prepared` makes of it.
+    # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None
     prompt: Sequence | None = None
     options: Any = None
     cut: Cut | None = None
     alone: bool = False
     like: Hashable = None
+    needs: int = 0
 
 
 @dataclass(slots=True)
@@ -80,7 +83,9 @@ def prepared(request: Request, view: Bundle) -> None:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
         kind = ("draw", request.options, request.candidates)
-        view.prompt(task, record)  # a bad record is told now, and not in the midst of others
+        prompt = view.prompt(task, record)  # a bad record is told now, and not in the midst of others
+        pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
+        request.needs = _bytes(view, pictures, len(prompt) + view.codec.side**2)
     elif task.embeds:
         dims = request.decoding.get("dims")
         request.options = None if dims is None else int(dims)
@@ -94,13 +99,21 @@ def prepared(request: Request, view: Bundle) -> None:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
         request.prompt = view.prompt(task, record)
         check_room(view.model, len(request.prompt), request.options.max_new_tokens)
+        written = len(request.prompt) + request.options.max_new_tokens
         if task.sketch:
+            request.needs = _bytes(view, 1, written)
             kind = ("sketch", request.options.max_new_tokens)
         elif request.options.num_beams > 1:
+            request.needs = _bytes(view, request.options.num_beams, written)
             kind = ("beam", request.options)
         else:
             kind, request.alone = ("text",), False
     request.like = (request.adapter, task.name, *kind)
+
+
+def _bytes(view: Bundle, rows: int, positions: int) -> int:
+    device = view.model.embed.weight.device
+    return rows * bytes_of_slot(view.model.config, positions, fast_dtype(device.type), device)
 
 
 def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from openm6.bundle import Bundle
     from openm6.serve.engine import Engine
 
+POWER_EVERY = 5.0
 READERS = 2
 """Threads that decode pictures and texts while the engine works."""
 
@@ -48,10 +49,11 @@ def main(descriptor: int) -> int:
         writer.join()
         return 1
     outbox.put({"ready": described(engine.bundle)})
-    listener = Thread(target=_listen, args=(stream, engine, outbox), daemon=True)
+    power = _Power()
+    listener = Thread(target=_listen, args=(stream, engine, power, outbox), daemon=True)
     listener.start()
     engine.run()
-    outbox.put({"state": _state(engine)})
+    outbox.put({"state": _state(engine, power)})
     outbox.put(None)
     writer.join()
     return 0
@@ -120,7 +122,7 @@ def _write(connection: socket.socket, outbox: Any) -> None:
             connection.sendall(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
 
 
-def _listen(stream: Any, engine: Engine, outbox: Any) -> None:
+def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:
     """Until the server closes its end: then what is open is of no use to anybody."""
     from openm6.serve.work import Request
 
@@ -142,7 +144,7 @@ def _listen(stream: Any, engine: Engine, outbox: Any) -> None:
             elif what == "cancel":
                 engine.cancel(message["id"])
             elif what == "state":
-                outbox.put({"state": _state(engine)})
+                outbox.put({"state": _state(engine, power)})
             elif what == "stop":
                 readers.shutdown(wait=True)
                 engine.stop()
@@ -150,8 +152,26 @@ def _listen(stream: Any, engine: Engine, outbox: Any) -> None:
     os._exit(0)
 
 
-def _state(engine: Engine) -> dict[str, Any]:
-    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running}
+class _Power:
+    """Energy of this process (train/meters.py), read anew after some seconds at the earliest."""
+
+    def __init__(self) -> None:
+        from openm6.train.meters import EnergyMeter
+
+        self._meter = EnergyMeter()
+        self._read, self._kwh, self._watts = time.monotonic(), 0.0, 0.0
+
+    def told(self) -> dict[str, float]:
+        passed = time.monotonic() - self._read
+        if passed > POWER_EVERY:
+            kwh = self._meter.read().kwh
+            self._watts, self._kwh = (kwh - self._kwh) * 3.6e6 / passed, kwh
+            self._read += passed
+        return {"energy_kwh": self._kwh, "watts": self._watts}
+
+
+def _state(engine: Engine, power: _Power) -> dict[str, Any]:
+    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running, **power.told()}
 
 
 if __name__ == "__main__":

@@ -282,3 +282,20 @@ def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
             hidden, cache = model.prefill(pad([prompts[0]], 0), len(prompts[0]))
             slots.add(prefixes_of(hidden, cache))
             caches[9], order = model.prefill(pad([prompts[0]], 0), 64)[1], [*order, 9]
+
+
+def test_pictures_keep_to_their_memory(bundle: Bundle) -> None:
+    """Of requests that need more together than there is, each is worked at alone; one that needs more is refused."""
+    many = {"passes": 2, "guidance": 0.0, "branches": 32}
+    watched = Watched(bundle, cache_mib=16)
+    with pytest.raises(UsageError, match="the server has 8 for a request"):
+        watched.ask("large", "text_to_image", caption="红色", candidates=16, decoding={**many, "branches": 64})
+    for name in "ab":
+        watched.ask(name, "text_to_image", caption="红色", candidates=14, decoding=many)
+    assert 4 * 2**20 < watched.engine._inbox[0].needs < 8 * 2**20
+    watched.engine._next()
+    assert [len(job.requests) for job in watched.engine._jobs] == [1]
+    watched.engine.stop()
+    for name in "ab":
+        watched.engine.cancel(name)
+    watched.finish()

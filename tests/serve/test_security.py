@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from PIL import Image
 
 import openm6
 from openm6.errors import DataError
 from openm6.images import open_image
 from openm6.serve import incoming
+from openm6.serve.guard import Guard
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.wire import kind_of, told_of
 
@@ -192,3 +195,30 @@ def test_nothing_is_unpickled() -> None:
     for path in ROOT.rglob("*.py"):
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             assert not wrong.search(line), f"{path}:{number}: {line.strip()}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "loopback", "status"),
+    [
+        ({}, True, 200), ({"origin": "http://127.0.0.1:8080"}, True, 200), ({"host": "localhost:8080"}, True, 200),
+        ({"host": "evil.example"}, True, 403), ({"host": "127.0.0.1.evil.example"}, True, 403),
+        ({"host": "evil@127.0.0.1.evil.example"}, True, 403), ({"host": ""}, True, 403),
+        ({"origin": "http://evil.example"}, True, 403), ({"origin": "null"}, True, 403),
+        ({"origin": "http://127.0.0.1:8081"}, True, 403),
+        ({"host": "m6.example", "origin": "https://other.example"}, False, 200),  # a proxy may rename it
+        ({"sec-fetch-site": "same-origin"}, False, 200), ({"sec-fetch-site": "none"}, False, 200),
+        ({"sec-fetch-site": "cross-site"}, False, 403), ({"sec-fetch-site": "same-site"}, False, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False, 200),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, False, 403),
+    ],
+)  # fmt: skip
+def test_pages_of_other_sites_may_not_ask(headers: dict[str, str], loopback: bool, status: int) -> None:
+    """Nor may a name of theirs that stands for this machine (DNS rebinding)."""
+    app = FastAPI()
+    app.add_middleware(Guard, most=1000, loopback=loopback)
+    app.get("/")(lambda: "ok")
+    app.post("/")(lambda: "ok")
+    client = TestClient(app, base_url="http://127.0.0.1:8080")
+    assert client.get("/", headers=headers).status_code == status
+    posted = 403 if headers.get("sec-fetch-mode") == "navigate" else status
+    assert client.post("/", headers=headers).status_code == posted

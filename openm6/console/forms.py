@@ -1,0 +1,234 @@
+"""The form of a task, made from its slots, and its answers shown by their kinds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageDraw
+
+from openm6.console.desk import Desk, refusal
+from openm6.serve.server import TaskRequest
+
+Told = Mapping[str, Any]
+"""What a model tells of a task (worker.described)."""
+
+SMALL = 512
+"""Pixels of a side below which a picture is enlarged before something is drawn on it."""
+SHOWN = 8
+"""Numbers of a vector that are shown."""
+
+OPTIONS = {
+    "picture": (("passes", 8), ("guidance", None), ("temperature", None), ("seed", 0)),
+    "text": (("max_new_tokens", 64), ("temperature", 0), ("num_beams", 1), ("seed", 0)),
+}
+"""Of decoding, by the kind of a task, that have a field here, each with its default."""
+
+SAMPLES = {
+    "grounding": "scenes", "visual_entailment": "scenes", "image_text_matching": "demo:matches", "ocr": "writing",
+    "try_on": "tryon", "image_editing": "edits", "vqa": "demo:questions", "image_classification": "digits",
+}  # fmt: skip
+"""Built-in data whose records fill in a form with a picture; of all other tasks `demo:items`."""
+
+
+class Form:
+    """Fields for what a task takes, put where it is made."""
+
+    def __init__(self, desk: Desk, name: str, told: Told, seen: Mapping[str, Any] | None = None):
+        self.desk, self.name, self.told = desk, name, told
+        self.slots = {slot: told["slots"][slot] for slot in told["inputs"]}
+        self.fields = [self._field(slot, kind) for slot, kind in self.slots.items()]
+        with gr.Accordion(desk.say("Options"), open=False):
+            with gr.Row():
+                self.options = [
+                    gr.Number(told["decode"].get(option, default), label=option, min_width=110)
+                    for option, default in OPTIONS.get(told["kind"], ())
+                ]
+                self.count = gr.Slider(1, 16, 4, step=1, label=desk.say("Pictures"), visible=self.draws)
+            self.examples = gr.Textbox(
+                label=desk.say("Examples with answers, a JSON object a line"), lines=2, visible=told["kind"] == "text"
+            )
+
+    @property
+    def draws(self) -> bool:
+        return bool(self.told["kind"] == "picture")
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The components whose values `request` takes."""
+        return [*self.fields, *self.options, self.count, self.examples]
+
+    def _field(self, slot: str, kind: str) -> Any:
+        example = self.told["example"].get(slot)
+        if kind == "image":
+            return gr.Image(type="pil", label=slot, sources=["upload", "clipboard"], height=260)
+        if kind == "table" and isinstance(example, list):
+            columns = list(example[0])
+            return gr.Dataframe(
+                [[row.get(column, "") for column in columns] for row in example], headers=columns, label=slot,
+                type="pandas", interactive=True,
+            )  # fmt: skip
+        if kind in ("table", "triples"):
+            say = self.desk.say
+            headers = [say("name"), say("value")] if kind == "table" else [say("about"), say("what"), say("value")]
+            rows = [list(row) for row in (example.items() if isinstance(example, dict) else example or [])]
+            return gr.Dataframe(
+                rows or [[""] * len(headers)], headers=headers, label=slot, type="array", interactive=True,
+                column_count=len(headers),
+            )  # fmt: skip
+        return gr.Textbox(label=slot, lines=2 if kind == "text" else 1, placeholder=_text(example))
+
+    def request(self, values: Sequence[Any]) -> TaskRequest:
+        """What is asked by these values of `inputs`. Raises an error that the page shows."""
+        given = list(values)
+        examples, count = given.pop(), given.pop()
+        fields, options = given[: len(self.fields)], given[len(self.fields) :]
+        inputs = {slot: _given(kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)}
+        names = [name for name, _ in OPTIONS.get(self.told["kind"], ())]
+        decoding = {name: value for name, value in zip(names, options, strict=True) if value is not None}
+        try:
+            records = [json.loads(line) for line in (examples or "").splitlines() if line.strip()]
+            return TaskRequest(
+                inputs={slot: value for slot, value in inputs.items() if value is not None}, decoding=decoding,
+                examples=records, candidates=int(count) if self.draws else 1,
+            )  # fmt: skip
+        except (ValueError, RecursionError):
+            raise refusal(self.desk.say("An example is a JSON object on a line of its own.")) from None
+
+    def example(self) -> Any:
+        """Values that fill in the fields: a record of the built-in data where there is a picture."""
+        from openm6.data.source import open_source
+        from openm6.images import open_image
+
+        example = dict(self.told["example"])
+        if "image" in self.slots.values():
+            record = open_source(f"{SAMPLES.get(self.name, 'demo:items')}/test")[7]
+            for slot, kind in self.slots.items():
+                if kind == "image":
+                    example[slot] = open_image(record[slot] if slot in record else record["image"])
+                elif slot in record and isinstance(record[slot], str):
+                    example[slot] = record[slot]
+        filled = [_filled(kind, example.get(slot)) for slot, kind in self.slots.items()]
+        return filled if len(filled) > 1 else filled[0]
+
+
+class Answer:
+    """Where an answer is shown."""
+
+    def __init__(self, desk: Desk, told: Told, label: str | None = None):
+        self.desk, self.told = desk, told
+        self.shows_pictures = told["kind"] == "picture" or "box" in _outputs(told).values()
+        self.text = gr.Textbox(
+            label=label or desk.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
+            visible=told["kind"] != "picture",
+        )  # fmt: skip
+        self.pictures = gr.Gallery(
+            label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
+            visible=self.shows_pictures,
+        )  # fmt: skip
+        self.told_line = gr.Markdown(elem_classes="quiet")
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.text, self.pictures, self.told_line]
+
+    def nothing(self) -> tuple[Any, ...]:
+        return "", [], ""
+
+    def written(self, text: str) -> tuple[Any, ...]:
+        """While it is being written."""
+        return text, gr.skip(), gr.skip()
+
+    def whole(self, event: Mapping[str, Any], asked: TaskRequest, seconds: float, first: float) -> tuple[Any, ...]:
+        """When it is there."""
+        value, say = event["value"], self.desk.say
+        took = say("{seconds} s", seconds=f"{seconds:.2f}")
+        if self.told["kind"] == "picture":
+            seed = asked.decoding.get("seed", 0)
+            shown = [(Image.open(io.BytesIO(one["image"])), _estimates(one)) for one in value]
+            return "", shown, f"{took} · seed {seed:.0f}"
+        if self.told["kind"] == "text" and event["tokens"]:
+            took = say(
+                "{tokens} tokens in {seconds} s, the first after {first} s", tokens=event["tokens"],
+                seconds=f"{seconds:.2f}", first=f"{first:.2f}",
+            )  # fmt: skip
+        return self._said(value), self._boxes(value, asked), took
+
+    def _said(self, value: Any) -> str:
+        outputs = _outputs(self.told)
+        if self.told["kind"] == "vector":
+            some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
+            return self.desk.say("{size} numbers: {some} ...", size=len(value), some=some)
+        if len(outputs) > 1 and isinstance(value, Mapping):
+            return "\n".join(f"{slot}: {_plain(value.get(slot))}" for slot in outputs)
+        return _plain(value)
+
+    def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
+        """The picture that was asked about, with the box that was answered."""
+        if "box" not in _outputs(self.told).values():
+            return []
+        boxes = value if isinstance(value, Mapping) else {self.told["outputs"][0]: value}
+        given = next(asked.inputs[slot] for slot in self.told["inputs"] if self.told["slots"][slot] == "image")
+        picture = Image.open(io.BytesIO(base64.b64decode(given))).convert("RGB")
+        picture = picture.resize([side * max(1, SMALL // max(picture.size)) for side in picture.size])  # type: ignore[arg-type]
+        pen = ImageDraw.Draw(picture)
+        for slot, kind in _outputs(self.told).items():
+            if kind == "box" and boxes.get(slot):
+                left, top, right, bottom = boxes[slot]
+                w, h = picture.size
+                pen.rectangle((left * w, top * h, right * w, bottom * h), outline="red", width=max(2, w // 100))
+        return [(picture, "")]
+
+
+def _outputs(told: Told) -> dict[str, str]:
+    return {slot: told["slots"][slot] for slot in told["outputs"]}
+
+
+def _given(kind: str, value: Any) -> Any:
+    """A field's value as the API takes it; None where nothing was filled in."""
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    if kind == "image":
+        return base64.b64encode(png(value)).decode()
+    if kind == "triples":
+        return [row for row in value if any(row)] or None
+    if kind == "table":  # rows with names of columns, or names with values
+        return (
+            value.to_dict("records")
+            if hasattr(value, "to_dict")
+            else {row[0]: row[1] for row in value if row[0]} or None
+        )
+    return value
+
+
+def _text(value: Any) -> str:
+    """Of several right texts the first."""
+    return str((value[0] if isinstance(value, list) and value else value) or "")
+
+
+def _filled(kind: str, value: Any) -> Any:
+    if kind in ("text", "label"):
+        return _text(value)
+    if isinstance(value, dict):
+        return [list(row) for row in value.items()]
+    if kind == "table" and isinstance(value, list):
+        return [list(row.values()) for row in value]
+    return value
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _estimates(one: Mapping[str, Any]) -> str:
+    return " · ".join(f"{name} {value:.1f}" for name, value in one.get("estimates", {}).items())
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

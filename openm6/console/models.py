@@ -1,0 +1,152 @@
+"""The models of the catalogue: what each was made of and cost, which one is live."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from openm6.console.desk import Desk
+from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
+from openm6.serve.fleet import Place
+
+BOX, GAP = (220, 54), (36, 18)
+"""Of the lineage graph, in pixels."""
+
+
+def page(desk: Desk) -> None:
+    say = desk.say
+    heads = [say("version"), say("name"), say("measures"), say("energy"), say("added"), say("note")]
+    versions = gr.Dataframe(headers=heads, label=say("Models"), interactive=False, type="array", wrap=True)
+    chosen = gr.Dropdown(label=say("Model"), interactive=True, elem_id="model")
+    with gr.Row():
+        promote = gr.Button(say("Make it live"), variant="primary", elem_id="promote")
+        rollback = gr.Button(say("The one before again"), elem_id="rollback")
+    told = gr.Markdown(elem_id="told")
+    gr.Markdown("### " + say("What it was made of"))
+    graph = gr.HTML(elem_classes="lineage", elem_id="lineage")
+    recipe = gr.Code(label=say("Recipe"), language="yaml", interactive=False, max_lines=20)
+    with gr.Accordion(say("Add a model"), open=False):
+        with gr.Row():
+            name = gr.Textbox(label=say("Name"), elem_id="model-name")
+            directory = gr.Textbox(label=say("Directory"), placeholder="runs/demo/model", elem_id="model-directory")
+            made_of = gr.Textbox(label=say("Made of"), placeholder="goods@1 data:items@2")
+        add = gr.Button(say("Add"), elem_id="add")
+
+    def table(select: str | None = None) -> Any:
+        every = [one for called in desk.catalogue.names(MODEL) for one in desk.catalogue.versions(MODEL, called)]
+        rows = [_row(desk, one) for one in every]
+        names = [one.full_name for one in every]
+        return [rows, gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None)]
+
+    async def opened(request: gr.Request) -> Any:
+        desk.key(request)
+        return await desk.do(table)
+
+    async def look(request: gr.Request, which: str | None) -> Any:
+        desk.key(request)
+        if not which:
+            return ["", ""]
+
+        def found() -> list[str]:
+            version = desk.catalogue.named(which)
+            return [drawn(desk.catalogue.lineage(version)), desk.catalogue.recipe(version)]
+
+        return await desk.do(found)
+
+    async def promoted(request: gr.Request, which: str | None) -> Any:
+        desk.manager(request)
+        if not which:
+            return ["", gr.skip(), gr.skip()]
+        version = await desk.do(lambda: desk.catalogue.named(which))
+        await desk.do(lambda: desk.catalogue.promote(version))
+        return [await _go_live(desk, version), *await desk.do(lambda: table(which))]
+
+    async def rolled_back(request: gr.Request, which: str | None) -> Any:
+        desk.manager(request)
+        if not which:
+            return ["", gr.skip(), gr.skip()]
+        version = await desk.do(lambda: desk.catalogue.rollback(which.partition("@")[0]))
+        return [await _go_live(desk, version), *await desk.do(lambda: table(version.full_name))]
+
+    async def added(request: gr.Request, called: str, path: str, parents: str) -> Any:
+        desk.manager(request)
+        place, catalogue = Path(path.strip()), desk.catalogue
+        run = place.parent if (place.parent / "recipe.yaml").is_file() else None
+        version = await desk.do(lambda: catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run))
+        return await desk.do(lambda: table(version.full_name))
+
+    gr.on(None, opened, None, [versions, chosen], api_visibility="private")
+    chosen.change(look, chosen, [graph, recipe], api_visibility="private")
+    promote.click(promoted, chosen, [told, versions, chosen], api_visibility="private")
+    rollback.click(rolled_back, chosen, [told, versions, chosen], api_visibility="private")
+    add.click(added, [name, directory, made_of], [versions, chosen], api_visibility="private")
+
+
+async def _go_live(desk: Desk, version: Version) -> str:
+    """What is served here by this name answers with this version from now on."""
+    deployment = desk.server.fleet.deployments.get(version.name)
+    if deployment is None:
+        return desk.say(
+            "{version} is live; nothing is served here as {name}.", version=version.full_name, name=version.name
+        )
+    directory = await desk.do(lambda: desk.catalogue.local(version).resolve())
+    await deployment.swap(Place(directory, deployment.place.adapters))
+    return desk.say("{version} is live, and answers here now.", version=version.full_name)
+
+
+def _row(desk: Desk, one: Version) -> list[str]:
+    measures = ", ".join(f"{name} {value:.3g}" for name, value in one.about.get("metrics", {}).items())
+    energy = one.about.get("energy_kwh")
+    alias = " ".join(f"[{alias}]" for alias in one.aliases)
+    return [
+        f"{one.full_name} {alias}".strip(), one.name, measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
+        desk.time(one.created), one.about.get("note", ""),
+    ]  # fmt: skip
+
+
+def drawn(lineage: Lineage) -> str:
+    """A lineage as SVG: what something was made of stands to the right of it."""
+    parts: list[str] = []
+    size = [0, 0]
+
+    def put(one: Lineage, depth: int, row: int) -> int:
+        """Returns the first row that is free beneath."""
+        x, y = depth * (BOX[0] + GAP[0]), row * (BOX[1] + GAP[1])
+        size[0], size[1] = max(size[0], x + BOX[0]), max(size[1], y + BOX[1])
+        v, below = one.version, row
+        for part in one.made_of:
+            middle = below * (BOX[1] + GAP[1]) + BOX[1] / 2
+            start, end, level = x + BOX[0], x + BOX[0] + GAP[0], y + BOX[1] / 2
+            bend = (start + end) / 2
+            parts.append(
+                f'<path d="M{start} {level} C{bend} {level} {bend} {middle} {end} {middle}" fill="none" '
+                f'stroke="currentColor" opacity=".5"/>'
+            )
+            below = put(part, depth + 1, below)
+        first = f"{v.full_name}{' [' + ', '.join(v.aliases) + ']' if v.aliases else ''}"
+        second = (
+            f"{v.about['records']} × {v.about['source']}"
+            if v.kind != MODEL
+            else ", ".join(f"{name} {value:.3g}" for name, value in v.about.get("metrics", {}).items())
+        )
+        colour = "#2563eb" if LIVE in v.aliases else "#64748b" if v.kind == MODEL else "#16a34a"
+        parts.append(
+            f'<g transform="translate({x} {y})"><rect width="{BOX[0]}" height="{BOX[1]}" rx="8" fill="{colour}" '
+            f'fill-opacity=".12" stroke="{colour}"/><text x="12" y="22" fill="currentColor" font-weight="600">'
+            f'{html.escape(_short(first, 26))}</text><text x="12" y="42" fill="currentColor" opacity=".75" '
+            f'font-size="12">{html.escape(_short(second, 34))}</text></g>'
+        )
+        return max(below, row + 1)
+
+    put(lineage, 0, 0)
+    return (
+        f'<svg role="img" width="{size[0] + 2}" height="{size[1] + 2}" viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" '
+        f'font-size="14" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

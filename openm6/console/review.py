@@ -1,0 +1,156 @@
+"""People's verdicts on batches of texts and pictures, one candidate after the other; they become data to train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from openm6.batch import write_labelled
+from openm6.console.desk import Desk
+from openm6.copywriting import write_labelled_copy
+from openm6.errors import DataError
+from openm6.images import open_image
+from openm6.review import SETTINGS, as_line, rows_of, settings_of, verdicts_of, write
+
+LABELS = "labels.jsonl"
+DEPTH = 3
+"""Folders between the folder of batches and a batch."""
+
+
+def page(desk: Desk) -> None:
+    say = desk.say
+    gr.Markdown(
+        say("What `openm6 copy batch` and `openm6 images batch` have made, below {folder}.", folder=f"`{desk.batches}`")
+    )
+    batch = gr.Dropdown(label=say("Batch"), interactive=True, elem_id="batch")
+    place = gr.State(0)
+    far = gr.Markdown(elem_id="far")
+    with gr.Row():
+        with gr.Column(min_width=280):
+            given = gr.Textbox(label=say("Asked"), lines=4, interactive=False)
+            seen = gr.Gallery(label=say("Given pictures"), height=200, visible=False, format="png")
+        with gr.Column(min_width=280):
+            said = gr.Textbox(label=say("Text"), lines=4, interactive=False, elem_classes="said", elem_id="said")
+            drawn = gr.Image(label=say("Picture"), interactive=False, height=320, visible=False)
+    with gr.Row():
+        accept = gr.Button(say("Accept (A)"), variant="primary", elem_id="accept", min_width=90)
+        reject = gr.Button(say("Reject (R)"), variant="stop", elem_id="reject", min_width=90)
+        back = gr.Button(say("Back (Z)"), elem_id="back", min_width=90)
+    finish = gr.Button(say("Make training data of the verdicts"), elem_id="finish")
+    made = gr.Markdown()
+    shown = [place, far, given, seen, said, drawn]
+
+    async def listed(request: gr.Request) -> Any:
+        desk.key(request)
+        found = await desk.do(lambda: [str(path) for path in _batches(desk.batches)])
+        return gr.Dropdown(choices=found, value=found[0] if found else None)
+
+    async def opened(request: gr.Request, name: str | None) -> Any:
+        desk.key(request)
+        return await desk.do(lambda: _show(desk, name, None))
+
+    def judging(accepted: bool | None) -> Any:
+        async def judge(request: gr.Request, name: str | None, number: int) -> Any:
+            desk.key(request)
+            return await desk.do(lambda: _judge(desk, name, number, accepted))
+
+        return judge
+
+    async def finished(request: gr.Request, name: str | None) -> str:
+        desk.key(request)
+        if not name:
+            return ""
+        told = await desk.do(lambda: _finish(_known(desk, name)))
+        return say(
+            "{accepted} of {labelled} accepted. To train on: {file}", accepted=f"{told['accepted']:.0%}",
+            labelled=told["labelled"], file=f"`{told['file']}`",
+        )  # fmt: skip
+
+    gr.on(None, listed, None, batch, api_visibility="private")
+    batch.change(opened, batch, shown, api_visibility="private")
+    for button, accepted in ((accept, True), (reject, False), (back, None)):
+        button.click(judging(accepted), [batch, place], shown, api_visibility="private", show_progress="hidden")
+    finish.click(finished, batch, made, api_visibility="private")
+
+
+def _batches(folder: Path) -> list[Path]:
+    found = (
+        path.parent for depth in range(1, DEPTH + 1) for path in folder.glob("/".join(["*"] * depth) + f"/{SETTINGS}")
+    )
+    return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+def _known(desk: Desk, name: str) -> Path:
+    """A batch that is listed: a browser may send any name."""
+    found = next((path for path in _batches(desk.batches) if str(path) == name), None)
+    if found is None:
+        raise DataError(desk.say("This batch is not there any more."))
+    return found
+
+
+def _candidates(batch: Path) -> list[dict[str, Any]]:
+    return [row for row in rows_of(batch) if row["rank"]]
+
+
+def _verdicts(batch: Path) -> dict[str, bool]:
+    labels = batch / LABELS
+    if not labels.is_file() or not labels.stat().st_size:
+        return {}
+    return {name: accepted for name, (accepted, _) in verdicts_of(labels).items()}
+
+
+def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> Any:
+    """Keep a verdict and go on; without one go back, to the candidate before."""
+    if not name:
+        return _show(desk, None, None)
+    if accepted is None:
+        return _show(desk, name, max(0, number - 1))
+    batch = _known(desk, name)
+    rows = _candidates(batch)
+    if number < len(rows):
+        verdicts = {**_verdicts(batch), rows[number]["file"]: accepted}
+        write(batch / LABELS, (as_line({"file": file, "accepted": verdict}) for file, verdict in verdicts.items()))
+    return _show(desk, name, number + 1)
+
+
+def _show(desk: Desk, name: str | None, number: int | None) -> Any:
+    """A candidate; without a number the first that nobody has judged."""
+    nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Image(visible=False)]
+    if not name:
+        return nothing
+    batch, say = _known(desk, name), desk.say
+    rows, verdicts = _candidates(batch), _verdicts(batch)
+    if number is None:
+        number = next((n for n, row in enumerate(rows) if row["file"] not in verdicts), len(rows))
+    told = say(
+        "{done} of {all} judged, {accepted} accepted",
+        done=len(verdicts),
+        all=len(rows),
+        accepted=sum(verdicts.values()),
+    )
+    if number >= len(rows):
+        return [number, told, *nothing[2:]]
+    row, slots = rows[number], settings_of(batch)["slots"]
+    if (before := verdicts.get(row["file"])) is not None:
+        told += " · " + (say("this one: accepted") if before else say("this one: rejected"))
+    asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
+    pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
+    opened = [open_image(path) for path in pictures if path.is_file()]
+    lines = "\n".join(f"{slot}: {_plain(value)}" for slot, value in asked.items())
+    return [
+        number, f"**{number + 1}/{len(rows)}** · {told}", lines,
+        gr.Gallery(opened, visible=bool(opened)), gr.Textbox(row.get("said", ""), visible="said" in row),
+        gr.Image(None if "said" in row else open_image(batch / row["file"]), visible="said" not in row),
+    ]  # fmt: skip
+
+
+def _finish(batch: Path) -> dict[str, Any]:
+    act = write_labelled_copy if any("said" in row for row in rows_of(batch)) else write_labelled
+    return act(batch, batch / LABELS)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,47 @@
+"""A job's command on a Ray cluster: in a worker's own process, of which this one is the driver."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from openm6.errors import UsageError
+
+
+def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str], gpus: int = 0) -> int:
+    """Run `openm6 WORDS` where the cluster at $RAY_ADDRESS (else one that is started here) has room, and return its
+    exit code. The folder has to be on a file system that all machines share. SIGTERM ends it there too."""
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError:
+        raise UsageError("Ray is not installed: pip install 'openm6[ray]'.") from None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
+    # A process of its own for each job: what it has loaded goes with it, and it can be killed.
+    task = ray.remote(max_calls=1, max_retries=0, num_gpus=gpus)(_run)
+    running = task.remote(list(words), folder, dict(environment))
+    signal.signal(signal.SIGTERM, lambda *_: ray.cancel(running, force=True))
+    try:
+        return int(ray.get(running))
+    except RayError as error:
+        print(f"Ray: {str(error).strip().splitlines()[0]}", flush=True)
+        return 1
+    finally:
+        ray.shutdown()
+
+
+def _run(words: list[str], folder: str, environment: dict[str, Any]) -> int:
+    """In the worker."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv = ["openm6", *words]
+    try:
+        runpy.run_module("openm6", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0

@@ -1,0 +1,145 @@
+"""What a team keeps, by HTTP: jobs, the catalogue, what a live model was made of. Reading takes any key, changing one
+that manages.
+
+GET    /v1/jobs /v1/jobs/{id} /v1/jobs/{id}/log
+POST   /v1/jobs /v1/jobs/{id}/stop /v1/jobs/{id}/resume
+DELETE /v1/jobs/{id}
+GET    /v1/catalogue/{data|models} /v1/catalogue/{data|models}/{name}
+POST   /v1/catalogue/{data|models}
+GET    /v1/models/{name}/lineage
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from openm6.errors import UsageError
+from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
+from openm6.hub.jobs import ENGINES, Jobs, told
+from openm6.serve.guard import Refusal
+from openm6.serve.keys import MANAGE, Key
+from openm6.serve.server import Server, asker
+
+TAIL = 100_000
+"""Bytes of a log that are sent."""
+
+Kind = Literal["data", "models"]
+KINDS = {"data": DATA, "models": MODEL}
+
+
+class JobRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    command: list[str] = Field(
+        min_length=1, max_length=200, description="of openm6, word by word: finetune, goods@1, ..."
+    )
+    name: str = Field("", max_length=200)
+    engine: Literal[ENGINES] = Field("here", description="a process of this machine, or a Ray cluster")  # type: ignore[valid-type]
+    gpus: int = Field(0, ge=0, le=64, description="on Ray")
+
+
+class VersionRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    place: str = Field(min_length=1, description="data: a source; a model: its directory on the server")
+    made_of: list[str] = Field(default_factory=list, description="of a model: goods@1, data:items@2")
+    metrics: dict[str, float] = Field(default_factory=dict)
+    note: str = Field("", max_length=2000)
+
+
+def add_hub(app: FastAPI, server: Server) -> None:
+    """The routes. They are plain functions: files and databases are waited for in threads."""
+    jobs, catalogue = Jobs(), Catalogue()
+
+    @app.get("/v1/jobs")
+    def list_jobs(_: Annotated[Key, asker()]) -> dict[str, Any]:
+        """All jobs, the oldest first, and how far they are."""
+        return {"object": "list", "data": [told(job) for job in jobs.list()]}
+
+    @app.post("/v1/jobs", status_code=201)
+    def submit(asked: JobRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+        """Let a command of openm6 wait for its turn."""
+        return told(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
+
+    @app.get("/v1/jobs/{identity}")
+    def job(identity: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
+        """One job."""
+        return told(_known(jobs.get, identity))
+
+    @app.get("/v1/jobs/{identity}/log")
+    def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
+        """The end of what a job has said."""
+        return PlainTextResponse(jobs.last_said(_known(jobs.get, identity), TAIL))
+
+    @app.post("/v1/jobs/{identity}/stop")
+    def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+        """End a job; it can be gone on with."""
+        _known(jobs.get, identity)
+        return told(jobs.stop(identity))
+
+    @app.post("/v1/jobs/{identity}/resume")
+    def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+        """Let a job that was stopped or failed wait for its turn again."""
+        _known(jobs.get, identity)
+        return told(jobs.resume(identity))
+
+    @app.delete("/v1/jobs/{identity}", status_code=204)
+    def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:
+        """Forget a job that is over."""
+        _known(jobs.get, identity)
+        jobs.remove(identity)
+
+    @app.get("/v1/catalogue/{kind}")
+    def names(kind: Kind, _: Annotated[Key, asker()]) -> dict[str, Any]:
+        """All versions of all data sets, or models."""
+        found = (v for name in catalogue.names(KINDS[kind]) for v in catalogue.versions(KINDS[kind], name))
+        return {"object": "list", "data": [_version(one) for one in found]}
+
+    @app.get("/v1/catalogue/{kind}/{name}")
+    def one(kind: Kind, name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
+        """A version (NAME@3, NAME@live; the last one of NAME) and, beneath it, all that it was made of."""
+        return _lineage(catalogue.lineage(_known(lambda text: catalogue.named(text, KINDS[kind]), name)))
+
+    @app.post("/v1/catalogue/{kind}", status_code=201)
+    def add(kind: Kind, asked: VersionRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+        """A new version."""
+        if kind == "data":
+            return _version(catalogue.add_data(asked.name, asked.place))
+        place = Path(asked.place)
+        return _version(
+            catalogue.add_model(asked.name, place, made_of=asked.made_of, metrics=asked.metrics, note=asked.note)
+        )
+
+    @app.get("/v1/models/{name}/lineage")
+    def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
+        """From a model that answers back to its data."""
+        place = _known(server.fleet.get, name).place.model
+        version = catalogue.version_at(place)
+        if version is None:
+            raise Refusal(404, f"{name} is served from a directory that is not of the catalogue.", "not_in_catalogue")
+        return _lineage(catalogue.lineage(version))
+
+
+def _known(find: Any, name: str) -> Any:
+    try:
+        return find(name)
+    except UsageError as error:
+        raise Refusal(404, str(error), "not_found") from None
+
+
+def _version(one: Version) -> dict[str, Any]:
+    return {
+        "name": one.name, "version": one.number, "aliases": list(one.aliases), "created": one.created,
+        "made_of": [f"{'data:' if kind == DATA else ''}{name}@{number}" for kind, name, number in one.made_of],
+        **one.about,
+    }  # fmt: skip
+
+
+def _lineage(one: Lineage) -> dict[str, Any]:
+    return {**_version(one.version), "kind": one.version.kind, "made_of": [_lineage(part) for part in one.made_of]}

@@ -1,0 +1,62 @@
+"""Traces by OpenTelemetry, where they are asked for: a span a request, and in it one for what the engine does.
+
+Where they go, the standard variables say (OTEL_EXPORTER_OTLP_ENDPOINT and others). Texts and pictures are not in them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from openm6._version import __version__
+from openm6.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from openm6.serve.server import Server
+
+
+class NoSpan:
+    """Where nothing is traced."""
+
+    def __init__(self, model: str = "", task: str = ""):
+        pass
+
+    def first(self) -> None:
+        """The first piece, or the answer, is there."""
+
+    def end(self, status: str, tokens: int) -> None:
+        """Nothing more comes."""
+
+
+def add_traces(app: FastAPI, server: Server, exporter: Any = None) -> None:
+    """Trace all requests. `exporter`: in the place of OTLP over HTTP. Raises UsageError without the packages."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace import StatusCode
+    except ImportError:
+        raise UsageError("Traces need OpenTelemetry: pip install 'openm6[traces]'.") from None
+    provider = TracerProvider(resource=Resource.create({"service.name": "openm6", "service.version": __version__}))
+    provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics,gradio_api")
+    tracer = provider.get_tracer("openm6", __version__)
+
+    class Traced(NoSpan):
+        def __init__(self, model: str, task: str):
+            self._span = tracer.start_span("answer", attributes={"openm6.model": model, "openm6.task": task})
+
+        def first(self) -> None:
+            self._span.add_event("first")
+
+        def end(self, status: str, tokens: int) -> None:
+            self._span.set_attributes({"openm6.status": status, "openm6.tokens": tokens})
+            if status not in ("ok", "cancelled"):
+                self._span.set_status(StatusCode.ERROR, status)
+            self._span.end()
+
+    server.span = Traced
+    app.router.on_shutdown.append(provider.shutdown)

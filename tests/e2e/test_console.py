@@ -1,0 +1,361 @@
+"""The console in a real browser: every page opened, every kind of form used, by a small model's own server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from openm6.batch import make_batch
+from openm6.hub.catalogue import MODEL, Catalogue
+from tests.conftest import drawing_bundle
+from tests.e2e.test_serve import command, port
+from tests.tasks.conftest import picture
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PAGES = ("", "compare", "data", "teach", "review", "models", "live")
+EVIL = "<img src=x onerror=\"document.title='broken'\"><svg onload=\"document.title='broken'\">"
+PATIENCE = 30_000
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    pytest.mark.xdist_group("console"),
+]
+
+
+@dataclass
+class Site:
+    """A server, what it keeps, and a browser."""
+
+    url: str
+    folder: Path
+    browser: Any
+    errors: list[str] = field(default_factory=list)
+
+    def open(self, path: str = "en/", width: int = 1200, **options: Any) -> Any:
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, locale="en-US", **options)
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda told: self.errors.append(told.text) if told.type == "error" else None)
+        page.on("request", lambda asked: None if self._ours(asked.url) else self.errors.append(asked.url))
+        page.goto(f"{self.url}/{path}")
+        return page
+
+    def _ours(self, url: str) -> bool:
+        return url.startswith((self.url, "data:", "blob:"))
+
+    @property
+    def wrong(self) -> list[str]:
+        """What browsers complained of, and addresses elsewhere that were asked."""
+        return self.errors
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """A model, a data set with a bad line and one with evil texts, a batch of pictures. Returns the environment."""
+    environment = {"OPENM6_HOME": str(folder / "home"), "OPENM6_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    bundle = drawing_bundle(200)
+    bundle.save(folder / "goods" / "model")
+    rows = [{"text": f"第{number}条", "label": "好评" if number % 2 else "差评"} for number in range(12)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "reviews.jsonl").write_text("\n".join([*lines, "{torn"]) + "\n", "utf-8")
+    (folder / "evil.jsonl").write_text(json.dumps({"text": EVIL, EVIL: "x"}) + "\n", "utf-8")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"caption": text}) + "\n" for text in ("红色的杯子", EVIL)), "utf-8")
+    options: dict[str, Any] = {"passes": 2, "guidance": 0}
+    make_batch(bundle, "text_to_image", prompts, folder / "runs" / "cups", candidates=3, keep=2, decoding=options)
+    return {**os.environ, **environment}
+
+
+def serving(folder: Path, environment: dict[str, str], *words: object) -> tuple[subprocess.Popen[bytes], str]:
+    place, log = port(), folder / "serve.log"
+    with log.open("wb") as file:  # a pipe that nobody reads would fill, and stop it
+        process = subprocess.Popen(
+            command("serve", *words, "--port", place), cwd=folder, env=environment, stdout=file, stderr=file
+        )
+    until, url = time.monotonic() + 180, f"http://127.0.0.1:{place}"
+    while True:
+        try:
+            if httpx2.get(f"{url}/readyz").status_code == 200:
+                return process, url
+        except httpx2.TransportError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, "it takes too long"
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        one = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("console")
+    environment = prepare(folder)
+    models = [f"goods={folder / 'goods' / 'model'}", f"other={folder / 'goods' / 'model'}"]
+    process, url = serving(folder, environment, *models)
+    with process:
+        yield Site(url, folder, browser)
+        process.terminate()
+
+
+def choose(page: Any, label: str, text: str) -> None:
+    box = page.get_by_label(label, exact=True).first
+    box.click()
+    box.fill(text)
+    page.get_by_role("option").filter(has_text=text).first.click()
+
+
+def until(true: Callable[[], Any], seconds: float = 90) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture
+def trying(site: Site) -> Iterator[Callable[[str], Any]]:
+    """The page to try a task, opened."""
+    pages = []
+
+    def open_task(task: str) -> Any:
+        page = site.open()
+        pages.append(page)
+        page.locator("#ask").wait_for()
+        choose(page, "Task", task)
+        page.locator(f"#form-{task}").wait_for()
+        return page
+
+    yield open_task
+    for page in pages:
+        page.close()
+    assert not site.wrong
+
+
+def shown(page: Any, text: str | re.Pattern[str]) -> None:
+    """Wait until it is seen; tables keep hidden copies of their cells."""
+    page.get_by_text(text).locator("visible=true").first.wait_for()
+
+
+def said(page: Any) -> str:
+    return str(page.locator(".said textarea").first.input_value())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_page_opens_and_fits_a_phone(site: Site, language: str) -> None:
+    for path in PAGES:
+        page = site.open(f"{language}/{path}", width=390)
+        page.get_by_text({"en": "中文", "zh": "English"}[language]).first.wait_for(state="attached")
+        page.wait_for_timeout(1500)
+        assert page.title() == "OpenM6" or path, path
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+        assert not page.get_by_text("Error", exact=True).count(), path
+        page.close()
+    assert not site.wrong
+
+
+def test_a_browser_is_sent_to_its_language(site: Site) -> None:
+    for wanted, path in (("zh-CN,zh;q=0.9", "zh"), ("de", "en")):
+        told = httpx2.get(site.url + "/", headers={"accept-language": wanted}, follow_redirects=False)
+        assert told.headers["location"] == path
+
+
+def test_a_text_is_asked_with_a_picture_that_is_uploaded(trying: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "cup.png").write_bytes(picture())
+    page = trying("vqa")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "cup.png")
+    page.get_by_label("question", exact=True).fill("这是什么？")
+    page.locator("img").first.wait_for()
+    page.locator("#ask").click()
+    page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
+
+
+def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> None:
+    page = trying("product_copy")  # a table of names and values
+    page.locator("#ask").click()
+    page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
+    page = trying("table_question")  # a table of rows, and a text
+    page.locator("#example").click()
+    until(lambda: page.get_by_label("question", exact=True).input_value())
+    page.locator("#ask").click()
+    page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
+    page = trying("grounding")  # a box, drawn into the picture
+    page.locator("#example").click()
+    page.locator("img").first.wait_for()
+    page.locator("#ask").click()
+    until(lambda: said(page).startswith("["))
+    page.locator(".grid-wrap img").first.wait_for()
+    page = trying("text_vector")
+    page.locator("#example").click()
+    until(lambda: page.get_by_label("text", exact=True).input_value())
+    page.locator("#ask").click()
+    until(lambda: said(page).startswith("32 numbers"))
+
+
+def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any], tmp_path: Path) -> None:
+    page = trying("text_to_image")
+    page.get_by_label("caption", exact=True).fill("红色的杯子")
+    page.locator("#ask").click()
+    until(lambda: page.locator(".grid-wrap img").count() == 4)
+    page.get_by_text("seed 0").wait_for()
+    page.get_by_text("Change a part of a picture").click()
+    page.locator("#redraw").click()
+    page.get_by_text("A picture is needed, and a part of it that is painted over.").wait_for()
+
+
+def test_what_cannot_be_asked_is_told(trying: Callable[[str], Any]) -> None:
+    page = trying("vqa")
+    page.get_by_label("question", exact=True).fill("这是什么？")
+    page.locator("#ask").click()
+    page.get_by_text(re.compile("photo")).nth(1).wait_for()
+
+
+def test_two_models_are_asked_the_same(site: Site) -> None:
+    page = site.open("en/compare")
+    page.locator("#ask").wait_for()
+    choose(page, "Task", "text_continuation")
+    until(lambda: page.get_by_label("Task", exact=True).first.input_value() == "text_continuation")
+    page.get_by_label("text", exact=True).fill("红色的")
+    page.locator("#ask").click()
+    until(lambda: page.get_by_text(re.compile(r"\d+ tokens in")).count() == 2)
+    left, right = (page.locator(".said textarea").nth(number).input_value() for number in range(2))
+    assert left == right
+    page.close()
+
+
+def test_a_data_set_is_added_and_its_problems_shown(site: Site) -> None:
+    page = site.open("en/data")
+    page.get_by_text("Add a data set").click()
+    for name in ("reviews", "evil"):
+        page.locator("#data-name textarea, #data-name input").fill(name)
+        page.locator("#data-source textarea, #data-source input").fill(str(site.folder / f"{name}.jsonl"))
+        page.locator("#add").click()
+        until(lambda name=name: page.get_by_label("Data set", exact=True).first.input_value() == f"{name}@1")
+    shown(page, "onerror")
+    choose(page, "Data set", "reviews@1")
+    shown(page, "第3条")
+    shown(page, re.compile("reviews.jsonl.*13"))
+    assert page.title() != "broken" and not page.locator("img[src=x]").count()
+    page.close()
+
+
+def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
+    page = site.open("en/teach")
+    until(lambda: page.get_by_label("Start from", exact=True).first.input_value())
+    choose(page, "Task", "text_classification")
+    box = page.get_by_label("Learn from", exact=True).first
+    box.fill(str(site.folder / "reviews.jsonl"))
+    box.press("Enter")
+    page.locator("#steps input").fill("4")
+    page.locator("#folder textarea, #folder input").fill(str(site.folder / "runs" / "taught"))
+    page.get_by_label("More options of openm6 finetune").fill("train.log_every=1")
+    page.locator("#submit").click()
+    page.get_by_text("done", exact=True).first.wait_for(timeout=180_000)
+    page.get_by_text("step 4 of 4").first.wait_for()
+    page.locator("#curve canvas, #curve svg").first.wait_for()
+    page.locator("#kept-name textarea, #kept-name input").fill("goods")
+    page.locator("#keep").click()
+    page.get_by_text("It is goods@1 in the catalogue.").wait_for()
+    page.close()
+
+    page = site.open("en/models")
+    shown(page, "goods@1")
+    page.get_by_text("Add a model").click()
+    page.locator("#model-name textarea, #model-name input").fill("goods")
+    page.locator("#model-directory textarea, #model-directory input").fill(str(site.folder / "goods" / "model"))
+    page.locator("#add").click()
+    until(lambda: page.get_by_label("Model", exact=True).first.input_value() == "goods@2")
+    choose(page, "Model", "goods@1")
+    page.locator("#promote").click()
+    page.get_by_text("goods@1 is live, and answers here now.").wait_for(timeout=120_000)
+    choose(page, "Model", "goods@2")
+    page.locator("#promote").click()
+    page.get_by_text("goods@2 is live, and answers here now.").wait_for(timeout=120_000)
+    page.locator("#rollback").click()
+    page.get_by_text("goods@1 is live, and answers here now.").wait_for(timeout=120_000)
+    page.locator("#lineage svg").wait_for()
+    page.close()
+    catalogue = Catalogue(f"sqlite:///{site.folder / 'home' / 'catalogue.db'}", str(site.folder / "home" / "artifacts"))
+    live = catalogue.named("goods@live")
+    assert live.number == 1 and catalogue.recipe(live) and catalogue.names(MODEL) == ["goods"]
+    assert httpx2.get(f"{site.url}/v1/models/goods").json()["directory"] == "goods@1"
+
+
+def test_verdicts_become_data(site: Site) -> None:
+    page = site.open("en/review")
+    page.get_by_text("0 of", exact=False).first.wait_for()
+    total = int(re.search(r"of (\d+) judged", page.locator("#far").inner_text())[1])  # type: ignore[index]
+    page.locator("body").press("a")
+    page.get_by_text(f"1 of {total} judged, 1 accepted").wait_for()
+    page.locator("#reject").click()
+    page.get_by_text(f"2 of {total} judged, 1 accepted").wait_for()
+    page.locator("body").press("z")
+    page.get_by_text("this one: rejected").wait_for()
+    page.locator("#accept").click()
+    page.get_by_text(f"2 of {total} judged, 2 accepted").wait_for()
+    page.locator("#finish").click()
+    page.get_by_text("100% of 2 accepted").wait_for()
+    lines = (site.folder / "runs" / "cups" / "labelled.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["verdict_quality"] for line in lines] == [1, 1]
+    assert page.title() != "broken"
+    page.close()
+
+
+def test_what_is_live_is_shown(site: Site) -> None:
+    page = site.open("en/live")
+    page.get_by_text("Served here").wait_for()
+    shown(page, re.compile("^goods$"))
+    until(lambda: page.locator("#chart-tokens canvas, #chart-tokens svg").count())
+    page.close()
+    assert not site.wrong
+
+
+@pytest.fixture
+def locked(tmp_path: Path, browser: Any) -> Iterator[tuple[Site, dict[str, str]]]:
+    """A server with keys, and the keys by name."""
+    environment = prepare(tmp_path)
+    keys = {}
+    for name, role in (("reader", "use"), ("chief", "manage")):
+        words = command("keys", "add", name, "--role", role, "--keys", tmp_path / "keys.json")
+        keys[name] = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", "--keys", tmp_path / "keys.json")
+    with process:
+        yield Site(url, tmp_path, browser), keys
+        process.terminate()
+
+
+def test_keys_are_asked_for_and_their_roles_kept(locked: tuple[Site, dict[str, str]]) -> None:
+    site, keys = locked
+    for path in ("config", "gradio_api/info", "gradio_api/file=/etc/passwd"):
+        assert httpx2.get(f"{site.url}/en/{path}").status_code == 401
+    page = site.open("en/models")
+    fields = page.locator("input")
+    fields.nth(0).fill("reader")
+    fields.nth(1).fill(keys["chief"])
+    page.get_by_role("button").first.click()
+    page.get_by_text(re.compile("[Ii]ncorrect|[Ii]nvalid")).first.wait_for()
+    fields.nth(0).fill("reader")  # emptied
+    fields.nth(1).fill(keys["reader"])
+    page.get_by_role("button").first.click()
+    page.get_by_text("Add a model").click()
+    page.locator("#model-name textarea, #model-name input").fill("mine")
+    page.locator("#model-directory textarea, #model-directory input").fill(str(site.folder / "goods" / "model"))
+    page.locator("#add").click()
+    page.get_by_text("This takes a key that manages.").wait_for()
+    page.close()
