@@ -37,7 +37,7 @@ def page(desk: Desk) -> None:
         if name not in known[1]:
             gr.Markdown(say("The second model does not have this task."))
             return
-        sides = [str(one), str(two)]
+        sides, name = [str(one), str(two)], str(name)
         asking = Form(desk, name, known[0][name])
         with gr.Row():
             run = gr.Button(say("Ask both"), variant="primary", elem_id="ask")

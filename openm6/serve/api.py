@@ -100,8 +100,8 @@ def _routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/models/{name}/promote")
     async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let another model answer by this name; what is being answered is finished by the one before."""
-        path, _ = await asyncio.to_thread(find_model, asked.path)
-        place = Place(path, {n: Path(p) for n, p in asked.adapters.items()})
+        found = await asyncio.to_thread(find_model, asked.path)
+        place = Place(found[0], {n: Path(p) for n, p in asked.adapters.items()})
         await _deployment(fleet, name).swap(place)
         return _model(fleet.get(name))
 
