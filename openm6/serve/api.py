@@ -59,7 +59,8 @@ def create_app(
         for one in running:
             one.cancel()
         await fleet.stop(server.options.drain)
-        server.meter.keep()
+        for act in (server.meter.keep, *server.at_end):
+            act()
 
     app = FastAPI(title="OpenM6", version=__version__, lifespan=lifespan)
     app.state.server = server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +74,7 @@ class Server:
     options: Options
     figures: Figures = field(default_factory=Figures)
     span: type[NoSpan] = NoSpan
+    at_end: list[Callable[[], Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         file = self.options.keys

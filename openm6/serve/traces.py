@@ -59,4 +59,4 @@ def add_traces(app: FastAPI, server: Server, exporter: Any = None) -> None:
             self._span.end()
 
     server.span = Traced
-    app.router.on_shutdown.append(provider.shutdown)
+    server.at_end.append(provider.shutdown)

@@ -93,6 +93,12 @@ def serving(folder: Path, environment: dict[str, str], *words: object) -> tuple[
             time.sleep(0.2)
 
 
+def leave(browser: Any) -> None:
+    """Close all pages: a server that ends waits for those that listen."""
+    for context in browser.contexts:
+        context.close()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
@@ -111,6 +117,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Sit
     process, url = serving(folder, environment, *models)
     with process:
         yield Site(url, folder, browser)
+        leave(browser)
         process.terminate()
 
 
@@ -180,7 +187,7 @@ def test_a_text_is_asked_with_a_picture_that_is_uploaded(trying: Callable[[str],
     (tmp_path / "cup.png").write_bytes(picture())
     page = trying("vqa")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "cup.png")
-    page.get_by_label("question", exact=True).fill("这是什么？")
+    page.get_by_role("textbox", name="question", exact=True).fill("这是什么？")
     page.locator("img").first.wait_for()
     page.locator("#ask").click()
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
@@ -192,7 +199,7 @@ def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> N
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
     page = trying("table_question")  # a table of rows, and a text
     page.locator("#example").click()
-    until(lambda: page.get_by_label("question", exact=True).input_value())
+    until(lambda: page.get_by_role("textbox", name="question", exact=True).input_value())
     page.locator("#ask").click()
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
     page = trying("grounding")  # a box, drawn into the picture
@@ -203,14 +210,14 @@ def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> N
     page.locator(".grid-wrap img").first.wait_for()
     page = trying("text_vector")
     page.locator("#example").click()
-    until(lambda: page.get_by_label("text", exact=True).input_value())
+    until(lambda: page.get_by_role("textbox", name="text", exact=True).input_value())
     page.locator("#ask").click()
     until(lambda: said(page).startswith("32 numbers"))
 
 
 def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any], tmp_path: Path) -> None:
     page = trying("text_to_image")
-    page.get_by_label("caption", exact=True).fill("红色的杯子")
+    page.get_by_role("textbox", name="caption", exact=True).fill("红色的杯子")
     page.locator("#ask").click()
     until(lambda: page.locator(".grid-wrap img").count() == 4)
     page.get_by_text("seed 0").wait_for()
@@ -221,7 +228,7 @@ def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any],
 
 def test_what_cannot_be_asked_is_told(trying: Callable[[str], Any]) -> None:
     page = trying("vqa")
-    page.get_by_label("question", exact=True).fill("这是什么？")
+    page.get_by_role("textbox", name="question", exact=True).fill("这是什么？")
     page.locator("#ask").click()
     page.get_by_text(re.compile("photo")).nth(1).wait_for()
 
@@ -231,7 +238,7 @@ def test_two_models_are_asked_the_same(site: Site) -> None:
     page.locator("#ask").wait_for()
     choose(page, "Task", "text_continuation")
     until(lambda: page.get_by_label("Task", exact=True).first.input_value() == "text_continuation")
-    page.get_by_label("text", exact=True).fill("红色的")
+    page.get_by_role("textbox", name="text", exact=True).fill("红色的")
     page.locator("#ask").click()
     until(lambda: page.get_by_text(re.compile(r"\d+ tokens in")).count() == 2)
     left, right = (page.locator(".said textarea").nth(number).input_value() for number in range(2))
@@ -289,7 +296,7 @@ def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
     page.get_by_text("goods@2 is live, and answers here now.").wait_for(timeout=120_000)
     page.locator("#rollback").click()
     page.get_by_text("goods@1 is live, and answers here now.").wait_for(timeout=120_000)
-    page.locator("#lineage svg").wait_for()
+    page.locator("#lineage svg[role=img]").wait_for()
     page.close()
     catalogue = Catalogue(f"sqlite:///{site.folder / 'home' / 'catalogue.db'}", str(site.folder / "home" / "artifacts"))
     live = catalogue.named("goods@live")
@@ -337,6 +344,7 @@ def locked(tmp_path: Path, browser: Any) -> Iterator[tuple[Site, dict[str, str]]
     process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", "--keys", tmp_path / "keys.json")
     with process:
         yield Site(url, tmp_path, browser), keys
+        leave(browser)
         process.terminate()
 
 

@@ -25,9 +25,9 @@ from tests.tasks.conftest import picture
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("OPENM6_SOAK", 40))
+SECONDS = float(os.environ.get("OPENM6_SOAK", 20))
 CLIENTS = 6
-KILLS = 20
+KILLS = 20 if SECONDS > 60 else 6
 GROWTH = 0.15
 """Share by which memory may be larger at the end than after the first third, and 30 MiB: caches fill, heaps part."""
 
