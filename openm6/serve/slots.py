@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from openm6.model import M6, ModelConfig
-from openm6.model.attention import Cache
+from openm6.model.attention import Cache, rotary_angles
 from openm6.sequence import Sequence
+
+SHORTEST = 64
+"""Positions of a slot at least."""
 
 
 @dataclass(slots=True)
@@ -33,29 +36,36 @@ class Prefix:
 
 
 class Slots:
-    """Room for so many positions of so many texts as `budget` bytes hold. The first `len` slots are in use, always:
-    the last one moves into the place of one that is given back."""
+    """Texts within `budget` bytes. All slots have as many positions as the longest text there needs, a power of two of
+    them, `limit` at most. The first `len` slots are in use, always: the last one moves into the place of one that is
+    given back."""
 
-    def __init__(self, model: M6, capacity: int, budget: int, dtype: torch.dtype):
+    def __init__(self, model: M6, limit: int, budget: int, dtype: torch.dtype):
         config, device = model.config, model.embed.weight.device
-        self.capacity = capacity
-        self.most = max(1, budget // bytes_of_slot(config, capacity, dtype, device))
-        self._config, self._dtype = config, dtype
-        self._cache = Cache(config, torch.zeros(0, dtype=torch.int64, device=device), capacity, dtype)
+        self.limit, self.capacity = limit, 0
+        self._budget, self._config, self._dtype = budget, config, dtype
+        self._cache = Cache(config, torch.zeros(0, dtype=torch.int64, device=device), 0, dtype)
         self._size = 0  # slots there is memory for now
 
     def __len__(self) -> int:
         return len(self._cache.counts)
 
-    @property
-    def free(self) -> int:
-        return self.most - len(self)
+    def room(self, positions: int) -> int:
+        """Further texts that fit when one of so many positions is among them; where there is none, one always fits."""
+        return self._most(self._even(max(positions, self.capacity if len(self) else 0))) - len(self)
+
+    def _even(self, positions: int) -> int:
+        return min(self.limit, max(SHORTEST, 1 << (positions - 1).bit_length()))
+
+    def _most(self, capacity: int) -> int:
+        device = self._cache.lengths.device
+        return max(1, self._budget // bytes_of_slot(self._config, capacity, self._dtype, device))
 
     @torch.inference_mode()
-    def add(self, prefixes: list[Prefix]) -> None:
-        """Give each prompt the next slot."""
+    def add(self, prefixes: list[Prefix], positions: int) -> None:
+        """Give each prompt the next slot; the longest of them will have so many positions in the end."""
         first, count = len(self), len(prefixes)
-        self._grow(first + count)
+        self._grow(first + count, positions)
         for slot, prefix in enumerate(prefixes, first):
             for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
                 self._cache.keys[layer][slot, :, : prefix.positions] = keys
@@ -85,17 +95,24 @@ class Slots:
         self._cache.counts = counts
         self._cache.lengths = torch.tensor(counts, dtype=torch.int64, device=self._cache.lengths.device)
 
-    def _grow(self, wanted: int) -> None:
-        """Memory is taken as it is needed, doubling, and kept."""
-        if wanted <= self._size:
+    def _grow(self, wanted: int, positions: int) -> None:
+        """Memory is taken as it is needed, doubling, and kept; given back where a long text has left nobody behind."""
+        used, capacity = len(self), self._even(positions)
+        if used or 4 * capacity > self.capacity:
+            capacity = max(capacity, self.capacity)
+        if wanted <= self._size and capacity == self.capacity:
             return
-        size = min(self.most, max(wanted, 2 * self._size, 4))
+        size = self._size if wanted <= self._size else max(wanted, 2 * self._size, 4)
+        size, kept = min(self._most(capacity), size), min(capacity, self.capacity)
         for stored in (self._cache.keys, self._cache.values):
             for layer, old in enumerate(stored):
-                new = torch.zeros((size, *old.shape[1:]), dtype=old.dtype, device=old.device)
-                new[: len(self)] = old[: len(self)]
+                new = torch.zeros((size, old.shape[1], capacity, old.shape[3]), dtype=old.dtype, device=old.device)
+                new[:used, :, :kept] = old[:used, :, :kept]
                 stored[layer] = new
-        self._size = size
+        if capacity != self.capacity:
+            places = torch.arange(capacity, device=self._cache.lengths.device)[None]
+            self._cache.rope = rotary_angles(self._config, places, self._cache.keys[0].dtype)
+        self._size, self.capacity = size, capacity
 
 
 def bytes_of_slot(config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> int:

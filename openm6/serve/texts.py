@@ -14,6 +14,7 @@ from openm6.decode import Generated
 from openm6.decode.generate import allowed_after, chance, choose, constrain
 from openm6.decode.pieces import Pieces
 from openm6.errors import UsageError
+from openm6.model.precision import fast_dtype
 from openm6.sequence import by_length, pad
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
@@ -56,7 +57,7 @@ class Texts:
         with torch.inference_mode(), self.view.precision():
             if self.rows:
                 told += self._advance()
-            if self.waiting and (self._slots is None or self._slots.free):
+            if self.waiting:
                 told += self._admit()
         return told
 
@@ -101,34 +102,37 @@ class Texts:
         more, ended = self._chosen(rows, torch.stack([prefix.hidden for prefix in prefixes]))
         staying = [i for i in range(len(rows)) if i not in ended]
         if staying:
-            if self._slots is None:
-                self._slots = self._room(prefixes[0])
-            self._slots.add([prefixes[i] for i in staying])
+            assert self._slots is not None
+            self._slots.add([prefixes[i] for i in staying], max(_positions(rows[i].request) for i in staying))
             self.rows += [rows[i] for i in staying]
         return told + more
 
-    def _room(self, prefix: Prefix) -> Slots:
-        model = self.view.model
-        capacity = self._settings.capacity or model.config.max_position_embeddings
-        budget = self._settings.cache_mib * 2**20 // self._shares
-        return Slots(model, capacity, budget, prefix.keys.dtype)
+    def _opened(self) -> Slots:
+        if self._slots is None:
+            model = self.view.model
+            limit = self._settings.capacity or model.config.max_position_embeddings
+            budget = self._settings.cache_mib * 2**20 // self._shares
+            self._slots = Slots(model, limit, budget, fast_dtype(model.embed.weight.device.type))
+        return self._slots
 
     def _read(self) -> tuple[list[Request], list[Prefix], list[Told]]:
         """As many of those that wait as fit, with their prompts read; those that were read before cost nothing."""
-        room = self._slots.free if self._slots else self._settings.batch
-        limit = self._settings.capacity or self.view.model.config.max_position_embeddings
+        slots = self._opened()
         taken: list[tuple[Request, bytes, Prefix | None]] = []
-        told, positions = [], 0
-        while self.waiting and len(taken) < room:
+        told, positions, longest = [], 0, 0
+        while self.waiting:
             request = self.waiting[0]
             assert request.prompt is not None
-            needed = len(request.prompt) + request.options.max_new_tokens
-            if needed > limit:
+            needed = _positions(request)
+            if needed > slots.limit:
                 error = UsageError(
-                    f"A prompt and its answer take {needed} positions; the server has {limit} for a text."
+                    f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text."
                 )
                 told.append(Told(self.waiting.popleft().id, error=error, done=True))
                 continue
+            longest = max(longest, needed)
+            if len(taken) >= slots.room(longest):
+                break
             key = key_of(request.prompt)
             known = self.prefixes.get(key)
             positions += 0 if known else len(request.prompt)
@@ -200,3 +204,9 @@ class Texts:
         except Exception as error:
             told.error = error
         return told
+
+
+def _positions(request: Request) -> int:
+    """That a text and its prompt have in the end."""
+    assert request.prompt is not None
+    return len(request.prompt) + int(request.options.max_new_tokens)

@@ -16,7 +16,7 @@ from openm6.errors import OpenM6Error, UsageError
 from openm6.sequence import pad
 from openm6.serve.engine import Engine, Full, Settings
 from openm6.serve.recent import Recent
-from openm6.serve.slots import Slots, prefixes_of
+from openm6.serve.slots import Slots, bytes_of_slot, prefixes_of
 from openm6.serve.work import Request
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
@@ -202,7 +202,7 @@ def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
 def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
     """With room for few texts the others wait, and all are answered."""
     watched = Watched(bundle, cache_mib=1, batch=4)
-    for number in range(30):
+    for number in range(60):
         watched.ask(
             str(number), "write", text="红色", decoding={"max_new_tokens": 12, "temperature": 1.0, "seed": number}
         )
@@ -211,9 +211,9 @@ def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
         watched.engine._next()
         most = max(most, len(watched.engine._texts[None].rows))
     slots = watched.engine._texts[None]._slots
-    assert slots is not None and most <= slots.most < 30
+    assert slots is not None and most <= slots.room(1) + len(slots) < 60
     found = watched.finish()
-    for number in (0, 29):
+    for number in (0, 59):
         decoding = {"max_new_tokens": 12, "temperature": 1.0, "seed": number}
         assert found[str(number)].value == offline(bundle, "write", decoding, text="红色")
 
@@ -260,11 +260,11 @@ def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
     """Rows join and leave; the hidden states are those of each alone."""
     model, rng = bundle.model, np.random.default_rng(0)
     prompts = [bundle.prompt(bundle.task("write"), {"text": text}) for text in TEXTS]
-    slots = Slots(model, 64, 10**7, torch.float32)
+    slots = Slots(model, 128, 10**7, torch.float32)
     caches = {}
     for number, prompt in enumerate(prompts):
         hidden, cache = model.prefill(pad([prompt], 0), len(prompt))
-        slots.add(prefixes_of(hidden, cache))
+        slots.add(prefixes_of(hidden, cache), 30 + 10 * number)  # it grows to 128 positions
         caches[number] = model.prefill(pad([prompt], 0), 64)[1]
     order = list(caches)
     for turn in range(12):
@@ -280,7 +280,7 @@ def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
             order.pop()
         if turn == 6:
             hidden, cache = model.prefill(pad([prompts[0]], 0), len(prompts[0]))
-            slots.add(prefixes_of(hidden, cache))
+            slots.add(prefixes_of(hidden, cache), 40)
             caches[9], order = model.prefill(pad([prompts[0]], 0), 64)[1], [*order, 9]
 
 
@@ -299,3 +299,20 @@ def test_pictures_keep_to_their_memory(bundle: Bundle) -> None:
     for name in "ab":
         watched.engine.cancel(name)
     watched.finish()
+
+
+def test_a_slot_has_the_positions_that_are_needed(bundle: Bundle) -> None:
+    """A model of very many positions holds as many texts as another; a long one waits until there is room."""
+    each = bytes_of_slot(bundle.model.config, 64, torch.float32, torch.device("cpu"))
+    slots = Slots(bundle.model, 40_000, 8 * each, torch.float32)
+    assert [slots.room(n) for n in (1, 64, 65, 500, 40_000)] == [8, 8, 4, 1, 1]
+    prompt = bundle.prompt(bundle.task("write"), {"text": "红"})
+    hidden, cache = bundle.model.prefill(pad([prompt], 0), len(prompt))
+    slots.add(prefixes_of(hidden, cache), 60)
+    assert (slots.room(60), slots.room(100), slots.room(500)) == (7, 3, 0)
+    slots.drop(0)
+    slots.add(prefixes_of(hidden, cache), 500)
+    assert slots.capacity == 512 and slots.room(1) == 0
+    slots.drop(0)
+    slots.add(prefixes_of(hidden, cache), 20)
+    assert slots.capacity == 64 and slots.room(20) == 7
