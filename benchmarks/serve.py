@@ -256,7 +256,7 @@ def _served(model: Path) -> Callable[[], Any]:
 
 
 def _peer(kind: str, model: Path) -> Callable[[], Any]:
-    return lambda: _process([sys.executable, "-m", "benchmarks._serve_peers", kind, str(model)], "/docs")
+    return lambda: _process([sys.executable, "-m", f"benchmarks._serve_{kind}", str(model)], "/docs")
 
 
 @contextmanager
