@@ -142,13 +142,12 @@ def list_models(json: Json = False) -> None:
     """The models of the catalogue, all versions."""
     from openm6.hub.catalogue import MODEL, Catalogue
 
-    catalogue = Catalogue()
-    every = [version for name in catalogue.names(MODEL) for version in catalogue.versions(MODEL, name)]
+    every = Catalogue().every(MODEL)
     if json:
         emit([_version(version) for version in every])
         return
     table(["name", "version", "alias", "metrics", "kWh", "note"], [
-        (v.name, v.number, ", ".join(v.aliases), ", ".join(f"{k} {x:g}" for k, x in v.about["metrics"].items()),
+        (v.name, v.number, ", ".join(v.aliases), v.measures,
          v.about.get("energy_kwh") or "", v.about["note"]) for v in every
     ])  # fmt: skip
 

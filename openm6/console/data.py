@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, shortened
 from openm6.hub.catalogue import DATA, Version
 
 SEEN = 12
@@ -30,8 +30,7 @@ def page(desk: Desk) -> None:
     shown = [facts, columns, sample, pictures, problems]
 
     def names(select: str | None = None) -> Any:
-        catalogue = desk.catalogue
-        found = [one.full_name for name in catalogue.names(DATA) for one in catalogue.versions(DATA, name)]
+        found = [one.full_name for one in desk.catalogue.every(DATA)]
         return gr.Dropdown(choices=found, value=select or (found[-1] if found else None))
 
     async def listed(request: gr.Request) -> Any:
@@ -75,7 +74,7 @@ def _look(desk: Desk, version: Version) -> list[Any]:
     columns = [[name, kinds] for name, kinds in about["columns"].items()]
     rows = desk.catalogue.sample(version)
     heads = list(about["columns"])
-    sample = {"headers": heads, "data": [[_cut(row.get(head)) for head in heads] for row in rows]}
+    sample = {"headers": heads, "data": [[shortened(row.get(head), 120) for head in heads] for row in rows]}
     pictures, problems, seen = [], [], set[bytes]()
     try:
         records = open_source(about["source"])
@@ -98,8 +97,3 @@ def _picture(value: bytes) -> Any:
         return open_image(value)
     except DataError:
         return None
-
-
-def _cut(value: Any) -> str:
-    text = "" if value is None else str(value)
-    return text if len(text) <= 120 else text[:119] + "…"

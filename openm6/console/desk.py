@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -16,7 +17,7 @@ import gradio as gr
 import yaml
 
 from openm6.errors import OpenM6Error, UsageError
-from openm6.hub.catalogue import Catalogue
+from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
 from openm6.serve.fleet import Deployment
 from openm6.serve.keys import MANAGE, Key
@@ -108,10 +109,10 @@ class Desk:
 
     # What is kept
 
-    def kept(self, kind: str) -> list[str]:
-        """Names in the catalogue; none where it cannot be opened (it needs MLflow)."""
+    def kept(self, kind: str) -> list[Version]:
+        """All versions in the catalogue; none where it cannot be opened (it needs MLflow)."""
         try:
-            return self.catalogue.names(kind)
+            return self.catalogue.every(kind)
         except OpenM6Error:
             return []
 
@@ -129,3 +130,13 @@ class Desk:
 def refusal(message: str) -> gr.Error:
     """Shown as it is: Gradio takes what an error says for HTML."""
     return gr.Error(html.escape(message), print_exception=False)
+
+
+def plain(value: Any) -> str:
+    """As a text: JSON of what is none."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def shortened(value: Any, most: int) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -11,7 +11,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageDraw
 
-from openm6.console.desk import Desk, refusal
+from openm6.console.desk import Desk, plain, refusal
+from openm6.images import png
 from openm6.serve.server import TaskRequest
 
 Told = Mapping[str, Any]
@@ -164,8 +165,8 @@ class Answer:
             some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
             return self.desk.say("{size} numbers: {some} ...", size=len(value), some=some)
         if len(outputs) > 1 and isinstance(value, Mapping):
-            return "\n".join(f"{slot}: {_plain(value.get(slot))}" for slot in outputs)
-        return _plain(value)
+            return "\n".join(f"{slot}: {plain(value.get(slot))}" for slot in outputs)
+        return plain(value)
 
     def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
         """The picture that was asked about, with the box that was answered."""
@@ -220,15 +221,5 @@ def _filled(kind: str, value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _estimates(one: Mapping[str, Any]) -> str:
     return " · ".join(f"{name} {value:.1f}" for name, value in one.get("estimates", {}).items())
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -107,13 +107,8 @@ def _choices(desk: Desk) -> tuple[Any, Any, Any, Any]:
     from openm6.tasks.library import names
 
     served = [(name, str(one.place.model)) for name, one in desk.server.fleet.deployments.items()]
-    kept = [version.full_name for name in desk.kept(MODEL) for version in desk.catalogue.versions(MODEL, name)]
-    every = [*served, *((name, name) for name in kept)]
-    data = [
-        (version.full_name, version.about["source"])
-        for name in desk.kept(DATA)
-        for version in desk.catalogue.versions(DATA, name)
-    ]
+    every = [*served, *((version.full_name, version.full_name) for version in desk.kept(MODEL))]
+    data = [(version.full_name, version.about["source"]) for version in desk.kept(DATA)]
     return (
         gr.Dropdown(choices=every, value=every[0][1] if every else None), gr.Dropdown(choices=names(), value="vqa"),
         gr.Dropdown(choices=data, value=data[0][1] if data else None), gr.Dropdown(choices=[("", ""), *data], value=""),

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, shortened
 from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
 from openm6.serve.fleet import Place
 
@@ -36,7 +36,7 @@ def page(desk: Desk) -> None:
         add = gr.Button(say("Add"), elem_id="add")
 
     def table(select: str | None = None) -> Any:
-        every = [one for called in desk.catalogue.names(MODEL) for one in desk.catalogue.versions(MODEL, called)]
+        every = desk.catalogue.every(MODEL)
         rows = [_row(desk, one) for one in every]
         names = [one.full_name for one in every]
         return [rows, gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None)]
@@ -98,11 +98,9 @@ async def _go_live(desk: Desk, version: Version) -> str:
 
 
 def _row(desk: Desk, one: Version) -> list[str]:
-    measures = ", ".join(f"{name} {value:.3g}" for name, value in one.about.get("metrics", {}).items())
     energy = one.about.get("energy_kwh")
-    alias = " ".join(f"[{alias}]" for alias in one.aliases)
     return [
-        f"{one.full_name} {alias}".strip(), one.name, measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
+        one.title, one.name, one.measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
         desk.time(one.created), one.about.get("note", ""),
     ]  # fmt: skip
 
@@ -126,18 +124,13 @@ def drawn(lineage: Lineage) -> str:
                 f'stroke="currentColor" opacity=".5"/>'
             )
             below = put(part, depth + 1, below)
-        first = f"{v.full_name}{' [' + ', '.join(v.aliases) + ']' if v.aliases else ''}"
-        second = (
-            f"{v.about['records']} × {v.about['source']}"
-            if v.kind != MODEL
-            else ", ".join(f"{name} {value:.3g}" for name, value in v.about.get("metrics", {}).items())
-        )
+        second = v.measures if v.kind == MODEL else f"{v.about['records']} × {v.about['source']}"
         colour = "#2563eb" if LIVE in v.aliases else "#64748b" if v.kind == MODEL else "#16a34a"
         parts.append(
             f'<g transform="translate({x} {y})"><rect width="{BOX[0]}" height="{BOX[1]}" rx="8" fill="{colour}" '
             f'fill-opacity=".12" stroke="{colour}"/><text x="12" y="22" fill="currentColor" font-weight="600">'
-            f'{html.escape(_short(first, 26))}</text><text x="12" y="42" fill="currentColor" opacity=".75" '
-            f'font-size="12">{html.escape(_short(second, 34))}</text></g>'
+            f'{html.escape(shortened(v.title, 26))}</text><text x="12" y="42" fill="currentColor" opacity=".75" '
+            f'font-size="12">{html.escape(shortened(second, 34))}</text></g>'
         )
         return max(below, row + 1)
 
@@ -146,7 +139,3 @@ def drawn(lineage: Lineage) -> str:
         f'<svg role="img" width="{size[0] + 2}" height="{size[1] + 2}" viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" '
         f'font-size="14" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
     )
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

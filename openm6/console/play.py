@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from openm6.console.desk import Desk
-from openm6.console.forms import Answer, Form, png
+from openm6.console.forms import Answer, Form
+from openm6.images import png
 
 
 def page(desk: Desk) -> None:

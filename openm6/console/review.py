@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from openm6.batch import write_labelled
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, plain
 from openm6.copywriting import write_labelled_copy
 from openm6.errors import DataError
 from openm6.images import open_image
@@ -139,7 +138,7 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
-    lines = "\n".join(f"{slot}: {_plain(value)}" for slot, value in asked.items())
+    lines = "\n".join(f"{slot}: {plain(value)}" for slot, value in asked.items())
     return [
         number, f"**{number + 1}/{len(rows)}** · {told}", lines,
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(row.get("said", ""), visible="said" in row),
@@ -150,7 +149,3 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
 def _finish(batch: Path) -> dict[str, Any]:
     act = write_labelled_copy if any("said" in row for row in rows_of(batch)) else write_labelled
     return act(batch, batch / LABELS)
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -56,6 +56,16 @@ class Version:
     def full_name(self) -> str:
         return f"{self.name}@{self.number}"
 
+    @property
+    def title(self) -> str:
+        """With its aliases: goods@3 [live]."""
+        return f"{self.full_name} [{', '.join(self.aliases)}]" if self.aliases else self.full_name
+
+    @property
+    def measures(self) -> str:
+        """Of a model, as a text."""
+        return ", ".join(f"{name} {value:g}" for name, value in self.about.get("metrics", {}).items())
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -67,7 +77,7 @@ class Lineage:
     def lines(self, depth: int = 0) -> list[str]:
         """As a text, a version a line, what it is made of further in."""
         v = self.version
-        told = f"{'  ' * depth}{v.kind} {v.full_name}{' [' + ', '.join(v.aliases) + ']' if v.aliases else ''}"
+        told = f"{'  ' * depth}{v.kind} {v.title}"
         if source := v.about.get("source"):
             told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
         return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
@@ -80,8 +90,6 @@ class Catalogue:
         base = home()
         self.database = database or os.environ.get(CATALOGUE) or f"sqlite:///{base / 'catalogue.db'}"
         self.artifacts = artifacts or os.environ.get(ARTIFACTS) or str(base / "artifacts")
-        if self.database.startswith("sqlite:///"):
-            Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         self._client: MlflowClient | None = None
 
     # Putting in
@@ -166,6 +174,10 @@ class Catalogue:
                 aliases[int(number)].append(alias)
         versions = (replace(self._version(one), aliases=tuple(aliases[int(one.version)])) for one in found)
         return sorted(versions, key=lambda version: version.number)
+
+    def every(self, kind: str) -> list[Version]:
+        """All versions of all data sets or models, by name."""
+        return [version for name in self.names(kind) for version in self.versions(kind, name)]
 
     def named(self, text: str, kind: str = MODEL) -> Version:
         """NAME, NAME@3 or NAME@live, with `data:` before it for a data set; without a number the last one. Raises
@@ -280,6 +292,8 @@ class Catalogue:
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             try:
+                if self.database.startswith("sqlite:///"):
+                    Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
                 # Asked first: MLflow itself tries for minutes.
                 with create_engine(self.database).connect():
                     pass

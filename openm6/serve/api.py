@@ -16,6 +16,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,10 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6._version import __version__
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.errors import DataError, OpenM6Error
 from openm6.hub.catalogue import find_model
 from openm6.serve.fleet import Deployment, Fleet, Place
-from openm6.serve.guard import Guard, Refusal, add_errors, sse
+from openm6.serve.guard import Guard, add_errors, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
@@ -184,17 +185,11 @@ async def _in_any_order(lines: list[str], act: Callable[[int, str], Awaitable[st
 
 
 def _deployment(fleet: Fleet, name: str | None) -> Deployment:
-    try:
-        return fleet.get(name)
-    except UsageError as error:
-        raise Refusal(404, str(error), "model_not_found") from None
+    return known(fleet.get, name, "model_not_found")
 
 
 def _task(server: Server, deployment: Deployment, name: str) -> dict[str, Any]:
-    try:
-        return server.task(deployment, name)
-    except UsageError as error:
-        raise Refusal(404, str(error), "task_not_found") from None
+    return known(partial(server.task, deployment), name, "task_not_found")
 
 
 def _model(deployment: Deployment) -> dict[str, Any]:

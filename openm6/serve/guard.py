@@ -6,8 +6,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
@@ -15,13 +15,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
 from openm6.serve.fleet import Refused
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 log = logging.getLogger("openm6.access")
+
+T = TypeVar("T")
 
 STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
@@ -32,6 +34,14 @@ class Refusal(OpenM6Error):
     def __init__(self, status: int, message: str, code: str, seconds: float | None = None):
         super().__init__(message)
         self.status, self.code, self.seconds = status, code, seconds
+
+
+def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
+    """What is found by a name. Raises Refusal (404) where there is no such."""
+    try:
+        return find(name)
+    except UsageError as error:
+        raise Refusal(404, str(error), code) from None
 
 
 def body_of(code: str, message: str, kind: str = "server_error") -> dict[str, Any]:

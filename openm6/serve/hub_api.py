@@ -18,10 +18,9 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from openm6.errors import UsageError
 from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
 from openm6.hub.jobs import ENGINES, Jobs, told
-from openm6.serve.guard import Refusal
+from openm6.serve.guard import Refusal, known
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
 
@@ -70,41 +69,40 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/jobs/{identity}")
     def job(identity: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """One job."""
-        return told(_known(jobs.get, identity))
+        return told(known(jobs.get, identity))
 
     @app.get("/v1/jobs/{identity}/log")
     def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
         """The end of what a job has said."""
-        return PlainTextResponse(jobs.last_said(_known(jobs.get, identity), TAIL))
+        return PlainTextResponse(jobs.last_said(known(jobs.get, identity), TAIL))
 
     @app.post("/v1/jobs/{identity}/stop")
     def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """End a job; it can be gone on with."""
-        _known(jobs.get, identity)
+        known(jobs.get, identity)
         return told(jobs.stop(identity))
 
     @app.post("/v1/jobs/{identity}/resume")
     def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let a job that was stopped or failed wait for its turn again."""
-        _known(jobs.get, identity)
+        known(jobs.get, identity)
         return told(jobs.resume(identity))
 
     @app.delete("/v1/jobs/{identity}", status_code=204)
     def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:
         """Forget a job that is over."""
-        _known(jobs.get, identity)
+        known(jobs.get, identity)
         jobs.remove(identity)
 
     @app.get("/v1/catalogue/{kind}")
     def names(kind: Kind, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """All versions of all data sets, or models."""
-        found = (v for name in catalogue.names(KINDS[kind]) for v in catalogue.versions(KINDS[kind], name))
-        return {"object": "list", "data": [_version(one) for one in found]}
+        return {"object": "list", "data": [_version(one) for one in catalogue.every(KINDS[kind])]}
 
     @app.get("/v1/catalogue/{kind}/{name}")
     def one(kind: Kind, name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """A version (NAME@3, NAME@live; the last one of NAME) and, beneath it, all that it was made of."""
-        return _lineage(catalogue.lineage(_known(lambda text: catalogue.named(text, KINDS[kind]), name)))
+        return _lineage(catalogue.lineage(known(lambda text: catalogue.named(text, KINDS[kind]), name)))
 
     @app.post("/v1/catalogue/{kind}", status_code=201)
     def add(kind: Kind, asked: VersionRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
@@ -119,18 +117,11 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models/{name}/lineage")
     def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """From a model that answers back to its data."""
-        place = _known(server.fleet.get, name).place.model
+        place = known(server.fleet.get, name).place.model
         version = catalogue.version_at(place)
         if version is None:
             raise Refusal(404, f"{name} is served from a directory that is not of the catalogue.", "not_in_catalogue")
         return _lineage(catalogue.lineage(version))
-
-
-def _known(find: Any, name: str) -> Any:
-    try:
-        return find(name)
-    except UsageError as error:
-        raise Refusal(404, str(error), "not_found") from None
 
 
 def _version(one: Version) -> dict[str, Any]:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import StreamingResponse
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.errors import DataError, UsageError
-from openm6.images import open_image
+from openm6.images import open_image, png
 from openm6.serve.fleet import Deployment
-from openm6.serve.guard import Refusal, sse
+from openm6.serve.guard import known, sse
 from openm6.serve.keys import Key
 from openm6.serve.server import Server, TaskRequest, asker
 
@@ -156,11 +156,8 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
 def _chosen(server: Server, model: str | None, task: str) -> tuple[Deployment, str]:
     name, _, own = (model or "").partition(":")
-    try:
-        deployment = server.fleet.get(name or None)
-        server.task(deployment, own or task)
-    except UsageError as error:
-        raise Refusal(404, str(error), "model_not_found") from None
+    deployment = known(server.fleet.get, name or None, "model_not_found")
+    known(partial(server.task, deployment), own or task, "model_not_found")
     return deployment, own or task
 
 
@@ -195,17 +192,11 @@ def _edit_of(picture: bytes, mask: bytes) -> dict[str, bytes]:
     shape = open_image(mask, alpha=True)
     if shape.mode == "RGBA":
         if mask is picture:  # what is under a transparent place is part of the picture
-            picture = _png(shape.convert("RGB"))
+            picture = png(shape.convert("RGB"))
         shape = ImageOps.invert(shape.getchannel("A"))
     elif mask is picture:
         raise DataError("A mask is needed, or a picture that is transparent where it is to be redrawn.")
-    return {"picture": picture, "mask": _png(shape.convert("L"))}
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return {"picture": picture, "mask": png(shape.convert("L"))}
 
 
 async def _text(

@@ -136,7 +136,7 @@ class Server:
                         first = False
                         span.first()
                     if "value" in event:
-                        tokens = event["tokens"] or weight(kind, event["value"])
+                        tokens = event["tokens"] or _weight(kind, event["value"])
                         self.figures.tokens.labels(kind).inc(tokens)
                         self.meter.spend(key, tokens)
                         status = "ok"
@@ -180,6 +180,6 @@ def asker(role: str = USE) -> Any:
     return Depends(found)
 
 
-def weight(kind: str, value: Any) -> int:
+def _weight(kind: str, value: Any) -> int:
     """What an answer without tokens counts: a picture its codes, else 1."""
     return sum(len(one["codes"]) for one in value) if kind == "picture" else 1

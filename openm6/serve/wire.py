@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import struct
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.images import png
 from openm6.painting import Painting
 
 _LENGTH = struct.Struct(">I")
@@ -59,9 +59,7 @@ def _unpacked(body: bytes) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """What MessagePack does not know: pictures as PNG, arrays as lists, paintings as dicts."""
     if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        value.save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(value)
     if isinstance(value, Painting):
         return {
             "image": value.image, "number": value.number, "score": value.score, "estimates": value.estimates,

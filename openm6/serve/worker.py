@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openm6.serve.engine import Engine
 
 POWER_EVERY = 5.0
+"""Seconds between two readings of the energy."""
 READERS = 2
 """Threads that decode pictures and texts while the engine works."""
 
@@ -153,25 +154,26 @@ def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:
 
 
 class _Power:
-    """Energy of this process (train/meters.py), read anew after some seconds at the earliest."""
+    """Energy of this process (train/meters.py), in a thread of its own: the meter takes seconds to look at the machine,
+    and no request waits for that."""
 
     def __init__(self) -> None:
+        self.told = {"energy_kwh": 0.0, "watts": 0.0}
+        Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
         from openm6.train.meters import EnergyMeter
 
-        self._meter = EnergyMeter()
-        self._read, self._kwh, self._watts = time.monotonic(), 0.0, 0.0
-
-    def told(self) -> dict[str, float]:
-        passed = time.monotonic() - self._read
-        if passed > POWER_EVERY:
-            kwh = self._meter.read().kwh
-            self._watts, self._kwh = (kwh - self._kwh) * 3.6e6 / passed, kwh
-            self._read += passed
-        return {"energy_kwh": self._kwh, "watts": self._watts}
+        meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
+        while True:
+            time.sleep(POWER_EVERY)
+            now, used = time.monotonic(), meter.read().kwh
+            self.told = {"energy_kwh": used, "watts": (used - kwh) * 3.6e6 / (now - before)}
+            before, kwh = now, used
 
 
 def _state(engine: Engine, power: _Power) -> dict[str, Any]:
-    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running, **power.told()}
+    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running, **power.told}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from openm6.batch import make_batch
 from openm6.hub.catalogue import MODEL, Catalogue
 from tests.conftest import drawing_bundle
 from tests.e2e.test_serve import command, port
+from tests.hub.test_jobs import until
 from tests.tasks.conftest import picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -126,14 +127,6 @@ def choose(page: Any, label: str, text: str) -> None:
     box.click()
     box.fill(text)
     page.get_by_role("option").filter(has_text=text).first.click()
-
-
-def until(true: Callable[[], Any], seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture
