@@ -62,7 +62,9 @@ def run() -> tuple[list[dict[str, Any]], str]:
 
 
 def _learned(base: Path, task: str, data: str, columns: dict[str, str], method: str, seed: int) -> Path:
-    folder = ROOT / "bench-adapters"
+    folder = ROOT / "bench-adapters" / f"{task}-{method}-{seed}"
+    if (folder / "model").is_dir():
+        return folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
     values = finetune_recipe(
         base, task, [f"{data}/train"], method, output=folder, steps=STEPS, columns=columns, seed=seed
