@@ -18,13 +18,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
+import torch
+import uvloop
 
+from benchmarks._client import Client
 from openm6.bundle import Bundle
 from openm6.data.source import open_source
 from openm6.errors import UsageError
@@ -35,8 +40,10 @@ CLIENTS, SECONDS, NEW = (1, 4, 16, 64), 8.0, 32
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
 """Of the peak, at which requests come in the open loop."""
 
-Ask = Callable[[int], tuple[str, dict[str, Any]]]
-"""The n-th request: its path and its body."""
+Items = list[tuple[str, dict[str, Any]]]
+"""What is asked: tasks, and their records."""
+Requests = list[tuple[str, bytes]]
+"""Of a side: paths and bodies, taken in turn."""
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
@@ -66,14 +73,14 @@ def run() -> tuple[list[dict[str, Any]], str]:
     return rows, note
 
 
-def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Ask]]) -> list[dict[str, Any]]:
+def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Requests]]) -> list[dict[str, Any]]:
     rows = []
     for clients in CLIENTS:
         found = {}
-        for name, (started, ask) in sides.items():
+        for name, (started, requests) in sides.items():
             with started() as url:
-                asyncio.run(_load(url, ask, 2, 1.0))  # warm
-                found[name] = asyncio.run(_load(url, ask, clients, SECONDS))
+                uvloop.run(_load(url, requests, 2, 1.0))  # warm
+                found[name] = uvloop.run(_load(url, requests, clients, SECONDS))
         for name, measured in found.items():
             peer = next(other for other in found if other != name)
             rows.append(_row(what, clients, name, measured))
@@ -82,32 +89,26 @@ def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Ask]]) -> lis
     return rows
 
 
-async def _load(url: str, ask: Ask, clients: int, seconds: float) -> Measured:
+async def _load(url: str, requests: Requests, clients: int, seconds: float) -> Measured:
     """Closed loop."""
     firsts: list[float] = []
     wholes: list[float] = []
     bad = 0
-    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
     started = time.perf_counter()
 
-    async def client(number: int, http: httpx2.AsyncClient) -> None:
+    async def client(number: int, http: Client) -> None:
         nonlocal bad
         turn = number
         while time.perf_counter() - started < seconds:
-            path, body = ask(turn)
+            times = await http.ask(*requests[turn % len(requests)])
             turn += clients
-            sent = time.perf_counter()
-            first = 0.0
-            async with http.stream("POST", path, json=body) as answer:
-                async for _ in answer.aiter_raw():
-                    first = first or time.perf_counter() - sent
-            if answer.status_code != 200:
+            if times is None:
                 bad += 1
-                continue
-            firsts.append(first)
-            wholes.append(time.perf_counter() - sent)
+            else:
+                firsts.append(times[0])
+                wholes.append(times[1])
 
-    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+    with Client(url) as http:
         await asyncio.gather(*(client(number, http) for number in range(clients)))
     return len(wholes) / (time.perf_counter() - started), firsts, wholes, bad
 
@@ -126,43 +127,37 @@ def _row(what: str, clients: int | str, side: str, measured: Measured) -> dict[s
     }  # fmt: skip
 
 
-def _curve(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def _curve(model: Path, mixed: Items) -> list[dict[str, Any]]:
     """Open loop: the peak by 64 clients, then requests at shares of it."""
-    ask, rows = _openm6(mixed), []
+    requests, rows = _openm6(mixed), []
     with _served(model)() as url:
-        asyncio.run(_load(url, ask, 8, 2.0))  # warm
-        peak, *_ = asyncio.run(_load(url, ask, 64, SECONDS))
+        uvloop.run(_load(url, requests, 8, 2.0))  # warm
+        peak, *_ = uvloop.run(_load(url, requests, 64, SECONDS))
         for share in SHARES:
-            measured = asyncio.run(_arriving(url, ask, share * peak, SECONDS))
+            measured = uvloop.run(_arriving(url, requests, share * peak, SECONDS))
             side = f"openm6, {share:.0%} of the peak"
             rows.append(_row("the demo's tasks, as they come", f"{share * peak:.0f} a second", side, measured))
             print(rows[-1], flush=True)
     return rows
 
 
-async def _arriving(url: str, ask: Ask, rate: float, seconds: float) -> Measured:
+async def _arriving(url: str, requests: Requests, rate: float, seconds: float) -> Measured:
     """As `_load`, of requests that come `rate` a second; answers are counted within these seconds."""
     rng = np.random.default_rng(0)
     firsts: list[float] = []
     wholes: list[float] = []
     counts = {"refused": 0, "in time": 0}
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=512)
 
-    async def one(number: int, http: httpx2.AsyncClient) -> None:
-        path, body = ask(number)
-        sent, first = time.perf_counter(), 0.0
-        async with http.stream("POST", path, json=body) as answer:
-            async for _ in answer.aiter_raw():
-                first = first or time.perf_counter() - sent
-        if answer.status_code != 200:
+    async def one(number: int, http: Client) -> None:
+        times = await http.ask(*requests[number % len(requests)])
+        if times is None:
             counts["refused"] += 1
             return
-        ended = time.perf_counter()
-        firsts.append(first)
-        wholes.append(ended - sent)
-        counts["in time"] += ended - started < seconds
+        firsts.append(times[0])
+        wholes.append(times[1])
+        counts["in time"] += time.perf_counter() - started < seconds
 
-    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+    with Client(url) as http:
         started, due, running = time.perf_counter(), 0.0, []
         while (due := due + rng.exponential(1 / rate)) < seconds:
             if (wait := started + due - time.perf_counter()) > 0:
@@ -172,24 +167,26 @@ async def _arriving(url: str, ask: Ask, rate: float, seconds: float) -> Measured
     return counts["in time"] / seconds, firsts, wholes, counts["refused"]
 
 
-def _overhead(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """One client: milliseconds a request over HTTP, and by the decoder alone, taken in turn."""
+def _overhead(model: Path, mixed: Items) -> dict[str, Any]:
+    """One client: milliseconds a request over HTTP, and by the decoder alone with as many threads, taken in turn."""
     bundle = Bundle.load(model)
-    records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed[:40]]
-    ask = _whole_openm6(mixed)
+    records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed]
+    requests = _openm6(mixed, stream=False)
     by_http, alone = [], []
-    with _served(model)() as url, httpx2.Client(base_url=url, timeout=60) as http:
-        for turn in range(3):
-            for number, (task, record) in enumerate(records):
-                path, body = ask(number)
-                started = time.perf_counter()
-                http.post(path, json=body)
-                middle = time.perf_counter()
-                bundle.run(task, **record)
-                ended = time.perf_counter()
-                if turn:  # the first time is warm-up
-                    by_http.append(middle - started)
-                    alone.append(ended - middle)
+    with _served(model)() as url:
+        torch.set_num_threads(httpx2.get(f"{url}/v1/models").json()["data"][0]["threads"])
+        http = HTTPConnection(urlsplit(url).netloc)
+        for number, (task, record) in enumerate(records):  # each once: the server keeps prompts that it has read
+            path, body = requests[number]
+            started = time.perf_counter()
+            http.request("POST", path, body, {"Content-Type": "application/json"})
+            json.loads(http.getresponse().read())
+            middle = time.perf_counter()
+            bundle.run(task, **record)
+            ended = time.perf_counter()
+            if number >= 40:  # before that is warm-up
+                by_http.append(middle - started)
+                alone.append(ended - middle)
     over = 1000 * median(a - b for a, b in zip(by_http, alone, strict=True))
     row = {
         "what": "one client, the demo's tasks", "clients": 1, "side": "openm6 over the decoder alone",
@@ -203,15 +200,15 @@ def _overhead(model: Path, mixed: list[tuple[str, dict[str, Any]]]) -> dict[str,
 # What is asked
 
 
-def _texts() -> list[tuple[str, dict[str, Any]]]:
+def _texts() -> Items:
     source = open_source("market:passages/test?records=200")
     return [("text_continuation", {"text": record["passage"][:40] + str(i)}) for i, record in enumerate(source)]
 
 
-def _mixed() -> list[tuple[str, dict[str, Any]]]:
+def _mixed() -> Items:
     source = open_source("demo:questions/test?pictures=200")
     texts = open_source("demo:texts/test?pictures=200")
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: Items = []
     for number in range(200):
         photo = base64.b64encode(source[number * 3]["image"]).decode()
         found.append(
@@ -223,27 +220,21 @@ def _mixed() -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _openm6(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
-    """Streamed."""
-    return lambda n: (
-        f"/v1/tasks/{asked[n % len(asked)][0]}",
-        {"inputs": asked[n % len(asked)][1], "stream": True, "decoding": {"max_new_tokens": NEW}},
-    )
+def _openm6(asked: Items, stream: bool = True) -> Requests:
+    told = {"stream": True, "decoding": {"max_new_tokens": NEW}} if stream else {}
+    return [(f"/v1/tasks/{task}", _json(inputs=record, **told)) for task, record in asked]
 
 
-def _whole_openm6(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
-    return lambda n: (f"/v1/tasks/{asked[n % len(asked)][0]}", {"inputs": asked[n % len(asked)][1]})
+def _plain(asked: Items) -> Requests:
+    return [("/run", _json(inputs=record, decoding={"max_new_tokens": NEW})) for _, record in asked]
 
 
-def _plain(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
-    return lambda n: ("/run", {"inputs": asked[n % len(asked)][1], "decoding": {"max_new_tokens": NEW}})
+def _whole(asked: Items) -> Requests:
+    return [("/predict", _json(task=task, inputs=r, decoding={"max_new_tokens": NEW})) for task, r in asked]
 
 
-def _whole(asked: list[tuple[str, dict[str, Any]]]) -> Ask:
-    return lambda n: (
-        "/predict",
-        {"task": asked[n % len(asked)][0], "inputs": asked[n % len(asked)][1], "decoding": {"max_new_tokens": NEW}},
-    )
+def _json(**body: Any) -> bytes:
+    return json.dumps(body).encode()
 
 
 # Who answers

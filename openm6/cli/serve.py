@@ -33,7 +33,7 @@ def serve(
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="File of keys (openm6 keys); without one nobody is asked.")] = None,
     cache_mib: Annotated[int, typer.Option(min=16, help="Memory for texts that are being written.")] = 512,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that wait at most; further ones are refused.")] = 256,
+    queue: Annotated[int, typer.Option(min=1, help="Requests of a model at most, worked at or waiting.")] = 256,
     jobs: Annotated[int, typer.Option(min=0, help="Jobs of the queue that it starts at the same time.")] = 1,
     batches: Annotated[Path, typer.Option(help="Console: folder below which batches wait for review.")] = Path("runs"),
     console: Annotated[bool, typer.Option(help="The web page beside the API, at the same address.")] = True,
@@ -69,7 +69,7 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None)
     beside = [partial(work_beside, jobs)] if jobs else []
-    application = create_app(Fleet(Settings(cache_mib=cache_mib, queue=queue)), options, places, beside)
+    application = create_app(Fleet(Settings(cache_mib=cache_mib), queue), options, places, beside)
     if traces:
         add_traces(application, application.state.server)
     if console:

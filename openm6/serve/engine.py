@@ -22,7 +22,7 @@ import torch
 
 from openm6.bundle import Bundle
 from openm6.decode.steps import Steps
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import UsageError
 from openm6.serve.features import Features
 from openm6.serve.texts import Texts
 from openm6.serve.work import Request, Told, prepared, steps_of
@@ -39,7 +39,6 @@ class Settings:
     capacity       positions of a text with its prompt; 0: as many as the model has
     cache_mib      memory for keys and values of texts that are written, and as much for those of pictures and beams
     prefix_mib     for prompts that were read lately, and as much for features of pictures
-    queue          requests that wait at most; further ones are refused
     batch          alike requests that are worked at together (pictures, vectors)
     prefill        positions of prompts that are read at once, at most, while others write
     """
@@ -47,13 +46,8 @@ class Settings:
     capacity: int = 0
     cache_mib: int = 512
     prefix_mib: int = 64
-    queue: int = 256
     batch: int = 16
     prefill: int = 2048
-
-
-class Full(OpenM6Error):
-    """Too many requests wait."""
 
 
 @dataclass(slots=True)
@@ -103,7 +97,7 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Reads the request's texts and pictures, in the thread that calls. Raises UsageError or DataError for what
-        cannot be done, Full where too many wait already, UsageError once the engine is stopping."""
+        cannot be done, or once the engine is stopping."""
         prepared(request, self._view(request.adapter))
         if request.needs > self._room:
             raise UsageError(
@@ -113,8 +107,6 @@ class Engine:
         with self._change:
             if self._ending:
                 raise UsageError("The engine is stopping.")
-            if self.waiting >= self.settings.queue:
-                raise Full(f"{self.waiting} requests wait already.")
             self._inbox.append(request)
             self._change.notify()
 

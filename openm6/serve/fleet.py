@@ -22,10 +22,12 @@ from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.serve.engine import Settings
-from openm6.serve.wire import DIED, FULL, packed, receive
+from openm6.serve.wire import DIED, FULL, Messages, packed
 
 log = logging.getLogger("openm6.serve")
 
+QUEUE = 256
+"""Requests that a process has at most, those it works at and those that wait; further ones are refused."""
 STARTING = 300.0
 """Seconds that a model may take to load."""
 TRIES = 2
@@ -51,14 +53,14 @@ class Place:
 class Worker:
     """One process."""
 
-    def __init__(self, place: Place, process: subprocess.Popen[bytes], reader: Any, writer: Any):
+    def __init__(self, place: Place, process: subprocess.Popen[bytes]):
         self.place, self.process = place, process
-        self._reader, self._writer = reader, writer
         self._open: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._states: list[asyncio.Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
         self.alive = True
-        self._listening: asyncio.Task[None] | None = None
+        self._first: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._connection: asyncio.WriteTransport
 
     @classmethod
     async def start(cls, place: Place, settings: Settings) -> Worker:
@@ -69,39 +71,45 @@ class Worker:
                 [sys.executable, "-m", "openm6.serve.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ,
             )  # fmt: skip
-        reader, writer = await asyncio.open_connection(sock=ours)
-        worker = cls(place, process, reader, writer)
+        worker = cls(place, process)
+        worker._connection, _ = await asyncio.get_running_loop().create_connection(
+            lambda: Messages(worker._hear, worker._end), sock=ours
+        )
         adapters = {name: str(path) for name, path in place.adapters.items()}
-        writer.write(packed({"model": str(place.model), "adapters": adapters, "settings": asdict(settings)}))
+        worker._send({"model": str(place.model), "adapters": adapters, "settings": asdict(settings)})
         try:
-            first = await asyncio.wait_for(receive(reader), STARTING)
+            first = await asyncio.wait_for(worker._first, STARTING)
         except TimeoutError:
             first = {"fatal": f"it took more than {STARTING:.0f} seconds to load."}
-        if not first or "ready" not in first:
+        if "ready" not in first:
             process.kill()
             await asyncio.to_thread(process.wait)
-            raise UsageError((first or {}).get("fatal") or f"The process for {place.model} ended as it began.")
+            worker._connection.close()
+            raise UsageError(first.get("fatal") or f"The process for {place.model} ended as it began.")
         worker.about = first["ready"]
-        worker._listening = asyncio.create_task(worker._listen())
         return worker
 
-    async def _listen(self) -> None:
-        while (message := await receive(self._reader)) is not None:
-            if "state" in message:
-                for future in self._states:
-                    if not future.done():
-                        future.set_result(message["state"])
-                self._states.clear()
-            elif (queue := self._open.get(message.get("id", ""))) is not None:
-                queue.put_nowait(message)
+    def _hear(self, message: dict[str, Any]) -> None:
+        if (queue := self._open.get(message.get("id", ""))) is not None:
+            queue.put_nowait(message)
+        elif "state" in message:
+            for future in self._states:
+                if not future.done():
+                    future.set_result(message["state"])
+            self._states.clear()
+        elif not self._first.done():
+            self._first.set_result(message)
+
+    def _end(self) -> None:
+        """The process closed its end, as it does when it dies."""
         self.alive = False
+        self._hear({})
         died = {"error": DIED, "message": "The process that worked at this ended."}
         for queue in self._open.values():
             queue.put_nowait(died)
         for future in self._states:
             if not future.done():
                 future.set_result({})
-        await asyncio.to_thread(self.process.wait)
 
     async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """What becomes of a request; whoever stops listening has it cancelled."""
@@ -123,7 +131,7 @@ class Worker:
                 self._send({"do": "cancel", "id": identity})
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        self._writer.write(packed(message))
+        self._connection.write(packed(message))
 
     @property
     def busy(self) -> int:
@@ -149,16 +157,15 @@ class Worker:
                 await asyncio.wait_for(asyncio.to_thread(self.process.wait, max(1.0, until - time.monotonic())), None)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        self._writer.close()
-        if self._listening:
-            await self._listening
+        self._connection.close()
+        await asyncio.to_thread(self.process.wait)
 
 
 class Deployment:
     """A name, and the process that answers for it."""
 
-    def __init__(self, name: str, settings: Settings):
-        self.name, self.settings = name, settings
+    def __init__(self, name: str, settings: Settings, queue: int):
+        self.name, self.settings, self.queue = name, settings, queue
         self.worker: Worker | None = None
         self.restarts = 0
         self._changing = asyncio.Lock()
@@ -175,6 +182,11 @@ class Deployment:
         """What the worker told of its model (worker.described)."""
         assert self.worker is not None
         return self.worker.about
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many requests as it may."""
+        return self.worker is not None and self.worker.busy >= self.queue
 
     async def start(self, place: Place) -> None:
         self.worker = await Worker.start(place, self.settings)
@@ -202,9 +214,8 @@ class Deployment:
             assert self.worker is not None
             if not self.worker.alive:
                 self.restarts += 1
-                log.warning(
-                    "the process of %s died (exit code %s); a new one starts", self.name, self.worker.process.poll()
-                )
+                code = await asyncio.to_thread(self.worker.process.wait)
+                log.warning("the process of %s died (exit code %s); a new one starts", self.name, code)
                 try:
                     self.worker = await Worker.start(self.worker.place, self.settings)
                 except UsageError as error:
@@ -213,6 +224,8 @@ class Deployment:
 
     async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Pieces of text, then the answer: {"value", "finished", "tokens", "prompt_tokens"}. Raises Refused."""
+        if self.full:
+            raise Refused(FULL, f"{self.queue} requests are being worked at or wait already.")
         told = ""
         for left in range(TRIES, 0, -1):
             worker = await self._alive()
@@ -244,8 +257,8 @@ class Deployment:
 class Fleet:
     """Deployments by name; the first one answers where no name is given."""
 
-    def __init__(self, settings: Settings | None = None):
-        self.settings = settings or Settings()
+    def __init__(self, settings: Settings | None = None, queue: int = QUEUE):
+        self.settings, self.queue = settings or Settings(), queue
         self.deployments: dict[str, Deployment] = {}
         self.closing = False
         self._numbers = itertools.count()
@@ -255,7 +268,7 @@ class Fleet:
         if name in self.deployments:
             await self.deployments[name].swap(place)
         else:
-            deployment = Deployment(name, self.settings)
+            deployment = Deployment(name, self.settings, self.queue)
             await deployment.start(place)
             self.deployments[name] = deployment
         return self.deployments[name]
@@ -268,6 +281,11 @@ class Fleet:
             known = list(self.deployments)
             raise UsageError(f"There is no model {name}.{suggest(name, known)} There are: {', '.join(known)}.")
         return self.deployments[name]
+
+    @property
+    def full(self) -> bool:
+        """Whether none of the models takes another request."""
+        return bool(self.deployments) and all(one.full for one in self.deployments.values())
 
     def ask(self, name: str | None, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""

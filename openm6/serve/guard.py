@@ -25,6 +25,11 @@ log = logging.getLogger("openm6.access")
 
 T = TypeVar("T")
 
+WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
+"""Paths below which a model is asked (POST)."""
+AGAIN = 1.0
+"""Seconds after which whoever is refused may come again."""
+
 STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
 
@@ -52,7 +57,7 @@ def body_of(code: str, message: str, kind: str = "server_error") -> dict[str, An
 def add_errors(app: FastAPI) -> None:
     def response(status: int, code: str, message: str, seconds: float | None = None) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
-        wait = seconds if seconds is not None else 1.0 if status in (429, 503) else None
+        wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
         headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
         return JSONResponse(body_of(code, message, kind), status, headers)
 
@@ -82,10 +87,12 @@ def add_errors(app: FastAPI) -> None:
 
 
 class Guard:
-    """Before anything is read: the size of the body; afterwards a line in the log, without contents and keys."""
+    """Before anything is read: the size of the body, and whether there is room for what is asked (a refusal has to cost
+    little, or a server that is asked too much answers less); afterwards a line in the log, without contents and keys.
+    """
 
-    def __init__(self, app: Any, most: int, loopback: bool = False):
-        self.app, self.limit, self.loopback = app, most, loopback
+    def __init__(self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False):
+        self.app, self.limit, self.full, self.loopback = app, most, full, loopback
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -117,6 +124,10 @@ class Guard:
                 message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
             if message:
                 await JSONResponse(body_of("forbidden", message, "invalid_request_error"), 403)(scope, receive, told)
+                return
+            if scope["method"] == "POST" and scope["path"].startswith(WORK) and self.full():
+                body = body_of(FULL, "Too many requests wait already.")
+                await JSONResponse(body, 429, {"Retry-After": f"{AGAIN:.0f}"})(scope, receive, told)
                 return
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.limit:

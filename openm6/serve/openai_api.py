@@ -26,7 +26,7 @@ from openm6.images import open_image, png
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import known, sse
 from openm6.serve.keys import Key
-from openm6.serve.server import Server, TaskRequest, asker
+from openm6.serve.server import AT_ONCE, Server, TaskRequest, asker
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
 """Tasks that answer where none is named."""
@@ -140,10 +140,13 @@ def add_routes(app: FastAPI, server: Server) -> None:
             raise UsageError("At most 2048 texts at once.")
         decoding = {"dims": asked.dimensions} if asked.dimensions else {}
 
+        turn = asyncio.Semaphore(AT_ONCE)
+
         async def one(text: str) -> list[float]:
             inputs = _by_type(server, deployment, task, text, None)
             message = await server.message(deployment, task, TaskRequest(inputs=inputs, decoding=decoding))
-            vector: list[float] = (await server.whole(key, deployment, message))["value"]
+            async with turn:
+                vector: list[float] = (await server.in_turn(key, deployment, message))["value"]
             return vector
 
         vectors = await asyncio.gather(*map(one, texts))

@@ -22,7 +22,7 @@ from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
 from openm6.serve.traces import NoSpan
-from openm6.serve.wire import CANCELLED
+from openm6.serve.wire import CANCELLED, FULL
 
 LOCAL = Key("local", "", MANAGE)
 """Who asks where no keys are needed: a server that listens on this machine alone."""
@@ -30,6 +30,10 @@ LOCAL = Key("local", "", MANAGE)
 
 GONE = 0.5
 """Seconds between two looks whether whoever asked is still there."""
+AT_ONCE = 32
+"""Requests, of many that were sent together, that are worked at at a time."""
+WAIT = 0.05
+"""Seconds between two tries of one of them for which there was no room."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class Server:
         slots = self.task(deployment, task)["slots"]
         read = partial(record_of, slots=slots, pictures=self.pictures)
         every = [asked.inputs, *asked.examples]
-        if "image" in slots.values():  # it may have to be fetched, or be large
+        pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
+        if not all(value is None or self.pictures.quick(value) for value in pictures):
             record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
         else:
             record, *examples = [read(one) for one in every]
@@ -156,7 +161,7 @@ class Server:
 
         async def last() -> dict[str, Any]:
             found: dict[str, Any] = {}
-            async for event in self.answer(key, deployment, message):
+            async for event in self.answer(key, deployment, {**message, "pieces": False}):
                 found = event
             return found
 
@@ -168,6 +173,16 @@ class Server:
             return await answering
         finally:
             answering.cancel()
+
+    async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
+        """As `whole`, of one among many that were sent together: it waits where there is no room for it."""
+        while True:
+            try:
+                return await self.whole(key, deployment, message)
+            except Refused as error:
+                if error.kind != FULL or self.fleet.closing:
+                    raise
+            await asyncio.sleep(WAIT)
 
 
 def asker(role: str = USE) -> Any:

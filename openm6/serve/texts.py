@@ -186,8 +186,9 @@ class Texts:
             finished = token == end
             if finished or len(row.ids) >= row.request.options.max_new_tokens:
                 ended.add(number)
-                told.append(self._answer(row, piece + row.pieces.rest(), finished))
-            elif piece:
+                rest = piece + row.pieces.rest() if row.request.pieces else ""
+                told.append(self._answer(row, rest, finished))
+            elif piece and row.request.pieces:
                 told.append(Told(row.request.id, piece=piece))
         return told, ended
 

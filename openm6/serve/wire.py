@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import msgpack
@@ -42,16 +42,29 @@ def read(stream: BinaryIO) -> dict[str, Any] | None:
     return _unpacked(body)
 
 
-async def receive(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message; None at the end."""
-    try:
-        head = await reader.readexactly(_LENGTH.size)
-        return _unpacked(await reader.readexactly(_LENGTH.unpack(head)[0]))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
+class Messages(asyncio.Protocol):
+    """The server's end: `hear` is called with each message, `end` when there will be no more. Many pieces of text come
+    at once, which is why nothing is awaited for one."""
+
+    def __init__(self, hear: Callable[[dict[str, Any]], None], end: Callable[[], None]):
+        self._hear, self._end, self._rest = hear, end, bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        rest, place = self._rest, 0
+        rest += data
+        while len(rest) - place >= _LENGTH.size:
+            end = place + _LENGTH.size + _LENGTH.unpack_from(rest, place)[0]
+            if len(rest) < end:
+                break
+            self._hear(_unpacked(rest[place + _LENGTH.size : end]))
+            place = end
+        del rest[:place]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end()
 
 
-def _unpacked(body: bytes) -> dict[str, Any]:
+def _unpacked(body: bytes | bytearray) -> dict[str, Any]:
     found: dict[str, Any] = msgpack.unpackb(body, raw=False, strict_map_key=False)
     return found
 
@@ -72,10 +85,6 @@ def _plain(value: Any) -> Any:
 
 def kind_of(error: Exception) -> str:
     """What kind of error it is to whoever asked."""
-    from openm6.serve.engine import Full
-
-    if isinstance(error, Full):
-        return FULL
     if isinstance(error, (UsageError, DataError)):
         return INVALID
     if isinstance(error, TimeoutError):

@@ -29,6 +29,7 @@ class Request:
     examples     records with answers, told before
     edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
     deadline     by time.monotonic(): after it the request fails
+    pieces       whether a text is told in pieces too, as it is written
     """
 
     id: str
@@ -40,6 +41,7 @@ class Request:
     examples: list[Mapping[str, Any]] = field(default_factory=list)
     edit: Mapping[str, Any] | None = None
     deadline: float | None = None
+    pieces: bool = True
 
     # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None

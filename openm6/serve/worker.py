@@ -6,6 +6,7 @@ end of the socket closes when it dies, which is how the server knows.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -28,12 +29,15 @@ POWER_EVERY = 5.0
 """Seconds between two readings of the energy."""
 READERS = 2
 """Threads that decode pictures and texts while the engine works."""
+NICE = 5
+"""Below the server's process: whoever comes is heard, and refused if need be, while others are computed for."""
 
 
 def main(descriptor: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole session: when to end, the server says
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
+    os.nice(NICE)
     stream = connection.makefile("rb")
     start = read(stream)
     if start is None:
@@ -50,6 +54,8 @@ def main(descriptor: int) -> int:
         writer.join()
         return 1
     outbox.put({"ready": described(engine.bundle)})
+    gc.collect()
+    gc.freeze()  # model and modules stay: no pauses to look through them
     power = _Power()
     listener = Thread(target=_listen, args=(stream, engine, power, outbox), daemon=True)
     listener.start()
@@ -64,6 +70,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.bundle import Bundle
     from openm6.extend import load_named_extensions
     from openm6.serve.engine import Engine, Settings
+    from openm6.serve.threads import fit_threads
     from openm6.serve.work import Told
 
     load_named_extensions()
@@ -84,12 +91,17 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         outbox.put(message)
 
     bundle = Bundle.load(start["model"], adapters=start.get("adapters") or {})
+    if "OMP_NUM_THREADS" not in os.environ:
+        with bundle.precision():
+            fit_threads(bundle.model)
     return Engine(bundle, tell, Settings(**start.get("settings") or {}))
 
 
 def described(bundle: Bundle) -> dict[str, Any]:
     """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
     and give, its adapters, its size."""
+    import torch
+
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -109,18 +121,29 @@ def described(bundle: Bundle) -> dict[str, Any]:
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
-        "path": str(bundle.path),
+        "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def _write(connection: socket.socket, outbox: Any) -> None:
-    while (message := outbox.get()) is not None:
+    """A piece of text for each of many requests comes with every step: what there is goes together."""
+    message = outbox.get()
+    while message is not None:
+        parts = []
+        while message is not None:
+            try:
+                parts.append(packed(message))
+            except Exception as error:
+                parts.append(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
+            if outbox.empty():
+                break
+            message = outbox.get()
         try:
-            connection.sendall(packed(message))
+            connection.sendall(b"".join(parts))
         except OSError:
             os._exit(1)  # nobody listens any more
-        except Exception as error:
-            connection.sendall(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
+        if message is not None:
+            message = outbox.get()
 
 
 def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:

@@ -32,8 +32,8 @@ from tests.tasks.conftest import picture
 class Served:
     """A server in a thread, on a port of its own."""
 
-    def __init__(self, places: dict[str, Place], options: Options, settings: Settings | None = None):
-        self.fleet = Fleet(settings)
+    def __init__(self, places: dict[str, Place], options: Options, settings: Settings | None = None, **fleet: int):
+        self.fleet = Fleet(settings, **fleet)
         app = create_app(self.fleet, options, places)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -259,7 +259,7 @@ def test_figures_for_prometheus(http: httpx2.Client) -> None:
 
 @pytest.mark.slow
 def test_beyond_its_queue_it_refuses_and_says_when_to_come_again(model: Path) -> None:
-    one = Served({"m6": Place(model)}, Options(), Settings(queue=2, batch=1, cache_mib=1))
+    one = Served({"m6": Place(model)}, Options(), Settings(batch=1, cache_mib=1), queue=2)
 
     async def all_at_once() -> list[httpx2.Response]:
         async with httpx2.AsyncClient(base_url=one.url, timeout=120) as client:
@@ -269,6 +269,9 @@ def test_beyond_its_queue_it_refuses_and_says_when_to_come_again(model: Path) ->
     found = asyncio.run(all_at_once())
     assert {answer.status_code for answer in found} == {200, 429}
     assert all("retry-after" in answer.headers for answer in found if answer.status_code == 429)
+    file = "\n".join(json.dumps({"caption": "红"}) for _ in range(5))
+    lines = httpx2.post(f"{one.url}/v1/tasks/text_to_image/batch", content=file, timeout=120).text.splitlines()
+    assert len(lines) == 5 and all("outputs" in json.loads(line) for line in lines)  # a file waits for room
     one.stop()
 
 

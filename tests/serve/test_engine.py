@@ -14,7 +14,7 @@ import torch
 from openm6.bundle import Bundle
 from openm6.errors import OpenM6Error, UsageError
 from openm6.sequence import pad
-from openm6.serve.engine import Engine, Full, Settings
+from openm6.serve.engine import Engine, Settings
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Slots, bytes_of_slot, prefixes_of
 from openm6.serve.work import Request
@@ -231,12 +231,9 @@ def test_long_work_does_not_keep_short_work_waiting(bundle: Bundle) -> None:
     assert order[0] == "text" and len(order) == 4
 
 
-def test_the_queue_has_an_end(bundle: Bundle) -> None:
-    watched = Watched(bundle, queue=2)
+def test_an_engine_that_stops_takes_no_more(bundle: Bundle) -> None:
+    watched = Watched(bundle)
     watched.ask("a", "write", text="红色")
-    watched.ask("b", "write", text="红色")
-    with pytest.raises(Full):
-        watched.ask("c", "write", text="红色")
     watched.finish()
     watched.engine.stop()
     with pytest.raises(UsageError, match="stopping"):

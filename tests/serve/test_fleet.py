@@ -14,7 +14,6 @@ import pytest
 
 from openm6.bundle import Bundle
 from openm6.errors import UsageError
-from openm6.serve.engine import Settings
 from openm6.serve.fleet import Fleet, Place, Refused
 from tests.tasks.conftest import picture
 
@@ -133,7 +132,7 @@ def test_a_model_is_exchanged_without_a_lost_request(saved: Path) -> None:
 
 def test_what_cannot_be_loaded_is_told(tmp_path: Path, saved: Path) -> None:
     async def run() -> None:
-        fleet = Fleet(Settings(queue=1))
+        fleet = Fleet()
         with pytest.raises(UsageError):
             await fleet.deploy("m6", Place(tmp_path / "nowhere"))
         deployment = await fleet.deploy("m6", Place(saved))

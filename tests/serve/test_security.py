@@ -215,7 +215,7 @@ def test_nothing_is_unpickled() -> None:
 def test_pages_of_other_sites_may_not_ask(headers: dict[str, str], loopback: bool, status: int) -> None:
     """Nor may a name of theirs that stands for this machine (DNS rebinding)."""
     app = FastAPI()
-    app.add_middleware(Guard, most=1000, loopback=loopback)
+    app.add_middleware(Guard, most=1000, full=lambda: False, loopback=loopback)
     app.get("/")(lambda: "ok")
     app.post("/")(lambda: "ok")
     client = TestClient(app, base_url="http://127.0.0.1:8080")
