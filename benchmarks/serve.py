@@ -18,11 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
@@ -171,22 +169,22 @@ def _overhead(model: Path, mixed: Items) -> dict[str, Any]:
     """One client: milliseconds a request over HTTP, and by the decoder alone with as many threads, taken in turn."""
     bundle = Bundle.load(model)
     records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed]
-    requests = _openm6(mixed, stream=False)
     by_http, alone = [], []
+
+    async def asked(url: str) -> None:
+        with Client(url) as http:
+            # Each once: the server keeps prompts that it has read.
+            for number, (request, (task, record)) in enumerate(zip(_openm6(mixed, stream=False), records, strict=True)):
+                took = await http.ask(*request)
+                started = time.perf_counter()
+                bundle.run(task, **record)
+                if number >= 40 and took:  # before that is warm-up
+                    by_http.append(took[1])
+                    alone.append(time.perf_counter() - started)
+
     with _served(model)() as url:
         torch.set_num_threads(httpx2.get(f"{url}/v1/models").json()["data"][0]["threads"])
-        http = HTTPConnection(urlsplit(url).netloc)
-        for number, (task, record) in enumerate(records):  # each once: the server keeps prompts that it has read
-            path, body = requests[number]
-            started = time.perf_counter()
-            http.request("POST", path, body, {"Content-Type": "application/json"})
-            json.loads(http.getresponse().read())
-            middle = time.perf_counter()
-            bundle.run(task, **record)
-            ended = time.perf_counter()
-            if number >= 40:  # before that is warm-up
-                by_http.append(middle - started)
-                alone.append(ended - middle)
+        uvloop.run(asked(url))
     over = 1000 * median(a - b for a, b in zip(by_http, alone, strict=True))
     row = {
         "what": "one client, the demo's tasks", "clients": 1, "side": "openm6 over the decoder alone",

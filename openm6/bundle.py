@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class Bundle:
             prompts = [self.prompt(task, record) for record in group]
             found = torch.empty(len(group), dims or width)
             for chosen in by_length(prompts, batch_size):
-                batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id)
+                batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id, even=True)
                 with self.precision():
                     hidden = self.model(batch.to(self.model.embed.weight.device)).hidden
                 ends = hidden.flatten(0, 1)[batch.ends().to(hidden.device)].float().cpu()
@@ -289,7 +290,7 @@ class Bundle:
         answer = task.read(generated.ids, self.processor)
         return next(iter(answer.values())) if len(answer) == 1 else answer
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[Any]:
         """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing. Everything
         that asks the network does so inside."""
         if self._adapters:
@@ -297,7 +298,9 @@ class Bundle:
         model = self.model
         kind = model.embed.weight.device.type
         fp32 = model.embed.weight.dtype == torch.float32 and model.packed_head is None
-        return torch.autocast(kind, torch.bfloat16, enabled=fp32 and fast_dtype(kind) == torch.bfloat16)
+        if fp32 and fast_dtype(kind) == torch.bfloat16:
+            return torch.autocast(kind, torch.bfloat16)
+        return nullcontext()
 
 
 def check_dims(model: M6, dims: int | None) -> None:

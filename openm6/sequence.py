@@ -26,6 +26,9 @@ from torch import Tensor
 
 IGNORE = -100
 """The label of a position at which nothing is to be predicted."""
+EVEN = 8
+"""Lengths of prompts that come in are rounded up to a multiple of it: for a shape that is new, kernels are made first,
+which takes as long as reading a short prompt."""
 
 SOURCE = 0
 CAUSAL = -1
@@ -188,10 +191,12 @@ def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-def pad(sequences: Items[Sequence], pad_id: int) -> Batch:
-    """One example a row, padded on the right to the longest: the layout of decoding."""
-    longest = max((len(s) for s in sequences), default=1)
-    return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), longest), pad_id)
+def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
+    """One example a row, padded on the right to the longest, if `even` to a multiple of EVEN: the layout of decoding."""
+    width = max((len(s) for s in sequences), default=1)
+    if even:
+        width = -(-width // EVEN) * EVEN
+    return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), width), pad_id)
 
 
 def pad_drawn(sequences: Items[Sequence], pad_id: int) -> Batch:

@@ -148,7 +148,7 @@ def _steps(
     longest = max(len(p) for p in prompts)
     check_room(model, longest, decoding.max_new_tokens)
     device = model.embed.weight.device
-    hidden, cache = model.prefill(pad(prompts, pad_id=0).to(device), longest + decoding.max_new_tokens)
+    hidden, cache = model.prefill(pad(prompts, pad_id=0, even=True).to(device), longest + decoding.max_new_tokens)
     rows = list(range(len(prompts)))
     chances = [chance(decoding, number) for number in numbers]
     prefixes: list[list[int]] = [[] for _ in prompts]

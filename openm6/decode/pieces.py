@@ -15,15 +15,22 @@ class Pieces:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.ids: list[int] = []
-        self._text = self._told = ""
+        self._start = self._told = 0  # the last piece is of the tokens between; what is behind it is read beside it
 
     def add(self, token: int) -> str:
         self.ids.append(token)
-        self._text = self._tokenizer.decode(self.ids)
-        if self._text.endswith("\ufffd") or self._tokenizer.is_part(token):
+        if self._tokenizer.is_part(token):
             return ""
-        return self.rest()
+        piece = self._new()
+        return "" if piece.endswith("\ufffd") else self._tell(piece)
 
     def rest(self) -> str:
-        piece, self._told = self._text[len(self._told) :], self._text
+        return self._tell(self._new())
+
+    def _new(self) -> str:
+        before = self._tokenizer.decode(self.ids[self._start : self._told])
+        return self._tokenizer.decode(self.ids[self._start :])[len(before) :]
+
+    def _tell(self, piece: str) -> str:
+        self._start, self._told = self._told, len(self.ids)
         return piece

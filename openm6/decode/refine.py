@@ -51,7 +51,7 @@ def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, 
     longest = max(len(prompt) for prompt in prompts)
     check_room(model, longest, most + 1)
     device = model.embed.weight.device
-    hidden, cache = model.prefill_all(pad(prompts, pad_id=0).to(device), longest + most + 1)
+    hidden, cache = model.prefill_all(pad(prompts, pad_id=0, even=True).to(device), longest + most + 1)
     asking = _Asking(model, cache, tokenizer, most)
     drafts = [asking.sketch(prompt, row) for prompt, row in zip(prompts, hidden, strict=True)]
     for number in range(rounds):

@@ -204,11 +204,11 @@ class M6(Network):
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
         cache = Cache(self.config, (batch.segments > 0).sum(1), capacity, dtype)
-        length = x_BTD.shape[1]
+        length = min(x_BTD.shape[1], capacity)  # beyond it is padding
 
         def write(layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-            cache.keys[layer][:, :, :length] = k_BKTE
-            cache.values[layer][:, :, :length] = v_BKTE
+            cache.keys[layer][:, :, :length] = k_BKTE[:, :, :length]
+            cache.values[layer][:, :, :length] = v_BKTE[:, :, :length]
             return k_BKTE, v_BKTE
 
         mask = build_mask(batch.segments, batch.blocks, dtype)

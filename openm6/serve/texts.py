@@ -29,15 +29,17 @@ class _Row:
     """A text that is being written."""
 
     request: Request
-    pieces: Pieces
+    pieces: Pieces | None
+    """Of a text that is told as it is written."""
     chance: torch.Generator | None
     score: float = 0.0
     last: int = 0
-    told: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
 
-    @property
-    def ids(self) -> list[int]:
-        return self.pieces.ids
+    def add(self, token: int) -> str:
+        """What can be told after it."""
+        self.ids.append(token)
+        return self.pieces.add(token) if self.pieces else ""
 
 
 class Texts:
@@ -98,7 +100,7 @@ class Texts:
         if not chosen:
             return told
         tokenizer = self.view.processor.tokenizer
-        rows = [_Row(r, Pieces(tokenizer), chance(r.options)) for r in chosen]
+        rows = [_Row(r, Pieces(tokenizer) if r.pieces else None, chance(r.options)) for r in chosen]
         more, ended = self._chosen(rows, torch.stack([prefix.hidden for prefix in prefixes]))
         staying = [i for i in range(len(rows)) if i not in ended]
         if staying:
@@ -157,7 +159,7 @@ class Texts:
         parts = [[requests[i] for i in chosen] for chosen in by_length(prompts, self._settings.batch)]
         while parts:
             part = parts.pop(0)
-            batch = pad([r.prompt for r in part if r.prompt is not None], pad_id=0)
+            batch = pad([r.prompt for r in part if r.prompt is not None], pad_id=0, even=True)
             model = self.view.model
             try:
                 hidden, cache = model.prefill(batch.to(model.embed.weight.device), batch.shape[1])
@@ -182,13 +184,12 @@ class Texts:
         for number, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
             row.score += log_prob
             row.last = token
-            piece = "" if token == end else row.pieces.add(token)
+            piece = "" if token == end else row.add(token)
             finished = token == end
             if finished or len(row.ids) >= row.request.options.max_new_tokens:
                 ended.add(number)
-                rest = piece + row.pieces.rest() if row.request.pieces else ""
-                told.append(self._answer(row, rest, finished))
-            elif piece and row.request.pieces:
+                told.append(self._answer(row, piece + (row.pieces.rest() if row.pieces else ""), finished))
+            elif piece:
                 told.append(Told(row.request.id, piece=piece))
         return told, ended
 
