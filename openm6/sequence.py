@@ -192,7 +192,7 @@ def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]
 
 
 def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest, if `even` to a multiple of EVEN: the layout of decoding."""
+    """One example a row, padded on the right to the longest (`even`: to a multiple of EVEN): the layout of decoding."""
     width = max((len(s) for s in sequences), default=1)
     if even:
         width = -(-width // EVEN) * EVEN
