@@ -12,6 +12,8 @@ a filter is always exact. One process writes at a time, others wait; readers see
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +24,14 @@ import numpy as np
 
 from openm6.atomic import require_new, write_whole
 from openm6.errors import DataError, OpenM6Error, UsageError
-from openm6.retrieve.memory import ALL, Lists, Memory
+from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
 
 TABLE = "items"
 COMPACT_EVERY = 64
 """Versions after which small files of the table are joined, and versions older than a day dropped."""
+
+SETTLED = 1_000_000_000
+"""Nanoseconds after which a time of change is not given again."""
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -55,6 +60,8 @@ class Index:
         self.dims = int(about["dims"])
         self._table, self._memory = table, Memory(self.dims)
         self._ann: Lists | None = None
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._followed = False  # whether the memory is at the table's version
 
     # Making
 
@@ -211,8 +218,29 @@ class Index:
 
     def _latest(self) -> None:
         """See what others have written since."""
-        if not self._pinned:
+        if not self._pinned and self._changed(f"{TABLE}.lance/_versions"):
             self._table.checkout_latest()
+            self._followed = False
+
+    def _follow(self) -> None:
+        """Have all of it in memory, as it is now."""
+        self._latest()
+        if not self._followed:
+            self._memory.follow(self._table)
+            self._followed = True
+
+    def _changed(self, name: str) -> bool:
+        """Whether a file or folder of the index may have been written since the last call. Asking the file system takes
+        a hundredth of what reading does; what was written a moment ago may be so again at the same time of its clock.
+        """
+        try:
+            found = os.stat(f"{self.path}/{name}")
+        except OSError:
+            return True
+        now = (found.st_mtime_ns, found.st_ino)
+        same, settled = self._seen.get(name) == now, time.time_ns() - found.st_mtime_ns > SETTLED
+        self._seen[name] = now if settled else (0, 0)
+        return not same
 
     # Finding
 
@@ -234,11 +262,9 @@ class Index:
         if unknown:
             raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
         scores, places = self._found(vectors, k, where, exact)
-        found = [
-            [(p, float(s)) for p, s in zip(*row, strict=True) if p >= 0] for row in zip(places, scores, strict=True)
-        ]
-        told = self._columns_of({p for row in found for p, _ in row}, columns) if columns else {}
-        return [[Hit(self._memory.ids[p], s, told.get(p, {})) for p, s in row] for row in found]
+        told = self._columns_of({int(p) for p in places.flat if p >= 0}, columns) if columns else {}
+        rows = zip(places.tolist(), self._memory.ids[places].tolist(), scores.tolist(), strict=True)
+        return [[Hit(i, s, told.get(p, {})) for p, i, s in zip(*row, strict=True) if p >= 0] for row in rows]
 
     def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and ids [Q, k] of the nearest of many vectors at once; score -inf and id None where there are no
@@ -255,8 +281,7 @@ class Index:
         if k < 1:
             raise UsageError(f"k is {k}; ask for 1 or more.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
-        self._latest()
-        self._memory.follow(self._table)
+        self._follow()
         chosen = None
         if where:
             keys = self._filtered(
@@ -287,19 +312,19 @@ class Index:
     def tune(self, recall: float = 0.95, lists: int | None = None, seed: int = 0) -> dict[str, Any]:
         """Cut the items into inverted lists, and find out into how many of them a search has to look for this recall@10
         (of 256 of the items, each slightly moved). Returns what was found."""
-        self._latest()
-        self._memory.follow(self._table)
+        self._follow()
         made = Lists.build(self._memory, lists, recall, seed)
         made.save(self.path)
         self._ann = made
         return made.about
 
     def _lists(self) -> Lists | None:
-        stamp = Lists.stamp(self.path)
-        if stamp is None:
-            self._ann = None
-        elif self._ann is None or self._ann.about["stamp"] != stamp:
-            self._ann = Lists.load(self.path)
+        if self._changed(LISTS):
+            stamp = Lists.stamp(self.path)
+            if stamp is None:
+                self._ann = None
+            elif self._ann is None or self._ann.about["stamp"] != stamp:
+                self._ann = Lists.load(self.path)
         return self._ann
 
 

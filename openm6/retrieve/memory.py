@@ -11,6 +11,8 @@ import numpy as np
 
 from openm6.errors import UsageError
 
+LISTS = "ann.json"
+"""The file beside the table that says which inverted lists there are."""
 ALL = 2**31 - 1
 """Rows that are read at most."""
 
@@ -28,10 +30,13 @@ class Memory:
         self.version = -1
         self.keys, self.ids = np.zeros(0, np.int64), np.zeros(0, object)
         self.alive = np.zeros(0, bool)
+        self._gone: tuple[Any, ...] = ()
         self.flat = faiss.IndexFlatIP(self.dims)
 
     def follow(self, table: Any) -> None:
         """Come to the version that the table is at: read what is new, mark what is gone."""
+        import faiss
+
         if table.version == self.version:
             return
         last = int(self.keys[-1]) if len(self.keys) else -1
@@ -49,6 +54,11 @@ class Memory:
             self.keys = np.concatenate((self.keys, np.asarray(rows["key"])))
             self.ids = np.concatenate((self.ids, np.array(rows["id"].to_pylist(), object)))
             self.alive = np.concatenate((self.alive, np.ones(len(rows), bool)))
+        dead = self.keys[~self.alive]
+        self._gone = ()
+        if len(dead):
+            gone = faiss.IDSelectorBatch(dead)
+            self._gone = (faiss.IDSelectorNot(gone), gone)  # the first refers to the second
         self.version = table.version
 
     def search(
@@ -60,11 +70,12 @@ class Memory:
         if lists is None:
             mask = self.alive if chosen is None else self.alive & np.isin(self.keys, chosen)
             return self._exact(queries, k, mask)
-        scores, keys = lists.search(queries, k, self.keys[~self.alive])
+        scores, keys = lists.search(queries, k, *self._gone[:1])
         places = np.searchsorted(self.keys, keys)
         places[keys < 0] = -1
-        after = self.alive & (self.keys > lists.about["last"])
-        if after.any():
+        first = int(np.searchsorted(self.keys, lists.about["last"], "right"))
+        if self.alive[first:].any():
+            after = self.alive & (np.arange(len(self.keys)) >= first)
             more, where = self._exact(queries, k, after)
             scores, places = np.concatenate((scores, more), 1), np.concatenate((places, where), 1)
             scores[places < 0] = -np.inf
@@ -87,6 +98,7 @@ class Lists:
 
     def __init__(self, lists: Any, about: dict[str, Any]):
         self.lists, self.about = lists, about
+        lists.nprobe = about["probes"]
 
     @classmethod
     def build(cls, memory: Memory, number: int | None, recall: float, seed: int) -> Lists:
@@ -119,14 +131,13 @@ class Lists:
         about = {"lists": number, "probes": probes, "recall@10": found, "items": count, "last": int(keys.max())}
         return cls(lists, {**about, "stamp": os.urandom(8).hex()})
 
-    def search(self, queries: np.ndarray, k: int, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, among: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and keys [Q, k], key -1 where there are no more; `among`: a selector of keys."""
         import faiss
 
-        params = faiss.SearchParametersIVF(nprobe=self.about["probes"])
-        if len(dead):
-            gone = faiss.IDSelectorBatch(dead)
-            params.sel = rest = faiss.IDSelectorNot(gone)  # both have to live as long as the search
-            assert rest is not None
+        if among is None:
+            return self.lists.search(queries, k)  # type: ignore[no-any-return]
+        params = faiss.SearchParametersIVF(nprobe=self.about["probes"], sel=among)
         return self.lists.search(queries, k, params=params)  # type: ignore[no-any-return]
 
     def save(self, path: Path) -> None:
@@ -137,7 +148,7 @@ class Lists:
         faiss.write_index(self.lists, str(path / file))
         draft = path / ".ann.json.writing"
         draft.write_text(json.dumps({**self.about, "file": file}), "utf-8")
-        os.replace(draft, path / "ann.json")
+        os.replace(draft, path / LISTS)
         for other in path.glob("ann-*.faiss"):
             if other.name != file:
                 other.unlink(missing_ok=True)
@@ -145,7 +156,7 @@ class Lists:
     @classmethod
     def stamp(cls, path: Path) -> str | None:
         try:
-            return str(json.loads((path / "ann.json").read_text("utf-8"))["stamp"])
+            return str(json.loads((path / LISTS).read_text("utf-8"))["stamp"])
         except (OSError, ValueError, KeyError):
             return None
 
@@ -155,7 +166,7 @@ class Lists:
         import faiss
 
         try:
-            about = json.loads((path / "ann.json").read_text("utf-8"))
+            about = json.loads((path / LISTS).read_text("utf-8"))
             return cls(faiss.read_index(str(path / about["file"])), about)
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
