@@ -1,13 +1,14 @@
 """A text from a sketch of its source, by edits in parallel (tasks/sketch.py says how they are learned).
 
-One pass over the prompt gives the sketch. Then tokens are counted into its gaps, filled in, and those that do not
-belong taken out again, until none does. What is of the sketch is never taken out.
+The pass over the prompt says what is kept, one more in which order: the sketch. Then tokens are counted into its gaps,
+filled in, and those that do not belong taken out again, until none does. What is of the sketch is never taken out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from openm6.decode.steps import Steps, whole
 from openm6.model import M6
 from openm6.model.attention import Cache
 from openm6.sequence import Sequence, by_length, pad
-from openm6.tasks.sketch import DROP, modes, skeleton
+from openm6.tasks.sketch import INSIDE, MOST, joined, kept, modes, ordered
 from openm6.tokenizer import Tokenizer
 
 ROUNDS = 4
 """Times that tokens are inserted at most."""
+FILLS, SURE = 4, 0.9
+"""Passes in which what was inserted is filled in at most, and the probability from which a token need not wait."""
 
 
 @dataclass(slots=True)
@@ -53,7 +56,7 @@ def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, 
     device = model.embed.weight.device
     hidden, cache = model.prefill_all(pad(prompts, pad_id=0, even=True).to(device), longest + most + 1)
     asking = _Asking(model, cache, tokenizer, most)
-    drafts = [asking.sketch(prompt, row) for prompt, row in zip(prompts, hidden, strict=True)]
+    drafts = asking.sketch(prompts, hidden)
     for number in range(rounds):
         if all(draft.done for draft in drafts):
             break
@@ -77,22 +80,41 @@ class _Asking:
         plain = [i for i in range(tokenizer.code_start) if not tokenizer.is_part(i)]
         self.words, self.known = torch.tensor(plain, device=device), set(plain)
 
-    def sketch(self, prompt: Sequence, hidden_TD: Tensor) -> _Draft:
+    def sketch(self, prompts: list[Sequence], hidden_BTD: Tensor) -> list[_Draft]:
+        """What is kept of each source, in the text's order."""
+        pieces = [self._kept(prompt, hidden) for prompt, hidden in zip(prompts, hidden_BTD, strict=True)]
+        shown = [joined(some, self.tokenizer) for some in pieces]
+        drafts = []
+        asked = self._ask("order", [_Draft(draft, []) for draft, _ in shown])
+        for some, (_, places), logits in zip(pieces, shown, asked, strict=True):
+            numbers = logits[places][:, self.classes[: len(some)]].float().log_softmax(-1)
+            ids = [token for number in ordered(numbers.cpu().numpy()) for token in some[number]]
+            drafts.append(_Draft(ids, [True] * len(ids)))
+        return drafts
+
+    def _kept(self, prompt: Sequence, hidden_TD: Tensor) -> list[list[int]]:
         assert prompt.sketch is not None
         places = slice(prompt.sketch.start, prompt.sketch.stop)
-        numbers = self.model.logits(hidden_TD[places])[:, self.classes].argmax(-1).tolist()
-        kept = [i for i in skeleton(numbers, prompt.ids[places].tolist()) if i in self.known][: self.most]
-        return _Draft(kept, [True] * len(kept))
+        logits = self.model.logits(hidden_TD[places])[:, self.classes[: INSIDE + 1]].float()
+        pieces = kept(logits.log_softmax(-1).cpu().numpy(), prompt.ids[places].tolist(), self.tokenizer)
+        found, room = [], min(self.most, MOST)
+        for piece in pieces:
+            room -= len(piece) + 1  # with the token before it
+            if piece and room >= 0:
+                found.append(piece)
+        return found
 
     def insert(self, drafts: list[_Draft], again: bool) -> None:
         """Masks where tokens are missing; a draft that misses none, after the first time, is done."""
         for draft, logits in zip(drafts, self._ask("insert", drafts), strict=True):
             if draft.done:
                 continue
-            counts = logits[:, self.classes[:DROP]].argmax(-1).tolist()
+            counts = logits[:, self.classes].argmax(-1).tolist()
             room = self.most - len(draft.ids)
             ids, fixed = [], []
             for place, count in enumerate(counts):
+                if 0 < place < len(draft.ids) and self._within(draft.ids[place - 1 : place + 1]):
+                    count = 0
                 if place:
                     ids.append(draft.ids[place - 1])
                     fixed.append(draft.fixed[place - 1])
@@ -103,12 +125,33 @@ class _Asking:
             draft.done = again and self.mask not in ids
             draft.ids, draft.fixed = ids, fixed
 
+    def _within(self, two: list[int]) -> bool:
+        """Whether nothing can stand between: bytes of a character."""
+        return not any(token in self.known for token in two)
+
     def fill(self, drafts: list[_Draft]) -> None:
-        for draft, logits in zip(drafts, self._ask("fill", drafts), strict=True):
-            if draft.done or self.mask not in draft.ids:
-                continue
-            best = self.words[logits[1:, self.words].argmax(-1)].tolist()
-            draft.ids = [new if old == self.mask else old for old, new in zip(draft.ids, best, strict=True)]
+        """The tokens behind the masks: those that are sure, and the surest of each gap, before the rest, that then sees
+        them. All at once, each would have its share of another wording."""
+        for left in range(FILLS, 0, -1):
+            if all(draft.done or self.mask not in draft.ids for draft in drafts):
+                break
+            for draft, logits in zip(drafts, self._ask("fill", drafts), strict=True):
+                if draft.done or self.mask not in draft.ids:
+                    continue
+                chances, best = logits[1:, self.words].float().softmax(-1).max(-1)
+                self._settle(draft, chances.tolist(), self.words[best].tolist(), SURE if left > 1 else 0.0)
+
+    def _settle(self, draft: _Draft, chances: list[float], best: list[int], sure: float) -> None:
+        gaps = [
+            [place for place, _ in gap]
+            for mask, gap in groupby(enumerate(draft.ids), lambda at: at[1] == self.mask)
+            if mask
+        ]
+        for gap in gaps:
+            surest = max(gap, key=chances.__getitem__)
+            for place in gap:
+                if place == surest or chances[place] >= sure:
+                    draft.ids[place] = best[place]
 
     def delete(self, drafts: list[_Draft]) -> None:
         yes, no = self.tokenizer.yes_id, self.tokenizer.no_id

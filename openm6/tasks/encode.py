@@ -129,8 +129,8 @@ def _sketched(
     if ids is None:
         return found
     kind = "fill" if rng is None else None
-    text = list(ids)[: max(1, processor.max_length - len(found) - 1)]
-    return sketch.learned(found, text, processor.tokenizer, rng or np.random.default_rng(0), kind)
+    text, room = processor.tokenizer.decode(ids), max(1, processor.max_length - len(found) - 1)
+    return sketch.learned(found, text, processor.tokenizer, rng or np.random.default_rng(0), room, kind)
 
 
 def _filled_by_adapter(processor: Processor) -> Piece:

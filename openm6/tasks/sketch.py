@@ -1,22 +1,25 @@
 """Sketch and refine (SANA, ACL Findings 2021, arXiv 2105.14778): what is learned of a task whose text keeps much of
 what it is given.
 
-    sketch   at every token of the source slot: the number of its piece of the text (0, 1 ... in the text's order), or
-             DROP
+    keep     at every token of the source slot: whether a piece of the text begins there (BEGIN), goes on (INSIDE), or
+             neither (DROP)
+    order    draft of those pieces in the source's order, a mode's token before each: the place of each in the text
     insert   draft of tokens: how many are missing behind each (and before the first)
     fill     draft with a mask for each that is missing: which token stands there
     delete   draft with wrong ones among them: which have to go
 
     source <|answer|> MODE d1 d2 ... dn        the draft's positions see the source and, both ways, each other
 
-Numbers are answered by the tokenizer's `class_ids`, yes and no by its own tokens. The sketch is a pointer over the
-whole source at once; the paper's writes one pointer after the other.
+Numbers are answered by the tokenizer's `class_ids`, yes and no by its own tokens. The paper's sketch is a pointer
+network that writes one token after the other; here two passes say what is kept, and then, knowing all of it, in which
+order. (In one pass, places in the order are not to be told: each depends on how many others are kept.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -24,70 +27,122 @@ from openm6.sequence import IGNORE, Sequence
 from openm6.tasks.drawn import BLOCK
 from openm6.tokenizer import Tokenizer
 
-DROP = 255
+DROP, BEGIN, INSIDE = 0, 1, 2
+
+MOST = 255
+"""The largest number that is answered."""
+
+LOST = 0.1
+"""Share of the pieces that are missing where their order is learned, as some will be in use."""
+
+HALF = "\ufffd"
+"""What half a character reads as."""
 
 KEPT = 0.7
 """Share of the pieces that a draft in training still has (the paper's beta), where it is not the sketch itself."""
 
-SHARES = {"sketch": 0.3, "insert": 0.25, "fill": 0.35, "delete": 0.1}
+SHARES = {"keep": 0.2, "order": 0.15, "insert": 0.2, "fill": 0.35, "delete": 0.1}
 """How often each is learned."""
 
 
 def modes(tokenizer: Tokenizer) -> dict[str, int]:
     """The token that begins a draft and says what is asked of it."""
-    return {"insert": tokenizer.row_id, "fill": tokenizer.mask_id, "delete": tokenizer.cell_id}
+    return {
+        "order": tokenizer.table_id, "insert": tokenizer.row_id, "fill": tokenizer.mask_id, "delete": tokenizer.cell_id,
+    }  # fmt: skip
 
 
-def pieces(source: Items[int], text: Items[int], tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
-    """What the text has of the source: (place there, place here, length), in the text's order, none overlapping.
+def matched(source: Items[int], text: str, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The text's tokens, and what of them is the source's: (place there, place here, length), in the text's order, none
+    overlapping.
 
-    At each place of the text the longest run of tokens that the source has too, and that is not taken; runs of less
-    than two characters count if they are digits.
+    At each place of the text the longest run of the source's tokens that reads as what follows, and is not taken; runs
+    of less than two characters count if they are digits, or all of a table's cell. Between the runs the text has its
+    own tokens: as a whole it might have others, that reach over their edges.
     """
-    starts: dict[int, list[int]] = {}
-    for place, token in enumerate(source):
-        starts.setdefault(token, []).append(place)
-    taken = [False] * len(source)
+    whole = {(cell.start, cell.stop) for cell in cells(source, tokenizer)}
+    known = units(source, tokenizer)
+    starts: dict[str, list[int]] = {}
+    for number, (_, read) in enumerate(known):
+        starts.setdefault(read[:1], []).append(number)
+    taken = [False] * len(known)
+    ids: list[int] = []
     found: list[tuple[int, int, int]] = []
-    here = 0
-    while here < len(text) and len(found) < DROP:
-        best = (0, 0)
-        for there in starts.get(text[here], []):
-            length = 0
+    here = begun = 0  # what is before `begun` has its tokens
+    while here < len(text):
+        best, chosen = "", range(0)
+        for first in starts.get(text[here], []) if len(found) < MOST else []:
+            read, last = "", first
             while (
-                here + length < len(text)
-                and there + length < len(source)
-                and text[here + length] == source[there + length]
-                and not taken[there + length]
+                last < len(known)
+                and known[last][1]
+                and not taken[last]
+                and text.startswith(read + known[last][1], here)
             ):
-                length += 1
-            best = max(best, (length, -there))
-        length, there = best[0], -best[1]
-        said = tokenizer.decode(list(text[here : here + length])) if length else ""
-        if len(said) > 1 or said.isdigit():
-            found.append((there, here, length))
-            taken[there : there + length] = [True] * length
-            here += length
+                read, last = read + known[last][1], last + 1
+            if len(read) > len(best):
+                best, chosen = read, range(first, last)
+        start, stop = (known[chosen[0]][0].start, known[chosen[-1]][0].stop) if chosen else (0, 0)
+        if len(best) > 1 or best.isdigit() or (start, stop) in whole:
+            ids += tokenizer.encode(text[begun:here])
+            found.append((start, len(ids), stop - start))
+            ids += source[start:stop]
+            for number in chosen:
+                taken[number] = True
+            here = begun = here + len(best)
         else:
             here += 1
+    return [*ids, *tokenizer.encode(text[begun:])], found
+
+
+def units(source: Items[int], tokenizer: Tokenizer) -> list[tuple[range, str]]:
+    """What can be kept of a source by itself: a token, or the bytes of a character, and how it reads; special tokens
+    (and bytes that are none) read as nothing."""
+    found = []
+    place = 0
+    while place < len(source):
+        end = place + 1
+        while HALF in (read := tokenizer.decode(list(source[place:end]))) and end < min(len(source), place + 4):
+            end += 1
+        if HALF in read:
+            end, read = place + 1, ""
+        found.append((range(place, end), read))
+        place = end
     return found
 
 
+def cells(source: Items[int], tokenizer: Tokenizer) -> list[range]:
+    """The places of each cell of a source that is a table; of a text none."""
+    edges = {tokenizer.table_id, tokenizer.table_end_id, tokenizer.row_id, tokenizer.cell_id}
+    at = [place for place, token in enumerate(source) if token in edges]
+    return [range(a + 1, b) for a, b in pairwise(at) if b > a + 1]
+
+
 def learned(
-    prompt: Sequence, text: Items[int], tokenizer: Tokenizer, rng: np.random.Generator, kind: str | None = None
+    prompt: Sequence, answer: str, tokenizer: Tokenizer, rng: np.random.Generator, most: int, kind: str | None = None
 ) -> Sequence:
-    """A prompt with its answer `text` as one of the four things that are learned."""
+    """A prompt with its answer, of `most` tokens at most, as one of the five things that are learned."""
     assert prompt.sketch is not None
     kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
     source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
-    runs = pieces(source, text, tokenizer)
-    if kind == "sketch":
+    text, runs = matched(source, answer, tokenizer)
+    text, runs = text[:most], [(there, here, length) for there, here, length in runs if here + length <= most]
+    if kind == "keep":
         labels = prompt.labels.copy()
         labels[prompt.sketch.start : prompt.sketch.stop] = tokenizer.class_ids[DROP]
-        for number, (there, _, length) in enumerate(runs):
+        for there, _, length in runs:
             start = prompt.sketch.start + there
-            labels[start : start + length] = tokenizer.class_ids[number]
+            labels[start : start + length] = tokenizer.class_ids[INSIDE]
+            labels[start] = tokenizer.class_ids[BEGIN]
         return replace(prompt, labels=labels)
+    if kind == "order":
+        left = [run for run in runs if rng.random() >= LOST]
+        order = sorted(range(len(left)), key=lambda n: left[n][0])  # their numbers are places in the text
+        draft, places = joined([source[left[n][0] : left[n][0] + left[n][2]] for n in order], tokenizer)
+        asked = [IGNORE] * (1 + len(draft))
+        for place, number in zip(places, order, strict=True):
+            asked[place] = tokenizer.class_ids[number]
+        return draft_of(prompt, kind, draft, tokenizer, asked)
     sketch = np.zeros(len(text), bool)
     for _, here, length in runs:
         sketch[here : here + length] = True
@@ -100,7 +155,7 @@ def learned(
     if kind == "insert":
         kept = np.flatnonzero(stays)
         gaps = np.diff(np.concatenate(([-1], kept, [len(text)]))) - 1
-        answers = [tokenizer.class_ids[min(int(gap), DROP)] for gap in gaps]
+        answers = [tokenizer.class_ids[min(int(gap), MOST)] for gap in gaps]
         return draft_of(prompt, kind, tokens[kept].tolist(), tokenizer, answers)
     if kind == "fill":
         if stays.all():
@@ -134,7 +189,47 @@ def draft_of(
     )
 
 
-def skeleton(classes: Items[int], source: Items[int]) -> list[int]:
-    """The tokens that are kept, piece after piece in the order of their numbers; `classes`: of each source token."""
-    order = sorted((number, place) for place, number in enumerate(classes) if number != DROP)
-    return [source[place] for _, place in order]
+def kept(log_probs_SC: np.ndarray, source: Items[int], tokenizer: Tokenizer) -> list[list[int]]:
+    """The pieces of a source that are kept, in its order, of its tokens' log-probabilities to be DROP, BEGIN or INSIDE.
+    Of a table's cell all is kept or nothing, as most of it says."""
+    classes = log_probs_SC.argmax(1)
+    for cell in cells(source, tokenizer):
+        some = log_probs_SC[cell.start : cell.stop]
+        keep = np.logaddexp(some[:, BEGIN], some[:, INSIDE]).mean() > some[:, DROP].mean()
+        classes[cell.start : cell.stop] = INSIDE if keep else DROP
+        classes[cell.start] = BEGIN if keep else DROP
+    for places, read in units(source, tokenizer):
+        if not read or classes[places.start] == DROP:
+            classes[places.start : places.stop] = DROP
+        else:
+            classes[places.start + 1 : places.stop] = INSIDE
+    found: list[list[int]] = []
+    before = DROP
+    for number, token in zip(classes, source, strict=True):
+        if number == BEGIN or (number == INSIDE and before == DROP):
+            found.append([])
+        if number != DROP:
+            found[-1].append(token)
+        before = number
+    return found
+
+
+def joined(pieces: Items[Items[int]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Pieces as a draft that is asked for their order, and the places, counted from the mode's token, at which the
+    answers are."""
+    mode = modes(tokenizer)["order"]
+    draft: list[int] = []
+    places: list[int] = []
+    for piece in pieces:
+        places.append(len(draft))
+        draft += [mode, *piece]
+    return draft[1:], places
+
+
+def ordered(log_probs_NM: np.ndarray) -> list[int]:
+    """The pieces in the text's order, of N pieces' log-probabilities to be at each of M >= N places: the likeliest
+    order of all."""
+    from scipy.optimize import linear_sum_assignment
+
+    pieces, places = linear_sum_assignment(-log_probs_NM)
+    return [int(piece) for _, piece in sorted(zip(places, pieces, strict=True))]

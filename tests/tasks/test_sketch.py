@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -9,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from openm6.decode.refine import refine
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.sequence import IGNORE, SOURCE, pad
+from openm6.sequence import IGNORE, SOURCE, Sequence, pad
 from openm6.tasks import sketch
 from openm6.tasks.processor import Processor
+from openm6.tasks.slots.table import split
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
@@ -25,29 +28,66 @@ def task(slot: str = "text") -> Task:
     )
 
 
-def as_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    return [i for c in text for i in tokenizer.encode(c)]
+@settings(deadline=None)
+@given(words, words)
+def test_what_is_the_sources_is_its_own_tokens_and_does_not_overlap(
+    tokenizer: Tokenizer, source: list[int], text: list[int]
+) -> None:
+    given_, wanted = ("".join("红黄蓝绿色1234条袜"[n] for n in side) for side in (source, text))
+    there = tokenizer.encode(given_)
+    ids, runs = sketch.matched(there, wanted, tokenizer)
+    assert tokenizer.decode(ids) == wanted
+    taken: set[int] = set()
+    end = 0
+    for first, here, length in runs:
+        assert there[first : first + length] == ids[here : here + length]
+        assert here >= end and not taken & set(range(first, first + length))
+        end = here + length
+        taken |= set(range(first, first + length))
+
+
+def test_values_are_found_whatever_stands_around_them(tokenizer: Tokenizer) -> None:
+    """As a whole a text may have tokens that reach over the edges of what it has of the source; and a rare character is
+    several tokens, of which none is lost."""
+    assert any(len(tokenizer.encode(c)) > 1 for c in "囍") and "\ufffd" not in tokenizer.decode(tokenizer.encode("囍"))
+    for source in ("红色", "囍字", "2 囍"):
+        there = tokenizer.encode(source)
+        for before in ("是红", "一条", ""):
+            for after in ("的", "色的", "条纹"):
+                ids, runs = sketch.matched(there, f"{before}，{source}{after}", tokenizer)
+                assert tokenizer.decode(ids) == f"{before}，{source}{after}"
+                assert source in "".join(tokenizer.decode(ids[here : here + n]) for _, here, n in runs)
 
 
 @settings(deadline=None)
-@given(words, words)
-def test_pieces_are_runs_of_both_and_do_not_overlap(tokenizer: Tokenizer, source: list[int], text: list[int]) -> None:
-    given_, wanted = (as_ids("".join("红黄蓝绿色1234条"[n] for n in side), tokenizer) for side in (source, text))
-    runs = sketch.pieces(given_, wanted, tokenizer)
-    seen_there, seen_here, last = set(), set(), -1
-    for there, here, length in runs:
-        assert given_[there : there + length] == wanted[here : here + length]
-        assert here > last
-        last = here
-        for n in range(length):
-            assert there + n not in seen_there and here + n not in seen_here
-            seen_there.add(there + n)
-            seen_here.add(here + n)
-    # One after the other they are the text's own tokens in their order.
-    classes = [sketch.DROP] * len(given_)
-    for number, (there, _, length) in enumerate(runs):
-        classes[there : there + length] = [number] * length
-    assert sketch.skeleton(classes, given_) == [wanted[i] for i in sorted(seen_here)]
+@given(st.lists(st.sampled_from("红黄囍1条"), min_size=1, max_size=8), st.data())
+def test_what_is_kept_is_whole_characters(tokenizer: Tokenizer, source: list[str], data: st.DataObject) -> None:
+    ids = [*tokenizer.encode("".join(source)), tokenizer.row_id]
+    log_probs = np.array(data.draw(st.lists(st.permutations([-0.1, -1.0, -3.0]), min_size=len(ids), max_size=len(ids))))
+    kept = sketch.kept(log_probs, ids, tokenizer)
+    said = tokenizer.decode([i for piece in kept for i in piece])
+    assert "\ufffd" not in said and tokenizer.row_id not in {i for piece in kept for i in piece}
+    left = iter("".join(source))
+    assert all(character in left for character in said)
+
+
+@given(st.permutations(range(5)), st.integers(0, 2))
+def test_pieces_come_in_their_likeliest_order(order: list[int], more: int) -> None:
+    log_probs = np.full((5, 5 + more), -9.0)
+    log_probs[order, range(5)] = -0.1
+    assert sketch.ordered(log_probs) == list(order)
+
+
+def test_of_a_cell_all_is_kept_or_nothing(processor: Processor) -> None:
+    tokenizer = processor.tokenizer
+    prompt = task("table").encode({"given": {"品类": "连衣裙12", "数": "1234"}, "text": ""}, processor, with_target=False)
+    assert prompt.sketch is not None
+    source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
+    _, value, _, other = sketch.cells(source, tokenizer)
+    log_probs = np.tile(np.log([0.9, 0.05, 0.05]), (len(source), 1))
+    log_probs[other.start] = np.log([0.45, 0.5, 0.05])  # one of them more likely than not, all of them less so
+    log_probs[value.start : value.stop - 1] = np.log([0.1, 0.5, 0.4])
+    assert [tokenizer.decode(piece) for piece in sketch.kept(log_probs, source, tokenizer)] == ["连衣裙12"]
 
 
 @pytest.mark.parametrize("slot", ["text", "table"])
@@ -58,18 +98,29 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
     prompt = task(slot).encode(record, processor, with_target=False)
     assert prompt.sketch is not None and prompt.ids[-1] == tokenizer.answer_id
     source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
-    text = tokenizer.encode(record["text"])
+    text, _ = sketch.matched(source, record["text"], tokenizer)
+    orders = set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        found = sketch.learned(prompt, text, tokenizer, rng, "sketch")
-        assert (found.labels[prompt.sketch.start : prompt.sketch.stop] != IGNORE).all()
+
+        def as_learned(kind: str, rng: np.random.Generator = rng) -> tuple[list[int], list[int], Sequence]:
+            found = sketch.learned(prompt, record["text"], tokenizer, rng, 99, kind)
+            return found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) :].tolist(), found
+
+        found = as_learned("keep")[2]
         assert (found.labels != IGNORE).sum() == len(prompt.sketch)
         numbers = [tokenizer.class_ids.index(i) for i in found.labels[prompt.sketch.start : prompt.sketch.stop]]
-        kept = tokenizer.decode(sketch.skeleton(numbers, source))
-        assert "连衣裙红色" in kept and "12" in kept and "，" not in kept
+        kept = sketch.kept(np.log(np.eye(3)[numbers] + 1e-9), source, tokenizer)
+        assert {"红色", "连衣裙", "12"} <= {tokenizer.decode(piece).strip("条") for piece in kept}
 
-        found = sketch.learned(prompt, text, tokenizer, rng, "insert")
-        draft, labels = found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) :].tolist()
+        draft, labels, _ = as_learned("order")
+        mode = sketch.modes(tokenizer)["order"]
+        pieces = [tokenizer.decode(piece) for piece in split([mode, *draft], mode)[1:]]
+        places = [tokenizer.class_ids.index(i) for i in labels if i != IGNORE]
+        assert len(places) == len([p for p in pieces if p]) and sorted(places) == list(range(len(places)))
+        orders.add("".join(pieces[places.index(n)] for n in range(len(places))))
+
+        draft, labels, _ = as_learned("insert")
         gaps = [tokenizer.class_ids.index(i) for i in labels]
         assert sum(gaps) + len(draft) == len(text)
         place = gaps[0]
@@ -77,15 +128,15 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
             assert text[place] == token
             place += gap + 1
 
-        found = sketch.learned(prompt, text, tokenizer, rng, "fill")
-        draft, labels = found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) + 1 :].tolist()
+        draft, labels, _ = as_learned("fill")
+        labels = labels[1:]
         assert [new if old == tokenizer.mask_id else old for old, new in zip(draft, labels, strict=True)] == text
         assert all((old == tokenizer.mask_id) == (new != IGNORE) for old, new in zip(draft, labels, strict=True))
 
-        found = sketch.learned(prompt, text, tokenizer, rng, "delete")
-        draft, labels = found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) + 1 :].tolist()
-        assert [t for t, bad in zip(draft, labels, strict=True) if bad != tokenizer.yes_id] == text
+        draft, labels, found = as_learned("delete")
+        assert [t for t, bad in zip(draft, labels[1:], strict=True) if bad != tokenizer.yes_id] == text
         assert (found.blocks[: len(prompt) - 1] == SOURCE).all() and (found.blocks[len(prompt) :] == 1).all()
+    assert any(said.startswith("连衣裙红色") for said in orders)
 
 
 @pytest.fixture
@@ -103,11 +154,11 @@ def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model
         assert all(i < processor.tokenizer.code_start for i in found.ids)
         hidden, _ = model.prefill_all(pad([prompt], 0), len(prompt))
         places = slice(prompt.sketch.start, prompt.sketch.stop)  # type: ignore[union-attr]
-        classes = list(processor.tokenizer.class_ids)
-        numbers = model.logits(hidden[0, places])[:, classes].argmax(-1).tolist()
-        kept = sketch.skeleton(numbers, prompt.ids[places].tolist())
-        left = iter(found.ids)
-        assert all(token in left for token in kept)  # in order, and none is missing
+        classes = list(processor.tokenizer.class_ids[:3])
+        log_probs = model.logits(hidden[0, places])[:, classes].log_softmax(-1).detach().numpy()
+        kept = sketch.kept(log_probs, prompt.ids[places].tolist(), processor.tokenizer)
+        left = Counter(found.ids)
+        assert all(not Counter(piece) - left for piece in kept)  # none is missing
 
 
 def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: Processor) -> None:
