@@ -80,7 +80,9 @@ def test_pieces_come_in_their_likeliest_order(order: list[int], more: int) -> No
 
 def test_of_a_cell_all_is_kept_or_nothing(processor: Processor) -> None:
     tokenizer = processor.tokenizer
-    prompt = task("table").encode({"given": {"品类": "连衣裙12", "数": "1234"}, "text": ""}, processor, with_target=False)
+    prompt = task("table").encode(
+        {"given": {"品类": "连衣裙12", "数": "1234"}, "text": ""}, processor, with_target=False
+    )
     assert prompt.sketch is not None
     source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
     _, value, _, other = sketch.cells(source, tokenizer)
