@@ -109,8 +109,8 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
             found = sketch.learned(prompt, record["text"], tokenizer, rng, 99, kind)
             return found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) :].tolist(), found
 
-        found = as_learned("keep")[2]
-        assert (found.labels != IGNORE).sum() == len(prompt.sketch)
+        found = as_learned("order")[2]
+        assert (found.labels[: len(prompt)] != IGNORE).sum() == len(prompt.sketch)
         numbers = [tokenizer.class_ids.index(i) for i in found.labels[prompt.sketch.start : prompt.sketch.stop]]
         kept = sketch.kept(np.log(np.eye(3)[numbers] + 1e-9), source, tokenizer)
         assert {"红色", "连衣裙", "12"} <= {tokenizer.decode(piece).strip("条") for piece in kept}
