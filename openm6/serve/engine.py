@@ -209,8 +209,17 @@ class Engine:
 
     def _write(self, lanes: list[Texts]) -> None:
         for lane in lanes:
-            for told in lane.step():
-                self._told(told)
+            try:
+                every = lane.step()
+            except Exception as error:  # nobody knows in what state they are; those that wait go on
+                lane.clear()
+                waiting = set(map(id, lane.waiting))
+                for request in [*self._open.values()]:
+                    if not request.alone and request.adapter == lane.adapter and id(request) not in waiting:
+                        self._fail(request, error)
+            else:
+                for told in every:
+                    self._told(told)
 
     def _work(self) -> None:
         """One step of a job; the jobs take turns."""

@@ -46,7 +46,7 @@ class Texts:
     """`waiting` come in as there is room; `rows` are being written, row i in slot i."""
 
     def __init__(self, bundle: Bundle, adapter: str | None, settings: Settings):
-        self.view = bundle.adapter(adapter) if adapter else bundle
+        self.view, self.adapter = bundle.adapter(adapter) if adapter else bundle, adapter
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
         self._settings, self._shares = settings, 1 + len(bundle.adapters)
@@ -71,6 +71,10 @@ class Texts:
             if row.request is request:
                 self._leave(slot)
                 return
+
+    def clear(self) -> None:
+        """Give up all that are being written."""
+        self.rows, self._slots = [], None
 
     def _leave(self, slot: int) -> None:
         assert self._slots is not None

@@ -199,6 +199,25 @@ def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
     assert isinstance(found["large"].error, torch.OutOfMemoryError) and found["small"].value in ("鞋", "包", "连衣裙")
 
 
+def test_what_breaks_a_step_fails_those_alone_that_were_in_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, broken = type(bundle.model).step, [1]
+
+    def once(model: Any, *given: Any) -> Any:
+        if broken and broken.pop():
+            raise RuntimeError("a kernel fails")
+        return step(model, *given)
+
+    watched = Watched(bundle)
+    watched.ask("first", "write", text="红色")
+    watched.engine._next()
+    monkeypatch.setattr(type(bundle.model), "step", once)
+    watched.engine._next()
+    watched.ask("later", "write", text="红色")
+    found = watched.finish()
+    assert isinstance(found["first"].error, RuntimeError)
+    assert found["later"].value == offline(bundle, "write", {}, text="红色")
+
+
 def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
     """With room for few texts the others wait, and all are answered."""
     watched = Watched(bundle, cache_mib=1, batch=4)
