@@ -47,8 +47,8 @@ def deploy(
 
         check_reach(host, keys)
         url = deploy_on_ray(
-            name, {name: Place(directory)}, Options(keys=keys, loopback=keys is None), replicas=replicas, most=max(most, replicas),
-            host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
+            name, {name: Place(directory)}, Options(keys=keys, loopback=keys is None), replicas=replicas,
+            most=max(most, replicas), host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
         )  # fmt: skip
         emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")
         return
