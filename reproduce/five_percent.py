@@ -116,8 +116,8 @@ def _page(rows: list[dict[str, Any]], name: str, out: Path) -> Path:
         f"{LABELS[name]:,} labels are all of them; {STEPS[name]} steps of 32 at most, {ASKED[name]} held-out records, "
         f"{SEEDS[name]} seeds: median, lowest and highest. With 5% the network's input is noised a little and the "
         "targets smoothed, pretrained or not. The unlabelled texts are those of the training split. In so many steps "
-        f"a network sees {min(LABELS[name], 32 * STEPS[name]):,} of all labels: given more steps, one from nothing would "
-        "learn more of them.",
+        f"a network sees {min(LABELS[name], 32 * STEPS[name]):,} of all labels: given more steps, one from nothing "
+        "would learn more of them.",
         "",
         f"Made by `openm6 reproduce five-percent` on {machine()}, {date.today().isoformat()}.",
         "",
