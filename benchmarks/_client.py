@@ -33,9 +33,10 @@ class Client:
         head = f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         sent = time.perf_counter()
-        if self._free:
-            connection = self._free.pop()
-        else:
+        connection = self._free.pop() if self._free else None
+        while connection and connection.transport.is_closing():  # the server does not keep what is idle for long
+            connection = self._free.pop() if self._free else None
+        if connection is None:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, self._host, self._port)
         status, first, end = await connection.send(request)
