@@ -27,7 +27,7 @@ from openm6.train.trainer import train
 
 TITLE = "Texts from a sketch, edited in parallel, against one token after the other"
 ROOT = Path(__file__).parents[1] / "runs"
-LEARNED, ASKED, STEPS, SEEDS = 800, 200, 600, 3
+LEARNED, ASKED, STEPS, SEEDS = 800, 200, 1200, 3
 
 PAIRS = {
     "live": ("live_script", "live_script_edit", "script"),
