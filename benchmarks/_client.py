@@ -33,17 +33,15 @@ class Client:
         head = f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         sent = time.perf_counter()
-        connection = self._free.pop() if self._free else None
-        while connection and connection.transport.is_closing():  # the server does not keep what is idle for long
-            connection = self._free.pop() if self._free else None
-        if connection is None:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.transport.is_closing():  # the server does not keep what is idle for long
+                break
+        else:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, self._host, self._port)
         status, first, end = await connection.send(request)
-        if connection.transport.is_closing():
-            connection.transport.close()
-        else:
-            self._free.append(connection)
+        self._free.append(connection)
         return (first - sent, end - sent) if status == 200 else None
 
 

@@ -28,6 +28,9 @@ SPECIAL = (
 """In the order of their ids. The reserved ones keep old models usable when later versions need a token: the first five
 are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
 
+HALF = "\ufffd"
+"""What half a character reads as."""
+
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openm6.tokenizer import Tokenizer
+from openm6.tokenizer import HALF, Tokenizer
 
 
 class Pieces:
@@ -22,7 +22,7 @@ class Pieces:
         if self._tokenizer.is_part(token):
             return ""
         piece = self._new()
-        return "" if piece.endswith("\ufffd") else self._tell(piece)
+        return "" if piece.endswith(HALF) else self._tell(piece)
 
     def rest(self) -> str:
         return self._tell(self._new())

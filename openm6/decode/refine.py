@@ -100,7 +100,7 @@ class _Asking:
         found, room = [], min(self.most, MOST)
         for piece in pieces:
             room -= len(piece) + 1  # with the token before it
-            if piece and room >= 0:
+            if room >= 0:
                 found.append(piece)
         return found
 

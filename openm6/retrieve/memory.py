@@ -30,7 +30,7 @@ class Memory:
         self.version = -1
         self.keys, self.ids = np.zeros(0, np.int64), np.zeros(0, object)
         self.alive = np.zeros(0, bool)
-        self._gone: tuple[Any, ...] = ()
+        self._gone = self._living = None  # selectors of keys; the second refers to the first
         self.flat = faiss.IndexFlatIP(self.dims)
 
     def follow(self, table: Any) -> None:
@@ -55,10 +55,8 @@ class Memory:
             self.ids = np.concatenate((self.ids, np.array(rows["id"].to_pylist(), object)))
             self.alive = np.concatenate((self.alive, np.ones(len(rows), bool)))
         dead = self.keys[~self.alive]
-        self._gone = ()
-        if len(dead):
-            gone = faiss.IDSelectorBatch(dead)
-            self._gone = (faiss.IDSelectorNot(gone), gone)  # the first refers to the second
+        self._gone = faiss.IDSelectorBatch(dead) if len(dead) else None
+        self._living = faiss.IDSelectorNot(self._gone) if self._gone else None
         self.version = table.version
 
     def search(
@@ -70,7 +68,7 @@ class Memory:
         if lists is None:
             mask = self.alive if chosen is None else self.alive & np.isin(self.keys, chosen)
             return self._exact(queries, k, mask)
-        scores, keys = lists.search(queries, k, *self._gone[:1])
+        scores, keys = lists.search(queries, k, self._living)
         places = np.searchsorted(self.keys, keys)
         places[keys < 0] = -1
         first = int(np.searchsorted(self.keys, lists.about["last"], "right"))

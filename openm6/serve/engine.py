@@ -213,9 +213,8 @@ class Engine:
                 every = lane.step()
             except Exception as error:  # nobody knows in what state they are; those that wait go on
                 lane.clear()
-                waiting = set(map(id, lane.waiting))
                 for request in [*self._open.values()]:
-                    if not request.alone and request.adapter == lane.adapter and id(request) not in waiting:
+                    if not request.alone and request.adapter == lane.adapter and request not in lane.waiting:
                         self._fail(request, error)
             else:
                 for told in every:

@@ -103,7 +103,8 @@ class Worker:
     def _end(self) -> None:
         """The process closed its end, as it does when it dies."""
         self.alive = False
-        self._hear({})
+        if not self._first.done():
+            self._first.set_result({})
         died = {"error": DIED, "message": "The process that worked at this ended."}
         for queue in self._open.values():
             queue.put_nowait(died)

@@ -54,13 +54,15 @@ def body_of(code: str, message: str, kind: str = "server_error") -> dict[str, An
     return {"error": {"message": message, "type": kind, "code": code, "param": None}}
 
 
-def add_errors(app: FastAPI) -> None:
-    def response(status: int, code: str, message: str, seconds: float | None = None) -> JSONResponse:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
-        headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
-        return JSONResponse(body_of(code, message, kind), status, headers)
+def response(status: int, code: str, message: str, seconds: float | None = None) -> JSONResponse:
+    """An error, and where waiting helps, for how long (`seconds`)."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
+    headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
+    return JSONResponse(body_of(code, message, kind), status, headers)
 
+
+def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         status = 503 if error.kind == FULL and "stopping" in str(error) else STATUS.get(error.kind, 500)
@@ -123,11 +125,10 @@ class Guard:
             elif self.loopback and not _from_here(headers):
                 message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
             if message:
-                await JSONResponse(body_of("forbidden", message, "invalid_request_error"), 403)(scope, receive, told)
+                await response(403, "forbidden", message)(scope, receive, told)
                 return
             if scope["method"] == "POST" and scope["path"].startswith(WORK) and self.full():
-                body = body_of(FULL, "Too many requests wait already.")
-                await JSONResponse(body, 429, {"Retry-After": f"{AGAIN:.0f}"})(scope, receive, told)
+                await response(429, FULL, "Too many requests wait already.")(scope, receive, told)
                 return
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.limit:
@@ -135,8 +136,7 @@ class Guard:
             await self.app(scope, counted, told)
         except _TooLarge as error:
             if not seen["status"]:
-                body = body_of("too_large", str(error.detail), "invalid_request_error")
-                await JSONResponse(body, 413)(scope, receive, told)
+                await response(413, "too_large", str(error.detail))(scope, receive, told)
         finally:
             key = scope.get("state", {}).get("key", "")
             log.info(

@@ -6,6 +6,7 @@ models, want the same cores.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -22,19 +23,20 @@ ROWS, READ, WRITTEN, ROUNDS = 8, 64, 16, 3
 
 def fit_threads(model: M6) -> int:
     """Measure, on the CPU, what serving does most, and let this process have so many threads. Returns their number."""
-    if model.embed.weight.device.type == "cpu":
+    most = torch.get_num_threads()
+    if model.embed.weight.device.type == "cpu" and most > 1:
         _seconds(model, 1)  # kernels are made
-        torch.set_num_threads(worthwhile(lambda threads: _seconds(model, threads), torch.get_num_threads()))
+        torch.set_num_threads(worthwhile(lambda threads: _seconds(model, threads), most))
     return torch.get_num_threads()
 
 
 def worthwhile(seconds: Callable[[int], float], most: int) -> int:
     """The number of threads, at most `most`, up to which each doubling makes work WORTH times as fast."""
-    threads, took = 1, seconds(1) if most > 1 else 0.0
+    threads, took = 1, seconds(1)
     while threads < most:
         more = min(2 * threads, most)
         with_more = seconds(more)
-        if took < with_more * WORTH ** np.log2(more / threads):
+        if took < with_more * WORTH ** math.log2(more / threads):
             break
         threads, took = more, with_more
     return threads

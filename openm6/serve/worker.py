@@ -127,23 +127,22 @@ def described(bundle: Bundle) -> dict[str, Any]:
 
 def _write(connection: socket.socket, outbox: Any) -> None:
     """A piece of text for each of many requests comes with every step: what there is goes together."""
-    message = outbox.get()
-    while message is not None:
-        parts = []
-        while message is not None:
-            try:
-                parts.append(packed(message))
-            except Exception as error:
-                parts.append(packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)}))
-            if outbox.empty():
-                break
-            message = outbox.get()
+    messages: list[dict[str, Any] | None] = []
+    while None not in messages:
+        messages = [outbox.get()]
+        while not outbox.empty():
+            messages.append(outbox.get())
         try:
-            connection.sendall(b"".join(parts))
+            connection.sendall(b"".join(_sendable(message) for message in messages if message is not None))
         except OSError:
             os._exit(1)  # nobody listens any more
-        if message is not None:
-            message = outbox.get()
+
+
+def _sendable(message: dict[str, Any]) -> bytes:
+    try:
+        return packed(message)
+    except Exception as error:
+        return packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)})
 
 
 def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from openm6.sequence import IGNORE, Sequence
 from openm6.tasks.drawn import BLOCK
-from openm6.tokenizer import Tokenizer
+from openm6.tokenizer import HALF, Tokenizer
 
 DROP, BEGIN, INSIDE = 0, 1, 2
 
@@ -34,9 +34,6 @@ MOST = 255
 
 LOST = 0.1
 """Share of the pieces that are missing where their order is learned, as some will be in use."""
-
-HALF = "\ufffd"
-"""What half a character reads as."""
 
 KEPT = 0.7
 """Share of the pieces that a draft in training still has (the paper's beta), where it is not the sketch itself."""

@@ -114,6 +114,7 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
         numbers = [tokenizer.class_ids.index(i) for i in found.labels[prompt.sketch.start : prompt.sketch.stop]]
         kept = sketch.kept(np.log(np.eye(3)[numbers] + 1e-9), source, tokenizer)
         assert {"红色", "连衣裙", "12"} <= {tokenizer.decode(piece).strip("条") for piece in kept}
+        assert all("，" not in tokenizer.decode(piece) for piece in kept)
 
         draft, labels, _ = as_learned("order")
         mode = sketch.modes(tokenizer)["order"]
@@ -160,7 +161,10 @@ def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model
         log_probs = model.logits(hidden[0, places])[:, classes].log_softmax(-1).detach().numpy()
         kept = sketch.kept(log_probs, prompt.ids[places].tolist(), processor.tokenizer)
         left = Counter(found.ids)
-        assert all(not Counter(piece) - left for piece in kept)  # none is missing
+        assert not Counter(token for piece in kept for token in piece) - left  # none is missing
+        for piece in kept:
+            after = iter(found.ids)
+            assert all(token in after for token in piece)  # in order
 
 
 def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: Processor) -> None:
