@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6._version import __version__
@@ -132,14 +132,14 @@ def _routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/tasks/{task}", response_model=None)
     async def run(
         task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
-    ) -> dict[str, Any] | StreamingResponse:
+    ) -> JSONResponse | StreamingResponse:
         """Ask a task by its own slots. Pictures come and go as base64."""
         deployment = _deployment(fleet, asked.model)
         told = _task(server, deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
             return await sse(_told_in_pieces(server, key, deployment, message, told))
-        return _answer(await server.whole(key, deployment, message, request), told)
+        return JSONResponse(_answer(await server.whole(key, deployment, message, request), told))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None) -> Any:

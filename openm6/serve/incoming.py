@@ -35,10 +35,7 @@ class Pictures:
 
     def read(self, value: Any) -> bytes:
         """Base64, a data URL, or a URL of a listed host, to the bytes of a file. Raises DataError for anything else."""
-        if isinstance(value, Mapping):
-            value = value.get("url") or value.get("image_url") or value.get("b64_json")
-            if isinstance(value, Mapping):
-                value = value.get("url")
+        value = _given(value)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:
@@ -48,12 +45,14 @@ class Pictures:
         if len(value) > MAX_BYTES * 4 // 3 + 100:
             raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
         try:
-            return base64.b64decode(_DATA_URL.sub("", value, count=1), validate=True)
+            head = _DATA_URL.match(value)
+            return base64.b64decode(value[head.end() :] if head else value, validate=True)
         except (binascii.Error, ValueError):
             raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
 
     def quick(self, value: Any) -> bool:
         """Whether `read` takes no time to speak of: a small picture, sent along."""
+        value = _given(value)
         return isinstance(value, bytes) or (isinstance(value, str) and len(value) <= QUICK and not _URL.match(value))
 
     def _fetch(self, url: str) -> bytes:
@@ -98,6 +97,15 @@ class Pictures:
         if len(body) > MAX_BYTES:
             raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+
+
+def _given(value: Any) -> Any:
+    """The picture itself, out of what OpenAI's clients put around it."""
+    if isinstance(value, Mapping):
+        value = value.get("url") or value.get("image_url") or value.get("b64_json")
+        if isinstance(value, Mapping):
+            value = value.get("url")
+    return value
 
 
 def _public(host: str, port: int) -> str:

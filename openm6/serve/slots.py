@@ -19,20 +19,20 @@ SHORTEST = 64
 
 @dataclass(slots=True)
 class Prefix:
-    """A prompt that was read: keys and values of every layer, [layers, K, T, E] each, and the hidden state at its last
+    """A prompt that was read: keys and values of every layer, [K, T, E] each, and the hidden state at its last
     position, [D]."""
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
     hidden: Tensor
 
     @property
     def positions(self) -> int:
-        return self.keys.shape[2]
+        return self.keys[0].shape[1]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self.hidden.nbytes
+        return sum(layer.nbytes for layer in (*self.keys, *self.values, self.hidden))
 
 
 class Slots:
@@ -45,10 +45,11 @@ class Slots:
         self.limit, self.capacity = limit, 0
         self._budget, self._config, self._dtype = budget, config, dtype
         self._cache = Cache(config, torch.zeros(0, dtype=torch.int64, device=device), 0, dtype)
+        self._used = self._cache  # the slots in use, of the same memory
         self._size = 0  # slots there is memory for now
 
     def __len__(self) -> int:
-        return len(self._cache.counts)
+        return len(self._used.counts)
 
     def room(self, positions: int) -> int:
         """Further texts that fit when one of so many positions is among them; where there is none, one always fits."""
@@ -70,30 +71,28 @@ class Slots:
             for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
                 self._cache.keys[layer][slot, :, : prefix.positions] = keys
                 self._cache.values[layer][slot, :, : prefix.positions] = values
-        self._lengths([*self._cache.counts, *(prefix.positions for prefix in prefixes)])
+        self._use([*self._used.counts, *(prefix.positions for prefix in prefixes)])
 
     @torch.inference_mode()
     def drop(self, slot: int) -> None:
         """Give a slot back; the last one in use has its number from now on."""
-        counts, last = self._cache.counts, len(self) - 1
+        counts, last = self._used.counts, len(self) - 1
         if slot != last:
             used = counts[last]
             for stored in (*self._cache.keys, *self._cache.values):
                 stored[slot, :, :used] = stored[last, :, :used]
             counts[slot] = counts[last]
-        self._lengths(counts[:last])
+        self._use(counts[:last])
 
     def step(self, model: M6, tokens_B: Tensor) -> Tensor:
         """One further position of every slot in use; hidden states [B, D]."""
-        part, used = copy(self._cache), len(self)
-        part.keys, part.values = ([layer[:used] for layer in stored] for stored in (part.keys, part.values))
-        hidden = model.step(tokens_B, part)
-        self._cache.lengths, self._cache.counts = part.lengths, part.counts
-        return hidden
+        return model.step(tokens_B, self._used)
 
-    def _lengths(self, counts: list[int]) -> None:
-        self._cache.counts = counts
-        self._cache.lengths = torch.tensor(counts, dtype=torch.int64, device=self._cache.lengths.device)
+    def _use(self, counts: list[int]) -> None:
+        self._used = used = copy(self._cache)
+        used.keys, used.values = ([layer[: len(counts)] for layer in stored] for stored in (used.keys, used.values))
+        used.lengths = torch.tensor(counts, dtype=torch.int64, device=self._cache.lengths.device)
+        used.counts = counts
 
     def _grow(self, wanted: int, positions: int) -> None:
         """Memory is taken as it is needed, doubling, and kept; given back where a long text has left nobody behind."""
@@ -121,15 +120,15 @@ def bytes_of_slot(config: ModelConfig, capacity: int, dtype: torch.dtype, device
 
 
 def prefixes_of(hidden_BD: Tensor, cache: Cache) -> list[Prefix]:
-    """A prefilled cache, prompt by prompt."""
-    return [
-        Prefix(
-            torch.stack([keys[row, :, :count] for keys in cache.keys]),
-            torch.stack([values[row, :, :count] for values in cache.values]),
-            hidden_BD[row].clone(),
-        )
-        for row, count in enumerate(cache.counts)
-    ]
+    """A prefilled cache, prompt by prompt: copies, so that one can be forgotten without the others; of a single prompt
+    the cache itself."""
+    found = []
+    for row, count in enumerate(cache.counts):
+        keys, values = ([layer[row, :, :count] for layer in stored] for stored in (cache.keys, cache.values))
+        if len(cache.counts) > 1:
+            keys, values = [layer.clone() for layer in keys], [layer.clone() for layer in values]
+        found.append(Prefix(keys, values, hidden_BD[row].clone()))
+    return found
 
 
 def key_of(prompt: Sequence) -> bytes:

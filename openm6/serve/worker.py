@@ -14,9 +14,8 @@ import socket
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from openm6.serve.wire import kind_of, packed, read, told_of
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 POWER_EVERY = 5.0
 """Seconds between two readings of the energy."""
 READERS = 2
-"""Threads that decode pictures and texts while the engine works."""
+"""Threads that hear what is asked and read its pictures and texts, while the engine works."""
 NICE = 5
 """Below the server's process: whoever comes is heard, and refused if need be, while others are computed for."""
 
@@ -57,8 +56,9 @@ def main(descriptor: int) -> int:
     gc.collect()
     gc.freeze()  # model and modules stay: no pauses to look through them
     power = _Power()
-    listener = Thread(target=_listen, args=(stream, engine, power, outbox), daemon=True)
-    listener.start()
+    turn = Lock()
+    for _ in range(READERS):
+        Thread(target=_listen, args=(stream, turn, engine, power, outbox), daemon=True).start()
     engine.run()
     outbox.put({"state": _state(engine, power)})
     outbox.put(None)
@@ -145,8 +145,9 @@ def _sendable(message: dict[str, Any]) -> bytes:
         return packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)})
 
 
-def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:
-    """Until the server closes its end: then what is open is of no use to anybody."""
+def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
+    """Until the server closes its end: then what is open is of no use to anybody. One listens while others read what
+    came: handing it over would take as long as many a reading."""
     from openm6.serve.work import Request
 
     def submit(message: dict[str, Any]) -> None:
@@ -159,20 +160,20 @@ def _listen(stream: Any, engine: Engine, power: _Power, outbox: Any) -> None:
                 traceback.print_exc()
             outbox.put({"id": request.id, "error": kind_of(error), "message": told_of(error)})
 
-    with ThreadPoolExecutor(READERS) as readers:
-        while (message := read(stream)) is not None:
-            what = message.pop("do")
-            if what == "ask":
-                readers.submit(submit, message)
-            elif what == "cancel":
-                engine.cancel(message["id"])
-            elif what == "state":
-                outbox.put({"state": _state(engine, power)})
-            elif what == "stop":
-                readers.shutdown(wait=True)
-                engine.stop()
-                return
-    os._exit(0)
+    while True:
+        with turn:
+            message = read(stream)
+        if message is None:
+            os._exit(0)
+        what = message.pop("do")
+        if what == "ask":
+            submit(message)
+        elif what == "cancel":
+            engine.cancel(message["id"])
+        elif what == "state":
+            outbox.put({"state": _state(engine, power)})
+        elif what == "stop":
+            engine.stop()
 
 
 class _Power:

@@ -184,7 +184,11 @@ def test_a_text_in_the_place_of_a_picture_is_no_path() -> None:
         record_of({"photo": "/etc/passwd"}, {"photo": "image"}, Pictures())
     data = base64.b64encode(b"abc").decode()
     for value in (data, f"data:image/png;base64,{data}", {"url": f"data:image/png;base64,{data}"}):
+        assert Pictures().quick(value)
         assert record_of({"photo": value}, {"photo": "image"}, Pictures()) == {"photo": b"abc"}
+    with pytest.raises(DataError, match="neither"):
+        Pictures().read(f"../data:image/png;base64,{data}")
+    assert not Pictures().quick({"url": "https://shop.example/a.png"})  # fetched in a thread of its own
 
 
 def test_nothing_is_unpickled() -> None:
