@@ -69,6 +69,10 @@ class Tokenizer:
         self.code_start = max(known.values()) + 1
         self.vocab_size = self.code_start + num_codes
 
+    def is_like(self, other: Tokenizer) -> bool:
+        """Whether both make the same ids of every text."""
+        return self.num_codes == other.num_codes and self._fast.to_str() == other._fast.to_str()
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never those of a special token. Raises DataError for a lone surrogate."""
         try:

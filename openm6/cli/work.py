@@ -73,6 +73,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
     noise: Annotated[float, typer.Option(min=0, max=0.9, help="Share of given texts' characters to spoil.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.9, help="Of the targets.")] = 0.0,
+    teacher: Annotated[Path | None, typer.Option(help="A larger model to learn from beside the labels.")] = None,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
     overrides: Annotated[
@@ -87,7 +88,8 @@ def finetune(
 
     values = finetune_recipe(
         model, task, data, method, output=output, validation=validation, steps=steps, batch_size=batch_size,
-        columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, seed=seed,
+        columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
+        seed=seed,
     )  # fmt: skip
     recipe = load_recipe(write_recipe(values), overrides or [])
     run_recipe(recipe, str(Path(values["output"]) / "finetune.yaml"), overrides or [], processes)

@@ -7,6 +7,8 @@ its gradient is known then), and the backward pass only scales it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +17,30 @@ from torch import Tensor
 CHUNK = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What another network says of the same positions (distillation, Hinton et al. 2015, arXiv 1503.02531).
+
+    logits       of some of the positions: slice [m] to fp32 [m, V]
+    share        of the loss that is the teacher's; the rest is the labels'
+    temperature  both sides' logits are divided by it; the loss is multiplied by its square
+    """
+
+    logits: Callable[[slice], Tensor]
+    share: float = 0.5
+    temperature: float = 2.0
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None, smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shares: Tensor | None,
+        smoothing: float,
+        teacher: Teacher | None,
     ) -> tuple[Tensor, Tensor]:
         # The gradients are taken here only when somebody will ask for them.
         need_hidden, need_weight = ctx.needs_input_grad[:2]
@@ -35,6 +57,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             taught = losses[part]
             if smoothing:
                 taught = (1 - smoothing) * taught + smoothing * (norm.squeeze(1) - logits.mean(1))
+            from_teacher = None
+            if teacher is not None:
+                apart, from_teacher = _apart(logits, teacher.logits(part), teacher.temperature)
+                taught = (1 - teacher.share) * taught + teacher.share * apart
             total += taught.sum() if shares is None else taught @ shares[part]
             if not (need_hidden or need_weight):
                 continue
@@ -42,6 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if smoothing:
                 gradient -= smoothing / gradient.shape[1]
             gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), smoothing - 1.0))
+            if teacher is not None:
+                assert from_teacher is not None
+                gradient.mul_(1 - teacher.share).add_(from_teacher, alpha=teacher.share)
             if shares is not None:
                 gradient *= shares[part, None]
             gradient = gradient.to(hidden.dtype)
@@ -54,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, losses
 
     @staticmethod
-    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
             None if d_hidden is None else d_hidden * d_sum.to(d_hidden.dtype),
@@ -62,17 +91,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
+def _apart(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T^2 KL(teacher || student) of each position, [m], and its gradient by the student's logits, [m, V]."""
+    student = (logits / temperature).log_softmax(-1)
+    teacher = (wanted / temperature).log_softmax(-1)
+    probs = teacher.exp()
+    apart = (probs * (teacher - student)).sum(-1) * temperature**2
+    return apart, (student.exp_() - probs) * temperature
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, shares: Tensor | None = None, smoothing: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shares: Tensor | None = None,
+    smoothing: float = 0.0,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the M positions of -log softmax(hidden weight^T)[label], and the M single losses (no gradient).
 
     hidden [M, D], weight [V, D], labels int64 [M]; `shares`, fp32 [M]: what each position counts in the sum, 1 by
-    default. With `smoothing` the sum is against targets of which so much is spread over all ids (Szegedy et al. 2016),
-    the single losses stay as they are. Both results fp32.
+    default. With `smoothing` the sum is against targets of which so much is spread over all ids (Szegedy et al. 2016);
+    with a `teacher`, a part of it is how far the student is from the teacher. The single losses stay as they are. Both
+    results fp32.
     """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares, smoothing)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares, smoothing, teacher)
     return total, losses

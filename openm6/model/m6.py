@@ -24,7 +24,7 @@ from openm6.model.changed import Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import Experts, Load, Router
-from openm6.model.loss import linear_cross_entropy
+from openm6.model.loss import Teacher, linear_cross_entropy
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.packed import PackedLinear, kernel_dtype
@@ -141,8 +141,9 @@ class M6(Network):
             self.image.eval()
         return self
 
-    def forward(self, batch: Batch) -> Output:
-        """Hidden states of a packed or padded batch, and the loss where it has labels."""
+    def forward(self, batch: Batch, teacher: Teacher | None = None) -> Output:
+        """Hidden states of a packed or padded batch, and the loss where it has labels: against those alone, or against
+        a `teacher` too, whose positions are the trained ones, in the flattened batch's order."""
         x_BTD = self._embed(batch)
         dtype = self._product_dtype(x_BTD)
         mask: Any
@@ -160,7 +161,7 @@ class M6(Network):
         segments = batch.segments.flatten()[trained]
         shares = None if batch.weights is None else batch.weights[segments - 1]
         labels, smoothing = batch.labels.flatten()[trained], self.label_smoothing if self.training else 0.0
-        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing)
+        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing, teacher)
         return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, heads=heads, loads=loads)
 
     def at_ends(self, hidden_BTD: Tensor, batch: Batch) -> dict[str, Tensor]:

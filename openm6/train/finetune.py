@@ -36,11 +36,13 @@ def finetune_recipe(
     columns: Mapping[str, str] | None = None,
     noise: float = 0.0,
     label_smoothing: float = 0.0,
+    teacher: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The values of a recipe that teaches `model` a task (by name or YAML path) from sources.
 
-    With `validation`, a source, it stops when measures get no better and keeps the best weights. Raises UsageError for
+    With `validation`, a source, it stops when measures get no better and keeps the best weights; with a `teacher`, a
+    model directory, it learns from that one's answers beside the labels. Raises UsageError for
     an unknown method, or where there is no model.
     """
     if method not in RATES:
@@ -62,6 +64,8 @@ def finetune_recipe(
     }  # fmt: skip
     if method in METHODS:
         values["adapt"] = {"method": method}
+    if teacher:
+        values["distill"] = {"teacher": str(teacher)}
     if validation:
         measured = {"source": validation, "task": task, "columns": dict(columns or {})}
         values["evaluation"] = {"every": every, "patience": PATIENCE, "data": [measured]}

@@ -174,6 +174,17 @@ class AdaptSection(_Strict):
     length: int = Field(16, ge=1, description="positions of a prompt or prefix")
 
 
+class DistillSection(_Strict):
+    """Learn from a larger model beside the labels (train/distill.py)."""
+
+    teacher: Path
+    share: float = Field(0.5, ge=0, le=1, description="of the loss that is against the teacher, not the labels")
+    temperature: float = Field(2.0, gt=0, description="by which both sides' logits are divided")
+    relations: float = Field(
+        0.0, ge=0, description="weight of a loss that asks for the same likeness between positions as the teacher's"
+    )
+
+
 class VectorsSection(_Strict):
     """How vectors are learned, by data with `against` (train/contrastive.py)."""
 
@@ -258,6 +269,7 @@ class Recipe(_Strict):
     parallel: ParallelSection = ParallelSection()
     pseudo: PseudoSection | None = None
     adapt: AdaptSection | None = None
+    distill: DistillSection | None = None
     vectors: VectorsSection = VectorsSection()
     evaluation: EvaluationSection = EvaluationSection()
 

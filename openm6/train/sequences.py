@@ -18,6 +18,7 @@ from openm6.model.files import meta_model
 from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
+from openm6.train.distill import Lessons, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.objective import Part
@@ -46,6 +47,8 @@ class Sequences:
         self.group, self.contrasts = group, any(entry.against for entry in entries)
         if self.contrasts and self.bundle.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
+        distill = recipe.distill
+        self.lessons = Lessons(distill, self.bundle.processor, group.device) if distill else None
         width = self.bundle.model.config.hidden_size
         self.dims = recipe.vectors.dims or [width]
         if max(self.dims) > width:
@@ -77,13 +80,18 @@ class Sequences:
         )
         return trained, sum(len(e) for e in _flat(examples))
 
-    def part(self, run: Callable[[Batch], Any], examples: list[Sequence]) -> Part:
+    def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
         parts = [self._part(run, *some) for some in self._batches(_flat(examples))]
         return parts[0] if len(parts) == 1 else _together(parts)
 
-    def _part(self, run: Callable[[Batch], Any], examples: list[Sequence], batch: Batch) -> Part:
-        output = run(batch)
+    def _part(self, run: Callable[..., Any], examples: list[Sequence], batch: Batch) -> Part:
+        teacher, seen = self.lessons.of(batch) if self.lessons else (None, None)
+        output = run(batch, teacher)
         loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
+        trained = int((batch.labels != IGNORE).sum())
+        if seen is not None and self.recipe.distill and self.recipe.distill.relations:
+            # As much a trained position as the others' losses, of which a step takes the mean.
+            loss = loss + self.recipe.distill.relations * trained * relation_loss(output.hidden, seen, batch.segments)
         losses = _by_example(output, batch)
         if self.contrasts:
             values, contrasted = self._contrast(output.hidden, batch, examples)
@@ -99,7 +107,6 @@ class Sequences:
             losses += [(e.task, e.origin, v, 1) for (_, e), v in zip(answered, values.tolist(), strict=True)]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
-        trained = int((batch.labels != IGNORE).sum())
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
         return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 

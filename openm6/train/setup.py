@@ -89,11 +89,12 @@ def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Toke
     """With a codec it has the ids of its codes."""
     section = recipe.tokenizer
     num_codes = codec.num_codes if codec else section.num_codes
-    if section.path is not None:
-        tokenizer = Tokenizer.load(section.path)
+    path = section.path or (recipe.distill.teacher if recipe.distill else None)
+    if path is not None:
+        tokenizer = Tokenizer.load(path)
         if codec and tokenizer.num_codes < num_codes:
             raise UsageError(
-                f"The tokenizer {section.path} has ids for {tokenizer.num_codes} image codes; the codec "
+                f"The tokenizer {path} has ids for {tokenizer.num_codes} image codes; the codec "
                 f"{recipe.model.codec} has {num_codes}."
             )
         return tokenizer

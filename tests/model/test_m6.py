@@ -14,7 +14,7 @@ from openm6.errors import OpenM6Error, UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.embed import cell_features
 from openm6.model.files import load_model
-from openm6.model.loss import linear_cross_entropy
+from openm6.model.loss import Teacher, linear_cross_entropy
 from openm6.sequence import IGNORE, pack, pad
 from tests.conftest import example, tiny_config, tiny_model
 
@@ -163,6 +163,22 @@ def test_loss_without_logits_equals_cross_entropy_with_gradients(shared: bool, s
     torch.testing.assert_close(total, (expected if shares is None else expected * shares).sum(), rtol=1e-5, atol=1e-3)
     ours = torch.autograd.grad(3 * total, (hidden, weight))
     theirs = torch.autograd.grad(3 * (expected if shares is None else expected * shares).sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_a_teachers_part_of_the_loss_is_the_divergence_from_it() -> None:
+    hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels, wanted, shares = torch.randint(0, 50, (2500,)), torch.randn(2500, 50) * 3, torch.rand(2500)
+    teacher = Teacher(lambda part: wanted[part], share=0.3, temperature=1.7)
+    total, losses = linear_cross_entropy(hidden, weight, labels, shares, teacher=teacher)
+    functional, logits = torch.nn.functional, hidden @ weight.T
+    plain = functional.cross_entropy(logits, labels, reduction="none")
+    sides = (logits / 1.7).log_softmax(1), (wanted / 1.7).log_softmax(1)
+    apart = 1.7**2 * functional.kl_div(*sides, reduction="none", log_target=True).sum(1)
+    expected = ((0.7 * plain + 0.3 * apart) * shares).sum()
+    torch.testing.assert_close(losses, plain.detach())
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-3)
+    ours, theirs = (torch.autograd.grad(one, (hidden, weight)) for one in (total, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 

@@ -27,7 +27,11 @@ def tiny_recipe(output: Path, **changes: Any) -> Recipe:
         {"source": "demo:questions/train?pictures=30", "task": "vqa", "name": "questions"},
         {"source": "demo:catalogue/train?pictures=30", "task": "masked_captioning", "name": "captions"},
     ]
-    sections = {key: changes.pop(key) for key in ("model", "evaluation", "seed", "adapt", "vectors") if key in changes}
+    sections = {
+        key: changes.pop(key)
+        for key in ("model", "evaluation", "seed", "adapt", "vectors", "distill")
+        if key in changes
+    }
     return check_recipe(
         {
             "name": "tiny",

@@ -47,11 +47,14 @@ def finetune(*words: object) -> str:
 
 def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, reviews: Path, tmp_path: Path) -> None:
     words = ("--task", "text_classification", "--data", reviews, "--validation", reviews, "--output", tmp_path / "run")
-    told = finetune(base, *words, "--steps", 4, "--noise", 0.1, "--label-smoothing", 0.1, "train.workers=0")
+    told = finetune(
+        base, *words, "--steps", 4, "--noise", 0.1, "--label-smoothing", 0.1, "train.workers=0", "--teacher", base
+    )
     model = tmp_path / "run" / "model"
     assert str(model) in told.replace("\n", "")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text("utf-8"))
     assert recipe["train"]["label_smoothing"] == 0.1 and recipe["data"][0]["noise"] == 0.1
+    assert recipe["distill"]["teacher"] == str(base)
     assert recipe["evaluation"]["patience"] == 3 and recipe["train"]["row_length"] == 96
     bundle = Bundle.load(model)
     assert bundle.run("text_classification", text="很好") in ("好", "差")

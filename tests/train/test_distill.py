@@ -1,0 +1,107 @@
+"""A student that learns from a teacher: what it is asked for, what it gives, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from openm6.bundle import Bundle
+from openm6.data.source import open_source
+from openm6.errors import UsageError
+from openm6.model.loss import Teacher
+from openm6.sequence import IGNORE, Batch, pack
+from openm6.tokenizer import Tokenizer
+from openm6.train.distill import Lessons, relation_loss
+from openm6.train.recipe import DistillSection
+from openm6.train.trainer import train
+from tests.train.conftest import SIZES, losses, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    train(tiny_recipe(folder, steps=30, learning_rate=5e-3, checkpoint_every=30))
+    return folder / "model"
+
+
+def student(output: Path, teacher: Path, **changes: Any) -> Any:
+    sizes = {**SIZES, "hidden_size": 16, "num_hidden_layers": 1}
+    given = {"teacher": str(teacher), **changes.pop("distill", {})}
+    return tiny_recipe(output, model={"preset": "demo", "sizes": sizes}, distill=given, **changes)
+
+
+def asked(bundle: Bundle, pictures: int) -> Batch:
+    """Questions that no training record has."""
+    task = bundle.task("vqa")
+    records = ({"photo": r["image"], **r} for r in open_source(f"demo:questions/test?pictures={pictures}"))
+    names = ("photo", "question", "answer")
+    examples = [task.encode({name: r[name] for name in names}, bundle.processor, None) for r in records]
+    return pack(examples, 64, bundle.processor.tokenizer.pad_id)
+
+
+@torch.no_grad()
+def said(model: Path, batch: Batch) -> Tensor:
+    """Logits at the trained positions."""
+    bundle = Bundle.load(model, trainable=True)
+    with bundle.precision():
+        return bundle.model.logits(bundle.model(batch).hidden.flatten(0, 1)[(batch.labels != IGNORE).flatten()])
+
+
+def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(teacher: Path) -> None:
+    bundle = Bundle.load(teacher, trainable=True)
+    batch = asked(bundle, 10)
+    told, hidden = Lessons(DistillSection(teacher=teacher), bundle.processor, torch.device("cpu")).of(batch)
+    expected = said(teacher, batch)
+    torch.testing.assert_close(told.logits(slice(2, 7)), expected[2:7], atol=0.1, rtol=0.05)
+    assert len(told.logits(slice(0, None))) == len(expected)
+    assert hidden.shape == (*batch.shape, 32)
+    # And a student that is the teacher has nothing to learn from it.
+    with torch.no_grad(), bundle.precision():
+        assert abs(bundle.model(batch, Teacher(lambda part: expected[part], share=1.0)).loss) < 0.01 * len(expected)
+
+
+def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(teacher: Path, tmp_path: Path) -> None:
+    """Of two that differ in the loss alone, after as many steps."""
+    way = {"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "log_every": 20}
+    batch = asked(Bundle.load(teacher), 40)
+    expected, apart = said(teacher, batch).log_softmax(1), []
+    for share in (1.0, 0.0):
+        settings = {"share": share, "temperature": 1.0}
+        found = said(train(student(tmp_path / str(share), teacher, **way, distill=settings)), batch).log_softmax(1)
+        apart.append(torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True))
+    assert apart[0] < 0.8 * apart[1]
+
+
+def test_relations_do_not_ask_for_the_same_width(teacher: Path, tmp_path: Path) -> None:
+    some, other = torch.randn(2, 6, 8), torch.randn(2, 6, 16)
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    turned = some @ torch.linalg.qr(torch.randn(8, 8))[0]
+    torch.testing.assert_close(relation_loss(some, turned * 3, segments), torch.tensor(0.0), atol=1e-10, rtol=0)
+    changed = some.clone()
+    changed[0, 5] = 100.0  # padding
+    assert relation_loss(some, other, segments) == relation_loss(changed, other, segments) > 0
+    train(student(tmp_path, teacher, distill={"relations": 1.0}))
+    assert len(losses(tmp_path)) == 6
+
+
+def test_a_student_from_a_preset_has_its_teachers_tokenizer(teacher: Path, tmp_path: Path) -> None:
+    model = train(student(tmp_path, teacher))
+    assert Tokenizer.load(model).is_like(Tokenizer.load(teacher))
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_a_teacher_that_reads_otherwise_is_refused(teacher: Path, tmp_path: Path) -> None:
+    other = train(
+        tiny_recipe(tmp_path / "other", steps=1, data=[{"source": "demo:texts/train?pictures=5", "task": "infilling"}])
+    )
+    with pytest.raises(UsageError, match="another tokenizer"):
+        train(tiny_recipe(tmp_path / "a", model={"path": str(other)}, distill={"teacher": str(teacher)}))
+    with pytest.raises(UsageError, match="at most 4 patches .* the student into 9"):
+        sizes = {**SIZES, "image_max_patches": 9}
+        train(tiny_recipe(tmp_path / "b", model={"preset": "demo", "sizes": sizes}, distill={"teacher": str(teacher)}))
+    with pytest.raises(UsageError, match="no openm6.json"):
+        train(tiny_recipe(tmp_path / "c", model={"path": str(other)}, distill={"teacher": str(tmp_path)}))
