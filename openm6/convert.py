@@ -1,7 +1,8 @@
-"""Model directories made from others: an imported Qwen3 checkpoint, a dense model with experts."""
+"""Model directories made from others: an imported Qwen3 checkpoint, a dense model with experts, a smaller one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import torch
 
 from openm6.atomic import require_new, write_whole
 from openm6.bundle import Bundle
+from openm6.data.columns import SlotView
+from openm6.data.source import open_source
+from openm6.errors import UsageError
 from openm6.images import ImageGrid
 from openm6.model.imports import import_qwen3, read_config
+from openm6.model.prune import prune
 from openm6.model.upcycle import upcycle
+from openm6.sequence import pack
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
 
@@ -38,5 +44,28 @@ def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, rout
     bundle = Bundle.load(path, device="cpu", trainable=True)
     torch.manual_seed(0)
     bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)
+    write_whole(output, bundle.save)
+    return bundle
+
+
+def prune_bundle(
+    path: Path, output: Path, task: str, data: str, columns: Mapping[str, str], records: int, **sizes: int | None
+) -> Bundle:
+    """A model directory with fewer layers, heads, units or experts than the one at `path` (`sizes`: model/prune.py):
+    those are left out that the first records of `data` need the least for `task`."""
+    require_new(output)
+    if not any(sizes.values()):
+        raise UsageError(f"Say what there is to be less of: {', '.join(sizes)}.")
+    bundle = Bundle.load(path, trainable=True)
+    chosen, source = bundle.task(task), open_source(data)
+    view = SlotView.of(chosen, source, columns)
+    examples = [
+        chosen.encode(view(source[number]), bundle.processor, None) for number in range(min(records, len(source)))
+    ]
+    device = bundle.model.embed.weight.device
+    length, pad_id = max(map(len, examples)), bundle.processor.tokenizer.pad_id
+    batches = [pack(examples[i : i + 8], length, pad_id).to(device) for i in range(0, len(examples), 8)]
+    with bundle.precision():
+        bundle.model = prune(bundle.model, batches, **sizes)
     write_whole(output, bundle.save)
     return bundle

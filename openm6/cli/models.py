@@ -79,6 +79,34 @@ def upcycle(
 
 
 @models.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    task: Annotated[str, typer.Option(help="A task that it has to go on answering.")],
+    data: Annotated[str, typer.Option(help="Records of the task, with answers.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers that stay.")] = None,
+    key_value_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of keys and values that stay, with the queries' of each.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Units of a dense feed-forward that stay.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts of a layer that stay.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Records to look at, the first ones.")] = 256,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    json: Json = False,
+) -> None:
+    """Make a model smaller: what the data need the least is left out. Training on mends what that costs, from the
+    larger one as a teacher (`openm6 finetune --teacher`)."""
+    from openm6.cli.output import pairs
+    from openm6.convert import prune_bundle
+
+    made = prune_bundle(
+        model, output, task, data, pairs(column or []), records, layers=layers, key_value_heads=key_value_heads,
+        width=width, experts=experts,
+    )  # fmt: skip
+    _tell(output, made.model.config, json)
+
+
+@models.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-..., written by any number of processes.")],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],

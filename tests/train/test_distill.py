@@ -1,15 +1,18 @@
-"""A student that learns from a teacher: what it is asked for, what it gives, what is refused."""
+"""A student that learns from a teacher, from nothing or pruned out of it: what it is asked for, what is refused."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
+from openm6.cli import commands
 from openm6.data.source import open_source
 from openm6.errors import UsageError
 from openm6.model.loss import Teacher
@@ -105,3 +108,25 @@ def test_a_teacher_that_reads_otherwise_is_refused(teacher: Path, tmp_path: Path
         train(tiny_recipe(tmp_path / "b", model={"preset": "demo", "sizes": sizes}, distill={"teacher": str(teacher)}))
     with pytest.raises(UsageError, match="no openm6.json"):
         train(tiny_recipe(tmp_path / "c", model={"path": str(other)}, distill={"teacher": str(tmp_path)}))
+
+
+def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_path: Path) -> None:
+    def call(*words: object) -> Any:
+        return CliRunner().invoke(commands(), [*map(str, words)])
+
+    given = ("--task", "vqa", "--data", "demo:questions/train?pictures=10")
+    less = ("--layers", 1, "--width", 24, "--key-value-heads", 1)
+    result = call("models", "prune", teacher, tmp_path / "less", *given, *less, "--json")
+    assert result.exit_code == 0, result.output
+    small = Bundle.load(tmp_path / "less", trainable=True)
+    assert json.loads(result.output)["parameters"] == sum(p.numel() for p in small.model.parameters())
+    config = small.model.config
+    assert (config.num_hidden_layers, config.intermediate_size, config.num_attention_heads) == (1, 24, 1)
+    assert set(small.tasks) == set(Bundle.load(teacher).tasks)
+    mended = ("--steps", 2, "--teacher", teacher, "--output", tmp_path / "mended", "train.workers=0")
+    assert call("finetune", tmp_path / "less", *given, *mended).exit_code == 0
+    assert isinstance(Bundle.load(tmp_path / "mended" / "model"), Bundle)
+    for words, told in ((("--layers", 3), "layers is 3; the model has 2"), ((), "what there is to be less of")):
+        with pytest.raises(UsageError, match=told):
+            raise call("models", "prune", teacher, tmp_path / "never", *given, *words).exception
+    assert not (tmp_path / "never").exists()
