@@ -14,7 +14,12 @@ from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.errors import UsageError
 from openm6.images import ImageGrid
+from openm6.model import M6, ModelConfig
+from openm6.model.block import Block
+from openm6.model.feed_forward import FeedForward
 from openm6.model.imports import import_qwen3, read_config
+from openm6.model.lowbit import stored
+from openm6.model.norm import RMSNorm
 from openm6.model.prune import prune
 from openm6.model.upcycle import upcycle
 from openm6.sequence import pack
@@ -46,6 +51,40 @@ def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, rout
     bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)
     write_whole(output, bundle.save)
     return bundle
+
+
+def quantize_bundle(path: Path, output: Path, bits: int) -> Bundle:
+    """A model directory whose weights are in 8 or 4 bits (model/lowbit.py); it answers by kernels for them on a CPU."""
+    require_new(output)
+    from safetensors.torch import save_file
+
+    bundle = Bundle.load(path, "cpu", trainable=True)
+    bundle.model.config = ModelConfig(**{**bundle.model.config.to_dict(), "weight_bits": bits})
+    _fold_norms(bundle.model)
+    weights = bundle.model.state_dict()
+    kept = {n: part for name, weight in weights.items() for n, part in stored(name, weight, bits).items()}
+
+    def write(folder: Path) -> None:
+        bundle.describe(folder)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    write_whole(output, write)
+    return bundle
+
+
+@torch.no_grad()
+def _fold_norms(model: M6) -> None:
+    """The weights of norms into the products behind them, where kernels would put them (packed.fold): rounded once they
+    are there, a weight needs no rounding again."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        pairs = [(block.attention_norm, block.attention.qkv)]
+        if isinstance(block.feed_forward, FeedForward):
+            pairs.append((block.feed_forward_norm, block.feed_forward.up))
+        for norm, product in pairs:
+            if isinstance(norm, RMSNorm):
+                product.weight *= norm.weight
+                norm.weight.fill_(1.0)
 
 
 def prune_bundle(

@@ -21,7 +21,7 @@ import torch
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.images import ImageGrid
-from openm6.model import M6
+from openm6.model import M6, ModelConfig
 from openm6.model.adapters import base_of, lay_beside, merge_adapter
 from openm6.model.changed import Active
 from openm6.model.files import check_model, load_model, meta_model
@@ -54,6 +54,8 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
     """See Bundle.load."""
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
+    if trainable and ModelConfig.from_pretrained(place).weight_bits:
+        raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
     model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
     if place != path:
         model = merge_adapter(model, path).eval()

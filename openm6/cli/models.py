@@ -107,6 +107,19 @@ def prune(
 
 
 @models.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    bits: Annotated[int, typer.Option(help="Of a weight: 8, or 4.")] = 8,
+    json: Json = False,
+) -> None:
+    """Round a model's weights to 8 or 4 bits: a smaller file, and on a CPU (8) shorter answers."""
+    from openm6.convert import quantize_bundle
+
+    _tell(output, quantize_bundle(model, output, bits).model.config, json)
+
+
+@models.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-..., written by any number of processes.")],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],

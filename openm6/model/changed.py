@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.model.packed import PackedLinear, fold
+from openm6.model.packed import fold, packed
 
 ONLY = "default"
 """The name of an adapter that is alone."""
@@ -120,4 +120,4 @@ def pack_any(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
     if isinstance(linear, Changed):
         linear.base_layer = pack_any(linear.base_layer, dtype)
         return linear
-    return PackedLinear(linear.weight, linear.bias, dtype)  # type: ignore[arg-type]
+    return packed(linear.weight, linear.bias, dtype)  # type: ignore[arg-type]

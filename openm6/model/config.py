@@ -48,6 +48,8 @@ class ModelConfig(PreTrainedConfig):
 
     `heads`: name and outputs of linear layers on the state where an answer would begin (tasks/heads.py).
 
+    `weight_bits` 8 or 4: the directory holds weights in so few bits (model/lowbit.py).
+
     `distinct_layers` d shares weights: layer i is layer i mod d (Pseudo-to-Real, arXiv 2110.03888); null shares none.
     """
 
@@ -83,6 +85,8 @@ class ModelConfig(PreTrainedConfig):
     resnet: dict | None = None
 
     heads: dict | None = None
+
+    weight_bits: int | None = None
 
     num_experts: int = 0
     expert_interval: int = 1
@@ -122,6 +126,8 @@ class ModelConfig(PreTrainedConfig):
             )
         if self.positions == "rotary" and self.head_dim % 2:
             raise UsageError(f"model.head_dim ({self.head_dim}) has to be even for rotary positions.")
+        if self.weight_bits not in (None, 4, 8):
+            raise UsageError(f"model.weight_bits is {self.weight_bits}; it can be 8, 4, or null.")
         if self.num_experts:
             self._check_experts()
         if self.distinct_layers is not None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from openm6.model.config import ModelConfig
 from openm6.model.feed_forward import FeedForward, activate
-from openm6.model.packed import PackedLinear
+from openm6.model.packed import Packed, PackedLinear, packed
 from openm6.model.precision import product_dtype
 
 ROUND = 16
@@ -256,7 +256,7 @@ class Experts(nn.Module):
         self.gated = config.activation == "swiglu"
         self.up = nn.Parameter(torch.empty(number, width * (2 if self.gated else 1), config.hidden_size))
         self.down = nn.Parameter(torch.empty(number, config.hidden_size, width))
-        self.packed: list[tuple[PackedLinear, PackedLinear]] | None = None
+        self.packed: list[tuple[Packed, Packed]] | None = None
 
     def forward(self, rows_SD: Tensor, counts: Tensor) -> Tensor:
         """down[n] activation(up[n] x) for each row x, [S, D]: the first counts[0] rows meet expert 0, and so on; rows
@@ -277,8 +277,7 @@ class Experts(nn.Module):
 
     def pack(self, dtype: torch.dtype) -> None:
         self.packed = [
-            (PackedLinear(up, None, dtype), PackedLinear(down, None, dtype))
-            for up, down in zip(self.up, self.down, strict=True)
+            (packed(up, None, dtype), packed(down, None, dtype)) for up, down in zip(self.up, self.down, strict=True)
         ]
         del self.up, self.down
 

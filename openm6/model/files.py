@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openm6.errors import OpenM6Error
 from openm6.model.config import ModelConfig
+from openm6.model.lowbit import is_scale, restored, shape_of
 from openm6.model.m6 import M6
 
 
@@ -22,15 +24,29 @@ def load_model(path: Path) -> M6:
     Only safetensors are read: a pickled checkpoint can run code. Shapes that do not fit, and tensors that are
     missing or too many, are refused with the first of their names.
     """
-    check_model(path)
+    config = check_model(path)
     quietly()
-    return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    if config.weight_bits is None:
+        return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
+    model = M6(config)
+    with _stored(path) as where, torch.no_grad():
+
+        def read(name: str) -> Tensor:
+            if name not in where:
+                raise OpenM6Error(f"{path} does not hold {name}, without which its weights mean nothing.")
+            return where[name].get_tensor(name)  # type: ignore[no-any-return]
+
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(restored(name, read))
+    return model
 
 
 def check_model(path: Path) -> ModelConfig:
     """The config of a model directory whose weights are as it asks for."""
     config = ModelConfig.from_pretrained(path)
     expected, found = shapes(config), _stored_shapes(path)
+    if config.weight_bits is not None:
+        found = {name: shape for name, shape in found.items() if not is_scale(name)}
     for name, shape in expected.items():
         if name not in found:
             raise OpenM6Error(f"{path} does not hold {name} {list(shape)}, which its config.json asks for.")
@@ -46,14 +62,20 @@ def check_model(path: Path) -> ModelConfig:
 
 
 @contextmanager
-def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor | None]]:
-    """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread; None for
-    a head's that is not there."""
+def _stored(path: Path) -> Iterator[dict[str, Any]]:
+    """The open file that holds each stored tensor of a model directory."""
     from safetensors import safe_open
 
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+@contextmanager
+def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor | None]]:
+    """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread; None for
+    a head's that is not there."""
+    with _stored(path) as where:
 
         def rows(name: str, first: int, last: int) -> Tensor | None:
             if name.startswith("heads.") and name not in where:
@@ -105,7 +127,9 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         stored: dict[str, tuple[int, ...]] = {}
         for place in _weight_files(path):
             with safe_open(place, framework="pt") as file:
-                stored.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118 (no dict)
+                for name in file.keys():  # noqa: SIM118 (no dict)
+                    part = file.get_slice(name)
+                    stored[name] = shape_of(part.get_shape(), part.get_dtype())
         return stored
     except FileNotFoundError:
         raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).") from None

@@ -25,9 +25,10 @@ from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import Experts, Load, Router
 from openm6.model.loss import Teacher, linear_cross_entropy
+from openm6.model.lowbit import INT4, INT8, kernel_of
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
-from openm6.model.packed import PackedLinear, kernel_dtype
+from openm6.model.packed import Packed, kernel_dtype, packed
 from openm6.model.picture_mask import PictureMask
 from openm6.model.precision import product_dtype
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
@@ -84,7 +85,7 @@ class M6(Network):
         self.heads = nn.ModuleDict({n: nn.Linear(config.hidden_size, k) for n, k in (config.heads or {}).items()})
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
-        self.packed_head: PackedLinear | None = None
+        self.packed_head: Packed | None = None
         self.post_init()
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
@@ -178,13 +179,13 @@ class M6(Network):
 
     def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:
         """Lay the weights of all products out for the CPU's kernels, in bf16 or fp32 (the default is what this CPU
-        runs best): inference only.
+        runs best), or in int8 or int4 (the default of a network with `weight_bits`): inference only.
 
         Decoding is then 1.6 to 2 times as fast as by transformers (benchmarks/decode.py); the network can no longer be
         trained or saved.
         """
-        dtype = dtype or kernel_dtype()
-        self.packed_head = PackedLinear(self.head_weight, None, dtype)
+        dtype = dtype or kernel_of(self.config) or kernel_dtype()
+        self.packed_head = packed(self.head_weight, None, INT8 if dtype == INT4 else dtype)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.pack(dtype)

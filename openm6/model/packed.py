@@ -6,10 +6,13 @@ counts: a norm's weight is multiplied into the matrix behind it, and so is the s
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.model import lowbit
 from openm6.model.norm import RMSNorm, length_of
 from openm6.model.precision import fast_dtype
 
@@ -48,6 +51,58 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class PackedInt8(nn.Module):
+    """The same with weights in 8 bits, and each row of inputs rounded to 8 bits for the product; fp32 out. One row, and
+    512 to 2,816: half the time of bf16, a third of fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        numbers, scale = lowbit.round8(weight)
+        with warnings.catch_warnings():  # PyTorch means to have such tensors in torchao alone one day
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(scale), dtype=torch.int64)
+            kept = torch._make_per_channel_quantized_tensor(numbers, scale.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(kept, None if bias is None else bias.detach().float())
+        # Without VNNI sums of products of 8 bits overflow: inputs get 7 there.
+        self.fewer = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.fewer)
+        return y
+
+
+class PackedInt4(nn.Module):
+    """The same with weights in 4 bits; bf16 out. It saves memory, and time for a row or two: 64 rows take 2.7 times as
+    long as in bf16."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        numbers, self.scales = lowbit.round4(weight)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 2)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.to(self.dtype).flatten(0, -2)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, lowbit.GROUP, self.scales)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+Packed = PackedLinear | PackedInt8 | PackedInt4
+
+
+def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed:
+    """A product by the kernel for `dtype`: bf16, fp32, int8 or, where the shape allows it, int4 (lowbit.py)."""
+    if dtype == lowbit.INT4 and weight.shape[1] % lowbit.GROUP == 0 and weight.shape[0] % 16 == 0:
+        return PackedInt4(weight, bias)
+    if dtype in (lowbit.INT8, lowbit.INT4):
+        return PackedInt8(weight, bias)
+    return PackedLinear(weight, bias, dtype)
+
+
 class Shrink(nn.Module):
     """x / sqrt(|x|^2 + D eps): an RMSNorm without its weight and without sqrt(D)."""
 
@@ -59,11 +114,11 @@ class Shrink(nn.Module):
         return x / length_of(x, self.least)
 
 
-def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, PackedLinear]:
+def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, Packed]:
     """A norm and the product behind it as a pair that gives the same with less to do (a LayerNorm stays: its kernel
     takes its weight along)."""
     if not isinstance(norm, RMSNorm):
-        return norm, PackedLinear(linear.weight, linear.bias, dtype)
+        return norm, packed(linear.weight, linear.bias, dtype)
     width = norm.weight.shape[0]
     weight = linear.weight.float() * norm.weight.float() * width**0.5
-    return Shrink(width, norm.eps), PackedLinear(weight, linear.bias, dtype)
+    return Shrink(width, norm.eps), packed(weight, linear.bias, dtype)

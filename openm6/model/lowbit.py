@@ -1,0 +1,97 @@
+"""Weights in 8 or 4 bits: rounded, written, read again.
+
+    8    a scale a row, symmetric: q = round(w / s), s = max|w| / 127
+    4    a scale and a middle a group of GROUP columns: w = (q - 8) s + m, q in 0 to 15, for the products inside the
+         blocks; all else in 8 bits
+
+In a file, `NAME` is int8 [N, K], or uint8 [N, K / 2] with two numbers a byte, the first in the low half, and beside it
+`NAME.scale` fp32 [N], or `NAME.scales` bf16 [K / GROUP, N, 2], scales and middles. Vectors, routers and whatever is
+small stay as they are. Read again, a weight has the values that it was rounded to, and rounding those gives the same
+numbers once more: what a kernel (packed.py) makes of them is what the file holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from openm6.model.config import ModelConfig
+
+INT8, INT4 = torch.int8, torch.int4  # type: ignore[attr-defined]  # the names of kernels
+GROUP = 32
+SCALE, SCALES = ".scale", ".scales"
+
+_PRODUCT = re.compile(r"blocks\.\d+\.(attention\.(qkv|out)|feed_forward(\.shared)?\.(up|down))\.weight$")
+_EXPERTS = re.compile(r"\.experts\.(up|down)$")
+
+
+def bits_of(name: str, shape: tuple[int, ...], bits: int) -> int | None:
+    """In how many bits a tensor is kept; None: as it is."""
+    if len(shape) < 2 or "router" in name or shape[0] < 2:
+        return None
+    inside = bool(_PRODUCT.search(name) or _EXPERTS.search(name))
+    if not (inside or name.endswith(".weight")):
+        return None
+    return 4 if bits == 4 and inside and shape[-1] % GROUP == 0 and shape[-2] % 16 == 0 else 8
+
+
+def round8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, ...] to int8 of that shape, and fp32 [N]."""
+    flat = weight.detach().float().flatten(1)
+    scale = (flat.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (flat / scale[:, None]).round().to(torch.int8).view(weight.shape), scale
+
+
+def round4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] to 0 to 15, int32 [N, K], and scales and middles, bf16 [K / GROUP, N, 2]."""
+    grouped = weight.detach().float().unflatten(1, (-1, GROUP))
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+    scale = ((high - low) / 15).clamp(min=1e-30).bfloat16().float()
+    middle = (low + 8 * scale).bfloat16().float()
+    numbers = ((grouped - middle) / scale + 8).round().clamp(0, 15).to(torch.int32)
+    return numbers.flatten(1), torch.cat((scale, middle), 2).transpose(0, 1).contiguous().bfloat16()
+
+
+def stored(name: str, weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """What a file holds of a tensor."""
+    kept = bits_of(name, tuple(weight.shape), bits)
+    if kept is None:
+        return {name: weight.detach().contiguous()}
+    if kept == 8:
+        rows = weight.flatten(0, 1) if weight.ndim == 3 else weight  # experts: each row of each has a scale
+        numbers, scale = round8(rows)
+        return {name: numbers.view(weight.shape), name + SCALE: scale}
+    numbers, scales = round4(weight.flatten(0, -2))
+    pairs = numbers.to(torch.uint8).view(*weight.shape[:-1], -1, 2)
+    return {name: (pairs[..., 0] | pairs[..., 1] << 4).contiguous(), name + SCALES: scales}
+
+
+def shape_of(kept: list[int], dtype: str) -> tuple[int, ...]:
+    """The shape of a tensor by what a file says of it (a dtype as safetensors names it)."""
+    return (*kept[:-1], 2 * kept[-1]) if dtype == "U8" else tuple(kept)
+
+
+def is_scale(name: str) -> bool:
+    return name.endswith((SCALE, SCALES))
+
+
+def restored(name: str, read: Callable[[str], Tensor]) -> Tensor:
+    """A tensor of a file, by a function that reads one of them; fp32 where it was rounded."""
+    kept = read(name)
+    if kept.dtype == torch.int8:
+        scale = read(name + SCALE)
+        return (kept.reshape(len(scale), -1).float() * scale[:, None]).view(kept.shape)
+    if kept.dtype != torch.uint8:
+        return kept
+    numbers = torch.stack((kept & 15, kept >> 4), -1).flatten(-2)
+    scale, middle = read(name + SCALES).float().transpose(0, 1).unsqueeze(-1).unbind(2)  # [N, K / GROUP, 1] each
+    grouped = numbers.flatten(0, -2).unflatten(1, (-1, GROUP)).float()
+    return ((grouped - 8) * scale + middle).view(numbers.shape)
+
+
+def kernel_of(config: ModelConfig) -> torch.dtype | None:
+    """The kernels for a network whose weights are in few bits."""
+    return {8: INT8, 4: INT4}[config.weight_bits] if config.weight_bits else None
