@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -14,9 +15,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
 from openm6 import Client
 from tests.conftest import drawing_bundle
+
+ROOT = Path(__file__).parents[2]
 
 
 def port() -> int:
@@ -52,6 +56,11 @@ def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path)
     m6 = Client(url, retries=0)
     assert [one["id"] for one in m6.models()] == ["goods"]
     assert len(list(m6.run_many("text_vector", [{"text": "红"}] * 20))) == 20
+    Image.new("RGB", (16, 16), "red").save(model / "red.jpg")
+    example = [sys.executable, str(ROOT / "examples" / "ask.py"), str(model / "red.jpg"), "这是什么?"]
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1"}
+    asked = subprocess.run(example, capture_output=True, text=True, env=environment, timeout=120)
+    assert asked.returncode == 0 and asked.stdout.endswith("\n"), asked.stderr
     found: list[Any] = []
     slow = {"passes": 60, "guidance": 0}
     asking = threading.Thread(target=lambda: found.append(m6.run("text_to_image", caption="红", decoding=slow)))
