@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import race
+from openm6.batches import Batch, pack, pad
 from openm6.data.loader import Loader
 from openm6.model import M6
 from openm6.model.precision import fast_dtype
-from openm6.sequence import Batch, Sequence, pack, pad
+from openm6.sequence import Sequence
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe, load_recipe
 from openm6.train.setup import build_bundle, build_entries

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from openm6.batches import by_length, pad
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.limits import Limits
 from openm6.decode.pieces import Pieces
@@ -20,7 +21,7 @@ from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, groups, in_passes, relevance_by_slot
-from openm6.sequence import Sequence, by_length, pad
+from openm6.sequence import Sequence
 from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec

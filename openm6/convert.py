@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from openm6.atomic import require_new, write_whole
+from openm6.batches import pack
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
@@ -22,7 +23,6 @@ from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
 from openm6.model.prune import prune
 from openm6.model.upcycle import upcycle
-from openm6.sequence import pack
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
 

@@ -35,6 +35,16 @@ def test_each_floor_imports_only_from_those_below() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_what_makes_sequences_needs_no_pytorch() -> None:
+    """So that a machine without it can ask a network in another form."""
+    code = (
+        "import sys; from openm6.tasks.library import get, names; from openm6.tokenizer import Tokenizer; "
+        "[get(name) for name in names()]; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "datasets", "numpy", "pydantic", "tokenizers", "jieba")
     code = f"import sys, openm6; print([name for name in {heavy} if name in sys.modules])"

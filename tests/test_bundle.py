@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import openm6
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.convert import import_bundle
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6
-from openm6.sequence import IGNORE, pad
+from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer

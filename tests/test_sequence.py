@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, allowed, pack, pad
+from openm6.batches import allowed, pack, pad
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from tests.conftest import EXPERTS, example, tiny_model
 
 shapes = st.lists(

@@ -6,10 +6,11 @@ from collections.abc import Sequence as Items
 
 import torch
 
+from openm6.batches import pad
 from openm6.decode.generate import Decoding, Generated, allowed_after, check_room, constrain
 from openm6.decode.steps import Steps, whole
 from openm6.model import M6
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Sequence
 
 
 @torch.inference_mode()

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openm6.batches import pad
 from openm6.decode.generate import check_ranges, check_room, options, sample
 from openm6.decode.steps import Steps, whole
 from openm6.errors import DataError, UsageError
 from openm6.model import M6
 from openm6.model.attention import Cache
-from openm6.sequence import Sequence, pad
+from openm6.sequence import Sequence
 
 OPEN = -1
 """In the place of a code that is not decided."""

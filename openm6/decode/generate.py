@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from openm6.batches import by_length, pad
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
-from openm6.sequence import Banned, Sequence, by_length, pad
+from openm6.sequence import Banned, Sequence
 
 T = TypeVar("T")
 

@@ -13,11 +13,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from openm6.batches import by_length, pad
 from openm6.decode.generate import Generated, check_room
 from openm6.decode.steps import Steps, whole
 from openm6.model import M6
 from openm6.model.attention import Cache
-from openm6.sequence import Sequence, by_length, pad
+from openm6.sequence import Sequence
 from openm6.tasks.sketch import INSIDE, MOST, joined, kept, modes, ordered
 from openm6.tokenizer import Tokenizer
 

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.errors import DataError, UsageError
 from openm6.images import read_square
-from openm6.sequence import pad
 from openm6.tasks.task import Task
 
 NEIGHBOURS = 3

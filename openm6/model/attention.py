@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.batches import Batch, allowed
 from openm6.errors import OpenM6Error
 from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
@@ -21,7 +22,7 @@ from openm6.model.norm import RMSNorm, rms_norm
 from openm6.model.packed import Shrink
 from openm6.model.picture_mask import PictureMask
 from openm6.model.sparse import SparsePattern, block_mask
-from openm6.sequence import CAUSAL, Batch, allowed
+from openm6.sequence import CAUSAL
 
 QUERY_CHUNK = 128
 """Queries a chunk of the plain attention; each chunk looks only at the keys that some query of it may see."""

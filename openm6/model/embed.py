@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.batches import Images
 from openm6.model.config import ModelConfig
-from openm6.sequence import Images
 
 MAX_SIDE = 128
 """Rows or columns of patches with a learned place of their own; longer pictures are interpolated."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
+from openm6.batches import Batch, cells_of
 from openm6.errors import OpenM6Error
 from openm6.model.attention import Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
@@ -32,7 +33,7 @@ from openm6.model.packed import Packed, kernel_dtype, packed
 from openm6.model.picture_mask import PictureMask
 from openm6.model.precision import product_dtype
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
-from openm6.sequence import IGNORE, Batch, cells_of
+from openm6.sequence import IGNORE
 
 
 @dataclass

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openm6.batches import Batch
 from openm6.errors import UsageError
 from openm6.model.block import Block
 from openm6.model.config import ModelConfig
 from openm6.model.experts import MixtureOfExperts, Routing
 from openm6.model.m6 import M6
-from openm6.sequence import Batch
 
 
 def prune(

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from openm6.batches import pad
 from openm6.model import M6
-from openm6.sequence import IGNORE, Sequence, pad
+from openm6.sequence import IGNORE, Sequence
 
 WORTH = 1.3
 """Times as fast as with half of them, or threads are left to others."""

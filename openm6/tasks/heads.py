@@ -7,14 +7,15 @@ the layer's weights; the rest is yours, and has to be registered wherever the mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from openm6.errors import UsageError
 from openm6.tasks import slots
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.processor import Processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Head(Protocol):

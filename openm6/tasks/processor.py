@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from openm6.images import ImageGrid
-from openm6.tasks.pictures import PictureCodec
 from openm6.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from openm6.tasks.pictures import PictureCodec
 
 
 @dataclass(frozen=True)

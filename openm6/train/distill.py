@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.errors import UsageError
 from openm6.model.loss import Teacher
-from openm6.sequence import IGNORE, Batch
+from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.train.recipe import DistillSection
 

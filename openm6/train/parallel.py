@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from openm6.batches import Batch
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.model.experts import MixtureOfExperts
-from openm6.sequence import Batch
 from openm6.train.distributed import Group, local
 from openm6.train.expert_parallel import AllToAll
 from openm6.train.offload import HostStates, Offload

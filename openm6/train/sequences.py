@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.batches import Batch, pack, pad, pad_drawn
 from openm6.bundle import Bundle
 from openm6.errors import UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
-from openm6.sequence import CAUSAL, IGNORE, Batch, Sequence, pack, pad, pad_drawn
+from openm6.sequence import CAUSAL, IGNORE, Sequence
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
 from openm6.train.distill import Lessons, relation_loss

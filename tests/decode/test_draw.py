@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import pad
 from openm6.decode.draw import OPEN, Codes, Drawing, draw, estimate
 from openm6.decode.generate import sample
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, pad
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from tests.conftest import VOCABULARY, tiny_config
 
 CODES = Codes(VOCABULARY - 20, number=20, count=9, mask_id=3, estimates=(11, 12, 13), yes_id=14, no_id=15)

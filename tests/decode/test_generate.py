@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from openm6.batches import pad
 from openm6.decode import Decoding, generate, stream
 from openm6.decode.generate import sample
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence, pad
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from tests.conftest import EXPERTS, example, tiny_model
 
 END = 5

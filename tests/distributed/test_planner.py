@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from openm6.batches import pack
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
-from openm6.sequence import pack
 from openm6.train.distributed import local, process_group
 from openm6.train.dryrun import dry_run
 from openm6.train.footprint import Layout, States, places, states_by_layer, weights_of

@@ -98,7 +98,7 @@ def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
     losses = []
     for record in records:
         sequence = task.encode(record, bundle.processor)
-        from openm6.sequence import pad
+        from openm6.batches import pad
 
         with torch.no_grad(), bundle.precision():
             logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).double()

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from scipy import linalg
 
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.errors import DataError, UsageError
 from openm6.evaluate.pictures import Judge, Real, draw_sheet, frechet, judged, share_among
 from openm6.images import ImageGrid
 from openm6.model import M6
-from openm6.sequence import IGNORE, pad
+from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from openm6.batches import pad
 from openm6.errors import UsageError
 from openm6.model.imports import import_qwen3
-from openm6.sequence import CAUSAL, IGNORE, Sequence, pad
+from openm6.sequence import CAUSAL, IGNORE, Sequence
 
 SHAPES = [
     {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.convert import quantize_bundle
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import M6
 from openm6.model.lowbit import GROUP, INT4, INT8, bits_of, restored, round4, round8, stored
 from openm6.model.packed import PackedInt4, PackedInt8, packed
-from openm6.sequence import pad
 from tests.conftest import EXPERTS, drawing_bundle, example, tiny_model
 
 INSIDE = "blocks.0.attention.qkv.weight"

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import openm6.model.attention as attention
+from openm6.batches import pack, pad
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.embed import cell_features
 from openm6.model.files import load_model
 from openm6.model.loss import Teacher, linear_cross_entropy
-from openm6.sequence import IGNORE, pack, pad
+from openm6.sequence import IGNORE
 from tests.conftest import example, tiny_config, tiny_model
 
 # Total parameters as the papers' own arithmetic gives them: attention 4 d^2 a layer, feed-forward 2 d f a layer or

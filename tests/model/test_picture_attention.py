@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import Batch, allowed, pad, pad_drawn
 from openm6.decode.draw import Codes, Drawing, draw, estimate
 from openm6.errors import OpenM6Error
 from openm6.model import M6
 from openm6.model.attention import additive, rotary_angles
 from openm6.model.sparse import SparsePattern
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Batch, Sequence, allowed, pad, pad_drawn
+from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from tests.conftest import VOCABULARY, tiny_config
 
 SIDE, COUNT = 8, 64

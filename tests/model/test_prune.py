@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import Batch, pack
 from openm6.errors import UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.prune import prune
-from openm6.sequence import Batch, pack
 from tests.conftest import EXPERTS, example, tiny_model
 
 

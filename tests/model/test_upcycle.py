@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import pack
 from openm6.errors import UsageError
 from openm6.model.upcycle import upcycle
-from openm6.sequence import pack
 from tests.conftest import EXPERTS, example, tiny_model
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.errors import OpenM6Error, UsageError
-from openm6.sequence import pad
 from openm6.serve.engine import Engine, Settings
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Slots, bytes_of_slot, prefixes_of

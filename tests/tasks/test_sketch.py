@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from openm6.batches import pad
 from openm6.decode.refine import refine
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.sequence import IGNORE, SOURCE, Sequence, pad
+from openm6.sequence import IGNORE, SOURCE, Sequence
 from openm6.tasks import sketch
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.model.adapters import METHODS, adapter_config, add_adapter
 from openm6.model.files import meta_model
-from openm6.sequence import pad
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe
 from openm6.train.sequences import Sequences

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 
+from openm6.batches import pack, pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.errors import DataError, UsageError
 from openm6.evaluate.command import measure_retrieval
 from openm6.retrieve.ranks import rank_scores
-from openm6.sequence import pack, pad
 from openm6.tasks.task import Task
 from openm6.train.contrastive import contrast
 from openm6.train.distributed import Group

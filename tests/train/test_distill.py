@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from openm6.batches import Batch, pack
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.data.source import open_source
 from openm6.errors import UsageError
 from openm6.model.loss import Teacher
-from openm6.sequence import IGNORE, Batch, pack
+from openm6.sequence import IGNORE
 from openm6.tokenizer import Tokenizer
 from openm6.train.distill import Lessons, relation_loss
 from openm6.train.recipe import DistillSection

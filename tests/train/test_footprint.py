@@ -12,9 +12,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from openm6.batches import Batch, pack
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
-from openm6.sequence import IGNORE, Batch, pack
+from openm6.sequence import IGNORE
 from openm6.train.distributed import Group
 from openm6.train.dryrun import dry_run
 from openm6.train.footprint import (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from openm6.batches import pack
 from openm6.bundle import Bundle
 from openm6.errors import UsageError
 from openm6.model import M6, ModelConfig
-from openm6.sequence import pack
 from openm6.train.checkpoint import Checkpoints
 from openm6.train.distributed import Group
 from openm6.train.optimizer import make_optimizers, rate_at

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from openm6.errors import DataError, UsageError
 from openm6.tasks.layout import Piece
-from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
+
+if TYPE_CHECKING:
+    from openm6.tasks.pictures import PictureCodec
 
 
 def schema() -> dict[str, Any]:
