@@ -27,6 +27,7 @@ from openm6.data.store import Record
 from openm6.decode import Decoding, Generated
 from openm6.decode.limits import Limits
 from openm6.errors import UsageError
+from openm6.json_lines import lines_of
 from openm6.review import (
     CANDIDATES,
     LABELLED,
@@ -164,7 +165,8 @@ def make_copy(
         page = write_review(output)
     except OSError as error:
         raise write_failed(output, error) from None
-    reasons = Counter(_kind(json.loads(one)["reason"]) for one in (output / BROKEN).read_text("utf-8").splitlines())
+    refused = map(json.loads, lines_of((output / BROKEN).read_text("utf-8")))
+    reasons = Counter(_kind(one["reason"]) for one in refused)
     kept = Counter(row["prompt"] for row in rows_of(output) if row["rank"])
     return {
         "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),

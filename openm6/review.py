@@ -25,6 +25,7 @@ from openm6.data.source import Source
 from openm6.data.store import Record
 from openm6.data.tables import read_jsonl
 from openm6.errors import DataError, UsageError
+from openm6.json_lines import dumps
 from openm6.tasks.task import Task
 
 SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
@@ -198,7 +199,7 @@ def rows_of(output: Path) -> Iterator[dict[str, Any]]:
 
 
 def as_line(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"
+    return dumps(content) + "\n"
 
 
 def write(path: Path, parts: Iterable[str]) -> Path:

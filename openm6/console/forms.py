@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from openm6.console.desk import Desk, plain, refusal
 from openm6.images import png
+from openm6.json_lines import lines_of
 from openm6.serve.server import TaskRequest
 
 Told = Mapping[str, Any]
@@ -92,7 +93,7 @@ class Form:
         names = [name for name, _ in OPTIONS.get(self.told["kind"], ())]
         decoding = {name: value for name, value in zip(names, options, strict=True) if value is not None}
         try:
-            records = [json.loads(line) for line in (examples or "").splitlines() if line.strip()]
+            records = [json.loads(line) for line in lines_of(examples or "")]
             return TaskRequest(
                 inputs={slot: value for slot, value in inputs.items() if value is not None}, decoding=decoding,
                 examples=records, candidates=int(count) if self.draws else 1,

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from openm6.errors import DataError
+from openm6.json_lines import dumps, lines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Rejects:
         if not self.path.is_file():
             return set()
         found = set()
-        for line in self.path.read_text("utf-8").splitlines():
+        for line in lines_of(self.path.read_text("utf-8")):
             with suppress(ValueError, KeyError, TypeError):  # of a run that was killed as it wrote
                 found.add(str(json.loads(line)["where"]))
         return found
@@ -79,4 +80,4 @@ class Rejects:
     def _write(self, line: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(dumps(line) + "\n")

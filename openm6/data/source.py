@@ -12,6 +12,7 @@ from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
 from openm6.errors import DataError, UsageError
+from openm6.json_lines import dumps, lines_of
 
 _CACHE_VERSION = 1
 
@@ -138,9 +139,9 @@ def _through_cache(name: str, format: str | None, images_root: str | None) -> tu
     def make(folder: Path) -> None:
         rejected: list[Reject] = []
         write_records(folder, read(name, format, images_root, rejected.append))
-        lines = [json.dumps([r.where, r.reason], ensure_ascii=False) + "\n" for r in rejected]
+        lines = [dumps([r.where, r.reason]) + "\n" for r in rejected]
         (folder / "rejects.jsonl").write_text("".join(lines), "utf-8")
 
     folder = cached("source", key, make)
-    lines = (folder / "rejects.jsonl").read_text("utf-8").splitlines()
+    lines = lines_of((folder / "rejects.jsonl").read_text("utf-8"))
     return ArrowRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))

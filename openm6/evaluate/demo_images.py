@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -21,6 +20,7 @@ from openm6.editing import edit, pixels_of
 from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
 from openm6.evaluate.report import markdown_table, write_pictures
 from openm6.images import read_square
+from openm6.json_lines import dumps
 
 TASK = "text_to_image"
 DATA = "demo:studio/test"
@@ -55,7 +55,7 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
                 line = {"caption": text, "picture": one.codes.tolist(), "verdict_fidelity": 0}
                 if number in (worst, best):
                     line["verdict_relevance"] = int(number == best)
-                yield json.dumps(line, ensure_ascii=False) + "\n"
+                yield dumps(line) + "\n"
 
     def write(folder: Path) -> None:
         (folder / "own.jsonl").write_text("".join(lines()), "utf-8")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from openm6.environment import ARTIFACTS, CATALOGUE
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.hub.jobs import home, last_step
+from openm6.json_lines import lines_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -233,7 +234,7 @@ class Catalogue:
 
     def sample(self, version: Version) -> list[dict[str, Any]]:
         """The few records that are kept of a data set."""
-        return [json.loads(line) for line in self._text(version, "sample.jsonl").splitlines()]
+        return [json.loads(line) for line in lines_of(self._text(version, "sample.jsonl"))]
 
     def recipe(self, version: Version) -> str:
         """That of a model's training; empty where none was kept."""

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error
 from openm6.hub.catalogue import find_model
+from openm6.json_lines import dumps
 from openm6.serve.fleet import Deployment, Fleet, Place
 from openm6.serve.guard import Guard, add_errors, known, sse
 from openm6.serve.hub_api import add_hub
@@ -148,7 +149,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         deployment = _deployment(fleet, model)
         told = _task(server, deployment, task)
         try:
-            lines = (await request.body()).decode("utf-8").splitlines()
+            lines = (await request.body()).decode("utf-8").split("\n")
         except UnicodeDecodeError:
             raise DataError("The file has to be JSON lines in UTF-8.") from None
 
@@ -163,7 +164,7 @@ def _routes(app: FastAPI, server: Server) -> None:
                 found = {"error": {"message": str(error)}}
             except (ValueError, RecursionError):
                 found = {"error": {"message": "The line is no JSON."}}
-            return json.dumps({"line": number, **found}, ensure_ascii=False) + "\n"
+            return dumps({"line": number, **found}) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
 

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from openm6.errors import OpenM6Error, UsageError
+from openm6.json_lines import dumps
 from openm6.serve.fleet import Refused
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
 
@@ -175,11 +176,11 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
     async def lines() -> AsyncIterator[str]:
         try:
             if first is not None:
-                yield f"data: {json.dumps(first, ensure_ascii=False)}\n\n"
+                yield f"data: {dumps(first)}\n\n"
                 async for event in events:
-                    yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+                    yield f"data: {dumps(event)}\n\n"
         except Refused as error:
-            yield f"data: {json.dumps(body_of(error.kind, str(error)), ensure_ascii=False)}\n\n"
+            yield f"data: {dumps(body_of(error.kind, str(error)))}\n\n"
         if end:
             yield f"data: {end}\n\n"
 

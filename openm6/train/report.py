@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
 from openm6.train.recipe import AnyRecipe, Recipe
@@ -169,7 +170,7 @@ class Reporter:
         self.lines.close()
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.write(dumps(line) + "\n")
         self.lines.flush()
         if self.on_step:
             self.on_step(line)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import json
 import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import openm6
 from openm6.errors import DataError
 from openm6.images import open_image
 from openm6.serve import incoming
-from openm6.serve.guard import Guard
+from openm6.serve.guard import Guard, sse
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.wire import kind_of, told_of
 
@@ -226,3 +228,18 @@ def test_pages_of_other_sites_may_not_ask(headers: dict[str, str], loopback: boo
     assert client.get("/", headers=headers).status_code == status
     posted = 403 if headers.get("sec-fetch-mode") == "navigate" else status
     assert client.post("/", headers=headers).status_code == posted
+
+
+def test_an_event_stays_on_its_line_whatever_its_text_holds() -> None:
+    """Clients that read lines as Python does end them at characters that JSON leaves in a text."""
+    pieces = ["一\u2028二", "\x85", "\n", "\u2029"]
+
+    async def body() -> str:
+        async def events() -> AsyncIterator[dict[str, Any]]:
+            for piece in pieces:
+                yield {"piece": piece}
+
+        return "".join([str(part) async for part in (await sse(events())).body_iterator])
+
+    lines = [line for line in asyncio.run(body()).splitlines() if line]
+    assert [json.loads(line.removeprefix("data: "))["piece"] for line in lines] == pieces
