@@ -127,7 +127,7 @@ class Bundle:
         `limits`: what the text must not say, and how long it may be.
         """
         task = self.task(task)
-        check_slots(task, slots)
+        task.check(slots)
         return next(iter(self.run_many(task, [{**slots, SHOTS: examples, LIMITS: limits}], decoding=decoding)))
 
     def draw(
@@ -144,7 +144,7 @@ class Bundle:
         `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
         """
         task = drawing_task(self, task)
-        check_slots(task, slots)
+        task.check(slots)
         if kept is not None:
             decoding = in_passes(task, decoding)
         records = [{**slots, KEPT: kept}]
@@ -308,16 +308,3 @@ def check_dims(model: M6, dims: int | None) -> None:
     """Raises UsageError where vectors cannot be cut to so many numbers."""
     if dims is not None and not 1 <= dims <= model.config.hidden_size:
         raise UsageError(f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.")
-
-
-def check_slots(task: Task, slots: Record) -> None:
-    """Raises UsageError where a slot is unknown or one that has to be there is missing."""
-    for name in slots:
-        if name not in task.slots:
-            raise UsageError(
-                f"The task {task.name} has no slot {name}.{suggest(name, task.inputs)} It takes: "
-                f"{', '.join(task.inputs) or 'nothing'}."
-            )
-    for name in task.inputs:
-        if name not in slots and not task.slots[name].drop:
-            raise UsageError(f"{name} is missing: the task {task.name} takes {', '.join(task.inputs)}.")

@@ -120,6 +120,24 @@ def quantize(
 
 
 @models.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    bits: Annotated[int | None, typer.Option(help="Of a weight: 8, or 4; else 32.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a model as ONNX, with a program that asks it without PyTorch."""
+    from openm6.edge.package import export as write
+
+    told = write(model, output, bits)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    if json:
+        emit({**told, "bytes": size})
+    else:
+        typer.echo(f"{output}: {size / 2**20:.1f} MiB. Ask it: python {output / 'openm6-edge'} tasks")
+
+
+@models.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-..., written by any number of processes.")],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],

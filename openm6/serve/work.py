@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from openm6.bundle import SHOTS, Bundle, check_dims, check_slots
+from openm6.bundle import SHOTS, Bundle, check_dims
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
@@ -73,7 +73,7 @@ class Told:
 def prepared(request: Request, view: Bundle) -> None:
     """Fill in what the engine works with. Raises UsageError or DataError for what cannot be done."""
     task = request.made = view.task(request.task)
-    check_slots(task, request.record)
+    task.check(request.record)
     record = {**request.record, SHOTS: request.examples}
     request.record = record
     request.alone = True

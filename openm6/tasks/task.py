@@ -172,6 +172,18 @@ class Task:
 
     # From a record to a Sequence
 
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Raises UsageError where a slot is unknown or one that has to be there is missing."""
+        for name in given:
+            if name not in self.slots:
+                raise UsageError(
+                    f"The task {self.name} has no slot {name}.{suggest(name, self.inputs)} It takes: "
+                    f"{', '.join(self.inputs) or 'nothing'}."
+                )
+        for name in self.inputs:
+            if name not in given and not self.slots[name].drop:
+                raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.")
+
     def encode(
         self,
         record: Record,

@@ -1,0 +1,1 @@
+"""Models without PyTorch: written as ONNX (package.py), answering by ONNX Runtime (runner.py)."""

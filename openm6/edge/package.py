@@ -1,0 +1,161 @@
+"""A model as a folder that answers without PyTorch:
+
+model.onnx, picture.onnx      the network, and how it sees pictures
+tokenizer.json, openm6.json   as in a model directory; of the tasks those that it can do
+edge.json                     sizes, and what the model was
+openm6-edge                   the program: `python openm6-edge run vqa photo=a.jpg question=...`
+requirements.txt              the four packages that it needs
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+import zipapp
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import openm6
+from openm6.atomic import require_new, write_whole
+from openm6.bundle import Bundle
+from openm6.edge.graph import INPUTS, Eyes, Graph, examples
+from openm6.edge.rounding import round_graph
+from openm6.edge.runner import KIND
+from openm6.errors import UsageError
+from openm6.tasks.task import Task
+
+OPSET = 20
+PARTS = (
+    "__init__.py",
+    "_version.py",
+    "errors.py",
+    "json_lines.py",
+    "images.py",
+    "sequence.py",
+    "tokenizer.py",
+    "tasks",
+)
+"""Of this package, what the program needs besides `edge`."""
+NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow")
+
+
+def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
+    """Write the package of a model directory; returns what edge.json says. `bits` 8: products with weights and inputs
+    in 8 bits; 4: weights in 4.
+
+    Raises UsageError for a model that cannot be exported, or without the packages that exporting takes.
+    """
+    require_new(output)
+    if bits not in (None, 8, 4):
+        raise UsageError(f"bits is {bits}; it can be 8, 4, or left out.")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"An export needs {error.name}: pip install 'openm6[edge]'.") from None
+    bundle = Bundle.load(path, "cpu", trainable=True)
+    bundle.model.eval()
+    tasks = [task for task in bundle.tasks.values() if able(task)]
+    if not tasks:
+        raise UsageError(f"No task of {path} can be done by a package: {', '.join(bundle.tasks) or 'it has none'}.")
+    told = _told(bundle, bits)
+
+    def write(folder: Path) -> None:
+        _write_graphs(bundle, folder, bits)
+        bundle.processor.tokenizer.save(folder)
+        card = {"max_length": bundle.processor.max_length, "tasks": [task.to_dict() for task in tasks]}
+        (folder / "openm6.json").write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        (folder / "edge.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
+        write_program(folder / "openm6-edge")
+
+    write_whole(output, write)
+    return told
+
+
+def able(task: Task) -> bool:
+    """Whether a package can do it: what is written one token after the other, vectors, and heads."""
+    return not task.draws and not task.sketch
+
+
+def _told(bundle: Bundle, bits: int | None) -> dict[str, Any]:
+    config = bundle.model.config
+    return {
+        "kind": KIND, "version": openm6.__version__, "bits": bits,
+        "parameters": sum(config.count_parameters().values()), "layers": config.num_hidden_layers,
+        "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
+        "positions": config.max_position_embeddings if config.positions == "learned" else None,
+        "stride": config.image_stride, "max_patches": config.image_max_patches,
+        "pictures": config.image_embedder != "none", "heads": list(config.heads or {}),
+    }  # fmt: skip
+
+
+def _write_graphs(bundle: Bundle, folder: Path, bits: int | None) -> None:
+    model = bundle.model
+    auto = torch.export.Dim.AUTO
+    shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
+    names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
+    _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
+    if bits:
+        round_graph(folder / "model.onnx", bits)
+    if model.image is not None:
+        side = 2 * model.config.image_stride
+        pixels = torch.zeros(side, 2 * side, 3, dtype=torch.uint8)
+        _export(Eyes(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
+        if bits:
+            round_graph(folder / "picture.onnx", 8)
+
+
+def _export(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any, given: Any, names: list[str], file: Path
+) -> None:
+    quiet = logging.getLogger("torch.onnx")
+    before = quiet.level
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        quiet.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                module.eval(), inputs, dynamo=True, dynamic_shapes=shapes, input_names=list(given), output_names=names,
+                opset_version=OPSET, verbose=False,
+            )  # fmt: skip
+        finally:
+            quiet.setLevel(before)
+    assert program is not None
+    program.save(file)
+    _forget_where(file)
+
+
+def _forget_where(file: Path) -> None:
+    """The exporter writes with each operation the lines of code that it came from, with their folders."""
+    import onnx
+
+    model = onnx.load(file)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del model.graph.value_info[:]
+    onnx.save(model, file)
+
+
+def write_program(file: Path) -> None:
+    """The program as one file: the modules of this package that need no PyTorch, and what begins them."""
+    source = Path(openm6.__file__).parent
+    with TemporaryDirectory() as place:
+        inside = Path(place) / "openm6"
+        inside.mkdir()
+        (inside / "edge").mkdir()
+        for name in PARTS:
+            if (source / name).is_dir():
+                copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__"))
+            else:
+                (inside / name).write_bytes((source / name).read_bytes())
+        for name in ("__init__.py", "runner.py", "program.py"):
+            (inside / "edge" / name).write_bytes((source / "edge" / name).read_bytes())
+        zipapp.create_archive(place, file, "/usr/bin/env python3", "openm6.edge.program:main", compressed=True)

@@ -1,0 +1,170 @@
+"""A package (package.py) opened for use. Neither PyTorch nor transformers is imported, here or below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.images import ImageGrid
+from openm6.sequence import Banned, Sequence
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import Tokenizer
+
+KIND = "openm6-edge"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A value, and how sure the model is of it: the mean probability that it gave to what it wrote (1 for a vector and
+    what a head says); `finished`: whether it came to an end by itself."""
+
+    value: Any
+    confidence: float
+    finished: bool
+
+
+class EdgeModel:
+    """`EdgeModel("package").run("vqa", photo="a.jpg", question="...")`."""
+
+    def __init__(self, path: str | Path, threads: int = 0):
+        """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package."""
+        import onnxruntime
+
+        self.path = Path(path)
+        try:
+            self.about = json.loads((self.path / "edge.json").read_text("utf-8"))
+            card = json.loads((self.path / "openm6.json").read_text("utf-8"))
+            if self.about["kind"] != KIND:
+                raise KeyError(KIND)
+            self.tasks = {task.name: task for task in map(Task.from_dict, card["tasks"])}
+        except FileNotFoundError as error:
+            name = Path(error.filename or "").name
+            raise UsageError(f"{path} is no package: it has no {name}. `openm6 models export` makes one.") from None
+        except (ValueError, KeyError, TypeError):
+            raise OpenM6Error(f"{path} is damaged: edge.json or openm6.json cannot be read.") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._network = onnxruntime.InferenceSession(
+                self.path / "model.onnx", options, providers=["CPUExecutionProvider"]
+            )
+            self._eyes = (
+                onnxruntime.InferenceSession(self.path / "picture.onnx", options, providers=["CPUExecutionProvider"])
+                if self.about["pictures"] else None
+            )  # fmt: skip
+        except Exception as error:
+            raise OpenM6Error(f"{path} is damaged: {str(error).splitlines()[0][:200]}") from None
+        grid = ImageGrid(self.about["stride"], self.about["max_patches"])
+        self.processor = Processor(Tokenizer.load(self.path), grid, card["max_length"])
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise UsageError(
+                f"The package has no task {name}.{suggest(name, list(self.tasks))} It has: {', '.join(self.tasks)}."
+            )
+        return self.tasks[name]
+
+    def run(self, task: str, *, max_new_tokens: int | None = None, **slots: Any) -> Any:
+        """One answer: the value of a task's one output, or the dict of its outputs."""
+        return self.answer(task, slots, max_new_tokens).value
+
+    def answer(self, task: str, record: Record, max_new_tokens: int | None = None) -> Answer:
+        """One answer, and how sure it is."""
+        chosen = self.task(task)
+        chosen.check(record)
+        prompt = chosen.encode(record, self.processor, None, with_target=False)
+        if chosen.embeds:
+            state = self._read(prompt)[1]
+            return Answer(state / np.linalg.norm(state), 1.0, True)
+        if chosen.head:
+            from openm6.tasks.heads import HEADS
+
+            outputs = self._read(prompt)[3 + self.about["heads"].index(chosen.head)]
+            return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True)
+        most = max_new_tokens or int(chosen.decode.get("max_new_tokens", 64))
+        ids, chances, finished = [], [], False
+        for token, chance in self._steps(prompt, most):
+            chances.append(chance)
+            finished = token == self.processor.tokenizer.end_id
+            if not finished:
+                ids.append(token)
+        found = chosen.read(ids, self.processor)
+        value = next(iter(found.values())) if len(found) == 1 else found
+        return Answer(value, float(np.exp(np.log(np.maximum(chances, 1e-12)).mean())), finished)
+
+    def run_many(self, task: str, records: Iterable[Record]) -> Iterator[Any]:
+        for record in records:
+            yield self.answer(task, record).value
+
+    def _steps(self, prompt: Sequence, most: int) -> Iterator[tuple[int, float]]:
+        """The likeliest token after the other, and its probability, to the end at the latest."""
+        end, length = self.processor.tokenizer.end_id, len(prompt)
+        limit = self.about["positions"]
+        if limit is not None and length + most > limit:
+            raise UsageError(f"A prompt of {length} positions and {most} new tokens; the model has {limit} positions.")
+        logits, _, present, *_ = self._read(prompt)
+        cache = np.empty((length + most, *present.shape[1:]), np.float32)
+        cache[:length] = present
+        ids: list[int] = []
+        for place in range(length, length + most):
+            token, chance = _likeliest(logits, self._allowed(prompt, ids))
+            yield token, chance
+            if token == end:
+                return
+            ids.append(token)
+            if len(ids) == most:
+                return
+            feed = self._feed(np.array([token]), np.array([place]), np.zeros((1, place + 1), np.float32), cache[:place])
+            logits, _, present, *_ = self._network.run(None, feed)
+            cache[place] = present[0]
+
+    def _allowed(self, prompt: Sequence, ids: list[int]) -> Items[int] | None:
+        if prompt.constraint is None:
+            return None
+        found = prompt.constraint.next(ids)
+        return found if len(found) or isinstance(found, Banned) else (self.processor.tokenizer.end_id,)
+
+    def _read(self, prompt: Sequence) -> list[np.ndarray]:
+        """What the network says of a prompt."""
+        length, blocks = len(prompt), prompt.blocks
+        together = (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
+        seen = np.tri(length, dtype=bool) | together
+        mask = np.where(seen, np.float32(0), np.float32("-inf"))
+        features, places = [], []
+        for picture in prompt.pictures:
+            assert self._eyes is not None
+            features.append(self._eyes.run(None, {"pixels": picture.pixels})[0])
+            places.append(np.arange(picture.start, picture.start + picture.patches))
+        empty = np.zeros(
+            (0, self.about["layers"], 2, self.about["key_value_heads"], self.about["head_dim"]), np.float32
+        )
+        feed = self._feed(prompt.ids, np.arange(length), mask, empty)
+        if features:
+            feed |= {"features": np.concatenate(features), "places": np.concatenate(places)}
+        found: list[np.ndarray] = self._network.run(None, feed)
+        return found
+
+    def _feed(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, past: np.ndarray) -> dict[str, Any]:
+        return {
+            "ids": ids.astype(np.int64), "positions": positions.astype(np.int64), "mask": mask, "past": past,
+            "features": np.zeros((0, self.about["width"]), np.float32), "places": np.zeros(0, np.int64),
+        }  # fmt: skip
+
+
+def _likeliest(logits: np.ndarray, allowed: Items[int] | None) -> tuple[int, float]:
+    if allowed is not None:
+        masked = np.full_like(logits, -np.inf) if not isinstance(allowed, Banned) else logits.copy()
+        some = list(allowed)
+        masked[some] = -np.inf if isinstance(allowed, Banned) else logits[some]
+        logits = masked
+    best = int(logits.argmax())
+    return best, float(1 / np.exp(logits - logits[best]).sum())

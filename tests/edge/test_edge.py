@@ -1,0 +1,201 @@
+"""A package answers what the model answers, in another program, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from openm6.batches import pad
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.edge.graph import Graph
+from openm6.edge.package import export
+from openm6.edge.program import main
+from openm6.edge.runner import EdgeModel
+from openm6.errors import OpenM6Error, UsageError
+from openm6.images import ImageGrid
+from openm6.model import M6
+from openm6.tasks.library import get
+from openm6.tasks.processor import Processor
+from openm6.tokenizer import Tokenizer
+from tests.conftest import EXPERTS, drawing_bundle, example, tiny_config, tiny_model
+from tests.tasks.conftest import picture
+
+ASKED: dict[str, dict[str, Any]] = {
+    "vqa": {"photo": picture(40, 24), "question": "图中的商品是什么颜色？"}, "caption": {"photo": picture(seed=1)},
+    "text_classification": {"text": "很好"}, "item_vector": {"photo": picture(), "title": "红色的帽子"},
+    "grounding": {"photo": picture(), "phrase": "帽子"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tokenizer: Tokenizer) -> Bundle:
+    torch.manual_seed(1)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
+                         num_key_value_heads=2)  # fmt: skip
+    tasks = [get(name) for name in ASKED if name != "text_classification"]
+    tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
+    made = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a package is compared with is not rounded."""
+    monkeypatch.setattr("openm6.bundle.fast_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("edge") / "model"
+    bundle.save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def package(model: Path) -> Path:
+    export(model, model.with_name("package"))
+    return model.with_name("package")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "layer", "activation": "gelu", "positions": "learned"},
+        {"num_key_value_heads": 2, "qk_norm": True},
+        {"tie_word_embeddings": False},
+        {"num_hidden_layers": 4, "distinct_layers": 2},
+        {"heads": {"number": 1}},
+    ],
+)
+def test_the_graph_is_the_network(changes: dict[str, Any]) -> None:
+    """A prompt with a picture, and two tokens more, against prefill and step."""
+    model = tiny_model(**changes)
+    prompt = example(np.random.default_rng(0), 5, 1, ((2, 3),))
+    graph = Graph(model)
+    count, config = len(prompt), model.config
+    blocks = torch.from_numpy(prompt.blocks)
+    seen = torch.ones(count, count).tril().bool() | ((blocks[:, None] == blocks) & (blocks[:, None] >= 0))
+    mask = torch.zeros(count, count).masked_fill(~seen, float("-inf"))
+    places = torch.arange(prompt.pictures[0].start, prompt.pictures[0].start + prompt.pictures[0].patches)
+    past = torch.zeros(0, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
+    with torch.no_grad():
+        features = model.image(torch.from_numpy(prompt.pictures[0].pixels)[None])
+        logits, state, past, *heads = graph(
+            torch.from_numpy(prompt.ids).long(), features, places, torch.arange(count), mask, past
+        )
+        batch = pad([prompt], 0)
+        hidden, cache = model.prefill(batch, count + 2)
+        torch.testing.assert_close(state, hidden[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, model.logits(hidden)[0], atol=1e-4, rtol=1e-4)
+        if model.heads:
+            torch.testing.assert_close(heads[0], model(batch).heads["number"][0], atol=1e-5, rtol=1e-4)
+        none = (torch.zeros(0, config.hidden_size), torch.zeros(0, dtype=torch.int64))
+        for place in (count, count + 1):
+            hidden = model.step(torch.tensor([place]), cache)
+            step = torch.tensor([place])
+            logits, _, new, *_ = graph(step, *none, step, torch.zeros(1, place + 1), past)
+            past = torch.cat((past, new))
+            torch.testing.assert_close(logits, model.logits(hidden)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_package_answers_what_the_model_answers(bundle: Bundle, package: Path) -> None:
+    edge = EdgeModel(package)
+    assert set(edge.tasks) == set(ASKED)
+    for task, record in ASKED.items():
+        expected, answer = bundle.run(task, **record), edge.answer(task, record)
+        if isinstance(expected, np.ndarray):
+            assert expected @ answer.value > 0.9999
+            continue
+        assert answer.value == expected
+        assert 0 < answer.confidence <= 1
+        prompt = bundle.prompt(bundle.task(task), record)
+        score = bundle.generate(bundle.task(task), [prompt])[0]
+        length = len(score.ids) + score.finished
+        if prompt.constraint is None:
+            assert np.log(answer.confidence) == pytest.approx(score.score / length, abs=1e-3)
+    assert list(edge.run_many("vqa", [ASKED["vqa"]] * 2)) == [bundle.run("vqa", **ASKED["vqa"])] * 2
+    assert len(edge.run("caption", max_new_tokens=2, **ASKED["caption"])) <= 16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, model: Path, package: Path) -> None:
+    place = model.with_name(f"package-{bits}")
+    assert export(model, place, bits)["bits"] == bits
+    sizes = [sum((one / f"{name}.onnx").stat().st_size for name in ("model", "picture")) for one in (package, place)]
+    assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
+    whole, few = EdgeModel(package), EdgeModel(place)
+    vectors = [one.run("item_vector", **ASKED["item_vector"]) for one in (whole, few)]
+    assert vectors[0] @ vectors[1] > (0.99 if bits == 8 else 0.9)
+    assert few.run("text_classification", text="很好") in ("好", "不好", "还行")
+
+
+def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(ASKED["caption"]["photo"])
+    (tmp_path / "start.py").write_text(
+        "import runpy, sys\n"
+        "for name in ('torch', 'transformers'):\n    sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+
+    def call(*words: object) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable, "-I", str(tmp_path / "start.py"), str(package / "openm6-edge")]
+        return subprocess.run([*start, *map(str, words)], capture_output=True, text=True, cwd=tmp_path)
+
+    told = call("--json", "run", "caption", "photo=a.jpg")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["value"] == bundle.run("caption", photo=ASKED["caption"]["photo"])
+    about = json.loads(call("about").stdout)
+    assert about["bytes"] > 1000 and about["start_seconds"] > 0
+    assert "vqa: photo, question -> answer" in call("tasks").stdout.splitlines()
+    for words, sentence in (
+        (("run", "vqaa"), 'Did you mean "vqa"?'), (("run", "vqa", "photo=a.jpg"), "question is missing"),
+        (("run", "vqa", "photo"), "no slot"), (("run", "caption", "photo=b.jpg"), "b.jpg"),
+        (("--package", tmp_path, "tasks"), "it has no edge.json"),
+    ):  # fmt: skip
+        wrong = call(*words)
+        assert wrong.returncode == 2 and sentence in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_nothing_of_the_machine_is_in_it(package: Path) -> None:
+    for name in ("model.onnx", "picture.onnx", "edge.json"):
+        assert str(Path(torch.__file__).parents[1]).encode() not in (package / name).read_bytes()
+        assert b"openm6/edge" not in (package / name).read_bytes()
+
+
+def test_what_cannot_be_is_told(model: Path, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = CliRunner().invoke(commands(), ["models", "export", str(model), str(package)])
+    assert isinstance(result.exception, UsageError)  # it is there already
+    with pytest.raises(UsageError, match="bits is 3"):
+        export(model, tmp_path / "never", 3)
+    sparse = Bundle(M6(tiny_config(vocab_size=700, **EXPERTS)), drawing_bundle().processor, [get("caption")])
+    sparse.save(tmp_path / "sparse")
+    with pytest.raises(UsageError, match="has experts"):
+        export(tmp_path / "sparse", tmp_path / "never")
+    drawing_bundle().save(tmp_path / "draws")
+    with pytest.raises(UsageError, match="No task"):
+        export(tmp_path / "draws", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in package.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 2000 if file.name == "model.onnx" else None])
+    with pytest.raises(OpenM6Error, match="damaged"):
+        EdgeModel(broken)
+    (broken / "edge.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        main(["--package", str(broken), "tasks"])
+    assert end.value.code == 2 and "damaged" in capsys.readouterr().err
