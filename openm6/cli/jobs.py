@@ -29,6 +29,7 @@ def submit(
 
     job = Jobs().submit(context.args, name, engine=engine, gpus=gpus)
     typer.echo(job.id)
+    typer.echo("It waits for `openm6 jobs work`, or for a server here.", err=True)
 
 
 @jobs.command("list")
