@@ -288,8 +288,7 @@ class Bundle:
 
     def read(self, task: Task, generated: Generated) -> Any:
         """The value of a task's one output, or the dict of its outputs."""
-        answer = task.read(generated.ids, self.processor)
-        return next(iter(answer.values())) if len(answer) == 1 else answer
+        return task.value(generated.ids, self.processor)
 
     def precision(self) -> AbstractContextManager[Any]:
         """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing. Everything

@@ -11,7 +11,6 @@ Nothing in it is unpickled and no code in it is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import base_of, lay_beside, merge_adapter
 from openm6.model.changed import Active
 from openm6.model.files import check_model, load_model, meta_model
 from openm6.model.precision import fast_dtype
+from openm6.tasks.card import read_card, write_card
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -81,25 +81,7 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
         processor.tokenizer.save(path)
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
-    content: dict[str, Any] = {"max_length": processor.max_length, "tasks": [task.to_dict() for task in tasks]}
-    if processor.prompt:
-        content["prompt"] = processor.prompt
-    (path / "openm6.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
-
-
-def read_card(path: Path) -> tuple[list[Task], int, int]:
-    """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
-    card = path / "openm6.json"
-    if not card.is_file():
-        raise UsageError(
-            f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."
-        )
-    try:
-        content = json.loads(card.read_text("utf-8"))
-        tasks = [Task.from_dict(d) for d in content["tasks"]]
-        return tasks, int(content["max_length"]), int(content.get("prompt", 0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None
+    write_card(path, processor, tasks)
 
 
 def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | None:

@@ -77,3 +77,11 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def allowed_after(prompt: Sequence, prefix: list[int], end_id: int) -> Items[int] | None:
+    """What its constraint lets follow; None: anything. The end where nothing may."""
+    if prompt.constraint is None:
+        return None
+    found = prompt.constraint.next(prefix)
+    return found if len(found) or isinstance(found, Banned) else (end_id,)

@@ -7,10 +7,10 @@ from collections.abc import Sequence as Items
 import torch
 
 from openm6.batches import pad
-from openm6.decode.generate import Decoding, Generated, allowed_after, check_room, constrain
+from openm6.decode.generate import Decoding, Generated, check_room, constrain
 from openm6.decode.steps import Steps, whole
 from openm6.model import M6
-from openm6.sequence import Sequence
+from openm6.sequence import Sequence, allowed_after
 
 
 @torch.inference_mode()

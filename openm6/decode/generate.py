@@ -16,7 +16,7 @@ from torch import Tensor
 from openm6.batches import by_length, pad
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
-from openm6.sequence import Banned, Sequence
+from openm6.sequence import Banned, Sequence, allowed_after
 
 T = TypeVar("T")
 
@@ -181,14 +181,6 @@ def check_room(model: M6, prompt: int, new: int) -> None:
             f"A prompt of {prompt} positions and {new} new tokens are more than the model's {limit} positions: "
             "shorten the input or lower max_new_tokens."
         )
-
-
-def allowed_after(prompt: Sequence, prefix: list[int], end_id: int) -> Items[int] | None:
-    """What its constraint lets follow; None: anything. The end where nothing may."""
-    if prompt.constraint is None:
-        return None
-    found = prompt.constraint.next(prefix)
-    return found if len(found) or isinstance(found, Banned) else (end_id,)
 
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:

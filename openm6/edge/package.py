@@ -27,6 +27,7 @@ from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
 from openm6.edge.runner import KIND
 from openm6.errors import UsageError
+from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
 
 OPSET = 20
@@ -69,8 +70,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     def write(folder: Path) -> None:
         _write_graphs(bundle, folder, bits)
         bundle.processor.tokenizer.save(folder)
-        card = {"max_length": bundle.processor.max_length, "tasks": [task.to_dict() for task in tasks]}
-        (folder / "openm6.json").write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        write_card(folder, bundle.processor, tasks)
         (folder / "edge.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")

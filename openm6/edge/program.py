@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
+from openm6.json_lines import dumps
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -38,7 +38,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _done(given: argparse.Namespace, started: float) -> str:
     from openm6.edge.runner import EdgeModel
-    from openm6.errors import UsageError
 
     model = EdgeModel(given.package, given.threads)
     if given.command == "tasks":
@@ -46,7 +45,7 @@ def _done(given: argparse.Namespace, started: float) -> str:
         return "\n".join(lines)
     if given.command == "about":
         size = sum(file.stat().st_size for file in model.path.iterdir() if file.is_file())
-        return _json({**model.about, "bytes": size, "start_seconds": round(time.perf_counter() - started, 3)})
+        return dumps({**model.about, "bytes": size, "start_seconds": round(time.perf_counter() - started, 3)})
     record: dict[str, Any] = {}
     for word in given.slots:
         name, equals, value = word.partition("=")
@@ -56,8 +55,8 @@ def _done(given: argparse.Namespace, started: float) -> str:
     ready = time.perf_counter()
     answer = model.answer(given.task, record)
     if not given.json:
-        return answer.value if isinstance(answer.value, str) else _json(_plain(answer.value))
-    return _json({
+        return answer.value if isinstance(answer.value, str) else dumps(_plain(answer.value))
+    return dumps({
         "value": _plain(answer.value), "confidence": round(answer.confidence, 4), "finished": answer.finished,
         "start_ms": round(1000 * (ready - started), 1), "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
     })  # fmt: skip
@@ -65,7 +64,3 @@ def _done(given: argparse.Namespace, started: float) -> str:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

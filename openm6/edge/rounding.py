@@ -47,7 +47,6 @@ class _Rounding:
         self.graph = graph
         self.weights = {one.name: one for one in graph.initializer}
         self.nodes: list[Any] = []
-        self.done: set[str] = set()
         self.inputs: dict[str, tuple[str, str, str]] = {}
 
     def run(self) -> None:
@@ -78,8 +77,7 @@ class _Rounding:
         from onnx import numpy_helper
 
         numbers, scale = f"{name}.int8", f"{name}.scale"
-        if name not in self.done:
-            self.done.add(name)
+        if numbers not in self.weights:
             weight = torch.from_numpy(numpy_helper.to_array(self.weights[name]).copy())
             found, scales = lowbit.round8(weight.movedim(axis, 0).contiguous())
             whole = found.movedim(0, axis).contiguous().numpy()

@@ -12,7 +12,8 @@ import numpy as np
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.images import ImageGrid
-from openm6.sequence import Banned, Sequence
+from openm6.sequence import Banned, Sequence, allowed_after
+from openm6.tasks.card import read_card
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
@@ -41,15 +42,14 @@ class EdgeModel:
         self.path = Path(path)
         try:
             self.about = json.loads((self.path / "edge.json").read_text("utf-8"))
-            card = json.loads((self.path / "openm6.json").read_text("utf-8"))
             if self.about["kind"] != KIND:
                 raise KeyError(KIND)
-            self.tasks = {task.name: task for task in map(Task.from_dict, card["tasks"])}
-        except FileNotFoundError as error:
-            name = Path(error.filename or "").name
-            raise UsageError(f"{path} is no package: it has no {name}. `openm6 models export` makes one.") from None
+        except FileNotFoundError:
+            raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.") from None
         except (ValueError, KeyError, TypeError):
-            raise OpenM6Error(f"{path} is damaged: edge.json or openm6.json cannot be read.") from None
+            raise OpenM6Error(f"{path} is damaged: edge.json cannot be read.") from None
+        tasks, longest, _ = read_card(self.path)
+        self.tasks = {task.name: task for task in tasks}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -64,7 +64,7 @@ class EdgeModel:
         except Exception as error:
             raise OpenM6Error(f"{path} is damaged: {str(error).splitlines()[0][:200]}") from None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
-        self.processor = Processor(Tokenizer.load(self.path), grid, card["max_length"])
+        self.processor = Processor(Tokenizer.load(self.path), grid, longest)
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -97,9 +97,9 @@ class EdgeModel:
             finished = token == self.processor.tokenizer.end_id
             if not finished:
                 ids.append(token)
-        found = chosen.read(ids, self.processor)
-        value = next(iter(found.values())) if len(found) == 1 else found
-        return Answer(value, float(np.exp(np.log(np.maximum(chances, 1e-12)).mean())), finished)
+        return Answer(
+            chosen.value(ids, self.processor), float(np.exp(np.log(np.maximum(chances, 1e-12)).mean())), finished
+        )
 
     def run_many(self, task: str, records: Iterable[Record]) -> Iterator[Any]:
         for record in records:
@@ -116,7 +116,7 @@ class EdgeModel:
         cache[:length] = present
         ids: list[int] = []
         for place in range(length, length + most):
-            token, chance = _likeliest(logits, self._allowed(prompt, ids))
+            token, chance = _likeliest(logits, allowed_after(prompt, ids, end))
             yield token, chance
             if token == end:
                 return
@@ -126,12 +126,6 @@ class EdgeModel:
             feed = self._feed(np.array([token]), np.array([place]), np.zeros((1, place + 1), np.float32), cache[:place])
             logits, _, present, *_ = self._network.run(None, feed)
             cache[place] = present[0]
-
-    def _allowed(self, prompt: Sequence, ids: list[int]) -> Items[int] | None:
-        if prompt.constraint is None:
-            return None
-        found = prompt.constraint.next(ids)
-        return found if len(found) or isinstance(found, Banned) else (self.processor.tokenizer.end_id,)
 
     def _read(self, prompt: Sequence) -> list[np.ndarray]:
         """What the network says of a prompt."""

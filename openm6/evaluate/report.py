@@ -16,6 +16,7 @@ from PIL import Image
 
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.images import open_image
+from openm6.json_lines import lines_of
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", sans-serif; max-width: 1000px; margin: 2em auto;
@@ -147,7 +148,7 @@ def draw_curves(metrics: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in lines_of(metrics.read_text("utf-8"))]
     lines = [line for line in lines if "loss" in line]
     if not lines:
         return

@@ -35,7 +35,12 @@ def bits_of(name: str, shape: tuple[int, ...], bits: int) -> int | None:
     inside = bool(_PRODUCT.search(name) or _EXPERTS.search(name))
     if not (inside or name.endswith(".weight")):
         return None
-    return 4 if bits == 4 and inside and shape[-1] % GROUP == 0 and shape[-2] % 16 == 0 else 8
+    return 4 if bits == 4 and inside and fits4(shape) else 8
+
+
+def fits4(shape: tuple[int, ...]) -> bool:
+    """Whether there is a kernel of 4 bits for [..., N, K]."""
+    return shape[-1] % GROUP == 0 and shape[-2] % 16 == 0
 
 
 def round8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ Packed = PackedLinear | PackedInt8 | PackedInt4
 
 def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed:
     """A product by the kernel for `dtype`: bf16, fp32, int8 or, where the shape allows it, int4 (lowbit.py)."""
-    if dtype == lowbit.INT4 and weight.shape[1] % lowbit.GROUP == 0 and weight.shape[0] % 16 == 0:
+    if dtype == lowbit.INT4 and lowbit.fits4(weight.shape):
         return PackedInt4(weight, bias)
     if dtype in (lowbit.INT8, lowbit.INT4):
         return PackedInt8(weight, bias)

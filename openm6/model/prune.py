@@ -58,7 +58,7 @@ def prune(
     model = _fewer_layers(model, batches, layers or config.num_hidden_layers)
     if key_value_heads or width or experts:
         model = _narrower(model, _effects(model, batches), key_value_heads, width, experts)
-    return model.eval()
+    return model
 
 
 def _groups(config: ModelConfig) -> int:
@@ -130,11 +130,10 @@ def _effects(model: M6, batches: Items[Batch]) -> list[dict[str, Tensor]]:
             hooks = [block.attention.out.register_forward_pre_hook(_behind(heads))]
             forward = block.feed_forward
             if isinstance(forward, MixtureOfExperts):
-                gates[-1]["experts"] = gate = torch.ones_like(heads.new_empty(forward.number), requires_grad=True)
+                gates[-1]["experts"] = gate = heads.new_ones(forward.number, requires_grad=True)
                 hooks.append(forward.router.register_forward_hook(_chosen(gate)))
             else:
-                width = forward.down.in_features
-                gates[-1]["units"] = gate = torch.ones_like(heads.new_empty(width), requires_grad=True)
+                gates[-1]["units"] = gate = heads.new_ones(forward.down.in_features, requires_grad=True)
                 hooks.append(forward.down.register_forward_pre_hook(_behind(gate)))
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -203,9 +202,8 @@ def _narrower(
             for name in ("router.weight", "router.bias", "experts.up", "experts.down"):
                 cut(f"{inner}.{name}", some)
     changes = {
-        "num_key_value_heads": heads, "num_attention_heads": heads * queries, "head_dim": size,
-        "num_experts": experts or old.num_experts, "expert_intermediate_size": old.expert_intermediate_size,
-        "intermediate_size": width or old.intermediate_size,
+        "num_key_value_heads": heads, "num_attention_heads": heads * queries,
+        "num_experts": experts or old.num_experts, "intermediate_size": width or old.intermediate_size,
     }  # fmt: skip
     return _filled(ModelConfig(**{**old.to_dict(), **changes}), weights)
 
@@ -218,4 +216,4 @@ def _spread(numbers: Tensor, size: int) -> Tensor:
 def _filled(config: ModelConfig, weights: dict[str, Tensor]) -> M6:
     made = M6(config)
     made.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
-    return made
+    return made.eval()

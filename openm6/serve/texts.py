@@ -12,10 +12,11 @@ from torch import Tensor
 from openm6.batches import by_length, pad
 from openm6.bundle import Bundle
 from openm6.decode import Generated
-from openm6.decode.generate import allowed_after, chance, choose, constrain
+from openm6.decode.generate import chance, choose, constrain
 from openm6.decode.pieces import Pieces
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
+from openm6.sequence import allowed_after
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
 from openm6.serve.work import Request, Told

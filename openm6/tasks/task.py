@@ -203,6 +203,11 @@ class Task:
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
         return {slot.name: TYPES[slot.type].read(found, processor) for slot, found in parts}
 
+    def value(self, ids: Items[int], processor: Processor) -> Any:
+        """The value of the one output, or the dict of several, from the ids that the model wrote."""
+        found = self.read(ids, processor)
+        return next(iter(found.values())) if len(found) == 1 else found
+
     def allowed(self, processor: Processor, record: Record) -> Constraint | None:
         """What may be written, when all outputs are labels of known sets, or the one output is a box or a verse; else
         None. Raises DataError for a form that is none."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.json_lines import lines_of
 from openm6.model import M6
 from openm6.model.codec import Codec
 from openm6.model.experts import Load, MixtureOfExperts
@@ -89,7 +90,7 @@ def draw_loads(log: Path, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in lines_of(log.read_text("utf-8"))]
     steps = [line["step"] for line in lines]
     last = torch.tensor(lines[-1]["load"], dtype=torch.float64)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openm6.directory import read_card
 from openm6.errors import UsageError, suggest
 from openm6.model.adapters import METHODS
+from openm6.tasks.card import read_card
 
 FULL = "full"
 

@@ -142,6 +142,19 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, model: Path, p
     assert few.run("text_classification", text="很好") in ("好", "不好", "还行")
 
 
+def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """An output apart from the embedding, learned positions, biases; pictures by patches."""
+    torch.manual_seed(2)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, norm="layer", activation="gelu", positions="learned",
+                         tie_word_embeddings=False)  # fmt: skip
+    other = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("item_vector"), get("caption")])
+    other.save(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "package", 8)
+    edge = EdgeModel(tmp_path / "package")
+    assert edge.run("item_vector", **ASKED["item_vector"]) @ other.run("item_vector", **ASKED["item_vector"]) > 0.99
+    assert isinstance(edge.run("caption", max_new_tokens=3, **ASKED["caption"]), str)
+
+
 def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(ASKED["caption"]["photo"])
     (tmp_path / "start.py").write_text(
