@@ -17,6 +17,9 @@ Eight views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
     relations   of the questions, those about the relation of two items
     texts       text alone: text, kind (caption, title, slogan, sentence)
 
+With `without=8` all pictures and texts are left out that show or name the eighth category: a model trained on the rest
+has never heard of it.
+
 Splits: train; validation (new pictures of combinations that were trained); test (held-out combinations).
 """
 
@@ -32,7 +35,7 @@ import numpy as np
 from openm6.data import phrases
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed, draw_picture
 from openm6.data.phrases import OPPOSITE, attributes_in, same_attributes
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, iterate, shown, write_records
 from openm6.errors import UsageError, suggest
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
@@ -205,16 +208,54 @@ def _text_rows(split: str, rows: list[Record]) -> Iterator[Record]:
                 seen.add(text)
 
 
+class _Some:
+    """Of records those at the given places."""
+
+    def __init__(self, records: Records, places: list[int]):
+        self._records, self._places = records, places
+        self.columns = records.columns
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._places[index]]
+
+
+def _without(views: Mapping[str, Records], view: str, category: str) -> Records:
+    """The records of a view that neither show nor name a category."""
+
+    def shows(record: Record) -> bool:
+        return any(row["品类"] == category for row in record["attributes"])
+
+    if view == "texts":
+        return _Some(views[view], [i for i, r in enumerate(iterate(views[view])) if category not in r["text"]])
+    left_out = {number for number, record in enumerate(iterate(views["catalogue"])) if shows(record)}
+    numbers = (int(r["_where"].partition("#")[2].partition(".")[0]) for r in iterate(views[view]))
+    return _Some(views[view], [i for i, number in enumerate(numbers) if number not in left_out])
+
+
 def open_catalogue(
-    view: str = "catalogue", split: str = "train", seed: int = 0, pictures: int | None = None
+    view: str = "catalogue",
+    split: str = "train",
+    seed: int = 0,
+    pictures: int | None = None,
+    without: int | None = None,
 ) -> Records:
-    """The records of one view (see above) of one split. Raises UsageError for an unknown view or split."""
+    """The records of one view (see above) of one split. Raises UsageError for an unknown view, split or category."""
     if view not in VIEWS:
         raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
     check_split("The demo data has", split, SPLITS)
     if view in ("studio", "matches"):
         from openm6.data.studio import Matches, open_studio
 
+        if without:
+            raise UsageError(f"without is not for {view}.")
         studio = open_studio(split, seed, pictures)
         return studio if view == "studio" else Matches(studio, split, seed)
-    return build(split, seed, pictures)[view]
+    views = build(split, seed, pictures)
+    if not without:
+        return views[view]
+    if without > len(CATEGORIES):
+        raise UsageError(f"without is {without}; there are {len(CATEGORIES)} categories, counted from 1.")
+    return _without(views, view, CATEGORIES[without - 1])

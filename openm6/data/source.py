@@ -89,7 +89,7 @@ def open_source(
 
 
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "demo": ("catalogue", "open_catalogue", ("seed", "pictures")),
+    "demo": ("catalogue", "open_catalogue", ("seed", "pictures", "without")),
     "digits": ("digits", "open_digits", ()),
     "edits": ("edits", "open_edits", ("seed", "pictures")),
     "logos": ("logos", "open_logos", ("seed", "pictures", "side")),
