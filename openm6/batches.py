@@ -33,8 +33,8 @@ which takes as long as reading a short prompt."""
 
 @dataclass(slots=True)
 class Images:
-    """Pictures of one size in a batch: pixels uint8 [N, H, W, 3], and the places of their patches in the
-    flattened batch, int64 [N * patches] (picture by picture, row by row)."""
+    """Pictures of one size in a batch: pixels uint8 [N, H, W, 3] or patches' features fp32 [N, rows, columns, D], and
+    the places of their patches in the flattened batch, int64 [N * patches] (picture by picture, row by row)."""
 
     pixels: Tensor
     places: Tensor
@@ -207,10 +207,10 @@ def _group_images(
     sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], row_length: int
 ) -> Iterable[Images]:
     """Pictures of one size together, each with the flat places of its patches."""
-    groups: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    groups: dict[tuple[Any, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for sequence, (row, columns) in zip(sequences, places, strict=True):
         for picture in sequence.pictures:
-            pixels, where = groups.setdefault(picture.pixels.shape, ([], []))
+            pixels, where = groups.setdefault((picture.pixels.dtype, picture.pixels.shape), ([], []))
             pixels.append(picture.pixels)
             where.append(row * row_length + columns[picture.start : picture.start + picture.patches])
     for pixels, where in groups.values():

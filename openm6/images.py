@@ -6,10 +6,13 @@ A picture is refused by its header, before its pixels are decoded, when it is la
 
 from __future__ import annotations
 
+import base64
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
@@ -138,3 +141,45 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a model sees of a picture, in the place of the picture: features of its patches, row by row, fp16.
+
+    `eyes` says by which weights they were made (model/files.py): only a model with the same ones can read them.
+    """
+
+    data: bytes
+    rows: int
+    columns: int
+    eyes: str
+
+    @classmethod
+    def of(cls, value: Any) -> Features | None:
+        """Out of a mapping, as requests and records have them, `features` as bytes or base64; None: it is none.
+
+        Raises DataError for one that does not fit.
+        """
+        if isinstance(value, Features) or not isinstance(value, Mapping) or "features" not in value:
+            return value if isinstance(value, Features) else None
+        data, rows, columns = value["features"], value.get("rows"), value.get("columns")
+        try:
+            data = base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
+        except (ValueError, TypeError):
+            raise DataError("has features that are no base64.") from None
+        if not (isinstance(rows, int) and isinstance(columns, int) and 0 < rows < 2**12 and 0 < columns < 2**12):
+            raise DataError("has features without their rows and columns, whole numbers.")
+        if not data or len(data) % (2 * rows * columns):
+            raise DataError("has features that do not fit their rows and columns: fp16, patch by patch.")
+        found = cls(data, rows, columns, str(value.get("eyes", "")))
+        if not np.isfinite(found.array()).all():
+            raise DataError("has features that are no numbers.")
+        return found
+
+    def mapping(self) -> dict[str, Any]:
+        return {"features": self.data, "rows": self.rows, "columns": self.columns, "eyes": self.eyes}
+
+    def array(self) -> np.ndarray:
+        """fp32 [rows, columns, D]."""
+        return np.frombuffer(self.data, np.float16).reshape(self.rows, self.columns, -1).astype(np.float32)

@@ -22,7 +22,7 @@ CAUSAL = -1
 @dataclass(slots=True)
 class Picture:
     """A picture inside a Sequence: pixels uint8 [H, W, 3], whose `patches` patches (row by row) fill the
-    positions `start` to `start + patches - 1`."""
+    positions `start` to `start + patches - 1`; or their features, fp32 [rows, columns, D], in the place of pixels."""
 
     pixels: np.ndarray
     start: int

@@ -50,6 +50,8 @@ def commands() -> typer.Typer:
     """The program with all its commands, which their modules add to it."""
     from openm6.cli import (  # noqa: F401
         bench,
+        cascade,
+        compress,
         copy,
         data,
         demo,

@@ -34,6 +34,16 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
     table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
 
 
+def share(text: str, option: str) -> float:
+    """`0.5%`, or `0.005`."""
+    from openm6.errors import UsageError
+
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}: give a share such as 0.5% or 0.005.") from None
+
+
 def pairs(values: list[str]) -> dict[str, str]:
     """`["a=b"]` to `{"a": "b"}`."""
     from openm6.errors import UsageError

@@ -61,7 +61,7 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
 def finetune(
     model: Annotated[Path, typer.Argument(help="The model directory to start from.")],
     task: Annotated[str, typer.Option(help="A task by name, YAML path or instruction.")],
-    data: Annotated[list[str], typer.Option(help="Data to learn from; can be given several times.")],
+    data: Annotated[list[str] | None, typer.Option(help="Data to learn from; can be given several times.")] = None,
     method: Annotated[
         str, typer.Option(help="full, or an adapter: lora, ia3, bottleneck, prompt, prefix, head.")
     ] = "full",
@@ -74,6 +74,9 @@ def finetune(
     noise: Annotated[float, typer.Option(min=0, max=0.9, help="Share of given texts' characters to spoil.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.9, help="Of the targets.")] = 0.0,
     teacher: Annotated[Path | None, typer.Option(help="A larger model to learn from beside the labels.")] = None,
+    unlabelled: Annotated[
+        list[str] | None, typer.Option(help="Data without answers, which the teacher gives; several times.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
     overrides: Annotated[
@@ -87,9 +90,9 @@ def finetune(
     from openm6.train.recipe import load_recipe, write_recipe
 
     values = finetune_recipe(
-        model, task, data, method, output=output, validation=validation, steps=steps, batch_size=batch_size,
+        model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
         columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
-        seed=seed,
+        unlabelled=unlabelled or [], seed=seed,
     )  # fmt: skip
     recipe = load_recipe(write_recipe(values), overrides or [])
     run_recipe(recipe, str(Path(values["output"]) / "finetune.yaml"), overrides or [], processes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -68,6 +68,8 @@ def open_source(
     Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
     """
     name = str(spec)
+    if added := ADDED.get(name.partition(":")[0]):
+        return Source(name, added(name), limit=limit)
     if kind := _kind(name):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
@@ -101,6 +103,9 @@ _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "writing": ("writing", "open_writing", ("seed", "records")),
 }
 """What is made on the spot: module of this package, function, options. Those in `_WITH_VIEWS` have parts."""
+
+ADDED: dict[str, Callable[[str], Records]] = {}
+"""By the word before the colon: what floors above this one open (`kept:...`, train/cascade.py)."""
 
 _WITH_VIEWS = ("demo", "market", "shop")
 

@@ -27,6 +27,8 @@ from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
 from openm6.edge.runner import KIND
 from openm6.errors import UsageError
+from openm6.model import M6
+from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
 
@@ -42,7 +44,19 @@ PARTS = (
     "tasks",
 )
 """Of this package, what the program needs besides `edge`."""
-NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow")
+PROGRAM = (
+    "__init__.py",
+    "runner.py",
+    "program.py",
+    "sureness.py",
+    "kept.py",
+    "box.py",
+    "cloud.py",
+    "cascade.py",
+    "service.py",
+)
+"""Of `edge`, what needs no PyTorch."""
+NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow", "starlette", "uvicorn")
 
 
 def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
@@ -65,7 +79,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     tasks = [task for task in bundle.tasks.values() if able(task)]
     if not tasks:
         raise UsageError(f"No task of {path} can be done by a package: {', '.join(bundle.tasks) or 'it has none'}.")
-    told = _told(bundle, bits)
+    told = _told(bundle, path, bits)
 
     def write(folder: Path) -> None:
         _write_graphs(bundle, folder, bits)
@@ -84,7 +98,35 @@ def able(task: Task) -> bool:
     return not task.draws and not task.sketch
 
 
-def _told(bundle: Bundle, bits: int | None) -> dict[str, Any]:
+def export_eyes(path: Path, output: Path) -> dict[str, Any]:
+    """Write how a model reads pictures, and no more: what a box sends features by. Raises UsageError for a model that
+    reads none."""
+    require_new(output)
+    model = load_model(path)
+    if model.image is None:
+        raise UsageError(f"{path} reads no pictures.")
+    config = model.config
+    told = {
+        "eyes": eyes_of(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
+        "width": config.hidden_size,
+    }  # fmt: skip
+
+    def write(folder: Path) -> None:
+        _write_eyes(model, folder)
+        (folder / "eyes.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+    write_whole(output, write)
+    return told
+
+
+def _write_eyes(model: M6, folder: Path) -> None:
+    side = 2 * model.config.image_stride
+    pixels = torch.zeros(side, 2 * side, 3, dtype=torch.uint8)
+    auto = torch.export.Dim.AUTO
+    _export(Eyes(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
+
+
+def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
     config = bundle.model.config
     return {
         "kind": KIND, "version": openm6.__version__, "bits": bits,
@@ -92,7 +134,7 @@ def _told(bundle: Bundle, bits: int | None) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
-        "pictures": config.image_embedder != "none", "heads": list(config.heads or {}),
+        "pictures": config.image_embedder != "none", "eyes": eyes_of(path), "heads": list(config.heads or {}),
     }  # fmt: skip
 
 
@@ -105,9 +147,7 @@ def _write_graphs(bundle: Bundle, folder: Path, bits: int | None) -> None:
     if bits:
         round_graph(folder / "model.onnx", bits)
     if model.image is not None:
-        side = 2 * model.config.image_stride
-        pixels = torch.zeros(side, 2 * side, 3, dtype=torch.uint8)
-        _export(Eyes(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
+        _write_eyes(model, folder)
         if bits:
             round_graph(folder / "picture.onnx", 8)
 
@@ -156,6 +196,6 @@ def write_program(file: Path) -> None:
                 copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__"))
             else:
                 (inside / name).write_bytes((source / name).read_bytes())
-        for name in ("__init__.py", "runner.py", "program.py"):
+        for name in PROGRAM:
             (inside / "edge" / name).write_bytes((source / "edge" / name).read_bytes())
         zipapp.create_archive(place, file, "/usr/bin/env python3", "openm6.edge.program:main", compressed=True)

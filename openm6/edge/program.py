@@ -1,16 +1,22 @@
-"""The program of a package: `python openm6-edge run vqa photo=a.jpg question=...`"""
+"""The program of a package, and of a box: `python openm6-edge run vqa photo=a.jpg question=...`
+
+In a package's folder the model there answers; in a box's the cascade does.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps
+
+if TYPE_CHECKING:
+    from openm6.tasks.task import Task
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -18,7 +24,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="openm6-edge", description="Ask a model without PyTorch.")
     here = Path(sys.argv[0]).resolve().parent
     parser.add_argument(
-        "--package", type=Path, default=here, help="folder of the package; by default the program's own"
+        "--package", type=Path, default=here, help="folder of the package or box; by default the program's own"
     )
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     parser.add_argument("--json", action="store_true", help="value, confidence, milliseconds")
@@ -28,38 +34,96 @@ def main(words: Sequence[str] | None = None) -> None:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
+    serving = commands.add_parser("serve", help="a box over HTTP")
+    serving.add_argument("--host", default="127.0.0.1")
+    serving.add_argument("--port", type=int, default=8100)
+    serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
+    commands.add_parser("status", help="of a box: what it keeps, and how it stands with the cloud's settings")
+    commands.add_parser("new-key", help="for a box that encrypts what it keeps")
     given = parser.parse_args(words)
     try:
-        print(_done(given, started))
+        if (told := _done(given, started)) is not None:
+            print(told)
     except (OpenM6Error, ImportError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, OpenM6Error) else 1)
 
 
-def _done(given: argparse.Namespace, started: float) -> str:
+def _done(given: argparse.Namespace, started: float) -> str | None:
+    from openm6.edge.box import FILE
+
+    if given.command == "new-key":
+        from openm6.edge.kept import new_key
+
+        return new_key()
+    if (given.package / FILE).is_file() or given.command in ("serve", "status"):
+        return _of_a_box(given, started)
     from openm6.edge.runner import EdgeModel
 
     model = EdgeModel(given.package, given.threads)
     if given.command == "tasks":
-        lines = [f"{name}: {', '.join(task.inputs)} -> {', '.join(task.outputs)}" for name, task in model.tasks.items()]
-        return "\n".join(lines)
+        return "\n".join(_lines(model.tasks))
     if given.command == "about":
-        size = sum(file.stat().st_size for file in model.path.iterdir() if file.is_file())
-        return dumps({**model.about, "bytes": size, "start_seconds": round(time.perf_counter() - started, 3)})
-    record: dict[str, Any] = {}
-    for word in given.slots:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f'"{word}" is no slot: write slot=value.')
-        record[name] = value
+        return dumps({**model.about, **_size(model.path, started)})
     ready = time.perf_counter()
-    answer = model.answer(given.task, record)
+    answer = model.answer(given.task, _record(given.slots))
     if not given.json:
         return answer.value if isinstance(answer.value, str) else dumps(_plain(answer.value))
     return dumps({
         "value": _plain(answer.value), "confidence": round(answer.confidence, 4), "finished": answer.finished,
         "start_ms": round(1000 * (ready - started), 1), "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
     })  # fmt: skip
+
+
+def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
+    from openm6.edge.cascade import Cascade
+
+    if given.command == "serve":
+        from openm6.edge.service import key_of, serve
+
+        key = key_of(given.key_env)
+        serve(Cascade(given.package, given.threads), given.host, given.port, key)
+        return None
+    cascade = Cascade(given.package, given.threads)
+    try:
+        if given.command == "tasks":
+            return "\n".join(_lines(cascade.model.tasks))
+        if given.command == "about":
+            return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
+        if given.command == "status":
+            kept = {task: count for task, (count, _) in cascade.kept.tasks().items()}
+            told = {"versions": cascade.box.versions, "answers": cascade.box.version, "kept": kept}
+            return dumps({**told, "kept_bytes": cascade.kept.size()})
+        ready = time.perf_counter()
+        reply = cascade.answer(given.task, _record(given.slots))
+        if not given.json:
+            return reply.value if isinstance(reply.value, str) else dumps(_plain(reply.value))
+        return dumps({
+            "value": _plain(reply.value), "by": reply.by, "probability": reply.probability, "reason": reply.reason,
+            "finished": reply.finished, "start_ms": round(1000 * (ready - started), 1),
+            "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
+        })  # fmt: skip
+    finally:
+        cascade.close()
+
+
+def _record(slots: Sequence[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for word in slots:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f'"{word}" is no slot: write slot=value.')
+        record[name] = value
+    return record
+
+
+def _lines(tasks: Mapping[str, Task]) -> list[str]:
+    return [f"{name}: {', '.join(task.inputs)} -> {', '.join(task.outputs)}" for name, task in tasks.items()]
+
+
+def _size(package: Path, started: float) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in package.iterdir() if file.is_file())
+    return {"bytes": size, "start_seconds": round(time.perf_counter() - started, 3)}
 
 
 def _plain(value: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import OpenM6Error, UsageError, suggest
-from openm6.images import ImageGrid
+from openm6.errors import DataError, OpenM6Error, UsageError, suggest
+from openm6.images import Features, ImageGrid
 from openm6.sequence import Banned, Sequence, allowed_after
 from openm6.tasks.card import read_card
 from openm6.tasks.processor import Processor
@@ -25,11 +25,56 @@ Record = Mapping[str, Any]
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A value, and how sure the model is of it: the mean probability that it gave to what it wrote (1 for a vector and
-    what a head says); `finished`: whether it came to an end by itself."""
+    what a head says); `finished`: whether it came to an end by itself; `state` [D]: the network's at the end of the
+    prompt of a text."""
 
     value: Any
     confidence: float
     finished: bool
+    state: np.ndarray | None = None
+
+
+class Eyes:
+    """How a model reads pictures: `picture.onnx`, and of whom, in edge.json or eyes.json."""
+
+    def __init__(self, path: Path, threads: int = 0):
+        file = path / "eyes.json"
+        try:
+            about = json.loads((file if file.is_file() else path / "edge.json").read_text("utf-8"))
+            self.grid = ImageGrid(about["stride"], about["max_patches"])
+            self.name, self.width = str(about["eyes"]), int(about["width"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OpenM6Error(f"{path} is damaged: it does not say how pictures are read.") from None
+        self._session = _session(path, "picture.onnx", threads)
+
+    def read(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3], or features of patches themselves [rows, columns, D], to features, fp32 [P, D]."""
+        if pixels.dtype == np.float32:
+            if pixels.shape[2] != self.width:
+                raise DataError(f"Features of a picture have {pixels.shape[2]} numbers a patch, not {self.width}.")
+            return pixels.reshape(-1, self.width)
+        found: np.ndarray = self._session.run(None, {"pixels": pixels})[0]
+        return found
+
+    def features(self, picture: Any) -> Features:
+        """In the place of a picture: path, bytes, PIL image, or features already, which stay."""
+        if (given := Features.of(picture)) is not None:
+            return given
+        pixels = self.grid.read(picture)
+        rows, columns = (side // self.grid.stride for side in pixels.shape[:2])
+        return Features(self.read(pixels).astype(np.float16).tobytes(), rows, columns, self.name)
+
+
+def _session(path: Path, name: str, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path / name, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise OpenM6Error(f"{path} is damaged: {str(error).splitlines()[0][:200]}") from None
 
 
 class EdgeModel:
@@ -37,8 +82,6 @@ class EdgeModel:
 
     def __init__(self, path: str | Path, threads: int = 0):
         """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package."""
-        import onnxruntime
-
         self.path = Path(path)
         try:
             self.about = json.loads((self.path / "edge.json").read_text("utf-8"))
@@ -50,21 +93,17 @@ class EdgeModel:
             raise OpenM6Error(f"{path} is damaged: edge.json cannot be read.") from None
         tasks, longest, _ = read_card(self.path)
         self.tasks = {task.name: task for task in tasks}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self._network = onnxruntime.InferenceSession(
-                self.path / "model.onnx", options, providers=["CPUExecutionProvider"]
-            )
-            self._eyes = (
-                onnxruntime.InferenceSession(self.path / "picture.onnx", options, providers=["CPUExecutionProvider"])
-                if self.about["pictures"] else None
-            )  # fmt: skip
-        except Exception as error:
-            raise OpenM6Error(f"{path} is damaged: {str(error).splitlines()[0][:200]}") from None
+        self._network = _session(self.path, "model.onnx", threads)
+        self._eyes = Eyes(self.path, threads) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
         self.processor = Processor(Tokenizer.load(self.path), grid, longest)
+
+    @property
+    def eyes(self) -> Eyes:
+        """Raises UsageError for a model without."""
+        if self._eyes is None:
+            raise UsageError("This package's model reads no pictures.")
+        return self._eyes
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -92,26 +131,30 @@ class EdgeModel:
             return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True)
         most = max_new_tokens or int(chosen.decode.get("max_new_tokens", 64))
         ids, chances, finished = [], [], False
-        for token, chance in self._steps(prompt, most):
+        first = self._begin(prompt, most)
+        for token, chance in self._steps(prompt, first, most):
             chances.append(chance)
             finished = token == self.processor.tokenizer.end_id
             if not finished:
                 ids.append(token)
-        return Answer(
-            chosen.value(ids, self.processor), float(np.exp(np.log(np.maximum(chances, 1e-12)).mean())), finished
-        )
+        confidence = float(np.exp(np.log(np.maximum(chances, 1e-12)).mean()))
+        return Answer(chosen.value(ids, self.processor), confidence, finished, first[1])
 
     def run_many(self, task: str, records: Iterable[Record]) -> Iterator[Any]:
         for record in records:
             yield self.answer(task, record).value
 
-    def _steps(self, prompt: Sequence, most: int) -> Iterator[tuple[int, float]]:
-        """The likeliest token after the other, and its probability, to the end at the latest."""
-        end, length = self.processor.tokenizer.end_id, len(prompt)
-        limit = self.about["positions"]
+    def _begin(self, prompt: Sequence, most: int) -> list[np.ndarray]:
+        limit, length = self.about["positions"], len(prompt)
         if limit is not None and length + most > limit:
             raise UsageError(f"A prompt of {length} positions and {most} new tokens; the model has {limit} positions.")
-        logits, _, present, *_ = self._read(prompt)
+        return self._read(prompt)
+
+    def _steps(self, prompt: Sequence, first: list[np.ndarray], most: int) -> Iterator[tuple[int, float]]:
+        """The likeliest token after the other, and its probability, to the end at the latest; `first`: what the network
+        says of the prompt."""
+        end, length = self.processor.tokenizer.end_id, len(prompt)
+        logits, _, present, *_ = first
         cache = np.empty((length + most, *present.shape[1:]), np.float32)
         cache[:length] = present
         ids: list[int] = []
@@ -135,8 +178,7 @@ class EdgeModel:
         mask = np.where(seen, np.float32(0), np.float32("-inf"))
         features, places = [], []
         for picture in prompt.pictures:
-            assert self._eyes is not None
-            features.append(self._eyes.run(None, {"pixels": picture.pixels})[0])
+            features.append(self.eyes.read(picture.pixels))
             places.append(np.arange(picture.start, picture.start + picture.patches))
         empty = np.zeros(
             (0, self.about["layers"], 2, self.about["key_value_heads"], self.about["head_dim"]), np.float32

@@ -104,17 +104,20 @@ def evaluate(
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
             on_progress(len(cases))
-    given, wanted = [c.answer for c in cases], [c.references for c in cases]
-    scores = {}
-    for metric in task.metrics:
-        if metric == "perplexity":
-            scores[metric] = perplexity(bundle, task, kept, batch_size)
-        elif metric in FAITHFUL:
-            scores[metric] = score_of(FAITHFUL[metric](given, wanted, [_cells(task, case.record) for case in cases]))
-        else:
-            scores[metric] = score(metric, given, wanted)
+    scores = {
+        metric: perplexity(bundle, task, kept, batch_size) if metric == "perplexity" else scored(task, metric, cases)
+        for metric in task.metrics
+    }
     inputs = {name: task.slots[name].type for name in task.inputs}
     return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
+
+
+def scored(task: Task, metric: str, cases: list[Case]) -> Score:
+    """A metric of a task, other than perplexity, by what was answered."""
+    given, wanted = [c.answer for c in cases], [c.references for c in cases]
+    if metric in FAITHFUL:
+        return score_of(FAITHFUL[metric](given, wanted, [_cells(task, case.record) for case in cases]))
+    return score(metric, given, wanted)
 
 
 def _cells(task: Task, record: Record) -> list[str]:

@@ -36,6 +36,7 @@ ATTEMPTS = 3
 """Times that a job is started again after its process died."""
 COMMANDS = (
     "train", "finetune", "eval", "images", "copy", "index", "recommend", "reproduce", "bench", "demo", "demo-images",
+    "cascade", "compress",
 )  # fmt: skip
 """What a job may be."""
 

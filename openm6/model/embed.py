@@ -136,9 +136,10 @@ def scatter_images(x_BTD: Tensor, images: list[Images], embedder: ImageEmbedder,
     """The token embeddings with the patch positions replaced by the patches' features."""
     flat = x_BTD.flatten(0, 1)
     for group in images:
-        features = embedder(group.pixels)
+        read = group.pixels.is_floating_point()  # elsewhere, by an embedder of the same weights
+        features = group.pixels.flatten(0, 2) if read else embedder(group.pixels)
         flat = flat.index_copy(0, group.places, features.to(flat.dtype))
-    if training and not images:
+    if training and all(group.pixels.is_floating_point() for group in images):
         # Every parameter takes part in every step: data-parallel reduction waits for all gradients.
         side = 2 * embedder.stride  # a norm needs more than one value
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -69,6 +70,18 @@ def _stored(path: Path) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
         yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def eyes_of(path: Path) -> str:
+    """A name for how a model directory reads pictures: alike for the same weights, and "" where it reads none."""
+    digest, found = hashlib.sha256(), False
+    with _stored(path) as where:
+        for name in sorted(where):
+            if name.startswith("image."):
+                found, tensor = True, where[name].get_tensor(name)
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16] if found else ""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ POST /v1/tasks/{task}            any task, by its own slots; pieces as server-se
 POST /v1/tasks/{task}/batch      a file of records, answers line by line
 POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
 POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
+POST /v1/edges/{name}            what boxes on the edge tell of themselves (edges.py)
      /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
 """
 
@@ -29,6 +30,7 @@ from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error
 from openm6.hub.catalogue import find_model
 from openm6.json_lines import dumps
+from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet, Place
 from openm6.serve.guard import Guard, add_errors, known, sse
 from openm6.serve.hub_api import add_hub
@@ -76,6 +78,7 @@ def create_app(
     _routes(app, server)
     add_routes(app, server)
     add_hub(app, server)
+    add_edges(app, server)
     return app
 
 
@@ -199,7 +202,7 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     return {
         "id": deployment.name, "object": "model", "created": 0, "owned_by": "openm6",
         "parameters": about["parameters"], "adapters": about["adapters"], "restarts": deployment.restarts,
-        "directory": deployment.place.model.name, "threads": about["threads"],
+        "directory": deployment.place.model.name, "threads": about["threads"], "eyes": about["eyes"],
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from openm6.errors import DataError
-from openm6.images import MAX_BYTES
+from openm6.images import MAX_BYTES, Features
 
 _DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
 QUICK = 2**18
@@ -52,6 +52,8 @@ class Pictures:
 
     def quick(self, value: Any) -> bool:
         """Whether `read` takes no time to speak of: a small picture, sent along."""
+        if isinstance(value, Mapping) and "features" in value:
+            value = value["features"]
         value = _given(value)
         return isinstance(value, bytes) or (isinstance(value, str) and len(value) <= QUICK and not _URL.match(value))
 
@@ -135,7 +137,8 @@ def record_of(inputs: Mapping[str, Any], slots: Mapping[str, str], pictures: Pic
             continue
         if kind == "image":
             try:
-                value = pictures.read(value)
+                features = Features.of(value)
+                value = pictures.read(value) if features is None else features.mapping()
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
         elif kind in ("text", "label") and not isinstance(value, (str, int, float)):

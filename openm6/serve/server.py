@@ -116,6 +116,9 @@ class Server:
         read = partial(record_of, slots=slots, pictures=self.pictures)
         every = [asked.inputs, *asked.examples]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
+        eyes = deployment.about["eyes"]
+        if any(isinstance(one, Mapping) and "features" in one and one.get("eyes") != eyes for one in pictures):
+            raise Refusal(409, f"{deployment.name} reads pictures otherwise than these features say.", "other_eyes")
         if not all(value is None or self.pictures.quick(value) for value in pictures):
             record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
         else:

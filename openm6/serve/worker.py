@@ -102,6 +102,8 @@ def described(bundle: Bundle) -> dict[str, Any]:
     and give, its adapters, its size."""
     import torch
 
+    from openm6.model.adapters import base_of
+    from openm6.model.files import eyes_of
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -121,6 +123,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
+        "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
         "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ from openm6.tasks.processor import Processor
 
 class Piece(NamedTuple):
     """A stretch of the source: `ids`, and the `pixels` [H, W, 3] whose patches are the ids between its first and
-    its last. A `cuttable` one may lose its end when the example is too long."""
+    its last (or these patches' features). A `cuttable` one may lose its end when the example is too long."""
 
     ids: Items[int]
     pixels: np.ndarray | None = None

@@ -7,17 +7,27 @@ sizes, layers and experts may differ.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from openm6.batches import Batch
 from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.data.columns import SlotView
+from openm6.data.source import Source
+from openm6.data.store import Record, Records, shown
+from openm6.errors import DataError, UsageError
+from openm6.json_lines import dumps, lines_of
 from openm6.model.loss import Teacher
 from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.train.distributed import Group
 from openm6.train.recipe import DistillSection
 
 
@@ -64,3 +74,87 @@ def relation_loss(student_BTD: Tensor, teacher_BTE: Tensor, segments_BT: Tensor)
     student_BTT, teacher_BTT = (h @ h.mT for h in alike)
     real_BTT = (segments_BT[:, :, None] == segments_BT[:, None]) & (segments_BT[:, :, None] > 0)
     return (student_BTT - teacher_BTT)[real_BTT].square().mean()
+
+
+AT_ONCE = 256
+"""Records that a teacher answers between two lines of its file."""
+
+
+class _Answered:
+    """Records with the teacher's answers, by the slots' names, in the place of any of their own."""
+
+    def __init__(self, records: Records, outputs: list[str], answers: list[Mapping[str, object]]):
+        self._records, self._answers = records, answers
+        self._blank = dict.fromkeys(outputs, "")
+        self.columns = tuple(dict.fromkeys((*records.columns, *outputs)))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        answer = self._answers[index] if index < len(self._answers) else self._blank
+        return {**self._records[index], **answer}
+
+
+def answered(
+    source: Source, task: Task, columns: Mapping[str, str], teacher: Path, output: Path, group: Group
+) -> Source:
+    """A source without answers, with those of a teacher. They are kept in `output`, where a run that was killed goes
+    on.
+
+    A record that the teacher cannot read gets none, and is left out in training as any that lacks something. Raises
+    UsageError for a task that is not answered in words.
+    """
+    if task.embeds or task.head or task.draws or task.sketch:
+        raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
+    outputs = list(task.outputs)
+    key = hashlib.sha256(dumps([source.name, task.name, dict(columns), str(teacher)]).encode()).hexdigest()[:12]
+    file = output / "answers" / f"{task.name}-{key}.jsonl"
+    if group.first:
+        _answer(source, task, columns, teacher, file, outputs)
+    group.wait()
+    lines = [json.loads(line) for line in lines_of(file.read_text("utf-8"))]
+    return Source(source.name, _Answered(source, outputs, lines))
+
+
+def _answer(
+    source: Source, task: Task, columns: Mapping[str, str], teacher: Path, file: Path, outputs: list[str]
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = lines_of(file.read_text("utf-8")) if file.is_file() else []
+    if len(whole) >= len(source):
+        return
+    bundle = Bundle.load(teacher)
+    blank = _Answered(source, outputs, [])
+    view = SlotView.of(task, blank, columns)
+    # What a kill left of the last part is written anew.
+    begun = len(whole) // AT_ONCE * AT_ONCE
+    file.write_text("".join(line + "\n" for line in whole[:begun]), "utf-8")
+    rest = range(begun, len(source))
+    part: list[int] = []
+    with file.open("a", encoding="utf-8") as stream:
+        for number in shown(rest, len(rest), f"{teacher} answers {source.name}"):
+            part.append(number)
+            if len(part) == AT_ONCE or number == rest[-1]:
+                stream.writelines(_answers(bundle, task, [view(blank[one]) for one in part]))
+                stream.flush()
+                part = []
+
+
+def _answers(bundle: Bundle, task: Task, records: list[Record]) -> Iterator[str]:
+    """A line of JSON for each record; without a value where the teacher cannot read it."""
+    prompts = [_readable(bundle, task, record) for record in records]
+    found = iter(bundle.run_many(task, [one for one in prompts if one is not None]))
+    for one in prompts:
+        value = None if one is None else next(found)
+        several = len(task.outputs) > 1 and value is not None
+        yield dumps(value if several else dict.fromkeys(task.outputs, value)) + "\n"
+
+
+def _readable(bundle: Bundle, task: Task, record: Record) -> Record | None:
+    inputs = {name: record[name] for name in task.inputs if record.get(name) is not None}
+    try:
+        bundle.prompt(task, inputs)
+    except DataError:
+        return None
+    return inputs

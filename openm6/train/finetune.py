@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ def finetune_recipe(
     noise: float = 0.0,
     label_smoothing: float = 0.0,
     teacher: Path | None = None,
+    unlabelled: Iterable[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """The values of a recipe that teaches `model` a task (by name or YAML path) from sources.
 
     With `validation`, a source, it stops when measures get no better and keeps the best weights; with a `teacher`, a
-    model directory, it learns from that one's answers beside the labels. Raises UsageError for
+    model directory, it learns from that one's answers beside the labels, and from its answers alone to sources that are
+    `unlabelled`. Raises UsageError for
     an unknown method, or where there is no model.
     """
     if method not in RATES:
@@ -50,6 +52,8 @@ def finetune_recipe(
     _, longest, _ = read_card(model)
     name = "instruction" if "->" in task else Path(task).stem
     sections = [{"source": source, "task": task, "columns": dict(columns or {}), "noise": noise} for source in data]
+    told = {"task": task, "columns": dict(columns or {}), "answers": "teacher"}
+    sections += [{"source": source, **told} for source in unlabelled]
     every = max(1, steps // MEASURES)
     values: dict[str, Any] = {
         "name": f"{name} {method}",

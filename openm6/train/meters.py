@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from openm6.environment import peak_resident
 from openm6.errors import UsageError
 from openm6.model import ModelConfig
 
@@ -42,12 +40,7 @@ def peak_memory() -> int:
         most = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return most
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with suppress(OSError, StopIteration):  # Linux
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        most = 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-        Path("/proc/self/clear_refs").write_text("5")
-    return most
+    return peak_resident()
 
 
 def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int) -> float:

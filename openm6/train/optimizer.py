@@ -26,7 +26,7 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
     outer: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (settings.freeze_pictures and name.startswith("image.")):
             continue
         if parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column")):
             plain.append(parameter)

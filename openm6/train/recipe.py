@@ -69,6 +69,9 @@ class DataSection(SourceSection):
         0.0, ge=0, lt=1, description="share of the characters of given texts that are left out or exchanged"
     )
     shots: int = Field(0, ge=0, description="other records that stand before each, with their answers, at most")
+    answers: Literal["data", "teacher"] = Field(
+        "data", description="teacher: records without answers; distill.teacher answers them before the training begins"
+    )
     against: str | None = Field(
         None, description="of a task that gives a vector: the task that has to give the same record the same one"
     )
@@ -103,6 +106,9 @@ class TrainSection(_Strict):
         "auto", description="auto: bf16 where the machine has units for it"
     )
     compile: bool = False
+    freeze_pictures: bool = Field(
+        False, description="leave as it is how pictures are read: data with features of pictures need that"
+    )
     workers: int = Field(2, ge=0, description="threads that prepare examples")
     reject_share: float = Field(0.05, ge=0, le=1, description="stop when more of the records than this are bad")
     checkpoint_every: int = Field(500, ge=1)
@@ -277,6 +283,12 @@ class Recipe(_Strict):
     def _measured_to_stop(self) -> Recipe:
         if self.evaluation.patience and not self.evaluation.data:
             raise ValueError("evaluation.patience needs something to measure on: give evaluation.data")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> Recipe:
+        if not self.distill and any(section.answers == "teacher" for section in self.data):
+            raise ValueError("data.*.answers is teacher, and there is none: give distill.teacher")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
+from openm6.train.distill import answered
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
 
@@ -172,6 +173,8 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
     for section in recipe.data:
         task = _task(section.task, bundle)
         source = open_section(section, rejects)
+        if section.answers == "teacher" and recipe.distill:
+            source = answered(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
         for slot, values in _labels(task, source, section).items():
             found = labels.setdefault(task.name, {})
             found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))

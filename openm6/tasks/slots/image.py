@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from openm6.errors import DataError, UsageError
+from openm6.images import Features
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
 
@@ -22,9 +23,14 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    """A path, the bytes of a file, an array or a PIL image."""
-    _check(value)
+    """A path, the bytes of a file, an array, a PIL image, or features of one (images.Features)."""
     tokenizer, grid = processor.tokenizer, processor.grid
+    if (features := Features.of(value)) is not None:
+        patches = features.rows * features.columns
+        if patches > grid.max_patches:
+            raise DataError(f"has features of {patches} patches; the model reads at most {grid.max_patches}.")
+        return Piece([tokenizer.image_id, *[tokenizer.patch_id] * patches, tokenizer.image_end_id], features.array())
+    _check(value)
     pixels = grid.read(value)
     patches = (pixels.shape[0] // grid.stride) * (pixels.shape[1] // grid.stride)
     return Piece([tokenizer.image_id, *[tokenizer.patch_id] * patches, tokenizer.image_end_id], pixels)

@@ -1,0 +1,166 @@
+"""A box on the edge that meets what it was not trained on: a category that it has never heard of, and combinations.
+
+The cloud is a `small` model of the whole catalogue, the edge's a `demo` model of the catalogue without one category
+(`without=8`); requests are questions of the test split, all of held-out combinations, about a quarter of them about
+pictures with that category, a third of the pictures before each of two rounds of learning, and after them. Calibrated
+on what the edge knows alone, with the command's defaults. Both answer over HTTP or in their own process as in use.
+
+    runs/small/model        openm6 train demo with model.preset=small, and model.sizes.image_max_patches=16
+    runs/edge-seven/model   openm6 train demo with ?without=8 behind each demo: source
+
+    python -m benchmarks cascade
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6 import Client
+from openm6.data.catalogue import open_catalogue
+from openm6.data.store import Record
+from openm6.edge.box import Box, settings_of
+from openm6.edge.cascade import CLOUD, Cascade
+from openm6.train.cascade import calibrate_box, init_box, learn
+
+CLOUD_MODEL, EDGE_MODEL = Path("runs/small/model8"), Path("runs/edge-seven/model")
+WORK = Path("runs/bench-cascade")
+PORT = 8123
+KNOWN = "demo:questions/{}?without=8"
+LEARN_STEPS = 400
+MOST = 1000
+MODES = ("all", "features")
+SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
+TITLE = "An edge model that asks a larger one when it is not sure"
+
+
+def run() -> tuple[list[dict[str, Any]], str]:
+    if not (CLOUD_MODEL / "config.json").is_file() or not (EDGE_MODEL / "config.json").is_file():
+        sys.exit(f"Train {CLOUD_MODEL} and {EDGE_MODEL} first: see the head of {Path(__file__).name}.")
+    parts = [part[:MOST] for part in _parts()]
+    server = _serve()
+    try:
+        known = _cloud_only(parts)
+        rows = [row for mode in MODES for seed in SEEDS[mode] for row in _run(mode, seed, parts, known)]
+    finally:
+        server.terminate()
+        server.wait()
+    note = (
+        f"Parts of {MOST} questions, one after the other: before learning, after a round of it ({LEARN_STEPS} steps), "
+        "after two. Medians of the seeds first; curves of accuracy by share sent are in the JSON."
+    )
+    return [*_medians(rows), *rows], note
+
+
+def _parts() -> list[list[Record]]:
+    """Test questions in three parts; all questions of a picture are in one."""
+    rows = open_catalogue("questions", "test")
+    by_picture: dict[str, list[int]] = {}
+    for number in range(len(rows)):
+        by_picture.setdefault(rows[number]["_where"].partition("#")[2].partition(".")[0], []).append(number)
+    rng = np.random.default_rng(0)
+    pictures = rng.permutation(list(by_picture))
+    parts = []
+    for some in np.array_split(pictures, 3):
+        numbers = rng.permutation([n for picture in some for n in by_picture[str(picture)]])
+        parts.append([rows[int(n)] for n in numbers])
+    return parts
+
+
+def _serve() -> subprocess.Popen[bytes]:
+    log = open(WORK.parent / "bench-cascade.log", "wb")  # noqa: SIM115 (open as long as the server runs)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "openm6", "serve", str(CLOUD_MODEL), "--port", str(PORT)], stdout=log, stderr=log,
+    )  # fmt: skip
+    client = Client(f"http://127.0.0.1:{PORT}", retries=0)
+    for _ in range(240):
+        time.sleep(0.5)
+        try:
+            client.models()
+            return server
+        except Exception:
+            if server.poll() is not None:
+                sys.exit(f"The server ended: see {WORK.parent / 'bench-cascade.log'}.")
+    sys.exit("The server does not answer.")
+
+
+def _inputs(record: Record) -> dict[str, Any]:
+    return {"photo": record["image"], "question": record["question"]}
+
+
+def _cloud_only(parts: list[list[Record]]) -> list[list[str]]:
+    with Client(f"http://127.0.0.1:{PORT}") as client:
+        return [list(client.run_many("vqa", map(_inputs, part))) for part in parts]
+
+
+def _run(privacy: str, seed: int, parts: list[list[Record]], known: list[list[str]]) -> list[dict[str, Any]]:
+    shutil.rmtree(WORK, ignore_errors=True)
+    settings = settings_of({
+        "cloud": f"http://127.0.0.1:{PORT}", "privacy": privacy, "requests_per_hour": 10**6, "deadline_ms": 30_000,
+    })  # fmt: skip
+    init_box(WORK, EDGE_MODEL, settings, 8, CLOUD_MODEL if privacy == "features" else None)
+    calibrate_box(Box(WORK), "vqa", KNOWN.format("validation"))
+    rows = []
+    for number, (part, cloud) in enumerate(zip(parts, known, strict=True)):
+        if number:
+            found = learn(WORK, {"vqa": [KNOWN.format("train")]}, steps=LEARN_STEPS, seed=seed)
+            print(json.dumps(found, ensure_ascii=False), flush=True)
+        box = Cascade(WORK, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), seed=seed)
+        own, answers, asked, chances = [], [], [], []
+        for record in part:
+            alone = box.model.answer("vqa", _inputs(record))
+            reply = box.answer("vqa", _inputs(record))
+            own.append(alone.value)
+            answers.append(reply.value)
+            asked.append(reply.by == CLOUD)
+            chances.append(reply.probability or 0.0)
+        box.close()
+        right = np.array([r["answer"] for r in part])
+        edge, large = np.array(own) == right, np.array(cloud) == right
+        rows.append({
+            "privacy": privacy, "seed": seed, "rounds": number, "cloud only": 100 * large.mean(),
+            "edge only": 100 * edge.mean(), "cascade": 100 * (np.array(answers) == right).mean(),
+            "sent %": 100 * np.mean(asked), "curve": _curve(edge, large, np.array(chances)),
+        })  # fmt: skip
+        print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
+    return rows
+
+
+def _curve(edge: np.ndarray, large: np.ndarray, chances: np.ndarray) -> dict[str, list[float]]:
+    """Accuracy at shares sent of 0, 5, ... 100%: those with the least probability first, at random, and by an oracle
+    that sends those first where the cloud is right and the edge is not."""
+    orders = {
+        "sureness": np.argsort(chances, kind="stable"), "oracle": np.argsort(edge.astype(int) - large, kind="stable"),
+    }  # fmt: skip
+    found: dict[str, list[float]] = {"share": list(range(0, 101, 5))}
+    for name, order in orders.items():
+        found[name] = []
+        for share in found["share"]:
+            sent = order[: round(len(order) * share / 100)]
+            right = edge.copy()
+            right[sent] = large[sent]
+            found[name].append(round(100 * right.mean(), 2))
+    ends = found["sureness"][0], found["sureness"][-1]
+    found["random"] = [round(ends[0] + (ends[1] - ends[0]) * share / 100, 2) for share in found["share"]]
+    return found
+
+
+def _medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for privacy in dict.fromkeys(row["privacy"] for row in rows):
+        for rounds in range(3):
+            some = [row for row in rows if (row["privacy"], row["rounds"]) == (privacy, rounds)]
+            names = ("cloud only", "edge only", "cascade", "sent %")
+            found.append({
+                "privacy": privacy, "seed": "median", "rounds": rounds,
+                **{name: round(float(np.median([row[name] for row in some])), 2) for name in names}, "curve": "",
+            })  # fmt: skip
+    return found

@@ -1,0 +1,152 @@
+"""openm6 cascade."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, table
+
+cascade = typer.Typer(help="A small model on the edge that asks a large one when it is not sure.", no_args_is_help=True)
+app.add_typer(cascade, name="cascade")
+
+Place = Annotated[Path, typer.Argument(help="The box's folder.")]
+
+
+@cascade.command()
+def init(
+    box: Place,
+    model: Annotated[Path, typer.Option(help="The model directory of what answers here.")],
+    cloud: Annotated[str, typer.Option(help="Address of the server that is asked what is not sure.")] = "",
+    cloud_model: Annotated[
+        Path | None, typer.Option(help="The cloud's model directory: features are made for it.")
+    ] = None,
+    privacy: Annotated[str, typer.Option(help="What may be sent: all, features or nothing.")] = "all",
+    bits: Annotated[int, typer.Option(help="Of a weight: 8, 4, or 32.")] = 8,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of box.toml, as keep_mb=64; several times.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a box: a folder to copy to the edge, with a program that serves it."""
+    from openm6.edge.box import settings_of
+    from openm6.train.cascade import init_box
+
+    values: dict[str, Any] = {name: _value(text) for name, text in pairs(setting or []).items()}
+    settings = settings_of({**values, "cloud": cloud, "privacy": privacy})
+    made = init_box(box, model, settings, None if bits == 32 else bits, cloud_model)
+    if json:
+        emit({"box": str(made.path), "version": made.version})
+    else:
+        typer.echo(f"{box}: calibrate its tasks (openm6 cascade calibrate), then: python {box / 'openm6-edge'} serve")
+
+
+def _value(text: str) -> Any:
+    """As TOML reads it; what is no value there is a text."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+@cascade.command()
+def calibrate(
+    box: Place,
+    task: Annotated[str, typer.Option(help="A task of its model.")],
+    data: Annotated[str, typer.Option(help="Records with answers that the model was not trained on.")],
+    records: Annotated[int, typer.Option(min=50, help="Of them, so many.")] = 500,
+    max_loss: Annotated[
+        str, typer.Option(help="Wrong answers, of all, that may be given without asking: 0.3%, or 0.003.")
+    ] = "0.3%",
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    json: Json = False,
+) -> None:
+    """Find out when a task's answers are sure enough."""
+    from openm6.cli.output import share
+    from openm6.edge.box import Box
+    from openm6.train.cascade import calibrate_box
+
+    found = calibrate_box(Box(box), task, data, pairs(column or []), records, share(max_loss, "--max-loss"))
+    if json:
+        emit(found)
+    else:
+        typer.echo(
+            f"{task}: {found['alone']:.1%} right alone; {found['sent']:.1%} would be asked of the cloud, "
+            f"{found['wrong']:.2%} of all be wrong all the same."
+        )
+
+
+@cascade.command()
+def learn(
+    box: Place,
+    data: Annotated[
+        list[str] | None, typer.Option(help="task=SOURCE that is not to be forgotten meanwhile; several times.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    batch_size: Annotated[int, typer.Option(min=1)] = 48,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 5e-4,
+    seed: Annotated[int, typer.Option()] = 0,
+    json: Json = False,
+) -> None:
+    """Learn of what the cloud answered; the new version answers if it is better. Killed, it goes on the next time."""
+    from openm6.train.cascade import learn as run
+
+    sources: dict[str, list[str]] = {}
+    for entry in data or []:
+        for task, source in pairs([entry]).items():
+            sources.setdefault(task, []).append(source)
+    found = run(box, sources, steps, batch_size, learning_rate, seed)
+    if json:
+        emit(found)
+        return
+    rows = [[task, *(told.get(name, "") for name in _COLUMNS)] for task, told in found["tasks"].items()]
+    table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
+    typer.echo(
+        f"Version {found['version']} answers now." if found["better"]
+        else f"It is not better: version {found['from']} goes on answering."
+    )  # fmt: skip
+
+
+_COLUMNS = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")
+
+
+def _told(cell: Any) -> Any:
+    return f"{cell:.3f}" if isinstance(cell, float) else cell
+
+
+@cascade.command()
+def status(box: Place, json: Json = False) -> None:
+    """What a box is, and what it has kept."""
+    from openm6.edge.box import Box
+    from openm6.edge.kept import open_kept
+
+    opened = Box(box)
+    kept = open_kept(opened.path, opened.settings)
+    told: dict[str, Any] = {
+        "answers": opened.version, "versions": opened.versions, "privacy": opened.settings.privacy,
+        "cloud": opened.settings.cloud, "calibrated": sorted(
+            f.stem.removeprefix("sureness-") for f in (opened.folder() / "package").glob("sureness-*.npz")
+        ),
+        "kept": {task: count for task, (count, _) in kept.tasks().items()}, "kept_bytes": kept.size(),
+    }  # fmt: skip
+    kept.close()
+    emit(told) if json else table(["", ""], [[name, str(value)] for name, value in told.items()], str(box))
+
+
+@cascade.command()
+def rollback(box: Place, json: Json = False) -> None:
+    """Let the version before answer again."""
+    from openm6.edge.box import Box
+    from openm6.errors import UsageError
+
+    opened = Box(box)
+    before = [number for number in opened.versions if number < opened.version]
+    if not before:
+        raise UsageError(f"{box} has no version before {opened.version}.")
+    opened.use(before[-1])
+    emit({"version": before[-1]}) if json else typer.echo(f"Version {before[-1]} answers now.")

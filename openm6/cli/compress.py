@@ -1,0 +1,70 @@
+"""openm6 compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.output import Json, emit, pairs, share, table
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Argument(help="A model directory, or a YAML file with a chain of steps.")],
+    task: Annotated[str, typer.Option(help="A task that it has to go on doing.")] = "",
+    data: Annotated[str, typer.Option(help="Records of it to learn from.")] = "",
+    validation: Annotated[str, typer.Option(help="Records to measure on, which no model was trained on.")] = "",
+    unlabelled: Annotated[str | None, typer.Option(help="Records without answers: the model gives them.")] = None,
+    target: Annotated[str, typer.Option(help="size=2MB, or latency=5ms for one answer.")] = "",
+    max_loss: Annotated[str, typer.Option(help="Of the task's first metric: 1%, or 0.01.")] = "1%",
+    form: Annotated[str, typer.Option(help="package: ONNX, without PyTorch; model: a model directory.")] = "package",
+    steps: Annotated[int, typer.Option(min=1, help="Of training a pruned network, each time.")] = 300,
+    limit: Annotated[int, typer.Option(min=1, help="Records to measure on.")] = 500,
+    output: Annotated[Path | None, typer.Option(help="Folder; by default runs/compress.")] = None,
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    seed: Annotated[int, typer.Option(help="Of order and new weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """Make a model small enough: pruned, distilled, in few bits, exported; each step measured. Killed, it goes on when
+    given again."""
+    import yaml
+
+    from openm6.errors import UsageError
+    from openm6.train.compress import DistillStep, check_chain, compress as run, search
+    from openm6.train.compressed import Target, table_of
+
+    say = lambda text: typer.echo(text, err=True)  # noqa: E731
+    if model.suffix in (".yaml", ".yml"):
+        if target:
+            raise UsageError("A chain is done as it is written; a target is searched for a model directory.")
+        try:
+            values = yaml.safe_load(model.read_text("utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{model} is no chain: it has to hold model, output, tasks and steps.")
+        rows, found, wanted = run(check_chain(values, str(model)), say), None, None
+    else:
+        if not (task and data and validation and target):
+            raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
+        wanted = Target.of(target)
+        chain = check_chain({
+            "model": str(model), "output": str(output or Path("runs/compress")), "seed": seed,
+            "tasks": [{
+                "task": task, "data": data, "validation": validation, "unlabelled": unlabelled,
+                "columns": pairs(column or []), "limit": limit,
+            }],
+        })  # fmt: skip
+        rows, found = search(chain, wanted, share(max_loss, "--max-loss"), form, DistillStep(steps=steps), say)
+    if json:
+        emit({"rows": rows, "found": found})
+    else:
+        table(*table_of(rows))
+    if wanted is not None:
+        if found is None:
+            typer.echo(f"No chain meets {target} with at most {max_loss} lost.", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"{found['step']} meets {target}: {chain.output / 'best'}", err=True)

@@ -1,0 +1,146 @@
+"""The folder of a cascade on the edge.
+
+box.toml                what may be asked of the cloud and kept (Settings); written once, to be edited
+versions/0001/package   what answers (package.py), and sureness-TASK.npz of each calibrated task
+versions/0001/model     what it was made of, to learn on from
+current                 the number of the version that answers; replaced whole, so it is the old one or the new
+eyes/                   how the cloud's model reads pictures, to send features in their place
+kept.sqlite             what the cloud answered (kept.py)
+openm6-edge             the program: `python openm6-edge serve`
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from openm6.edge.kept import MODES
+from openm6.errors import OpenM6Error, UsageError, suggest
+
+FILE, CURRENT, VERSIONS, EYES = "box.toml", "current", "versions", "eyes"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What box.toml says."""
+
+    cloud: str = ""
+    key: str = ""
+    model: str = ""
+    name: str = "edge"
+    privacy: str = "all"
+    offline: bool = False
+    deadline_ms: int = 3000
+    requests_per_hour: int = 1000
+    audit: float = 0.05
+    keep_mb: int = 256
+    encrypt: str = ""
+    statistics_minutes: float = 15.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+            kind = kinds[str(one.type)]
+            if not isinstance(value, kind) or (isinstance(value, bool) and one.type != "bool"):
+                raise UsageError(f"{one.name} is {value!r}: it has to be {one.type}.")
+        if self.privacy not in MODES:
+            raise UsageError(f"privacy is {self.privacy!r}: it can be {', '.join(MODES)}.")
+        if self.cloud and not self.cloud.startswith(("http://", "https://")):
+            raise UsageError(f"cloud is {self.cloud!r}: give an address such as https://m6.example:8000.")
+        if not 0 < self.audit <= 1:
+            raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
+        for name in ("deadline_ms", "keep_mb"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}: it has to be above 0.")
+        if self.requests_per_hour < 0 or self.statistics_minutes < 0:
+            raise UsageError("requests_per_hour and statistics_minutes cannot be below 0.")
+
+
+COMMENTS = {
+    "cloud": 'the server that is asked what this box is not sure of; "": none',
+    "key": 'the environment variable that holds its key; "": it takes none',
+    "model": 'a model\'s name there; "": its first',
+    "name": "of this box, in the statistics that the cloud gets",
+    "privacy": "all: what is not sure is sent; features: of pictures only the cloud model's features; nothing",
+    "offline": "true: nothing is sent for now",
+    "deadline_ms": "for an answer of the cloud; then the box answers by itself, and says so",
+    "requests_per_hour": "that the cloud is asked at most",
+    "audit": "share of the sure answers that are asked too, to see whether they are right",
+    "keep_mb": "of what the cloud answered, kept to learn from; the oldest goes first",
+    "encrypt": 'the variable that holds the key of what is kept (openm6-edge new-key); "": it is not encrypted',
+    "statistics_minutes": "between two reports of counts to the cloud; 0: none",
+}
+
+
+class Box:
+    """A box's folder."""
+
+    def __init__(self, path: str | Path):
+        """Raises UsageError where there is no box, or box.toml cannot be meant."""
+        self.path = Path(path)
+        try:
+            values = tomllib.loads((self.path / FILE).read_text("utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path} is no box: it has no {FILE}. `openm6 cascade init` makes one.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{self.path / FILE}: {error}.") from None
+        try:
+            self.settings = settings_of(values)
+        except UsageError as error:
+            raise UsageError(f"{self.path / FILE}: {error}") from None
+
+    @property
+    def version(self) -> str:
+        try:
+            number = (self.path / CURRENT).read_text("utf-8").strip()
+        except OSError:
+            raise OpenM6Error(f"{self.path} is damaged: {CURRENT} cannot be read.") from None
+        if not (self.path / VERSIONS / number / "package").is_dir() or not number.isdigit():
+            raise OpenM6Error(f"{self.path} is damaged: it has no version {number[:20]!r}.")
+        return number
+
+    @property
+    def versions(self) -> list[str]:
+        """All, the oldest first."""
+        return sorted(p.name for p in (self.path / VERSIONS).glob("[0-9]*") if (p / "package").is_dir())
+
+    def folder(self, version: str | None = None) -> Path:
+        return self.path / VERSIONS / (version or self.version)
+
+    def next_version(self) -> str:
+        return f"{int(max(self.versions, default='0')) + 1:04}"
+
+    def use(self, version: str) -> None:
+        """Let a version answer from now on. Raises UsageError where there is none."""
+        if version not in self.versions:
+            raise UsageError(f"{self.path} has no version {version}. It has: {', '.join(self.versions)}.")
+        draft = self.path / f".{CURRENT}.{os.getpid()}"
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(version + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path / CURRENT)
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Raises UsageError for what is unknown or cannot be meant."""
+    known = [one.name for one in fields(Settings)]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"unknown key {name}.{suggest(name, known)} Known: {', '.join(known)}.")
+    return Settings(**values)
+
+
+def written(settings: Settings) -> str:
+    """box.toml, with what each key means."""
+    lines = []
+    for one in fields(Settings):
+        value = getattr(settings, one.name)
+        told = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        lines.append(f"# {COMMENTS[one.name]}\n{one.name} = {told}\n")
+    return "\n".join(lines)

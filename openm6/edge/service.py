@@ -1,0 +1,217 @@
+"""A box over HTTP: what `openm6 serve` answers to a task, it answers too, and says who answered.
+
+GET  /healthz /readyz /metrics /v1/status /v1/tasks /v1/tasks/{task}
+POST /v1/tasks/{task}     {"inputs": {...}, "seconds": 1.5}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from openm6.edge.cascade import Cascade
+from openm6.edge.cloud import Failed
+from openm6.errors import OpenM6Error, UsageError
+from openm6.images import MAX_BYTES, Features
+
+LARGEST = MAX_BYTES * 4 // 3 + 2**20
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+log = logging.getLogger("openm6.edge")
+
+
+def serve(cascade: Cascade, host: str, port: int, key: str = "") -> None:
+    """Until it is told to stop. Raises UsageError for an address that others can reach, without a key."""
+    import uvicorn
+
+    if host not in LOOPBACK and not key:
+        raise UsageError(
+            f"At {host} others can ask this box: name the variable of a key that they need, --key-env NAME."
+        )
+    stopping = threading.Event()
+    threading.Thread(target=_report, args=(cascade, stopping), daemon=True).start()
+    print(f"{cascade.box.path} answers at http://{host}:{port}", flush=True)
+    try:
+        uvicorn.run(
+            make_app(cascade, key, host in LOOPBACK), host=host, port=port, log_level="warning", access_log=False
+        )
+    finally:
+        stopping.set()
+        cascade.close()
+
+
+def _report(cascade: Cascade, stopping: threading.Event) -> None:
+    minutes = cascade.settings.statistics_minutes
+    while minutes and not stopping.wait(60 * minutes):
+        try:
+            cascade.report()
+        except Failed as error:
+            log.info("the cloud was not told: %s", error)
+
+
+def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlette:
+    """The application. `loopback`: only this machine asks, by its own name, and no page of another site."""
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def metrics(_: Request) -> Response:
+        return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
+
+    async def status(_: Request) -> Response:
+        return JSONResponse({**cascade.statistics(), "kept": _kept(cascade), "drifting": cascade.drifting()})
+
+    async def tasks(_: Request) -> Response:
+        found = cascade.model.tasks
+        return JSONResponse({"object": "list", "data": [_described(cascade, name) for name in found]})
+
+    async def described(request: Request) -> Response:
+        return JSONResponse(_described(cascade, request.path_params["task"]))
+
+    async def ask(request: Request) -> Response:
+        asked = await _asked(request)
+        task = request.path_params["task"]
+        record = _record(cascade, task, asked.get("inputs", {}))
+        seconds = asked.get("seconds")
+        if seconds is not None and (not isinstance(seconds, (int, float)) or seconds <= 0):
+            raise UsageError("seconds has to be a number above 0.")
+        reply = await anyio.to_thread.run_sync(cascade.answer, task, record, seconds)
+        outputs = cascade.model.task(task).outputs
+        value = _plain(reply.value)
+        return JSONResponse({
+            "outputs": value if len(outputs) > 1 else {next(iter(outputs)): value}, "finished": reply.finished,
+            "by": reply.by, "probability": None if reply.probability is None else round(reply.probability, 4),
+            "reason": reply.reason,
+        })  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        # Answers are computed on a few cores; those that wait for the cloud take no core.
+        anyio.to_thread.current_default_thread_limiter().total_tokens = 16
+        yield
+
+    routes = [
+        Route("/healthz", health), Route("/readyz", health), Route("/metrics", metrics), Route("/v1/status", status),
+        Route("/v1/tasks", tasks), Route("/v1/tasks/{task}", described),
+        Route("/v1/tasks/{task}", ask, methods=["POST"]),
+    ]  # fmt: skip
+    handlers: Mapping[Any, Callable[..., Any]] = {OpenM6Error: _refused}
+    guard = Middleware(_Guard, key=key, loopback=loopback)
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[guard], lifespan=lifespan)
+
+
+class _Guard:
+    """Who may ask."""
+
+    def __init__(self, app: Any, key: str, loopback: bool):
+        self.app, self.key, self.loopback = app, key, loopback
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz"):
+            request = Request(scope)
+            host = urlsplit("//" + request.headers.get("host", ""))
+            other = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            if other or (self.loopback and host.hostname not in LOOPBACK):
+                await _error(403, "forbidden", "Pages of other sites may not ask this box.")(scope, receive, send)
+                return
+            given = request.headers.get("authorization", "")
+            if self.key and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+                await _error(401, "invalid_api_key", "A key is needed: Authorization: Bearer ...")(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+async def _asked(request: Request) -> dict[str, Any]:
+    """Raises UsageError for a body that cannot be meant."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > LARGEST:
+            raise UsageError(f"A request has at most {LARGEST / 2**20:.0f} MiB.")
+    import json
+
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        raise UsageError("The body has to be JSON.") from None
+    if not isinstance(found, dict) or not isinstance(found.get("inputs", {}), dict):
+        raise UsageError('The body has to be an object with "inputs", an object too.')
+    return found
+
+
+def _record(cascade: Cascade, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures come as base64; a path is none. Raises UsageError."""
+    import base64
+    import binascii
+
+    record: dict[str, Any] = {}
+    chosen = cascade.model.task(task)
+    for name, value in inputs.items():
+        kind = chosen.slots[name].type if name in chosen.slots else ""
+        if kind == "image" and isinstance(value, str):
+            try:
+                value = base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
+            except (binascii.Error, ValueError):
+                raise UsageError(f"{name}: a picture is given as base64.") from None
+        elif kind == "image" and value is not None and Features.of(value) is None:
+            raise UsageError(f"{name}: a picture is given as base64.")
+        record[name] = value
+    return record
+
+
+def _described(cascade: Cascade, name: str) -> dict[str, Any]:
+    task = cascade.model.task(name)
+    return {
+        "name": name, "description": task.description, "slots": {slot: task.slots[slot].type for slot in task.slots},
+        "inputs": list(task.inputs), "outputs": list(task.outputs), "schema": task.schema(),
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _kept(cascade: Cascade) -> dict[str, Any]:
+    return {"bytes": cascade.kept.size(), "answers": {task: count for task, (count, _) in cascade.kept.tasks().items()}}
+
+
+def _exposition(cascade: Cascade) -> str:
+    """For Prometheus."""
+    told = cascade.statistics()
+    lines = ["# TYPE openm6_edge_requests counter", "# TYPE openm6_edge gauge"]
+    for task, counts in told["tasks"].items():
+        for name, value in counts.items():
+            kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
+            lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
+    lines.append(f"openm6_edge_kept_bytes {cascade.kept.size()}")
+    return "\n".join(lines) + "\n"
+
+
+def _error(status: int, code: str, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": code}}, status)
+
+
+def _refused(_: Request, error: OpenM6Error) -> JSONResponse:
+    missing = "has no task" in str(error)
+    return _error(404 if missing else 422, "task_not_found" if missing else "invalid", str(error))
+
+
+def key_of(variable: str) -> str:
+    """Raises UsageError for one that is not set."""
+    if variable and not os.environ.get(variable):
+        raise UsageError(f"${variable} is not set: it has to hold the key.")
+    return os.environ.get(variable, "") if variable else ""

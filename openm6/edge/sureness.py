@@ -1,0 +1,221 @@
+"""How probable it is that an answer of the edge's model is right, and from which probability on it is given.
+
+A logistic function of what the model says and sees at the end of a prompt:
+
+    logit(confidence), log of the distance, PARTS coordinates
+
+The confidence is the mean probability of what was written. Distance and coordinates are those of the network's state
+among the states of calibration: its principal parts, each scaled to a standard deviation of 1, and what is left. A
+confident answer about something never seen shows in these (Mahalanobis distance: Lee et al. 2018, arXiv 1807.03888).
+
+It is fitted to records with answers, and goes on learning from what the cloud says of what it was asked. Answers that
+would have been given are audited at random and count as many times as they stand for; so when what comes in changes,
+the threshold moves, where a table made once would go on trusting. Nothing here needs more than numpy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARTS = 16
+WINDOW = 2000
+"""Answers of the cloud that are remembered, the newest."""
+PRIOR = 200.0
+"""How many requests the records of calibration count for, beside what the cloud has said."""
+RIDGE = (1.0, 10.0)
+"""Pull of confidence and distance towards a weight of 1 and -1, and of coordinates towards 0."""
+STEADY = 0.2
+"""Population stability index up to which what comes in counts as what was calibrated on."""
+BINS = np.array([0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999])
+
+Array = np.ndarray
+
+
+class Sureness:
+    """Of one task."""
+
+    def __init__(self, parts: Mapping[str, Array], max_loss: float):
+        """`parts` as `fit` makes them; `max_loss`: share of wrong answers, of all, that may be given."""
+        self.parts, self.max_loss = dict(parts), max_loss
+        self._live: list[tuple[Array, float, float]] = []
+        self._weights, self._threshold = np.zeros(0), 1.0
+        self._refit()
+
+    @classmethod
+    def fit(cls, states: Array, confidences: Array, right: Array, max_loss: float) -> Sureness:
+        """From records with answers: states fp32 [N, D], confidences [N], and how right each answer was [N], 0 to 1."""
+        middle = states.mean(0)
+        _, sizes, axes = np.linalg.svd(states - middle, full_matrices=False)
+        count = min(PARTS, max(1, len(states) // 8), states.shape[1])
+        scale = np.maximum(sizes[:count] / np.sqrt(len(states)), 1e-6)
+        rest = np.square(sizes[count:]).sum() / len(states)
+        parts = {
+            "middle": middle.astype(np.float32), "axes": axes[:count].astype(np.float32), "scale": scale,
+            "rest": np.array(max(float(rest), 1e-6)), "right": right.astype(np.float64),
+        }  # fmt: skip
+        parts["seen"] = np.stack([_seen(parts, s, c) for s, c in zip(states, confidences, strict=True)])
+        return cls(parts, max_loss)
+
+    # Use
+
+    def seen(self, state: Array, confidence: float) -> Array:
+        """What is looked at, [3 + PARTS]."""
+        return _seen(self.parts, state, confidence)
+
+    def probability(self, seen: Array) -> float:
+        return float(_logistic(seen @ self._weights))
+
+    @property
+    def threshold(self) -> float:
+        """Of the probability, from which on an answer is given."""
+        return self._threshold
+
+    def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
+        """What the cloud said of an answer that stands for `weight` requests."""
+        self._live.append((seen, right, weight))
+        del self._live[:-WINDOW]
+        # At every answer while there are few, then less often: fitting takes milliseconds.
+        if len(self._live) % max(1, min(20, len(self._live) // 10)) == 0:
+            self._refit()
+
+    def expected(self) -> dict[str, float]:
+        """By the pairs known now: the share that is asked of the cloud, and of all the wrong ones that are given."""
+        seen, right, weight = self._pairs()
+        kept = _logistic(seen @ self._weights) >= self._threshold
+        whole = weight.sum()
+        return {
+            "sent": float((weight * ~kept).sum() / whole), "wrong": float((weight * kept * (1 - right)).sum() / whole),
+            "alone": float((weight * right).sum() / whole),
+        }  # fmt: skip
+
+    # Inside
+
+    def _pairs(self) -> tuple[Array, Array, Array]:
+        seen, right = self.parts["seen"], self.parts["right"]
+        weight = np.full(len(right), PRIOR / len(right))
+        if self._live:
+            seen = np.concatenate((seen, np.stack([one[0] for one in self._live])))
+            right = np.concatenate((right, [one[1] for one in self._live]))
+            weight = np.concatenate((weight, [one[2] for one in self._live]))
+        return seen, right, weight
+
+    def _refit(self) -> None:
+        seen, right, weight = self._pairs()
+        self._weights = _fit(seen, right, weight)
+        chances = _logistic(seen @ self._weights)
+        order = np.argsort(-chances)
+        # What was seen, not what the function says: of the answers near its upper end it expects more to be wrong.
+        lost = np.cumsum((weight * (1 - right))[order]) / weight.sum()
+        place = int(np.searchsorted(lost, self.max_loss, "right"))
+        # Where all may be given, what is less sure than any of them is asked all the same.
+        self._threshold = float(chances[order[place - 1]]) if place else 1.01
+
+    # Files
+
+    def save(self, file: Path) -> None:
+        with file.open("wb") as stream:
+            np.savez(stream, max_loss=np.array(self.max_loss), **self.parts)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, file: Path) -> Sureness:
+        with np.load(file, allow_pickle=False) as kept:
+            parts = {name: kept[name] for name in kept.files}
+        return cls({name: value for name, value in parts.items() if name != "max_loss"}, float(parts["max_loss"]))
+
+
+class Drift:
+    """Whether confidences come as they came in calibration: the population stability index over the newest ones."""
+
+    def __init__(self, before: Array, window: int = 500):
+        self._before = _shares(before)
+        self._window, self._newest = window, np.zeros(0)
+
+    def see(self, confidence: float) -> None:
+        self._newest = np.append(self._newest, confidence)[-self._window :]
+
+    @property
+    def index(self) -> float:
+        """0 where nothing has changed; 0 too before there are 50."""
+        if len(self._newest) < 50:
+            return 0.0
+        now = _shares(self._newest)
+        return float(((now - self._before) * np.log(now / self._before)).sum())
+
+
+def _shares(confidences: Array) -> Array:
+    counts = np.bincount(np.searchsorted(BINS, confidences), minlength=len(BINS) + 1) + 0.5
+    return counts / counts.sum()
+
+
+def confidence_of(seen: Array) -> Array:
+    """The confidences again, of what was looked at, [..., 3 + PARTS]."""
+    return _logistic(seen[..., 1])
+
+
+def _seen(parts: Mapping[str, Array], state: Array, confidence: float) -> Array:
+    off = state.astype(np.float64) - parts["middle"]
+    along = parts["axes"] @ off
+    rest = max(float(off @ off - along @ along), 0.0) / float(parts["rest"])
+    coordinates = along / parts["scale"]
+    # Both sums have a mean of 1 for each of their parts among the states of calibration.
+    distance = np.sqrt((np.square(coordinates).sum() + len(along) * rest) / (2 * len(along)))
+    chance = min(max(confidence, 1e-6), 1 - 1e-6)
+    return np.concatenate(([1.0, np.log(chance / (1 - chance)), 4 * np.log(distance + 1e-6)], coordinates))
+
+
+def _logistic(x: Any) -> Any:
+    return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
+
+
+def _fit(seen: Array, right: Array, weight: Array) -> Array:
+    """Weights of the logistic function, by Newton's method; each step is halved until it helps."""
+    size = seen.shape[1]
+    pull = np.concatenate(([1e-6], np.full(2, RIDGE[0]), np.full(size - 3, RIDGE[1])))
+    towards = np.concatenate(([0.0, 1.0, -1.0], np.zeros(size - 3)))
+    found = towards
+
+    def cost(weights: Array) -> float:
+        margin = seen @ weights
+        fit = weight * (np.logaddexp(0, margin) - right * margin)
+        return float(fit.sum() + 0.5 * (pull * np.square(weights - towards)).sum())
+
+    before = cost(found)
+    for _ in range(50):
+        chances = _logistic(seen @ found)
+        slope = seen.T @ (weight * (chances - right)) + pull * (found - towards)
+        bend = (seen * (weight * chances * (1 - chances))[:, None]).T @ seen + np.diag(pull + 1e-6)
+        step, share = np.linalg.solve(bend, slope), 1.0
+        while cost(found - share * step) > before and share > 1e-4:
+            share /= 2
+        found = found - share * step
+        now = cost(found)
+        if before - now < 1e-6 * abs(before):
+            break
+        before = now
+    return found
+
+
+def agreement(answer: Any, other: Any) -> float:
+    """How alike two answers are, 0 to 1: equal, or for longer texts the F1 of their pairs of characters."""
+    if isinstance(other, (list, tuple)) and isinstance(answer, str):
+        return max((agreement(answer, one) for one in other), default=0.0)
+    if isinstance(answer, Mapping) and isinstance(other, Mapping):
+        names = answer.keys() | other.keys()
+        return float(np.mean([agreement(answer.get(n), other.get(n)) for n in names])) if names else 1.0
+    if not (isinstance(answer, str) and isinstance(other, str)):
+        return float(_plain(answer) == _plain(other))
+    first, second = answer.strip(), other.strip()
+    if first == second or min(len(first), len(second)) < 8:
+        return float(first == second)
+    pairs = [Counter(text[i : i + 2] for i in range(len(text) - 1)) for text in (first, second)]
+    return 2 * (pairs[0] & pairs[1]).total() / (pairs[0].total() + pairs[1].total())
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=lambda v: v.tolist())

@@ -1,0 +1,336 @@
+"""A box from a model, its calibration, and what it learns of the cloud's answers.
+
+A round of learning is a training like any other (`openm6 train`), on what the box kept and on the data that it was
+calibrated with; killed, it goes on where it was. Its model is exported, and measured beside the one that answers: on
+the kept answers that were held out of learning, and on the calibration's records. Only a better one is promoted.
+
+    learning/plan.json   what this round learns, fixed when it begins
+    learning/run         the training
+    learning/version     the version that it makes; moved to versions/ when it is whole
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openm6.atomic import require_new, write_whole
+from openm6.data.columns import SlotView
+from openm6.data.source import ADDED, Source, open_source
+from openm6.data.store import ListRecords, Record, iterate
+from openm6.edge.box import EYES, FILE, VERSIONS, Box, Settings, written
+from openm6.edge.kept import FEATURES, NOTHING, is_held_out, open_kept
+from openm6.edge.package import export, export_eyes, write_program
+from openm6.edge.runner import EdgeModel
+from openm6.edge.sureness import Sureness, agreement
+from openm6.errors import OpenM6Error, UsageError
+from openm6.model.files import eyes_of
+from openm6.tasks.task import Task
+
+LEARNING = "learning"
+CALIBRATION = "calibration.json"
+LEAST = 50
+"""Answers of the cloud from which on a round is worth it, and records from which on a task is calibrated."""
+REPLAY = 3.0
+"""Weight of what is not to be forgotten, beside the kept answers."""
+WORSE = 0.01
+"""By which a version may be worse on the calibration's records, and still be promoted for what it learned."""
+VERSIONS_KEPT = 3
+
+
+def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, cloud_model: Path | None = None) -> Box:
+    """Make a box of a model directory. `cloud_model`: that of the cloud, which features are sent to.
+
+    Raises UsageError where that cannot be.
+    """
+    require_new(path)
+    if settings.privacy == FEATURES and cloud_model is None:
+        raise UsageError("To send features the box needs the eyes of the cloud's model: --cloud-model DIRECTORY.")
+
+    def write(folder: Path) -> None:
+        first = folder / VERSIONS / "0001"
+        first.mkdir(parents=True)
+        shutil.copytree(model, first / "model")
+        export(model, first / "package", bits)
+        if cloud_model is not None:
+            export_eyes(cloud_model, folder / EYES)
+        write_program(folder / "openm6-edge")
+        (folder / FILE).write_text(written(settings), "utf-8")
+        (folder / "current").write_text("0001\n", "utf-8")
+
+    write_whole(path, write)
+    return Box(path)
+
+
+# Calibration
+
+
+def calibrate_box(
+    box: Box,
+    task: str,
+    data: str,
+    columns: Mapping[str, str] | None = None,
+    records: int = 500,
+    max_loss: float = 0.003,
+) -> dict[str, float]:
+    """Fit a task's Sureness to records with answers, and remember them for the versions to come.
+
+    `max_loss`: share of wrong answers, of all, that may be given without asking. Returns what is to be expected.
+    Raises UsageError for a task that the model does not write.
+    """
+    if not 0 < max_loss < 1:
+        raise UsageError(f"max_loss is {max_loss}: a share between 0 and 1.")
+    entry = {"data": data, "columns": dict(columns or {}), "records": records, "max_loss": max_loss}
+    folder = box.folder()
+    found = _calibrated(EdgeModel(folder / "package"), task, entry)
+    _save(found, folder / "package", task)
+    every = {**_calibrations(folder), task: entry}
+    draft = folder / f".{CALIBRATION}"
+    draft.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    draft.replace(folder / CALIBRATION)
+    return found.expected()
+
+
+def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any]) -> Sureness:
+    chosen = model.task(task)
+    if chosen.embeds or chosen.head:
+        raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
+    source = open_source(entry["data"])
+    view = SlotView.of(chosen, source, entry["columns"])
+    states, confidences, right = [], [], []
+    for record in _some(source, entry["records"]):
+        seen = view(record)
+        answer = model.answer(task, _inputs(chosen, seen))
+        assert answer.state is not None
+        states.append(answer.state)
+        confidences.append(answer.confidence)
+        right.append(agreement(answer.value, _wanted(chosen.outputs, seen)))
+    if len(states) < LEAST:
+        raise UsageError(f"{entry['data']} has {len(states)} records; a calibration takes {LEAST} at least.")
+    return Sureness.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
+
+
+def _some(source: Source, most: int) -> Iterator[Record]:
+    """Records from all over a source, always the same ones."""
+    chosen = np.random.default_rng(0).permutation(len(source))[:most]
+    return (source[int(number)] for number in sorted(chosen))
+
+
+def _inputs(task: Task, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in task.inputs if record.get(name) is not None}
+
+
+def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
+    values = {name: record.get(name) for name in outputs}
+    return values if len(values) > 1 else next(iter(values.values()))
+
+
+def _save(sureness: Sureness, package: Path, task: str) -> None:
+    draft = package / f".sureness-{task}"
+    sureness.save(draft)
+    draft.replace(package / f"sureness-{task}.npz")
+
+
+def _calibrations(version: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((version / CALIBRATION).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise OpenM6Error(f"{version / CALIBRATION} is damaged: calibrate again.") from None
+    return found
+
+
+# Learning
+
+
+def open_kept_source(name: str) -> ListRecords:
+    """`kept:BOX/TASK/train` or `/held-out`, up to a row (`?until=`): what a box kept, by the slots of the task."""
+    place, _, query = name.removeprefix("kept:").partition("?")
+    until = int(query.removeprefix("until=")) if query.startswith("until=") else None
+    folder, _, rest = place.rpartition("/")
+    folder, _, task = folder.rpartition("/")
+    if rest not in ("train", "held-out"):
+        raise UsageError(f"{name}: write kept:BOX/TASK/train or kept:BOX/TASK/held-out.")
+    box = Box(folder)
+    chosen = EdgeModel(box.folder() / "package").task(task)
+    eyes = eyes_of(box.folder() / "model")
+    kept = open_kept(box.path, box.settings)
+    try:
+        rows = list(kept.rows(task, until))
+    finally:
+        kept.close()
+    records = []
+    for row in rows:
+        values = row["value"] if len(chosen.outputs) > 1 else {next(iter(chosen.outputs)): row["value"]}
+        old = any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in row["record"].values())
+        if is_held_out(row) == (rest == "held-out") and not old:
+            records.append({**row["record"], **values, "_where": f"kept:{task}#{row['id']}"})
+    return ListRecords(records)
+
+
+ADDED["kept"] = open_kept_source
+
+
+def learn(
+    path: Path,
+    data: Mapping[str, list[str]] | None = None,
+    steps: int = 400,
+    batch_size: int = 48,
+    learning_rate: float = 5e-4,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One round. `data`: by task, sources that the model is not to forget meanwhile; without, it learns of the kept
+    answers alone.
+
+    Returns what was measured, and whether the version was promoted. A round that was killed goes on where it was, with
+    what it began with. Raises UsageError where there is too little to learn of.
+    """
+    from filelock import FileLock, Timeout
+
+    box = Box(path)
+    if box.settings.privacy == NOTHING:
+        raise UsageError("This box sends nothing, so nothing is there to learn of (privacy in box.toml).")
+    try:
+        with FileLock(box.path / "learning.lock", timeout=0):
+            return _round(box, data or {}, steps, batch_size, learning_rate, seed)
+    except Timeout:
+        raise UsageError(f"{path} is learning already, in another process.") from None
+
+
+def _round(
+    box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
+) -> dict[str, Any]:
+    folder = box.path / LEARNING
+    plan = _plan(folder)
+    if plan is None or plan["from"] != box.version:
+        shutil.rmtree(folder, ignore_errors=True)
+        plan = _begin(box, data, steps, batch_size, learning_rate, seed)
+    model = _trained(box, plan, folder)
+    version = folder / "version"
+    if not version.is_dir():
+
+        def write(draft: Path) -> None:
+            shutil.copytree(model, draft / "model")
+            bits = EdgeModel(box.folder() / "package").about["bits"]
+            export(draft / "model", draft / "package", bits)
+
+        write_whole(version, write)
+    found = _measured(box, plan, version)
+    if found["better"]:
+        number = box.next_version()
+        target = box.path / VERSIONS / number
+        version.rename(target)
+        box.use(number)
+        found["version"] = number
+        for old in box.versions[:-VERSIONS_KEPT]:
+            shutil.rmtree(box.folder(old))
+    shutil.rmtree(folder)
+    return found
+
+
+def _plan(folder: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / "plan.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _begin(
+    box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
+) -> dict[str, Any]:
+    kept = open_kept(box.path, box.settings)
+    try:
+        there = kept.tasks()
+    finally:
+        kept.close()
+    learned = {task: last for task, (count, last) in there.items() if count >= LEAST}
+    if not learned:
+        total = sum(count for count, _ in there.values())
+        raise UsageError(f"{box.path} has kept {total} answers of the cloud; a round takes {LEAST} of a task at least.")
+    plan = {
+        "from": box.version, "until": learned, "data": {task: list(some) for task, some in data.items()},
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+    }  # fmt: skip
+    folder = box.path / LEARNING
+    folder.mkdir(exist_ok=True)
+    draft = folder / ".plan.json"
+    draft.write_text(json.dumps(plan), "utf-8")
+    draft.replace(folder / "plan.json")
+    return plan
+
+
+def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
+    from openm6.tasks.card import read_card
+    from openm6.train.recipe import check_recipe
+    from openm6.train.trainer import train
+
+    run, model = folder / "run", box.folder() / "model"
+    if (run / "model" / "config.json").is_file():
+        return run / "model"
+    sections: list[dict[str, Any]] = []
+    for task, until in plan["until"].items():
+        replayed = plan["data"].get(task, [])
+        sections.append({"source": f"kept:{box.path}/{task}/train?until={until}", "task": task, "name": "kept"})
+        sections += [{"source": one, "task": task, "weight": REPLAY / len(replayed)} for one in replayed]
+    for task in plan["data"].keys() - plan["until"].keys():
+        sections += [{"source": one, "task": task, "weight": 0.5} for one in plan["data"][task]]
+    steps = plan["steps"]
+    recipe = check_recipe({
+        "name": "cascade learn", "seed": plan["seed"], "output": str(run), "model": {"path": str(model)},
+        "data": sections,
+        "train": {
+            "steps": steps, "batch_size": plan["batch_size"], "row_length": read_card(model)[1],
+            "optimizer": "muon", "learning_rate": plan["learning_rate"],
+            "matrix_learning_rate": 2 * plan["learning_rate"], "warmup": max(1, steps // 20), "weight_decay": 0.01,
+            "checkpoint_every": max(1, steps // 6), "workers": 0,
+            # Features that were kept are of these eyes: with others they would mean something else.
+            "freeze_pictures": box.settings.privacy == FEATURES,
+        },
+    })  # fmt: skip
+    return train(recipe)
+
+
+def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any]:
+    """How the new version does beside the one that answers; its calibration is written on the way."""
+    old, new = EdgeModel(box.folder() / "package"), EdgeModel(version / "package")
+    told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
+    entries = _calibrations(box.folder())
+    gains, losses = [], []
+    for task, until in plan["until"].items():
+        held_out = open_kept_source(f"kept:{box.path}/{task}/held-out?until={until}")
+        learned = len(open_kept_source(f"kept:{box.path}/{task}/train?until={until}"))
+        before, after = _right(old, task, held_out), _right(new, task, held_out)
+        told["tasks"][task] = {
+            "learned": learned, "held_out": len(held_out), "held_out_before": before, "held_out_after": after,
+        }  # fmt: skip
+        if len(held_out):
+            gains.append(after - before)
+    for task, entry in entries.items():
+        found = _calibrated(new, task, entry)
+        _save(found, version / "package", task)
+        source = open_source(entry["data"])
+        view = SlotView.of(old.task(task), source, entry["columns"])
+        before = _right(old, task, ListRecords(view(record) for record in _some(source, entry["records"])))
+        after = float(found.parts["right"].mean())
+        told["tasks"].setdefault(task, {}).update(before=before, after=after)
+        losses.append(before - after)
+    (version / CALIBRATION).write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    # What it was asked to learn has to be better for it, and nothing that it could do worse by more than a little.
+    told["better"] = bool(gains) and float(np.mean(gains)) > 0 and max(losses, default=0.0) <= WORSE + 1e-9
+    return told
+
+
+def _right(model: EdgeModel, task: str, records: ListRecords) -> float:
+    chosen = model.task(task)
+    found = [
+        agreement(model.answer(task, _inputs(chosen, one)).value, _wanted(chosen.outputs, one))
+        for one in iterate(records)
+    ]
+    return float(np.mean(found)) if found else 0.0

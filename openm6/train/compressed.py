@@ -1,0 +1,136 @@
+"""What a compression is for, and how it is told: the table, the plot.
+
+A row has step, path, parameters, bytes, peak_mib, latency_1_ms, latency_16_ms, and by task its metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openm6.errors import UsageError
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """At most so many bytes, or so many milliseconds for one answer."""
+
+    what: str
+    most: float
+
+    @classmethod
+    def of(cls, text: str) -> Target:
+        """`size=2MB` or `latency=5ms`. Raises UsageError for anything else."""
+        size = re.fullmatch(r"size=([0-9.]+)([KMG]?B)", text)
+        latency = re.fullmatch(r"latency=([0-9.]+)ms", text)
+        try:
+            if size:
+                return cls("bytes", float(size[1]) * UNITS[size[2]])
+            if latency:
+                return cls("latency_1_ms", float(latency[1]))
+        except ValueError:
+            pass
+        raise UsageError(f"The target {text!r} is none: write size=2MB or latency=5ms.")
+
+    def met(self, row: Mapping[str, Any]) -> bool:
+        return bool(row[self.what] <= self.most)
+
+
+def lost(parent: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Of the first metric of each task, the most that any has lost."""
+    return max(first_of(parent, task) - first_of(row, task) for task in parent["metrics"])
+
+
+def first_of(row: Mapping[str, Any], task: str) -> float:
+    name, value = next(iter(row["metrics"][task].items()))
+    return -value if name == "perplexity" else float(value)
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    metrics = ", ".join(
+        f"{task} {value:.3f}" for task, some in row["metrics"].items() for value in [*some.values()][:1]
+    )
+    return (
+        f"{row['step']}: {row['parameters'] / 1e6:.2f}M, {row['bytes'] / 1e6:.2f} MB, {row['peak_mib']:.0f} MiB, "
+        f"{row['latency_1_ms']:.1f} / {row['latency_16_ms']:.1f} ms, {metrics}"
+    )
+
+
+COLUMNS = ("step", "parameters (M)", "file (MB)", "peak memory (MiB)", "1 answer (ms)", "16 answers (ms)")
+
+
+def table_of(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells; a metric with its change from the first row."""
+    first = rows[0]["metrics"]
+    names = [(task, name) for task, some in first.items() for name in some]
+    cells = []
+    for row in rows:
+        line = [
+            row["step"], f"{row['parameters'] / 1e6:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{row['peak_mib']:.0f}",
+            f"{row['latency_1_ms']:.1f}", f"{row['latency_16_ms']:.1f}",
+        ]  # fmt: skip
+        for task, name in names:
+            value = row["metrics"][task].get(name)
+            line.append("" if value is None else f"{value:.3f} ({value - first[task][name]:+.3f})")
+        cells.append(line)
+    return [*COLUMNS, *(f"{task} {name}" for task, name in names)], cells
+
+
+def report_of(rows: list[dict[str, Any]], target: Target | None, max_loss: float, found: dict[str, Any] | None) -> str:
+    heads, cells = table_of(rows)
+    lines = ["# Compressed", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines += [f"| {' | '.join(line)} |" for line in cells]
+    if target:
+        wanted = f"{target.what} at most {target.most:g}, at most {max_loss:.1%} lost"
+        lines += ["", f"Target: {wanted}. " + (f"Met by {found['step']}." if found else "No chain met it.")]
+    lines += ["", "![](pareto.png)", ""]
+    return "\n".join(lines)
+
+
+def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    """Those that no other one beats, smaller in `what` and no worse in the first metric; the smallest first."""
+    best, found = -math.inf, []
+    task = next(iter(rows[0]["metrics"]))
+    for row in sorted(rows, key=lambda row: (row[what], -first_of(row, task))):
+        if first_of(row, task) > best:
+            best = first_of(row, task)
+            found.append(row)
+    return found
+
+
+def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = None, max_loss: float = 0.0) -> None:
+    """The first metric against size and against the time of one answer; the front as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    task = next(iter(rows[0]["metrics"]))
+    name = next(iter(rows[0]["metrics"][task]))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, what, label, unit in (
+        (axes[0], "bytes", "file, MB", 1e6), (axes[1], "latency_1_ms", "one answer, ms", 1.0),
+    ):  # fmt: skip
+        best = front(rows, what)
+        axis.plot([row[what] / unit for row in best], [first_of(row, task) for row in best], color="#c9962b", zorder=1)
+        for row in rows:
+            there = row in best
+            x, y = row[what] / unit, first_of(row, task)
+            axis.scatter([x], [y], color="#8a5a00" if there else "#b8b8b8", zorder=2)
+            if there:
+                axis.annotate(row["step"], (x, y), fontsize=7, xytext=(4, -9), textcoords="offset points")
+        if target and target.what == what:
+            axis.axvline(target.most / unit, color="#888888", linestyle=":", linewidth=1)
+        axis.axhline(first_of(rows[0], task) - max_loss, color="#888888", linestyle=":", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+    axes[0].set_ylabel(f"{task}: {name}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

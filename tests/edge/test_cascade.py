@@ -1,0 +1,431 @@
+"""A box beside a server of its cloud: who answers, whatever becomes of the link, and what is sent and kept."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from openm6.edge.box import Box, Settings, settings_of, written
+from openm6.edge.cascade import CLOUD, EDGE, Cascade
+from openm6.edge.cloud import Cloud, Failed
+from openm6.edge.kept import Kept
+from openm6.edge.service import make_app, serve
+from openm6.edge.sureness import Sureness
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.train.cascade import init_box
+from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.tasks.conftest import picture, tokenizer
+
+__all__ = ["_in_fp32", "bundle", "model", "tokenizer"]
+
+QUESTION = "图中的商品是什么颜色？"
+
+
+class _Server:
+    """A cloud that answers as a test says, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.act: Callable[[str, dict[str, Any]], tuple[int, Any]] = lambda path, body: (
+            200, {"outputs": {"answer": "云"}},
+        )  # fmt: skip
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                outer.seen.append((self.path, body, dict(self.headers)))
+                try:
+                    status, answer = outer.act(self.path, body)
+                except ConnectionAbortedError:
+                    self.connection.close()
+                    self.close_connection = True
+                    return
+                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    found = _Server()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A box, its task vqa calibrated so that hardly anything is sure."""
+    place = tmp_path_factory.mktemp("box") / "box"
+    init_box(place, model, Settings(), None, model)
+    return place
+
+
+def _sureness(width: int, never: bool = True) -> Sureness:
+    rng = np.random.default_rng(0)
+    right = np.zeros(60) if never else np.ones(60)
+    return Sureness.fit(rng.normal(size=(60, width)).astype(np.float32), rng.uniform(0, 1, 60), right, 0.01)
+
+
+Make = Callable[..., Cascade]
+
+
+@pytest.fixture
+def box(made: Path, tmp_path: Path) -> Iterator[Make]:
+    import shutil
+
+    opened: list[Cascade] = []
+
+    def make(sure: bool = False, **settings: Any) -> Cascade:
+        place = tmp_path / "box"
+        if not place.exists():
+            shutil.copytree(made, place)
+        (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
+        package = place / "versions/0001/package"
+        width = json.loads((package / "edge.json").read_text())["width"]
+        _sureness(width, never=not sure).save(package / "sureness-vqa.npz")
+        opened.append(Cascade(place, 1, seed=0))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def _ask(cascade: Cascade, question: str = QUESTION, **more: Any) -> Any:
+    return cascade.answer("vqa", {"photo": ASKED["vqa"]["photo"], "question": question}, **more)
+
+
+def _files(cascade: Cascade) -> bytes:
+    return b"".join(f.read_bytes() for f in cascade.box.path.glob("kept*"))
+
+
+def test_who_answers(box: Make, server: _Server, bundle: Any) -> None:
+    cascade = box(cloud=server.url, key="", name="shop-1")
+    reply = _ask(cascade)
+    assert (reply.value, reply.by, reply.reason) == ("云", CLOUD, "") and reply.probability < 0.5
+    path, body, headers = server.seen[0]
+    assert path == "/v1/tasks/vqa" and body["inputs"]["question"] == QUESTION
+    assert base64.b64decode(body["inputs"]["photo"]) == ASKED["vqa"]["photo"]
+    assert headers["Content-Type"] == "application/json" and body["seconds"] == 3.0
+    [row] = cascade.kept.rows()
+    assert row["value"] == "云" and row["record"]["photo"] == ASKED["vqa"]["photo"]
+    assert row["edge"] == bundle.run("vqa", **ASKED["vqa"])
+    # A task that is not calibrated is always answered here.
+    reply = cascade.answer("caption", ASKED["caption"])
+    assert (reply.by, reply.value, reply.probability) == (EDGE, bundle.run("caption", **ASKED["caption"]), None)
+    vector = cascade.answer("item_vector", ASKED["item_vector"])
+    assert vector.by == EDGE and vector.value.shape == (32,)
+    assert len(server.seen) == 1
+    with pytest.raises(UsageError, match="question is missing"):
+        cascade.answer("vqa", {"photo": picture()})
+    with pytest.raises(DataError, match="does not exist"):
+        cascade.answer("vqa", {"photo": "nowhere.jpg", "question": QUESTION})
+
+
+def test_what_is_sure_is_answered_here(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = box(sure=True, cloud=server.url)
+    monkeypatch.setattr("openm6.edge.cascade.EAGER", 0.0)
+    cascade._version.sure["vqa"]._threshold = 0.0  # its calibration is made up: none of its states is like these
+    for number in range(20):
+        reply = _ask(cascade, f"问题{number}")
+        assert reply.by == EDGE and reply.reason == "" and reply.probability >= 0
+    assert not server.seen and not list(cascade.kept.rows())
+    assert cascade.statistics()["tasks"]["vqa"]["sure"] == 20
+
+
+def test_sure_answers_are_audited_and_it_learns(
+    box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cloud says otherwise each time: soon nothing is sure any more. After a restart it is remembered."""
+    monkeypatch.setattr("openm6.edge.cascade.EAGER", 40.0)
+    cascade = box(sure=True, cloud=server.url)
+    before = [_ask(cascade, f"问题{n}").by for n in range(200)]
+    assert before[-50:].count(CLOUD) > 40
+    told = cascade.statistics()["tasks"]["vqa"]
+    assert told["audited"] > 3 and told["differed"] > told.get("agreed", 0)
+    threshold = cascade._version.sure["vqa"].threshold
+    cascade.close()
+    again = Cascade(cascade.box.path, 1)
+    assert again._version.sure["vqa"].threshold == pytest.approx(threshold, abs=0.05)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda path, body: (500, {}), "answered with 500"),
+        (lambda path, body: (503, {}), "too much to do"),
+        (lambda path, body: (401, {}), "refuses the key"),
+        (lambda path, body: (404, {"error": {"code": "task_not_found"}}), "does not know the task"),
+        (lambda path, body: (409, {"error": {"code": "other_eyes"}}), "reads pictures otherwise"),
+        (lambda path, body: (200, {"outputs": {"caption": "x"}}), "otherwise than expected"),
+        (lambda path, body: (200, b"<html>"), "otherwise than expected"),
+        (lambda path, body: (200, []), "otherwise than expected"),
+        (lambda path, body: (_ for _ in ()).throw(ConnectionAbortedError()), "cannot be reached"),
+    ],
+)
+def test_a_cloud_that_fails_leaves_the_answer_here(
+    act: Any, reason: str, box: Make, server: _Server, bundle: Any
+) -> None:
+    cascade = box(cloud=server.url)
+    server.act = act
+    reply = _ask(cascade)
+    assert reply.by == EDGE and reason in reply.reason and reply.value == bundle.run("vqa", **ASKED["vqa"])
+    assert not list(cascade.kept.rows())
+
+
+def test_a_cut_link_is_left_alone_and_found_again(box: Make, server: _Server) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    now = [1000.0]
+    cloud = Cloud(f"http://127.0.0.1:{port}", clock=lambda: now[0])
+    for _ in range(3):
+        with pytest.raises(Failed, match="cannot be reached"):
+            cloud.ask("vqa", {}, 1.0)
+    cloud._port = server.http.server_address[1]  # it is there again, but nobody looks yet
+    with pytest.raises(Failed, match="cannot be reached"):
+        cloud.ask("vqa", {}, 1.0)
+    assert not server.seen
+    now[0] += 3
+    assert cloud.ask("vqa", {}, 1.0) == {"answer": "云"}
+    assert cloud.ask("vqa", {}, 1.0) == {"answer": "云"}
+    cloud.close()
+
+
+def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: _Server) -> None:
+    def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.6)
+        return 200, {"outputs": {"answer": "晚"}}
+
+    server.act = slow
+    cascade = box(cloud=server.url, deadline_ms=200)
+    cascade.answer("caption", ASKED["caption"])  # the first answer of a session takes longer
+    started = time.monotonic()
+    reply = _ask(cascade)
+    assert reply.by == EDGE and "took too long" in reply.reason
+    assert time.monotonic() - started < 0.55
+    cascade2 = box(cloud=server.url, deadline_ms=20_000)
+    started = time.monotonic()
+    assert "took too long" in _ask(cascade2, seconds=0.1).reason
+    assert time.monotonic() - started < 0.55
+
+
+def test_a_late_answer_teaches(server: _Server) -> None:
+    """It came before the connection gave up: what it says is still worth something."""
+
+    def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.15)
+        return 200, {"outputs": {"answer": "晚"}}
+
+    server.act = slow
+    cloud, late = Cloud(server.url), []
+    original = cloud._request
+    cloud._request = lambda method, path, body, seconds: original(method, path, body, 5.0)  # type: ignore[method-assign]
+    with pytest.raises(Failed, match="too long"):
+        cloud.ask("vqa", {}, 0.05, late.append)
+    for _ in range(100):
+        if late:
+            break
+        time.sleep(0.02)
+    assert late == [{"answer": "晚"}]
+    cloud.close()
+
+
+def test_the_hours_requests_are_counted(box: Make, server: _Server) -> None:
+    cascade = box(cloud=server.url, requests_per_hour=2)
+    assert [_ask(cascade, str(n)).by for n in range(3)] == [CLOUD, CLOUD, EDGE]
+    assert "used up" in _ask(cascade).reason and len(server.seen) == 2
+    cascade.close()
+    again = Cascade(cascade.box.path, 1)  # a restart is no new hour
+    assert _ask(again).by == EDGE
+    again.close()
+    later = Cascade(cascade.box.path, 1, clock=lambda: time.time() + 3600)
+    assert _ask(later).by == CLOUD
+    later.close()
+
+
+def test_offline_it_says_so(box: Make, server: _Server) -> None:
+    reply = _ask(box(cloud=server.url, offline=True))
+    assert (reply.by, reply.reason) == (EDGE, "offline")
+    assert _ask(box(cloud="")).reason == "offline"
+    assert not server.seen
+
+
+def test_with_features_no_picture_leaves_or_stays(box: Make, server: _Server, bundle: Any) -> None:
+    cascade = box(cloud=server.url, privacy="features")
+    assert _ask(cascade).by == CLOUD
+    sent = server.seen[0][1]["inputs"]["photo"]
+    assert set(sent) == {"features", "rows", "columns", "eyes"} and len(sent["eyes"]) == 16
+    # The cloud's model answers to them what it answers to the picture.
+    record = {"photo": sent, "question": QUESTION}
+    assert bundle.run("vqa", **record) == bundle.run("vqa", **ASKED["vqa"])
+    [row] = cascade.kept.rows()
+    assert set(row["record"]["photo"]) == {"features", "rows", "columns", "eyes"}
+    told = json.dumps(server.seen) + _files(cascade).decode("latin-1")
+    photo = ASKED["vqa"]["photo"]
+    assert base64.b64encode(photo).decode()[:60] not in told and photo[:60].decode("latin-1") not in told
+    # What was kept is an input like any other.
+    assert cascade.model.answer("vqa", row["record"]).value == cascade.model.answer("vqa", ASKED["vqa"]).value
+
+
+def test_nothing_is_sent_or_kept(box: Make, server: _Server) -> None:
+    everything = box(cloud=server.url)
+    assert _ask(everything).by == CLOUD and len(server.seen) == 1
+    everything.close()
+    cascade = box(cloud=server.url, privacy="nothing")
+    reply = _ask(cascade)
+    assert (reply.by, reply.reason) == (EDGE, "nothing may be sent")
+    cascade.report()
+    assert len(server.seen) == 1
+    photo = ASKED["vqa"]["photo"]
+    content = _files(cascade)
+    assert photo[:60] not in content and base64.b64encode(photo)[:60] not in content
+    assert QUESTION.encode() not in content
+
+
+def test_the_cloud_is_told_numbers_alone(box: Make, server: _Server) -> None:
+    cascade = box(cloud=server.url, name="shop-1")
+    _ask(cascade)
+    server.act = lambda path, body: (200, {})
+    cascade.report()
+    path, body, _ = server.seen[-1]
+    assert path == "/v1/edges/shop-1"
+    told = json.dumps(body, ensure_ascii=False)
+    assert QUESTION not in told and "云" not in told and "颜色" not in told
+    assert body["tasks"]["vqa"]["sent"] == 1
+    from openm6.serve.edges import Statistics
+
+    assert Statistics.model_validate(body).tasks["vqa"]["asked"] == 1
+    with pytest.raises(ValueError, match="tasks"):
+        Statistics.model_validate({**body, "tasks": {"vqa": {"question": QUESTION}}})
+    with pytest.raises(ValueError, match="extra"):
+        Statistics.model_validate({**body, "picture": "x"})
+
+
+def test_a_full_disk_costs_no_answer(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = box(cloud=server.url)
+    cascade.kept._file.execute(f"PRAGMA max_page_count={cascade.kept._file.execute('PRAGMA page_count').fetchone()[0]}")
+    for number in range(6):
+        assert _ask(cascade, f"问题{number}" * 300).by == CLOUD
+    assert cascade.statistics()["tasks"]["vqa"]["unwritten"] >= 5
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Kept, "spend", full)
+    assert _ask(cascade).by == CLOUD
+    assert cascade.statistics()["tasks"]["box"]["unwritten"] == 1
+
+
+def test_a_new_version_answers_when_it_is_whole(box: Make, server: _Server) -> None:
+    import shutil
+
+    cascade = box(sure=True, cloud="")
+    _ask(cascade)
+    path = cascade.box.path
+    shutil.copytree(path / "versions/0001", path / "versions/0002")
+    cascade.box.use("0002")
+    cascade._looked = 0.0
+    _ask(cascade)
+    assert cascade.statistics()["version"] == "0002"
+    (path / "current").write_text("0009\n")
+    cascade._looked = 0.0
+    assert _ask(cascade).by == EDGE  # the one that is open goes on
+    assert cascade.statistics()["version"] == "0002"
+    with pytest.raises(OpenM6Error, match="no version"):
+        Cascade(path)
+    with pytest.raises(UsageError, match="no version 7"):
+        Box(path).use("7")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
+        ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
+        ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "box.toml").write_text(line + "\n", "utf-8")
+    with pytest.raises(UsageError, match=sentence):
+        Box(tmp_path)
+
+
+def test_no_box(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no box"):
+        Box(tmp_path)
+    assert settings_of({}) == Settings()
+    text = written(Settings(privacy="features", offline=True))
+    (tmp_path / "box.toml").write_text(text, "utf-8")
+    assert Box(tmp_path).settings == Settings(privacy="features", offline=True)
+
+
+def test_over_http(box: Make, server: _Server) -> None:
+    cascade = box(cloud=server.url)
+    photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
+    asked = {"inputs": {"photo": photo, "question": QUESTION}}
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        assert client.get("/healthz").text == "ok"
+        answer = client.post("/v1/tasks/vqa", json=asked).json()
+        assert answer["outputs"] == {"answer": "云"} and answer["by"] == CLOUD and 0 <= answer["probability"] < 0.5
+        assert client.post("/v1/tasks/item_vector", json={"inputs": {"photo": photo, "title": "帽子"}}).json()["by"] == EDGE
+        assert {one["name"] for one in client.get("/v1/tasks").json()["data"]} == set(ASKED)
+        assert client.get("/v1/tasks/vqa").json()["slots"]["photo"] == "image"
+        told = client.get("/v1/status").json()
+        assert told["kept"]["answers"] == {"vqa": 1} and told["tasks"]["vqa"]["sent"] == 1
+        assert 'openm6_edge_requests_total{task="vqa",what="asked"} 1' in client.get("/metrics").text
+        for body, status, sentence in (
+            ({"inputs": {"photo": "/etc/passwd", "question": "x"}}, 422, "base64"),
+            ({"inputs": {"photo": photo}}, 422, "question is missing"), ({"inputs": []}, 422, "an object too"),
+            ({"inputs": {"photo": {"path": "x"}, "question": "x"}}, 422, "base64"),
+            ({**asked, "seconds": -1}, 422, "seconds"), ([], 422, "an object"),
+            ({"inputs": {"photo": base64.b64encode(b"no picture").decode(), "question": "x"}}, 422, "picture"),
+        ):  # fmt: skip
+            found = client.post("/v1/tasks/vqa", json=body)
+            assert found.status_code == status and sentence in found.json()["error"]["message"], found.text
+        assert client.post("/v1/tasks/vqa", content=b"{").status_code == 422
+        assert client.post("/v1/tasks/vqaa", json=asked).status_code == 404
+        assert client.get("/v1/tasks", headers={"host": "evil.example"}).status_code == 403
+        assert client.get("/v1/tasks", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    with TestClient(make_app(cascade, "secret", False), base_url="http://box.example") as client:
+        assert client.get("/v1/tasks").status_code == 401
+        assert client.get("/v1/tasks", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/healthz").status_code == 200
+    with pytest.raises(UsageError, match="--key-env"):
+        serve(cascade, "0.0.0.0", 8100)
