@@ -165,9 +165,11 @@ class Features:
             return value if isinstance(value, Features) else None
         data, rows, columns = value["features"], value.get("rows"), value.get("columns")
         try:
-            data = base64.b64decode(data, validate=True) if isinstance(data, str) else bytes(data)
-        except (ValueError, TypeError):
-            raise DataError("has features that are no base64.") from None
+            data = base64.b64decode(data, validate=True) if isinstance(data, str) else data
+        except ValueError:
+            data = None
+        if not isinstance(data, bytes):
+            raise DataError("has features that are no base64.")
         if not (isinstance(rows, int) and isinstance(columns, int) and 0 < rows < 2**12 and 0 < columns < 2**12):
             raise DataError("has features without their rows and columns, whole numbers.")
         if not data or len(data) % (2 * rows * columns):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from openm6.errors import DataError
-from openm6.images import ImageGrid, open_image, sketch
+from openm6.images import Features, ImageGrid, open_image, sketch
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -103,3 +105,30 @@ def test_a_sketch_has_lines_where_colours_change() -> None:
     assert lines[15:17, 20:44].any(0).all() and lines[20:44, 47:49].any(1).all()
     assert not lines[22:42, 22:42].any() and not lines[:10].any() and not lines[:, -10:].any()
     assert sketch(pixels, 32).size == (32, 32)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(0, 99))
+def test_features_go_and_come(rows: int, columns: int, width: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=(rows, columns, width)).astype(np.float16)
+    features = Features(values.tobytes(), rows, columns, "eyes")
+    sent = {**features.mapping(), "features": base64.b64encode(features.data).decode()}
+    for given_ in (features, features.mapping(), sent):
+        found = Features.of(given_)
+        assert found == features and (found.array() == values).all() and found.array().dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"features": "###"}, "no base64"), ({"features": b""}, "do not fit"), ({"features": b"abc"}, "do not fit"),
+        ({"features": 7}, "no base64"), ({"rows": 0}, "rows and columns"), ({"rows": "1"}, "rows and columns"),
+        ({"columns": 10**9}, "rows and columns"), ({"features": np.full(4, np.nan, np.float16).tobytes()}, "no numbers"),
+    ],
+)  # fmt: skip
+def test_features_that_are_none(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        Features.of({"features": bytes(8), "rows": 2, "columns": 2, "eyes": "", **changes})
+
+
+def test_no_features() -> None:
+    assert Features.of(b"a picture") is None and Features.of({"url": "data:"}) is None and Features.of(None) is None

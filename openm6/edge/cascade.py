@@ -27,7 +27,9 @@ from openm6.tasks.task import Task
 
 EDGE, CLOUD = "edge", "cloud"
 EAGER = 40.0
-"""Of the first requests of a task more are audited: as many as this in all, about, before the share of the settings."""
+"""Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
+share: what comes in may be other than what was calibrated on. A quarter of that for a version that learned here: it was
+calibrated on what came in too."""
 
 Record = Mapping[str, Any]
 
@@ -50,6 +52,7 @@ class _Version:
     def __init__(self, box: Box, number: str, kept: Kept, threads: int):
         folder = box.folder(number) / "package"
         self.number, self.model = number, EdgeModel(folder, threads)
+        self.eager = EAGER if int(number) == 1 else EAGER / 4
         self.sure: dict[str, Sureness] = {}
         self.drift: dict[str, Drift] = {}
         for file in folder.glob("sureness-*.npz"):
@@ -116,7 +119,8 @@ class Cascade:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
             given = probability >= sure.threshold
-            share = max(self.settings.audit, min(1.0, EAGER / (20 + self.counts.get(task, Counter())["asked"])))
+            asked = self.counts.get(task, Counter())["asked"]
+            share = max(self.settings.audit, min(1.0, version.eager / (20 + asked)))
             audited = given and self._random.random() < share
         self._count(task, "asked", *(["sure"] if given else []))
         if given and not audited:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,15 @@ def calibrate_box(
     return found.expected()
 
 
-def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any]) -> Sureness:
+def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Iterable[Record] = ()) -> Sureness:
+    """Fitted to the records of an entry, and to `more`, by the slots' names."""
     chosen = model.task(task)
     if chosen.embeds or chosen.head:
         raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
     source = open_source(entry["data"])
     view = SlotView.of(chosen, source, entry["columns"])
     states, confidences, right = [], [], []
-    for record in _some(source, entry["records"]):
-        seen = view(record)
+    for seen in chain(map(view, _some(source, entry["records"])), more):
         answer = model.answer(task, _inputs(chosen, seen))
         assert answer.state is not None
         states.append(answer.state)
@@ -303,22 +304,24 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
     told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
     entries = _calibrations(box.folder())
     gains, losses = [], []
+    held_out: dict[str, ListRecords] = {}
     for task, until in plan["until"].items():
-        held_out = open_kept_source(f"kept:{box.path}/{task}/held-out?until={until}")
+        held_out[task] = some = open_kept_source(f"kept:{box.path}/{task}/held-out?until={until}")
         learned = len(open_kept_source(f"kept:{box.path}/{task}/train?until={until}"))
-        before, after = _right(old, task, held_out), _right(new, task, held_out)
+        before, after = _right(old, task, some), _right(new, task, some)
         told["tasks"][task] = {
-            "learned": learned, "held_out": len(held_out), "held_out_before": before, "held_out_after": after,
+            "learned": learned, "held_out": len(some), "held_out_before": before, "held_out_after": after,
         }  # fmt: skip
-        if len(held_out):
+        if len(some):
             gains.append(after - before)
     for task, entry in entries.items():
-        found = _calibrated(new, task, entry)
-        _save(found, version / "package", task)
+        # With what came in and was held out of learning: there a threshold is needed.
+        more = iterate(held_out[task]) if task in held_out else ()
+        _save(_calibrated(new, task, entry, more), version / "package", task)
         source = open_source(entry["data"])
         view = SlotView.of(old.task(task), source, entry["columns"])
-        before = _right(old, task, ListRecords(view(record) for record in _some(source, entry["records"])))
-        after = float(found.parts["right"].mean())
+        known = ListRecords(map(view, _some(source, entry["records"])))
+        before, after = _right(old, task, known), _right(new, task, known)
         told["tasks"].setdefault(task, {}).update(before=before, after=after)
         losses.append(before - after)
     (version / CALIBRATION).write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", "utf-8")

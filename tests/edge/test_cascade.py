@@ -167,9 +167,7 @@ def test_what_is_sure_is_answered_here(box: Make, server: _Server, monkeypatch: 
     assert cascade.statistics()["tasks"]["vqa"]["sure"] == 20
 
 
-def test_sure_answers_are_audited_and_it_learns(
-    box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sure_answers_are_audited_and_it_learns(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cloud says otherwise each time: soon nothing is sure any more. After a restart it is remembered."""
     monkeypatch.setattr("openm6.edge.cascade.EAGER", 40.0)
     cascade = box(sure=True, cloud=server.url)
@@ -404,7 +402,10 @@ def test_over_http(box: Make, server: _Server) -> None:
         assert client.get("/healthz").text == "ok"
         answer = client.post("/v1/tasks/vqa", json=asked).json()
         assert answer["outputs"] == {"answer": "云"} and answer["by"] == CLOUD and 0 <= answer["probability"] < 0.5
-        assert client.post("/v1/tasks/item_vector", json={"inputs": {"photo": photo, "title": "帽子"}}).json()["by"] == EDGE
+        assert (
+            client.post("/v1/tasks/item_vector", json={"inputs": {"photo": photo, "title": "帽子"}}).json()["by"]
+            == EDGE
+        )
         assert {one["name"] for one in client.get("/v1/tasks").json()["data"]} == set(ASKED)
         assert client.get("/v1/tasks/vqa").json()["slots"]["photo"] == "image"
         told = client.get("/v1/status").json()
