@@ -122,7 +122,8 @@ def test_features_go_and_come(rows: int, columns: int, width: int, seed: int) ->
     [
         ({"features": "###"}, "no base64"), ({"features": b""}, "do not fit"), ({"features": b"abc"}, "do not fit"),
         ({"features": 7}, "no base64"), ({"rows": 0}, "rows and columns"), ({"rows": "1"}, "rows and columns"),
-        ({"columns": 10**9}, "rows and columns"), ({"features": np.full(4, np.nan, np.float16).tobytes()}, "no numbers"),
+        ({"columns": 10**9}, "rows and columns"),
+        ({"features": np.full(4, np.nan, np.float16).tobytes()}, "no numbers"),
     ],
 )  # fmt: skip
 def test_features_that_are_none(changes: dict[str, Any], sentence: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,19 +81,20 @@ AT_ONCE = 256
 
 
 class _Answered:
-    """Records with the teacher's answers, by the slots' names, in the place of any of their own."""
+    """Records with the teacher's answers, by the slots' names, in the place of any of their own; those that it says
+    nothing to are left out."""
 
-    def __init__(self, records: Records, outputs: list[str], answers: list[Mapping[str, object]]):
+    def __init__(self, records: Records, outputs: Iterable[str], answers: list[Mapping[str, object]]):
         self._records, self._answers = records, answers
-        self._blank = dict.fromkeys(outputs, "")
+        self._places = [place for place, answer in enumerate(answers) if all(answer.values())]
         self.columns = tuple(dict.fromkeys((*records.columns, *outputs)))
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Record:
-        answer = self._answers[index] if index < len(self._answers) else self._blank
-        return {**self._records[index], **answer}
+        place = self._places[index]
+        return {**self._records[place], **self._answers[place]}
 
 
 def answered(
@@ -102,31 +103,30 @@ def answered(
     """A source without answers, with those of a teacher. They are kept in `output`, where a run that was killed goes
     on.
 
-    A record that the teacher cannot read gets none, and is left out in training as any that lacks something. Raises
-    UsageError for a task that is not answered in words.
+    A record that the teacher cannot read, or says nothing to, is left out. Raises UsageError for a task that is not
+    answered in words.
     """
     if task.embeds or task.head or task.draws or task.sketch:
         raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
-    outputs = list(task.outputs)
     key = hashlib.sha256(dumps([source.name, task.name, dict(columns), str(teacher)]).encode()).hexdigest()[:12]
     file = output / "answers" / f"{task.name}-{key}.jsonl"
     if group.first:
-        _answer(source, task, columns, teacher, file, outputs)
+        _answer(source, task, columns, teacher, file)
     group.wait()
-    lines = [json.loads(line) for line in lines_of(file.read_text("utf-8"))]
-    return Source(source.name, _Answered(source, outputs, lines))
+    found = _Answered(source, task.outputs, [json.loads(line) for line in lines_of(file.read_text("utf-8"))])
+    if not len(found):
+        raise DataError(f"The teacher {teacher} says nothing to any record of {source.name}.")
+    return Source(source.name, found)
 
 
-def _answer(
-    source: Source, task: Task, columns: Mapping[str, str], teacher: Path, file: Path, outputs: list[str]
-) -> None:
+def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = lines_of(file.read_text("utf-8")) if file.is_file() else []
     if len(whole) >= len(source):
         return
     bundle = Bundle.load(teacher)
-    blank = _Answered(source, outputs, [])
-    view = SlotView.of(task, blank, columns)
+    blank = dict.fromkeys(task.outputs, "-")  # so that every slot finds a column
+    view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
     # What a kill left of the last part is written anew.
     begun = len(whole) // AT_ONCE * AT_ONCE
     file.write_text("".join(line + "\n" for line in whole[:begun]), "utf-8")
@@ -136,7 +136,7 @@ def _answer(
         for number in shown(rest, len(rest), f"{teacher} answers {source.name}"):
             part.append(number)
             if len(part) == AT_ONCE or number == rest[-1]:
-                stream.writelines(_answers(bundle, task, [view(blank[one]) for one in part]))
+                stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part]))
                 stream.flush()
                 part = []
 

@@ -12,8 +12,8 @@ from openm6.edge.sureness import Drift, Sureness, agreement, confidence_of
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States, confidences, and whether answers are right. A share `shifted` of the records lies elsewhere: there answers
-    are confident, and wrong."""
+    """States, confidences, and whether answers are right. A share `shifted` of the records lies elsewhere: there
+    answers are confident, and wrong."""
     rng = np.random.default_rng(seed)
     states = rng.normal(size=(count, 24)) @ np.diag(np.linspace(3, 0.1, 24))
     hard = rng.random(count) < 0.1

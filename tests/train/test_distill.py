@@ -18,8 +18,11 @@ from openm6.data.source import open_source
 from openm6.errors import UsageError
 from openm6.model.loss import Teacher
 from openm6.sequence import IGNORE
+from openm6.tasks.library import get
 from openm6.tokenizer import Tokenizer
-from openm6.train.distill import Lessons, relation_loss
+from openm6.train.distill import Lessons, answered, relation_loss
+from openm6.train.distributed import Group
+from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import DistillSection
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, losses, tiny_recipe
@@ -131,3 +134,34 @@ def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_p
         with pytest.raises(UsageError, match=told):
             raise call("models", "prune", teacher, tmp_path / "never", *given, *words).exception
     assert not (tmp_path / "never").exists()
+
+
+def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
+    """Its own answers are learned, in the place of the data's; kept in a file, and gone on with after a kill."""
+    known = [{"source": "demo:questions/train?pictures=30", "task": "vqa"}]
+    teacher = train(tiny_recipe(tmp_path / "teacher", data=known, steps=100, learning_rate=1e-2, checkpoint_every=100))
+    unlabelled = {"source": "demo:questions/train?pictures=60&seed=5", "task": "vqa", "answers": "teacher"}
+    recipe = student(tmp_path / "run", teacher, data=[unlabelled], steps=2)
+    train(recipe)
+    [file] = (tmp_path / "run/answers").iterdir()
+    lines = file.read_text("utf-8").splitlines()
+    source = open_source(unlabelled["source"])
+    assert len(lines) == len(source) > 256
+    bundle = Bundle.load(teacher)
+    for number in (0, 100, len(lines) - 1):
+        record = source[number]
+        expected = bundle.run("vqa", photo=record["image"], question=record["question"])
+        assert json.loads(lines[number]) == {"answer": expected}
+    assert sum(json.loads(line)["answer"] != "" for line in lines) > 100
+    file.write_text("\n".join([*lines[:-40], '{"answer": "bro']) + "\n", "utf-8")  # in the midst of its last part
+    group = Group(0, 1, torch.device("cpu"))
+    found = answered(source, bundle.task("vqa"), {}, teacher, tmp_path / "run", group)
+    assert file.read_text("utf-8").splitlines() == lines
+    told = [(json.loads(line)["answer"], source[n]["question"]) for n, line in enumerate(lines)]
+    assert [(r["answer"], r["question"]) for r in found] == [one for one in told if one[0]]
+    with pytest.raises(UsageError, match="distill.teacher"):
+        tiny_recipe(tmp_path / "x", data=[unlabelled])
+    with pytest.raises(UsageError, match="not answered in words"):
+        answered(source, get("item_vector"), {}, teacher, tmp_path, group)
+    values = finetune_recipe(teacher, "vqa", [], teacher=teacher, unlabelled=["a.jsonl"])
+    assert [section["answers"] for section in values["data"]] == ["teacher"]

@@ -1,0 +1,154 @@
+"""Chains and searches: every step measured, killed and gone on with, a target met or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.edge.runner import EdgeModel
+from openm6.errors import UsageError
+from openm6.train.compress import DistillStep, check_chain, compress, search
+from openm6.train.compressed import Target, front, lost, table_of
+from openm6.train.trainer import train
+from tests.train.conftest import SIZES, tiny_recipe
+
+TASK = {
+    "task": "vqa", "data": "demo:questions/train?pictures=30", "validation": "demo:questions/validation?pictures=20",
+    "limit": 40,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openm6.train.compress.LEVELS", (1.0, 0.25))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    sizes = {**SIZES, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128}
+    model, data = {"preset": "demo", "sizes": sizes}, [{"source": TASK["data"], "task": "vqa"}]
+    return train(tiny_recipe(folder, steps=60, model=model, data=data, learning_rate=5e-3, checkpoint_every=60))
+
+
+def _chain(model: Path, output: Path, *steps: dict[str, Any], **task: Any) -> dict[str, Any]:
+    return {"model": str(model), "output": str(output), "tasks": [{**TASK, **task}], "steps": list(steps)}
+
+
+def test_a_chain_is_measured_step_by_step(model: Path, tmp_path: Path) -> None:
+    steps = [{"prune": {"layers": 2, "width": 64, "records": 8}}, {"distill": {"steps": 3, "batch_size": 4}},
+             {"quantize": {"bits": 8}}, {"export": {"bits": 8}}]  # fmt: skip
+    values = _chain(model, tmp_path / "out", *steps, unlabelled="demo:questions/train?pictures=5&seed=2")
+    said: list[str] = []
+    rows = compress(check_chain(values), said.append)
+    assert [row["step"] for row in rows] == ["0-model", "1-prune", "2-distill", "3-quantize", "4-export"]
+    assert rows[1]["parameters"] < rows[0]["parameters"] == rows[0]["parameters"]
+    assert rows[3]["bytes"] < 0.5 * rows[2]["bytes"] and rows[2]["parameters"] == rows[4]["parameters"]
+    for row in rows:
+        assert row["latency_16_ms"] > row["latency_1_ms"] > 0 and set(row["metrics"]) == {"vqa"}
+    # A package runs without PyTorch, and what is measured of it says so.
+    assert rows[4]["peak_mib"] < 0.6 * rows[3]["peak_mib"] < 4000
+    assert (tmp_path / "out/2-distill/answers").is_dir()
+    assert Bundle.load(rows[1]["path"], "cpu", trainable=True).model.config.num_hidden_layers == 2
+    assert "vqa" in EdgeModel(rows[4]["path"]).tasks
+    heads, cells = table_of(rows)
+    report = (tmp_path / "out/report.md").read_text("utf-8")
+    assert all(row[0] in report for row in cells) and heads[-1] == "vqa accuracy"
+    assert (tmp_path / "out/pareto.png").stat().st_size > 5000
+    # Given again nothing is done again, but what is missing.
+    done = len(said)
+    (tmp_path / "out/4-export.json").unlink()
+    again = compress(check_chain(values), said.append)
+    assert [row["step"] for row in again] == [row["step"] for row in rows] and len(said) == done + 1
+    with pytest.raises(UsageError, match="another chain"):
+        compress(check_chain(_chain(model, tmp_path / "out", *steps[:2])))
+
+
+@pytest.fixture
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes alone: a process for every step takes seconds, and the chain's test has them."""
+
+    def told(made: Path, _: Any) -> dict[str, Any]:
+        size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
+        return {"parameters": size, "bytes": size, "latency_1_ms": 1.0, "latency_16_ms": 2.0, "peak_mib": 1.0}
+
+    monkeypatch.setattr("openm6.train.compress._footprint", told)
+
+
+@pytest.mark.usefixtures("_unmeasured")
+def test_a_search_stops_at_the_target(model: Path, tmp_path: Path) -> None:
+    chain = check_chain(_chain(model, tmp_path / "out"))
+    rows, found = search(chain, Target("bytes", 1e9), 0.99)
+    assert found is not None and found["step"].startswith("100-export") and len(rows) == 4  # the whole network will do
+    assert json.loads((tmp_path / "out/table.json").read_text())["found"]["step"] == found["step"]
+    assert "vqa" in EdgeModel(tmp_path / "out/best").tasks
+    smaller = min(row["bytes"] for row in rows)
+    _, found = search(chain, Target("bytes", smaller - 1), 0.99, distill=DistillStep(steps=1, batch_size=4))
+    assert found is not None and found["bytes"] < smaller and not found["step"].startswith("100-")
+    _, found = search(
+        check_chain(_chain(model, tmp_path / "models")), Target("latency_1_ms", 1e-6), 0.99, "model",
+        DistillStep(steps=1, batch_size=4),
+    )  # fmt: skip
+    assert found is None and not (tmp_path / "models/best").exists()
+
+
+def test_what_a_row_is_worth() -> None:
+    rows = [
+        {"step": str(n), "bytes": size, "metrics": {"a": {"accuracy": right}, "b": {"perplexity": odd}}}
+        for n, (size, right, odd) in enumerate([(10, 0.9, 3.0), (5, 0.88, 3.5), (4, 0.7, 3.0), (6, 0.87, 3.0)])
+    ]
+    assert [row["step"] for row in front(rows, "bytes")] == ["2", "1", "0"]
+    assert lost(rows[0], rows[1]) == pytest.approx(0.5) and lost(rows[0], rows[3]) == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "most"),
+    [("size=2MB", "bytes", 2e6), ("size=1.5GB", "bytes", 1.5e9), ("latency=5ms", "latency_1_ms", 5)],
+)
+def test_targets(text: str, what: str, most: float) -> None:
+    target = Target.of(text)
+    assert (target.what, target.most) == (what, most)
+    assert target.met({what: most}) and not target.met({what: most * 1.01})
+
+
+@pytest.mark.parametrize("text", ["size=2", "size=xMB", "speed=2ms", "latency=5", "latency=1.2.3ms", ""])
+def test_no_targets(text: str) -> None:
+    with pytest.raises(UsageError, match="write size=2MB or latency=5ms"):
+        Target.of(text)
+
+
+@pytest.mark.usefixtures("_unmeasured")
+def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
+    for steps, sentence in (
+        ([{"prune": {"layers": 2}, "export": {}}], "A step is one of"), ([{}], "A step is one of"),
+        ([{"prune": {"layer": 2}}], 'Did you mean "layers"'), ([{"distil": {}}], 'Did you mean "distill"'),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=sentence):
+            check_chain(_chain(model, tmp_path, *steps))
+
+    def run(*words: object) -> Any:
+        result = CliRunner().invoke(commands(), ["compress", *map(str, words)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    file = tmp_path / "chain.yaml"
+    file.write_text(yaml.safe_dump(_chain(model, tmp_path / "out", {"quantize": {"bits": 8}})), "utf-8")
+    with pytest.raises(UsageError, match="done as it is written"):
+        run(file, "--target", "size=1MB")
+    with pytest.raises(UsageError, match="Give --task"):
+        run(model, "--target", "size=1MB")
+    with pytest.raises(UsageError, match="cannot be read"):
+        run(tmp_path / "none.yaml")
+    told = json.loads(run(file, "--json").stdout)
+    assert [row["step"] for row in told["rows"]] == ["0-model", "1-quantize"]
+    words = ["--task", "vqa", "--data", TASK["data"], "--validation", TASK["validation"], "--limit", 20]
+    never = run(model, *words, "--target", "latency=0.000001ms", "--steps", 1, "--output", tmp_path / "never")
+    assert never.exit_code == 1 and "No chain meets" in never.output
