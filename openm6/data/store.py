@@ -6,7 +6,6 @@ A record is kept as JSON beside its byte strings, so records of one source may d
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from openm6.environment import CACHE
 from openm6.errors import DataError, UsageError, suggest
+from openm6.json_lines import loads, plain
 
 Record = dict[str, Any]
 Made = TypeVar("Made")
@@ -89,7 +89,7 @@ class ArrowRecords:
     def __getitem__(self, index: int) -> Record:
         number, row = locate(self._ends, index)
         texts, keys, blobs = (column[row].as_py() for column in self._batches[number].columns)
-        record: Record = json.loads(texts, object_hook=_unpacked if _PACKED in texts else None)
+        record: Record = loads(texts)
         record.update(zip(keys, blobs, strict=True))
         return record
 
@@ -123,7 +123,7 @@ def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
         weight = 0
         for record in records:
             raw = {k: bytes(v) for k, v in record.items() if isinstance(v, (bytes, bytearray, memoryview))}
-            text = json.dumps({k: v for k, v in record.items() if k not in raw}, ensure_ascii=False, default=_plain)
+            text = json.dumps({k: v for k, v in record.items() if k not in raw}, ensure_ascii=False, default=plain)
             columns.update(dict.fromkeys(record))
             texts.append(text)
             keys.append(list(raw))
@@ -146,20 +146,6 @@ def _flush(writer: pa.RecordBatchWriter, *parts: list[Any]) -> int:
         for part in parts:
             part.clear()
     return count
-
-
-_PACKED = "__base64__"
-
-
-def _plain(value: Any) -> Any:
-    """JSON for what JSON does not know: bytes inside lists, numpy values as numbers and lists, dates as text."""
-    if isinstance(value, bytes):
-        return {_PACKED: base64.b64encode(value).decode()}
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _unpacked(value: dict[str, Any]) -> Any:
-    return base64.b64decode(value[_PACKED]) if set(value) == {_PACKED} else value
 
 
 def cache_folder() -> Path:

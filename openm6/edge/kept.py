@@ -10,10 +10,8 @@ What a stricter mode forbids is deleted when the file is opened, and what is del
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import json
 import os
 import sqlite3
 import time
@@ -25,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from openm6.errors import OpenM6Error, UsageError
-from openm6.json_lines import dumps
+from openm6.json_lines import dumps, loads, plain
 
 if TYPE_CHECKING:
     from openm6.edge.box import Settings
@@ -34,8 +32,6 @@ ALL, FEATURES, NOTHING = "all", "features", "nothing"
 MODES = (ALL, FEATURES, NOTHING)
 HELD_OUT = 5
 """Of what is kept, one in so many is held out of learning, to measure on."""
-
-_BYTES = "__base64__"
 
 
 class Kept:
@@ -76,7 +72,8 @@ class Kept:
         """
         if self.mode == NOTHING:
             return
-        body = dumps({"record": _packed(record), "value": _packed(value), "edge": _packed(edge)}).encode()
+        asked = {name: one for name, one in record.items() if not name.startswith("_")}
+        body = dumps({"record": asked, "value": value, "edge": edge}, plain).encode()
         if self._cipher:
             body = self._cipher.encrypt(body)
         with self._written():
@@ -94,7 +91,7 @@ class Kept:
                 (task, task, until if until is not None else 2**62),
             ).fetchall()
         for number, name, secret, body in found:
-            content = json.loads(self._opened(body) if secret else body, object_hook=_unpacked)
+            content = loads(self._opened(body) if secret else body)
             yield {"id": number, "task": name, **content}
 
     def tasks(self) -> dict[str, tuple[int, int]]:
@@ -212,7 +209,7 @@ def open_kept(folder: Path, settings: Settings) -> Kept:
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
     """By what was asked: the same question about the same picture is never on both sides."""
-    digest = hashlib.sha256(dumps(_packed(row["record"])).encode()).digest()
+    digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()
     return digest[0] % HELD_OUT == 0
 
 
@@ -240,18 +237,3 @@ def _needs_cryptography() -> None:
         import cryptography  # noqa: F401
     except ImportError:
         raise UsageError("Encryption needs a package: pip install cryptography.") from None
-
-
-def _packed(value: Any) -> Any:
-    """For JSON: bytes as base64, arrays as lists."""
-    if isinstance(value, bytes):
-        return {_BYTES: base64.b64encode(value).decode()}
-    if isinstance(value, Mapping):
-        return {str(name): _packed(one) for name, one in value.items() if not str(name).startswith("_")}
-    if isinstance(value, (list, tuple)):
-        return [_packed(one) for one in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _unpacked(value: dict[str, Any]) -> Any:
-    return base64.b64decode(value[_BYTES]) if value.keys() == {_BYTES} else value

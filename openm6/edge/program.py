@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openm6.errors import OpenM6Error, UsageError
-from openm6.json_lines import dumps
+from openm6.json_lines import dumps, plain
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -68,11 +68,11 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     ready = time.perf_counter()
     answer = model.answer(given.task, _record(given.slots))
     if not given.json:
-        return answer.value if isinstance(answer.value, str) else dumps(_plain(answer.value))
+        return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
     return dumps({
-        "value": _plain(answer.value), "confidence": round(answer.confidence, 4), "finished": answer.finished,
+        "value": answer.value, "confidence": round(answer.confidence, 4), "finished": answer.finished,
         "start_ms": round(1000 * (ready - started), 1), "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-    })  # fmt: skip
+    }, plain)  # fmt: skip
 
 
 def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
@@ -97,12 +97,12 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
         ready = time.perf_counter()
         reply = cascade.answer(given.task, _record(given.slots))
         if not given.json:
-            return reply.value if isinstance(reply.value, str) else dumps(_plain(reply.value))
+            return reply.value if isinstance(reply.value, str) else dumps(reply.value, plain)
         return dumps({
-            "value": _plain(reply.value), "by": reply.by, "probability": reply.probability, "reason": reply.reason,
+            "value": reply.value, "by": reply.by, "probability": reply.probability, "reason": reply.reason,
             "finished": reply.finished, "start_ms": round(1000 * (ready - started), 1),
             "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-        })  # fmt: skip
+        }, plain)  # fmt: skip
     finally:
         cascade.close()
 
@@ -124,7 +124,3 @@ def _lines(tasks: Mapping[str, Task]) -> list[str]:
 def _size(package: Path, started: float) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in package.iterdir() if file.is_file())
     return {"bytes": size, "start_seconds": round(time.perf_counter() - started, 3)}
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value

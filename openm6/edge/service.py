@@ -19,13 +19,14 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed
 from openm6.errors import OpenM6Error, UsageError
 from openm6.images import MAX_BYTES, Features
+from openm6.json_lines import dumps, plain
 
 LARGEST = MAX_BYTES * 4 // 3 + 2**20
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -71,14 +72,14 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
 
     async def status(_: Request) -> Response:
-        return JSONResponse({**cascade.statistics(), "kept": _kept(cascade), "drifting": cascade.drifting()})
+        return _json({**cascade.statistics(), "kept": _kept(cascade), "drifting": cascade.drifting()})
 
     async def tasks(_: Request) -> Response:
         found = cascade.model.tasks
-        return JSONResponse({"object": "list", "data": [_described(cascade, name) for name in found]})
+        return _json({"object": "list", "data": [_described(cascade, name) for name in found]})
 
     async def described(request: Request) -> Response:
-        return JSONResponse(_described(cascade, request.path_params["task"]))
+        return _json(_described(cascade, request.path_params["task"]))
 
     async def ask(request: Request) -> Response:
         asked = await _asked(request)
@@ -89,8 +90,8 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
             raise UsageError("seconds has to be a number above 0.")
         reply = await anyio.to_thread.run_sync(cascade.answer, task, record, seconds)
         outputs = cascade.model.task(task).outputs
-        value = _plain(reply.value)
-        return JSONResponse({
+        value = reply.value
+        return _json({
             "outputs": value if len(outputs) > 1 else {next(iter(outputs)): value}, "finished": reply.finished,
             "by": reply.by, "probability": None if reply.probability is None else round(reply.probability, 4),
             "reason": reply.reason,
@@ -179,10 +180,8 @@ def _described(cascade: Cascade, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(dumps(value, plain), status, media_type="application/json")
 
 
 def _kept(cascade: Cascade) -> dict[str, Any]:
@@ -201,11 +200,11 @@ def _exposition(cascade: Cascade) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _error(status: int, code: str, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": code}}, status)
+def _error(status: int, code: str, message: str) -> Response:
+    return _json({"error": {"message": message, "code": code}}, status)
 
 
-def _refused(_: Request, error: OpenM6Error) -> JSONResponse:
+def _refused(_: Request, error: OpenM6Error) -> Response:
     missing = "has no task" in str(error)
     return _error(404 if missing else 422, "task_not_found" if missing else "invalid", str(error))
 

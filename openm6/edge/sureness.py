@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from openm6.json_lines import plain
+
 PARTS = 16
 WINDOW = 2000
 """Answers of the cloud that are remembered, the newest."""
@@ -218,4 +220,4 @@ def agreement(answer: Any, other: Any) -> float:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=lambda v: v.tolist())
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=plain)

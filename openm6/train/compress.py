@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import shutil
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, references, scored
+from openm6.json_lines import dumps, plain
 from openm6.model.config import ModelConfig
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
@@ -332,7 +332,7 @@ def _footprint(made: Path, chain: Chain) -> dict[str, Any]:
     records = [inputs_of(task, view(record)) for record in source]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "records"
-        file.write_bytes(pickle.dumps((records * BATCH)[:BATCH]))
+        file.write_bytes(dumps((records * BATCH)[:BATCH], plain).encode())
         words = [sys.executable, "-m", "openm6.train.footprint_of", str(made), section.task, str(file)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:

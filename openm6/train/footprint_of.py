@@ -1,14 +1,13 @@
 """The process that measures a model directory or package: `python -m openm6.train.footprint_of PATH TASK RECORDS`.
 
 Of its own, so that the peak of its memory is the model's alone, and a package is measured without PyTorch. RECORDS is a
-file that the process which starts this one has just written (pickle).
+file with JSON.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from openm6.environment import peak_resident
+from openm6.json_lines import loads
 
 WARM, REPEATS = 2, 9
 
@@ -50,4 +50,4 @@ def _milliseconds(act: Callable[[int], object]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], pickle.loads(Path(sys.argv[3]).read_bytes()))
+    main(Path(sys.argv[1]), sys.argv[2], loads(Path(sys.argv[3]).read_bytes()))

@@ -157,8 +157,8 @@ def test_who_answers(box: Make, server: _Server, bundle: Any) -> None:
 
 
 def test_what_is_sure_is_answered_here(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    cascade = box(sure=True, cloud=server.url)
     monkeypatch.setattr("openm6.edge.cascade.EAGER", 0.0)
+    cascade = box(sure=True, cloud=server.url)
     cascade._version.sure["vqa"]._threshold = 0.0  # its calibration is made up: none of its states is like these
     for number in range(20):
         reply = _ask(cascade, f"问题{number}")

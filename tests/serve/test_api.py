@@ -17,10 +17,13 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 
 from openm6.bundle import Bundle
+from openm6.images import ImageGrid
+from openm6.model.files import eyes_of, load_model
 from openm6.serve.api import create_app
 from openm6.serve.engine import Settings
 from openm6.serve.fleet import Fleet, Place
@@ -284,3 +287,42 @@ def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
     time.sleep(0.01)
     keys.add("bert")
     assert other.find(secret) is None and [key.name for key in other.list()] == ["bert"]
+
+
+def test_features_in_the_place_of_a_picture(http: httpx2.Client, model: Path) -> None:
+    """As a box sends them: the answer is that to the picture; those of other eyes are refused."""
+    about = http.get("/v1/models").json()["data"][0]
+    assert about["eyes"] == eyes_of(model)
+    network, photo = load_model(model), picture(40, 24, seed=8)
+    grid = ImageGrid(network.config.image_stride, network.config.image_max_patches)
+    pixels = grid.read(photo)
+    with torch.no_grad():
+        read = network.image(torch.from_numpy(pixels.copy())[None]).numpy().astype(np.float16)
+    rows, columns = (side // grid.stride for side in pixels.shape[:2])
+    features = {"features": encoded(read.tobytes()), "rows": rows, "columns": columns, "eyes": about["eyes"]}
+    asked = {"question": "图中的商品是什么颜色?"}
+    by_picture, by_features = (
+        http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": one}}) for one in (encoded(photo), features)
+    )
+    assert by_picture.status_code == by_features.status_code == 200, by_features.text
+    assert by_features.json()["outputs"] == by_picture.json()["outputs"]
+    other = http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": {**features, "eyes": "0" * 16}}})
+    assert other.status_code == 409 and other.json()["error"]["code"] == "other_eyes"
+    for wrong in ({"rows": rows + 1}, {"features": "###"}, {"features": encoded(bytes(2 * rows * columns))}):
+        found = http.post("/v1/tasks/vqa", json={"inputs": {**asked, "photo": {**features, **wrong}}})
+        assert found.status_code == 422, found.text
+
+
+def test_boxes_tell_numbers_alone(served: Served, http: httpx2.Client, secrets: Any) -> None:
+    told = {"version": "0002", "seconds": 60, "tasks": {"vqa": {"asked": 10, "sent": 2, "drift": 0.1}}}
+    assert http.post("/v1/edges/shop-1", json=told).status_code == 200
+    for name, wrong in (
+        ("shop-1", {**told, "tasks": {"vqa": {"question": "红色"}}}), ("shop-1", {**told, "photo": "x"}),
+        ("shop-1", {**told, "tasks": {"红色": {"asked": 1}}}), ("shop%201", told), ("a" * 65, told),
+    ):  # fmt: skip
+        assert http.post(f"/v1/edges/{name}", json=wrong).status_code == 422
+    assert http.get("/v1/edges").status_code == 403
+    manager = {"Authorization": f"Bearer {secrets[1]['manager']}"}
+    [box] = httpx2.get(f"{served.url}/v1/edges", headers=manager).json()["data"]
+    assert box["name"] == "shop-1" and box["key"] == "user" and box["tasks"]["vqa"]["sent"] == 2
+    assert httpx2.post(f"{served.url}/v1/edges/x", json=told).status_code == 401
