@@ -1,11 +1,13 @@
-"""Directories that appear whole or not at all, after a kill or on a full disk too."""
+"""Directories and files that appear whole or not at all, after a kill or on a full disk too."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError
 
@@ -26,6 +28,25 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise write_failed(target, error) from None
+
+
+def write_file(target: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file that takes the place of `target` complete, or not at all."""
+    draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        fill(draft)
+        _flush_entry(draft)
+        draft.replace(target)
+        _flush_entry(target.parent)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def write_json(target: Path, value: Any) -> None:
+    """As `write_file`, for people to read."""
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    write_file(target, lambda draft: draft.write_text(text, "utf-8"))
 
 
 def require_new(target: Path) -> None:

@@ -16,7 +16,8 @@ from openm6.decode.limits import Limits
 from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import UsageError, suggest
+from openm6.images import check_features
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
@@ -270,9 +271,7 @@ class Bundle:
     def prompt(self, task: Task, record: Record) -> Sequence:
         prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
         for picture in prompt.pictures:
-            width = self.model.config.hidden_size
-            if picture.pixels.dtype == np.float32 and picture.pixels.shape[2] != width:
-                raise DataError(f"Features of a picture have {picture.pixels.shape[2]} numbers a patch, not {width}.")
+            check_features(picture.pixels, self.model.config.hidden_size)
         if record.get(LIMITS) is not None:
             if prompt.constraint is not None or prompt.sketch is not None:
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")

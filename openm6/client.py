@@ -17,10 +17,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import DataError, OpenM6Error, UsageError
 
 if TYPE_CHECKING:
     import httpx2
@@ -346,19 +345,12 @@ def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _encoded(value: Any) -> str:
-    from PIL import Image
+    from openm6.images import as_file
 
-    if isinstance(value, (str, Path)):
-        try:
-            value = Path(value).read_bytes()
-        except OSError:
-            raise UsageError(f"The picture {str(value)[:200]} does not exist or cannot be read.") from None
-    if not isinstance(value, bytes):
-        image = value if isinstance(value, Image.Image) else Image.fromarray(value)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        value = buffer.getvalue()
-    return base64.b64encode(value).decode()
+    try:
+        return base64.b64encode(as_file(value)).decode()
+    except DataError as error:
+        raise UsageError(str(error)) from None
 
 
 def _incoming(value: Any, kind: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,38 @@ def read_square(source: Source, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def check_features(pixels: np.ndarray, width: int) -> None:
+    """Raises DataError where features stand in the place of pixels, of another width than the model's."""
+    if pixels.dtype == np.float32 and pixels.shape[2] != width:
+        raise DataError(f"Features of a picture have {pixels.shape[2]} numbers a patch, not {width}.")
+
+
+def as_file(picture: Source) -> bytes:
+    """The bytes of a picture's file; of what is none a PNG. Raises DataError for a path where nothing can be read."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, (str, Path)):
+        try:
+            return Path(picture).read_bytes()
+        except OSError:
+            raise DataError(f"The picture {str(picture)[:200]} does not exist or cannot be read.") from None
+    return png(picture if isinstance(picture, Image.Image) else Image.fromarray(picture))
+
+
+_DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of a picture's file out of base64, or a data URL. Raises DataError for what is neither."""
+    if len(text) > MAX_BYTES * 4 // 3 + 100:
+        raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
+    try:
+        head = _DATA_URL.match(text)
+        return base64.b64decode(text[head.end() :] if head else text, validate=True)
+    except ValueError:
+        raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
 
 
 def png(image: Image.Image) -> bytes:

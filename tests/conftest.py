@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,3 +90,15 @@ def drawing_bundle(max_length: int = 64) -> Bundle:
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     return Bundle(M6(config).eval(), Processor(tokenizer, grid, max_length, PictureCodec(codec)))
+
+
+def command(*words: object) -> Any:
+    """The result of a command; what it raises is raised."""
+    from typer.testing import CliRunner
+
+    from openm6.cli import commands
+
+    result = CliRunner().invoke(commands(), list(map(str, words)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result

@@ -132,7 +132,7 @@ def status(box: Place, json: Json = False) -> None:
         "cloud": opened.settings.cloud, "calibrated": sorted(
             f.stem.removeprefix("sureness-") for f in (opened.folder() / "package").glob("sureness-*.npz")
         ),
-        "kept": {task: count for task, (count, _) in kept.tasks().items()}, "kept_bytes": kept.size(),
+        "kept": kept.counts(), "kept_bytes": kept.size(),
     }  # fmt: skip
     kept.close()
     emit(told) if json else table(["", ""], [[name, str(value)] for name, value in told.items()], str(box))

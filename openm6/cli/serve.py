@@ -104,7 +104,7 @@ def _mount(application: FastAPI, batches: Path) -> None:
 
 def check_reach(host: str, keys: Path | None) -> None:
     """Raises UsageError where others could ask without a key."""
-    from openm6.serve.guard import LOOPBACK
+    from openm6.sites import LOOPBACK
 
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")

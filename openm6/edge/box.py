@@ -11,13 +11,13 @@ openm6-edge             the program: `python openm6-edge serve`
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from openm6.atomic import write_file
 from openm6.edge.kept import MODES
 from openm6.errors import OpenM6Error, UsageError, suggest
 
@@ -119,12 +119,7 @@ class Box:
         """Let a version answer from now on. Raises UsageError where there is none."""
         if version not in self.versions:
             raise UsageError(f"{self.path} has no version {version}. It has: {', '.join(self.versions)}.")
-        draft = self.path / f".{CURRENT}.{os.getpid()}"
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(version + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path / CURRENT)
+        write_file(self.path / CURRENT, lambda draft: draft.write_text(version + "\n", "utf-8"))
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:

@@ -22,7 +22,7 @@ from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, open_kept
 from openm6.edge.runner import Answer, EdgeModel, Eyes
 from openm6.edge.sureness import STEADY, WINDOW, Drift, Sureness, agreement, confidence_of
 from openm6.errors import DataError, OpenM6Error
-from openm6.images import open_image
+from openm6.images import as_file, open_image
 from openm6.tasks.task import Task
 
 EDGE, CLOUD = "edge", "cloud"
@@ -62,8 +62,7 @@ class _Version:
             except (ValueError, KeyError, OSError):
                 raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
-            for seen, right, weight in kept.seen(task, number):
-                found.learn(seen, right, weight)
+            found.remember(kept.seen(task, number))
 
 
 class Cascade:
@@ -90,6 +89,7 @@ class Cascade:
         self._looked = 0.0
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
+        self._spent: tuple[int | None, int] = (None, 0)  # an hour, and its requests
         self.started = clock()
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Cascade:
             raise Failed("nothing may be sent")
         if settings.offline or self.cloud is None:
             raise Failed("offline")
-        inputs = {name: record[name] for name in task.inputs if record.get(name) is not None}
+        inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
             if self.eyes is None:
@@ -169,7 +169,7 @@ class Cascade:
         """Raises Failed where the hour's requests are used up. On a full disk they are counted in memory alone."""
         hour = int(self._clock() // 3600)
         with self._lock:
-            known, used = getattr(self, "_spent", (None, 0))
+            known, used = self._spent
             if known != hour:
                 used = self.kept.spent(hour)
             if used >= self.settings.requests_per_hour:
@@ -186,7 +186,7 @@ class Cascade:
     ) -> None:  # fmt: skip
         """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
         try:
-            kept = {name: record[name] for name in task.inputs if record.get(name) is not None}
+            kept = task.asked(record)
             if self.settings.privacy != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
@@ -250,15 +250,11 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
     found = dict(record)
     for name, slot in task.slots.items():
         value = found.get(name)
-        if slot.type == "image" and isinstance(value, (str, Path)):
+        if slot.type == "image" and value is not None and not isinstance(value, Mapping):
             try:
-                found[name] = Path(value).read_bytes()
-            except OSError:
-                raise DataError(f"{name}: The picture {str(value)[:200]} does not exist or cannot be read.") from None
-        elif slot.type == "image" and value is not None and not isinstance(value, (bytes, Mapping)):
-            from openm6.images import png
-
-            found[name] = png(open_image(value))
+                found[name] = as_file(value if isinstance(value, (bytes, str, Path)) else open_image(value))
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
     return found
 
 

@@ -100,6 +100,9 @@ class Kept:
             rows = self._file.execute("SELECT task, COUNT(*), MAX(id) FROM answers GROUP BY task").fetchall()
         return {task: (count, last) for task, count, last in rows}
 
+    def counts(self) -> dict[str, int]:
+        return {task: count for task, (count, _) in self.tasks().items()}
+
     def size(self) -> int:
         with self._lock:
             return int(self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0])

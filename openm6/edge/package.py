@@ -37,9 +37,11 @@ PARTS = (
     "__init__.py",
     "_version.py",
     "errors.py",
+    "atomic.py",
     "json_lines.py",
     "images.py",
     "sequence.py",
+    "sites.py",
     "tokenizer.py",
     "tasks",
 )

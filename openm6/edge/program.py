@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,15 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 
 
 def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
+    from openm6.edge.box import Box
     from openm6.edge.cascade import Cascade
+    from openm6.edge.kept import open_kept
 
+    if given.command == "status":
+        box = Box(given.package)
+        with closing(open_kept(box.path, box.settings)) as kept:
+            told = {"versions": box.versions, "answers": box.version, "kept": kept.counts()}
+            return dumps({**told, "kept_bytes": kept.size()})
     if given.command == "serve":
         from openm6.edge.service import key_of, serve
 
@@ -90,10 +98,6 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             return "\n".join(_lines(cascade.model.tasks))
         if given.command == "about":
             return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
-        if given.command == "status":
-            kept = {task: count for task, (count, _) in cascade.kept.tasks().items()}
-            told = {"versions": cascade.box.versions, "answers": cascade.box.version, "kept": kept}
-            return dumps({**told, "kept_bytes": cascade.kept.size()})
         ready = time.perf_counter()
         reply = cascade.answer(given.task, _record(given.slots))
         if not given.json:

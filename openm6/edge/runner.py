@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import DataError, OpenM6Error, UsageError, suggest
-from openm6.images import Features, ImageGrid
+from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.images import Features, ImageGrid, check_features
 from openm6.sequence import Banned, Sequence, allowed_after
 from openm6.tasks.card import read_card
 from openm6.tasks.processor import Processor
@@ -49,9 +49,8 @@ class Eyes:
 
     def read(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3], or features of patches themselves [rows, columns, D], to features, fp32 [P, D]."""
+        check_features(pixels, self.width)
         if pixels.dtype == np.float32:
-            if pixels.shape[2] != self.width:
-                raise DataError(f"Features of a picture have {pixels.shape[2]} numbers a patch, not {self.width}.")
             return pixels.reshape(-1, self.width)
         found: np.ndarray = self._session.run(None, {"pixels": pixels})[0]
         return found
@@ -63,6 +62,19 @@ class Eyes:
         pixels = self.grid.read(picture)
         rows, columns = (side // self.grid.stride for side in pixels.shape[:2])
         return Features(self.read(pixels).astype(np.float16).tobytes(), rows, columns, self.name)
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """What edge.json of a package says. Raises UsageError where there is none."""
+    try:
+        about: dict[str, Any] = json.loads((path / "edge.json").read_text("utf-8"))
+        if about["kind"] != KIND:
+            raise KeyError(KIND)
+        return about
+    except FileNotFoundError:
+        raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.") from None
+    except (ValueError, KeyError, TypeError):
+        raise OpenM6Error(f"{path} is damaged: edge.json cannot be read.") from None
 
 
 def _session(path: Path, name: str, threads: int) -> Any:
@@ -83,14 +95,7 @@ class EdgeModel:
     def __init__(self, path: str | Path, threads: int = 0):
         """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package."""
         self.path = Path(path)
-        try:
-            self.about = json.loads((self.path / "edge.json").read_text("utf-8"))
-            if self.about["kind"] != KIND:
-                raise KeyError(KIND)
-        except FileNotFoundError:
-            raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.") from None
-        except (ValueError, KeyError, TypeError):
-            raise OpenM6Error(f"{path} is damaged: edge.json cannot be read.") from None
+        self.about = about_of(self.path)
         tasks, longest, _ = read_card(self.path)
         self.tasks = {task.name: task for task in tasks}
         self._network = _session(self.path, "model.onnx", threads)

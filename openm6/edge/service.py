@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import json
 import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -24,12 +24,12 @@ from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed
-from openm6.errors import OpenM6Error, UsageError
-from openm6.images import MAX_BYTES, Features
+from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.images import MAX_BYTES, Features, from_base64
 from openm6.json_lines import dumps, plain
+from openm6.sites import LOOPBACK, from_another_site, from_here
 
 LARGEST = MAX_BYTES * 4 // 3 + 2**20
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 log = logging.getLogger("openm6.edge")
 
 
@@ -72,7 +72,8 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
 
     async def status(_: Request) -> Response:
-        return _json({**cascade.statistics(), "kept": _kept(cascade), "drifting": cascade.drifting()})
+        kept = {"bytes": cascade.kept.size(), "answers": cascade.kept.counts()}
+        return _json({**cascade.statistics(), "kept": kept, "drifting": cascade.drifting()})
 
     async def tasks(_: Request) -> Response:
         found = cascade.model.tasks
@@ -121,14 +122,12 @@ class _Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz"):
-            request = Request(scope)
-            host = urlsplit("//" + request.headers.get("host", ""))
-            other = request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-            if other or (self.loopback and host.hostname not in LOOPBACK):
+            headers = dict(scope["headers"])
+            if from_another_site(headers) or (self.loopback and not from_here(headers)):
                 await _error(403, "forbidden", "Pages of other sites may not ask this box.")(scope, receive, send)
                 return
-            given = request.headers.get("authorization", "")
-            if self.key and not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
+            given = headers.get(b"authorization", b"")
+            if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
                 await _error(401, "invalid_api_key", "A key is needed: Authorization: Bearer ...")(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -141,8 +140,6 @@ async def _asked(request: Request) -> dict[str, Any]:
         body += part
         if len(body) > LARGEST:
             raise UsageError(f"A request has at most {LARGEST / 2**20:.0f} MiB.")
-    import json
-
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -153,19 +150,16 @@ async def _asked(request: Request) -> dict[str, Any]:
 
 
 def _record(cascade: Cascade, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pictures come as base64; a path is none. Raises UsageError."""
-    import base64
-    import binascii
-
+    """Pictures come as base64; a path is none. Raises DataError or UsageError."""
     record: dict[str, Any] = {}
     chosen = cascade.model.task(task)
     for name, value in inputs.items():
         kind = chosen.slots[name].type if name in chosen.slots else ""
         if kind == "image" and isinstance(value, str):
             try:
-                value = base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
-            except (binascii.Error, ValueError):
-                raise UsageError(f"{name}: a picture is given as base64.") from None
+                value = from_base64(value)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
         elif kind == "image" and value is not None and Features.of(value) is None:
             raise UsageError(f"{name}: a picture is given as base64.")
         record[name] = value
@@ -182,10 +176,6 @@ def _described(cascade: Cascade, name: str) -> dict[str, Any]:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(dumps(value, plain), status, media_type="application/json")
-
-
-def _kept(cascade: Cascade) -> dict[str, Any]:
-    return {"bytes": cascade.kept.size(), "answers": {task: count for task, (count, _) in cascade.kept.tasks().items()}}
 
 
 def _exposition(cascade: Cascade) -> str:

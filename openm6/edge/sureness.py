@@ -86,6 +86,11 @@ class Sureness:
         if len(self._live) % max(1, min(20, len(self._live) // 10)) == 0:
             self._refit()
 
+    def remember(self, live: list[tuple[Array, float, float]]) -> None:
+        """What was learned before: (seen, right, weight), the oldest first."""
+        self._live = live[-WINDOW:]
+        self._refit()
+
     def expected(self) -> dict[str, float]:
         """By the pairs known now: the share that is asked of the cloud, and of all the wrong ones that are given."""
         seen, right, weight = self._pairs()

@@ -6,9 +6,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,8 +18,7 @@ from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps
 from openm6.serve.fleet import Refused
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+from openm6.sites import from_another_site, from_here
 
 log = logging.getLogger("openm6.access")
 
@@ -121,9 +119,9 @@ class Guard:
         try:
             headers = dict(scope["headers"])
             message = ""
-            if _from_another_site(headers, scope["method"]):
+            if from_another_site(headers, scope["method"]):
                 message = "Pages of other sites may not ask this server."
-            elif self.loopback and not _from_here(headers):
+            elif self.loopback and not from_here(headers):
                 message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
             if message:
                 await response(403, "forbidden", message)(scope, receive, told)
@@ -147,21 +145,6 @@ class Guard:
                     "bytes_out": seen["out"],
                 })
             )  # fmt: skip
-
-
-def _from_another_site(headers: Mapping[bytes, bytes], method: str) -> bool:
-    """Whether a browser says that a page of another site asks, other than by a link that was followed. The console's
-    cookie would come with it, and Gradio lets any origin read what it answers."""
-    followed = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
-    return headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin") and not followed
-
-
-def _from_here(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a request names this machine, and no page of another site sends it. A name of someone else's that stands
-    for the loopback address (DNS rebinding) would let any page ask."""
-    host = urlsplit("//" + headers.get(b"host", b"").decode("latin-1"))
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    return host.hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host.netloc)
 
 
 class _TooLarge(HTTPException):

@@ -7,8 +7,6 @@ as the list says, only from a public address, which is checked on the address th
 
 from __future__ import annotations
 
-import base64
-import binascii
 import ipaddress
 import re
 import socket
@@ -17,9 +15,8 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from openm6.errors import DataError
-from openm6.images import MAX_BYTES, Features
+from openm6.images import MAX_BYTES, Features, from_base64
 
-_DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
 QUICK = 2**18
 """Characters of base64 that are decoded in less time than another thread takes to begin."""
 _URL = re.compile(r"https?://", re.I)
@@ -42,13 +39,7 @@ class Pictures:
             raise DataError("A picture is given as base64, or as a data URL.")
         if _URL.match(value):
             return self._fetch(value)
-        if len(value) > MAX_BYTES * 4 // 3 + 100:
-            raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
-        try:
-            head = _DATA_URL.match(value)
-            return base64.b64decode(value[head.end() :] if head else value, validate=True)
-        except (binascii.Error, ValueError):
-            raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
+        return from_base64(value)
 
     def quick(self, value: Any) -> bool:
         """Whether `read` takes no time to speak of: a small picture, sent along."""

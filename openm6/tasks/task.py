@@ -184,6 +184,10 @@ class Task:
             if name not in given and not self.slots[name].drop:
                 raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.")
 
+    def asked(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a record what the task is asked with: its inputs, where they are there."""
+        return {name: record[name] for name in self.inputs if record.get(name) is not None}
+
     def encode(
         self,
         record: Record,

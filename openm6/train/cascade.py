@@ -14,24 +14,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openm6.atomic import require_new, write_whole
+from openm6.atomic import require_new, write_file, write_json, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
 from openm6.edge.box import EYES, FILE, VERSIONS, Box, Settings, written
 from openm6.edge.kept import FEATURES, NOTHING, is_held_out, open_kept
 from openm6.edge.package import export, export_eyes, write_program
-from openm6.edge.runner import EdgeModel
+from openm6.edge.runner import EdgeModel, about_of
 from openm6.edge.sureness import Sureness, agreement
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model.files import eyes_of
-from openm6.tasks.task import Task
+from openm6.tasks.card import read_card
 
 LEARNING = "learning"
 CALIBRATION = "calibration.json"
@@ -90,10 +91,7 @@ def calibrate_box(
     folder = box.folder()
     found = _calibrated(EdgeModel(folder / "package"), task, entry)
     _save(found, folder / "package", task)
-    every = {**_calibrations(folder), task: entry}
-    draft = folder / f".{CALIBRATION}"
-    draft.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    draft.replace(folder / CALIBRATION)
+    write_json(folder / CALIBRATION, {**_calibrations(folder), task: entry})
     return found.expected()
 
 
@@ -106,7 +104,7 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
     view = SlotView.of(chosen, source, entry["columns"])
     states, confidences, right = [], [], []
     for seen in chain(map(view, _some(source, entry["records"])), more):
-        answer = model.answer(task, _inputs(chosen, seen))
+        answer = model.answer(task, chosen.asked(seen))
         assert answer.state is not None
         states.append(answer.state)
         confidences.append(answer.confidence)
@@ -122,19 +120,13 @@ def _some(source: Source, most: int) -> Iterator[Record]:
     return (source[int(number)] for number in sorted(chosen))
 
 
-def _inputs(task: Task, record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in task.inputs if record.get(name) is not None}
-
-
 def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
     values = {name: record.get(name) for name in outputs}
     return values if len(values) > 1 else next(iter(values.values()))
 
 
 def _save(sureness: Sureness, package: Path, task: str) -> None:
-    draft = package / f".sureness-{task}"
-    sureness.save(draft)
-    draft.replace(package / f"sureness-{task}.npz")
+    write_file(package / f"sureness-{task}.npz", sureness.save)
 
 
 def _calibrations(version: Path) -> dict[str, Any]:
@@ -158,21 +150,22 @@ def open_kept_source(name: str) -> ListRecords:
     folder, _, task = folder.rpartition("/")
     if rest not in ("train", "held-out"):
         raise UsageError(f"{name}: write kept:BOX/TASK/train or kept:BOX/TASK/held-out.")
-    box = Box(folder)
-    chosen = EdgeModel(box.folder() / "package").task(task)
+    return _kept_records(Box(folder), task, until)[rest == "held-out"]
+
+
+def _kept_records(box: Box, task: str, until: int | None) -> tuple[ListRecords, ListRecords]:
+    """Those to learn of, and those that are held out."""
+    outputs = next(one for one in read_card(box.folder() / "package")[0] if one.name == task).outputs
     eyes = eyes_of(box.folder() / "model")
-    kept = open_kept(box.path, box.settings)
-    try:
-        rows = list(kept.rows(task, until))
-    finally:
-        kept.close()
-    records = []
-    for row in rows:
-        values = row["value"] if len(chosen.outputs) > 1 else {next(iter(chosen.outputs)): row["value"]}
-        old = any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in row["record"].values())
-        if is_held_out(row) == (rest == "held-out") and not old:
-            records.append({**row["record"], **values, "_where": f"kept:{task}#{row['id']}"})
-    return ListRecords(records)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    with closing(open_kept(box.path, box.settings)) as kept:
+        for row in kept.rows(task, until):
+            record = row["record"]
+            if any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in record.values()):
+                continue  # of eyes that this version has not
+            values = row["value"] if len(outputs) > 1 else {next(iter(outputs)): row["value"]}
+            sides[is_held_out(row)].append({**record, **values, "_where": f"kept:{task}#{row['id']}"})
+    return ListRecords(sides[0]), ListRecords(sides[1])
 
 
 ADDED["kept"] = open_kept_source
@@ -218,8 +211,7 @@ def _round(
 
         def write(draft: Path) -> None:
             shutil.copytree(model, draft / "model")
-            bits = EdgeModel(box.folder() / "package").about["bits"]
-            export(draft / "model", draft / "package", bits)
+            export(draft / "model", draft / "package", about_of(box.folder() / "package")["bits"])
 
         write_whole(version, write)
     found = _measured(box, plan, version)
@@ -246,11 +238,8 @@ def _plan(folder: Path) -> dict[str, Any] | None:
 def _begin(
     box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> dict[str, Any]:
-    kept = open_kept(box.path, box.settings)
-    try:
+    with closing(open_kept(box.path, box.settings)) as kept:
         there = kept.tasks()
-    finally:
-        kept.close()
     learned = {task: last for task, (count, last) in there.items() if count >= LEAST}
     if not learned:
         total = sum(count for count, _ in there.values())
@@ -261,14 +250,11 @@ def _begin(
     }  # fmt: skip
     folder = box.path / LEARNING
     folder.mkdir(exist_ok=True)
-    draft = folder / ".plan.json"
-    draft.write_text(json.dumps(plan), "utf-8")
-    draft.replace(folder / "plan.json")
+    write_json(folder / "plan.json", plan)
     return plan
 
 
 def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
-    from openm6.tasks.card import read_card
     from openm6.train.recipe import check_recipe
     from openm6.train.trainer import train
 
@@ -306,25 +292,25 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
     gains, losses = [], []
     held_out: dict[str, ListRecords] = {}
     for task, until in plan["until"].items():
-        held_out[task] = some = open_kept_source(f"kept:{box.path}/{task}/held-out?until={until}")
-        learned = len(open_kept_source(f"kept:{box.path}/{task}/train?until={until}"))
+        learned, some = _kept_records(box, task, until)
+        held_out[task] = some
         before, after = _right(old, task, some), _right(new, task, some)
         told["tasks"][task] = {
-            "learned": learned, "held_out": len(some), "held_out_before": before, "held_out_after": after,
+            "learned": len(learned), "held_out": len(some), "held_out_before": before, "held_out_after": after,
         }  # fmt: skip
         if len(some):
             gains.append(after - before)
     for task, entry in entries.items():
         # With what came in and was held out of learning: there a threshold is needed.
-        more = iterate(held_out[task]) if task in held_out else ()
-        _save(_calibrated(new, task, entry, more), version / "package", task)
+        fitted = _calibrated(new, task, entry, iterate(held_out[task]) if task in held_out else ())
+        _save(fitted, version / "package", task)
         source = open_source(entry["data"])
         view = SlotView.of(old.task(task), source, entry["columns"])
         known = ListRecords(map(view, _some(source, entry["records"])))
-        before, after = _right(old, task, known), _right(new, task, known)
+        before, after = _right(old, task, known), float(fitted.parts["right"][: len(known)].mean())
         told["tasks"].setdefault(task, {}).update(before=before, after=after)
         losses.append(before - after)
-    (version / CALIBRATION).write_text(json.dumps(entries, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_json(version / CALIBRATION, entries)
     # What it was asked to learn has to be better for it, and nothing that it could do worse by more than a little.
     told["better"] = bool(gains) and float(np.mean(gains)) > 0 and max(losses, default=0.0) <= WORSE + 1e-9
     return told
@@ -333,7 +319,6 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
 def _right(model: EdgeModel, task: str, records: ListRecords) -> float:
     chosen = model.task(task)
     found = [
-        agreement(model.answer(task, _inputs(chosen, one)).value, _wanted(chosen.outputs, one))
-        for one in iterate(records)
+        agreement(model.answer(task, chosen.asked(one)).value, _wanted(chosen.outputs, one)) for one in iterate(records)
     ]
     return float(np.mean(found)) if found else 0.0

@@ -22,7 +22,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from openm6.atomic import write_whole
+from openm6.atomic import write_json, write_whole
 from openm6.bundle import Bundle
 from openm6.convert import prune_bundle, quantize_bundle
 from openm6.data.columns import SlotView
@@ -45,7 +45,6 @@ from openm6.json_lines import dumps, plain
 from openm6.model.config import ModelConfig
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
-from openm6.tasks.task import Task
 from openm6.train.compressed import Target, draw_pareto, line_of, lost, report_of
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import check_recipe, explain
@@ -164,20 +163,18 @@ def search(
     parent = work.parent()
     rows, found = [parent], None
     for level, steps in _levels(ModelConfig.from_pretrained(chain.model), distill or DistillStep()):
-        before, name = chain.model, f"{level:.0%}".rstrip("%")
+        before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
         for step in steps:
-            row = work.step(f"{name}-{step.kind}", step, before)
-            rows.append(row)
-            before = Path(row["path"])
-        for bits in (None, 8, 4):
-            kind = "export" if form == "package" else "quantize"
-            if kind == "quantize" and bits is None:
-                continue
+            whole = work.step(f"{name}-{step.kind}", step, before)
+            rows.append(whole)
+            before = Path(whole["path"])
+        kind = "export" if form == "package" else "quantize"
+        for bits in (None, 8, 4) if kind == "export" else (8, 4):
             row = work.step(f"{name}-{kind}-{bits or 32}", Step.model_validate({kind: {"bits": bits}}), before)
             rows.append(row)
             if target.met(row) and lost(parent, row) <= max_loss + 1e-9:
                 found = row if found is None or lost(parent, row) < lost(parent, found) else found
-        if found or (level < 1 and lost(parent, rows[-1 if form == "model" else -3]) > 4 * max(max_loss, 0.01)):
+        if found or lost(parent, whole) > 4 * max(max_loss, 0.01):  # smaller ones lose more
             break
     work.tell(rows, target, max_loss, found)
     return rows, found
@@ -271,9 +268,7 @@ class _Work:
             found: dict[str, Any] = json.loads(file.read_text("utf-8"))
             return found
         row = {"step": name, "path": str(made), **_footprint(made, self.chain), "metrics": _metrics(made, self.chain)}
-        draft = file.with_name(f".{file.name}")
-        draft.write_text(json.dumps(row, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        draft.replace(file)
+        write_json(file, row)
         self.say(line_of(row))
         return row
 
@@ -283,7 +278,7 @@ class _Work:
     ) -> None:  # fmt: skip
         output = self.chain.output
         told = {"rows": rows, "target": target and asdict(target), "max_loss": max_loss, "found": found}
-        (output / "table.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        write_json(output / "table.json", told)
         (output / "report.md").write_text(report_of(rows, target, max_loss, found), "utf-8")
         draw_pareto(rows, output / "pareto.png", target, max_loss)
         if found:
@@ -313,7 +308,7 @@ def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
         source = open_source(section.validation, limit=section.limit)
         view, output, cases = SlotView.of(task, source, section.columns), task.outputs[0], []
         for record in map(view, source):
-            value = package.run(task.name, **inputs_of(task, record))
+            value = package.run(task.name, **task.asked(record))
             value = value[output] if len(task.outputs) > 1 else value
             cases.append(Case(record, str(value), references(record[output], task.slots[output].type)))
         names = [name for name in task.metrics if name != "perplexity"]
@@ -329,7 +324,7 @@ def _footprint(made: Path, chain: Chain) -> dict[str, Any]:
     task = own.get(section.task) or get_task(section.task)
     source = open_source(section.validation, limit=BATCH)
     view = SlotView.of(task, source, section.columns)
-    records = [inputs_of(task, view(record)) for record in source]
+    records = [task.asked(view(record)) for record in source]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "records"
         file.write_bytes(dumps((records * BATCH)[:BATCH], plain).encode())
@@ -339,8 +334,3 @@ def _footprint(made: Path, chain: Chain) -> dict[str, Any]:
         raise OpenM6Error(f"{made} could not be measured: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {"bytes": sum(f.stat().st_size for f in made.rglob("*") if f.is_file()), **found}
-
-
-def inputs_of(task: Task, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a record what a task is asked with."""
-    return {name: record[name] for name in task.inputs if record.get(name) is not None}

@@ -152,7 +152,7 @@ def _answers(bundle: Bundle, task: Task, records: list[Record]) -> Iterator[str]
 
 
 def _readable(bundle: Bundle, task: Task, record: Record) -> Record | None:
-    inputs = {name: record[name] for name in task.inputs if record.get(name) is not None}
+    inputs = task.asked(record)
     try:
         bundle.prompt(task, inputs)
     except DataError:

@@ -44,8 +44,7 @@ def finetune_recipe(
 
     With `validation`, a source, it stops when measures get no better and keeps the best weights; with a `teacher`, a
     model directory, it learns from that one's answers beside the labels, and from its answers alone to sources that are
-    `unlabelled`. Raises UsageError for
-    an unknown method, or where there is no model.
+    `unlabelled`. Raises UsageError for an unknown method, or where there is no model.
     """
     if method not in RATES:
         raise UsageError(f"There is no method {method}.{suggest(method, list(RATES))} There are: {', '.join(RATES)}.")

@@ -1,3 +1,112 @@
+"""A box beside a server of its cloud that answers as a test says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from openm6.edge.box import Settings, settings_of, written
+from openm6.edge.cascade import Cascade
+from openm6.edge.sureness import Sureness
+from openm6.train.cascade import init_box
 from tests.tasks.conftest import tokenizer
 
 __all__ = ["tokenizer"]
+
+
+class CloudServer:
+    """A cloud that answers as a test says, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+        self.act: Callable[[str, dict[str, Any]], tuple[int, Any]] = lambda path, body: (
+            200, {"outputs": {"answer": "云"}},
+        )  # fmt: skip
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                outer.seen.append((self.path, body, dict(self.headers)))
+                try:
+                    status, answer = outer.act(self.path, body)
+                except ConnectionAbortedError:
+                    self.connection.close()
+                    self.close_connection = True
+                    return
+                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[CloudServer]:
+    found = CloudServer()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A box, its task vqa calibrated so that hardly anything is sure."""
+    place = tmp_path_factory.mktemp("box") / "box"
+    init_box(place, model, Settings(), None, model)
+    return place
+
+
+def _sureness(width: int, never: bool = True) -> Sureness:
+    rng = np.random.default_rng(0)
+    right = np.zeros(60) if never else np.ones(60)
+    return Sureness.fit(rng.normal(size=(60, width)).astype(np.float32), rng.uniform(0, 1, 60), right, 0.01)
+
+
+Make = Callable[..., Cascade]
+
+
+@pytest.fixture
+def box(made: Path, tmp_path: Path) -> Iterator[Make]:
+    opened: list[Cascade] = []
+
+    def make(sure: bool = False, **settings: Any) -> Cascade:
+        place = tmp_path / "box"
+        if not place.exists():
+            shutil.copytree(made, place)
+        (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
+        package = place / "versions/0001/package"
+        width = json.loads((package / "edge.json").read_text())["width"]
+        _sureness(width, never=not sure).save(package / "sureness-vqa.npz")
+        opened.append(Cascade(place, 1, seed=0))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()

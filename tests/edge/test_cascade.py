@@ -1,128 +1,29 @@
-"""A box beside a server of its cloud: who answers, whatever becomes of the link, and what is sent and kept."""
+"""A box and its cloud: who answers, whatever becomes of the link, and what is sent and kept."""
 
 from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
-from openm6.edge.box import Box, Settings, settings_of, written
+from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.cloud import Cloud, Failed
 from openm6.edge.kept import Kept
-from openm6.edge.service import make_app, serve
-from openm6.edge.sureness import Sureness
 from openm6.errors import DataError, OpenM6Error, UsageError
-from openm6.train.cascade import init_box
+from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
-from tests.tasks.conftest import picture, tokenizer
+from tests.tasks.conftest import picture
 
-__all__ = ["_in_fp32", "bundle", "model", "tokenizer"]
+__all__ = ["_in_fp32", "bundle", "model"]
 
 QUESTION = "图中的商品是什么颜色？"
-
-
-class _Server:
-    """A cloud that answers as a test says, and remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
-        self.act: Callable[[str, dict[str, Any]], tuple[int, Any]] = lambda path, body: (
-            200, {"outputs": {"answer": "云"}},
-        )  # fmt: skip
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.seen.append((self.path, body, dict(self.headers)))
-                try:
-                    status, answer = outer.act(self.path, body)
-                except ConnectionAbortedError:
-                    self.connection.close()
-                    self.close_connection = True
-                    return
-                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                pass
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[_Server]:
-    found = _Server()
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A box, its task vqa calibrated so that hardly anything is sure."""
-    place = tmp_path_factory.mktemp("box") / "box"
-    init_box(place, model, Settings(), None, model)
-    return place
-
-
-def _sureness(width: int, never: bool = True) -> Sureness:
-    rng = np.random.default_rng(0)
-    right = np.zeros(60) if never else np.ones(60)
-    return Sureness.fit(rng.normal(size=(60, width)).astype(np.float32), rng.uniform(0, 1, 60), right, 0.01)
-
-
-Make = Callable[..., Cascade]
-
-
-@pytest.fixture
-def box(made: Path, tmp_path: Path) -> Iterator[Make]:
-    import shutil
-
-    opened: list[Cascade] = []
-
-    def make(sure: bool = False, **settings: Any) -> Cascade:
-        place = tmp_path / "box"
-        if not place.exists():
-            shutil.copytree(made, place)
-        (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
-        package = place / "versions/0001/package"
-        width = json.loads((package / "edge.json").read_text())["width"]
-        _sureness(width, never=not sure).save(package / "sureness-vqa.npz")
-        opened.append(Cascade(place, 1, seed=0))
-        return opened[-1]
-
-    yield make
-    for one in opened:
-        one.close()
 
 
 def _ask(cascade: Cascade, question: str = QUESTION, **more: Any) -> Any:
@@ -133,7 +34,7 @@ def _files(cascade: Cascade) -> bytes:
     return b"".join(f.read_bytes() for f in cascade.box.path.glob("kept*"))
 
 
-def test_who_answers(box: Make, server: _Server, bundle: Any) -> None:
+def test_who_answers(box: Make, server: CloudServer, bundle: Any) -> None:
     cascade = box(cloud=server.url, key="", name="shop-1")
     reply = _ask(cascade)
     assert (reply.value, reply.by, reply.reason) == ("云", CLOUD, "") and reply.probability < 0.5
@@ -156,7 +57,7 @@ def test_who_answers(box: Make, server: _Server, bundle: Any) -> None:
         cascade.answer("vqa", {"photo": "nowhere.jpg", "question": QUESTION})
 
 
-def test_what_is_sure_is_answered_here(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sure_is_answered_here(box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.edge.cascade.EAGER", 0.0)
     cascade = box(sure=True, cloud=server.url)
     cascade._version.sure["vqa"]._threshold = 0.0  # its calibration is made up: none of its states is like these
@@ -167,7 +68,9 @@ def test_what_is_sure_is_answered_here(box: Make, server: _Server, monkeypatch: 
     assert cascade.statistics()["tasks"]["vqa"]["sure"] == 20
 
 
-def test_sure_answers_are_audited_and_it_learns(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sure_answers_are_audited_and_it_learns(
+    box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cloud says otherwise each time: soon nothing is sure any more. After a restart it is remembered."""
     monkeypatch.setattr("openm6.edge.cascade.EAGER", 40.0)
     cascade = box(sure=True, cloud=server.url)
@@ -197,7 +100,7 @@ def test_sure_answers_are_audited_and_it_learns(box: Make, server: _Server, monk
     ],
 )
 def test_a_cloud_that_fails_leaves_the_answer_here(
-    act: Any, reason: str, box: Make, server: _Server, bundle: Any
+    act: Any, reason: str, box: Make, server: CloudServer, bundle: Any
 ) -> None:
     cascade = box(cloud=server.url)
     server.act = act
@@ -206,7 +109,7 @@ def test_a_cloud_that_fails_leaves_the_answer_here(
     assert not list(cascade.kept.rows())
 
 
-def test_a_cut_link_is_left_alone_and_found_again(box: Make, server: _Server) -> None:
+def test_a_cut_link_is_left_alone_and_found_again(box: Make, server: CloudServer) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
@@ -225,7 +128,7 @@ def test_a_cut_link_is_left_alone_and_found_again(box: Make, server: _Server) ->
     cloud.close()
 
 
-def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: _Server) -> None:
+def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: CloudServer) -> None:
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         time.sleep(0.6)
         return 200, {"outputs": {"answer": "晚"}}
@@ -243,7 +146,7 @@ def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: _Server) 
     assert time.monotonic() - started < 0.55
 
 
-def test_a_late_answer_teaches(server: _Server) -> None:
+def test_a_late_answer_teaches(server: CloudServer) -> None:
     """It came before the connection gave up: what it says is still worth something."""
 
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -264,7 +167,7 @@ def test_a_late_answer_teaches(server: _Server) -> None:
     cloud.close()
 
 
-def test_the_hours_requests_are_counted(box: Make, server: _Server) -> None:
+def test_the_hours_requests_are_counted(box: Make, server: CloudServer) -> None:
     cascade = box(cloud=server.url, requests_per_hour=2)
     assert [_ask(cascade, str(n)).by for n in range(3)] == [CLOUD, CLOUD, EDGE]
     assert "used up" in _ask(cascade).reason and len(server.seen) == 2
@@ -277,14 +180,14 @@ def test_the_hours_requests_are_counted(box: Make, server: _Server) -> None:
     later.close()
 
 
-def test_offline_it_says_so(box: Make, server: _Server) -> None:
+def test_offline_it_says_so(box: Make, server: CloudServer) -> None:
     reply = _ask(box(cloud=server.url, offline=True))
     assert (reply.by, reply.reason) == (EDGE, "offline")
     assert _ask(box(cloud="")).reason == "offline"
     assert not server.seen
 
 
-def test_with_features_no_picture_leaves_or_stays(box: Make, server: _Server, bundle: Any) -> None:
+def test_with_features_no_picture_leaves_or_stays(box: Make, server: CloudServer, bundle: Any) -> None:
     cascade = box(cloud=server.url, privacy="features")
     assert _ask(cascade).by == CLOUD
     sent = server.seen[0][1]["inputs"]["photo"]
@@ -301,7 +204,7 @@ def test_with_features_no_picture_leaves_or_stays(box: Make, server: _Server, bu
     assert cascade.model.answer("vqa", row["record"]).value == cascade.model.answer("vqa", ASKED["vqa"]).value
 
 
-def test_nothing_is_sent_or_kept(box: Make, server: _Server) -> None:
+def test_nothing_is_sent_or_kept(box: Make, server: CloudServer) -> None:
     everything = box(cloud=server.url)
     assert _ask(everything).by == CLOUD and len(server.seen) == 1
     everything.close()
@@ -316,7 +219,7 @@ def test_nothing_is_sent_or_kept(box: Make, server: _Server) -> None:
     assert QUESTION.encode() not in content
 
 
-def test_the_cloud_is_told_numbers_alone(box: Make, server: _Server) -> None:
+def test_the_cloud_is_told_numbers_alone(box: Make, server: CloudServer) -> None:
     cascade = box(cloud=server.url, name="shop-1")
     _ask(cascade)
     server.act = lambda path, body: (200, {})
@@ -335,7 +238,7 @@ def test_the_cloud_is_told_numbers_alone(box: Make, server: _Server) -> None:
         Statistics.model_validate({**body, "picture": "x"})
 
 
-def test_a_full_disk_costs_no_answer(box: Make, server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> None:
     cascade = box(cloud=server.url)
     cascade.kept._file.execute(f"PRAGMA max_page_count={cascade.kept._file.execute('PRAGMA page_count').fetchone()[0]}")
     for number in range(6):
@@ -350,9 +253,7 @@ def test_a_full_disk_costs_no_answer(box: Make, server: _Server, monkeypatch: py
     assert cascade.statistics()["tasks"]["box"]["unwritten"] == 1
 
 
-def test_a_new_version_answers_when_it_is_whole(box: Make, server: _Server) -> None:
-    import shutil
-
+def test_a_new_version_answers_when_it_is_whole(box: Make, server: CloudServer) -> None:
     cascade = box(sure=True, cloud="")
     _ask(cascade)
     path = cascade.box.path
@@ -369,64 +270,3 @@ def test_a_new_version_answers_when_it_is_whole(box: Make, server: _Server) -> N
         Cascade(path)
     with pytest.raises(UsageError, match="no version 7"):
         Box(path).use("7")
-
-
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
-        ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
-        ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "box.toml").write_text(line + "\n", "utf-8")
-    with pytest.raises(UsageError, match=sentence):
-        Box(tmp_path)
-
-
-def test_no_box(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no box"):
-        Box(tmp_path)
-    assert settings_of({}) == Settings()
-    text = written(Settings(privacy="features", offline=True))
-    (tmp_path / "box.toml").write_text(text, "utf-8")
-    assert Box(tmp_path).settings == Settings(privacy="features", offline=True)
-
-
-def test_over_http(box: Make, server: _Server) -> None:
-    cascade = box(cloud=server.url)
-    photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
-    asked = {"inputs": {"photo": photo, "question": QUESTION}}
-    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
-        assert client.get("/healthz").text == "ok"
-        answer = client.post("/v1/tasks/vqa", json=asked).json()
-        assert answer["outputs"] == {"answer": "云"} and answer["by"] == CLOUD and 0 <= answer["probability"] < 0.5
-        assert (
-            client.post("/v1/tasks/item_vector", json={"inputs": {"photo": photo, "title": "帽子"}}).json()["by"]
-            == EDGE
-        )
-        assert {one["name"] for one in client.get("/v1/tasks").json()["data"]} == set(ASKED)
-        assert client.get("/v1/tasks/vqa").json()["slots"]["photo"] == "image"
-        told = client.get("/v1/status").json()
-        assert told["kept"]["answers"] == {"vqa": 1} and told["tasks"]["vqa"]["sent"] == 1
-        assert 'openm6_edge_requests_total{task="vqa",what="asked"} 1' in client.get("/metrics").text
-        for body, status, sentence in (
-            ({"inputs": {"photo": "/etc/passwd", "question": "x"}}, 422, "base64"),
-            ({"inputs": {"photo": photo}}, 422, "question is missing"), ({"inputs": []}, 422, "an object too"),
-            ({"inputs": {"photo": {"path": "x"}, "question": "x"}}, 422, "base64"),
-            ({**asked, "seconds": -1}, 422, "seconds"), ([], 422, "an object"),
-            ({"inputs": {"photo": base64.b64encode(b"no picture").decode(), "question": "x"}}, 422, "picture"),
-        ):  # fmt: skip
-            found = client.post("/v1/tasks/vqa", json=body)
-            assert found.status_code == status and sentence in found.json()["error"]["message"], found.text
-        assert client.post("/v1/tasks/vqa", content=b"{").status_code == 422
-        assert client.post("/v1/tasks/vqaa", json=asked).status_code == 404
-        assert client.get("/v1/tasks", headers={"host": "evil.example"}).status_code == 403
-        assert client.get("/v1/tasks", headers={"sec-fetch-site": "cross-site"}).status_code == 403
-    with TestClient(make_app(cascade, "secret", False), base_url="http://box.example") as client:
-        assert client.get("/v1/tasks").status_code == 401
-        assert client.get("/v1/tasks", headers={"authorization": "Bearer secret"}).status_code == 200
-        assert client.get("/healthz").status_code == 200
-    with pytest.raises(UsageError, match="--key-env"):
-        serve(cascade, "0.0.0.0", 8100)

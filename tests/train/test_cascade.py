@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
 from openm6.train.cascade import calibrate_box, init_box, learn, open_kept_source
-from tests.conftest import tiny_config
+from tests.conftest import command, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -180,12 +180,7 @@ def test_killed_it_goes_on(wait_for: str, box: Path) -> None:
 
 
 def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
-    def run(*words: object) -> Any:
-        result = CliRunner().invoke(commands(), ["cascade", *map(str, words)])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
+    run = partial(command, "cascade")
     place = tmp_path / "box"
     run(
         "init",

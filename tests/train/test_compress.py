@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
-from openm6.cli import commands
 from openm6.edge.runner import EdgeModel
 from openm6.errors import UsageError
 from openm6.train.compress import DistillStep, check_chain, compress, search
 from openm6.train.compressed import Target, front, lost, table_of
 from openm6.train.trainer import train
+from tests.conftest import command
 from tests.train.conftest import SIZES, tiny_recipe
 
 TASK = {
@@ -133,12 +133,7 @@ def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=sentence):
             check_chain(_chain(model, tmp_path, *steps))
 
-    def run(*words: object) -> Any:
-        result = CliRunner().invoke(commands(), ["compress", *map(str, words)])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
+    run = partial(command, "compress")
     file = tmp_path / "chain.yaml"
     file.write_text(yaml.safe_dump(_chain(model, tmp_path / "out", {"quantize": {"bits": 8}})), "utf-8")
     with pytest.raises(UsageError, match="done as it is written"):

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import given, strategies as st
-from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
-from openm6.cli import commands
 from openm6.data.loader import Entry, Loader
 from openm6.data.store import ListRecords
 from openm6.errors import UsageError
@@ -22,6 +20,7 @@ from openm6.tasks.task import Task
 from openm6.train.finetune import RATES, finetune_recipe
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
+from tests.conftest import command
 from tests.train.conftest import tiny_recipe
 
 
@@ -38,9 +37,7 @@ def reviews(tmp_path: Path) -> Path:
 
 
 def finetune(*words: object) -> str:
-    result = CliRunner().invoke(commands(), ["finetune", *map(str, words)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = command("finetune", *words)
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -1,0 +1,81 @@
+"""A box's settings, and how it answers over HTTP."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from openm6.edge.box import Box, Settings, settings_of, written
+from openm6.edge.cascade import CLOUD, EDGE
+from openm6.edge.service import make_app, serve
+from openm6.errors import UsageError
+from tests.edge.conftest import CloudServer, Make
+from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+
+__all__ = ["_in_fp32", "bundle", "model"]
+
+QUESTION = "图中的商品是什么颜色？"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
+        ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
+        ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "box.toml").write_text(line + "\n", "utf-8")
+    with pytest.raises(UsageError, match=sentence):
+        Box(tmp_path)
+
+
+def test_no_box(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no box"):
+        Box(tmp_path)
+    assert settings_of({}) == Settings()
+    text = written(Settings(privacy="features", offline=True))
+    (tmp_path / "box.toml").write_text(text, "utf-8")
+    assert Box(tmp_path).settings == Settings(privacy="features", offline=True)
+
+
+def test_over_http(box: Make, server: CloudServer) -> None:
+    cascade = box(cloud=server.url)
+    photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
+    asked = {"inputs": {"photo": photo, "question": QUESTION}}
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        assert client.get("/healthz").text == "ok"
+        answer = client.post("/v1/tasks/vqa", json=asked).json()
+        assert answer["outputs"] == {"answer": "云"} and answer["by"] == CLOUD and 0 <= answer["probability"] < 0.5
+        assert (
+            client.post("/v1/tasks/item_vector", json={"inputs": {"photo": photo, "title": "帽子"}}).json()["by"]
+            == EDGE
+        )
+        assert {one["name"] for one in client.get("/v1/tasks").json()["data"]} == set(ASKED)
+        assert client.get("/v1/tasks/vqa").json()["slots"]["photo"] == "image"
+        told = client.get("/v1/status").json()
+        assert told["kept"]["answers"] == {"vqa": 1} and told["tasks"]["vqa"]["sent"] == 1
+        assert 'openm6_edge_requests_total{task="vqa",what="asked"} 1' in client.get("/metrics").text
+        for body, status, sentence in (
+            ({"inputs": {"photo": "/etc/passwd", "question": "x"}}, 422, "base64"),
+            ({"inputs": {"photo": photo}}, 422, "question is missing"), ({"inputs": []}, 422, "an object too"),
+            ({"inputs": {"photo": {"path": "x"}, "question": "x"}}, 422, "base64"),
+            ({**asked, "seconds": -1}, 422, "seconds"), ([], 422, "an object"),
+            ({"inputs": {"photo": base64.b64encode(b"no picture").decode(), "question": "x"}}, 422, "picture"),
+        ):  # fmt: skip
+            found = client.post("/v1/tasks/vqa", json=body)
+            assert found.status_code == status and sentence in found.json()["error"]["message"], found.text
+        assert client.post("/v1/tasks/vqa", content=b"{").status_code == 422
+        assert client.post("/v1/tasks/vqaa", json=asked).status_code == 404
+        assert client.get("/v1/tasks", headers={"host": "evil.example"}).status_code == 403
+        assert client.get("/v1/tasks", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+    with TestClient(make_app(cascade, "secret", False), base_url="http://box.example") as client:
+        assert client.get("/v1/tasks").status_code == 401
+        assert client.get("/v1/tasks", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/healthz").status_code == 200
+    with pytest.raises(UsageError, match="--key-env"):
+        serve(cascade, "0.0.0.0", 8100)
