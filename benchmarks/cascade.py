@@ -60,9 +60,9 @@ def run() -> tuple[list[dict[str, Any]], str]:
     return [*_medians(rows), *rows], note
 
 
-def _parts() -> list[list[Record]]:
+def _parts(seed: int = 0) -> list[list[Record]]:
     """Test questions in three parts; all questions of a picture are in one."""
-    rows = open_catalogue("questions", "test")
+    rows = open_catalogue("questions", "test", seed)
     by_picture: dict[str, list[int]] = {}
     for number in range(len(rows)):
         by_picture.setdefault(rows[number]["_where"].partition("#")[2].partition(".")[0], []).append(number)

@@ -61,8 +61,8 @@ def calibrate(
     data: Annotated[str, typer.Option(help="Records with answers that the model was not trained on.")],
     records: Annotated[int, typer.Option(min=50, help="Of them, so many.")] = 500,
     max_loss: Annotated[
-        str, typer.Option(help="Wrong answers, of all, that may be given without asking: 0.5%, or 0.005.")
-    ] = "0.5%",
+        str, typer.Option(help="Wrong answers, of all, that may be given without asking: 0.4%, or 0.004.")
+    ] = "0.4%",
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     json: Json = False,
 ) -> None:

@@ -20,15 +20,15 @@ from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import Cloud, Failed
 from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, open_kept
 from openm6.edge.runner import Answer, EdgeModel, Eyes
-from openm6.edge.sureness import STEADY, WINDOW, Drift, Sureness, agreement, confidence_of
+from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
 from openm6.errors import DataError, OpenM6Error
 from openm6.images import as_file, open_image
 from openm6.tasks.task import Task
 
 EDGE, CLOUD = "edge", "cloud"
-EAGER = 40.0
+EAGER = 30.0
 """Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
-share: what comes in may be other than what was calibrated on. A quarter of that for a version that learned here: it was
+share: what comes in may be other than what was calibrated on. Half of that for a version that learned here: it was
 calibrated on what came in too."""
 
 Record = Mapping[str, Any]
@@ -52,9 +52,10 @@ class _Version:
     def __init__(self, box: Box, number: str, kept: Kept, threads: int):
         folder = box.folder(number) / "package"
         self.number, self.model = number, EdgeModel(folder, threads)
-        self.eager = EAGER if int(number) == 1 else EAGER / 4
+        self.eager = EAGER if int(number) == 1 else EAGER / 2
         self.sure: dict[str, Sureness] = {}
         self.drift: dict[str, Drift] = {}
+        self.audits: dict[str, Audits] = {}
         for file in folder.glob("sureness-*.npz"):
             task = file.stem.removeprefix("sureness-")
             try:
@@ -62,6 +63,7 @@ class _Version:
             except (ValueError, KeyError, OSError):
                 raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
+            self.audits[task] = Audits()
             found.remember(kept.seen(task, number))
 
 
@@ -121,6 +123,8 @@ class Cascade:
             given = probability >= sure.threshold
             asked = self.counts.get(task, Counter())["asked"]
             share = max(self.settings.audit, min(1.0, version.eager / (20 + asked)))
+            if given:
+                share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share
         self._count(task, "asked", *(["sure"] if given else []))
         if given and not audited:

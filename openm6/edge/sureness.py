@@ -9,8 +9,8 @@ among the states of calibration: its principal parts, each scaled to a standard 
 confident answer about something never seen shows in these (Mahalanobis distance: Lee et al. 2018, arXiv 1807.03888).
 
 It is fitted to records with answers, and goes on learning from what the cloud says of what it was asked. Answers that
-would have been given are audited at random and count as many times as they stand for; so when what comes in changes,
-the threshold moves, where a table made once would go on trusting. Nothing here needs more than numpy.
+would have been given are audited at random (`Audits`) and count as many times as they stand for; so when what comes in
+changes, the threshold moves, where a table made once would go on trusting. Nothing here needs more than numpy.
 """
 
 from __future__ import annotations
@@ -134,6 +134,22 @@ class Sureness:
         with np.load(file, allow_pickle=False) as kept:
             parts = {name: kept[name] for name in kept.files}
         return cls({name: value for name, value in parts.items() if name != "max_loss"}, float(parts["max_loss"]))
+
+
+class Audits:
+    """How probably each sure answer is audited: the less sure it is, the likelier, by the deviation of what may come
+    out, sqrt(p (1 - p)), which tells the most with as many (Neyman 1934); none less than a quarter of the mean, so that
+    no single one counts for too much."""
+
+    def __init__(self) -> None:
+        self._count, self._mean = 0, 0.0
+
+    def share(self, probability: float, mean: float) -> float:
+        """Of an answer that is right with this probability, where `mean` of all are to be audited."""
+        spread = float(np.sqrt(max(probability * (1 - probability), 1e-12)))
+        self._count += 1
+        self._mean += (spread - self._mean) * max(1 / self._count, 0.01)
+        return min(1.0, max(mean / 4, mean * spread / self._mean))
 
 
 class Drift:

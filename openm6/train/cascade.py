@@ -78,7 +78,7 @@ def calibrate_box(
     data: str,
     columns: Mapping[str, str] | None = None,
     records: int = 500,
-    max_loss: float = 0.005,
+    max_loss: float = 0.004,
 ) -> dict[str, float]:
     """Fit a task's Sureness to records with answers, and remember them for the versions to come.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.edge.sureness import Drift, Sureness, agreement, confidence_of
+from openm6.edge.sureness import Audits, Drift, Sureness, agreement, confidence_of
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,6 +57,17 @@ def test_it_learns_of_what_comes_in_anew() -> None:
             wrong[number] = 1 - right[number]
     assert wrong[2000:].mean() < 0.02 < wrong[:200].mean()
     assert asked[2000:].mean() < 0.6  # a third has to be
+
+
+def test_the_less_sure_are_audited_the_more() -> None:
+    rng, audits = np.random.default_rng(0), Audits()
+    chances = 1 - 10 ** rng.uniform(-4, -0.5, 5000)
+    shares = np.array([audits.share(float(chance), 0.05) for chance in chances])
+    assert shares[1000:].mean() == pytest.approx(0.05, rel=0.25)  # a quarter at least of each: somewhat more
+    assert shares[1000:].min() >= 0.05 / 4
+    assert shares[chances > 0.999].max() < shares[chances < 0.9].min() / 3
+    assert shares[chances < 0.8].min() > 2 * 0.05
+    assert Audits().share(0.9, 1.0) == 1.0
 
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
