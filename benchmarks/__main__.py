@@ -10,7 +10,7 @@ from benchmarks.common import save, show
 
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
-    "tasks", "sketch", "index", "adapters", "retrieval", "serve", "cascade",
+    "tasks", "sketch", "index", "adapters", "retrieval", "serve", "cascade", "compress", "quantize", "distill",
 )  # fmt: skip
 
 
