@@ -126,12 +126,16 @@ def _run(privacy: str, seed: int, parts: list[list[Record]], known: list[list[st
         right = np.array([r["answer"] for r in part])
         edge, large = np.array(own) == right, np.array(cloud) == right
         rows.append({
-            "privacy": privacy, "seed": seed, "rounds": number, "cloud only": 100 * large.mean(),
-            "edge only": 100 * edge.mean(), "cascade": 100 * (np.array(answers) == right).mean(),
-            "sent %": 100 * np.mean(asked), "curve": _curve(edge, large, np.array(chances)),
+            "privacy": privacy, "seed": seed, "rounds": number, "cloud only": _percent(large),
+            "edge only": _percent(edge), "cascade": _percent(np.array(answers) == right), "sent %": _percent(asked),
+            "curve": _curve(edge, large, np.array(chances)),
         })  # fmt: skip
         print({k: v for k, v in rows[-1].items() if k != "curve"}, flush=True)
     return rows
+
+
+def _percent(some: Any) -> float:
+    return round(100 * float(np.mean(some)), 2)
 
 
 def _curve(edge: np.ndarray, large: np.ndarray, chances: np.ndarray) -> dict[str, list[float]]:
@@ -161,6 +165,11 @@ def _medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             names = ("cloud only", "edge only", "cascade", "sent %")
             found.append({
                 "privacy": privacy, "seed": "median", "rounds": rounds,
-                **{name: round(float(np.median([row[name] for row in some])), 2) for name in names}, "curve": "",
+                **{name: round(float(np.median([row[name] for row in some])), 2) for name in names},
+                "curve": _median_curve([row["curve"] for row in some]),
             })  # fmt: skip
     return found
+
+
+def _median_curve(curves: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    return {name: [float(x) for x in np.median([curve[name] for curve in curves], 0)] for name in curves[0]}

@@ -81,10 +81,11 @@ def show(title: str, rows: list[dict[str, Any]], note: str) -> None:
     from rich.table import Table
 
     view = Table(title=title)
-    for column in rows[0]:
+    columns = [column for column, value in rows[0].items() if not isinstance(value, dict)]
+    for column in columns:
         view.add_column(column)
     for row in rows:
-        view.add_row(*(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        view.add_row(*(f"{row[c]:,.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
     console = Console(width=160)
     console.print(view)
     console.print(note, highlight=False)

@@ -22,7 +22,9 @@ def _section(result: dict[str, Any]) -> str:
     made = [result.get("machine"), f"PyTorch {result['torch']}" if "torch" in result else None, result.get("date")]
     parts.append(escape(", ".join(str(fact) for fact in made if fact)))
     rows = result.get("rows", [])
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = list(
+        dict.fromkeys(column for row in rows for column, value in row.items() if not isinstance(value, dict))
+    )
     if columns:
         lines = [columns, ["---"] * len(columns), *([_cell(row.get(c)) for c in columns] for row in rows)]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))

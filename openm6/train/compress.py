@@ -82,7 +82,7 @@ class PruneStep(_Strict):
 class DistillStep(_Strict):
     steps: int = Field(300, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float | None = Field(None, gt=0, description="5e-4; 1e-3 from a preset, which knows nothing yet")
     share: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
     relations: float = Field(0.0, ge=0)
@@ -159,10 +159,11 @@ def search(
         raise UsageError(f"form is {form}; it can be {' or '.join(FORMS)}.")
     if not 0 <= max_loss < 1:
         raise UsageError(f"max_loss is {max_loss}: a share from 0 to below 1.")
-    work = _Work(chain, say)
+    distill = distill or DistillStep()
+    work = _Work(chain, say, distill)
     parent = work.parent()
     rows, found = [parent], None
-    for level, steps in _levels(ModelConfig.from_pretrained(chain.model), distill or DistillStep()):
+    for level, steps in _levels(ModelConfig.from_pretrained(chain.model), distill):
         before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
         for step in steps:
             whole = work.step(f"{name}-{step.kind}", step, before)
@@ -208,9 +209,11 @@ def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, 
 class _Work:
     """A folder in which steps are done, each once."""
 
-    def __init__(self, chain: Chain, say: Callable[[str], None]):
+    def __init__(self, chain: Chain, say: Callable[[str], None], distill: DistillStep | None = None):
         self.chain, self.say = chain, say
         values = chain.model_dump(mode="json", exclude={"output"})
+        if distill:  # of a search
+            values["distill"] = distill.model_dump(mode="json")
         file = chain.output / "chain.yaml"
         if file.is_file():
             if yaml.safe_load(file.read_text("utf-8")) != values:
@@ -258,7 +261,7 @@ class _Work:
         if step.preset:
             values["model"] = {"preset": step.preset, "sizes": step.sizes}
         values["distill"] |= {"share": step.share, "temperature": step.temperature, "relations": step.relations}
-        rate = step.learning_rate
+        rate = step.learning_rate or (1e-3 if step.preset else 5e-4)
         values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "workers": 0}
         return values
 

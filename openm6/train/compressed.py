@@ -109,7 +109,7 @@ def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = 
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     task = next(iter(rows[0]["metrics"]))
     name = next(iter(rows[0]["metrics"][task]))
@@ -129,6 +129,9 @@ def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = 
             axis.axvline(target.most / unit, color="#888888", linestyle=":", linewidth=1)
         axis.axhline(first_of(rows[0], task) - max_loss, color="#888888", linestyle=":", linewidth=1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel(label)
     axes[0].set_ylabel(f"{task}: {name}")
     figure.tight_layout()
