@@ -36,7 +36,7 @@ class Settings:
     offline: bool = False
     deadline_ms: int = 3000
     requests_per_hour: int = 1000
-    audit: float = 0.03
+    audit: float = 0.02
     keep_mb: int = 256
     encrypt: str = ""
     statistics_minutes: float = 15.0

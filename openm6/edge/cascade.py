@@ -26,10 +26,10 @@ from openm6.images import as_file, open_image
 from openm6.tasks.task import Task
 
 EDGE, CLOUD = "edge", "cloud"
-EAGER = 30.0
+EAGER, LATER = 30.0, 12.0
 """Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
-share: what comes in may be other than what was calibrated on. Half of that for a version that learned here: it was
-calibrated on what came in too."""
+share: what comes in may be other than what was calibrated on. LATER for a version that learned here: it was calibrated
+on what came in too."""
 
 Record = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ class _Version:
     def __init__(self, box: Box, number: str, kept: Kept, threads: int):
         folder = box.folder(number) / "package"
         self.number, self.model = number, EdgeModel(folder, threads)
-        self.eager = EAGER if int(number) == 1 else EAGER / 2
+        self.eager = EAGER if int(number) == 1 else LATER
         self.sure: dict[str, Sureness] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
