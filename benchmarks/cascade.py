@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 from openm6 import Client
 from openm6.data.catalogue import open_catalogue
 from openm6.data.store import Record
-from openm6.edge.box import Box, settings_of
+from openm6.edge.box import FILE, Box, settings_of, written
 from openm6.edge.cascade import CLOUD, Cascade
 from openm6.train.cascade import calibrate_box, init_box, learn
 
@@ -37,6 +38,8 @@ PORT = 8123
 KNOWN = "demo:questions/{}?without=8"
 LEARN_STEPS = 400
 MOST = 1000
+SHARES = 0.25, 0.1
+"""Of requests, that may be asked at most for not being sure (box.toml): before learning, and after it."""
 MODES = ("all", "features")
 SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
 TITLE = "An edge model that asks a larger one when it is not sure"
@@ -55,7 +58,8 @@ def run() -> tuple[list[dict[str, Any]], str]:
         server.wait()
     note = (
         f"Parts of {MOST} questions, one after the other: before learning, after a round of it ({LEARN_STEPS} steps), "
-        "after two. Medians of the seeds first; curves of accuracy by share sent are in the JSON."
+        f"after two; of them {SHARES[0]:.0%} may be asked at first, {SHARES[1]:.0%} later (`share`), and audits on top. "
+        "Medians of the seeds first; curves of accuracy by share sent are in the JSON."
     )
     return [*_medians(rows), *rows], note
 
@@ -105,12 +109,14 @@ def _run(privacy: str, seed: int, parts: list[list[Record]], known: list[list[st
     shutil.rmtree(WORK, ignore_errors=True)
     settings = settings_of({
         "cloud": f"http://127.0.0.1:{PORT}", "privacy": privacy, "requests_per_hour": 10**6, "deadline_ms": 30_000,
+        "share": SHARES[0],
     })  # fmt: skip
     init_box(WORK, EDGE_MODEL, settings, 8, CLOUD_MODEL if privacy == "features" else None)
     calibrate_box(Box(WORK), "vqa", KNOWN.format("validation"))
     rows = []
     for number, (part, cloud) in enumerate(zip(parts, known, strict=True)):
         if number:
+            (WORK / FILE).write_text(written(replace(settings, share=SHARES[1])), "utf-8")
             found = learn(WORK, {"vqa": [KNOWN.format("train")]}, steps=LEARN_STEPS, seed=seed)
             print(json.dumps(found, ensure_ascii=False), flush=True)
         box = Cascade(WORK, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), seed=seed)

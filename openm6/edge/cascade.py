@@ -120,15 +120,18 @@ class Cascade:
         with self._lock:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
-            given = probability >= sure.threshold
+            confident = probability >= sure.threshold
+            bound = sure.bound(seen, self.settings.share)
+            given = confident or probability >= bound
             asked = self.counts.get(task, Counter())["asked"]
             share = max(self.settings.audit, min(1.0, version.eager / (20 + asked)))
             if given:
                 share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share
-        self._count(task, "asked", *(["sure"] if given else []))
+        self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
+        reason = "" if confident else f"no more than {self.settings.share:.0%} may be asked"
         if given and not audited:
-            return Reply(own.value, EDGE, probability, "", own.finished)
+            return Reply(own.value, EDGE, probability, reason, own.finished)
 
         def learn(value: Any) -> None:
             right = agreement(own.value, value)
@@ -141,8 +144,8 @@ class Cascade:
             value = self._ask(version, chosen, record, seconds, learn)
         except Failed as error:
             self._count(task, "unanswered")
-            # A sure answer that was merely to be checked needs no excuse.
-            return Reply(own.value, EDGE, probability, "" if given else str(error), own.finished)
+            # An answer that was merely to be checked needs no other excuse.
+            return Reply(own.value, EDGE, probability, reason if given else str(error), own.finished)
         learn(value)
         return Reply(value, CLOUD, probability)
 

@@ -16,7 +16,7 @@ changes, the threshold moves, where a table made once would go on trusting. Noth
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from openm6.json_lines import plain
 PARTS = 16
 WINDOW = 2000
 """Answers of the cloud that are remembered, the newest."""
+LATELY = 500
+"""Requests of which the least sure ones are found where only a share of them may be asked."""
 PRIOR = 200.0
 """How many requests the records of calibration count for, beside what the cloud has said."""
 RIDGE = (1.0, 10.0)
@@ -46,6 +48,7 @@ class Sureness:
         """`parts` as `fit` makes them; `max_loss`: share of wrong answers, of all, that may be given."""
         self.parts, self.max_loss = dict(parts), max_loss
         self._live: list[tuple[Array, float, float]] = []
+        self._lately: deque[Array] = deque(maxlen=LATELY)
         self._weights, self._threshold = np.zeros(0), 1.0
         self._refit()
 
@@ -77,6 +80,14 @@ class Sureness:
     def threshold(self) -> float:
         """Of the probability, from which on an answer is given."""
         return self._threshold
+
+    def bound(self, seen: Array, share: float) -> float:
+        """Of the probability, below which no more than `share` of what came in lately lies, this one included; 1 after
+        few, of which that cannot be told."""
+        self._lately.append(seen)
+        if share >= 1 or len(self._lately) < LATELY // 10:
+            return 1.0
+        return float(_logistic(np.quantile(np.stack(self._lately) @ self._weights, share, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
         """What the cloud said of an answer that stands for `weight` requests."""

@@ -85,6 +85,18 @@ def test_sure_answers_are_audited_and_it_learns(
     again.close()
 
 
+def test_no_more_than_a_share_is_asked(box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sure here, so that without a share all is asked."""
+    monkeypatch.setattr("openm6.edge.cascade.EAGER", 0.0)
+    cascade = box(cloud=server.url, share=0.2)
+    replies = [_ask(cascade, f"问题{n % 17}{'问' * (n % 5)}") for n in range(150)]
+    assert all(reply.by == CLOUD for reply in replies[:49])
+    assert 0 < sum(reply.by == CLOUD for reply in replies[50:]) <= 0.35 * 100
+    assert {reply.reason for reply in replies if reply.by == EDGE} == {"no more than 20% may be asked"}
+    told = cascade.statistics()["tasks"]["vqa"]
+    assert told["spared"] == sum(reply.by == EDGE for reply in replies) and "sure" not in told
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -65,11 +64,16 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "known.jsonl"
 
 
-@pytest.fixture
-def box(model: Path, tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "box"
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made") / "box"
     init_box(place, model, Settings(cloud="http://127.0.0.1:9"), None)
-    yield place
+    return place
+
+
+@pytest.fixture
+def box(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "box"))
 
 
 def _keep(box: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
@@ -182,20 +186,8 @@ def test_killed_it_goes_on(wait_for: str, box: Path) -> None:
 def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
     run = partial(command, "cascade")
     place = tmp_path / "box"
-    run(
-        "init",
-        place,
-        "--model",
-        model,
-        "--cloud",
-        "http://c:1",
-        "--bits",
-        "32",
-        "--set",
-        "keep_mb=7",
-        "--set",
-        "name=a",
-    )
+    words = ["--cloud", "http://c:1", "--bits", "32", "--set", "keep_mb=7", "--set", "name=a"]
+    run("init", place, "--model", model, *words)
     assert Box(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
     assert "asked of the cloud" in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
     told = json.loads(run("status", place, "--json").output)
@@ -211,13 +203,12 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
         run("calibrate", place, "--task", "vqa", "--data", known, "--max-loss", "few")
 
 
-def test_the_program_of_a_box(model: Path, tmp_path: Path) -> None:
-    place = tmp_path / "box"
-    init_box(place, model, Settings(offline=True), None)
+def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
+    (box / "box.toml").write_text(written(Settings(offline=True)), "utf-8")
     (tmp_path / "a.jpg").write_bytes(_photo(3))
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable, "-I", str(place / "openm6-edge")]
+        start = [sys.executable, "-I", str(box / "openm6-edge")]
         return subprocess.run([*start, *words], capture_output=True, text=True, cwd=tmp_path)
 
     told = json.loads(call("--json", "run", "vqa", "photo=a.jpg", "question=什么颜色").stdout)
@@ -230,4 +221,4 @@ def test_the_program_of_a_box(model: Path, tmp_path: Path) -> None:
     assert len(call("new-key").stdout.strip()) == 44
     wrong = call("--package", str(tmp_path), "serve")
     assert wrong.returncode == 2 and "is no box" in wrong.stderr
-    assert np.all([v.isdigit() for v in Box(place).versions])
+    assert np.all([v.isdigit() for v in Box(box).versions])
