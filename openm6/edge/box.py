@@ -36,7 +36,7 @@ class Settings:
     offline: bool = False
     deadline_ms: int = 3000
     requests_per_hour: int = 1000
-    share: float = 1.0
+    share: float = 0.0
     audit: float = 0.02
     keep_mb: int = 256
     encrypt: str = ""
@@ -53,9 +53,10 @@ class Settings:
             raise UsageError(f"privacy is {self.privacy!r}: it can be {', '.join(MODES)}.")
         if self.cloud and not self.cloud.startswith(("http://", "https://")):
             raise UsageError(f"cloud is {self.cloud!r}: give an address such as https://m6.example:8000.")
-        for name in ("share", "audit"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: a share above 0, up to 1.")
+        if not 0 < self.audit <= 1:
+            raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
+        if not 0 <= self.share < 1:
+            raise UsageError(f"share is {self.share}: from 0 (as many as are not sure enough) to below 1.")
         for name in ("deadline_ms", "keep_mb"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it has to be above 0.")
@@ -72,7 +73,7 @@ COMMENTS = {
     "offline": "true: nothing is sent for now",
     "deadline_ms": "for an answer of the cloud; then the box answers by itself, and says so",
     "requests_per_hour": "that the cloud is asked at most",
-    "share": "of what comes in, so much is asked at most for not being sure; audits come on top; 1: whatever it takes",
+    "share": "the least sure of what comes in are asked, so many of all (0.1), audits on top; 0: those below a threshold",
     "audit": "share of the sure answers that are asked too, to see whether they are right",
     "keep_mb": "of what the cloud answered, kept to learn from; the oldest goes first",
     "encrypt": 'the variable that holds the key of what is kept (openm6-edge new-key); "": it is not encrypted',

@@ -121,8 +121,7 @@ class Cascade:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
             confident = probability >= sure.threshold
-            bound = sure.bound(seen, self.settings.share)
-            given = confident or probability >= bound
+            given = probability >= sure.bound(seen, self.settings.share)
             asked = self.counts.get(task, Counter())["asked"]
             share = max(self.settings.audit, min(1.0, version.eager / (20 + asked)))
             if given:
@@ -145,7 +144,7 @@ class Cascade:
         except Failed as error:
             self._count(task, "unanswered")
             # An answer that was merely to be checked needs no other excuse.
-            return Reply(own.value, EDGE, probability, reason if given else str(error), own.finished)
+            return Reply(own.value, EDGE, probability, reason if given or confident else str(error), own.finished)
         learn(value)
         return Reply(value, CLOUD, probability)
 

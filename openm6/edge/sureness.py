@@ -82,11 +82,11 @@ class Sureness:
         return self._threshold
 
     def bound(self, seen: Array, share: float) -> float:
-        """Of the probability, below which no more than `share` of what came in lately lies, this one included; 1 after
-        few, of which that cannot be told."""
+        """Of the probability, below which a share of what came in lately lies, this one included. With a share of 0,
+        and after few, of which that cannot be told, the threshold."""
         self._lately.append(seen)
-        if share >= 1 or len(self._lately) < LATELY // 10:
-            return 1.0
+        if not share or len(self._lately) < LATELY // 10:
+            return self._threshold
         return float(_logistic(np.quantile(np.stack(self._lately) @ self._weights, share, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:

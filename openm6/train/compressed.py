@@ -123,8 +123,9 @@ def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = 
             there = row in best
             x, y = row[what] / unit, first_of(row, task)
             axis.scatter([x], [y], color="#8a5a00" if there else "#b8b8b8", zorder=2)
-            if there:
-                axis.annotate(row["step"], (x, y), fontsize=7, xytext=(4, -9), textcoords="offset points")
+            if there or row is rows[0]:
+                side, off = ("left", 4) if there else ("right", -4)
+                axis.annotate(row["step"], (x, y), (off, -10), textcoords="offset points", ha=side, fontsize=7)
         if target and target.what == what:
             axis.axvline(target.most / unit, color="#888888", linestyle=":", linewidth=1)
         axis.axhline(first_of(rows[0], task) - max_loss, color="#888888", linestyle=":", linewidth=1)

@@ -97,6 +97,20 @@ def test_no_more_than_a_share_is_asked(box: Make, server: CloudServer, monkeypat
     assert told["spared"] == sum(reply.by == EDGE for reply in replies) and "sure" not in told
 
 
+def test_the_least_sure_are_asked_where_all_are_sure(
+    box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openm6.edge.cascade.EAGER", 0.0)
+    cascade = box(sure=True, cloud=server.url, share=0.2)
+    sure = cascade._version.sure["vqa"]
+    monkeypatch.setattr(type(sure), "learn", lambda *_: None)
+    sure._threshold = 0.0
+    replies = [_ask(cascade, f"问题{n % 17}{'问' * (n % 5)}") for n in range(150)]
+    assert all(reply.by == EDGE for reply in replies[:49])
+    asked = [reply.probability for reply in replies[50:] if reply.by == CLOUD]
+    assert 5 < len(asked) <= 35 and max(asked) <= min(r.probability for r in replies[50:] if r.by == EDGE) + 0.05
+
+
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
