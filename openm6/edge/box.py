@@ -73,7 +73,7 @@ COMMENTS = {
     "offline": "true: nothing is sent for now",
     "deadline_ms": "for an answer of the cloud; then the box answers by itself, and says so",
     "requests_per_hour": "that the cloud is asked at most",
-    "share": "the least sure of what comes in are asked, so many of all (0.1), audits on top; 0: those below a threshold",
+    "share": "the least sure of what comes in are asked, so many of all (0.1), audits on top; 0: by the threshold",
     "audit": "share of the sure answers that are asked too, to see whether they are right",
     "keep_mb": "of what the cloud answered, kept to learn from; the oldest goes first",
     "encrypt": 'the variable that holds the key of what is kept (openm6-edge new-key); "": it is not encrypted',
