@@ -58,7 +58,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
         server.wait()
     note = (
         f"Parts of {MOST} questions, one after the other: before learning, after a round of it ({LEARN_STEPS} steps), "
-        f"after two; the least sure {SHARES[0]:.0%} are asked at first, {SHARES[1]:.0%} later (`share`), audits on top. "
+        f"after two; the least sure {SHARES[0]:.0%} are asked at first, {SHARES[1]:.0%} later (`share`), and audits. "
         "Medians of the seeds first; curves of accuracy by share sent are in the JSON."
     )
     return [*_medians(rows), *rows], note

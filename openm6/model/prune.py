@@ -214,6 +214,7 @@ def _spread(numbers: Tensor, size: int) -> Tensor:
 
 
 def _filled(config: ModelConfig, weights: dict[str, Tensor]) -> M6:
-    made = M6(config).to(next(iter(weights.values())).device)
+    with torch.device(next(iter(weights.values())).device):
+        made = M6(config)
     made.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()})
     return made.eval()
