@@ -55,13 +55,18 @@ class Settings:
             raise UsageError(f"cloud is {self.cloud!r}: give an address such as https://m6.example:8000.")
         if not 0 < self.audit <= 1:
             raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
-        if not 0 <= self.share < 1:
-            raise UsageError(f"share is {self.share}: from 0 (as many as are not sure enough) to below 1.")
+        if self.share and not self.audit < self.share < 1:
+            raise UsageError(f"share is {self.share}: 0 (by the threshold), or above audit ({self.audit}) and below 1.")
         for name in ("deadline_ms", "keep_mb"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it has to be above 0.")
         if self.requests_per_hour < 0 or self.statistics_minutes < 0:
             raise UsageError("requests_per_hour and statistics_minutes cannot be below 0.")
+
+    @property
+    def least_sure(self) -> float:
+        """Share of what comes in that is asked for being the least sure; 0: by the threshold."""
+        return self.share - self.audit if self.share else 0.0
 
 
 COMMENTS = {
@@ -73,7 +78,7 @@ COMMENTS = {
     "offline": "true: nothing is sent for now",
     "deadline_ms": "for an answer of the cloud; then the box answers by itself, and says so",
     "requests_per_hour": "that the cloud is asked at most",
-    "share": "the least sure of what comes in are asked, so many of all (0.1), audits on top; 0: by the threshold",
+    "share": "of what comes in so much is asked, the least sure and audits (0.15); 0: all that is below the threshold",
     "audit": "share of the sure answers that are asked too, to see whether they are right",
     "keep_mb": "of what the cloud answered, kept to learn from; the oldest goes first",
     "encrypt": 'the variable that holds the key of what is kept (openm6-edge new-key); "": it is not encrypted',

@@ -121,9 +121,11 @@ class Cascade:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
             confident = probability >= sure.threshold
-            given = probability >= sure.bound(seen, self.settings.share)
+            given = probability >= sure.bound(seen, self.settings.least_sure)
             asked = self.counts.get(task, Counter())["asked"]
-            share = max(self.settings.audit, min(1.0, version.eager / (20 + asked)))
+            # Only a threshold has to be found out early.
+            eager = 0.0 if self.settings.share else version.eager
+            share = max(self.settings.audit, min(1.0, eager / (20 + asked)))
             if given:
                 share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share

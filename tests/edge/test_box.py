@@ -25,7 +25,7 @@ QUESTION = "图中的商品是什么颜色？"
     [
         ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
         ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
-        ("share = 1", "to below 1"),
+        ("share = 1", "below 1"), ("share = 0.01", "above audit"),
         ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
     ],
 )  # fmt: skip
