@@ -85,17 +85,19 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_unmeasured")
 def test_a_search_stops_at_the_target(model: Path, tmp_path: Path) -> None:
     chain = check_chain(_chain(model, tmp_path / "out"))
-    rows, found = search(chain, Target("bytes", 1e9), 0.99)
+    short = DistillStep(steps=1, batch_size=4)
+    rows, found = search(chain, Target("bytes", 1e9), 0.99, distill=short)
     assert found is not None and found["step"].startswith("100-export") and len(rows) == 4  # the whole network will do
     assert json.loads((tmp_path / "out/table.json").read_text())["found"]["step"] == found["step"]
     assert "vqa" in EdgeModel(tmp_path / "out/best").tasks
     smaller = min(row["bytes"] for row in rows)
-    _, found = search(chain, Target("bytes", smaller - 1), 0.99, distill=DistillStep(steps=1, batch_size=4))
+    with pytest.raises(UsageError, match="another chain"):  # what is there was trained for fewer steps
+        search(chain, Target("bytes", smaller - 1), 0.99, distill=DistillStep(steps=2, batch_size=4))
+    _, found = search(chain, Target("bytes", smaller - 1), 0.99, distill=short)
     assert found is not None and found["bytes"] < smaller and not found["step"].startswith("100-")
     _, found = search(
-        check_chain(_chain(model, tmp_path / "models")), Target("latency_1_ms", 1e-6), 0.99, "model",
-        DistillStep(steps=1, batch_size=4),
-    )  # fmt: skip
+        check_chain(_chain(model, tmp_path / "models")), Target("latency_1_ms", 1e-6), 0.99, "model", short
+    )
     assert found is None and not (tmp_path / "models/best").exists()
 
 
