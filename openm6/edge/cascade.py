@@ -129,6 +129,7 @@ class Cascade:
             if given:
                 share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share
+        weight = 1 / share if audited else 1.0  # requests that it stands for
         self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
         reason = "" if confident else f"no more than {self.settings.share:.0%} may be asked"
         if given and not audited:
@@ -138,8 +139,8 @@ class Cascade:
             right = agreement(own.value, value)
             self._count(task, *(["agreed"] if right >= 0.5 else ["differed"]), *(["audited"] if audited else []))
             with self._lock:
-                sure.learn(seen, right, 1 / share if audited else 1.0)
-            self._keep(version, chosen, record, value, own, seen, right, 1 / share if audited else 1.0)
+                sure.learn(seen, right, weight)
+            self._keep(version, chosen, record, value, own, seen, right, weight)
 
         try:
             value = self._ask(version, chosen, record, seconds, learn)

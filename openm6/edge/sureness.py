@@ -16,7 +16,7 @@ changes, the threshold moves, where a table made once would go on trusting. Noth
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Sureness:
         """`parts` as `fit` makes them; `max_loss`: share of wrong answers, of all, that may be given."""
         self.parts, self.max_loss = dict(parts), max_loss
         self._live: list[tuple[Array, float, float]] = []
-        self._lately: deque[Array] = deque(maxlen=LATELY)
+        self._lately = np.zeros((0, parts["seen"].shape[1]))
         self._weights, self._threshold = np.zeros(0), 1.0
         self._refit()
 
@@ -84,10 +84,12 @@ class Sureness:
     def bound(self, seen: Array, share: float) -> float:
         """Of the probability, below which a share of what came in lately lies, this one included. With a share of 0,
         and after few, of which that cannot be told, the threshold."""
-        self._lately.append(seen)
-        if not share or len(self._lately) < LATELY // 10:
+        if not share:
             return self._threshold
-        return float(_logistic(np.quantile(np.stack(self._lately) @ self._weights, share, method="lower")))
+        self._lately = np.vstack((self._lately, seen))[-LATELY:]
+        if len(self._lately) < LATELY // 10:
+            return self._threshold
+        return float(_logistic(np.quantile(self._lately @ self._weights, share, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
         """What the cloud said of an answer that stands for `weight` requests."""
