@@ -25,7 +25,7 @@ from openm6.atomic import require_new, write_whole
 from openm6.bundle import Bundle
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
-from openm6.edge.runner import KIND
+from openm6.edge.runner import KIND, about_of
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.model.files import eyes_of, load_model
@@ -33,6 +33,7 @@ from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
 
 OPSET = 20
+BITS = (8, 4)
 PARTS = (
     "__init__.py",
     "_version.py",
@@ -68,7 +69,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     Raises UsageError for a model that cannot be exported, or without the packages that exporting takes.
     """
     require_new(output)
-    if bits not in (None, 8, 4):
+    if bits not in (None, *BITS):
         raise UsageError(f"bits is {bits}; it can be 8, 4, or left out.")
     try:
         import onnx  # noqa: F401
@@ -84,12 +85,32 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     told = _told(bundle, path, bits)
 
     def write(folder: Path) -> None:
-        _write_graphs(bundle, folder, bits)
+        _write_graphs(bundle, folder)
+        if bits:
+            _round(folder, bits)
         bundle.processor.tokenizer.save(folder)
         write_card(folder, bundle.processor, tasks)
-        (folder / "edge.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        _tell(folder, told)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
+
+    write_whole(output, write)
+    return told
+
+
+def round_package(path: Path, output: Path, bits: int) -> dict[str, Any]:
+    """Write the package `export` gives with `bits` from the one it gives without, without exporting again. Raises
+    UsageError for what is no such package."""
+    require_new(output)
+    told = about_of(path)
+    if told["bits"] or bits not in BITS:
+        raise UsageError(f"{path} has {told['bits'] or 32} bits: 32 can be rounded to 8 or 4, not to {bits}.")
+    told["bits"] = bits
+
+    def write(folder: Path) -> None:
+        copytree(path, folder, dirs_exist_ok=True)
+        _round(folder, bits)
+        _tell(folder, told)
 
     write_whole(output, write)
     return told
@@ -140,18 +161,24 @@ def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_graphs(bundle: Bundle, folder: Path, bits: int | None) -> None:
+def _tell(folder: Path, told: dict[str, Any]) -> None:
+    (folder / "edge.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _write_graphs(bundle: Bundle, folder: Path) -> None:
     model = bundle.model
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
     names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
     _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
-    if bits:
-        round_graph(folder / "model.onnx", bits)
     if model.image is not None:
         _write_eyes(model, folder)
-        if bits:
-            round_graph(folder / "picture.onnx", 8)
+
+
+def _round(folder: Path, bits: int) -> None:
+    round_graph(folder / "model.onnx", bits)
+    if (folder / "picture.onnx").is_file():
+        round_graph(folder / "picture.onnx", 8)
 
 
 def _export(

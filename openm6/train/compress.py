@@ -36,7 +36,7 @@ from openm6.bundle import Bundle
 from openm6.convert import prune_bundle, quantize_bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.edge.package import export
+from openm6.edge.package import export, round_package
 from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
@@ -173,6 +173,8 @@ def search(
         for bits in (None, 8, 4) if kind == "export" else (8, 4):
             row = work.step(f"{name}-{kind}-{bits or 32}", Step.model_validate({kind: {"bits": bits}}), before)
             rows.append(row)
+            if bits is None:
+                before = Path(row["path"])  # the others round what was exported
             if target.met(row) and lost(parent, row) <= max_loss + 1e-9:
                 found = row if found is None or lost(parent, row) < lost(parent, found) else found
         if found or lost(parent, whole) > 4 * max(max_loss, 0.01):  # smaller ones lose more
@@ -242,6 +244,8 @@ class _Work:
                 prune_bundle(before, place, task.task, task.data, task.columns, step.prune.records, **sizes)
             elif step.quantize:
                 quantize_bundle(before, place, step.quantize.bits or 8)
+            elif step.export and step.export.bits and (before / "edge.json").is_file():
+                round_package(before, place, step.export.bits)
             elif step.export:
                 export(before, place, step.export.bits)
         return self._row(name, place)

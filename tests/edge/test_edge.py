@@ -17,7 +17,7 @@ from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.edge.graph import Graph
-from openm6.edge.package import export
+from openm6.edge.package import export, round_package
 from openm6.edge.program import main
 from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
@@ -140,6 +140,14 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, model: Path, p
     vectors = [one.run("item_vector", **ASKED["item_vector"]) for one in (whole, few)]
     assert vectors[0] @ vectors[1] > (0.99 if bits == 8 else 0.9)
     assert few.run("text_classification", text="很好") in ("好", "不好", "还行")
+    # From the package of 32 bits the same is made without the model.
+    again = model.with_name(f"rounded-{bits}")
+    assert round_package(package, again, bits)["bits"] == bits
+    files = [sorted(file.relative_to(one) for file in one.rglob("*")) for one in (place, again)]
+    assert files[0] == files[1] and (place / "edge.json").read_bytes() == (again / "edge.json").read_bytes()
+    assert (EdgeModel(again).run("item_vector", **ASKED["item_vector"]) == vectors[1]).all()
+    with pytest.raises(UsageError, match=f"has {bits} bits"):
+        round_package(again, model.with_name("never"), 4)
 
 
 def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
