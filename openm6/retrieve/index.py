@@ -30,6 +30,10 @@ TABLE = "items"
 COMPACT_EVERY = 64
 """Versions after which small files of the table are joined, and versions older than a day dropped."""
 
+KEYS_A_VERSION = 1_000_000_007
+"""Each version's rows have keys of their own, so that what was deleted is never taken for what came later. Odd: faiss
+looks at the low bits of keys first."""
+
 SETTLED = 1_000_000_000
 """Nanoseconds after which a time of change is not given again."""
 
@@ -174,7 +178,7 @@ class Index:
         if given.keys() != known.keys():
             raise DataError(f"The index has the columns {', '.join(known) or '(none)'}; given: {', '.join(given)}.")
         with self._writing():
-            parts = [pa.array(np.arange(len(names)) + self._next_key()), pa.array(names, pa.string())]
+            parts = [pa.array(np.arange(len(names)) + self.version * KEYS_A_VERSION), pa.array(names, pa.string())]
             flat = pa.array((vectors / lengths).ravel())
             parts.append(pa.FixedSizeListArray.from_arrays(flat, self.dims))
             for name, kind in known.items():
@@ -211,10 +215,6 @@ class Index:
                 raise OpenM6Error(f"{self.path} cannot be written ({error.strerror or error}).") from None
             if self.version % COMPACT_EVERY == 0:
                 self._table.optimize()
-
-    def _next_key(self) -> int:
-        keys = self._table.search().select(["key"]).limit(ALL).to_arrow()["key"]
-        return int(np.asarray(keys).max()) + 1 if len(keys) else 0
 
     def _latest(self) -> None:
         """See what others have written since."""

@@ -42,7 +42,7 @@ class Memory:
         last = int(self.keys[-1]) if len(self.keys) else -1
         keys = np.asarray(table.search().select(["key"]).limit(ALL).to_arrow()["key"])
         old = keys[keys <= last]
-        alive = np.isin(self.keys, old)
+        alive = self._mask(old)
         if alive.sum() < len(old) or len(old) < 0.8 * len(self.keys):  # an older version, or many are gone
             self._clear()
             last, alive = -1, self.alive
@@ -59,6 +59,14 @@ class Memory:
         self._living = faiss.IDSelectorNot(self._gone) if self._gone else None
         self.version = table.version
 
+    def _mask(self, keys: np.ndarray) -> np.ndarray:
+        """Which rows have one of these keys, of which none is greater than the last; np.isin sorts all rows for it."""
+        keys = np.sort(keys)
+        places = np.searchsorted(self.keys, keys)
+        mask = np.zeros(len(self.keys), bool)
+        mask[places[self.keys[places] == keys]] = True
+        return mask
+
     def search(
         self, queries: np.ndarray, k: int, chosen: np.ndarray | None, lists: Lists | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +74,7 @@ class Memory:
         if not self.alive.any():
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         if lists is None:
-            mask = self.alive if chosen is None else self.alive & np.isin(self.keys, chosen)
+            mask = self.alive if chosen is None else self.alive & self._mask(chosen)
             return self._exact(queries, k, mask)
         scores, keys = lists.search(queries, k, self._living)
         places = np.searchsorted(self.keys, keys)

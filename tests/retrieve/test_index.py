@@ -104,6 +104,18 @@ def test_any_order_of_changes_gives_what_a_dictionary_gives(tmp_path_factory: An
     assert index.ids() == set(held)
 
 
+def test_what_comes_after_the_newest_was_deleted_is_found_as_itself(tmp_path: Path) -> None:
+    index = Index.create(tmp_path / "index", 8)
+    vectors = np.eye(8, dtype=np.float32)
+    index.add([f"i{n}" for n in range(7)], vectors[:7])
+    assert ids(index.search(vectors[6], 1)[0]) == ["i6"]
+    index.delete(["i6"])
+    assert len(index.search(vectors[6], 8)[0]) == 6
+    index.add(["new"], vectors[7:])
+    assert ids(index.search(vectors[7], 1)[0]) == ["new"]
+    assert "i6" not in ids(index.search(vectors[6], 8)[0])
+
+
 def test_versions_are_kept_and_can_be_opened(tmp_path: Path) -> None:
     index, names, vectors, _ = filled(tmp_path)
     first = index.version
