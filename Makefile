@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BENCH ?= train_step decode packing
 BIN := .venv/bin
+# Empty is "no". Images of containers like to forbid it, and then every start compiles the libraries anew, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 # One thread a process: the tests run as two processes, and OpenMP threads that spin would slow each other down.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
