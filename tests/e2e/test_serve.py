@@ -74,6 +74,7 @@ def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path)
     assert "Traceback" not in told and re.search('"path": "/v1/tasks/text_to_image", "status": 200', told)
 
 
+@pytest.mark.slow
 def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
     for words, message in (
         (["serve", model, "--host", "0.0.0.0"], "give --keys FILE"),

@@ -44,6 +44,7 @@ def test_one_command_serves_a_model_until_it_is_stopped(tmp_path: Path, monkeypa
         Deployments().stop("goods")
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
     (tmp_path / "model").mkdir()

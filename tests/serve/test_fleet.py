@@ -130,6 +130,7 @@ def test_a_model_is_exchanged_without_a_lost_request(saved: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_told(tmp_path: Path, saved: Path) -> None:
     async def run() -> None:
         fleet = Fleet()

@@ -87,6 +87,7 @@ def _keep(box: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
     kept.close()
 
 
+@pytest.mark.slow
 def test_a_round_learns_and_is_promoted(box: Path, known: Path) -> None:
     _keep(box, 120)
     found = learn(box, steps=60, batch_size=24, learning_rate=3e-3)
@@ -113,6 +114,7 @@ def test_a_round_learns_and_is_promoted(box: Path, known: Path) -> None:
     assert not found["better"] and Box(box).version == "0002" and not (box / "versions/0003").exists()
 
 
+@pytest.mark.slow
 def test_from_features_the_eyes_stay(box: Path, model: Path) -> None:
     (box / "box.toml").write_text(written(Settings(privacy="features")), "utf-8")
     _keep(box, 100, "features")
@@ -157,6 +159,7 @@ def test_what_cannot_be_learned(box: Path, known: Path) -> None:
         init_box(box, box / "versions/0001/model", Settings())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait_for", ["learning/run/checkpoints/*/state.json", "learning/version"])
 def test_killed_it_goes_on(wait_for: str, box: Path) -> None:
     """kill -9 in the midst of training, and behind it: the version before answers, and the round is finished later."""

@@ -156,6 +156,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_fail_cleanly(tmp_path: Path) -> None:
     """A real refusal by the operating system in the middle of a tensor file."""
     code = f"""

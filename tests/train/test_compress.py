@@ -42,6 +42,7 @@ def _chain(model: Path, output: Path, *steps: dict[str, Any], **task: Any) -> di
     return {"model": str(model), "output": str(output), "tasks": [{**TASK, **task}], "steps": list(steps)}
 
 
+@pytest.mark.slow
 def test_a_chain_is_measured_step_by_step(model: Path, tmp_path: Path) -> None:
     steps = [{"prune": {"layers": 2, "width": 64, "records": 8}}, {"distill": {"steps": 3, "batch_size": 4}},
              {"quantize": {"bits": 8}}, {"export": {"bits": 8}}]  # fmt: skip
@@ -82,6 +83,7 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openm6.train.compress._footprint", told)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unmeasured")
 def test_a_search_stops_at_the_target(model: Path, tmp_path: Path) -> None:
     chain = check_chain(_chain(model, tmp_path / "out"))
@@ -126,6 +128,7 @@ def test_no_targets(text: str) -> None:
         Target.of(text)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unmeasured")
 def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
     for steps, sentence in (
