@@ -9,7 +9,6 @@ requirements.txt              the four packages that it needs
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 import zipapp
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 import openm6
-from openm6.atomic import require_new, write_whole
+from openm6.atomic import require_new, write_json, write_whole
 from openm6.bundle import Bundle
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
@@ -90,7 +89,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
             _round(folder, bits)
         bundle.processor.tokenizer.save(folder)
         write_card(folder, bundle.processor, tasks)
-        _tell(folder, told)
+        write_json(folder / "edge.json", told)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
 
@@ -110,7 +109,7 @@ def round_package(path: Path, output: Path, bits: int) -> dict[str, Any]:
     def write(folder: Path) -> None:
         copytree(path, folder, dirs_exist_ok=True)
         _round(folder, bits)
-        _tell(folder, told)
+        write_json(folder / "edge.json", told)
 
     write_whole(output, write)
     return told
@@ -136,7 +135,7 @@ def export_eyes(path: Path, output: Path) -> dict[str, Any]:
 
     def write(folder: Path) -> None:
         _write_eyes(model, folder)
-        (folder / "eyes.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+        write_json(folder / "eyes.json", told)
 
     write_whole(output, write)
     return told
@@ -159,10 +158,6 @@ def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
         "stride": config.image_stride, "max_patches": config.image_max_patches,
         "pictures": config.image_embedder != "none", "eyes": eyes_of(path), "heads": list(config.heads or {}),
     }  # fmt: skip
-
-
-def _tell(folder: Path, told: dict[str, Any]) -> None:
-    (folder / "edge.json").write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def _write_graphs(bundle: Bundle, folder: Path) -> None:
