@@ -191,7 +191,11 @@ class Catalogue:
             raise UsageError(f"There is no {kind} {name}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
-            raise UsageError(f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}.")
+            aliases = [alias for version in every for alias in version.aliases]
+            raise UsageError(
+                f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}."
+                f"{suggest(which, aliases)}"
+            )
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
@@ -210,7 +214,12 @@ class Catalogue:
             raise UsageError("Data stay where they are: the catalogue keeps what they were like.")
 
         def fill(folder: Path) -> None:
-            got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
+            try:
+                got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
+            except Exception as error:  # of each store another one
+                raise OpenM6Error(
+                    f"The files of {version.full_name} cannot be fetched from {version.files} ({type(error).__name__})."
+                ) from None
             for path in Path(got).iterdir():
                 path.rename(folder / path.name)
             Path(got).rmdir()
@@ -284,7 +293,7 @@ class Catalogue:
             try:
                 import mlflow
             except ImportError:
-                raise UsageError("The catalogue needs MLflow: pip install 'openm6[hub]'.") from None
+                raise UsageError("The catalogue needs MLflow: pip install -e '.[hub]' in a clone.") from None
             from mlflow.exceptions import MlflowException
             from sqlalchemy import create_engine
             from sqlalchemy.exc import SQLAlchemyError
@@ -337,19 +346,6 @@ class Catalogue:
             kind, name, int(one.version), one.creation_timestamp / 1000, content["about"],
             tuple((k, n, int(v)) for k, n, v in content["made_of"]), files=str(one.source),
         )  # fmt: skip
-
-
-def find_model(text: str) -> tuple[Path, str]:
-    """A model's directory and what to call it: a directory as it is, or one of the catalogue's (NAME, NAME@3,
-    NAME@live). Raises UsageError for what is neither."""
-    place = Path(text)
-    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
-        return place.resolve(), place.resolve().parent.name if place.name == "model" else place.name
-    if "@" not in text or place.exists():
-        raise UsageError(f"{text} is no model directory.")
-    catalogue = Catalogue()
-    version = catalogue.named(text)
-    return catalogue.local(version).resolve(), version.name
 
 
 def _check(name: str) -> None:
