@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,26 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def changed_base(adapter: Path, expected: str) -> str:
+    """A sentence for users where the base of an adapter is gone, or its `weights_hash` is not the expected one; else
+    ""."""
+    try:
+        base = base_of(adapter)
+    except UsageError as error:
+        return str(error)
+    if base is None or weights_hash(base) == expected:
+        return ""
+    return (
+        f"The model {base}, which the adapter {adapter.name} changes, is not the one that the adapter was trained on: "
+        "its weights have changed since. Bring that model back, or train the adapter anew."
+    )
+
+
+def weights_hash(directory: Path) -> str:
+    """SHA-256 of a model directory's config.json and safetensors files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -287,10 +287,14 @@ def fetch(
     name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
 ) -> None:
     """A model of the catalogue as a directory."""
+    from openm6.bases import changed_base
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()
-    place = catalogue.fetch(catalogue.named(name), output)
+    version = catalogue.named(name)
+    place = catalogue.fetch(version, output)
+    if (base := version.about.get("base")) and (told := changed_base(place, base["hash"])):
+        typer.secho(told, err=True)
     emit({"directory": str(place)}) if json else typer.echo(str(place))
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openm6.bases import base_of, changed_base, weights_hash
 from openm6.environment import ARTIFACTS, CATALOGUE
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.hub.jobs import home, last_step
@@ -81,6 +82,8 @@ class Lineage:
         told = f"{'  ' * depth}{v.kind} {v.title}"
         if source := v.about.get("source"):
             told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
+        if base := v.about.get("base"):
+            told += f"  adapter of {base['path']} ({base['hash'][:12]})"
         return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
 
 
@@ -118,11 +121,16 @@ class Catalogue:
         note: str = "",
     ) -> Version:
         """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
-        `run`: the folder of its training, of which recipe and energy are kept."""
+        `run`: the folder of its training, of which recipe and energy are kept. The base of an adapter is
+        kept by its path and the hash of its weights."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is no model directory.")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
+        if base := base_of(directory):
+            about["base"] = {"path": str(base.resolve()), "hash": weights_hash(base)}
+            known = self.version_at(base)
+            parts = (known, *parts) if known and known not in parts else parts
         texts = {}
         if run is not None:
             about |= _costs(run)
@@ -230,10 +238,13 @@ class Catalogue:
         return target
 
     def local(self, version: Version) -> Path:
-        """The directory of a model here, fetched when it is asked for the first time."""
+        """The directory of a model here, fetched when it is asked for the first time. Raises OpenM6Error for an adapter
+        whose base is gone, or is not what it was when the adapter was added."""
         target = home() / "models" / version.full_name
         if not target.is_dir():
             self.fetch(version, target)
+        if (base := version.about.get("base")) and (told := changed_base(target, base["hash"])):
+            raise OpenM6Error(told)
         return target
 
     def version_at(self, directory: Path) -> Version | None:
