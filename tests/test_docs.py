@@ -221,7 +221,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RUN = [ROOT / "docs" / f"{name}.md" for name in (
-    "catalogue", "evaluation", "experts", "extending", "finetuning", "jobs", "planning", "retrieval",
+    "catalogue", "coming-from", "evaluation", "experts", "extending", "finetuning", "jobs", "planning", "retrieval",
 )]  # fmt: skip
 """Pages whose commands take a tiny model seconds."""
 
