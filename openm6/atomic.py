@@ -43,10 +43,14 @@ def write_file(target: Path, fill: Callable[[Path], object]) -> None:
         raise
 
 
+def write_text(target: Path, text: str) -> None:
+    """As `write_file`, in UTF-8."""
+    write_file(target, lambda draft: draft.write_text(text, "utf-8"))
+
+
 def write_json(target: Path, value: Any) -> None:
     """As `write_file`, for people to read."""
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    write_file(target, lambda draft: draft.write_text(text, "utf-8"))
+    write_text(target, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def require_new(target: Path) -> None:

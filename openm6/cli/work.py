@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,10 +38,10 @@ def train(
 
         train_on_ray(load_recipe(recipe, overrides or []), ray_workers, os.environ.get("RAY_ADDRESS"))
         return
-    run_recipe(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
+    run_recipe(load_recipe(recipe, overrides or []), processes)
 
 
-def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: int) -> None:
+def run_recipe(recipe: AnyRecipe, processes: int) -> None:
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 
@@ -49,12 +50,19 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
         from openm6.train.trainer import train as run
 
         run(recipe)
-    else:
-        if recipe.train.batch_size % processes:
-            raise UsageError(
-                f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
-            )
-        launch(["train", name, *overrides], processes, recipe.output / "logs")
+        return
+    from openm6.train.recipe import recipe_text
+    from openm6.train.resume import check_resumption
+
+    if recipe.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
+        )
+    check_resumption(recipe)  # refused here, before any process starts
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe_text(recipe), "utf-8")
+        launch(["train", str(file)], processes, recipe.output / "logs")
 
 
 @app.command()
@@ -87,15 +95,15 @@ def finetune(
     """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
     interrupted run goes on when the same command is given again."""
     from openm6.train.finetune import finetune_recipe
-    from openm6.train.recipe import load_recipe, write_recipe
+    from openm6.train.recipe import override_recipe
 
     values = finetune_recipe(
         model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
         columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
         unlabelled=unlabelled or [], seed=seed,
     )  # fmt: skip
-    recipe = load_recipe(write_recipe(values), overrides or [])
-    run_recipe(recipe, str(Path(values["output"]) / "finetune.yaml"), overrides or [], processes)
+    recipe = override_recipe(values, overrides or [])
+    run_recipe(recipe, processes)
     typer.echo(f"{recipe.output / 'model'}")
 
 

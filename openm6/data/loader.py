@@ -148,7 +148,7 @@ class Loader:
             if state[key] != value:
                 raise UsageError(
                     f"The data of this run has changed: {key} was {state[key]} and is {value}; "
-                    "put it back, or start a new run from the saved model (model.path)."
+                    "put it back, choose another output, or delete this one to train anew."
                 )
         if state["examples"] % self.batch_size:
             raise UsageError(

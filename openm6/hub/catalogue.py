@@ -117,7 +117,7 @@ class Catalogue:
         note: str = "",
     ) -> Version:
         """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
-        `run`: the folder of its training, of which recipe and energy are kept."""
+        `run`: the folder of its training, of which the energy is kept, and the recipe where the model has none."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is no model directory.")
         parts = tuple(self.named(one) for one in made_of)
@@ -125,8 +125,9 @@ class Catalogue:
         texts = {}
         if run is not None:
             about |= _costs(run)
-            if (run / "recipe.yaml").is_file():
-                texts["recipe.yaml"] = (run / "recipe.yaml").read_text("utf-8")
+        for folder in filter(None, (run, directory)):  # the model's own is that of its training
+            if (folder / "recipe.yaml").is_file():
+                texts["recipe.yaml"] = (folder / "recipe.yaml").read_text("utf-8")
         return self._add(MODEL, name, about, parts, texts, directory)
 
     def _add(

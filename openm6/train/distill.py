@@ -7,7 +7,6 @@ sizes, layers and experts may differ.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -19,8 +18,10 @@ from torch import Tensor
 from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
+from openm6.data.digest import json_hash
 from openm6.data.source import Source
 from openm6.data.store import Record, Records, shown
+from openm6.directory import model_hash
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 from openm6.model.loss import Teacher
@@ -101,14 +102,14 @@ def answered(
     source: Source, task: Task, columns: Mapping[str, str], teacher: Path, output: Path, group: Group
 ) -> Source:
     """A source without answers, with those of a teacher. They are kept in `output`, where a run that was killed goes
-    on.
+    on, for these contents of the source, the task and the teacher.
 
     A record that the teacher cannot read, or says nothing to, is left out. Raises UsageError for a task that is not
     answered in words.
     """
     if task.embeds or task.head or task.draws or task.sketch:
         raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
-    key = hashlib.sha256(dumps([source.name, task.name, dict(columns), str(teacher)]).encode()).hexdigest()[:12]
+    key = json_hash([source.content_hash(), task.to_dict(), dict(columns), model_hash(teacher)])[:12]
     file = output / "answers" / f"{task.name}-{key}.jsonl"
     if group.first:
         _answer(source, task, columns, teacher, file)

@@ -24,6 +24,7 @@ from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
+from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distill import answered
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
@@ -100,7 +101,8 @@ def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Toke
             )
         return tokenizer
     place = recipe.output / "tokenizer"
-    if group.first and not (place / "tokenizer.json").is_file():
+    # Before the first checkpoint nothing depends on it, and the data may have been corrected since it was made.
+    if group.first and latest_checkpoint(recipe.output / "checkpoints") is None:
         characters = common_characters(section.characters)
         trained = Tokenizer.train(_texts(recipe), section.vocab_size, num_codes, characters, section.max_token_length)
         write_whole(place, trained.save)

@@ -145,9 +145,7 @@ def test_another_shape_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     train(recipe)
     recipe.model.sizes["intermediate_size"] = 64
-    with pytest.raises(
-        OpenM6Error, match=r"step-00000006 does not fit this recipe's model: blocks.0.*is .32.* there and is"
-    ):
+    with pytest.raises(UsageError, match=r"cannot be resumed: model.sizes.intermediate_size was 48 and is 64. Choose"):
         train(recipe)
 
 
@@ -161,7 +159,7 @@ def _photos(folder: Path, good: int, broken: int) -> Path:
     return folder / "data.jsonl"
 
 
-def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path) -> None:
     told = {}
     for country in ("CHN", "FRA"):
         train(tiny_recipe(tmp_path / country, country=country))
@@ -174,7 +172,5 @@ def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path, capsys: pytest.
     assert intensity["CHN"] == pytest.approx(carbon_intensity("CHN"), rel=0.02)
     assert intensity["FRA"] == pytest.approx(carbon_intensity("FRA"), rel=0.02)
     assert intensity["CHN"] > 5 * intensity["FRA"]
-    text = " ".join(capsys.readouterr().err.split())
-    assert "Wh for 1,000 positions; GPT-3's training took 4.3 Wh" in text
     with pytest.raises(UsageError, match='There is no country "XYZ"'):
         train(tiny_recipe(tmp_path / "nowhere", country="XYZ"))
