@@ -60,6 +60,10 @@ def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int
     return 6.0 * weights * positions + attention + 6.0 * config.vocab_size * config.hidden_size * trained
 
 
+COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
+"""Modes in which codecarbon reads a processor's own counters; in the others it goes by nominal power and load."""
+
+
 @dataclass(frozen=True, slots=True)
 class EnergyUse:
     """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
@@ -78,8 +82,8 @@ class EnergyUse:
 class EnergyMeter:
     """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
 
-    Processors count where the machine shows RAPL, GPUs by NVML; memory is always an estimate.
-    `before`: what earlier pieces of the run took.
+    Processors count where codecarbon reads counters of theirs (RAPL, which may be there and closed to all but root),
+    GPUs by NVML; memory is always an estimate. `before`: what earlier pieces of the run took.
     """
 
     def __init__(self, country: str = "CHN"):
@@ -111,7 +115,7 @@ class EnergyMeter:
         counted = 0.0
         if torch.cuda.is_available():
             counted += float(tracker._total_gpu_energy.kWh)
-        if Path("/sys/class/powercap/intel-rapl").exists():
+        if any(getattr(part, "_mode", None) in COUNTERS for part in tracker._hardware):
             counted += float(tracker._total_cpu_energy.kWh)
         return self.before + EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
 
