@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openm6.errors import OpenM6Error
 from openm6.model.precision import fast_dtype
+from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.codec import Pictures
 from openm6.train.distributed import Group, process_group
@@ -205,7 +206,7 @@ class Trainer:
                     self.reporter.evaluation(self.step, name, scores)
                 if self.group.first and number == 0:
                     metric, value = next(iter(scores.items()))
-                    found[0] = -value if metric == "perplexity" else value
+                    found[0] = gain(metric, value)
             self.model.train()
         self.group.wait()
         score = float(self.group.sum(found)[0])
