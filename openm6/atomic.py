@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from openm6.errors import OpenM6Error, UsageError
 
@@ -51,6 +51,12 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """As `write_file`, for people to read."""
     write_text(target, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def sync(file: IO[Any]) -> None:
+    """What was appended to an open file is on the disk afterwards: for lines that a later start relies on."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def require_new(target: Path) -> None:

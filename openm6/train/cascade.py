@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import require_new, write_file, write_json, write_whole
+from openm6.atomic import publish, require_new, write_file, write_json, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
@@ -218,7 +218,7 @@ def _round(
     if found["better"]:
         number = box.next_version()
         target = box.path / VERSIONS / number
-        version.rename(target)
+        publish(version, target)
         box.use(number)
         found["version"] = number
         for old in box.versions[:-VERSIONS_KEPT]:

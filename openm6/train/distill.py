@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openm6.atomic import sync, write_text
 from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
@@ -130,7 +131,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
     view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
     # What a kill left of the last part is written anew.
     begun = len(whole) // AT_ONCE * AT_ONCE
-    file.write_text("".join(line + "\n" for line in whole[:begun]), "utf-8")
+    write_text(file, "".join(line + "\n" for line in whole[:begun]))
     rest = range(begun, len(source))
     part: list[int] = []
     with file.open("a", encoding="utf-8") as stream:
@@ -138,7 +139,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
             part.append(number)
             if len(part) == AT_ONCE or number == rest[-1]:
                 stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part]))
-                stream.flush()
+                sync(stream)
                 part = []
 
 
