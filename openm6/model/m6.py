@@ -326,7 +326,7 @@ class M6(Network):
     def _embed(self, batch: Batch) -> Tensor:
         x_BTD = self.embed(batch.ids)
         if self.image is not None:
-            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.training)
+            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
         elif batch.images:
             raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
         if self.place is not None:
