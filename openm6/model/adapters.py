@@ -109,6 +109,7 @@ def add_adapter(model: M6, config: Any) -> None:
         layers = model.config.num_hidden_layers if config.method == "prefix" else 1
         model.prompt = Prompt(layers, config.length, model.config.hidden_size)
     head = isinstance(config, OwnConfig) and config.method == "head"
+    model.adapted = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in _HEAD if head else _NEW.search(name) is not None)
 

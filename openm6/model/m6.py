@@ -157,7 +157,7 @@ class M6(Network):
         x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
-        if not len(trained):
+        if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
             return Output(hidden=x_BTD, heads=heads, loads=loads)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]

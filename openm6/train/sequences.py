@@ -45,6 +45,11 @@ class Sequences:
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
+        if self.adapter is not None and (new := self.heads.keys() - (self.bundle.model.config.heads or {}).keys()):
+            raise UsageError(
+                f"The head {min(new)} is new to {self.path}, and an adapter holds no heads: train all weights "
+                "(leave adapt out, --method full)."
+            )
         self.group, self.contrasts = group, any(entry.against for entry in entries)
         if self.contrasts and self.bundle.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
@@ -64,6 +69,10 @@ class Sequences:
         self.bundle.model = meta_model(config)
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
+        for name, head in self.bundle.model.heads.items():
+            head.requires_grad_(head.weight.requires_grad and name in self.heads)  # others stay as they are
+        if self.settings.freeze_pictures and self.bundle.model.image is not None:
+            self.bundle.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
         self.bundle.model.label_smoothing = self.settings.label_smoothing
         return self.bundle.model
 

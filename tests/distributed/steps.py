@@ -46,6 +46,8 @@ def main(cases: dict[str, dict[str, Any]], output: Path) -> None:
 def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = M6(tiny_config(initializer_range=0.08, **settings["sizes"])).train()
+    if settings.get("frozen"):
+        model.image.requires_grad_(False)
     parallel = Parallel(model, ParallelSection(**settings.get("parallel", {})), group, torch.float32)
     train = TrainSection(steps=STEPS, optimizer=settings.get("optimizer", "adamw"), learning_rate=1e-2)
     optimizers = make_optimizers(model, train)
