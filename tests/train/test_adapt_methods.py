@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.model.adapters import METHODS, adapter_config, add_adapter
-from openm6.model.files import meta_model
+from openm6.model.files import load_model, meta_model
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe
 from openm6.train.sequences import Sequences
@@ -135,6 +137,68 @@ def test_several_adapters_share_one_model(base: Path, adapters: dict[str, Path],
         assert view.run("vqa", photo=picture(), question="什么?") is not None
         assert {id(p) for p in view.model.parameters()} == weights
     torch.testing.assert_close(hidden(shared), hidden(Bundle.load(base, "cpu", trainable)), **tolerance)
+
+
+def by_peft(base: Path, adapter: Path, output: Path, **changes: object) -> PeftModel:
+    """An adapter that PEFT writes, of random weights, as its own network runs it."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r"blocks\..*\.(qkv|out|up|down)", **changes)
+    theirs = get_peft_model(load_model(base), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2).abs_() if "magnitude" in name else parameter.normal_(std=0.2)
+    config.base_model_name_or_path = str(base)
+    theirs.save_pretrained(output)
+    shutil.copy(adapter / "openm6.json", output)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"qkv": 2}, "alpha_pattern": {"down": 3, r"blocks\.0\.attention\.qkv": 7}},
+        {"use_rslora": True, "rank_pattern": {"up": 8}, "alpha_pattern": {"up": 5}},
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+    ],
+)
+def test_what_peft_says_of_an_adapter_holds(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Merged and beside a model it answers as PEFT's own network; what cannot stand beside one is refused by name."""
+    theirs = by_peft(base, adapters["lora"], tmp_path / "peft", **changes)
+    plain, alone = (Bundle.load(path, "cpu", trainable=True) for path in (base, tmp_path / "peft"))
+    expected = hidden(Bundle(theirs.base_model.model.eval(), plain.processor, plain.tasks.values()))
+    assert not torch.allclose(expected, hidden(plain), atol=1e-2)
+    torch.testing.assert_close(hidden(alone), expected, atol=1e-4, rtol=1e-4)
+    if "use_dora" in changes or "modules_to_save" in changes:
+        with pytest.raises(UsageError, match=f"{next(iter(changes))}, which cannot share a model: open it alone"):
+            Bundle.load(base, "cpu", adapters={"peft": tmp_path / "peft"})
+        return
+    beside = Bundle.load(base, "cpu", trainable=True, adapters={"peft": tmp_path / "peft"})
+    torch.testing.assert_close(hidden(beside.adapter("peft")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_with_a_tensor_more_or_less_is_refused(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    for method in ("lora", "ia3"):
+        weights = load_file(adapters[method] / "adapter_model.safetensors")
+        first = min(weights)
+        for name, changed in (
+            ("less", {key: value for key, value in weights.items() if key != first}),
+            ("more", {**weights, first.replace(".0.", ".9."): weights[first].clone()}),
+        ):
+            folder = tmp_path / f"{method}-{name}"
+            shutil.copytree(adapters[method], folder)
+            save_file(changed, folder / "adapter_model.safetensors")
+            with pytest.raises(OpenM6Error, match="does not fit"):
+                Bundle.load(folder, "cpu")
+            if (method, name) != ("ia3", "less"):  # each of its factors stands for itself
+                with pytest.raises(OpenM6Error, match="does not fit"):
+                    Bundle.load(base, "cpu", adapters={"a": folder})
 
 
 def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_path: Path) -> None:
