@@ -180,6 +180,21 @@ def method_of(path: Path) -> str:
     return method
 
 
+def check_whole(path: Path) -> None:
+    """Raise UsageError for the directory of an adapter, where a whole model is needed."""
+    if (path / CONFIG).is_file():
+        raise UsageError(f"{path} is an adapter: make it a model first, with `openm6 models merge`.")
+
+
+def check_mergeable(path: Path) -> None:
+    """Raise UsageError for the directory of an adapter that cannot be merged; a model's is fine."""
+    if (path / CONFIG).is_file() and (method := method_of(path)) not in MERGEABLE:
+        raise UsageError(
+            f"{path} is an adapter of the method {method}, which stays beside its model: use it as it is. "
+            f"Merged are: {', '.join(MERGEABLE)}."
+        )
+
+
 def merge_adapter(model: M6, path: Path) -> M6:
     """The network with an adapter's change in its own weights, where it can be merged; else beside them."""
     weights = stored_weights(path)

@@ -211,6 +211,58 @@ def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_pat
     assert isinstance(done.exception, UsageError) and "stays beside its model" in str(done.exception)
 
 
+def command(*words: object) -> None:
+    done = CliRunner().invoke(commands(), [str(word) for word in words])
+    if done.exception:
+        raise done.exception
+    assert done.exit_code == 0, done.output
+
+
+def test_commands_that_make_a_model_of_a_model_take_an_adapter(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """They merge it, or say in one sentence that it has to be merged, or cannot be."""
+    adapter, merged = adapters["lora"], tmp_path / "merged"
+    command("models", "merge", adapter, merged)
+    examples = tmp_path / "some.jsonl"
+    examples.write_text('{"text": "又轻又软", "label": "好评"}\n', "utf-8")
+    makers: dict[str, tuple[object, ...]] = {
+        "quantize": (), "prune": ("--task", "text_classification", "--data", examples, "--layers", 1),
+        "upcycle": ("--num-experts", 2),
+    }  # fmt: skip
+    for name, words in makers.items():
+        for number, path in enumerate((adapter, merged)):
+            command("models", name, path, tmp_path / f"{name}-{number}", *words)
+        ours, theirs = (load_model(tmp_path / f"{name}-{number}").state_dict() for number in (0, 1))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for path in (adapters["bottleneck"], adapters["prompt"]):
+        for name, words in ({**makers, "export": ()}).items():
+            with pytest.raises(UsageError, match="stays beside its model"):
+                command("models", name, path, tmp_path / "none", *words)
+    with pytest.raises(UsageError, match="is an adapter: make it a model first"):
+        command("cascade", "init", tmp_path / "box", "--model", adapter)
+    chain = tmp_path / "chain.yaml"
+    tasks = "[{task: vqa, data: a, validation: b}]"
+    chain.write_text(f"{{model: {adapter}, output: {tmp_path / 'out'}, tasks: {tasks}}}", "utf-8")
+    with pytest.raises(UsageError, match="is an adapter: make it a model first"):
+        command("compress", chain)
+    assert not (tmp_path / "none").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_an_adapter_is_exported_as_it_is_merged(adapters: dict[str, Path], tmp_path: Path, method: str) -> None:
+    command("models", "export", adapters[method], tmp_path / "package")
+    asked = {"photo": picture(), "question": "图中是什么?"}
+    answer = EdgeModel(tmp_path / "package").answer("vqa", asked)
+    bundle = Bundle.load(adapters[method], "cpu", trainable=True)
+    prompt = bundle.prompt(bundle.task("vqa"), asked)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
+    assert answer.state is not None
+    torch.testing.assert_close(torch.from_numpy(answer.state), found[0], atol=1e-3, rtol=1e-3)
+
+
 def test_what_cannot_be_is_told(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has to be|open it alone"):
         Bundle.load(base, "cpu", adapters={"p": adapters["prompt"]})
