@@ -46,16 +46,12 @@ def merge(
     from openm6.atomic import require_new, write_whole
     from openm6.bundle import Bundle
     from openm6.errors import UsageError
-    from openm6.model.adapters import MERGEABLE, base_of, method_of
+    from openm6.model.adapters import base_of, check_mergeable
 
     require_new(output)
     if base_of(adapter) is None:
         raise UsageError(f"{adapter} is no adapter: it has no adapter_config.json.")
-    if (method := method_of(adapter)) not in MERGEABLE:
-        raise UsageError(
-            f"{adapter} is an adapter of the method {method}, which stays beside its model: use it as it is. "
-            f"Merged are: {', '.join(MERGEABLE)}."
-        )
+    check_mergeable(adapter)
     bundle = Bundle.load(adapter, "cpu", trainable=True)
     write_whole(output, bundle.save)
     _tell(output, bundle.model.config, json)
@@ -121,7 +117,7 @@ def quantize(
 
 @models.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[Path, typer.Argument(help="A model directory, or one of an adapter that can be merged.")],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     bits: Annotated[int | None, typer.Option(help="Of a weight: 8, or 4; else 32.")] = None,
     json: Json = False,

@@ -27,6 +27,7 @@ from openm6.edge.rounding import round_graph
 from openm6.edge.runner import KIND, about_of
 from openm6.errors import UsageError
 from openm6.model import M6
+from openm6.model.adapters import base_of, check_mergeable
 from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
@@ -76,6 +77,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"An export needs {error.name}: pip install 'openm6[edge]'.") from None
+    check_mergeable(path)
     bundle = Bundle.load(path, "cpu", trainable=True)
     bundle.model.eval()
     tasks = [task for task in bundle.tasks.values() if able(task)]
@@ -124,6 +126,7 @@ def export_eyes(path: Path, output: Path) -> dict[str, Any]:
     """Write how a model reads pictures, and no more: what a box sends features by. Raises UsageError for a model that
     reads none."""
     require_new(output)
+    path = base_of(path) or path  # an adapter leaves it as it is how pictures are read
     model = load_model(path)
     if model.image is None:
         raise UsageError(f"{path} reads no pictures.")
@@ -156,7 +159,8 @@ def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
-        "pictures": config.image_embedder != "none", "eyes": eyes_of(path), "heads": list(config.heads or {}),
+        "pictures": config.image_embedder != "none", "eyes": eyes_of(base_of(path) or path),
+        "heads": list(config.heads or {}),
     }  # fmt: skip
 
 

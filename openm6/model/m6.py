@@ -157,7 +157,7 @@ class M6(Network):
         x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
-        if not len(trained):
+        if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
             return Output(hidden=x_BTD, heads=heads, loads=loads)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]
@@ -326,7 +326,7 @@ class M6(Network):
     def _embed(self, batch: Batch) -> Tensor:
         x_BTD = self.embed(batch.ids)
         if self.image is not None:
-            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.training)
+            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
         elif batch.images:
             raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
         if self.place is not None:

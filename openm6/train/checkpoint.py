@@ -255,7 +255,7 @@ def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """`model.{name}` and `optimizer.{moment}.{parameter}` to tensor (sharded ones as DTensors), of an adapted network
     the adapter alone. Learning rates come from the schedule, not from here."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = len(trained) == sum(1 for _ in model.parameters())
+    whole = not getattr(model, "adapted", False)
     tensors = {f"model.{n}": value.detach() for n, value in model.state_dict().items() if whole or n in trained}
     for parameter, name, optimizer in _owned(model, optimizers):
         for moment, value in optimizer.state[parameter].items():

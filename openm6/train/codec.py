@@ -82,6 +82,9 @@ class Pictures:
     def count(self, examples: list[Picture]) -> tuple[int, int]:
         return len(examples), len(examples)
 
+    def batches(self, examples: list[Picture]) -> list[list[Picture]]:
+        return [examples]
+
     def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
         output = run(unit(_stack(examples, self.device)))
         assert output.loss is not None and output.losses is not None

@@ -43,6 +43,7 @@ from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, references, scored
 from openm6.json_lines import dumps, plain
+from openm6.model.adapters import check_whole
 from openm6.model.config import ModelConfig
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
@@ -214,6 +215,7 @@ class _Work:
     """A folder in which steps are done, each once."""
 
     def __init__(self, chain: Chain, say: Callable[[str], None], distill: DistillStep | None = None):
+        check_whole(chain.model)
         self.chain, self.say = chain, say
         values = chain.model_dump(mode="json", exclude={"output"})
         values["content"] = _content(chain)

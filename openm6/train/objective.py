@@ -47,8 +47,11 @@ class Objective(Protocol):
     def count(self, examples: list[Any]) -> tuple[float, int]:
         """What of these examples is trained, by weight (a step's loss is divided by that), and positions in all."""
 
+    def batches(self, examples: list[Any]) -> list[list[Any]]:
+        """The examples divided into micro-batches, as many on every process (some may be empty)."""
+
     def part(self, run: Callable[[Any], Any], examples: list[Any]) -> Part:
-        """Losses of some examples; `run` is the network's forward."""
+        """Losses of a micro-batch; `run` is the network's forward."""
 
     def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
         """Figures by source, between two steps."""

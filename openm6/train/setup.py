@@ -17,7 +17,7 @@ from openm6.errors import UsageError
 from openm6.evaluate.command import measure, measure_retrieval
 from openm6.images import ImageGrid
 from openm6.model import ModelConfig
-from openm6.model.adapters import CONFIG as ADAPTER
+from openm6.model.adapters import check_whole
 from openm6.model.files import meta_model
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
@@ -41,8 +41,7 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     section = recipe.model
     codec = PictureCodec.load(section.codec) if section.codec else None
     if section.path is not None:
-        if (section.path / ADAPTER).is_file():
-            raise UsageError(f"{section.path} is an adapter: make it a model first, with `openm6 models merge`.")
+        check_whole(section.path)
         bundle = Bundle.load(section.path, device="meta", trainable=True)
         if section.max_length:
             length = _longest(bundle.model.config, section.max_length, 0)

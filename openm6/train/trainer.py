@@ -19,7 +19,7 @@ from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.codec import Pictures
 from openm6.train.distributed import Group, process_group
-from openm6.train.expert_load import ExpertLoads
+from openm6.train.expert_load import ExpertLoads, balance_loss
 from openm6.train.meters import EnergyMeter, EnergyUse, peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
@@ -125,14 +125,17 @@ class Trainer:
         losses: Losses = []
         flops, positions, slots = 0.0, 0.0, 0.0
         self.loads.begin()
-        shares = [examples[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
-        for number, share in enumerate(shares):
-            last = number == len(shares) - 1
+        accumulate = min(self.settings.accumulate, len(examples))
+        shares = [examples[i::accumulate] for i in range(accumulate)]
+        batches = [batch for share in shares for batch in self.objective.batches(share)]
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
             with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.parallel.synchronize(last)
-                part = self.objective.part(self.parallel.run, share)
-            loss = part.loss / total + self.loads.add(part.loads, more=not last) / everything
+                part = self.objective.part(self.parallel.run, batch)
+            loss = part.loss / total + balance_loss(part.loads) / everything
             (loss * self.parallel.scale).backward()
+            self.loads.add(part.loads, more=not last)
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
         self.loads.end()

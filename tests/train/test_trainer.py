@@ -174,3 +174,32 @@ def test_energy_is_told_with_what_is_known_of_it(tmp_path: Path) -> None:
     assert intensity["CHN"] > 5 * intensity["FRA"]
     with pytest.raises(UsageError, match='There is no country "XYZ"'):
         train(tiny_recipe(tmp_path / "nowhere", country="XYZ"))
+
+
+def test_pictures_that_are_frozen_have_no_gradients(tmp_path: Path) -> None:
+    """None are summed up in the norm that the others are clipped by; what is left is a whole model."""
+    base = train(tiny_recipe(tmp_path / "base", steps=1))
+    model = {"path": str(base)}
+    recipe = tiny_recipe(tmp_path / "run", model=model, freeze_pictures=True, clip=0.1, learning_rate=1e-2)
+
+    def look(line: dict[str, Any]) -> None:
+        assert not [n for n, p in trainer.model.named_parameters() if p.grad is not None]
+
+    with process_group() as group:
+        trainer = Trainer(recipe, group, look)
+        trainer.run()
+    start, trained = (Bundle.load(p, trainable=True).model.state_dict() for p in (base, recipe.output / "model"))
+    assert start.keys() == trained.keys()
+    for name, weight in start.items():
+        assert torch.equal(weight, trained[name]) == name.startswith("image."), name
+    again = recipe.model_copy(update={"output": tmp_path / "cut"})
+    with pytest.raises(PowerCutError):
+        train(again, cut_at(4))
+    resumed = Bundle.load(train(again), trainable=True).model.state_dict()
+    assert all(torch.equal(resumed[name], weight) for name, weight in trained.items())
+
+
+def test_more_parts_than_examples(tmp_path: Path) -> None:
+    for name, accumulate in (("two", 2), ("five", 5)):
+        train(tiny_recipe(tmp_path / name, steps=2, batch_size=2, accumulate=accumulate, packing=False))
+    assert losses(tmp_path / "five") == losses(tmp_path / "two")
