@@ -48,6 +48,8 @@ def check(
             typer.echo(f"  {example['where']}: {example['source']} -> {example['target']}")
         lengths = result["characters"]
         table(["slot", "median", "longest"], [(n, v["median"], v["longest"]) for n, v in lengths.items()], "characters")
+        for text in checked.sentences():
+            typer.echo(f"  {text}")
         for problem in result["problems"]:
             typer.echo(f"  {problem['count']} x {problem['reason']} (first: {problem['where']})")
     if result["records"] > result["good"]:

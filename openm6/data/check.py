@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.data.store import Record
@@ -46,6 +47,7 @@ class Check:
         self._lengths: dict[str, list[int]] = {}
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
+        self._classes = {name: Classes() for name, slot in task.slots.items() if slot.type == "label"}
         self._examples: list[dict[str, str]] = []
         for reject in self._source.rejected:
             self._problem(reject.where, reject.reason)
@@ -73,6 +75,8 @@ class Check:
             self._problem(str(record.get("_where", "?")), str(error))
         else:
             self._good += 1
+            for name, classes in self._classes.items():
+                classes.add(record.get(self._view.mapping.get(name, "")))
 
     def _text(self, name: str, value: Any) -> None:
         texts = value if isinstance(value, list) else [value]
@@ -90,6 +94,10 @@ class Check:
         self._counts[reason] += 1
         self._first.setdefault(reason, where)
 
+    def sentences(self) -> list[str]:
+        """What is said of the labels."""
+        return [text for name, classes in self._classes.items() for text in classes.sentences(name)]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "task": self.task.name,
@@ -101,6 +109,7 @@ class Check:
                 name: {"median": int(statistics.median(lengths)), "longest": max(lengths)}
                 for name, lengths in self._lengths.items()
             },
+            "classes": {name: classes.to_dict() for name, classes in self._classes.items()},
             "problems": [
                 {"reason": reason, "count": count, "where": self._first[reason]}
                 for reason, count in self._counts.most_common(20)

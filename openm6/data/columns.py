@@ -15,6 +15,7 @@ from openm6.data.bundled import PICTURES
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
 from openm6.errors import DataError, UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -84,7 +85,7 @@ class SlotView:
             if kind == "image":
                 value = _picture(value, str(record.get("_root") or ""))
             elif kind in ("text", "label"):
-                value = _text(value)
+                value = _text(value) if kind == "text" else _label(_text(value))
                 if isinstance(value, list) and (rng is not None or name in self.task.inputs):
                     value = value[0 if rng is None else int(rng.integers(len(value)))]
             if value is None:
@@ -255,6 +256,13 @@ def _text(value: Any) -> Any:
     if isinstance(value, list):
         return [_text(v) for v in value] or None
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _label(value: Any) -> Any:
+    """Labels by their one spelling; a label of blanks is no value."""
+    if isinstance(value, list):
+        return [label for label in map(_label, value) if label is not None] or None
+    return (normalize_label(value) or None) if isinstance(value, str) else value
 
 
 def _picture(value: Any, root: str) -> Any:

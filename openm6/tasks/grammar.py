@@ -18,6 +18,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from openm6.errors import UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
     "text": frozenset({"mask", "prefix", "drop", "verse"}),
@@ -165,7 +166,7 @@ def _slot(text: str, start: int, stop: int) -> Slot:
         elif key == "verse":
             found[key] = value.strip()
         elif key == "set":
-            labels = tuple(label.strip() for label in value.split(","))
+            labels = tuple(map(normalize_label, value.split(",")))
             if not all(labels) or len(set(labels)) < len(labels):
                 raise _error(text, place, "set lists different labels, as in set=红色,蓝色")
             found["labels"] = labels

@@ -68,3 +68,20 @@ def test_ids_are_not_trained_and_the_refusal_gives_the_whole_command(tmp_path: P
     assert "id looks like a key" in said
     # A user may mean it.
     assert checked(file, "caption", "-c", "caption=id")["columns"] == {"photo": "image", "caption": "id"}
+
+
+def test_classes_are_counted_and_those_that_are_alike_are_told(tmp_path: Path) -> None:
+    labels = ["正面", "正面 ", "负面", "Ｇood", "good", "Good"]
+    file = lines(tmp_path / "a.jsonl", *[{"text": f"第{n}条", "label": label} for n, label in enumerate(labels)])
+    found = checked(file, "text_classification")["classes"]["label"]
+    assert found["counts"] == {"正面": 2, "Good": 2, "负面": 1, "good": 1}
+    assert found["respelled"] == {"正面 ": "正面", "Ｇood": "Good"} and found["alike"] == [["Good", "good"]]
+    shown = command("data", "check", file, "--task", "text_classification").output
+    assert "label has 4 classes: 正面 2, Good 2, 负面 1, good 1." in shown
+    assert "such as '正面 ' for '正面'" in shown and "'Good' and 'good' differ in capitals or blanks alone" in shown
+
+
+def test_a_label_of_another_spelling_belongs_to_the_tasks_set(tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", {"a": "一", "b": "是 "}, {"a": "二", "b": "也许"})
+    found = checked(file, "[text:a] -> [label:b|set=是,否]", code=1)
+    assert found["good"] == 1 and "none of the task's labels" in found["problems"][0]["reason"]
