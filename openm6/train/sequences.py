@@ -111,7 +111,8 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        cut = sum(e.cut > 0 for e in examples)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
@@ -171,6 +172,7 @@ def _together(parts: list[Part]) -> Part:
         sum(part.positions for part in parts),
         sum(part.slots for part in parts),
         [load for part in parts for load in part.loads or []],
+        sum(part.cut for part in parts),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openm6.errors import UsageError
-from tests.conftest import command
+from tests.conftest import command, drawing_bundle
 from tests.data.conftest import picture_bytes
 
 
@@ -85,3 +85,23 @@ def test_a_label_of_another_spelling_belongs_to_the_tasks_set(tmp_path: Path) ->
     file = lines(tmp_path / "a.jsonl", {"a": "一", "b": "是 "}, {"a": "二", "b": "也许"})
     found = checked(file, "[text:a] -> [label:b|set=是,否]", code=1)
     assert found["good"] == 1 and "none of the task's labels" in found["problems"][0]["reason"]
+
+
+def test_with_a_model_tokens_are_counted_and_what_is_cut(tmp_path: Path) -> None:
+    drawing_bundle(max_length=64).save(tmp_path / "model")
+    texts = ["杯" * 20, "杯" * 100, "杯" * 200]
+    file = lines(tmp_path / "a.jsonl", *[{"question": text, "answer": "红"} for text in texts])
+    found = checked(file, "[text:question] -> [text:answer]", "--model", tmp_path / "model")
+    # The answer's mark is a token, and the end of the answer is only ever predicted.
+    assert (
+        found["max_length"] == 64
+        and found["tokens"]["(example)"]["longest"] == found["tokens"]["question"]["longest"] + 2
+    )
+    tokens = found["tokens"]["question"]
+    assert found["cut"] == {
+        "records": 2,
+        "median": (tokens["median"] + tokens["longest"]) // 2 + 2 - 64,
+        "longest": tokens["longest"] + 2 - 64,
+    }
+    shown = command("data", "check", file, "--task", "[text:question] -> [text:answer]", "--model", tmp_path / "model")
+    assert "2 of 3 records are longer than 64 tokens" in shown.output
