@@ -25,6 +25,9 @@ def check(
     model: Annotated[
         Path | None, typer.Option(help="A model directory: count tokens, and what is too long for the model.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Data to measure on: how many of its records are among these?")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Open every record as training would, show three of them as they will be trained, and say what is wrong. Exit
@@ -45,7 +48,7 @@ def check(
         processor, own = open_processor(model)
         known = {one.name: one for one in own}
     chosen = known.get(task) or get(task)
-    checked = Check(source, chosen, pairs(column or []), data_format, images, limit, command, processor)
+    checked = Check(source, chosen, pairs(column or []), data_format, images, limit, command, processor, against)
     for record in track(checked.records(), description="checking", total=checked.total, transient=True):
         checked.look(record)
     result = checked.to_dict()

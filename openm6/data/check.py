@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
+from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.errors import DataError
@@ -41,12 +42,17 @@ class Check:
         limit: int | None = None,
         command: str | None = None,
         processor: Processor | None = None,
+        against: str | None = None,
     ):
         self.task = task
         self._source = open_source(source, data_format, images, limit=limit)
         self._view = SlotView.of(task, self._source, columns, command)
         self.total = len(self._source)
         self._processor, self._tokens, self._cut = processor, defaultdict[str, list[int]](list), list[int]()
+        self._twins, self._number, self._overlap = Twins(task, self._view), 0, None
+        if against is not None:
+            other = open_source(against, data_format, images)
+            self._overlap = count_overlap(task, self._source, columns, other, columns)
         self._good = 0
         self._lengths: dict[str, list[int]] = {}
         self._counts: Counter[str] = Counter()
@@ -60,6 +66,7 @@ class Check:
         return iter(self._source)
 
     def look(self, record: Record) -> None:
+        number, self._number = self._number, self._number + 1
         try:
             seen = self._view(record)
             for name, slot in self.task.slots.items():
@@ -81,6 +88,7 @@ class Check:
             self._problem(str(record.get("_where", "?")), str(error))
         else:
             self._good += 1
+            self._twins.add(number, record)
             for name, classes in self._classes.items():
                 classes.add(record.get(self._view.mapping.get(name, "")))
 
@@ -119,9 +127,28 @@ class Check:
         cut = {"records": len(self._cut), **(_spread(self._cut) if self._cut else {"median": 0, "longest": 0})}
         return {"tokens": tokens, "max_length": longest, "cut": cut}
 
+    def _agreeing(self) -> dict[str, Any]:
+        """Records that agree with each other, and with those of the other source."""
+        found: dict[str, Any] = self._twins.count()
+        for twins in found.values():
+            twins["first"] = [str(self._source[number].get("_where", number)) for number in twins["first"]]
+        if self._overlap is not None:
+            found["overlap"] = self._overlap._asdict()
+        return found
+
     def sentences(self) -> list[str]:
-        """What is said of the labels and of examples that do not fit."""
+        """What is said of the labels, of records that agree, and of examples that do not fit."""
         said = [text for name, classes in self._classes.items() for text in classes.sentences(name)]
+        found = self._agreeing()
+        for name, what in (("duplicates", "records repeat"), ("conflicts", "inputs have several answers, as in")):
+            if found[name]["count"]:
+                first, second = found[name]["first"]
+                pair = f"another, as {second} does {first}" if name == "duplicates" else f"{first} and {second}"
+                said.append(f"{found[name]['count']:,} {what} {pair}.")
+        if self._overlap is not None:
+            shared, total, where = self._overlap
+            first_one = f" (first: {where})" if shared else ""
+            said.append(f"{shared:,} of {total:,} records that are measured on have inputs of these data{first_one}.")
         if self._processor and self._cut:
             most = _spread(self._cut)
             said.append(
@@ -141,6 +168,7 @@ class Check:
             "characters": {name: _spread(lengths) for name, lengths in self._lengths.items()},
             **(self._fitting(self._processor.max_length) if self._processor else {}),
             "classes": {name: classes.to_dict() for name, classes in self._classes.items()},
+            **self._agreeing(),
             "problems": [
                 {"reason": reason, "count": count, "where": self._first[reason]}
                 for reason, count in self._counts.most_common(20)

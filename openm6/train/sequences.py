@@ -43,7 +43,7 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
-        self.notes = data_notes(entries)
+        self.notes = data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}

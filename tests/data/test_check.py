@@ -105,3 +105,34 @@ def test_with_a_model_tokens_are_counted_and_what_is_cut(tmp_path: Path) -> None
     }
     shown = command("data", "check", file, "--task", "[text:question] -> [text:answer]", "--model", tmp_path / "model")
     assert "2 of 3 records are longer than 64 tokens" in shown.output
+
+
+def test_records_that_repeat_and_inputs_with_two_answers_are_told(tmp_path: Path) -> None:
+    pairs = [("好看", "正面"), ("难看", "负面"), ("好看 ", "正面"), ("难看", "正面"), ("好看", "正面 ")]
+    file = lines(tmp_path / "a.jsonl", *[{"text": text, "label": label} for text, label in pairs])
+    found = checked(file, "text_classification")
+    assert found["duplicates"] == {"count": 2, "first": [f"{file}:1", f"{file}:3"]}
+    assert found["conflicts"] == {"count": 1, "first": [f"{file}:2", f"{file}:4"]}
+    shown = " ".join(command("data", "check", file, "--task", "text_classification").output.split())
+    assert f"2 records repeat another, as {file}:3 does {file}:1." in shown
+    assert f"1 inputs have several answers, as in {file}:2 and {file}:4." in shown
+
+
+def test_leaks_from_the_data_that_are_measured_on_are_found_by_content(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 2), ("copy", 1), ("c", 3)):
+        (tmp_path / f"{name}.png").write_bytes(picture_bytes(value))
+    train = lines(
+        tmp_path / "train.jsonl", *[{"image": f"{n}.png", "question": "什么？", "answer": "包"} for n in "ab"]
+    )
+    test = lines(
+        tmp_path / "test.jsonl",
+        {"image": "c.png", "question": "什么？", "answer": "包"},
+        {"image": "copy.png", "question": "什么?", "answer": "鞋"},
+        {"image": "copy.png", "question": "颜色?", "answer": "红"},
+    )
+    sizes = {(tmp_path / f"{name}.png").stat().st_size for name in ("a", "b", "c")}
+    assert len(sizes) == 1  # so that it is not the size that tells them apart
+    assert checked(train, "vqa", "--against", test)["overlap"] == {"found": 1, "total": 3, "first": f"{test}:2"}
+    assert "overlap" not in checked(train, "vqa")
+    shown = " ".join(command("data", "check", train, "--task", "vqa", "--against", test).output.split())
+    assert f"1 of 3 records that are measured on have inputs of these data (first: {test}:2)." in shown

@@ -47,6 +47,7 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     told = finetune(
         base, *words, "--steps", 4, "--noise", 0.1, "--label-smoothing", 0.1, "train.workers=0", "--teacher", base
     )
+    assert "Warning: 40 of the 40 records" in " ".join(told.split())  # it is measured on what it learns
     model = tmp_path / "run" / "model"
     assert str(model) in told.replace("\n", "")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text("utf-8"))
