@@ -165,6 +165,10 @@ def evaluate(
     table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
     if result.rejected:
         typer.echo(f"{result.rejected} records could not be used.")
+    if result.cut:
+        typer.echo(
+            f"{result.cut} records were longer than the model takes and lost their ends before they were answered."
+        )
 
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openm6.atomic import write_text
+from openm6.data.rejects import count_rejected
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import EnergyMeter, EnergyUse, peak_memory
@@ -145,11 +146,16 @@ class Reporter:
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         self.since = time.perf_counter() if not self.steps else self.since
 
-    def finish(self, step: int, use: EnergyUse) -> None:
+    def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
+        """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
+        skipped = count_rejected(self.output)
         self._write(
             {
                 "step": step,
                 "finished": True,
+                "examples": examples,
+                "cut": cut,
+                "skipped_records": skipped,
                 "energy_kwh": use.kwh,
                 "co2e_kg": use.co2e_kg,
                 "energy_measured": use.measured,
@@ -161,6 +167,14 @@ class Reporter:
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
+
+        if cut:
+            self.say(
+                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends "
+                "(`openm6 data check --model` tells by how much; model.max_length)."
+            )
+        if skipped:
+            self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")
 
     def close(self) -> None:
         self.bar.stop()

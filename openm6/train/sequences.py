@@ -22,6 +22,7 @@ from openm6.train.contrastive import contrast
 from openm6.train.distill import Lessons, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
+from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
@@ -42,6 +43,7 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
+        self.notes = data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
@@ -128,7 +130,8 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        cut = sum(e.cut > 0 for e in examples)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind

@@ -75,7 +75,7 @@ class Trainer:
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
         self.energy = EnergyMeter(self.settings.country)
-        self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
+        self.step, self.smooth, self.best, self.seen, self.cut = 0, math.nan, math.inf, 0, 0
         self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
@@ -100,6 +100,8 @@ class Trainer:
                 self.reporter.say(f"Going on from step {self.step} ({resumed}).")
             batches = iter(self.loader)
             if self.reporter:
+                for note in self.objective.notes:
+                    self.reporter.say(note)
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
             while self.step < self.settings.steps and not self._waited_enough():
@@ -123,7 +125,7 @@ class Trainer:
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots = 0.0, 0.0, 0.0
+        flops, positions, slots, cut = 0.0, 0.0, 0.0, 0.0
         self.loads.begin()
         accumulate = min(self.settings.accumulate, len(examples))
         shares = [examples[i::accumulate] for i in range(accumulate)]
@@ -138,6 +140,7 @@ class Trainer:
             self.loads.add(part.loads, more=not last)
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
+            cut += part.cut
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
@@ -148,7 +151,8 @@ class Trainer:
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
+        losses, (flops, positions, slots, cut) = self._everywhere(losses, [flops, positions, slots, cut])
+        self.cut += int(cut)
         self._track(losses)
         if self.reporter:
             self.reporter.step(
@@ -227,8 +231,8 @@ class Trainer:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
-            "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best, "content": self.content,
-            "energy": asdict(self.energy.read()),
+            "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
+            "content": self.content, "energy": asdict(self.energy.read()),
         }  # fmt: skip
         self.checkpoints.save(self.step, self._describe, self.model, self.optimizers, state)
 
@@ -271,7 +275,7 @@ class Trainer:
             return None
         state = self._load(latest)
         self.loader.set_state(state["data"])
-        self.step, self.seen = state["step"], state["seen"]
+        self.step, self.seen, self.cut = state["step"], state["seen"], state.get("cut", 0)
         self.smooth, self.best = state["smooth"], state["best"]
         self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
         self.checkpoints.best = state.get("best_step")
@@ -289,4 +293,4 @@ class Trainer:
             if best is not None:
                 self.reporter.say(f"The best measure was that of step {best}: its weights are the model.")
             consolidate(chosen, self.output / "model")
-            self.reporter.finish(self.step, self.energy.stop())
+            self.reporter.finish(self.step, self.energy.stop(), self.seen, self.cut)
