@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs, check_parts, find
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.errors import UsageError
 
@@ -45,6 +46,7 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 
+    check_parts(recipe)
     processes = processes or default_processes()
     if processes == 1 or "WORLD_SIZE" in os.environ:
         from openm6.train.trainer import train as run
@@ -67,7 +69,7 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
 
 @app.command()
 def finetune(
-    model: Annotated[Path, typer.Argument(help="The model directory to start from.")],
+    model: Annotated[Path, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="A task by name, YAML path or instruction.")],
     data: Annotated[list[str] | None, typer.Option(help="Data to learn from; can be given several times.")] = None,
     method: Annotated[
@@ -94,6 +96,9 @@ def finetune(
 ) -> None:
     """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
     interrupted run goes on when the same command is given again."""
+    model = check_inputs(model, [task], [*(data or []), *(unlabelled or []), validation])
+    teacher = find(teacher) if teacher else None
+
     from openm6.train.finetune import finetune_recipe
     from openm6.train.recipe import override_recipe
 
@@ -109,7 +114,7 @@ def finetune(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="A task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Data to measure on: a path, or a built-in such as demo:questions/test.")],
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
@@ -139,21 +144,24 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
+    place = check_inputs(model, [task, against], [data, shots_from])
+    options = decoding_options(option)
+    columns, others = pairs(column or []), pairs(against_column or [])
+
     from openm6.bundle import Bundle
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
-    bundle = Bundle.load(model)
-    options = decoding_options(option)
+    bundle = Bundle.load(place)
     if bundle.task(task).embeds:
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
-            bundle, task, against or task, data, pairs(column or []), pairs(against_column or []), same or [],
+            bundle, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives,
         )  # fmt: skip
     else:
         result = measure(
-            bundle, task, data, pairs(column or []), data_format, images, limit, options, shots=shots,
+            bundle, task, data, columns, data_format, images, limit, options, shots=shots,
             shots_from=shots_from,
         )  # fmt: skip
     if report:
