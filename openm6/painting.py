@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
+from openm6.decode.many import answer_groups
 from openm6.decode.steps import Steps, finish
 from openm6.errors import UsageError
 from openm6.tasks.drawn import ESTIMATES
@@ -51,13 +52,13 @@ def draw_many(
     `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
     """
     task, options = options_of(bundle, task, candidates, decoding)
-    done = 0
-    for group in groups(records, max(1, batch_size // candidates)):
-        numbers = range(done, done + len(group) * candidates)
+
+    def paint(wishes: list[Record], numbers: list[int]) -> list[list[Painting]]:
+        every = [number * candidates + one for number in numbers for one in range(candidates)]
         with bundle.precision():
-            made = finish(paint_steps(bundle, task, group, candidates, options, numbers))
-        yield from made
-        done += len(group) * candidates
+            return finish(paint_steps(bundle, task, wishes, candidates, options, every))
+
+    yield from answer_groups(records, max(1, batch_size // candidates), lambda record: record, paint)
 
 
 def options_of(
@@ -153,14 +154,3 @@ def _codes(bundle: Bundle) -> Codes:
 def in_passes(task: Task, decoding: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options, in passes where they do not say otherwise, though the task draws one code after the other."""
     return {"passes": task.decode.get("passes") or Drawing().passes, **(decoding or {})}
-
-
-def groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

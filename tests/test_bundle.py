@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -83,6 +84,17 @@ def test_many_at_once_equal_one_by_one(bundle: Bundle) -> None:
     options = {"max_new_tokens": 5}
     together = list(bundle.run_many("vqa", records, decoding=options))
     assert together == [bundle.run("vqa", decoding=options, **r) for r in records]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])
+def test_answers_do_not_depend_on_the_batch_size(bundle: Bundle, options: dict) -> None:
+    """Nor does a record draw the random numbers of another one: 30 times the same question has many answers."""
+    chosen = Bundle(copy.deepcopy(bundle.model).pack_for_cpu(torch.float32), bundle.processor)
+    asked = [{"passage": QUESTION[: 2 + n % 7]} for n in range(20)] + [{"passage": QUESTION}] * 10
+    decoding = {"max_new_tokens": 8, **options}
+    every = [list(chosen.run_many("summary", asked, batch_size=size, decoding=decoding)) for size in (1, 3, 64)]
+    assert every[0] == every[1] == every[2]
+    assert (len(set(every[0][20:])) > 4) == ("temperature" in options)
 
 
 def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:
