@@ -18,7 +18,7 @@ from openm6.decode.many import answer_groups
 from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
-from openm6.errors import UsageError, suggest
+from openm6.errors import DataError, UsageError, suggest
 from openm6.images import check_features
 from openm6.model import M6
 from openm6.model.files import quietly
@@ -160,19 +160,21 @@ class Bundle:
         *,
         batch_size: int = 64,
         decoding: Mapping[str, Any] | None = None,
+        on_error: str = "raise",
     ) -> Iterator[Any]:
         """Answers to many records, in their order; read and answered `batch_size` x 4 at a time.
 
-        A record's random numbers are those of its number in the call, whatever `batch_size` is.
+        A record's random numbers are those of its number in the call, whatever `batch_size` is. A record that cannot be
+        used raises its DataError, or with `on_error="return"` has it in its answer's place.
         """
         task = self.task(task)
         if task.draws:
-            for best in self.draw_many(task, records, batch_size=batch_size, decoding=decoding):
-                yield best[0].image
+            drawn = draw_many(self, task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
+            yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
             return
         if task.embeds:
-            dims = (decoding or {}).get("dims")
-            yield from self.vectors(task, records, batch_size=batch_size, dims=None if dims is None else int(dims))
+            dims = None if (given := (decoding or {}).get("dims")) is None else int(given)
+            yield from self.vectors(task, records, batch_size=batch_size, dims=dims, on_error=on_error)
             return
 
         def answer(prompts: list[Sequence], numbers: list[int]) -> list[Any]:
@@ -180,13 +182,19 @@ class Bundle:
                 return self._answers_of_head(task, prompts, batch_size)
             return [self.read(task, one) for one in self.generate(task, prompts, batch_size, decoding, numbers)]
 
-        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer)
+        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
 
     def vectors(
-        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, dims: int | None = None
+        self,
+        task: str | Task,
+        records: Iterable[Record],
+        *,
+        batch_size: int = 64,
+        dims: int | None = None,
+        on_error: str = "raise",
     ) -> Iterator[np.ndarray]:
         """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (all numbers by
-        default)."""
+        default). `on_error`: see `run_many`."""
         task = self.task(task)
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
@@ -195,7 +203,7 @@ class Bundle:
         def answer(prompts: list[Sequence], numbers: list[int]) -> np.ndarray:
             return self._vectors_of(prompts, batch_size, dims)
 
-        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer)
+        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
 
     @torch.inference_mode()
     def _vectors_of(self, prompts: list[Sequence], batch_size: int, dims: int | None) -> np.ndarray:

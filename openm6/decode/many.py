@@ -27,7 +27,7 @@ def answer_groups(
     raises ends the call, or with `on_error="return"` stands in the place of that record's answer.
     """
     if on_error not in ON_ERROR:
-        raise UsageError(f'on_error is {on_error!r}; it is "raise" or "return".{suggest(str(on_error), ON_ERROR)}')
+        raise UsageError(f'on_error is "{on_error}"; it is "raise" or "return".{suggest(str(on_error), ON_ERROR)}')
     for first, group in groups(records, size):
         found: list[Any] = [None] * len(group)
         prompts: dict[int, P] = {}
