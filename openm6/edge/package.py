@@ -21,13 +21,14 @@ import torch
 
 import openm6
 from openm6.atomic import require_new, write_json, write_whole
+from openm6.bases import base_of
 from openm6.bundle import Bundle
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
 from openm6.edge.runner import KIND, about_of
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.model.adapters import base_of, check_mergeable
+from openm6.model.adapters import check_mergeable
 from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
