@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from openm6.errors import OpenM6Error, UsageError
 
@@ -43,10 +43,20 @@ def write_file(target: Path, fill: Callable[[Path], object]) -> None:
         raise
 
 
+def write_text(target: Path, text: str) -> None:
+    """As `write_file`, in UTF-8."""
+    write_file(target, lambda draft: draft.write_text(text, "utf-8"))
+
+
 def write_json(target: Path, value: Any) -> None:
     """As `write_file`, for people to read."""
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    write_file(target, lambda draft: draft.write_text(text, "utf-8"))
+    write_text(target, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def sync(file: IO[Any]) -> None:
+    """What was appended to an open file is on the disk afterwards: for lines that a later start relies on."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def require_new(target: Path) -> None:

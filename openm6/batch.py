@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openm6.atomic import write_failed
+from openm6.atomic import sync, write_failed, write_file
 from openm6.bundle import Bundle, Painting
 from openm6.data.columns import SlotView
 from openm6.data.source import Source, open_source
@@ -109,7 +109,7 @@ def make_batch(
                         if number not in done:
                             lines = _save(output, chosen, number, wishes[number], distinct(some, keep))
                             file.writelines(lines)
-                            file.flush()
+                            sync(file)
                             done.add(number)
                             pictures += len(lines)
                 bar.update(row, completed=group.stop)
@@ -182,17 +182,22 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painti
     for name in wish:
         if task.slots[name].type == "image":
             asked[name] = f"pictures/{number:06d}-{name}.png"
-            open_image(wish[name]).save(output / asked[name])
+            _save_picture(open_image(wish[name]), output / asked[name])
     lines = []
     for rank, painting in enumerate(kept, start=1):
         file = f"pictures/{number:06d}-{rank}.png"
-        painting.image.save(output / file)
+        _save_picture(painting.image, output / file)
         line = {
             "file": file, "prompt": number, "rank": rank, "of": len(kept), "asked": asked, "score": painting.score,
             "estimates": painting.estimates, "codes": painting.codes.tolist(),
         }  # fmt: skip
         lines.append(as_line(line))
     return lines
+
+
+def _save_picture(picture: Image.Image, file: Path) -> None:
+    """On the disk before the line that names it."""
+    write_file(file, lambda draft: picture.save(draft, "PNG"))
 
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

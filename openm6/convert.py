@@ -16,6 +16,7 @@ from openm6.data.source import open_source
 from openm6.errors import UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6, ModelConfig
+from openm6.model.adapters import check_mergeable
 from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward
 from openm6.model.imports import import_qwen3, read_config
@@ -46,6 +47,7 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
 def upcycle_bundle(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Bundle:
     """A model directory with experts in the place of the feed-forwards of the dense one at `path`."""
     require_new(output)
+    check_mergeable(path)
     bundle = Bundle.load(path, device="cpu", trainable=True)
     torch.manual_seed(0)
     bundle.model = upcycle(bundle.model, num_experts, chosen, router, interval)
@@ -58,6 +60,7 @@ def quantize_bundle(path: Path, output: Path, bits: int) -> Bundle:
     require_new(output)
     from safetensors.torch import save_file
 
+    check_mergeable(path)
     bundle = Bundle.load(path, "cpu", trainable=True)
     bundle.model.config = ModelConfig(**{**bundle.model.config.to_dict(), "weight_bits": bits})
     _fold_norms(bundle.model)
@@ -95,6 +98,7 @@ def prune_bundle(
     require_new(output)
     if not any(sizes.values()):
         raise UsageError(f"Say what there is to be less of: {', '.join(sizes)}.")
+    check_mergeable(path)
     bundle = Bundle.load(path, trainable=True)
     chosen, source = bundle.task(task), open_source(data)
     view = SlotView.of(chosen, source, columns)

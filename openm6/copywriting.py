@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_failed
+from openm6.atomic import sync, write_failed
 from openm6.bundle import LIMITS, Bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import Source, open_source
@@ -156,9 +156,9 @@ def make_copy(
                         good, bad = _judge(bundle, chosen, written[number], limits[number], seen, number)
                         lines = list(_lines(number, _plain(asked[number], chosen), good[:keep]))
                         broken.writelines(as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
-                        broken.flush()
+                        sync(broken)
                         file.writelines(lines)
-                        file.flush()
+                        sync(file)
                         seen |= {text: number for text, _ in good[:keep]}
                         done.add(number)
                 bar.update(row, completed=group.stop)

@@ -4,6 +4,7 @@
     tokenizer.json, tokenizer_config.json
     codec/                              the image codec of a model that draws
     openm6.json                         how records become sequences, and the tasks it was trained on
+    recipe.yaml                         of its training, when it was trained here
 
 A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
 Nothing in it is unpickled and no code in it is run.
@@ -11,6 +12,7 @@ Nothing in it is unpickled and no code in it is run.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ class Opened(NamedTuple):
 
 def open_directory(path: Path, device: torch.device, trainable: bool, adapters: Mapping[str, str | Path]) -> Opened:
     """See Bundle.load."""
-    tasks, length, prompt = read_card(path)
+    processor, tasks = open_processor(path)
     place = base_of(path) or path
     if trainable and ModelConfig.from_pretrained(place).weight_bits:
         raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
@@ -66,9 +68,17 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
         model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
     elif not trainable:
         model.pack_for_cpu()
-    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+    return Opened(model, processor, tasks, beside)
+
+
+def open_processor(path: Path) -> tuple[Processor, list[Task]]:
+    """How a model, or an adapter with the model beneath it, reads records, and its tasks; no weights are loaded."""
+    tasks, length, prompt = read_card(path)
+    place = base_of(path) or path
+    config = ModelConfig.from_pretrained(place)
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    return Opened(model, Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks, beside)
+    return Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:
@@ -83,6 +93,18 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
     write_card(path, processor, tasks)
+
+
+def model_hash(path: Path) -> str:
+    """The hash of a model directory: its weights, sizes, tokenizer and tasks; of an adapter those of its base too."""
+    digest = hashlib.sha256()
+    for folder in filter(None, (path, base_of(path))):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".safetensors", ".json"):
+                with file.open("rb") as stream:
+                    inner = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest.update(f"{file.relative_to(folder)} {inner}\n".encode())
+    return digest.hexdigest()
 
 
 def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | None:

@@ -19,7 +19,7 @@ from openm6.environment import EXTENSIONS
 from openm6.errors import UsageError
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.heads import Head, register_head
-from openm6.tasks.metrics import METRICS, Values
+from openm6.tasks.metrics import LOWER_IS_BETTER, METRICS, Values
 from openm6.tasks.slots import TYPES, SlotType
 
 __all__ = [
@@ -41,9 +41,13 @@ def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop"
     ATTRIBUTES[name] = frozenset(attributes)
 
 
-def register_metric(name: str, metric: Callable[[list[str], list[list[str]]], Values]) -> None:
-    """Make `name` a metric: of answers and, for each, its references, as texts."""
+def register_metric(
+    name: str, metric: Callable[[list[str], list[list[str]]], Values], lower_is_better: bool = False
+) -> None:
+    """Make `name` a metric: of answers and, for each, its references, as texts. With `lower_is_better`, as of an error,
+    early stopping and compression take the lower value for the better one."""
     METRICS[name] = metric
+    (LOWER_IS_BETTER.add if lower_is_better else LOWER_IS_BETTER.discard)(name)
 
 
 def load_named_extensions() -> None:

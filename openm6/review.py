@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openm6.atomic import require_new, write_failed, write_whole
+from openm6.atomic import require_new, write_failed, write_file, write_whole
 from openm6.bundle import Bundle
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
@@ -204,15 +203,15 @@ def as_line(content: Mapping[str, Any]) -> str:
 
 def write(path: Path, parts: Iterable[str]) -> Path:
     """A file that appears whole."""
-    draft = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
+
+    def fill(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8") as file:
             file.writelines(parts)
-        draft.replace(path)
+
+    try:
+        write_file(path, fill)
     except OSError as error:
         raise write_failed(path, error) from None
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

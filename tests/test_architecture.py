@@ -88,6 +88,15 @@ def test_no_file_is_too_long_to_be_read() -> None:
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
 
 
+def test_files_take_each_others_place_in_one_module() -> None:
+    """There they are flushed before: a name whose content is not on the disk is an empty file after a power failure."""
+    moves = {"os.replace", "os.rename", "shutil.move"}
+    found = {
+        path.name for path in SOURCES for name, _ in _calls(path) if name in moves or name.endswith("draft.replace")
+    }
+    assert found <= {"atomic.py"}
+
+
 def test_torchvision_is_neither_installed_nor_imported() -> None:
     """With it beside a CPU torch, transformers' PreTrainedModel cannot be imported."""
     assert find_spec("torchvision") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
-from tests.conftest import drawing_bundle, tiny_config
+from tests.conftest import command, drawing_bundle, tiny_config
 from tests.tasks.conftest import picture
 
 QUESTION = "图中的商品是什么？"
@@ -83,6 +84,108 @@ def test_many_at_once_equal_one_by_one(bundle: Bundle) -> None:
     options = {"max_new_tokens": 5}
     together = list(bundle.run_many("vqa", records, decoding=options))
     assert together == [bundle.run("vqa", decoding=options, **r) for r in records]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])
+def test_answers_do_not_depend_on_the_batch_size(bundle: Bundle, options: dict) -> None:
+    """Nor does a record draw the random numbers of another one: 30 times the same question has many answers."""
+    chosen = Bundle(copy.deepcopy(bundle.model).pack_for_cpu(torch.float32), bundle.processor)
+    asked = [{"passage": QUESTION[: 2 + n % 7]} for n in range(20)] + [{"passage": QUESTION}] * 10
+    decoding = {"max_new_tokens": 8, **options}
+    every = [list(chosen.run_many("summary", asked, batch_size=size, decoding=decoding)) for size in (1, 3, 64)]
+    assert every[0] == every[1] == every[2]
+    assert (len(set(every[0][20:])) > 4) == ("temperature" in options)
+
+
+LABELS = ["鞋", "鞋子", "包", "包包", "红色的鞋", "红色的包", "条纹", "😀"]
+
+
+@pytest.mark.parametrize("text", ["[text:a] -> [label:kind]", "[text:a] -> 这是[label:kind]。"])
+def test_label_probabilities_are_those_of_the_constrained_network(bundle: Bundle, text: str) -> None:
+    """Against the definition: a forward pass over the prompt and what is written, for every token of every label."""
+    task = Task.from_instruction(text, labels={"kind": LABELS})
+    records = [{"a": QUESTION[:n]} for n in (1, 5, 3)]
+    tokenizer = bundle.processor.tokenizer
+    trie = task.allowed(bundle.processor, {})
+    assert trie is not None
+    plain = Bundle(copy.deepcopy(bundle.model).pack_for_cpu(torch.float32), bundle.processor)
+    found = list(plain.label_probabilities(task, records, batch_size=2))
+    for record, given in zip(records, found, strict=True):
+        assert list(given) == LABELS and sum(given.values()) == pytest.approx(1)
+        for label in LABELS:
+            target = task.encode({**record, "kind": label}, bundle.processor)
+            with torch.no_grad():
+                logits = bundle.model.logits(bundle.model(pad([target], 0)).hidden[0])
+            places = (target.labels != IGNORE).nonzero()[0]
+            ids, product = [int(target.labels[place]) for place in places], 1.0
+            assert ids[-1] == tokenizer.end_id
+            for n, place in enumerate(places):
+                allowed = trie.next(ids[:n])
+                product *= float(logits[place, allowed].softmax(-1)[allowed.index(ids[n])])
+            assert given[label] == pytest.approx(product, rel=1e-3)
+
+
+def test_label_probabilities_of_bad_records_and_of_other_tasks(bundle: Bundle) -> None:
+    found = list(bundle.label_probabilities("kind", [{"photo": "gone.jpg"}, {"photo": picture()}], on_error="return"))
+    assert isinstance(found[0], DataError) and set(found[1]) == {"鞋", "包", "连衣裙"}
+    with pytest.raises(UsageError, match="its one output has to be a label"):
+        list(bundle.label_probabilities("vqa", []))
+    only = Task.from_instruction("[text:a] -> [label:b|set=鞋]")
+    assert list(bundle.label_probabilities(only, [{"a": "红"}])) == [{"鞋": 1.0}]
+
+
+def test_the_command_tells_the_probabilities_of_labels(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "m")
+    (tmp_path / "a.png").write_bytes(picture())
+    told = json.loads(command("run", tmp_path / "m", "kind", f"photo={tmp_path / 'a.png'}", "--json").stdout)
+    values = list(told["probabilities"].values())
+    assert set(told["probabilities"]) == {"鞋", "包", "连衣裙"} and told["answer"] in told["probabilities"]
+    assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1)
+
+
+def test_between_two_pieces_of_a_stream_the_caller_is_outside(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this model's precision nor its mode of inference reaches the caller, and no other use the text."""
+    monkeypatch.setattr("openm6.bundle.fast_dtype", lambda kind: torch.bfloat16)
+    asked, most = {"photo": picture(), "question": QUESTION}, 0
+    for seed in range(8):
+        options, pieces = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}, []
+        for piece in bundle.stream("vqa", decoding=options, **asked):
+            pieces.append(piece)
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
+            bundle.run("vqa", decoding={"max_new_tokens": 2}, **asked)
+        assert "".join(pieces) == bundle.run("vqa", decoding=options, **asked)
+        most = max(most, len(pieces))
+    assert most > 2
+
+
+def test_a_bad_record_costs_itself_alone(bundle: Bundle) -> None:
+    good, bad = {"photo": picture(), "question": QUESTION}, {"photo": "gone.jpg", "question": QUESTION}
+    options = {"max_new_tokens": 6, "temperature": 1.0}
+    asked = [good, good, bad, good, {"photo": picture()}, good]
+    whole = list(bundle.run_many("vqa", [good] * len(asked), decoding=options))
+    for size in (1, 64):
+        found = list(bundle.run_many("vqa", asked, batch_size=size, decoding=options, on_error="return"))
+        assert isinstance(found[2], DataError) and "gone.jpg does not exist" in str(found[2])
+        assert isinstance(found[4], DataError) and "question is missing" in str(found[4])
+        assert [found[i] for i in (0, 1, 3, 5)] == [whole[i] for i in (0, 1, 3, 5)]
+    with pytest.raises(DataError, match="gone.jpg does not exist"):
+        list(bundle.run_many("vqa", asked))
+    with pytest.raises(UsageError, match='on_error is "skip"; it is "raise" or "return"'):
+        list(bundle.run_many("vqa", asked, on_error="skip"))
+
+
+@pytest.mark.parametrize(
+    ("task", "good"),
+    [("image_vector", {"photo": picture()}), ("controlled_image", {"caption": "红", "style": picture(16, 16)})],
+)
+def test_a_bad_record_of_a_task_without_text_costs_itself_alone(task: str, good: dict) -> None:
+    bundle = drawing_bundle()
+    bad = {**good, next(iter(set(good) & {"photo", "style"})): "gone.jpg"}
+    found = list(bundle.run_many(task, [bad, good, good], on_error="return"))
+    assert isinstance(found[0], DataError)
+    alone = list(bundle.run_many(task, [good, good, good]))
+    for one, same in zip(found[1:], alone[1:], strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(same))
 
 
 def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:

@@ -29,7 +29,7 @@ def demo(
 
     changes = [f"output={output}", *(overrides or [])]
     recipe = load_recipe("demo", changes)
-    run_recipe(recipe, "demo", changes, processes)
+    run_recipe(recipe, processes)
     figures = report_demo(recipe.output / "model", recipe.output)
     if json:
         emit(figures)
@@ -63,7 +63,7 @@ def demo_images(
         every = [f"output={folder}", f"seed={seed}", *changes]
         model = folder / "model"
         if not model.is_dir():
-            timed(name, lambda: run_recipe(load_recipe(name, every), name, every, 1))
+            timed(name, lambda: run_recipe(load_recipe(name, every), 1))
         return model
 
     base = trained("demo", start)

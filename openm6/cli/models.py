@@ -60,13 +60,9 @@ def merge(
 
     from openm6.atomic import write_whole
     from openm6.bundle import Bundle
-    from openm6.model.adapters import MERGEABLE, method_of
+    from openm6.model.adapters import check_mergeable
 
-    if (method := method_of(place)) not in MERGEABLE:
-        raise UsageError(
-            f"{adapter} is an adapter of the method {method}, which stays beside its model: use it as it is. "
-            f"Merged are: {', '.join(MERGEABLE)}."
-        )
+    check_mergeable(place)
     bundle = Bundle.load(place, "cpu", trainable=True)
     write_whole(output, bundle.save)
     _tell(output, bundle.model.config, json)

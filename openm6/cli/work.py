@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,10 +39,10 @@ def train(
 
         train_on_ray(load_recipe(recipe, overrides or []), ray_workers, os.environ.get("RAY_ADDRESS"))
         return
-    run_recipe(load_recipe(recipe, overrides or []), recipe, overrides or [], processes)
+    run_recipe(load_recipe(recipe, overrides or []), processes)
 
 
-def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: int) -> None:
+def run_recipe(recipe: AnyRecipe, processes: int) -> None:
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 
@@ -51,12 +52,19 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
         from openm6.train.trainer import train as run
 
         run(recipe)
-    else:
-        if recipe.train.batch_size % processes:
-            raise UsageError(
-                f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
-            )
-        launch(["train", name, *overrides], processes, recipe.output / "logs")
+        return
+    from openm6.train.recipe import recipe_text
+    from openm6.train.resume import check_resumption
+
+    if recipe.train.batch_size % processes:
+        raise UsageError(
+            f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
+        )
+    check_resumption(recipe)  # refused here, before any process starts
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe_text(recipe), "utf-8")
+        launch(["train", str(file)], processes, recipe.output / "logs")
 
 
 @app.command()
@@ -92,15 +100,15 @@ def finetune(
     teacher = find(teacher) if teacher else None
 
     from openm6.train.finetune import finetune_recipe
-    from openm6.train.recipe import load_recipe, write_recipe
+    from openm6.train.recipe import override_recipe
 
     values = finetune_recipe(
         model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
         columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
         unlabelled=unlabelled or [], seed=seed,
     )  # fmt: skip
-    recipe = load_recipe(write_recipe(values), overrides or [])
-    run_recipe(recipe, str(Path(values["output"]) / "finetune.yaml"), overrides or [], processes)
+    recipe = override_recipe(values, overrides or [])
+    run_recipe(recipe, processes)
     typer.echo(f"{recipe.output / 'model'}")
 
 
@@ -165,6 +173,10 @@ def evaluate(
     table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
     if result.rejected:
         typer.echo(f"{result.rejected} records could not be used.")
+    if result.cut:
+        typer.echo(
+            f"{result.cut} records were longer than the model takes and lost their ends before they were answered."
+        )
 
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:

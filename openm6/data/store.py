@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from openm6.atomic import publish
 from openm6.environment import CACHE
 from openm6.errors import DataError, UsageError, suggest
 from openm6.json_lines import loads, plain
@@ -71,6 +72,7 @@ class ArrowRecords:
     """The records of a folder made by `write_records`. Reading from several threads is safe."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
             self.columns: tuple[str, ...] = tuple(json.loads((folder / "columns.json").read_text("utf-8")))
             reader = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
@@ -184,7 +186,7 @@ def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
         unfinished = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
         try:
             make(unfinished)
-            os.replace(unfinished, place)
+            publish(unfinished, place)
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (28, 122):  # no space, over quota

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_file
+from openm6.atomic import write_text
 from openm6.edge.kept import MODES
 from openm6.errors import OpenM6Error, UsageError, suggest
 
@@ -128,7 +128,7 @@ class Box:
         """Let a version answer from now on. Raises UsageError where there is none."""
         if version not in self.versions:
             raise UsageError(f"{self.path} has no version {version}. It has: {', '.join(self.versions)}.")
-        write_file(self.path / CURRENT, lambda draft: draft.write_text(version + "\n", "utf-8"))
+        write_text(self.path / CURRENT, version + "\n")
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:

@@ -21,12 +21,14 @@ import torch
 
 import openm6
 from openm6.atomic import require_new, write_json, write_whole
+from openm6.bases import base_of
 from openm6.bundle import Bundle
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
 from openm6.edge.runner import KIND, about_of
 from openm6.errors import UsageError
 from openm6.model import M6
+from openm6.model.adapters import check_mergeable
 from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
@@ -76,6 +78,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"An export needs {error.name}: pip install -e '.[edge]' in a clone.") from None
+    check_mergeable(path)
     bundle = Bundle.load(path, "cpu", trainable=True)
     bundle.model.eval()
     tasks = [task for task in bundle.tasks.values() if able(task)]
@@ -124,6 +127,7 @@ def export_eyes(path: Path, output: Path) -> dict[str, Any]:
     """Write how a model reads pictures, and no more: what a box sends features by. Raises UsageError for a model that
     reads none."""
     require_new(output)
+    path = base_of(path) or path  # an adapter leaves it as it is how pictures are read
     model = load_model(path)
     if model.image is None:
         raise UsageError(f"{path} reads no pictures.")
@@ -156,7 +160,8 @@ def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
-        "pictures": config.image_embedder != "none", "eyes": eyes_of(path), "heads": list(config.heads or {}),
+        "pictures": config.image_embedder != "none", "eyes": eyes_of(base_of(path) or path),
+        "heads": list(config.heads or {}),
     }  # fmt: skip
 
 

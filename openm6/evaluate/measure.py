@@ -38,6 +38,7 @@ class Evaluation:
     seconds: float = 0.0
     rejected: int = 0
     inputs: Mapping[str, str] = field(default_factory=dict)  # slot of the task's left side: its type
+    cut: int = 0  # records whose source was longer than the model takes
 
     def values(self) -> dict[str, float]:
         return {name: s.value for name, s in self.scores.items()}
@@ -46,7 +47,7 @@ class Evaluation:
         scores = {n: {"value": s.value, "low": s.low, "high": s.high, "n": s.n} for n, s in self.scores.items()}
         return {
             "task": self.task, "source": self.source, "records": len(self.cases), "rejected": self.rejected,
-            "seconds": round(self.seconds, 2), "scores": scores,
+            "cut": self.cut, "seconds": round(self.seconds, 2), "scores": scores,
         }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def evaluate(
             rejected, reason = rejected + 1, str(error)
     if not kept:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
-    cases = []
+    cases, cut = [], sum(prompt.cut > 0 for prompt in prompts)
     bundle.model.eval()
     if task.draws or not (answers or set(task.metrics) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
@@ -109,7 +110,7 @@ def evaluate(
         for metric in task.metrics
     }
     inputs = {name: task.slots[name].type for name in task.inputs}
-    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs)
+    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs, cut)
 
 
 def scored(task: Task, metric: str, cases: list[Case]) -> Score:

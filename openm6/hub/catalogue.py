@@ -9,7 +9,6 @@ are given by the database, so that two processes never get the same one. Nothing
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -121,8 +120,8 @@ class Catalogue:
         note: str = "",
     ) -> Version:
         """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
-        `run`: the folder of its training, of which recipe and energy are kept. The base of an adapter is
-        kept by its path and the hash of its weights."""
+        `run`: the folder of its training, of which the energy is kept, and the recipe where the model has none. The
+        base of an adapter is kept by its path and the hash of its weights."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is no model directory.")
         parts = tuple(self.named(one) for one in made_of)
@@ -134,8 +133,9 @@ class Catalogue:
         texts = {}
         if run is not None:
             about |= _costs(run)
-            if (run / "recipe.yaml").is_file():
-                texts["recipe.yaml"] = (run / "recipe.yaml").read_text("utf-8")
+        for folder in filter(None, (run, directory)):  # the model's own is that of its training
+            if (folder / "recipe.yaml").is_file():
+                texts["recipe.yaml"] = (folder / "recipe.yaml").read_text("utf-8")
         return self._add(MODEL, name, about, parts, texts, directory)
 
     def _add(
@@ -370,7 +370,6 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
     from openm6.data.source import open_source
 
     records = open_source(source, data_format, images)
-    digest = hashlib.sha256()
     kinds: dict[str, set[str]] = {}
     sample = []
     for number, record in enumerate(records):
@@ -378,13 +377,12 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
         for name, value in sorted(record.items()):
             if name.startswith("_"):
                 continue
-            digest.update(repr((name, value)).encode())
             kinds.setdefault(name, set()).add(type(value).__name__)
             shown[name] = f"<{len(value)} bytes>" if isinstance(value, bytes) else value
         if number < SAMPLE:
             sample.append(json.dumps(shown, ensure_ascii=False, default=str))
     about = {
-        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": digest.hexdigest(),
+        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": records.content_hash(),
         "columns": {name: " or ".join(sorted(found)) for name, found in kinds.items()},
     }  # fmt: skip
     return about, "\n".join(sample) + "\n"

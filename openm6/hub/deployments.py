@@ -7,7 +7,6 @@ ROOT/NAME/log.txt             what the server says
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from openm6.atomic import write_json
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.jobs import begun, end, home
 
@@ -69,9 +69,7 @@ class Deployments:
             name, f"http://{shown}:{port}", str(model.resolve()), process.pid, begun(process.pid), time.time()
         )
         _await(made, process, log)
-        draft = folder / ".deployment.json.writing"
-        draft.write_text(json.dumps(asdict(made), ensure_ascii=False, indent=1), "utf-8")
-        os.replace(draft, folder / "deployment.json")
+        write_json(folder / "deployment.json", asdict(made))
         return made
 
     def list(self) -> list[Deployment]:

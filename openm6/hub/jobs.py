@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from openm6.atomic import write_json
 from openm6.environment import HOME
 from openm6.errors import OpenM6Error, UsageError, suggest
 
@@ -232,10 +233,8 @@ class Jobs:
 
     def _write(self, job: Job) -> None:
         file = self.root / job.id / "job.json"
-        draft = file.with_name(".job.json.writing")
         try:
-            draft.write_text(json.dumps(asdict(job), ensure_ascii=False, indent=1), "utf-8")
-            os.replace(draft, file)
+            write_json(file, asdict(job))
         except OSError as error:
             raise OpenM6Error(f"{file} cannot be written ({error.strerror}).") from None
 

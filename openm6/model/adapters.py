@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,12 @@ LINEAR = ("qkv", "out", "up", "down")
 
 _BASE = ".base_layer"
 _NEW = re.compile(r"\.lora_|\.ia3_l|\.changes\.|^prompt\.")
+_KIND = re.compile(r"\.(?=lora_|ia3_l|changes\.)")
+_ALONE = (
+    "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "bias", "lora_bias", "use_qalora",
+    "alora_invocation_tokens", "layer_replication", "arrow_config", "use_bdlora", "kasa_config",
+)  # fmt: skip
+"""Of PEFT's configuration, what changes a network by more than B A beside linear layers."""
 _HEAD = ("norm.weight", "norm.bias", "head.weight")
 _PREFIX = "base_model.model."
 """What PEFT puts before a network's names in its files."""
@@ -110,6 +117,7 @@ def add_adapter(model: M6, config: Any) -> None:
         layers = model.config.num_hidden_layers if config.method == "prefix" else 1
         model.prompt = Prompt(layers, config.length, model.config.hidden_size)
     head = isinstance(config, OwnConfig) and config.method == "head"
+    model.adapted = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in _HEAD if head else _NEW.search(name) is not None)
 
@@ -151,6 +159,21 @@ def method_of(path: Path) -> str:
     return method
 
 
+def check_whole(path: Path) -> None:
+    """Raise UsageError for the directory of an adapter, where a whole model is needed."""
+    if (path / CONFIG).is_file():
+        raise UsageError(f"{path} is an adapter: make it a model first, with `openm6 models merge`.")
+
+
+def check_mergeable(path: Path) -> None:
+    """Raise UsageError for the directory of an adapter that cannot be merged; a model's is fine."""
+    if (path / CONFIG).is_file() and (method := method_of(path)) not in MERGEABLE:
+        raise UsageError(
+            f"{path} is an adapter of the method {method}, which stays beside its model: use it as it is. "
+            f"Merged are: {', '.join(MERGEABLE)}."
+        )
+
+
 def merge_adapter(model: M6, path: Path) -> M6:
     """The network with an adapter's change in its own weights, where it can be merged; else beside them."""
     weights = stored_weights(path)
@@ -159,19 +182,22 @@ def merge_adapter(model: M6, path: Path) -> M6:
         config = OwnConfig(*(content[key] for key in ("method", "base_model_name_or_path", "rank", "length")))
         add_adapter(model, config)
         names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if {n: tuple(p.shape) for n, p in names.items()} != {
-            n: tuple(weights[stored_name(n)].shape) if stored_name(n) in weights else None for n in names
-        }:
+        if {stored_name(n): p.shape for n, p in names.items()} != {key: value.shape for key, value in weights.items()}:
             raise _misfit(path, "its tensors are others")
         for name, parameter in names.items():
             parameter.data = weights[stored_name(name)]
         return model
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        merged: M6 = PeftModel.from_pretrained(model, path, local_files_only=True).merge_and_unload()  # type: ignore[arg-type]
-    except (ValueError, RuntimeError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of tensors that are missing, which is an error below
+            adapted = PeftModel.from_pretrained(model, path, local_files_only=True)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, KeyError) as error:
         raise _misfit(path, " ".join(str(error).split())[:200]) from None
+    if others := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
+        name = min(others)
+        raise _misfit(path, f"{name} is {'too much' if name in weights else 'missing'}")
+    merged: M6 = adapted.merge_and_unload()  # type: ignore[operator]
     return merged
 
 
@@ -203,16 +229,28 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
         method, content = method_of(path), read_adapter_config(path)
         if method in ("prompt", "prefix", "head"):
             raise UsageError(f"{path} is an adapter of the method {method}, which cannot share a model: open it alone.")
+        if alone := [key for key in _ALONE if content.get(key) not in (None, False, "none", [], {})]:
+            raise UsageError(f"{path} is an adapter with {alone[0]}, which cannot share a model: open it alone.")
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in stored_weights(path).items():
-            place, kind = re.split(r"\.(?=lora_|ia3_l|changes\.)", key.removeprefix(_PREFIX), maxsplit=1)
-            if place not in layers:
+            place, _, kind = _KIND.sub(" ", key.removeprefix(_PREFIX), 1).partition(" ")
+            if place not in layers or not kind:
                 raise _misfit(path, f"the model has no linear layer {place}")
             found.setdefault(place, {})[kind] = value
         for place, parts in found.items():
             changed = _changed(model, place, active)
             changed.changes[name] = _change(method, content, place, parts, layers[place], path)
     return active
+
+
+def _lora_scale(content: dict[str, Any], place: str, rank: int) -> float:
+    """The factor of the product B A of one layer, by PEFT's rules."""
+    alpha = content["lora_alpha"]
+    if pattern := content.get("alpha_pattern"):
+        from peft.utils.other import get_pattern_key
+
+        alpha = pattern.get(get_pattern_key(pattern, place), alpha)
+    return float(alpha / (math.sqrt(rank) if content.get("use_rslora") else rank))
 
 
 def _changed(model: M6, place: str, active: Active) -> Changed:
@@ -229,12 +267,14 @@ def _change(
 ) -> nn.Module:
     wide, deep = layer.out_features, layer.in_features
     if method == "lora":
+        if parts.keys() != {"lora_A.weight", "lora_B.weight"}:
+            raise _misfit(path, f"{place} has {', '.join(sorted(parts))} there, not lora_A.weight and lora_B.weight")
         a, b = parts["lora_A.weight"], parts["lora_B.weight"]
         if (a.shape[1], b.shape[0]) != (deep, wide):
             raise _misfit(path, f"{place} is [{wide}, {deep}] there and [{b.shape[0]}, {a.shape[1]}] here")
-        return Low(a, b, content["lora_alpha"] / content["r"])
+        return Low(a, b, _lora_scale(content, place, len(a)))
     if method == "ia3":
-        scale, inputs = parts["ia3_l"], place.endswith(".down")
+        scale, inputs = parts["ia3_l"], len(parts["ia3_l"]) == 1  # PEFT's: [1, in] or [out, 1]
         if scale.numel() != (deep if inputs else wide):
             raise _misfit(path, f"{place} has {deep if inputs else wide} values there and {scale.numel()} here")
         return Scaled(scale, inputs)

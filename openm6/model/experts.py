@@ -11,7 +11,6 @@ A choice that no expert takes (above capacity, or of padding) counts as one for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,19 +121,22 @@ class Plan(NamedTuple):
     wanted: Tensor
 
 
-def plan(experts_TK: Tensor, experts: int, capacity: int | None = None) -> Plan:
-    """Sort the choices by expert (`experts` itself stands for none). Above `capacity` rows an expert takes no more:
-    first choices go before second ones, and among those the order of the tokens counts (GShard, algorithm 1)."""
+def plan(experts_TK: Tensor, experts: int, capacity_factor: float | None = None) -> Plan:
+    """Sort the choices by expert (`experts` itself stands for none). An expert takes at most `capacity_factor` times
+    the mean over the experts, rounded up: first choices go before second ones, and among those the order of the tokens
+    counts (GShard, algorithm 1)."""
     choices = experts_TK.T.flatten()
     order = choices.argsort(stable=True)
     counts = wanted = torch.bincount(choices, minlength=experts + 1)[:experts]
-    if capacity is not None and bool((counts > capacity).any()):
-        sorted_choices = choices[order]
-        starts = F.pad(counts.cumsum(0), (1, 0))
-        late = torch.arange(len(order), device=order.device) - starts[sorted_choices] >= capacity
-        choices = choices.index_fill(0, order[late], experts)
-        order = choices.argsort(stable=True)
-        counts = counts.clamp(max=capacity)
+    if capacity_factor is not None:
+        capacity = (capacity_factor * counts.sum().double() / experts).ceil().long()
+        if bool((counts > capacity).any()):
+            sorted_choices = choices[order]
+            starts = F.pad(counts.cumsum(0), (1, 0))
+            late = torch.arange(len(order), device=order.device) - starts[sorted_choices] >= capacity
+            choices = choices.index_fill(0, order[late], experts)
+            order = choices.argsort(stable=True)
+            counts = counts.clamp(max=capacity)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     return Plan(order, place.view(experts_TK.shape[1], -1), counts, wanted)
@@ -144,8 +146,8 @@ class MixtureOfExperts(nn.Module):
     """`num_experts` feed-forwards without biases, of which each token sees `experts_per_token`, and optionally a shared
     one that all see.
 
-    Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows; what is above passes by the
-    residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
+    Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows, T without padding; what is above
+    passes by the residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
     """
 
     def __init__(self, config: ModelConfig):
@@ -168,7 +170,7 @@ class MixtureOfExperts(nn.Module):
         chosen_TK = routing.experts_TK
         if real_BT is not None:
             chosen_TK = chosen_TK.masked_fill(~real_BT.flatten()[:, None], self.number)
-        planned = plan(chosen_TK, self.number, self._capacity(chosen_TK.numel()))
+        planned = plan(chosen_TK, self.number, self.capacity_factor if self.training else None)
         rows_SD = _Gather.apply(x_TD, planned)
         ticket = self.exchange and self.exchange.send(rows_SD, planned.counts)
         shared_TD = self.shared(x_TD) if self.shared is not None else None  # while the rows travel
@@ -177,11 +179,6 @@ class MixtureOfExperts(nn.Module):
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BTD), self._load(routing, planned, real_BT)
-
-    def _capacity(self, choices: int) -> int | None:
-        if self.capacity_factor is None or not self.training:
-            return None
-        return math.ceil(self.capacity_factor * choices / self.number)
 
     def _load(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> Load:
         counts = planned.wanted

@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 
 class Network(PreTrainedModel):
+    adapted: bool = False
+    """Whether an adapter is trained in it: checkpoints then hold what is trained alone."""
+
     @abstractmethod
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
         """A module's own parameters, each with the mean and the standard deviation that it starts with."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from openm6.atomic import write_file, write_json
 from openm6.errors import UsageError
 
 LISTS = "ann.json"
@@ -147,14 +148,12 @@ class Lists:
         return self.lists.search(queries, k, params=params)  # type: ignore[no-any-return]
 
     def save(self, path: Path) -> None:
-        """Beside their place first: the lists, then the file that says they are there."""
+        """The lists first, then the file that says they are there."""
         import faiss
 
         file = f"ann-{self.about['stamp']}.faiss"
-        faiss.write_index(self.lists, str(path / file))
-        draft = path / ".ann.json.writing"
-        draft.write_text(json.dumps({**self.about, "file": file}), "utf-8")
-        os.replace(draft, path / LISTS)
+        write_file(path / file, lambda draft: faiss.write_index(self.lists, str(draft)))
+        write_json(path / LISTS, {**self.about, "file": file})
         for other in path.glob("ann-*.faiss"):
             if other.name != file:
                 other.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from collections import defaultdict, deque
@@ -17,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from openm6.atomic import write_file, write_json
 from openm6.errors import UsageError
 
 USE, MANAGE = "use", "manage"
@@ -98,10 +98,12 @@ class Keys:
     def _write(self) -> None:
         values = {key.name: {k: v for k, v in asdict(key).items() if k != "name"} for key in self._known.values()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.writing")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            json.dump(values, file, ensure_ascii=False, indent=1)
-        os.replace(draft, self.path)
+
+        def fill(draft: Path) -> None:
+            draft.touch(0o600)
+            draft.write_text(json.dumps(values, ensure_ascii=False, indent=1), "utf-8")
+
+        write_file(self.path, fill)
         self._seen = None
 
 
@@ -155,10 +157,8 @@ class Meter:
         if self.path is None:
             return
         self._kept = time.time()
-        draft = self.path.with_name(f".{self.path.name}.writing")
         with suppress(OSError):
-            draft.write_text(json.dumps(self._tokens), "utf-8")
-            os.replace(draft, self.path)
+            write_json(self.path, self._tokens)
 
     def _spent(self, key: Key, now: float) -> int:
         day, spent = self._tokens.get(key.name, (0, 0))

@@ -180,6 +180,15 @@ ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"
 table that was given (faithful.py)."""
 
 
+LOWER_IS_BETTER = {"perplexity"}
+"""Metrics of which a lower value is the better one; extensions add theirs (openm6.extend)."""
+
+
+def gain(name: str, value: float) -> float:
+    """The value of a metric with the sign by which more is better: for comparisons of two models by any metric."""
+    return -value if name in LOWER_IS_BETTER else value
+
+
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
     """A metric by name, with its interval. Raises UsageError for an unknown one, ValueError for empty lists."""
     if name not in METRICS:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import require_new, write_file, write_json, write_whole
+from openm6.atomic import publish, require_new, write_file, write_json, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
@@ -31,6 +31,7 @@ from openm6.edge.package import export, export_eyes, write_program
 from openm6.edge.runner import EdgeModel, about_of
 from openm6.edge.sureness import Sureness, agreement
 from openm6.errors import OpenM6Error, UsageError
+from openm6.model.adapters import check_whole
 from openm6.model.files import eyes_of
 from openm6.tasks.card import read_card
 
@@ -51,6 +52,7 @@ def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, 
     Raises UsageError where that cannot be.
     """
     require_new(path)
+    check_whole(model)
     if settings.privacy == FEATURES and cloud_model is None:
         raise UsageError("To send features the box needs the eyes of the cloud's model: --cloud-model DIRECTORY.")
 
@@ -218,7 +220,7 @@ def _round(
     if found["better"]:
         number = box.next_version()
         target = box.path / VERSIONS / number
-        version.rename(target)
+        publish(version, target)
         box.use(number)
         found["version"] = number
         for old in box.versions[:-VERSIONS_KEPT]:

@@ -3,7 +3,8 @@
     checkpoints/step-00000500/
         state/        tensors of network and optimizers by name, in shards (PyTorch's distributed checkpoint)
         config.json, tokenizer.json, openm6.json   as in a model directory
-        state.json    step, place in the data, counters
+        recipe.yaml   the recipe, here and in the model directory
+        state.json    step, place in the data, counters, hashes of what it learns from (resume.py)
 
 Each is written beside its place while training goes on, flushed to the disk and renamed; a crash or a full disk leaves
 the older checkpoints as they were. What N processes wrote M processes read: tensors are found by name and cut anew.
@@ -51,6 +52,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def all_checkpoints(directory: Path) -> list[Path]:
+    """The whole ones in a directory, from the oldest to the newest."""
+    return sorted(p for p in directory.glob("step-*") if (p / "state.json").is_file())
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    return next(reversed(all_checkpoints(directory)), None)
+
+
 class Checkpoints:
     """The checkpoints of one run: `save`, `wait`, `latest`, `restore`. Every process calls all but `latest`."""
 
@@ -62,12 +72,8 @@ class Checkpoints:
         self.writing: Thread | None = None
         self.failure: BaseException | None = None
 
-    def all(self) -> list[Path]:
-        """From the oldest to the newest."""
-        return sorted(p for p in self.directory.glob("step-*") if (p / "state.json").is_file())
-
     def latest(self) -> Path | None:
-        return next(reversed(self.all()), None)
+        return latest_checkpoint(self.directory)
 
     def save(
         self,
@@ -103,7 +109,7 @@ class Checkpoints:
                 future.result()  # type: ignore[union-attr]  # done when all processes are
                 if self.group.first:
                     publish(draft, target)
-                    for old in self.all()[: -self.keep]:
+                    for old in all_checkpoints(self.directory)[: -self.keep]:
                         if step_of(old) != best:
                             shutil.rmtree(old, ignore_errors=True)
             except BaseException as error:
@@ -249,7 +255,7 @@ def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """`model.{name}` and `optimizer.{moment}.{parameter}` to tensor (sharded ones as DTensors), of an adapted network
     the adapter alone. Learning rates come from the schedule, not from here."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = len(trained) == sum(1 for _ in model.parameters())
+    whole = not getattr(model, "adapted", False)
     tensors = {f"model.{n}": value.detach() for n, value in model.state_dict().items() if whole or n in trained}
     for parameter, name, optimizer in _owned(model, optimizers):
         for moment, value in optimizer.state[parameter].items():

@@ -31,23 +31,26 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from openm6.atomic import write_json, write_whole
+from openm6.atomic import write_json, write_text, write_whole
 from openm6.bundle import Bundle
 from openm6.convert import prune_bundle, quantize_bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
+from openm6.directory import model_hash
 from openm6.edge.package import export, round_package
 from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, references, scored
 from openm6.json_lines import dumps, plain
+from openm6.model.adapters import check_whole
 from openm6.model.config import ModelConfig
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
 from openm6.train.compressed import Target, draw_pareto, line_of, lost, report_of
+from openm6.train.explain import explain
 from openm6.train.finetune import finetune_recipe
-from openm6.train.recipe import check_recipe, explain
+from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
 LEVELS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
@@ -212,17 +215,22 @@ class _Work:
     """A folder in which steps are done, each once."""
 
     def __init__(self, chain: Chain, say: Callable[[str], None], distill: DistillStep | None = None):
+        check_whole(chain.model)
         self.chain, self.say = chain, say
         values = chain.model_dump(mode="json", exclude={"output"})
+        values["content"] = _content(chain)
         if distill:  # of a search
             values["distill"] = distill.model_dump(mode="json")
         file = chain.output / "chain.yaml"
         if file.is_file():
             if yaml.safe_load(file.read_text("utf-8")) != values:
-                raise UsageError(f"{chain.output} holds another chain: name another folder, or delete it.")
+                raise UsageError(
+                    f"{chain.output} holds another chain, or one of another model or other data: name another folder, "
+                    "or delete it."
+                )
         else:
             chain.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
+            write_text(file, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
     def parent(self) -> dict[str, Any]:
         return self._row("0-model", self.chain.model)
@@ -286,7 +294,7 @@ class _Work:
         output = self.chain.output
         told = {"rows": rows, "target": target and asdict(target), "max_loss": max_loss, "found": found}
         write_json(output / "table.json", told)
-        (output / "report.md").write_text(report_of(rows, target, max_loss, found), "utf-8")
+        write_text(output / "report.md", report_of(rows, target, max_loss, found))
         draw_pareto(rows, output / "pareto.png", target, max_loss)
         if found:
             best = Path(found["path"])
@@ -295,6 +303,12 @@ class _Work:
                 shutil.copytree(best, place, dirs_exist_ok=True)
 
             write_whole(output / "best", write)
+
+
+def _content(chain: Chain) -> list[str]:
+    """Hashes of the model and of the data: what was made of others is stale."""
+    sources = [s for task in chain.tasks for s in (task.data, task.validation, task.unlabelled) if s]
+    return [model_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
 
 
 # Measures

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.errors import UsageError
+from openm6.tasks.metrics import gain
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1.0}
 
@@ -49,7 +50,7 @@ def lost(parent: Mapping[str, Any], row: Mapping[str, Any]) -> float:
 
 def first_of(row: Mapping[str, Any], task: str) -> float:
     name, value = next(iter(row["metrics"][task].items()))
-    return -value if name == "perplexity" else float(value)
+    return gain(name, float(value))
 
 
 def line_of(row: Mapping[str, Any]) -> str:

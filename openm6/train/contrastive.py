@@ -32,12 +32,14 @@ def contrast(
     group, "" aside, are no negatives of each other. Every process has to call it, with any N.
     """
     count = len(queries_ND)
-    owners = torch.tensor([crc32(name.encode()) + 1 if name else 0 for name in groups], device=queries_ND.device)
+    device = queries_ND.device
+    # The type is given because PyTorch takes an empty list for floating-point numbers.
+    owners = torch.tensor([crc32(n.encode()) + 1 if n else 0 for n in groups], dtype=torch.int64, device=device)
     all_queries, first = _gather(queries_ND.float(), group)
     all_keys, _ = _gather(keys_MD[:count].float(), group)
     negatives, _ = _gather(keys_MD[count:].float(), group)
     all_owners, _ = _gather(owners, group)
-    places = torch.arange(first, first + count, device=queries_ND.device)
+    places = torch.arange(first, first + count, device=device)
     same = (owners[:, None] == all_owners) & (owners[:, None] > 0)
     same[torch.arange(count), places] = False
     total = queries_ND.new_zeros(count, dtype=torch.float32)

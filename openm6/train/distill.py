@@ -7,7 +7,6 @@ sizes, layers and experts may differ.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,11 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openm6.atomic import sync, write_text
 from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
+from openm6.data.digest import json_hash
 from openm6.data.source import Source
 from openm6.data.store import Record, Records, shown
+from openm6.directory import model_hash
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 from openm6.model.loss import Teacher
@@ -101,14 +103,14 @@ def answered(
     source: Source, task: Task, columns: Mapping[str, str], teacher: Path, output: Path, group: Group
 ) -> Source:
     """A source without answers, with those of a teacher. They are kept in `output`, where a run that was killed goes
-    on.
+    on, for these contents of the source, the task and the teacher.
 
     A record that the teacher cannot read, or says nothing to, is left out. Raises UsageError for a task that is not
     answered in words.
     """
     if task.embeds or task.head or task.draws or task.sketch:
         raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
-    key = hashlib.sha256(dumps([source.name, task.name, dict(columns), str(teacher)]).encode()).hexdigest()[:12]
+    key = json_hash([source.content_hash(), task.to_dict(), dict(columns), model_hash(teacher)])[:12]
     file = output / "answers" / f"{task.name}-{key}.jsonl"
     if group.first:
         _answer(source, task, columns, teacher, file)
@@ -129,7 +131,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
     view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
     # What a kill left of the last part is written anew.
     begun = len(whole) // AT_ONCE * AT_ONCE
-    file.write_text("".join(line + "\n" for line in whole[:begun]), "utf-8")
+    write_text(file, "".join(line + "\n" for line in whole[:begun]))
     rest = range(begun, len(source))
     part: list[int] = []
     with file.open("a", encoding="utf-8") as stream:
@@ -137,7 +139,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
             part.append(number)
             if len(part) == AT_ONCE or number == rest[-1]:
                 stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part]))
-                stream.flush()
+                sync(stream)
                 part = []
 
 

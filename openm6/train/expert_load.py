@@ -16,6 +16,11 @@ from openm6.model.experts import Load, MixtureOfExperts
 from openm6.train.distributed import Group
 
 
+def balance_loss(loads: list[Load]) -> Tensor | float:
+    """The sum of the auxiliary and z losses of all expert layers."""
+    return torch.stack([load.loss for load in loads]).sum() if loads else 0.0
+
+
 class ExpertLoads:
     """Gathers the loads of all expert layers over the parts of a step and over the processes.
 
@@ -45,17 +50,17 @@ class ExpertLoads:
         for layer in self.layers:
             layer.earlier = None
 
-    def add(self, loads: list[Load], more: bool) -> Tensor | float:
-        """Take in one part of a step; returns the sum of its auxiliary and z losses. `more`: another part follows."""
+    def add(self, loads: list[Load], more: bool) -> None:
+        """Take in one part of a step, after its backward pass, which with recomputation reads `earlier` once more.
+        `more`: another part follows."""
         if not loads:
-            return 0.0
+            return
         part = torch.stack([torch.cat((load.counts, load.dropped[None])) for load in loads])
         self.step += part
         if more and self.layers[0].auxiliary_loss:
             everywhere = self.group.sum(part[:, :-1].clone())
             for layer, counts in zip(self.layers, everywhere, strict=True):
                 layer.earlier = counts if layer.earlier is None else layer.earlier + counts
-        return torch.stack([load.loss for load in loads]).sum()
 
     @torch.no_grad()
     def end(self) -> None:

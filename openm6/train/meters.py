@@ -60,9 +60,8 @@ def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int
     return 6.0 * weights * positions + attention + 6.0 * config.vocab_size * config.hidden_size * trained
 
 
-GPT3_WH_PER_1000 = 1287e6 / 300e9 * 1000
-"""Wh for 1,000 positions of GPT-3's training, 175 billion dense parameters: 1,287 MWh for 300 billion tokens (Patterson
-et al. 2021, arXiv 2104.10350, table 4)."""
+COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
+"""Modes in which codecarbon reads a processor's own counters; in the others it goes by nominal power and load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +69,21 @@ class EnergyUse:
     """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
     from the processors' nominal power."""
 
-    kwh: float
-    co2e_kg: float
-    measured: float
+    kwh: float = 0.0
+    co2e_kg: float = 0.0
+    measured: float = 0.0
+
+    def __add__(self, other: EnergyUse) -> EnergyUse:
+        kwh = self.kwh + other.kwh
+        measured = self.kwh * self.measured + other.kwh * other.measured
+        return EnergyUse(kwh, self.co2e_kg + other.co2e_kg, measured / kwh if kwh else 0.0)
 
 
 class EnergyMeter:
     """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
 
-    Processors count where the machine shows RAPL, GPUs by NVML; memory is always an estimate.
+    Processors count where codecarbon reads counters of theirs (RAPL, which may be there and closed to all but root),
+    GPUs by NVML; memory is always an estimate. `before`: what earlier pieces of the run took.
     """
 
     def __init__(self, country: str = "CHN"):
@@ -94,6 +99,7 @@ class EnergyMeter:
             log_level="critical",
             allow_multiple_runs=True,
         )
+        self.before = EnergyUse()
         with _processor_known():
             self._tracker.start()
 
@@ -109,9 +115,9 @@ class EnergyMeter:
         counted = 0.0
         if torch.cuda.is_available():
             counted += float(tracker._total_gpu_energy.kWh)
-        if Path("/sys/class/powercap/intel-rapl").exists():
+        if any(getattr(part, "_mode", None) in COUNTERS for part in tracker._hardware):
             counted += float(tracker._total_cpu_energy.kWh)
-        return EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
+        return self.before + EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Part:
     loads       of each layer of experts
     flops       of the forward and backward pass
     positions   that the network worked on; `slots` with those that only fill rows
+    cut         examples that were longer than the model takes
     """
 
     loss: Tensor
@@ -30,12 +31,15 @@ class Part:
     positions: int
     slots: int
     loads: list[Any] = field(default_factory=list)
+    cut: int = 0
 
 
 class Objective(Protocol):
-    """`path`: the model directory to start from; None starts at random."""
+    """`path`: the model directory to start from; None starts at random. `notes`: what is said of the data before a
+    run begins."""
 
     path: Path | None
+    notes: list[str]
     loader: Loader
 
     def network(self, shared: bool) -> Any:
@@ -47,8 +51,11 @@ class Objective(Protocol):
     def count(self, examples: list[Any]) -> tuple[float, int]:
         """What of these examples is trained, by weight (a step's loss is divided by that), and positions in all."""
 
+    def batches(self, examples: list[Any]) -> list[list[Any]]:
+        """The examples divided into micro-batches, as many on every process (some may be empty)."""
+
     def part(self, run: Callable[[Any], Any], examples: list[Any]) -> Part:
-        """Losses of some examples; `run` is the network's forward."""
+        """Losses of a micro-batch; `run` is the network's forward."""
 
     def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
         """Figures by source, between two steps."""

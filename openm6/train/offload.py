@@ -55,7 +55,7 @@ class HostStates:
         self._away = {p for n in range(offload.parameters, offload.optimizer) for p in blocks[n].parameters()}
         self._kept: dict[tuple[nn.Parameter, str], Tensor] = {}  # in the host's memory, page-locked for a GPU
         for number in range(offload.parameters, offload.gradients):
-            for parameter in blocks[number].parameters():
+            for parameter in filter(lambda p: p.requires_grad, blocks[number].parameters()):
                 parameter.register_post_accumulate_grad_hook(self._leave)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -14,25 +15,28 @@ from openm6.train.adafactor import Adafactor
 from openm6.train.muon import Muon
 from openm6.train.recipe import PseudoSection, TrainSection
 
+_LOOKED_UP = re.compile(r"^(embed|place|prompt)\.|\.(row|column)$")
+
 
 def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]:
     """The recipe's optimizer for all, or with Muon AdamW for what lies outside the matrices and kernels between
     embeddings and output.
 
-    Weight decay falls on matrices and kernels, not on norms, biases and embeddings. Each group's `peak_lr` is its
+    Weight decay falls on matrices and kernels, not on norms, biases, factors and what is looked up by its number:
+    embeddings, positions, rows and columns of a picture, the vectors of a prompt. Each group's `peak_lr` is its
     learning rate where `rate_at` is 1.
     """
     inner: list[nn.Parameter] = []
     outer: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or (settings.freeze_pictures and name.startswith("image.")):
+        if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or "embed" in name or "place" in name or name.endswith((".row", ".column")):
+        if parameter.ndim < 2 or _LOOKED_UP.search(name) or ".ia3_l" in name:
             plain.append(parameter)
         else:
             # A router's rows are choices, not a map between two spaces: it stays with AdamW.
-            (outer if name.startswith("head.") or ".router." in name else inner).append(parameter)
+            (outer if name.startswith(("head.", "heads.")) or ".router." in name else inner).append(parameter)
     muon = settings.optimizer == "muon"
     groups: list[dict[str, Any]] = [
         {"params": outer if muon else inner + outer, "weight_decay": settings.weight_decay},

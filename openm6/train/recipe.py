@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openm6.errors import UsageError, suggest
+from openm6.train.explain import explain
 
 
 class _Strict(BaseModel):
@@ -320,34 +321,37 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     A UsageError names the file, the key, the value, and what is allowed.
     """
     path = find_recipe(path)
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # the YAML scanner's errors share no base class with OmegaConf's
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return override_recipe(content, overrides, str(path))
+
+
+def override_recipe(values: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "recipe") -> AnyRecipe:
+    """A recipe from plain values, with `key.path=value` overrides applied and everything checked."""
     for override in overrides:
         if "=" not in override:
             raise UsageError(f'"{override}" is no override; write key=value, e.g. train.steps=100.')
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.create(values)
         for override in overrides:  # one by one: a merge knows no places in lists, such as data.0.source
             key, _, value = override.partition("=")
             try:
                 OmegaConf.update(content, key, OmegaConf.from_dotlist([f"value={value}"]).value)
             except (IndexError, TypeError):
-                raise UsageError(f'"{override}": {path} has no place {key}.') from None
-        values = OmegaConf.to_container(content, resolve=True)
+                raise UsageError(f'"{override}": {where} has no place {key}.') from None
+        found = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # the YAML scanner's errors share no base class with OmegaConf's
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} is no recipe: it has to hold keys such as model, data and train.")
-    return check_recipe({str(key): value for key, value in values.items()}, str(path))
+        raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{where} is no recipe: it has to hold keys such as model, data and train.")
+    return check_recipe({str(key): value for key, value in found.items()}, where)
 
 
-def write_recipe(values: dict[str, Any], name: str = "finetune.yaml") -> Path:
-    """Check a recipe and write it into the folder of its run. Returns the file."""
-    check_recipe(values)
-    folder = Path(values["output"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
-    return folder / name
+def recipe_text(recipe: AnyRecipe) -> str:
+    """A recipe as YAML: the keys that were given."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), allow_unicode=True, sort_keys=False)
 
 
 def check_recipe(values: dict[str, Any], where: str = "recipe") -> AnyRecipe:
@@ -372,29 +376,3 @@ def find_recipe(path: str | Path) -> Path:
     raise UsageError(
         f"There is no recipe {path}.{suggest(path.stem, names)} Recipes that come with OpenM6: {', '.join(names)}."
     )
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a validation, in one sentence with key, value and what is allowed."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    kind, more = first["type"], len(error.errors()) - 1
-    if kind == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        text = f"unknown key {key}.{suggest(str(first['loc'][-1]), known)} Known here: {', '.join(known)}."
-    elif kind == "missing":
-        text = f"the key {key} is missing."
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        text = f"{key or 'recipe'} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
-    return text + (f" ({more} more problem{'s' if more > 1 else ''}.)" if more else "")
-
-
-def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys of the section at a place such as ("data", 0)."""
-    section: Any = model
-    for part in place:
-        if isinstance(part, str):
-            section = section.model_fields[part].annotation
-        section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
-    return list(section.model_fields)

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openm6.atomic import write_text
+from openm6.data.rejects import count_rejected
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
-from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
-from openm6.train.recipe import AnyRecipe, Recipe
+from openm6.train.meters import EnergyMeter, EnergyUse, peak_memory
+from openm6.train.recipe import AnyRecipe, recipe_text
 
 Losses = list[tuple[str, str, float, int]]
 
@@ -28,6 +29,11 @@ SCALARS = (
 )  # fmt: skip
 
 
+def say(text: str, console: Console | None = None) -> None:
+    """A line for whoever runs the training, whole: a terminal wraps it, a file has it in one piece."""
+    (console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Reporter:
     """Gathers steps and writes a line every `log` call. One a run, on the first process."""
 
@@ -36,8 +42,8 @@ class Reporter:
 
         self.console = Console(stderr=True)
         self.recipe, self.output, self.on_step = recipe, output, on_step
-        values = recipe.model_dump(mode="json", exclude_unset=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "recipe.yaml", recipe_text(recipe))
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(output / "tensorboard"))
         self.bar = Progress(
@@ -51,7 +57,7 @@ class Reporter:
             console=self.console,
         )
         self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
-        self.peak, self.positions_in_all = math.inf, 0.0
+        self.peak = math.inf
         self._clear()
 
     def _clear(self) -> None:
@@ -60,7 +66,7 @@ class Reporter:
         self.since = time.perf_counter()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        say(text, self.console)
 
     def start(self, step: int, peak: float) -> None:
         self.peak = peak
@@ -85,7 +91,6 @@ class Reporter:
         self.seconds += seconds
         self.flops += flops
         self.positions += positions
-        self.positions_in_all += positions
         self.filled += filled
         self.steps += 1
         self.bar.update(self.row, completed=step)
@@ -141,11 +146,16 @@ class Reporter:
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         self.since = time.perf_counter() if not self.steps else self.since
 
-    def finish(self, step: int, use: EnergyUse) -> None:
+    def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
+        """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
+        skipped = count_rejected(self.output)
         self._write(
             {
                 "step": step,
                 "finished": True,
+                "examples": examples,
+                "cut": cut,
+                "skipped_records": skipped,
                 "energy_kwh": use.kwh,
                 "co2e_kg": use.co2e_kg,
                 "energy_measured": use.measured,
@@ -157,12 +167,14 @@ class Reporter:
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
-        if self.positions_in_all and use.kwh and isinstance(self.recipe, Recipe):  # a codec reads no text
-            rate = 1000 * use.kwh / self.positions_in_all * 1000
+
+        if cut:
             self.say(
-                f"{rate:.2g} Wh for 1,000 positions; GPT-3's training took {GPT3_WH_PER_1000:.1f} Wh "
-                f"({GPT3_WH_PER_1000 / rate:,.0f} times as much)."
+                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends "
+                "(`openm6 data check --model` tells by how much; model.max_length)."
             )
+        if skipped:
+            self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")
 
     def close(self) -> None:
         self.bar.stop()

@@ -22,6 +22,7 @@ from openm6.train.contrastive import contrast
 from openm6.train.distill import Lessons, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
+from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
@@ -42,9 +43,15 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
+        self.notes = data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
+        if self.adapter is not None and (new := self.heads.keys() - (self.bundle.model.config.heads or {}).keys()):
+            raise UsageError(
+                f"The head {min(new)} is new to {self.path}, and an adapter holds no heads: train all weights "
+                "(leave adapt out, --method full)."
+            )
         self.group, self.contrasts = group, any(entry.against for entry in entries)
         if self.contrasts and self.bundle.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
@@ -64,6 +71,10 @@ class Sequences:
         self.bundle.model = meta_model(config)
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
+        for name, head in self.bundle.model.heads.items():
+            head.requires_grad_(head.weight.requires_grad and name in self.heads)  # others stay as they are
+        if self.settings.freeze_pictures and self.bundle.model.image is not None:
+            self.bundle.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
         self.bundle.model.label_smoothing = self.settings.label_smoothing
         return self.bundle.model
 
@@ -81,16 +92,26 @@ class Sequences:
         )
         return trained, sum(len(e) for e in _flat(examples))
 
-    def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
-        parts = [self._part(run, *some) for some in self._batches(_flat(examples))]
-        return parts[0] if len(parts) == 1 else _together(parts)
+    def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
+        """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
+        pictures: there sequences without a drawn picture, with one whose codes see each other both ways, and with one
+        whose codes are written one after the other are worked on apart. All processes have a kind that one has."""
+        sequences = _flat(examples)
+        if self.bundle.model.config.picture_side is None:
+            return [sequences]
+        kinds: tuple[list[Sequence], ...] = ([], [], [])
+        for sequence in sequences:
+            codes = sequence.codes
+            kinds[0 if codes is None else 1 if sequence.blocks[codes.start] != CAUSAL else 2].append(sequence)
+        numbers = self.group.sum(torch.tensor([len(kind) for kind in kinds], device=self.device)).tolist()
+        return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
-    def _part(self, run: Callable[..., Any], examples: list[Sequence], batch: Batch) -> Part:
+    def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
+        batch = self._batch(examples)
         teacher, seen = self.lessons.of(batch) if self.lessons else (None, None)
         output = run(batch, teacher)
-        loss = output.hidden.sum() * 0.0 if output.loss is None else output.loss
-        trained = int((batch.labels != IGNORE).sum())
-        if seen is not None and self.recipe.distill and self.recipe.distill.relations:
+        loss, trained = output.loss, int((batch.labels != IGNORE).sum())
+        if seen is not None and self.recipe.distill and self.recipe.distill.relations and trained:
             # As much a trained position as the others' losses, of which a step takes the mean.
             loss = loss + self.recipe.distill.relations * trained * relation_loss(output.hidden, seen, batch.segments)
         losses = _by_example(output, batch)
@@ -109,7 +130,8 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        cut = sum(e.cut > 0 for e in examples)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
@@ -132,23 +154,11 @@ class Sequences:
     def describe(self, path: Path) -> None:
         self.bundle.describe(path, self.adapter)
 
-    def _batches(self, sequences: list[Sequence]) -> list[tuple[list[Sequence], Batch]]:
-        """Each with its sequences. One, but for a network with block-sparse pictures: those apart, whose codes see each
-        other both ways and one after the other apart too."""
-        if self.bundle.model.config.picture_side is None:
-            return [(sequences, self._batch(sequences))]
-        plain = [s for s in sequences if s.codes is None]
-        drawn: dict[bool, list[Sequence]] = {}
-        for sequence in sequences:
-            if sequence.codes is not None:
-                drawn.setdefault(bool(sequence.blocks[sequence.codes.start] == CAUSAL), []).append(sequence)
-        pad_id = self.bundle.processor.tokenizer.pad_id
-        pictures = [(some, pad_drawn(some, pad_id).to(self.device)) for some in drawn.values()]
-        return [*([(plain, self._batch(plain))] if plain else []), *pictures]
-
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.bundle.processor.tokenizer.pad_id
-        if not self.settings.packing:
+        if self.bundle.model.config.picture_side and any(s.codes for s in sequences):
+            return pad_drawn(sequences, pad_id).to(self.device)
+        if sequences and not self.settings.packing:
             return pad(sequences, pad_id).to(self.device)
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         even = self.device.type == "cpu"
@@ -158,18 +168,6 @@ class Sequences:
 def _flat(examples: list[Sequence]) -> list[Sequence]:
     """Each with its partner and negatives behind it."""
     return [one for e in examples for one in (e, *([e.partner] if e.partner else []), *e.negatives)]
-
-
-def _together(parts: list[Part]) -> Part:
-    """Of batches that were worked on one after the other."""
-    return Part(
-        sum((part.loss for part in parts[1:]), parts[0].loss),
-        [entry for part in parts for entry in part.losses],
-        sum(part.flops for part in parts),
-        sum(part.positions for part in parts),
-        sum(part.slots for part in parts),
-        [load for part in parts for load in part.loads or []],
-    )
 
 
 def _by_example(output: Any, batch: Batch) -> Losses:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from openm6.errors import OpenM6Error
 from openm6.model.precision import fast_dtype
+from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.codec import Pictures
 from openm6.train.distributed import Group, process_group
-from openm6.train.expert_load import ExpertLoads
-from openm6.train.meters import EnergyMeter, peak_flops
+from openm6.train.expert_load import ExpertLoads, balance_loss
+from openm6.train.meters import EnergyMeter, EnergyUse, peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
-from openm6.train.recipe import AnyRecipe, CodecRecipe
-from openm6.train.report import Losses, Reporter
+from openm6.train.recipe import AnyRecipe, CodecRecipe, recipe_text
+from openm6.train.report import Losses, Reporter, say
+from openm6.train.resume import RECIPE, check_resumption
 from openm6.train.sequences import Sequences
 from openm6.train.start import start_at_random, start_from
 
@@ -34,19 +37,33 @@ DIVERGED = 3.0
 def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
     """Train, or go on where an interrupted run of the same output directory stopped.
 
-    Returns the model directory, `output/model`. `on_step` gets each logged line.
+    Returns the model directory, `output/model`; of a run that is finished already nothing is changed. `on_step` gets
+    each logged line. Raises UsageError where the run in the output directory cannot be resumed (train/resume.py).
     """
     with process_group() as group:
-        return Trainer(recipe, group, on_step).run()
+        found = check_resumption(recipe) if group.first else None
+        finished = group.sum(torch.tensor(float(found is not None and found.finished), device=group.device))
+        for text in found.messages(recipe) if found else []:
+            say(text)
+        if finished:
+            return recipe.output / "model"
+        return Trainer(recipe, group, on_step, found.content if found else {}).run()
 
 
 class Trainer:
     """A run: its model, data, optimizer, and where it is. One instance a process."""
 
-    def __init__(self, recipe: AnyRecipe, group: Group, on_step: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(
+        self,
+        recipe: AnyRecipe,
+        group: Group,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        content: Mapping[str, str] | None = None,
+    ):
+        """`content`: hashes of what the recipe names (Resumption), kept in the checkpoints."""
         self.recipe, self.settings, self.group = recipe, recipe.train, group
-        self.output = recipe.output
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.output, self.on_step, self.content = recipe.output, on_step, dict(content or {})
+        self.reporter: Reporter | None = None  # from when all has been checked: it writes
         torch.manual_seed(recipe.seed)
         self.objective: Objective = (
             Pictures(recipe, group) if isinstance(recipe, CodecRecipe) else Sequences(recipe, group)
@@ -58,8 +75,7 @@ class Trainer:
         self.dtype = chosen.get(self.settings.precision) or fast_dtype(group.device.type)
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
         self.energy = EnergyMeter(self.settings.country)
-        self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
-        self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
+        self.step, self.smooth, self.best, self.seen, self.cut = 0, math.nan, math.inf, 0, 0
         self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
@@ -77,9 +93,15 @@ class Trainer:
 
     def run(self) -> Path:
         try:
-            self._resume()
+            resumed = self._resume()
+            if self.group.first:
+                self.reporter = Reporter(self.output, self.recipe, self.on_step)
+            if resumed and self.reporter:
+                self.reporter.say(f"Going on from step {self.step} ({resumed}).")
             batches = iter(self.loader)
             if self.reporter:
+                for note in self.objective.notes:
+                    self.reporter.say(note)
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
             while self.step < self.settings.steps and not self._waited_enough():
@@ -103,18 +125,22 @@ class Trainer:
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots = 0.0, 0.0, 0.0
+        flops, positions, slots, cut = 0.0, 0.0, 0.0, 0.0
         self.loads.begin()
-        shares = [examples[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
-        for number, share in enumerate(shares):
-            last = number == len(shares) - 1
+        accumulate = min(self.settings.accumulate, len(examples))
+        shares = [examples[i::accumulate] for i in range(accumulate)]
+        batches = [batch for share in shares for batch in self.objective.batches(share)]
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
             with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.parallel.synchronize(last)
-                part = self.objective.part(self.parallel.run, share)
-            loss = part.loss / total + self.loads.add(part.loads, more=not last) / everything
+                part = self.objective.part(self.parallel.run, batch)
+            loss = part.loss / total + balance_loss(part.loads) / everything
             (loss * self.parallel.scale).backward()
+            self.loads.add(part.loads, more=not last)
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
+            cut += part.cut
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
@@ -125,7 +151,8 @@ class Trainer:
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
+        losses, (flops, positions, slots, cut) = self._everywhere(losses, [flops, positions, slots, cut])
+        self.cut += int(cut)
         self._track(losses)
         if self.reporter:
             self.reporter.step(
@@ -186,7 +213,7 @@ class Trainer:
                     self.reporter.evaluation(self.step, name, scores)
                 if self.group.first and number == 0:
                     metric, value = next(iter(scores.items()))
-                    found[0] = -value if metric == "perplexity" else value
+                    found[0] = gain(metric, value)
             self.model.train()
         self.group.wait()
         score = float(self.group.sum(found)[0])
@@ -204,9 +231,14 @@ class Trainer:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
-            "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
+            "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
+            "content": self.content, "energy": asdict(self.energy.read()),
         }  # fmt: skip
-        self.checkpoints.save(self.step, self.objective.describe, self.model, self.optimizers, state)
+        self.checkpoints.save(self.step, self._describe, self.model, self.optimizers, state)
+
+    def _describe(self, path: Path) -> None:
+        self.objective.describe(path)
+        (path / RECIPE).write_text(recipe_text(self.recipe), "utf-8")
 
     def _delink(self) -> None:
         """Every layer gets its own copy of the weights it shared: what a resumed run does at this step."""
@@ -230,7 +262,8 @@ class Trainer:
             )
         return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update)
 
-    def _resume(self) -> None:
+    def _resume(self) -> Path | None:
+        """Go to where the newest checkpoint is, which is returned, or else to the start."""
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
@@ -239,15 +272,15 @@ class Trainer:
             else:
                 start_from(self.model, self.objective.path, self.recipe.seed)
             self.objective.begin(self.model)
-            return
+            return None
         state = self._load(latest)
         self.loader.set_state(state["data"])
-        self.step, self.seen = state["step"], state["seen"]
+        self.step, self.seen, self.cut = state["step"], state["seen"], state.get("cut", 0)
         self.smooth, self.best = state["smooth"], state["best"]
         self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
         self.checkpoints.best = state.get("best_step")
-        if self.reporter:
-            self.reporter.say(f"Going on from step {self.step} ({latest}).")
+        self.energy.before = EnergyUse(**state.get("energy", {}))
+        return latest
 
     def _finish(self) -> None:
         best = self.checkpoints.best
@@ -260,4 +293,4 @@ class Trainer:
             if best is not None:
                 self.reporter.say(f"The best measure was that of step {best}: its weights are the model.")
             consolidate(chosen, self.output / "model")
-            self.reporter.finish(self.step, self.energy.stop())
+            self.reporter.finish(self.step, self.energy.stop(), self.seen, self.cut)

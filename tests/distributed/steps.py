@@ -20,7 +20,7 @@ from openm6.model import M6
 from openm6.sequence import IGNORE
 from openm6.train import muon
 from openm6.train.distributed import Group, process_group, whole
-from openm6.train.expert_load import ExpertLoads
+from openm6.train.expert_load import ExpertLoads, balance_loss
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
@@ -46,6 +46,8 @@ def main(cases: dict[str, dict[str, Any]], output: Path) -> None:
 def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = M6(tiny_config(initializer_range=0.08, **settings["sizes"])).train()
+    if settings.get("frozen"):
+        model.image.requires_grad_(False)
     parallel = Parallel(model, ParallelSection(**settings.get("parallel", {})), group, torch.float32)
     train = TrainSection(steps=STEPS, optimizer=settings.get("optimizer", "adamw"), learning_rate=1e-2)
     optimizers = make_optimizers(model, train)
@@ -64,8 +66,9 @@ def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[
             last = part == parts - 1
             output = parallel.run(pack(mine[part::parts], 64, 0))
             parallel.synchronize(last)
-            loss = output.loss / trained + loads.add(output.loads, more=not last) / positions
+            loss = output.loss / trained + balance_loss(output.loads) / positions
             (loss * parallel.scale).backward()
+            loads.add(output.loads, more=not last)
             total += loss.detach()
         loads.end()
         norms.append(float(parallel.clip(0.5)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from openm6.bundle import Bundle
+from openm6.model.codec import Codec, CodecConfig
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
 
@@ -57,6 +58,39 @@ def test_pairs_of_two_processes_are_told_apart_from_all_others(tmp_path: Path) -
     train(alone)
     torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_pair_and_one_without_a_target_go_on_together(tmp_path: Path) -> None:
+    data = [
+        {"source": "demo:items/train?pictures=40", "task": "text_vector", "against": "image_vector", "name": "pairs"},
+        {"source": "demo:questions/train?pictures=40", "task": "vqa", "name": "questions"},
+    ]
+    model = {"preset": "demo", "sizes": {**SIZES, "tie_word_embeddings": False}}
+    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4)
+    train(alone)
+    torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -> None:
+    """Texts, pictures filled in by passes and pictures written in a line are worked on apart where pictures are
+    block-sparse, and each of two processes has two examples a step."""
+    torch.manual_seed(0)
+    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])).save_pretrained(tmp_path / "codec")
+    data = [
+        {"source": "demo:catalogue/train?pictures=40", "task": "text_to_image"},
+        {"source": "demo:catalogue/train?pictures=40", "task": "caption"},
+    ]
+    tiles = {"picture_side": 4, "picture_tile": [4, 4]}
+    experts = {"num_experts": 4, "experts_per_token": 1, "auxiliary_loss": 0.1, "bias_update": 0.01}
+    model = {"preset": "demo", "codec": str(tmp_path / "codec"), "sizes": {**SIZES, **tiles, **experts}}
+    alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4, row_length=160)
+    train(alone)
+    for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
+        torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow

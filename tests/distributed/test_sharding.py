@@ -27,9 +27,13 @@ ALONE: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "adafactor": {"optimizer": "adafactor"},
     "auxiliary": {"sizes": AUXILIARY},
+    "auxiliary, in parts": {"sizes": AUXILIARY, "accumulate": 2},
+    "frozen": {"frozen": True},
 }
 TOGETHER: dict[str, tuple[int, str, dict[str, Any]]] = {
     "data parallel": (2, "auxiliary", {}),
+    "recompute, in parts": (2, "auxiliary, in parts", {"parallel": {"sharding": "zero3", "recompute": "full"}}),
+    "frozen, zero3": (2, "frozen", {"parallel": {"sharding": "zero3"}}),
     "zero2": (2, "adamw", {"parallel": {"sharding": "zero2"}}),
     "zero3, recompute": (2, "muon", {"parallel": {"sharding": "zero3", "recompute": "selective"}}),
     "1 x 2": (2, "muon", {"parallel": {"sharding": "zero3", "experts": 2}, "accumulate": 2}),

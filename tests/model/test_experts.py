@@ -122,3 +122,25 @@ def test_capacity_drops_what_the_definition_drops(
     torch.testing.assert_close(found[0], expected)
     module.eval()
     assert int(module(x[None])[1].dropped) == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["topk", "prototype", "grouped"]),
+    factor=st.floats(0.25, 2.0),
+    tokens=st.integers(1, 24),
+    padding=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_padding_takes_no_place_and_gives_none(kind: str, factor: float, tokens: int, padding: int, seed: int) -> None:
+    module = make(router=kind, experts_per_token=2, capacity_factor=factor, seed=seed)
+    x = torch.randn(tokens, 16, dtype=torch.float64)
+    places = torch.randperm(tokens + padding)[:tokens].sort().values
+    real = torch.zeros(tokens + padding, dtype=torch.bool)
+    real[places] = True
+    padded = torch.randn(tokens + padding, 16, dtype=torch.float64)
+    padded[places] = x
+    alone, load = module(x[None])
+    found, other = module(padded[None], real[None])
+    torch.testing.assert_close(found[0, places], alone[0])
+    assert other.counts.tolist() == load.counts.tolist() and int(other.dropped) == int(load.dropped)

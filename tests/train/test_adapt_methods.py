@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
 from openm6.model.adapters import METHODS, adapter_config, add_adapter
-from openm6.model.files import meta_model
+from openm6.model.files import load_model, meta_model
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe
 from openm6.train.sequences import Sequences
@@ -135,6 +137,73 @@ def test_several_adapters_share_one_model(base: Path, adapters: dict[str, Path],
         assert view.run("vqa", photo=picture(), question="什么?") is not None
         assert {id(p) for p in view.model.parameters()} == weights
     torch.testing.assert_close(hidden(shared), hidden(Bundle.load(base, "cpu", trainable)), **tolerance)
+    view, asked, pieces = shared.adapter(BESIDE[0]), {"photo": picture(), "question": "什么?"}, []
+    for piece in view.stream("vqa", **asked):  # the text goes on as it began, whoever asks between two pieces
+        pieces.append(piece)
+        shared.run("vqa", **asked)
+    assert "".join(pieces) == view.run("vqa", **asked)
+
+
+def by_peft(base: Path, adapter: Path, output: Path, **changes: object) -> PeftModel:
+    """An adapter that PEFT writes, of random weights, as its own network runs it."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r"blocks\..*\.(qkv|out|up|down)", **changes)
+    theirs = get_peft_model(load_model(base), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2).abs_() if "magnitude" in name else parameter.normal_(std=0.2)
+    config.base_model_name_or_path = str(base)
+    theirs.save_pretrained(output)
+    shutil.copy(adapter / "openm6.json", output)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"qkv": 2}, "alpha_pattern": {"down": 3, r"blocks\.0\.attention\.qkv": 7}},
+        {"use_rslora": True, "rank_pattern": {"up": 8}, "alpha_pattern": {"up": 5}},
+        {"use_dora": True},
+        {"modules_to_save": ["norm"]},
+    ],
+)
+def test_what_peft_says_of_an_adapter_holds(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Merged and beside a model it answers as PEFT's own network; what cannot stand beside one is refused by name."""
+    theirs = by_peft(base, adapters["lora"], tmp_path / "peft", **changes)
+    plain, alone = (Bundle.load(path, "cpu", trainable=True) for path in (base, tmp_path / "peft"))
+    expected = hidden(Bundle(theirs.base_model.model.eval(), plain.processor, plain.tasks.values()))
+    assert not torch.allclose(expected, hidden(plain), atol=1e-2)
+    torch.testing.assert_close(hidden(alone), expected, atol=1e-4, rtol=1e-4)
+    if "use_dora" in changes or "modules_to_save" in changes:
+        with pytest.raises(UsageError, match=f"{next(iter(changes))}, which cannot share a model: open it alone"):
+            Bundle.load(base, "cpu", adapters={"peft": tmp_path / "peft"})
+        return
+    beside = Bundle.load(base, "cpu", trainable=True, adapters={"peft": tmp_path / "peft"})
+    torch.testing.assert_close(hidden(beside.adapter("peft")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_with_a_tensor_more_or_less_is_refused(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    for method in ("lora", "ia3"):
+        weights = load_file(adapters[method] / "adapter_model.safetensors")
+        first = min(weights)
+        for name, changed in (
+            ("less", {key: value for key, value in weights.items() if key != first}),
+            ("more", {**weights, first.replace(".0.", ".9."): weights[first].clone()}),
+        ):
+            folder = tmp_path / f"{method}-{name}"
+            shutil.copytree(adapters[method], folder)
+            save_file(changed, folder / "adapter_model.safetensors")
+            with pytest.raises(OpenM6Error, match="does not fit"):
+                Bundle.load(folder, "cpu")
+            if (method, name) != ("ia3", "less"):  # each of its factors stands for itself
+                with pytest.raises(OpenM6Error, match="does not fit"):
+                    Bundle.load(base, "cpu", adapters={"a": folder})
 
 
 def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -145,6 +214,58 @@ def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_pat
     torch.testing.assert_close(hidden(ours), hidden(theirs))
     done = CliRunner().invoke(commands(), ["models", "merge", str(adapters["prompt"]), str(tmp_path / "no")])
     assert isinstance(done.exception, UsageError) and "stays beside its model" in str(done.exception)
+
+
+def command(*words: object) -> None:
+    done = CliRunner().invoke(commands(), [str(word) for word in words])
+    if done.exception:
+        raise done.exception
+    assert done.exit_code == 0, done.output
+
+
+def test_commands_that_make_a_model_of_a_model_take_an_adapter(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """They merge it, or say in one sentence that it has to be merged, or cannot be."""
+    adapter, merged = adapters["lora"], tmp_path / "merged"
+    command("models", "merge", adapter, merged)
+    examples = tmp_path / "some.jsonl"
+    examples.write_text('{"text": "又轻又软", "label": "好评"}\n', "utf-8")
+    makers: dict[str, tuple[object, ...]] = {
+        "quantize": (), "prune": ("--task", "text_classification", "--data", examples, "--layers", 1),
+        "upcycle": ("--num-experts", 2),
+    }  # fmt: skip
+    for name, words in makers.items():
+        for number, path in enumerate((adapter, merged)):
+            command("models", name, path, tmp_path / f"{name}-{number}", *words)
+        ours, theirs = (load_model(tmp_path / f"{name}-{number}").state_dict() for number in (0, 1))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for path in (adapters["bottleneck"], adapters["prompt"]):
+        for name, words in ({**makers, "export": ()}).items():
+            with pytest.raises(UsageError, match="stays beside its model"):
+                command("models", name, path, tmp_path / "none", *words)
+    with pytest.raises(UsageError, match="is an adapter: make it a model first"):
+        command("cascade", "init", tmp_path / "box", "--model", adapter)
+    chain = tmp_path / "chain.yaml"
+    tasks = "[{task: vqa, data: a, validation: b}]"
+    chain.write_text(f"{{model: {adapter}, output: {tmp_path / 'out'}, tasks: {tasks}}}", "utf-8")
+    with pytest.raises(UsageError, match="is an adapter: make it a model first"):
+        command("compress", chain)
+    assert not (tmp_path / "none").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_an_adapter_is_exported_as_it_is_merged(adapters: dict[str, Path], tmp_path: Path, method: str) -> None:
+    command("models", "export", adapters[method], tmp_path / "package")
+    asked = {"photo": picture(), "question": "图中是什么?"}
+    answer = EdgeModel(tmp_path / "package").answer("vqa", asked)
+    bundle = Bundle.load(adapters[method], "cpu", trainable=True)
+    prompt = bundle.prompt(bundle.task("vqa"), asked)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
+    assert answer.state is not None
+    torch.testing.assert_close(torch.from_numpy(answer.state), found[0], atol=1e-3, rtol=1e-3)
 
 
 def test_what_cannot_be_is_told(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:

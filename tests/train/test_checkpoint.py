@@ -13,7 +13,7 @@ from torch import nn
 from openm6.atomic import write_whole
 from openm6.errors import OpenM6Error
 from openm6.model.files import load_model
-from openm6.train.checkpoint import Checkpoints, consolidate
+from openm6.train.checkpoint import Checkpoints, all_checkpoints, consolidate
 from openm6.train.distributed import Group
 from openm6.train.muon import Muon
 from tests.conftest import tiny_model
@@ -64,7 +64,7 @@ def test_only_the_last_ones_stay(tmp_path: Path) -> None:
     checkpoints = open_at(tmp_path)
     for step in (1, 2, 3):
         save(checkpoints, step, model, optimizer)
-    assert [p.name for p in checkpoints.all()] == ["step-00000002", "step-00000003"]
+    assert [p.name for p in all_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_picture_of_one_tile_trains_as_without_tiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "experts_per_token": 2, "bias_update": 0.01}])
+def test_a_picture_of_one_tile_trains_as_without_tiles(tmp_path: Path, experts: dict[str, Any]) -> None:
     """Block-sparse pictures are worked on apart from texts, and apart by kind; with one tile nothing is left out."""
     torch.manual_seed(0)
     Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])).save_pretrained(tmp_path / "codec")
@@ -138,7 +140,7 @@ def test_a_picture_of_one_tile_trains_as_without_tiles(tmp_path: Path) -> None:
     ]
     losses = []
     for name, sizes in (("full", {}), ("tiled", {"picture_side": 4, "picture_tile": [4, 4]})):
-        model = {"preset": "demo", "codec": str(tmp_path / "codec"), "sizes": {**SIZES, **sizes}}
+        model = {"preset": "demo", "codec": str(tmp_path / "codec"), "sizes": {**SIZES, **experts, **sizes}}
         train(
             tiny_recipe(tmp_path / name, model=model, data=data, steps=6, batch_size=24, precision="fp32", log_every=1)
         )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from openm6 import extend
 from openm6.errors import UsageError
+from openm6.tasks.metrics import LOWER_IS_BETTER, METRICS
 from openm6.train import sequences
+from openm6.train.compressed import lost
 from openm6.train.recipe import Recipe
 from openm6.train.trainer import train
 from tests.train.conftest import PowerCutError, cut_at, losses, tiny_recipe
@@ -29,6 +33,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tenso
 
     monkeypatch.setattr(sequences.Sequences, "evaluate", evaluate)
     return weights
+
+
+@pytest.fixture
+def an_error() -> Iterator[None]:
+    """A metric of an extension, of which less is better; taken out again."""
+    extend.register_metric("error", METRICS["iou"], lower_is_better=True)
+    yield
+    extend.register_metric("error", METRICS["iou"])
+    assert "error" not in LOWER_IS_BETTER
+    del METRICS["error"]
 
 
 def stopping(output: Path, patience: int | None = 3, **changes: object) -> Recipe:
@@ -66,12 +80,20 @@ def test_an_interrupted_run_stops_where_it_would_have(tmp_path: Path, measured: 
     assert len(losses(tmp_path)) == 5
 
 
-def test_perplexity_is_better_when_lower(tmp_path: Path, measured: dict) -> None:
+@pytest.mark.parametrize("metric", ["perplexity", "error"])
+def test_less_may_be_better(tmp_path: Path, measured: dict, metric: str, an_error: None) -> None:
     recipe = stopping(tmp_path, patience=2)
-    recipe.name = "perplexity"
+    recipe.name = metric
     model = train(recipe)
     kept = load_file(model / "model.safetensors")
     assert len(measured) == 3 and all(torch.equal(kept[name], measured[1][name]) for name in kept)
+
+
+def test_a_compression_loses_what_a_lower_error_gains() -> None:
+    parent, row = (
+        {"metrics": {"vqa": {metric: value}}} for metric, value in (("perplexity", 2.0), ("perplexity", 1.5))
+    )
+    assert lost(parent, row) == -0.5 and lost(row, parent) == 0.5
 
 
 def test_patience_needs_a_measure(tmp_path: Path) -> None:

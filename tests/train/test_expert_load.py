@@ -100,6 +100,15 @@ def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
     torch.testing.assert_close(load.loss, 4 * (share * scores.sum(0)).sum())
 
 
+def test_recomputation_changes_no_gradient_of_the_auxiliary_loss(tmp_path: Path) -> None:
+    """What a part's backward pass makes again is what its forward pass made."""
+    for how in ("none", "full"):
+        recipe = sparse(tmp_path / how, {"router": "topk", "auxiliary_loss": 1.0}, accumulate=4, learning_rate=1e-2)
+        recipe.parallel.recompute = how
+        train(recipe)
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+
+
 def test_the_z_loss_is_that_of_the_definition() -> None:
     """The mean over the groups of log(sum exp)^2 (ST-MoE, equation 5)."""
     torch.manual_seed(0)

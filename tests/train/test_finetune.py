@@ -47,6 +47,7 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     told = finetune(
         base, *words, "--steps", 4, "--noise", 0.1, "--label-smoothing", 0.1, "train.workers=0", "--teacher", base
     )
+    assert "Warning: 40 of the 40 records" in " ".join(told.split())  # it is measured on what it learns
     model = tmp_path / "run" / "model"
     assert str(model) in told.replace("\n", "")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text("utf-8"))
@@ -55,6 +56,15 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     assert recipe["evaluation"]["patience"] == 3 and recipe["train"]["row_length"] == 96
     bundle = Bundle.load(model)
     assert bundle.run("text_classification", text="很好") in ("好", "差")
+
+
+def test_spellings_of_a_label_are_one_class_and_classes_are_told_before_training(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"第{n}条", "label": "正面 "[: 3 - n % 2]}) + "\n" for n in range(8)))
+    words = ("--task", "text_classification", "--data", file, "--output", tmp_path / "run", "--steps", 1)
+    told = finetune(base, *words, "train.workers=0")
+    assert "label has 1 class: 正面 8." in told.replace("\n", " ")
+    assert Bundle.load(tmp_path / "run" / "model").tasks["text_classification"].labels == {"label": ("正面",)}
 
 
 @pytest.mark.parametrize("method", RATES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from openm6.model import M6, ModelConfig
+from openm6.model.adapters import adapter_config, add_adapter
+from openm6.model.changed import Prompt
 from openm6.model.precision import fast_dtype
 from openm6.train.muon import Muon, orthogonal
 from openm6.train.optimizer import make_optimizers
@@ -76,7 +79,9 @@ def test_vectors_are_refused() -> None:
 
 
 def test_every_parameter_has_one_optimizer_and_embeddings_have_adamw() -> None:
-    model = M6(ModelConfig.preset("demo", tie_word_embeddings=False))
+    sizes = {"num_experts": 2, "heads": {"depth": 3}, "positions": "learned"}
+    model = M6(ModelConfig.preset("demo", tie_word_embeddings=False, **sizes))
+    model.prompt = Prompt(1, 4, model.config.hidden_size)
     settings = TrainSection(steps=1, optimizer="muon", learning_rate=1e-3, matrix_learning_rate=4e-3)
     adamw, muon = make_optimizers(model, settings)
     parts = [[id(p) for group in o.param_groups for p in group["params"]] for o in (adamw, muon)]
@@ -84,5 +89,21 @@ def test_every_parameter_has_one_optimizer_and_embeddings_have_adamw() -> None:
     names = {name for name, p in model.named_parameters() if id(p) in set(parts[1])}
     assert "blocks.0.attention.qkv.weight" in names
     assert "image.features.0.weight" in names
-    assert not names & {"embed.weight", "head.weight", "image.row", "norm.weight"}
+    assert "blocks.0.feed_forward.experts.up" in names
+    assert not names & {
+        "embed.weight", "place.weight", "prompt.weight", "head.weight", "heads.depth.weight", "image.row",
+        "norm.weight", "blocks.0.feed_forward.router.weight",
+    }  # fmt: skip
     assert [{group["peak_lr"] for group in o.param_groups} for o in (adamw, muon)] == [{1e-3}, {4e-3}]
+
+
+def test_weight_decay_draws_no_factor_and_no_prompt_to_zero() -> None:
+    model = M6(ModelConfig.preset("demo"))
+    model.prompt = Prompt(1, 4, model.config.hidden_size)
+    add_adapter(model, adapter_config(Path("base"), "ia3"))
+    model.prompt.requires_grad_(True)
+    (adamw,) = make_optimizers(model, TrainSection(steps=1, weight_decay=0.1))
+    decay = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    found = {name: decay[p] for name, p in model.named_parameters() if p.requires_grad}
+    assert any(".ia3_l" in name for name in found) and "prompt.weight" in found
+    assert set(found.values()) == {0.0}

@@ -1,0 +1,137 @@
+"""Whether a run may be resumed: what it has learned from has to be what its recipe names now.
+
+Compared with the newest checkpoint: its `recipe.yaml`, and the hashes of the contents of all that the recipe names.
+
+    free      how long, how often and on what machine it trains, and what it is called: changes without a word
+    warned    other settings of the training: the steps to come take them
+    refused   everything else: model, data, tasks, columns, adapter, seed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openm6.data.digest import json_hash
+from openm6.directory import model_hash
+from openm6.errors import UsageError
+from openm6.tasks.library import get as get_task
+from openm6.train.checkpoint import latest_checkpoint, step_of
+from openm6.train.recipe import AnyRecipe, load_recipe
+from openm6.train.setup import open_section
+
+RECIPE = "recipe.yaml"
+FREE = (
+    "name", "output", "parallel.", "evaluation.", "train.steps", "train.keep", "train.log_every",
+    "train.checkpoint_every", "train.workers", "train.accumulate", "train.compile", "train.country",
+    "train.reject_share",
+)  # fmt: skip
+WARNED = ("train.", "distill.", "vectors.")
+BY_CONTENT = (
+    "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
+)  # fmt: skip
+"""Model directories: what is in them counts, not what they are called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """`content`: hashes of what the recipe names, by key; `warnings`: changes that the steps to come take; `finished`:
+    nothing is left to do."""
+
+    content: dict[str, str]
+    warnings: list[str]
+    finished: bool
+    step: int = 0
+
+    def messages(self, recipe: AnyRecipe) -> list[str]:
+        """What is said of it."""
+        changes = "; ".join(self.warnings)
+        if self.finished:
+            text = (
+                f"This run is finished ({self.step} steps): nothing was trained. For more steps: train.steps=N, above "
+                f"{self.step}; to train anew: choose another output, or delete {recipe.output}."
+            )
+            return [text + (f" Nothing was trained with what has changed: {changes}." if changes else "")]
+        return [f"Changed since the last checkpoint, and taken by the steps to come: {changes}."] if changes else []
+
+
+def check_resumption(recipe: AnyRecipe) -> Resumption:
+    """Look at what is in the recipe's output, and change nothing.
+
+    Raises UsageError, with every reason, where a run is there that this recipe cannot resume.
+    """
+    content = _content(recipe)
+    latest = latest_checkpoint(recipe.output / "checkpoints")
+    if latest is None or not (latest / RECIPE).is_file():
+        return Resumption(content, [], False)
+    state = json.loads((latest / "state.json").read_text("utf-8"))
+    before, now = (_flat(one.model_dump(mode="json")) for one in (load_recipe(latest / RECIPE), recipe))
+    refused, warnings = [], []
+    for key in sorted(before.keys() | now.keys()):
+        was, is_now = _shown(before.get(key)), _shown(now.get(key))
+        if was == is_now or key.startswith(FREE) or key in content or key in state["content"]:
+            continue
+        (warnings if key.startswith(WARNED) else refused).append(f"{key} was {was} and is {is_now}")
+    for key in content.keys() & state["content"].keys():
+        if content[key] != state["content"][key]:
+            refused.append(f"{key} ({_shown(now.get(key))}) has another content than before")
+    refused += [f"{key} was not there or is there no more" for key in content.keys() ^ state["content"].keys()]
+    if refused:
+        raise UsageError(
+            f"The run in {recipe.output} cannot be resumed: {'; '.join(sorted(refused))}. Choose another output, or "
+            f"delete {recipe.output} to train anew."
+        )
+    return Resumption(content, warnings, _finished(recipe, step_of(latest), state), step_of(latest))
+
+
+def _content(recipe: AnyRecipe) -> dict[str, str]:
+    values = _flat(recipe.model_dump(mode="json"))
+    found = {key: model_hash(Path(values[key])) for key in BY_CONTENT if values.get(key)}
+    places: list[tuple[str, Any]] = [(f"data.{number}", section) for number, section in enumerate(recipe.data)]
+    if recipe.evaluation.patience:  # what is measured decides when it stops, and which weights are the best
+        places += [(f"evaluation.data.{number}", section) for number, section in enumerate(recipe.evaluation.data)]
+    for place, section in places:
+        found[f"{place}.source"] = open_section(section).content_hash()
+        for role in ("task", "against"):
+            if name := getattr(section, role, None):
+                found[f"{place}.{role}"] = _task_hash(name)
+    return found
+
+
+def _task_hash(name: str) -> str:
+    """Of its definition; a task that the model alone has counts with the model."""
+    try:
+        return json_hash(get_task(name).to_dict())
+    except UsageError:
+        return json_hash(name)
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Every single value by its place: train.steps, data.0.source."""
+    parts: Iterator[tuple[Any, Any]]
+    if isinstance(value, Mapping) and value:
+        parts = iter(value.items())
+    elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        parts = iter(enumerate(value))
+    else:
+        return {place: value}
+    return {k: v for name, one in parts for k, v in _flat(one, f"{place}.{name}" if place else str(name)).items()}
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None or value == {} else str(value)
+
+
+def _finished(recipe: AnyRecipe, step: int, state: Mapping[str, Any]) -> bool:
+    """At the end, and the model of the end is written: the last line of the log says so."""
+    patience = recipe.evaluation.patience
+    if step < recipe.train.steps and (patience is None or state["waited"] < patience):
+        return False
+    try:
+        last = json.loads((recipe.output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return False
+    return bool(last.get("finished")) and last["step"] == step and (recipe.output / "model").is_dir()

@@ -1,0 +1,112 @@
+"""State that is written is on the disk before it takes the place of what was there, and its name too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from openm6.atomic import sync, write_json, write_text, write_whole
+from openm6.data.store import cached, write_records
+from openm6.hub.jobs import Job, Jobs
+from openm6.retrieve.memory import Lists
+from openm6.review import write as write_page
+from openm6.serve.keys import Keys, Meter
+from tests.conftest import tiny_model
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no folder tells what a number stands for")
+
+
+def jobs(folder: Path) -> None:
+    (folder / "j").mkdir()
+    Jobs(folder)._write(Job("j", ("train",), str(folder)))
+
+
+def lists(folder: Path) -> None:
+    faiss = pytest.importorskip("faiss")
+    flat = faiss.IndexFlatIP(4)
+    index = faiss.IndexIVFFlat(flat, 4, 1, faiss.METRIC_INNER_PRODUCT)
+    index.train(np.eye(4, dtype=np.float32))
+    Lists(index, {"probes": 1, "stamp": "s"}).save(folder)
+
+
+def cache(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENM6_CACHE", str(folder))
+        cached("records", 1, lambda place: write_records(place, [{"text": "一"}]))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda folder: write_text(folder / "a", "一"),
+    "JSON": lambda folder: write_json(folder / "a.json", {"a": 1}),
+    "a folder": lambda folder: write_whole(folder / "a", tiny_model().config.save_pretrained),
+    "keys": lambda folder: Keys(folder / "keys.json").add("anna"),
+    "spent tokens": lambda folder: Meter(folder / "spent.json").keep(),
+    "a job": jobs,
+    "a page of a review": lambda folder: write_page(folder / "page.html", ["a", "b"]),
+    "lists of an index": lists,
+    "records of the cache": cache,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_takes_a_place_is_on_the_disk_before_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    flushed: list[str] = []
+    moved: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def seen_fsync(number: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    def seen(move: Callable[..., None]) -> Callable[..., None]:
+        def moving(source: Path, target: Path) -> None:
+            inside = [str(p) for p in Path(source).rglob("*")] if Path(source).is_dir() else []
+            assert {str(source), *inside} <= set(flushed)
+            flushed.clear()
+            moved.append(str(target))
+            move(source, target)
+
+        return moving
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen(replace))
+    monkeypatch.setattr(os, "rename", seen(rename))
+    WRITERS[name](tmp_path)
+    assert moved and str(Path(moved[-1]).parent) in flushed
+
+
+def test_a_line_that_counts_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{}\n")
+        sync(file)
+    assert sizes == [3]
+
+
+def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
+    Keys(tmp_path / "keys.json").add("anna")
+    assert (tmp_path / "keys.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", torch.ones(1).tolist())
+    before = (tmp_path / "a.json").read_text("utf-8")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": torch.ones(1)})
+
+    def broken(draft: Path) -> None:
+        draft.mkdir(exist_ok=True)
+        (draft / "b").write_text("b", "utf-8")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Exception, match="no space left"):
+        write_whole(tmp_path / "b", broken)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text("utf-8") == before
