@@ -241,9 +241,8 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, str(tmp_path / name))
     bundle = drawing_bundle(max_length=250)
     bundle.save("model")
-    for name in ("goods", "demo", "mine", "large", "dense", "parts", "vectors", "replies", "read", "finetune-reply"):
+    for name in ("goods", "demo", "mine", "large", "little", "dense", "parts", "vectors", "replies"):
         shutil.copytree("model", f"runs/{name}/model")
-    shutil.copytree("model", "runs/little")
     for name in ("a.jpg", "part.jpg", "new.jpg"):
         Path(name).write_bytes(picture(40, 30))
     records = [
