@@ -349,8 +349,8 @@ def output_of(job: Job) -> Path | None:
             return Path(job.folder) / word.partition("=")[2]
     try:
         content = yaml.safe_load((Path(job.folder) / words[1]).read_text("utf-8"))
-        return Path(job.folder) / str(content["output"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return Path(job.folder) / str(content.get("output") or f"runs/{content.get('name') or Path(words[1]).stem}")
+    except (OSError, yaml.YAMLError, AttributeError):
         return None
 
 

@@ -158,9 +158,10 @@ def test_how_far_a_training_is(tmp_path: Path) -> None:
     lines = [{"step": 10 * n, "loss": 1 / n, "seconds_per_step": 0.5} for n in range(1, 5)]
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"output": "runs/a"}), "utf-8")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"seed": 1}), "utf-8")
     for words in (
-        ("train", "recipe.yaml"), ("train", "demo", "output=runs/a"), ("finetune", "m", "--output", "runs/a"),
-        ("finetune", "m", "--output=runs/a"),
+        ("train", "recipe.yaml"), ("train", "a.yaml"), ("train", "demo", "output=runs/a"),
+        ("finetune", "m", "--output", "runs/a"), ("finetune", "m", "--output=runs/a"),
     ):  # fmt: skip
         found = progress(Job("1", words, str(tmp_path)))
         assert found == {"step": 40, "steps": 100, "loss": 0.25, "seconds_left": 30}
