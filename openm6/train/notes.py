@@ -10,7 +10,6 @@ from openm6.data.source import Source
 from openm6.train.recipe import Recipe
 from openm6.train.setup import open_section
 
-
 MOST = 1_000_000
 """Records of a source that are compared with those that are measured on."""
 
