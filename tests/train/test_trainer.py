@@ -146,6 +146,12 @@ def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) ->
     assert m6.run("image_classification", photo=picture()) in labels
 
 
+def test_a_slot_that_may_be_left_out_needs_no_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,label\n一,好\n二,差\n", "utf-8")
+    data = [{"source": str(tmp_path / "a.csv"), "task": "[text:hint|drop=0.5] [text:a] -> [label:label]"}]
+    assert train(tiny_recipe(tmp_path / "run", data=data, steps=1)).is_dir()
+
+
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
     model: dict[str, Any] = {
         "preset": "demo", "sizes": {**SIZES, "positions": "learned", "max_position_embeddings": 64},
