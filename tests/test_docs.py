@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import base64
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from typer._click.exceptions import UsageError
+from typer.core import TyperGroup
+from typer.main import get_command
 
+import openm6
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.environment import CACHE, HOME
 from openm6.tasks.file import task_of
 from openm6.tasks.grammar import parse
-from openm6.tasks.library import names
+from openm6.tasks.library import get as get_task, names
+from tests.conftest import command, drawing_bundle
+from tests.tasks.conftest import picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +53,10 @@ def test_recipes_and_task_files_are_valid(page: Path) -> None:
         else:
             # A page may show a part of a recipe.
             whole = {"name": "shown", "output": "runs/shown", "model": {"preset": "demo"}, "train": {"steps": 1}}
-            check_recipe({**whole, **content}, page.name)
+            recipe = check_recipe({**whole, **content}, page.name)
+            for section in recipe.data:
+                if (task := getattr(section, "task", None)) and not task.endswith(".yaml"):
+                    assert get_task(task)
 
 
 def test_instructions_can_be_parsed() -> None:
@@ -53,39 +72,102 @@ def test_instructions_can_be_parsed() -> None:
         assert parse(line).target
 
 
-def test_commands_and_their_options_exist() -> None:
-    from typer.core import TyperGroup
-    from typer.main import get_command
+def commands_on(page: Path) -> Iterator[list[str]]:
+    """The words of every line in the bash blocks of a page, without comments and variables set before it."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z0-9_]+=", words[0]):
+                words.pop(0)
+            if words:
+                yield words
 
-    from openm6.cli import commands
 
-    shown = {
-        line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if "openm6 " in line
-    }
-    ran = 0
-    for line in sorted(shown):
-        program, *words = shlex.split(line, comments=True)
-        if not program.endswith("openm6"):
-            continue
-        command = get_command(commands())
-        while isinstance(command, TyperGroup):
-            while words and words[0].startswith("-"):  # an option of the program itself, with its value
-                assert words[0] in {option for parameter in command.params for option in parameter.opts}, line
-                words = words[2:]
-            assert words and words[0] in command.commands, line
-            command = command.commands[words.pop(0)]
-        known = {option for parameter in command.params for option in parameter.opts}
-        if (command.context_settings or {}).get("ignore_unknown_options"):  # another command follows
-            continue
-        assert {word for word in words if word.startswith("-")} <= known, line
-        ran += 1
-    assert ran > 10
+def openm6_words(words: list[str]) -> list[str] | None:
+    """What follows `openm6` in a command, which torchrun or a path may stand before; None for other programs."""
+    if words[0] in ("torchrun",):
+        words = words[words.index("openm6") :]
+    return words[1:] if Path(words[0]).name == "openm6" else None
+
+
+def parse_words(words: list[str]) -> None:
+    """Let the real program read a command, without running it. Raises what it says to a mistake."""
+    command: Any = get_command(commands())
+    context = None
+    while True:
+        context = command.make_context(command.name, list(words), parent=context)
+        rest = [*getattr(context, "_protected_args", ()), *context.args]
+        if not isinstance(command, TyperGroup) or not rest:
+            break
+        _, command, words = command.resolve_command(context, rest)
+    if (command.context_settings or {}).get("ignore_unknown_options"):  # another command follows
+        parse_words(rest)
 
 
 @ALL
-def test_python_examples_are_python(page: Path) -> None:
+def test_commands_can_be_read(page: Path, hooks: None) -> None:
+    from openm6.edge.program import make_parser
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    for words in commands_on(page):
+        if (given := openm6_words(words)) is not None:
+            parse_words(given)
+        elif words[0] == "make":
+            assert words[1] in targets
+        elif words[-1].endswith("openm6-edge") or any(word.endswith("openm6-edge") for word in words[:2]):
+            make_parser().parse_args(words[2:])
+        elif words[0].endswith("pip") and (wanted := re.search(r"\[(.*)\]", words[-1])):
+            assert set(wanted[1].split(",")) <= set(extras)
+            assert words[-2] == "-e", "openm6 is in no index yet"
+        else:
+            assert Path(words[0]).name in ("cd", "curl", "export", "git", "pip", "python", "python3", "uv"), words
+
+
+def test_the_reading_of_commands_finds_mistakes() -> None:
+    for line in ("evl a", "eval a --task b --dat c", "eval a", "plan m6-10b --gpus many", "jobs submit train --wrong"):
+        with pytest.raises(UsageError):
+            parse_words(line.split())
+
+
+@ALL
+def test_commands_named_in_sentences_exist(page: Path) -> None:
+    for line in re.findall(r"`(?:\.venv/bin/)?openm6 ([^`]+)`", page.read_text("utf-8")):
+        command: Any = get_command(commands())
+        words = line.split()
+        while isinstance(command, TyperGroup) and words and re.fullmatch(r"[a-z-]+", words[0]):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        if not (command.context_settings or {}).get("ignore_unknown_options"):
+            assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, line
+
+
+def test_no_page_and_no_message_installs_from_an_index_that_has_no_openm6() -> None:
+    for path in [*PAGES, *(ROOT / "openm6").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert not re.search(r"pip install [^-\n]*openm6", path.read_text("utf-8")), path
+
+
+@pytest.fixture(scope="module")
+def m6() -> Bundle:
+    """What the pages' `m6` is: what `openm6.load` gives."""
+    return drawing_bundle()
+
+
+@ALL
+def test_python_examples_name_what_there_is(page: Path, m6: Bundle) -> None:
+    """Names that are imported from OpenM6 exist, and so do attributes of them and of `m6`."""
     for block in blocks(page, "python"):
-        compile(block, page.name, "exec")
+        known: dict[str, Any] = {"m6": m6, "openm6": openm6}
+        for node in ast.walk(ast.parse(block, page.name)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("openm6"):
+                module = import_module(str(node.module))
+                known |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name):
+                known.pop(target.id, None) if target.id != "m6" else None
+        for node in ast.walk(ast.parse(block, page.name)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+                assert hasattr(known[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
 
 
 def test_every_task_of_the_library_is_listed(hooks: None) -> None:
@@ -133,3 +215,83 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
 def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generators beside the pages can be imported."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
+
+
+# Commands that are run, in the order of their page
+
+
+RUN = [ROOT / "docs" / f"{name}.md" for name in (
+    "catalogue", "coming-from", "evaluation", "experts", "extending", "finetuning", "jobs", "planning", "retrieval",
+)]  # fmt: skip
+"""Pages whose commands take a tiny model seconds."""
+
+NOT_RUN = (
+    "serve", "jobs work", "jobs logs", "jobs stop", "jobs resume",  # they wait
+    "jobs submit --engine", "--extension", "runs/goods.yaml",  # they need a cluster, or files of another page
+    "models prune",  # a larger model
+    "--dry-run", "demo:", "shop:", "runs/next", "index tune",  # they take long or many items, or follow one that does
+)  # fmt: skip
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of: models by their names, all the same tiny one, and a few records."""
+    monkeypatch.chdir(tmp_path)
+    for name in (HOME, CACHE):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    bundle = drawing_bundle(max_length=250)
+    bundle.save("model")
+    for name in ("goods", "demo", "mine", "large", "dense", "parts", "vectors", "replies", "read", "finetune-reply"):
+        shutil.copytree("model", f"runs/{name}/model")
+    shutil.copytree("model", "runs/little")
+    for name in ("a.jpg", "part.jpg", "new.jpg"):
+        Path(name).write_bytes(picture(40, 30))
+    records = [
+        {
+            "photo": "a.jpg", "caption": "红色的杯子", "title": "杯子", "text": "又轻又软", "label": "好评",
+            "sku": f"A{number}", "price": 9.5 + number, "colour": "红色", "question": "什么颜色?", "answer": "红色",
+            "history": "有红色的吗", "reply": "有的。", "attributes": {"颜色": "红色"}, "verdict": "合格",
+            "instruction": "写一句话。", "input": "杯子", "output": "好杯子。",
+        }
+        for number in range(17, 41)
+    ]  # fmt: skip
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for name in ("goods", "train", "test", "talks", "talks-dev", "five", "all-texts", "few", "dev", "new"):
+        Path(f"{name}.jsonl").write_text(lines, "utf-8")
+    Path("five.jsonl").write_text("".join(lines.splitlines(keepends=True)[:2]), "utf-8")
+    Path("alpaca.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    Path("questions-test.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
+    Path("parts.csv").write_text("photo,verdict\n" + "a.jpg,合格\n" * 9, "utf-8")
+    turns = [{"role": "user", "content": "<image>什么颜色?"}, {"role": "assistant", "content": "红色"}]
+    Path("messages.jsonl").write_text((json.dumps({"messages": turns, "images": ["a.jpg"]}) + "\n") * 9, "utf-8")
+    coded = base64.b64encode(picture(40, 30)).decode()
+    Path("caption_train.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{coded}\n" for n in range(9)), "utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_commands_do_what_the_page_says(page: Path, room: Path) -> None:
+    for block in blocks(page, "yaml"):
+        if "instructions" in (content := yaml.safe_load(block)):
+            name = "alpaca.yaml" if "instruction" in content["example"] else "defects.yaml"
+            (room / name).write_text(block, "utf-8")
+    if page.stem == "catalogue":
+        for _ in range(2):
+            command("models", "add", "goods", "model")
+    if page.stem == "coming-from":
+        for block in blocks(page, "python"):
+            subprocess.run([sys.executable, "-c", block], check=True)
+    ran = 0
+    for words in commands_on(page):
+        given = openm6_words(words)
+        if given is None or any(left in " ".join(given) for left in NOT_RUN):
+            continue
+        if given[0] == "finetune":
+            given += ["train.steps=2", "train.batch_size=2", "train.workers=0", "evaluation.limit=2"]
+        elif given[0] == "eval":
+            given += ["--limit", "4", "-o", "max_new_tokens=2"]
+        done = command(*given)
+        assert done.exit_code == 0, f"{' '.join(words)}\n{done.output[-2000:]}"
+        ran += 1
+    assert ran

@@ -63,12 +63,17 @@ def check_pictures(*files: str | Path) -> None:
 def check_parts(recipe: AnyRecipe) -> None:
     """What a recipe names, looked for: its model, teacher, tasks and data. Raises as `check_inputs` does."""
     from openm6.data.source import check_source
+    from openm6.presets import find_preset
     from openm6.tasks.card import read_card
     from openm6.train.recipe import Recipe
 
-    model = recipe.model.path if isinstance(recipe, Recipe) else None
-    if isinstance(recipe, Recipe) and recipe.distill:
-        read_card(recipe.distill.teacher)
+    model = None
+    if isinstance(recipe, Recipe):
+        model = recipe.model.path
+        if recipe.model.preset:
+            find_preset(recipe.model.preset)
+        if recipe.distill:
+            read_card(recipe.distill.teacher)
     for section in [*recipe.data, *recipe.evaluation.data]:
         check_source(section.source)
         for task in filter(None, (getattr(section, "task", None), getattr(section, "against", None))):

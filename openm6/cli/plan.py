@@ -59,9 +59,18 @@ def plan(
     """Memory, time, energy and cost of a training run, before a machine is rented. Exit code 1 when nothing fits."""
     from dataclasses import replace
 
+    from openm6.presets import find_preset
+    from openm6.train.hardware import hardware as known
+    from openm6.train.recipe import load_recipe
+
+    known(hardware)
+    if _is_recipe(preset):
+        load_recipe(preset)
+    else:
+        find_preset(preset)
+
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
-    from openm6.train.hardware import hardware as known
     from openm6.train.planner import Fixed, make_plan
     from openm6.train.steptime import Machine
 

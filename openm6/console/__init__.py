@@ -37,7 +37,7 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
         import gradio as gr
         from gradio import processing_utils
     except ImportError:
-        raise UsageError("The console needs Gradio: pip install 'openm6[console]'.") from None
+        raise UsageError("The console needs Gradio: pip install -e '.[console]' in a clone.") from None
     from PIL import Image
 
     from openm6.console.desk import Desk

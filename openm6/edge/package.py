@@ -77,7 +77,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"An export needs {error.name}: pip install 'openm6[edge]'.") from None
+        raise UsageError(f"An export needs {error.name}: pip install -e '.[edge]' in a clone.") from None
     check_mergeable(path)
     bundle = Bundle.load(path, "cpu", trainable=True)
     bundle.model.eval()

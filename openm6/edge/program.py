@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
+    given = make_parser().parse_args(words)
+    try:
+        if (told := _done(given, started)) is not None:
+            print(told)
+    except (OpenM6Error, ImportError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openm6-edge", description="Ask a model without PyTorch.")
     here = Path(sys.argv[0]).resolve().parent
     parser.add_argument(
@@ -41,13 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
     serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
     commands.add_parser("status", help="of a box: what it keeps, and how it stands with the cloud's settings")
     commands.add_parser("new-key", help="for a box that encrypts what it keeps")
-    given = parser.parse_args(words)
-    try:
-        if (told := _done(given, started)) is not None:
-            print(told)
-    except (OpenM6Error, ImportError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+    return parser
 
 
 def _done(given: argparse.Namespace, started: float) -> str | None:

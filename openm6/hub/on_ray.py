@@ -19,7 +19,7 @@ def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str]
         import ray
         from ray.exceptions import RayError
     except ImportError:
-        raise UsageError("Ray is not installed: pip install 'openm6[ray]'.") from None
+        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     # A process of its own for each job: what it has loaded goes with it, and it can be killed.

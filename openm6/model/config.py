@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import resources
 from typing import Any, ClassVar
 
-import yaml
 from transformers import PreTrainedConfig
 
 from openm6.errors import UsageError, suggest
+from openm6.presets import find_preset, presets
 
 _CHOICES = {
     "norm": ("rms", "layer"),
@@ -18,14 +16,6 @@ _CHOICES = {
     "image_embedder": ("none", "patch", "stem", "resnet"),
     "router": ("topk", "prototype", "grouped"),
 }
-
-
-@cache
-def _presets() -> dict[str, dict[str, Any]]:
-    presets: dict[str, dict[str, Any]] = yaml.safe_load(
-        resources.files("openm6.model").joinpath("presets.yaml").read_text("utf-8")
-    )
-    return presets
 
 
 class ModelConfig(PreTrainedConfig):
@@ -163,18 +153,16 @@ class ModelConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """A named size, with single values changed: `ModelConfig.preset("demo", num_hidden_layers=4)`."""
-        presets = _presets()
-        if name not in presets:
-            raise UsageError(f'There is no preset "{name}".{suggest(name, set(presets))} Known: {", ".join(presets)}.')
+        sizes = find_preset(name)
         known = set(cls.__dataclass_fields__)
         for key in changes:
             if key not in known:
                 raise UsageError(f"model has no key {key}.{suggest(key, known)}")
-        return cls(**{**presets[name], **changes})
+        return cls(**{**sizes, **changes})
 
     @staticmethod
     def preset_names() -> tuple[str, ...]:
-        return tuple(_presets())
+        return tuple(presets())
 
     @property
     def image_stride(self) -> int:

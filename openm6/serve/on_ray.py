@@ -36,7 +36,7 @@ def deploy_on_ray(
         import ray
         from ray import serve
     except ImportError:
-        raise UsageError("Serving on Ray needs it: pip install 'openm6[ray]'.") from None
+        raise UsageError("Serving on Ray needs it: pip install -e '.[ray]' in a clone.") from None
 
     if not ray.is_initialized():
         ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)

@@ -39,7 +39,7 @@ def add_traces(app: FastAPI, server: Server, exporter: Any = None) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace import StatusCode
     except ImportError:
-        raise UsageError("Traces need OpenTelemetry: pip install 'openm6[traces]'.") from None
+        raise UsageError("Traces need OpenTelemetry: pip install -e '.[traces]' in a clone.") from None
     provider = TracerProvider(resource=Resource.create({"service.name": "openm6", "service.version": __version__}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics,gradio_api")

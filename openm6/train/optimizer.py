@@ -75,7 +75,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
-            raise UsageError("train.optimizer adam8bit needs torchao: pip install 'openm6[lowbit]'.") from None
+            raise UsageError("train.optimizer adam8bit needs torchao: pip install -e '.[lowbit]' in a clone.") from None
         optimizer = AdamW8bit(groups, lr=rate, betas=betas)
         if not torch.cuda.is_available():  # it compiles itself: minutes of a C++ compiler for a step of milliseconds
             optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)

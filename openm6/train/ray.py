@@ -19,7 +19,7 @@ def train_on_ray(recipe: AnyRecipe, workers: int, address: str | None = None, fa
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError:
-        raise UsageError("Ray is not installed: pip install 'openm6[ray]'.") from None
+        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address, log_to_driver=True, include_dashboard=False)

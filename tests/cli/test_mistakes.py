@@ -40,6 +40,10 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["train", "demo", "train.stpes=5"], "unknown key train.stpes"),
     (2, ["train", "demo", "data.0.task=capton"], 'Did you mean "caption"?'),
     (1, ["train", "demo", "data.0.source=gone.csv"], "There is no file gone.csv"),
+    (2, ["train", "demo", "model.preset=smal"], 'There is no preset "smal". Did you mean "small"?'),
+    (2, ["plan", "m6-10bb"], 'There is no preset "m6-10bb". Did you mean "m6-10b"?'),
+    (2, ["plan", "nowhere.yaml"], "There is no recipe nowhere.yaml"),
+    (2, ["plan", "m6-10b", "--hardware", "h10"], "h10"),
     (2, ["train", "vectors", "model.path=nowhere"], "nowhere is no OpenM6 model"),
     (2, ["finetune", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no OpenM6 model"),
     (2, ["finetune", "model", "--task", "vqaa", "--data", "good.csv"], 'Did you mean "vqa"?'),
@@ -155,7 +159,7 @@ def test_every_command_has_a_mistake_here() -> None:
     tried = {tuple(words[:length]) for _, words, _ in CASES for length in (1, 2)}
     missing = {words for words, is_group in HELP.items() if not is_group} - tried
     assert missing == {
-        ("demo",), ("demo-images",), ("plan",), ("data", "add"), ("data", "list"), ("data", "show"),
+        ("demo",), ("demo-images",), ("data", "add"), ("data", "list"), ("data", "show"),
         ("models", "fetch"), ("models", "lineage"), ("models", "list"), ("models", "promote"), ("models", "rollback"),
         ("models", "show"), ("index", "delete"), ("index", "tune"), ("recommend", "eval"), ("copy", "labels"),
         ("images", "labels"), ("cascade", "rollback"), ("deployments", "list"), ("keys", "add"), ("keys", "list"),
