@@ -174,8 +174,10 @@ class Answer:
         if "box" not in _outputs(self.told).values():
             return []
         boxes = value if isinstance(value, Mapping) else {self.told["outputs"][0]: value}
+        from openm6.images import open_image
+
         given = next(asked.inputs[slot] for slot in self.told["inputs"] if self.told["slots"][slot] == "image")
-        picture = Image.open(io.BytesIO(base64.b64decode(given))).convert("RGB")
+        picture = open_image(base64.b64decode(given))  # upright, as the model saw it
         picture = picture.resize([side * max(1, SMALL // max(picture.size)) for side in picture.size])  # type: ignore[arg-type]
         pen = ImageDraw.Draw(picture)
         for slot, kind in _outputs(self.told).items():

@@ -13,9 +13,7 @@ from openm6.data.rejects import Reject
 from openm6.data.store import Record
 from openm6.data.tables import OnReject, read_csv, read_jsonl
 from openm6.errors import DataError
-from openm6.images import MAX_BYTES
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+from openm6.images import MAX_BYTES, PICTURES
 
 
 def plain_picture(value: Any) -> Any:
@@ -124,7 +122,7 @@ def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iter
             return
     pictures = [name for name in files if name.lower().endswith(PICTURES)]
     if not pictures:
-        raise DataError(f"{path} holds no pictures ({', '.join(PICTURES)}), no Parquet and no tar files.")
+        raise DataError(f"{path} holds no pictures ({', '.join(PICTURES[:5])} ...), no Parquet and no tar files.")
     texts = {name for name in files if name.endswith(".txt")}
     for name in pictures:
         beside = name.rpartition(".")[0] + ".txt"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openm6.data.bundled import PICTURES
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
 from openm6.errors import DataError, UsageError, suggest
+from openm6.images import PICTURES
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
