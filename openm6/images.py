@@ -203,17 +203,39 @@ def as_file(picture: Source) -> bytes:
 
 
 _DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+={0,2}\s*")
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a picture's file out of base64, or a data URL. Raises DataError for what is neither."""
+    """The bytes of a picture's file out of base64 (also the URL-safe kind, unpadded or in lines), or a data URL.
+
+    Raises DataError for what is neither.
+    """
     if len(text) > MAX_BYTES * 4 // 3 + 100:
         raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
     try:
         head = _DATA_URL.match(text)
-        return base64.b64decode(text[head.end() :] if head else text, validate=True)
+        code = "".join((text[head.end() :] if head else text).split()).translate(_URL_SAFE).rstrip("=")
+        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
     except ValueError:
         raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
+
+
+def held_picture(text: str) -> bytes | None:
+    """The picture's file that a text holds: as a data URL, or as base64 of a file that begins as a picture does.
+
+    None for any other text, such as a path.
+    """
+    if len(text) < 40 or not (_DATA_URL.match(text) or (_BASE64.fullmatch(text) and "://" not in text)):
+        return None
+    try:
+        content = from_base64(text)
+        Image.preinit()
+        with Image.open(io.BytesIO(content), formats=_FORMATS[:8]):
+            return content
+    except Exception:
+        return None
 
 
 def png(image: Image.Image) -> bytes:

@@ -162,6 +162,10 @@ def _text(value: Any) -> Any:
 
 def _picture(value: Any, root: str) -> Any:
     """A path completed by its root; a remote picture as bytes, read only from below the root."""
+    if isinstance(value, list) and value and not isinstance(value[0], (int, list)):  # numbers are a picture's codes
+        if len(value) > 1:
+            raise DataError(f"A record holds a list of {len(value)} pictures where the task reads one.")
+        value = value[0]
     if not isinstance(value, str) or not value:
         return value
     if is_remote(value):

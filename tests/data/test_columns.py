@@ -106,3 +106,12 @@ def test_a_picture_elsewhere_is_not_fetched(url: str, root: str) -> None:
     records = ListRecords([{"photo": url, "caption": "一", "_root": root}])
     with pytest.raises(DataError, match="is elsewhere"):
         SlotView.of(CAPTION, records, {})(records[0])
+
+
+def test_a_picture_as_a_list_of_one_is_taken_and_one_of_several_refused() -> None:
+    records = ListRecords([{"photo": ["a.jpg"], "caption": "一"}, {"photo": ["a.jpg", "b.jpg"], "caption": "二"}])
+    view = SlotView.of(CAPTION, records)
+    assert view(records[0])["photo"] == "a.jpg"
+    with pytest.raises(DataError, match="a list of 2 pictures where the task reads one"):
+        view(records[1])
+    assert view({"photo": [3, 5, 9], "caption": "三"})["photo"] == [3, 5, 9]  # a picture's codes
