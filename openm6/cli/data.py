@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Json, NoCache, emit, pairs, table
 
 data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -20,6 +20,11 @@ def check(
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="The encoding of text files that are not UTF-8, as gb18030.")
+    ] = None,
+    names: Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")] = None,
+    no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
     json: Json = False,
 ) -> None:
@@ -27,9 +32,10 @@ def check(
     from rich.progress import track
 
     from openm6.data.check import Check
+    from openm6.data.readers import with_options
     from openm6.tasks.library import get
 
-    checked = Check(source, get(task), pairs(column or []), data_format, images, limit)
+    checked = Check(source, get(task), pairs(column or []), with_options(data_format, encoding, names), images, limit)
     for record in track(checked.records(), description="checking", total=checked.total, transient=True):
         checked.look(record)
     result = checked.to_dict()
