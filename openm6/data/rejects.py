@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from openm6.atomic import cut_torn_line, whole_lines
 from openm6.errors import DataError
-from openm6.json_lines import dumps, lines_of
+from openm6.json_lines import dumps
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +68,8 @@ class Rejects:
 
     def _before(self) -> set[str]:
         """Where the bad records stand that the file tells of already."""
-        if not self.path.is_file():
-            return set()
-        found = set()
-        for line in lines_of(self.path.read_text("utf-8")):
-            with suppress(ValueError, KeyError, TypeError):  # of a run that was killed as it wrote
-                found.add(str(json.loads(line)["where"]))
-        return found
+        cut_torn_line(self.path)
+        return {str(line["where"]) for line in whole_lines(self.path)}
 
     def _write(self, line: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openm6.atomic import cut_torn_line
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
@@ -38,6 +39,8 @@ class Reporter:
         self.recipe, self.output, self.on_step = recipe, output, on_step
         values = recipe.model_dump(mode="json", exclude_unset=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), "utf-8")
+        for log in (output / "metrics.jsonl", output / LOADS):
+            cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(output / "tensorboard"))
         self.bar = Progress(
