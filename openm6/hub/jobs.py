@@ -307,7 +307,8 @@ def last_step(output: Path) -> dict[str, Any]:
     try:
         with (output / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 100_000))
-            lines = [json.loads(line) for line in file.read().splitlines()[-50:] if line.startswith(b"{")]
+            whole = file.read().split(b"\n")[:-1]  # the last line may be half written
+            lines = [json.loads(line) for line in whole[-50:] if line.startswith(b"{")]
     except (OSError, ValueError):
         return {}
     return next((line for line in reversed(lines) if "loss" in line), {})

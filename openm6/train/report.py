@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from openm6.atomic import write_text
+from openm6.atomic import cut_torn_line, write_text
 from openm6.data.rejects import count_rejected
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
@@ -45,6 +45,8 @@ class Reporter:
         self.recipe, self.output, self.on_step = recipe, output, on_step
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", recipe_text(recipe))
+        for log in (output / "metrics.jsonl", output / LOADS):
+            cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(output / "tensorboard"))
         self.bar = Progress(

@@ -40,6 +40,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimi
     train(tiny_recipe(whole, optimizer=optimizer))
     with pytest.raises(PowerCutError):
         train(tiny_recipe(broken, optimizer=optimizer), on_step=cut_at(cut))
+    with (broken / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 3, "lo')  # killed as it wrote
     train(tiny_recipe(broken, optimizer=optimizer))
     assert losses(broken) == losses(whole)
     ours, theirs = (Bundle.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
