@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import DataError, OpenM6Error, UsageError
 
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
@@ -57,6 +57,32 @@ def sync(file: IO[Any]) -> None:
     """What was appended to an open file is on the disk afterwards: for lines that a later start relies on."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off the end of a file of lines that a kill has left without its newline, so that more can be appended."""
+    if path.is_file():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+
+def whole_lines(path: Path) -> Iterator[Any]:
+    """The values of a file of JSON lines that is appended to; a last line without its newline is left out: it is being
+    written, or a kill has torn it. A missing file is empty.
+
+    Raises DataError for any other line that is no JSON."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}:{number} is damaged (no valid JSON): mend the line or delete it.") from None
+            yield value
 
 
 def require_new(target: Path) -> None:

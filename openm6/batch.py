@@ -39,6 +39,7 @@ from openm6.review import (
     groups,
     open_rejects,
     progress,
+    require_same,
     rows_of,
     seed_of,
     settings_of,
@@ -93,12 +94,17 @@ def make_batch(
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
     begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures")
     try:
-        done, pictures = go_on(output / CANDIDATES)
+        begun = go_on(output / CANDIDATES)
+        done, pictures = set(begun), sum(row["of"] for row in begun.values())
         rejects = open_rejects(output / REJECTS, source)
         with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
             row = bar.add_task("prompts", total=len(source))
             for group in groups(len(source), max(1, ROWS // candidates)):
                 wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects))
+                for number in begun.keys() & wishes.keys():
+                    words = {n: v for n, v in wishes[number].items() if chosen.slots[n].type != "image"}
+                    asked = {n: begun[number]["asked"].get(n) for n in words}
+                    require_same(asked, words, source, number, output)
                 if not done.issuperset(wishes):
                     # A group is drawn whole, with a seed of its own: its pictures do not depend on a kill.
                     own = {**(decoding or {}), "seed": seed_of(options.seed, group.start)}

@@ -6,28 +6,30 @@ broken.jsonl       texts that broke a rule, each with the reason
 rejects.jsonl      items that could not be used
 review.html        the texts, each with two buttons; gives labels.jsonl
 labelled.jsonl     the accepted texts, as a source to train on
+texts.csv          every item, in the order of the source, with its texts or the reason why it has none
 """
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import sync, write_failed
+from openm6.atomic import sync, whole_lines, write_failed
 from openm6.bundle import LIMITS, Bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.decode import Decoding, Generated
 from openm6.decode.limits import Limits
-from openm6.errors import UsageError
-from openm6.json_lines import lines_of
+from openm6.errors import UsageError, suggest
+from openm6.json_lines import dumps, plain
 from openm6.review import (
     CANDIDATES,
     LABELLED,
@@ -39,7 +41,9 @@ from openm6.review import (
     go_on,
     groups,
     open_rejects,
+    place_of,
     progress,
+    require_same,
     rows_of,
     seed_of,
     settings_of,
@@ -51,7 +55,7 @@ from openm6.review import (
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
 
-BROKEN = "broken.jsonl"
+BROKEN, TABLE = "broken.jsonl", "texts.csv"
 
 ITEMS = 16
 """Items that are written for at once."""
@@ -98,6 +102,8 @@ def make_copy(
     facts: bool = True,
     lexicon: str | Path | None = None,
     resume: bool = True,
+    id_column: str = "",
+    table: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """For every item of the source write `candidates` texts, keep the `keep` best that break no rule and are not alike,
     and write `output` with a page to review them. Called again after a kill it goes on after the last whole item.
@@ -106,13 +112,23 @@ def make_copy(
     items have in a column of the table and this one has not, and no number that it has not; `lexicon` is a source of
     other items whose values are known too. All are kept while a text is written, and checked afterwards.
 
-    Returns {"items", "bad", "texts", "empty": items none of whose texts were kept, "broken": {reason: texts}, "page"}.
+    `texts.csv` has a row for each text and one for each item without any: the item's id (`id_column`, else its number
+    from 1), the columns of the source named by `table` (by default all but pictures), rank, text and reason.
+
+    Returns {"items", "bad", "texts", "empty": items none of whose texts were kept, "broken": {reason: texts}, "page",
+    "table"}. Raises UsageError for an item that has changed since its texts were written.
     """
     chosen, source = bundle.task(task), open_source(items)
     if [chosen.slots[name].type for name in chosen.outputs] != ["text"]:
         raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
     check_keep(keep, candidates)
     view = _view(chosen, source, columns or {})
+    pictures = {view.mapping.get(name) for name in chosen.inputs if chosen.slots[name].type == "image"}
+    shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
+    for name in (*shown, *([id_column] if id_column else [])):
+        if name not in source.columns:
+            known = ", ".join(source.columns)
+            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {known}.")
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
         "forbid": sorted(set(forbid)),
@@ -135,7 +151,10 @@ def make_copy(
         for name, values in _values_of(chosen, _view(chosen, more, columns or {}), more).items():
             known.setdefault(name, set()).update(values)
     try:
-        done, _ = go_on(output / CANDIDATES)
+        before = go_on(output / CANDIDATES)
+        done = set(before)
+        # Texts of an item that is written anew are counted once.
+        write(output / BROKEN, map(as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]))
         seen = {row["said"]: row["prompt"] for row in rows_of(output)}
         rejects = open_rejects(output / REJECTS, source)
         with (
@@ -146,6 +165,8 @@ def make_copy(
             row = bar.add_task("items", total=len(source))
             for group in groups(len(source), ITEMS):
                 asked = dict(usable(bundle, chosen, partial(_asked, chosen, view), source, group, rejects))
+                for number in before.keys() & asked.keys():
+                    require_same(before[number]["given"], _plain(asked[number], chosen), source, number, output)
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
                     limits = {n: _limits(bundle, chosen, record, known, rules) for n, record in asked.items()}
@@ -163,14 +184,15 @@ def make_copy(
                         done.add(number)
                 bar.update(row, completed=group.stop)
         page = write_review(output)
+        file_of_all = write(output / TABLE, _table(output, source, id_column, shown))
     except OSError as error:
         raise write_failed(output, error) from None
-    refused = map(json.loads, lines_of((output / BROKEN).read_text("utf-8")))
-    reasons = Counter(_kind(one["reason"]) for one in refused)
+    reasons = Counter(_kind(one["reason"]) for one in whole_lines(output / BROKEN))
     kept = Counter(row["prompt"] for row in rows_of(output) if row["rank"])
     return {
         "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),
         "broken": dict(reasons.most_common()), "page": str(page),
+        "table": str(file_of_all),
     }  # fmt: skip
 
 
@@ -191,6 +213,36 @@ def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
 
     file = write(output / LABELLED, lines())
     return {"file": str(file), **acceptance(by_rank)}
+
+
+def _table(output: Path, source: Source, id_column: str, columns: Sequence[str]) -> Iterator[str]:
+    """The lines of a CSV, which Excel knows as UTF-8 by its first character: every item in the order of the source, and
+    at the end the rows of the source that could not be read."""
+    texts, broken = defaultdict(list), defaultdict(list)
+    for row in rows_of(output):
+        if row["rank"]:
+            texts[row["prompt"]].append([row["rank"], row["said"], ""])
+    for row in whole_lines(output / BROKEN):
+        broken[row["prompt"]].append(row["reason"])
+    refused = {row["where"]: row["reason"] for row in whole_lines(output / REJECTS)}
+    own = ("rank", "text", "reason")
+    names = [name for name in columns if name != id_column]
+
+    def line(cells: Iterable[Any]) -> str:
+        held = io.StringIO()
+        csv.writer(held).writerow(
+            cell if isinstance(cell, str) else "" if cell is None else dumps(cell, plain) for cell in cells
+        )
+        return held.getvalue()
+
+    yield "\ufeff" + line([id_column or "item", *(f"item {n}" if n in own else n for n in names), *own])
+    for number, record in enumerate(source):
+        item = [record.get(id_column) if id_column else number + 1, *(record.get(name) for name in names)]
+        reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
+        for row in texts[number] or [["", "", reason]]:
+            yield line([*item, *row])
+    for reject in source.rejected:
+        yield line([""] * (1 + len(names)) + ["", "", reject.reason])
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:

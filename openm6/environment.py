@@ -10,6 +10,9 @@ EXTENSIONS = "OPENM6_EXTENSION"
 CACHE = "OPENM6_CACHE"
 """Folder of generated and converted data; else ~/.cache/openm6."""
 
+NO_CACHE = "OPENM6_NO_CACHE"
+"""When it is set, files are read anew and their records are kept only until the program ends."""
+
 HOME = "OPENM6_HOME"
 """Folder of jobs; else ~/.local/share/openm6."""
 

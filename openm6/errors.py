@@ -27,3 +27,9 @@ def suggest(word: str, known: list[str] | tuple[str, ...] | set[str]) -> str:
 
     close = difflib.get_close_matches(word, sorted(known), n=1)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def cut(name: object, length: int = 40) -> str:
+    """A name or value of the user's as a message shows it: on one line, its first 40 characters."""
+    text = " ".join(str(name).split())
+    return text if len(text) <= length else text[:length] + "..."

@@ -27,11 +27,29 @@ Source = str | Path | bytes | np.ndarray | Image.Image
 """What may stand for a picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], a PIL image."""
 
 
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
+    ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".icb", ".vda",
+    ".vst", ".ico", ".cur", ".icns", ".pcx", ".dds", ".psd", ".qoi", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".xbm",
+    ".xpm",
+)  # fmt: skip
+"""Endings of the picture files that are read, in lower case."""
+
+_FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "DIB", "TGA", "ICO", "CUR", "ICNS", "PCX",
+    "DDS", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM",
+)  # fmt: skip
+"""Pillow's formats of pictures. EPS is left out: Pillow runs Ghostscript, and so the file's own program, for it."""
+
+
 def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool = False) -> Image.Image:
     """Open and decode a picture as RGB, turned upright by its EXIF orientation.
 
-    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster. With `alpha` a
-    file that is transparent in places comes as RGBA.
+    Transparent pixels lie on white; with `alpha` a picture that is transparent in places comes as RGBA. Grey values of
+    16 bits are scaled by their full range (65535 is white). Values of 32 bits have no agreed white: whole numbers from
+    0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the picture's smallest value
+    (black) to its largest (white).
+    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster.
     Raises DataError, in one sentence, for a missing, truncated, unknown or too large picture.
     """
     if isinstance(source, np.ndarray):
@@ -39,31 +57,70 @@ def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool
             raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
         return Image.fromarray(source).convert("RGB")
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return _decode(source, "The picture", draft, alpha)
+    if not isinstance(source, (str, Path, bytes)):
+        raise DataError(f"A picture has to be a path or the bytes of a file, not {type(source).__name__}.")
     name = "The picture" if isinstance(source, bytes) else f"The picture {str(source)[:200]}"
     size = len(source) if isinstance(source, bytes) else _size(Path(source), name)
     if size > MAX_BYTES:
         raise DataError(f"{name} has {size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} MiB are read.")
+    Image.preinit()  # the usual formats alone: the others are imported when one of them is met
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(
-                    f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: "
-                    "shrink it first."
-                )
-            if draft:
-                image.draft("RGB", draft)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGBA") if alpha and upright.has_transparency_data else _flatten(upright)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except UnidentifiedImageError:
-        raise DataError(f"{name} is in no picture format that is known here (JPEG, PNG, WebP, BMP, GIF).") from None
+        raise DataError(f"{name} is in no picture format that is known here (JPEG, PNG, WebP, TIFF ...).") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels: shrink it first.") from None
-    except (OSError, SyntaxError, ValueError):
-        # Pillow's own text can hold addresses and paths: it is not passed on.
+    except Exception:
         raise DataError(f"{name} is truncated or damaged.") from None
+    with image:
+        return _decode(image, name, draft, alpha)
+
+
+def _decode(image: Image.Image, name: str, draft: tuple[int, int] | None, alpha: bool) -> Image.Image:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(
+            f"{name} is {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read: shrink it first."
+        )
+    try:
+        if draft:
+            image.draft("RGB", draft)
+        image.load()
+        upright = _eight_bits(ImageOps.exif_transpose(image), image.format)
+        if upright.has_transparency_data:
+            clear = upright.convert("RGBA")
+            return (
+                clear if alpha else Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+            )
+        return upright.convert("RGB")
+    except Exception:
+        # Decoders raise what they like at damaged files (struct.error, IndexError ...); their texts can hold addresses
+        # and paths and are not passed on.
+        raise DataError(f"{name} is truncated or damaged.") from None
+
+
+def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """The picture in a mode that Pillow converts to RGB without clipping its values."""
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        spaces = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, *spaces, outputMode="RGB") or image
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    values[~np.isfinite(values)] = np.min(values, where=np.isfinite(values), initial=0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16") or format == "PPM":  # Pillow brings a PGM of more than 8 bits to 16
+        low, high = 0.0, 65535.0
+    elif low >= 0 and high <= (1 if image.mode == "F" else 255):
+        low, high = 0.0, 1.0 if image.mode == "F" else 255.0
+    grey = Image.fromarray(((values - low) * 255 / (high - low or 1)).round().astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the one value that is transparent, in the file's own range
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def sketch(source: Source, size: int) -> Image.Image:
@@ -83,16 +140,6 @@ def _size(path: Path, name: str) -> int:
         return path.stat().st_size
     except OSError:
         raise DataError(f"{name} does not exist or cannot be read.") from None
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, with transparency laid on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        ground.alpha_composite(image)
-        image = ground
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +203,39 @@ def as_file(picture: Source) -> bytes:
 
 
 _DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+={0,2}\s*")
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a picture's file out of base64, or a data URL. Raises DataError for what is neither."""
+    """The bytes of a picture's file out of base64 (also the URL-safe kind, unpadded or in lines), or a data URL.
+
+    Raises DataError for what is neither.
+    """
     if len(text) > MAX_BYTES * 4 // 3 + 100:
         raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
     try:
         head = _DATA_URL.match(text)
-        return base64.b64decode(text[head.end() :] if head else text, validate=True)
+        code = "".join((text[head.end() :] if head else text).split()).translate(_URL_SAFE).rstrip("=")
+        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
     except ValueError:
         raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
+
+
+def held_picture(text: str) -> bytes | None:
+    """The picture's file that a text holds: as a data URL, or as base64 of a file that begins as a picture does.
+
+    None for any other text, such as a path.
+    """
+    if len(text) < 40 or not (_DATA_URL.match(text) or (_BASE64.fullmatch(text) and "://" not in text)):
+        return None
+    try:
+        content = from_base64(text)
+        Image.preinit()
+        with Image.open(io.BytesIO(content), formats=_FORMATS[:8]):
+            return content
+    except Exception:
+        return None
 
 
 def png(image: Image.Image) -> bytes:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 _ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -44,3 +48,73 @@ def _opened(value: dict[str, Any]) -> Any:
 def lines_of(text: str) -> list[str]:
     """The lines that are not empty."""
     return [line for line in text.split("\n") if line.strip()]
+
+
+DEPTH = 100
+"""Levels of lists and objects inside each other that are read at most."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A value that `parse` could not take, in its place."""
+
+    reason: str
+
+
+def parse(text: str) -> Any:
+    """A JSON value from outside; a number, constant or object that cannot be used is a Fault, which `fault_of` finds.
+
+    Raises json.JSONDecodeError where it is not JSON, ValueError where it nests too deeply.
+    """
+    try:
+        return json.loads(
+            text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique
+        )
+    except RecursionError:
+        raise ValueError(f"nests more than {DEPTH} levels") from None
+
+
+def fault_of(value: Any) -> str | None:
+    """Why a parsed value cannot be used, as a verb with its object; None where it can.
+
+    Half characters (lone surrogates) in texts or keys, numbers that are too large, NaN and Infinity, a key that is
+    named twice, more than 100 levels.
+    """
+    rest = [(value, 0)]
+    while rest:
+        one, depth = rest.pop()
+        if isinstance(one, str):
+            if not one.isascii() and _SURROGATE.search(one):
+                return "holds half a character (a lone surrogate such as \\ud83d)"
+        elif isinstance(one, Fault):
+            return one.reason
+        elif isinstance(one, (dict, list)):
+            if depth == DEPTH:
+                return f"nests more than {DEPTH} levels"
+            rest += [(part, depth + 1) for part in one]
+            if isinstance(one, dict):
+                rest += [(part, depth + 1) for part in one.values()]
+    return None
+
+
+def _integer(digits: str) -> int | Fault:
+    return int(digits) if len(digits) <= 1000 else Fault(f"holds a number of {len(digits)} digits")
+
+
+def _float(digits: str) -> float | Fault:
+    value = float(digits)
+    return value if math.isfinite(value) else Fault(f"holds a number that is too large ({digits[:40]})")
+
+
+def _constant(name: str) -> Fault:
+    return Fault(f"holds {name}, which JSON does not know")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return Fault(f"names the key {twice[:40]!r} twice")
+    return found

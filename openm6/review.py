@@ -10,6 +10,7 @@ import html
 import json
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openm6.atomic import require_new, write_failed, write_file, write_whole
+from openm6.atomic import cut_torn_line, require_new, whole_lines, write_failed, write_file, write_whole
 from openm6.bundle import Bundle
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
@@ -61,9 +62,20 @@ def usable(
             asked = ask(record)
             bundle.prompt(task, asked)
         except DataError as error:
-            rejects.count(str(record.get("_where", f"{source.name}#{number}")), str(error), source.name)
+            rejects.count(place_of(source, number, record), str(error), source.name)
         else:
             yield number, asked
+
+
+def place_of(source: Source, number: int, record: Record) -> str:
+    return str(record.get("_where", f"{source.name}#{number}"))
+
+
+def require_same(before: Mapping[str, Any], now: Mapping[str, Any], source: Source, number: int, output: Path) -> None:
+    """Refuse to go on with a batch one of whose records has changed since its candidates were made."""
+    if dumps(before) != dumps(now):
+        where = place_of(source, number, source[number])
+        raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
 
 
 def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
@@ -107,26 +119,23 @@ def settings_of(output: Path) -> dict[str, Any]:
         raise DataError(f"{output / SETTINGS} is damaged: make the batch again.") from None
 
 
-def go_on(path: Path) -> tuple[set[int], int]:
-    """The prompts that are whole, and their pictures' number. What follows the last of them, torn by a kill, is cut."""
-    done: set[int] = set()
-    place = end = pictures = 0
-    with open(path, "a+b") as file:
-        file.seek(0)
-        for line in file:
-            try:
-                row = json.loads(line)
-                number, rank, of = row["prompt"], row["rank"], row["of"]
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            place += len(line)
-            if rank == of:
-                done.add(number)
-                end, pictures = place, pictures + of
-        file.truncate(end)
-    return done, pictures
+def go_on(path: Path) -> dict[int, dict[str, Any]]:
+    """The last row of every prompt that is whole, by the prompt's number. What a kill has left of another is cut.
+
+    Raises DataError for a damaged line."""
+    done: dict[int, dict[str, Any]] = {}
+    place = end = 0
+    cut_torn_line(path)
+    for place, row in enumerate(whole_lines(path), 1):
+        try:
+            number, rank, of = row["prompt"], row["rank"], row["of"]
+        except (KeyError, TypeError):
+            raise DataError(f"{path}:{place} is no candidate of a batch: delete the line.") from None
+        if rank == of:
+            done[number], end = row, place
+    if end < place:
+        write(path, map(as_line, islice(whole_lines(path), end)))
+    return done
 
 
 def open_rejects(path: Path, source: Source) -> Rejects:
@@ -194,7 +203,7 @@ def refuse(reject: Reject) -> None:
 
 
 def rows_of(output: Path) -> Iterator[dict[str, Any]]:
-    return read_jsonl(str(output / CANDIDATES), None, refuse)
+    return whole_lines(output / CANDIDATES)
 
 
 def as_line(content: Mapping[str, Any]) -> str:
@@ -205,7 +214,7 @@ def write(path: Path, parts: Iterable[str]) -> Path:
     """A file that appears whole."""
 
     def fill(draft: Path) -> None:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", newline="") as file:
             file.writelines(parts)
 
     try:

@@ -1,4 +1,5 @@
-"""State that is written is on the disk before it takes the place of what was there, and its name too."""
+"""State that is written is on the disk before it takes the place of what was there, and its name too; of files of lines
+that grow, what a kill leaves of the last line is cut."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.atomic import sync, write_json, write_text, write_whole
+from openm6.atomic import cut_torn_line, sync, whole_lines, write_json, write_text, write_whole
 from openm6.data.store import cached, write_records
+from openm6.errors import DataError
 from openm6.hub.jobs import Job, Jobs
 from openm6.retrieve.memory import Lists
 from openm6.review import write as write_page
@@ -110,3 +112,31 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no space left"):
         write_whole(tmp_path / "b", broken)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text("utf-8") == before
+
+
+LINES = '{"text": "一"}\n' + '{"text": "二\\u2028"}\n'
+
+
+@pytest.mark.parametrize("left", range(len(LINES.encode()) + 1))
+def test_a_file_torn_anywhere_keeps_its_whole_lines(tmp_path: Path, left: int) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(LINES.encode()[:left])
+    whole = LINES.encode()[:left].count(b"\n")
+    values = [{"text": "一"}, {"text": "二\u2028"}][:whole]
+    assert list(whole_lines(file)) == values
+    assert file.stat().st_size == left  # another process may be writing
+    cut_torn_line(file)
+    with file.open("a", encoding="utf-8") as more:
+        more.write("3\n")
+    assert list(whole_lines(file)) == [*values, 3]
+
+
+def test_a_damaged_line_is_told_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    assert list(whole_lines(file)) == []
+    cut_torn_line(file)
+    assert not file.exists()
+    for damaged in (b'{"text": \n', b"\xff\n", b"\x00\x00\n"):
+        file.write_bytes(b"1\n" + damaged + b"3\n")
+        with pytest.raises(DataError, match=r"lines\.jsonl:2 is damaged"):
+            list(whole_lines(file))

@@ -115,6 +115,20 @@ def test_a_whole_line_without_the_rest_of_its_prompt_is_drawn_again(bundle: Bund
     assert file.read_text("utf-8") == whole
 
 
+def test_a_prompt_that_has_changed_and_a_damaged_line_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    made(bundle, tmp_path)
+    prompts(tmp_path, [{"caption": text.replace("第3", "第33"), "id": n} for n, text in enumerate(CAPTIONS)])
+    with pytest.raises(UsageError, match=r"prompts.jsonl:4 has changed since .* was begun"):
+        made(bundle, tmp_path)
+    prompts(tmp_path)
+    file = tmp_path / "batch" / "candidates.jsonl"
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    file.write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]), "utf-8")
+    with pytest.raises(DataError, match="candidates.jsonl:2 is damaged"):
+        made(bundle, tmp_path)
+    assert file.read_text("utf-8").endswith(lines[-1])  # nothing has been cut
+
+
 def test_what_is_whole_is_not_drawn_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(bundle, tmp_path)
     asked: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_a_killed_batch_goes_on_to_the_same_texts(
     bundle: Bundle, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copywriting, "ITEMS", 6)
-    make_copy(bundle, "product_copy", items, tmp_path / "whole", **OPTIONS)
+    whole = make_copy(bundle, "product_copy", items, tmp_path / "whole", **OPTIONS)
     kept, calls = copywriting._lines, []
 
     def cut(number: int, *rest: Any) -> Any:
@@ -92,10 +93,58 @@ def test_a_killed_batch_goes_on_to_the_same_texts(
     assert {row["prompt"] for row in lines_of(tmp_path / "cut")} == set(range(8))
     with open(file, "a", encoding="utf-8") as torn:
         torn.write('{"file": "000008-1", "pro')
-    make_copy(bundle, "product_copy", items, tmp_path / "cut", **OPTIONS)
+    with open(tmp_path / "cut" / "broken.jsonl", "ab") as torn:
+        torn.write('{"prompt": 8, "said": "一'.encode()[:-1])
+    told = make_copy(bundle, "product_copy", items, tmp_path / "cut", **OPTIONS)
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+    assert lines_of(tmp_path / "cut", "broken.jsonl") == lines_of(tmp_path / "whole", "broken.jsonl")
+    assert told["broken"] == whole["broken"]
+    assert (tmp_path / "cut" / "texts.csv").read_bytes() == (tmp_path / "whole" / "texts.csv").read_bytes()
     with pytest.raises(UsageError, match="was begun with most 24, not 30"):
         make_copy(bundle, "product_copy", items, tmp_path / "cut", **{**OPTIONS, "most": 30})
+
+
+@pytest.mark.parametrize("name", ["candidates.jsonl", "broken.jsonl"])
+def test_a_damaged_line_with_others_behind_it_is_refused(
+    bundle: Bundle, items: Path, tmp_path: Path, name: str
+) -> None:
+    options = {**OPTIONS, "lexicon": None, "candidates": 2, "keep": 1}
+    make_copy(bundle, "product_copy", items, tmp_path / "out", **options)
+    lines = (tmp_path / "out" / name).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "out" / name).write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]), "utf-8")
+    with pytest.raises(DataError, match=f"{name}:2 is damaged"):
+        make_copy(bundle, "product_copy", items, tmp_path / "out", **options)
+
+
+def test_the_texts_are_a_table_in_the_order_of_the_items(bundle: Bundle, items: Path, tmp_path: Path) -> None:
+    rows = [line.split(",") for line in items.read_text("utf-8").splitlines()]
+    table = "".join(
+        ",".join([*row, "sku" if not n else f"00{n}", "text" if not n else f"旧{n}"]) + "\n"
+        for n, row in enumerate(rows)
+    )
+    items.write_text(table + "少,一列\n", "utf-8")
+    options = {**OPTIONS, "lexicon": None, "candidates": 2, "keep": 1}
+    made = make_copy(
+        bundle, "product_copy", items, tmp_path / "out", id_column="sku", table=["品类", "text"], **options
+    )
+    raw = Path(made["table"]).read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbf")  # by which Excel knows UTF-8
+    found = list(csv.DictReader(raw.decode("utf-8-sig").splitlines()))
+    assert list(found[0]) == ["sku", "品类", "item text", "rank", "text", "reason"]
+    assert [row["sku"] for row in found] == [*(f"00{n}" for n in range(1, 21)), ""]
+    assert [row["item text"] for row in found[:-1]] == [f"旧{n}" for n in range(1, 21)]
+    said = {row["prompt"]: row["said"] for row in lines_of(tmp_path / "out")}
+    assert [row["text"] for row in found[:-1]] == [said[n] for n in range(20)]
+    assert all(bool(row["text"]) != bool(row["reason"]) for row in found)
+    assert "items.csv:22 has 2 fields" in found[-1]["reason"]
+    again = make_copy(bundle, "product_copy", items, tmp_path / "out", **options)  # other columns, the same texts
+    header = Path(again["table"]).read_text("utf-8-sig").splitlines()[0].split(",")
+    assert header == ["item", *rows[0], "sku", "item text", "rank", "text", "reason"]
+    with pytest.raises(UsageError, match="no column 'skew'"):
+        make_copy(bundle, "product_copy", items, tmp_path / "out", id_column="skew", **options)
+    items.write_text(table.replace(",003,", ",999,"), "utf-8")
+    with pytest.raises(UsageError, match=r"items.csv:4 has changed since .* was begun"):
+        make_copy(bundle, "product_copy", items, tmp_path / "out", **options)
 
 
 def test_what_is_wrong_is_left_out_with_the_reason(bundle: Bundle) -> None:
@@ -142,10 +191,13 @@ def test_winners_become_data(bundle: Bundle, items: Path, tmp_path: Path, monkey
 def test_the_command_and_what_cannot_be(bundle: Bundle, items: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("只要\n\n不\n", "utf-8")
     words = ["copy", "batch", str(bundle.path), "--items", str(items), "--output", str(tmp_path / "out"), "-n", "2",
-             "--keep", "1", "--forbid-file", str(tmp_path / "words.txt"), "--max", "20", "--json"]  # fmt: skip
+             "--keep", "1", "--forbid-file", str(tmp_path / "words.txt"), "--max", "20",
+             "--id", "品牌", "--columns", "品类, 颜色", "--json"]  # fmt: skip
     done = CliRunner().invoke(commands(), words)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["items"] == 20
+    header = (tmp_path / "out" / "texts.csv").read_text("utf-8-sig").splitlines()[0]
+    assert header == "品牌,品类,颜色,rank,text,reason"
     with pytest.raises(UsageError, match="does not write one text"):
         make_copy(bundle, "slogan_pair", items, tmp_path / "a")
     with pytest.raises(UsageError, match="keep is 9"):

@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from openm6.errors import DataError
-from openm6.images import Features, ImageGrid, open_image, sketch
+from openm6.images import _FORMATS, PICTURES, Features, ImageGrid, open_image, sketch
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -81,6 +81,104 @@ def test_transparency_lies_on_white_and_exif_turns_upright() -> None:
     exif[0x0112] = 6  # turn by 90 degrees
     turned = open_image(encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif))
     assert turned.size == (2, 4)
+
+
+def grey(image: Image.Image | bytes) -> list[int]:
+    """The first row of a picture that has to be grey."""
+    pixels = np.asarray(open_image(image))
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0].tolist()
+
+
+RAMP = np.array([[0, 257, 32896, 65535]], np.uint16)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG2000"])
+def test_grey_of_16_bits_is_scaled_by_its_full_range(format: str) -> None:
+    options = {"irreversible": False} if format == "JPEG2000" else {}
+    assert grey(encoded(Image.fromarray(RAMP), format, **options)) == [0, 1, 128, 255]
+
+
+def test_other_kinds_of_16_bits_are_scaled_too() -> None:
+    big = Image.frombytes("I;16B", (4, 1), RAMP.astype(">u2").tobytes())
+    assert grey(big) == grey(encoded(big, "TIFF")) == [0, 1, 128, 255]
+    assert grey(b"P5 4 1 65535\n" + RAMP.astype(">u2").tobytes()) == [0, 1, 128, 255]
+    dark = b"P5 2 1 4095\n" + np.array([[0, 2048]], ">u2").tobytes()
+    assert grey(dark) == [0, 128]
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"),
+    [
+        (np.array([[0, 200, 255]], np.int32), [0, 200, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[1000, 51000, 101000]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.2, 1]], np.float32), [0, 51, 255]),
+        (np.array([[0.5, 0.5, 0.5]], np.float32), [128, 128, 128]),
+        (np.array([[2, 4, 7]], np.float32), [0, 102, 255]),
+        (np.array([[np.nan, 0, 10]], np.float32), [0, 0, 255]),
+    ],
+)  # fmt: skip
+def test_values_of_32_bits_are_taken_as_they_are_meant_or_from_smallest_to_largest(
+    values: np.ndarray, seen: list[int]
+) -> None:
+    image = Image.fromarray(values)
+    assert grey(image) == grey(encoded(image, "TIFF")) == seen
+
+
+def test_one_transparent_value_of_16_bits_lies_on_white() -> None:
+    clear = encoded(Image.fromarray(RAMP), transparency=257)
+    assert np.asarray(open_image(clear))[0, :, 0].tolist() == [0, 255, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_of_every_mode_lies_on_white_in_files_and_in_memory(mode: str) -> None:
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    image = clear.quantize() if mode == "P" else (clear.convert("P") if mode == "PA" else clear).convert(mode)
+    assert grey(image) == [255, 0]
+    if mode != "PA":
+        assert grey(encoded(image)) == [255, 0]
+        assert open_image(encoded(image), alpha=True).mode == "RGBA"
+
+
+def test_colours_of_print_video_and_lab_become_rgb() -> None:
+    red = Image.new("RGB", (8, 8), (200, 30, 30))
+    for image in (red.convert("CMYK"), red.convert("YCbCr"), red.convert("HSV")):
+        assert np.abs(np.asarray(open_image(image)).astype(int) - [200, 30, 30]).max() <= 8
+    for format in ("JPEG", "TIFF"):
+        shown = np.asarray(open_image(encoded(red.convert("CMYK"), format)))
+        assert np.abs(shown.astype(int) - [200, 30, 30]).max() <= 8
+    white = open_image(encoded(Image.new("LAB", (1, 1), (255, 128, 128)), "TIFF"))
+    assert min(white.getpixel((0, 0))) >= 250
+
+
+def test_a_picture_in_memory_is_turned_upright_and_limited_as_its_file_is() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        assert open_image(image).size == (2, 4)
+    noise = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    with Image.open(io.BytesIO(noise[:-2000])) as image, pytest.raises(DataError, match="truncated or damaged"):
+        open_image(image)
+
+
+@pytest.mark.parametrize("value", [["a.jpg"], {"a": 1}, 7, None])
+def test_values_that_are_no_pictures_are_refused(value: Any) -> None:
+    with pytest.raises(DataError, match="has to be a path or the bytes of a file"):
+        open_image(value)
+
+
+def test_endings_and_formats_are_those_that_pillow_opens() -> None:
+    known = {ending for ending, name in Image.registered_extensions().items() if name in _FORMATS}
+    assert known - {".avifs"} == set(PICTURES)
+    assert set(_FORMATS) <= set(Image.OPEN)
+
+
+def test_no_program_inside_a_file_is_run() -> None:
+    with pytest.raises(DataError, match="no picture format"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF")
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([4, 16, 64, 256]))

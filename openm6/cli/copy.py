@@ -30,6 +30,10 @@ def batch(
     most: Annotated[int, typer.Option("--max", min=0, help="Characters at most; 0: any number.")] = 0,
     facts: Annotated[bool, typer.Option(help="Refuse values of other items, and numbers that an item has not.")] = True,
     lexicon: Annotated[str | None, typer.Option(help="Other items, whose values are known to be values too.")] = None,
+    id_column: Annotated[str, typer.Option("--id", help="Column with an item's id, the first of texts.csv.")] = "",
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of the items in texts.csv, with commas between; else all but pictures.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Decoding option.")] = None,
     json: Json = False,
@@ -38,7 +42,7 @@ def batch(
     from openm6.errors import UsageError
 
     place = check_inputs(model, [task], [items, lexicon])
-    columns, decoding = pairs(column or []), decoding_options(option)
+    mapping, decoding = pairs(column or []), decoding_options(option)
     words = list(forbid or [])
     if forbid_file:
         try:
@@ -49,9 +53,10 @@ def batch(
     from openm6.copywriting import make_copy
 
     made = make_copy(
-        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=columns,
+        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
         decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-        lexicon=lexicon,
+        lexicon=lexicon, id_column=id_column,
+        table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
     )  # fmt: skip
     if json:
         emit(made)
@@ -60,7 +65,8 @@ def batch(
         typer.echo(f"{made['bad']} items could not be used: see {output / 'rejects.jsonl'}.")
     if made["broken"]:
         table(["texts that broke a rule", "how many"], made["broken"].items())
-    typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} have none). Review: {made['page']}")
+    typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} have none): {made['table']}")
+    typer.echo(f"Review: {made['page']}")
 
 
 @copy.command()

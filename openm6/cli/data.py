@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Json, NoCache, emit, pairs, table
 
 data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -21,6 +21,11 @@ def check(
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="The encoding of text files that are not UTF-8, as gb18030.")
+    ] = None,
+    names: Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")] = None,
+    no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
     model: Annotated[
         Path | None, typer.Option(help="A model directory: count tokens, and what is too long for the model.")
@@ -36,9 +41,10 @@ def check(
 
     from openm6.data.check import Check
     from openm6.data.columns import check_command
+    from openm6.data.readers import with_options
     from openm6.tasks.library import get
 
-    told = {"--format": data_format, "--images": images}
+    told = {"--format": data_format, "--images": images, "--encoding": encoding, "--names": names}
     options = [word for name, value in told.items() if value for word in (name, value)]
     command = check_command(source, task, *options)
     processor, known = None, {}
@@ -48,6 +54,7 @@ def check(
         processor, own = open_processor(model)
         known = {one.name: one for one in own}
     chosen = known.get(task) or get(task)
+    data_format = with_options(data_format, encoding, names)
     checked = Check(source, chosen, pairs(column or []), data_format, images, limit, command, processor, against)
     for record in track(checked.records(), description="checking", total=checked.total, transient=True):
         checked.look(record)

@@ -33,7 +33,10 @@ def build(
     data: Data,
     query_task: Annotated[str | None, typer.Option(help="The task that gives a question's vector.")] = None,
     id_column: Annotated[str, typer.Option("--id", help="Column with an id; else an item's place in the data.")] = "",
-    keep: Annotated[list[str] | None, typer.Option(help="Column to filter by and to show; several times.")] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Column to filter by and to show; its type is told, or price:float; several times."),
+    ] = None,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     dims: Annotated[int | None, typer.Option(min=1, help="Cut the vectors to so many numbers.")] = None,
     data_format: Format = None,
@@ -45,14 +48,16 @@ def build(
     columns = pairs(column or [])
 
     from openm6.bundle import Bundle
-    from openm6.retrieve.fill import create_for
+    from openm6.retrieve.fill import create_for, types_given
     from openm6.retrieve.index import Index
 
     bundle = Bundle.load(place)
     if (path / "index.json").is_file():
         made = Index.open(path)
-        if (made.about["task"], made.about["model"]) != (task, str(place.resolve())):
-            raise UsageError(f"{path} is an index of the task {made.about['task']} by {made.about['model']}.")
+        _require_same(
+            made, model=str(place.resolve()), task=task, query_task=query_task or task, id_column=id_column,
+            slots=columns, dims=dims, columns=types_given(keep or []),
+        )  # fmt: skip
     else:
         made = create_for(
             path, bundle, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
@@ -90,7 +95,13 @@ def delete(
 
     made = Index.open(path)
     gone = made.delete(ids or [], where)
-    emit({"deleted": gone, "items": len(made), "version": made.version}) if json else typer.echo(f"{gone} deleted.")
+    if json:
+        counts = {"deleted": len(gone.deleted), "unknown": len(gone.unknown), "unknown_ids": gone.unknown}
+        emit({**counts, "items": len(made), "version": made.version})
+        return
+    typer.echo(f"{_counted(gone.deleted, 'deleted')}; {path} has {len(made)} items.")
+    if gone.unknown:
+        typer.echo(f"{_counted(gone.unknown, 'unknown')}: the index has no such id.")
 
 
 @index.command()
@@ -161,6 +172,28 @@ def _open(path: Path) -> tuple[Index, Bundle]:
     return made, Bundle.load(place)
 
 
+def _require_same(made: Index, columns: dict[str, str], dims: int | None, **asked: Any) -> None:
+    """Refuse to go on with an index that was begun with other settings than the ones asked for."""
+    before = made.about
+    same_columns = columns.keys() == before["columns"].keys() and all(
+        kind in ("", before["columns"][name]) for name, kind in columns.items()
+    )
+    found = {name: value for name, value in before.items() if name in asked and value != asked[name]}
+    if not same_columns:
+        found["columns"] = before["columns"]
+    if dims not in (None, made.dims):
+        found["dims"] = made.dims
+    if found:
+        told = "; ".join(f"{name}: {value or 'none'}" for name, value in found.items())
+        raise UsageError(f"{made.path} was begun otherwise ({told}): name another directory, or ask for the same.")
+
+
+def _counted(ids: list[str], what: str) -> str:
+    """`3 replaced (A17, A18, B2)`, with the first ids alone where there are many."""
+    named = f" ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else ""
+    return f"{len(ids)} {what}{named}"
+
+
 def _fill(
     made: Index, bundle: Bundle, data: str, data_format: str | None, images: str | None, only_new: bool, json: bool
 ) -> None:
@@ -168,18 +201,27 @@ def _fill(
     from rich.progress import Progress
 
     from openm6.data.source import open_source
+    from openm6.retrieve.columns import describe
     from openm6.retrieve.fill import add_source
 
     rejected: list[str] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task("items", total=len(open_source(data, data_format, images)))
-        done = add_source(
+        filled = add_source(
             made, bundle, data, data_format=data_format, images=images, only_new=only_new,
             on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append,
         )  # fmt: skip
     if json:
-        emit({"added": done, "rejected": rejected, "items": len(made), "version": made.version})
-        return
-    typer.echo(f"{done} added; {made.path} has {len(made)} items.")
-    if rejected:
-        typer.echo(f"{len(rejected)} could not be used: {rejected[0]}")
+        counts = {"new": len(filled.new), "replaced": len(filled.replaced), "passed_over": len(filled.passed_over)}
+        replaced = {"replaced_ids": filled.replaced}
+        emit({**counts, **replaced, "rejected": rejected, "items": len(made), "version": made.version})
+    else:
+        parts = [_counted(filled.new, "new"), _counted(filled.replaced, "replaced")]
+        typer.echo(f"{', '.join(parts)}; {made.path} has {len(made)} items ({describe(made.about['columns'])}).")
+        if filled.passed_over:
+            told = _counted(filled.passed_over, "already there and left as they are")
+            typer.echo(f"{told}: `openm6 index add` without --only-new replaces them.")
+        if rejected:
+            typer.echo("\n".join([f"{len(rejected)} could not be used:", *rejected[:3]]))
+    if rejected and not (filled.new or filled.replaced or filled.passed_over):
+        raise typer.Exit(1)

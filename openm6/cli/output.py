@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
+from openm6.environment import NO_CACHE
+
+
+def _set_no_cache(value: bool) -> bool:
+    if value:
+        os.environ[NO_CACHE] = "1"  # the processes that a training starts see it too
+    return value
+
+
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", callback=_set_no_cache, help="Read the files anew, and keep nothing of them.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

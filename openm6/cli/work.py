@@ -11,7 +11,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_parts, find
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Json, NoCache, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def train(
     ] = None,
     processes: Processes = 1,
     ray_workers: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster, in the place of processes.")] = 0,
+    no_cache: NoCache = False,
 ) -> None:
     """Pretrain or continue. An interrupted run goes on by itself: run the same command again."""
     from openm6.train.recipe import load_recipe
@@ -93,6 +94,7 @@ def finetune(
         list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
     ] = None,
     processes: Processes = 1,
+    no_cache: NoCache = False,
 ) -> None:
     """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
     interrupted run goes on when the same command is given again."""
@@ -122,6 +124,11 @@ def evaluate(
         str | None, typer.Option("--format", help="The data's format, when its name does not say.")
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="The encoding of text files that are not UTF-8, as gb18030.")
+    ] = None,
+    names: Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")] = None,
+    no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
@@ -149,10 +156,12 @@ def evaluate(
     columns, others = pairs(column or []), pairs(against_column or [])
 
     from openm6.bundle import Bundle
+    from openm6.data.readers import with_options
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
     bundle = Bundle.load(place)
+    data_format = with_options(data_format, encoding, names)
     if bundle.task(task).embeds:
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image, ImageDraw
 
 from openm6.console.desk import Desk, plain, refusal
-from openm6.images import png
+from openm6.images import open_image, png
 from openm6.json_lines import lines_of
 from openm6.serve.server import TaskRequest
 
@@ -104,7 +104,6 @@ class Form:
     def example(self) -> Any:
         """Values that fill in the fields: a record of the built-in data where there is a picture."""
         from openm6.data.source import open_source
-        from openm6.images import open_image
 
         example = dict(self.told["example"])
         if "image" in self.slots.values():
@@ -175,7 +174,7 @@ class Answer:
             return []
         boxes = value if isinstance(value, Mapping) else {self.told["outputs"][0]: value}
         given = next(asked.inputs[slot] for slot in self.told["inputs"] if self.told["slots"][slot] == "image")
-        picture = Image.open(io.BytesIO(base64.b64decode(given))).convert("RGB")
+        picture = open_image(base64.b64decode(given))  # upright, as the model saw it
         picture = picture.resize([side * max(1, SMALL // max(picture.size)) for side in picture.size])  # type: ignore[arg-type]
         pen = ImageDraw.Draw(picture)
         for slot, kind in _outputs(self.told).items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +11,20 @@ from typing import Any
 from openm6.data.files import is_folder, is_remote, list_folder, open_file
 from openm6.data.rejects import Reject
 from openm6.data.store import Record
-from openm6.data.tables import OnReject, load_json, read_jsonl
-from openm6.errors import DataError
+from openm6.data.tables import OnReject, load_json, read_jsonl, read_tsv
+from openm6.data.text import numbered_lines
+from openm6.errors import DataError, cut
+from openm6.images import from_base64, held_picture
+from openm6.json_lines import Fault, fault_of
 
 
 def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
     """COCO captions: one record a picture, {image, caption: [...], image_id}."""
     content = load_json(path)
-    names = {i["id"]: i["file_name"] for i in _rows(content, "images", path) if "id" in i and "file_name" in i}
+    images = [row for _, row in _rows(content, "images", path, on_reject)]
+    names = {row["id"]: row["file_name"] for row in images if "id" in row and "file_name" in row}
     captions: dict[Any, list[str]] = {}
-    for number, row in enumerate(_rows(content, "annotations", path)):
-        where = f"{path}#annotations.{number}"
+    for where, row in _rows(content, "annotations", path, on_reject):
         if row.get("image_id") not in names:
             on_reject(Reject(where, f"{where} speaks of picture {row.get('image_id')!r}, which is not under images."))
         elif not isinstance(row.get("caption"), str):
@@ -44,20 +46,19 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
     its name. `answer` is the most frequent one. Pictures are named in the question (`image`, `file_name`), under
     `images`, or by COCO's rule from `data_subtype` and `image_id`.
     """
-    content = load_json(path)
-    notes = content
+    content = notes = _object(path)
     if "annotations" not in content:
         other = vqa_annotations(path)
         if other is None:
             raise DataError(
                 f"{path} has questions without answers: put the annotations beside it, as {_renamed(path)[0]}."
             )
-        notes = load_json(other)
-    answers = {n.get("question_id"): n for n in _rows(notes, "annotations", path)}
-    names = {i.get("id"): i.get("file_name") for i in content.get("images", ())}
+        notes = _object(other)
+    answers = {n.get("question_id"): n for _, n in _rows(notes, "annotations", path, on_reject)}
+    images = _rows(content, "images", path, on_reject) if "images" in content else []
+    names = {i.get("id"): i.get("file_name") for _, i in images}
     subtype = content.get("data_subtype") or notes.get("data_subtype")
-    for number, row in enumerate(_rows(content, "questions", path)):
-        where = f"{path}#questions.{number}"
+    for where, row in _rows(content, "questions", path, on_reject):
         note, name = (
             answers.get(row.get("question_id")),
             row.get("image") or row.get("file_name") or names.get(row.get("image_id")),
@@ -71,7 +72,9 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
         elif not isinstance(row.get("question"), str):
             on_reject(Reject(where, f"{where} has no question."))
         else:
-            given = [a["answer"] if isinstance(a, dict) else a for a in note.get("answers", ())]
+            listed = note.get("answers") if isinstance(note.get("answers"), list) else []
+            given = [a.get("answer") if isinstance(a, dict) else a for a in listed or ()]
+            given = [a for a in given if isinstance(a, (str, int, float))]
             best = (
                 note.get("multiple_choice_answer")
                 or note.get("answer")
@@ -84,6 +87,13 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
                 "image": name, "question": row["question"], "answer": best, "answers": given or [best],
                 "question_id": row.get("question_id"), "_where": where,
             }  # fmt: skip
+
+
+def _object(path: str) -> dict[str, Any]:
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} has to hold an object with questions or annotations.")
+    return content
 
 
 def vqa_annotations(path: str) -> str | None:
@@ -104,36 +114,42 @@ def _renamed(path: str) -> list[str]:
 
 
 def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """The layout of MUGE and Chinese-CLIP: NAME_texts.jsonl ({"text_id", "text", "image_ids"}) and NAME_imgs.tsv
-    (id, tab, the picture in base64). One record a picture: {image, text: [...], image_id}.
+    """The layouts of MUGE and Chinese-CLIP: NAME_texts.jsonl ({"text_id", "text", "image_ids"}) and NAME_imgs.tsv
+    (id, tab, the picture in base64), or, for captions, NAME.jsonl ({"image_id", "text": [...]}) and NAME.tsv.
+    One record a picture: {image, text: [...], image_id}.
 
     `path` is the texts' file, or a folder with one pair or several.
     """
     if is_folder(path):
-        pairs = [name for name in list_folder(path) if name.endswith("_texts.jsonl")]
+        pairs = [name for name in list_folder(path) if muge_images(name)]
         for name in pairs:
             yield from read_muge(name, images_root, on_reject)
         return
     images = muge_images(path)
     if images is None:
         raise DataError(
-            f"{path} has no pictures beside it: the layout wants NAME_texts.jsonl and NAME_imgs.tsv in one folder."
+            f"{path} has no pictures beside it: the layout wants NAME_texts.jsonl and NAME_imgs.tsv "
+            "(or NAME.jsonl and NAME.tsv) in one folder."
         )
     texts: dict[str, list[str]] = {}
     for row in read_jsonl(path, images_root, on_reject):
-        if isinstance(row.get("text"), str) and isinstance(row.get("image_ids"), list):
-            for key in row["image_ids"]:
-                texts.setdefault(str(key), []).append(row["text"])
+        said, keys = row.get("text"), row.get("image_ids")
+        said = [said] if isinstance(said, str) else said
+        keys = [row["image_id"]] if keys is None and "image_id" in row else keys
+        if said and isinstance(said, list) and all(isinstance(t, str) for t in said) and isinstance(keys, list):
+            for key in keys:
+                texts.setdefault(str(key), []).extend(said)
         else:
             on_reject(Reject(row["_where"], f"{row['_where']} has no text or no image_ids."))
+    met: dict[str, str] = {}
     with open_file(images) as file:
         for number, line in enumerate(file, 1):
             where = f"{images}:{number}"
             key, tab, code = line.rstrip(b"\r\n").partition(b"\t")
             name = key.decode("utf-8", "replace")
             try:
-                image = base64.b64decode(code, validate=True)
-            except binascii.Error:
+                image = from_base64(code.decode("ascii"))
+            except (DataError, UnicodeDecodeError):
                 image = b""
             if not tab:
                 on_reject(
@@ -141,24 +157,87 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
                 )
             elif not image:
                 on_reject(Reject(where, f"{where}: what stands after the tab is not base64."))
+            elif name in met:
+                on_reject(
+                    Reject(where, f"{where}: the picture {cut(name)} stands in {met[name]} already, which is used.")
+                )
             elif name not in texts:
-                on_reject(Reject(where, f"{where}: no text names the picture {name}."))
+                on_reject(Reject(where, f"{where}: no text names the picture {cut(name)}."))
             else:
+                met[name] = where
                 yield {"image": image, "text": texts.pop(name), "image_id": name, "_where": where}
     for name in texts:
-        on_reject(Reject(f"{path}#{name}", f"{path}: the picture {name} of its image_ids is not in {images}."))
+        on_reject(Reject(f"{path}#{name}", f"{path}: the picture {cut(name)} of its image_ids is not in {images}."))
 
 
 def muge_images(path: str) -> str | None:
     """The pictures that belong to a file of texts in MUGE's layout, when they lie beside it."""
-    if not path.endswith("_texts.jsonl"):
+    if path.endswith("_texts.jsonl"):
+        images = path.removesuffix("_texts.jsonl") + "_imgs.tsv"
+        return images if is_remote(path) or Path(images).is_file() else None
+    images = path.removesuffix(".jsonl") + ".tsv"
+    if is_remote(path) or not path.endswith(".jsonl") or not Path(images).is_file():
         return None
-    images = path.removesuffix("_texts.jsonl") + "_imgs.tsv"
-    return images if is_remote(path) or Path(images).is_file() else None
+    first = next(read_jsonl(path, None, lambda reject: None), {})
+    return images if {"image_id", "text"} <= first.keys() and "image" not in first else None
 
 
-def _rows(content: Any, key: str, path: str) -> list[dict[str, Any]]:
+OFA = {
+    (5, 4): ("id", "image_id", "caption", "objects", "image"),
+    (6, 5): ("id", "image_id", "question", "answer", "objects", "image"),
+    (6, 2): ("id", "image_id", "image", "hypothesis", "caption", "label"),
+}
+"""Columns of OFA's files for captions, questions and entailment, by their number and the place of the picture."""
+
+
+def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+    """The tables of OFA, without a header, with the picture in base64: captions, questions or entailment (see `OFA`).
+
+    `caption` and `objects` are lists (OFA writes && between); `answer` is the surest one and `answers` are all.
+    """
+    first = next((line for _, line in numbered_lines(path, on_reject)), "").rstrip("\r\n").split("\t")
+    place = next((number for number, cell in enumerate(first) if held_picture(cell)), -1)
+    names = OFA.get((len(first), place))
+    if names is None:
+        found = f"its picture in column {place + 1}" if place >= 0 else "no picture"
+        raise DataError(
+            f"{path} has {len(first)} columns and {found}: OFA's captions have 5 columns with the picture last, its "
+            "questions 6 with the picture last, its entailment 6 with the picture third; name others by --names."
+        )
+    for row in read_tsv(path, images_root, on_reject, names=names):
+        for name in ("objects", *(["caption"] if "label" not in row else [])):
+            if name in row:
+                row[name] = [part.strip() for part in row[name].split("&&") if part.strip()]
+        if "answer" in row:
+            told = [part.partition("|!+")[::2] for part in row["answer"].split("&&")]
+            if not all(answer and _is_number(share) for share, answer in told):
+                on_reject(Reject(row["_where"], f"{row['_where']} has an answer that is not written as 0.6|!+no."))
+                continue
+            row["answers"] = [answer for _, answer in sorted(told, key=lambda one: -float(one[0]))]
+            row["answer"] = row["answers"][0]
+        yield row
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _rows(content: Any, key: str, path: str, on_reject: OnReject) -> list[tuple[str, dict[str, Any]]]:
+    """(place, object) of the usable objects in the list under `key`."""
     rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, (dict, Fault)) for row in rows):
         raise DataError(f"{path} has to hold a list of objects under {key!r}.")
-    return rows
+    good = []
+    for number, row in enumerate(rows):
+        where, fault = f"{path}#{key}.{number}", fault_of(row)
+        for name in ("id", "image_id", "question_id"):
+            if not fault and isinstance(row.get(name), (list, dict)):
+                fault = f"has an {name} that is neither a number nor a text"
+        if fault:
+            on_reject(Reject(where, f"{where} {fault}."))
+        else:
+            good.append((where, row))
+    return good

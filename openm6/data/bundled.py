@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from openm6.data.files import list_folder, open_file
+from openm6.data.files import absolute, is_clutter, list_folder, open_file
 from openm6.data.rejects import Reject
 from openm6.data.store import Record
 from openm6.data.tables import OnReject, read_csv, read_jsonl
 from openm6.errors import DataError
-from openm6.images import MAX_BYTES
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+from openm6.images import MAX_BYTES, PICTURES, held_picture
+from openm6.json_lines import fault_of, parse
 
 
 def plain_picture(value: Any) -> Any:
-    """Hugging Face keeps a picture as {"bytes": ..., "path": ...}: the bytes, or the path where there are none."""
+    """The bytes of a picture that is kept in base64, in a data URL, or as {"bytes": ..., "path": ...} (Hugging Face's
+    way; the path where there are no bytes). Any other value as it is."""
+    if isinstance(value, str):
+        return held_picture(value) or value
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
-        return value["path"] if value["bytes"] is None else value["bytes"]
+        return value["path"] if value["bytes"] is None else plain_picture(value["bytes"])
     if isinstance(value, list):
         return [plain_picture(v) for v in value]
     return value
@@ -32,15 +34,15 @@ def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Ite
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for name in [path] if path.endswith(".parquet") else [n for n in list_folder(path) if n.endswith(".parquet")]:
+    for name in _files(path, ".parquet"):
         try:
             with open_file(name) as file, pq.ParquetFile(file) as table:
                 number = 0
                 for batch in table.iter_batches(batch_size=256):
                     for row in batch.to_pylist():
-                        yield {**{k: plain_picture(v) for k, v in row.items()}, "_where": f"{name}#{number}"}
+                        yield {**row, "_where": f"{name}#{number}"}
                         number += 1
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DataError(f"{name} is no Parquet file, or is damaged ({type(error).__name__}).") from None
 
 
@@ -50,15 +52,13 @@ def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
     A picture becomes `image`, .txt `text`, .cls `label`, the keys of .json columns of their own; anything else a
     column named by its ending. Members are read in passing: nothing is written to disk, whatever they are called.
     """
-    for name in (
-        [path] if not _is_tar_folder(path) else [n for n in list_folder(path) if n.endswith((".tar", ".tar.gz"))]
-    ):
+    for name in _files(path, ".tar", ".tar.gz"):
         record: Record = {}
         key = ""
         try:
             with open_file(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
                 for member in archive:
-                    if not member.isfile():
+                    if not member.isfile() or is_clutter(member.name):
                         continue
                     stem, _, ending = member.name.rpartition("/")[2].partition(".")
                     full = f"{member.name.rpartition('/')[0]}/{stem}"
@@ -81,15 +81,16 @@ def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
                     _add_member(record, ending.lower(), content.read() if content else b"", where, on_reject)
             if record:
                 yield record
-        except tarfile.ReadError:
+        except (tarfile.ReadError, EOFError, OSError, zlib.error):
             if not key:
                 raise DataError(f"{name} is no tar file, or is damaged at its beginning.") from None
             # The record before the damage may lack a member: it is not used.
             on_reject(Reject(name, f"{name} is truncated or damaged after {key.lstrip('/')}."))
 
 
-def _is_tar_folder(path: str) -> bool:
-    return not path.endswith((".tar", ".tar.gz"))
+def _files(path: str, *endings: str) -> list[str]:
+    """The file itself, or those of a folder that have one of the endings."""
+    return [path] if path.lower().endswith(endings) else [n for n in list_folder(path) if n.lower().endswith(endings)]
 
 
 def _add_member(record: Record, ending: str, content: bytes, where: str, on_reject: OnReject) -> None:
@@ -98,7 +99,10 @@ def _add_member(record: Record, ending: str, content: bytes, where: str, on_reje
             # The usual `name.jpg` is the record's picture; `name.mask.png` is a column of its own.
             record["image" if "." not in ending else ending.rpartition(".")[0]] = content
         elif ending == "json":
-            columns = json.loads(content)
+            columns = parse(content.decode("utf-8-sig"))
+            if fault := fault_of(columns):
+                on_reject(Reject(where, f"{where} {fault}."))
+                return
             record.update(columns if isinstance(columns, dict) else {"json": columns})
         elif ending in ("txt", "caption", "text"):
             record["text"] = content.decode("utf-8-sig").strip()
@@ -115,28 +119,28 @@ def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iter
     name beside each picture, or one folder a label: {image, text | label | the columns of the metadata}."""
     files = list_folder(path)
     for name in files:
-        if name.rsplit("/", 1)[-1] in ("metadata.jsonl", "metadata.csv"):
-            for row in (read_jsonl if name.endswith("l") else read_csv)(name, images_root, on_reject):
+        if name.rsplit("/", 1)[-1].lower() in ("metadata.jsonl", "metadata.csv"):
+            for row in (read_jsonl if name.lower().endswith("l") else read_csv)(name, images_root, on_reject):
                 if picture := row.pop("file_name", None) or row.pop("image", None):
-                    yield {"image": picture, **row, "_root": images_root or name.rsplit("/", 1)[0]}
+                    yield {"image": picture, **row, "_root": absolute(images_root or name.rsplit("/", 1)[0])}
                 else:
                     on_reject(Reject(row["_where"], f"{row['_where']} has no file_name."))
             return
     pictures = [name for name in files if name.lower().endswith(PICTURES)]
     if not pictures:
-        raise DataError(f"{path} holds no pictures ({', '.join(PICTURES)}), no Parquet and no tar files.")
-    texts = {name for name in files if name.endswith(".txt")}
+        raise DataError(f"{path} holds no pictures (.jpg, .png, .webp ...), no Parquet and no tar files.")
+    texts = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".txt")}
     for name in pictures:
-        beside = name.rpartition(".")[0] + ".txt"
-        if beside in texts:
+        image = absolute(name)  # whatever folder relative paths start from
+        if beside := texts.get(name.rpartition(".")[0]):
             with open_file(beside) as file:
                 try:
-                    yield {"image": name, "text": file.read().decode("utf-8-sig").strip(), "_where": name}
+                    yield {"image": image, "text": file.read().decode("utf-8-sig").strip(), "_where": name}
                 except UnicodeDecodeError:
                     on_reject(Reject(beside, f"{beside} is not UTF-8 text."))
         elif texts:
-            on_reject(Reject(name, f"{name} has no text beside it ({beside.rsplit('/', 1)[-1]})."))
+            on_reject(Reject(name, f"{name} has no text beside it ({PurePosixPath(name).stem}.txt)."))
         else:
             folder = PurePosixPath(name).parent
             label = {} if folder == PurePosixPath(path) else {"label": folder.name}
-            yield {"image": name, **label, "_where": name}
+            yield {"image": image, **label, "_where": name}

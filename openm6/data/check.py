@@ -79,6 +79,8 @@ class Check:
                     open_image(value)
                 elif slot.type in ("text", "label"):
                     self._text(name, value)
+                else:
+                    _read(name, slot.type, value)
             if self._processor:
                 self._measure(seen, self._processor)
             if len(self._examples) < EXAMPLES:
@@ -174,6 +176,14 @@ class Check:
                 for reason, count in self._counts.most_common(20)
             ],
         }
+
+
+def _read(name: str, kind: str, value: Any) -> None:
+    """Raises DataError, with the slot's name, for a value that is none of its type."""
+    try:
+        TYPES[kind].target(value, plain_processor())
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
 
 
 def _spread(lengths: list[int]) -> dict[str, int]:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openm6.data.bundled import PICTURES
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
 from openm6.errors import DataError, UsageError, suggest
+from openm6.images import PICTURES
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
@@ -272,6 +272,10 @@ def picture_path(value: str, root: str) -> str:
 
 def _picture(value: Any, root: str) -> Any:
     """A path completed by its root; a remote picture as bytes, read only from below the root."""
+    if isinstance(value, list) and value and not isinstance(value[0], (int, list)):  # numbers are a picture's codes
+        if len(value) > 1:
+            raise DataError(f"A record holds a list of {len(value)} pictures where the task reads one.")
+        value = value[0]
     if not isinstance(value, str) or not value:
         return value
     if is_remote(value):

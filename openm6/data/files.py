@@ -53,6 +53,19 @@ def expand(spec: str) -> list[str]:
     return sorted(found)
 
 
+def absolute(path: str) -> str:
+    """A local path from the root of the file system, so that it means the same wherever a command is run."""
+    return path if is_remote(path) else str(Path(path).absolute())
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file below a folder or in an archive is none of the user's: hidden, or left by macOS or by tar."""
+    parts = name.split("/")
+    return any((part.startswith(".") and part.strip(".") != "") or part == "__MACOSX" for part in parts) or any(
+        part.startswith("PaxHeader") for part in parts[:-1]
+    )
+
+
 def is_folder(path: str) -> bool:
     if is_remote(path):
         system, inner = filesystem(path)
@@ -61,13 +74,14 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(folder: str) -> list[str]:
-    """All files below a folder, sorted; hidden ones are left out."""
+    """All files below a folder, sorted; hidden ones and those of `is_clutter` are left out."""
     if is_remote(folder):
         system, inner = filesystem(folder)
         names = [str(system.unstrip_protocol(p)) for p in _retried(lambda: system.find(inner), folder)]
     else:
         names = [str(p) for p in Path(folder).rglob("*") if p.is_file()]
-    return sorted(n for n in names if not n.rsplit("/", 1)[-1].startswith("."))
+    start = len(str(system.unstrip_protocol(inner)) if is_remote(folder) else str(Path(folder)))
+    return sorted(n for n in names if not is_clutter(n[start:].lstrip("/")))
 
 
 def open_file(path: str) -> BinaryIO:
@@ -83,7 +97,7 @@ def open_file(path: str) -> BinaryIO:
             raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}).") from None
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.endswith(".gz") else raw
+    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.lower().endswith(".gz") else raw
 
 
 def read_file(path: str) -> bytes:
@@ -92,14 +106,15 @@ def read_file(path: str) -> bytes:
 
 
 def fingerprint(path: str) -> list[Any]:
-    """What tells a changed file from an unchanged one: path, size, time of change."""
+    """What tells a changed file from an unchanged one: path, size, times of change (its content's, and its entry's,
+    which a copy that keeps the former renews)."""
     if is_remote(path):
         system, inner = filesystem(path)
         info = _retried(lambda: system.info(inner), path)
         marks = [info.get(k) for k in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")]
         return [path, info.get("size"), *[str(m) for m in marks if m is not None]]
     status = Path(path).stat()
-    return [str(Path(path).resolve()), status.st_size, status.st_mtime_ns]
+    return [str(Path(path).resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def filesystem(url: str) -> tuple[Any, str]:

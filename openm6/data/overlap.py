@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from openm6.data.source import Source
     from openm6.tasks.task import Task
 
-MOST = 1_000_000
-"""Training records that are compared with those that are measured on."""
-
 
 class Overlap(NamedTuple):
     """`found` of `total` records have the inputs of a training record; `first` says where the first of them stands."""
@@ -44,10 +41,11 @@ def count_overlap(
     test: Source,
     test_columns: Mapping[str, str],
     limit: int | None = None,
+    most: int | None = None,
 ) -> Overlap:
-    """How many of the first `limit` records of `test` have the task's inputs in common with one of the first MOST
-    records of `train`. A task without inputs is compared by its outputs. In memory are 16 bytes of each record of
-    `test`.
+    """How many of the first `limit` records of `test` have the task's inputs in common with one of the first `most`
+    records of `train`. A task without inputs is compared by its outputs. Of `train` nothing is kept in memory, of
+    `test` a digest of each record.
 
     Pictures are compared by their size first, so that only those that may agree are read. Raises UsageError where a
     slot has no column.
@@ -61,7 +59,7 @@ def count_overlap(
         rough.setdefault(digest(tested, test[number], names, content=False), []).append(number)
     exact: dict[bytes, dict[bytes, list[int]]] = {}
     found: set[int] = set()
-    for record in islice(train, MOST):
+    for record in islice(train, most):
         key = digest(seen, record, names, content=False)
         if not key or key not in rough:
             continue

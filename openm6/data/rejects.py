@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from openm6.atomic import cut_torn_line, whole_lines
 from openm6.errors import DataError
-from openm6.json_lines import dumps, lines_of
+from openm6.json_lines import dumps
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +23,8 @@ class Reject:
 def count_rejected(folder: Path) -> int:
     """How many records the processes of a run could not use, by the files that they wrote into its folder; a record
     that several of them met counts once."""
-    return len({(line.get("source"), line["where"]) for path in folder.glob("rejects*.jsonl") for line in _lines(path)})
-
-
-def _lines(path: Path) -> Iterator[dict[str, str]]:
-    """The records that a file tells of; its last line may have been torn by a kill."""
-    for text in lines_of(path.read_text("utf-8")) if path.is_file() else []:
-        with suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and "where" in line:
-                yield line
+    lines = (line for path in folder.glob("rejects*.jsonl") for line in whole_lines(path))
+    return len({(line.get("source"), line["where"]) for line in lines})
 
 
 class Rejects:
@@ -85,7 +75,8 @@ class Rejects:
 
     def _before(self) -> set[str]:
         """Where the bad records stand that the file tells of already."""
-        return {str(line["where"]) for line in _lines(self.path)}
+        cut_torn_line(self.path)
+        return {str(line["where"]) for line in whole_lines(self.path)}
 
     def _write(self, line: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -14,10 +18,11 @@ from openm6.data.digest import content_hash, json_hash
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.environment import NO_CACHE
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2  # raised when the same files are read as other records
 
 
 class Source:
@@ -104,6 +109,11 @@ def open_source(
     if len(records) == 0:
         why = f": {rejected[0].reason}" if rejected else "."
         raise DataError(f"{name} holds no usable record{why}")
+    if key := conversation_key(records[0]):
+        raise DataError(
+            f"{name} holds conversations (under {key!r}), and reading conversations is not supported yet: write a "
+            "record for each question and its answer, with columns of these names."
+        )
     return Source(name, records, rejected, limit)
 
 
@@ -117,6 +127,18 @@ def check_source(name: str) -> None:
 
         expand(name)
 
+
+def conversation_key(record: Mapping[str, Any]) -> str | None:
+    """The key under which a record holds a conversation, in the ways of OpenAI (`messages`), ShareGPT and LLaVA
+    (`conversations`) or Alpaca (`instruction`, with `output`); None for any other record."""
+    for key in ("messages", "conversations", "conversation"):
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and all(isinstance(t, Mapping) and _TURN & t.keys() for t in turns):
+            return key
+    return "instruction" if {"instruction", "output"} <= record.keys() else None
+
+
+_TURN = {"role", "from"}
 
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("catalogue", "open_catalogue", ("seed", "pictures", "without")),
@@ -167,7 +189,8 @@ def _through_cache(name: str, format: str | None, images_root: str | None) -> tu
     from openm6.data.files import expand, fingerprint
 
     kinds = [format_of(path, format) for path in expand(name)]
-    key = [_CACHE_VERSION, kinds, images_root, str(Path.cwd()), [fingerprint(f) for f in files_of(name)]]
+    # The name is in the key because the places of the records (`_where`) are written as it is.
+    key = [_CACHE_VERSION, name, kinds, format, images_root, str(Path.cwd()), [fingerprint(f) for f in files_of(name)]]
 
     def make(folder: Path) -> None:
         rejected: list[Reject] = []
@@ -175,6 +198,11 @@ def _through_cache(name: str, format: str | None, images_root: str | None) -> tu
         lines = [dumps([r.where, r.reason]) + "\n" for r in rejected]
         (folder / "rejects.jsonl").write_text("".join(lines), "utf-8")
 
-    folder = cached("source", key, make)
+    if os.environ.get(NO_CACHE):
+        folder = Path(mkdtemp(prefix="openm6-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        make(folder)
+    else:
+        folder = cached("source", key, make)
     lines = lines_of((folder / "rejects.jsonl").read_text("utf-8"))
     return ArrowRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))

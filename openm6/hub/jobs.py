@@ -307,7 +307,8 @@ def last_step(output: Path) -> dict[str, Any]:
     try:
         with (output / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 100_000))
-            lines = [json.loads(line) for line in file.read().splitlines()[-50:] if line.startswith(b"{")]
+            whole = file.read().split(b"\n")[:-1]  # the last line may be half written
+            lines = [json.loads(line) for line in whole[-50:] if line.startswith(b"{")]
     except (OSError, ValueError):
         return {}
     return next((line for line in reversed(lines) if "loss" in line), {})
@@ -349,8 +350,8 @@ def output_of(job: Job) -> Path | None:
             return Path(job.folder) / word.partition("=")[2]
     try:
         content = yaml.safe_load((Path(job.folder) / words[1]).read_text("utf-8"))
-        return Path(job.folder) / str(content["output"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return Path(job.folder) / str(content.get("output") or f"runs/{content.get('name') or Path(words[1]).stem}")
+    except (OSError, yaml.YAMLError, AttributeError):
         return None
 
 

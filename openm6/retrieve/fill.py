@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
+from openm6.data.files import expand
+from openm6.data.readers import format_of
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.errors import DataError, UsageError, suggest
+from openm6.retrieve.columns import convert_at, id_of, type_of, types_of
 from openm6.retrieve.index import Index
 
 BATCH = 512
 """Items that are kept together: a kill loses at most so many that are not yet told as done."""
+
+OnReject = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Filled:
+    """Ids of a source's records: `new` and `replaced` items, and items that were there and have been left as they are
+    (`passed_over`)."""
+
+    new: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
 
 
 def create_for(
@@ -36,26 +51,29 @@ def create_for(
 ) -> Index:
     """An empty index for what `task` makes of the records of `source`, asked by what `query_task` makes of questions.
 
-    `keep`: columns of the data to filter by; their types are those of the first records.
+    `keep`: columns of the data to filter by, each a name or name:type (text, int, float, bool). Without a type the
+    values of the whole source say it (`types_of`).
     """
     for name in (task, query_task or task):
         if not bundle.task(name).embeds:
             raise UsageError(f"The task {name} gives no vector: an index is made by one that does.")
     records = open_source(source, data_format, images)
     SlotView.of(bundle.task(task), records, columns or {})
-    for name in (*keep, *([id_column] if id_column else [])):
-        if name not in records.columns:
-            raise UsageError(
-                f"The data has no column {name!r}.{suggest(name, list(records.columns))} "
-                f"It has: {', '.join(records.columns)}."
-            )
+    given = types_given(keep)
+    _require_columns(records, [*given, *([id_column] if id_column else [])])
+    types = {name: kind or ("string" if name == id_column else "") for name, kind in given.items()}
+    types |= types_of(records, [n for n, kind in types.items() if not kind], _has_text_cells(source, data_format))
     about = {
         "model": str((bundle.path or Path()).resolve()), "task": task, "query_task": query_task or task,
         "id_column": id_column, "slots": dict(columns or {}),
     }  # fmt: skip
-    sample = [record for record, _ in zip(records, range(256), strict=False)]
-    kinds = {name: _kind_of(name, [record.get(name) for record in sample]) for name in keep}
-    return Index.create(path, dims or bundle.model.config.hidden_size, kinds, about)
+    return Index.create(path, dims or bundle.model.config.hidden_size, types, about)
+
+
+def types_given(keep: Sequence[str]) -> dict[str, str]:
+    """`["price:float", "colour"]` to `{"price": "float64", "colour": ""}`. Raises UsageError for an unknown type."""
+    pairs = (name.partition(":") for name in keep)
+    return {name: type_of(name, kind) if colon else "" for name, colon, kind in pairs}
 
 
 def add_source(
@@ -67,62 +85,95 @@ def add_source(
     images: str | None = None,
     only_new: bool = False,
     on_progress: Callable[[int], None] | None = None,
-    on_reject: Callable[[str], None] | None = None,
-) -> int:
-    """Add the records of a source, or replace those whose ids are there (`only_new` passes those over).
+    on_reject: OnReject | None = None,
+) -> Filled:
+    """Add the records of a source, or replace the items whose ids are there (`only_new` passes those over). Of several
+    records with one id the first counts, and the others are bad records.
 
-    Returns how many were added. `on_progress` gets their number whenever a batch is kept, `on_reject` the reason of a
-    bad record.
+    `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` the reason of each bad record;
+    without it the first one raises DataError. Raises UsageError for a source without the index's columns.
     """
-    about = index.about
+    about, id_column = index.about, index.about["id_column"]
     task = bundle.task(about["task"])
     records = open_source(source, data_format, images)
     view = SlotView.of(task, records, about["slots"])
+    _require_columns(records, [*about["columns"], *([id_column] if id_column else [])])
+    for reject in records.rejected:
+        _reject(DataError(reject.reason), on_reject)
     known = index.ids() if only_new else set()
-    done = 0
-    for batch in _batches(_named(records, about["id_column"], known)):
+    filled, count = Filled(), 0
+    for batch in _batches(_named(records, id_column, known, filled, on_reject)):
         seen, good = [], []
         for name, record in batch:
+            where = str(record.get("_where", name))
             try:
+                row = [convert_at(where, key, record.get(key), kind) for key, kind in about["columns"].items()]
                 by_slot = view(record)
                 bundle.prompt(task, by_slot)
             except DataError as error:
-                if on_reject is None:
-                    raise
-                on_reject(str(error))
+                _reject(error, on_reject)
                 continue
             seen.append(by_slot)
-            good.append((name, record))
+            good.append((name, row))
         if not good:
             continue
         vectors = np.stack(list(bundle.vectors(task, seen, dims=index.dims)))
-        kept = {name: [record.get(name) for _, record in good] for name in about["columns"]}
-        index.add([name for name, _ in good], vectors, kept)
-        done += len(good)
+        kept = {key: [row[place] for _, row in good] for place, key in enumerate(about["columns"])}
+        added = index.add([name for name, _ in good], vectors, kept)
+        filled.new += added.new
+        filled.replaced += added.replaced
+        count += len(good)
         if on_progress:
-            on_progress(done)
-    return done
+            on_progress(count)
+    return filled
 
 
-def _named(records: Source, id_column: str, known: set[str]) -> Iterator[tuple[str, Record]]:
-    """Every record with its id: that of its column, else its place in the source; of one id the last one counts."""
+def _has_text_cells(source: str, data_format: str | None) -> bool:
+    """Whether the source is a file in which every value is text, as a CSV is."""
+    try:
+        return {format_of(path, data_format) for path in expand(source)} <= {"csv", "tsv"}
+    except (UsageError, DataError):  # generated data
+        return False
+
+
+def _require_columns(records: Source, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in records.columns:
+            raise UsageError(
+                f"The data has no column {name!r}.{suggest(name, list(records.columns))} "
+                f"It has: {', '.join(records.columns)}."
+            )
+
+
+def _reject(error: DataError, on_reject: OnReject | None) -> None:
+    if on_reject is None:
+        raise error
+    on_reject(str(error))
+
+
+def _named(
+    records: Source, id_column: str, known: set[str], filled: Filled, on_reject: OnReject | None
+) -> Iterator[tuple[str, Record]]:
+    """Every record to store with its id: the value of its column, else its place in the source.
+
+    The first record of an id counts: an interrupted build then goes on to the same items."""
+    met: set[str] = set()
     for number, record in enumerate(records):
-        name = record.get(id_column) if id_column else record.get("_where", number)
-        if name is None or name == "":
-            raise DataError(f"{record.get('_where', number)} has no {id_column}, which is to be its id.")
-        if str(name) not in known:
-            yield str(name), record
+        where = str(record.get("_where", number))
+        try:
+            name = id_of(where, record.get(id_column)) if id_column else where
+            if name in met:
+                raise DataError(f"{where}: an earlier record has the id {name}; keep one of them.")
+        except DataError as error:
+            _reject(error, on_reject)
+            continue
+        met.add(name)
+        if name in known:
+            filled.passed_over.append(name)
+        else:
+            yield name, record
 
 
 def _batches(named: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
-    while batch := dict(islice(named, BATCH)):
-        yield list(batch.items())
-
-
-def _kind_of(name: str, values: list[Any]) -> str:
-    found = {type(value) for value in values if value is not None}
-    for kind, types in (("bool", {bool}), ("int64", {int}), ("float64", {int, float}), ("string", {str})):
-        if found and found <= types:
-            return kind
-    told = ", ".join(sorted(t.__name__ for t in found)) or "nothing"
-    raise UsageError(f"The column {name} holds {told}: an index keeps texts, numbers, or true and false.")
+    while batch := list(islice(named, BATCH)):
+        yield batch

@@ -24,6 +24,7 @@ import numpy as np
 
 from openm6.atomic import require_new, write_whole
 from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.retrieve.columns import convert_at, filter_error, id_of, type_of
 from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
 
 TABLE = "items"
@@ -56,6 +57,22 @@ class Items:
     columns: dict[str, list[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Ids that a call of `add` has stored: the ones that are new, and the ones whose items it has replaced."""
+
+    new: list[str]
+    replaced: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Ids that a call of `delete` has removed, and the given ones that the index does not have."""
+
+    deleted: list[str]
+    unknown: list[str]
+
+
 class Index:
     """`Index.create` or `Index.open`; `add`, `delete`, `search`."""
 
@@ -77,8 +94,8 @@ class Index:
         columns: Mapping[str, str] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Index:
-        """An empty index. `columns`: name to type, of string, int64, float64 or bool; `about`: what to remember of how
-        its vectors are made. Raises UsageError where there is something already."""
+        """An empty index. `columns`: name to type (text, int, float or bool); `about`: what to remember of how its
+        vectors are made. Raises UsageError where there is something already."""
         import lancedb
         import pyarrow as pa
 
@@ -87,15 +104,14 @@ class Index:
         if dims < 1:
             raise UsageError(f"dims is {dims}; vectors need at least 1.")
         fields = [("key", pa.int64()), ("id", pa.string()), ("vector", pa.list_(pa.float32(), dims))]
-        for name, kind in (columns or {}).items():
-            if kind not in _TYPES:
-                raise UsageError(f"The column {name} is of type {kind}; columns are {', '.join(_TYPES)}.")
+        types = {name: type_of(name, kind) for name, kind in (columns or {}).items()}
+        for name, kind in types.items():
             if name in ("key", "id", "vector") or not name.isidentifier():
                 raise UsageError(
                     f"A column cannot be called {name!r}: take letters, digits and _, not key, id, vector."
                 )
-            fields.append((name, getattr(pa, _TYPES[kind])()))
-        content = {**(about or {}), "dims": dims, "columns": dict(columns or {})}
+            fields.append((name, pa.type_for_alias(kind)))
+        content = {**(about or {}), "dims": dims, "columns": types}
 
         def fill(folder: Path) -> None:
             lancedb.connect(str(folder)).create_table(TABLE, schema=pa.schema(fields))
@@ -156,13 +172,13 @@ class Index:
 
     # Changing
 
-    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> int:
+    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> Added:
         """Add or replace items: `vectors` [N, dims], a value of every column for each id. When it returns they are
-        kept. Returns the version. Raises DataError for what does not fit."""
+        kept. Raises DataError for what does not fit; no value is stored that is not the same."""
         import pyarrow as pa
 
         vectors = np.asarray(vectors, np.float32)
-        names = list(map(str, ids))
+        names = [id_of(f"Item {number}", name) for number, name in enumerate(ids)]
         if vectors.ndim != 2 or vectors.shape != (len(names), self.dims):
             shape = list(vectors.shape)
             raise DataError(f"Vectors of shape {shape} for {len(names)} ids; the index has {self.dims} dims.")
@@ -177,29 +193,42 @@ class Index:
         given, known = dict(columns or {}), self.about["columns"]
         if given.keys() != known.keys():
             raise DataError(f"The index has the columns {', '.join(known) or '(none)'}; given: {', '.join(given)}.")
+        for name, values in given.items():
+            if len(values) != len(names):
+                raise DataError(f"The column {name} has {len(values)} values for {len(names)} ids.")
+        stored = {
+            name: [convert_at(f"The item {one}", name, v, kind) for one, v in zip(names, given[name], strict=True)]
+            for name, kind in known.items()
+        }
         with self._writing():
             parts = [pa.array(np.arange(len(names)) + self.version * KEYS_A_VERSION), pa.array(names, pa.string())]
             flat = pa.array((vectors / lengths).ravel())
             parts.append(pa.FixedSizeListArray.from_arrays(flat, self.dims))
-            for name, kind in known.items():
-                try:
-                    parts.append(pa.array(given[name], getattr(pa, _TYPES[kind])()))
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    raise DataError(f"The column {name} is of type {kind}: {str(error)[:160]}") from None
+            parts += [pa.array(stored[name], pa.type_for_alias(kind)) for name, kind in known.items()]
             rows = pa.table(parts, schema=self._table.schema)
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(rows)
-        return self.version
+            before = self.version
+            merged = merge.execute(rows)
+            if merged.num_updated_rows and merged.num_inserted_rows:
+                there = Index.open(self.path, before).ids()
+            else:
+                there = set(names) if merged.num_updated_rows else set()
+        return Added([n for n in names if n not in there], [n for n in names if n in there])
 
-    def delete(self, ids: Sequence[str] = (), where: str = "") -> int:
-        """Delete items by id or by a filter. Returns how many there were."""
+    def delete(self, ids: Sequence[str] = (), where: str = "") -> Deleted:
+        """Delete items by id or by a filter."""
         if bool(len(ids)) == bool(where):
             raise UsageError("Say which items to delete: by ids, or by a filter.")
+        names = list(dict.fromkeys(map(str, ids)))
+        if names:
+            quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
+            where = f"id IN ({quoted})"
         with self._writing():
-            before = len(self)
-            quoted = ", ".join("'" + str(one).replace("'", "''") + "'" for one in ids)
-            self._filtered(lambda: self._table.delete(where or f"id IN ({quoted})"), where)
-        return before - len(self)
+            found = self._read(["id"], where)["id"].to_pylist()
+            if found:
+                self._table.delete(where)
+        there = set(found)
+        return Deleted(found, [name for name in names if name not in there])
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -284,10 +313,7 @@ class Index:
         self._follow()
         chosen = None
         if where:
-            keys = self._filtered(
-                lambda: self._table.search().where(where).select(["key"]).limit(ALL).to_arrow(), where
-            )
-            chosen = np.asarray(keys["key"])
+            chosen = np.asarray(self._read(["key"], where)["key"])
         lists = None if exact or where or self._pinned else self._lists()
         scores, places = self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
         return scores, places
@@ -300,12 +326,12 @@ class Index:
         rows = self._table.search().where(f"key IN ({listed})").select(["key", *columns]).limit(ALL).to_arrow()
         return {by_key[row.pop("key")]: row for row in rows.to_pylist()}
 
-    def _filtered(self, act: Any, where: str) -> Any:
+    def _read(self, columns: Sequence[str], where: str) -> Any:
+        """These columns of the items that a filter leaves, as an Arrow table."""
         try:
-            return act()
+            return self._table.search().where(where).select(columns).limit(ALL).to_arrow()
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"The filter {where!r} cannot be used: {reason}") from None
+            raise filter_error(where, error, self.about["columns"]) from None
 
     # Inverted lists
 
@@ -326,7 +352,3 @@ class Index:
             elif self._ann is None or self._ann.about["stamp"] != stamp:
                 self._ann = Lists.load(self.path)
         return self._ann
-
-
-_TYPES = {"string": "string", "int64": "int64", "float64": "float64", "bool": "bool_"}
-"""Types of columns: what pyarrow calls them."""

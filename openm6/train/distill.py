@@ -7,7 +7,6 @@ sizes, layers and experts may differ.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openm6.atomic import sync, write_text
+from openm6.atomic import sync, whole_lines, write_text
 from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
@@ -24,7 +23,7 @@ from openm6.data.source import Source
 from openm6.data.store import Record, Records, shown
 from openm6.directory import model_hash
 from openm6.errors import DataError, UsageError
-from openm6.json_lines import dumps, lines_of
+from openm6.json_lines import dumps
 from openm6.model.loss import Teacher
 from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
@@ -115,7 +114,7 @@ def answered(
     if group.first:
         _answer(source, task, columns, teacher, file)
     group.wait()
-    found = _Answered(source, task.outputs, [json.loads(line) for line in lines_of(file.read_text("utf-8"))])
+    found = _Answered(source, task.outputs, list(whole_lines(file)))
     if not len(found):
         raise DataError(f"The teacher {teacher} says nothing to any record of {source.name}.")
     return Source(source.name, found)
@@ -123,7 +122,7 @@ def answered(
 
 def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Path, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = lines_of(file.read_text("utf-8")) if file.is_file() else []
+    whole = list(whole_lines(file))
     if len(whole) >= len(source):
         return
     bundle = Bundle.load(teacher)
@@ -131,7 +130,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
     view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
     # What a kill left of the last part is written anew.
     begun = len(whole) // AT_ONCE * AT_ONCE
-    write_text(file, "".join(line + "\n" for line in whole[:begun]))
+    write_text(file, "".join(dumps(line) + "\n" for line in whole[:begun]))
     rest = range(begun, len(source))
     part: list[int] = []
     with file.open("a", encoding="utf-8") as stream:

@@ -10,19 +10,21 @@ from openm6.errors import suggest
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of a validation, in one sentence with key, value and what is allowed."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    kind, more = first["type"], len(error.errors()) - 1
-    if kind == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        text = f"unknown key {key}.{suggest(str(first['loc'][-1]), known)} Known here: {', '.join(known)}."
-    elif kind == "missing":
-        text = f"the key {key} is missing."
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        text = f"{key or 'recipe'} is {first['input']!r}: {reason[0].lower()}{reason[1:]}."
-    return text + (f" ({more} more problem{'s' if more > 1 else ''}.)" if more else "")
+    """Every problem of a validation, each in one sentence with key, value and what is allowed; several stand on lines
+    of their own."""
+    found = [_sentence(one, model) for one in error.errors()]
+    return found[0] if len(found) == 1 else "\n  ".join([f"{len(found)} problems:", *found])
+
+
+def _sentence(problem: Any, model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, problem["loc"][:-1])
+        return f"unknown key {key}.{suggest(str(problem['loc'][-1]), known)} Known here: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"the key {key} is missing."
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'recipe'} is {problem['input']!r}: {reason[0].lower()}{reason[1:]}."
 
 
 def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:

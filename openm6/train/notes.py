@@ -10,6 +10,9 @@ from openm6.data.source import Source
 from openm6.train.recipe import Recipe
 from openm6.train.setup import open_section
 
+MOST = 1_000_000
+"""Records of a source that are compared with those that are measured on."""
+
 
 def data_notes(recipe: Recipe, entries: list[Entry]) -> list[str]:
     """Sentences on the classes of each source's labels, and on records that are both trained and measured on;
@@ -31,7 +34,7 @@ def _overlaps(recipe: Recipe, entries: list[Entry]) -> Iterator[str]:
             if section.task != measured.task or section.stream or not isinstance(entry.records, Source):
                 continue
             test = open_section(measured)
-            found = count_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit)
+            found = count_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit, MOST)
             if found.found:
                 yield (
                     f"Warning: {found.found:,} of the {found.total:,} records of {test.name} that are measured on have "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -318,13 +318,16 @@ AnyRecipe = Recipe | CodecRecipe
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AnyRecipe:
     """Read a YAML recipe, apply `key.path=value` overrides, check everything.
 
-    A UsageError names the file, the key, the value, and what is allowed.
+    `name` is by default that of the file, `output` is runs/NAME. A UsageError names the file and, for every problem,
+    the key, the value, and what is allowed.
     """
     path = find_recipe(path)
     try:
         content = OmegaConf.load(path)
     except Exception as error:  # the YAML scanner's errors share no base class with OmegaConf's
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(content, DictConfig):
+        content.setdefault("name", path.stem)
     return override_recipe(content, overrides, str(path))
 
 
@@ -346,6 +349,8 @@ def override_recipe(values: Any, overrides: list[str] | tuple[str, ...] = (), wh
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{where} is no recipe: it has to hold keys such as model, data and train.")
+    if "name" in found:
+        found.setdefault("output", f"runs/{found['name']}")
     return check_recipe({str(key): value for key, value in found.items()}, where)
 
 

@@ -7,13 +7,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from openm6.atomic import write_text
+from openm6.atomic import cut_torn_line, write_text
 from openm6.data.rejects import count_rejected
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
@@ -44,17 +45,20 @@ class Reporter:
         self.recipe, self.output, self.on_step = recipe, output, on_step
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", recipe_text(recipe))
+        for log in (output / "metrics.jsonl", output / LOADS):
+            cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(output / "tensorboard"))
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=None),  # gives way, so that the figures stay whole
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            expand=True,
         )
         self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
         self.peak = math.inf
@@ -70,7 +74,8 @@ class Reporter:
 
     def start(self, step: int, peak: float) -> None:
         self.peak = peak
-        self.bar.start()
+        if self.console.is_terminal:
+            self.bar.start()
         self.bar.update(self.row, completed=step)
         self._clear()
 
@@ -133,10 +138,12 @@ class Reporter:
             f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
             f"{memory / 2**30:.1f} GiB  {use.kwh * 1000:.1f} Wh ({_known(use)})"
         )
-        self.bar.update(self.row, figures=figures)
-        every = self.recipe.train.log_every
-        if not self.console.is_terminal and (self.number % (10 * every) == 0 or self.number <= every):
-            self.say(f"step {self.number}/{self.recipe.train.steps}  {figures}  {line['seconds_per_step']:.2f} s/step")
+        self.bar.update(self.row, figures=f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
+        every, steps = self.recipe.train.log_every, self.recipe.train.steps
+        shown = self.number <= every or self.number % (10 * every) == 0 or self.number == steps
+        if shown and not self.console.is_terminal:
+            left = timedelta(seconds=round((steps - self.number) * line["seconds_per_step"]))
+            self.say(f"step {self.number}/{steps}  {figures}  {line['seconds_per_step']:.2f} s/step  {left} left")
         self._clear()
 
     def evaluation(self, step: int, name: str, scores: Mapping[str, float]) -> None:
@@ -163,6 +170,7 @@ class Reporter:
         )
         if (self.output / LOADS).is_file():
             draw_loads(self.output / LOADS, self.output / "experts.png")
+        self._stop_bar()  # which would be drawn over the last line
         self.say(
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
@@ -176,8 +184,12 @@ class Reporter:
         if skipped:
             self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")
 
+    def _stop_bar(self) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
     def close(self) -> None:
-        self.bar.stop()
+        self._stop_bar()
         self.board.close()
         self.lines.close()
 

@@ -69,7 +69,8 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
         return Resumption(content, [], False)
     state = json.loads((latest / "state.json").read_text("utf-8"))
     before, now = (_flat(one.model_dump(mode="json")) for one in (load_recipe(latest / RECIPE), recipe))
-    refused, warnings = [], []
+    refused: list[str] = []
+    warnings: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         was, is_now = _shown(before.get(key)), _shown(now.get(key))
         if was == is_now or key.startswith(FREE) or key in content or key in state["content"]:

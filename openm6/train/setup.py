@@ -23,6 +23,7 @@ from openm6.model.files import meta_model
 from openm6.tasks.library import get as get_task, names as library_names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
+from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.checkpoint import latest_checkpoint
@@ -118,11 +119,13 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         yield from get_task(section.against).texts() if section.against else ()
         source = open_section(section)
         mapping = SlotView.of(task, source, section.columns).mapping
-        columns = [mapping[s.name] for s in task.slots.values() if s.type in ("text", "label", "table")]
+        kinds = {name: slot.type for name, slot in task.slots.items() if slot.type in ("text", "label", "table")}
+        columns = [(column, kinds[name]) for name, column in mapping.items() if name in kinds]
         for index in range(min(len(source), TOKENIZER_TEXTS // len(recipe.data))):
             record = source[index]
-            for column in columns:
-                yield from _strings(record.get(column))
+            for column, kind in columns:
+                texts = _strings(record.get(column))
+                yield from map(normalize_label, texts) if kind == "label" else texts
 
 
 def _strings(value: Any) -> Iterator[str]:

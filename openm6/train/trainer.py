@@ -194,7 +194,7 @@ class Trainer:
 
     def _now_and_then(self) -> None:
         settings, evaluation = self.settings, self.recipe.evaluation
-        if self.step % settings.log_every == 0 and self.reporter:
+        if self.reporter and (self.step % settings.log_every == 0 or self.step == settings.steps):
             self.reporter.log(self.energy, self.loads.statistics())
             self.loads.clear()
         better, stops = False, evaluation.patience is not None

@@ -136,3 +136,15 @@ def test_leaks_from_the_data_that_are_measured_on_are_found_by_content(tmp_path:
     assert "overlap" not in checked(train, "vqa")
     shown = " ".join(command("data", "check", train, "--task", "vqa", "--against", test).output.split())
     assert f"1 of 3 records that are measured on have inputs of these data (first: {test}:2)." in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad"),
+    [
+        ("[table:t] -> [text:a]", {"t": {"色": "红"}, "a": "一"}, {"t": "红", "a": "一"}),
+        ("[text:a] -> [box:b]", {"b": [0, 0.1, 0.5, 1], "a": "一"}, {"b": [1, 2], "a": "一"}),
+    ],
+)
+def test_a_value_of_another_type_is_found(tmp_path: Path, task: str, good: Any, bad: Any) -> None:
+    found = checked(lines(tmp_path / "a.jsonl", good, bad), task, code=1)
+    assert found["good"] == 1 and found["problems"][0]["where"].endswith("a.jsonl:2")

@@ -16,12 +16,14 @@ def test_every_bad_record_is_written_once_with_its_reason(tmp_path: Path) -> Non
     assert lines == [{"where": "a.tsv:3", "reason": "a.tsv:3 has 1 fields.", "source": "a"}]
     assert (rejects.seen, rejects.bad) == (102, 2)
     assert rejects.summary() == "2 of 102 records could not be used (most often: has 1 fields)"
-    with open(rejects.path, "a", encoding="utf-8") as file:
-        file.write('{"where": "a.ts')  # killed as it wrote
+    with open(rejects.path, "ab") as file:
+        file.write('{"where": "甲'.encode()[:-1])  # killed as it wrote
     resumed = Rejects(rejects.path)
     resumed.count("a.tsv:3", "a.tsv:3: it is too long.")
-    assert len(rejects.path.read_text("utf-8").splitlines()) == 2
-    assert resumed.summary() == "1 of 1 records could not be used (most often: it is too long)"
+    resumed.count("b.tsv:9", "b.tsv:9: it is too long.")
+    written = [json.loads(line)["where"] for line in rejects.path.read_text("utf-8").splitlines()]
+    assert written == ["a.tsv:3", "b.tsv:9"]
+    assert resumed.summary() == "2 of 2 records could not be used (most often: it is too long)"
 
 
 def test_too_large_a_share_stops_the_work_and_says_why(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from openm6.data.rejects import Rejects
 from openm6.data.source import open_source
 from openm6.errors import DataError, UsageError
+from openm6.images import open_image
+from tests.data.conftest import picture_bytes
 
 
 def lines(path: Path, count: int, bad: int = 0) -> Path:
@@ -33,6 +36,55 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path: Path, cache: Pa
     os.utime(path, ns=(1, 1))
     assert len(open_source(path)) == 5
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 3
+
+
+def test_a_relative_folder_of_pictures_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fold").mkdir()
+    (tmp_path / "fold" / "a.png").write_bytes(picture_bytes(1))
+    (tmp_path / "fold" / "a.txt").write_text("一", "utf-8")
+    (tmp_path / "fold" / "b.jsonl").write_text('{"image": "a.png", "text": "一"}\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("fold", str(tmp_path / "fold"), "fold/b.jsonl", str(tmp_path / "fold/b.jsonl")):
+        monkeypatch.chdir(tmp_path)
+        source = open_source(name)
+        assert str(source[0]["_where"]).startswith(name)
+        monkeypatch.chdir("/")
+        assert open_image(Path(source[0]["_root"]) / source[0]["image"]).size == (8, 8)
+
+
+def test_a_file_that_was_replaced_with_its_old_time_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "0"}\n')
+    before = path.stat()
+    assert open_source(path)[0]["text"] == "0"
+    path.write_text('{"text": "1"}\n')
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_source(path)[0]["text"] == "1"
+
+
+def test_without_the_cache_nothing_is_kept(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENM6_NO_CACHE", "1")
+    assert len(open_source(lines(tmp_path / "a.jsonl", 3))) == 3
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "你好"}]},
+        {"id": 1, "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>?"}]},
+        {"instruction": "翻译", "input": "", "output": "translate"},
+    ],
+)  # fmt: skip
+def test_conversations_are_named_as_such(tmp_path: Path, record: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"a\.jsonl holds conversations .*is not supported yet"):
+        open_source(tmp_path / "a.jsonl")
+
+
+def test_columns_that_only_sound_like_conversations_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": ["一", "二"], "instruction": "a"}))
+    assert open_source(tmp_path / "a.jsonl")[0]["messages"] == ["一", "二"]
 
 
 def test_an_empty_data_set_is_an_error_that_names_it_and_the_first_reason(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from openm6.environment import HOME
 from openm6.errors import UsageError
-from openm6.hub.jobs import ATTEMPTS, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs, begun, progress
+from openm6.hub.jobs import ATTEMPTS, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs, begun, last_step, progress
 from tests.train.conftest import losses, recipe_file, tiny_recipe
 
 
@@ -24,6 +24,12 @@ from tests.train.conftest import losses, recipe_file, tiny_recipe
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
     return Jobs()
+
+
+def test_a_log_that_is_being_written_says_its_last_whole_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 2.5}\n{"step": 3, "lo')
+    assert last_step(tmp_path) == {"step": 2, "loss": 2.5}
+    assert last_step(tmp_path / "nothing") == {}
 
 
 def until(true: Callable[[], bool], jobs: Jobs | None = None, seconds: float = 120) -> None:
@@ -158,9 +164,10 @@ def test_how_far_a_training_is(tmp_path: Path) -> None:
     lines = [{"step": 10 * n, "loss": 1 / n, "seconds_per_step": 0.5} for n in range(1, 5)]
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"output": "runs/a"}), "utf-8")
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"seed": 1}), "utf-8")
     for words in (
-        ("train", "recipe.yaml"), ("train", "demo", "output=runs/a"), ("finetune", "m", "--output", "runs/a"),
-        ("finetune", "m", "--output=runs/a"),
+        ("train", "recipe.yaml"), ("train", "a.yaml"), ("train", "demo", "output=runs/a"),
+        ("finetune", "m", "--output", "runs/a"), ("finetune", "m", "--output=runs/a"),
     ):  # fmt: skip
         found = progress(Job("1", words, str(tmp_path)))
         assert found == {"step": 40, "steps": 100, "loss": 0.25, "seconds_left": 30}

@@ -55,7 +55,7 @@ def built(model: Path, goods: Path, place: Path, *more: object) -> Any:
 
 def test_goods_are_found_by_text_and_filtered(model: Path, goods: Path, tmp_path: Path) -> None:
     place = tmp_path / "index"
-    assert built(model, goods, place)["added"] == 24
+    assert built(model, goods, place)["new"] == 24
     hits = call("index", "search", place, "text=红色的裙子", "-k", 5)
     assert len(hits) == 5 and hits[0]["id"].startswith("A") and hits[0]["score"] >= hits[1]["score"]
     bundle = Bundle.load(model)
@@ -79,7 +79,7 @@ def test_items_are_added_replaced_and_deleted(model: Path, goods: Path, tmp_path
     more = tmp_path / "more.jsonl"
     more.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
     told = call("index", "add", place, "--data", more)
-    assert told["added"] == 2 and told["items"] == 25 and "missing.jpg" in told["rejected"][0]
+    assert (told["new"], told["replaced"]) == (1, 1) and told["items"] == 25 and "missing.jpg" in told["rejected"][0]
     found = call("index", "search", place, f"photo={tmp_path / 'new.jpg'}", "--task", "image_vector", "-k", 2)
     assert {hit["id"] for hit in found} == {"A3", "B1"} and found[0]["colour"] == "绿"
     assert call("index", "delete", place, "B1", "A0")["items"] == 23
@@ -125,10 +125,79 @@ def test_what_cannot_be_is_told(model: Path, goods: Path, tmp_path: Path) -> Non
         )
     assert not (tmp_path / "a").exists()
     built(model, goods, tmp_path / "b")
-    with pytest.raises(UsageError, match="is an index of the task image_vector"):
+    with pytest.raises(UsageError, match="was begun otherwise .*task: image_vector"):
         call("index", "build", tmp_path / "b", "--model", model, "--task", "text_vector", "--data", goods)
     with pytest.raises(UsageError, match="is no index"):
         call("index", "search", tmp_path / "c", "text=红")
     Index.create(tmp_path / "own", 4).add(["a"], np.ones((1, 4)))
     with pytest.raises(UsageError, match="does not say by which model"):
         call("index", "search", tmp_path / "own", "text=红")
+
+
+def columns_of(place: Path) -> dict[str, str]:
+    return dict(Index.open(place).about["columns"])
+
+
+def test_a_price_after_whole_ones_makes_a_column_of_numbers(model: Path, goods: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in goods.read_text("utf-8").splitlines()]
+    rows[-1]["price"] = 99.5
+    goods.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    built(model, goods, tmp_path / "index")
+    assert columns_of(tmp_path / "index") == {"price": "float64", "colour": "string"}
+    found = call("index", "search", tmp_path / "index", "text=红", "--where", "price > 99 AND price < 100")
+    assert [(hit["id"], hit["price"]) for hit in found] == [("A23", 99.5)]
+
+
+def test_a_price_in_a_csv_is_a_number_and_a_code_with_zeros_is_a_text(model: Path, goods: Path, tmp_path: Path) -> None:
+    table = tmp_path / "goods.csv"
+    table.write_text("image,sku,price,code\n0.jpg,7,99.5,007\n1.jpg,8,,012\n2.jpg,9,250,100\n", "utf-8")
+    words = ("index", "build", tmp_path / "index", "--model", model, "--task", "image_vector", "--query-task",
+             "text_vector", "--data", table, "--id", "sku", "--keep", "code", "--keep", "sku")  # fmt: skip
+    call(*words, "--keep", "price")
+    assert columns_of(tmp_path / "index") == {"code": "string", "sku": "string", "price": "float64"}
+    found = call("index", "search", tmp_path / "index", "text=红", "--where", "price < 100 AND code = '007'")
+    assert [(hit["id"], hit["price"], hit["code"]) for hit in found] == [("7", 99.5, "007")]
+    more = tmp_path / "more.csv"
+    more.write_text("image,sku,price,code\n3.jpg,10,12.25,1\n4.jpg,11,cheap,1\n5.jpg,12,3,2\n", "utf-8")
+    told = call("index", "add", tmp_path / "index", "--data", more)
+    assert told["new"] == 2 and told["items"] == 5
+    assert len(told["rejected"]) == 1 and "more.csv:3: price is 'cheap'" in told["rejected"][0]
+    with pytest.raises(UsageError, match="was begun otherwise .*price.*ask for the same"):
+        call(*words, "--keep", "price:int")
+    own = ("index", "build", tmp_path / "own", *words[3:], "--keep", "price:text")
+    call(*own)
+    assert columns_of(tmp_path / "own")["price"] == "string"
+
+
+def test_new_replaced_and_unknown_items_are_counted_and_named(model: Path, goods: Path, tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    built(model, goods, place)
+    again = built(model, goods, place)
+    assert (again["new"], again["replaced"], again["passed_over"]) == (0, 0, 24)
+    rows = [{"image": "1.jpg", "sku": sku, "price": 1, "colour": "绿"} for sku in ("A3", "B1", "A4", "B1", None)]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    told = call("index", "add", place, "--data", more)
+    assert (told["new"], told["replaced"], told["replaced_ids"]) == (1, 2, ["A3", "A4"]) and told["items"] == 25
+    assert [reason.partition(": ")[2] for reason in told["rejected"]] == [
+        "an earlier record has the id B1; keep one of them.",
+        "the id is missing: an id is a text or a whole number.",
+    ]
+    shown = CliRunner().invoke(commands(), ["index", "add", str(place), "--data", str(more)])
+    assert "0 new, 3 replaced (A3, B1, A4);" in shown.output and "2 could not be used:" in shown.output
+    gone = call("index", "delete", place, "B1", "Z1", "Z1")
+    assert (gone["deleted"], gone["unknown"], gone["unknown_ids"]) == (1, 1, ["Z1"])
+    shown = CliRunner().invoke(commands(), ["index", "delete", str(place), "Z1", "Z2", "A5"])
+    assert "1 deleted (A5);" in shown.output and "2 unknown (Z1, Z2)" in shown.output
+
+
+def test_data_without_a_column_of_the_index_are_refused(model: Path, goods: Path, tmp_path: Path) -> None:
+    built(model, goods, tmp_path / "index")
+    (tmp_path / "more.jsonl").write_text(json.dumps({"image": "1.jpg", "sku": "A3", "prise": 1, "colour": "绿"}))
+    with pytest.raises(UsageError, match="no column 'price'. Did you mean \"prise\""):
+        call("index", "add", tmp_path / "index", "--data", tmp_path / "more.jsonl")
+    (tmp_path / "more.jsonl").write_text('{"image": "no.jpg", "sku": "A3", "price": 1, "colour": "绿"}\n{')
+    done = CliRunner().invoke(
+        commands(), ["index", "add", str(tmp_path / "index"), "--data", str(tmp_path / "more.jsonl")]
+    )
+    assert done.exit_code == 1 and "2 could not be used:" in done.output and "more.jsonl:2 is not valid" in done.output

@@ -20,7 +20,7 @@ from openm6.model.loss import Teacher
 from openm6.sequence import IGNORE
 from openm6.tasks.library import get
 from openm6.tokenizer import Tokenizer
-from openm6.train.distill import Lessons, answered, relation_loss
+from openm6.train.distill import AT_ONCE, Lessons, answered, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import DistillSection
@@ -153,7 +153,7 @@ def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
         expected = bundle.run("vqa", photo=record["image"], question=record["question"])
         assert json.loads(lines[number]) == {"answer": expected}
     assert sum(json.loads(line)["answer"] != "" for line in lines) > 100
-    file.write_text("\n".join([*lines[:-40], '{"answer": "bro']) + "\n", "utf-8")  # in the midst of its last part
+    file.write_text("\n".join([*lines[: AT_ONCE - 1], '{"answer": "bro']), "utf-8")  # in the midst of a part
     group = Group(0, 1, torch.device("cpu"))
     found = answered(source, bundle.task("vqa"), {}, teacher, tmp_path / "run", group)
     assert file.read_text("utf-8").splitlines() == lines

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
 from openm6.train import launch as launching
 from openm6.train.launch import launch
+from openm6.train.recipe import load_recipe
+from tests.conftest import command
+from tests.train.conftest import recipe_file, tiny_recipe
 
 
 @pytest.mark.slow
@@ -25,6 +28,20 @@ def test_processes_that_succeed_are_silent_but_the_first(tmp_path: Path, capfd: 
     launch(["--version"], 3, tmp_path / "logs")
     assert len(capfd.readouterr().out.splitlines()) == 1
     assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_several_processes_go_on_end_and_are_refused_like_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_file(tiny_recipe(tmp_path / "run", steps=2, checkpoint_every=1), tmp_path)
+    for changes, told in (((), "Trained 2 steps"), ((), "This run is finished (2 steps)"),
+                          (("train.steps=3",), "Going on from step 2")):  # fmt: skip
+        assert command("train", recipe, *changes, "-p", 2).exit_code == 0
+        assert capfd.readouterr().err.count(told) == 1
+    assert load_recipe(tmp_path / "run/recipe.yaml").train.steps == 3
+    with pytest.raises(UsageError, match="model.sizes.hidden_size was 32 and is 64"):
+        command("train", recipe, f"output={tmp_path / 'run'}", "model.sizes.hidden_size=64", "-p", 2)
 
 
 @pytest.mark.slow

@@ -57,8 +57,31 @@ def test_an_unknown_key_deep_in_a_list_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="the key output is missing"):
-        load_recipe(written(tmp_path, GOOD.replace("output: out\n", "")))
+    with pytest.raises(UsageError, match="goods.yaml: the key train is missing"):
+        load_recipe(written(tmp_path, GOOD.replace("train: {steps: 10}\n", "")))
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 10", "stpes: 10, clip: 0").replace("task: caption", "weight: -1")
+    with pytest.raises(UsageError) as error:
+        load_recipe(written(tmp_path, text), ["seed=x"])
+    first, *lines = str(error.value).splitlines()
+    assert first == f"{tmp_path / 'goods.yaml'}: 6 problems:"
+    told = (
+        "seed is 'x': input should be a valid integer", "data.0.weight is -1: input should be greater than 0",
+        "the key data.0.task is missing.", "the key train.steps is missing.", "train.clip is 0: input should be",
+        'unknown key train.stpes. Did you mean "steps"? Known here:',
+    )  # fmt: skip
+    assert len(lines) == 6 and all(any(line.startswith(f"  {start}") for line in lines) for start in told)
+
+
+def test_a_recipe_is_called_like_its_file_unless_it_has_a_name(tmp_path: Path) -> None:
+    bare = written(tmp_path, GOOD.replace("name: goods\noutput: out\n", ""))
+    found = load_recipe(bare)
+    assert (found.name, found.output) == ("goods", Path("runs/goods"))
+    assert load_recipe(bare, ["name=other"]).output == Path("runs/other")
+    assert load_recipe(bare, ["output=here"]).output == Path("here")
+    assert load_recipe(written(tmp_path, GOOD)).output == Path("out")
 
 
 def test_broken_yaml_is_told(tmp_path: Path) -> None:

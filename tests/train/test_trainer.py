@@ -40,6 +40,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimi
     train(tiny_recipe(whole, optimizer=optimizer))
     with pytest.raises(PowerCutError):
         train(tiny_recipe(broken, optimizer=optimizer), on_step=cut_at(cut))
+    with (broken / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 3, "lo')  # killed as it wrote
     train(tiny_recipe(broken, optimizer=optimizer))
     assert losses(broken) == losses(whole)
     ours, theirs = (Bundle.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
@@ -144,6 +146,12 @@ def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) ->
     labels = m6.tasks["image_classification"].labels["label"]
     assert 1 < len(labels) <= 8
     assert m6.run("image_classification", photo=picture()) in labels
+
+
+def test_a_slot_that_may_be_left_out_needs_no_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,label\n一,好\n二,差\n", "utf-8")
+    data = [{"source": str(tmp_path / "a.csv"), "task": "[text:hint|drop=0.5] [text:a] -> [label:label]"}]
+    assert train(tiny_recipe(tmp_path / "run", data=data, steps=1)).is_dir()
 
 
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:

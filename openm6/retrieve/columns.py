@@ -1,0 +1,166 @@
+"""The columns that an index keeps beside its vectors: their types, the values that fit them, and mistakes in a filter.
+
+A value is stored exactly or refused. A column without a given type gets the narrowest type that holds every value of
+the data. All cells of a CSV or TSV are text: there, a column whose every cell is a number or true/false has that type,
+and a column with leading zeros (`007`) or with more digits than a number holds stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
+from numbers import Integral
+from typing import Any
+
+from openm6.data.store import Record
+from openm6.errors import DataError, UsageError, suggest
+
+TYPES = {"bool": "bool", "int": "int64", "float": "float64", "text": "string"}
+"""Types by the names that people use, the narrowest first, and the names that `index.json` has."""
+
+_NAMES = {kind: name for name, kind in TYPES.items()}
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-][0-9]+)?")
+_SWITCHES = {"true": True, "false": False}
+
+
+def type_of(column: str, name: str) -> str:
+    """The type called `name` (bool, int, float, text, or as `index.json` writes it). Raises UsageError."""
+    kind = TYPES.get(name, name)
+    if kind not in _NAMES:
+        known = ", ".join(TYPES)
+        raise UsageError(
+            f"The column {column} cannot have the type {name!r}.{suggest(name, list(TYPES))} Known: {known}."
+        )
+    return kind
+
+
+def describe(columns: Mapping[str, str]) -> str:
+    """`price float, colour text`."""
+    return ", ".join(f"{name} {_NAMES[kind]}" for name, kind in columns.items()) or "no columns"
+
+
+def convert(value: Any, kind: str) -> Any:
+    """The value as a column of this type stores it; None, and "" where the type is not text, are stored as no value.
+
+    Raises ValueError where the stored value would not be the same: 99.5 as int, 2**60 + 1 as float, "cheap" as float.
+    """
+    if value is None or (value == "" and kind != "string"):
+        return None
+    if type(value).__module__ == "numpy" and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool):
+        if kind == "bool":
+            return value
+    elif isinstance(value, str):
+        if kind == "string":
+            return value
+        if kind == "bool" and value.lower() in _SWITCHES:
+            return _SWITCHES[value.lower()]
+        if kind in ("int64", "float64") and _NUMBER.fullmatch(value):
+            return _exact(Decimal(value) if set(value) & set(".eE") else int(value), kind)
+    elif isinstance(value, (int, float)):
+        return str(value) if kind == "string" else _exact(value, kind) if kind != "bool" else _refuse()
+    elif isinstance(value, date) and kind == "string":
+        return value.isoformat()
+    return _refuse()
+
+
+def _exact(value: int | float | Decimal, kind: str) -> int | float:
+    if kind == "int64":
+        same = -(2**63) <= value < 2**63 and value == int(value)
+        return int(value) if same else _refuse()
+    if isinstance(value, Decimal):
+        same = Decimal(repr(float(value))) == value  # 0.1 in a CSV is the number that is written 0.1
+    else:
+        same = isinstance(value, float) or abs(value) <= 2**53
+    return float(value) if same else _refuse()
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def convert_at(where: str, column: str, value: Any, kind: str) -> Any:
+    """`convert` for the value of a record. Raises DataError that names the record and the column."""
+    try:
+        return convert(value, kind)
+    except ValueError:
+        shown = repr(value)[:40]
+        raise DataError(
+            f"{where}: {column} is {shown}, and the column {column} of the index has the type {_NAMES[kind]}, which "
+            f"cannot store that exactly: mend the record, or build an index with another type (--keep {column}:text)."
+        ) from None
+
+
+def id_of(where: str, value: Any) -> str:
+    """An item's id as text: 7 and "7" are the same id. Raises DataError for no text and no whole number."""
+    if isinstance(value, bool) or not isinstance(value, (str, Integral)) or value == "":
+        shown = "missing" if value in (None, "") else repr(value)[:40]
+        raise DataError(f"{where}: the id is {shown}: an id is a text or a whole number.")
+    return str(value)
+
+
+def types_of(records: Iterable[Record], names: Sequence[str], is_text_table: bool) -> dict[str, str]:
+    """The type of each column, by all of its values. `is_text_table`: cells are text whatever they mean.
+
+    Raises UsageError, with two records, for a column whose values have no type in common, and for one without values.
+    """
+    left = {name: list(_NAMES) for name in names}
+    seen: dict[str, tuple[str, Any]] = {}
+    for number, record in enumerate(records):
+        for name in names:
+            value = record.get(name)
+            if value is None or (is_text_table and value == ""):
+                continue
+            where = str(record.get("_where", f"record {number}"))
+            first = seen.setdefault(name, (where, value))
+            left[name] = [kind for kind in left[name] if _fits(value, kind, is_text_table)]
+            if not left[name]:
+                raise UsageError(
+                    f"The column {name} has values of no common type, {first[1]!r:.40} ({first[0]}) and {value!r:.40} "
+                    f"({where}): an index stores {', '.join(TYPES)}. Mend the data, or name the type (--keep "
+                    f"{name}:text)."
+                )
+    for name in names:
+        if name not in seen and not is_text_table:
+            raise UsageError(f"The column {name} holds nothing: name its type (--keep {name}:text).")
+    return {name: left[name][0] if name in seen else "string" for name in names}
+
+
+def _fits(value: Any, kind: str, is_text_table: bool) -> bool:
+    """Whether a value may stand for this type where none is given: texts are numbers in a text table alone."""
+    try:
+        convert(value, kind)
+    except ValueError:
+        return False
+    if isinstance(value, str):
+        return kind == "string" or is_text_table
+    return kind != "string" and not (kind == "int64" and isinstance(value, float))
+
+
+def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> UsageError:
+    """The reason why the table refused a filter, in words about this index."""
+    reason = " ".join(str(error).split())
+    if found := re.search(r"No field named \"?(.+?)\"?\. Valid fields", reason):
+        name = found[1]
+        hint = suggest(name, list(columns)) or f" A text stands in single quotes: '{name}'."
+        told = f"there is no column {name!r}.{hint}".rstrip(".")
+    elif found := re.search(r"literal ([A-Z][a-z]+)\d*\((.*?)\) .* of type '([A-Z][a-z]+)", reason):
+        kinds = {"Utf": "text", "Boolean": "bool", "Int": "int", "Float": "float"}
+        got, want = kinds.get(found[1], "number"), kinds.get(found[3], "number")
+        value = found[2].replace('"', "'") if got == "text" else found[2]
+        told = f"a column of the type {want} is compared with {value}, which is of the type {got}"
+    elif "does not return a boolean" in reason:
+        told = "it is no condition that is true or false"
+    elif found := re.search(r"Invalid function '(\w+)'", reason):
+        told = f"there is no function {found[1]!r}"
+    elif found := re.search(r"parser error: ([^)]*)", reason):
+        told = f"it is no condition in SQL ({found[1].rstrip('.')})"
+    else:
+        told = "it fails on the items"
+    return UsageError(
+        f"The filter {where!r} cannot be used: {told}. Columns: id text, {describe(columns)}. "
+        "Example: price < 100 AND colour = '红色'."
+    )

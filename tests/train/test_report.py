@@ -1,0 +1,43 @@
+"""What a training says while it runs and at its end, on a terminal and in a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from openm6.train.trainer import train
+from tests.train.conftest import logged, tiny_recipe
+
+CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+def said(folder: Path, capsys: pytest.CaptureFixture[str], **changes: object) -> list[str]:
+    capsys.readouterr()
+    train(tiny_recipe(folder, **changes))
+    return [line.rstrip() for line in CODES.sub("", capsys.readouterr().err).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_last_line_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    folder = tmp_path / ("long" * 20) / "[a]"
+    lines = said(folder, capsys)
+    assert re.fullmatch(
+        rf"Trained 6 steps; [0-9.]+ Wh, [0-9.]+ g CO2e \(CHN; .*\). Model: {re.escape(str(folder))}/model", lines[-1]
+    )
+    assert "GPT" not in "".join(lines)
+    assert not terminal or "tokens/s" in lines[-2]
+
+
+def test_a_file_is_told_the_time_that_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for line in said(tmp_path, capsys, steps=5, log_every=2) if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2/5", "5/5"]
+    assert re.search(r"loss .* s/step  \d+:\d\d:\d\d left$", lines[0])
+    assert lines[1].endswith("  0:00:00 left")
+    assert [line["step"] for line in logged(tmp_path) if "loss" in line] == [2, 4, 5]
