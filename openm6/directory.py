@@ -25,7 +25,7 @@ from openm6.model.adapters import base_of, lay_beside, merge_adapter
 from openm6.model.changed import Active
 from openm6.model.files import check_model, load_model, meta_model
 from openm6.model.precision import fast_dtype
-from openm6.tasks.card import read_card, write_card
+from openm6.tasks.card import read_card, read_taught, write_card
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -67,7 +67,8 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
         model.pack_for_cpu()
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    return Opened(model, Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks, beside)
+    processor = Processor(Tokenizer.load(place), grid, length, codec, prompt, read_taught(path))
+    return Opened(model, processor, tasks, beside)
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:

@@ -68,6 +68,7 @@ class Pictures:
         ]
         self.loader = make_loader(recipe, group, entries, None, rejects)
         self.flops = _training_flops(self.config)
+        self.notes: list[str] = []
 
     def network(self, shared: bool) -> Codec:
         with torch.device("meta"):
@@ -104,6 +105,9 @@ class Pictures:
             pictures = [self.task.encode(view(source[i])) for i in range(count)]
             name = section.name or section.source
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
+
+    def gather(self) -> None:
+        """Nothing."""
 
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

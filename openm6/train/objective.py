@@ -33,10 +33,12 @@ class Part:
 
 
 class Objective(Protocol):
-    """`path`: the model directory to start from; None starts at random."""
+    """`path`: the model directory to start from; None starts at random. `notes`: sentences that the user reads before
+    the first step."""
 
     path: Path | None
     loader: Loader
+    notes: list[str]
 
     def network(self, shared: bool) -> Any:
         """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""
@@ -55,6 +57,9 @@ class Objective(Protocol):
 
     def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
         """Figures by source, between two steps."""
+
+    def gather(self) -> None:
+        """Bring together what the processes have seen apart, before a checkpoint."""
 
     def describe(self, path: Path) -> None:
         """Write all of a model directory but the weights."""

@@ -81,6 +81,8 @@ class Trainer:
             batches = iter(self.loader)
             if self.reporter:
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
+                for note in self.objective.notes:
+                    self.reporter.say(note)
                 self.reporter.start(self.step, peak)
             while self.step < self.settings.steps and not self._waited_enough():
                 if self.shared and self.recipe.pseudo and self.step == self.recipe.pseudo.steps:
@@ -204,6 +206,7 @@ class Trainer:
         return patience is not None and self.waited >= patience
 
     def _save(self) -> None:
+        self.objective.gather()
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
