@@ -127,8 +127,8 @@ def make_copy(
     shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
     for name in (*shown, *([id_column] if id_column else [])):
         if name not in source.columns:
-            known = ", ".join(source.columns)
-            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {known}.")
+            there = ", ".join(source.columns)
+            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {there}.")
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
         "forbid": sorted(set(forbid)),

@@ -268,6 +268,7 @@ def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
     bundle = import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
     assert bundle.processor.tokenizer.first_new_id == 700
     loaded = Bundle.load(tmp_path / "m6", trainable=True)
+    assert loaded.processor.taught == frozenset(range(700))  # not the tokens that are added
     assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)
     answer = loaded.run("caption", photo=picture(), decoding={"max_new_tokens": 4})
     assert isinstance(answer, str)
