@@ -239,8 +239,8 @@ def _table(output: Path, source: Source, id_column: str, columns: Sequence[str])
     for number, record in enumerate(source):
         item = [record.get(id_column) if id_column else number + 1, *(record.get(name) for name in names)]
         reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
-        for row in texts[number] or [["", "", reason]]:
-            yield line([*item, *row])
+        for candidate in texts[number] or [["", "", reason]]:
+            yield line([*item, *candidate])
     for reject in source.rejected:
         yield line([""] * (1 + len(names)) + ["", "", reject.reason])
 
