@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from openm6.environment import EXTENSIONS
 from openm6.errors import UsageError
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.heads import Head, register_head
-from openm6.tasks.metrics import METRICS, Values
+from openm6.tasks.metrics import BUILT_IN, ELSEWHERE, METRICS, Metric, Values
 from openm6.tasks.slots import TYPES, SlotType
 
 __all__ = [
@@ -41,8 +41,11 @@ def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop"
     ATTRIBUTES[name] = frozenset(attributes)
 
 
-def register_metric(name: str, metric: Callable[[list[str], list[list[str]]], Values]) -> None:
-    """Make `name` a metric: of answers and, for each, its references, as texts."""
+def register_metric(name: str, metric: Metric) -> None:
+    """Make `name` a metric: a function of answers and, for each, its references, as texts, that returns one number for
+    all of them, a number for each, or Values. Raises UsageError for the name of a metric of OpenM6."""
+    if name in BUILT_IN or name in ELSEWHERE:
+        raise UsageError(f"{name!r} cannot name a metric of yours: OpenM6 has a metric of that name.")
     METRICS[name] = metric
 
 

@@ -1,6 +1,7 @@
 """Metrics: how well answers agree with references, with bootstrap confidence intervals.
 
-Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`.
+Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`; a metric of
+an extension may give a number, or a number for each prediction, instead (`values_of`).
 Perplexity is not among them: it comes from the loss, not from answers.
 
     accuracy      share of the answers equal to a reference, but for width, case, blanks and final punctuation
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,14 +43,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """`examples` [n]: the score of each example; `corpus` gives the score of a choice of examples (row numbers),
-    which is their mean unless the metric says otherwise."""
+    """`examples` [n]: the score of each example (NaN where only all together have one); `corpus` gives the score of a
+    choice of examples (row numbers), which is their mean unless the metric says otherwise."""
 
     examples: np.ndarray
     corpus: Statistic
 
     @classmethod
-    def mean(cls, examples: list[float]) -> Values:
+    def mean(cls, examples: Sequence[float] | np.ndarray) -> Values:
         values = np.array(examples, np.float64)
         return cls(values, lambda rows: float(values[rows].mean()))
 
@@ -169,11 +170,15 @@ def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float
     ]
 
 
-METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
+Metric = Callable[[list[str], list[list[str]]], Values | float | Sequence[float] | np.ndarray]
+
+METRICS: dict[str, Metric] = {
     "accuracy": accuracy, "exact_match": exact_match, "character_accuracy": character_accuracy, "bleu": bleu,
     "rouge_l": rouge_l, "cider": cider, "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
 }  # fmt: skip
 
+
+BUILT_IN = frozenset(METRICS)
 
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
 """Metrics that are more than a comparison with references: of losses, of vectors (retrieve/ranks.py), and with the
@@ -181,12 +186,42 @@ table that was given (faithful.py)."""
 
 
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
-    """A metric by name, with its interval. Raises UsageError for an unknown one, ValueError for empty lists."""
+    """A metric by name, with its interval: see `values_of`."""
+    return score_of(values_of(name, predictions, references))
+
+
+def values_of(name: str, predictions: list[str], references: list[list[str]]) -> Values:
+    """What a metric gives, by its name, as `Values`.
+
+    A metric may return a number for each prediction, of which the score is the mean, or one number, the score of all
+    of them; its interval then comes from calling it on the resampled predictions. Raises UsageError for an unknown
+    metric and for one that returns anything else, ValueError for empty lists.
+    """
     if name not in METRICS:
         raise UsageError(f"There is no metric {name}.{suggest(name, set(METRICS))} There are: {', '.join(METRICS)}.")
-    if not predictions or len(predictions) != len(references) or not all(references):
+    count, metric = len(predictions), METRICS[name]
+    if not predictions or count != len(references) or not all(references):
         raise ValueError("a score needs predictions, and for each of them at least one reference")
-    return score_of(METRICS[name](predictions, references))
+    returned = metric(predictions, references)
+    try:
+        scores = np.asarray(returned.examples if isinstance(returned, Values) else returned, np.float64)
+    except (TypeError, ValueError):
+        scores = np.array(np.nan)
+    if isinstance(returned, Values) and scores.shape == (count,):
+        return returned
+    if scores.shape not in ((), (count,)) or not np.isfinite(scores).all():
+        what = f"{len(scores)} numbers" if scores.shape and np.isfinite(scores).all() else repr(returned)[:80]
+        raise UsageError(
+            f"The metric {name} returned {what} for {count} answers: it has to return one finite number, one for each "
+            "answer, or Values."
+        )
+    if scores.shape:
+        return Values.mean(scores)
+
+    def corpus(rows: np.ndarray) -> float:
+        return float(metric([predictions[i] for i in rows], [references[i] for i in rows]))  # type: ignore[arg-type]
+
+    return Values(np.full(count, np.nan), corpus)
 
 
 def score_of(values: Values) -> Score:
@@ -201,7 +236,7 @@ def bootstrap(n: int, statistic: Statistic, samples: int = 1000, seed: int = 0) 
     replacement (Efron, 1979). Seeded: the same examples give the same interval."""
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.integers(n, size=n)) for _ in range(samples)]
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
     return low, high
 
 
