@@ -19,12 +19,13 @@ def emit(value: Any) -> None:
 def table(columns: list[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    view = Table(title=title)
+    view = Table(title=None if title is None else Text(title))  # Text: no markup of a user's words takes effect
     for column in columns:
-        view.add_column(column)
+        view.add_column(Text(column), overflow="fold")
     for row in rows:
-        view.add_row(*(str(cell) for cell in row))
+        view.add_row(*(Text(str(cell)) for cell in row))
     Console().print(view)
 
 

@@ -113,7 +113,13 @@ def evaluate(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
     ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric to measure by in the place of the task's; several times.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the answers: a JSON line for every record, with its scores.")
+    ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Examples with answers before every record.")] = 0,
     shots_from: Annotated[str, typer.Option(help="Data that the examples are taken from.")] = "",
     against: Annotated[
@@ -132,12 +138,18 @@ def evaluate(
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
     from openm6.bundle import Bundle
+    from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
     bundle = Bundle.load(model)
     options = decoding_options(option)
-    if bundle.task(task).embeds:
+    chosen = bundle.task(task)
+    if output and (chosen.embeds or chosen.draws):
+        raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
+    if metric and chosen.embeds:
+        raise UsageError(f"--metric is for answers in words: the vectors of {chosen.name} are measured by their ranks.")
+    if chosen.embeds:
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
             bundle, task, against or task, data, pairs(column or []), pairs(against_column or []), same or [],
@@ -146,8 +158,10 @@ def evaluate(
     else:
         result = measure(
             bundle, task, data, pairs(column or []), data_format, images, limit, options, shots=shots,
-            shots_from=shots_from,
+            shots_from=shots_from, metrics=metric or (),
         )  # fmt: skip
+    if output:
+        write_answers(output, result)
     if report:
         write_report(report, f"{Path(model).name}: {result.task}", [result])
     if json:
@@ -155,8 +169,12 @@ def evaluate(
         return
     rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}", s.n) for n, s in result.scores.items()]
     table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
+    for title, columns, cells in result.labels.tables(matrix=6, rows=20) if result.labels else ():
+        table(columns, cells, title)
+    for note in result.notes:
+        typer.echo(note)
     if result.rejected:
-        typer.echo(f"{result.rejected} records could not be used.")
+        typer.echo(f"{result.rejected} records could not be used, such as: {result.rejects[0][1].reason}")
 
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:

@@ -14,6 +14,7 @@ Perplexity is not among them: it comes from the loss, not from answers.
     spearman      rank correlation of numbers, -1 to 1 (an answer that is no number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
     found         share of the boxes that overlap the reference by 0.5 or more
+    macro_f1      of labels: mean over the labels of F1, 0 to 1; which texts are one label is told as by accuracy
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from openm6.errors import UsageError, suggest
+from openm6.errors import DataError, UsageError, suggest
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -129,19 +130,23 @@ def same_form(predictions: list[str], references: list[list[str]]) -> Values:
 def spearman(predictions: list[str], references: list[list[str]]) -> Values:
     from scipy.stats import spearmanr
 
-    def number(text: str) -> float:
+    def number(text: str) -> float | None:
         try:
             return float(text)
         except ValueError:
-            return 0.0
+            return None
 
-    pairs = np.array([(number(p), number(w[0])) for p, w in zip(predictions, references, strict=True)])
+    wanted = [number(some[0]) for some in references]
+    if None in wanted:
+        text = references[wanted.index(None)][0]
+        raise DataError(f"spearman compares numbers, and the reference {text[:40]!r} is none: take another metric.")
+    pairs = np.array([(number(p) or 0.0, w) for p, w in zip(predictions, wanted, strict=True)])
 
     def corpus(rows: np.ndarray) -> float:
-        said, wanted = pairs[rows].T
-        if said.min() == said.max() or wanted.min() == wanted.max():  # no order to agree with
+        said, right = pairs[rows].T
+        if said.min() == said.max() or right.min() == right.max():  # no order to agree with
             return 0.0
-        return float(spearmanr(said, wanted).statistic)
+        return float(spearmanr(said, right).statistic)
 
     return Values(-np.abs(pairs[:, 0] - pairs[:, 1]), corpus)
 
@@ -170,11 +175,53 @@ def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float
     ]
 
 
+def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
+    said, right = label_pairs(predictions, references)
+    names, codes = np.unique(said + right, return_inverse=True)
+    answered, wanted = codes[: len(said)], codes[len(said) :]
+
+    def corpus(rows: np.ndarray) -> float:
+        total = sum(np.bincount(labels[rows], minlength=len(names)) for labels in (answered, wanted))
+        hits = np.bincount(wanted[rows][answered[rows] == wanted[rows]], minlength=len(names))
+        return float((2 * hits[total > 0] / total[total > 0]).mean())
+
+    return Values((answered == wanted).astype(np.float64), corpus)
+
+
+def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
+    """A function from a text to the label that it means: one of `known`, else the first of `others`, that accuracy
+    takes for the same, else the text itself, normalized."""
+    known = [normalize_label(label) for label in known]
+    exact, names = set(known), {}
+    for label in (*known, *map(normalize_label, others)):
+        names.setdefault(_plain(label), label)
+
+    def name(text: str) -> str:
+        text = normalize_label(text)
+        return text if text in exact else names.get(_plain(text), text)
+
+    return name
+
+
+def label_pairs(
+    predictions: list[str], references: list[list[str]], known: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The label that was answered and the one that was right, for each record: of several references the one that was
+    answered, else the first."""
+    name = label_namer(known, (text for wanted in references for text in wanted))
+    said, right = [name(text) for text in predictions], []
+    for label, wanted in zip(said, references, strict=True):
+        labels = [name(text) for text in wanted]
+        right.append(label if label in labels else labels[0])
+    return said, right
+
+
 Metric = Callable[[list[str], list[list[str]]], Values | float | Sequence[float] | np.ndarray]
 
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy, "exact_match": exact_match, "character_accuracy": character_accuracy, "bleu": bleu,
     "rouge_l": rouge_l, "cider": cider, "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
+    "macro_f1": macro_f1,
 }  # fmt: skip
 
 
@@ -248,8 +295,11 @@ def characters(text: str) -> list[str]:
     return _TOKENS.findall(text)
 
 
+def normalize_label(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip()
+
+
 def _plain(text: str) -> str:
+    """Signs that a label may end with (C#, A-) stay."""
     text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    while text and unicodedata.category(text[-1]).startswith("P"):
-        text = text[:-1]
-    return text
+    return text.rstrip("。.!?,;:、") or text
