@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
+from openm6.data.digest import content_hash, json_hash
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
@@ -21,13 +23,15 @@ class Source:
     """Named records: `len`, `[i]`, iteration, `columns`; `rejected` are the rows that reading left out.
 
     `window` is 0 where any record is equally near, else the number of neighbouring records among which order may be
-    mixed without reading everything (see `openm6.data.parquet`).
+    mixed without reading everything (see `openm6.data.parquet`). `stamp` is what the content follows from, where that
+    is known without reading the records.
     """
 
     def __init__(
-        self, name: str, records: Records, rejected: tuple[Reject, ...] = (), limit: int | None = None, window: int = 0
-    ):
-        self.name, self.rejected, self.window = name, rejected, window
+        self, name: str, records: Records, rejected: tuple[Reject, ...] = (), limit: int | None = None,
+        window: int = 0, stamp: Any = None,
+    ):  # fmt: skip
+        self.name, self.rejected, self.window, self._stamp = name, rejected, window, stamp
         self._records = records
         self._length = len(records) if limit is None else min(limit, len(records))
 
@@ -45,6 +49,16 @@ class Source:
 
     def __iter__(self) -> Iterator[Record]:
         return (self._records[i] for i in range(self._length))
+
+    def content_hash(self) -> str:
+        """The hash of the records and of the pictures that they name (`openm6.data.digest`). Data that are made here
+        are known by their name, streamed files by their names, sizes and times of change."""
+        if self._stamp is not None:
+            return json_hash([self._stamp, self._length])
+        records = self._records
+        if isinstance(records, ArrowRecords) and self._length == len(records):
+            return content_hash(self, records.folder)
+        return content_hash(self)
 
 
 def open_source(
@@ -73,12 +87,14 @@ def open_source(
     if kind := _kind(name):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
-        return Source(name, _built_in(kind, name), limit=limit)
+        return Source(name, _built_in(kind, name), limit=limit, stamp=name)
     if stream:
+        from openm6.data.files import fingerprint
         from openm6.data.parquet import ParquetRows
 
         rows = ParquetRows(name)
-        return Source(name, rows, limit=limit, window=rows.window)
+        stamp = [[Path(file).name, *fingerprint(file)[1:]] for file in files_of(name)]
+        return Source(name, rows, limit=limit, window=rows.window, stamp=stamp)
     records, rejected = _through_cache(name, format, images_root)
     if rejects is not None:
         rejects.saw(len(records))

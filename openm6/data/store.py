@@ -71,6 +71,7 @@ class ArrowRecords:
     """The records of a folder made by `write_records`. Reading from several threads is safe."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
             self.columns: tuple[str, ...] = tuple(json.loads((folder / "columns.json").read_text("utf-8")))
             reader = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))

@@ -9,7 +9,6 @@ are given by the database, so that two processes never get the same one. Nothing
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -363,7 +362,6 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
     from openm6.data.source import open_source
 
     records = open_source(source, data_format, images)
-    digest = hashlib.sha256()
     kinds: dict[str, set[str]] = {}
     sample = []
     for number, record in enumerate(records):
@@ -371,13 +369,12 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
         for name, value in sorted(record.items()):
             if name.startswith("_"):
                 continue
-            digest.update(repr((name, value)).encode())
             kinds.setdefault(name, set()).add(type(value).__name__)
             shown[name] = f"<{len(value)} bytes>" if isinstance(value, bytes) else value
         if number < SAMPLE:
             sample.append(json.dumps(shown, ensure_ascii=False, default=str))
     about = {
-        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": digest.hexdigest(),
+        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": records.content_hash(),
         "columns": {name: " or ".join(sorted(found)) for name, found in kinds.items()},
     }  # fmt: skip
     return about, "\n".join(sample) + "\n"
