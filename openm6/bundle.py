@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 from openm6.batches import by_length, pad
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.limits import Limits
+from openm6.decode.many import answer_groups
 from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
 from openm6.directory import Adapters, describe, open_directory
-from openm6.errors import UsageError, suggest
+from openm6.errors import DataError, UsageError, suggest
 from openm6.images import check_features
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, Painting, draw_many, drawing_task, groups, in_passes, relevance_by_slot
+from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
 from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
@@ -158,55 +160,73 @@ class Bundle:
         *,
         batch_size: int = 64,
         decoding: Mapping[str, Any] | None = None,
+        on_error: str = "raise",
     ) -> Iterator[Any]:
-        """Answers to many records, in their order; read and answered `batch_size` x 4 at a time."""
+        """Answers to many records, in their order; read and answered `batch_size` x 4 at a time.
+
+        A record's random numbers are those of its number in the call, whatever `batch_size` is. A record that cannot be
+        used raises its DataError, or with `on_error="return"` has it in its answer's place.
+        """
         task = self.task(task)
         if task.draws:
-            for best in self.draw_many(task, records, batch_size=batch_size, decoding=decoding):
-                yield best[0].image
+            drawn = draw_many(self, task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
+            yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
             return
         if task.embeds:
-            dims = (decoding or {}).get("dims")
-            yield from self.vectors(task, records, batch_size=batch_size, dims=None if dims is None else int(dims))
+            dims = None if (given := (decoding or {}).get("dims")) is None else int(given)
+            yield from self.vectors(task, records, batch_size=batch_size, dims=dims, on_error=on_error)
             return
-        if task.head:
-            yield from self._answers_of_head(task, records, batch_size)
-            return
-        for group in groups(records, batch_size * 4):
-            prompts = [self.prompt(task, record) for record in group]
-            for generated in self.generate(task, prompts, batch_size, decoding):
-                yield self.read(task, generated)
 
-    @torch.inference_mode()
+        def answer(prompts: list[Sequence], numbers: list[int]) -> list[Any]:
+            if task.head:
+                return self._answers_of_head(task, prompts, batch_size)
+            return [self.read(task, one) for one in self.generate(task, prompts, batch_size, decoding, numbers)]
+
+        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
+
     def vectors(
-        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, dims: int | None = None
+        self,
+        task: str | Task,
+        records: Iterable[Record],
+        *,
+        batch_size: int = 64,
+        dims: int | None = None,
+        on_error: str = "raise",
     ) -> Iterator[np.ndarray]:
         """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (all numbers by
-        default)."""
-        task, width = self.task(task), self.model.config.hidden_size
+        default). `on_error`: see `run_many`."""
+        task = self.task(task)
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
         check_dims(self.model, dims)
-        for group in groups(records, batch_size * 4):
-            prompts = [self.prompt(task, record) for record in group]
-            found = torch.empty(len(group), dims or width)
-            for chosen in by_length(prompts, batch_size):
-                batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id, even=True)
-                with self.precision():
-                    hidden = self.model(batch.to(self.model.embed.weight.device)).hidden
-                ends = hidden.flatten(0, 1)[batch.ends().to(hidden.device)].float().cpu()
-                found[chosen] = torch.nn.functional.normalize(ends[:, :dims], dim=-1)
-            yield from found.numpy()
+
+        def answer(prompts: list[Sequence], numbers: list[int]) -> np.ndarray:
+            return self._vectors_of(prompts, batch_size, dims)
+
+        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
 
     @torch.inference_mode()
-    def _answers_of_head(self, task: Task, records: Iterable[Record], batch_size: int) -> Iterator[Any]:
+    def _vectors_of(self, prompts: list[Sequence], batch_size: int, dims: int | None) -> np.ndarray:
+        found = torch.empty(len(prompts), dims or self.model.config.hidden_size)
+        for chosen in by_length(prompts, batch_size):
+            batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id, even=True)
+            with self.precision():
+                hidden = self.model(batch.to(self.model.embed.weight.device)).hidden
+            ends = hidden.flatten(0, 1)[batch.ends().to(hidden.device)].float().cpu()
+            found[chosen] = torch.nn.functional.normalize(ends[:, :dims], dim=-1)
+        return found.numpy()
+
+    @torch.inference_mode()
+    def _answers_of_head(self, task: Task, prompts: list[Sequence], batch_size: int) -> list[Any]:
         if task.head not in self.model.heads:
             raise UsageError(f"This model has no head {task.head}: it was not trained for the task {task.name}.")
-        for group in groups(records, batch_size):
-            batch = pad([self.prompt(task, record) for record in group], self.processor.tokenizer.pad_id)
+        found: dict[int, Any] = {}
+        for chosen in by_length(prompts, batch_size):
+            batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id)
             with self.precision():
-                found = self.model(batch.to(self.model.embed.weight.device)).heads[task.head]
-            yield from (HEADS[task.head].read(row) for row in found.tolist())
+                rows = self.model(batch.to(self.model.embed.weight.device)).heads[task.head]
+            found |= {i: HEADS[task.head].read(row) for i, row in zip(chosen, rows.tolist(), strict=True)}
+        return [found[i] for i in range(len(prompts))]
 
     def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
         """One text answer in pieces, as it is written."""
@@ -279,15 +299,21 @@ class Bundle:
         return prompt
 
     def generate(
-        self, task: Task, prompts: list[Sequence], batch_size: int = 64, decoding: Mapping[str, Any] | None = None
+        self,
+        task: Task,
+        prompts: list[Sequence],
+        batch_size: int = 64,
+        decoding: Mapping[str, Any] | None = None,
+        numbers: Items[int] | None = None,
     ) -> list[Generated]:
-        """Decode prompts of one task with its defaults and this model's precision."""
+        """Decode prompts of one task with its defaults and this model's precision. `numbers`: of the prompts, for
+        their random numbers (0, 1, ... by default)."""
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         if task.sketch:
             with self.precision():
                 return refine(self.model, prompts, self.processor.tokenizer, options.max_new_tokens, batch_size)
         with self.precision():
-            return generate(self.model, prompts, self.processor.tokenizer.end_id, options, batch_size)
+            return generate(self.model, prompts, self.processor.tokenizer.end_id, options, batch_size, numbers)
 
     def read(self, task: Task, generated: Generated) -> Any:
         """The value of a task's one output, or the dict of its outputs."""

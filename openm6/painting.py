@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
+from openm6.decode.many import answer_groups
 from openm6.decode.steps import Steps, finish
 from openm6.errors import UsageError
 from openm6.tasks.drawn import ESTIMATES
@@ -45,19 +46,26 @@ def draw_many(
     candidates: int = 1,
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
+    on_error: str = "raise",
 ) -> Iterator[list[Painting]]:
     """For each record `candidates` pictures of a task that draws, the best by the model's own estimates first.
 
     `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
+    `on_error`: see Bundle.run_many.
     """
     task, options = options_of(bundle, task, candidates, decoding)
-    done = 0
-    for group in groups(records, max(1, batch_size // candidates)):
-        numbers = range(done, done + len(group) * candidates)
+
+    def check(record: Record) -> Record:
+        bundle.prompt(task, record)
+        kept_codes([record.get(KEPT)], _codes(bundle))
+        return record
+
+    def paint(wishes: list[Record], numbers: list[int]) -> list[list[Painting]]:
+        every = [number * candidates + one for number in numbers for one in range(candidates)]
         with bundle.precision():
-            made = finish(paint_steps(bundle, task, group, candidates, options, numbers))
-        yield from made
-        done += len(group) * candidates
+            return finish(paint_steps(bundle, task, wishes, candidates, options, every))
+
+    yield from answer_groups(records, max(1, batch_size // candidates), check, paint, on_error)
 
 
 def options_of(
@@ -84,7 +92,7 @@ def paint_steps(
 ) -> Steps[list[list[Painting]]]:
     """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers."""
     codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
-    prompts = [bundle.prompt(task, record) for record in records for _ in range(candidates)]
+    prompts = [prompt for r in records for prompt in [bundle.prompt(task, r)] * candidates]
     free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
     free = [prompt for prompt in free for _ in range(candidates)]
     kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
@@ -153,14 +161,3 @@ def _codes(bundle: Bundle) -> Codes:
 def in_passes(task: Task, decoding: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options, in passes where they do not say otherwise, though the task draws one code after the other."""
     return {"passes": task.decode.get("passes") or Drawing().passes, **(decoding or {})}
-
-
-def groups(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    group: list[Record] = []
-    for record in records:
-        group.append(record)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

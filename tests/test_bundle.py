@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -83,6 +84,47 @@ def test_many_at_once_equal_one_by_one(bundle: Bundle) -> None:
     options = {"max_new_tokens": 5}
     together = list(bundle.run_many("vqa", records, decoding=options))
     assert together == [bundle.run("vqa", decoding=options, **r) for r in records]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])
+def test_answers_do_not_depend_on_the_batch_size(bundle: Bundle, options: dict) -> None:
+    """Nor does a record draw the random numbers of another one: 30 times the same question has many answers."""
+    chosen = Bundle(copy.deepcopy(bundle.model).pack_for_cpu(torch.float32), bundle.processor)
+    asked = [{"passage": QUESTION[: 2 + n % 7]} for n in range(20)] + [{"passage": QUESTION}] * 10
+    decoding = {"max_new_tokens": 8, **options}
+    every = [list(chosen.run_many("summary", asked, batch_size=size, decoding=decoding)) for size in (1, 3, 64)]
+    assert every[0] == every[1] == every[2]
+    assert (len(set(every[0][20:])) > 4) == ("temperature" in options)
+
+
+def test_a_bad_record_costs_itself_alone(bundle: Bundle) -> None:
+    good, bad = {"photo": picture(), "question": QUESTION}, {"photo": "gone.jpg", "question": QUESTION}
+    options = {"max_new_tokens": 6, "temperature": 1.0}
+    asked = [good, good, bad, good, {"photo": picture()}, good]
+    whole = list(bundle.run_many("vqa", [good] * len(asked), decoding=options))
+    for size in (1, 64):
+        found = list(bundle.run_many("vqa", asked, batch_size=size, decoding=options, on_error="return"))
+        assert isinstance(found[2], DataError) and "gone.jpg does not exist" in str(found[2])
+        assert isinstance(found[4], DataError) and "question is missing" in str(found[4])
+        assert [found[i] for i in (0, 1, 3, 5)] == [whole[i] for i in (0, 1, 3, 5)]
+    with pytest.raises(DataError, match="gone.jpg does not exist"):
+        list(bundle.run_many("vqa", asked))
+    with pytest.raises(UsageError, match='on_error is "skip"; it is "raise" or "return"'):
+        list(bundle.run_many("vqa", asked, on_error="skip"))
+
+
+@pytest.mark.parametrize(
+    ("task", "good"),
+    [("image_vector", {"photo": picture()}), ("controlled_image", {"caption": "红", "style": picture(16, 16)})],
+)
+def test_a_bad_record_of_a_task_without_text_costs_itself_alone(task: str, good: dict) -> None:
+    bundle = drawing_bundle()
+    bad = {**good, next(iter(set(good) & {"photo", "style"})): "gone.jpg"}
+    found = list(bundle.run_many(task, [bad, good, good], on_error="return"))
+    assert isinstance(found[0], DataError)
+    alone = list(bundle.run_many(task, [good, good, good]))
+    for one, same in zip(found[1:], alone[1:], strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(same))
 
 
 def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:

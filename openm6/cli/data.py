@@ -23,13 +23,18 @@ def check(
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
     json: Json = False,
 ) -> None:
-    """Open every record as training would, and say what is wrong. Exit code 1 when any record is bad."""
+    """Open every record as training would, show three of them as they will be trained, and say what is wrong. Exit
+    code 1 when any record is bad."""
     from rich.progress import track
 
     from openm6.data.check import Check
+    from openm6.data.columns import check_command
     from openm6.tasks.library import get
 
-    checked = Check(source, get(task), pairs(column or []), data_format, images, limit)
+    told = {"--format": data_format, "--images": images}
+    options = [word for name, value in told.items() if value for word in (name, value)]
+    command = check_command(source, task, *options)
+    checked = Check(source, get(task), pairs(column or []), data_format, images, limit, command)
     for record in track(checked.records(), description="checking", total=checked.total, transient=True):
         checked.look(record)
     result = checked.to_dict()
@@ -38,9 +43,13 @@ def check(
     else:
         typer.echo(f"{source}: {result['good']} of {result['records']} records can be used for {result['task']}.")
         for slot, name in result["columns"].items():
-            typer.echo(f"  {slot} <- {name}")
+            typer.echo(f"  {slot} <- {name or '(no column; it may be left out)'}")
+        for example in result["examples"]:
+            typer.echo(f"  {example['where']}: {example['source']} -> {example['target']}")
         lengths = result["characters"]
         table(["slot", "median", "longest"], [(n, v["median"], v["longest"]) for n, v in lengths.items()], "characters")
+        for text in checked.sentences():
+            typer.echo(f"  {text}")
         for problem in result["problems"]:
             typer.echo(f"  {problem['count']} x {problem['reason']} (first: {problem['where']})")
     if result["records"] > result["good"]:

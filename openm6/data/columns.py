@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +15,44 @@ from openm6.data.bundled import PICTURES
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
 from openm6.errors import DataError, UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
 
 _SYNONYMS = (
-    (
-        "image",
-        "img",
-        "picture",
-        "photo",
-        "image_path",
-        "img_path",
-        "image_file",
-        "image_bytes",
-        "file_name",
-        "filename",
-        "图片",
-    ),
-    ("question", "query", "问题"),
+    ("image", "img", "picture", "photo", "image_path", "img_path", "image_file", "image_bytes", "file_name", "filename",
+     "图片", "图像", "照片", "图片路径"),
+    ("question", "query", "问题", "提问"),
     ("answer", "answers", "response", "答案", "回答"),
-    ("caption", "captions", "text", "texts", "description", "描述"),
-    ("text", "body", "content", "sentence", "正文", "caption", "title"),
-    ("label", "labels", "class", "category", "cls", "类别", "标签"),
+    ("caption", "captions", "description", "描述", "图片描述"),
+    ("text", "texts", "body", "content", "sentence", "正文", "文本", "内容", "评论"),
+    ("label", "labels", "class", "category", "cls", "类别", "标签", "分类", "情感"),
     ("title", "titles", "标题"),
+    ("summary", "摘要"),
+    ("passage", "文章", "正文"),
     ("table", "attributes", "属性"),
-)
-"""Names that mean the same, the most likely first; a task's own `aliases` go before them."""
+)  # fmt: skip
+"""Names of one meaning, the most usual first; a task's own `aliases` go before them. A slot of another name takes those
+of its type."""
+
+_POSSIBLE = {
+    "caption": ("text", "texts", "文本", "内容", "title", "标题", "name", "名称"),
+    "text": ("caption", "captions", "description", "描述", "title", "标题", "评价"),
+    "label": ("评价", "名称"),
+    "title": ("name", "名称"),
+    "passage": ("text", "content", "文本", "内容"),
+}
+"""Names that may mean a slot or something else: one is taken only where no other column and no other slot competes."""
+
+_SAMPLE = 32
+"""Records that tell what a column holds."""
+
+_KEY = re.compile(r"(id|ids|key|keys|index|idx|uuid|hash|md5|sha1|url|path|编号|序号|编码|网址|链接)$", re.IGNORECASE)
+"""Names of columns that identify a record."""
+
+_CODE = re.compile(r"(?=.*\d)[\w./:\\#+-]{1,80}|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}", re.IGNORECASE | re.ASCII)
+"""A number, a code with digits in it, a hexadecimal number, the name of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +63,14 @@ class SlotView:
     mapping: Mapping[str, str]
 
     @classmethod
-    def of(cls, task: Task, records: Records, columns: Mapping[str, str] | None = None) -> SlotView:
+    def of(
+        cls, task: Task, records: Records, columns: Mapping[str, str] | None = None, command: str | None = None
+    ) -> SlotView:
         """The view of these records for this task. Raises UsageError as `map_columns` does."""
-        sample = [records[i] for i in range(min(8, len(records)))]
-        return cls(task, map_columns(task, records.columns, columns or {}, sample))
+        sample = [records[i] for i in range(min(_SAMPLE, len(records)))]
+        if command is None:
+            command = check_command(getattr(records, "name", "FILE"), task.name)
+        return cls(task, map_columns(task, records.columns, columns or {}, sample, command))
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """The record by slots.
@@ -68,7 +85,7 @@ class SlotView:
             if kind == "image":
                 value = _picture(value, str(record.get("_root") or ""))
             elif kind in ("text", "label"):
-                value = _text(value)
+                value = _text(value) if kind == "text" else _label(_text(value))
                 if isinstance(value, list) and (rng is not None or name in self.task.inputs):
                     value = value[0 if rng is None else int(rng.integers(len(value)))]
             if value is None:
@@ -79,14 +96,20 @@ class SlotView:
 
 
 def map_columns(
-    task: Task, columns: Iterable[str], mapping: Mapping[str, str], sample: Iterable[Record] = ()
+    task: Task,
+    columns: Iterable[str],
+    mapping: Mapping[str, str],
+    sample: Iterable[Record] = (),
+    command: str = "openm6 data check FILE",
 ) -> dict[str, str]:
-    """The column for every slot of the task: as `mapping` says, else the same name, else an alias, else the only
-    column of the slot's type (told from `sample` records).
+    """The column for every slot of the task: as `mapping` says, else the same name, else an alias, else a usual name,
+    else the only column of the slot's type (told from `sample` records) that is neither a key nor known as something
+    else.
 
-    Raises UsageError that names the slot, the columns there are, and how to map.
+    Raises UsageError that names the slot, the columns there are, the likeliest of them and how to map it: `command`
+    with the options that are missing.
     """
-    columns, rows = list(columns), list(islice(sample, 8))
+    columns, rows = list(columns), list(islice(sample, _SAMPLE))
     for slot, column in mapping.items():
         if slot not in task.slots:
             raise UsageError(
@@ -96,29 +119,92 @@ def map_columns(
         if column not in columns:
             raise UsageError(
                 f"columns.{slot}: the data has no column {column!r}.{suggest(column, columns)} "
-                f"It has: {', '.join(columns)}."
+                f"It has: {_listed(columns)}."
             )
-    chosen = dict(mapping)
-    steps: tuple[Callable[[str], list[str]], ...] = (
-        lambda slot: [slot],
-        lambda slot: list(task.aliases.get(slot, ())),
-        lambda slot: _synonyms(slot, task.slots[slot].type),
-        lambda slot: _only_of_type(task, slot, chosen, columns, rows),
+    choice = _Choice(task, columns, rows, dict(mapping))
+    choice.take(lambda slot, kind: [c for c in columns if c == slot], ranked=True)
+    choice.take(lambda slot, kind: choice.named((slot, *task.aliases.get(slot, ()))), ranked=True)
+    choice.take(lambda slot, kind: choice.named(_synonyms(slot, kind))[: 1 if kind in ("image", "table") else None])
+    choice.take(lambda slot, kind: choice.named(_POSSIBLE.get(kind if kind == "label" else slot, ())))
+    choice.take(lambda slot, kind: choice.only_of_type(slot))
+    for slot in choice.open():
+        if not task.slots[slot].drop:
+            raise UsageError(_advice(choice, slot, mapping, command))
+    return {slot: choice.chosen[slot] for slot in task.slots if slot in choice.chosen}
+
+
+def check_command(source: str, task: str, *options: str) -> str:
+    """The command that checks data, as a shell takes it."""
+    return shlex.join(["openm6", "data", "check", source, "--task", task, *options])
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Columns that are chosen step by step; `unclear` are slots for which several were as likely."""
+
+    task: Task
+    columns: list[str]
+    rows: list[Record]
+    chosen: dict[str, str]
+    unclear: dict[str, list[str]] = field(default_factory=dict)
+
+    def open(self) -> list[str]:
+        return [s for s, slot in self.task.slots.items() if s not in self.chosen and slot.type != "vector"]
+
+    def take(self, candidates: Callable[[str, str], list[str]], ranked: bool = False) -> None:
+        """One step: each open slot takes its candidate. Of several it takes the first if they are `ranked`, else none;
+        nor does it take one for which other slots compete."""
+        wanted = {}
+        for slot in self.open():
+            found = [c for c in candidates(slot, self.task.slots[slot].type) if c in self.free()]
+            if found and slot not in self.unclear:
+                wanted[slot] = found
+        for slot, found in wanted.items():
+            rivals = [other for other, columns in wanted.items() if set(columns) & set(found)]
+            if ranked and set(found) & set(self.free()):
+                self.chosen[slot] = next(c for c in found if c in self.free())
+            elif not ranked and len(found) == len(rivals) == 1:
+                self.chosen[slot] = found[0]
+            elif not ranked:
+                self.unclear[slot] = found
+
+    def named(self, names: Iterable[str]) -> list[str]:
+        """The free columns of these names, in their order; capitals and blanks at the ends make no difference."""
+        return [c for name in dict.fromkeys(names) for c in self.free() if c.strip().casefold() == name.casefold()]
+
+    def only_of_type(self, slot: str) -> list[str]:
+        """The one free column, keys aside, whose values look like the slot's type, if the slot is the only open one of
+        that type and the column is not known as something else."""
+        kind = self.task.slots[slot].type
+        found = self.fitting(slot)
+        alone = sum(self.task.slots[s].type == kind for s in self.open()) == 1 and len(found) == 1
+        return found if alone and not _foreign(found[0], slot, kind) else []
+
+    def fitting(self, slot: str, keys: bool = False) -> list[str]:
+        """The free columns whose values look like the slot's type, with those that are `keys` or without."""
+        kind = self.task.slots[slot].type
+        values = {c: [row.get(c) for row in self.rows] for c in self.free()}
+        return [c for c, some in values.items() if _looks_like(some, kind) and (keys or not is_key(c, some, kind))]
+
+    def free(self) -> list[str]:
+        return [c for c in self.columns if c not in self.chosen.values()]
+
+
+def _foreign(column: str, slot: str, kind: str) -> bool:
+    """Whether a column's name is known as that of something other than the slot."""
+    known = [group for group in _SYNONYMS if column.strip().casefold() in group]
+    return bool(known) and not any(slot in group or kind in group for group in known)
+
+
+def is_key(name: str, values: list[Any], kind: str) -> bool:
+    """Whether a column identifies records: by its name, or because no two of its `values` agree and all are codes. A
+    picture is named by a path."""
+    if kind not in ("text", "label"):
+        return False
+    texts = [str(v) for v in values if v is not None]
+    return bool(_KEY.search(name.strip())) or (
+        len(set(texts)) == len(texts) and all(_CODE.fullmatch(text.strip()) for text in texts)
     )
-    for candidates in steps:
-        for slot in task.slots:
-            if slot not in chosen and task.slots[slot].type != "vector":
-                free = [c for c in candidates(slot) if c in columns and c not in chosen.values()]
-                if free:
-                    chosen[slot] = free[0]
-    for slot, what in task.slots.items():
-        if slot not in chosen and not what.drop and what.type != "vector":
-            raise UsageError(
-                f"The task {task.name} needs {slot} ([{task.slots[slot].type}:{slot}]), and none of the data's columns "
-                f"({', '.join(columns)}) is taken for it: say which, "
-                f"by columns: {{{slot}: {columns[0] if columns else 'COLUMN'}}}."
-            )
-    return {slot: chosen[slot] for slot in task.slots if slot in chosen}
 
 
 def _synonyms(slot: str, kind: str) -> list[str]:
@@ -128,15 +214,27 @@ def _synonyms(slot: str, kind: str) -> list[str]:
     return names
 
 
-def _only_of_type(
-    task: Task, slot: str, chosen: Mapping[str, str], columns: list[str], rows: list[Record]
-) -> list[str]:
-    """The one free column whose values look like the slot's type, if the slot is the only free one of that type."""
-    kind = task.slots[slot].type
-    if sum(s not in chosen and task.slots[s].type == kind for s in task.slots) > 1:
-        return []
-    fitting = [c for c in columns if c not in chosen.values() and _looks_like([r.get(c) for r in rows], kind)]
-    return fitting if len(fitting) == 1 else []
+def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str) -> str:
+    """What is said where a slot has no column."""
+    likely, keys = choice.unclear.get(slot) or choice.fitting(slot), choice.fitting(slot, keys=True)
+    column = likely[0] if likely else "COLUMN"
+    hint = f" ({_listed(likely)} {'are as likely' if likely[1:] else 'is the likeliest'})" if likely else ""
+    if keys and not likely:
+        hint = f" ({_listed(keys)} {'looks like a key' if len(keys) == 1 else 'look like keys'})"
+    options = [word for s, c in {**mapping, slot: column}.items() for word in ("-c", f"{s}={c}")]
+    return (
+        f"The task {choice.task.name} needs {slot} ([{choice.task.slots[slot].type}:{slot}]), and none of the data's "
+        f"columns ({_listed(choice.columns)}) is taken for it{hint}: say which, by columns: {{{slot}: {column}}} in a "
+        f"recipe, or by {command} {shlex.join(options)}"
+    )
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(map(_short, columns))
+
+
+def _short(column: str) -> str:
+    return column if len(column) <= 40 else f"{column[:40]}..."
 
 
 def _looks_like(values: list[Any], kind: str) -> bool:
@@ -158,6 +256,13 @@ def _text(value: Any) -> Any:
     if isinstance(value, list):
         return [_text(v) for v in value] or None
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _label(value: Any) -> Any:
+    """Labels by their one spelling; a label of blanks is no value."""
+    if isinstance(value, list):
+        return [label for label in map(_label, value) if label is not None] or None
+    return (normalize_label(value) or None) if isinstance(value, str) else value
 
 
 def _picture(value: Any, root: str) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
@@ -43,7 +44,8 @@ class Entry:
     `against`: the task that sees the same record from another side, and has to give it the same vector; records that
     agree in the columns `same` are not told apart. A record's column `negatives` may have others, as records.
 
-    `shots`: up to so many other records stand before each, with their answers."""
+    `shots`: up to so many other records stand before each, with their answers. `classes`: of the labels that are
+    written, where they were counted."""
 
     name: str
     records: Records
@@ -56,6 +58,7 @@ class Entry:
     against_columns: Mapping[str, str] = field(default_factory=dict)
     same: tuple[str, ...] = ()
     shots: int = 0
+    classes: Mapping[str, Classes] = field(default_factory=dict)
 
 
 class Loader:

@@ -87,12 +87,14 @@ def generate(
     end_id: int,
     decoding: Decoding | None = None,
     batch_size: int = 64,
+    numbers: Items[int] | None = None,
 ) -> list[Generated]:
     """Continue every prompt (a Sequence that ends where the answer begins). Results in the prompts' order.
 
-    Prompts are batched by length, so that little is padded.
+    Prompts are batched by length, so that little is padded. `numbers`: of the prompts, for their random numbers;
+    0, 1, ... by default.
     """
-    decoding = decoding or Decoding()
+    decoding, numbers = decoding or Decoding(), numbers or range(len(prompts))
     results: list[Generated | None] = [None] * len(prompts)
     for chosen in by_length(prompts, batch_size):
         group = [prompts[i] for i in chosen]
@@ -101,7 +103,7 @@ def generate(
 
             answers = beam_search(model, group, end_id, decoding)
         else:
-            answers = _batch(model, group, chosen, end_id, decoding)
+            answers = _batch(model, group, [numbers[i] for i in chosen], end_id, decoding)
         for index, answer in zip(chosen, answers, strict=True):
             results[index] = answer
     return [r for r in results if r is not None]

@@ -179,9 +179,15 @@ def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1), sin)
 
 
+EVEN_KEYS = 16
+"""On a CPU a decoding step sees a multiple of so many keys (the last ones masked): the kernel then adds up a row in the
+same order whatever rows are beside it."""
+
+
 class Cache:
     """Keys and values of B sequences up to `capacity` positions, for all layers.
 
+    `capacity` is rounded up to a multiple of EVEN_KEYS.
     Row b holds `lengths[b]` positions, from 0 on; `counts` is the same on the host, so that a step need not ask the
     device. `select` reorders rows (beam search) or drops finished ones. `rope` holds the rotary angles of all
     positions, [1, capacity, 1, E] each. On a CPU keys and values are kept in fp32: one query against many keys is
@@ -191,6 +197,7 @@ class Cache:
     def __init__(self, config: ModelConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
         device = lengths.device
         dtype = torch.float32 if device.type == "cpu" else dtype
+        capacity = -(-capacity // EVEN_KEYS) * EVEN_KEYS
         self.rope = rotary_angles(config, torch.arange(capacity, device=device)[None], dtype)
         shape = (len(lengths), config.num_key_value_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from openm6.batches import Batch, cells_of
 from openm6.errors import OpenM6Error
-from openm6.model.attention import Cache, additive, build_mask, build_picture_mask, rotary_angles
+from openm6.model.attention import EVEN_KEYS, Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
 from openm6.model.changed import Prompt
 from openm6.model.config import ModelConfig
@@ -231,14 +231,17 @@ class M6(Network):
         positions_B1 = cache.lengths[:, None]
         x_B1D = self._embed_ids(ids_B[:, None], positions_B1, cell)
         filled = max(cache.counts) + 1
-        even = min(cache.counts) + 1 == filled
+        even, on_cpu = min(cache.counts) + 1 == filled, ids_B.device.type == "cpu"
+        # On a CPU a row's sums over its keys would else depend on the longest row beside it, in the last bit.
+        keys_seen = min(-(-filled // EVEN_KEYS) * EVEN_KEYS, cache.keys[0].shape[2]) if on_cpu else filled
         rope, mask = cache.rope, None
         if even:
             rope = rope and (rope[0][:, filled - 1 : filled], rope[1][:, filled - 1 : filled])
         else:
             rows = torch.arange(len(ids_B), device=ids_B.device)
             rope = cache.rope_at(positions_B1)
-            seen = torch.arange(filled, device=ids_B.device) <= positions_B1
+        if on_cpu or not even:
+            seen = torch.arange(keys_seen, device=ids_B.device) <= positions_B1
             mask = additive(seen[:, None, None], cache.keys[0].dtype)
 
         def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +251,7 @@ class M6(Network):
             else:
                 keys[rows, :, cache.lengths] = k_BK1E[:, :, 0].to(keys.dtype)
                 values[rows, :, cache.lengths] = v_BK1E[:, :, 0].to(values.dtype)
-            return keys[:, :, :filled], values[:, :, :filled]
+            return keys[:, :, :keys_seen], values[:, :, :keys_seen]
 
         x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
         cache.grow()

@@ -16,6 +16,7 @@ from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES, image
+from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.slots.text import as_text
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def value_of(task: Task, record: Record, slot: Slot, rng: np.random.Generator | 
             f"{', '.join(keys) or 'nothing'}.{suggest(slot.name, keys)}"
         )
     known = task.labels.get(slot.name)
-    if known and str(value) not in known:
+    if known and normalize_label(str(value)) not in known:
         listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise DataError(
             f"{where(record)}{slot.name}: {str(value)[:40]!r} is none of the task's labels."

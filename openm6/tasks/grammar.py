@@ -18,6 +18,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from openm6.errors import UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
     "text": frozenset({"mask", "prefix", "drop", "verse"}),
@@ -33,7 +34,11 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
 left that tells the text's form (see `forms`)."""
 
 _CORRUPTIONS = ("mask", "prefix", "drop")
-_RESERVED = ("self", "task", "decoding")  # keywords of Bundle.run
+RESERVED = frozenset(
+    {"self", "task", "decoding", "examples", "limits", "candidates", "kept", "drawn", "adapter", "max_new_tokens"}
+)
+"""Names that no slot can have: the other parameters of the methods that take slots as keywords (`Bundle.run`,
+`Client.draw` ...). They lie on floors above this one, so a test compares the list with their signatures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +146,9 @@ def _slot(text: str, start: int, stop: int) -> Slot:
         problem = f"There is no slot type {kind!r}.{suggest(kind, set(ATTRIBUTES))} There are: {', '.join(ATTRIBUTES)}"
         raise _error(text, start, problem)
     name = name if colon else kind
-    if not name.isidentifier() or name.startswith("_") or name in _RESERVED:
+    if not name.isidentifier() or name.startswith("_") or name in RESERVED:
         problem = f"{name!r} cannot name a slot: take letters, digits and _, a letter first"
-        raise _error(text, start + len(kind) + 1, f"{name!r} is reserved" if name in _RESERVED else problem)
+        raise _error(text, start + len(kind) + 1, f"{name!r} is reserved" if name in RESERVED else problem)
     found: dict[str, float | bool | str | tuple[str, ...]] = {}
     place = start + len(head) + 1
     for attribute in attributes:
@@ -161,7 +166,7 @@ def _slot(text: str, start: int, stop: int) -> Slot:
         elif key == "verse":
             found[key] = value.strip()
         elif key == "set":
-            labels = tuple(label.strip() for label in value.split(","))
+            labels = tuple(map(normalize_label, value.split(",")))
             if not all(labels) or len(set(labels)) < len(labels):
                 raise _error(text, place, "set lists different labels, as in set=红色,蓝色")
             found["labels"] = labels

@@ -21,6 +21,7 @@ from openm6.tasks.grammar import Instruction, Slot, parse
 from openm6.tasks.heads import HEADS
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES, box
+from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.trie import Trie
 from openm6.tokenizer import Tokenizer
@@ -94,10 +95,11 @@ class Task:
             if name not in self.slots or self.slots[name].type != "label":
                 known = [s.name for s in self.slots.values() if s.type == "label"]
                 raise UsageError(f"The task {self.name} has no label slot {name}.{suggest(name, known)}")
-            if not values:
-                raise UsageError(f"The task {self.name} has an empty set of labels for {name}.")
-        # A label may be met twice (labels taken from data); its place in the set is its first one.
-        object.__setattr__(self, "labels", {name: tuple(dict.fromkeys(map(str, v))) for name, v in labels.items()})
+            # A label may be met twice (labels taken from data); its place in the set is its first one.
+            labels[name] = tuple(dict.fromkeys(normalize_label(str(value)) for value in values))
+            if not all(labels[name]) or not values:
+                raise UsageError(f"The task {self.name} has an empty set of labels, or an empty label, for {name}.")
+        object.__setattr__(self, "labels", labels)
 
     @property
     def controls(self) -> int:

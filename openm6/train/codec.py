@@ -57,7 +57,7 @@ class Pictures:
 
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
-        self.path = recipe.codec.path
+        self.path, self.notes = recipe.codec.path, list[str]()
         self.config = CodecConfig.from_pretrained(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
         self.task = PictureTask(self.config.image_size)
         self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None

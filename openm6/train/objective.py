@@ -33,9 +33,11 @@ class Part:
 
 
 class Objective(Protocol):
-    """`path`: the model directory to start from; None starts at random."""
+    """`path`: the model directory to start from; None starts at random. `notes`: what is said of the data before a
+    run begins."""
 
     path: Path | None
+    notes: list[str]
     loader: Loader
 
     def network(self, shared: bool) -> Any:

@@ -22,6 +22,7 @@ from openm6.train.contrastive import contrast
 from openm6.train.distill import Lessons, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
+from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import Recipe
 from openm6.train.report import Losses
@@ -42,6 +43,7 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
+        self.notes = data_notes(entries)
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}

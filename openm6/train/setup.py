@@ -9,6 +9,7 @@ from typing import Any
 
 from openm6.atomic import write_whole
 from openm6.bundle import Bundle
+from openm6.data.classes import count_classes
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
@@ -26,7 +27,7 @@ from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.distill import answered
 from openm6.train.distributed import Group
-from openm6.train.recipe import AnyRecipe, DataSection, ModelSection, Recipe, SourceSection, TrainSection
+from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
 
 TOKENIZER_TEXTS = 200_000
 """Texts that a tokenizer is trained on at most."""
@@ -175,9 +176,11 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
         source = open_section(section, rejects)
         if section.answers == "teacher" and recipe.distill:
             source = answered(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
-        for slot, values in _labels(task, source, section).items():
-            found = labels.setdefault(task.name, {})
-            found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *values)))
+        classes = {} if section.stream else count_classes(task, source, section.columns)
+        for slot, values in classes.items():
+            if slot not in task.labels and 0 < len(values.counts) <= MAX_LABELS:
+                found = labels.setdefault(task.name, {})
+                found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *sorted(values.counts))))
         against = _task(section.against, bundle) if section.against else None
         if (against or task).embeds != task.embeds or (task.embeds and against is None):
             raise UsageError(
@@ -187,7 +190,7 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
         entries.append(
             Entry(
                 section.name or section.source, source, task, section.weight, section.columns, section.start,
-                section.noise, against, section.against_columns, tuple(section.same), section.shots,
+                section.noise, against, section.against_columns, tuple(section.same), section.shots, classes,
             )
         )  # fmt: skip
     for entry in entries:  # two sources of one task share its labels
@@ -199,19 +202,6 @@ def _task(name: str, bundle: Bundle) -> Task:
     """The library's, or one that only the model has."""
     own = name in bundle.tasks and name not in library_names()
     return bundle.tasks[name] if own else get_task(name)
-
-
-def _labels(task: Task, source: Source, section: DataSection) -> dict[str, tuple[str, ...]]:
-    """The distinct values of the written label slots whose set the task leaves open (none of a streamed source)."""
-    open_slots = [n for n in task.outputs if task.slots[n].type == "label" and n not in task.labels]
-    if not open_slots or section.stream:
-        return {}
-    mapping = SlotView.of(task, source, section.columns).mapping
-    found: dict[str, dict[str, None]] = {name: {} for name in open_slots}
-    for record in source:
-        for name in open_slots:
-            found[name].update(dict.fromkeys(_strings(record.get(mapping[name]))))
-    return {name: tuple(sorted(values)) for name, values in found.items() if 0 < len(values) <= MAX_LABELS}
 
 
 def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict[str, float]]]:

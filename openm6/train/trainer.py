@@ -80,6 +80,8 @@ class Trainer:
             self._resume()
             batches = iter(self.loader)
             if self.reporter:
+                for note in self.objective.notes:
+                    self.reporter.say(note)
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
             while self.step < self.settings.steps and not self._waited_enough():

@@ -106,3 +106,73 @@ def test_a_picture_elsewhere_is_not_fetched(url: str, root: str) -> None:
     records = ListRecords([{"photo": url, "caption": "一", "_root": root}])
     with pytest.raises(DataError, match="is elsewhere"):
         SlotView.of(CAPTION, records, {})(records[0])
+
+
+REVIEW = NumberTask(
+    "review",
+    slots={"text": NumberSlot("text", "text"), "label": NumberSlot("label", "label")},
+    inputs=("text",),
+    outputs=("label",),
+)
+
+
+@pytest.mark.parametrize("name", ["id", "image_id", "itemId", "key", "row_index", "商品编号", "picture_url"])
+def test_a_column_with_a_keys_name_is_not_guessed(name: str) -> None:
+    rows = [{"image": "a.jpg", name: "一只猫"}, {"image": "b.jpg", name: "一只狗"}]
+    with pytest.raises(UsageError, match=rf"{name} looks like a key.*-c caption=COLUMN"):
+        map_columns(CAPTION, ["image", name], {}, rows)
+
+
+@pytest.mark.parametrize("values", [["0001", "0002"], ["3fa9b1", "bbe004"], ["a-17", "a-18"], ["x.txt", "y.txt"]])
+def test_a_column_of_unique_codes_is_not_guessed(values: list[str]) -> None:
+    with pytest.raises(UsageError, match="looks like a key"):
+        map_columns(CAPTION, ["image", "甲"], {}, [{"image": "a.jpg", "甲": v} for v in values])
+    # Numbers that come again are classes.
+    rows = [{"image": "a.jpg", "甲": "0"}, {"image": "b.jpg", "甲": "1"}, {"image": "b.jpg", "甲": "1"}]
+    assert map_columns(CAPTION, ["image", "甲"], {}, rows)["caption"] == "甲"
+
+
+def test_beside_a_key_the_only_text_is_taken() -> None:
+    rows = [{"image": "a.jpg", "编号": "0001", "说明": "一只猫"}]
+    assert map_columns(CAPTION, ["编号", "image", "说明"], {}, rows)["caption"] == "说明"
+
+
+def test_a_column_known_as_something_else_is_not_guessed_but_advised() -> None:
+    rows = [{"image": "a.jpg", "question": "是什么?"}]
+    with pytest.raises(UsageError, match=r"question is the likeliest.*-c photo=image -c caption=question"):
+        map_columns(CAPTION, ["image", "question"], {"photo": "image"}, rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (["评论", "情感"], {"text": "评论", "label": "情感"}),
+        (["标签", "内容"], {"text": "内容", "label": "标签"}),
+        (["评论", "评价"], {"text": "评论", "label": "评价"}),
+        (["标题", "正文", "类别"], {"text": "正文", "label": "类别"}),
+        (["Text", " Label "], {"text": "Text", "label": " Label "}),
+    ],
+)
+def test_usual_names_of_columns_are_known(columns: list[str], found: dict[str, str]) -> None:
+    assert map_columns(REVIEW, columns, {}) == found
+    assert map_columns(VQA, ["图片", "问题", "回答"], {}) == {"photo": "图片", "question": "问题", "answer": "回答"}
+    assert map_columns(CAPTION, ["图片", "名称"], {}) == {"photo": "图片", "caption": "名称"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["评论", "内容", "标签"], "内容, 评论 are as likely"),
+        (["标题", "描述", "标签"], "描述, 标题 are as likely"),
+        (["评价", "评分"], "评价 is the likeliest"),  # it may be the text or the label
+    ],
+)
+def test_of_two_that_are_as_likely_none_is_taken(columns: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=f"needs text .*{said}"):
+        map_columns(REVIEW, columns, {})
+
+
+def test_a_long_name_does_not_flood_the_message() -> None:
+    with pytest.raises(UsageError) as caught:
+        map_columns(CAPTION, ["a" * 5000, "b"], {})
+    assert len(str(caught.value)) < 500

@@ -1,10 +1,12 @@
 """Instructions read, written, and refused with a mark under the place."""
 
+import inspect
+
 import pytest
 from hypothesis import given, strategies as st
 
 from openm6.errors import UsageError
-from openm6.tasks.grammar import ATTRIBUTES, Slot, parse, write
+from openm6.tasks.grammar import ATTRIBUTES, RESERVED, Slot, parse, write
 
 
 def test_an_instruction_has_two_sides_of_texts_and_slots() -> None:
@@ -66,6 +68,7 @@ def test_all_types_are_known() -> None:
         ("[text:] -> [label]", 7, "cannot name"),
         ("[text:_where] -> [label]", 7, "cannot name"),
         ("[text:task] -> [label]", 7, "reserved"),
+        ("[text:examples] -> [label]", 7, "reserved"),
         ("[text:a] -> [text:a|mask=0.1]", 13, "on the left"),
         ("[label:x] -> [text:x]", 1, "label here and text there"),
         ("[] -> [text]", 2, "no slot type"),
@@ -80,13 +83,27 @@ def test_mistakes_are_shown_at_their_column(text: str, column: int, problem: str
     assert first.endswith(f"(column {column}).") and shown == f"  {text}" and len(mark) == 2 + column
 
 
+def test_no_slot_is_called_as_a_parameter_of_the_methods_that_take_slots_by_keyword() -> None:
+    from openm6.bundle import Bundle
+    from openm6.client import AsyncClient, Client
+    from openm6.edge.runner import EdgeModel
+
+    found = set()
+    for kind in (Bundle, Client, AsyncClient, EdgeModel):
+        for _, method in inspect.getmembers(kind, inspect.isfunction):
+            parameters = inspect.signature(method).parameters
+            if any(p.name == "slots" and p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                found |= parameters.keys() - {"slots"}
+    assert found == RESERVED
+
+
 def test_the_mark_stands_under_wide_characters() -> None:
     with pytest.raises(UsageError) as caught:
         parse("图a [x] -> [text]")
     assert str(caught.value).split("\n")[2] == "  \u3000   ^"
 
 
-names = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True).filter(lambda n: n not in ("self", "task", "decoding"))
+names = st.from_regex(r"[a-z][a-z0-9_]{0,5}", fullmatch=True).filter(lambda n: n not in RESERVED)
 plain = (
     st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
     .map(str.strip)

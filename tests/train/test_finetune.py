@@ -57,6 +57,15 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     assert bundle.run("text_classification", text="很好") in ("好", "差")
 
 
+def test_spellings_of_a_label_are_one_class_and_classes_are_told_before_training(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"第{n}条", "label": "正面 "[: 3 - n % 2]}) + "\n" for n in range(8)))
+    words = ("--task", "text_classification", "--data", file, "--output", tmp_path / "run", "--steps", 1)
+    told = finetune(base, *words, "train.workers=0")
+    assert "label has 1 class: 正面 8." in told.replace("\n", " ")
+    assert Bundle.load(tmp_path / "run" / "model").tasks["text_classification"].labels == {"label": ("正面",)}
+
+
 @pytest.mark.parametrize("method", RATES)
 def test_every_method_has_a_recipe(base: Path, method: str) -> None:
     recipe = check_recipe(finetune_recipe(base, "vqa", ["demo:questions/train"], method))

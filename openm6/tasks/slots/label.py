@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from openm6.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.text import as_text
@@ -14,12 +16,22 @@ def schema() -> dict[str, Any]:
     return {"type": "string"}
 
 
+def normalize_label(text: str) -> str:
+    """The one spelling of a label: Unicode's form NFKC (so that full-width letters, digits and punctuation become
+    half-width ones, in Chinese labels too), no blanks at the ends, one blank for several. Capitals make a difference.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
 def source(value: Any, processor: Processor) -> Piece:
-    return Piece(processor.tokenizer.encode_often(as_text(value)))
+    return Piece(target(value, processor))
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
-    return processor.tokenizer.encode_often(as_text(value))
+    label = normalize_label(as_text(value))
+    if not label:
+        raise DataError("is empty.")
+    return processor.tokenizer.encode_often(label)
 
 
 def read(ids: Sequence[int], processor: Processor) -> str:

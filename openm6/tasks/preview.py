@@ -1,0 +1,70 @@
+"""An example for people to read: what the network is given, and what it has to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from openm6.images import ImageGrid, open_image
+from openm6.sequence import IGNORE, SOURCE
+from openm6.tasks.grammar import Slot
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+from openm6.tokenizer import HALF, Tokenizer
+
+_SHOWN = 160
+"""Characters of a side that are shown; of a longer one the middle is left out."""
+
+
+@lru_cache(maxsize=1)
+def plain_processor() -> Processor:
+    """A processor without a model: it lays examples out whole, in bytes."""
+    return Processor(Tokenizer.train((), 300, num_codes=0), ImageGrid(16, 16), 2**31)
+
+
+def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tuple[str, str]:
+    """Source and target of a record, by the task's first instruction, with its corruptions: texts as they are left when
+    the example is cut to the processor's `max_length`, pictures by name and size in pixels. Raises DataError as
+    `Task.encode` does."""
+    tokenizer = processor.tokenizer
+    plain = not (task.draws or task.silent or task.sketch)
+    sequence = task.encode(record, processor, with_target=plain)
+    given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
+    pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
+    source = _read(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
+    if plain:
+        target = _read(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
+    else:
+        value = record.get(task.outputs[0])
+        target = "(a vector)" if task.embeds else _picture(value) if task.draws else str(value)
+    return _short(source), _short(target)
+
+
+def _read(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
+    """The text of ids: a picture's by its name, a gap as `____`, the marks of tables as they are written."""
+    marks = {
+        tokenizer.mask_id: "____", tokenizer.table_id: "<|table|>", tokenizer.table_end_id: "<|/table|>",
+        tokenizer.row_id: "<|row|>", tokenizer.cell_id: "<|cell|>",
+    }  # fmt: skip
+    names, text, run = iter(pictures), "", []
+    for token in [*ids, tokenizer.end_id]:
+        if token in marks or token in (tokenizer.image_id, tokenizer.end_id):
+            text += tokenizer.decode(run).rstrip(HALF)
+            text += marks.get(token, "") or (next(names, "") if token == tokenizer.image_id else "")
+            run = []
+        elif token not in (tokenizer.patch_id, tokenizer.image_end_id):
+            run.append(token)
+    return text
+
+
+def _picture(value: Any) -> str:
+    name = Path(value).name if isinstance(value, (str, Path)) else "picture"
+    size = "{} x {}".format(*open_image(value).size) if isinstance(value, (str, Path, bytes)) else "features or codes"
+    return f"[{name}, {size}]"
+
+
+def _short(text: str) -> str:
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

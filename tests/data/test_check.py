@@ -1,0 +1,87 @@
+"""`openm6 data check`: what it says of a file before anything is trained on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openm6.errors import UsageError
+from tests.conftest import command
+from tests.data.conftest import picture_bytes
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return path
+
+
+def checked(file: Path, task: str, *words: object, code: int = 0) -> dict[str, Any]:
+    result = command("data", "check", file, "--task", task, "--json", *words)
+    assert result.exit_code == code, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_three_records_are_shown_as_they_will_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture_bytes())
+    file = lines(tmp_path / "a.jsonl", *[{"image": "a.png", "caption": f"第{n}张图片"} for n in range(5)])
+    examples = checked(file, "caption")["examples"]
+    assert [e["target"] for e in examples] == ["第0张图片", "第1张图片", "第2张图片"]
+    assert examples[0]["source"] == "[a.png, 8 x 8]描述这张图片。" and examples[0]["where"].endswith("a.jsonl:1")
+    shown = command("data", "check", file, "--task", "caption").output.replace("\n", "")
+    assert "[a.png, 8 x 8]描述这张图片。 -> 第0张图片" in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "source", "target"),
+    [
+        ("[text:a] 与 [text:b] -> [label:c]", {"a": "一", "b": "二", "c": "是"}, "一与二", "是"),
+        ("[text:a] -> [text:b] [text:c]", {"a": "一", "b": "二", "c": "三"}, "一", "二<|row|>三"),
+        ("[table:t] -> [text:b]", {"t": {"色": "红"}, "b": "二"}, "<|table|><|row|>色<|cell|>红<|/table|>", "二"),
+        ("[text:a] -> [vector:v]", {"a": "一"}, "一", "(a vector)"),
+        ("[text:a] -> [image:p]", {"a": "一", "p": "a.png"}, "一", "[a.png, 8 x 8]"),
+        ("[text:a] -> [text:b]", {"a": "一" * 300, "b": "二"}, "一" * 80 + " ... " + "一" * 80, "二"),
+    ],
+)
+def test_every_kind_of_slot_can_be_shown(tmp_path: Path, task: str, record: Any, source: str, target: str) -> None:
+    (tmp_path / "a.png").write_bytes(picture_bytes())
+    (example,) = checked(lines(tmp_path / "a.jsonl", record), task)["examples"]
+    assert (example["source"], example["target"]) == (source, target)
+
+
+def test_a_masked_text_is_shown_with_its_gaps(tmp_path: Path) -> None:
+    (example,) = checked(lines(tmp_path / "a.jsonl", {"text": "今天天气很好我们去公园"}), "text_denoising")["examples"]
+    assert "____" in example["source"] and example["target"] == "今天天气很好我们去公园"
+
+
+def test_ids_are_not_trained_and_the_refusal_gives_the_whole_command(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "一只猫"}]
+    (tmp_path / "a.png").write_bytes(picture_bytes())
+    file = lines(tmp_path / "a b.jsonl", *[{"id": f"00{n}", "image": "a.png", "talk": talk} for n in range(3)])
+    with pytest.raises(UsageError) as caught:
+        command("data", "check", file, "--task", "caption", "--images", tmp_path)
+    said = str(caught.value)
+    assert f"openm6 data check '{file}' --task caption --images {tmp_path} -c caption=COLUMN" in said
+    assert "id looks like a key" in said
+    # A user may mean it.
+    assert checked(file, "caption", "-c", "caption=id")["columns"] == {"photo": "image", "caption": "id"}
+
+
+def test_classes_are_counted_and_those_that_are_alike_are_told(tmp_path: Path) -> None:
+    labels = ["正面", "正面 ", "负面", "Ｇood", "good", "Good"]
+    file = lines(tmp_path / "a.jsonl", *[{"text": f"第{n}条", "label": label} for n, label in enumerate(labels)])
+    found = checked(file, "text_classification")["classes"]["label"]
+    assert found["counts"] == {"正面": 2, "Good": 2, "负面": 1, "good": 1}
+    assert found["respelled"] == {"正面 ": "正面", "Ｇood": "Good"} and found["alike"] == [["Good", "good"]]
+    shown = command("data", "check", file, "--task", "text_classification").output
+    assert "label has 4 classes: 正面 2, Good 2, 负面 1, good 1." in shown
+    assert "such as '正面 ' for '正面'" in shown and "'Good' and 'good' differ in capitals or blanks alone" in shown
+
+
+def test_a_label_of_another_spelling_belongs_to_the_tasks_set(tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", {"a": "一", "b": "是 "}, {"a": "二", "b": "也许"})
+    found = checked(file, "[text:a] -> [label:b|set=是,否]", code=1)
+    assert found["good"] == 1 and "none of the task's labels" in found["problems"][0]["reason"]
