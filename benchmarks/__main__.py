@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.common import save, show
+from benchmarks.common import report
 
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
@@ -21,8 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     benchmark = import_module(f"benchmarks.{arguments.name}")
     rows, note = benchmark.run()
-    show(benchmark.TITLE, rows, note)
-    print(save(arguments.name, benchmark.TITLE, rows, note, arguments.out))
+    print(report(arguments.name, benchmark.TITLE, rows, note, arguments.out))
 
 
 if __name__ == "__main__":

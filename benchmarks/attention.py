@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +16,14 @@ from openm6.model.precision import fast_dtype
 TITLE = "Attention on packed rows: plain products against SDPA (CPU, forward + backward)"
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
+SHAPES = ((50, 4, 64, 32), (26, 4, 128, 40), (16, 8, 256, 60), (8, 8, 512, 512))
+"""Rows, heads, positions of a row, positions of an example."""
+
+
+def run(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> tuple[list[dict[str, Any]], str]:
     dtype = fast_dtype("cpu")
     rows = []
-    for batch, heads, length, example in ((50, 4, 64, 32), (26, 4, 128, 40), (16, 8, 256, 60), (8, 8, 512, 512)):
+    for batch, heads, length, example in shapes:
         segments = (torch.arange(length) // example + 1).expand(batch, -1).contiguous()
         blocks = torch.full_like(segments, -1)
         mask = build_mask(segments, blocks, dtype, flex=False)

@@ -76,16 +76,28 @@ def save(name: str, title: str, rows: list[dict[str, Any]], note: str, directory
     return path
 
 
+def report(name: str, title: str, rows: list[dict[str, Any]], note: str, directory: Path) -> Path:
+    """Write the results, then show them: minutes of work are not lost to a table. Returns the file."""
+    path = save(name, title, rows, note, directory)
+    show(title, rows, note)
+    return path
+
+
 def show(title: str, rows: list[dict[str, Any]], note: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     view = Table(title=title)
-    columns = [column for column, value in rows[0].items() if not isinstance(value, dict)]
+    # Rows may have columns of their own; a dict is for the JSON alone.
+    columns = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict)))
     for column in columns:
         view.add_column(column)
     for row in rows:
-        view.add_row(*(f"{row[c]:,.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+        view.add_row(*(_cell(row.get(column, "")) for column in columns))
     console = Console(width=160)
     console.print(view)
     console.print(note, highlight=False)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else str(value)

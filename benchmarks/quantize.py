@@ -1,7 +1,7 @@
 """Products with weights in 8 and 4 bits on this machine's CPU: ours, torchao's (eager, and under torch.compile), and
 none rounded; all the products of a `small` network's feed-forwards, one after the other, for a few rows at a time.
 
-    pip install 'openm6[lowbit]'        # or beside the rest, in .venv/lowbit, as `make` does
+    pip install -e '.[lowbit]'        # or beside the rest, in .venv/lowbit, as `make` does
     python -m benchmarks quantize
 """
 
@@ -46,7 +46,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
     try:
         import torchao
     except ImportError:
-        sys.exit("torchao is not there: pip install 'openm6[lowbit]'.")
+        sys.exit("torchao is not there: pip install -e '.[lowbit]'.")
     # Some of its warnings are of GPUs that are not there.
     warnings.simplefilter("ignore")
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import race, save, show
+from benchmarks.common import race, report
 from openm6.model.sparse import SparsePattern, block_mask, flex_attend, sparse_attend
 
 TITLE = "Block-sparse attention of a long picture against dense SDPA"
@@ -118,5 +118,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     found, remark = run(arguments.device)
-    show(TITLE, found, remark)
-    print(save("sparse_attention", TITLE, found, remark, arguments.out))
+    print(report("sparse_attention", TITLE, found, remark, arguments.out))

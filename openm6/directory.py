@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from openm6.bases import base_of
 from openm6.errors import UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6, ModelConfig
-from openm6.model.adapters import base_of, lay_beside, merge_adapter
+from openm6.model.adapters import lay_beside, merge_adapter
 from openm6.model.changed import Active
 from openm6.model.files import check_model, load_model, meta_model
 from openm6.model.precision import fast_dtype

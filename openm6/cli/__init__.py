@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -71,8 +72,20 @@ def commands() -> typer.Typer:
     return app
 
 
+def _silence_libraries() -> None:
+    """Hide what libraries warn their developers of, here and in further processes; Python's own -W and PYTHONWARNINGS
+    go before."""
+    if not sys.warnoptions:
+        hidden = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
+        for kind in hidden:
+            warnings.simplefilter("ignore", kind)
+        os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{kind.__name__}" for kind in hidden)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, failed work exit code 1."""
+    _silence_libraries()
     try:
         commands()()
     except OpenM6Error as error:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from openm6.atomic import require_new
 from openm6.cli import app
+from openm6.cli.checks import MODEL, find, find_task
 from openm6.cli.output import Json, emit, pairs, table
 
 cascade = typer.Typer(help="A small model on the edge that asks a large one when it is not sure.", no_args_is_help=True)
@@ -19,10 +21,10 @@ Place = Annotated[Path, typer.Argument(help="The box's folder.")]
 @cascade.command()
 def init(
     box: Place,
-    model: Annotated[Path, typer.Option(help="The model directory of what answers here.")],
+    model: Annotated[str, typer.Option(help=f"What answers here. {MODEL}")],
     cloud: Annotated[str, typer.Option(help="Address of the server that is asked what is not sure.")] = "",
     cloud_model: Annotated[
-        Path | None, typer.Option(help="The cloud's model directory: features are made for it.")
+        str | None, typer.Option(help="The cloud's model, as --model: features are made for it.")
     ] = None,
     privacy: Annotated[str, typer.Option(help="What may be sent: all, features or nothing.")] = "all",
     bits: Annotated[int, typer.Option(help="Of a weight: 8, 4, or 32.")] = 8,
@@ -33,11 +35,15 @@ def init(
 ) -> None:
     """Make a box: a folder to copy to the edge, with a program that serves it."""
     from openm6.edge.box import settings_of
-    from openm6.train.cascade import init_box
 
+    require_new(box)
     values: dict[str, Any] = {name: _value(text) for name, text in pairs(setting or []).items()}
     settings = settings_of({**values, "cloud": cloud, "privacy": privacy})
-    made = init_box(box, model, settings, None if bits == 32 else bits, cloud_model)
+    place, of_cloud = find(model), find(cloud_model) if cloud_model else None
+
+    from openm6.train.cascade import init_box
+
+    made = init_box(box, place, settings, None if bits == 32 else bits, of_cloud)
     if json:
         emit({"box": str(made.path), "version": made.version})
     else:
@@ -68,10 +74,16 @@ def calibrate(
 ) -> None:
     """Find out when a task's answers are sure enough."""
     from openm6.cli.output import share
+    from openm6.data.source import check_source
     from openm6.edge.box import Box
+
+    opened, columns, most = Box(box), pairs(column or []), share(max_loss, "--max-loss")
+    find_task(opened.folder() / "package", task)
+    check_source(data)
+
     from openm6.train.cascade import calibrate_box
 
-    found = calibrate_box(Box(box), task, data, pairs(column or []), records, share(max_loss, "--max-loss"))
+    found = calibrate_box(opened, task, data, columns, records, most)
     if json:
         emit(found)
     else:
@@ -94,12 +106,18 @@ def learn(
     json: Json = False,
 ) -> None:
     """Learn of what the cloud answered; the new version answers if it is better. Killed, it goes on the next time."""
-    from openm6.train.cascade import learn as run
+    from openm6.data.source import check_source
+    from openm6.edge.box import Box
 
+    Box(box)
     sources: dict[str, list[str]] = {}
     for entry in data or []:
         for task, source in pairs([entry]).items():
+            check_source(source)
             sources.setdefault(task, []).append(source)
+
+    from openm6.train.cascade import learn as run
+
     found = run(box, sources, steps, batch_size, learning_rate, seed)
     if json:
         emit(found)

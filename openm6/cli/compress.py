@@ -8,12 +8,19 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import check_inputs
 from openm6.cli.output import Json, emit, pairs, share, table
+from openm6.errors import UsageError
 
 
 @app.command()
 def compress(
-    model: Annotated[Path, typer.Argument(help="A model directory, or a YAML file with a chain of steps.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A model directory, a model of the catalogue (goods@live), or a YAML file with a chain of steps."
+        ),
+    ],
     task: Annotated[str, typer.Option(help="A task that it has to go on doing.")] = "",
     data: Annotated[str, typer.Option(help="Records of it to learn from.")] = "",
     validation: Annotated[str, typer.Option(help="Records to measure on, which no model was trained on.")] = "",
@@ -32,8 +39,6 @@ def compress(
     given again."""
     import yaml
 
-    from openm6.errors import UsageError
-    from openm6.train.compress import DistillStep, check_chain, compress as run, search
     from openm6.train.compressed import Target, table_of
 
     say = lambda text: typer.echo(text, err=True)  # noqa: E731
@@ -46,19 +51,26 @@ def compress(
             raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise UsageError(f"{model} is no chain: it has to hold model, output, tasks and steps.")
+
+        from openm6.train.compress import check_chain, compress as run
+
         rows, found, wanted = run(check_chain(values, str(model)), say), None, None
     else:
         if not (task and data and validation and target):
             raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
-        wanted = Target.of(target)
+        wanted, most, columns = Target.of(target), share(max_loss, "--max-loss"), pairs(column or [])
+        place = check_inputs(model, [task], [data, validation, unlabelled])
+
+        from openm6.train.compress import DistillStep, check_chain, search
+
         chain = check_chain({
-            "model": str(model), "output": str(output or Path("runs/compress")), "seed": seed,
+            "model": str(place), "output": str(output or Path("runs/compress")), "seed": seed,
             "tasks": [{
                 "task": task, "data": data, "validation": validation, "unlabelled": unlabelled,
-                "columns": pairs(column or []), "limit": limit,
+                "columns": columns, "limit": limit,
             }],
         })  # fmt: skip
-        rows, found = search(chain, wanted, share(max_loss, "--max-loss"), form, DistillStep(steps=steps), say)
+        rows, found = search(chain, wanted, most, form, DistillStep(steps=steps), say)
     if json:
         emit({"rows": rows, "found": found})
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.cli.work import decoding_options
 
@@ -17,7 +18,7 @@ app.add_typer(copy, name="copy")
 
 @copy.command()
 def batch(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     items: Annotated[str, typer.Option(help="A table of items: CSV, JSONL, Parquet ...; a row is an item.")],
     output: Annotated[Path, typer.Option(help="Folder for the texts and the page; one begun earlier goes on.")],
     task: Annotated[str, typer.Option(help="A task that writes one text.")] = "product_copy",
@@ -34,19 +35,22 @@ def batch(
     json: Json = False,
 ) -> None:
     """The best of several texts for every item, none that breaks a rule, and a page for people's verdicts."""
-    from openm6.bundle import Bundle
-    from openm6.copywriting import make_copy
     from openm6.errors import UsageError
 
+    place = check_inputs(model, [task], [items, lexicon])
+    columns, decoding = pairs(column or []), decoding_options(option)
     words = list(forbid or [])
     if forbid_file:
         try:
             words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
+    from openm6.bundle import Bundle
+    from openm6.copywriting import make_copy
+
     made = make_copy(
-        Bundle.load(model), task, items, output, candidates=candidates, keep=keep, columns=pairs(column or []),
-        decoding=decoding_options(option), forbid=words, least=least, most=most, facts=facts,
+        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=columns,
+        decoding=decoding, forbid=words, least=least, most=most, facts=facts,
         lexicon=lexicon,
     )  # fmt: skip
     if json:

@@ -29,8 +29,8 @@ def deploy(
     json: Json = False,
 ) -> None:
     """Serve a model in the background, or write what puts it to work elsewhere: `openm6 deploy runs/demo/model`"""
-    from openm6.hub.catalogue import find_model
     from openm6.hub.deployments import Deployments
+    from openm6.hub.find import find_model
     from openm6.hub.manifests import Plan, write
 
     directory, called = find_model(model)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs, check_pictures, check_slots, find_task
 from openm6.cli.output import Json, emit, pairs, show_measures, table
 from openm6.cli.work import decoding_options
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")
 
-Model = Annotated[str, typer.Argument(help="A model directory.")]
+Model = Annotated[str, typer.Argument(help=MODEL)]
 Slots = Annotated[list[str] | None, typer.Argument(help="slot=value of the task; a picture is a path.")]
 Candidates = Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose the best of.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the pictures.")]
@@ -45,8 +46,11 @@ def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, 
         typer.echo(f"The controls contradict each other: 1.png follows {', '.join(won)}, not {', '.join(lost)}.")
 
 
-def slots_of(values: list[str] | None) -> dict[str, Any]:
-    return dict(pairs(values or []))
+def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
+    """The model's directory and the slots by name, after everything that was given was looked for."""
+    place, asked = check_inputs(model, [task]), pairs(slots or [])
+    check_pictures(*pictures)
+    return place, dict(asked)
 
 
 @images.command()
@@ -60,11 +64,14 @@ def draw(
     json: Json = False,
 ) -> None:
     """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..."""
+    place, asked = _checked(model, task, slots)
+    check_slots(find_task(place, task), asked)
+    options = decoding_options(option)
+
     from openm6.bundle import Bundle
 
-    bundle = Bundle.load(model)
-    asked = slots_of(slots)
-    drawn = bundle.draw(task, candidates=candidates, decoding=decoding_options(option), **asked)
+    bundle = Bundle.load(place)
+    drawn = bundle.draw(task, candidates=candidates, decoding=options, **asked)
     follows = bundle.relevance_by_slot(task, drawn, **asked)
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
@@ -82,13 +89,13 @@ def edit(
     json: Json = False,
 ) -> None:
     """Draw a part of a picture again; outside of the blocks that the mask touches every pixel stays."""
+    place, asked = _checked(model, task, slots, picture, mask)
+    options = decoding_options(option)
+
     from openm6.bundle import Bundle
     from openm6.editing import edit as edit_picture
 
-    options = decoding_options(option)
-    found = edit_picture(
-        Bundle.load(model), task, picture, mask, candidates=candidates, decoding=options, **slots_of(slots)
-    )
+    found = edit_picture(Bundle.load(place), task, picture, mask, candidates=candidates, decoding=options, **asked)
     show(found, output, json)
 
 
@@ -105,13 +112,15 @@ def vary(
     json: Json = False,
 ) -> None:
     """Pictures like a given one."""
+    place, asked = _checked(model, task, slots, picture)
+    options = decoding_options(option)
+
     from openm6.bundle import Bundle
     from openm6.editing import vary as vary_picture
 
-    options = decoding_options(option)
     found = vary_picture(
-        Bundle.load(model), task, picture, share=share, candidates=candidates, decoding=options,
-        seed=int(options.get("seed", 0)), **slots_of(slots),
+        Bundle.load(place), task, picture, share=share, candidates=candidates, decoding=options,
+        seed=int(options.get("seed", 0)), **asked,
     )  # fmt: skip
     show(found, output, json)
 
@@ -128,11 +137,13 @@ def extend(
     option: Options = None,
 ) -> None:
     """Continue a picture beyond one of its sides."""
+    place, asked = _checked(model, task, slots, picture)
+    options = decoding_options(option)
+
     from openm6.bundle import Bundle
     from openm6.editing import extend as extend_picture
 
-    options = decoding_options(option)
-    found = extend_picture(Bundle.load(model), task, picture, side, pixels, decoding=options, **slots_of(slots))
+    found = extend_picture(Bundle.load(place), task, picture, side, pixels, decoding=options, **asked)
     found.save(output)
     typer.echo(str(output))
 
@@ -151,13 +162,16 @@ def measure(
     json: Json = False,
 ) -> None:
     """What a judge reads in drawn pictures, in real ones and in those that only went through the codec."""
+    place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
+    options = decoding_options(option)
+
     from openm6.bundle import Bundle
     from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_wishes
 
-    bundle = Bundle.load(model)
-    judging = Judge(Bundle.load(judge), judge_task)
+    bundle = Bundle.load(place)
+    judging = Judge(Bundle.load(of_judge), judge_task)
     records, wanted = read_wishes(bundle, task, judging, data, limit)
-    rows, drawn = measure_drawing(bundle, task, judging, records, wanted, candidates, decoding_options(option))
+    rows, drawn = measure_drawing(bundle, task, judging, records, wanted, candidates, options)
     if grid:
         draw_sheet(drawn, grid)
     if json:
@@ -181,12 +195,14 @@ def batch(
     json: Json = False,
 ) -> None:
     """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
+    place = check_inputs(model, [task], [prompts])
+    columns, options = pairs(column or []), decoding_options(option)
+
     from openm6.batch import make_batch
     from openm6.bundle import Bundle
 
     made = make_batch(
-        Bundle.load(model), task, prompts, output, candidates=candidates, keep=keep, columns=pairs(column or []),
-        decoding=decoding_options(option),
+        Bundle.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
     )  # fmt: skip
     if json:
         emit(made)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs, find
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.errors import UsageError
 
@@ -27,7 +28,7 @@ Images = Annotated[str | None, typer.Option(help="Folder that picture paths star
 @index.command()
 def build(
     path: Place,
-    model: Annotated[str, typer.Option(help="A model directory that has learned vectors.")],
+    model: Annotated[str, typer.Option(help=MODEL)],
     task: Annotated[str, typer.Option(help="The task that gives an item's vector.")],
     data: Data,
     query_task: Annotated[str | None, typer.Option(help="The task that gives a question's vector.")] = None,
@@ -40,19 +41,22 @@ def build(
     json: Json = False,
 ) -> None:
     """Make an index of the items of a source. An interrupted one goes on when the same command is given again."""
+    place = check_inputs(model, [task, query_task], [data])
+    columns = pairs(column or [])
+
     from openm6.bundle import Bundle
     from openm6.retrieve.fill import create_for
     from openm6.retrieve.index import Index
 
-    bundle = Bundle.load(model)
+    bundle = Bundle.load(place)
     if (path / "index.json").is_file():
         made = Index.open(path)
-        if (made.about["task"], made.about["model"]) != (task, str(Path(model).resolve())):
+        if (made.about["task"], made.about["model"]) != (task, str(place.resolve())):
             raise UsageError(f"{path} is an index of the task {made.about['task']} by {made.about['model']}.")
     else:
         made = create_for(
             path, bundle, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
-            columns=pairs(column or []), dims=dims, data_format=data_format, images=images,
+            columns=columns, dims=dims, data_format=data_format, images=images,
         )  # fmt: skip
     _fill(made, bundle, data, data_format, images, True, json)
 
@@ -67,6 +71,9 @@ def add(
     json: Json = False,
 ) -> None:
     """Add items, or replace those of the same id."""
+    from openm6.data.source import check_source
+
+    check_source(data)
     made, bundle = _open(path)
     _fill(made, bundle, data, data_format, images, only_new, json)
 
@@ -97,8 +104,8 @@ def search(
     json: Json = False,
 ) -> None:
     """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
-    made, bundle = _open(path)
     asked: dict[str, Any] = dict(pairs(slots))
+    made, bundle = _open(path)
     vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, **asked)
     columns = list(made.about["columns"])
     hits = made.search(vector, k, where=where, columns=columns, exact=exact)[0]
@@ -142,13 +149,16 @@ def show(path: Place, json: Json = False) -> None:
 
 
 def _open(path: Path) -> tuple[Index, Bundle]:
-    from openm6.bundle import Bundle
     from openm6.retrieve.index import Index
 
     made = Index.open(path)
     if "model" not in made.about:
         raise UsageError(f"{path} does not say by which model its vectors were made: use openm6.retrieve.Index.")
-    return made, Bundle.load(made.about["model"])
+    place = find(made.about["model"])
+
+    from openm6.bundle import Bundle
+
+    return made, Bundle.load(place)
 
 
 def _fill(

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.atomic import require_new
+from openm6.bases import base_of
 from openm6.cli import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.checks import MODEL, check_inputs, find
+from openm6.cli.output import Json, emit, pairs, table
+from openm6.errors import UsageError
 
 if TYPE_CHECKING:
     from openm6.hub.catalogue import Version
@@ -31,6 +35,10 @@ def import_(
     json: Json = False,
 ) -> None:
     """Make the backbone of a Qwen3 checkpoint: same weights, new tokens behind the old ones, pictures in."""
+    require_new(output)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} is no checkpoint: it has no config.json.")
+
     from openm6.convert import import_bundle
 
     _tell(output, import_bundle(path, output, image_embedder, num_codes, max_length).model.config, json)
@@ -38,32 +46,35 @@ def import_(
 
 @models.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Directory of an adapter: what a recipe with `adapt` trains.")],
+    adapter: Annotated[
+        str, typer.Argument(help="An adapter, what a recipe with `adapt` trains: its directory, or of the catalogue.")
+    ],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],
     json: Json = False,
 ) -> None:
     """Make an adapter and the model beneath it one model directory."""
-    from openm6.atomic import require_new, write_whole
-    from openm6.bundle import Bundle
-    from openm6.errors import UsageError
-    from openm6.model.adapters import MERGEABLE, base_of, method_of
-
     require_new(output)
-    if base_of(adapter) is None:
+    place = find(adapter)
+    if base_of(place) is None:
         raise UsageError(f"{adapter} is no adapter: it has no adapter_config.json.")
-    if (method := method_of(adapter)) not in MERGEABLE:
+
+    from openm6.atomic import write_whole
+    from openm6.bundle import Bundle
+    from openm6.model.adapters import MERGEABLE, method_of
+
+    if (method := method_of(place)) not in MERGEABLE:
         raise UsageError(
             f"{adapter} is an adapter of the method {method}, which stays beside its model: use it as it is. "
             f"Merged are: {', '.join(MERGEABLE)}."
         )
-    bundle = Bundle.load(adapter, "cpu", trainable=True)
+    bundle = Bundle.load(place, "cpu", trainable=True)
     write_whole(output, bundle.save)
     _tell(output, bundle.model.config, json)
 
 
 @models.command()
 def upcycle(
-    model: Annotated[Path, typer.Argument(help="A dense model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],
     num_experts: Annotated[int, typer.Option(min=2, help="Experts a layer, each a copy of its feed-forward.")],
     experts_per_token: Annotated[int, typer.Option(min=2, help="Experts that see a token.")] = 2,
@@ -72,15 +83,18 @@ def upcycle(
     json: Json = False,
 ) -> None:
     """Make a dense model one of experts that answers the same; training on lets them part."""
+    require_new(output)
+    place = find(model)
+
     from openm6.convert import upcycle_bundle
 
-    made = upcycle_bundle(model, output, num_experts, experts_per_token, router, expert_interval)
+    made = upcycle_bundle(place, output, num_experts, experts_per_token, router, expert_interval)
     _tell(output, made.model.config, json)
 
 
 @models.command()
 def prune(
-    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],
     task: Annotated[str, typer.Option(help="A task that it has to go on answering.")],
     data: Annotated[str, typer.Option(help="Records of the task, with answers.")],
@@ -96,11 +110,13 @@ def prune(
 ) -> None:
     """Make a model smaller: what the data need the least is left out. Training on mends what that costs, from the
     larger one as a teacher (`openm6 finetune --teacher`)."""
-    from openm6.cli.output import pairs
+    require_new(output)
+    place, columns = check_inputs(model, [task], [data]), pairs(column or [])
+
     from openm6.convert import prune_bundle
 
     made = prune_bundle(
-        model, output, task, data, pairs(column or []), records, layers=layers, key_value_heads=key_value_heads,
+        place, output, task, data, columns, records, layers=layers, key_value_heads=key_value_heads,
         width=width, experts=experts,
     )  # fmt: skip
     _tell(output, made.model.config, json)
@@ -108,28 +124,34 @@ def prune(
 
 @models.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="The model directory to write.")],
     bits: Annotated[int, typer.Option(help="Of a weight: 8, or 4.")] = 8,
     json: Json = False,
 ) -> None:
     """Round a model's weights to 8 or 4 bits: a smaller file, and on a CPU (8) shorter answers."""
+    require_new(output)
+    place = find(model)
+
     from openm6.convert import quantize_bundle
 
-    _tell(output, quantize_bundle(model, output, bits).model.config, json)
+    _tell(output, quantize_bundle(place, output, bits).model.config, json)
 
 
 @models.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Argument(help="The folder to write.")],
     bits: Annotated[int | None, typer.Option(help="Of a weight: 8, or 4; else 32.")] = None,
     json: Json = False,
 ) -> None:
     """Write a model as ONNX, with a program that asks it without PyTorch."""
+    require_new(output)
+    place = find(model)
+
     from openm6.edge.package import export as write
 
-    told = write(model, output, bits)
+    told = write(place, output, bits)
     size = sum(file.stat().st_size for file in output.iterdir())
     if json:
         emit({**told, "bytes": size})
@@ -144,14 +166,13 @@ def consolidate(
     json: Json = False,
 ) -> None:
     """Make a training checkpoint a model directory (safetensors), a file at a time in memory."""
-    from openm6.atomic import require_new
-    from openm6.errors import UsageError
-    from openm6.model import ModelConfig
-    from openm6.train.checkpoint import consolidate as write
-
     if not (checkpoint / "state.json").is_file():
         raise UsageError(f"{checkpoint} is no checkpoint: give a step-... folder of a run's checkpoints.")
     require_new(output)
+
+    from openm6.model import ModelConfig
+    from openm6.train.checkpoint import consolidate as write
+
     write(checkpoint, output)
     _tell(output, ModelConfig.from_pretrained(output), json)
 
@@ -182,8 +203,6 @@ def add(
     json: Json = False,
 ) -> None:
     """Put a model into the catalogue, with what it was made of."""
-    from openm6.cli.output import pairs
-    from openm6.errors import UsageError
     from openm6.hub.catalogue import Catalogue
 
     try:
@@ -268,10 +287,14 @@ def fetch(
     name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
 ) -> None:
     """A model of the catalogue as a directory."""
+    from openm6.bases import changed_base
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()
-    place = catalogue.fetch(catalogue.named(name), output)
+    version = catalogue.named(name)
+    place = catalogue.fetch(version, output)
+    if (base := version.about.get("base")) and (told := changed_base(place, base["hash"])):
+        typer.secho(told, err=True)
     emit({"directory": str(place)}) if json else typer.echo(str(place))
 
 

@@ -46,25 +46,28 @@ def serve(
     import logging
     import signal
 
+    from openm6.hub.find import find_model
+
+    check_reach(host, keys)
+    adapters = {name: find_model(path)[0] for name, path in pairs(adapter or []).items()}
+    found: dict[str, Path] = {}
+    for one in model:
+        name, _, path = one.rpartition("=")
+        place, called = find_model(path)
+        name = name or called
+        if name in found:
+            raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
+        found[name] = place
+
     import uvicorn
 
-    from openm6.hub.catalogue import find_model
     from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
     from openm6.serve.server import Options
     from openm6.serve.traces import add_traces
 
-    check_reach(host, keys)
-    adapters = {name: Path(path) for name, path in pairs(adapter or []).items()}
-    places = {}
-    for number, one in enumerate(model):
-        name, _, path = one.rpartition("=")
-        place, called = find_model(path)
-        name = name or called
-        if name in places:
-            raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
-        places[name] = Place(place, adapters if number == 0 else {})
+    places = {name: Place(place, {} if number else adapters) for number, (name, place) in enumerate(found.items())}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None)

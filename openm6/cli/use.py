@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs, check_slots, find_task
 from openm6.cli.output import Json, emit, pairs
 from openm6.cli.work import decoding_options
 
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
     slots: Annotated[list[str] | None, typer.Argument(help="slot=value; a picture is a path.")] = None,
     option: Annotated[
@@ -25,17 +26,21 @@ def run(
     json: Json = False,
 ) -> None:
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
+    place = check_inputs(model, [task], [examples])
+    asked: dict[str, Any] = dict(pairs(slots or []))
+    check_slots(find_task(place, task), asked)
+    decoding = decoding_options(option)
+
     from openm6.bundle import Bundle
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
 
-    bundle = Bundle.load(model)
+    bundle = Bundle.load(place)
     shown: list[Any] = []
     if examples:
         records = open_source(examples)
         shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
-    asked: dict[str, Any] = dict(pairs(slots or []))
-    answer = bundle.run(task, decoding=decoding_options(option), examples=shown, **asked)
+    answer = bundle.run(task, decoding=decoding, examples=shown, **asked)
     if bundle.task(task).draws:
         answer.save(output)
         answer = str(output)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.errors import UsageError
 
@@ -44,6 +45,7 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
     """Train here, or in several processes of their own."""
     from openm6.train.launch import default_processes, launch
 
+    check_parts(recipe)
     processes = processes or default_processes()
     if processes == 1 or "WORLD_SIZE" in os.environ:
         from openm6.train.trainer import train as run
@@ -59,7 +61,7 @@ def run_recipe(recipe: AnyRecipe, name: str, overrides: list[str], processes: in
 
 @app.command()
 def finetune(
-    model: Annotated[Path, typer.Argument(help="The model directory to start from.")],
+    model: Annotated[Path, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="A task by name, YAML path or instruction.")],
     data: Annotated[list[str] | None, typer.Option(help="Data to learn from; can be given several times.")] = None,
     method: Annotated[
@@ -86,6 +88,9 @@ def finetune(
 ) -> None:
     """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
     interrupted run goes on when the same command is given again."""
+    model = check_inputs(model, [task], [*(data or []), *(unlabelled or []), validation])
+    teacher = find(teacher) if teacher else None
+
     from openm6.train.finetune import finetune_recipe
     from openm6.train.recipe import load_recipe, write_recipe
 
@@ -101,7 +106,7 @@ def finetune(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="A task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Data to measure on: a path, or a built-in such as demo:questions/test.")],
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
@@ -137,27 +142,32 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
+    from openm6.tasks.metrics import check_metric
+
+    place = check_inputs(model, [task, against], [data, shots_from])
+    options = decoding_options(option)
+    columns, others = pairs(column or []), pairs(against_column or [])
+    chosen = find_task(place, task)
+    for name in metric or []:
+        check_metric(name, chosen)
+    if output and (chosen.embeds or chosen.draws):
+        raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
+
     from openm6.bundle import Bundle
     from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
-    bundle = Bundle.load(model)
-    options = decoding_options(option)
-    chosen = bundle.task(task)
-    if output and (chosen.embeds or chosen.draws):
-        raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
-    if metric and chosen.embeds:
-        raise UsageError(f"--metric is for answers in words: the vectors of {chosen.name} are measured by their ranks.")
+    bundle = Bundle.load(place)
     if chosen.embeds:
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
-            bundle, task, against or task, data, pairs(column or []), pairs(against_column or []), same or [],
+            bundle, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives,
         )  # fmt: skip
     else:
         result = measure(
-            bundle, task, data, pairs(column or []), data_format, images, limit, options, shots=shots,
+            bundle, task, data, columns, data_format, images, limit, options, shots=shots,
             shots_from=shots_from, metrics=metric or (),
         )  # fmt: skip
     if output:
@@ -169,8 +179,8 @@ def evaluate(
         return
     rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}", s.n) for n, s in result.scores.items()]
     table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
-    for title, columns, cells in result.labels.tables(matrix=6, rows=20) if result.labels else ():
-        table(columns, cells, title)
+    for title, header, cells in result.labels.tables(matrix=6, rows=20) if result.labels else ():
+        table(header, cells, title)
     for note in result.notes:
         typer.echo(note)
     if result.rejected:

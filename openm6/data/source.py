@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -104,6 +105,17 @@ def open_source(
         why = f": {rejected[0].reason}" if rejected else "."
         raise DataError(f"{name} holds no usable record{why}")
     return Source(name, records, rejected, limit)
+
+
+def check_source(name: str) -> None:
+    """Raises what `open_source` would for built-in data that do not exist and for files that are not there. No file is
+    read."""
+    if _kind(name):
+        open_source(name)
+    elif not re.match(r"\w+:", name):  # the files of this machine
+        from openm6.data.files import expand
+
+        expand(name)
 
 
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from openm6.tasks.metrics import label_namer, label_pairs, normalize_label
+from openm6.tasks.metrics import label_namer, label_pairs
+from openm6.tasks.slots.label import normalize_label
 
 _NAMED = 5
 """Unknown references that a note names."""

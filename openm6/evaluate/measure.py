@@ -12,11 +12,11 @@ import numpy as np
 
 from openm6.bundle import Bundle
 from openm6.data.rejects import Reject
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError
 from openm6.evaluate.labels import LabelFigures, unknown_references
 from openm6.sequence import Sequence
 from openm6.tasks.faithful import FAITHFUL
-from openm6.tasks.metrics import ELSEWHERE, METRICS, Score, Values, score_of, values_of
+from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
@@ -122,9 +122,8 @@ def evaluate(
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
-        for record, generated in zip(
-            kept[part], bundle.generate(task, prompts[part], batch_size, decoding), strict=True
-        ):
+        made = bundle.generate(task, prompts[part], batch_size, decoding, range(len(prompts))[part])
+        for record, generated in zip(kept[part], made, strict=True):
             answer = task.read(generated.ids, bundle.processor)[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
@@ -148,28 +147,6 @@ def evaluate(
         time.perf_counter() - started, rejects, {name: task.slots[name].type for name in task.inputs},
         {name: found.examples for name, found in values.items()}, labels, notes,
     )  # fmt: skip
-
-
-def check_metric(metric: str, task: Task) -> None:
-    """Raises UsageError for a metric that is unknown, or that the answers of `task` cannot be measured by."""
-    if metric not in METRICS and metric not in ELSEWHERE:
-        known = (*METRICS, *ELSEWHERE)
-        raise UsageError(f"There is no metric {metric}.{suggest(metric, known)} There are: {', '.join(known)}.")
-    kind, inputs = task.slots[task.outputs[0]].type, {task.slots[name].type for name in task.inputs}
-    needs = {"iou": "box", "found": "box", "macro_f1": "label"}.get(metric, kind)
-    if metric in ELSEWHERE and metric not in FAITHFUL and metric != "perplexity":
-        reason = "it measures vectors"
-    elif task.draws and metric != "perplexity":
-        reason = "it measures answers, and the task draws: measure it by perplexity"
-    elif metric == "perplexity" and task.head:
-        reason = "it measures answers of tokens, and the task's come from a head"
-    elif metric in FAITHFUL and "table" not in inputs:
-        reason = "it measures texts that are written from a table"
-    elif needs != kind:
-        reason = f"it measures a {needs}, and the task gives a {kind}"
-    else:
-        return
-    raise UsageError(f"The metric {metric} does not suit the task {task.name}: {reason}.")
 
 
 def scored(task: Task, metric: str, cases: list[Case]) -> Score:

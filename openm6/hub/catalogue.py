@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openm6.bases import base_of, changed_base, weights_hash
 from openm6.environment import ARTIFACTS, CATALOGUE
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.hub.jobs import home, last_step
@@ -80,6 +81,8 @@ class Lineage:
         told = f"{'  ' * depth}{v.kind} {v.title}"
         if source := v.about.get("source"):
             told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
+        if base := v.about.get("base"):
+            told += f"  adapter of {base['path']} ({base['hash'][:12]})"
         return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
 
 
@@ -117,11 +120,16 @@ class Catalogue:
         note: str = "",
     ) -> Version:
         """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
-        `run`: the folder of its training, of which recipe and energy are kept."""
+        `run`: the folder of its training, of which recipe and energy are kept. The base of an adapter is
+        kept by its path and the hash of its weights."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is no model directory.")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
+        if base := base_of(directory):
+            about["base"] = {"path": str(base.resolve()), "hash": weights_hash(base)}
+            known = self.version_at(base)
+            parts = (known, *parts) if known and known not in parts else parts
         texts = {}
         if run is not None:
             about |= _costs(run)
@@ -190,7 +198,11 @@ class Catalogue:
             raise UsageError(f"There is no {kind} {name}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
-            raise UsageError(f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}.")
+            aliases = [alias for version in every for alias in version.aliases]
+            raise UsageError(
+                f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}."
+                f"{suggest(which, aliases)}"
+            )
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
@@ -209,7 +221,12 @@ class Catalogue:
             raise UsageError("Data stay where they are: the catalogue keeps what they were like.")
 
         def fill(folder: Path) -> None:
-            got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
+            try:
+                got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
+            except Exception as error:  # of each store another one
+                raise OpenM6Error(
+                    f"The files of {version.full_name} cannot be fetched from {version.files} ({type(error).__name__})."
+                ) from None
             for path in Path(got).iterdir():
                 path.rename(folder / path.name)
             Path(got).rmdir()
@@ -220,10 +237,13 @@ class Catalogue:
         return target
 
     def local(self, version: Version) -> Path:
-        """The directory of a model here, fetched when it is asked for the first time."""
+        """The directory of a model here, fetched when it is asked for the first time. Raises OpenM6Error for an adapter
+        whose base is gone, or is not what it was when the adapter was added."""
         target = home() / "models" / version.full_name
         if not target.is_dir():
             self.fetch(version, target)
+        if (base := version.about.get("base")) and (told := changed_base(target, base["hash"])):
+            raise OpenM6Error(told)
         return target
 
     def version_at(self, directory: Path) -> Version | None:
@@ -283,7 +303,7 @@ class Catalogue:
             try:
                 import mlflow
             except ImportError:
-                raise UsageError("The catalogue needs MLflow: pip install 'openm6[hub]'.") from None
+                raise UsageError("The catalogue needs MLflow: pip install -e '.[hub]' in a clone.") from None
             from mlflow.exceptions import MlflowException
             from sqlalchemy import create_engine
             from sqlalchemy.exc import SQLAlchemyError
@@ -336,19 +356,6 @@ class Catalogue:
             kind, name, int(one.version), one.creation_timestamp / 1000, content["about"],
             tuple((k, n, int(v)) for k, n, v in content["made_of"]), files=str(one.source),
         )  # fmt: skip
-
-
-def find_model(text: str) -> tuple[Path, str]:
-    """A model's directory and what to call it: a directory as it is, or one of the catalogue's (NAME, NAME@3,
-    NAME@live). Raises UsageError for what is neither."""
-    place = Path(text)
-    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
-        return place.resolve(), place.resolve().parent.name if place.name == "model" else place.name
-    if "@" not in text or place.exists():
-        raise UsageError(f"{text} is no model directory.")
-    catalogue = Catalogue()
-    version = catalogue.named(text)
-    return catalogue.local(version).resolve(), version.name
 
 
 def _check(name: str) -> None:

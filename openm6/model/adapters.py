@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from openm6.bases import CONFIG, read_adapter_config
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model.changed import ONLY, Active, Bottleneck, Changed, Low, Prompt, Scaled
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 METHODS = ("lora", "ia3", "bottleneck", "prompt", "prefix", "head")
 _PEFT = ("lora", "ia3")
@@ -140,31 +141,9 @@ def stored_name(name: str) -> str:
     return _PREFIX + name.replace(".default.", ".").removesuffix(".default")
 
 
-def base_of(path: Path) -> Path | None:
-    """The model directory beneath the adapter in `path`; None where `path` holds no adapter."""
-    if not (path / CONFIG).is_file():
-        return None
-    base = Path(str(_read(path).get("base_model_name_or_path")))
-    if not (base / "config.json").is_file():
-        raise UsageError(
-            f"{path} is an adapter of the model {base}, which is not there. Bring it back, or write where it is now "
-            f"into {path / CONFIG} (base_model_name_or_path)."
-        )
-    return base
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / CONFIG).read_text("utf-8"))
-        assert isinstance(content["base_model_name_or_path"], str)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise OpenM6Error(f"{path / CONFIG} is damaged.") from None
-    return dict(content)
-
-
 def method_of(path: Path) -> str:
     """The method of the adapter in `path`."""
-    content = _read(path)
+    content = read_adapter_config(path)
     kind = str(content.get("peft_type", "")).lower()
     method = str(content.get("method", "")) if kind == "openm6" else kind
     if method not in METHODS:
@@ -176,7 +155,7 @@ def merge_adapter(model: M6, path: Path) -> M6:
     """The network with an adapter's change in its own weights, where it can be merged; else beside them."""
     weights = stored_weights(path)
     if method_of(path) not in _PEFT:
-        content = _read(path)
+        content = read_adapter_config(path)
         config = OwnConfig(*(content[key] for key in ("method", "base_model_name_or_path", "rank", "length")))
         add_adapter(model, config)
         names = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -221,7 +200,7 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
     active = Active(None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, path in adapters.items():
-        method, content = method_of(path), _read(path)
+        method, content = method_of(path), read_adapter_config(path)
         if method in ("prompt", "prefix", "head"):
             raise UsageError(f"{path} is an adapter of the method {method}, which cannot share a model: open it alone.")
         found: dict[str, dict[str, Tensor]] = {}

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error
-from openm6.hub.catalogue import find_model
+from openm6.hub.find import find_model
 from openm6.json_lines import dumps
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet, Place

@@ -102,7 +102,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
     and give, its adapters, its size."""
     import torch
 
-    from openm6.model.adapters import base_of
+    from openm6.bases import base_of
     from openm6.model.files import eyes_of
     from openm6.tasks.library import get, names
 

@@ -24,10 +24,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from openm6.errors import DataError, UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
+
+if TYPE_CHECKING:
+    from openm6.tasks.task import Task
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -232,6 +237,31 @@ ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"
 table that was given (faithful.py)."""
 
 
+def check_metric(metric: str, task: Task) -> None:
+    """Raises UsageError for a metric that is unknown, or that the answers of `task` cannot be measured by."""
+    if metric not in METRICS and metric not in ELSEWHERE:
+        known = (*METRICS, *ELSEWHERE)
+        raise UsageError(f"There is no metric {metric}.{suggest(metric, known)} There are: {', '.join(known)}.")
+    kind, inputs = task.slots[task.outputs[0]].type, {task.slots[name].type for name in task.inputs}
+    needs = {"iou": "box", "found": "box", "macro_f1": "label"}.get(metric, kind)
+    from_table = metric in ("parent", "facts_kept")
+    if task.embeds:
+        reason = "the task gives a vector, and is measured by how well it finds another task's"
+    elif metric in ELSEWHERE and not from_table and metric != "perplexity":
+        reason = "it measures vectors"
+    elif task.draws and metric != "perplexity":
+        reason = "it measures answers, and the task draws: measure it by perplexity"
+    elif metric == "perplexity" and task.head:
+        reason = "it measures answers of tokens, and the task's come from a head"
+    elif from_table and "table" not in inputs:
+        reason = "it measures texts that are written from a table"
+    elif needs != kind:
+        reason = f"it measures a {needs}, and the task gives a {kind}"
+    else:
+        return
+    raise UsageError(f"The metric {metric} does not suit the task {task.name}: {reason}.")
+
+
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
     """A metric by name, with its interval: see `values_of`."""
     return score_of(values_of(name, predictions, references))
@@ -293,10 +323,6 @@ _TOKENS = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W\u3
 def characters(text: str) -> list[str]:
     """Chinese characters one by one, other words whole, punctuation one by one."""
     return _TOKENS.findall(text)
-
-
-def normalize_label(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip()
 
 
 def _plain(text: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from openm6.errors import UsageError, suggest
-from openm6.model.adapters import METHODS
 from openm6.tasks.card import read_card
 
 FULL = "full"
@@ -65,7 +64,7 @@ def finetune_recipe(
             "weight_decay": 0.01, "label_smoothing": label_smoothing, "checkpoint_every": every, **RATES[method],
         },
     }  # fmt: skip
-    if method in METHODS:
+    if method != FULL:
         values["adapt"] = {"method": method}
     if teacher:
         values["distill"] = {"teacher": str(teacher)}

@@ -78,7 +78,7 @@ def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path)
 def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
     for words, message in (
         (["serve", model, "--host", "0.0.0.0"], "give --keys FILE"),
-        (["serve", model.parent], "is no model directory"),
+        (["serve", model.parent], "is no OpenM6 model"),
         (["serve", model, model], "Two models are called goods"),
     ):
         done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)

@@ -72,6 +72,14 @@ def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
     assert 0 <= score.low <= score.value <= score.high <= 1
 
 
+def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(bundle: Bundle) -> None:
+    records = [{"question": "红", "answer": "a"}] * 12
+    sampled = {"temperature": 1.0, "max_new_tokens": 16}
+    one, many = (evaluate(bundle, VQA, records, batch_size=size, decoding=sampled).cases for size in (1, 64))
+    assert [case.answer for case in one] == [case.answer for case in many]
+    assert len({case.answer for case in one}) > 6
+
+
 def test_without_answers_only_what_a_metric_asks_for_is_answered(bundle: Bundle) -> None:
     records = [{"question": "a", "answer": "红色"}]
     assert evaluate(Says(bundle, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from openm6.bases import weights_hash
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.environment import HOME
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
+from openm6.hub.find import find_model
+from openm6.model.adapters import OwnConfig
 from tests.conftest import drawing_bundle
 
 pytest.importorskip("mlflow")
@@ -68,6 +72,56 @@ def test_a_model_tells_what_it_was_made_of(catalogue: Catalogue, model: Path, tm
     lines = told.lines()
     assert lines[0] == "model replies@1" and lines[1] == "  model base@1" and lines[2].startswith("    data goods@1")
     assert str(tmp_path / "goods.jsonl") in lines[2] and data.about["hash"][:12] in lines[2]
+
+
+def test_the_base_of_an_adapter_is_known_by_its_weights(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
+    base, adapter = shutil.copytree(model, tmp_path / "base"), tmp_path / "adapter"
+    Bundle.load(base).describe(adapter, OwnConfig("prompt", str(base), length=2))
+    version = catalogue.add_model("replies", adapter)
+    assert version.about["base"] == {"path": str(base), "hash": weights_hash(base)}
+    assert str(base) in catalogue.lineage(version).lines()[0]
+    assert find_model("replies@1") == (catalogue.local(version), "replies")
+    weights = base / "model.safetensors"
+    *first, last = weights.read_bytes()
+    weights.write_bytes(bytes([*first, last ^ 1]))
+    with pytest.raises(OpenM6Error, match="its weights have changed since"):
+        find_model("replies@1")
+    done = CliRunner().invoke(commands(), ["models", "fetch", "replies", str(tmp_path / "copy")])
+    assert done.exit_code == 0 and "its weights have changed since" in done.stderr
+    shutil.rmtree(base)
+    with pytest.raises(OpenM6Error, match="which is not there"):
+        find_model("replies@1")
+    with pytest.raises(UsageError, match="which is not there"):
+        catalogue.add_model("replies", adapter)
+    of_the_catalogue = catalogue.local(catalogue.add_model("goods", model))
+    Bundle.load(of_the_catalogue).describe(tmp_path / "other", OwnConfig("prompt", str(of_the_catalogue), length=2))
+    told = catalogue.lineage(catalogue.add_model("other", tmp_path / "other")).lines()
+    assert told[1] == "  model goods@1"
+
+
+def test_a_model_is_found_by_its_directory_or_its_name(
+    catalogue: Catalogue, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_model(model) == (model.resolve(), model.parent.name)
+    with pytest.raises(UsageError, match="the catalogue holds no model yet"):
+        find_model("goods@live")
+    assert not Path(catalogue.database.removeprefix("sqlite:///")).exists()
+    catalogue.promote(catalogue.add_model("goods", model))
+    assert find_model("goods@live")[1] == "goods" and find_model("goods@1")[0] == find_model("goods@live")[0]
+    with pytest.raises(UsageError, match='There is no model god. Did you mean "goods"?'):
+        find_model("god@live")
+    with pytest.raises(UsageError, match='goods has no version liv; it has 1 to 1. Did you mean "live"?'):
+        find_model("goods@liv")
+    done = CliRunner().invoke(commands(), ["run", "goods@live", "text_vector", "text=红", "--json"])
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["answer"]) == 32
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "goods@live")
+    assert find_model("goods@live")[0] == tmp_path / "goods@live"
+    shutil.rmtree(catalogue.artifacts)
+    catalogue.promote(catalogue.add_model("goods", model))
+    shutil.rmtree(catalogue.artifacts)
+    with pytest.raises(OpenM6Error, match="The files of goods@2 cannot be fetched from"):
+        find_model("goods@2")
 
 
 def test_one_version_is_live_and_the_one_before_is_told(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:

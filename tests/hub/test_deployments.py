@@ -54,7 +54,7 @@ def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, monkeypatch: py
     assert Deployments().list() == []
     with pytest.raises(UsageError, match="cannot name"):
         Deployments().start("../goods", tmp_path / "model")
-    with pytest.raises(UsageError, match="is no model directory"):
+    with pytest.raises(UsageError, match="is no OpenM6 model"):
         call("deploy", tmp_path)
 
 

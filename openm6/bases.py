@@ -1,0 +1,61 @@
+"""The base of an adapter: the model directory it changes, found and compared without PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from openm6.errors import OpenM6Error, UsageError
+
+CONFIG = "adapter_config.json"
+
+
+def base_of(path: Path) -> Path | None:
+    """The model directory beneath the adapter in `path`; None where `path` holds no adapter. Raises UsageError for a
+    base that is not there."""
+    if not (path / CONFIG).is_file():
+        return None
+    base = Path(str(read_adapter_config(path)["base_model_name_or_path"]))
+    if not (base / "config.json").is_file():
+        raise UsageError(
+            f"{path} is an adapter of the model {base}, which is not there. Bring it back, or write where it is now "
+            f"into {path / CONFIG} (base_model_name_or_path)."
+        )
+    return base
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """The content of an adapter's configuration. Raises OpenM6Error where it is damaged."""
+    try:
+        content = json.loads((path / CONFIG).read_text("utf-8"))
+        assert isinstance(content["base_model_name_or_path"], str)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise OpenM6Error(f"{path / CONFIG} is damaged.") from None
+    return dict(content)
+
+
+def changed_base(adapter: Path, expected: str) -> str:
+    """A sentence for users where the base of an adapter is gone, or its `weights_hash` is not the expected one; else
+    ""."""
+    try:
+        base = base_of(adapter)
+    except UsageError as error:
+        return str(error)
+    if base is None or weights_hash(base) == expected:
+        return ""
+    return (
+        f"The model {base}, which the adapter {adapter.name} changes, is not the one that the adapter was trained on: "
+        "its weights have changed since. Bring that model back, or train the adapter anew."
+    )
+
+
+def weights_hash(directory: Path) -> str:
+    """SHA-256 of a model directory's config.json and safetensors files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

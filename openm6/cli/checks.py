@@ -1,0 +1,75 @@
+"""What a command was given, checked before PyTorch is imported: that takes seconds, and a mistake is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openm6.tasks.task import Task
+    from openm6.train.recipe import AnyRecipe
+
+MODEL = "A model directory, or a model of the catalogue (goods@live)."
+
+
+def find(model: str | Path) -> Path:
+    """The directory of a model: a path as it was written, or where the files of one of the catalogue are. Raises
+    UsageError where there is no such model."""
+    from openm6.hub.find import find_model
+
+    found, _ = find_model(model)
+    return Path(model) if Path(model).exists() else found
+
+
+def find_task(model: Path | None, name: str) -> Task:
+    """A task of the model by name, else one of the library by name, YAML path or instruction, as Bundle.task finds it.
+    Raises UsageError where there is none."""
+    from openm6.tasks.card import read_card
+    from openm6.tasks.library import get
+
+    own = {task.name: task for task in read_card(model)[0]} if model else {}
+    return own.get(name) or get(name)
+
+
+def check_inputs(model: str | Path, tasks: Iterable[str | None] = (), sources: Iterable[str | None] = ()) -> Path:
+    """The directory of the model (see `find`), after its tasks and the data were looked for; None and "" are passed
+    over. Raises UsageError for a model or task that does not exist, DataError for files that are not there."""
+    from openm6.data.source import check_source
+
+    place = find(model)
+    for task in filter(None, tasks):
+        find_task(place, task)
+    for source in filter(None, sources):
+        check_source(source)
+    return place
+
+
+def check_slots(task: Task, slots: dict[str, Any]) -> None:
+    """Raises UsageError where slots are unknown or missing, DataError where the file of a picture is not there."""
+    task.check(slots)
+    check_pictures(*(value for name, value in slots.items() if task.slots[name].type == "image"))
+
+
+def check_pictures(*files: str | Path) -> None:
+    """Raises DataError for a file that is not there."""
+    from openm6.errors import DataError
+
+    for file in files:
+        if not Path(file).is_file():
+            raise DataError(f"The picture {file} does not exist or cannot be read.")
+
+
+def check_parts(recipe: AnyRecipe) -> None:
+    """What a recipe names, looked for: its model, teacher, tasks and data. Raises as `check_inputs` does."""
+    from openm6.data.source import check_source
+    from openm6.tasks.card import read_card
+    from openm6.train.recipe import Recipe
+
+    model = recipe.model.path if isinstance(recipe, Recipe) else None
+    if isinstance(recipe, Recipe) and recipe.distill:
+        read_card(recipe.distill.teacher)
+    for section in [*recipe.data, *recipe.evaluation.data]:
+        check_source(section.source)
+        for task in filter(None, (getattr(section, "task", None), getattr(section, "against", None))):
+            find_task(model, task)

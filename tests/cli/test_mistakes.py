@@ -1,0 +1,164 @@
+"""A mistake is told before PyTorch is imported, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from openm6.cli import commands
+
+DRAWN = "caption=红色"
+COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
+EXTENDED = ["--picture", "gone.png", "--side", "left", "--pixels", "8"]
+
+CASES: list[tuple[int, list[str], str]] = [
+    (2, ["trian"], "No such command 'trian'"),
+    (2, ["run", "nowhere", "caption", "photo=a.png"], "nowhere is no OpenM6 model"),
+    (2, ["run", "model", "capton", "photo=a.png"], 'There is no task "capton". Did you mean "caption"?'),
+    (2, ["run", "model", "caption", "photo"], '"photo" is not of the form name=value'),
+    (2, ["run", "model", "caption", "phto=a.png"], 'The task caption has no slot phto. Did you mean "photo"?'),
+    (2, ["run", "model", "vqa", "photo=a.png"], "question is missing"),
+    (2, ["run", "model", "caption", "photo=a.png", "-o", "seed=x"], "seed has to be a number"),
+    (2, ["run", "model", "caption", "photo=a.png", "--outptu", "b"], "No such option: --outptu"),
+    (1, ["run", "model", "caption", "photo=gone.png"], "gone.png does not exist"),
+    (1, ["run", "model", "caption", "photo=a.png", "--examples", "gone.csv"], "There is no file gone.csv"),
+    (2, ["run", "goods@live", "caption", "photo=a.png"], "is no model directory, and the catalogue holds no model"),
+    (2, ["eval", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no OpenM6 model"),
+    (2, ["eval", "--task", "vqaa", "--data", "good.csv", "model"], 'Did you mean "vqa"?'),
+    (1, ["eval", "model", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
+    (2, ["eval", "model", "--task", "vqa", "--data", "demo:question"], 'Did you mean "questions"?'),
+    (2, ["eval", "model", "--task", "vqa", "--data", "good.csv", "-c", "photo"], "is not of the form name=value"),
+    (2, ["train", "nowhere.yaml"], "There is no recipe nowhere.yaml"),
+    (2, ["train", "demo", "train.stpes=5"], "unknown key train.stpes"),
+    (2, ["train", "demo", "data.0.task=capton"], 'Did you mean "caption"?'),
+    (1, ["train", "demo", "data.0.source=gone.csv"], "There is no file gone.csv"),
+    (2, ["train", "vectors", "model.path=nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["finetune", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no OpenM6 model"),
+    (2, ["finetune", "model", "--task", "vqaa", "--data", "good.csv"], 'Did you mean "vqa"?'),
+    (1, ["finetune", "model", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
+    (2, ["finetune", "model", "--task", "vqa", "--data", "good.csv", "--method", "lroa"], "Did you mean \"lora\"?"),
+    (2, ["finetune", "model", "--task", "vqa", "--data", "good.csv", "--teacher", "nowhere"], "nowhere is no OpenM6"),
+    (2, ["compress", "nowhere", "--target", "size=2MB"], "Give --task, --data, --validation and --target"),
+    (2, ["compress", "chain.yaml"], "chain.yaml cannot be read"),
+    (2, ["compress", "nowhere", *COMPRESSED], "nowhere is no OpenM6 model"),
+    (2, ["serve", "nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["serve", "model", "--adapter", "a"], "is not of the form name=value"),
+    (2, ["serve", "model", "--host", "0.0.0.0"], "give --keys FILE"),
+    (2, ["deploy", "nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["deployments", "stop", "goods"], "goods"),
+    (2, ["keys", "remove", "anna", "--keys", "keys.json"], "anna"),
+    (2, ["tasks", "show", "vqaa"], 'Did you mean "vqa"?'),
+    (1, ["data", "check", "gone.csv", "--task", "caption"], "There is no file gone.csv"),
+    (2, ["data", "check", "good.csv", "--task", "capton"], 'Did you mean "caption"?'),
+    (2, ["models", "import", "nowhere", "new"], "nowhere is no checkpoint"),
+    (2, ["models", "import", "nowhere", "model"], "model exists already"),
+    (2, ["models", "merge", "model", "new"], "model is no adapter"),
+    (2, ["models", "upcycle", "nowhere", "new", "--num-experts", "4"], "nowhere is no OpenM6 model"),
+    (2, ["models", "prune", "model", "new", "--task", "vqaa", "--data", "good.csv"], 'Did you mean "vqa"?'),
+    (2, ["models", "quantize", "nowhere", "new"], "nowhere is no OpenM6 model"),
+    (2, ["models", "export", "nowhere", "new"], "nowhere is no OpenM6 model"),
+    (2, ["models", "export", "model", "model"], "model exists already"),
+    (2, ["models", "export", "lonely", "new"], "lonely is an adapter of the model gone, which is not there"),
+    (2, ["models", "consolidate", "nowhere", "new"], "nowhere is no checkpoint"),
+    (2, ["models", "add", "goods", "nowhere", "--metric", "a=b"], "--metric is name=value, the value a number"),
+    (2, ["index", "build", "i", "--model", "nowhere", "--task", "a", "--data", "b"], "nowhere is no OpenM6 model"),
+    (2, ["index", "build", "i", "--model", "model", "--task", "vqaa", "--data", "b"], 'Did you mean "vqa"?'),
+    (1, ["index", "build", "i", "--model", "model", "--task", "text_vector", "--data", "gone.csv"], "There is no file"),
+    (2, ["index", "add", "nowhere", "--data", "good.csv"], "nowhere is no index"),
+    (2, ["index", "search", "nowhere", "text"], '"text" is not of the form name=value'),
+    (2, ["index", "search", "nowhere", "text=a"], "nowhere is no index"),
+    (2, ["index", "show", "nowhere"], "nowhere is no index"),
+    (2, ["recommend", "fit", "r", "--index", "nowhere", "--visits", "good.csv"], "nowhere is no index"),
+    (2, ["recommend", "for", "nowhere"], "nowhere is no recommender"),
+    (2, ["copy", "batch", "nowhere", "--items", "good.csv", "--output", "o"], "nowhere is no OpenM6 model"),
+    (1, ["copy", "batch", "model", "--items", "gone.csv", "--output", "o"], "There is no file gone.csv"),
+    (2, ["images", "draw", "nowhere", DRAWN], "nowhere is no OpenM6 model"),
+    (2, ["images", "draw", "model", "capton=a"], 'Did you mean "caption"?'),
+    (1, ["images", "edit", "model", DRAWN, "--picture", "gone.png", "--mask", "a.png"], "gone.png does not exist"),
+    (1, ["images", "vary", "model", DRAWN, "--picture", "gone.png"], "gone.png does not exist"),
+    (1, ["images", "extend", "model", *EXTENDED], "gone.png does not exist"),
+    (2, ["images", "measure", "model", "--judge", "nowhere"], "nowhere is no OpenM6 model"),
+    (1, ["images", "batch", "model", "--prompts", "gone.csv", "--output", "o"], "There is no file gone.csv"),
+    (2, ["cascade", "init", "box", "--model", "nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "keep=1"], "unknown key keep"),
+    (2, ["cascade", "calibrate", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no box"),
+    (2, ["cascade", "learn", "nowhere"], "nowhere is no box"),
+    (2, ["cascade", "status", "nowhere"], "nowhere is no box"),
+    (2, ["bench", "trainstep"], 'Did you mean "train-step"?'),
+    (2, ["reproduce", "capasity"], 'Did you mean "capacity"?'),
+    (2, ["jobs", "show", "none"], "none"),
+]  # fmt: skip
+"""Exit code, command, and what it says."""
+
+
+def below(command: object, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The words of every command and group under one, and whether it is a group."""
+    inner = command.commands if isinstance(command, TyperGroup) else {}
+    yield words, bool(inner)
+    for name, one in inner.items():
+        yield from below(one, (*words, name))
+
+
+HELP = dict(below(get_command(commands())))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """What each of the commands above, and each with --help, says where PyTorch cannot be imported."""
+    room = tmp_path_factory.mktemp("room")
+    for name in ("model", "lonely"):
+        (room / name).mkdir()
+        (room / name / "openm6.json").write_text('{"max_length": 8, "tasks": []}')
+    (room / "lonely" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
+    (room / "good.csv").write_text("photo,question,answer\na.png,好吗?,好\n", "utf-8")
+    (room / "a.png").write_bytes(b"")
+    asked = [words for _, words, _ in CASES] + [[*words, "--help"] for words in HELP]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("mistakes.py")],
+        cwd=room,
+        input=json.dumps(asked),
+        env={**os.environ, "OPENM6_HOME": str(room / "home"), "OPENM6_CACHE": str(room / "cache"), "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {" ".join(words): tuple(answer) for words, answer in zip(asked, json.loads(done.stdout), strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "said"), CASES, ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else ""
+)
+def test_a_mistake_is_told_without_pytorch(
+    answers: dict[str, tuple[int, str]], code: int, words: list[str], said: str
+) -> None:
+    found, text = answers[" ".join(words)]
+    assert said in text
+    assert found == code
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_help_needs_no_pytorch(answers: dict[str, tuple[int, str]], words: tuple[str, ...]) -> None:
+    code, text = answers[" ".join([*words, "--help"])]
+    assert code == 0 and "Usage: openm6" in text
+
+
+def test_every_command_has_a_mistake_here() -> None:
+    tried = {tuple(words[:length]) for _, words, _ in CASES for length in (1, 2)}
+    missing = {words for words, is_group in HELP.items() if not is_group} - tried
+    assert missing == {
+        ("demo",), ("demo-images",), ("plan",), ("data", "add"), ("data", "list"), ("data", "show"),
+        ("models", "fetch"), ("models", "lineage"), ("models", "list"), ("models", "promote"), ("models", "rollback"),
+        ("models", "show"), ("index", "delete"), ("index", "tune"), ("recommend", "eval"), ("copy", "labels"),
+        ("images", "labels"), ("cascade", "rollback"), ("deployments", "list"), ("keys", "add"), ("keys", "list"),
+        ("jobs", "list"), ("jobs", "logs"), ("jobs", "remove"), ("jobs", "resume"), ("jobs", "stop"),
+        ("jobs", "submit"), ("jobs", "work"),
+    }  # fmt: skip

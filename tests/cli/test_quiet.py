@@ -1,0 +1,64 @@
+"""What libraries warn their developers of does not reach users; what concerns users does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openm6.tasks.library import get as get_task
+from tests.conftest import drawing_bundle
+
+EXTENSION = """
+import subprocess, sys, warnings
+warnings.warn("soon gone", FutureWarning)
+warnings.warn("old way", DeprecationWarning)
+warnings.warn("look at your data")
+subprocess.run([sys.executable, "-c", "import warnings; warnings.warn('gone in a process', FutureWarning)"])
+"""
+
+
+def call(room: Path, *words: object, **environment: str) -> str:
+    """What a command writes to standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "openm6", *map(str, words)],
+        cwd=room,
+        env={**os.environ, "OPENM6_HOME": str(room / "home"), "OPENM6_CACHE": str(room / "cache"), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_warnings_of_libraries_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(EXTENSION)
+    told = call(tmp_path, "--extension", "mine.py", "tasks")
+    assert "look at your data" in told
+    assert "soon gone" not in told and "old way" not in told and "gone in a process" not in told
+    told = call(tmp_path, "--extension", "mine.py", "tasks", PYTHONWARNINGS="default")
+    assert "soon gone" in told and "old way" in told and "gone in a process" in told
+
+
+@pytest.mark.slow
+def test_a_days_commands_say_nothing_of_libraries(tmp_path: Path) -> None:
+    bundle = drawing_bundle()
+    bundle.tasks = {"infilling": get_task("infilling")}
+    bundle.save(tmp_path / "model")
+    (tmp_path / "data.csv").write_text("text,label\n" + "红色的杯子,好\n画一张图,坏\n" * 8, "utf-8")
+    task = ("--task", "text_classification", "--data", "data.csv")
+    said = [
+        call(tmp_path, "finetune", "model", *task, "--steps", 2, "--method", "lora", "--output", "run"),
+        call(tmp_path, "eval", "run/model", *task),
+        call(tmp_path, "run", "model", "text_vector", "text=红色"),
+        call(tmp_path, "models", "export", "model", "edge"),
+        call(tmp_path, "models", "quantize", "model", "small"),
+        call(tmp_path, "models", "add", "goods", "model"),
+        call(tmp_path, "run", "goods@1", "text_vector", "text=红色"),
+    ]
+    for text in said:
+        lines = [line for line in text.splitlines() if "Warning" in line or "WARNING" in line or "INFO" in line]
+        assert not lines
