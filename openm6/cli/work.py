@@ -184,7 +184,7 @@ def evaluate(
     for note in result.notes:
         typer.echo(note)
     if result.rejected:
-        typer.echo(f"{result.rejected} records could not be used, such as: {result.rejects[0][1].reason}")
+        typer.echo(f"Records that could not be used: {result.rejected}, the first: {result.rejects[0][1].reason}")
 
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:
