@@ -13,10 +13,12 @@ import torch
 
 from openm6.batches import by_length, pad
 from openm6.decode import Decoding, Generated, generate, stream
+from openm6.decode.labels import LabelTree, label_probabilities
 from openm6.decode.limits import Limits
 from openm6.decode.many import answer_groups
 from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
+from openm6.decode.steps import each_inside
 from openm6.directory import Adapters, describe, open_directory
 from openm6.errors import DataError, UsageError, suggest
 from openm6.images import check_features
@@ -25,6 +27,7 @@ from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
+from openm6.tasks.forms import characters
 from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
@@ -184,6 +187,20 @@ class Bundle:
 
         yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
 
+    def label_probabilities(
+        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, on_error: str = "raise"
+    ) -> Iterator[dict[str, float]]:
+        """The probability of each label, for records of a task whose one output is a label of a closed set: over the
+        label's tokens, among those that the labels allow, so that they sum to 1. `on_error`: see `run_many`."""
+        task = self.task(task)
+        tree = LabelTree(task, self.processor)
+
+        def answer(prompts: list[Sequence], numbers: list[int]) -> list[dict[str, float]]:
+            with self.precision():
+                return label_probabilities(self.model, prompts, tree, batch_size)
+
+        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
+
     def vectors(
         self,
         task: str | Task,
@@ -240,10 +257,10 @@ class Bundle:
             raise UsageError(f"The task {task.name} gives numbers, which do not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         pieces = Pieces(self.processor.tokenizer)
-        with self.precision():
-            for token in stream(self.model, self.prompt(task, slots), self.processor.tokenizer.end_id, options):
-                if piece := pieces.add(token):
-                    yield piece
+        tokens = stream(self.model, self.prompt(task, slots), self.processor.tokenizer.end_id, options)
+        for token in each_inside(self.precision, tokens):
+            if piece := pieces.add(token):
+                yield piece
         if piece := pieces.rest():
             yield piece
 
@@ -293,7 +310,7 @@ class Bundle:
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
         if record.get(LIMITS) is not None:
-            if prompt.constraint is not None or prompt.sketch is not None:
+            if prompt.constraint is not characters(self.processor.tokenizer) or prompt.sketch is not None:
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
             prompt.constraint = record[LIMITS]
         return prompt

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import openm6
@@ -21,7 +22,7 @@ from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
-from tests.conftest import drawing_bundle, tiny_config
+from tests.conftest import command, drawing_bundle, tiny_config
 from tests.tasks.conftest import picture
 
 QUESTION = "图中的商品是什么？"
@@ -97,6 +98,67 @@ def test_answers_do_not_depend_on_the_batch_size(bundle: Bundle, options: dict) 
     assert (len(set(every[0][20:])) > 4) == ("temperature" in options)
 
 
+LABELS = ["鞋", "鞋子", "包", "包包", "红色的鞋", "红色的包", "条纹", "😀"]
+
+
+@pytest.mark.parametrize("text", ["[text:a] -> [label:kind]", "[text:a] -> 这是[label:kind]。"])
+def test_label_probabilities_are_those_of_the_constrained_network(bundle: Bundle, text: str) -> None:
+    """Against the definition: a forward pass over the prompt and what is written, for every token of every label."""
+    task = Task.from_instruction(text, labels={"kind": LABELS})
+    records = [{"a": QUESTION[:n]} for n in (1, 5, 3)]
+    tokenizer = bundle.processor.tokenizer
+    trie = task.allowed(bundle.processor, {})
+    assert trie is not None
+    plain = Bundle(copy.deepcopy(bundle.model).pack_for_cpu(torch.float32), bundle.processor)
+    found = list(plain.label_probabilities(task, records, batch_size=2))
+    for record, given in zip(records, found, strict=True):
+        assert list(given) == LABELS and sum(given.values()) == pytest.approx(1)
+        for label in LABELS:
+            target = task.encode({**record, "kind": label}, bundle.processor)
+            with torch.no_grad():
+                logits = bundle.model.logits(bundle.model(pad([target], 0)).hidden[0])
+            places = (target.labels != IGNORE).nonzero()[0]
+            ids, product = [int(target.labels[place]) for place in places], 1.0
+            assert ids[-1] == tokenizer.end_id
+            for n, place in enumerate(places):
+                allowed = trie.next(ids[:n])
+                product *= float(logits[place, allowed].softmax(-1)[allowed.index(ids[n])])
+            assert given[label] == pytest.approx(product, rel=1e-3)
+
+
+def test_label_probabilities_of_bad_records_and_of_other_tasks(bundle: Bundle) -> None:
+    found = list(bundle.label_probabilities("kind", [{"photo": "gone.jpg"}, {"photo": picture()}], on_error="return"))
+    assert isinstance(found[0], DataError) and set(found[1]) == {"鞋", "包", "连衣裙"}
+    with pytest.raises(UsageError, match="its one output has to be a label"):
+        list(bundle.label_probabilities("vqa", []))
+    only = Task.from_instruction("[text:a] -> [label:b|set=鞋]")
+    assert list(bundle.label_probabilities(only, [{"a": "红"}])) == [{"鞋": 1.0}]
+
+
+def test_the_command_tells_the_probabilities_of_labels(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "m")
+    (tmp_path / "a.png").write_bytes(picture())
+    told = json.loads(command("run", tmp_path / "m", "kind", f"photo={tmp_path / 'a.png'}", "--json").stdout)
+    values = list(told["probabilities"].values())
+    assert set(told["probabilities"]) == {"鞋", "包", "连衣裙"} and told["answer"] in told["probabilities"]
+    assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1)
+
+
+def test_between_two_pieces_of_a_stream_the_caller_is_outside(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this model's precision nor its mode of inference reaches the caller, and no other use the text."""
+    monkeypatch.setattr("openm6.bundle.fast_dtype", lambda kind: torch.bfloat16)
+    asked, most = {"photo": picture(), "question": QUESTION}, 0
+    for seed in range(8):
+        options, pieces = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}, []
+        for piece in bundle.stream("vqa", decoding=options, **asked):
+            pieces.append(piece)
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
+            bundle.run("vqa", decoding={"max_new_tokens": 2}, **asked)
+        assert "".join(pieces) == bundle.run("vqa", decoding=options, **asked)
+        most = max(most, len(pieces))
+    assert most > 2
+
+
 def test_a_bad_record_costs_itself_alone(bundle: Bundle) -> None:
     good, bad = {"photo": picture(), "question": QUESTION}, {"photo": "gone.jpg", "question": QUESTION}
     options = {"max_new_tokens": 6, "temperature": 1.0}
@@ -136,6 +198,35 @@ def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:
         assert "".join(pieces) == bundle.run("vqa", decoding=options, **asked)
         most = max(most, len(pieces))
     assert most > 2
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 3.0, "top_k": 50}, {"num_beams": 3}])
+def test_half_a_character_never_comes_out(tmp_path: Path, byte_level: bool, options: dict) -> None:
+    """Of a model that knows nothing, whose vocabulary has bytes: they follow each other as characters have them."""
+    tokenizer = Tokenizer.train([QUESTION], 600, num_codes=8)
+    if byte_level:
+        fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        fast.train_from_iterator([QUESTION + "红色 red"] * 9, trainer)
+        fast.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.wrap(tmp_path, num_codes=8)
+    torch.manual_seed(1)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=8, initializer_range=0.3)
+    bundle = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64))
+    task, said = Task.from_instruction("[text:a] -> [text:b]"), ""
+    prompts = [bundle.prompt(task, {"a": QUESTION[:n]}) for n in range(1, 9)]
+    for generated in bundle.generate(task, prompts, decoding={"max_new_tokens": 24, **options}):
+        ids = generated.ids
+        while tokenizer.begun(ids):  # cut off by max_new_tokens
+            ids = ids[:-1]
+        assert "\ufffd" not in tokenizer.decode_torn(ids)
+        assert "\ufffd" not in bundle.read(task, generated)
+        said += bundle.read(task, generated)
+    assert said
 
 
 def test_a_changed_pixel_and_a_changed_word_reach_the_answer(bundle: Bundle) -> None:

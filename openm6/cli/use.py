@@ -31,9 +31,10 @@ def run(
     check_slots(find_task(place, task), asked)
     decoding = decoding_options(option)
 
-    from openm6.bundle import Bundle
+    from openm6.bundle import SHOTS, Bundle
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
+    from openm6.decode.labels import closed_labels
 
     bundle = Bundle.load(place)
     shown: list[Any] = []
@@ -47,7 +48,11 @@ def run(
     elif bundle.task(task).embeds:
         answer = [round(float(number), 6) for number in answer]
     if json:
-        emit({"task": task, "answer": answer})
+        told = {"task": task, "answer": answer}
+        if closed_labels(bundle.task(task)):
+            found = next(bundle.label_probabilities(task, [{**asked, SHOTS: shown}]))
+            told["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        emit(told)
     elif isinstance(answer, dict):
         for name, value in answer.items():
             typer.echo(f"{name}: {value}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openm6.batches import pad
-from openm6.decode.generate import check_ranges, check_room, options, sample
+from openm6.decode.generate import check_ranges, check_room, options, sample, tempered
 from openm6.decode.steps import Steps, whole
 from openm6.errors import DataError, UsageError
 from openm6.model import M6
@@ -63,7 +63,7 @@ class Drawing:
     def __post_init__(self) -> None:
         check_ranges(
             self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
-            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100), reading=(0, 100),
+            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100), reading=(0, 100), seed=(-(2**63), 2**64),
         )  # fmt: skip
         if self.branches > 1 and not self.passes:
             raise UsageError("branches are drawn in passes: give passes above 0.")
@@ -269,7 +269,7 @@ def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:
 def _choose(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    return sample(logits.flatten(0, -2) / temperature, chance.flatten()).view(chance.shape)
+    return sample(tempered(logits.flatten(0, -2), temperature), chance.flatten()).view(chance.shape)
 
 
 def kept_codes(given: list[np.ndarray | None], codes: Codes) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -42,12 +43,12 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self, max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(0, 2**31), top_p=(1e-9, 1),
+            num_beams=(1, 2**31), length_penalty=(-10, 10), seed=(-(2**63), 2**64),
+        )  # fmt: skip
         if self.num_beams > 1 and self.temperature > 0:
             raise UsageError("num_beams and temperature exclude each other: beam search does not sample.")
-        check_ranges(self, temperature=(0, 100), top_p=(1e-9, 1), top_k=(0, 2**31))
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
 
     @classmethod
     def of(cls, **values: Any) -> Decoding:
@@ -65,10 +66,16 @@ def options(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
-    """UsageError for the first option that is out of its range."""
+    """UsageError for the first option that is no number (of one whose default is a whole number, no whole one), or out
+    of its range."""
     for name, (low, high) in ranges.items():
-        if not low <= getattr(options, name) <= high:
-            raise UsageError(f"{name} is {getattr(options, name)}; it has to be between {low:g} and {high:g}.")
+        value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
+        if not isinstance(value, Real) or (whole and value != value // 1):
+            raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.")
+        if not low <= value <= high:
+            raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.")
+        if whole:
+            object.__setattr__(options, name, int(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +193,25 @@ def check_room(model: M6, prompt: int, new: int) -> None:
 
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf; None allows all, Banned all but those."""
-    mask = torch.zeros_like(logits, dtype=torch.bool)
+    """Logits [B, V] with everything but the allowed ids of each row at -inf, in place; None allows all, Banned all but
+    those."""
+    alike: dict[int, list[int]] = {}  # most rows have the very same ids, and are masked at once
     for row, ids in enumerate(allowed):
-        if ids is None:
-            continue
-        banned = isinstance(ids, Banned)
-        mask[row] = not banned
-        if len(ids):
-            mask[row, torch.as_tensor(list(ids), device=logits.device)] = banned
-    return logits.masked_fill(mask, float("-inf"))
+        if ids is not None:
+            alike.setdefault(id(ids), []).append(row)
+    for rows in alike.values():
+        ids = allowed[rows[0]]
+        assert ids is not None
+        chosen = torch.as_tensor(list(ids), dtype=torch.int64, device=logits.device)
+        if not isinstance(ids, Banned):
+            kept = logits[rows][:, chosen]
+            logits[rows] = float("-inf")
+            logits[torch.tensor(rows)[:, None], chosen] = kept
+        elif len(rows) == len(logits):
+            logits.index_fill_(1, chosen, float("-inf"))
+        elif len(chosen):
+            logits[torch.tensor(rows)[:, None], chosen] = float("-inf")
+    return logits
 
 
 def chance(decoding: Decoding, number: int = 0) -> torch.Generator | None:
@@ -219,8 +235,15 @@ def choose(logits: Tensor, decodings: Items[Decoding], chances: Items[torch.Gene
     tokens = best.indices.clone()
     for (temperature, top_k, top_p), rows in alike.items():
         draws = torch.cat([torch.rand(1, generator=chances[row]) for row in rows]).to(logits.device)
-        tokens[rows] = sample(logits[rows] / temperature, draws, top_k, top_p)
+        tokens[rows] = sample(tempered(logits[rows], temperature), draws, top_k, top_p)
     return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits [..., V] divided by a temperature above 0, the highest brought to 0. A temperature that fp32 cannot hold
+    gives the limit: the likeliest tokens stay, alike."""
+    highest = logits.amax(-1, keepdim=True)
+    return (logits - highest) / max(temperature, torch.finfo(torch.float32).tiny)
 
 
 def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -3,9 +3,10 @@ what it has made. Whoever advances it sees to the precision (`Bundle.precision`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from functools import wraps
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,3 +31,15 @@ def finish(steps: Steps[T]) -> T:
             next(steps)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
+
+
+def each_inside(enter: Callable[[], AbstractContextManager[Any]], items: Iterator[T]) -> Iterator[T]:
+    """The items, each made inside a context of its own. What the caller does between two items happens outside of it,
+    and what another caller has set meanwhile does not reach the next item."""
+    while True:
+        with enter():
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

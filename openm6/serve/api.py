@@ -207,12 +207,15 @@ def _model(deployment: Deployment) -> dict[str, Any]:
 
 
 def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-    value, outputs = outgoing(found["value"]), task["outputs"]
+    value, outputs, more = outgoing(found["value"]), task["outputs"], {}
+    if isinstance(value, dict) and "probabilities" in value and len(outputs) == 1:  # it was asked for them
+        more = {"probabilities": dict(sorted(value["probabilities"].items(), key=lambda pair: -pair[1]))}
+        value = value["value"]
     answer = value if len(outputs) > 1 else {outputs[0]: value}
     if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
-    return {"outputs": answer, "finished": found["finished"], "usage": usage}
+    return {"outputs": answer, "finished": found["finished"], "usage": usage, **more}
 
 
 def outgoing(value: Any) -> Any:

@@ -67,6 +67,7 @@ class TaskRequest(BaseModel):
     examples: list[dict[str, Any]] = Field(default_factory=list, max_length=64, description="records with answers")
     candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
     stream: bool = Field(False, description="pieces of a text as they are written")
+    probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
 
 
@@ -125,7 +126,7 @@ class Server:
             record, *examples = [read(one) for one in every]
         return {
             "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
-            "candidates": asked.candidates, "examples": examples,
+            "candidates": asked.candidates, "examples": examples, "probabilities": asked.probabilities,
             "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
         }  # fmt: skip
 

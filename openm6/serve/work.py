@@ -11,6 +11,7 @@ from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
 from openm6.decode.generate import check_room
+from openm6.decode.labels import LabelTree
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
@@ -30,6 +31,7 @@ class Request:
     edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
     deadline     by time.monotonic(): after it the request fails
     pieces       whether a text is told in pieces too, as it is written
+    probabilities   of a task whose output is a label: the value is {"value": label, "probabilities": {label: number}}
     """
 
     id: str
@@ -42,6 +44,7 @@ class Request:
     edit: Mapping[str, Any] | None = None
     deadline: float | None = None
     pieces: bool = True
+    probabilities: bool = False
 
     # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None
@@ -78,7 +81,12 @@ def prepared(request: Request, view: Bundle) -> None:
     request.record = record
     request.alone = True
     kind: tuple[Hashable, ...]
-    if task.draws:
+    if request.probabilities:
+        tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
+        positions = len(view.prompt(task, record)) + max(request.options.max_new_tokens, len(tree.levels))
+        check_room(view.model, positions, 0)
+        kind, request.needs = ("probabilities", request.options), _bytes(view, tree.width, positions)
+    elif task.draws:
         decoding = in_passes(task, request.decoding) if request.edit else request.decoding
         _, request.options = options_of(view, task, request.candidates, decoding)
         if request.edit:
@@ -123,6 +131,8 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     first = requests[0]
     task, options = first.made, first.options
     assert task is not None
+    if first.probabilities:
+        return _at_once(lambda: _with_probabilities(view, task, [r.record for r in requests], first.decoding))
     if task.draws:
         numbers = list(range(first.candidates)) * len(requests)
         return _pictures(view, task, requests, options, numbers)
@@ -139,6 +149,11 @@ def _pictures(
     records = [request.record for request in requests]
     drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers)
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
+
+
+def _with_probabilities(view: Bundle, task: Task, records: list[Any], decoding: Mapping[str, Any]) -> list[Any]:
+    answers, found = view.run_many(task, records, decoding=decoding), view.label_probabilities(task, records)
+    return [{"value": one, "probabilities": told} for one, told in zip(answers, found, strict=True)]
 
 
 def _at_once(act: Any) -> Steps[list[Any]]:

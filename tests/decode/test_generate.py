@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.batches import pad
 from openm6.decode import Decoding, generate, stream
-from openm6.decode.generate import sample
+from openm6.decode.draw import Drawing
+from openm6.decode.generate import chance, choose, sample
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
@@ -195,6 +198,35 @@ def test_bad_options_are_named() -> None:
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(UsageError, match="cannot stream"):
         list(stream(tiny_model(), prompt(np.random.default_rng(0), 2), END, Decoding(num_beams=2)))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-45, 1e-320])
+def test_a_temperature_near_nothing_draws_among_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 3.0, -2.0, 3.0], [-90.0, -80.0, -torch.inf, -81.0]]).repeat(200, 1)
+    chances = [chance(Decoding(temperature=temperature), number) for number in range(400)]
+    tokens, log_probs = choose(logits, [Decoding(temperature=temperature)] * 400, chances)
+    assert log_probs.isfinite().all()
+    assert set(tokens[::2].tolist()) == {1, 3} and set(tokens[1::2].tolist()) == {1}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", None, 0.5])
+@pytest.mark.parametrize("options", [Decoding, Drawing])
+def test_an_option_that_is_no_number_in_its_range_is_refused(options: type, value: object) -> None:
+    for field in dataclasses.fields(options):
+        if value == 0.5 and not isinstance(field.default, int):
+            continue
+        with pytest.raises(UsageError, match=f"{field.name} is .*; it has to be"):
+            options.of(**{field.name: value})
+    assert options.of(seed=3.0).seed == 3
+
+
+def test_length_penalties_do_not_overflow() -> None:
+    with pytest.raises(UsageError, match="length_penalty is 1e\\+30; it has to be between -10 and 10"):
+        Decoding(num_beams=2, length_penalty=1e30)
+    prompts = [prompt(np.random.default_rng(0), 4)]
+    for penalty in (-10, 10):
+        found = generate(tiny_model(), prompts, END, Decoding(6, num_beams=3, length_penalty=penalty))
+        assert math.isfinite(found[0].score)
 
 
 def test_learned_positions_have_an_end() -> None:

@@ -172,6 +172,11 @@ def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Bundle) -> None:
     assert told["schema"]["outputs"]["properties"]["kind"]["enum"] == ["鞋", "包", "连衣裙"]
     assert {"kind", "vqa", "text_to_image"} <= {one["name"] for one in http.get("/v1/tasks").json()["data"]}
     found = http.post("/v1/tasks/kind", json={"inputs": {"photo": encoded(picture())}}).json()
+    assert "probabilities" not in found
+    sure = http.post("/v1/tasks/kind", json={"inputs": {"photo": encoded(picture())}, "probabilities": True}).json()
+    assert sure["outputs"] == found["outputs"]
+    assert list(sure["probabilities"].values()) == sorted(sure["probabilities"].values(), reverse=True)
+    assert sum(sure["probabilities"].values()) == pytest.approx(1)
     assert found["outputs"] == {"kind": alone.run("kind", photo=picture())}
     assert found["usage"]["completion_tokens"] > 0
     drawn = http.post("/v1/tasks/text_to_image", json={"inputs": {"caption": "红"}, "candidates": 2}).json()

@@ -55,6 +55,21 @@ def test_texts_are_those_of_the_offline_decoder(bundle: Bundle) -> None:
             assert pieces[identity] == found[identity].value
 
 
+def test_labels_come_with_probabilities_where_they_are_asked_for(bundle: Bundle) -> None:
+    watched = Watched(bundle)
+    for seed in range(3):
+        watched.ask(str(seed), "kind", record={"photo": picture(seed=seed)}, probabilities=True)
+    found = watched.finish()
+    for seed in range(3):
+        record = {"photo": picture(seed=seed)}
+        assert found[str(seed)].value["value"] == bundle.run("kind", **record)
+        assert found[str(seed)].value["probabilities"] == pytest.approx(
+            next(bundle.label_probabilities("kind", [record])), abs=1e-5
+        )
+    with pytest.raises(UsageError, match="its one output has to be a label"):
+        watched.ask("x", "write", text="红", probabilities=True)
+
+
 def test_every_other_kind_of_work_gives_what_it_gives_alone(bundle: Bundle) -> None:
     watched = Watched(bundle)
     drawing = {"passes": 3, "guidance": 1.0, "seed": 4, "temperature": 1.0}

@@ -135,6 +135,11 @@ def test_several_adapters_share_one_model(base: Path, adapters: dict[str, Path],
         assert view.run("vqa", photo=picture(), question="什么?") is not None
         assert {id(p) for p in view.model.parameters()} == weights
     torch.testing.assert_close(hidden(shared), hidden(Bundle.load(base, "cpu", trainable)), **tolerance)
+    view, asked, pieces = shared.adapter(BESIDE[0]), {"photo": picture(), "question": "什么?"}, []
+    for piece in view.stream("vqa", **asked):  # the text goes on as it began, whoever asks between two pieces
+        pieces.append(piece)
+        shared.run("vqa", **asked)
+    assert "".join(pieces) == view.run("vqa", **asked)
 
 
 def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_path: Path) -> None:
