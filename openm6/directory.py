@@ -53,7 +53,7 @@ class Opened(NamedTuple):
 
 def open_directory(path: Path, device: torch.device, trainable: bool, adapters: Mapping[str, str | Path]) -> Opened:
     """See Bundle.load."""
-    tasks, length, prompt = read_card(path)
+    processor, tasks = open_processor(path)
     place = base_of(path) or path
     if trainable and ModelConfig.from_pretrained(place).weight_bits:
         raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
@@ -66,9 +66,17 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
         model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
     elif not trainable:
         model.pack_for_cpu()
-    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+    return Opened(model, processor, tasks, beside)
+
+
+def open_processor(path: Path) -> tuple[Processor, list[Task]]:
+    """How a model, or an adapter with the model beneath it, reads records, and its tasks; no weights are loaded."""
+    tasks, length, prompt = read_card(path)
+    place = base_of(path) or path
+    config = ModelConfig.from_pretrained(place)
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
-    return Opened(model, Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks, beside)
+    return Processor(Tokenizer.load(place), grid, length, codec, prompt), tasks
 
 
 def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:

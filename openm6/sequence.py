@@ -56,6 +56,7 @@ class Sequence:
     partner             what has to get a near vector (its own last position's), and `negatives`, which must not
     head, values        of an example that a head answers: which, and the numbers that it has to give
     sketch              of a prompt that is answered by a sketch and edits: the places of what is sketched from
+    cut                 tokens of the source and the target that were left out, because the example was too long
     group               pairs of one group are not negatives of each other; "" is none
     """
 
@@ -74,6 +75,7 @@ class Sequence:
     sketch: range | None = None
     head: str = ""
     values: list[float] = field(default_factory=list)
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

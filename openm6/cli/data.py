@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,12 @@ def check(
     data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model directory: count tokens, and what is too long for the model.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Data to measure on: how many of its records are among these?")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Open every record as training would, show three of them as they will be trained, and say what is wrong. Exit
@@ -34,7 +41,14 @@ def check(
     told = {"--format": data_format, "--images": images}
     options = [word for name, value in told.items() if value for word in (name, value)]
     command = check_command(source, task, *options)
-    checked = Check(source, get(task), pairs(column or []), data_format, images, limit, command)
+    processor, known = None, {}
+    if model is not None:
+        from openm6.directory import open_processor
+
+        processor, own = open_processor(model)
+        known = {one.name: one for one in own}
+    chosen = known.get(task) or get(task)
+    checked = Check(source, chosen, pairs(column or []), data_format, images, limit, command, processor, against)
     for record in track(checked.records(), description="checking", total=checked.total, transient=True):
         checked.look(record)
     result = checked.to_dict()
@@ -46,8 +60,10 @@ def check(
             typer.echo(f"  {slot} <- {name or '(no column; it may be left out)'}")
         for example in result["examples"]:
             typer.echo(f"  {example['where']}: {example['source']} -> {example['target']}")
-        lengths = result["characters"]
-        table(["slot", "median", "longest"], [(n, v["median"], v["longest"]) for n, v in lengths.items()], "characters")
+        for what in ("characters", "tokens"):
+            rows = [(name, v["median"], v["longest"]) for name, v in result.get(what, {}).items()]
+            if rows:
+                table(["slot", "median", "longest"], rows, what)
         for text in checked.sentences():
             typer.echo(f"  {text}")
         for problem in result["problems"]:

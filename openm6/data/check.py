@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
+from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.errors import DataError
 from openm6.images import open_image
 from openm6.tasks.preview import plain_processor, preview
+from openm6.tasks.processor import Processor
+from openm6.tasks.slots import TYPES
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -38,11 +41,18 @@ class Check:
         images: str | None = None,
         limit: int | None = None,
         command: str | None = None,
+        processor: Processor | None = None,
+        against: str | None = None,
     ):
         self.task = task
         self._source = open_source(source, data_format, images, limit=limit)
         self._view = SlotView.of(task, self._source, columns, command)
         self.total = len(self._source)
+        self._processor, self._tokens, self._cut = processor, defaultdict[str, list[int]](list), list[int]()
+        self._twins, self._number, self._overlap = Twins(task, self._view), 0, None
+        if against is not None:
+            other = open_source(against, data_format, images)
+            self._overlap = count_overlap(task, self._source, columns, other, columns)
         self._good = 0
         self._lengths: dict[str, list[int]] = {}
         self._counts: Counter[str] = Counter()
@@ -56,6 +66,7 @@ class Check:
         return iter(self._source)
 
     def look(self, record: Record) -> None:
+        number, self._number = self._number, self._number + 1
         try:
             seen = self._view(record)
             for name, slot in self.task.slots.items():
@@ -68,13 +79,18 @@ class Check:
                     open_image(value)
                 elif slot.type in ("text", "label"):
                     self._text(name, value)
+                else:
+                    _read(name, slot.type, value)
+            if self._processor:
+                self._measure(seen, self._processor)
             if len(self._examples) < EXAMPLES:
-                given, wanted = preview(self.task, seen, plain_processor())
+                given, wanted = preview(self.task, seen, self._processor or plain_processor())
                 self._examples.append({"where": str(record.get("_where", "?")), "source": given, "target": wanted})
         except DataError as error:
             self._problem(str(record.get("_where", "?")), str(error))
         else:
             self._good += 1
+            self._twins.add(number, record)
             for name, classes in self._classes.items():
                 classes.add(record.get(self._view.mapping.get(name, "")))
 
@@ -88,15 +104,61 @@ class Check:
                 raise DataError(f"{name} is {text[:40]!r}, none of the task's labels: {', '.join(known[:10])}.")
             self._lengths.setdefault(name, []).append(len(text))
 
+    def _measure(self, seen: Record, processor: Processor) -> None:
+        """Count the tokens of a record's slots, those of all of its example, and those that are cut."""
+        sequence = self.task.encode(seen, processor, with_target=not self.task.draws or processor.codec is not None)
+        for name, slot in self.task.slots.items():
+            if slot.type in ("text", "label", "table") and seen.get(name) is not None:
+                value = seen[name][0] if slot.type != "table" and isinstance(seen[name], list) else seen[name]
+                self._tokens[name].append(len(TYPES[slot.type].target(value, processor)))
+        if sequence.pictures:
+            self._tokens["(pictures)"].append(sum(picture.patches for picture in sequence.pictures))
+        self._tokens["(example)"].append(len(sequence) + sequence.cut)
+        if sequence.cut:
+            self._cut.append(sequence.cut)
+
     def _problem(self, where: str, reason: str) -> None:
         # The same fault reads alike wherever it is.
         reason = reason.replace(where, "").replace(where.rsplit(":", 1)[0], "").strip(" :")
         self._counts[reason] += 1
         self._first.setdefault(reason, where)
 
+    def _fitting(self, longest: int) -> dict[str, Any]:
+        """How the records fit into the `longest` example that a model takes."""
+        tokens = {name: _spread(lengths) for name, lengths in self._tokens.items()}
+        cut = {"records": len(self._cut), **(_spread(self._cut) if self._cut else {"median": 0, "longest": 0})}
+        return {"tokens": tokens, "max_length": longest, "cut": cut}
+
+    def _agreeing(self) -> dict[str, Any]:
+        """Records that agree with each other, and with those of the other source."""
+        found: dict[str, Any] = self._twins.count()
+        for twins in found.values():
+            twins["first"] = [str(self._source[number].get("_where", number)) for number in twins["first"]]
+        if self._overlap is not None:
+            found["overlap"] = self._overlap._asdict()
+        return found
+
     def sentences(self) -> list[str]:
-        """What is said of the labels."""
-        return [text for name, classes in self._classes.items() for text in classes.sentences(name)]
+        """What is said of the labels, of records that agree, and of examples that do not fit."""
+        said = [text for name, classes in self._classes.items() for text in classes.sentences(name)]
+        found = self._agreeing()
+        for name, what in (("duplicates", "records repeat"), ("conflicts", "inputs have several answers, as in")):
+            if found[name]["count"]:
+                first, second = found[name]["first"]
+                pair = f"another, as {second} does {first}" if name == "duplicates" else f"{first} and {second}"
+                said.append(f"{found[name]['count']:,} {what} {pair}.")
+        if self._overlap is not None:
+            shared, total, where = self._overlap
+            first_one = f" (first: {where})" if shared else ""
+            said.append(f"{shared:,} of {total:,} records that are measured on have inputs of these data{first_one}.")
+        if self._processor and self._cut:
+            most = _spread(self._cut)
+            said.append(
+                f"{len(self._cut):,} of {self._good:,} records are longer than {self._processor.max_length:,} tokens"
+                f" (the model's max_length) and lose their ends: {most['median']:,} tokens (median), "
+                f"{most['longest']:,} at most."
+            )
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,13 +167,24 @@ class Check:
             "good": self._good,
             "columns": {n: self._view.mapping.get(n) for n, s in self.task.slots.items() if s.type != "vector"},
             "examples": self._examples,
-            "characters": {
-                name: {"median": int(statistics.median(lengths)), "longest": max(lengths)}
-                for name, lengths in self._lengths.items()
-            },
+            "characters": {name: _spread(lengths) for name, lengths in self._lengths.items()},
+            **(self._fitting(self._processor.max_length) if self._processor else {}),
             "classes": {name: classes.to_dict() for name, classes in self._classes.items()},
+            **self._agreeing(),
             "problems": [
                 {"reason": reason, "count": count, "where": self._first[reason]}
                 for reason, count in self._counts.most_common(20)
             ],
         }
+
+
+def _read(name: str, kind: str, value: Any) -> None:
+    """Raises DataError, with the slot's name, for a value that is none of its type."""
+    try:
+        TYPES[kind].target(value, plain_processor())
+    except DataError as error:
+        raise DataError(f"{name} {error}") from None
+
+
+def _spread(lengths: list[int]) -> dict[str, int]:
+    return {"median": int(statistics.median(lengths)), "longest": max(lengths)}

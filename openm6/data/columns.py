@@ -265,6 +265,11 @@ def _label(value: Any) -> Any:
     return (normalize_label(value) or None) if isinstance(value, str) else value
 
 
+def picture_path(value: str, root: str) -> str:
+    """A picture's path, completed by the root of its source; an address stays as it is."""
+    return join(root, value) if root and not is_remote(value) else value
+
+
 def _picture(value: Any, root: str) -> Any:
     """A path completed by its root; a remote picture as bytes, read only from below the root."""
     if not isinstance(value, str) or not value:
@@ -275,5 +280,5 @@ def _picture(value: Any, root: str) -> Any:
                 f"The picture {value} is elsewhere: to have it read, name the beginning of such addresses by images."
             )
         return read_file(value)
-    path = join(root, value) if root else value
+    path = picture_path(value, root)
     return read_file(path) if is_remote(path) else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,21 @@ class Reject:
 
     where: str
     reason: str
+
+
+def count_rejected(folder: Path) -> int:
+    """How many records the processes of a run could not use, by the files that they wrote into its folder; a record
+    that several of them met counts once."""
+    return len({(line.get("source"), line["where"]) for path in folder.glob("rejects*.jsonl") for line in _lines(path)})
+
+
+def _lines(path: Path) -> Iterator[dict[str, str]]:
+    """The records that a file tells of; its last line may have been torn by a kill."""
+    for text in lines_of(path.read_text("utf-8")) if path.is_file() else []:
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and "where" in line:
+                yield line
 
 
 class Rejects:
@@ -69,13 +85,7 @@ class Rejects:
 
     def _before(self) -> set[str]:
         """Where the bad records stand that the file tells of already."""
-        if not self.path.is_file():
-            return set()
-        found = set()
-        for line in lines_of(self.path.read_text("utf-8")):
-            with suppress(ValueError, KeyError, TypeError):  # of a run that was killed as it wrote
-                found.add(str(json.loads(line)["where"]))
-        return found
+        return {str(line["where"]) for line in _lines(self.path)}
 
     def _write(self, line: dict[str, str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

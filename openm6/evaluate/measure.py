@@ -48,6 +48,7 @@ class Evaluation:
     examples: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     labels: LabelFigures | None = None
     notes: list[str] = field(default_factory=list)
+    cut: int = 0  # records whose source was longer than the model takes
 
     @property
     def rejected(self) -> int:
@@ -60,7 +61,7 @@ class Evaluation:
         scores = {n: {"value": s.value, "low": s.low, "high": s.high, "n": s.n} for n, s in self.scores.items()}
         return {
             "task": self.task, "source": self.source, "records": len(self.cases), "rejected": self.rejected,
-            "seconds": round(self.seconds, 2), "scores": scores, "notes": self.notes,
+            "cut": self.cut, "seconds": round(self.seconds, 2), "scores": scores, "notes": self.notes,
             **(self.labels.to_dict() if self.labels else {}),
         }  # fmt: skip
 
@@ -111,7 +112,7 @@ def evaluate(
     if not kept:
         reason = rejects[-1][1].reason if rejects else "there are no records"
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
-    cases = []
+    cases, cut = [], sum(prompt.cut > 0 for prompt in prompts)
     bundle.model.eval()
     if task.draws or not (answers or set(chosen) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
@@ -131,6 +132,8 @@ def evaluate(
     labels, notes = None, []
     if len(task.outputs) > 1:
         notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")
+    if cut:
+        notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their ends.")
     if kind == "label" and cases[0].references:
         given, wanted, known = [c.answer for c in cases], [c.references for c in cases], task.labels.get(output, ())
         labels = LabelFigures.of(given, wanted, known)
@@ -145,7 +148,7 @@ def evaluate(
     return Evaluation(
         task.name, source, {name: score_of(found) for name, found in values.items()}, cases,
         time.perf_counter() - started, rejects, {name: task.slots[name].type for name in task.inputs},
-        {name: found.examples for name, found in values.items()}, labels, notes,
+        {name: found.examples for name, found in values.items()}, labels, notes, cut,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def lay_out(
     fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
     loose = sum(len(piece.ids) for piece in pieces if piece.cuttable)
     room = processor.max_length - fixed
-    wanted = reserve if target is None else len(target)
+    wanted, cut = reserve if target is None else len(target), 0
     if loose + wanted > room:
         if room < (0 if target is None else 1):
             raise DataError(
@@ -50,6 +50,7 @@ def lay_out(
             )
         wanted = min(wanted, max(room - loose, (room + 1) // 2))
         pieces = _cut(pieces, room - wanted)
+        cut = fixed - 1 + loose - sum(len(piece.ids) for piece in pieces) + len((target or ())[wanted:])
     ids: list[int] = []
     pictures: list[Picture] = []
     for piece in pieces:
@@ -65,7 +66,7 @@ def lay_out(
     labels = np.full(len(ids), IGNORE, np.int32)
     if target is not None:
         labels[start:] = [*target, tokenizer.end_id][: wanted + 1]
-    return Sequence(np.array(ids, np.int32), blocks, labels, pictures, task)
+    return Sequence(np.array(ids, np.int32), blocks, labels, pictures, task, cut=cut)
 
 
 def _cut(pieces: list[Piece], budget: int) -> list[Piece]:

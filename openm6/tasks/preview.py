@@ -38,7 +38,10 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
         target = _read(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
     else:
         value = record.get(task.outputs[0])
+        value = value[0] if task.sketch and isinstance(value, list) else value
         target = "(a vector)" if task.embeds else _picture(value) if task.draws else str(value)
+    if sequence.cut:  # within a character, it may be
+        source, target = source.replace(HALF, ""), target.replace(HALF, "")
     return _short(source), _short(target)
 
 
@@ -48,10 +51,11 @@ def _read(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
         tokenizer.mask_id: "____", tokenizer.table_id: "<|table|>", tokenizer.table_end_id: "<|/table|>",
         tokenizer.row_id: "<|row|>", tokenizer.cell_id: "<|cell|>",
     }  # fmt: skip
-    names, text, run = iter(pictures), "", []
+    names, text = iter(pictures), ""
+    run: list[int] = []
     for token in [*ids, tokenizer.end_id]:
         if token in marks or token in (tokenizer.image_id, tokenizer.end_id):
-            text += tokenizer.decode(run).rstrip(HALF)
+            text += tokenizer.decode(run)
             text += marks.get(token, "") or (next(names, "") if token == tokenizer.image_id else "")
             run = []
         elif token not in (tokenizer.patch_id, tokenizer.image_end_id):

@@ -22,6 +22,7 @@ class Part:
     loads       of each layer of experts
     flops       of the forward and backward pass
     positions   that the network worked on; `slots` with those that only fill rows
+    cut         examples that were longer than the model takes
     """
 
     loss: Tensor
@@ -30,6 +31,7 @@ class Part:
     positions: int
     slots: int
     loads: list[Any] = field(default_factory=list)
+    cut: int = 0
 
 
 class Objective(Protocol):

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from openm6.data.rejects import count_rejected
 from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
 from openm6.train.meters import GPT3_WH_PER_1000, EnergyMeter, EnergyUse, peak_memory
@@ -141,11 +142,16 @@ class Reporter:
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         self.since = time.perf_counter() if not self.steps else self.since
 
-    def finish(self, step: int, use: EnergyUse) -> None:
+    def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
+        """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
+        skipped = count_rejected(self.output)
         self._write(
             {
                 "step": step,
                 "finished": True,
+                "examples": examples,
+                "cut": cut,
+                "skipped_records": skipped,
                 "energy_kwh": use.kwh,
                 "co2e_kg": use.co2e_kg,
                 "energy_measured": use.measured,
@@ -163,6 +169,14 @@ class Reporter:
                 f"{rate:.2g} Wh for 1,000 positions; GPT-3's training took {GPT3_WH_PER_1000:.1f} Wh "
                 f"({GPT3_WH_PER_1000 / rate:,.0f} times as much)."
             )
+
+        if cut:
+            self.say(
+                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends "
+                "(`openm6 data check --model` tells by how much; model.max_length)."
+            )
+        if skipped:
+            self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")
 
     def close(self) -> None:
         self.bar.stop()

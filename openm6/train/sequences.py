@@ -43,7 +43,7 @@ class Sequences:
             self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
-        self.notes = data_notes(entries)
+        self.notes = data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
@@ -111,7 +111,8 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        cut = sum(e.cut > 0 for e in examples)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
@@ -171,6 +172,7 @@ def _together(parts: list[Part]) -> Part:
         sum(part.positions for part in parts),
         sum(part.slots for part in parts),
         [load for part in parts for load in part.loads or []],
+        sum(part.cut for part in parts),
     )
 
 

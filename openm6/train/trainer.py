@@ -59,7 +59,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.settings.keep, group)
         self.energy = EnergyMeter(self.settings.country)
         self.reporter = Reporter(self.output, recipe, on_step) if group.first else None
-        self.step, self.smooth, self.best, self.seen = 0, math.nan, math.inf, 0
+        self.step, self.smooth, self.best, self.seen, self.cut = 0, math.nan, math.inf, 0, 0
         self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
@@ -105,7 +105,7 @@ class Trainer:
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots = 0.0, 0.0, 0.0
+        flops, positions, slots, cut = 0.0, 0.0, 0.0, 0.0
         self.loads.begin()
         shares = [examples[i :: self.settings.accumulate] for i in range(self.settings.accumulate)]
         for number, share in enumerate(shares):
@@ -117,6 +117,7 @@ class Trainer:
             (loss * self.parallel.scale).backward()
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
+            cut += part.cut
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
@@ -127,7 +128,8 @@ class Trainer:
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
+        losses, (flops, positions, slots, cut) = self._everywhere(losses, [flops, positions, slots, cut])
+        self.cut += int(cut)
         self._track(losses)
         if self.reporter:
             self.reporter.step(
@@ -206,7 +208,7 @@ class Trainer:
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
-            "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
+            "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
         }  # fmt: skip
         self.checkpoints.save(self.step, self.objective.describe, self.model, self.optimizers, state)
 
@@ -244,7 +246,7 @@ class Trainer:
             return
         state = self._load(latest)
         self.loader.set_state(state["data"])
-        self.step, self.seen = state["step"], state["seen"]
+        self.step, self.seen, self.cut = state["step"], state["seen"], state.get("cut", 0)
         self.smooth, self.best = state["smooth"], state["best"]
         self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
         self.checkpoints.best = state.get("best_step")
@@ -262,4 +264,4 @@ class Trainer:
             if best is not None:
                 self.reporter.say(f"The best measure was that of step {best}: its weights are the model.")
             consolidate(chosen, self.output / "model")
-            self.reporter.finish(self.step, self.energy.stop())
+            self.reporter.finish(self.step, self.energy.stop(), self.seen, self.cut)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openm6.errors import UsageError
-from tests.conftest import command
+from tests.conftest import command, drawing_bundle
 from tests.data.conftest import picture_bytes
 
 
@@ -85,3 +85,66 @@ def test_a_label_of_another_spelling_belongs_to_the_tasks_set(tmp_path: Path) ->
     file = lines(tmp_path / "a.jsonl", {"a": "一", "b": "是 "}, {"a": "二", "b": "也许"})
     found = checked(file, "[text:a] -> [label:b|set=是,否]", code=1)
     assert found["good"] == 1 and "none of the task's labels" in found["problems"][0]["reason"]
+
+
+def test_with_a_model_tokens_are_counted_and_what_is_cut(tmp_path: Path) -> None:
+    drawing_bundle(max_length=64).save(tmp_path / "model")
+    texts = ["杯" * 20, "杯" * 100, "杯" * 200]
+    file = lines(tmp_path / "a.jsonl", *[{"question": text, "answer": "红"} for text in texts])
+    found = checked(file, "[text:question] -> [text:answer]", "--model", tmp_path / "model")
+    # The answer's mark is a token, and the end of the answer is only ever predicted.
+    assert (
+        found["max_length"] == 64
+        and found["tokens"]["(example)"]["longest"] == found["tokens"]["question"]["longest"] + 2
+    )
+    tokens = found["tokens"]["question"]
+    assert found["cut"] == {
+        "records": 2,
+        "median": (tokens["median"] + tokens["longest"]) // 2 + 2 - 64,
+        "longest": tokens["longest"] + 2 - 64,
+    }
+    shown = command("data", "check", file, "--task", "[text:question] -> [text:answer]", "--model", tmp_path / "model")
+    assert "2 of 3 records are longer than 64 tokens" in shown.output
+
+
+def test_records_that_repeat_and_inputs_with_two_answers_are_told(tmp_path: Path) -> None:
+    pairs = [("好看", "正面"), ("难看", "负面"), ("好看 ", "正面"), ("难看", "正面"), ("好看", "正面 ")]
+    file = lines(tmp_path / "a.jsonl", *[{"text": text, "label": label} for text, label in pairs])
+    found = checked(file, "text_classification")
+    assert found["duplicates"] == {"count": 2, "first": [f"{file}:1", f"{file}:3"]}
+    assert found["conflicts"] == {"count": 1, "first": [f"{file}:2", f"{file}:4"]}
+    shown = " ".join(command("data", "check", file, "--task", "text_classification").output.split())
+    assert f"2 records repeat another, as {file}:3 does {file}:1." in shown
+    assert f"1 inputs have several answers, as in {file}:2 and {file}:4." in shown
+
+
+def test_leaks_from_the_data_that_are_measured_on_are_found_by_content(tmp_path: Path) -> None:
+    for name, value in (("a", 1), ("b", 2), ("copy", 1), ("c", 3)):
+        (tmp_path / f"{name}.png").write_bytes(picture_bytes(value))
+    train = lines(
+        tmp_path / "train.jsonl", *[{"image": f"{n}.png", "question": "什么？", "answer": "包"} for n in "ab"]
+    )
+    test = lines(
+        tmp_path / "test.jsonl",
+        {"image": "c.png", "question": "什么？", "answer": "包"},
+        {"image": "copy.png", "question": "什么?", "answer": "鞋"},
+        {"image": "copy.png", "question": "颜色?", "answer": "红"},
+    )
+    sizes = {(tmp_path / f"{name}.png").stat().st_size for name in ("a", "b", "c")}
+    assert len(sizes) == 1  # so that it is not the size that tells them apart
+    assert checked(train, "vqa", "--against", test)["overlap"] == {"found": 1, "total": 3, "first": f"{test}:2"}
+    assert "overlap" not in checked(train, "vqa")
+    shown = " ".join(command("data", "check", train, "--task", "vqa", "--against", test).output.split())
+    assert f"1 of 3 records that are measured on have inputs of these data (first: {test}:2)." in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad"),
+    [
+        ("[table:t] -> [text:a]", {"t": {"色": "红"}, "a": "一"}, {"t": "红", "a": "一"}),
+        ("[text:a] -> [box:b]", {"b": [0, 0.1, 0.5, 1], "a": "一"}, {"b": [1, 2], "a": "一"}),
+    ],
+)
+def test_a_value_of_another_type_is_found(tmp_path: Path, task: str, good: Any, bad: Any) -> None:
+    found = checked(lines(tmp_path / "a.jsonl", good, bad), task, code=1)
+    assert found["good"] == 1 and found["problems"][0]["where"].endswith("a.jsonl:2")

@@ -56,6 +56,12 @@ VQA = Task.from_dict(
 )
 
 
+def test_records_that_are_longer_than_the_model_takes_are_counted(bundle: Bundle) -> None:
+    records = [{"question": "红" * length, "answer": "红色"} for length in (3, 300, 400)]
+    found = evaluate(Says(bundle, ["红色"] * 3), VQA, records)
+    assert found.cut == found.to_dict()["cut"] == 2
+
+
 def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
     records = [
         {"question": "a", "answer": "红色"},

@@ -54,7 +54,7 @@ def test_what_is_too_long_is_cut_at_its_end(tokenizer, parts: list, size: int, l
             lay_out(pieces, target, limited(tokenizer, longest), "t")
         return
     found = lay_out(pieces, target, limited(tokenizer, longest), "t")
-    assert len(found) <= longest and (whole > longest or len(found) == whole)
+    assert len(found) <= longest and (whole > longest or len(found) == whole) and found.cut == whole - len(found)
     start = found.ids.tolist().index(tokenizer.answer_id)
     kept = [int((found.ids[:start] == 100 + i).sum()) for i in range(len(parts))]
     assert all(k == n or (cuttable and k < n) for k, (n, cuttable) in zip(kept, parts, strict=True))

@@ -47,6 +47,7 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     told = finetune(
         base, *words, "--steps", 4, "--noise", 0.1, "--label-smoothing", 0.1, "train.workers=0", "--teacher", base
     )
+    assert "Warning: 40 of the 40 records" in " ".join(told.split())  # it is measured on what it learns
     model = tmp_path / "run" / "model"
     assert str(model) in told.replace("\n", "")
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text("utf-8"))
@@ -87,6 +88,13 @@ def test_an_adapter_and_changes_of_the_recipe(base: Path, reviews: Path, tmp_pat
     finetune(base, *words, "--steps", 2, "adapt.rank=3", "train.workers=0")
     config = json.loads((tmp_path / "a" / "model" / "adapter_config.json").read_text("utf-8"))
     assert config["r"] == 3
+    # Data are checked for an adapter as for a model: by its length, and the labels that it has learned.
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "很好", "label": "好"}\n{"text": "很好", "label": "中"}\n', "utf-8")
+    checked = command("data", "check", other, "--task", words[1], "--model", tmp_path / "a" / "model", "--json")
+    found = json.loads(checked.stdout)
+    assert checked.exit_code == 1 and (found["good"], found["max_length"]) == (1, 96)
+    assert "'中', none of the task's labels: 好, 差" in found["problems"][0]["reason"]
 
 
 def test_what_cannot_be_is_told(base: Path, reviews: Path, tmp_path: Path) -> None:

@@ -101,6 +101,23 @@ def test_bad_records_are_written_down_and_passed_over(tmp_path: Path) -> None:
     assert "truncated or damaged" in rejects[0]["reason"]
 
 
+def test_the_end_of_a_run_tells_what_was_cut_and_what_was_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = _photos(tmp_path, good=40, broken=2)
+    with data.open("a", encoding="utf-8") as file:
+        file.writelines("\n" + json.dumps({"image": f"{n}.jpg", "caption": "很长的文字" * 100}) for n in range(20))
+    recipe = tiny_recipe(tmp_path / "run", data=[{"source": str(data), "task": "caption"}], steps=16)
+    with pytest.raises(PowerCutError):
+        train(recipe, cut_at(8))
+    train(recipe)  # counts of an interrupted run go on
+    last = logged(tmp_path / "run")[-1]
+    assert last["examples"] == 128 and 30 < last["cut"] < 55 and last["skipped_records"] == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{last['cut']} of 128 examples were longer than the model takes" in said
+    assert said.rindex("2 records could not be used") > said.rindex("Trained 16 steps")
+
+
 def test_too_many_bad_records_stop_the_run(tmp_path: Path) -> None:
     data = _photos(tmp_path, good=30, broken=30)
     recipe = tiny_recipe(tmp_path / "run", data=[{"source": str(data), "task": "caption"}], steps=50)

@@ -1,0 +1,148 @@
+"""Records that agree: two of one source, and those of data that are measured on with those of data that are trained on.
+
+Texts agree by their normal form (as labels do), pictures by the content of their files, all else by its JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from openm6.data.columns import SlotView, picture_path
+from openm6.data.files import is_remote
+from openm6.data.store import Record
+from openm6.json_lines import plain
+from openm6.tasks.slots.label import normalize_label
+
+if TYPE_CHECKING:
+    from openm6.data.source import Source
+    from openm6.tasks.task import Task
+
+MOST = 1_000_000
+"""Training records that are compared with those that are measured on."""
+
+
+class Overlap(NamedTuple):
+    """`found` of `total` records have the inputs of a training record; `first` says where the first of them stands."""
+
+    found: int
+    total: int
+    first: str
+
+
+def count_overlap(
+    task: Task,
+    train: Source,
+    train_columns: Mapping[str, str],
+    test: Source,
+    test_columns: Mapping[str, str],
+    limit: int | None = None,
+) -> Overlap:
+    """How many of the first `limit` records of `test` have the task's inputs in common with one of the first MOST
+    records of `train`. A task without inputs is compared by its outputs. In memory are 16 bytes of each record of
+    `test`.
+
+    Pictures are compared by their size first, so that only those that may agree are read. Raises UsageError where a
+    slot has no column.
+    """
+    names = task.inputs or task.outputs
+    pictures = any(task.slots[name].type == "image" for name in names)
+    seen, tested = SlotView.of(task, train, train_columns), SlotView.of(task, test, test_columns)
+    total = len(test) if limit is None else min(limit, len(test))
+    rough: dict[bytes, list[int]] = {}
+    for number in range(total):
+        rough.setdefault(digest(tested, test[number], names, content=False), []).append(number)
+    exact: dict[bytes, dict[bytes, list[int]]] = {}
+    found: set[int] = set()
+    for record in islice(train, MOST):
+        key = digest(seen, record, names, content=False)
+        if not key or key not in rough:
+            continue
+        if not pictures:
+            found.update(rough[key])
+            continue
+        if key not in exact:
+            exact[key] = {}
+            for number in rough[key]:
+                exact[key].setdefault(digest(tested, test[number], names), []).append(number)
+        found.update(exact[key].get(digest(seen, record, names), ()))
+    return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
+
+
+class Twins:
+    """Counts records of one source that agree, in 16 bytes a record."""
+
+    def __init__(self, task: Task, view: SlotView):
+        self._view, self._outputs = view, [n for n in task.outputs if task.slots[n].type != "vector"]
+        self._inputs = task.inputs
+        self._given, self._wanted, self._places = array("Q"), array("Q"), array("Q")
+
+    def add(self, number: int, record: Record) -> None:
+        """Record `number` of the source."""
+        for names, numbers in ((self._inputs, self._given), (self._outputs, self._wanted)):
+            numbers.append(int.from_bytes(digest(self._view, record, names)[:8]))
+        self._places.append(number)
+
+    def count(self) -> dict[str, dict[str, Any]]:
+        """`duplicates`: records that agree with an earlier one in everything; `conflicts`: inputs that have several
+        answers; each with the numbers of the first two records."""
+        given, wanted, places = (np.array(a, np.uint64) for a in (self._given, self._wanted, self._places))
+        order = np.lexsort((places, wanted, given))
+        given, wanted, places = given[order], wanted[order], places[order]
+        alike = given[1:] == given[:-1]
+        same = alike & (wanted[1:] == wanted[:-1])
+        other = alike & ~same if self._inputs else np.zeros_like(alike)
+        counts = {"duplicates": int(same.sum()), "conflicts": len(np.unique(given[1:][other]))}
+        found = {}
+        for name, pairs in (("duplicates", same), ("conflicts", other)):
+            starts = np.flatnonzero(pairs)
+            first = min(((int(places[i]), int(places[i + 1])) for i in starts), default=())
+            found[name] = {"count": counts[name], "first": sorted(first)}
+        return found
+
+
+def digest(view: SlotView, record: Record, names: Iterable[str], content: bool = True) -> bytes:
+    """16 bytes that agree where these slots of two records agree; without `content` pictures by their size alone. None
+    at all for a record without any of them."""
+    hashed, parts = hashlib.blake2b(digest_size=16), 0
+    for name in names:
+        value, kind = record.get(view.mapping.get(name, "")), view.task.slots[name].type
+        if value is None:
+            continue
+        if kind == "image":
+            part = _picture(value, record, content)
+        elif kind in ("text", "label"):
+            texts = value if isinstance(value, list) else [value]
+            if name in view.task.inputs:
+                texts = texts[:1]
+            part = json.dumps(sorted(normalize_label(str(text)) for text in texts)).encode()
+        else:
+            part = json.dumps(value, sort_keys=True, default=plain).encode()
+        hashed.update(f"{name} {len(part)} ".encode() + part)
+        parts += 1
+    return hashed.digest() if parts else b""
+
+
+def _picture(value: Any, record: Record, content: bool) -> bytes:
+    """A picture's content or size; what is not on this machine, or not there, by its name."""
+    if isinstance(value, str):
+        path = picture_path(value, str(record.get("_root") or ""))
+        if is_remote(path):
+            return path.encode()
+        try:
+            if content:
+                with open(path, "rb") as file:
+                    return hashlib.file_digest(file, "sha256").digest()
+            return str(Path(path).stat().st_size).encode()
+        except OSError:
+            return path.encode()
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).digest() if content else str(len(value)).encode()
+    return json.dumps(value, sort_keys=True, default=str).encode()
