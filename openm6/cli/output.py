@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
+
+EVERY = 30.0
+"""Seconds between two lines of progress, where there is no terminal for a bar."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -33,6 +40,31 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
     """{what was measured: {measure: value}} with a row for each measure."""
     names = list(next(iter(rows.values())))
     table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
+
+
+@contextmanager
+def counted(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A function that takes how many are done and shows it with the time left: as a bar on a terminal, else as a line
+    now and then. Both go to standard error."""
+    from openm6.review import progress
+
+    first = last = (0, time.monotonic())
+
+    def say(done: int) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        if not first[0]:  # what was there before took no time
+            first = (done, now)
+        elif now - last[1] >= EVERY:
+            last, left = (done, now), (total - done) * (now - first[1]) / (done - first[0])
+            typer.echo(f"{done} of {total} {what}, about {timedelta(seconds=round(left))} left.", err=True)
+
+    if not sys.stderr.isatty():
+        yield say
+        return
+    with progress() as bar:
+        row = bar.add_task(what, total=total)
+        yield lambda done: bar.update(row, completed=done)
 
 
 def share(text: str, option: str) -> float:

@@ -21,11 +21,11 @@ def rows_in_order(source: Source) -> Iterator[Record | Reject]:
     order; other rejects come last."""
     waiting: dict[str, list[tuple[int, Reject]]] = {}
     for reject in source.rejected:
-        file, number = _place(reject.where)
+        file, number = place_of(reject.where)
         waiting.setdefault(file, []).append((number, reject))
     before = ""
     for record in source:
-        file, number = _place(str(record.get("_where", "")))
+        file, number = place_of(str(record.get("_where", "")))
         if file != before:
             yield from (reject for _, reject in waiting.pop(before, ()))
             before = file
@@ -37,7 +37,8 @@ def rows_in_order(source: Source) -> Iterator[Record | Reject]:
         yield from (reject for _, reject in waiting.pop(file, ()))
 
 
-def _place(where: str) -> tuple[str, int]:
+def place_of(where: str) -> tuple[str, int]:
+    """File and number of a place such as file:line or file#row; 0 where it has none."""
     found = re.fullmatch(r"(.*)[:#](\d+)", where, re.S)
     return (found[1], int(found[2])) if found else (where, 0)
 
