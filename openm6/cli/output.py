@@ -21,6 +21,8 @@ def _set_no_cache(value: bool) -> bool:
 NoCache = Annotated[
     bool, typer.Option("--no-cache", callback=_set_no_cache, help="Read the files anew, and keep nothing of them.")
 ]
+Encoding = Annotated[str | None, typer.Option(help="The encoding of text files that are not UTF-8, as big5.")]
+Names = Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
