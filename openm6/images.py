@@ -208,7 +208,7 @@ _URL_SAFE = str.maketrans("-_", "+/")
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a picture's file out of base64 (also the URL-safe kind, unpadded or in lines), or a data URL.
+    """The bytes of a picture's file out of base64 (also the URL-safe kind, or in lines), or a data URL.
 
     Raises DataError for what is neither.
     """
@@ -216,8 +216,8 @@ def from_base64(text: str) -> bytes:
         raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
     try:
         head = _DATA_URL.match(text)
-        code = "".join((text[head.end() :] if head else text).split()).translate(_URL_SAFE).rstrip("=")
-        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
+        code = "".join((text[head.end() :] if head else text).split()).translate(_URL_SAFE)
+        return base64.b64decode(code, validate=True)
     except ValueError:
         raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
 
@@ -227,10 +227,11 @@ def held_picture(text: str) -> bytes | None:
 
     None for any other text, such as a path.
     """
-    if len(text) < 40 or not (_DATA_URL.match(text) or (_BASE64.fullmatch(text) and "://" not in text)):
+    if len(text) < 40 or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
         return None
     try:
-        content = from_base64(text)
+        code = "".join(text.rpartition(",")[2].split())
+        content = from_base64(code + "=" * (-len(code) % 4))  # some writers leave the padding out
         Image.preinit()
         with Image.open(io.BytesIO(content), formats=_FORMATS[:8]):
             return content

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, NoCache, emit, pairs, table
+from openm6.cli.output import Encoding, Json, Names, NoCache, emit, pairs, table
 
 data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -21,10 +21,8 @@ def check(
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="The encoding of text files that are not UTF-8, as gb18030.")
-    ] = None,
-    names: Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")] = None,
+    encoding: Encoding = None,
+    names: Names = None,
     no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
     model: Annotated[

@@ -25,6 +25,8 @@ def _set_no_cache(value: bool) -> bool:
 NoCache = Annotated[
     bool, typer.Option("--no-cache", callback=_set_no_cache, help="Read the files anew, and keep nothing of them.")
 ]
+Encoding = Annotated[str | None, typer.Option(help="The encoding of text files that are not UTF-8, as big5.")]
+Names = Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")]
 
 EVERY = 30.0
 """Seconds between two lines of progress, where there is no terminal for a bar."""

@@ -11,7 +11,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
-from openm6.cli.output import Json, NoCache, emit, pairs, table
+from openm6.cli.output import Encoding, Json, Names, NoCache, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ def finetune(
         list[str] | None, typer.Option(help="Data without answers, which the teacher gives; several times.")
     ] = None,
     column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
+    ] = None,
+    encoding: Encoding = None,
+    names: Names = None,
     seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
@@ -101,13 +106,14 @@ def finetune(
     model = check_inputs(model, [task], [*(data or []), *(unlabelled or []), validation])
     teacher = find(teacher) if teacher else None
 
+    from openm6.data.readers import with_options
     from openm6.train.finetune import finetune_recipe
     from openm6.train.recipe import override_recipe
 
     values = finetune_recipe(
         model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
         columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
-        unlabelled=unlabelled or [], seed=seed,
+        unlabelled=unlabelled or [], seed=seed, data_format=with_options(data_format, encoding, names),
     )  # fmt: skip
     recipe = override_recipe(values, overrides or [])
     run_recipe(recipe, processes)
@@ -124,10 +130,8 @@ def evaluate(
         str | None, typer.Option("--format", help="The data's format, when its name does not say.")
     ] = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="The encoding of text files that are not UTF-8, as gb18030.")
-    ] = None,
-    names: Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")] = None,
+    encoding: Encoding = None,
+    names: Names = None,
     no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
     option: Annotated[

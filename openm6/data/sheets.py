@@ -34,13 +34,17 @@ def read_xlsx(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
         if size > MAX_UNPACKED:
             raise DataError(f"{path} has {size / 2**20:.0f} MiB unpacked; at most {MAX_UNPACKED / 2**20:.0f} are read.")
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
-        sheets = [s for s in book.worksheets if next((r for r in s.iter_rows(max_row=9) if _filled(r)), None)]
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # what a file says of its size can be less than it holds
+        sheets = [s for s in book.worksheets if any(_filled(row) for row in s.iter_rows(max_row=9))]
         if len(sheets) > 1:
             raise DataError(
                 f"{path} has several sheets with rows ({', '.join(cut(s.title) for s in sheets)}): keep one in a file."
             )
+        formulas = openpyxl.load_workbook(content, read_only=True)
         for sheet in sheets:
-            yield from _rows(path, sheet, on_reject)
+            formulas[sheet.title].reset_dimensions()
+            yield from _rows(path, sheet, formulas[sheet.title], on_reject)
     except DataError:
         raise
     except Exception as error:  # openpyxl raises what it likes at damaged files
@@ -51,11 +55,11 @@ def _filled(row: Any) -> bool:
     return any(cell.value is not None for cell in row)
 
 
-def _rows(path: str, sheet: Any, on_reject: OnReject) -> Iterator[Record]:
+def _rows(path: str, sheet: Any, formulas: Any, on_reject: OnReject) -> Iterator[Record]:
     header: list[str] | None = None
-    for number, row in enumerate(sheet.iter_rows(), 1):
+    for number, (row, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), 1):
         where = f"{path}:{number}"
-        if not _filled(row):
+        if not _filled(written):
             continue
         values = [_plain(cell.value) for cell in row]
         if header is None:
@@ -68,6 +72,8 @@ def _rows(path: str, sheet: Any, on_reject: OnReject) -> Iterator[Record]:
                 )
         elif error := next((cell.value for cell in row if cell.data_type == "e"), None):
             on_reject(Reject(where, f"{where} has a cell with the error {error}."))
+        elif any(a.value is None and b.data_type == "f" for a, b in zip(row, written, strict=True)):
+            on_reject(Reject(where, f"{where} has a formula without a value: open the file in Excel and save it."))
         elif any(value is not None for value in values[len(header) :]):
             on_reject(Reject(where, f"{where} has a cell beyond the {len(header)} columns that the first row names."))
         else:

@@ -38,6 +38,7 @@ def finetune_recipe(
     teacher: Path | None = None,
     unlabelled: Iterable[str] = (),
     seed: int = 0,
+    data_format: str | None = None,
 ) -> dict[str, Any]:
     """The values of a recipe that teaches `model` a task (by name or YAML path) from sources.
 
@@ -49,9 +50,11 @@ def finetune_recipe(
         raise UsageError(f"There is no method {method}.{suggest(method, list(RATES))} There are: {', '.join(RATES)}.")
     _, longest, _ = read_card(model)
     name = "instruction" if "->" in task else Path(task).stem
-    sections = [{"source": source, "task": task, "columns": dict(columns or {}), "noise": noise} for source in data]
-    told = {"task": task, "columns": dict(columns or {}), "answers": "teacher"}
-    sections += [{"source": source, **told} for source in unlabelled]
+    common: dict[str, Any] = {"task": task, "columns": dict(columns or {})}
+    if data_format:
+        common["format"] = data_format
+    sections = [{"source": source, **common, "noise": noise} for source in data]
+    sections += [{"source": source, **common, "answers": "teacher"} for source in unlabelled]
     every = max(1, steps // MEASURES)
     values: dict[str, Any] = {
         "name": f"{name} {method}",
@@ -69,6 +72,6 @@ def finetune_recipe(
     if teacher:
         values["distill"] = {"teacher": str(teacher)}
     if validation:
-        measured = {"source": validation, "task": task, "columns": dict(columns or {})}
+        measured = {"source": validation, **common}
         values["evaluation"] = {"every": every, "patience": PATIENCE, "data": [measured]}
     return values

@@ -52,6 +52,26 @@ def test_errors_in_cells_and_cells_beyond_the_columns_are_rejected(tmp_path: Pat
     assert "#N/A" in rejected[0].reason
 
 
+def test_a_formula_that_was_never_computed_is_rejected(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "a.xlsx", [["a", "b"], ["x", "=1+1"], ["y", 3]])
+    records, rejected = load(path)
+    assert [r["a"] for r in records] == ["y"]
+    assert rejected[0].reason == f"{path}:2 has a formula without a value: open the file in Excel and save it."
+
+
+def test_rows_beyond_the_size_that_a_file_states_are_read(tmp_path: Path) -> None:
+    path = workbook(tmp_path / "a.xlsx", [["a"], *([n] for n in range(20))])
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    assert b'ref="A1:A21"' in members[sheet]
+    members[sheet] = members[sheet].replace(b'ref="A1:A21"', b'ref="A1:A2"')
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert [r["a"] for r in load(path)[0]] == list(range(20))
+
+
 @pytest.mark.parametrize("header", [["a", "a"], ["a", None, "b"]])
 def test_a_header_that_does_not_name_every_column_once(tmp_path: Path, header: list[str]) -> None:
     with pytest.raises(DataError, match=r":1 has to name every column once"):
