@@ -23,9 +23,11 @@ def plan(
     preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or the path of a recipe.")],
     gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one a process.")] = 8,
     hardware: Annotated[str, typer.Option(help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu.")] = "a100-80g",
-    gpu_memory: Annotated[float | None, typer.Option(min=0, help="GiB of each.")] = None,
-    host_memory: Annotated[float | None, typer.Option(min=0, help="GiB of its host for each, for offload.")] = None,
-    interconnect: Annotated[float | None, typer.Option(min=0.001, help="GB/s one way between them.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of each: 80GB, 74.5GiB, or a number of GiB.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Memory of its host for each, for offload: 256GB, or a number of GiB.")
+    ] = None,
+    interconnect: Annotated[str | None, typer.Option(help="One way between them: 25GB/s, or a number of GB/s.")] = None,
     machine: Annotated[
         list[str] | None,
         typer.Option("--machine", "-m", help="Another figure of the hardware, e.g. price=2 or power=250."),
@@ -84,8 +86,12 @@ def plan(
         config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
     given = {"rows": rows, "length": length, "parts": accumulate, "images": images or None}
     work = replace(work, **{key: value for key, value in given.items() if value is not None})
-    speed = interconnect and interconnect * 1e9
-    changes = {"memory": gpu_memory, "host_memory": host_memory, "link": speed, "network": speed}
+    speed = None if interconnect is None else _figure("--interconnect", "link", interconnect, 1e9)
+    changes = {
+        "memory": None if gpu_memory is None else _figure("--gpu-memory", "memory", gpu_memory),
+        "host_memory": None if host_memory is None else _figure("--host-memory", "host_memory", host_memory),
+        "link": speed, "network": speed,
+    }  # fmt: skip
     figures = _changed(known(hardware), changes, machine or [])
     found = make_plan(
         config,
@@ -160,11 +166,31 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
     for name, value in pairs(more).items():
         if name not in names:
             raise UsageError(f"Hardware has no figure {name}.{suggest(name, names)} Known: {', '.join(names)}.")
-        try:
-            changes[name] = int(value) if name == "per_host" else float(value)
-        except ValueError:
-            raise UsageError(f"The figure {name} has to be a number, not {value!r}.") from None
+        changes[name] = _figure(f"The figure {name}", name, value)
     return replace(hardware, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
+    """A figure of the hardware in its unit: memories may be written 80GB, rates 25GB/s (`plain`: bytes a second that a
+    rate without a unit counts)."""
+    from openm6.errors import UsageError
+    from openm6.train.hardware import size_of
+
+    example = ""
+    try:
+        if name in ("memory", "host_memory"):
+            example = " of GiB, or a size such as 80GB"
+            return size_of(text, 2**30) / 2**30
+        if name in ("bandwidth", "link", "network", "host_link", "host_bandwidth"):
+            example = " above 0, or a rate such as 25GB/s"
+            value = size_of(text.strip().removesuffix("/s"), plain)
+        else:
+            value = int(text) if name == "per_host" else float(text)
+        if value > 0 or (value == 0 and name in ("power", "price")):
+            return value
+    except ValueError:
+        pass
+    raise UsageError(f"{told} has to be a number{example}, not {text!r}.")
 
 
 def _checked(work: Work, config: ModelConfig) -> Work:

@@ -14,8 +14,7 @@ from typing import Any
 
 from openm6.errors import UsageError
 from openm6.tasks.metrics import gain
-
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "B": 1.0}
+from openm6.train.hardware import size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +27,10 @@ class Target:
     @classmethod
     def of(cls, text: str) -> Target:
         """`size=2MB` or `latency=5ms`. Raises UsageError for anything else."""
-        size = re.fullmatch(r"size=([0-9.]+)([KMG]?B)", text)
         latency = re.fullmatch(r"latency=([0-9.]+)ms", text)
         try:
-            if size:
-                return cls("bytes", float(size[1]) * UNITS[size[2]])
+            if text.startswith("size="):
+                return cls("bytes", size_of(text.removeprefix("size=")))
             if latency:
                 return cls("latency_1_ms", float(latency[1]))
         except ValueError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 
 from openm6.errors import UsageError, suggest
@@ -49,6 +51,17 @@ HARDWARE = {
     "h200": Hardware(141, 989e12, 4.8e12, 450e9, 50e9, 50e9, 76e9, 256, 8, 700, 7.90),
     "cpu": Hardware(8, 0.17e12, 20e9, 5e9, 1e9, 20e9, 20e9, 0, 1, 30, 0.05),
 }
+
+
+def size_of(text: str, plain: float = math.nan) -> float:
+    """Bytes of a size such as `80GB`, `74.5 GiB` or `512mb`; a number alone counts so many times `plain` bytes.
+
+    Raises ValueError for anything else, and for a number alone where there is no `plain`."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:E[+-]?[0-9]+)?)\s*((?:[KMGTP]I?)?B)?", text.strip().upper())
+    if not found or (found[2] is None and math.isnan(plain)):
+        raise ValueError(text)
+    unit = found[2]
+    return float(found[1]) * (plain if unit is None else (1024 if "I" in unit else 1000) ** "BKMGTP".index(unit[0]))
 
 
 def hardware(name: str) -> Hardware:

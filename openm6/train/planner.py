@@ -9,9 +9,11 @@ nothing is offloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import ModelConfig
@@ -35,6 +37,9 @@ from openm6.train.offload import Offload
 from openm6.train.steptime import Machine, StepTime, step_time
 
 GIB = 2**30
+
+LARGEST = 16_384
+"""Accelerators up to which a plan that fits is looked for."""
 
 RESERVED = 0.06
 """Share of an accelerator's memory that its driver, libraries and fragments take."""
@@ -119,15 +124,9 @@ def make_plan(
     fixed, weights = fixed or Fixed(), weights_of(meta_model(config))
     case = _Case(config, weights, machine, work, optimizer, low, image_bytes(config, work, low))
     fitting: list[tuple[Layout, Memory, StepTime]] = []
-    most = config.distinct_layers or config.num_hidden_layers
     short: list[tuple[int, str, Layout]] = []
-    for tried in _layouts(case, fixed):
-        by_layer = states_by_layer(weights, tried, optimizer)
-        layout, memory = _smallest_offload(case, tried, by_layer, _dials(tried, most, fixed.offload))
-        lacking = max(
-            (memory.total - usable(machine), "the memory of each accelerator"),
-            (memory.host.total - int(machine.hardware.host_memory * GIB), "the host's memory for each accelerator"),
-        )
+    for layout, memory, by_layer in _smallest(case, fixed):
+        lacking = _lacking(memory, machine)
         if lacking[0] > 0:
             short.append((*lacking, layout))
             continue
@@ -137,9 +136,10 @@ def make_plan(
         raise UsageError(_impossible(case, fixed))
     if not fitting:
         missing, where, layout = min(short, key=lambda entry: entry[0])
+        instead = "; ".join(_that_fit(case, fixed)) or "neither fewer rows nor more accelerators alone"
         raise OpenM6Error(
             f"Nothing fits {machine.gpus} x {machine.hardware.memory:g} GiB: the nearest layout ({describe(layout)}) "
-            f"is short of {missing:,} bytes ({missing / GIB:.1f} GiB) in {where}."
+            f"is short of {missing:,} bytes ({missing / GIB:.1f} GiB) in {where}. What fits: {instead}."
         )
     layout, memory, time = min(fitting, key=lambda fit: (fit[0].offload.layers > 0, fit[2].total))
     if dry:
@@ -162,6 +162,58 @@ def describe(layout: Layout) -> str:
         f"sharding {layout.sharding}, experts over {layout.experts}, recompute {layout.recompute}, on the host "
         f"optimizer states of {away.optimizer}, gradients of {away.gradients}, parameters of {away.parameters} layers"
     )
+
+
+def _smallest(case: _Case, fixed: Fixed) -> Iterator[tuple[Layout, Memory, dict[int | None, States]]]:
+    """Every layout with as little offload as fits, its bytes, and its states by layer."""
+    most = case.config.distinct_layers or case.config.num_hidden_layers
+    for tried in _layouts(case, fixed):
+        by_layer = states_by_layer(case.weights, tried, case.optimizer)
+        yield *_smallest_offload(case, tried, by_layer, _dials(tried, most, fixed.offload)), by_layer
+
+
+def _lacking(memory: Memory, machine: Machine) -> tuple[int, str]:
+    """Bytes that are missing, at most 0 where it fits, and where."""
+    return max(
+        (memory.total - usable(machine), "the memory of each accelerator"),
+        (memory.host.total - int(machine.hardware.host_memory * GIB), "the host's memory for each accelerator"),
+    )
+
+
+def _that_fit(case: _Case, fixed: Fixed) -> Iterator[str]:
+    """The nearest plans that fit, each with one change: nothing fixed, more memory of the host, fewer rows, more
+    accelerators."""
+
+    def fit(free: Fixed = fixed, **changes: Any) -> tuple[Layout, Memory] | None:
+        other = replace(case, **changes)
+        found = ((x, memory) for x, memory, _ in _smallest(other, free) if _lacking(memory, other.machine)[0] <= 0)
+        return next(found, None)
+
+    machine, work = case.machine, case.work
+    if fixed != Fixed() and (found := fit(Fixed())):
+        yield f"the same machine with nothing fixed ({describe(found[0])})"
+    roomy = replace(machine, hardware=replace(machine.hardware, host_memory=2.0**20))
+    if found := fit(machine=roomy):
+        yield f"the same with --host-memory {math.ceil(found[1].host.total / GIB)}"
+    rows = work.rows // 2
+    while rows and not (found := fit(work=replace(work, rows=rows))):
+        rows //= 2
+    if rows:
+        yield f"the same with --rows {rows}"
+    if (gpus := _enough(lambda number: bool(fit(machine=replace(machine, gpus=number))), machine)) is not None:
+        yield f"--gpus {gpus} of the same kind"
+
+
+def _enough(fits: Callable[[int], bool], machine: Machine) -> int | None:
+    """The fewest accelerators that fit, in whole hosts where there are several, or in sixteenths of the way where that
+    is coarser; None where LARGEST do not."""
+    host, low, high = max(1, machine.hardware.per_host), machine.gpus, machine.gpus * 2
+    while not fits(high):
+        low, high = high, high * 2
+        if high > LARGEST:
+            return None
+    step = 1 if high <= host else host * max(1, (high - low) // (16 * host))
+    return next((number for number in range(low - low % step + step, high, step) if fits(number)), high)
 
 
 def _layouts(case: _Case, fixed: Fixed) -> Iterator[Layout]:
@@ -197,12 +249,14 @@ def _smallest_offload(
 ) -> tuple[Layout, Memory]:
     """The layout with the first of the dials that fits (the last one, when none does), and its bytes."""
     active = activations(case.config, layout, case.work, case.low, case.machine.gpu, case.images)
-    for dial in dials:
-        changed = replace(layout, offload=dial)
-        memory = _memory(case, changed, by_layer, active)
-        if memory.total <= usable(case.machine):
-            break
-    return changed, memory
+
+    def bytes_of(dial: Offload) -> Memory:
+        return _memory(case, replace(layout, offload=dial), by_layer, active)
+
+    # A layer that leaves frees at least what its visit needs: the later dials never need more.
+    first = bisect_left(dials, True, key=lambda dial: bytes_of(dial).total <= usable(case.machine))
+    dial = dials[min(first, len(dials) - 1)]
+    return replace(layout, offload=dial), bytes_of(dial)
 
 
 def _memory(case: _Case, layout: Layout, by_layer: dict[int | None, States], active: Activations) -> Memory:

@@ -114,7 +114,12 @@ def test_what_a_row_is_worth() -> None:
 
 @pytest.mark.parametrize(
     ("text", "what", "most"),
-    [("size=2MB", "bytes", 2e6), ("size=1.5GB", "bytes", 1.5e9), ("latency=5ms", "latency_1_ms", 5)],
+    [
+        ("size=2MB", "bytes", 2e6),
+        ("size=1.5GB", "bytes", 1.5e9),
+        ("size=2MiB", "bytes", 2**21),
+        ("latency=5ms", "latency_1_ms", 5),
+    ],
 )
 def test_targets(text: str, what: str, most: float) -> None:
     target = Target.of(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from openm6.train.footprint import (
     buffers,
     weights_of,
 )
-from openm6.train.hardware import HARDWARE, hardware
+from openm6.train.hardware import HARDWARE, hardware, size_of
 from openm6.train.meters import carbon_intensity, training_flops
 from openm6.train.offload import Offload
 from openm6.train.planner import GIB, Fixed, make_plan, usable
@@ -84,6 +85,55 @@ def test_with_adamw_one_trillion_fits_v100s_only_by_offload() -> None:
 
 
 SMALL = ModelConfig.preset("m6-t-base")
+
+
+@pytest.mark.parametrize(
+    ("machine", "work", "fixed"),
+    [
+        (on("a100-40g", 4, memory=5), Work(8, 512), Fixed(offload=Offload())),
+        (on("a100-40g", 4, memory=5, host_memory=0), Work(8, 512), Fixed("zero3", 4, "full")),
+        (on("a100-40g", 1, memory=12), Work(64, 512), None),
+    ],
+    ids=["offload is off", "no memory of the host", "one with many rows"],
+)  # fmt: skip
+def test_what_does_not_fit_says_what_would(machine: Machine, work: Work, fixed: Fixed | None) -> None:
+    with pytest.raises(OpenM6Error) as caught:
+        make_plan(SMALL, machine, work, fixed=fixed)
+    told = str(caught.value).partition("What fits: ")[2]
+    tried = 0
+    if "nothing fixed" in told:
+        make_plan(SMALL, machine, work)
+        tried += 1
+    if found := re.search(r"--host-memory (\d+)", told):
+        roomy = replace(machine.hardware, host_memory=float(found[1]))
+        make_plan(SMALL, replace(machine, hardware=roomy), work, fixed=fixed)
+        tried += 1
+    if found := re.search(r"--rows (\d+)", told):
+        make_plan(SMALL, machine, replace(work, rows=int(found[1])), fixed=fixed)
+        with pytest.raises(OpenM6Error):
+            make_plan(SMALL, machine, replace(work, rows=2 * int(found[1])), fixed=fixed)
+        tried += 1
+    if found := re.search(r"--gpus (\d+)", told):
+        make_plan(SMALL, replace(machine, gpus=int(found[1])), work, fixed=fixed)
+        tried += 1
+        for fewer in range(machine.gpus, int(found[1])):  # it is the fewest
+            with pytest.raises(OpenM6Error):
+                make_plan(SMALL, replace(machine, gpus=fewer), work, fixed=fixed)
+    assert tried and tried == told.count(";") + 1
+
+
+def test_where_no_change_alone_helps_it_is_said() -> None:
+    with pytest.raises(OpenM6Error, match="What fits: neither fewer rows nor more accelerators alone"):
+        make_plan(SMALL, on("a100-40g", 1, memory=0.01), Work(1, 64))
+
+
+def test_sizes_have_units() -> None:
+    sizes = {"80GB": 80e9, "80 gib": 80 * GIB, "1.5MB": 1.5e6, "7B": 7, "2TiB": 2**41, "0.5KB": 500}
+    assert {text: size_of(text) for text in sizes} == sizes
+    assert size_of("80", GIB) == 80 * GIB
+    for text in ("80", "80G", "80GBs", "-3GB", "1.2.3MB", "GB", "nan", "8iB", ""):
+        with pytest.raises(ValueError):
+            size_of(text)
 
 
 def test_what_is_missing_is_told_to_the_byte() -> None:
@@ -247,6 +297,18 @@ def test_figures_of_the_hardware_can_be_given(run: Any) -> None:
     assert usual["kwh"] / cheap["kwh"] == pytest.approx(2)
 
 
+def test_sizes_and_rates_may_have_units(run: Any) -> None:
+    words = ("m6-base", "--gpus", "2", "--json")
+    for one, other in (
+        (("--gpu-memory", "40"), ("--gpu-memory", "40GiB")), (("-m", "memory=40"), ("--gpu-memory", "40 GiB")),
+        (("--interconnect", "25"), ("--interconnect", "25GB/s")),
+        (("-m", "bandwidth=1e12"), ("-m", "bandwidth=1000GB/s")),
+    ):  # fmt: skip
+        assert json.loads(run(*words, *one).output) == json.loads(run(*words, *other).output)
+    usable_bytes = json.loads(run(*words, "--gpu-memory", "80GB").output)["usable"]
+    assert usable_bytes == pytest.approx(0.94 * 80e9)
+
+
 def test_a_recipe_is_planned_as_it_is(run: Any, tmp_path: Path) -> None:
     recipe = {
         "name": "r", "output": str(tmp_path / "out"), "model": {"preset": "small", "sizes": {"num_hidden_layers": 3}},
@@ -292,6 +354,13 @@ finally:
         (("m6-base", "--country", "XX", "--tokens", "1"), 'There is no country "XX"'),
         (("m6-base", "-m", "watts=3"), "Hardware has no figure watts."),
         (("m6-base", "-m", "power=much"), "has to be a number"),
+        (
+            ("m6-base", "--gpu-memory", "80G"),
+            "--gpu-memory has to be a number of GiB, or a size such as 80GB, not '80G'",
+        ),
+        (("m6-base", "--host-memory", "much"), "--host-memory has to be a number of GiB"),
+        (("m6-base", "--interconnect", "0"), "--interconnect has to be a number above 0, or a rate such as 25GB/s"),
+        (("m6-base", "-m", "per_host=0"), "has to be a number"),
         (("m6-base", "--length", "2048"), "places for 1024 positions"),
         (("m6-base", "--images", "600", "--length", "512"), "more than the 512 positions"),
         (("m6-base", "--distinct-layers", "5"), "has to divide the 24 layers"),
