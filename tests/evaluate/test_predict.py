@@ -281,3 +281,18 @@ def test_after_kill_9_the_same_command_gives_the_same_file(model: Path, tmp_path
     told = json.loads(done.stdout)
     assert told["resumed"] >= 768 and told["answered"] == 4000
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_the_eval_command_shows_labels_and_writes_answers(model: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "test.csv", tmp_path / "answers.jsonl"
+    data.write_text("text,label\n红色,红\n蓝,蓝\n红蓝,绿\n蓝色\n", "utf-8")
+    words = ["eval", model, "--task", "mood", "--data", data]
+    said = command(*words, "--output", output).stdout
+    assert "macro_f1" in said and "confusion matrix" in said and "Records that could not be used: 1" in said
+    assert "1 of 3 references are no labels of the task mood (红, 蓝, 红蓝)" in said.replace("\n", " ")
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [row.get("references") for row in rows] == [["红"], ["蓝"], ["绿"], None] and "error" in rows[3]
+    found = json.loads(command(*words, "--metric", "exact_match", "--metric", "accuracy", "--json").stdout)
+    assert list(found["scores"]) == ["exact_match", "accuracy"] and sum(found["confusion"]["绿"].values()) == 1
+    with pytest.raises(UsageError, match='no metric exactmatch. Did you mean "exact_match"'):
+        command(*words, "--metric", "exactmatch")
