@@ -348,6 +348,7 @@ def check_dims(model: M6, dims: Any) -> int | None:
     """To how many numbers vectors are cut; None: they are not. Raises UsageError where they cannot be."""
     if dims is None:
         return None
-    if not isinstance(dims, Real) or not 1 <= dims <= model.config.hidden_size or dims != dims // 1:
+    is_number = isinstance(dims, Real)
+    if not is_number or not 1 <= dims <= model.config.hidden_size or dims != dims // 1:
         raise UsageError(f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.")
     return int(dims)

@@ -78,7 +78,8 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
     of its range."""
     for name, (low, high) in ranges.items():
         value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
-        if not isinstance(value, Real) or (whole and value != value // 1):
+        is_number = isinstance(value, Real)
+        if not is_number or (whole and value != value // 1):
             raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.")
         if not low <= value <= high:
             raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.")
