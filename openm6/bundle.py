@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from openm6.batches import by_length, pad
+from openm6.batches import pad
 from openm6.decode import Decoding, Generated, generate, stream
+from openm6.decode.ends import head_answers, vectors
 from openm6.decode.labels import LabelTree, label_probabilities
 from openm6.decode.limits import Limits
 from openm6.decode.many import answer_groups
@@ -28,13 +31,15 @@ from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
 from openm6.tasks.forms import characters
-from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
+_UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
 SHOTS = "_shots"
 """In a record: other records with their answers, examples of what is asked for."""
@@ -59,6 +64,7 @@ class Bundle:
         self.tasks = {task.name: task for task in tasks}
         self.path = path
         self._adapters, self._chosen = adapters, ""
+        self._checked: set[str] = set()  # names of tasks
 
     # Files
 
@@ -116,6 +122,10 @@ class Bundle:
         if isinstance(name, Task):
             return name
         return self.tasks.get(name) or get_task(name)
+
+    def is_trained_on(self, task: Task) -> bool:
+        """Whether one of the model's own tasks has this task's instruction."""
+        return any(task.instructions[0] in own.instructions for own in self.tasks.values())
 
     def run(
         self,
@@ -176,13 +186,14 @@ class Bundle:
             yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
             return
         if task.embeds:
-            dims = None if (given := (decoding or {}).get("dims")) is None else int(given)
+            dims = (decoding or {}).get("dims")
             yield from self.vectors(task, records, batch_size=batch_size, dims=dims, on_error=on_error)
             return
 
         def answer(prompts: list[Sequence], numbers: list[int]) -> list[Any]:
             if task.head:
-                return self._answers_of_head(task, prompts, batch_size)
+                with self.precision():
+                    return head_answers(self.model, prompts, self.processor.tokenizer.pad_id, task.head, batch_size)
             return [self.read(task, one) for one in self.generate(task, prompts, batch_size, decoding, numbers)]
 
         yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
@@ -215,35 +226,13 @@ class Bundle:
         task = self.task(task)
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
-        check_dims(self.model, dims)
+        dims = check_dims(self.model, dims)
 
         def answer(prompts: list[Sequence], numbers: list[int]) -> np.ndarray:
-            return self._vectors_of(prompts, batch_size, dims)
+            with self.precision():
+                return vectors(self.model, prompts, self.processor.tokenizer.pad_id, dims, batch_size)
 
         yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
-
-    @torch.inference_mode()
-    def _vectors_of(self, prompts: list[Sequence], batch_size: int, dims: int | None) -> np.ndarray:
-        found = torch.empty(len(prompts), dims or self.model.config.hidden_size)
-        for chosen in by_length(prompts, batch_size):
-            batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id, even=True)
-            with self.precision():
-                hidden = self.model(batch.to(self.model.embed.weight.device)).hidden
-            ends = hidden.flatten(0, 1)[batch.ends().to(hidden.device)].float().cpu()
-            found[chosen] = torch.nn.functional.normalize(ends[:, :dims], dim=-1)
-        return found.numpy()
-
-    @torch.inference_mode()
-    def _answers_of_head(self, task: Task, prompts: list[Sequence], batch_size: int) -> list[Any]:
-        if task.head not in self.model.heads:
-            raise UsageError(f"This model has no head {task.head}: it was not trained for the task {task.name}.")
-        found: dict[int, Any] = {}
-        for chosen in by_length(prompts, batch_size):
-            batch = pad([prompts[i] for i in chosen], self.processor.tokenizer.pad_id)
-            with self.precision():
-                rows = self.model(batch.to(self.model.embed.weight.device)).heads[task.head]
-            found |= {i: HEADS[task.head].read(row) for i, row in zip(chosen, rows.tolist(), strict=True)}
-        return [found[i] for i in range(len(prompts))]
 
     def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
         """One text answer in pieces, as it is written."""
@@ -306,6 +295,12 @@ class Bundle:
         return self.processor.codec
 
     def prompt(self, task: Task, record: Record) -> Sequence:
+        """The Sequence from which a record is answered. The first prompt of a task that the model was never trained on
+        is logged as a warning: its answers mean nothing."""
+        if task.name not in self._checked:
+            self._checked.add(task.name)
+            if not self.is_trained_on(task):
+                _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
         prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
@@ -349,7 +344,11 @@ class Bundle:
         return nullcontext()
 
 
-def check_dims(model: M6, dims: int | None) -> None:
-    """Raises UsageError where vectors cannot be cut to so many numbers."""
-    if dims is not None and not 1 <= dims <= model.config.hidden_size:
+def check_dims(model: M6, dims: Any) -> int | None:
+    """To how many numbers vectors are cut; None: they are not. Raises UsageError where they cannot be."""
+    if dims is None:
+        return None
+    is_number = isinstance(dims, Real)
+    if not is_number or not 1 <= dims <= model.config.hidden_size or dims != dims // 1:
         raise UsageError(f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.")
+    return int(dims)

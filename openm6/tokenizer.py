@@ -105,7 +105,9 @@ class Tokenizer:
             return text
         kept: list[int] = []
         torn = False
-        for is_bytes, run in groupby(ids, self.parts.__contains__):
+        for is_bytes, run in groupby(
+            (i for i in ids if i < self.code_start and i not in self._textless), self.parts.__contains__
+        ):
             if not is_bytes:
                 kept += run
                 continue
@@ -138,10 +140,15 @@ class Tokenizer:
                 found[token] = bytes(_BYTE_LEVEL[character] for character in name)
         return found
 
+    @cached_property
+    def _textless(self) -> frozenset[int]:
+        """The special tokens."""
+        return frozenset(token for token, one in self._fast.get_added_tokens_decoder().items() if one.special)
+
     def begun(self, ids: Sequence[int]) -> bytes:
         """The bytes at the end of these ids that begin a character and do not end it; b"" mostly."""
-        last = ids[-4:]  # a character has four bytes at most
-        run = list(takewhile(self.parts.__contains__, reversed(last)))
+        said = (token for token in reversed(ids) if token < self.code_start and token not in self._textless)
+        run = list(islice(takewhile(self.parts.__contains__, said), 4))  # a character has four bytes at most
         if not run:
             return b""
         decoder = getincrementaldecoder("utf-8")("ignore")

@@ -144,6 +144,28 @@ def test_the_command_tells_the_probabilities_of_labels(bundle: Bundle, tmp_path:
     assert values == sorted(values, reverse=True) and sum(values) == pytest.approx(1)
 
 
+def test_a_task_that_the_model_was_never_trained_on_is_told(
+    bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = Bundle(bundle.model, bundle.processor, bundle.tasks.values())
+    photo, options = picture(), {"max_new_tokens": 2}
+    fresh.run("kind", photo=photo)
+    fresh.run(Task.from_instruction(fresh.task("kind").instructions[0].text), photo=photo)  # the same by instruction
+    assert not caplog.records
+    for _ in range(2):  # once
+        fresh.run("caption", photo=photo, decoding=options)
+    assert [one.getMessage() for one in caplog.records] == [
+        "The model was never trained on the task caption: its answers to it mean nothing. It was trained on: kind."
+    ]
+    fresh.run(Task.from_instruction("[image:photo] 多少? -> [text:answer]"), photo=photo, decoding=options)
+    assert len(caplog.records) == 2
+    bundle.save(tmp_path / "m")
+    (tmp_path / "a.png").write_bytes(photo)
+    for task, trained in (("kind", True), ("caption", False)):
+        words = ("run", tmp_path / "m", task, f"photo={tmp_path / 'a.png'}", "-o", "max_new_tokens=2", "--json")
+        assert json.loads(command(*words).stdout)["trained"] is trained
+
+
 def test_between_two_pieces_of_a_stream_the_caller_is_outside(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither this model's precision nor its mode of inference reaches the caller, and no other use the text."""
     monkeypatch.setattr("openm6.bundle.fast_dtype", lambda kind: torch.bfloat16)
@@ -254,6 +276,9 @@ def test_wrong_requests_are_told(bundle: Bundle, tmp_path: Path) -> None:
         bundle.run("caption", photo="gone.jpg")
     with pytest.raises(UsageError, match="no option temprature"):
         bundle.run("caption", photo=picture(), decoding={"temprature": 1})
+    for dims in (float("nan"), 0, 2.5, "8"):
+        with pytest.raises(UsageError, match=f"dims is {dims}; vectors of this model have 1 to 32 numbers"):
+            bundle.run("image_vector", photo=picture(), decoding={"dims": dims})
     with pytest.raises(UsageError, match="is no OpenM6 model: it has no openm6.json"):
         Bundle.load(tmp_path)
 

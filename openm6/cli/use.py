@@ -48,7 +48,7 @@ def run(
     elif bundle.task(task).embeds:
         answer = [round(float(number), 6) for number in answer]
     if json:
-        told = {"task": task, "answer": answer}
+        told = {"task": task, "answer": answer, "trained": bundle.is_trained_on(bundle.task(task))}
         if closed_labels(bundle.task(task)):
             found = next(bundle.label_probabilities(task, [{**asked, SHOTS: shown}]))
             told["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))

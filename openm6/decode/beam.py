@@ -7,10 +7,11 @@ from collections.abc import Sequence as Items
 import torch
 
 from openm6.batches import pad
-from openm6.decode.generate import Decoding, Generated, check_room, constrain
+from openm6.decode.generate import Decoding, Generated, check_room
+from openm6.decode.permitted import permitted
 from openm6.decode.steps import Steps, whole
 from openm6.model import M6
-from openm6.sequence import Sequence, allowed_after
+from openm6.sequence import Sequence
 
 
 @torch.inference_mode()
@@ -34,18 +35,14 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
     beams: list[list[list[int]]] = [[[] for _ in range(width)] for _ in prompts]
     ended: list[list[tuple[float, Generated]]] = [[] for _ in prompts]
     done = [False] * count
-    constrained = any(prompt.constraint is not None for prompt in prompts)
+    every = [prompt for prompt in prompts for _ in range(width)]
 
     def final(score: float, length: int) -> float:
         return score / max(length, 1) ** decoding.length_penalty
 
     for step in range(decoding.max_new_tokens):
-        logits = model.logits(hidden)
-        if constrained:
-            allowed = [
-                allowed_after(prompt, b, end_id) for prompt, beam in zip(prompts, beams, strict=True) for b in beam
-            ]
-            logits = constrain(logits, allowed)
+        written = [ids for beam in beams for ids in beam]
+        logits = permitted(model.logits(hidden), every, written, [decoding] * len(every), end_id)
         totals = scores[:, :, None] + logits.log_softmax(-1).view(count, width, -1)
         vocabulary = totals.shape[-1]
         best, places = totals.flatten(1).topk(min(2 * width, width * vocabulary), dim=-1)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from openm6.batches import by_length, pad
+from openm6.decode.permitted import permitted
 from openm6.errors import UsageError, suggest
 from openm6.model import M6
-from openm6.sequence import Banned, Sequence, allowed_after
+from openm6.sequence import Sequence
 
 T = TypeVar("T")
 
@@ -31,6 +32,10 @@ class Decoding:
     top_k, top_p     sample among the k likeliest, or the likeliest that together have probability p
     num_beams        beam search of that width (with temperature 0)
     length_penalty   a beam's score is its log-probability / length ** penalty
+    repetition_penalty     above 1 makes tokens that the answer has already less likely: their logits are divided by it
+                           where positive, multiplied where negative. Those of the prompt alone are not penalized: an
+                           answer says again what it was given
+    no_repeat_ngram_size   no run of so many tokens occurs twice in an answer; 0: any may
     seed             of the random numbers; row i of a call draws from seed and i
     """
 
@@ -40,12 +45,15 @@ class Decoding:
     top_p: float = 1.0
     num_beams: int = 1
     length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_ranges(
             self, max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(0, 2**31), top_p=(1e-9, 1),
-            num_beams=(1, 2**31), length_penalty=(-10, 10), seed=(-(2**63), 2**64),
+            num_beams=(1, 2**31), length_penalty=(-10, 10), repetition_penalty=(0.01, 100),
+            no_repeat_ngram_size=(0, 2**31), seed=(-(2**63), 2**64),
         )  # fmt: skip
         if self.num_beams > 1 and self.temperature > 0:
             raise UsageError("num_beams and temperature exclude each other: beam search does not sample.")
@@ -70,7 +78,8 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
     of its range."""
     for name, (low, high) in ranges.items():
         value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
-        if not isinstance(value, Real) or (whole and value != value // 1):
+        is_number = isinstance(value, Real)
+        if not is_number or (whole and value != value // 1):
             raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.")
         if not low <= value <= high:
             raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.")
@@ -80,7 +89,8 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """ids without the end token; `score`, the sum of the log-probabilities of all tokens taken (the end too);
+    """ids without the end token; `score`, the sum of the log-probabilities of all tokens taken (the end too), among
+    those that were permitted;
     `finished`, whether the end token came before max_new_tokens."""
 
     ids: list[int]
@@ -162,19 +172,16 @@ def _steps(
     rows = list(range(len(prompts)))
     chances = [chance(decoding, number) for number in numbers]
     prefixes: list[list[int]] = [[] for _ in prompts]
-    constrained = any(prompt.constraint is not None for prompt in prompts)
     for left in range(decoding.max_new_tokens, 0, -1):
-        logits = model.logits(hidden)
-        if constrained:
-            logits = constrain(logits, [allowed_after(prompts[r], prefixes[r], end_id) for r in rows])
-        tokens, log_probs = choose(logits, [decoding] * len(rows), [chances[row] for row in rows])
+        alike, written = [decoding] * len(rows), [prefixes[row] for row in rows]
+        logits = permitted(model.logits(hidden), [prompts[row] for row in rows], written, alike, end_id)
+        tokens, log_probs = choose(logits, alike, [chances[row] for row in rows])
         yield tokens, log_probs, rows
         running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
         if not running or left == 1:
             return
-        if constrained:
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                prefixes[row].append(token)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            prefixes[row].append(token)
         if len(running) < len(rows):
             keep = torch.tensor(running, device=device)
             cache.select(keep)
@@ -190,28 +197,6 @@ def check_room(model: M6, prompt: int, new: int) -> None:
             f"A prompt of {prompt} positions and {new} new tokens are more than the model's {limit} positions: "
             "shorten the input or lower max_new_tokens."
         )
-
-
-def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf, in place; None allows all, Banned all but
-    those."""
-    alike: dict[int, list[int]] = {}  # most rows have the very same ids, and are masked at once
-    for row, ids in enumerate(allowed):
-        if ids is not None:
-            alike.setdefault(id(ids), []).append(row)
-    for rows in alike.values():
-        ids = allowed[rows[0]]
-        assert ids is not None
-        chosen = torch.as_tensor(list(ids), dtype=torch.int64, device=logits.device)
-        if not isinstance(ids, Banned):
-            kept = logits[rows][:, chosen]
-            logits[rows] = float("-inf")
-            logits[torch.tensor(rows)[:, None], chosen] = kept
-        elif len(rows) == len(logits):
-            logits.index_fill_(1, chosen, float("-inf"))
-        elif len(chosen):
-            logits[torch.tensor(rows)[:, None], chosen] = float("-inf")
-    return logits
 
 
 def chance(decoding: Decoding, number: int = 0) -> torch.Generator | None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from openm6.batches import by_length, pad
 from openm6.bundle import Bundle
 from openm6.decode import Generated
-from openm6.decode.generate import chance, choose, constrain
+from openm6.decode.generate import chance, choose
+from openm6.decode.permitted import permitted
 from openm6.decode.pieces import Pieces
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
-from openm6.sequence import allowed_after
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
 from openm6.serve.work import Request, Told
@@ -179,12 +179,10 @@ class Texts:
     def _chosen(self, rows: list[_Row], hidden: Tensor) -> tuple[list[Told], set[int]]:
         """The next token of each row, what is to be told of it, and the rows that came to an end."""
         end = self.view.processor.tokenizer.end_id
-        logits = self.view.model.logits(hidden)
-        prompts = [row.request.prompt for row in rows]
-        if any(prompt is not None and prompt.constraint is not None for prompt in prompts):
-            allowed = [allowed_after(p, row.ids, end) for p, row in zip(prompts, rows, strict=True) if p is not None]
-            logits = constrain(logits, allowed)
-        tokens, log_probs = choose(logits, [row.request.options for row in rows], [row.chance for row in rows])
+        prompts = [row.request.prompt for row in rows if row.request.prompt is not None]
+        options = [row.request.options for row in rows]
+        logits = permitted(self.view.model.logits(hidden), prompts, [row.ids for row in rows], options, end)
+        tokens, log_probs = choose(logits, options, [row.chance for row in rows])
         told, ended = [], set()
         for number, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
             row.score += log_prob

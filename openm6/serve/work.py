@@ -97,9 +97,7 @@ def prepared(request: Request, view: Bundle) -> None:
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
         request.needs = _bytes(view, pictures, len(prompt) + view.codec.side**2)
     elif task.embeds:
-        dims = request.decoding.get("dims")
-        request.options = None if dims is None else int(dims)
-        check_dims(view.model, request.options)
+        request.options = check_dims(view.model, request.decoding.get("dims"))
         kind = ("vector", request.options)
         view.prompt(task, record)
     elif task.head:

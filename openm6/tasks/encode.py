@@ -65,7 +65,8 @@ def encode(
     - `with_target=True` (measuring): corrupted too, but alike each time.
 
     `shots`: other records, which stand before it with their answers, as examples of what is asked for; of too many
-    training leaves the first ones out. Raises DataError, which names the slot, for a record that cannot be used.
+    training leaves the first ones out. Raises DataError, which names the slot, for a record that cannot be used, and
+    without `rng` says how many of the examples fit.
     """
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     instruction = task.instructions[number]
@@ -85,9 +86,15 @@ def encode(
             sequence = lay_out(pieces, ids, processor, task.name, reserve)
             break
         except DataError:
-            if rng is None or not before:
+            if not before:
                 raise
             before = before[1:]
+    if rng is None and len(before) < len(shots):
+        fit = f"the last {len(before)} of them fit" if before else "none of them fits"
+        raise DataError(
+            f"{where(record)}{len(shots)} examples and the record do not fit the {processor.max_length} positions that "
+            f"the model takes (max_length): {fit}."
+        )
     if ids is None:
         if task.draws:
             return drawn.begin(sequence, processor.tokenizer)

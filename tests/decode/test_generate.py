@@ -16,6 +16,7 @@ from openm6.batches import pad
 from openm6.decode import Decoding, generate, stream
 from openm6.decode.draw import Drawing
 from openm6.decode.generate import chance, choose, sample
+from openm6.decode.permitted import permitted
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
@@ -198,6 +199,43 @@ def test_bad_options_are_named() -> None:
         Decoding(num_beams=2, temperature=1.0)
     with pytest.raises(UsageError, match="cannot stream"):
         list(stream(tiny_model(), prompt(np.random.default_rng(0), 2), END, Decoding(num_beams=2)))
+
+
+@given(st.lists(st.integers(0, 9), max_size=14), st.floats(0.5, 2), st.integers(0, 4))
+def test_repetitions_are_held_back_as_transformers_does(written: list[int], penalty: float, size: int) -> None:
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    logits, ids = torch.randn(1, 40), torch.tensor([written], dtype=torch.int64)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    if size:
+        expected = NoRepeatNGramLogitsProcessor(size)(ids, expected)
+    options = Decoding(repetition_penalty=penalty, no_repeat_ngram_size=size)
+    found = permitted(logits.clone(), [prompt(np.random.default_rng(0), 3)], [written], [options], END)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0, "top_k": 3}, {"num_beams": 3}])
+def test_no_n_gram_occurs_twice_and_penalized_tokens_less_often(more: dict) -> None:
+    rng, model = np.random.default_rng(3), tiny_model()
+    prompts = [prompt(rng, n) for n in (2, 5, 9)]
+    free, held = (
+        generate(model, prompts, END, Decoding(30, **more, **options))
+        for options in ({}, {"no_repeat_ngram_size": 2, "repetition_penalty": 1.3})
+    )
+    assert any(len(set(itertools.pairwise(one.ids))) < len(one.ids) - 1 for one in free)
+    assert all(len(set(itertools.pairwise(one.ids))) == max(len(one.ids) - 1, 0) for one in held)
+    assert sum(len(set(one.ids)) / len(one.ids) for one in held) > sum(len(set(one.ids)) / len(one.ids) for one in free)
+
+
+def test_a_constraint_goes_before_an_n_gram() -> None:
+    class Twice(Only):
+        answers = ([7, 7, 7],)
+
+    asked = prompt(np.random.default_rng(0), 4)
+    asked.constraint = Twice()
+    for options in (Decoding(8, no_repeat_ngram_size=1), Decoding(8, no_repeat_ngram_size=1, num_beams=2)):
+        found = generate(tiny_model(), [asked], END, options)[0]
+        assert found.ids == [7, 7, 7] and math.isfinite(found.score)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-45, 1e-320])

@@ -37,6 +37,8 @@ def test_texts_are_those_of_the_offline_decoder(bundle: Bundle) -> None:
         decoding = {"max_new_tokens": rng.randint(1, 20)}
         if rng.random() < 0.5:
             decoding |= {"temperature": 0.8, "seed": rng.randint(0, 9), "top_k": rng.choice([0, 5])}
+        if number % 4 == 0:
+            decoding |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
         task, record = ("kind", {"photo": picture(seed=number % 5)}) if number % 3 == 0 else (
             "write", {"text": rng.choice(TEXTS)}
         )  # fmt: skip
