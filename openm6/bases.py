@@ -59,3 +59,15 @@ def weights_hash(directory: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def directory_hash(directory: Path) -> str:
+    """SHA-256 of all safetensors and JSON files of a model directory, and of the base of an adapter: it changes with
+    weights, tokenizer and tasks."""
+    digest = hashlib.sha256()
+    for folder in dict.fromkeys((directory, base_of(directory) or directory)):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()

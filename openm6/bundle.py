@@ -27,6 +27,7 @@ from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
+from openm6.tasks.forms import characters
 from openm6.tasks.heads import HEADS
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
@@ -309,7 +310,7 @@ class Bundle:
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
         if record.get(LIMITS) is not None:
-            if prompt.constraint is not None or prompt.sketch is not None:
+            if prompt.constraint is not characters(self.processor.tokenizer) or prompt.sketch is not None:
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
             prompt.constraint = record[LIMITS]
         return prompt

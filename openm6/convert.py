@@ -39,7 +39,7 @@ def import_bundle(path: Path, output: Path, image_embedder: str, num_codes: int,
     torch.manual_seed(0)
     model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
-    bundle = Bundle(model, Processor(tokenizer, grid, max_length))
+    bundle = Bundle(model, Processor(tokenizer, grid, max_length, taught=frozenset(range(tokenizer.first_new_id))))
     write_whole(output, bundle.save)
     return bundle
 

@@ -127,8 +127,8 @@ def make_copy(
     shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
     for name in (*shown, *([id_column] if id_column else [])):
         if name not in source.columns:
-            known = ", ".join(source.columns)
-            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {known}.")
+            there = ", ".join(source.columns)
+            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {there}.")
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
         "forbid": sorted(set(forbid)),
@@ -239,8 +239,8 @@ def _table(output: Path, source: Source, id_column: str, columns: Sequence[str])
     for number, record in enumerate(source):
         item = [record.get(id_column) if id_column else number + 1, *(record.get(name) for name in names)]
         reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
-        for row in texts[number] or [["", "", reason]]:
-            yield line([*item, *row])
+        for candidate in texts[number] or [["", "", reason]]:
+            yield line([*item, *candidate])
     for reject in source.rejected:
         yield line([""] * (1 + len(names)) + ["", "", reject.reason])
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 import runpy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from openm6.environment import EXTENSIONS
 from openm6.errors import UsageError
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.heads import Head, register_head
-from openm6.tasks.metrics import LOWER_IS_BETTER, METRICS, Values
+from openm6.tasks.metrics import BUILT_IN, ELSEWHERE, LOWER_IS_BETTER, METRICS, Metric, Values
 from openm6.tasks.slots import TYPES, SlotType
 
 __all__ = [
@@ -41,11 +41,12 @@ def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop"
     ATTRIBUTES[name] = frozenset(attributes)
 
 
-def register_metric(
-    name: str, metric: Callable[[list[str], list[list[str]]], Values], lower_is_better: bool = False
-) -> None:
-    """Make `name` a metric: of answers and, for each, its references, as texts. With `lower_is_better`, as of an error,
-    early stopping and compression take the lower value for the better one."""
+def register_metric(name: str, metric: Metric, lower_is_better: bool = False) -> None:
+    """Make `name` a metric: a function of answers and, for each, its references, as texts, that returns one number for
+    all of them, a number for each, or Values. With `lower_is_better`, as of an error, early stopping and compression
+    take the lower value for the better one. Raises UsageError for the name of a metric of OpenM6."""
+    if name in BUILT_IN or name in ELSEWHERE:
+        raise UsageError(f"{name!r} cannot name a metric of yours: OpenM6 has a metric of that name.")
     METRICS[name] = metric
     (LOWER_IS_BETTER.add if lower_is_better else LOWER_IS_BETTER.discard)(name)
 

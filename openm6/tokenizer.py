@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,15 @@ SPECIAL = (
 are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
 
 HALF = "\ufffd"
-"""What half a character reads as."""
+"""What half a character reads as in `Tokenizer.decode_torn`."""
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+_SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_LEVEL = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _SHOWN)
+}
+"""The characters that stand for bytes in the names of byte-level vocabularies (GPT-2's table)."""
 
 
 class Tokenizer:
@@ -91,9 +99,54 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; special tokens and image codes have none. Half a character reads as U+FFFD."""
+        """The text of these ids; special tokens, image codes, and bytes that are no whole character have none."""
+        text = self.decode_torn(ids)
+        if HALF not in text:
+            return text
+        kept: list[int] = []
+        torn = False
+        for is_bytes, run in groupby(ids, self.parts.__contains__):
+            if not is_bytes:
+                kept += run
+                continue
+            tokens = list(run)
+            whole = iter(_in_characters(b"".join(self.parts[token] for token in tokens)))
+            for token in tokens:
+                inside = list(islice(whole, len(self.parts[token])))
+                kept += [token] * any(inside)
+                torn |= any(inside) and not all(inside)
+        text = self.decode_torn(kept)
+        return text.replace(HALF, "") if torn else text
+
+    def decode_torn(self, ids: Sequence[int]) -> str:
+        """As `decode`, but half a character reads as U+FFFD."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
+
+    @cached_property
+    def parts(self) -> dict[int, bytes]:
+        """The bytes of every token that stands for bytes: `<0x41>`, and in a byte-level vocabulary what begins or ends
+        within a character."""
+        found = {}
+        names = {token: name for name, token in self._fast.get_vocab(with_added_tokens=True).items()}
+        ids = sorted(names)
+        for token, text in zip(ids, self._fast.decode_batch([[i] for i in ids], skip_special_tokens=True), strict=True):
+            name = names[token]
+            if re.fullmatch("<0x[0-9A-F]{2}>", name):
+                found[token] = bytes.fromhex(name[3:5])
+            elif HALF in text and all(character in _BYTE_LEVEL for character in name):
+                found[token] = bytes(_BYTE_LEVEL[character] for character in name)
+        return found
+
+    def begun(self, ids: Sequence[int]) -> bytes:
+        """The bytes at the end of these ids that begin a character and do not end it; b"" mostly."""
+        last = ids[-4:]  # a character has four bytes at most
+        run = list(takewhile(self.parts.__contains__, reversed(last)))
+        if not run:
+            return b""
+        decoder = getincrementaldecoder("utf-8")("ignore")
+        decoder.decode(b"".join(self.parts[token] for token in reversed(run)))
+        return bytes(decoder.getstate()[0])
 
     def is_part(self, token: int) -> bool:
         """Whether this id is no text by itself: a single byte, or a token that stands for none."""
@@ -215,6 +268,21 @@ def _open(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
         raise UsageError(f"{file} is damaged or no tokenizer ({type(error).__name__}).") from None
+
+
+def _in_characters(data: bytes) -> list[bool]:
+    """Of each byte whether it belongs to a whole character."""
+    found, place = [False] * len(data), 0
+    while place < len(data):
+        for end in range(place + 1, min(place + 4, len(data)) + 1):
+            try:
+                data[place:end].decode()
+            except UnicodeDecodeError:
+                continue
+            found[place:end] = [True] * (end - place)
+            break
+        place = end if found[place] else place + 1
+    return found
 
 
 def _unreadable(text: Any) -> DataError:

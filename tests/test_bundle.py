@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import openm6
@@ -199,6 +200,35 @@ def test_a_streamed_answer_is_the_answer_in_pieces(bundle: Bundle) -> None:
     assert most > 2
 
 
+@pytest.mark.parametrize("byte_level", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 3.0, "top_k": 50}, {"num_beams": 3}])
+def test_half_a_character_never_comes_out(tmp_path: Path, byte_level: bool, options: dict) -> None:
+    """Of a model that knows nothing, whose vocabulary has bytes: they follow each other as characters have them."""
+    tokenizer = Tokenizer.train([QUESTION], 600, num_codes=8)
+    if byte_level:
+        fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+        fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+        fast.train_from_iterator([QUESTION + "红色 red"] * 9, trainer)
+        fast.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.wrap(tmp_path, num_codes=8)
+    torch.manual_seed(1)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=8, initializer_range=0.3)
+    bundle = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64))
+    task, said = Task.from_instruction("[text:a] -> [text:b]"), ""
+    prompts = [bundle.prompt(task, {"a": QUESTION[:n]}) for n in range(1, 9)]
+    for generated in bundle.generate(task, prompts, decoding={"max_new_tokens": 24, **options}):
+        ids = generated.ids
+        while tokenizer.begun(ids):  # cut off by max_new_tokens
+            ids = ids[:-1]
+        assert "\ufffd" not in tokenizer.decode_torn(ids)
+        assert "\ufffd" not in bundle.read(task, generated)
+        said += bundle.read(task, generated)
+    assert said
+
+
 def test_a_changed_pixel_and_a_changed_word_reach_the_answer(bundle: Bundle) -> None:
     task, model = bundle.task("vqa"), bundle.model
 
@@ -268,6 +298,7 @@ def test_a_qwen3_directory_becomes_a_model(tmp_path: Path) -> None:
     bundle = import_bundle(tmp_path / "qwen", tmp_path / "m6", "stem", num_codes=16, max_length=512)
     assert bundle.processor.tokenizer.first_new_id == 700
     loaded = Bundle.load(tmp_path / "m6", trainable=True)
+    assert loaded.processor.taught == frozenset(range(700))  # not the tokens that are added
     assert torch.equal(loaded.model.embed.weight[:700], theirs.model.embed_tokens.weight)
     answer = loaded.run("caption", photo=picture(), decoding={"max_new_tokens": 4})
     assert isinstance(answer, str)

@@ -170,6 +170,25 @@ def test_python_examples_name_what_there_is(page: Path, m6: Bundle) -> None:
                 assert hasattr(known[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
 
 
+def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
+    from openm6.extend import load_extension
+    from openm6.tasks.metrics import METRICS, score
+
+    before = dict(METRICS)
+    try:
+        for block in blocks(ROOT / "docs" / "extending.md", "python"):
+            if "def " in block and "register_metric(" in block:
+                (tmp_path / "mine.py").write_text(block, "utf-8")
+                load_extension(tmp_path / "mine.py")
+        added = METRICS.keys() - before
+        said, wanted = ["差评", "好评", "差评", "差评"], [["差评"], ["差评"], ["好评"], ["差评"]]
+        found = {name: score(name, said, wanted).value for name in added}
+    finally:
+        METRICS.clear()
+        METRICS.update(before)
+    assert found == {"f1_of_complaints": pytest.approx(2 / 3), "no_longer": 1.0}
+
+
 def test_every_task_of_the_library_is_listed(hooks: None) -> None:
     from gen_tasks import task_table
 

@@ -91,6 +91,27 @@ def test_the_command_takes_the_extension_to_further_processes(depth: Any, tmp_pa
     assert done.returncode == 0 and json.loads(done.stdout)["scores"]["ordered"]["n"] == 9, done.stderr[-2000:]
 
 
+@pytest.mark.slow
+def test_a_head_that_no_task_trains_stays_as_it_is(depth: Any, tmp_path: Path) -> None:
+    data = [{"source": "scenes/train?pictures=20", "task": DEPTH}]
+    base = train(tiny_recipe(tmp_path / "base", data=data, steps=2))
+    file = recipe_file(tiny_recipe(tmp_path / "on", model={"path": str(base)}, steps=3, learning_rate=1e-2), tmp_path)
+    words = [str(Path(sys.executable).with_name("openm6")), "--extension", str(EXAMPLES / "depth_head.py")]
+    words += ["train", str(file), "--processes", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = (Bundle.load(path, "cpu", True).model.state_dict() for path in (base, tmp_path / "on" / "model"))
+    assert torch.equal(before["heads.depth.weight"], after["heads.depth.weight"])
+    assert not torch.equal(before["embed.weight"], after["embed.weight"])
+
+
+def test_a_new_head_takes_all_weights(depth: Any, tmp_path: Path) -> None:
+    base = train(tiny_recipe(tmp_path / "base", steps=1))
+    data = [{"source": "scenes/train?pictures=20", "task": DEPTH}]
+    with pytest.raises(UsageError, match="head depth is new to .*an adapter holds no heads"):
+        train(tiny_recipe(tmp_path / "run", model={"path": str(base)}, data=data, adapt={}))
+
+
 def test_what_cannot_be_is_told(depth: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot name a head"):
         extend.register_head("text", depth)

@@ -75,9 +75,21 @@ def test_special_tokens_and_codes_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
 
 
-def test_half_a_character_reads_as_replacement(tokenizer: Tokenizer) -> None:
+def test_half_a_character_has_no_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("龘")
-    assert len(ids) == 3 and tokenizer.decode(ids[:2]).endswith("\ufffd")
+    assert len(ids) == 3 and tokenizer.decode_torn(ids[:2]).endswith("\ufffd")
+    assert tokenizer.decode([*ids, *ids[:2]]) == "龘"  # bytes that stand together are read together
+    assert tokenizer.decode([*tokenizer.encode("红"), *ids[:2], *tokenizer.encode("红"), ids[1], *ids]) == "红红龘"
+    assert tokenizer.decode(tokenizer.encode("\ufffd")) == "\ufffd"  # a text may say it
+
+
+@given(st.lists(st.integers(0, 255), max_size=12))
+def test_bytes_read_as_the_characters_that_they_have(tokenizer: Tokenizer, numbers: list[int]) -> None:
+    ids = [tokenizer.class_ids[number] for number in numbers]
+    assert tokenizer.decode(ids) == bytes(numbers).decode("utf-8", "ignore")
+    whole = bytes(numbers).decode("utf-8", "ignore").encode()
+    begun = tokenizer.begun(ids)
+    assert not begun or (bytes(numbers).endswith(begun) and len(begun) < 4 and not whole.endswith(begun))
 
 
 def test_a_lone_surrogate_is_bad_data(tokenizer: Tokenizer) -> None:

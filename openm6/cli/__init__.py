@@ -62,6 +62,7 @@ def commands() -> typer.Typer:
         jobs,
         models,
         plan,
+        predict,
         recommend,
         serve,
         tasks,

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +25,10 @@ def _set_no_cache(value: bool) -> bool:
 NoCache = Annotated[
     bool, typer.Option("--no-cache", callback=_set_no_cache, help="Read the files anew, and keep nothing of them.")
 ]
+
+EVERY = 30.0
+"""Seconds between two lines of progress, where there is no terminal for a bar."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -32,12 +40,13 @@ def emit(value: Any) -> None:
 def table(columns: list[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    view = Table(title=title)
+    view = Table(title=None if title is None else Text(title))  # Text: no markup of a user's words takes effect
     for column in columns:
-        view.add_column(column)
+        view.add_column(Text(column), overflow="fold")
     for row in rows:
-        view.add_row(*(str(cell) for cell in row))
+        view.add_row(*(Text(str(cell)) for cell in row))
     Console().print(view)
 
 
@@ -45,6 +54,31 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
     """{what was measured: {measure: value}} with a row for each measure."""
     names = list(next(iter(rows.values())))
     table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
+
+
+@contextmanager
+def counted(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A function that takes how many are done and shows it with the time left: as a bar on a terminal, else as a line
+    now and then. Both go to standard error."""
+    from openm6.review import progress
+
+    first = last = (0, time.monotonic())
+
+    def say(done: int) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        if not first[0]:  # what was there before took no time
+            first = (done, now)
+        elif now - last[1] >= EVERY:
+            last, left = (done, now), (total - done) * (now - first[1]) / (done - first[0])
+            typer.echo(f"{done} of {total} {what}, about {timedelta(seconds=round(left))} left.", err=True)
+
+    if not sys.stderr.isatty():
+        yield say
+        return
+    with progress() as bar:
+        row = bar.add_task(what, total=total)
+        yield lambda done: bar.update(row, completed=done)
 
 
 def share(text: str, option: str) -> float:

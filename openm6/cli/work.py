@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_parts, find
+from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
 from openm6.cli.output import Json, NoCache, emit, pairs, table
 from openm6.errors import UsageError
 
@@ -133,7 +133,13 @@ def evaluate(
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
     ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric to measure by in the place of the task's; several times.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the answers: a JSON line for every record, with its scores.")
+    ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Examples with answers before every record.")] = 0,
     shots_from: Annotated[str, typer.Option(help="Data that the examples are taken from.")] = "",
     against: Annotated[
@@ -151,18 +157,26 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
+    from openm6.tasks.metrics import check_metric
+
     place = check_inputs(model, [task, against], [data, shots_from])
     options = decoding_options(option)
     columns, others = pairs(column or []), pairs(against_column or [])
+    chosen = find_task(place, task)
+    for name in metric or []:
+        check_metric(name, chosen)
+    if output and (chosen.embeds or chosen.draws):
+        raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
 
     from openm6.bundle import Bundle
     from openm6.data.readers import with_options
+    from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
 
     bundle = Bundle.load(place)
     data_format = with_options(data_format, encoding, names)
-    if bundle.task(task).embeds:
+    if chosen.embeds:
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
             bundle, task, against or task, data, columns, others, same or [],
@@ -171,8 +185,10 @@ def evaluate(
     else:
         result = measure(
             bundle, task, data, columns, data_format, images, limit, options, shots=shots,
-            shots_from=shots_from,
+            shots_from=shots_from, metrics=metric or (),
         )  # fmt: skip
+    if output:
+        write_answers(output, result)
     if report:
         write_report(report, f"{Path(model).name}: {result.task}", [result])
     if json:
@@ -180,12 +196,12 @@ def evaluate(
         return
     rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} to {s.high:.4f}", s.n) for n, s in result.scores.items()]
     table(["metric", "value", "95% interval", "records"], rows, f"{result.task} on {result.source}")
+    for title, header, cells in result.labels.tables(matrix=6, rows=20) if result.labels else ():
+        table(header, cells, title)
+    for note in result.notes:
+        typer.echo(note)
     if result.rejected:
-        typer.echo(f"{result.rejected} records could not be used.")
-    if result.cut:
-        typer.echo(
-            f"{result.cut} records were longer than the model takes and lost their ends before they were answered."
-        )
+        typer.echo(f"Records that could not be used: {result.rejected}, the first: {result.rejects[0][1].reason}")
 
 
 def decoding_options(values: list[str] | None) -> dict[str, float | int]:

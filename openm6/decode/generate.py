@@ -193,16 +193,25 @@ def check_room(model: M6, prompt: int, new: int) -> None:
 
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf; None allows all, Banned all but those."""
-    mask = torch.zeros_like(logits, dtype=torch.bool)
+    """Logits [B, V] with everything but the allowed ids of each row at -inf, in place; None allows all, Banned all but
+    those."""
+    alike: dict[int, list[int]] = {}  # most rows have the very same ids, and are masked at once
     for row, ids in enumerate(allowed):
-        if ids is None:
-            continue
-        banned = isinstance(ids, Banned)
-        mask[row] = not banned
-        if len(ids):
-            mask[row, torch.as_tensor(list(ids), device=logits.device)] = banned
-    return logits.masked_fill(mask, float("-inf"))
+        if ids is not None:
+            alike.setdefault(id(ids), []).append(row)
+    for rows in alike.values():
+        ids = allowed[rows[0]]
+        assert ids is not None
+        chosen = torch.as_tensor(list(ids), dtype=torch.int64, device=logits.device)
+        if not isinstance(ids, Banned):
+            kept = logits[rows][:, chosen]
+            logits[rows] = float("-inf")
+            logits[torch.tensor(rows)[:, None], chosen] = kept
+        elif len(rows) == len(logits):
+            logits.index_fill_(1, chosen, float("-inf"))
+        elif len(chosen):
+            logits[torch.tensor(rows)[:, None], chosen] = float("-inf")
+    return logits
 
 
 def chance(decoding: Decoding, number: int = 0) -> torch.Generator | None:

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 from openm6.errors import UsageError
 from openm6.sequence import Banned
+from openm6.tasks.forms import characters
 from openm6.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"\d+")
@@ -41,7 +42,7 @@ class Limits:
         if most and least > most:
             raise UsageError(f"A text of at least {least} and at most {most} characters cannot be.")
         self._reach = max(map(len, self.forbid), default=1) - 1
-        self._texts = _texts(tokenizer)
+        self._texts, self._characters = _texts(tokenizer), characters(tokenizer)
         self._always = frozenset(token for word in self.forbid for token in _holding(tokenizer, word))
         self._rests: dict[str, list[str]] = {}  # of a word that is begun: what is missing
         for word in self.forbid:
@@ -66,7 +67,10 @@ class Limits:
             banned |= self._wrong_numbers(text)
         if len(text) < self.least:
             banned.add(self._tokenizer.end_id)
-        return Banned(banned)
+        whole = self._characters.next(prefix) if self._characters else Banned()
+        if isinstance(whole, Banned):
+            return Banned(banned.union(whole))
+        return [token for token in whole if token not in banned]
 
     def _spelled(self, prefix: Sequence[int], word: str) -> bool:
         """Whether the last byte of a word is all that is missing of it, its last character being spelt in bytes."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from openm6.tokenizer import HALF, Tokenizer
+from openm6.tokenizer import Tokenizer
 
 
 class Pieces:
     """Text in pieces, token by token: `add` gives what has become certain, `rest` what is left at the end.
 
-    A character can be several tokens: what is not yet whole shows as U+FFFD and waits. Whether single bytes are a
-    character is known when other text ends their row.
+    A character can be several tokens, and comes with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -19,10 +18,7 @@ class Pieces:
 
     def add(self, token: int) -> str:
         self.ids.append(token)
-        if self._tokenizer.is_part(token):
-            return ""
-        piece = self._new()
-        return "" if piece.endswith(HALF) else self._tell(piece)
+        return "" if self._tokenizer.begun(self.ids) else self._tell(self._new())
 
     def rest(self) -> str:
         return self._tell(self._new())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from openm6.bundle import SHOTS, Bundle
 from openm6.data.columns import SlotView
+from openm6.data.rejects import Reject
 from openm6.data.source import open_source
-from openm6.errors import UsageError
+from openm6.errors import DataError, UsageError
+from openm6.evaluate.answers import rows_in_order
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.tasks.task import Task
@@ -18,7 +21,7 @@ from openm6.tasks.task import Task
 
 def measure(
     bundle: Bundle,
-    task: str,
+    task: str | Task,
     data: str,
     columns: Mapping[str, str] | None = None,
     data_format: str | None = None,
@@ -29,8 +32,10 @@ def measure(
     answers: bool = True,
     shots: int = 0,
     shots_from: str = "",
+    metrics: Sequence[str] = (),
 ) -> Evaluation:
-    """Open `data`, map its columns to the task's slots and measure on its first `limit` records (`answers`: evaluate).
+    """Open `data`, map its columns to the task's slots and measure on its first `limit` records (`answers`, `metrics`:
+    evaluate). Rows that reading left out count among the rejected ones.
 
     `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
     `shots` records of the source `shots_from`, with their answers.
@@ -38,13 +43,25 @@ def measure(
     chosen = bundle.task(task)
     records = open_source(data, data_format, images)
     view = SlotView.of(chosen, records, columns or {})
-    kept = (view(r) for r in records if all(str(r.get(k)) == v for k, v in (where or {}).items()))
-    if limit is not None:
-        kept = (record for record, _ in zip(kept, range(limit), strict=False))
-    if shots:
-        told = _shots(chosen, shots, shots_from, columns, data_format, images)
-        kept = ({**record, SHOTS: told} for record in kept)
-    return evaluate(bundle, chosen, kept, data, decoding=decoding, answers=answers)
+    told = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
+
+    def rows() -> Iterator[Mapping[str, Any] | Reject]:
+        left = math.inf if limit is None else limit
+        for row in rows_in_order(records):
+            if left == 0:
+                return
+            if isinstance(row, Reject):
+                yield row
+            elif all(str(row.get(key)) == value for key, value in (where or {}).items()):
+                left -= 1
+                try:
+                    yield {**view(row), SHOTS: told}
+                except DataError as error:
+                    yield Reject(str(row.get("_where", "")), str(error))
+
+    if not metrics and not chosen.metrics and chosen.slots[chosen.outputs[0]].type != "label":
+        raise UsageError(f"The task {chosen.name} names no metrics: say by which it is measured, by --metric.")
+    return evaluate(bundle, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics)
 
 
 def _shots(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from openm6.bundle import Bundle
+from openm6.data.rejects import Reject
 from openm6.errors import DataError, UsageError
+from openm6.evaluate.labels import LabelFigures, unknown_references
 from openm6.sequence import Sequence
 from openm6.tasks.faithful import FAITHFUL
-from openm6.tasks.metrics import Score, bootstrap, score, score_of
+from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
@@ -31,14 +35,24 @@ class Case:
 
 @dataclass(slots=True)
 class Evaluation:
+    """`rejects`: what could not be used, each with the number of cases before it. `examples`: by metric the score of
+    each case [n], NaN where the metric scores only all of them. `notes`: sentences on what the figures leave out."""
+
     task: str
     source: str
     scores: dict[str, Score]
     cases: list[Case] = field(repr=False)
     seconds: float = 0.0
-    rejected: int = 0
+    rejects: list[tuple[int, Reject]] = field(default_factory=list)
     inputs: Mapping[str, str] = field(default_factory=dict)  # slot of the task's left side: its type
+    examples: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    labels: LabelFigures | None = None
+    notes: list[str] = field(default_factory=list)
     cut: int = 0  # records whose source was longer than the model takes
+
+    @property
+    def rejected(self) -> int:
+        return len(self.rejects)
 
     def values(self) -> dict[str, float]:
         return {name: s.value for name, s in self.scores.items()}
@@ -47,49 +61,60 @@ class Evaluation:
         scores = {n: {"value": s.value, "low": s.low, "high": s.high, "n": s.n} for n, s in self.scores.items()}
         return {
             "task": self.task, "source": self.source, "records": len(self.cases), "rejected": self.rejected,
-            "cut": self.cut, "seconds": round(self.seconds, 2), "scores": scores,
+            "cut": self.cut, "seconds": round(self.seconds, 2), "scores": scores, "notes": self.notes,
+            **(self.labels.to_dict() if self.labels else {}),
         }  # fmt: skip
 
 
 def evaluate(
     bundle: Bundle,
     task: Task,
-    records: Iterable[Record],
+    records: Iterable[Record | Reject],
     source: str = "",
     *,
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
     answers: bool = True,
+    metrics: Items[str] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`).
+    """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`), by its own metrics and, of
+    labels, macro F1, or by `metrics`.
 
     Without `answers` nothing is answered that no metric asks for; of a task that draws, never.
 
     A list as the value of an output slot means several references, each of them right. Records that cannot be
-    encoded are counted, not answered. Raises DataError when none is left.
+    encoded are counted, not answered; so is a Reject in the place of a record. Raises DataError when none is left,
+    UsageError for a metric that does not suit the task.
     """
     started = time.perf_counter()
     if task.embeds:
         raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
     output = task.outputs[0]
     kind = task.slots[output].type
+    chosen = list(dict.fromkeys(metrics or task.metrics))
+    for metric in chosen:
+        check_metric(metric, task)
     kept: list[Record] = []
     prompts: list[Sequence] = []
-    rejected, reason = 0, "there are no records"
+    rejects: list[tuple[int, Reject]] = []
     for record in records:
+        if isinstance(record, Reject):
+            rejects.append((len(kept), record))
+            continue
         try:
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
             prompts.append(bundle.prompt(task, record))
             kept.append(record)
         except DataError as error:
-            rejected, reason = rejected + 1, str(error)
+            rejects.append((len(kept), Reject(str(record.get("_where", "")), str(error))))
     if not kept:
+        reason = rejects[-1][1].reason if rejects else "there are no records"
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
     cases, cut = [], sum(prompt.cut > 0 for prompt in prompts)
     bundle.model.eval()
-    if task.draws or not (answers or set(task.metrics) - {"perplexity"}):
+    if task.draws or not (answers or set(chosen) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     if task.head:
@@ -98,27 +123,45 @@ def evaluate(
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
-        for record, generated in zip(
-            kept[part], bundle.generate(task, prompts[part], batch_size, decoding), strict=True
-        ):
+        made = bundle.generate(task, prompts[part], batch_size, decoding, range(len(prompts))[part])
+        for record, generated in zip(kept[part], made, strict=True):
             answer = task.read(generated.ids, bundle.processor)[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
             on_progress(len(cases))
-    scores = {
-        metric: perplexity(bundle, task, kept, batch_size) if metric == "perplexity" else scored(task, metric, cases)
-        for metric in task.metrics
+    labels, notes = None, []
+    if len(task.outputs) > 1:
+        notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")
+    if cut:
+        notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their ends.")
+    if kind == "label" and cases[0].references:
+        given, wanted, known = [c.answer for c in cases], [c.references for c in cases], task.labels.get(output, ())
+        labels = LabelFigures.of(given, wanted, known)
+        if known and (note := unknown_references(wanted, known, task.name)):
+            notes.append(note)
+        if not metrics and "macro_f1" not in chosen:
+            chosen.append("macro_f1")
+    values = {
+        metric: _perplexity(bundle, task, kept, batch_size) if metric == "perplexity" else _values(task, metric, cases)
+        for metric in chosen
     }
-    inputs = {name: task.slots[name].type for name in task.inputs}
-    return Evaluation(task.name, source, scores, cases, time.perf_counter() - started, rejected, inputs, cut)
+    return Evaluation(
+        task.name, source, {name: score_of(found) for name, found in values.items()}, cases,
+        time.perf_counter() - started, rejects, {name: task.slots[name].type for name in task.inputs},
+        {name: found.examples for name, found in values.items()}, labels, notes, cut,
+    )  # fmt: skip
 
 
 def scored(task: Task, metric: str, cases: list[Case]) -> Score:
     """A metric of a task, other than perplexity, by what was answered."""
+    return score_of(_values(task, metric, cases))
+
+
+def _values(task: Task, metric: str, cases: list[Case]) -> Values:
     given, wanted = [c.answer for c in cases], [c.references for c in cases]
     if metric in FAITHFUL:
-        return score_of(FAITHFUL[metric](given, wanted, [_cells(task, case.record) for case in cases]))
-    return score(metric, given, wanted)
+        return FAITHFUL[metric](given, wanted, [_cells(task, case.record) for case in cases])
+    return values_of(metric, given, wanted)
 
 
 def _cells(task: Task, record: Record) -> list[str]:
@@ -134,12 +177,13 @@ def references(value: Any, kind: str = "text") -> list[str]:
     return [str(as_box(value) if kind == "box" else value)]
 
 
-def perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Score:
-    """exp of the mean negative log-probability of the target's tokens (the end token too), with a bootstrap
-    interval over records. Of several references the first is scored."""
+def _perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Values:
+    """exp of the mean negative log-probability of the target's tokens (the end token too). Of several references the
+    first is scored."""
     output = task.outputs[0]
     kind = task.slots[output].type
     first = records if kind == "image" else [{**r, output: references(r[output], kind)[0]} for r in records]
     losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size))
-    low, high = bootstrap(len(losses), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum())))
-    return Score(math.exp(losses.sum() / counts.sum()), low, high, len(losses))
+    return Values(
+        np.exp(losses / np.maximum(1, counts)), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum()))
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ th, td { border: 1px solid #ddd; padding: 4px 10px; text-align: left }
 th { background: #f4f4f4 }
 img { vertical-align: middle; max-width: 100% }
 td img { width: 96px }
+td strong { color: #1a6b2d }
 """
 
 
@@ -58,6 +59,7 @@ def write_report(
         rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} – {s.high:.4f}", s.n) for n, s in evaluation.scores.items()]
         heading = f"## {evaluation.task}" + (f" · {evaluation.source}" if evaluation.source else "")
         parts += [_escape(heading), markdown_table(("metric", "value", "95% interval", "records"), rows)]
+        parts += [*map(_escape, evaluation.notes), *_label_tables(evaluation)]
         parts.append(_examples(evaluation, pictures, examples))
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
@@ -101,6 +103,18 @@ def _write_html(path: Path, title: str, text: str) -> Path:
         "utf-8",
     )
     return path
+
+
+def _label_tables(evaluation: Evaluation) -> Iterator[str]:
+    """Figures by label, and the confusion matrix with right answers in bold and no zeros."""
+    for title, columns, rows in evaluation.labels.tables(matrix=20, rows=50) if evaluation.labels else ():
+        cells = [[_escape(cell) for cell in row] for row in rows]
+        if title == "confusion matrix":
+            cells = [[row[0], *("" if cell == "0" else cell for cell in row[1:])] for row in cells]
+            for number, row in enumerate(cells):
+                row[number + 1] = f"**{row[number + 1] or 0}**"
+        yield f"### {title[0].upper()}{title[1:]}"
+        yield markdown_table(map(_escape, columns), cells)
 
 
 def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:

@@ -3,7 +3,8 @@
     adapter_config.json, adapter_model.safetensors     LoRA and IA3 as PEFT writes and reads them
 
     lora         B A x beside the product of a linear layer (of the experts' weights too, where asked for); B starts at
-                 zero, so that an adapted network starts as the one beneath
+                 zero, so that an adapted network starts as the one beneath; whole rows of the embedding and the output
+                 matrix for tokens that the network beneath has not met
     ia3          products times learned vectors that start at one
     bottleneck   narrow networks behind what writes into the stream; they start at zero
     prompt       vectors of their own for some positions before every example; prefix: before each layer
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from openm6.bases import CONFIG, read_adapter_config
 from openm6.errors import OpenM6Error, UsageError
-from openm6.model.changed import ONLY, Active, Bottleneck, Changed, Low, Prompt, Scaled
+from openm6.model.changed import ONLY, Active, Bottleneck, Changed, ChangedRows, Low, Prompt, Rows, Scaled
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
@@ -41,10 +42,11 @@ LINEAR = ("qkv", "out", "up", "down")
 """Names of the linear layers of a block."""
 
 _BASE = ".base_layer"
-_NEW = re.compile(r"\.lora_|\.ia3_l|\.changes\.|^prompt\.")
-_KIND = re.compile(r"\.(?=lora_|ia3_l|changes\.)")
+_ROWS = ".token_adapter"
+_NEW = re.compile(r"\.lora_|\.ia3_l|\.changes\.|^prompt\.|\.trainable_tokens_")
+_KIND = re.compile(r"\.(?=lora_|ia3_l|changes\.|token_adapter\.)")
 _ALONE = (
-    "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "bias", "lora_bias", "use_qalora",
+    "use_dora", "modules_to_save", "target_parameters", "bias", "lora_bias", "use_qalora",
     "alora_invocation_tokens", "layer_replication", "arrow_config", "use_bdlora", "kasa_config",
 )  # fmt: skip
 """Of PEFT's configuration, what changes a network by more than B A beside linear layers."""
@@ -68,17 +70,24 @@ class OwnConfig:
 
 
 def adapter_config(
-    base: Path, method: str, rank: int = 8, alpha: int = 16, experts: bool = False, length: int = 16
+    base: Path,
+    method: str,
+    rank: int = 8,
+    alpha: int = 16,
+    experts: bool = False,
+    length: int = 16,
+    rows: dict[str, list[int]] | None = None,
 ) -> Any:
     """The configuration of an adapter of the model directory `base`: PEFT's, or ours. `rank` is also the width of a
-    bottleneck, `length` the positions of a prompt."""
+    bottleneck, `length` the positions of a prompt; `rows`: with LoRA, ids whose rows of a matrix (embed, head) are
+    trained."""
     if method == "lora":
         from peft import LoraConfig
 
         pattern = rf"blocks\..*\.({'|'.join(LINEAR)})"
         targets = ["experts.up", "experts.down"] if experts else None
         return LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=pattern, target_parameters=targets,
+            r=rank, lora_alpha=alpha, target_modules=pattern, target_parameters=targets, trainable_token_indices=rows,
             base_model_name_or_path=str(base),
         )  # fmt: skip
     if method == "ia3":
@@ -131,7 +140,15 @@ def untie(model: M6) -> None:
 
 def base_name(name: str) -> str | None:
     """The name that a tensor of an adapted network has in the network beneath; None for the adapter's own."""
-    return None if _NEW.search(name) else name.replace(_BASE, "")
+    return None if _NEW.search(name) else name.replace(_BASE, "").replace(_ROWS, "")
+
+
+def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
+    """Where a tensor of an adapter starts at rows of the network beneath: the name of that matrix, and the rows."""
+    matrix, found, _ = name.partition(_ROWS)
+    if not found or _NEW.search(name) is None:
+        return None
+    return f"{matrix}.weight", model.get_submodule(matrix + _ROWS).token_indices[ONLY]  # type: ignore[index]
 
 
 def adapter_start(name: str, parameter: Tensor, std: float) -> tuple[float, float]:
@@ -234,6 +251,10 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in stored_weights(path).items():
             place, _, kind = _KIND.sub(" ", key.removeprefix(_PREFIX), 1).partition(" ")
+            if kind.startswith(_ROWS[1:]):
+                ids = (content.get("trainable_token_indices") or {}).get(place)
+                _add_rows(model, place, active, name, ids, value, path)
+                continue
             if place not in layers or not kind:
                 raise _misfit(path, f"the model has no linear layer {place}")
             found.setdefault(place, {})[kind] = value
@@ -241,6 +262,21 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
             changed = _changed(model, place, active)
             changed.changes[name] = _change(method, content, place, parts, layers[place], path)
     return active
+
+
+def _add_rows(
+    model: M6, place: str, active: Active, name: str, ids: list[int] | None, rows: Tensor, path: Path
+) -> None:
+    layer = getattr(model, place, None)
+    if not isinstance(layer, ChangedRows):
+        if not isinstance(layer, nn.Embedding | nn.Linear):
+            raise _misfit(path, f"the model has no matrix {place}")
+        layer = ChangedRows(layer, active)
+        setattr(model, place, layer)
+    size, width = layer.weight.shape
+    if ids is None or rows.shape != (len(ids), width) or not all(0 <= number < size for number in ids):
+        raise _misfit(path, f"its rows of {place} are none of [{size}, {width}]")
+    layer.changes[name] = Rows(ids, rows, size)
 
 
 def _lora_scale(content: dict[str, Any], place: str, rank: int) -> float:

@@ -6,6 +6,7 @@ One base can carry the changes of several adapters; which one counts is told for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,53 @@ class Changed(nn.Module):
                 if isinstance(change, Low):
                     change.a.data = change.a.data * weight.to(change.a.dtype) * len(weight) ** 0.5
         return norm
+
+
+class Rows(nn.Module):
+    """Rows of a matrix, weight [R, D], that take the place of its rows `ids`; `place` [V] says where each row's is, -1
+    where it stays."""
+
+    def __init__(self, ids: list[int], weight: Tensor, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("ids", torch.tensor(ids))
+        self.register_buffer("place", torch.full((size,), -1).index_copy(0, self.ids, torch.arange(len(ids))))
+
+
+class ChangedRows(nn.Module):
+    """An embedding or an output matrix, rows of which adapters replace, by the adapter's name."""
+
+    def __init__(self, base: nn.Embedding | nn.Linear, active: Active):
+        super().__init__()
+        self.base_layer, self.active = base, active
+        self.changes = nn.ModuleDict()
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix without changes, [V, D]."""
+        return self.base_layer.weight
+
+    def changed(self) -> Tensor:
+        """The matrix with the rows of the adapter that counts."""
+        rows = self._rows()
+        return self.weight if rows is None else self.weight.index_copy(0, rows.ids, rows.weight.to(self.weight.dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.base_layer(ids)
+        if (rows := self._rows()) is None:
+            return x
+        place = rows.place[ids]
+        return torch.where((place >= 0)[..., None], rows.weight[place.clamp(min=0)].to(x.dtype), x)
+
+    def logits(self, base: Tensor, hidden: Tensor) -> Tensor:
+        """The logits that the matrix without changes gave of `hidden`, with those of the rows that count."""
+        if (rows := self._rows()) is None:
+            return base
+        return base.index_copy(-1, rows.ids, F.linear(hidden.to(rows.weight.dtype), rows.weight).to(base.dtype))
+
+    def _rows(self) -> Any:
+        name = self.active.name
+        return self.changes[name] if name is not None and name in self.changes else None
 
 
 class Prompt(nn.Module):

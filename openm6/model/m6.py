@@ -21,7 +21,7 @@ from openm6.batches import Batch, cells_of
 from openm6.errors import OpenM6Error
 from openm6.model.attention import EVEN_KEYS, Cache, additive, build_mask, build_picture_mask, rotary_angles
 from openm6.model.block import Block
-from openm6.model.changed import Prompt
+from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import Experts, Load, Router
@@ -122,7 +122,8 @@ class M6(Network):
     @property
     def head_weight(self) -> Tensor:
         """[V, D]; the embedding itself when tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        matrix = self.embed if self.head is None else self.head
+        return matrix.changed() if isinstance(matrix, ChangedRows) else matrix.weight
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -175,7 +176,8 @@ class M6(Network):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to fp32 [..., V]."""
         if self.packed_head is not None:
-            return self.packed_head(hidden).float()
+            found, matrix = self.packed_head(hidden).float(), self.embed if self.head is None else self.head
+            return matrix.logits(found, hidden) if isinstance(matrix, ChangedRows) else found
         return (hidden @ self.head_weight.to(hidden.dtype).T).float()
 
     def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:

@@ -18,7 +18,32 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
     content: dict[str, Any] = {"max_length": processor.max_length, "tasks": [task.to_dict() for task in tasks]}
     if processor.prompt:
         content["prompt"] = processor.prompt
+    if processor.taught is not None:
+        content["taught"] = _ranges(processor.taught)
     (path / NAME).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def read_taught(path: Path) -> frozenset[int] | None:
+    """The ids that the model of a directory has met in training; None where that was not written down."""
+    try:
+        ranges = json.loads((path / NAME).read_text("utf-8")).get("taught")
+        if ranges is None:
+            return None
+        spans = [span.partition("-") for span in ranges.split(",") if span]
+        return frozenset(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
+    except (ValueError, AttributeError) as error:
+        raise OpenM6Error(f"{path / NAME} is damaged ({type(error).__name__}).") from None
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges: "0-11,15,20-21"."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def read_card(path: Path) -> tuple[list[Task], int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from openm6.errors import DataError, UsageError, suggest
 from openm6.sequence import Sequence
 from openm6.tasks import corrupt, drawn, sketch, target
+from openm6.tasks.forms import characters
 from openm6.tasks.grammar import Instruction, Slot
 from openm6.tasks.heads import HEADS
 from openm6.tasks.layout import Piece, lay_out
@@ -90,7 +91,8 @@ def encode(
     if ids is None:
         if task.draws:
             return drawn.begin(sequence, processor.tokenizer)
-        sequence.constraint = None if task.silent else task.allowed(processor, record)
+        if not task.silent:
+            sequence.constraint = task.allowed(processor, record) or characters(processor.tokenizer)
         sequence.head = task.head
         if task.head and with_target:
             slot = task.slots[task.outputs[0]]

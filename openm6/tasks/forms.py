@@ -1,12 +1,14 @@
-"""What an answer has to look like, kept in decoding: so many digits, or the lines of a verse."""
+"""What an answer has to look like, kept in decoding: so many digits, the lines of a verse, or whole characters."""
 
 from __future__ import annotations
 
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache
 
 from openm6.errors import DataError
+from openm6.sequence import Banned
 from openm6.tokenizer import Tokenizer
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
@@ -74,6 +76,38 @@ class Verse:
 
     def _fitting(self, room: int) -> Sequence[int]:
         return [token for length, tokens in self._words.items() if length <= room for token in tokens]
+
+
+class Characters:
+    """Any text of whole characters: the bytes of one follow each other as UTF-8 has them, and nothing comes between."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._following: dict[bytes, Sequence[int]] = {}
+
+    def next(self, prefix: Sequence[int]) -> Sequence[int]:
+        begun = self._tokenizer.begun(prefix)
+        found = self._following.get(begun)
+        if found is None:
+            fits = {token: _is_beginning(begun + more) for token, more in self._tokenizer.parts.items()}
+            chosen = [token for token, fit in fits.items() if fit == bool(begun)]
+            found = self._following[begun] = tuple(chosen) if begun else Banned(chosen)
+        return found
+
+
+def _is_beginning(data: bytes) -> bool:
+    """Whether UTF-8 may begin so."""
+    try:
+        getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=8)
+def characters(tokenizer: Tokenizer) -> Characters | None:
+    """The constraint of every text without a form of its own; None where no token is less than a character."""
+    return Characters(tokenizer) if tokenizer.parts else None
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,7 @@
 """Metrics: how well answers agree with references, with bootstrap confidence intervals.
 
-Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`.
+Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`; a metric of
+an extension may give a number, or a number for each prediction, instead (`values_of`).
 Perplexity is not among them: it comes from the loss, not from answers.
 
     accuracy      share of the answers equal to a reference, but for width, case, blanks and final punctuation
@@ -13,6 +14,7 @@ Perplexity is not among them: it comes from the loss, not from answers.
     spearman      rank correlation of numbers, -1 to 1 (an answer that is no number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
     found         share of the boxes that overlap the reference by 0.5 or more
+    macro_f1      of labels: mean over the labels of F1, 0 to 1; which texts are one label is told as by accuracy
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openm6.errors import UsageError, suggest
+from openm6.errors import DataError, UsageError, suggest
+from openm6.tasks.slots.label import normalize_label
+
+if TYPE_CHECKING:
+    from openm6.tasks.task import Task
 
 Statistic = Callable[[np.ndarray], float]
 
@@ -42,14 +49,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """`examples` [n]: the score of each example; `corpus` gives the score of a choice of examples (row numbers),
-    which is their mean unless the metric says otherwise."""
+    """`examples` [n]: the score of each example (NaN where only all together have one); `corpus` gives the score of a
+    choice of examples (row numbers), which is their mean unless the metric says otherwise."""
 
     examples: np.ndarray
     corpus: Statistic
 
     @classmethod
-    def mean(cls, examples: list[float]) -> Values:
+    def mean(cls, examples: Sequence[float] | np.ndarray) -> Values:
         values = np.array(examples, np.float64)
         return cls(values, lambda rows: float(values[rows].mean()))
 
@@ -128,19 +135,23 @@ def same_form(predictions: list[str], references: list[list[str]]) -> Values:
 def spearman(predictions: list[str], references: list[list[str]]) -> Values:
     from scipy.stats import spearmanr
 
-    def number(text: str) -> float:
+    def number(text: str) -> float | None:
         try:
             return float(text)
         except ValueError:
-            return 0.0
+            return None
 
-    pairs = np.array([(number(p), number(w[0])) for p, w in zip(predictions, references, strict=True)])
+    wanted = [number(some[0]) for some in references]
+    if None in wanted:
+        text = references[wanted.index(None)][0]
+        raise DataError(f"spearman compares numbers, and the reference {text[:40]!r} is none: take another metric.")
+    pairs = np.array([(number(p) or 0.0, w) for p, w in zip(predictions, wanted, strict=True)])
 
     def corpus(rows: np.ndarray) -> float:
-        said, wanted = pairs[rows].T
-        if said.min() == said.max() or wanted.min() == wanted.max():  # no order to agree with
+        said, right = pairs[rows].T
+        if said.min() == said.max() or right.min() == right.max():  # no order to agree with
             return 0.0
-        return float(spearmanr(said, wanted).statistic)
+        return float(spearmanr(said, right).statistic)
 
     return Values(-np.abs(pairs[:, 0] - pairs[:, 1]), corpus)
 
@@ -169,11 +180,57 @@ def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float
     ]
 
 
-METRICS: dict[str, Callable[[list[str], list[list[str]]], Values]] = {
+def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
+    said, right = label_pairs(predictions, references)
+    names, codes = np.unique(said + right, return_inverse=True)
+    answered, wanted = codes[: len(said)], codes[len(said) :]
+
+    def corpus(rows: np.ndarray) -> float:
+        total = np.bincount(np.concatenate([answered[rows], wanted[rows]]), minlength=len(names))
+        hits = np.bincount(wanted[rows][answered[rows] == wanted[rows]], minlength=len(names))
+        return float((2 * hits[total > 0] / total[total > 0]).mean())
+
+    return Values(np.full(len(said), np.nan), corpus)
+
+
+def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
+    """A function from a text to the label that it means: one of `known`, else the first of `others`, that accuracy
+    takes for the same, else the text itself, normalized."""
+    known = [normalize_label(label) for label in known]
+    exact, names = set(known), dict[str, str]()
+    for label in (*known, *map(normalize_label, others)):
+        names.setdefault(_plain(label), label)
+
+    def name(text: str) -> str:
+        text = normalize_label(text)
+        return text if text in exact else names.get(_plain(text), text)
+
+    return name
+
+
+def label_pairs(
+    predictions: list[str], references: list[list[str]], known: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The label that was answered and the one that was right, for each record: of several references the one that was
+    answered, else the first."""
+    name = label_namer(known, (text for wanted in references for text in wanted))
+    said, right = [name(text) for text in predictions], []
+    for label, wanted in zip(said, references, strict=True):
+        labels = [name(text) for text in wanted]
+        right.append(label if label in labels else labels[0])
+    return said, right
+
+
+Metric = Callable[[list[str], list[list[str]]], Values | float | Sequence[float] | np.ndarray]
+
+METRICS: dict[str, Metric] = {
     "accuracy": accuracy, "exact_match": exact_match, "character_accuracy": character_accuracy, "bleu": bleu,
     "rouge_l": rouge_l, "cider": cider, "same_form": same_form, "spearman": spearman, "iou": iou, "found": found,
+    "macro_f1": macro_f1,
 }  # fmt: skip
 
+
+BUILT_IN = frozenset(METRICS)
 
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
 """Metrics that are more than a comparison with references: of losses, of vectors (retrieve/ranks.py), and with the
@@ -189,13 +246,68 @@ def gain(name: str, value: float) -> float:
     return -value if name in LOWER_IS_BETTER else value
 
 
+def check_metric(metric: str, task: Task) -> None:
+    """Raises UsageError for a metric that is unknown, or that the answers of `task` cannot be measured by."""
+    if metric not in METRICS and metric not in ELSEWHERE:
+        known = (*METRICS, *ELSEWHERE)
+        raise UsageError(f"There is no metric {metric}.{suggest(metric, known)} There are: {', '.join(known)}.")
+    kind, inputs = task.slots[task.outputs[0]].type, {task.slots[name].type for name in task.inputs}
+    needs = {"iou": "box", "found": "box", "macro_f1": "label"}.get(metric, kind)
+    from_table = metric in ("parent", "facts_kept")
+    if task.embeds:
+        reason = "the task gives a vector, and is measured by how well it finds another task's"
+    elif metric in ELSEWHERE and not from_table and metric != "perplexity":
+        reason = "it measures vectors"
+    elif task.draws and metric != "perplexity":
+        reason = "it measures answers, and the task draws: measure it by perplexity"
+    elif metric == "perplexity" and task.head:
+        reason = "it measures answers of tokens, and the task's come from a head"
+    elif from_table and "table" not in inputs:
+        reason = "it measures texts that are written from a table"
+    elif needs != kind:
+        reason = f"it measures a {needs}, and the task gives a {kind}"
+    else:
+        return
+    raise UsageError(f"The metric {metric} does not suit the task {task.name}: {reason}.")
+
+
 def score(name: str, predictions: list[str], references: list[list[str]]) -> Score:
-    """A metric by name, with its interval. Raises UsageError for an unknown one, ValueError for empty lists."""
+    """A metric by name, with its interval: see `values_of`."""
+    return score_of(values_of(name, predictions, references))
+
+
+def values_of(name: str, predictions: list[str], references: list[list[str]]) -> Values:
+    """What a metric gives, by its name, as `Values`.
+
+    A metric may return a number for each prediction, of which the score is the mean, or one number, the score of all
+    of them; its interval then comes from calling it on the resampled predictions. Raises UsageError for an unknown
+    metric and for one that returns anything else, ValueError for empty lists.
+    """
     if name not in METRICS:
         raise UsageError(f"There is no metric {name}.{suggest(name, set(METRICS))} There are: {', '.join(METRICS)}.")
-    if not predictions or len(predictions) != len(references) or not all(references):
+    count, metric = len(predictions), METRICS[name]
+    if not predictions or count != len(references) or not all(references):
         raise ValueError("a score needs predictions, and for each of them at least one reference")
-    return score_of(METRICS[name](predictions, references))
+    returned = metric(predictions, references)
+    try:
+        scores = np.asarray(returned.examples if isinstance(returned, Values) else returned, np.float64)
+    except (TypeError, ValueError):
+        scores = np.array(np.nan)
+    if isinstance(returned, Values) and scores.shape == (count,):
+        return returned
+    if scores.shape not in ((), (count,)) or not np.isfinite(scores).all():
+        what = f"{len(scores)} numbers" if scores.shape and np.isfinite(scores).all() else repr(returned)[:80]
+        raise UsageError(
+            f"The metric {name} returned {what} for {count} answers: it has to return one finite number, one for each "
+            "answer, or Values."
+        )
+    if scores.shape:
+        return Values.mean(scores)
+
+    def corpus(rows: np.ndarray) -> float:
+        return float(metric([predictions[i] for i in rows], [references[i] for i in rows]))  # type: ignore[arg-type]
+
+    return Values(np.full(count, np.nan), corpus)
 
 
 def score_of(values: Values) -> Score:
@@ -210,7 +322,7 @@ def bootstrap(n: int, statistic: Statistic, samples: int = 1000, seed: int = 0) 
     replacement (Efron, 1979). Seeded: the same examples give the same interval."""
     rng = np.random.default_rng(seed)
     drawn = [statistic(rng.integers(n, size=n)) for _ in range(samples)]
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
     return low, high
 
 
@@ -223,7 +335,6 @@ def characters(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
+    """Signs that a label may end with (C#, A-) stay."""
     text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    while text and unicodedata.category(text[-1]).startswith("P"):
-        text = text[:-1]
-    return text
+    return text.rstrip("。.!?,;:、") or text

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Processor:
     """The model's tokenizer, its grid of picture patches, the longest example in positions, the codec of a model that
-    draws, and the positions before every example that an adapter fills."""
+    draws, the positions before every example that an adapter fills, and the ids that the model has met in training
+    (None: nobody wrote them down)."""
 
     tokenizer: Tokenizer
     grid: ImageGrid
     max_length: int
     codec: PictureCodec | None = None
     prompt: int = 0
+    taught: frozenset[int] | None = None

@@ -99,7 +99,7 @@ def units(source: Items[int], tokenizer: Tokenizer) -> list[tuple[range, str]]:
     place = 0
     while place < len(source):
         end = place + 1
-        while HALF in (read := tokenizer.decode(list(source[place:end]))) and end < min(len(source), place + 4):
+        while HALF in (read := tokenizer.decode_torn(list(source[place:end]))) and end < min(len(source), place + 4):
             end += 1
         if HALF in read:
             end, read = place + 1, ""

@@ -128,7 +128,9 @@ class Task:
 
     def left(self) -> Task:
         """The task with nothing on its right, for records that have no answer yet."""
-        return replace(self, instructions=tuple(replace(i, target=()) for i in self.instructions), sketch="")
+        labels = {name: values for name, values in self.labels.items() if name in self.inputs}
+        instructions = tuple(replace(i, target=()) for i in self.instructions)
+        return replace(self, instructions=instructions, labels=labels, sketch="")
 
     # Making
 

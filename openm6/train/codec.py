@@ -105,6 +105,9 @@ class Pictures:
             name = section.name or section.source
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
 
+    def gather(self) -> None:
+        """Nothing."""
+
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(path)

@@ -35,8 +35,8 @@ class Part:
 
 
 class Objective(Protocol):
-    """`path`: the model directory to start from; None starts at random. `notes`: what is said of the data before a
-    run begins."""
+    """`path`: the model directory to start from; None starts at random. `notes`: sentences that the user reads before
+    the first step."""
 
     path: Path | None
     notes: list[str]
@@ -59,6 +59,9 @@ class Objective(Protocol):
 
     def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
         """Figures by source, between two steps."""
+
+    def gather(self) -> None:
+        """Bring together what the processes have seen apart, before a checkpoint."""
 
     def describe(self, path: Path) -> None:
         """Write all of a model directory but the weights."""

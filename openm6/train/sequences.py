@@ -12,6 +12,7 @@ from torch import Tensor
 
 from openm6.batches import Batch, pack, pad, pad_drawn
 from openm6.bundle import Bundle
+from openm6.data.loader import Entry
 from openm6.errors import UsageError
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
@@ -24,10 +25,11 @@ from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.notes import data_notes
 from openm6.train.objective import Part
-from openm6.train.recipe import Recipe
+from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
 from openm6.train.setup import build_bundle, build_entries, evaluate_entries, make_loader
 from openm6.train.start import start_codes
+from openm6.train.taught import Taught, untaught_ids
 
 
 class Sequences:
@@ -36,14 +38,16 @@ class Sequences:
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
         self.path = recipe.model.path
-        self.adapter = None
+        self.adapter: Any = None
+        self.notes: list[str] = []
         self.bundle = build_bundle(recipe, group)
-        if recipe.adapt and self.path:
-            self.adapter = adapter_config(self.path.resolve(), **recipe.adapt.model_dump())
-            self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         entries, rejects = build_entries(recipe, self.bundle, group)
+        self.taught = Taught(self.bundle.processor, recipe.output, group)
+        if recipe.adapt and self.path:
+            self.adapter = self._adapter(recipe.adapt, self.path.resolve(), entries)
+            self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
         self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
-        self.notes = data_notes(recipe, entries) if group.first else []
+        self.notes += data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
@@ -62,6 +66,21 @@ class Sequences:
         if max(self.dims) > width:
             raise UsageError(f"vectors.dims has {max(self.dims)}; vectors of this model have {width} numbers.")
 
+    def _adapter(self, settings: AdaptSection, base: Path, entries: list[Entry]) -> Any:
+        """The adapter's configuration; LoRA has rows of its own for ids that the model has not met."""
+        untaught, fraction = untaught_ids(entries, self.bundle.processor)
+        rows = None
+        if untaught and settings.method == "lora":
+            tied = self.bundle.model.config.tie_word_embeddings
+            rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
+            self.taught.add_ids(untaught)
+            end = "their rows of the embedding and the output are trained too"
+        else:
+            end = f"which {settings.method} leaves as they are: lora and full train them"
+        if untaught:
+            self.notes.append(f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts), {end}.")
+        return adapter_config(base, **settings.model_dump(), rows=rows)
+
     def network(self, shared: bool) -> M6:
         config = self.bundle.model.config
         if self.recipe.pseudo and not shared:
@@ -72,7 +91,7 @@ class Sequences:
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
         for name, head in self.bundle.model.heads.items():
-            head.requires_grad_(head.weight.requires_grad and name in self.heads)  # others stay as they are
+            head.requires_grad_(name in self.heads and bool(head.weight.requires_grad))  # others stay as they are
         if self.settings.freeze_pictures and self.bundle.model.image is not None:
             self.bundle.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
         self.bundle.model.label_smoothing = self.settings.label_smoothing
@@ -87,6 +106,8 @@ class Sequences:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
     def count(self, examples: list[Sequence]) -> tuple[float, int]:
+        if self.adapter is None:  # its rows alone are trained
+            self.taught.add(_flat(examples))
         trained = sum(
             e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
         )
@@ -105,6 +126,9 @@ class Sequences:
             kinds[0 if codes is None else 1 if sequence.blocks[codes.start] != CAUSAL else 2].append(sequence)
         numbers = self.group.sum(torch.tensor([len(kind) for kind in kinds], device=self.device)).tolist()
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
+
+    def gather(self) -> None:
+        self.bundle.processor = replace(self.bundle.processor, taught=self.taught.everywhere())
 
     def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
         batch = self._batch(examples)

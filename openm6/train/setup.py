@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from openm6.data.columns import SlotView
 from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
+from openm6.data.store import Records
 from openm6.errors import UsageError
 from openm6.evaluate.command import measure, measure_retrieval
 from openm6.images import ImageGrid
@@ -62,7 +63,7 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = _longest(config, section.max_length, recipe.train.row_length)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec))
+    return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec, taught=frozenset()))
 
 
 def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
@@ -115,17 +116,21 @@ def _texts(recipe: Recipe) -> Iterator[str]:
     """The texts of all the recipe's data, and those of its tasks' instructions."""
     for section in recipe.data:
         task = get_task(section.task)
-        yield from task.texts()
         yield from get_task(section.against).texts() if section.against else ()
-        source = open_section(section)
-        mapping = SlotView.of(task, source, section.columns).mapping
-        kinds = {name: slot.type for name, slot in task.slots.items() if slot.type in ("text", "label", "table")}
-        columns = [(column, kinds[name]) for name, column in mapping.items() if name in kinds]
-        for index in range(min(len(source), TOKENIZER_TEXTS // len(recipe.data))):
-            record = source[index]
-            for column, kind in columns:
-                texts = _strings(record.get(column))
-                yield from map(normalize_label, texts) if kind == "label" else texts
+        yield from texts_of(task, open_section(section), section.columns, TOKENIZER_TEXTS // len(recipe.data))
+
+
+def texts_of(task: Task, records: Records, columns: Mapping[str, str], limit: int) -> Iterator[str]:
+    """The texts of a task's instructions, and those that its slots have in the first `limit` records."""
+    yield from task.texts()
+    mapping = SlotView.of(task, records, columns).mapping
+    kinds = {name: slot.type for name, slot in task.slots.items() if slot.type in ("text", "label", "table")}
+    used = [(column, kinds[name]) for name, column in mapping.items() if name in kinds]
+    for index in range(min(len(records), limit)):
+        record = records[index]
+        for column, kind in used:
+            texts = _strings(record.get(column))
+            yield from map(normalize_label, texts) if kind == "label" else texts
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from openm6.model.adapters import adapter_start, base_name
+from openm6.model.adapters import adapter_start, base_name, rows_beneath
 from openm6.model.files import stored_rows
 from openm6.model.network import Network
 from openm6.train.distributed import local, rows_of
@@ -47,7 +47,12 @@ def start_from(model: Network, path: Path, seed: int) -> None:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             here, (first, last) = local(tensor), rows_of(tensor)
             stored = base_name(name)
-            if stored is None:
+            if beneath := rows_beneath(model, name):  # type: ignore[arg-type]
+                matrix, ids = beneath
+                for place, number in enumerate(ids[first:last]):
+                    if (row := read(matrix, number, number + 1)) is not None:
+                        here[place] = row[0]
+            elif stored is None:
                 mean, std = adapter_start(name, tensor, model.config.initializer_range)
                 if std:
                     _draw(here, first, last, tensor.shape, f"{seed}/{name}", mean, std)

@@ -228,6 +228,7 @@ class Trainer:
         return patience is not None and self.waited >= patience
 
     def _save(self) -> None:
+        self.objective.gather()
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from openm6.bundle import Bundle
 from openm6.model.codec import Codec, CodecConfig
+from openm6.tasks.card import read_taught
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
 
@@ -44,6 +46,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
     run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (Bundle.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
+    assert read_taught(tmp_path / "two" / "model") == read_taught(tmp_path / "one" / "model")
     # AdamW steps by the sign of a gradient however small: a bias whose gradient is rounding noise may go either way.
     # So nearly all weights have to agree closely, and none may be further apart than the steps that were taken.
     apart = torch.cat([(theirs[name] - value).abs().flatten() for name, value in ours.items()])
@@ -91,6 +94,19 @@ def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -
     for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
         torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_rows_of_new_tokens_are_trained_by_two_as_by_one(tmp_path: Path) -> None:
+    base = train(tiny_recipe(tmp_path / "base", steps=2))
+    data = [{"source": "demo:texts/train?pictures=40", "task": "text_continuation"}]
+    alone = tiny_recipe(tmp_path / "one", model={"path": str(base)}, adapt={"rank": 4}, data=data)
+    weights = load_file(train(alone) / "adapter_model.safetensors")
+    assert any("trainable_tokens_delta" in name for name in weights)
+    for sharding in ("none", "zero3"):
+        torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / sharding}", f"parallel.sharding={sharding}")
+        assert losses(tmp_path / sharding) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+        assert weights.keys() == load_file(tmp_path / sharding / "model" / "adapter_model.safetensors").keys()
 
 
 @pytest.mark.slow

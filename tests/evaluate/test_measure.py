@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from PIL import Image
 
 from openm6.bundle import Bundle
 from openm6.decode import Generated
-from openm6.errors import DataError
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.evaluate import evaluate
+from openm6.evaluate.answers import write_answers
+from openm6.evaluate.command import measure
+from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_report
 from openm6.images import ImageGrid
@@ -74,6 +78,14 @@ def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
     assert 0 <= score.low <= score.value <= score.high <= 1
 
 
+def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(bundle: Bundle) -> None:
+    records = [{"question": "红", "answer": "a"}] * 12
+    sampled = {"temperature": 1.0, "max_new_tokens": 16}
+    one, many = (evaluate(bundle, VQA, records, batch_size=size, decoding=sampled).cases for size in (1, 64))
+    assert [case.answer for case in one] == [case.answer for case in many]
+    assert len({case.answer for case in one}) > 6
+
+
 def test_without_answers_only_what_a_metric_asks_for_is_answered(bundle: Bundle) -> None:
     records = [{"question": "a", "answer": "红色"}]
     assert evaluate(Says(bundle, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
@@ -81,6 +93,95 @@ def test_without_answers_only_what_a_metric_asks_for_is_answered(bundle: Bundle)
     silent = evaluate(Says(bundle, []), likely, records, answers=False)  # an answer would be a StopIteration
     assert silent.scores == evaluate(bundle, likely, records).scores
     assert [case.record for case in silent.cases] == records
+
+
+SENTIMENT = Task.from_dict(
+    {
+        "name": "sentiment",
+        "instructions": ["[text:text] -> [label:label]"],
+        "metrics": ["accuracy"],
+        "labels": {"label": ["红", "蓝"]},
+    }
+)
+
+
+def test_labels_get_figures_of_their_own_and_references_outside_are_told(bundle: Bundle) -> None:
+    records = [{"text": "a", "label": label} for label in ("红", "蓝", "红色", "蓝 ")]
+    result = evaluate(Says(bundle, ["红", "红", "红", "蓝"]), SENTIMENT, records)
+    assert result.scores["accuracy"].value == 0.5
+    assert result.scores["macro_f1"].value == pytest.approx((0.5 + 2 / 3 + 0) / 3)
+    found = result.to_dict()
+    assert found["confusion"] == {"红": {"红": 1}, "蓝": {"红": 1, "蓝": 1}, "红色": {"红": 1}}
+    assert "1 of 4 references are no labels of the task sentiment" in found["notes"][0]
+    assert "confusion" not in evaluate(Says(bundle, ["a"]), VQA, [{"question": "a", "answer": "b"}]).to_dict()
+
+
+def test_of_several_outputs_it_says_which_is_measured(bundle: Bundle) -> None:
+    task = Task.from_dict(
+        {"name": "two", "instructions": ["[text:text] -> [label:kind] [label:colour]"], "metrics": ["accuracy"]}
+    )
+    result = evaluate(Says(bundle, ["鞋"]), task, [{"text": "a", "kind": "鞋", "colour": "红"}])
+    assert result.notes == ["Only kind is measured, not colour."]
+
+
+def test_other_metrics_than_the_tasks_own(bundle: Bundle) -> None:
+    records = [{"text": "a", "label": "红"}]
+    result = evaluate(Says(bundle, ["红"]), SENTIMENT, records, metrics=["exact_match", "rouge_l"])
+    assert list(result.scores) == ["exact_match", "rouge_l"]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "metric", "said"),
+    [
+        ("[text:a] -> [text:b]", "acuracy", 'There is no metric acuracy. Did you mean "accuracy"?'),
+        ("[text:a] -> [text:b]", "recall@1", "recall@1 does not suit the task t: it measures vectors"),
+        ("[text:a] -> [text:b]", "iou", "it measures a box, and the task gives a text"),
+        ("[text:a] -> [text:b]", "macro_f1", "it measures a label, and the task gives a text"),
+        ("[text:a] -> [text:b]", "parent", "it measures texts that are written from a table"),
+        ("[text:a] -> [image:b]", "accuracy", "the task draws: measure it by perplexity"),
+    ],
+)
+def test_metrics_that_do_not_suit_are_refused_before_anything_is_answered(
+    bundle: Bundle, instruction: str, metric: str, said: str
+) -> None:
+    task = Task.from_instruction(instruction, "t")
+    with pytest.raises(UsageError, match=re.escape(said)):
+        evaluate(Says(bundle, []), task, [{"a": "红", "b": "蓝"}], metrics=[metric])
+
+
+def test_answers_are_written_in_order_bad_records_marked(bundle: Bundle, tmp_path: Path) -> None:
+    lines = ['{"question": "a", "answer": "红"}', "{", '{"question": "b"}', '{"question": "c", "answer": ["蓝"]}', "[]"]
+    data, output = tmp_path / "data.jsonl", tmp_path / "new" / "answers.jsonl"
+    data.write_text("\n".join(lines), "utf-8")
+    result = measure(Says(bundle, ["红", "绿"]), VQA, str(data))
+    assert len(result.cases) == 2 and result.rejected == 3
+    write_answers(output, result)
+    found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [row["where"].rpartition(":")[2] for row in found] == ["1", "2", "3", "4", "5"]
+    assert found[0] == {
+        "where": f"{data}:1", "inputs": {"question": "a"}, "answer": "红", "references": ["红"],
+        "scores": {"accuracy": 1.0, "exact_match": 1.0},
+    }  # fmt: skip
+    assert found[3]["scores"]["accuracy"] == 0
+    assert "is not valid JSON" in found[1]["error"] and "has no answer" in found[2]["error"] and "error" in found[4]
+    with pytest.raises(OpenM6Error, match="could not be written"):
+        write_answers(tmp_path / "new", result)
+
+
+def test_a_task_without_metrics_is_told_to_name_some(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"a": "b", "b": "c"}\n')
+    with pytest.raises(UsageError, match="names no metrics: say by which .* --metric"):
+        measure(bundle, Task.from_instruction("[text:a] -> [text:b]", "t"), str(tmp_path / "d.jsonl"))
+
+
+def test_a_report_of_labels_shows_a_matrix_and_no_markup_takes_effect(tmp_path: Path) -> None:
+    names = ["<b>红</b>", "蓝|*色*"]
+    cases = [Case({"text": "a"}, names[i % 2], [names[i % 3 == 0]]) for i in range(6)]
+    labels = LabelFigures.of([c.answer for c in cases], [c.references for c in cases], names)
+    evaluation = Evaluation("t", "d", {"accuracy": Score(0.5, 0.1, 0.9, 6)}, cases, labels=labels, notes=["A *note*."])
+    page = write_report(tmp_path, "A report", [evaluation]).read_text("utf-8")
+    assert "Confusion matrix" in page and "<strong>" in page
+    assert "<b>" not in page and "<em>" not in page
 
 
 def test_nothing_to_measure_is_told(bundle: Bundle) -> None:

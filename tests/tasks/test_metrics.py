@@ -1,12 +1,20 @@
 """Metrics against values by hand and against the libraries' own corpus figures."""
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.errors import UsageError
+from openm6.extend import register_metric
 from openm6.tasks.metrics import (
     METRICS,
+    Metric,
+    Values,
     accuracy,
     bleu,
     bootstrap,
@@ -16,6 +24,7 @@ from openm6.tasks.metrics import (
     exact_match,
     rouge_l,
     score,
+    values_of,
 )
 
 chinese = st.text(st.sampled_from("红蓝绿色的图中有一件。 a7"), min_size=1, max_size=14).filter(str.strip)
@@ -138,6 +147,51 @@ def test_misuse() -> None:
     for predictions, references in (([], []), (["a"], []), (["a"], [[]])):
         with pytest.raises(ValueError, match="at least one reference"):
             score("accuracy", predictions, references)
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Metric], str]]:
+    """Registers a metric of one's own for one test, and gives its name."""
+
+    def register(metric: Metric) -> str:
+        register_metric("own", metric)
+        return "own"
+
+    yield register
+    METRICS.pop("own", None)
+
+
+SAID, WANTED = ["是", "否", "是", "否", "是"], [["是"], ["否"], ["否"], ["是"], ["是"]]
+
+
+def test_a_metric_of_ones_own_may_return_one_number(own: Callable[[Metric], str]) -> None:
+    def f1(answers: list[str], references: list[list[str]]) -> float:
+        from sklearn.metrics import f1_score
+
+        return f1_score([r[0] == "是" for r in references], [a == "是" for a in answers], zero_division=np.nan)
+
+    found = score(own(f1), SAID, WANTED)
+    assert found.value == pytest.approx(2 / 3) and found.n == 5
+    assert 0 <= found.low < found.value < found.high <= 1
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda scores: torch.tensor(scores, dtype=torch.float32)])
+def test_a_metric_of_ones_own_may_return_a_number_for_each_answer(own: Callable[[Metric], str], kind: Any) -> None:
+    name = own(lambda said, wanted: kind([float(s in w) for s, w in zip(said, wanted, strict=True)]))
+    assert score(name, SAID, WANTED) == score("exact_match", SAID, WANTED)
+    assert values_of(name, SAID, WANTED).examples.tolist() == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("returned", [None, "high", {"f1": 0.5}, [0.5] * 4, [[0.5] * 5], math.nan, Values.mean([0.5])])
+def test_a_metric_that_returns_anything_else_is_named(own: Callable[[Metric], str], returned: Any) -> None:
+    with pytest.raises(UsageError, match="The metric own returned .* for 5 answers: it has to return one finite"):
+        score(own(lambda said, wanted: returned), SAID, WANTED)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "perplexity", "parent"])
+def test_a_metric_of_openm6_is_not_replaced(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' cannot name a metric of yours"):
+        register_metric(name, lambda said, wanted: 1.0)
 
 
 def test_lines_of_the_same_lengths() -> None:

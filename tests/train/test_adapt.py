@@ -39,7 +39,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(base: Path, adapter: Path) -> dict[str, Tensor]:
-    """W + alpha / rank B A in fp64."""
+    """W + alpha / rank B A in fp64; rows of tokens that the base has not met are the adapter's."""
     weights = {name: value.double() for name, value in load_model(base).state_dict().items()}
     own = load_file(adapter / "adapter_model.safetensors")
     for name, a in own.items():
@@ -47,6 +47,8 @@ def by_hand(base: Path, adapter: Path) -> dict[str, Tensor]:
             b = own[name.replace(".lora_A.", ".lora_B.")]
             place = name.removeprefix("base_model.model.").replace(".lora_A", "")
             weights[place] = weights[place] + ADAPT["alpha"] / ADAPT["rank"] * b.double() @ a.double()
+    rows = json.loads((adapter / "adapter_config.json").read_text("utf-8"))["trainable_token_indices"]["embed"]
+    weights["embed.weight"][rows] = own["base_model.model.embed.token_adapter.trainable_tokens_delta"].double()
     return weights
 
 
@@ -60,12 +62,12 @@ def test_an_adapter_is_loaded_with_the_model_beneath(base: Path, adapter: Path) 
     changed = 0
     for name, value in load_model(base).state_dict().items():
         torch.testing.assert_close(loaded[name].double(), expected[name], atol=1e-6, rtol=1e-5)
-        if name.split(".")[-2] in ("qkv", "out", "up", "down"):
+        if name.split(".")[-2] in ("qkv", "out", "up", "down", "embed"):
             assert not torch.equal(loaded[name], value), name
             changed += 1
         else:
             assert torch.equal(loaded[name], value), name
-    assert changed == 8
+    assert changed == 9
 
 
 def test_what_was_trained_is_what_is_loaded(base: Path, tmp_path: Path) -> None:

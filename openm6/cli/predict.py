@@ -1,0 +1,58 @@
+"""openm6 predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openm6.cli import app
+from openm6.cli.checks import MODEL, check_inputs
+from openm6.cli.output import Json, counted, emit, pairs
+from openm6.cli.work import decoding_options
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
+    data: Annotated[str, typer.Option(help="Records to answer: CSV, JSON lines, Parquet, or another source.")],
+    output: Annotated[Path, typer.Option(help="File for the answers, .csv, .jsonl or .parquet; one begun is resumed.")],
+    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    data_format: Annotated[
+        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
+    ] = None,
+    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records answered together.")] = 64,
+    probabilities: Annotated[bool, typer.Option(help="Of label tasks: a column with those of all labels.")] = False,
+    json: Json = False,
+) -> None:
+    """Answer every record of a table, beside the table's own columns. After a kill the same command is resumed."""
+    from openm6.data.writers import writer_for
+
+    columns, decoding = pairs(column or []), decoding_options(option)
+    place = check_inputs(model, [task], [data])
+    writer_for(output)
+
+    from openm6.bundle import Bundle
+    from openm6.evaluate.predict import Prediction
+
+    prediction = Prediction(
+        Bundle.load(place), task, data, output, columns=columns, data_format=data_format, images=images,
+        decoding=decoding, batch_size=batch_size, all_probabilities=probabilities,
+    )  # fmt: skip
+    asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
+    typer.echo(f"{prediction.total} records: {asked}; written are {', '.join(prediction.added.values())}.", err=True)
+    with counted(prediction.total, "records") as on_progress:
+        done = prediction.run(on_progress)
+    if json:
+        emit(done)
+        return
+    resumed = f", {done['resumed']} of them earlier" if done["resumed"] else ""
+    typer.echo(f"{done['answered']} of {done['records']} records were answered{resumed}, in {done['seconds']:.0f} s.")
+    if done["bad"]:
+        typer.echo(f"The column {prediction.added['error']} of {output} says what was wrong with {done['bad']}.")

@@ -1,0 +1,148 @@
+"""Tokens that a model has not met: they are written down, and LoRA trains their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from openm6.batches import pad
+from openm6.bundle import Bundle
+from openm6.cli import commands
+from openm6.convert import quantize_bundle
+from openm6.model.files import load_model
+from openm6.tasks.card import read_taught
+from openm6.train.trainer import train
+from tests.train.conftest import SIZES, PowerCutError, cut_at, losses, tiny_recipe
+
+ROWS = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+KNOWN, NEW = "红黄蓝绿", "鱼鸟马牛"
+
+
+def written(folder: Path, words: str) -> str:
+    """Texts that say one of four words, and which."""
+    lines = [{"text": f"一{word}二", "label": word} for word in words]
+    (folder / f"{words}.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
+    return str(folder / f"{words}.jsonl")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    data = [{"source": written(folder, KNOWN), "task": "text_classification"}]
+    sizes = {**SIZES, "tie_word_embeddings": request.param, "image_embedder": "none"}
+    recipe = tiny_recipe(
+        folder / "run", data=data, model={"preset": "demo", "sizes": sizes}, steps=60, learning_rate=1e-2,
+        checkpoint_every=60,
+    )  # fmt: skip
+    recipe.tokenizer.vocab_size, recipe.tokenizer.characters, recipe.tokenizer.max_token_length = 3072, 2048, 1
+    return train(recipe)
+
+
+def adapting(base: Path, output: Path, words: str, method: str = "lora", **changes: Any) -> Any:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    data = [{"source": written(output.parent, words), "task": "text_classification"}]
+    settings = {"learning_rate": 2e-2, "steps": 120, "checkpoint_every": 60, **changes}
+    return tiny_recipe(output, model={"path": str(base)}, adapt={"method": method, "rank": 4}, data=data, **settings)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return train(adapting(base, folder / "run", NEW, steps=300, checkpoint_every=300))
+
+
+def ids_of(bundle: Bundle, words: str) -> set[int]:
+    return {number for word in words for number in bundle.processor.tokenizer.encode(word)}
+
+
+def state(bundle: Bundle, word: str) -> torch.Tensor:
+    """Logits at the beginning of the answer."""
+    prompt = bundle.prompt(bundle.task("text_classification"), {"text": f"一{word}二"})
+    with torch.inference_mode(), bundle.precision(), torch.autocast("cpu", enabled=False):
+        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
+        return bundle.model.logits(found)[0]
+
+
+def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(base, "cpu", trainable=True)
+    taught = read_taught(base)
+    assert taught is not None and ids_of(bundle, KNOWN) <= taught and not ids_of(bundle, NEW) & taught
+    assert {bundle.processor.tokenizer.answer_id, bundle.processor.tokenizer.end_id} <= taught
+    assert read_taught(adapter) == taught | ids_of(bundle, NEW)
+    quantize_bundle(adapter, tmp_path / "few", 8)
+    assert read_taught(tmp_path / "few") == read_taught(adapter)
+    data = [{"source": written(tmp_path, NEW), "task": "text_classification"}]
+    more = tiny_recipe(tmp_path / "more", data=data, model={"path": str(base)}, steps=4, checkpoint_every=2)
+    with pytest.raises(PowerCutError):
+        train(more, cut_at(3))
+    assert read_taught(train(more)) == read_taught(adapter)
+
+
+def test_words_that_are_new_to_the_model_are_learned_by_lora(base: Path, adapter: Path) -> None:
+    told = losses(adapter.parent)
+    assert told[max(told)] < 0.2 * told[1]
+    bundle = Bundle.load(adapter, "cpu")
+    assert sum(bundle.run("text_classification", text=f"一{word}二") == word for word in NEW) >= 3
+    weights = load_file(adapter / "adapter_model.safetensors")
+    rows = sorted(ids_of(bundle, NEW))
+    before, after = (Bundle.load(path, "cpu", trainable=True).model for path in (base, adapter))
+    others = [number for number in range(before.config.vocab_size) if number not in rows]
+    for name in ("embed",) if before.head is None else ("embed", "head"):
+        old, new = (model.get_parameter(f"{name}.weight") for model in (before, after))
+        assert torch.equal(new[rows], weights[ROWS.replace("embed", name)]) and torch.equal(new[others], old[others])
+        assert bool((new[rows] != old[rows]).any(1).all())
+
+
+def test_words_that_it_knows_take_no_rows(base: Path, tmp_path: Path) -> None:
+    adapter = train(adapting(base, tmp_path / "run", KNOWN, steps=1))
+    assert not [name for name in load_file(adapter / "adapter_model.safetensors") if "token" in name]
+
+
+def test_peft_reads_the_rows(base: Path, adapter: Path) -> None:
+    theirs = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().state_dict()
+    ours = Bundle.load(adapter, "cpu", trainable=True).model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_beside_a_model_each_adapter_has_its_own_rows(
+    base: Path, adapter: Path, tmp_path: Path, trainable: bool
+) -> None:
+    other = train(adapting(base, tmp_path / "other", NEW[::-1] + "羊", steps=20, checkpoint_every=20))
+    shared = Bundle.load(base, "cpu", trainable, adapters={"one": adapter, "two": other})
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if trainable else {"atol": 0.1, "rtol": 0.05}
+    for name, path in (("one", adapter), (None, base), ("two", other)):
+        for word in (NEW[0], KNOWN[0]):
+            torch.testing.assert_close(
+                state(shared.adapter(name), word), state(Bundle.load(path, "cpu", trainable), word), **tolerance
+            )
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    whole, cut = (adapting(base, tmp_path / name, NEW, steps=6, checkpoint_every=3) for name in ("whole", "cut"))
+    expected = load_file(train(whole) / "adapter_model.safetensors")
+    with pytest.raises(PowerCutError):
+        train(cut, cut_at(4))
+    found = load_file(train(cut) / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_other_adapters_say_what_they_leave_out(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(adapting(base, tmp_path / "ia3", NEW, "ia3", steps=1))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "The model has not met 4 tokens" in told and "which ia3 leaves as they are: lora and full train them" in told
+
+
+def test_merged_it_is_a_model_like_any(adapter: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(commands(), ["models", "merge", str(adapter), str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(
+        state(Bundle.load(tmp_path / "merged", "cpu", True), NEW[0]), state(Bundle.load(adapter, "cpu", True), NEW[0])
+    )
