@@ -262,6 +262,11 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bundle.save("model")
     for name in ("goods", "demo", "mine", "large", "little", "dense", "parts", "vectors", "replies"):
         shutil.copytree("model", f"runs/{name}/model")
+    task = get_task("text_classification").with_labels({"label": ["好评", "差评"]})
+    Bundle(bundle.model, bundle.processor, [task]).save("runs/reviews/model")
+    Path("reviews.csv").write_text("text\n" + "又轻又软\n" * 4, "utf-8")
+    asked = {"图片": "a.jpg", "question": "什么颜色?"}
+    Path("questions.jsonl").write_text((json.dumps(asked, ensure_ascii=False) + "\n") * 4, "utf-8")
     for name in ("a.jpg", "part.jpg", "new.jpg"):
         Path(name).write_bytes(picture(40, 30))
     records = [
