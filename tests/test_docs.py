@@ -262,6 +262,11 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bundle.save("model")
     for name in ("goods", "demo", "mine", "large", "little", "dense", "parts", "vectors", "replies"):
         shutil.copytree("model", f"runs/{name}/model")
+    task = get_task("text_classification").with_labels({"label": ["好评", "差评"]})
+    Bundle(bundle.model, bundle.processor, [task]).save("runs/reviews/model")
+    Path("reviews.csv").write_text("text\n" + "又轻又软\n" * 4, "utf-8")
+    asked = {"图片": "a.jpg", "question": "什么颜色?"}
+    Path("questions.jsonl").write_text((json.dumps(asked, ensure_ascii=False) + "\n") * 4, "utf-8")
     for name in ("a.jpg", "part.jpg", "new.jpg"):
         Path(name).write_bytes(picture(40, 30))
     records = [
@@ -269,7 +274,6 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "photo": "a.jpg", "caption": "红色的杯子", "title": "杯子", "text": "又轻又软", "label": "好评",
             "sku": f"A{number}", "price": 9.5 + number, "colour": "红色", "question": "什么颜色?", "answer": "红色",
             "history": "有红色的吗", "reply": "有的。", "attributes": {"颜色": "红色"}, "verdict": "合格",
-            "instruction": "写一句话。", "input": "杯子", "output": "好杯子。",
         }
         for number in range(17, 41)
     ]  # fmt: skip
@@ -277,13 +281,15 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("goods", "train", "test", "talks", "talks-dev", "five", "all-texts", "few", "dev", "new"):
         Path(f"{name}.jsonl").write_text(lines, "utf-8")
     Path("five.jsonl").write_text("".join(lines.splitlines(keepends=True)[:2]), "utf-8")
-    Path("alpaca.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    told = {"instruction": "写一句话。", "input": "杯子", "output": "好杯子。"}
+    Path("alpaca.json").write_text(json.dumps([told] * 9, ensure_ascii=False), "utf-8")
     Path("questions-test.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
     Path("parts.csv").write_text("photo,verdict\n" + "a.jpg,合格\n" * 9, "utf-8")
     turns = [{"role": "user", "content": "<image>什么颜色?"}, {"role": "assistant", "content": "红色"}]
     Path("messages.jsonl").write_text((json.dumps({"messages": turns, "images": ["a.jpg"]}) + "\n") * 9, "utf-8")
     coded = base64.b64encode(picture(40, 30)).decode()
-    Path("caption_train.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{coded}\n" for n in range(9)), "utf-8")
+    for name in ("caption_train", "caption_val"):
+        Path(f"{name}.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{coded}\n" for n in range(9)), "utf-8")
     return tmp_path
 
 
@@ -292,7 +298,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_do_what_the_page_says(page: Path, room: Path) -> None:
     for block in blocks(page, "yaml"):
         if "instructions" in (content := yaml.safe_load(block)):
-            name = "alpaca.yaml" if "instruction" in content["example"] else "defects.yaml"
+            name = "requests.yaml" if "request" in content["example"] else "defects.yaml"
             (room / name).write_text(block, "utf-8")
     if page.stem == "catalogue":
         for _ in range(2):

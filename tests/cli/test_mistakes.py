@@ -17,6 +17,7 @@ from openm6.cli import commands
 
 DRAWN = "caption=红色"
 COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
+ANSWERED = ["--data", "good.csv", "--output", "out.csv"]
 EXTENDED = ["--picture", "gone.png", "--side", "left", "--pixels", "8"]
 
 CASES: list[tuple[int, list[str], str]] = [
@@ -36,6 +37,10 @@ CASES: list[tuple[int, list[str], str]] = [
     (1, ["eval", "model", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
     (2, ["eval", "model", "--task", "vqa", "--data", "demo:question"], 'Did you mean "questions"?'),
     (2, ["eval", "model", "--task", "vqa", "--data", "good.csv", "-c", "photo"], "is not of the form name=value"),
+    (2, ["predict", "nowhere", "vqa", *ANSWERED], "nowhere is no OpenM6 model"),
+    (2, ["predict", "model", "vqaa", *ANSWERED], 'Did you mean "vqa"?'),
+    (1, ["predict", "model", "vqa", "--data", "gone.csv", "--output", "out.csv"], "There is no file gone.csv"),
+    (2, ["predict", "model", "vqa", "--data", "good.csv", "--output", "out.doc"], "out.doc"),
     (2, ["train", "nowhere.yaml"], "There is no recipe nowhere.yaml"),
     (2, ["train", "demo", "train.stpes=5"], "unknown key train.stpes"),
     (2, ["train", "demo", "data.0.task=capton"], 'Did you mean "caption"?'),
