@@ -148,7 +148,8 @@ def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
     matrix, found, _ = name.partition(_ROWS)
     if not found or _NEW.search(name) is None:
         return None
-    return f"{matrix}.weight", model.get_submodule(matrix + _ROWS).token_indices[ONLY]  # type: ignore[index]
+    layer: Any = model.get_submodule(matrix + _ROWS)
+    return f"{matrix}.weight", layer.token_indices[ONLY]
 
 
 def adapter_start(name: str, parameter: Tensor, std: float) -> tuple[float, float]:

@@ -94,6 +94,9 @@ class Rows(nn.Module):
     """Rows of a matrix, weight [R, D], that take the place of its rows `ids`; `place` [V] says where each row's is, -1
     where it stays."""
 
+    ids: Tensor
+    place: Tensor
+
     def __init__(self, ids: list[int], weight: Tensor, size: int):
         super().__init__()
         self.weight = nn.Parameter(weight)

@@ -91,7 +91,8 @@ class Sequences:
         if self.adapter is not None:
             add_adapter(self.bundle.model, self.adapter)
         for name, head in self.bundle.model.heads.items():
-            head.requires_grad_(name in self.heads and bool(head.weight.requires_grad))  # others stay as they are
+            if name not in self.heads:
+                head.requires_grad_(False)  # it stays as it is
         if self.settings.freeze_pictures and self.bundle.model.image is not None:
             self.bundle.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
         self.bundle.model.label_smoothing = self.settings.label_smoothing

@@ -1,8 +1,8 @@
 """Which ids a model has met in training, and which of those that new data have it has not.
 
 The embedding of an id that was never met is still random, and an adapter beside the blocks cannot mend that. On reviews
-of whose tokens a base had met 43%, LoRA alone ended at a loss of 0.25
-to 0.31, with their rows at 0.09 to 0.10, and all weights at 0.04 (three seeds).
+of whose tokens a base had met 43%, LoRA alone ended at a loss of 0.25 to 0.31, with rows of the other tokens at 0.09 to
+0.10, and all weights at 0.04 (three seeds).
 """
 
 from __future__ import annotations

@@ -27,12 +27,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "adafactor": {"optimizer": "adafactor"},
     "auxiliary": {"sizes": AUXILIARY},
-    "auxiliary, in parts": {"sizes": AUXILIARY, "accumulate": 2},
     "frozen": {"frozen": True},
 }
 TOGETHER: dict[str, tuple[int, str, dict[str, Any]]] = {
     "data parallel": (2, "auxiliary", {}),
-    "recompute, in parts": (2, "auxiliary, in parts", {"parallel": {"sharding": "zero3", "recompute": "full"}}),
+    "auxiliary, recompute": (2, "auxiliary", {"parallel": {"sharding": "zero3", "recompute": "full"}}),
     "frozen, zero3": (2, "frozen", {"parallel": {"sharding": "zero3"}}),
     "zero2": (2, "adamw", {"parallel": {"sharding": "zero2"}}),
     "zero3, recompute": (2, "muon", {"parallel": {"sharding": "zero3", "recompute": "selective"}}),
