@@ -37,28 +37,18 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def changed_base(adapter: Path, expected: str) -> str:
-    """A sentence for users where the base of an adapter is gone, or its `weights_hash` is not the expected one; else
+    """A sentence for users where the base of an adapter is gone, or its `directory_hash` is not the expected one; else
     ""."""
     try:
         base = base_of(adapter)
     except UsageError as error:
         return str(error)
-    if base is None or weights_hash(base) == expected:
+    if base is None or directory_hash(base) == expected:
         return ""
     return (
         f"The model {base}, which the adapter {adapter.name} changes, is not the one that the adapter was trained on: "
-        "its weights have changed since. Bring that model back, or train the adapter anew."
+        "it has changed since. Bring that model back, or train the adapter anew."
     )
-
-
-def weights_hash(directory: Path) -> str:
-    """SHA-256 of a model directory's config.json and safetensors files, hexadecimal."""
-    digest = hashlib.sha256()
-    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def directory_hash(directory: Path) -> str:

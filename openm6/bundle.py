@@ -41,6 +41,11 @@ Record = Mapping[str, Any]
 _log = logging.getLogger(__name__)
 _UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
+_CUT = (
+    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. Of further "
+    "texts for the task %s nothing is said."
+)
+
 SHOTS = "_shots"
 """In a record: other records with their answers, examples of what is asked for."""
 
@@ -64,7 +69,7 @@ class Bundle:
         self.tasks = {task.name: task for task in tasks}
         self.path = path
         self._adapters, self._chosen = adapters, ""
-        self._checked: set[str] = set()  # names of tasks
+        self._checked: set[str] = set()  # what was warned of
 
     # Files
 
@@ -295,13 +300,16 @@ class Bundle:
         return self.processor.codec
 
     def prompt(self, task: Task, record: Record) -> Sequence:
-        """The Sequence from which a record is answered. The first prompt of a task that the model was never trained on
-        is logged as a warning: its answers mean nothing."""
+        """The Sequence from which a record is answered. Of each task one warning is logged where the model was never
+        trained on it, and one where a text is longer than the model takes."""
         if task.name not in self._checked:
             self._checked.add(task.name)
             if not self.is_trained_on(task):
                 _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
         prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
+        if prompt.cut and (key := f"{task.name}: cut") not in self._checked:
+            self._checked.add(key)
+            _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.cut, task.name)
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
         if record.get(LIMITS) is not None:

@@ -12,7 +12,6 @@ Nothing in it is unpickled and no code in it is run.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,18 +92,6 @@ def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task],
         if processor.codec is not None:
             processor.codec.save(path / CODEC)
     write_card(path, processor, tasks)
-
-
-def model_hash(path: Path) -> str:
-    """The hash of a model directory: its weights, sizes, tokenizer and tasks; of an adapter those of its base too."""
-    digest = hashlib.sha256()
-    for folder in filter(None, (path, base_of(path))):
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".safetensors", ".json"):
-                with file.open("rb") as stream:
-                    inner = hashlib.file_digest(stream, "sha256").hexdigest()
-                digest.update(f"{file.relative_to(folder)} {inner}\n".encode())
-    return digest.hexdigest()
 
 
 def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | None:

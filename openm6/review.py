@@ -24,7 +24,7 @@ from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record
 from openm6.data.tables import read_jsonl
-from openm6.errors import DataError, UsageError
+from openm6.errors import DataError, UsageError, cut
 from openm6.json_lines import dumps
 from openm6.tasks.task import Task
 
@@ -186,7 +186,7 @@ def verdicts_of(labels: str | Path) -> dict[str, tuple[bool, str]]:
         if not isinstance(file, str):
             raise DataError(f'{where} names no picture: a line has to be {{"file": ..., "accepted": true or false}}.')
         if not isinstance(accepted, bool):
-            raise DataError(f"{where}: accepted is {str(accepted)[:40]!r}; a verdict is true or false.")
+            raise DataError(f"{where}: accepted is {cut(accepted)!r}; a verdict is true or false.")
         before, there = found.setdefault(file, (accepted, where))
         if before != accepted:
             words = ("rejected", "accepted")

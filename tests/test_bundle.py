@@ -19,6 +19,7 @@ from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.sequence import IGNORE
+from openm6.tasks.library import get as get_task
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
@@ -164,6 +165,15 @@ def test_a_task_that_the_model_was_never_trained_on_is_told(
     for task, trained in (("kind", True), ("caption", False)):
         words = ("run", tmp_path / "m", task, f"photo={tmp_path / 'a.png'}", "-o", "max_new_tokens=2", "--json")
         assert json.loads(command(*words).stdout)["trained"] is trained
+
+
+def test_a_text_that_is_too_long_is_told_once(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = Bundle(bundle.model, bundle.processor, [get_task("text_classification")])
+    long = {"text": "红" * 2 * fresh.processor.max_length}
+    for record in ({"text": "红"}, long, long):
+        list(fresh.run_many("text_classification", [record], decoding={"max_new_tokens": 2}))
+    (told,) = [one.getMessage() for one in caplog.records]
+    assert f"longer than the model takes ({fresh.processor.max_length} positions)" in told
 
 
 def test_between_two_pieces_of_a_stream_the_caller_is_outside(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

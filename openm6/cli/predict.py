@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import Json, counted, emit, pairs
+from openm6.cli.output import Encoding, Json, Names, counted, emit, pairs
 from openm6.cli.work import decoding_options
 
 
@@ -23,6 +23,8 @@ def predict(
     data_format: Annotated[
         str | None, typer.Option("--format", help="The data's format, when its name does not say.")
     ] = None,
+    encoding: Encoding = None,
+    names: Names = None,
     images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
@@ -39,11 +41,13 @@ def predict(
     writer_for(output)
 
     from openm6.bundle import Bundle
+    from openm6.data.readers import with_options
     from openm6.evaluate.predict import Prediction
 
     prediction = Prediction(
-        Bundle.load(place), task, data, output, columns=columns, data_format=data_format, images=images,
-        decoding=decoding, batch_size=batch_size, all_probabilities=probabilities,
+        Bundle.load(place), task, data, output, columns=columns, images=images,
+        data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
+        all_probabilities=probabilities,
     )  # fmt: skip
     asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
     typer.echo(f"{prediction.total} records: {asked}; written are {', '.join(prediction.added.values())}.", err=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from openm6.data.files import is_folder, is_remote, list_folder, open_file
 from openm6.data.rejects import Reject
@@ -26,7 +30,9 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
     captions: dict[Any, list[str]] = {}
     for where, row in _rows(content, "annotations", path, on_reject):
         if row.get("image_id") not in names:
-            on_reject(Reject(where, f"{where} speaks of picture {row.get('image_id')!r}, which is not under images."))
+            on_reject(
+                Reject(where, f"{where} speaks of picture {cut(row.get('image_id'))}, which is not under images.")
+            )
         elif not isinstance(row.get("caption"), str):
             on_reject(Reject(where, f"{where} has no caption."))
         else:
@@ -36,7 +42,7 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
         if key in captions:
             yield {"image": name, "caption": captions[key], "image_id": key, "_where": where}
         else:
-            on_reject(Reject(where, f"{where}: the picture {name} has no caption."))
+            on_reject(Reject(where, f"{where}: the picture {cut(name)} has no caption."))
 
 
 def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
@@ -66,9 +72,9 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
         if name is None and subtype and isinstance(row.get("image_id"), int):
             name = f"COCO_{subtype}_{row['image_id']:012d}.jpg"
         if note is None:
-            on_reject(Reject(where, f"{where} has no annotation with its question_id {row.get('question_id')!r}."))
+            on_reject(Reject(where, f"{where} has no annotation with its question_id {cut(row.get('question_id'))}."))
         elif name is None:
-            on_reject(Reject(where, f"{where} names no picture that can be found ({row.get('image_id')!r})."))
+            on_reject(Reject(where, f"{where} names no picture that can be found ({cut(row.get('image_id'))})."))
         elif not isinstance(row.get("question"), str):
             on_reject(Reject(where, f"{where} has no question."))
         else:
@@ -189,11 +195,15 @@ OFA = {
 }
 """Columns of OFA's files for captions, questions and entailment, by their number and the place of the picture."""
 
+_PIXELS = re.compile(r" *\d+(\.\d*)?( *, *\d+(\.\d*)?){3} *")
+
 
 def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """The tables of OFA, without a header, with the picture in base64: captions, questions or entailment (see `OFA`).
+    """The tables of OFA, without a header, with the picture in base64: captions, questions, entailment (see `OFA`), or
+    phrases with their boxes in pixels.
 
-    `caption` and `objects` are lists (OFA writes && between); `answer` is the surest one and `answers` are all.
+    `caption` and `objects` are lists (OFA writes && between); `answer` is the surest one and `answers` are all; `box`
+    is in fractions of the picture's width and height.
     """
     first = next((line for _, line in numbered_lines(path, on_reject)), "").rstrip("\r\n").split("\t")
     place = next((number for number, cell in enumerate(first) if held_picture(cell)), -1)
@@ -204,6 +214,8 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
             f"{path} has {len(first)} columns and {found}: OFA's captions have 5 columns with the picture last, its "
             "questions 6 with the picture last, its entailment 6 with the picture third; name others by --names."
         )
+    if _PIXELS.fullmatch(first[3]):
+        names = ("id", "image_id", "phrase", "box", "image")
     for row in read_tsv(path, images_root, on_reject, names=names):
         for name in ("objects", *(["caption"] if "label" not in row else [])):
             if name in row:
@@ -215,7 +227,24 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
                 continue
             row["answers"] = [answer for _, answer in sorted(told, key=lambda one: -float(one[0]))]
             row["answer"] = row["answers"][0]
+        if "box" in row:
+            box = _fractions(row["box"], held_picture(row["image"]))
+            if box is None:
+                on_reject(Reject(row["_where"], f"{row['_where']} has no box of pixels inside its picture."))
+                continue
+            row["box"] = box
         yield row
+
+
+def _fractions(pixels: str, picture: bytes | None) -> list[float] | None:
+    """Left, top, right and bottom, in pixels with commas between, as fractions of the picture's width and height; None
+    where they do not lie in the picture."""
+    if picture is None or not _PIXELS.fullmatch(pixels):
+        return None
+    with Image.open(io.BytesIO(picture)) as image:
+        sizes = image.size * 2
+    left, top, right, bottom = (float(place) / size for place, size in zip(pixels.split(","), sizes, strict=True))
+    return [left, top, right, bottom] if left < right <= 1 and top < bottom <= 1 else None
 
 
 def _is_number(text: str) -> bool:

@@ -12,7 +12,7 @@ from openm6.data.columns import SlotView
 from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
-from openm6.errors import DataError
+from openm6.errors import DataError, cut
 from openm6.images import open_image
 from openm6.tasks.preview import plain_processor, preview
 from openm6.tasks.processor import Processor
@@ -101,7 +101,7 @@ class Check:
             if not isinstance(text, str):
                 raise DataError(f"{name} has to be a text, not {type(text).__name__}.")
             if known and text not in known:
-                raise DataError(f"{name} is {text[:40]!r}, none of the task's labels: {', '.join(known[:10])}.")
+                raise DataError(f"{name} is {cut(text)!r}, none of the task's labels: {', '.join(known[:10])}.")
             self._lengths.setdefault(name, []).append(len(text))
 
     def _measure(self, seen: Record, processor: Processor) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.images import PICTURES
 from openm6.tasks.slots.label import normalize_label
 
@@ -230,11 +230,7 @@ def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str
 
 
 def _listed(columns: Iterable[str]) -> str:
-    return ", ".join(map(_short, columns))
-
-
-def _short(column: str) -> str:
-    return column if len(column) <= 40 else f"{column[:40]}..."
+    return ", ".join(map(cut, columns))
 
 
 def _looks_like(values: list[Any], kind: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from openm6.errors import cut
 from openm6.tasks.metrics import label_namer, label_pairs
 from openm6.tasks.slots.label import normalize_label
 
@@ -97,4 +98,4 @@ def _of(shown: int, every: int, which: str) -> str:
 
 
 def _short(text: str) -> str:
-    return text[:39] + "…" if len(text) > 40 else text or "(empty)"
+    return cut(text) or "(empty)"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm6.bases import base_of, changed_base, weights_hash
+from openm6.bases import base_of, changed_base, directory_hash
 from openm6.environment import ARTIFACTS, CATALOGUE
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.hub.jobs import home, last_step
@@ -121,13 +121,13 @@ class Catalogue:
     ) -> Version:
         """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
         `run`: the folder of its training, of which the energy is kept, and the recipe where the model has none. The
-        base of an adapter is kept by its path and the hash of its weights."""
+        base of an adapter is kept by its path and a hash of its files."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
             raise UsageError(f"{directory} is no model directory.")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
         if base := base_of(directory):
-            about["base"] = {"path": str(base.resolve()), "hash": weights_hash(base)}
+            about["base"] = {"path": str(base.resolve()), "hash": directory_hash(base)}
             known = self.version_at(base)
             parts = (known, *parts) if known and known not in parts else parts
         texts = {}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import DataError
+from openm6.errors import DataError, cut
 from openm6.sequence import CAUSAL, IGNORE, Sequence
 from openm6.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
         if value is None or value == "":
             continue
         if str(value).lower() not in _VERDICTS:
-            raise DataError(f"verdict_{name} is {str(value)[:40]!r}; a verdict on a picture is 1 or 0, true or false.")
+            raise DataError(f"verdict_{name} is {cut(value)!r}; a verdict on a picture is 1 or 0, true or false.")
         found[name] = _VERDICTS[str(value).lower()]
     return found
 

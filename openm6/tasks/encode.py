@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.sequence import Sequence
 from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.forms import characters
@@ -276,7 +276,7 @@ def value_of(task: Task, record: Record, slot: Slot, rng: np.random.Generator | 
     if known and normalize_label(str(value)) not in known:
         listed = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise DataError(
-            f"{where(record)}{slot.name}: {str(value)[:40]!r} is none of the task's labels."
+            f"{where(record)}{slot.name}: {cut(value)!r} is none of the task's labels."
             f"{suggest(str(value), known)} They are: {listed}."
         )
     return value

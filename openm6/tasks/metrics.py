@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def spearman(predictions: list[str], references: list[list[str]]) -> Values:
     wanted = [number(some[0]) for some in references]
     if None in wanted:
         text = references[wanted.index(None)][0]
-        raise DataError(f"spearman compares numbers, and the reference {text[:40]!r} is none: take another metric.")
+        raise DataError(f"spearman compares numbers, and the reference {cut(text)!r} is none: take another metric.")
     pairs = np.array([(number(p) or 0.0, w) for p, w in zip(predictions, wanted, strict=True)])
 
     def corpus(rows: np.ndarray) -> float:

@@ -32,11 +32,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from openm6.atomic import write_json, write_text, write_whole
+from openm6.bases import directory_hash
 from openm6.bundle import Bundle
 from openm6.convert import prune_bundle, quantize_bundle
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.directory import model_hash
 from openm6.edge.package import export, round_package
 from openm6.edge.runner import EdgeModel
 from openm6.errors import OpenM6Error, UsageError
@@ -308,7 +308,7 @@ class _Work:
 def _content(chain: Chain) -> list[str]:
     """Hashes of the model and of the data: what was made of others is stale."""
     sources = [s for task in chain.tasks for s in (task.data, task.validation, task.unlabelled) if s]
-    return [model_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
+    return [directory_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
 
 
 # Measures

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from openm6.atomic import sync, whole_lines, write_text
+from openm6.bases import directory_hash
 from openm6.batches import Batch
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
 from openm6.data.digest import json_hash
 from openm6.data.source import Source
 from openm6.data.store import Record, Records, shown
-from openm6.directory import model_hash
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps
 from openm6.model.loss import Teacher
+from openm6.review import seed_of
 from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -109,7 +110,7 @@ def answered(
     """
     if task.embeds or task.head or task.draws or task.sketch:
         raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
-    key = json_hash([source.content_hash(), task.to_dict(), dict(columns), model_hash(teacher)])[:12]
+    key = json_hash([source.content_hash(), task.to_dict(), dict(columns), directory_hash(teacher)])[:12]
     file = output / "answers" / f"{task.name}-{key}.jsonl"
     if group.first:
         _answer(source, task, columns, teacher, file)
@@ -137,15 +138,17 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
         for number in shown(rest, len(rest), f"{teacher} answers {source.name}"):
             part.append(number)
             if len(part) == AT_ONCE or number == rest[-1]:
-                stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part]))
+                stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part], part[0]))
                 sync(stream)
                 part = []
 
 
-def _answers(bundle: Bundle, task: Task, records: list[Record]) -> Iterator[str]:
-    """A line of JSON for each record; without a value where the teacher cannot read it."""
+def _answers(bundle: Bundle, task: Task, records: list[Record], start: int) -> Iterator[str]:
+    """A line of JSON for each record; without a value where the teacher cannot read it. `start`: the number of the
+    first record in the source, of which its random numbers are."""
     prompts = [_readable(bundle, task, record) for record in records]
-    found = iter(bundle.run_many(task, [one for one in prompts if one is not None]))
+    good, seed = [one for one in prompts if one is not None], seed_of(task.decode.get("seed", 0), start)
+    found = iter(bundle.run_many(task, good, decoding={"seed": seed}))
     for one in prompts:
         value = None if one is None else next(found)
         several = len(task.outputs) > 1 and value is not None

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openm6.bases import directory_hash
 from openm6.data.digest import json_hash
-from openm6.directory import model_hash
 from openm6.errors import UsageError
 from openm6.tasks.library import get as get_task
 from openm6.train.checkpoint import latest_checkpoint, step_of
@@ -90,7 +90,7 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
 
 def _content(recipe: AnyRecipe) -> dict[str, str]:
     values = _flat(recipe.model_dump(mode="json"))
-    found = {key: model_hash(Path(values[key])) for key in BY_CONTENT if values.get(key)}
+    found = {key: directory_hash(Path(values[key])) for key in BY_CONTENT if values.get(key)}
     places: list[tuple[str, Any]] = [(f"data.{number}", section) for number, section in enumerate(recipe.data)]
     if recipe.evaluation.patience:  # what is measured decides when it stops, and which weights are the best
         places += [(f"evaluation.data.{number}", section) for number, section in enumerate(recipe.evaluation.data)]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from openm6.data.readers import FORMATS, format_of, read, with_options
 from openm6.data.rejects import Reject
@@ -190,6 +191,16 @@ def test_the_tables_of_ofa(tmp_path: Path) -> None:
         assert plain(load(write(tmp_path / "a.tsv", line), "ofa")[0][0]) == record
     with pytest.raises(DataError, match="no picture"):
         load(write(tmp_path / "a.tsv", "a\tb\n"), "ofa")
+
+
+def test_the_boxes_of_ofa_are_fractions_of_their_picture(tmp_path: Path) -> None:
+    with Image.open(io.BytesIO(picture_bytes(251))) as image:
+        width, height = image.size
+    boxes = (f"0.0,1,{width / 2},{height}", f"0,0,{width + 1},2", "3,0,2,2")
+    lines = "".join(f"1\t2\tthe sun\t{box}\t{CODE}\n" for box in boxes)
+    records, rejected = load(write(tmp_path / "a.tsv", lines), "ofa")
+    assert [(r["phrase"], r["box"]) for r in records] == [("the sun", [0, 1 / height, 0.5, 1])]
+    assert [r.where for r in rejected] == [f"{tmp_path / 'a.tsv'}:2", f"{tmp_path / 'a.tsv'}:3"]
 
 
 def test_json_lines_that_are_named_json_and_endings_in_capitals(tmp_path: Path) -> None:
