@@ -80,8 +80,7 @@ def make_batch(
     "page": path}. Raises DataError when more than a twentieth of the prompts, and 20, cannot be used.
     """
     chosen, source = bundle.task(task), open_source(prompts)
-    if not chosen.draws:
-        raise UsageError(f"The task {chosen.name} does not draw.")
+    chosen.check_draws()
     check_keep(keep, candidates)
     list(bundle.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for
     options = Drawing.of(**{**chosen.decode, **(decoding or {})})

@@ -145,8 +145,7 @@ def relevance_by_slot(bundle: Bundle, task: str | Task, drawn: list[Painting], *
 
 def drawing_task(bundle: Bundle, task: str | Task) -> Task:
     task = bundle.task(task)
-    if not task.draws:
-        raise UsageError(f"The task {task.name} does not draw: it writes {', '.join(task.outputs)}.")
+    task.check_draws()
     return task
 
 

@@ -49,6 +49,7 @@ def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, 
 def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
     """The model's directory and the slots by name, after everything that was given was looked for."""
     place, asked = check_inputs(model, [task]), pairs(slots or [])
+    find_task(place, task).check_draws()
     check_pictures(*pictures)
     return place, dict(asked)
 

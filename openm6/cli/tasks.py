@@ -24,7 +24,7 @@ def list_tasks(context: typer.Context, json: Json = False) -> None:
     if json:
         emit([task.to_dict() for task in found])
         return
-    rows = [(t.name, t.instructions[0].text.replace("[", r"\["), t.description) for t in found]
+    rows = [(t.name, t.instructions[0].text, t.description) for t in found]
     table(["task", "first instruction", ""], rows)
 
 

@@ -188,6 +188,11 @@ class Task:
             if name not in given and not self.slots[name].drop:
                 raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.")
 
+    def check_draws(self) -> None:
+        """Raises UsageError for a task whose answer is no picture."""
+        if not self.draws:
+            raise UsageError(f"The task {self.name} does not draw: it writes {', '.join(self.outputs)}.")
+
     def asked(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Of a record what the task is asked with: its inputs, where they are there."""
         return {name: record[name] for name in self.inputs if record.get(name) is not None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openm6.bundle import Bundle
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
 from openm6.model.experts import Load, MixtureOfExperts
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
@@ -122,7 +122,7 @@ def test_the_z_loss_is_that_of_the_definition() -> None:
 
 def test_another_number_of_experts_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(sparse(tmp_path, {}))
-    with pytest.raises(OpenM6Error, match=r"experts.down is \[8, 32, 48\] there and is \[4, 32, 48\] here"):
+    with pytest.raises(UsageError, match=r"cannot be resumed: model.sizes.num_experts was 8 and is 4"):
         train(sparse(tmp_path, {"num_experts": 4}))
 
 
@@ -138,5 +138,3 @@ def test_a_nan_in_one_expert_stops_the_run(tmp_path: Path) -> None:
         with pytest.raises(OpenM6Error, match="the gradient is not finite"):
             for _ in range(6):  # until a token goes there
                 trainer._one_step(next(batches))
-        assert trainer.reporter is not None
-        trainer.reporter.close()
