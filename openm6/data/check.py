@@ -119,7 +119,7 @@ class Check:
 
     def _problem(self, where: str, reason: str) -> None:
         # The same fault reads alike wherever it is.
-        reason = reason.replace(where, "").replace(where.rsplit(":", 1)[0], "").strip(" :")
+        reason = reason.replace(where, "").removeprefix(where.rsplit(":", 1)[0]).strip(" :")
         self._counts[reason] += 1
         self._first.setdefault(reason, where)
 

@@ -146,7 +146,7 @@ def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> Us
     if found := re.search(r"No field named \"?(.+?)\"?\. Valid fields", reason):
         name = found[1]
         hint = suggest(name, list(columns)) or f" A text stands in single quotes: '{name}'."
-        told = f"there is no column {name!r}.{hint}".rstrip(".")
+        told = f"there is no column {name!r}.{hint}"
     elif found := re.search(r"literal ([A-Z][a-z]+)\d*\((.*?)\) .* of type '([A-Z][a-z]+)", reason):
         kinds = {"Utf": "text", "Boolean": "bool", "Int": "int", "Float": "float"}
         got, want = kinds.get(found[1], "number"), kinds.get(found[3], "number")
@@ -160,7 +160,8 @@ def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> Us
         told = f"it is no condition in SQL ({found[1].rstrip('.')})"
     else:
         told = "it fails on the items"
+    told += "" if told.endswith((".", "?")) else "."
     return UsageError(
-        f"The filter {where!r} cannot be used: {told}. Columns: id text, {describe(columns)}. "
+        f"The filter {where!r} cannot be used: {told} Columns: id text, {describe(columns)}. "
         "Example: price < 100 AND colour = '红色'."
     )
