@@ -22,7 +22,7 @@ from openm6.environment import NO_CACHE
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 
-_CACHE_VERSION = 2  # raised when the same files are read as other records
+_CACHE_VERSION = 3  # raised when the same files are read as other records
 
 
 class Source:
