@@ -33,7 +33,7 @@ def build(
     id_column: Annotated[str, typer.Option("--id", help="Column with an id; else an item's place in the data.")] = "",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Column to filter by and to show; its type is told, or price:float; several times."),
+        typer.Option(help="Column to filter by and to show, as price or with its type, price:float; several times."),
     ] = None,
     column: Column = None,
     dims: Annotated[int | None, typer.Option(min=1, help="Cut the vectors to so many numbers.")] = None,
@@ -180,13 +180,15 @@ def _open(path: Path) -> tuple[Index, Bundle]:
 
 def _require_same(made: Index, columns: dict[str, str], dims: int | None, **asked: Any) -> None:
     """Refuse to go on with an index that was begun with other settings than the ones asked for."""
+    from openm6.retrieve.columns import describe
+
     before = made.about
     same_columns = columns.keys() == before["columns"].keys() and all(
         kind in ("", before["columns"][name]) for name, kind in columns.items()
     )
     found = {name: value for name, value in before.items() if name in asked and value != asked[name]}
     if not same_columns:
-        found["columns"] = before["columns"]
+        found["columns"] = describe(before["columns"])
     if dims not in (None, made.dims):
         found["dims"] = made.dims
     if found:

@@ -222,7 +222,7 @@ def _synonyms(slot: str, kind: str) -> list[str]:
 
 
 def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str) -> str:
-    """What is said where a slot has no column."""
+    """The error message for a slot without a column."""
     likely, keys = choice.unclear.get(slot) or choice.fitting(slot), choice.fitting(slot, keys=True)
     column = likely[0] if likely else "COLUMN"
     hint = f" ({_listed(likely)} {'are as likely' if likely[1:] else 'is the likeliest'})" if likely else ""

@@ -171,7 +171,7 @@ class Prediction:
                 yield {**own, **{column: answer.get(name) for name, column in self.added.items()}}
 
     def _answered(self, rows: list[Record | Reject], number: int) -> Iterator[dict[str, Any]]:
-        """What is added to each row of a part, by the names of `added`."""
+        """The added values of each row of a part, by the names of `added`."""
         options = {**self.task.decode, **self.decoding}
         if options.get("temperature"):  # parts would draw the same random numbers
             options["seed"] = seed_of(int(options.get("seed", 0)), number)
