@@ -451,6 +451,14 @@ def test_parquet_with_bytes_and_with_the_structs_of_hugging_face(tmp_path: Path)
         ]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_told_with_the_order_of_its_bytes(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("text,label\na,b\n".encode(encoding))
+    with pytest.raises(DataError, match=f"say so by --encoding {encoding}"):
+        load(tmp_path / "a.csv")
+    assert len(load(tmp_path / "a.csv", f"?encoding={encoding}")[0]) == 1
+
+
 def test_a_number_that_pandas_says_is_missing_is_no_value(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, float("nan")]}), tmp_path / "a.parquet")
     assert [r["label"] for r in load(tmp_path / "a.parquet")[0]] == [1.0, None]
