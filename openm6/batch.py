@@ -71,6 +71,7 @@ def make_batch(
     columns: Mapping[str, str] | None = None,
     decoding: Mapping[str, Any] | None = None,
     resume: bool = True,
+    data_format: str | None = None,
 ) -> dict[str, Any]:
     """For every record of the source `prompts` draw `candidates`, keep the `keep` best that are not alike, and write
     `output` with a page to review them. Called again after a kill it goes on after the last whole prompt, to the same
@@ -79,7 +80,7 @@ def make_batch(
     `columns` maps slots to columns where names differ. Returns {"prompts": drawn, "bad": left out, "pictures": kept,
     "page": path}. Raises DataError when more than a twentieth of the prompts, and 20, cannot be used.
     """
-    chosen, source = bundle.task(task), open_source(prompts)
+    chosen, source = bundle.task(task), open_source(prompts, data_format)
     chosen.check_draws()
     check_keep(keep, candidates)
     list(bundle.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for

@@ -11,8 +11,6 @@ texts.csv          every item, in the order of the source, with its texts or the
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,15 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import sync, whole_lines, write_failed
+from openm6.atomic import sync, whole_lines, write_failed, write_file
 from openm6.bundle import LIMITS, Bundle
-from openm6.data.columns import SlotView
+from openm6.data.columns import SlotView, require_columns
+from openm6.data.rejects import Reject
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
+from openm6.data.writers import write_csv
 from openm6.decode import Decoding, Generated
 from openm6.decode.limits import Limits
-from openm6.errors import UsageError, suggest
-from openm6.json_lines import dumps, plain
+from openm6.errors import UsageError
 from openm6.review import (
     CANDIDATES,
     LABELLED,
@@ -104,6 +103,7 @@ def make_copy(
     resume: bool = True,
     id_column: str = "",
     table: Sequence[str] | None = None,
+    data_format: str | None = None,
 ) -> dict[str, Any]:
     """For every item of the source write `candidates` texts, keep the `keep` best that break no rule and are not alike,
     and write `output` with a page to review them. Called again after a kill it goes on after the last whole item.
@@ -118,17 +118,14 @@ def make_copy(
     Returns {"items", "bad", "texts", "empty": items none of whose texts were kept, "broken": {reason: texts}, "page",
     "table"}. Raises UsageError for an item that has changed since its texts were written.
     """
-    chosen, source = bundle.task(task), open_source(items)
+    chosen, source = bundle.task(task), open_source(items, data_format)
     if [chosen.slots[name].type for name in chosen.outputs] != ["text"]:
         raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
     check_keep(keep, candidates)
     view = _view(chosen, source, columns or {})
     pictures = {view.mapping.get(name) for name in chosen.inputs if chosen.slots[name].type == "image"}
     shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
-    for name in (*shown, *([id_column] if id_column else [])):
-        if name not in source.columns:
-            has = ", ".join(source.columns)
-            raise UsageError(f"The data has no column {name!r}.{suggest(name, list(source.columns))} It has: {has}.")
+    require_columns(source.columns, [*shown, *([id_column] if id_column else [])])
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
         "forbid": sorted(set(forbid)),
@@ -147,7 +144,7 @@ def make_copy(
     begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume)
     known = _values_of(chosen, view, source) if facts else {}
     if facts and lexicon:
-        more = open_source(lexicon)
+        more = open_source(lexicon, data_format)
         for name, values in _values_of(chosen, _view(chosen, more, columns or {}), more).items():
             known.setdefault(name, set()).update(values)
     try:
@@ -184,7 +181,7 @@ def make_copy(
                         done.add(number)
                 bar.update(row, completed=group.stop)
         page = write_review(output)
-        file_of_all = write(output / TABLE, _table(output, source, id_column, shown))
+        write_file(output / TABLE, lambda draft: _write_table(draft, output, source, id_column, shown))
     except OSError as error:
         raise write_failed(output, error) from None
     reasons = Counter(_kind(one["reason"]) for one in whole_lines(output / BROKEN))
@@ -192,7 +189,7 @@ def make_copy(
     return {
         "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),
         "broken": dict(reasons.most_common()), "page": str(page),
-        "table": str(file_of_all),
+        "table": str(output / TABLE),
     }  # fmt: skip
 
 
@@ -215,34 +212,32 @@ def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
     return {"file": str(file), **acceptance(by_rank)}
 
 
-def _table(output: Path, source: Source, id_column: str, columns: Sequence[str]) -> Iterator[str]:
-    """The lines of a CSV, which Excel knows as UTF-8 by its first character: every item in the order of the source, and
-    at the end the rows of the source that could not be read."""
+def _write_table(path: Path, output: Path, source: Source, id_column: str, columns: Sequence[str]) -> None:
+    """A CSV of every row of the source in its order, rows that could not be read too."""
     texts, broken = defaultdict(list), defaultdict(list)
     for row in rows_of(output):
         if row["rank"]:
-            texts[row["prompt"]].append([row["rank"], row["said"], ""])
+            texts[row["prompt"]].append({"rank": row["rank"], "text": row["said"]})
     for row in whole_lines(output / BROKEN):
         broken[row["prompt"]].append(row["reason"])
     refused = {row["where"]: row["reason"] for row in whole_lines(output / REJECTS)}
     own = ("rank", "text", "reason")
-    names = [name for name in columns if name != id_column]
+    name = id_column or "item"
+    shown = {column: f"item {column}" if column in own else column for column in columns if column != id_column}
 
-    def line(cells: Iterable[Any]) -> str:
-        held = io.StringIO()
-        csv.writer(held).writerow(
-            cell if isinstance(cell, str) else "" if cell is None else dumps(cell, plain) for cell in cells
-        )
-        return held.getvalue()
+    def rows() -> Iterator[dict[str, Any]]:
+        number = 0
+        for record in source.rows():
+            if isinstance(record, Reject):
+                yield {"reason": record.reason}
+                continue
+            item = {name: record.get(id_column) if id_column else number + 1}
+            item |= {shown[column]: record.get(column) for column in shown}
+            reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
+            yield from ({**item, **cells} for cells in texts[number] or [{"reason": reason}])
+            number += 1
 
-    yield "\ufeff" + line([id_column or "item", *(f"item {n}" if n in own else n for n in names), *own])
-    for number, record in enumerate(source):
-        item = [record.get(id_column) if id_column else number + 1, *(record.get(name) for name in names)]
-        reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
-        for cells in texts[number] or [["", "", reason]]:
-            yield line([*item, *cells])
-    for reject in source.rejected:
-        yield line([""] * (1 + len(names)) + ["", "", reject.reason])
+    write_csv(path, [name, *shown.values(), *own], rows)
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:

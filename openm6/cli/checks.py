@@ -1,4 +1,4 @@
-"""What a command was given, checked before PyTorch is imported: that takes seconds, and a mistake is told at once."""
+"""Checks of a command's arguments before PyTorch is imported: that takes seconds, and a mistake is told at once."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_pictures(*files: str | Path) -> None:
 
 
 def check_parts(recipe: AnyRecipe) -> None:
-    """What a recipe names, looked for: its model, teacher, tasks and data. Raises as `check_inputs` does."""
+    """Check that the model, teacher, tasks and data of a recipe exist. Raises as `check_inputs` does."""
     from openm6.data.source import check_source
     from openm6.presets import find_preset
     from openm6.tasks.card import read_card

@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, table
 from openm6.cli.work import decoding_options
 
 copy = typer.Typer(help="Texts for many items, checked against their facts, reviewed by people.", no_args_is_help=True)
@@ -34,7 +34,11 @@ def batch(
     columns: Annotated[
         str | None, typer.Option(help="Columns of the items in texts.csv, with commas between; else all but pictures.")
     ] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    column: Column = None,
+    data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
+    no_cache: NoCache = False,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Decoding option.")] = None,
     json: Json = False,
 ) -> None:
@@ -51,11 +55,12 @@ def batch(
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
     from openm6.bundle import Bundle
     from openm6.copywriting import make_copy
+    from openm6.data.readers import with_options
 
     made = make_copy(
         Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
         decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-        lexicon=lexicon, id_column=id_column,
+        lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
         table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
     )  # fmt: skip
     if json:

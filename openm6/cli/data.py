@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Encoding, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.checks import MODEL, find
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
 
 data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -18,15 +18,15 @@ app.add_typer(data, name="data")
 def check(
     source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
     task: Annotated[str, typer.Option(help="A task by name or YAML path: can these data be used for it?")],
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
-    data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    column: Column = None,
+    data_format: Format = None,
+    images: Images = None,
     encoding: Encoding = None,
     names: Names = None,
     no_cache: NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A model directory: count tokens, and what is too long for the model.")
+        str | None, typer.Option(help=f"{MODEL} It counts tokens, and records that are too long for the model.")
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Data to measure on: how many of its records are among these?")
@@ -47,9 +47,11 @@ def check(
     command = check_command(source, task, *options)
     processor, known = None, {}
     if model is not None:
+        place = find(model)
+
         from openm6.directory import open_processor
 
-        processor, own = open_processor(model)
+        processor, own = open_processor(place)
         known = {one.name: one for one in own}
     chosen = known.get(task) or get(task)
     data_format = with_options(data_format, encoding, names)
@@ -81,15 +83,19 @@ def check(
 def add(
     name: Annotated[str, typer.Argument(help="What to call it.")],
     source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
-    data_format: Annotated[str | None, typer.Option("--format", help="The format, when its name does not say.")] = None,
-    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    data_format: Format = None,
+    images: Images = None,
+    encoding: Encoding = None,
+    names: Names = None,
+    no_cache: NoCache = False,
     json: Json = False,
 ) -> None:
     """Put a data set into the catalogue: what is in it and a hash; the data stay where they are. What is there already
     is not put in again."""
+    from openm6.data.readers import with_options
     from openm6.hub.catalogue import Catalogue
 
-    version = Catalogue().add_data(name, source, data_format, images)
+    version = Catalogue().add_data(name, source, with_options(data_format, encoding, names), images)
     if json:
         emit({"name": version.name, "version": version.number, **version.about})
     else:

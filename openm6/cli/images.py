@@ -10,7 +10,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_pictures, check_slots, find_task
-from openm6.cli.output import Json, emit, pairs, show_measures, table
+from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, show_measures, table
 from openm6.cli.work import decoding_options
 
 if TYPE_CHECKING:
@@ -191,7 +191,11 @@ def batch(
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
     keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 4,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    column: Column = None,
+    data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
+    no_cache: NoCache = False,
     option: Options = None,
     json: Json = False,
 ) -> None:
@@ -201,9 +205,11 @@ def batch(
 
     from openm6.batch import make_batch
     from openm6.bundle import Bundle
+    from openm6.data.readers import with_options
 
     made = make_batch(
         Bundle.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
+        data_format=with_options(data_format, encoding, names),
     )  # fmt: skip
     if json:
         emit(made)

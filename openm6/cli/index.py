@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ app.add_typer(index, name="index")
 
 Place = Annotated[Path, typer.Argument(help="Directory of the index.")]
 Data = Annotated[str, typer.Option(help="Items: a path, or built-in data.")]
-Format = Annotated[str | None, typer.Option("--format", help="The data's format, when its name does not say.")]
-Images = Annotated[str | None, typer.Option(help="Folder that picture paths start from.")]
 
 
 @index.command()
@@ -35,12 +33,15 @@ def build(
     id_column: Annotated[str, typer.Option("--id", help="Column with an id; else an item's place in the data.")] = "",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Column to filter by and to show; its type is told, or price:float; several times."),
+        typer.Option(help="Column to filter by and to show, as price or with its type, price:float; several times."),
     ] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    column: Column = None,
     dims: Annotated[int | None, typer.Option(min=1, help="Cut the vectors to so many numbers.")] = None,
     data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
     images: Images = None,
+    no_cache: NoCache = False,
     json: Json = False,
 ) -> None:
     """Make an index of the items of a source. An interrupted one goes on when the same command is given again."""
@@ -48,10 +49,11 @@ def build(
     columns = pairs(column or [])
 
     from openm6.bundle import Bundle
+    from openm6.data.readers import with_options
     from openm6.retrieve.fill import create_for, types_given
     from openm6.retrieve.index import Index
 
-    bundle = Bundle.load(place)
+    bundle, data_format = Bundle.load(place), with_options(data_format, encoding, names)
     if (path / "index.json").is_file():
         made = Index.open(path)
         _require_same(
@@ -72,15 +74,19 @@ def add(
     data: Data,
     only_new: Annotated[bool, typer.Option("--only-new", help="Pass over items whose ids are there.")] = False,
     data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
     images: Images = None,
+    no_cache: NoCache = False,
     json: Json = False,
 ) -> None:
     """Add items, or replace those of the same id."""
+    from openm6.data.readers import with_options
     from openm6.data.source import check_source
 
     check_source(data)
     made, bundle = _open(path)
-    _fill(made, bundle, data, data_format, images, only_new, json)
+    _fill(made, bundle, data, with_options(data_format, encoding, names), images, only_new, json)
 
 
 @index.command()
@@ -174,13 +180,15 @@ def _open(path: Path) -> tuple[Index, Bundle]:
 
 def _require_same(made: Index, columns: dict[str, str], dims: int | None, **asked: Any) -> None:
     """Refuse to go on with an index that was begun with other settings than the ones asked for."""
+    from openm6.retrieve.columns import describe
+
     before = made.about
     same_columns = columns.keys() == before["columns"].keys() and all(
         kind in ("", before["columns"][name]) for name, kind in columns.items()
     )
     found = {name: value for name, value in before.items() if name in asked and value != asked[name]}
     if not same_columns:
-        found["columns"] = before["columns"]
+        found["columns"] = describe(before["columns"])
     if dims not in (None, made.dims):
         found["dims"] = made.dims
     if found:

@@ -25,6 +25,9 @@ def _set_no_cache(value: bool) -> bool:
 NoCache = Annotated[
     bool, typer.Option("--no-cache", callback=_set_no_cache, help="Read the files anew, and keep nothing of them.")
 ]
+Column = Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")]
+Format = Annotated[str | None, typer.Option("--format", help="The data's format, when its name does not say.")]
+Images = Annotated[str | None, typer.Option(help="Folder that picture paths start from.")]
 Encoding = Annotated[str | None, typer.Option(help="The encoding of text files that are not UTF-8, as big5.")]
 Names = Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")]
 

@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import Encoding, Json, Names, counted, emit, pairs
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, counted, emit, pairs
 from openm6.cli.work import decoding_options
 
 
@@ -19,13 +19,12 @@ def predict(
     task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Records to answer: CSV, JSON lines, Parquet, or another source.")],
     output: Annotated[Path, typer.Option(help="File for the answers, .csv, .jsonl or .parquet; one begun is resumed.")],
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
-    data_format: Annotated[
-        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
-    ] = None,
+    column: Column = None,
+    data_format: Format = None,
     encoding: Encoding = None,
     names: Names = None,
-    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    images: Images = None,
+    no_cache: NoCache = False,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
     ] = None,

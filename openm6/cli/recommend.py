@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.output import Encoding, Format, Json, Names, NoCache, emit, pairs, table
 
 recommend = typer.Typer(help="What a customer may want next, from an index and past visits.", no_args_is_help=True)
 app.add_typer(recommend, name="recommend")
 
 Place = Annotated[Path, typer.Argument(help="Folder of the recommender.")]
 Visits = Annotated[str, typer.Option(help="Visits: a path or built-in data with the columns history and bought.")]
-Format = Annotated[str | None, typer.Option("--format", help="The data's format, when its name does not say.")]
 
 
 @recommend.command()
@@ -26,16 +25,20 @@ def fit(
     context: Annotated[list[str] | None, typer.Option(help="A column of the visit that is known.")] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
+    no_cache: NoCache = False,
     json: Json = False,
 ) -> None:
     """Learn from visits what to put first: `openm6 recommend fit runs/next --index goods --visits visits.jsonl`"""
     from openm6.atomic import require_new
+    from openm6.data.readers import with_options
     from openm6.data.source import open_source
     from openm6.retrieve.index import Index
     from openm6.retrieve.recommend import Recommender
 
     require_new(path)
-    records = open_source(visits, data_format)
+    records = open_source(visits, with_options(data_format, encoding, names))
     made = Recommender.fit(Index.open(index), records, context or [], seed)
     made.save(path)
     if json:
@@ -45,12 +48,22 @@ def fit(
 
 
 @recommend.command("eval")
-def evaluate(path: Place, visits: Visits, data_format: Format = None, json: Json = False) -> None:
+def evaluate(
+    path: Place,
+    visits: Visits,
+    data_format: Format = None,
+    encoding: Encoding = None,
+    names: Names = None,
+    no_cache: NoCache = False,
+    json: Json = False,
+) -> None:
     """Measure on visits that were not learned from, beside what is near alone and what is most bought."""
+    from openm6.data.readers import with_options
     from openm6.data.source import open_source
     from openm6.retrieve.recommend import Recommender
 
-    found = Recommender.load(path).measure(open_source(visits, data_format))
+    source = open_source(visits, with_options(data_format, encoding, names))
+    found = Recommender.load(path).measure(source)
     if json:
         emit({way: {n: [s.value, s.low, s.high, s.n] for n, s in scores.items()} for way, scores in found.items()})
         return

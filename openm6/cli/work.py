@@ -11,7 +11,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
-from openm6.cli.output import Encoding, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ def finetune(
     unlabelled: Annotated[
         list[str] | None, typer.Option(help="Data without answers, which the teacher gives; several times.")
     ] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
-    data_format: Annotated[
-        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
-    ] = None,
+    column: Column = None,
+    data_format: Format = None,
+    images: Images = None,
     encoding: Encoding = None,
     names: Names = None,
     seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
@@ -114,6 +113,7 @@ def finetune(
         model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
         columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
         unlabelled=unlabelled or [], seed=seed, data_format=with_options(data_format, encoding, names),
+        images=images,
     )  # fmt: skip
     recipe = override_recipe(values, overrides or [])
     run_recipe(recipe, processes)
@@ -125,11 +125,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="A task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Data to measure on: a path, or a built-in such as demo:questions/test.")],
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
-    data_format: Annotated[
-        str | None, typer.Option("--format", help="The data's format, when its name does not say.")
-    ] = None,
-    images: Annotated[str | None, typer.Option(help="Folder that picture paths start from.")] = None,
+    column: Column = None,
+    data_format: Format = None,
+    images: Images = None,
     encoding: Encoding = None,
     names: Names = None,
     no_cache: NoCache = False,

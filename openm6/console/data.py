@@ -77,7 +77,7 @@ def _look(desk: Desk, version: Version) -> list[Any]:
     sample = {"headers": heads, "data": [[shortened(row.get(head), 120) for head in heads] for row in rows]}
     pictures, problems, seen = [], [], set[bytes]()
     try:
-        records = open_source(about["source"])
+        records = open_source(about["source"], about.get("format"), about.get("images"))
         for number in range(0, len(records), max(1, len(records) // SEEN)):
             for name, value in records[number].items():
                 if isinstance(value, bytes) and value not in seen and (opened := _picture(value)):

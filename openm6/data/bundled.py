@@ -29,6 +29,11 @@ def plain_picture(value: Any) -> Any:
     return value
 
 
+def rows_of(table: Any) -> Iterator[Record]:
+    """The rows of an Arrow table; NaN, by which pandas writes that a number is missing, is None."""
+    return ({k: None if v != v else v for k, v in row.items()} for row in table.to_pylist())
+
+
 def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
     """Parquet; binary columns stay bytes. `path` is a file or a folder of files."""
     import pyarrow as pa
@@ -39,7 +44,7 @@ def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Ite
             with open_file(name) as file, pq.ParquetFile(file) as table:
                 number = 0
                 for batch in table.iter_batches(batch_size=256):
-                    for row in batch.to_pylist():
+                    for row in rows_of(batch):
                         yield {**row, "_where": f"{name}#{number}"}
                         number += 1
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -53,7 +58,7 @@ def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
     column named by its ending. Members are read in passing: nothing is written to disk, whatever they are called.
     """
     for name in _files(path, ".tar", ".tar.gz"):
-        record: Record = {}
+        record: Record | None = None  # also where a member cannot be used: half a record is none
         key = ""
         try:
             with open_file(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
@@ -62,23 +67,21 @@ def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
                         continue
                     stem, _, ending = member.name.rpartition("/")[2].partition(".")
                     full = f"{member.name.rpartition('/')[0]}/{stem}"
-                    if full != key and record:
-                        yield record
-                        record = {}
+                    if full != key:
+                        if record:
+                            yield record
+                        record = {"_where": f"{name}#{stem}", "__key__": stem}
                     key = full
-                    where = f"{name}#{member.name}"
-                    if member.size > MAX_BYTES:
-                        on_reject(
-                            Reject(
-                                where,
-                                f"{where} has {member.size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} are read.",
-                            )
-                        )
+                    if record is None:
                         continue
-                    content = archive.extractfile(member)
-                    record.setdefault("_where", f"{name}#{stem}")
-                    record.setdefault("__key__", stem)
-                    _add_member(record, ending.lower(), content.read() if content else b"", where, on_reject)
+                    if member.size > MAX_BYTES:
+                        fault = f"has {member.size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} are read"
+                    else:
+                        content = archive.extractfile(member)
+                        fault = _add_member(record, ending.lower(), content.read() if content else b"")
+                    if fault:
+                        where, record = f"{name}#{member.name}", None
+                        on_reject(Reject(where, f"{where} {fault}."))
             if record:
                 yield record
         except (tarfile.ReadError, EOFError, OSError, zlib.error):
@@ -93,7 +96,8 @@ def _files(path: str, *endings: str) -> list[str]:
     return [path] if path.lower().endswith(endings) else [n for n in list_folder(path) if n.lower().endswith(endings)]
 
 
-def _add_member(record: Record, ending: str, content: bytes, where: str, on_reject: OnReject) -> None:
+def _add_member(record: Record, ending: str, content: bytes) -> str:
+    """Add a member to its record. Returns why it cannot be used, as a verb with its object, else ""."""
     try:
         if "." + ending.rpartition(".")[2] in PICTURES:
             # The usual `name.jpg` is the record's picture; `name.mask.png` is a column of its own.
@@ -101,8 +105,7 @@ def _add_member(record: Record, ending: str, content: bytes, where: str, on_reje
         elif ending == "json":
             columns = parse(content.decode("utf-8-sig"))
             if fault := fault_of(columns):
-                on_reject(Reject(where, f"{where} {fault}."))
-                return
+                return fault
             record.update(columns if isinstance(columns, dict) else {"json": columns})
         elif ending in ("txt", "caption", "text"):
             record["text"] = content.decode("utf-8-sig").strip()
@@ -111,7 +114,8 @@ def _add_member(record: Record, ending: str, content: bytes, where: str, on_reje
         else:
             record[ending] = content
     except ValueError:  # undecodable text or JSON
-        on_reject(Reject(where, f"{where} is not valid {'JSON' if ending == 'json' else 'UTF-8 text'}."))
+        return f"is not valid {'JSON' if ending == 'json' else 'UTF-8 text'}"
+    return ""
 
 
 def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:

@@ -105,7 +105,7 @@ class Check:
             self._lengths.setdefault(name, []).append(len(text))
 
     def _measure(self, seen: Record, processor: Processor) -> None:
-        """Count the tokens of a record's slots, those of all of its example, and those that are cut."""
+        """Count the tokens of a record's slots, of its whole example, and of what is cut off."""
         sequence = self.task.encode(seen, processor, with_target=not self.task.draws or processor.codec is not None)
         for name, slot in self.task.slots.items():
             if slot.type in ("text", "label", "table") and seen.get(name) is not None:
@@ -119,7 +119,7 @@ class Check:
 
     def _problem(self, where: str, reason: str) -> None:
         # The same fault reads alike wherever it is.
-        reason = reason.replace(where, "").replace(where.rsplit(":", 1)[0], "").strip(" :")
+        reason = reason.replace(where, "").removeprefix(where.rsplit(":", 1)[0]).strip(" :")
         self._counts[reason] += 1
         self._first.setdefault(reason, where)
 
@@ -139,14 +139,12 @@ class Check:
         return found
 
     def sentences(self) -> list[str]:
-        """What is said of the labels, of records that agree, and of examples that do not fit."""
+        """Sentences on the labels, on records that agree, and on examples that do not fit."""
         said = [text for name, classes in self._classes.items() for text in classes.sentences(name)]
         found = self._agreeing()
-        for name, what in (("duplicates", "records repeat"), ("conflicts", "inputs have several answers, as in")):
+        for name, what in (("duplicates", "Records that repeat another"), ("conflicts", "Inputs with several answers")):
             if found[name]["count"]:
-                first, second = found[name]["first"]
-                pair = f"another, as {second} does {first}" if name == "duplicates" else f"{first} and {second}"
-                said.append(f"{found[name]['count']:,} {what} {pair}.")
+                said.append(f"{what}: {found[name]['count']:,}, such as {' and '.join(found[name]['first'])}.")
         if self._overlap is not None:
             shared, total, where = self._overlap
             first_one = f" (first: {where})" if shared else ""

@@ -47,7 +47,7 @@ class Classes:
         return {"counts": dict(self.counts.most_common()), "respelled": self.respelled, "alike": self.alike()}
 
     def sentences(self, name: str) -> list[str]:
-        """What is said of the classes of the slot `name`."""
+        """Sentences on the classes of the slot `name`."""
         listed = ", ".join(f"{label} {count:,}" for label, count in self.counts.most_common(_SHOWN))
         more = f" and {len(self.counts) - _SHOWN:,} more" if len(self.counts) > _SHOWN else ""
         classes = f"{len(self.counts):,} class{'es' if len(self.counts) != 1 else ''}"
@@ -55,7 +55,7 @@ class Classes:
         if self.respelled:
             text, label = next(iter(self.respelled.items()))
             count = len(self.respelled)
-            said.append(f"{name}: {count:,} other spellings are taken for a class, such as {text!r} for {label!r}.")
+            said.append(f"{name}: spellings that are taken for a class: {count:,}, such as {text!r} for {label!r}.")
         said += [
             f"{name}: {' and '.join(map(repr, group))} differ in capitals or blanks alone."
             for group in self.alike()[:_SHOWN]

@@ -51,6 +51,9 @@ _SAMPLE = 32
 _KEY = re.compile(r"(id|ids|key|keys|index|idx|uuid|hash|md5|sha1|url|path|编号|序号|编码|网址|链接)$", re.IGNORECASE)
 """Names of columns that identify a record."""
 
+_TURN = {"role", "from"}
+"""Keys that say who speaks in a turn of a conversation."""
+
 _CODE = re.compile(r"(?=.*\d)[\w./:\\#+-]{1,80}|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}", re.IGNORECASE | re.ASCII)
 """A number, a code with digits in it, a hexadecimal number, the name of a file."""
 
@@ -83,7 +86,7 @@ class SlotView:
             value = record.get(column)
             kind = self.task.slots[name].type
             if kind == "image":
-                value = _picture(value, str(record.get("_root") or ""))
+                value = _picture(value, str(record.get("_root") or ""), str(record.get("_where", "A record")))
             elif kind in ("text", "label"):
                 value = _text(value) if kind == "text" else _label(_text(value))
                 if isinstance(value, list) and (rng is not None or name in self.task.inputs):
@@ -116,11 +119,7 @@ def map_columns(
                 f"columns.{slot}: the task {task.name} has no slot {slot!r}.{suggest(slot, list(task.slots))} "
                 f"It has: {', '.join(task.slots)}."
             )
-        if column not in columns:
-            raise UsageError(
-                f"columns.{slot}: the data has no column {column!r}.{suggest(column, columns)} "
-                f"It has: {_listed(columns)}."
-            )
+        require_columns(columns, [column], f"columns.{slot}: the data")
     choice = _Choice(task, columns, rows, dict(mapping))
     choice.take(lambda slot, kind: [c for c in columns if c == slot], ranked=True)
     choice.take(lambda slot, kind: choice.named((slot, *task.aliases.get(slot, ()))), ranked=True)
@@ -131,6 +130,14 @@ def map_columns(
         if not task.slots[slot].drop:
             raise UsageError(_advice(choice, slot, mapping, command))
     return {slot: choice.chosen[slot] for slot in task.slots if slot in choice.chosen}
+
+
+def require_columns(columns: Iterable[str], names: Iterable[str], subject: str = "The data") -> None:
+    """Raises UsageError for a name that is none of the `columns` of the data."""
+    has = list(columns)
+    for name in names:
+        if name not in has:
+            raise UsageError(f"{subject} has no column {name!r}.{suggest(name, has)} It has: {_listed(has)}.")
 
 
 def check_command(source: str, task: str, *options: str) -> str:
@@ -215,18 +222,30 @@ def _synonyms(slot: str, kind: str) -> list[str]:
 
 
 def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str) -> str:
-    """What is said where a slot has no column."""
+    """The error message for a slot without a column."""
     likely, keys = choice.unclear.get(slot) or choice.fitting(slot), choice.fitting(slot, keys=True)
     column = likely[0] if likely else "COLUMN"
     hint = f" ({_listed(likely)} {'are as likely' if likely[1:] else 'is the likeliest'})" if likely else ""
     if keys and not likely:
         hint = f" ({_listed(keys)} {'looks like a key' if len(keys) == 1 else 'look like keys'})"
     options = [word for s, c in {**mapping, slot: column}.items() for word in ("-c", f"{s}={c}")]
-    return (
+    talk = next(filter(None, map(conversation_key, choice.rows)), None)
+    told = f"The data hold conversations (under {talk!r}), which are not read yet. " if talk else ""
+    return told + (
         f"The task {choice.task.name} needs {slot} ([{choice.task.slots[slot].type}:{slot}]), and none of the data's "
         f"columns ({_listed(choice.columns)}) is taken for it{hint}: say which, by columns: {{{slot}: {column}}} in a "
         f"recipe, or by {command} {shlex.join(options)}"
     )
+
+
+def conversation_key(record: Record) -> str | None:
+    """The key under which a record holds a conversation, in the ways of OpenAI (`messages`), ShareGPT and LLaVA
+    (`conversations`) or Alpaca (`instruction`, with `output`); None for any other record."""
+    for key in ("messages", "conversations", "conversation"):
+        turns = record.get(key)
+        if isinstance(turns, list) and turns and all(isinstance(t, dict) and _TURN & t.keys() for t in turns):
+            return key
+    return "instruction" if {"instruction", "output"} <= record.keys() else None
 
 
 def _listed(columns: Iterable[str]) -> str:
@@ -266,11 +285,11 @@ def picture_path(value: str, root: str) -> str:
     return join(root, value) if root and not is_remote(value) else value
 
 
-def _picture(value: Any, root: str) -> Any:
+def _picture(value: Any, root: str, where: str) -> Any:
     """A path completed by its root; a remote picture as bytes, read only from below the root."""
     if isinstance(value, list) and value and not isinstance(value[0], (int, list)):  # numbers are a picture's codes
         if len(value) > 1:
-            raise DataError(f"A record holds a list of {len(value)} pictures where the task reads one.")
+            raise DataError(f"{where} holds a list of {len(value)} pictures where the task reads one.")
         value = value[0]
     if not isinstance(value, str) or not value:
         return value

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.data.bundled import plain_picture
+from openm6.data.bundled import plain_picture, rows_of
 from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
 from openm6.data.store import Record, locate
 from openm6.errors import DataError, UsageError
@@ -74,9 +74,7 @@ class ParquetRows:
                     return self._tables[place]
             path, number, _ = self._groups[place]
             with _table(path) as table:
-                rows = [
-                    {k: plain_picture(v) for k, v in row.items()} for row in table.read_row_group(number).to_pylist()
-                ]
+                rows = [{k: plain_picture(v) for k, v in row.items()} for row in rows_of(table.read_row_group(number))]
             with self._lock:
                 self._tables[place] = rows
                 while len(self._tables) > self._kept:
@@ -87,9 +85,9 @@ class ParquetRows:
 def _files(spec: str) -> list[str]:
     files: list[str] = []
     for path in expand(spec):
-        files += [f for f in list_folder(path) if f.endswith(".parquet")] if is_folder(path) else [path]
+        files += [f for f in list_folder(path) if f.lower().endswith(".parquet")] if is_folder(path) else [path]
     for path in files:
-        if not path.endswith(".parquet"):
+        if not path.lower().endswith(".parquet"):
             raise UsageError(f"{path} is not Parquet: only Parquet files are streamed; leave out stream.")
     if not files:
         raise DataError(f"{spec} holds no Parquet files to stream.")

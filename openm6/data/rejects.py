@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,12 @@ class Reject:
 
     where: str
     reason: str
+
+
+def place_of(where: str) -> tuple[str, int]:
+    """File and number of a place such as file:line or file#row; 0 where it has none."""
+    found = re.fullmatch(r"(.*)[:#](\d+)", where, re.S)
+    return (found[1], int(found[2])) if found else (where, 0)
 
 
 def count_rejected(folder: Path) -> int:

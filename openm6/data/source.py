@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,13 +16,13 @@ from urllib.parse import parse_qsl
 
 from openm6.data.digest import content_hash, json_hash
 from openm6.data.readers import files_of, format_of, read
-from openm6.data.rejects import Reject, Rejects
+from openm6.data.rejects import Reject, Rejects, place_of
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
 from openm6.environment import NO_CACHE
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 
-_CACHE_VERSION = 2  # raised when the same files are read as other records
+_CACHE_VERSION = 3  # raised when the same files are read as other records
 
 
 class Source:
@@ -55,6 +55,26 @@ class Source:
 
     def __iter__(self) -> Iterator[Record]:
         return (self._records[i] for i in range(self._length))
+
+    def rows(self) -> Iterator[Record | Reject]:
+        """The records, and between them the rows that reading left out, where their places (file:line, file#row) tell
+        the order; other rejects come last."""
+        waiting: dict[str, list[tuple[int, Reject]]] = {}
+        for reject in self.rejected:
+            file, number = place_of(reject.where)
+            waiting.setdefault(file, []).append((number, reject))
+        before = ""
+        for record in self:
+            file, number = place_of(str(record.get("_where", "")))
+            if file != before:
+                yield from (reject for _, reject in waiting.pop(before, ()))
+                before = file
+            some = waiting.get(file, [])
+            while some and some[0][0] < number:
+                yield some.pop(0)[1]
+            yield record
+        for file in [before, *waiting]:
+            yield from (reject for _, reject in waiting.pop(file, ()))
 
     def content_hash(self) -> str:
         """The hash of the records and of the pictures that they name (`openm6.data.digest`). Data that are made here
@@ -109,11 +129,6 @@ def open_source(
     if len(records) == 0:
         why = f": {rejected[0].reason}" if rejected else "."
         raise DataError(f"{name} holds no usable record{why}")
-    if key := conversation_key(records[0]):
-        raise DataError(
-            f"{name} holds conversations (under {key!r}), and reading conversations is not supported yet: write a "
-            "record for each question and its answer, with columns of these names."
-        )
     return Source(name, records, rejected, limit)
 
 
@@ -127,18 +142,6 @@ def check_source(name: str) -> None:
 
         expand(name)
 
-
-def conversation_key(record: Mapping[str, Any]) -> str | None:
-    """The key under which a record holds a conversation, in the ways of OpenAI (`messages`), ShareGPT and LLaVA
-    (`conversations`) or Alpaca (`instruction`, with `output`); None for any other record."""
-    for key in ("messages", "conversations", "conversation"):
-        turns = record.get(key)
-        if isinstance(turns, list) and turns and all(isinstance(t, Mapping) and _TURN & t.keys() for t in turns):
-            return key
-    return "instruction" if {"instruction", "output"} <= record.keys() else None
-
-
-_TURN = {"role", "from"}
 
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("catalogue", "open_catalogue", ("seed", "pictures", "without")),

@@ -103,7 +103,7 @@ def read_tsv(
 
 
 def _separator(head: list[str]) -> str:
-    """What separates the cells of a CSV, by its first lines: the comma unless another one alone fits."""
+    """The separator of a CSV, by its first lines: the comma unless another one alone fits."""
 
     def fits(separator: str) -> bool:
         rows = [row for row in csv.reader(head, delimiter=separator) if row]

@@ -89,7 +89,10 @@ def encoding_of(path: str, encoding: str | None = None) -> str:
         if sample.startswith(mark):
             return codec
     if sample.count(0) * 10 > len(sample):
-        raise DataError(f"{path} holds many NUL bytes: if it is UTF-16 without a mark, say so by --encoding utf-16-le.")
+        order = "be" if sample[::2].count(0) > sample[1::2].count(0) else "le"
+        raise DataError(
+            f"{path} holds many NUL bytes: if it is UTF-16 without a mark, say so by --encoding utf-16-{order}."
+        )
     if _decoded(sample, "utf-8") is not None:
         return "utf-8"
     foreign = [line for line in sample.splitlines() if not line.isascii()]

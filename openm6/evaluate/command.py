@@ -13,7 +13,6 @@ from openm6.data.columns import SlotView
 from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.errors import DataError, UsageError
-from openm6.evaluate.answers import rows_in_order
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.tasks.task import Task
@@ -47,7 +46,7 @@ def measure(
 
     def rows() -> Iterator[Mapping[str, Any] | Reject]:
         left = math.inf if limit is None else limit
-        for row in rows_in_order(records):
+        for row in records.rows():
             if left == 0:
                 return
             if isinstance(row, Reject):
@@ -71,6 +70,8 @@ def _shots(
     if not source:
         raise UsageError("Say where the examples come from: shots needs shots_from, data other than what is measured.")
     records = open_source(source, data_format, images)
+    if count > len(records):
+        raise UsageError(f"{source} has {len(records)} records, too few for {count} examples.")
     view = SlotView.of(task, records, columns or {})
     chosen = np.random.default_rng(0).permutation(len(records))[:count]
     return [view(records[int(number)]) for number in chosen]

@@ -21,16 +21,16 @@ import numpy as np
 
 from openm6.atomic import write_failed, write_file, write_json, write_whole
 from openm6.bases import directory_hash
-from openm6.bundle import Bundle
+from openm6.bundle import Bundle, check_dims
 from openm6.data.columns import SlotView
 from openm6.data.digest import json_hash
-from openm6.data.rejects import Reject
+from openm6.data.rejects import Reject, place_of
 from openm6.data.source import open_source
 from openm6.data.store import HIDDEN, Record
 from openm6.data.writers import writer_for
+from openm6.decode import Decoding
 from openm6.decode.labels import closed_labels
 from openm6.errors import DataError, UsageError
-from openm6.evaluate.answers import place_of, rows_in_order
 from openm6.json_lines import dumps, lines_of
 from openm6.review import seed_of
 from openm6.tasks.task import Task
@@ -67,6 +67,10 @@ class Prediction:
         self.folder = output.with_name(output.name + ".parts")
         if self.task.draws:
             raise UsageError(f"The task {self.task.name} draws pictures: `openm6 images batch` does that.")
+        if self.task.embeds:
+            check_dims(bundle.model, self.decoding.get("dims"))
+        else:
+            Decoding.of(**{**self.task.decode, **self.decoding})
         self._write = writer_for(output, holds_vectors=self.task.embeds)
         has_labels = bool(closed_labels(self.task))
         if all_probabilities and not has_labels:
@@ -152,7 +156,7 @@ class Prediction:
             raise UsageError(f"{self.output} is being written by another process.") from None
 
     def _parts(self) -> Iterator[list[Record | Reject]]:
-        rows = rows_in_order(self.source)
+        rows = self.source.rows()
         while part := list(islice(rows, PART)):
             yield part
 
@@ -167,7 +171,7 @@ class Prediction:
                 yield {**own, **{column: answer.get(name) for name, column in self.added.items()}}
 
     def _answered(self, rows: list[Record | Reject], number: int) -> Iterator[dict[str, Any]]:
-        """What is added to each row of a part, by the names of `added`."""
+        """The added values of each row of a part, by the names of `added`."""
         options = {**self.task.decode, **self.decoding}
         if options.get("temperature"):  # parts would draw the same random numbers
             options["seed"] = seed_of(int(options.get("seed", 0)), number)

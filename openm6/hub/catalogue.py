@@ -382,7 +382,8 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
         if number < SAMPLE:
             sample.append(json.dumps(shown, ensure_ascii=False, default=str))
     about = {
-        "source": source, "records": len(records), "rejected": len(records.rejected), "hash": records.content_hash(),
+        "source": source, **{key: value for key, value in (("format", data_format), ("images", images)) if value},
+        "records": len(records), "rejected": len(records.rejected), "hash": records.content_hash(),
         "columns": {name: " or ".join(sorted(found)) for name, found in kinds.items()},
     }  # fmt: skip
     return about, "\n".join(sample) + "\n"

@@ -15,7 +15,7 @@ from numbers import Integral
 from typing import Any
 
 from openm6.data.store import Record
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 
 TYPES = {"bool": "bool", "int": "int64", "float": "float64", "text": "string"}
 """Types by the names that people use, the narrowest first, and the names that `index.json` has."""
@@ -87,17 +87,17 @@ def convert_at(where: str, column: str, value: Any, kind: str) -> Any:
     try:
         return convert(value, kind)
     except ValueError:
-        shown = repr(value)[:40]
         raise DataError(
-            f"{where}: {column} is {shown}, and the column {column} of the index has the type {_NAMES[kind]}, which "
-            f"cannot store that exactly: mend the record, or build an index with another type (--keep {column}:text)."
+            f"{where}: {column} is {cut(repr(value))}, and the column {column} of the index has the type "
+            f"{_NAMES[kind]}, which cannot store that exactly: mend the record, or build an index with another "
+            f"type (--keep {column}:text)."
         ) from None
 
 
 def id_of(where: str, value: Any) -> str:
     """An item's id as text: 7 and "7" are the same id. Raises DataError for no text and no whole number."""
     if isinstance(value, bool) or not isinstance(value, (str, Integral)) or value == "":
-        shown = "missing" if value in (None, "") else repr(value)[:40]
+        shown = "missing" if value in (None, "") else cut(repr(value))
         raise DataError(f"{where}: the id is {shown}: an id is a text or a whole number.")
     return str(value)
 
@@ -119,9 +119,9 @@ def types_of(records: Iterable[Record], names: Sequence[str], is_text_table: boo
             left[name] = [kind for kind in left[name] if _fits(value, kind, is_text_table)]
             if not left[name]:
                 raise UsageError(
-                    f"The column {name} has values of no common type, {first[1]!r:.40} ({first[0]}) and {value!r:.40} "
-                    f"({where}): an index stores {', '.join(TYPES)}. Mend the data, or name the type (--keep "
-                    f"{name}:text)."
+                    f"The column {name} has values of no common type, {cut(repr(first[1]))} ({first[0]}) and "
+                    f"{cut(repr(value))} ({where}): an index stores {', '.join(TYPES)}. Mend the data, or "
+                    f"name the type (--keep {name}:text)."
                 )
     for name in names:
         if name not in seen and not is_text_table:
@@ -146,7 +146,7 @@ def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> Us
     if found := re.search(r"No field named \"?(.+?)\"?\. Valid fields", reason):
         name = found[1]
         hint = suggest(name, list(columns)) or f" A text stands in single quotes: '{name}'."
-        told = f"there is no column {name!r}.{hint}".rstrip(".")
+        told = f"there is no column {name!r}.{hint}"
     elif found := re.search(r"literal ([A-Z][a-z]+)\d*\((.*?)\) .* of type '([A-Z][a-z]+)", reason):
         kinds = {"Utf": "text", "Boolean": "bool", "Int": "int", "Float": "float"}
         got, want = kinds.get(found[1], "number"), kinds.get(found[3], "number")
@@ -160,7 +160,8 @@ def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> Us
         told = f"it is no condition in SQL ({found[1].rstrip('.')})"
     else:
         told = "it fails on the items"
+    told += "" if told.endswith((".", "?")) else "."
     return UsageError(
-        f"The filter {where!r} cannot be used: {told}. Columns: id text, {describe(columns)}. "
+        f"The filter {where!r} cannot be used: {told} Columns: id text, {describe(columns)}. "
         "Example: price < 100 AND colour = '红色'."
     )

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from openm6.bundle import Bundle
-from openm6.data.columns import SlotView
+from openm6.data.columns import SlotView, require_columns
 from openm6.data.files import expand
 from openm6.data.readers import format_of
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError
 from openm6.retrieve.columns import convert_at, id_of, type_of, types_of
 from openm6.retrieve.index import Index
 
@@ -60,7 +60,7 @@ def create_for(
     records = open_source(source, data_format, images)
     SlotView.of(bundle.task(task), records, columns or {})
     given = types_given(keep)
-    _require_columns(records, [*given, *([id_column] if id_column else [])])
+    require_columns(records.columns, [*given, *([id_column] if id_column else [])])
     types = {name: kind or ("string" if name == id_column else "") for name, kind in given.items()}
     types |= types_of(records, [n for n, kind in types.items() if not kind], _has_text_cells(source, data_format))
     about = {
@@ -97,7 +97,7 @@ def add_source(
     task = bundle.task(about["task"])
     records = open_source(source, data_format, images)
     view = SlotView.of(task, records, about["slots"])
-    _require_columns(records, [*about["columns"], *([id_column] if id_column else [])])
+    require_columns(records.columns, [*about["columns"], *([id_column] if id_column else [])])
     for reject in records.rejected:
         _reject(DataError(reject.reason), on_reject)
     known = index.ids() if only_new else set()
@@ -134,15 +134,6 @@ def _has_text_cells(source: str, data_format: str | None) -> bool:
         return {format_of(path, data_format) for path in expand(source)} <= {"csv", "tsv"}
     except (UsageError, DataError):  # generated data
         return False
-
-
-def _require_columns(records: Source, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in records.columns:
-            raise UsageError(
-                f"The data has no column {name!r}.{suggest(name, list(records.columns))} "
-                f"It has: {', '.join(records.columns)}."
-            )
 
 
 def _reject(error: DataError, on_reject: OnReject | None) -> None:

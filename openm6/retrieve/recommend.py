@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from openm6.atomic import require_new, write_whole
+from openm6.data.columns import require_columns
 from openm6.data.source import Source
 from openm6.errors import DataError, UsageError, suggest
 from openm6.retrieve.index import Index
@@ -297,12 +298,7 @@ class Recommender:
 
 def _checked(visits: Source, context: Sequence[str]) -> list[dict[str, Any]]:
     """The visits as records; history as a list of texts."""
-    for name in ("history", "bought", *context):
-        if name not in visits.columns:
-            raise UsageError(
-                f"{visits.name} has no column {name!r}.{suggest(name, list(visits.columns))} "
-                f"It has: {', '.join(visits.columns)}."
-            )
+    require_columns(visits.columns, ("history", "bought", *context), visits.name)
     checked = []
     for record in visits:
         history = record["history"]

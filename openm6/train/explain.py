@@ -1,4 +1,4 @@
-"""What is wrong with a recipe or a chain, in words."""
+"""Error messages for the mistakes in a recipe or a chain."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ def finetune_recipe(
     unlabelled: Iterable[str] = (),
     seed: int = 0,
     data_format: str | None = None,
+    images: str | None = None,
 ) -> dict[str, Any]:
     """The values of a recipe that teaches `model` a task (by name or YAML path) from sources.
 
@@ -51,10 +52,11 @@ def finetune_recipe(
     _, longest, _ = read_card(model)
     name = "instruction" if "->" in task else Path(task).stem
     common: dict[str, Any] = {"task": task, "columns": dict(columns or {})}
-    if data_format:
-        common["format"] = data_format
+    common |= {key: value for key, value in (("format", data_format), ("images", images)) if value}
     sections = [{"source": source, **common, "noise": noise} for source in data]
     sections += [{"source": source, **common, "answers": "teacher"} for source in unlabelled]
+    if not sections:
+        raise UsageError("Say what to learn from, by --data.")
     every = max(1, steps // MEASURES)
     values: dict[str, Any] = {
         "name": f"{name} {method}",

@@ -1,4 +1,4 @@
-"""What is said of a run's data before it begins."""
+"""Notes on a run's data, which are logged before its first step."""
 
 from __future__ import annotations
 

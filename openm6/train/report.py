@@ -31,7 +31,7 @@ SCALARS = (
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """A line for whoever runs the training, whole: a terminal wraps it, a file has it in one piece."""
+    """The line that the user sees, whole: a terminal wraps it, a file has it in one piece."""
     (console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
 
 

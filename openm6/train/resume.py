@@ -47,7 +47,7 @@ class Resumption:
     step: int = 0
 
     def messages(self, recipe: AnyRecipe) -> list[str]:
-        """What is said of it."""
+        """Sentences for the user."""
         changes = "; ".join(self.warnings)
         if self.finished:
             text = (

@@ -67,6 +67,8 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["tasks", "show", "vqaa"], 'Did you mean "vqa"?'),
     (1, ["data", "check", "gone.csv", "--task", "caption"], "There is no file gone.csv"),
     (2, ["data", "check", "good.csv", "--task", "capton"], 'Did you mean "caption"?'),
+    (2, ["data", "check", "good.csv", "--task", "caption", "--model", "goods@live"], "the catalogue holds no model"),
+    (2, ["finetune", "model", "--task", "vqa"], "Say what to learn from, by --data"),
     (2, ["models", "import", "nowhere", "new"], "nowhere is no checkpoint"),
     (2, ["models", "import", "nowhere", "model"], "model exists already"),
     (2, ["models", "merge", "model", "new"], "model is no adapter"),

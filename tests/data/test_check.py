@@ -114,8 +114,8 @@ def test_records_that_repeat_and_inputs_with_two_answers_are_told(tmp_path: Path
     assert found["duplicates"] == {"count": 2, "first": [f"{file}:1", f"{file}:3"]}
     assert found["conflicts"] == {"count": 1, "first": [f"{file}:2", f"{file}:4"]}
     shown = " ".join(command("data", "check", file, "--task", "text_classification").output.split())
-    assert f"2 records repeat another, as {file}:3 does {file}:1." in shown
-    assert f"1 inputs have several answers, as in {file}:2 and {file}:4." in shown
+    assert f"Records that repeat another: 2, such as {file}:1 and {file}:3." in shown
+    assert f"Inputs with several answers: 1, such as {file}:2 and {file}:4." in shown
 
 
 def test_leaks_from_the_data_that_are_measured_on_are_found_by_content(tmp_path: Path) -> None:

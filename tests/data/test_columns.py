@@ -182,6 +182,6 @@ def test_a_picture_as_a_list_of_one_is_taken_and_one_of_several_refused() -> Non
     records = ListRecords([{"photo": ["a.jpg"], "caption": "一"}, {"photo": ["a.jpg", "b.jpg"], "caption": "二"}])
     view = SlotView.of(CAPTION, records)
     assert view(records[0])["photo"] == "a.jpg"
-    with pytest.raises(DataError, match="a list of 2 pictures where the task reads one"):
+    with pytest.raises(DataError, match="holds a list of 2 pictures where the task reads one"):
         view(records[1])
     assert view({"photo": [3, 5, 9], "caption": "三"})["photo"] == [3, 5, 9]  # a picture's codes

@@ -13,6 +13,7 @@ from PIL import Image
 
 from openm6.data.readers import FORMATS, format_of, read, with_options
 from openm6.data.rejects import Reject
+from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.errors import DataError, UsageError
 from openm6.images import MAX_BYTES
@@ -273,14 +274,14 @@ def test_a_json_value_that_cannot_be_used_costs_its_line(tmp_path: Path, line: s
 
 
 @pytest.mark.parametrize(("element", "reason"), FAULTS)
-def test_it_costs_an_element_of_a_json_list_and_a_member_of_a_tar(tmp_path: Path, element: str, reason: str) -> None:
+def test_it_costs_an_element_of_a_json_list_and_a_record_of_a_tar(tmp_path: Path, element: str, reason: str) -> None:
     path = write(tmp_path / "a.json", f'[{{"text": "一"}}, {element}, {{"text": "二"}}]')
     records, rejected = load(path)
     assert [r["text"] for r in records] == ["一", "二"]
     assert [r.where for r in rejected] == [f"{path}#1"]
-    members = [("1.txt", b"a"), ("1.json", element.encode())]
+    members = [("1.txt", b"a"), ("1.json", element.encode()), ("1.cls", b"\xff"), ("2.txt", b"b")]
     records, again = load(write_tar(tmp_path / "a.tar", members))
-    assert [plain(r) for r in records] == [{"text": "a"}]
+    assert [plain(r) for r in records] == [{"text": "b"}] and len(again) == 1  # half a record is none
     assert reason in rejected[0].reason and reason in again[0].reason
     notes = f'[{element}, {{"image_id": 1, "caption": "一"}}]'
     rows = f'{{"images": [{{"id": 1, "file_name": "a.jpg"}}], "annotations": {notes}}}'
@@ -448,6 +449,22 @@ def test_parquet_with_bytes_and_with_the_structs_of_hugging_face(tmp_path: Path)
             {"image": b"abc", "raw": b"\x00", "texts": ["一", "二"]},
             {"image": "x.jpg", "raw": b"\x01", "texts": ["三"]},
         ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_told_with_the_order_of_its_bytes(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.csv").write_bytes("text,label\na,b\n".encode(encoding))
+    with pytest.raises(DataError, match=f"say so by --encoding {encoding}"):
+        load(tmp_path / "a.csv")
+    assert len(load(tmp_path / "a.csv", f"?encoding={encoding}")[0]) == 1
+
+
+def test_a_number_that_pandas_says_is_missing_is_no_value(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, float("nan")]}), tmp_path / "a.parquet")
+    assert [r["label"] for r in load(tmp_path / "a.parquet")[0]] == [1.0, None]
+    (tmp_path / "a.parquet").rename(tmp_path / "A.PARQUET")
+    for place in (tmp_path, tmp_path / "A.PARQUET"):
+        assert open_source(place, stream=True)[1]["label"] is None
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:

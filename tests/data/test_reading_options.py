@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from openm6.cli import commands
 from tests.conftest import command
 
 
@@ -31,3 +33,16 @@ def test_names_encoding_and_no_cache_of_data_check(tmp_path: Path, cache: Path) 
     assert found["columns"] == {"text": "text"}
     assert found["characters"]["text"] == {"median": 4, "longest": 4}
     assert not list(cache.iterdir())
+
+
+def test_every_command_that_takes_a_format_takes_what_messages_of_reading_name() -> None:
+    takers = {name: found for name, found in options_of(typer.main.get_command(commands())) if "--format" in found}
+    assert len(takers) > 8
+    for name, found in takers.items():
+        assert found >= {"--encoding", "--names", "--no-cache"}, name
+
+
+def options_of(group: Any, name: str = "") -> Iterator[tuple[str, set[str]]]:
+    for word, one in getattr(group, "commands", {}).items():
+        yield from options_of(one, f"{name} {word}".strip())
+    yield name, {option for parameter in group.params for option in parameter.opts}

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import open_source
 from openm6.errors import DataError, UsageError
 from openm6.images import open_image
+from openm6.tasks.library import get
 from tests.data.conftest import picture_bytes
 
 
@@ -76,10 +78,23 @@ def test_without_the_cache_nothing_is_kept(tmp_path: Path, cache: Path, monkeypa
         {"instruction": "翻译", "input": "", "output": "translate"},
     ],
 )  # fmt: skip
-def test_conversations_are_named_as_such(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_conversations_are_named_as_such_where_a_slot_has_no_column(tmp_path: Path, record: dict[str, Any]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"a\.jsonl holds conversations .*is not supported yet"):
-        open_source(tmp_path / "a.jsonl")
+    for task in ("caption", "text_classification"):
+        with pytest.raises(UsageError, match=r"hold conversations .* which are not read yet\. The task .* needs"):
+            SlotView.of(get(task), open_source(tmp_path / "a.jsonl"))
+
+
+def test_conversations_beside_columns_that_are_named_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(
+            {"instruction": "很好", "input": "", "output": "正面", "messages": [{"role": "user", "content": "a"}]}
+        )
+    )
+    columns = {"text": "instruction", "label": "output"}
+    source = open_source(tmp_path / "a.jsonl")
+    view = SlotView.of(get("text_classification"), source, columns)
+    assert (view(source[0])["text"], view(source[0])["label"]) == ("很好", "正面")
 
 
 def test_columns_that_only_sound_like_conversations_are_read(tmp_path: Path) -> None:

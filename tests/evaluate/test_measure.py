@@ -168,6 +168,13 @@ def test_answers_are_written_in_order_bad_records_marked(bundle: Bundle, tmp_pat
         write_answers(tmp_path / "new", result)
 
 
+def test_more_examples_than_there_are_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "a", "answer": "红"}\n', "utf-8")
+    with pytest.raises(UsageError, match=r"d\.jsonl has 1 records, too few for 2 examples"):
+        measure(Says(bundle, []), VQA, str(data), shots=2, shots_from=str(data))
+
+
 def test_a_task_without_metrics_is_told_to_name_some(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"a": "b", "b": "c"}\n')
     with pytest.raises(UsageError, match="names no metrics: say by which .* --metric"):

@@ -242,6 +242,14 @@ def test_what_stands_there_is_not_written_over(bundle: Bundle, tmp_path: Path) -
         Prediction(bundle, "say", str(tmp_path / "taken.csv"), tmp_path / "o.csv")
 
 
+def test_options_that_cannot_be_meant_begin_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    data = table(tmp_path / "in.csv", 2)
+    for task, options in (("say", {"max_new_tokns": 3}), ("vector", {"dims": 10**6})):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            Prediction(bundle, task, str(data), tmp_path / "out.jsonl", decoding=options)
+    assert list(tmp_path.iterdir()) == [data]
+
+
 def test_where_nothing_could_be_answered_it_fails_and_tells_why(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('id,text\n1,""\n', "utf-8")
     with pytest.raises(DataError, match="None of the 1 records could be answered, see .*in.csv:2 has no text"):

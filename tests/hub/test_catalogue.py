@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from openm6.bases import directory_hash
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.data.source import open_source
 from openm6.environment import HOME
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
@@ -205,3 +206,11 @@ def test_the_commands(catalogue: Catalogue, model: Path, tmp_path: Path) -> None
     assert (Path(call("models", "fetch", "replies", tmp_path / "out")["directory"]) / "config.json").is_file()
     for words in (("models", "list"), ("data", "list"), ("models", "lineage", "replies"), ("data", "show", "goods")):
         assert CliRunner().invoke(commands(), list(words)).exit_code == 0
+
+
+def test_a_data_set_is_kept_with_what_reading_it_was_told(catalogue: Catalogue, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("1,茶葉很香\n".encode("big5"))
+    version = catalogue.add_data("tea", str(tmp_path / "a.csv"), "?encoding=big5&names=id,text", "photos")
+    about = catalogue.named("tea", DATA).about
+    assert (about["format"], about["images"]) == (version.about["format"], "photos")
+    assert open_source(about["source"], about["format"])[0]["text"] == "茶葉很香"

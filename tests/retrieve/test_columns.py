@@ -101,7 +101,7 @@ def test_a_value_that_would_change_is_an_error_that_names_the_item(tmp_path: Pat
         ("stock < 1.5", "a column of the type int is compared with 1.5, which is of the type float"),
         ("colour = 1", "a column of the type text is compared with 1, which is of the type int"),
         ("new = 1", "a column of the type bool is compared with 1"),
-        ("prise < 100", 'there is no column \'prise\'. Did you mean "price"?'),
+        ("prise < 100", 'there is no column \'prise\'. Did you mean "price"? Columns: id text, price float'),
         ('colour = "红"', "there is no column '红'. A text stands in single quotes: '红'"),
         ("price <", "it is no condition in SQL"), ("price", "it is no condition that is true or false"),
         ("far(price)", "there is no function 'far'"), ("stock / 0 = 1", "it fails on the items"),

@@ -162,7 +162,7 @@ def test_a_price_in_a_csv_is_a_number_and_a_code_with_zeros_is_a_text(model: Pat
     told = call("index", "add", tmp_path / "index", "--data", more)
     assert told["new"] == 2 and told["items"] == 5
     assert len(told["rejected"]) == 1 and "more.csv:3: price is 'cheap'" in told["rejected"][0]
-    with pytest.raises(UsageError, match="was begun otherwise .*price.*ask for the same"):
+    with pytest.raises(UsageError, match=r"was begun otherwise \(columns: code text, .*price float\)"):
         call(*words, "--keep", "price:int")
     own = ("index", "build", tmp_path / "own", *words[3:], "--keep", "price:text")
     call(*own)

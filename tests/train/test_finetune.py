@@ -74,6 +74,12 @@ def test_every_method_has_a_recipe(base: Path, method: str) -> None:
     assert recipe.adapt is None or recipe.adapt.method == method
 
 
+def test_what_reading_is_told_is_in_the_recipe(base: Path) -> None:
+    values = finetune_recipe(base, "vqa", ["a.csv"], data_format="?encoding=big5", images="photos", validation="b.csv")
+    for section in (values["data"][0], values["evaluation"]["data"][0]):
+        assert (section["format"], section["images"]) == ("?encoding=big5", "photos")
+
+
 def test_an_adapter_and_changes_of_the_recipe(base: Path, reviews: Path, tmp_path: Path) -> None:
     words = (
         "--task",
