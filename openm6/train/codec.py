@@ -79,8 +79,8 @@ class Pictures:
     def begin(self, model: Codec) -> None:
         """Nothing."""
 
-    def count(self, examples: list[Picture]) -> tuple[int, int]:
-        return len(examples), len(examples)
+    def count(self, examples: list[Picture]) -> tuple[int, int, int]:
+        return len(examples), len(examples), 0
 
     def batches(self, examples: list[Picture]) -> list[list[Picture]]:
         return [examples]

@@ -175,11 +175,10 @@ class Reporter:
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
-
         if cut:
             self.say(
-                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends "
-                "(`openm6 data check --model` tells by how much; model.max_length)."
+                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends: "
+                "`openm6 data check --model` tells by how much, model.max_length gives them more room."
             )
         if skipped:
             self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")

@@ -106,13 +106,14 @@ class Sequences:
         for weight in {model.embed.weight, model.head_weight}:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
-    def count(self, examples: list[Sequence]) -> tuple[float, int]:
+    def count(self, examples: list[Sequence]) -> tuple[float, int, int]:
+        every = _flat(examples)
         if self.adapter is None:  # its rows alone are trained
-            self.taught.add(_flat(examples))
+            self.taught.add(every)
         trained = sum(
             e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
         )
-        return trained, sum(len(e) for e in _flat(examples))
+        return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
 
     def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
         """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
@@ -155,8 +156,7 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        cut = sum(e.cut > 0 for e in examples)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind

@@ -121,11 +121,11 @@ class Trainer:
         started = time.perf_counter()
         # A trained position weighs the same, in whatever process and part of the step it falls.
         counts = torch.tensor(self.objective.count(examples), dtype=torch.float64, device=self.group.device)
-        total, everything = self.group.sum(counts).tolist()
+        total, everything, cut = self.group.sum(counts).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots, cut = 0.0, 0.0, 0.0, 0.0
+        flops, positions, slots = 0.0, 0.0, 0.0
         self.loads.begin()
         accumulate = min(self.settings.accumulate, len(examples))
         shares = [examples[i::accumulate] for i in range(accumulate)]
@@ -140,7 +140,6 @@ class Trainer:
             self.loads.add(part.loads, more=not last)
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
-            cut += part.cut
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
@@ -151,8 +150,8 @@ class Trainer:
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, slots, cut) = self._everywhere(losses, [flops, positions, slots, cut])
         self.cut += int(cut)
+        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
         self._track(losses)
         if self.reporter:
             self.reporter.step(
@@ -162,10 +161,10 @@ class Trainer:
 
     def _everywhere(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
         """The losses of all processes by task and source, and the sums of `counts`."""
-        table = torch.zeros(len(self.kinds) + 1, max(2, len(counts)), dtype=torch.float64)
+        table = torch.zeros(len(self.kinds) + 1, len(counts), dtype=torch.float64)
         for task, origin, loss, number in losses:
             table[self.kinds[task, origin], :2] += torch.tensor([loss, number], dtype=torch.float64)
-        table[-1, : len(counts)] = torch.tensor(counts, dtype=torch.float64)
+        table[-1] = torch.tensor(counts, dtype=torch.float64)
         rows = self.group.sum(table.to(self.group.device)).tolist()
         return [(*kind, row[0], int(row[1])) for kind, row in zip(self.kinds, rows, strict=False) if row[1]], rows[-1]
 
