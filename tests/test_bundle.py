@@ -153,8 +153,8 @@ def test_a_task_that_the_model_was_never_trained_on_is_told(
     fresh.run("kind", photo=photo)
     fresh.run(Task.from_instruction(fresh.task("kind").instructions[0].text), photo=photo)  # the same by instruction
     assert not caplog.records
-    for _ in range(2):  # once
-        fresh.run("caption", photo=photo, decoding=options)
+    for view in (fresh, fresh, fresh.adapter(None)):  # once, as a server makes a view for each request
+        view.run("caption", photo=photo, decoding=options)
     assert [one.getMessage() for one in caplog.records] == [
         "The model was never trained on the task caption: its answers to it mean nothing. It was trained on: kind."
     ]
