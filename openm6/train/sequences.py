@@ -27,7 +27,7 @@ from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
-from openm6.train.setup import build_bundle, build_entries, evaluate_entries, make_loader
+from openm6.train.setup import build_bundle, build_entries, check_evaluation, evaluate_entries, make_loader
 from openm6.train.start import start_codes
 from openm6.train.taught import Taught, untaught_ids
 
@@ -50,6 +50,7 @@ class Sequences:
         self.notes += data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
+        check_evaluation(recipe, self.bundle)
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
         if self.adapter is not None and (new := self.heads.keys() - (self.bundle.model.config.heads or {}).keys()):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from openm6.train.recipe import AnyRecipe, CodecRecipe, recipe_text
 from openm6.train.report import Losses, Reporter, say
 from openm6.train.resume import RECIPE, check_resumption
 from openm6.train.sequences import Sequences
+from openm6.train.setup import TOKENIZER
 from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
@@ -47,7 +49,14 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
             say(text)
         if finished:
             return recipe.output / "model"
-        return Trainer(recipe, group, on_step, found.content if found else {}).run()
+        try:
+            return Trainer(recipe, group, on_step, found.content if found else {}).run()
+        except OpenM6Error:
+            if group.first and not (recipe.output / RECIPE).exists():  # no step was taken: the run leaves nothing
+                shutil.rmtree(recipe.output / TOKENIZER, ignore_errors=True)
+                with suppress(OSError):  # there is something else
+                    recipe.output.rmdir()
+            raise
 
 
 class Trainer:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.errors import UsageError
+from openm6.errors import OpenM6Error, UsageError
 from openm6.tasks.library import get
 from openm6.train.compress import _Work, check_chain
 from openm6.train.distill import answered
@@ -169,6 +169,27 @@ def test_a_refused_training_leaves_no_folder(tmp_path: Path, base: Path) -> None
         with pytest.raises(UsageError):
             command("finetune", base, *words)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"preset": "demo", "sizes": {"vocab_size": 5}}}, "follows from the tokenizer"),
+        ({"vectors": {"dims": [9999]}}, "vectors.dims has 9999"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "nope"}]}}, 'no task "nope"'),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "vqa"}]}}, "image"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "names no metrics"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "text_vector"}]}}, "gives a vector"),
+    ],
+)
+def test_what_is_refused_before_the_first_step_leaves_no_folder(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    data = reviews(tmp_path / "a.jsonl")
+    recipe = recipe_of(tmp_path, **json.loads(json.dumps(changes).replace("DATA", str(data))))
+    with pytest.raises(OpenM6Error, match=said):
+        train(recipe)
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_finetuning_again_with_the_same_command_does_nothing(tmp_path: Path, base: Path) -> None:
