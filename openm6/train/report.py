@@ -151,7 +151,7 @@ class Reporter:
         for metric, value in scores.items():
             self.board.add_scalar(f"evaluation/{name}/{metric}", value, step)
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        self.since = time.perf_counter() if not self.steps else self.since
+        self.since = time.perf_counter()
 
     def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
         """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""

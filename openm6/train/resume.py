@@ -39,20 +39,25 @@ BY_CONTENT = (
 @dataclass(frozen=True, slots=True)
 class Resumption:
     """`content`: hashes of what the recipe names, by key; `warnings`: changes that the steps to come take; `finished`:
-    nothing is left to do."""
+    nothing is left to do; `stopped_early`: because the measures got no better."""
 
     content: dict[str, str]
     warnings: list[str]
     finished: bool
     step: int = 0
+    stopped_early: bool = False
 
     def messages(self, recipe: AnyRecipe) -> list[str]:
         """What is said of it."""
         changes = "; ".join(self.warnings)
         if self.finished:
+            more, why = f"train.steps=N, above {self.step}", ""
+            if self.stopped_early:
+                more = f"evaluation.patience=N, above {recipe.evaluation.patience}"
+                why = "; it stopped because the measures got no better"
             text = (
-                f"This run is finished ({self.step} steps): nothing was trained. For more steps: train.steps=N, above "
-                f"{self.step}; to train anew: choose another output, or delete {recipe.output}."
+                f"This run is finished ({self.step} steps{why}): nothing was trained. For more steps: {more}; "
+                f"to train anew: choose another output, or delete {recipe.output}."
             )
             return [text + (f" Nothing was trained with what has changed: {changes}." if changes else "")]
         return [f"Changed since the last checkpoint, and taken by the steps to come: {changes}."] if changes else []
@@ -85,7 +90,10 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
             f"The run in {recipe.output} cannot be resumed: {'; '.join(sorted(refused))}. Choose another output, or "
             f"delete {recipe.output} to train anew."
         )
-    return Resumption(content, warnings, _finished(recipe, step_of(latest), state), step_of(latest))
+    step, patience = step_of(latest), recipe.evaluation.patience
+    stopped_early = patience is not None and step < recipe.train.steps and state["waited"] >= patience
+    finished = (stopped_early or step >= recipe.train.steps) and _has_ended(recipe.output, step)
+    return Resumption(content, warnings, finished, step, stopped_early)
 
 
 def _content(recipe: AnyRecipe) -> dict[str, str]:
@@ -126,13 +134,10 @@ def _shown(value: Any) -> str:
     return "not given" if value is None or value == {} else str(value)
 
 
-def _finished(recipe: AnyRecipe, step: int, state: Mapping[str, Any]) -> bool:
-    """At the end, and the model of the end is written: the last line of the log says so."""
-    patience = recipe.evaluation.patience
-    if step < recipe.train.steps and (patience is None or state["waited"] < patience):
-        return False
+def _has_ended(output: Path, step: int) -> bool:
+    """Whether the model of the end is written: the last line of the log says so."""
     try:
-        last = json.loads((recipe.output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+        last = json.loads((output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return False
-    return bool(last.get("finished")) and last["step"] == step and (recipe.output / "model").is_dir()
+    return bool(last.get("finished")) and last["step"] == step and (output / "model").is_dir()

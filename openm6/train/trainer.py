@@ -202,12 +202,15 @@ class Trainer:
 
     def _now_and_then(self) -> None:
         settings, evaluation = self.settings, self.recipe.evaluation
-        if self.reporter and (self.step % settings.log_every == 0 or self.step == settings.steps):
+        stops = evaluation.patience is not None
+        measures = bool(evaluation.data) and (
+            self.step % evaluation.every == 0 if self.step < settings.steps else stops
+        )
+        # Before a measure too: it may be the end, and its time is not that of the steps.
+        if self.reporter and (measures or self.step % settings.log_every == 0 or self.step == settings.steps):
             self.reporter.log(self.energy, self.loads.statistics())
             self.loads.clear()
-        better, stops = False, evaluation.patience is not None
-        if evaluation.data and (self.step % evaluation.every == 0 if self.step < settings.steps else stops):
-            better = self._evaluate() and stops
+        better = measures and self._evaluate() and stops
         last = self.step == settings.steps or self._waited_enough()
         if better or last or self.step % settings.checkpoint_every == 0:
             self._save()
