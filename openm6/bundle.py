@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 _UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
 _CUT = (
-    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. Of further "
-    "texts for the task %s nothing is said."
+    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. "
+    "Further texts of the task %s are cut without a message."
 )
 
 SHOTS = "_shots"

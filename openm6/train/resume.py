@@ -59,8 +59,8 @@ class Resumption:
                 f"This run is finished ({self.step} steps{why}): nothing was trained. For more steps: {more}; "
                 f"to train anew: choose another output, or delete {recipe.output}."
             )
-            return [text + (f" Nothing was trained with what has changed: {changes}." if changes else "")]
-        return [f"Changed since the last checkpoint, and taken by the steps to come: {changes}."] if changes else []
+            return [text + (f" These changes had no effect: {changes}." if changes else "")]
+        return [f"The steps to come use what changed since the last checkpoint: {changes}."] if changes else []
 
 
 def check_resumption(recipe: AnyRecipe) -> Resumption:

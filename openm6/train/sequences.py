@@ -75,11 +75,13 @@ class Sequences:
             tied = self.bundle.model.config.tie_word_embeddings
             rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
             self.taught.add_ids(untaught)
-            end = "their rows of the embedding and the output are trained too"
+            end = ": their rows of the embedding and the output are trained too"
         else:
-            end = f"which {settings.method} leaves as they are: lora and full train them"
+            end = f", which {settings.method} leaves as they are: lora and full train them"
         if untaught:
-            self.notes.append(f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts), {end}.")
+            self.notes.append(
+                f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
+            )
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
     def network(self, shared: bool) -> M6:

@@ -78,17 +78,20 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path: Path, capsys: pytes
     assert train(recipe) == model
     said = capsys.readouterr().err
     assert "This run is finished (6 steps): nothing was trained. For more steps: train.steps=N, above 6;" in said
-    assert f"delete {tmp_path / 'run'}" in said and "has changed" not in said
+    assert f"delete {tmp_path / 'run'}" in said and "changes" not in said
     recipe.train.learning_rate = 0.5
     train(recipe)
     said = capsys.readouterr().err
-    assert "Nothing was trained with what has changed: train.learning_rate was 0.001 and is 0.5." in said
+    assert "These changes had no effect: train.learning_rate was 0.001 and is 0.5." in said
     assert files(tmp_path / "run") == before
     recipe.train.steps = 8
     train(recipe)
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8]
     said = capsys.readouterr().err
-    assert "taken by the steps to come: train.learning_rate was 0.001 and is 0.5." in said
+    assert (
+        "The steps to come use what changed since the last checkpoint: train.learning_rate was 0.001 and is 0.5."
+        in said
+    )
     assert load_recipe(model / "recipe.yaml").train.steps == 8
 
 
