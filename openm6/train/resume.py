@@ -4,7 +4,7 @@ Compared with the newest checkpoint: its `recipe.yaml`, and the hashes of the co
 
     free      how long, how often and on what machine it trains, and what it is called: changes without a word
     warned    other settings of the training: the steps to come take them
-    refused   everything else: model, data, tasks, columns, adapter, seed
+    refused   everything else: model, data, tasks, columns, adapter, seed, and what the optimizer's states depend on
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FREE = (
     "train.reject_share",
 )  # fmt: skip
 WARNED = ("train.", "distill.", "vectors.")
+REFUSED = ("train.optimizer", "train.freeze_pictures")
 BY_CONTENT = (
     "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
 )  # fmt: skip
@@ -80,7 +81,9 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
         was, is_now = _shown(before.get(key)), _shown(now.get(key))
         if was == is_now or key.startswith(FREE) or key in content or key in state["content"]:
             continue
-        (warnings if key.startswith(WARNED) else refused).append(f"{key} was {was} and is {is_now}")
+        (warnings if key.startswith(WARNED) and key not in REFUSED else refused).append(
+            f"{key} was {was} and is {is_now}"
+        )
     for key in content.keys() & state["content"].keys():
         if content[key] != state["content"][key]:
             refused.append(f"{key} ({_shown(now.get(key))}) has another content than before")

@@ -114,6 +114,8 @@ def test_a_run_that_was_cut_off_before_its_model_is_not_finished(tmp_path: Path)
         ({"model.sizes.num_hidden_layers": 3}, "model.sizes.num_hidden_layers was 2 and is 3"),
         ({"data.0.task": "[text:text]? -> [label:label]"}, r"data.0.task \(.*\) has another content"),
         ({"tokenizer.vocab_size": 900, "seed": 4}, "seed was 0 and is 4; tokenizer.vocab_size was 800 and is 900"),
+        ({"train.optimizer": "muon"}, "train.optimizer was adamw and is muon"),
+        ({"train.freeze_pictures": True}, "train.freeze_pictures was False and is True"),
         ({"adapt": {"method": "lora"}, "model": {"path": "base"}}, "adapt.method was not given and is lora"),
     ],
 )
