@@ -19,7 +19,7 @@ from openm6.bases import directory_hash
 from openm6.data.digest import json_hash
 from openm6.errors import UsageError
 from openm6.tasks.library import get as get_task
-from openm6.train.checkpoint import latest_checkpoint, step_of
+from openm6.train.checkpoint import latest_checkpoint, state_of, step_of
 from openm6.train.recipe import AnyRecipe, load_recipe
 from openm6.train.setup import open_section
 
@@ -73,7 +73,7 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
     latest = latest_checkpoint(recipe.output / "checkpoints")
     if latest is None or not (latest / RECIPE).is_file():
         return Resumption(content, [], False)
-    state = json.loads((latest / "state.json").read_text("utf-8"))
+    state = state_of(latest)
     before, now = (_flat(one.model_dump(mode="json")) for one in (load_recipe(latest / RECIPE), recipe))
     refused: list[str] = []
     warnings: list[str] = []

@@ -27,7 +27,7 @@ from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distributed import Group
 from openm6.train.setup import TOKENIZER_TEXTS, texts_of
 
-ENCODED = 100
+ENCODED = 32
 """Records of a source that are encoded whole, pictures included."""
 
 

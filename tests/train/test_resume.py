@@ -105,6 +105,14 @@ def test_a_run_that_was_cut_off_before_its_model_is_not_finished(tmp_path: Path)
     assert json.loads((tmp_path / "run/model/config.json").read_text("utf-8"))["hidden_size"] == 32
 
 
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, steps=1)
+    train(recipe)
+    (tmp_path / "run/checkpoints/step-00000001/state.json").write_text('{"data": ', "utf-8")
+    with pytest.raises(OpenM6Error, match="step-00000001 is damaged; delete it"):
+        train(recipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
