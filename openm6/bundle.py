@@ -42,8 +42,8 @@ _log = logging.getLogger(__name__)
 _UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
 _CUT = (
-    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. Further "
-    "texts of the task %s that are too long are not reported."
+    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. "
+    "Further texts of the task %s are cut without a message."
 )
 
 SHOTS = "_shots"
@@ -69,7 +69,7 @@ class Bundle:
         self.tasks = {task.name: task for task in tasks}
         self.path = path
         self._adapters, self._chosen = adapters, ""
-        self._checked: set[str] = set()  # what was warned of
+        self._checked: set[tuple[str, ...]] = set()  # what was warned of, shared by all views
 
     # Files
 
@@ -114,7 +114,7 @@ class Bundle:
             raise UsageError(f"The model has no adapter {name}.{suggest(name, list(known))} {there}")
         tasks = [*self.tasks.values(), *(known[name] if name else [])]
         view = Bundle(self.model, self.processor, tasks, self.path, self._adapters)
-        view._chosen = name or ""
+        view._chosen, view._checked = name or "", self._checked
         return view
 
     @property
@@ -302,13 +302,10 @@ class Bundle:
     def prompt(self, task: Task, record: Record) -> Sequence:
         """The Sequence from which a record is answered. Of each task one warning is logged where the model was never
         trained on it, and one where a text is longer than the model takes."""
-        if task.name not in self._checked:
-            self._checked.add(task.name)
-            if not self.is_trained_on(task):
-                _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
+        if self._is_first("task", task) and not self.is_trained_on(task):
+            _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
         prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
-        if prompt.cut and (key := f"{task.name}: cut") not in self._checked:
-            self._checked.add(key)
+        if prompt.cut and self._is_first("cut", task):
             _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.cut, task.name)
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
@@ -317,6 +314,13 @@ class Bundle:
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
             prompt.constraint = record[LIMITS]
         return prompt
+
+    def _is_first(self, what: str, task: Task) -> bool:
+        """Whether this is asked for the first time, of the model as its present adapter changes it."""
+        key = (what, self._chosen, task.name)
+        is_first = key not in self._checked
+        self._checked.add(key)
+        return is_first
 
     def generate(
         self,

@@ -127,6 +127,17 @@ def test_label_probabilities_are_those_of_the_constrained_network(bundle: Bundle
             assert given[label] == pytest.approx(product, rel=1e-3)
 
 
+def test_many_labels_are_read_a_few_at_a_time(bundle: Bundle) -> None:
+    labels = [f"{one}{other}" for one in "红条纹图中" for other in ("色", "色条", "的商")]
+    task, record, rows = Task.from_instruction("[text:a] -> [label:kind]", labels={"kind": labels}), {"a": "红"}, []
+    hook = bundle.model.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
+    few, many = (next(bundle.label_probabilities(task, [record], batch_size=size)) for size in (4, 64))
+    hook.remove()
+    reads = rows.index(1, 1)  # where the prompt is read again, for the second size
+    assert max(rows[:reads]) == 4 < max(rows[reads:])
+    assert few == pytest.approx(many) and sum(few.values()) == pytest.approx(1)
+
+
 def test_label_probabilities_of_bad_records_and_of_other_tasks(bundle: Bundle) -> None:
     found = list(bundle.label_probabilities("kind", [{"photo": "gone.jpg"}, {"photo": picture()}], on_error="return"))
     assert isinstance(found[0], DataError) and set(found[1]) == {"鞋", "包", "连衣裙"}
@@ -153,8 +164,8 @@ def test_a_task_that_the_model_was_never_trained_on_is_told(
     fresh.run("kind", photo=photo)
     fresh.run(Task.from_instruction(fresh.task("kind").instructions[0].text), photo=photo)  # the same by instruction
     assert not caplog.records
-    for _ in range(2):  # once
-        fresh.run("caption", photo=photo, decoding=options)
+    for view in (fresh, fresh, fresh.adapter(None)):  # once, as a server makes a view for each request
+        view.run("caption", photo=photo, decoding=options)
     assert [one.getMessage() for one in caplog.records] == [
         "The model was never trained on the task caption: its answers to it mean nothing. It was trained on: kind."
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from copy import copy
 from itertools import groupby
 
 import torch
@@ -11,6 +12,7 @@ from openm6.batches import by_length, pad
 from openm6.decode.generate import check_room
 from openm6.errors import UsageError
 from openm6.model import M6
+from openm6.model.attention import Cache
 from openm6.sequence import Sequence
 from openm6.tasks import target
 from openm6.tasks.processor import Processor
@@ -51,8 +53,12 @@ class LabelTree:
 
     @property
     def width(self) -> int:
-        """Rows of the cache that one prompt takes at most."""
+        """Rows that one prompt takes at most."""
         return max(map(len, self.levels), default=1)
+
+    def cached(self, most: int) -> int:
+        """Rows of all caches that one prompt takes, where `most` rows are read at a time."""
+        return max(1, sum(min(most, len(level)) for level in self.levels))
 
 
 @torch.inference_mode()
@@ -62,11 +68,12 @@ def label_probabilities(
     """For each prompt the probability of each label: the product, over the label's tokens and the end, of the
     probability renormalized over the tokens that the labels allow there.
 
-    A prompt is read once; after that only beginnings that several labels have in common are read.
+    A prompt is read once; after that only beginnings that several labels have in common are read, `batch_size` at a
+    time.
     """
     found: dict[int, dict[str, float]] = {}
     for chosen in by_length(prompts, max(1, batch_size // tree.width)):
-        log_probs = _at_forks(model, [prompts[i] for i in chosen], tree)
+        log_probs = _at_forks(model, [prompts[i] for i in chosen], tree, batch_size)
         certain = torch.zeros(len(chosen), dtype=torch.float64)
         columns = [
             sum((log_probs.get((path[:n], token), certain) for n, token in enumerate(path)), certain)
@@ -77,7 +84,9 @@ def label_probabilities(
     return [found[i] for i in range(len(prompts))]
 
 
-def _at_forks(model: M6, prompts: list[Sequence], tree: LabelTree) -> dict[tuple[Prefix, int], torch.Tensor]:
+def _at_forks(
+    model: M6, prompts: list[Sequence], tree: LabelTree, batch_size: int
+) -> dict[tuple[Prefix, int], torch.Tensor]:
     """The log-probabilities fp64 [B] of every token that may follow a fork."""
     found: dict[tuple[Prefix, int], torch.Tensor] = {}
     if not tree.forks:
@@ -85,18 +94,25 @@ def _at_forks(model: M6, prompts: list[Sequence], tree: LabelTree) -> dict[tuple
     count, longest, depth = len(prompts), max(map(len, prompts)), len(tree.levels)
     check_room(model, longest, depth)
     device = model.embed.weight.device
-    hidden, cache = model.prefill(pad(prompts, pad_id=0, even=True).to(device), longest + depth)
-    above: dict[Prefix, int] = {}
-    for level, prefixes in enumerate(tree.levels):
-        if level:  # row b * len(above) + n of the cache holds prompt b with the n-th prefix of the level above
-            parents = torch.tensor([above[prefix[:-1]] for prefix in prefixes], device=device)
-            cache.select((torch.arange(count, device=device)[:, None] * len(above) + parents).flatten())
-            last = torch.tensor([prefix[-1] for prefix in prefixes], device=device)
-            hidden = model.step(last.repeat(count), cache)
-        above = {prefix: number for number, prefix in enumerate(prefixes)}
+    below: dict[Prefix, list[Prefix]] = {}
+    for prefix in (one for level in tree.levels[1:] for one in level):
+        below.setdefault(prefix[:-1], []).append(prefix)
+
+    def read(hidden: torch.Tensor, cache: Cache, prefixes: list[Prefix]) -> None:
+        """Row b * len(prefixes) + n of the cache holds prompt b with the n-th of these prefixes."""
         hidden_BND = hidden.view(count, len(prefixes), -1)
         for number, prefix in enumerate(prefixes):
             if tokens := tree.forks.get(prefix):
                 log_probs = model.logits(hidden_BND[:, number])[:, tokens].double().log_softmax(-1).cpu()
-                found |= {(prefix, token): log_probs[:, n] for n, token in enumerate(tokens)}
+                found.update({(prefix, token): log_probs[:, n] for n, token in enumerate(tokens)})
+        longer = [(number, child) for number, prefix in enumerate(prefixes) for child in below.get(prefix, ())]
+        most = max(1, batch_size // count)
+        for some in (longer[first : first + most] for first in range(0, len(longer), most)):
+            part = copy(cache)
+            parents = torch.tensor([number for number, _ in some], device=device)
+            part.select((torch.arange(count, device=device)[:, None] * len(prefixes) + parents).flatten())
+            last = torch.tensor([child[-1] for _, child in some], device=device)
+            read(model.step(last.repeat(count), part), part, [child for _, child in some])
+
+    read(*model.prefill(pad(prompts, pad_id=0, even=True).to(device), longest + depth), [()])
     return found

@@ -58,8 +58,6 @@ def measure(
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 
-    if not metrics and not chosen.metrics and chosen.slots[chosen.outputs[0]].type != "label":
-        raise UsageError(f"The task {chosen.name} names no metrics: say by which it is measured, by --metric.")
     return evaluate(bundle, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics)
 
 

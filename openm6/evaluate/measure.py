@@ -66,6 +66,16 @@ class Evaluation:
         }  # fmt: skip
 
 
+def check_metrics(task: Task, metrics: Items[str] = ()) -> None:
+    """Raises UsageError where `evaluate` cannot measure a task by these metrics, by default its own."""
+    if task.embeds:
+        raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
+    if not metrics and not task.metrics and task.slots[task.outputs[0]].type != "label":
+        raise UsageError(f"The task {task.name} names no metrics: say by which it is measured, by --metric.")
+    for metric in metrics or task.metrics:
+        check_metric(metric, task)
+
+
 def evaluate(
     bundle: Bundle,
     task: Task,
@@ -88,13 +98,10 @@ def evaluate(
     UsageError for a metric that does not suit the task.
     """
     started = time.perf_counter()
-    if task.embeds:
-        raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
+    check_metrics(task, metrics)
     output = task.outputs[0]
     kind = task.slots[output].type
     chosen = list(dict.fromkeys(metrics or task.metrics))
-    for metric in chosen:
-        check_metric(metric, task)
     kept: list[Record] = []
     prompts: list[Sequence] = []
     rejects: list[tuple[int, Reject]] = []

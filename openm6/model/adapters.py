@@ -201,7 +201,7 @@ def merge_adapter(model: M6, path: Path) -> M6:
         add_adapter(model, config)
         names = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if {stored_name(n): p.shape for n, p in names.items()} != {key: value.shape for key, value in weights.items()}:
-            raise _misfit(path, "its tensors are others")
+            raise _misfit(path, "its tensors have other names or shapes")
         for name, parameter in names.items():
             parameter.data = weights[stored_name(name)]
         return model
@@ -214,7 +214,7 @@ def merge_adapter(model: M6, path: Path) -> M6:
         raise _misfit(path, " ".join(str(error).split())[:200]) from None
     if others := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
         name = min(others)
-        raise _misfit(path, f"{name} is {'too much' if name in weights else 'missing'}")
+        raise _misfit(path, f"{name} is {'unexpected' if name in weights else 'missing'}")
     merged: M6 = adapted.merge_and_unload()  # type: ignore[operator]
     return merged
 

@@ -175,10 +175,9 @@ class M6(Network):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to fp32 [..., V]."""
-        if self.packed_head is not None:
-            found, matrix = self.packed_head(hidden).float(), self.embed if self.head is None else self.head
-            return matrix.logits(found, hidden) if isinstance(matrix, ChangedRows) else found
-        return (hidden @ self.head_weight.to(hidden.dtype).T).float()
+        matrix = self.embed if self.head is None else self.head
+        product = hidden @ matrix.weight.to(hidden.dtype).T if self.packed_head is None else self.packed_head(hidden)
+        return matrix.logits(product.float(), hidden) if isinstance(matrix, ChangedRows) else product.float()
 
     def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:
         """Lay the weights of all products out for the CPU's kernels, in bf16 or fp32 (the default is what this CPU

@@ -21,6 +21,9 @@ from openm6.sequence import Sequence
 from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
 
+BATCH = 64
+"""Rows of labels that are read at once."""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -85,7 +88,7 @@ def prepared(request: Request, view: Bundle) -> None:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
         positions = len(view.prompt(task, record)) + max(request.options.max_new_tokens, len(tree.levels))
         check_room(view.model, positions, 0)
-        kind, request.needs = ("probabilities", request.options), _bytes(view, tree.width, positions)
+        kind, request.needs = ("probabilities", request.options), _bytes(view, tree.cached(BATCH), positions)
     elif task.draws:
         decoding = in_passes(task, request.decoding) if request.edit else request.decoding
         _, request.options = options_of(view, task, request.candidates, decoding)
@@ -150,7 +153,8 @@ def _pictures(
 
 
 def _with_probabilities(view: Bundle, task: Task, records: list[Any], decoding: Mapping[str, Any]) -> list[Any]:
-    answers, found = view.run_many(task, records, decoding=decoding), view.label_probabilities(task, records)
+    answers = view.run_many(task, records, decoding=decoding)
+    found = view.label_probabilities(task, records, batch_size=BATCH)
     return [{"value": one, "probabilities": told} for one, told in zip(answers, found, strict=True)]
 
 

@@ -31,7 +31,7 @@ def read_taught(path: Path) -> frozenset[int] | None:
             return None
         spans = [span.partition("-") for span in ranges.split(",") if span]
         return frozenset(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise OpenM6Error(f"{path / NAME} is damaged ({type(error).__name__}).") from None
 
 

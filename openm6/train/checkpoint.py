@@ -61,6 +61,14 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return next(reversed(all_checkpoints(directory)), None)
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The state that `Checkpoints.save` was given. Raises OpenM6Error for a checkpoint that is damaged."""
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise _damaged(checkpoint) from None
+
+
 class Checkpoints:
     """The checkpoints of one run: `save`, `wait`, `latest`, `restore`. Every process calls all but `latest`."""
 
@@ -143,8 +151,8 @@ class Checkpoints:
         `shared`: the checkpoint is of a network with so few distinct layers, and layer i of this one takes layer
         i mod shared, its optimizer moments by `moments` (PseudoSection).
         """
+        state = state_of(path)
         try:
-            state = json.loads((path / "state.json").read_text("utf-8"))
             stored = _stored(path)
         except (Exception, CheckpointException):
             raise _damaged(path) from None

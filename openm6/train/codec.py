@@ -67,6 +67,8 @@ class Pictures:
             for s in recipe.data
         ]
         self.loader = make_loader(recipe, group, entries, None, rejects)
+        sources = [(s.name or s.source, open_section(s), s.columns) for s in recipe.evaluation.data]
+        self.measured = [(n, source, SlotView.of(self.task, source, columns)) for n, source, columns in sources]  # type: ignore[arg-type]
         self.flops = _training_flops(self.config)
 
     def network(self, shared: bool) -> Codec:
@@ -79,8 +81,8 @@ class Pictures:
     def begin(self, model: Codec) -> None:
         """Nothing."""
 
-    def count(self, examples: list[Picture]) -> tuple[int, int]:
-        return len(examples), len(examples)
+    def count(self, examples: list[Picture]) -> tuple[int, int, int]:
+        return len(examples), len(examples), 0
 
     def batches(self, examples: list[Picture]) -> list[list[Picture]]:
         return [examples]
@@ -95,14 +97,9 @@ class Pictures:
     def evaluate(self, model: Codec) -> Iterator[tuple[str, Mapping[str, float]]]:
         """PSNR, SSIM and the share of the codes in use; a grid of pictures above their reconstructions as PNG."""
         model.eval()
-        for section in self.recipe.evaluation.data:
-            source = open_section(section)
+        for name, source, view in self.measured:
             count = min(len(source), self.recipe.evaluation.limit)
-            if not count:
-                raise DataError(f"{section.source} holds no pictures to measure on.")
-            view = SlotView.of(self.task, source, section.columns)  # type: ignore[arg-type]
             pictures = [self.task.encode(view(source[i])) for i in range(count)]
-            name = section.name or section.source
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
 
     def gather(self) -> None:

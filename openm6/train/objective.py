@@ -22,7 +22,6 @@ class Part:
     loads       of each layer of experts
     flops       of the forward and backward pass
     positions   that the network worked on; `slots` with those that only fill rows
-    cut         examples that were longer than the model takes
     """
 
     loss: Tensor
@@ -31,7 +30,6 @@ class Part:
     positions: int
     slots: int
     loads: list[Any] = field(default_factory=list)
-    cut: int = 0
 
 
 class Objective(Protocol):
@@ -48,8 +46,9 @@ class Objective(Protocol):
     def begin(self, model: Any) -> None:
         """Change what starts otherwise than at random or by `path`."""
 
-    def count(self, examples: list[Any]) -> tuple[float, int]:
-        """What of these examples is trained, by weight (a step's loss is divided by that), and positions in all."""
+    def count(self, examples: list[Any]) -> tuple[float, int, int]:
+        """What of these examples is trained, by weight (a step's loss is divided by that), positions in all, and
+        examples that were longer than the model takes."""
 
     def batches(self, examples: list[Any]) -> list[list[Any]]:
         """The examples divided into micro-batches, as many on every process (some may be empty)."""

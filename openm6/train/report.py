@@ -151,7 +151,7 @@ class Reporter:
         for metric, value in scores.items():
             self.board.add_scalar(f"evaluation/{name}/{metric}", value, step)
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        self.since = time.perf_counter() if not self.steps else self.since
+        self.since = time.perf_counter()
 
     def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
         """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
@@ -175,11 +175,10 @@ class Reporter:
             f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
             f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
         )
-
         if cut:
             self.say(
-                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends "
-                "(`openm6 data check --model` tells by how much; model.max_length)."
+                f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends: "
+                "`openm6 data check --model` tells by how much, model.max_length gives them more room."
             )
         if skipped:
             self.say(f"{skipped:,} records could not be used and were left out: {self.output / 'rejects.jsonl'}")

@@ -4,7 +4,7 @@ Compared with the newest checkpoint: its `recipe.yaml`, and the hashes of the co
 
     free      how long, how often and on what machine it trains, and what it is called: changes without a word
     warned    other settings of the training: the steps to come take them
-    refused   everything else: model, data, tasks, columns, adapter, seed
+    refused   everything else: model, data, tasks, columns, adapter, seed, and what the optimizer's states depend on
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from openm6.bases import directory_hash
 from openm6.data.digest import json_hash
 from openm6.errors import UsageError
 from openm6.tasks.library import get as get_task
-from openm6.train.checkpoint import latest_checkpoint, step_of
+from openm6.train.checkpoint import latest_checkpoint, state_of, step_of
 from openm6.train.recipe import AnyRecipe, load_recipe
 from openm6.train.setup import open_section
 
@@ -30,6 +30,7 @@ FREE = (
     "train.reject_share",
 )  # fmt: skip
 WARNED = ("train.", "distill.", "vectors.")
+REFUSED = ("train.optimizer", "train.freeze_pictures")
 BY_CONTENT = (
     "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
 )  # fmt: skip
@@ -39,23 +40,28 @@ BY_CONTENT = (
 @dataclass(frozen=True, slots=True)
 class Resumption:
     """`content`: hashes of what the recipe names, by key; `warnings`: changes that the steps to come take; `finished`:
-    nothing is left to do."""
+    nothing is left to do; `stopped_early`: because the measures got no better."""
 
     content: dict[str, str]
     warnings: list[str]
     finished: bool
     step: int = 0
+    stopped_early: bool = False
 
     def messages(self, recipe: AnyRecipe) -> list[str]:
         """Sentences for the user."""
         changes = "; ".join(self.warnings)
         if self.finished:
+            more, why = f"train.steps=N, above {self.step}", ""
+            if self.stopped_early:
+                more = f"evaluation.patience=N, above {recipe.evaluation.patience}"
+                why = "; it stopped because the measures got no better"
             text = (
-                f"This run is finished ({self.step} steps): nothing was trained. For more steps: train.steps=N, above "
-                f"{self.step}; to train anew: choose another output, or delete {recipe.output}."
+                f"This run is finished ({self.step} steps{why}): nothing was trained. For more steps: {more}; "
+                f"to train anew: choose another output, or delete {recipe.output}."
             )
-            return [text + (f" Nothing was trained with what has changed: {changes}." if changes else "")]
-        return [f"Changed since the last checkpoint, and taken by the steps to come: {changes}."] if changes else []
+            return [text + (f" These changes had no effect: {changes}." if changes else "")]
+        return [f"The steps to come use what changed since the last checkpoint: {changes}."] if changes else []
 
 
 def check_resumption(recipe: AnyRecipe) -> Resumption:
@@ -67,7 +73,7 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
     latest = latest_checkpoint(recipe.output / "checkpoints")
     if latest is None or not (latest / RECIPE).is_file():
         return Resumption(content, [], False)
-    state = json.loads((latest / "state.json").read_text("utf-8"))
+    state = state_of(latest)
     before, now = (_flat(one.model_dump(mode="json")) for one in (load_recipe(latest / RECIPE), recipe))
     refused: list[str] = []
     warnings: list[str] = []
@@ -75,7 +81,9 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
         was, is_now = _shown(before.get(key)), _shown(now.get(key))
         if was == is_now or key.startswith(FREE) or key in content or key in state["content"]:
             continue
-        (warnings if key.startswith(WARNED) else refused).append(f"{key} was {was} and is {is_now}")
+        (warnings if key.startswith(WARNED) and key not in REFUSED else refused).append(
+            f"{key} was {was} and is {is_now}"
+        )
     for key in content.keys() & state["content"].keys():
         if content[key] != state["content"][key]:
             refused.append(f"{key} ({_shown(now.get(key))}) has another content than before")
@@ -85,7 +93,10 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
             f"The run in {recipe.output} cannot be resumed: {'; '.join(sorted(refused))}. Choose another output, or "
             f"delete {recipe.output} to train anew."
         )
-    return Resumption(content, warnings, _finished(recipe, step_of(latest), state), step_of(latest))
+    step, patience = step_of(latest), recipe.evaluation.patience
+    stopped_early = patience is not None and step < recipe.train.steps and state["waited"] >= patience
+    finished = (stopped_early or step >= recipe.train.steps) and _has_ended(recipe.output, step)
+    return Resumption(content, warnings, finished, step, stopped_early)
 
 
 def _content(recipe: AnyRecipe) -> dict[str, str]:
@@ -126,13 +137,10 @@ def _shown(value: Any) -> str:
     return "not given" if value is None or value == {} else str(value)
 
 
-def _finished(recipe: AnyRecipe, step: int, state: Mapping[str, Any]) -> bool:
-    """At the end, and the model of the end is written: the last line of the log says so."""
-    patience = recipe.evaluation.patience
-    if step < recipe.train.steps and (patience is None or state["waited"] < patience):
-        return False
+def _has_ended(output: Path, step: int) -> bool:
+    """Whether the model of the end is written: the last line of the log says so."""
     try:
-        last = json.loads((recipe.output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+        last = json.loads((output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):
         return False
-    return bool(last.get("finished")) and last["step"] == step and (recipe.output / "model").is_dir()
+    return bool(last.get("finished")) and last["step"] == step and (output / "model").is_dir()

@@ -27,7 +27,7 @@ from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
-from openm6.train.setup import build_bundle, build_entries, evaluate_entries, make_loader
+from openm6.train.setup import build_bundle, build_entries, check_evaluation, evaluate_entries, make_loader
 from openm6.train.start import start_codes
 from openm6.train.taught import Taught, untaught_ids
 
@@ -50,6 +50,7 @@ class Sequences:
         self.notes += data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
         self.bundle.tasks |= {task.name: task for task in both}
+        check_evaluation(recipe, self.bundle)
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
         if self.adapter is not None and (new := self.heads.keys() - (self.bundle.model.config.heads or {}).keys()):
             raise UsageError(
@@ -74,11 +75,13 @@ class Sequences:
             tied = self.bundle.model.config.tie_word_embeddings
             rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
             self.taught.add_ids(untaught)
-            end = "their rows of the embedding and the output are trained too"
+            end = ": their rows of the embedding and the output are trained too"
         else:
-            end = f"which {settings.method} leaves as they are: lora and full train them"
+            end = f", which {settings.method} leaves as they are: lora and full train them"
         if untaught:
-            self.notes.append(f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts), {end}.")
+            self.notes.append(
+                f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
+            )
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
     def network(self, shared: bool) -> M6:
@@ -106,13 +109,14 @@ class Sequences:
         for weight in {model.embed.weight, model.head_weight}:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
-    def count(self, examples: list[Sequence]) -> tuple[float, int]:
+    def count(self, examples: list[Sequence]) -> tuple[float, int, int]:
+        every = _flat(examples)
         if self.adapter is None:  # its rows alone are trained
-            self.taught.add(_flat(examples))
+            self.taught.add(every)
         trained = sum(
             e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
         )
-        return trained, sum(len(e) for e in _flat(examples))
+        return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
 
     def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
         """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
@@ -155,8 +159,7 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.bundle.model.config, positions, pairs, trained)
-        cut = sum(e.cut > 0 for e in examples)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads, cut)
+        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind

@@ -17,6 +17,7 @@ from openm6.data.source import Source, open_source
 from openm6.data.store import Records
 from openm6.errors import UsageError
 from openm6.evaluate.command import measure, measure_retrieval
+from openm6.evaluate.measure import check_metrics
 from openm6.images import ImageGrid
 from openm6.model import ModelConfig
 from openm6.model.adapters import check_whole
@@ -31,6 +32,9 @@ from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distill import answered
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
+
+TOKENIZER = "tokenizer"
+"""Folder of a run with the tokenizer that was trained for it."""
 
 TOKENIZER_TEXTS = 200_000
 """Texts that a tokenizer is trained on at most."""
@@ -102,7 +106,7 @@ def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Toke
                 f"{recipe.model.codec} has {num_codes}."
             )
         return tokenizer
-    place = recipe.output / "tokenizer"
+    place = recipe.output / TOKENIZER
     # Before the first checkpoint nothing depends on it, and the data may have been corrected since it was made.
     if group.first and latest_checkpoint(recipe.output / "checkpoints") is None:
         characters = common_characters(section.characters)
@@ -211,6 +215,17 @@ def _task(name: str, bundle: Bundle) -> Task:
     """The library's, or one that only the model has."""
     own = name in bundle.tasks and name not in library_names()
     return bundle.tasks[name] if own else get_task(name)
+
+
+def check_evaluation(recipe: Recipe, bundle: Bundle) -> None:
+    """Raises what the first measure would, hours later, for tasks, data, columns or metrics that do not fit."""
+    for section in recipe.evaluation.data:
+        task, source = bundle.task(section.task), open_section(section)
+        SlotView.of(task, source, section.columns)
+        if section.against:
+            SlotView.of(bundle.task(section.against), source, section.against_columns)
+        else:
+            check_metrics(task)
 
 
 def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict[str, float]]]:

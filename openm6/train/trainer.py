@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -28,6 +29,7 @@ from openm6.train.recipe import AnyRecipe, CodecRecipe, recipe_text
 from openm6.train.report import Losses, Reporter, say
 from openm6.train.resume import RECIPE, check_resumption
 from openm6.train.sequences import Sequences
+from openm6.train.setup import TOKENIZER
 from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
@@ -47,7 +49,14 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
             say(text)
         if finished:
             return recipe.output / "model"
-        return Trainer(recipe, group, on_step, found.content if found else {}).run()
+        try:
+            return Trainer(recipe, group, on_step, found.content if found else {}).run()
+        except OpenM6Error:
+            if group.first and not (recipe.output / RECIPE).exists():  # no step was taken: the run leaves nothing
+                shutil.rmtree(recipe.output / TOKENIZER, ignore_errors=True)
+                with suppress(OSError):  # there is something else
+                    recipe.output.rmdir()
+            raise
 
 
 class Trainer:
@@ -121,11 +130,11 @@ class Trainer:
         started = time.perf_counter()
         # A trained position weighs the same, in whatever process and part of the step it falls.
         counts = torch.tensor(self.objective.count(examples), dtype=torch.float64, device=self.group.device)
-        total, everything = self.group.sum(counts).tolist()
+        total, everything, cut = self.group.sum(counts).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots, cut = 0.0, 0.0, 0.0, 0.0
+        flops, positions, slots = 0.0, 0.0, 0.0
         self.loads.begin()
         accumulate = min(self.settings.accumulate, len(examples))
         shares = [examples[i::accumulate] for i in range(accumulate)]
@@ -140,7 +149,6 @@ class Trainer:
             self.loads.add(part.loads, more=not last)
             losses += part.losses
             flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
-            cut += part.cut
         self.loads.end()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
@@ -151,8 +159,8 @@ class Trainer:
         self.parallel.update(self.optimizers)
         self.step += 1
         self.seen += self.settings.batch_size
-        losses, (flops, positions, slots, cut) = self._everywhere(losses, [flops, positions, slots, cut])
         self.cut += int(cut)
+        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
         self._track(losses)
         if self.reporter:
             self.reporter.step(
@@ -162,10 +170,10 @@ class Trainer:
 
     def _everywhere(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
         """The losses of all processes by task and source, and the sums of `counts`."""
-        table = torch.zeros(len(self.kinds) + 1, max(2, len(counts)), dtype=torch.float64)
+        table = torch.zeros(len(self.kinds) + 1, len(counts), dtype=torch.float64)
         for task, origin, loss, number in losses:
             table[self.kinds[task, origin], :2] += torch.tensor([loss, number], dtype=torch.float64)
-        table[-1, : len(counts)] = torch.tensor(counts, dtype=torch.float64)
+        table[-1] = torch.tensor(counts, dtype=torch.float64)
         rows = self.group.sum(table.to(self.group.device)).tolist()
         return [(*kind, row[0], int(row[1])) for kind, row in zip(self.kinds, rows, strict=False) if row[1]], rows[-1]
 
@@ -194,12 +202,15 @@ class Trainer:
 
     def _now_and_then(self) -> None:
         settings, evaluation = self.settings, self.recipe.evaluation
-        if self.reporter and (self.step % settings.log_every == 0 or self.step == settings.steps):
+        stops = evaluation.patience is not None
+        measures = bool(evaluation.data) and (
+            self.step % evaluation.every == 0 if self.step < settings.steps else stops
+        )
+        # Before a measure too: it may be the end, and its time is not that of the steps.
+        if self.reporter and (measures or self.step % settings.log_every == 0 or self.step == settings.steps):
             self.reporter.log(self.energy, self.loads.statistics())
             self.loads.clear()
-        better, stops = False, evaluation.patience is not None
-        if evaluation.data and (self.step % evaluation.every == 0 if self.step < settings.steps else stops):
-            better = self._evaluate() and stops
+        better = measures and self._evaluate() and stops
         last = self.step == settings.steps or self._waited_enough()
         if better or last or self.step % settings.checkpoint_every == 0:
             self._save()

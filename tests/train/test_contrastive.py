@@ -26,7 +26,7 @@ from openm6.train.recipe import Recipe
 from openm6.train.trainer import train
 from tests.conftest import example
 from tests.tasks.conftest import picture
-from tests.train.conftest import losses, tiny_recipe
+from tests.train.conftest import logged, losses, tiny_recipe
 
 ALONE = Group(0, 1, torch.device("cpu"))
 WORDS = "红黄蓝绿紫粉黑橙"
@@ -115,6 +115,14 @@ def test_what_belongs_together_finds_itself_also_with_few_numbers(model: Path, t
     assert told[max(told)] < 0.3 * told[min(told)]
     assert measured(model, things)["recall@1"] == 1
     assert measured(model, things, dims=8)["recall@1"] >= 0.75
+
+
+def test_a_pair_that_is_cut_counts_as_one_example(things: Path, tmp_path: Path) -> None:
+    recipe = matching(things, tmp_path / "run", steps=1)
+    recipe.model.max_length = 3
+    train(recipe)
+    last = logged(tmp_path / "run")[-1]
+    assert last["cut"] == last["examples"] == 8
 
 
 def test_vectors_have_length_one_and_do_not_depend_on_the_batch(model: Path) -> None:

@@ -60,6 +60,19 @@ def test_it_stops_and_keeps_the_best(tmp_path: Path, measured: dict) -> None:
     assert steps == ["step-00000002", "step-00000005"]
 
 
+def test_once_stopped_it_says_how_to_go_on(tmp_path: Path, measured: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = stopping(tmp_path, log_every=10)
+    train(recipe)
+    assert max(losses(tmp_path)) == 5  # what was learned last is logged too
+    train(recipe)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(5 steps; it stopped because the measures got no better): nothing was trained" in said
+    assert "For more steps: evaluation.patience=N, above 3;" in said
+    recipe.evaluation.patience = 4
+    train(recipe)
+    assert max(losses(tmp_path)) == 6
+
+
 def test_a_better_one_in_time_goes_on_to_the_end(tmp_path: Path, measured: dict) -> None:
     model = train(stopping(tmp_path, patience=4))
     assert len(measured) == 6

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.errors import UsageError
+from openm6.errors import OpenM6Error, UsageError
 from openm6.tasks.library import get
 from openm6.train.compress import _Work, check_chain
 from openm6.train.distill import answered
@@ -78,17 +78,20 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path: Path, capsys: pytes
     assert train(recipe) == model
     said = capsys.readouterr().err
     assert "This run is finished (6 steps): nothing was trained. For more steps: train.steps=N, above 6;" in said
-    assert f"delete {tmp_path / 'run'}" in said and "has changed" not in said
+    assert f"delete {tmp_path / 'run'}" in said and "changes" not in said
     recipe.train.learning_rate = 0.5
     train(recipe)
     said = capsys.readouterr().err
-    assert "Nothing was trained with what has changed: train.learning_rate was 0.001 and is 0.5." in said
+    assert "These changes had no effect: train.learning_rate was 0.001 and is 0.5." in said
     assert files(tmp_path / "run") == before
     recipe.train.steps = 8
     train(recipe)
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7, 8]
     said = capsys.readouterr().err
-    assert "taken by the steps to come: train.learning_rate was 0.001 and is 0.5." in said
+    assert (
+        "The steps to come use what changed since the last checkpoint: train.learning_rate was 0.001 and is 0.5."
+        in said
+    )
     assert load_recipe(model / "recipe.yaml").train.steps == 8
 
 
@@ -102,6 +105,14 @@ def test_a_run_that_was_cut_off_before_its_model_is_not_finished(tmp_path: Path)
     assert json.loads((tmp_path / "run/model/config.json").read_text("utf-8"))["hidden_size"] == 32
 
 
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, steps=1)
+    train(recipe)
+    (tmp_path / "run/checkpoints/step-00000001/state.json").write_text('{"data": ', "utf-8")
+    with pytest.raises(OpenM6Error, match="step-00000001 is damaged; delete it"):
+        train(recipe)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -111,6 +122,8 @@ def test_a_run_that_was_cut_off_before_its_model_is_not_finished(tmp_path: Path)
         ({"model.sizes.num_hidden_layers": 3}, "model.sizes.num_hidden_layers was 2 and is 3"),
         ({"data.0.task": "[text:text]? -> [label:label]"}, r"data.0.task \(.*\) has another content"),
         ({"tokenizer.vocab_size": 900, "seed": 4}, "seed was 0 and is 4; tokenizer.vocab_size was 800 and is 900"),
+        ({"train.optimizer": "muon"}, "train.optimizer was adamw and is muon"),
+        ({"train.freeze_pictures": True}, "train.freeze_pictures was False and is True"),
         ({"adapt": {"method": "lora"}, "model": {"path": "base"}}, "adapt.method was not given and is lora"),
     ],
 )
@@ -169,6 +182,27 @@ def test_a_refused_training_leaves_no_folder(tmp_path: Path, base: Path) -> None
         with pytest.raises(UsageError):
             command("finetune", base, *words)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"preset": "demo", "sizes": {"vocab_size": 5}}}, "follows from the tokenizer"),
+        ({"vectors": {"dims": [9999]}}, "vectors.dims has 9999"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "nope"}]}}, 'no task "nope"'),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "vqa"}]}}, "image"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "names no metrics"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "text_vector"}]}}, "gives a vector"),
+    ],
+)
+def test_what_is_refused_before_the_first_step_leaves_no_folder(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    data = reviews(tmp_path / "a.jsonl")
+    recipe = recipe_of(tmp_path, **json.loads(json.dumps(changes).replace("DATA", str(data))))
+    with pytest.raises(OpenM6Error, match=said):
+        train(recipe)
+    assert list(tmp_path.iterdir()) == [data]
 
 
 def test_finetuning_again_with_the_same_command_does_nothing(tmp_path: Path, base: Path) -> None:

@@ -105,6 +105,14 @@ def test_words_that_it_knows_take_no_rows(base: Path, tmp_path: Path) -> None:
     assert not [name for name in load_file(adapter / "adapter_model.safetensors") if "token" in name]
 
 
+def test_marks_that_it_has_not_met_have_rows_too(base: Path, tmp_path: Path) -> None:
+    recipe = adapting(base, tmp_path / "run", KNOWN, steps=1)
+    recipe.data[0].task = "text_denoising"
+    content = json.loads((train(recipe) / "adapter_config.json").read_text("utf-8"))
+    rows, tokenizer = content["trainable_token_indices"]["embed"], Bundle.load(base, "cpu").processor.tokenizer
+    assert tokenizer.mask_id in rows and tokenizer.table_id not in rows
+
+
 def test_peft_reads_the_rows(base: Path, adapter: Path) -> None:
     theirs = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().state_dict()
     ours = Bundle.load(adapter, "cpu", trainable=True).model.state_dict()
