@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,9 @@ def lines_of(text: str) -> list[str]:
 DEPTH = 100
 """Levels of lists and objects inside each other that are read at most."""
 
+_DEEP = f"nests more than {DEPTH} levels"
+_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.S)
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -66,14 +69,46 @@ class Fault:
 def parse(text: str) -> Any:
     """A JSON value from outside; a number, constant or object that cannot be used is a Fault, which `fault_of` finds.
 
-    Raises json.JSONDecodeError where it is not JSON, ValueError where it nests too deeply.
+    Of a list, an element that nests too deeply is a Fault too. Raises json.JSONDecodeError where it is not JSON,
+    ValueError where anything else nests too deeply.
     """
     try:
-        return json.loads(
-            text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique
-        )
+        return _read(text)
     except RecursionError:
-        raise ValueError(f"nests more than {DEPTH} levels") from None
+        if not text.lstrip().startswith("["):
+            raise ValueError(_DEEP) from None
+    found: list[Any] = []
+    for start, end in _elements(text):
+        try:
+            found.append(_read(text[start:end]))
+        except RecursionError:
+            found.append(Fault(_DEEP))
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
+    return found
+
+
+def _read(text: str) -> Any:
+    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique)
+
+
+def _elements(text: str) -> Iterator[tuple[int, int]]:
+    """Where the elements of a list begin and end, without recursion, whatever is inside of them."""
+    depth = start = end = 0
+    for mark in _MARK.finditer(text):
+        if mark[0] in ("]", "}", ",") and depth == 1:
+            yield start, mark.start()
+        if mark[0] in ("[", "{"):
+            depth += 1
+        elif mark[0] in ("]", "}"):
+            depth -= 1
+        if depth <= 1 and mark[0] in ("[", ","):
+            start = mark.end()
+        if depth == 0:
+            end = mark.end()
+            break
+    if not end or text[end - 1] != "]" or text[end:].strip():
+        raise json.JSONDecodeError("The list does not end as a list", text, end or len(text))
 
 
 def fault_of(value: Any) -> str | None:
@@ -92,7 +127,7 @@ def fault_of(value: Any) -> str | None:
             return one.reason
         elif isinstance(one, (dict, list)):
             if depth == DEPTH:
-                return f"nests more than {DEPTH} levels"
+                return _DEEP
             rest += [(part, depth + 1) for part in one]
             if isinstance(one, dict):
                 rest += [(part, depth + 1) for part in one.values()]

@@ -290,9 +290,30 @@ def test_it_costs_an_element_of_a_json_list_and_a_record_of_a_tar(tmp_path: Path
     assert reason in rejected[0].reason
 
 
-def test_a_json_list_that_nests_too_deeply_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.json is not valid JSON: it nests more than 100 levels"):
-        load(write(tmp_path / "a.json", f'[{{"a": {DEEP}}}]'))
+def test_an_element_that_nests_too_deeply_costs_itself(tmp_path: Path) -> None:
+    good = '{"text": "[}],\\"{"}'
+    path = write(
+        tmp_path / "a.json", f'\n[{good}, {{"a": {DEEP}}}, {good}, {{"b": [{{"c": 9e999}}]}}\n,{DEEP}, {good}] '
+    )
+    records, rejected = load(path)
+    assert [r["text"] for r in records] == ['[}],"{'] * 3
+    assert [r.where for r in rejected] == [f"{path}#1", f"{path}#3", f"{path}#4"]
+    assert ["nests more than 100 levels" in r.reason for r in rejected] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'{{"images": {DEEP}}}', r"a\.json is not valid JSON: it nests more than 100 levels"),
+        (f"[1,\n{DEEP}", r"a\.json:2 is not valid JSON"),
+        (f"[1,\n{DEEP}}}", r"a\.json:2 is not valid JSON"),
+        (f"[{DEEP},\n1 2]", r"a\.json:2 is not valid JSON"),
+        (f"[{DEEP}]\n]", r"a\.json:1 is not valid JSON"),
+    ],
+)
+def test_json_that_is_wrong_elsewhere_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        load(write(tmp_path / "a.json", text))
 
 
 def test_lines_that_end_in_carriage_returns_and_marks_inside_of_files(tmp_path: Path) -> None:
