@@ -32,9 +32,11 @@ def measure(
     shots: int = 0,
     shots_from: str = "",
     metrics: Sequence[str] = (),
+    spread: bool = False,
 ) -> Evaluation:
-    """Open `data`, map its columns to the task's slots and measure on its first `limit` records (`answers`, `metrics`:
-    evaluate). Rows that reading left out count among the rejected ones.
+    """Open `data`, map its columns to the task's slots and measure on its first `limit` records, or with `spread` on
+    `limit` records evenly spread over them all: in a file ordered by its labels the first ones have one label.
+    `answers`, `metrics`: evaluate. Rows that reading left out count among the rejected ones.
 
     `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
     `shots` records of the source `shots_from`, with their answers.
@@ -46,7 +48,8 @@ def measure(
 
     def rows() -> Iterator[Mapping[str, Any] | Reject]:
         left = math.inf if limit is None else limit
-        for row in records.rows():
+        places = range(limit) if spread and limit and limit < len(records) else ()
+        for row in (records[place * len(records) // len(places)] for place in places) if places else records.rows():
             if left == 0:
                 return
             if isinstance(row, Reject):

@@ -205,7 +205,7 @@ class EvaluationSection(_Strict):
     """Data to measure on while training: the tasks' own metrics, by decoding."""
 
     every: int = Field(1000, ge=1)
-    limit: int = Field(256, ge=1, description="records a source")
+    limit: int = Field(256, ge=1, description="records a source, evenly spread over it")
     patience: int | None = Field(
         None,
         ge=1,

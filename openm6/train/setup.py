@@ -240,6 +240,6 @@ def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict
         else:
             found = measure(
                 bundle, section.task, section.source, section.columns, section.format, section.images, limit,
-                answers=False,
+                answers=False, spread=True,
             )  # fmt: skip
         yield section.name or f"{found.task} {section.source}", found.values()

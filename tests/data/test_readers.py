@@ -292,9 +292,8 @@ def test_it_costs_an_element_of_a_json_list_and_a_record_of_a_tar(tmp_path: Path
 
 def test_an_element_that_nests_too_deeply_costs_itself(tmp_path: Path) -> None:
     good = '{"text": "[}],\\"{"}'
-    path = write(
-        tmp_path / "a.json", f'\n[{good}, {{"a": {DEEP}}}, {good}, {{"b": [{{"c": 9e999}}]}}\n,{DEEP}, {good}] '
-    )
+    text = f'\n[{good}, {{"a": {DEEP}}}, {good}, {{"b": [{{"c": 9e999}}]}}\n,{DEEP}, {good}] '
+    path = write(tmp_path / "a.json", text)
     records, rejected = load(path)
     assert [r["text"] for r in records] == ['[}],"{'] * 3
     assert [r.where for r in rejected] == [f"{path}#1", f"{path}#3", f"{path}#4"]

@@ -56,6 +56,16 @@ VQA = Task.from_dict(
 )
 
 
+def test_some_records_of_an_ordered_file_are_the_first_ones_or_spread_over_it(bundle: Bundle, tmp_path: Path) -> None:
+    lines = [json.dumps({"question": str(number), "answer": "红" if number < 5 else "蓝"}) for number in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    for spread, chosen in ((False, "0123"), (True, "0257")):
+        found = measure(bundle, VQA, str(tmp_path / "a.jsonl"), limit=4, spread=spread, decoding={"max_new_tokens": 1})
+        assert "".join(case.record["question"] for case in found.cases) == chosen
+    whole = measure(bundle, VQA, str(tmp_path / "a.jsonl"), limit=99, spread=True, decoding={"max_new_tokens": 1})
+    assert len(whole.cases) == 10
+
+
 def test_records_that_are_longer_than_the_model_takes_are_counted(bundle: Bundle) -> None:
     records = [{"question": "红" * length, "answer": "红色"} for length in (3, 300, 400)]
     found = evaluate(Says(bundle, ["红色"] * 3), VQA, records)
