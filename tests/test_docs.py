@@ -239,9 +239,10 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 # Commands that are run, in the order of their page
 
 
-RUN = [ROOT / "docs" / f"{name}.md" for name in (
-    "catalogue", "coming-from", "evaluation", "experts", "extending", "finetuning", "jobs", "planning", "retrieval",
-)]  # fmt: skip
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "catalogue", "coming-from", "data", "evaluation", "experts", "extending", "finetuning", "jobs", "planning",
+    "retrieval", "start", "training", "your_data", "zh",
+))]  # fmt: skip
 """Pages whose commands take a tiny model seconds."""
 
 NOT_RUN = (
@@ -249,7 +250,21 @@ NOT_RUN = (
     "jobs submit --engine", "--extension", "runs/goods.yaml",  # they need a cluster, or files of another page
     "models prune",  # a larger model
     "--dry-run", "demo:", "shop:", "runs/next", "index tune",  # they take long or many items, or follow one that does
+    "train demo ", "images", "--processes", "--ray-workers", "--nproc-per-node",  # likewise; tests/e2e has pictures
 )  # fmt: skip
+
+SMALL = [
+    "train.steps=2", "train.batch_size=2", "train.workers=0", "train.accumulate=1", "train.row_length=256",
+    "evaluation.limit=2", "evaluation.every=2",
+]  # fmt: skip
+TINY = [
+    "hidden_size=32",
+    "num_hidden_layers=1",
+    "intermediate_size=32",
+    "num_attention_heads=4",
+    "stem_widths=[8,8,8,8]",
+]
+"""Sizes of a network that a recipe begins."""
 
 
 @pytest.fixture
@@ -264,7 +279,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree("model", f"runs/{name}/model")
     task = get_task("text_classification").with_labels({"label": ["好评", "差评"]})
     Bundle(bundle.model, bundle.processor, [task]).save("runs/reviews/model")
-    Path("reviews.csv").write_text("text\n" + "又轻又软\n" * 4, "utf-8")
+    Path("reviews.csv").write_text("text,评论,label\n" + "又轻又软,又轻又软,好评\n" * 4, "utf-8")
     asked = {"图片": "a.jpg", "question": "什么颜色?"}
     Path("questions.jsonl").write_text((json.dumps(asked, ensure_ascii=False) + "\n") * 4, "utf-8")
     for name in ("a.jpg", "part.jpg", "new.jpg"):
@@ -283,13 +298,24 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("five.jsonl").write_text("".join(lines.splitlines(keepends=True)[:2]), "utf-8")
     told = {"instruction": "写一句话。", "input": "杯子", "output": "好杯子。"}
     Path("alpaca.json").write_text(json.dumps([told] * 9, ensure_ascii=False), "utf-8")
-    Path("questions-test.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
+    for name in ("questions", "questions-test"):
+        Path(f"{name}.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
     Path("parts.csv").write_text("photo,verdict\n" + "a.jpg,合格\n" * 9, "utf-8")
     turns = [{"role": "user", "content": "<image>什么颜色?"}, {"role": "assistant", "content": "红色"}]
     Path("messages.jsonl").write_text((json.dumps({"messages": turns, "images": ["a.jpg"]}) + "\n") * 9, "utf-8")
     coded = base64.b64encode(picture(40, 30)).decode()
     for name in ("caption_train", "caption_val"):
         Path(f"{name}.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{coded}\n" for n in range(9)), "utf-8")
+    for name in ("train.csv", "test.csv", "reviews/train.csv", "reviews/validation.csv", "reviews/test.csv", "new.csv"):
+        Path(name).parent.mkdir(exist_ok=True)
+        rows = "".join(f"{name} {number},{label},a.jpg\n" for number in range(9) for label in ("好评", "差评"))
+        Path(name).write_text("text,label,photo\n" + rows, "utf-8")
+    shutil.copytree(ROOT / "examples", "examples")
+    Path("emoji").mkdir()
+    for name in ("train", "validation", "test"):
+        Path(f"emoji/{name}.csv").write_text("image,caption\n" + "../a.jpg,男工人\n../part.jpg,女工人\n" * 4, "utf-8")
+    Path("runs/demo/pictures").mkdir()
+    shutil.copy("a.jpg", "runs/demo/pictures/goods-1.jpg")
     return tmp_path
 
 
@@ -300,6 +326,11 @@ def test_commands_do_what_the_page_says(page: Path, room: Path) -> None:
         if "instructions" in (content := yaml.safe_load(block)):
             name = "requests.yaml" if "request" in content["example"] else "defects.yaml"
             (room / name).write_text(block, "utf-8")
+        elif content.get("name") == "goods":
+            (room / "goods.yaml").write_text(block, "utf-8")
+            shutil.rmtree("runs/goods")
+    if page.stem == "your_data":
+        shutil.rmtree("runs/reviews")
     if page.stem == "catalogue":
         for _ in range(2):
             command("models", "add", "goods", "model")
@@ -311,8 +342,10 @@ def test_commands_do_what_the_page_says(page: Path, room: Path) -> None:
         given = openm6_words(words)
         if given is None or any(left in " ".join(given) for left in NOT_RUN):
             continue
-        if given[0] == "finetune":
-            given += ["train.steps=2", "train.batch_size=2", "train.workers=0", "evaluation.limit=2"]
+        if given[0] == "train":
+            given += [*SMALL, *(f"model.sizes.{size}" for size in TINY)]
+        elif given[0] == "finetune":
+            given += SMALL[:3] + SMALL[5:6]
         elif given[0] == "eval":
             given += ["--limit", "4", "-o", "max_new_tokens=2"]
         done = command(*given)
