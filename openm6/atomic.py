@@ -54,7 +54,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def sync(file: IO[Any]) -> None:
-    """What was appended to an open file is on the disk afterwards: for lines that a later start relies on."""
+    """Flush what was appended to an open file to the disk, for lines that a later start relies on."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -202,7 +202,7 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painti
 
 
 def _save_picture(picture: Image.Image, file: Path) -> None:
-    """On the disk before the line that names it."""
+    """Write a picture to the disk, which has to be done before the line that names it is written."""
     write_file(file, lambda draft: picture.save(draft, "PNG"))
 
 

@@ -316,7 +316,7 @@ class Bundle:
         return prompt
 
     def _is_first(self, what: str, task: Task) -> bool:
-        """Whether this is asked for the first time, of the model as its present adapter changes it."""
+        """Whether the model, with its active adapter, meets this condition (`what`) of the task for the first time."""
         key = (what, self._chosen, task.name)
         is_first = key not in self._checked
         self._checked.add(key)

@@ -1,4 +1,4 @@
-"""Checks of a command's arguments before PyTorch is imported: that takes seconds, and a mistake is told at once."""
+"""Checks of a command's arguments before PyTorch is imported: the import takes seconds, and mistakes need no model."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def check(
     from openm6.data.readers import with_options
     from openm6.tasks.library import get
 
-    told = {"--format": data_format, "--images": images, "--encoding": encoding, "--names": names}
-    options = [word for name, value in told.items() if value for word in (name, value)]
+    reading = {"--format": data_format, "--images": images, "--encoding": encoding, "--names": names}
+    options = [word for name, value in reading.items() if value for word in (name, value)]
     command = check_command(source, task, *options)
     processor, known = None, {}
     if model is not None:
