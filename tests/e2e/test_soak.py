@@ -29,7 +29,8 @@ SECONDS = float(os.environ.get("OPENM6_SOAK", 20))
 CLIENTS = 6
 KILLS = 20 if SECONDS > 60 else 6
 GROWTH = 0.15
-"""Share by which memory may be larger at the end than after the first third, and 30 MiB: caches fill, heaps part."""
+"""Share by which memory may be larger at the end than in the second third of the run, and 30 MiB. In the first third
+caches fill: prompts and features of pictures up to prefix_mib each, and oneDNN keeps a kernel for each shape it met."""
 
 
 @pytest.fixture
@@ -101,9 +102,9 @@ def test_nothing_is_lost_and_memory_stays_flat(server: tuple[psutil.Process, str
     together(url, over, outcomes)
     assert outcomes["asked"] == outcomes["answered"] > SECONDS and not outcomes["refused"]
     third = len(sizes) // 3
-    first, last = (np.max(part, 0) for part in (sizes[:third], sizes[-third:]))
-    for early, late in zip(first, last, strict=True):
-        assert late < early * (1 + GROWTH) + 30 * 2**20, [size[0] >> 20 for size in sizes]
+    warm, last = (np.max(part, 0) for part in (sizes[third:-third], sizes[-third:]))
+    for early, late in zip(warm, last, strict=True):
+        assert late < early * (1 + GROWTH) + 30 * 2**20, [tuple(rss >> 20 for rss in size) for size in sizes]
     assert process.num_fds() < 100
     print(outcomes, [(a >> 20, b >> 20) for a, b in (sizes[third], sizes[-1])])
 
