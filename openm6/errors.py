@@ -6,19 +6,38 @@ The command line prints the message alone and exits with `exit_code`; the SDK le
 
 
 class OpenM6Error(Exception):
-    """Work that could not be done: exit code 1."""
+    """Work that could not be done: exit code 1.
+
+    code     what kind of error it is, in one word, for programs: HTTP status and statistics depend on it and never on
+             the words of the message
+    param    the name of the field or option that is at fault, where there is one
+    """
 
     exit_code = 1
+    code = "failed"
+
+    def __init__(self, message: str = "", *, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.code, self.param = code or type(self).code, param
 
 
 class UsageError(OpenM6Error):
     """A request that cannot be meant: unknown key, wrong type, missing slot. Exit code 2."""
 
     exit_code = 2
+    code = "invalid"
+
+
+class ContextLengthError(UsageError):
+    """A text or prompt of more positions than the model has."""
+
+    code = "context_length_exceeded"
 
 
 class DataError(OpenM6Error):
     """A record, file or picture that cannot be used. Exit code 1."""
+
+    code = "invalid"
 
 
 def suggest(word: str, known: list[str] | tuple[str, ...] | set[str]) -> str:

@@ -41,7 +41,7 @@ def add_edges(app: FastAPI, server: Server) -> None:
     async def tell(name: str, told: Statistics, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """What a box tells of itself; the newest counts take the place of those before."""
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(name) > 64:
-            raise Refusal(422, "A box's name has letters, digits, - _ and . alone, at most 64.", "invalid")
+            raise Refusal(400, "A box's name has letters, digits, - _ and . alone, at most 64.", "invalid")
         known[name] = {"name": name, "key": key.name, "heard": round(time.time()), **told.model_dump()}
         known.move_to_end(name)
         while len(known) > MOST:

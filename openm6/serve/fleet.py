@@ -37,8 +37,8 @@ TRIES = 2
 class Refused(OpenM6Error):
     """What the server answers with an error of this kind (wire.py)."""
 
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
+    def __init__(self, kind: str, message: str, code: str | None = None, param: str | None = None):
+        super().__init__(message, code=code or kind, param=param)
         self.kind = kind
 
 
@@ -237,7 +237,7 @@ class Deployment:
                         died = event["error"] == DIED
                         if died and left > 1:
                             break
-                        raise Refused(event["error"], event["message"])
+                        raise Refused(event["error"], event["message"], event.get("code"), event.get("param"))
                     if piece := event.get("piece", ""):
                         text += piece
                         new = text[len(told) :]

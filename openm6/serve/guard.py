@@ -29,15 +29,15 @@ WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 AGAIN = 1.0
 """Seconds after which whoever is refused may come again."""
 
-STATUS = {INVALID: 422, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
+STATUS = {INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
 
 class Refusal(OpenM6Error):
     """An error of the API itself."""
 
-    def __init__(self, status: int, message: str, code: str, seconds: float | None = None):
-        super().__init__(message)
-        self.status, self.code, self.seconds = status, code, seconds
+    def __init__(self, status: int, message: str, code: str, seconds: float | None = None, param: str | None = None):
+        super().__init__(message, code=code, param=param)
+        self.status, self.seconds = status, seconds
 
 
 def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
@@ -48,32 +48,34 @@ def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
         raise Refusal(404, str(error), code) from None
 
 
-def body_of(code: str, message: str, kind: str = "server_error") -> dict[str, Any]:
+def body_of(code: str, message: str, kind: str = "server_error", param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
+    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
-def response(status: int, code: str, message: str, seconds: float | None = None) -> JSONResponse:
+def response(
+    status: int, code: str, message: str, seconds: float | None = None, param: str | None = None
+) -> JSONResponse:
     """An error, and where waiting helps, for how long (`seconds`)."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
     headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
-    return JSONResponse(body_of(code, message, kind), status, headers)
+    return JSONResponse(body_of(code, message, kind, param), status, headers)
 
 
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
         status = 503 if error.kind == FULL and "stopping" in str(error) else STATUS.get(error.kind, 500)
-        return response(status, error.kind, str(error))
+        return response(status, error.code, str(error), param=error.param)
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return response(error.status, error.code, str(error), error.seconds)
+        return response(error.status, error.code, str(error), error.seconds, error.param)
 
     @app.exception_handler(OpenM6Error)
     async def invalid(_: Request, error: OpenM6Error) -> JSONResponse:
-        return response(422, INVALID, str(error))
+        return response(STATUS[INVALID], error.code, str(error), param=error.param)
 
     @app.exception_handler(HTTPException)
     async def plain(_: Request, error: HTTPException) -> JSONResponse:
@@ -84,7 +86,8 @@ def add_errors(app: FastAPI) -> None:
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first.get("loc", ())[1:])
-        return response(422, INVALID, f"{place}: {first.get('msg')}" if place else str(first.get("msg")))
+        message = f"{place}: {first.get('msg')}" if place else str(first.get("msg"))
+        return response(STATUS[INVALID], INVALID, message, param=place or None)
 
 
 class Guard:
@@ -163,7 +166,8 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
                 async for event in events:
                     yield f"data: {dumps(event)}\n\n"
         except Refused as error:
-            yield f"data: {dumps(body_of(error.kind, str(error)))}\n\n"
+            kind = "invalid_request_error" if STATUS.get(error.kind, 500) < 500 else "server_error"
+            yield f"data: {dumps(body_of(error.code, str(error), kind, error.param))}\n\n"
         if end:
             yield f"data: {end}\n\n"
 

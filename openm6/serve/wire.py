@@ -94,6 +94,13 @@ def kind_of(error: Exception) -> str:
     return INTERNAL
 
 
+def error_of(error: Exception) -> dict[str, Any]:
+    """An error as it is sent: {"error": its kind, "message", "code", "param"}."""
+    kind = kind_of(error)
+    code, param = (error.code, error.param) if isinstance(error, OpenM6Error) else (kind, None)
+    return {"error": kind, "message": told_of(error), "code": code, "param": param}
+
+
 def told_of(error: Exception) -> str:
     """The sentence for whoever asked; of what is no fault of theirs the kind alone."""
     if isinstance(error, (OpenM6Error, TimeoutError)):

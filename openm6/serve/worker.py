@@ -18,7 +18,7 @@ from dataclasses import asdict
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from openm6.serve.wire import kind_of, packed, read, told_of
+from openm6.serve.wire import error_of, kind_of, packed, read, told_of
 
 if TYPE_CHECKING:
     from openm6.bundle import Bundle
@@ -82,7 +82,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         if told.error is not None:
             if kind_of(told.error) == "internal":
                 traceback.print_exception(told.error)
-            message |= {"error": kind_of(told.error), "message": told_of(told.error)}
+            message |= error_of(told.error)
         elif told.done:
             message |= {
                 "value": told.value, "finished": told.finished, "tokens": told.tokens,
@@ -145,7 +145,7 @@ def _sendable(message: dict[str, Any]) -> bytes:
     try:
         return packed(message)
     except Exception as error:
-        return packed({"id": message.get("id"), "error": kind_of(error), "message": told_of(error)})
+        return packed({"id": message.get("id"), **error_of(error)})
 
 
 def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
@@ -161,7 +161,7 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
         except Exception as error:
             if kind_of(error) == "internal":
                 traceback.print_exc()
-            outbox.put({"id": request.id, "error": kind_of(error), "message": told_of(error)})
+            outbox.put({"id": request.id, **error_of(error)})
 
     while True:
         with turn:
