@@ -163,7 +163,7 @@ def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
     assert (edited[:, :8] == pixels[:, :8]).all() and (edited[:, 8:] != pixels[:, 8:]).any()
     again = client.images.edit(model="m6", image=files[1], prompt="红色的杯子")
     assert again.data[0].b64_json == found.data[0].b64_json
-    with pytest.raises(openai.UnprocessableEntityError, match="mask is needed"):
+    with pytest.raises(openai.BadRequestError, match="mask is needed"):
         client.images.edit(model="m6", image=files[0], prompt="红色的杯子")
 
 
