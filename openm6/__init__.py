@@ -17,15 +17,19 @@ from openm6._version import __version__
 if TYPE_CHECKING:
     from openm6.bundle import Bundle
     from openm6.client import AsyncClient, Client
-    from openm6.errors import DataError, OpenM6Error, UsageError
+    from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
     from openm6.tasks.task import Task
 
-__all__ = ["AsyncClient", "Bundle", "Client", "DataError", "OpenM6Error", "Task", "UsageError", "__version__", "load"]
+__all__ = [
+    "AsyncClient", "Bundle", "Client", "ContextLengthError", "DataError", "OpenM6Error", "Task", "UsageError",
+    "__version__", "load",
+]  # fmt: skip
 
 _PLACES = {
     "AsyncClient": "openm6.client",
     "Bundle": "openm6.bundle",
     "Client": "openm6.client",
+    "ContextLengthError": "openm6.errors",
     "DataError": "openm6.errors",
     "OpenM6Error": "openm6.errors",
     "Task": "openm6.tasks.task",

@@ -16,6 +16,7 @@ import torch
 from openm6.batches import pad
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.ends import head_answers, vectors
+from openm6.decode.generate import check_room
 from openm6.decode.labels import LabelTree, label_probabilities
 from openm6.decode.limits import Limits
 from openm6.decode.many import answer_groups
@@ -31,6 +32,7 @@ from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
 from openm6.tasks.forms import characters
+from openm6.tasks.lengths import check_truncate
 from openm6.tasks.library import get as get_task
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -42,8 +44,8 @@ _log = logging.getLogger(__name__)
 _UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
 _CUT = (
-    "%s has a text that is longer than the model takes (%d positions): its last %d tokens are left out. "
-    "Further texts of the task %s are cut without a message."
+    "%s is longer than the model takes (%d positions): %d positions at the beginning of its longest text are left out. "
+    "Further records of the task %s are truncated without a message."
 )
 
 SHOTS = "_shots"
@@ -51,6 +53,9 @@ SHOTS = "_shots"
 
 LIMITS = "_limits"
 """In a record: what its answer must not say, a Limits (decode/limits.py)."""
+
+TRUNCATE = "_truncate"
+"""In a record: "start" where its longest text loses its beginning if it is longer than the model takes."""
 
 
 class Bundle:
@@ -139,6 +144,7 @@ class Bundle:
         decoding: Mapping[str, Any] | None = None,
         examples: Items[Record] = (),
         limits: Limits | None = None,
+        truncate: str | None = None,
         **slots: Any,
     ) -> Any:
         """One answer. `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
@@ -146,10 +152,14 @@ class Bundle:
         A task with one output gives its value, a task with several a dict. `decoding` overrides the task's own options
         (see Decoding). `examples`: records with answers, to be told what is asked for (data.*.shots in training).
         `limits`: what the text must not say, and how long it may be.
+
+        A prompt that is longer than the model takes raises ContextLengthError. With `truncate="start"` its longest text
+        loses its beginning instead, with a warning; other texts, the instruction, tables and pictures lose nothing.
         """
         task = self.task(task)
         task.check(slots)
-        return next(iter(self.run_many(task, [{**slots, SHOTS: examples, LIMITS: limits}], decoding=decoding)))
+        record = {**slots, SHOTS: examples, LIMITS: limits}
+        return next(iter(self.run_many(task, [record], decoding=decoding, truncate=truncate)))
 
     def draw(
         self,
@@ -158,17 +168,19 @@ class Bundle:
         candidates: int = 1,
         decoding: Mapping[str, Any] | None = None,
         kept: np.ndarray | None = None,
+        truncate: str | None = None,
         **slots: Any,
     ) -> list[Painting]:
         """Candidates for one wish, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
 
         `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
+        `truncate`: see `run`.
         """
         task = drawing_task(self, task)
         task.check(slots)
         if kept is not None:
             decoding = in_passes(task, decoding)
-        records = [{**slots, KEPT: kept}]
+        records = [{**slots, KEPT: kept, TRUNCATE: truncate}]
         return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
 
     def run_many(
@@ -179,13 +191,15 @@ class Bundle:
         batch_size: int = 64,
         decoding: Mapping[str, Any] | None = None,
         on_error: str = "raise",
+        truncate: str | None = None,
     ) -> Iterator[Any]:
         """Answers to many records, in their order; read and answered `batch_size` x 4 at a time.
 
         A record's random numbers are those of its number in the call, whatever `batch_size` is. A record that cannot be
-        used raises its DataError, or with `on_error="return"` has it in its answer's place.
+        used raises its DataError, or with `on_error="return"` has it in its answer's place; a ContextLengthError is one
+        (`truncate`: see `run`).
         """
-        task = self.task(task)
+        task, records = self.task(task), _truncating(records, truncate)
         if task.draws:
             drawn = draw_many(self, task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
             yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
@@ -201,13 +215,15 @@ class Bundle:
                     return head_answers(self.model, prompts, self.processor.tokenizer.pad_id, task.head, batch_size)
             return [self.read(task, one) for one in self.generate(task, prompts, batch_size, decoding, numbers)]
 
-        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
+        prepare = partial(self.prompt, task, decoding=decoding)
+        yield from answer_groups(records, batch_size * 4, prepare, answer, on_error)
 
     def label_probabilities(
-        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, on_error: str = "raise"
-    ) -> Iterator[dict[str, float]]:
+        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, on_error: str = "raise",
+        truncate: str | None = None,
+    ) -> Iterator[dict[str, float]]:  # fmt: skip
         """The probability of each label, for records of a task whose one output is a label of a closed set: over the
-        label's tokens, among those that the labels allow, so that they sum to 1. `on_error`: see `run_many`."""
+        label's tokens, among those that the labels allow, so that they sum to 1. The rest: see `run_many`."""
         task = self.task(task)
         tree = LabelTree(task, self.processor)
 
@@ -215,19 +231,15 @@ class Bundle:
             with self.precision():
                 return label_probabilities(self.model, prompts, tree, batch_size)
 
-        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
+        prepare = partial(self.prompt, task, decoding={"max_new_tokens": len(tree.levels)})
+        yield from answer_groups(_truncating(records, truncate), batch_size * 4, prepare, answer, on_error)
 
     def vectors(
-        self,
-        task: str | Task,
-        records: Iterable[Record],
-        *,
-        batch_size: int = 64,
-        dims: int | None = None,
-        on_error: str = "raise",
-    ) -> Iterator[np.ndarray]:
+        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, dims: int | None = None,
+        on_error: str = "raise", truncate: str | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
         """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (all numbers by
-        default). `on_error`: see `run_many`."""
+        default). `on_error`, `truncate`: see `run_many`."""
         task = self.task(task)
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
@@ -237,21 +249,24 @@ class Bundle:
             with self.precision():
                 return vectors(self.model, prompts, self.processor.tokenizer.pad_id, dims, batch_size)
 
+        records = _truncating(records, truncate)
         yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
 
-    def stream(self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, **slots: Any) -> Iterator[str]:
-        """One text answer in pieces, as it is written."""
-        task = self.task(task)
+    def stream(
+        self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, truncate: str | None = None, **slots: Any
+    ) -> Iterator[str]:
+        """One text answer in pieces, as it is written. `truncate`: see `run`."""
+        task, record = self.task(task), {**slots, TRUNCATE: truncate}
         if task.draws:
             raise UsageError(f"The task {task.name} draws a picture, which does not come in pieces: run it.")
         if task.sketch:  # all of it is decided at once
-            yield str(next(iter(self.run_many(task, [slots], decoding=decoding))))
+            yield str(next(iter(self.run_many(task, [record], decoding=decoding))))
             return
         if task.silent:
             raise UsageError(f"The task {task.name} gives numbers, which do not come in pieces: run it.")
         options = Decoding.of(**{**task.decode, **(decoding or {})})
         pieces = Pieces(self.processor.tokenizer)
-        tokens = stream(self.model, self.prompt(task, slots), self.processor.tokenizer.end_id, options)
+        tokens = stream(self.model, self.prompt(task, record, decoding), self.processor.tokenizer.end_id, options)
         for token in each_inside(self.precision, tokens):
             if piece := pieces.add(token):
                 yield piece
@@ -259,15 +274,11 @@ class Bundle:
             yield piece
 
     def draw_many(
-        self,
-        task: str | Task,
-        records: Iterable[Record],
-        *,
-        candidates: int = 1,
-        batch_size: int = 64,
-        decoding: Mapping[str, Any] | None = None,
-    ) -> Iterator[list[Painting]]:
-        """For each record `candidates` pictures, the best first: see `painting.draw_many`."""
+        self, task: str | Task, records: Iterable[Record], *, candidates: int = 1, batch_size: int = 64,
+        decoding: Mapping[str, Any] | None = None, truncate: str | None = None,
+    ) -> Iterator[list[Painting]]:  # fmt: skip
+        """For each record `candidates` pictures, the best first: see `painting.draw_many`. `truncate`: see `run`."""
+        records = _truncating(records, truncate)
         return draw_many(self, task, records, candidates=candidates, batch_size=batch_size, decoding=decoding)
 
     def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
@@ -276,15 +287,15 @@ class Bundle:
 
     @torch.inference_mode()
     def target_losses(
-        self, task: str | Task, records: Items[Record], batch_size: int = 64
+        self, task: str | Task, records: Items[Record], batch_size: int = 64, truncate: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Negative log-probability of the outputs that records have, given their inputs, fp64 [N], and of how many
-        tokens, int64 [N]; of several references the first one's."""
+        tokens, int64 [N]; of several references the first one's. `truncate`: see tasks.encode.encode."""
         task, pad_id = self.task(task), self.processor.tokenizer.pad_id
         sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
         for start in range(0, len(records), batch_size):
             some = records[start : start + batch_size]
-            batch = pad([task.encode(record, self.processor, rng=None) for record in some], pad_id)
+            batch = pad([task.encode(record, self.processor, truncate=truncate) for record in some], pad_id)
             with self.precision():
                 out = self.model(batch.to(self.model.embed.weight.device))
             total, trained = out.by_example(len(some))
@@ -299,12 +310,19 @@ class Bundle:
             raise UsageError("This model does not draw: it has no image codec (model.codec in its recipe).")
         return self.processor.codec
 
-    def prompt(self, task: Task, record: Record) -> Sequence:
+    def prompt(self, task: Task, record: Record, decoding: Mapping[str, Any] | None = None) -> Sequence:
         """The Sequence from which a record is answered. Of each task one warning is logged where the model was never
-        trained on it, and one where a text is longer than the model takes."""
+        trained on it, and one where a record was truncated. Raises ContextLengthError for what the model has no
+        positions for, the answer's (by `decoding`, or the task's own options) included where positions are learned.
+        """
         if self._is_first("task", task) and not self.is_trained_on(task):
             _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
-        prompt = task.encode(record, self.processor, None, with_target=False, shots=record.get(SHOTS, ()))
+        shots, truncate = record.get(SHOTS, ()), record.get(TRUNCATE)
+        check_truncate(truncate)
+        prompt = task.encode(record, self.processor, with_target=False, shots=shots, truncate=truncate)
+        if self.model.place is not None and not (task.draws or task.silent):
+            options = Decoding.of(**{**task.decode, **(decoding or {})})
+            check_room(self.model, len(prompt), options.max_new_tokens)
         if prompt.cut and self._is_first("cut", task):
             _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.cut, task.name)
         for picture in prompt.pictures:
@@ -354,6 +372,10 @@ class Bundle:
         if fp32 and fast_dtype(kind) == torch.bfloat16:
             return torch.autocast(kind, torch.bfloat16)
         return nullcontext()
+
+
+def _truncating(records: Iterable[Record], truncate: str | None) -> Iterable[Record]:
+    return records if truncate is None else ({**record, TRUNCATE: truncate} for record in records)
 
 
 def check_dims(model: M6, dims: Any) -> int | None:

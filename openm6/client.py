@@ -12,6 +12,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import random
 import time
 from collections import deque
@@ -19,12 +20,15 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+from openm6.json_lines import dumps
 
 if TYPE_CHECKING:
     import httpx2
 
 Record = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
 
 AGAIN = (429, 502, 503, 504)
 """Answers after which a request is sent again."""
@@ -64,11 +68,13 @@ class _Asking:
 
     def _read(self, task: str, answer: Mapping[str, Any]) -> Any:
         """As the local model gives it: the value of one output, a dict of several."""
+        _warn(answer)
         slots, outputs = self._tasks[task]["slots"], self._tasks[task]["outputs"]
         found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
         return found[outputs[0]] if len(outputs) == 1 else found
 
     def _pictures(self, answer: Mapping[str, Any]) -> list[Any]:
+        _warn(answer)
         return [_incoming(one["image"], "image") for one in answer["outputs"]["candidates"]]
 
     def _wait(self, tried: int, answer: httpx2.Response | None) -> float | None:
@@ -83,10 +89,7 @@ class _Asking:
     def _checked(answer: httpx2.Response) -> Any:
         if answer.status_code < 400:
             return answer.json()
-        message = _told(answer)
-        if answer.status_code < 500 and answer.status_code != 429:
-            raise UsageError(message)
-        raise ServerError(message)
+        raise _error(answer)
 
 
 class Client(_Asking):
@@ -112,47 +115,45 @@ class Client(_Asking):
 
     def run(
         self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
-        examples: Iterable[Record] = (), **slots: Any,
+        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
     ) -> Any:  # fmt: skip
-        """One answer, as `Bundle.run` gives it: a text, a picture (PIL), a vector (numpy), or a dict of several."""
+        """One answer, as `Bundle.run` gives it: a text, a picture (PIL), a vector (numpy), or a dict of several.
+        `truncate` as there, with a warning. Errors have the server's code."""
         self._know(task)
-        answer = self._ask("POST", self._place(task), self._body(task, slots, decoding, adapter, examples))
-        return self._read(task, answer)
+        body = self._body(task, slots, decoding, adapter, examples, truncate=truncate)
+        return self._read(task, self._ask("POST", self._place(task), body))
 
     def draw(
-        self,
-        task: str,
-        *,
-        candidates: int = 1,
-        decoding: Record | None = None,
-        adapter: str | None = None,
-        **slots: Any,
-    ) -> list[Any]:
+        self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
+        truncate: str | None = None, **slots: Any,
+    ) -> list[Any]:  # fmt: skip
         """Pictures for one wish, the best first (PIL)."""
         self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), candidates=candidates)
+        body = self._body(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
         return self._pictures(self._ask("POST", self._place(task), body))
 
     def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
-        at_once: int = 16,
+        at_once: int = 16, truncate: str | None = None,
     ) -> Iterator[Any]:  # fmt: skip
         """Answers to many records, in their order, so many asked at the same time."""
         with ThreadPoolExecutor(at_once) as pool:
             running: deque[Future[Any]] = deque()
             for record in records:
-                running.append(pool.submit(self.run, task, decoding=decoding, adapter=adapter, **record))
+                more = {"decoding": decoding, "adapter": adapter, "truncate": truncate, **record}
+                running.append(pool.submit(self.run, task, **more))
                 if len(running) >= 2 * at_once:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()
 
     def stream(
-        self, task: str, *, decoding: Record | None = None, adapter: str | None = None, **slots: Any
-    ) -> Iterator[str]:
+        self, task: str, *, decoding: Record | None = None, adapter: str | None = None, truncate: str | None = None,
+        **slots: Any,
+    ) -> Iterator[str]:  # fmt: skip
         """One text in pieces, as it is written."""
         self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), stream=True)
+        body = self._body(task, slots, decoding, adapter, (), stream=True, truncate=truncate)
         for tried in range(self.retries + 1):
             with self._http.stream("POST", self._place(task), json=body) as answer:
                 if answer.status_code < 400:
@@ -195,7 +196,7 @@ class Client(_Asking):
                 return self._checked(answer)
             wait = self._wait(tried, answer)
             if wait is None:
-                raise _gone(self.url, reason) if answer is None else ServerError(_told(answer))
+                raise _gone(self.url, reason) if answer is None else _error(answer)
             tried += 1
             time.sleep(wait)
 
@@ -223,36 +224,35 @@ class AsyncClient(_Asking):
 
     async def run(
         self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
-        examples: Iterable[Record] = (), **slots: Any,
+        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
     ) -> Any:  # fmt: skip
         """See Client.run."""
         await self._know(task)
-        body = await asyncio.to_thread(self._body, task, slots, decoding, adapter, examples)
+        body = await asyncio.to_thread(self._body, task, slots, decoding, adapter, examples, truncate=truncate)
         return self._read(task, await self._ask("POST", self._place(task), body))
 
     async def draw(
-        self,
-        task: str,
-        *,
-        candidates: int = 1,
-        decoding: Record | None = None,
-        adapter: str | None = None,
-        **slots: Any,
-    ) -> list[Any]:
+        self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
+        truncate: str | None = None, **slots: Any,
+    ) -> list[Any]:  # fmt: skip
         """See Client.draw."""
         await self._know(task)
-        body = await asyncio.to_thread(self._body, task, slots, decoding, adapter, (), candidates=candidates)
+        body = await asyncio.to_thread(
+            self._body, task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate
+        )
         return self._pictures(await self._ask("POST", self._place(task), body))
 
     async def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
-        at_once: int = 16,
+        at_once: int = 16, truncate: str | None = None,
     ) -> AsyncIterator[Any]:  # fmt: skip
         """See Client.run_many."""
         running: deque[asyncio.Task[Any]] = deque()
         try:
             for record in records:
-                running.append(asyncio.create_task(self.run(task, decoding=decoding, adapter=adapter, **record)))
+                running.append(
+                    asyncio.create_task(self.run(task, decoding=decoding, adapter=adapter, truncate=truncate, **record))
+                )
                 if len(running) >= at_once:
                     yield await running.popleft()
             while running:
@@ -262,11 +262,12 @@ class AsyncClient(_Asking):
                 one.cancel()
 
     async def stream(
-        self, task: str, *, decoding: Record | None = None, adapter: str | None = None, **slots: Any
-    ) -> AsyncIterator[str]:
+        self, task: str, *, decoding: Record | None = None, adapter: str | None = None, truncate: str | None = None,
+        **slots: Any,
+    ) -> AsyncIterator[str]:  # fmt: skip
         """See Client.stream."""
         await self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), stream=True)
+        body = self._body(task, slots, decoding, adapter, (), stream=True, truncate=truncate)
         for tried in range(self.retries + 1):
             async with self._http.stream("POST", self._place(task), json=body) as answer:
                 if answer.status_code < 400:
@@ -310,7 +311,7 @@ class AsyncClient(_Asking):
                 return self._checked(answer)
             wait = self._wait(tried, answer)
             if wait is None:
-                raise _gone(self.url, reason) if answer is None else ServerError(_told(answer))
+                raise _gone(self.url, reason) if answer is None else _error(answer)
             tried += 1
             await asyncio.sleep(wait)
 
@@ -319,11 +320,17 @@ def _gone(url: str, reason: Exception | None) -> ServerError:
     return ServerError(f"{url} cannot be reached ({type(reason).__name__}): is `openm6 serve` running there?")
 
 
-def _told(answer: httpx2.Response) -> str:
+def _error(answer: httpx2.Response) -> OpenM6Error:
+    """What the server refused, with its code and the field at fault."""
     try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"The server answered with {answer.status_code}."
+        told = answer.json()["error"]
+        message, code, param = str(told["message"]), told.get("code"), told.get("param")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, code, param = f"The server answered with {answer.status_code}.", None, None
+    if answer.status_code >= 500 or answer.status_code == 429:
+        return ServerError(message, code=code, param=param)
+    kind = ContextLengthError if code == ContextLengthError.code else UsageError
+    return kind(message, code=code, param=param)
 
 
 def _piece(line: str) -> str:
@@ -332,16 +339,32 @@ def _piece(line: str) -> str:
         return ""
     event = json.loads(line[6:])
     if "error" in event:
-        raise ServerError(event["error"]["message"])
+        raise ServerError(event["error"]["message"], code=event["error"].get("code"))
+    _warn(event)
     return str(event.get("piece", ""))
 
 
+def _warn(answer: Mapping[str, Any]) -> None:
+    if answer.get("truncated"):
+        _log.warning(
+            "A record is longer than the model takes: %d positions at the beginning of its longest text were left out.",
+            answer["truncated"],
+        )
+
+
 def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
-    """Pictures as base64: paths, bytes, PIL images, arrays."""
-    return {
-        name: _encoded(value) if slots.get(name) == "image" and value is not None else value
-        for name, value in record.items()
-    }
+    """Pictures as base64: paths, bytes, PIL images, arrays. Raises DataError for what is no text."""
+    found = {}
+    for name, value in record.items():
+        if slots.get(name) == "image" and value is not None:
+            value = _encoded(value)
+        else:
+            try:
+                dumps(value).encode()
+            except UnicodeEncodeError:
+                raise DataError(f"{name}: is no text: it has half of a surrogate pair.", param=name) from None
+        found[name] = value
+    return found
 
 
 def _encoded(value: Any) -> str:

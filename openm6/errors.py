@@ -17,8 +17,8 @@ class OpenM6Error(Exception):
     code = "failed"
 
     def __init__(self, message: str = "", *, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.code, self.param = code or type(self).code, param
+        super().__init__(_printable(message))
+        self.code, self.param = code or type(self).code, param if param is None else _printable(param)
 
 
 class UsageError(OpenM6Error):
@@ -28,27 +28,33 @@ class UsageError(OpenM6Error):
     code = "invalid"
 
 
-class ContextLengthError(UsageError):
-    """A text or prompt of more positions than the model has."""
-
-    code = "context_length_exceeded"
-
-
 class DataError(OpenM6Error):
     """A record, file or picture that cannot be used. Exit code 1."""
 
     code = "invalid"
 
 
+class ContextLengthError(UsageError, DataError):
+    """A text or prompt of more positions than the model has. It is a wrong request (exit code 2), and among many
+    records a record that cannot be used, which costs itself alone."""
+
+    code = "context_length_exceeded"
+
+
+def _printable(text: str) -> str:
+    """The text with half characters (lone surrogates), which can be neither printed nor sent, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def suggest(word: str, known: list[str] | tuple[str, ...] | set[str]) -> str:
     """`' Did you mean "caption"?'` when a known word is close to `word`, else `''`."""
     import difflib
 
-    close = difflib.get_close_matches(word, sorted(known), n=1)
+    close = difflib.get_close_matches(word[:100], sorted(known), n=1)  # it takes the square of their lengths
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
 def cut(name: object, length: int = 40) -> str:
     """A name or value of the user's as a message shows it: on one line, its first 40 characters."""
-    text = " ".join(str(name).split())
+    text = " ".join(str(name)[: 100 * length].split())
     return text if len(text) <= length else text[:length] + "..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import openm6
 from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.convert import import_bundle
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.sequence import IGNORE
@@ -178,13 +179,48 @@ def test_a_task_that_the_model_was_never_trained_on_is_told(
         assert json.loads(command(*words).stdout)["trained"] is trained
 
 
-def test_a_text_that_is_too_long_is_told_once(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_that_is_too_long_is_refused_and_truncated_by_choice(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     fresh = Bundle(bundle.model, bundle.processor, [get_task("text_classification")])
-    long = {"text": "红" * 2 * fresh.processor.max_length}
-    for record in ({"text": "红"}, long, long):
-        list(fresh.run_many("text_classification", [record], decoding={"max_new_tokens": 2}))
+    few, most = {"max_new_tokens": 2}, fresh.processor.max_length
+    asked = ("text_classification", {"text": "红" * 2 * most})
+    with pytest.raises(ContextLengthError, match=f"takes {most} .*Shorten text"):
+        fresh.run(asked[0], decoding=few, **asked[1])
+    with pytest.raises(ContextLengthError):
+        list(fresh.stream(asked[0], decoding=few, **asked[1]))
+    records = [{"text": "红"}, asked[1], {"text": "红色"}]
+    found = list(fresh.run_many(asked[0], records, decoding=few, on_error="return"))
+    assert [type(one) for one in found] == [str, ContextLengthError, str] and not caplog.records
+    found = list(fresh.run_many(asked[0], records, decoding=few, truncate="start"))
+    assert found[1] == fresh.run(asked[0], decoding=few, truncate="start", **asked[1])
+    assert found[1] == "".join(fresh.stream(asked[0], decoding=few, truncate="start", **asked[1]))
     (told,) = [one.getMessage() for one in caplog.records]
-    assert f"longer than the model takes ({fresh.processor.max_length} positions)" in told
+    assert f"longer than the model takes ({most} positions)" in told
+    with pytest.raises(UsageError, match='truncate is "end"'):
+        fresh.run(asked[0], truncate="end", text="红")
+
+
+def test_vectors_and_pictures_of_texts_that_are_too_long() -> None:
+    bundle = drawing_bundle(max_length=96)
+    long = "红" * 200
+    with pytest.raises(ContextLengthError, match="and its answer"):
+        bundle.draw("text_to_image", caption=long)
+    assert len(bundle.draw("text_to_image", caption=long, truncate="start", decoding={"passes": 1})) == 1
+    with pytest.raises(ContextLengthError, match="takes 96 "):
+        bundle.run("text_vector", text=long)
+    (vector,) = bundle.vectors("text_vector", [{"text": long}], truncate="start")
+    (end,) = bundle.vectors("text_vector", [{"text": long[-95:]}])
+    assert np.array_equal(vector, end)
+
+
+def test_with_learned_positions_the_answer_has_to_fit_too(bundle: Bundle) -> None:
+    config = tiny_config(vocab_size=bundle.processor.tokenizer.vocab_size, positions="learned")
+    most = config.max_position_embeddings
+    learned = Bundle(M6(config).eval(), replace(bundle.processor, max_length=most), [get_task("text_classification")])
+    records = [{"text": "红" * count} for count in (3, most - 40)]
+    found = list(learned.run_many("text_classification", records, decoding={"max_new_tokens": 12}, on_error="return"))
+    assert isinstance(found[0], str) and isinstance(found[1], ContextLengthError) and "12 new tokens" in str(found[1])
 
 
 def test_between_two_pieces_of_a_stream_the_caller_is_outside(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def build(
     names: Names = None,
     images: Images = None,
     no_cache: NoCache = False,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """Make an index of the items of a source. An interrupted one goes on when the same command is given again."""
@@ -65,7 +66,7 @@ def build(
             path, bundle, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
             columns=columns, dims=dims, data_format=data_format, images=images,
         )  # fmt: skip
-    _fill(made, bundle, data, data_format, images, True, json)
+    _fill(made, bundle, data, data_format, images, True, truncate, json)
 
 
 @index.command()
@@ -78,6 +79,7 @@ def add(
     names: Names = None,
     images: Images = None,
     no_cache: NoCache = False,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """Add items, or replace those of the same id."""
@@ -86,7 +88,7 @@ def add(
 
     check_source(data)
     made, bundle = _open(path)
-    _fill(made, bundle, data, with_options(data_format, encoding, names), images, only_new, json)
+    _fill(made, bundle, data, with_options(data_format, encoding, names), images, only_new, truncate, json)
 
 
 @index.command()
@@ -118,12 +120,13 @@ def search(
     where: Annotated[str, typer.Option(help="A filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
     task: Annotated[str | None, typer.Option(help="Another task than the index's for the question.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Leave inverted lists aside.")] = False,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
     asked: dict[str, Any] = dict(pairs(slots))
     made, bundle = _open(path)
-    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, **asked)
+    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, truncate=truncate, **asked)
     columns = list(made.about["columns"])
     hits = made.search(vector, k, where=where, columns=columns, exact=exact)[0]
     if json:
@@ -203,8 +206,9 @@ def _counted(ids: list[str], what: str) -> str:
 
 
 def _fill(
-    made: Index, bundle: Bundle, data: str, data_format: str | None, images: str | None, only_new: bool, json: bool
-) -> None:
+    made: Index, bundle: Bundle, data: str, data_format: str | None, images: str | None, only_new: bool,
+    truncate: str | None, json: bool,
+) -> None:  # fmt: skip
     from rich.console import Console
     from rich.progress import Progress
 
@@ -217,7 +221,7 @@ def _fill(
         row = bar.add_task("items", total=len(open_source(data, data_format, images)))
         filled = add_source(
             made, bundle, data, data_format=data_format, images=images, only_new=only_new,
-            on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append,
+            on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append, truncate=truncate,
         )  # fmt: skip
     if json:
         counts = {"new": len(filled.new), "replaced": len(filled.replaced), "passed_over": len(filled.passed_over)}

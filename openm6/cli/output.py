@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,11 @@ Format = Annotated[str | None, typer.Option("--format", help="The data's format,
 Images = Annotated[str | None, typer.Option(help="Folder that picture paths start from.")]
 Encoding = Annotated[str | None, typer.Option(help="The encoding of text files that are not UTF-8, as big5.")]
 Names = Annotated[str | None, typer.Option(help="The columns of a table without a header: id,image,text.")]
+
+Truncate = Annotated[
+    Literal["start"] | None,
+    typer.Option(help="Leave out the beginning of the longest text where a record is too long for the model."),
+]
 
 EVERY = 30.0
 """Seconds between two lines of progress, where there is no terminal for a bar."""

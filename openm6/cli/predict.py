@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, counted, emit, pairs
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, counted, emit, pairs
 from openm6.cli.work import decoding_options
 
 
@@ -30,6 +30,7 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records answered together.")] = 64,
     probabilities: Annotated[bool, typer.Option(help="Of label tasks: a column with those of all labels.")] = False,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """Answer every record of a table, beside the table's own columns. After a kill the same command is resumed."""
@@ -46,7 +47,7 @@ def predict(
     prediction = Prediction(
         Bundle.load(place), task, data, output, columns=columns, images=images,
         data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
-        all_probabilities=probabilities,
+        all_probabilities=probabilities, truncate=truncate,
     )  # fmt: skip
     asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
     typer.echo(f"{prediction.total} records: {asked}; written are {', '.join(prediction.added.values())}.", err=True)

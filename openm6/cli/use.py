@@ -9,7 +9,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_slots, find_task
-from openm6.cli.output import Json, emit, pairs
+from openm6.cli.output import Json, Truncate, emit, pairs
 from openm6.cli.work import decoding_options
 
 
@@ -23,6 +23,7 @@ def run(
     ] = None,
     output: Annotated[Path, typer.Option(help="File for an answer that is a picture.")] = Path("picture.png"),
     examples: Annotated[str | None, typer.Option(help="Data with a few records and answers, to show how.")] = None,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
@@ -31,7 +32,7 @@ def run(
     check_slots(find_task(place, task), asked)
     decoding = decoding_options(option)
 
-    from openm6.bundle import SHOTS, Bundle
+    from openm6.bundle import SHOTS, TRUNCATE, Bundle
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
     from openm6.decode.labels import closed_labels
@@ -41,7 +42,7 @@ def run(
     if examples:
         records = open_source(examples)
         shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
-    answer = bundle.run(task, decoding=decoding, examples=shown, **asked)
+    answer = bundle.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked)
     if bundle.task(task).draws:
         answer.save(output)
         answer = str(output)
@@ -49,8 +50,11 @@ def run(
         answer = [round(float(number), 6) for number in answer]
     if json:
         told = {"task": task, "answer": answer, "trained": bundle.is_trained_on(bundle.task(task))}
+        record = {**asked, SHOTS: shown, TRUNCATE: truncate}
+        if truncate:
+            told["truncated"] = bundle.prompt(bundle.task(task), record, decoding).cut
         if closed_labels(bundle.task(task)):
-            found = next(bundle.label_probabilities(task, [{**asked, SHOTS: shown}]))
+            found = next(bundle.label_probabilities(task, [record]))
             told["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
         emit(told)
     elif isinstance(answer, dict):

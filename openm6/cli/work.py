@@ -11,7 +11,7 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def evaluate(
     among_negatives: Annotated[
         bool, typer.Option("--among-negatives", help="Find it among the record's own `negatives` alone.")
     ] = False,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """Measure a model: the task's metrics, each with a 95% confidence interval."""
@@ -182,12 +183,12 @@ def evaluate(
         dims = int(options["dims"]) if "dims" in options else None
         result = measure_retrieval(
             bundle, task, against or task, data, columns, others, same or [],
-            data_format, images, limit, dims, among_negatives,
+            data_format, images, limit, dims, among_negatives, truncate,
         )  # fmt: skip
     else:
         result = measure(
             bundle, task, data, columns, data_format, images, limit, options, shots=shots,
-            shots_from=shots_from, metrics=metric or (),
+            shots_from=shots_from, metrics=metric or (), truncate=truncate,
         )  # fmt: skip
     if output:
         write_answers(output, result)

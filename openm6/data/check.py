@@ -106,7 +106,8 @@ class Check:
 
     def _measure(self, seen: Record, processor: Processor) -> None:
         """Count the tokens of a record's slots, of its whole example, and of what is cut off."""
-        sequence = self.task.encode(seen, processor, with_target=not self.task.draws or processor.codec is not None)
+        wanted = not self.task.draws or processor.codec is not None
+        sequence = self.task.encode(seen, processor, with_target=wanted, truncate="end")
         for name, slot in self.task.slots.items():
             if slot.type in ("text", "label", "table") and seen.get(name) is not None:
                 value = seen[name][0] if slot.type != "table" and isinstance(seen[name], list) else seen[name]
@@ -153,7 +154,7 @@ class Check:
             most = _spread(self._cut)
             said.append(
                 f"{len(self._cut):,} of {self._good:,} records are longer than {self._processor.max_length:,} tokens"
-                f" (the model's max_length) and lose their ends: {most['median']:,} tokens (median), "
+                f" (the model's max_length) and lose their ends in training: {most['median']:,} tokens (median), "
                 f"{most['longest']:,} at most."
             )
         return said

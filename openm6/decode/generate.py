@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openm6.batches import by_length, pad
 from openm6.decode.permitted import permitted
-from openm6.errors import UsageError, suggest
+from openm6.errors import ContextLengthError, UsageError, suggest
 from openm6.model import M6
 from openm6.sequence import Sequence
 
@@ -193,7 +193,7 @@ def check_room(model: M6, prompt: int, new: int) -> None:
     """Refuse what learned positions have no place for (rotary positions have no such limit)."""
     limit = model.config.max_position_embeddings
     if model.place is not None and prompt + new > limit:
-        raise UsageError(
+        raise ContextLengthError(
             f"A prompt of {prompt} positions and {new} new tokens are more than the model's {limit} positions: "
             "shorten the input or lower max_new_tokens."
         )

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.errors import ContextLengthError, OpenM6Error, UsageError, suggest
 from openm6.images import Features, ImageGrid, check_features
 from openm6.sequence import Banned, Sequence, allowed_after
 from openm6.tasks.card import read_card
+from openm6.tasks.lengths import check_truncate
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
@@ -113,19 +114,24 @@ class EdgeModel:
     def task(self, name: str) -> Task:
         if name not in self.tasks:
             raise UsageError(
-                f"The package has no task {name}.{suggest(name, list(self.tasks))} It has: {', '.join(self.tasks)}."
+                f"The package has no task {name}.{suggest(name, list(self.tasks))} It has: {', '.join(self.tasks)}.",
+                code="task_not_found",
             )
         return self.tasks[name]
 
-    def run(self, task: str, *, max_new_tokens: int | None = None, **slots: Any) -> Any:
-        """One answer: the value of a task's one output, or the dict of its outputs."""
-        return self.answer(task, slots, max_new_tokens).value
+    def run(self, task: str, *, max_new_tokens: int | None = None, truncate: str | None = None, **slots: Any) -> Any:
+        """One answer: the value of a task's one output, or the dict of its outputs. `truncate`: see `answer`."""
+        return self.answer(task, slots, max_new_tokens, truncate).value
 
-    def answer(self, task: str, record: Record, max_new_tokens: int | None = None) -> Answer:
-        """One answer, and how sure it is."""
+    def answer(
+        self, task: str, record: Record, max_new_tokens: int | None = None, truncate: str | None = None
+    ) -> Answer:
+        """One answer, and how sure it is. A prompt that is longer than the model takes raises ContextLengthError; with
+        `truncate="start"` its longest text loses its beginning."""
         chosen = self.task(task)
         chosen.check(record)
-        prompt = chosen.encode(record, self.processor, None, with_target=False)
+        check_truncate(truncate)
+        prompt = chosen.encode(record, self.processor, None, with_target=False, truncate=truncate)
         if chosen.embeds:
             state = self._read(prompt)[1]
             return Answer(state / np.linalg.norm(state), 1.0, True)
@@ -145,14 +151,16 @@ class EdgeModel:
         confidence = float(np.exp(np.log(np.maximum(chances, 1e-12)).mean()))
         return Answer(chosen.value(ids, self.processor), confidence, finished, first[1])
 
-    def run_many(self, task: str, records: Iterable[Record]) -> Iterator[Any]:
+    def run_many(self, task: str, records: Iterable[Record], *, truncate: str | None = None) -> Iterator[Any]:
         for record in records:
-            yield self.answer(task, record).value
+            yield self.answer(task, record, truncate=truncate).value
 
     def _begin(self, prompt: Sequence, most: int) -> list[np.ndarray]:
         limit, length = self.about["positions"], len(prompt)
         if limit is not None and length + most > limit:
-            raise UsageError(f"A prompt of {length} positions and {most} new tokens; the model has {limit} positions.")
+            raise ContextLengthError(
+                f"A prompt of {length} positions and {most} new tokens; the model has {limit} positions."
+            )
         return self._read(prompt)
 
     def _steps(self, prompt: Sequence, first: list[np.ndarray], most: int) -> Iterator[tuple[int, float]]:

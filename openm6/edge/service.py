@@ -195,8 +195,7 @@ def _error(status: int, code: str, message: str) -> Response:
 
 
 def _refused(_: Request, error: OpenM6Error) -> Response:
-    missing = "has no task" in str(error)
-    return _error(404 if missing else 400, "task_not_found" if missing else "invalid", str(error))
+    return _error(404 if error.code == "task_not_found" else 400, error.code, str(error))
 
 
 def key_of(variable: str) -> str:

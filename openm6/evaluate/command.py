@@ -33,10 +33,11 @@ def measure(
     shots_from: str = "",
     metrics: Sequence[str] = (),
     spread: bool = False,
+    truncate: str | None = None,
 ) -> Evaluation:
     """Open `data`, map its columns to the task's slots and measure on its first `limit` records, or with `spread` on
     `limit` records evenly spread over them all: in a file ordered by its labels the first ones have one label.
-    `answers`, `metrics`: evaluate. Rows that reading left out count among the rejected ones.
+    `answers`, `metrics`, `truncate`: evaluate. Rows that reading left out count among the rejected ones.
 
     `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
     `shots` records of the source `shots_from`, with their answers.
@@ -61,7 +62,9 @@ def measure(
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 
-    return evaluate(bundle, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics)
+    return evaluate(
+        bundle, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
+    )
 
 
 def _shots(
@@ -91,6 +94,7 @@ def measure_retrieval(
     limit: int | None = None,
     dims: int | None = None,
     among_negatives: bool = False,
+    truncate: str | None = None,
 ) -> Evaluation:
     """Let the vector that `task` gives of each record find the one that `against` gives of it among those of all.
 
@@ -107,5 +111,5 @@ def measure_retrieval(
         others = [[views[1](one) for one in some] for some in rooted]
     return evaluate_retrieval(
         bundle, first, second, [views[0](r) for r in records], [views[1](r) for r in records], groups, data, dims=dims,
-        others=others,
+        others=others, truncate=truncate,
     )  # fmt: skip

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.bundle import TRUNCATE, Bundle
 from openm6.data.rejects import Reject
-from openm6.errors import DataError, UsageError
+from openm6.errors import ContextLengthError, DataError, UsageError
 from openm6.evaluate.labels import LabelFigures, unknown_references
 from openm6.sequence import Sequence
 from openm6.tasks.faithful import FAITHFUL
@@ -48,7 +48,7 @@ class Evaluation:
     examples: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     labels: LabelFigures | None = None
     notes: list[str] = field(default_factory=list)
-    cut: int = 0  # records whose source was longer than the model takes
+    cut: int = 0  # records that were truncated because they are longer than the model takes
 
     @property
     def rejected(self) -> int:
@@ -87,6 +87,7 @@ def evaluate(
     answers: bool = True,
     metrics: Items[str] = (),
     on_progress: Callable[[int], None] | None = None,
+    truncate: str | None = None,
 ) -> Evaluation:
     """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`), by its own metrics and, of
     labels, macro F1, or by `metrics`.
@@ -94,8 +95,9 @@ def evaluate(
     Without `answers` nothing is answered that no metric asks for; of a task that draws, never.
 
     A list as the value of an output slot means several references, each of them right. Records that cannot be
-    encoded are counted, not answered; so is a Reject in the place of a record. Raises DataError when none is left,
-    UsageError for a metric that does not suit the task.
+    encoded are counted, not answered; so is a Reject in the place of a record. One that is longer than the model takes
+    is among them, and named in the notes; with `truncate="start"` it is measured without the beginning of its longest
+    text. Raises DataError when none is left, UsageError for a metric that does not suit the task.
     """
     started = time.perf_counter()
     check_metrics(task, metrics)
@@ -105,6 +107,7 @@ def evaluate(
     kept: list[Record] = []
     prompts: list[Sequence] = []
     rejects: list[tuple[int, Reject]] = []
+    long: list[str] = []
     for record in records:
         if isinstance(record, Reject):
             rejects.append((len(kept), record))
@@ -112,9 +115,12 @@ def evaluate(
         try:
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
-            prompts.append(bundle.prompt(task, record))
+            record = record if truncate is None else {**record, TRUNCATE: truncate}
+            prompts.append(bundle.prompt(task, record, None if task.silent or task.draws else decoding))
             kept.append(record)
         except DataError as error:
+            if isinstance(error, ContextLengthError):
+                long.append(str(record.get("_where", "a record")))
             rejects.append((len(kept), Reject(str(record.get("_where", "")), str(error))))
     if not kept:
         reason = rejects[-1][1].reason if rejects else "there are no records"
@@ -140,7 +146,9 @@ def evaluate(
     if len(task.outputs) > 1:
         notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")
     if cut:
-        notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their ends.")
+        notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their beginnings.")
+    if long:
+        notes.append(too_long(long, len(kept) + len(rejects), bundle.processor.max_length))
     if kind == "label" and cases[0].references:
         given, wanted, known = [c.answer for c in cases], [c.references for c in cases], task.labels.get(output, ())
         labels = LabelFigures.of(given, wanted, known)
@@ -149,7 +157,9 @@ def evaluate(
         if not metrics and "macro_f1" not in chosen:
             chosen.append("macro_f1")
     values = {
-        metric: _perplexity(bundle, task, kept, batch_size) if metric == "perplexity" else _values(task, metric, cases)
+        metric: _perplexity(bundle, task, kept, batch_size, truncate)
+        if metric == "perplexity"
+        else _values(task, metric, cases)
         for metric in chosen
     }
     return Evaluation(
@@ -157,6 +167,15 @@ def evaluate(
         time.perf_counter() - started, rejects, {name: task.slots[name].type for name in task.inputs},
         {name: found.examples for name, found in values.items()}, labels, notes, cut,
     )  # fmt: skip
+
+
+def too_long(places: list[str], records: int, positions: int) -> str:
+    """A sentence on records that were refused."""
+    named = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
+    return (
+        f"{len(places)} of {records} records are longer than the {positions:,} positions that the model takes and were "
+        f'not measured ({named}); truncate="start" measures them without their beginnings.'
+    )
 
 
 def scored(task: Task, metric: str, cases: list[Case]) -> Score:
@@ -184,13 +203,15 @@ def references(value: Any, kind: str = "text") -> list[str]:
     return [str(as_box(value) if kind == "box" else value)]
 
 
-def _perplexity(bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64) -> Values:
+def _perplexity(
+    bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64, truncate: str | None = None
+) -> Values:
     """exp of the mean negative log-probability of the target's tokens (the end token too). Of several references the
     first is scored."""
     output = task.outputs[0]
     kind = task.slots[output].type
     first = records if kind == "image" else [{**r, output: references(r[output], kind)[0]} for r in records]
-    losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size))
+    losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size, truncate))
     return Values(
         np.exp(losses / np.maximum(1, counts)), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum()))
     )

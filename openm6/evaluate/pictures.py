@@ -194,7 +194,7 @@ def measure_drawing(
     slot, codec = chosen.outputs[0], bundle.codec
     pictures = [as_square(record[slot], codec.size) for record in records]
     wishes = [{k: v for k, v in record.items() if k != slot} for record in records]
-    drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=decoding))
+    drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=decoding, truncate="start"))
     # In the order in which they were drawn, the first one is as good as any.
     any_one = [min(some, key=lambda painting: painting.number).image for some in drawn]
     real = Real(judge, pictures, wanted)
@@ -204,7 +204,7 @@ def measure_drawing(
         "drawn": real.measure(any_one, wanted),
     }
     for name, options in (others or {}).items():
-        rows[name] = real.measure(list(bundle.run_many(chosen, wishes, decoding=options)), wanted)
+        rows[name] = real.measure(list(bundle.run_many(chosen, wishes, decoding=options, truncate="start")), wanted)
     best = [some[0].image for some in drawn]
     if candidates > 1:
         rows[f"best of {candidates}"] = real.measure(best, wanted)

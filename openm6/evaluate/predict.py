@@ -33,6 +33,7 @@ from openm6.decode.labels import closed_labels
 from openm6.errors import DataError, UsageError
 from openm6.json_lines import dumps, lines_of
 from openm6.review import seed_of
+from openm6.tasks.lengths import check_truncate
 from openm6.tasks.task import Task
 
 PART = 256
@@ -61,9 +62,11 @@ class Prediction:
         decoding: Mapping[str, Any] | None = None,
         batch_size: int = 64,
         all_probabilities: bool = False,
+        truncate: str | None = None,
     ):
         self.bundle, self.task, self.output = bundle, bundle.task(task), output
-        self.decoding, self.batch_size = dict(decoding or {}), batch_size
+        self.decoding, self.batch_size, self.truncate = dict(decoding or {}), batch_size, truncate
+        check_truncate(truncate)
         self.folder = output.with_name(output.name + ".parts")
         if self.task.draws:
             raise UsageError(f"The task {self.task.name} draws pictures: `openm6 images batch` does that.")
@@ -85,7 +88,8 @@ class Prediction:
             "data": json_hash([self.source.content_hash(), [place_of(r.where)[1] for r in self.source.rejected]]),
             "model": directory_hash(bundle.path) if bundle.path else "",
             "task": self.task.to_dict(),
-            "options": {"columns": dict(self.view.mapping), "decoding": self.decoding, "added": list(self.added)},
+            "options": {"columns": dict(self.view.mapping), "decoding": self.decoding, "added": list(self.added)}
+            | ({} if truncate is None else {"truncate": truncate}),
         }
         self._begin(settings, data)
 
@@ -175,7 +179,7 @@ class Prediction:
         options = {**self.task.decode, **self.decoding}
         if options.get("temperature"):  # parts would draw the same random numbers
             options["seed"] = seed_of(int(options.get("seed", 0)), number)
-        many: dict[str, Any] = {"batch_size": self.batch_size}
+        many: dict[str, Any] = {"batch_size": self.batch_size, "truncate": self.truncate}
         asked = [self._asked(row) for row in rows]
         good = [record for record in asked if not isinstance(record, DataError)]
         found = list(self.bundle.run_many(self.task, good, decoding=options, on_error="return", **many))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from openm6.bundle import Bundle
-from openm6.errors import DataError, UsageError
-from openm6.evaluate.measure import Case, Evaluation
+from openm6.data.rejects import Reject
+from openm6.errors import ContextLengthError, DataError, UsageError
+from openm6.evaluate.measure import Case, Evaluation, too_long
 from openm6.retrieve.ranks import rank_scores, scores_of_ranks
 from openm6.tasks.metrics import Score
 from openm6.tasks.task import Task
@@ -29,9 +31,10 @@ def evaluate_retrieval(
     *,
     dims: int | None = None,
     others: Sequence[Sequence[Record]] | None = None,
+    truncate: str | None = None,
 ) -> Evaluation:
     """Query i is answered by key i, and by all keys of its group; with `others` by key i alone, among key i and these
-    others of its own."""
+    others of its own. A pair one of whose records cannot be used is counted and left out. `truncate`: Bundle.run."""
     started = time.perf_counter()
     for one in (task, against):
         if not one.embeds:
@@ -39,18 +42,39 @@ def evaluate_retrieval(
     if not queries:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: there are no records.")
     bundle.model.eval()
-    asked = np.stack(list(bundle.vectors(task, queries, dims=dims)))
-    found = np.stack(list(bundle.vectors(against, keys, dims=dims)))
+
+    def read(one: Task, records: Sequence[Record]) -> list[Any]:
+        return list(bundle.vectors(one, records, dims=dims, on_error="return", truncate=truncate))
+
+    pairs = list(zip(read(task, queries), read(against, keys), strict=True))
+    wrong = [next((one for one in pair if isinstance(one, DataError)), None) for pair in pairs]
+    good = [number for number, error in enumerate(wrong) if error is None]
+    rejects, long = [], list[str]()
+    for number, error in enumerate(wrong):
+        if error is not None:
+            where = str(queries[number].get("_where", f"record {number}"))
+            rejects.append((bisect(good, number), Reject(where, str(error))))
+            long += [where] * isinstance(error, ContextLengthError)
+    if not good:
+        raise DataError(f"Nothing to evaluate in {source or 'the data'}: {rejects[-1][1].reason}")
+    notes = [too_long(long, len(queries), bundle.processor.max_length)] if long else []
+    asked, found = (np.stack(side) for side in zip(*(pairs[number] for number in good), strict=True))
+    queries = [queries[number] for number in good]
+    groups = None if groups is None else [groups[number] for number in good]
     if others is not None:
+        others = [others[number] for number in good]
         if not all(others):
             raise DataError(f"A record of {source or 'the data'} has no negatives to choose among.")
-        flat = np.stack(list(bundle.vectors(against, [one for some in others for one in some], dims=dims)))
+        flat = np.stack(
+            list(bundle.vectors(against, [one for some in others for one in some], dims=dims, truncate=truncate))
+        )
         scores = _among(asked, found, np.split(flat, np.cumsum([len(some) for some in others])[:-1]))
     else:
         owners = np.arange(len(queries)) if groups is None else np.unique(np.array(groups), return_inverse=True)[1]
         scores = rank_scores(asked @ found.T, owners[:, None] == owners)
     cases = [Case(record, "", []) for record in queries]
-    return Evaluation(f"{task.name} {against.name}", source, scores, cases, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Evaluation(f"{task.name} {against.name}", source, scores, cases, seconds, rejects, notes=notes)
 
 
 def _among(asked: np.ndarray, found: np.ndarray, others: Sequence[np.ndarray]) -> dict[str, Score]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.bundle import TRUNCATE, Bundle
 from openm6.data.columns import SlotView, require_columns
 from openm6.data.files import expand
 from openm6.data.readers import format_of
@@ -86,12 +86,14 @@ def add_source(
     only_new: bool = False,
     on_progress: Callable[[int], None] | None = None,
     on_reject: OnReject | None = None,
+    truncate: str | None = None,
 ) -> Filled:
     """Add the records of a source, or replace the items whose ids are there (`only_new` passes those over). Of several
     records with one id the first counts, and the others are bad records.
 
     `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` the reason of each bad record;
-    without it the first one raises DataError. Raises UsageError for a source without the index's columns.
+    without it the first one raises DataError. `truncate`: of records that are longer than the model takes (Bundle.run).
+    Raises UsageError for a source without the index's columns.
     """
     about, id_column = index.about, index.about["id_column"]
     task = bundle.task(about["task"])
@@ -108,7 +110,7 @@ def add_source(
             where = str(record.get("_where", name))
             try:
                 row = [convert_at(where, key, record.get(key), kind) for key, kind in about["columns"].items()]
-                by_slot = view(record)
+                by_slot = {**view(record), TRUNCATE: truncate}
                 bundle.prompt(task, by_slot)
             except DataError as error:
                 _reject(error, on_reject)

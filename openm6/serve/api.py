@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -146,7 +146,13 @@ def _routes(app: FastAPI, server: Server) -> None:
         return JSONResponse(_answer(await server.whole(key, deployment, message, request), told))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
-    async def batch(task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None) -> Any:
+    async def batch(
+        task: str,
+        request: Request,
+        key: Annotated[Key, asker()],
+        model: str | None = None,
+        truncate: Literal["start"] | None = None,
+    ) -> Any:
         """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
         it is there. A line that fails has an error in the place of an answer."""
         deployment = _deployment(fleet, model)
@@ -161,7 +167,7 @@ def _routes(app: FastAPI, server: Server) -> None:
                 inputs = json.loads(line)
                 if not isinstance(inputs, dict):
                     raise DataError("A line has to be a JSON object.")
-                message = await server.message(deployment, task, TaskRequest(inputs=inputs))
+                message = await server.message(deployment, task, TaskRequest(inputs=inputs, truncate=truncate))
                 found = _answer(await server.in_turn(key, deployment, message), told)
             except OpenM6Error as error:
                 found = {"error": {"message": str(error)}}
@@ -207,7 +213,8 @@ def _model(deployment: Deployment) -> dict[str, Any]:
 
 
 def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-    value, outputs, more = outgoing(found["value"]), task["outputs"], {}
+    more: dict[str, Any] = {}
+    value, outputs = outgoing(found["value"]), task["outputs"]
     if isinstance(value, dict) and "probabilities" in value and len(outputs) == 1:  # it was asked for them
         more = {"probabilities": dict(sorted(value["probabilities"].items(), key=lambda pair: -pair[1]))}
         value = value["value"]
@@ -215,6 +222,8 @@ def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]
     if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
+    if found.get("truncated"):
+        more["truncated"] = found["truncated"]
     return {"outputs": answer, "finished": found["finished"], "usage": usage, **more}
 
 

@@ -259,7 +259,7 @@ class Engine:
 
     def _told(self, told: Told) -> None:
         if told.done or told.error is not None:
-            del self._open[told.id]
+            told.truncated = self._open.pop(told.id).truncated
             self.counts.answered += told.error is None
             self.counts.failed += told.error is not None
             self.counts.tokens += told.tokens

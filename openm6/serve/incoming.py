@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from openm6.errors import DataError
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.images import MAX_BYTES, Features, from_base64
+from openm6.tasks.lengths import check_value
 
 QUICK = 2**18
 """Characters of base64 that are decoded in less time than another thread takes to begin."""
@@ -118,21 +119,31 @@ def _is_public(address: str) -> bool:
     return (inner or found).is_global and not found.is_multicast
 
 
-def record_of(inputs: Mapping[str, Any], slots: Mapping[str, str], pictures: Pictures) -> dict[str, Any]:
-    """A request's inputs by the types of the task's slots. Raises DataError for a picture that is none, and for a text
-    that is no text."""
+def record_of(
+    inputs: Mapping[str, Any], slots: Mapping[str, str], pictures: Pictures, positions: int, truncate: str | None = None
+) -> dict[str, Any]:
+    """A request's inputs by the types of the task's slots. Raises DataError for a picture that is none and for a text
+    that is no text, UsageError for a slot that the task has not, ContextLengthError for what is too long for a model of
+    so many `positions` whatever its tokens are (texts that are to be truncated aside)."""
     record = {}
     for name, value in inputs.items():
         kind = slots.get(name)
+        if kind is None:
+            raise UsageError(
+                f"The task has no slot {cut(name)}.{suggest(name, list(slots))} Its slots: {', '.join(slots)}.",
+                param=cut(name),
+            )
         if value is None:
             continue
-        if kind == "image":
-            try:
+        try:
+            if kind == "image":
                 features = Features.of(value)
                 value = pictures.read(value) if features is None else features.mapping()
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from None
-        elif kind in ("text", "label") and not isinstance(value, (str, int, float)):
-            raise DataError(f"{name} has to be a text, not {type(value).__name__}.")
+            else:
+                check_value(value, None if truncate and kind == "text" else positions)
+        except DataError as error:
+            raise type(error)(f"{name}: {error}", param=name) from None
+        if kind in ("text", "label") and not isinstance(value, (str, int, float)):
+            raise DataError(f"{name} has to be a text, not {type(value).__name__}.", param=name)
         record[name] = value
     return record

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -68,6 +68,7 @@ class TaskRequest(BaseModel):
     candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
     stream: bool = Field(False, description="pieces of a text as they are written")
     probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
+    truncate: Literal["start"] | None = Field(None, description="leave out the longest text's beginning if need be")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
 
 
@@ -114,8 +115,10 @@ class Server:
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
         """A request as it goes to the worker."""
         slots = self.task(deployment, task)["slots"]
-        read = partial(record_of, slots=slots, pictures=self.pictures)
-        every = [asked.inputs, *asked.examples]
+        bound = {"positions": deployment.about["positions"], "truncate": asked.truncate}
+        read = partial(record_of, slots=slots, pictures=self.pictures, **bound)
+        # Examples may have other columns too; what is asked may not.
+        every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
         eyes = deployment.about["eyes"]
         if any(isinstance(one, Mapping) and "features" in one and one.get("eyes") != eyes for one in pictures):
@@ -127,7 +130,7 @@ class Server:
         return {
             "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
             "candidates": asked.candidates, "examples": examples, "probabilities": asked.probabilities,
-            "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
+            "truncate": asked.truncate, "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
         }  # fmt: skip
 
     async def answer(

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from openm6.bundle import SHOTS, Bundle, check_dims
+from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
@@ -34,6 +34,7 @@ class Request:
     edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
     deadline     by time.monotonic(): after it the request fails
     pieces       whether a text is told in pieces too, as it is written
+    truncate     "start" where the longest text loses its beginning, if the prompt is longer than the model takes
     probabilities   of a task whose output is a label: the value is {"value": label, "probabilities": {label: number}}
     """
 
@@ -48,6 +49,7 @@ class Request:
     deadline: float | None = None
     pieces: bool = True
     probabilities: bool = False
+    truncate: str | None = None
 
     # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None
@@ -57,13 +59,15 @@ class Request:
     alone: bool = False
     like: Hashable = None
     needs: int = 0
+    truncated: int = 0
 
 
 @dataclass(slots=True)
 class Told:
     """What became of a request so far: a piece of its text, its answer, or why it has none.
 
-    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: of an answer.
+    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: of an answer;
+    `truncated`: positions of the prompt that were left out.
     """
 
     id: str
@@ -74,19 +78,26 @@ class Told:
     finished: bool = True
     tokens: int = 0
     prompt_tokens: int = 0
+    truncated: int = 0
 
 
 def prepared(request: Request, view: Bundle) -> None:
     """Fill in what the engine works with. Raises UsageError or DataError for what cannot be done."""
     task = request.made = view.task(request.task)
     task.check(request.record)
-    record = {**request.record, SHOTS: request.examples}
+    record = {**request.record, SHOTS: request.examples, TRUNCATE: request.truncate}
     request.record = record
+
+    def read() -> Sequence:  # a bad record is told now, and not in the midst of others
+        prompt = view.prompt(task, record, request.decoding)
+        request.truncated = prompt.cut
+        return prompt
+
     request.alone = True
     kind: tuple[Hashable, ...]
     if request.probabilities:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
-        positions = len(view.prompt(task, record)) + max(request.options.max_new_tokens, len(tree.levels))
+        positions = len(read()) + max(request.options.max_new_tokens, len(tree.levels))
         check_room(view.model, positions, 0)
         kind, request.needs = ("probabilities", request.options), _bytes(view, tree.cached(BATCH), positions)
     elif task.draws:
@@ -96,19 +107,19 @@ def prepared(request: Request, view: Bundle) -> None:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
         kind = ("draw", request.options, request.candidates)
-        prompt = view.prompt(task, record)  # a bad record is told now, and not in the midst of others
+        prompt = read()
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
         request.needs = _bytes(view, pictures, len(prompt) + view.codec.side**2)
     elif task.embeds:
         request.options = check_dims(view.model, request.decoding.get("dims"))
         kind = ("vector", request.options)
-        view.prompt(task, record)
+        read()
     elif task.head:
         kind = ("head",)
-        view.prompt(task, record)
+        read()
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
-        request.prompt = view.prompt(task, record)
+        request.prompt = read()
         check_room(view.model, len(request.prompt), request.options.max_new_tokens)
         written = len(request.prompt) + request.options.max_new_tokens
         if task.sketch:

@@ -86,7 +86,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         elif told.done:
             message |= {
                 "value": told.value, "finished": told.finished, "tokens": told.tokens,
-                "prompt_tokens": told.prompt_tokens,
+                "prompt_tokens": told.prompt_tokens, "truncated": told.truncated,
             }  # fmt: skip
         outbox.put(message)
 
@@ -122,7 +122,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
             if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
-        "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
+        "positions": bundle.processor.max_length, "vector": bundle.model.config.hidden_size,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
         "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip

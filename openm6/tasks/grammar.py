@@ -35,8 +35,11 @@ left that tells the text's form (see `forms`)."""
 
 _CORRUPTIONS = ("mask", "prefix", "drop")
 RESERVED = frozenset(
-    {"self", "task", "decoding", "examples", "limits", "candidates", "kept", "drawn", "adapter", "max_new_tokens"}
-)
+    {
+        "self", "task", "decoding", "examples", "limits", "candidates", "kept", "drawn", "adapter", "max_new_tokens",
+        "truncate",
+    }
+)  # fmt: skip
 """Names that no slot can have: the other parameters of the methods that take slots as keywords (`Bundle.run`,
 `Client.draw` ...). They lie on floors above this one, so a test compares the list with their signatures."""
 

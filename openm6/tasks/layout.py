@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from openm6.errors import DataError
+from openm6.errors import ContextLengthError
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
 from openm6.tasks.processor import Processor
 
 
 class Piece(NamedTuple):
     """A stretch of the source: `ids`, and the `pixels` [H, W, 3] whose patches are the ids between its first and
-    its last (or these patches' features). A `cuttable` one may lose its end when the example is too long."""
+    its last (or these patches' features). A `cuttable` one may be shortened when the example is too long."""
 
     ids: Items[int]
     pixels: np.ndarray | None = None
@@ -29,27 +29,49 @@ class Piece(NamedTuple):
 
 
 def lay_out(
-    pieces: list[Piece], target: Items[int] | None, processor: Processor, task: str, reserve: int = 0
+    pieces: list[Piece],
+    target: Items[int] | None,
+    processor: Processor,
+    task: str,
+    reserve: int = 0,
+    least: int = 0,
+    truncate: str | None = "end",
 ) -> Sequence:
     """The Sequence of an example; without a target it ends where the answer begins.
 
-    What is longer than `max_length` is cut: the target keeps up to half of the room that pictures and plain texts
-    leave (more where the source needs less; `reserve` stands for a target that is yet to be written), the longest
-    source texts lose their ends, and a cut target has no end token. Raises DataError when there is no room.
+    `truncate`: what happens to a source that is longer than `max_length`.
+
+    - "end" (training): the target keeps up to half of the room that pictures and plain texts leave (more where the
+      source needs less; `reserve` stands for a target that is yet to be written), the longest source texts lose their
+      ends, and a cut target has no end token.
+    - "start": the longest source text alone loses its beginning; the target, or `reserve`, keeps up to half of the room
+      that all others leave.
+    - None: it is refused, as it is when it leaves fewer than `least` positions for the answer.
+
+    Raises ContextLengthError when there is no room.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, most = processor.tokenizer, processor.max_length
+    lengths = [len(piece.ids) for piece in pieces if piece.cuttable]
     fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
-    loose = sum(len(piece.ids) for piece in pieces if piece.cuttable)
-    room = processor.max_length - fixed
+    loose, room = sum(lengths), most - fixed
     wanted, cut = reserve if target is None else len(target), 0
-    if loose + wanted > room:
-        if room < (0 if target is None else 1):
-            raise DataError(
-                f"The example needs {fixed} positions for its pictures and fixed texts alone; "
-                f"the model takes {processor.max_length} (max_length)."
+    if truncate is None and loose + least > room:
+        answer = f" and its answer {least:,}" if least else ""
+        raise ContextLengthError(
+            f"The prompt has {fixed + loose:,} positions{answer}; the model takes {most:,} (max_length)."
+        )
+    if truncate is not None and loose + wanted > room:
+        least = least if target is None else 1
+        kept = 0 if truncate == "end" else loose - max(lengths, default=0)  # of the texts, what nothing is taken from
+        needed = kept + (truncate == "start" and loose > 0)  # something of the longest text stays
+        if room < needed + least:
+            what = "all but its longest text" if needed else "its pictures and fixed texts"
+            raise ContextLengthError(
+                f"The example needs {fixed + kept} positions for {what} alone; the model takes {most} (max_length)."
             )
-        wanted = min(wanted, max(room - loose, (room + 1) // 2))
-        pieces = _cut(pieces, room - wanted)
+        wanted = min(wanted, max(least, room - loose, (room - kept + 1 - (needed > 0)) // 2))
+        shorten = _cut if truncate == "end" else _cut_start
+        pieces = shorten(pieces, room - wanted)
         cut = fixed - 1 + loose - sum(len(piece.ids) for piece in pieces) + len((target or ())[wanted:])
     ids: list[int] = []
     pictures: list[Picture] = []
@@ -80,3 +102,15 @@ def _cut(pieces: list[Piece], budget: int) -> list[Piece]:
         budget -= length
         longest = length
     return [piece._replace(ids=piece.ids[:longest]) if piece.cuttable else piece for piece in pieces]
+
+
+def _cut_start(pieces: list[Piece], budget: int) -> list[Piece]:
+    """Take the beginning from the longest cuttable piece, so that all cuttable ones have `budget` ids together."""
+    places = [place for place, piece in enumerate(pieces) if piece.cuttable]
+    if not places:
+        return pieces
+    longest = max(places, key=lambda place: len(pieces[place].ids))
+    rest = sum(len(pieces[place].ids) for place in places if place != longest)
+    ids = pieces[longest].ids
+    shorter = pieces[longest]._replace(ids=ids[max(0, len(ids) - (budget - rest)) :])
+    return [*pieces[:longest], shorter, *pieces[longest + 1 :]]

@@ -30,7 +30,7 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
     `Task.encode` does."""
     tokenizer = processor.tokenizer
     plain = not (task.draws or task.silent or task.sketch)
-    sequence = task.encode(record, processor, with_target=plain)
+    sequence = task.encode(record, processor, with_target=plain, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
     source = _read(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)

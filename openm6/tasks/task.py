@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.sequence import Constraint, Sequence
 from openm6.tasks import target
 from openm6.tasks.encode import bad, encode, slots_of, value_of
@@ -181,12 +181,13 @@ class Task:
         for name in given:
             if name not in self.slots:
                 raise UsageError(
-                    f"The task {self.name} has no slot {name}.{suggest(name, self.inputs)} It takes: "
-                    f"{', '.join(self.inputs) or 'nothing'}."
+                    f"The task {self.name} has no slot {cut(name)}.{suggest(name, self.inputs)} It takes: "
+                    f"{', '.join(self.inputs) or 'nothing'}.",
+                    param=cut(name),
                 )
         for name in self.inputs:
             if name not in given and not self.slots[name].drop:
-                raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.")
+                raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.", param=name)
 
     def check_draws(self) -> None:
         """Raises UsageError for a task whose answer is no picture."""
@@ -205,9 +206,10 @@ class Task:
         with_target: bool = True,
         another: Callable[[], Record] | None = None,
         shots: Items[Record] = (),
+        truncate: str | None = None,
     ) -> Sequence:
         """The Sequence of one record whose keys are the slots' names: see `encode.encode`."""
-        return encode(self, record, processor, rng, with_target, another, shots)
+        return encode(self, record, processor, rng, with_target, another, shots, truncate)
 
     # From what was written to an answer
 

@@ -106,7 +106,7 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
     view = SlotView.of(chosen, source, entry["columns"])
     states, confidences, right = [], [], []
     for seen in chain(map(view, _some(source, entry["records"])), more):
-        answer = model.answer(task, chosen.asked(seen))
+        answer = model.answer(task, chosen.asked(seen), truncate="start")
         assert answer.state is not None
         states.append(answer.state)
         confidences.append(answer.confidence)
@@ -321,6 +321,7 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
 def _right(model: EdgeModel, task: str, records: ListRecords) -> float:
     chosen = model.task(task)
     found = [
-        agreement(model.answer(task, chosen.asked(one)).value, _wanted(chosen.outputs, one)) for one in iterate(records)
+        agreement(model.answer(task, chosen.asked(one), truncate="start").value, _wanted(chosen.outputs, one))
+        for one in iterate(records)
     ]
     return float(np.mean(found)) if found else 0.0

@@ -321,7 +321,9 @@ def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
     found = {}
     for section in chain.tasks:
         if bundle is not None:
-            told = measure(bundle, section.task, section.validation, section.columns, limit=section.limit)
+            told = measure(
+                bundle, section.task, section.validation, section.columns, limit=section.limit, truncate="start"
+            )
             found[section.task] = {name: round(value, 5) for name, value in told.values().items()}
             continue
         assert package is not None
@@ -329,7 +331,7 @@ def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
         source = open_source(section.validation, limit=section.limit)
         view, output, cases = SlotView.of(task, source, section.columns), task.outputs[0], []
         for record in map(view, source):
-            value = package.run(task.name, **task.asked(record))
+            value = package.run(task.name, truncate="start", **task.asked(record))
             value = value[output] if len(task.outputs) > 1 else value
             cases.append(Case(record, str(value), references(record[output], task.slots[output].type)))
         names = [name for name in task.metrics if name != "perplexity"]

@@ -33,8 +33,8 @@ def main(path: Path, task: str, records: list[Any]) -> None:
 
         model = Bundle.load(path)
         parameters = sum(model.model.config.count_parameters().values())
-    one = _milliseconds(lambda number: list(model.run_many(task, [records[number % len(records)]])))
-    every = _milliseconds(lambda _: list(model.run_many(task, records)))
+    one = _milliseconds(lambda number: list(model.run_many(task, [records[number % len(records)]], truncate="start")))
+    every = _milliseconds(lambda _: list(model.run_many(task, records, truncate="start")))
     told = {"parameters": parameters, "latency_1_ms": one, "latency_16_ms": every, "peak_mib": peak_resident() / 2**20}
     print(json.dumps(told))
 

@@ -235,11 +235,11 @@ def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict
         if section.against:
             found = measure_retrieval(
                 bundle, section.task, section.against, section.source, section.columns, section.against_columns,
-                section.same, section.format, section.images, limit,
+                section.same, section.format, section.images, limit, truncate="start",
             )  # fmt: skip
         else:
             found = measure(
                 bundle, section.task, section.source, section.columns, section.format, section.images, limit,
-                answers=False, spread=True,
+                answers=False, spread=True, truncate="start",
             )  # fmt: skip
         yield section.name or f"{found.task} {section.source}", found.values()

@@ -80,3 +80,21 @@ def test_over_http(box: Make, server: CloudServer) -> None:
         assert client.get("/healthz").status_code == 200
     with pytest.raises(UsageError, match="--key-env"):
         serve(cascade, "0.0.0.0", 8100)
+
+
+def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: CloudServer) -> None:
+    cascade = box(cloud=server.url)
+    photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        for question, sentence in (("红" * 500, "positions; the model takes"), ("红" * 10**6, "1,000,000 characters")):
+            found = client.post("/v1/tasks/vqa", json={"inputs": {"photo": photo, "question": question}})
+            told = found.json()["error"]
+            assert (
+                found.status_code == 400 and told["code"] == "context_length_exceeded" and sentence in told["message"]
+            )
+        assert client.post("/v1/tasks/vqaa", json={"inputs": {}}).json()["error"]["code"] == "task_not_found"
+        half = client.post("/v1/tasks/vqa", content='{"inputs": {"photo": "' + photo + '", "question": "\\ud800"}}')
+        assert half.status_code == 400 and "question: is no text" in half.json()["error"]["message"]
+    assert not server.seen
+    long = {**ASKED["vqa"], "question": "红" * 500 + QUESTION}
+    assert isinstance(cascade.model.run("vqa", truncate="start", **long), str)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sqlite3
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -266,6 +267,7 @@ def test_the_cloud_is_told_numbers_alone(box: Make, server: CloudServer) -> None
 
 def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> None:
     cascade = box(cloud=server.url)
+    cascade.model.processor = replace(cascade.model.processor, max_length=4096)
     cascade.kept._file.execute(f"PRAGMA max_page_count={cascade.kept._file.execute('PRAGMA page_count').fetchone()[0]}")
     for number in range(6):
         assert _ask(cascade, f"问题{number}" * 300).by == CLOUD

@@ -22,6 +22,7 @@ from openm6.evaluate.command import measure
 from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_report
+from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.sequence import IGNORE
@@ -66,10 +67,25 @@ def test_some_records_of_an_ordered_file_are_the_first_ones_or_spread_over_it(bu
     assert len(whole.cases) == 10
 
 
-def test_records_that_are_longer_than_the_model_takes_are_counted(bundle: Bundle) -> None:
-    records = [{"question": "红" * length, "answer": "红色"} for length in (3, 300, 400)]
-    found = evaluate(Says(bundle, ["红色"] * 3), VQA, records)
-    assert found.cut == found.to_dict()["cut"] == 2
+def test_records_that_are_longer_than_the_model_takes_are_named_or_truncated(bundle: Bundle) -> None:
+    records = [{"question": "红" * length, "answer": "红色", "_where": f"a.csv:{length}"} for length in (3, 300, 400)]
+    refused = evaluate(Says(bundle, ["红色"]), VQA, records)
+    assert (len(refused.cases), refused.rejected, refused.cut) == (1, 2, 0)
+    (note,) = refused.notes
+    assert note.startswith("2 of 3 records are longer than the 64 positions") and "(a.csv:300, a.csv:400)" in note
+    for metrics in ((), ("perplexity",)):
+        found = evaluate(Says(bundle, ["红色"] * 3), VQA, records, truncate="start", metrics=metrics)
+        assert found.cut == found.to_dict()["cut"] == 2 and not found.rejected
+        assert found.notes == ["2 of 3 records were longer than the model takes and lost their beginnings."]
+
+
+def test_a_pair_that_is_too_long_is_left_out_of_retrieval(bundle: Bundle) -> None:
+    task = Task.from_instruction("[text:text] -> [vector:vector]", name="seen")
+    records = [{"text": text, "_where": f"a.csv:{line}"} for line, text in enumerate(("红", "蓝" * 90, "色"), 1)]
+    found = evaluate_retrieval(bundle, task, task, records, records, ["a", "b", "c"])
+    assert (len(found.cases), found.rejected) == (2, 1) and "(a.csv:2)" in found.notes[0]
+    whole = evaluate_retrieval(bundle, task, task, records, records, truncate="start")
+    assert len(whole.cases) == 3 and not whole.notes
 
 
 def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:

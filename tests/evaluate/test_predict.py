@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from openm6.bundle import Bundle
 from openm6.cli.output import counted
-from openm6.errors import DataError, UsageError
+from openm6.errors import ContextLengthError, DataError, UsageError
 from openm6.evaluate import predict
 from openm6.evaluate.predict import Prediction
 from openm6.images import ImageGrid
@@ -304,3 +304,25 @@ def test_the_eval_command_shows_labels_and_writes_answers(model: Path, tmp_path:
     assert list(found["scores"]) == ["exact_match", "accuracy"] and sum(found["confusion"]["绿"].values()) == 1
     with pytest.raises(UsageError, match='no metric exactmatch. Did you mean "exact_match"'):
         command(*words, "--metric", "exactmatch")
+
+
+def test_a_row_that_is_too_long_costs_itself_or_is_truncated(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n红\n" + "蓝" * 100 + "\n色\n", "utf-8")
+    for task in ("say", "mood", "vector"):
+        for words, bad in (((), 1), (("--truncate", "start"), 0)):
+            output = tmp_path / f"{task}{bad}.jsonl"
+            done = command("predict", model, task, "--data", tmp_path / "a.csv", "--output", output, "--json", *words)
+            assert json.loads(done.stdout)["bad"] == bad
+            rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+            assert [bool(row["error"]) for row in rows] == [False, bool(bad), False]
+            assert not bad or ("a.csv:3" in rows[1]["error"] and "the model takes 64" in rows[1]["error"])
+
+
+def test_a_question_on_the_command_line_is_refused_or_truncated(model: Path) -> None:
+    with pytest.raises(ContextLengthError, match="takes 64"):
+        command("run", model, "say", "text=" + "蓝" * 100)
+    found = json.loads(command("run", model, "mood", "text=" + "蓝" * 100, "--truncate", "start", "--json").stdout)
+    assert found["truncated"] > 30 and found["answer"] in found["probabilities"]
+    found = json.loads(command("run", model, "mood", "text=蓝", "--truncate", "start", "--json").stdout)
+    assert found["truncated"] == 0
+    assert command("run", model, "say", "text=蓝", "--truncate", "end").exit_code == 2

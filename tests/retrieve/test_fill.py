@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.errors import UsageError
+from openm6.errors import ContextLengthError, UsageError
 from openm6.retrieve import Index, fill
 from openm6.train.trainer import train
 from tests.tasks.conftest import picture
@@ -201,3 +201,16 @@ def test_data_without_a_column_of_the_index_are_refused(model: Path, goods: Path
         commands(), ["index", "add", str(tmp_path / "index"), "--data", str(tmp_path / "more.jsonl")]
     )
     assert done.exit_code == 1 and "2 could not be used:" in done.output and "more.jsonl:2 is not valid" in done.output
+
+
+def test_an_item_that_is_too_long_costs_itself_or_is_truncated(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n红色\n" + "蓝" * 1000 + "\n杯子\n", "utf-8")
+    words = ("--model", model, "--task", "text_vector", "--data", tmp_path / "a.csv")
+    told = call("index", "build", tmp_path / "index", *words)
+    assert told["items"] == 2 and len(told["rejected"]) == 1
+    assert "a.csv:3" in told["rejected"][0] and "The prompt has" in told["rejected"][0]
+    assert call("index", "add", tmp_path / "index", "--data", tmp_path / "a.csv", "--truncate", "start")["items"] == 3
+    with pytest.raises(ContextLengthError):
+        call("index", "search", tmp_path / "index", "text=" + "蓝" * 1000)
+    hits = call("index", "search", tmp_path / "index", "text=" + "蓝" * 1000, "--truncate", "start")
+    assert hits[0]["id"].endswith("a.csv:3")

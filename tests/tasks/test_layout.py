@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import DataError
+from openm6.errors import ContextLengthError, DataError
 from openm6.images import ImageGrid
 from openm6.sequence import CAUSAL, IGNORE, SOURCE
 from openm6.tasks.layout import Piece, lay_out
@@ -70,5 +70,41 @@ def test_what_is_too_long_is_cut_at_its_end(tokenizer, parts: list, size: int, l
 
 def test_a_prompt_leaves_room_for_its_answer(tokenizer: Tokenizer) -> None:
     pieces = [Piece([50] * 100, cuttable=True)]
-    assert len(lay_out(pieces, None, limited(tokenizer, 40), "t", reserve=10)) == 30
-    assert len(lay_out(pieces, None, limited(tokenizer, 40), "t", reserve=1000)) == 20
+    for truncate in ("end", "start"):
+        assert len(lay_out(pieces, None, limited(tokenizer, 40), "t", reserve=10, truncate=truncate)) == 30
+        assert len(lay_out(pieces, None, limited(tokenizer, 40), "t", reserve=1000, truncate=truncate)) in (20, 21)
+
+
+@given(st.lists(st.tuples(sizes, st.booleans()), max_size=5), sizes, st.integers(0, 5), st.integers(1, 60))
+def test_at_the_start_the_longest_text_alone_loses_something(
+    tokenizer, parts: list, reserve: int, least: int, longest: int
+) -> None:
+    pieces = [Piece(range(100 * i, 100 * i + n), cuttable=cuttable) for i, (n, cuttable) in enumerate(parts)]
+    least = min(least, reserve)
+    sized = max((n for n, cuttable in parts if cuttable), default=0)
+    whole = 1 + sum(n for n, _ in parts)
+    rest = whole - sized
+    if whole + reserve > longest and rest + least + (sized > 0) > longest:
+        with pytest.raises(ContextLengthError, match="max_length"):
+            lay_out(pieces, None, limited(tokenizer, longest), "t", reserve, least, "start")
+        return
+    found = lay_out(pieces, None, limited(tokenizer, longest), "t", reserve, least, "start")
+    assert len(found) + least <= longest and found.cut == whole - len(found)
+    assert found.cut == 0 or whole + reserve > longest
+    start = next((i for i, (n, cuttable) in enumerate(parts) if cuttable and n == sized), 0)
+    kept = [
+        list(piece.ids)[found.cut :] if i == start and found.cut else list(piece.ids) for i, piece in enumerate(pieces)
+    ]
+    assert found.ids.tolist() == [*(token for ids in kept for token in ids), tokenizer.answer_id]
+
+
+@given(st.lists(st.tuples(sizes, st.booleans()), max_size=5), st.integers(0, 5), st.integers(1, 60))
+def test_without_a_word_nothing_is_cut(tokenizer, parts: list, least: int, longest: int) -> None:
+    pieces = [Piece([100 + i] * n, cuttable=cuttable) for i, (n, cuttable) in enumerate(parts)]
+    whole = 1 + sum(n for n, _ in parts)
+    if whole + least > longest:
+        with pytest.raises(ContextLengthError, match=f"has {whole} positions.* takes {longest} "):
+            lay_out(pieces, None, limited(tokenizer, longest), "t", 10, least, None)
+        return
+    found = lay_out(pieces, None, limited(tokenizer, longest), "t", 10, least, None)
+    assert len(found) == whole and not found.cut

@@ -40,11 +40,11 @@ def test_training_leaves_out_the_first_of_too_many_and_use_tells(processor: Proc
     found = TASK.encode(RECORDS[2], tight, np.random.default_rng(0), shots=RECORDS[:2])
     assert len(found.pictures) == 2
     for shots, fit in ((RECORDS[:2], "the last 1 of them fit"), (RECORDS[:2] * 2, "the last 1 of them fit")):
-        with pytest.raises(DataError, match=f"{len(shots)} examples and the record do not fit .* {fit}"):
+        with pytest.raises(DataError, match=f"{len(shots)} examples and the record do not fit: .* {fit}"):
             TASK.encode(RECORDS[2], tight, with_target=False, shots=shots)
     TASK.encode(RECORDS[2], tight, with_target=False, shots=RECORDS[1:2])
     tight = wide(processor, len(TASK.encode(RECORDS[2], wide(processor))) + 3)
-    with pytest.raises(DataError, match="2 examples and the record do not fit .* none of them fits"):
+    with pytest.raises(DataError, match="2 examples and the record do not fit: .* none of them fits"):
         TASK.encode(RECORDS[2], tight, with_target=False, shots=RECORDS[:2])
 
 

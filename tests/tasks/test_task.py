@@ -278,7 +278,7 @@ def test_a_picture_that_does_not_fit_is_bad_data(processor: Processor) -> None:
         VQA.encode(ASKED, Processor(processor.tokenizer, processor.grid, 19))
 
 
-def test_long_texts_are_cut(processor: Processor) -> None:
+def test_long_texts_are_cut_in_training(processor: Processor) -> None:
     found = VQA.encode({**ASKED, "question": "红" * 500}, processor)
     assert len(found) == 64 and VQA.read(target_ids(found), processor) == {"answer": "红色"}
 
