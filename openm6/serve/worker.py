@@ -76,7 +76,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     load_named_extensions()
 
     def tell(told: Told) -> None:
-        message: dict[str, Any] = {"id": told.id}
+        message: dict[str, Any] = {"id": told.id, "tokens": told.tokens, "prompt_tokens": told.prompt_tokens}
         if told.piece:
             message["piece"] = told.piece
         if told.error is not None:
@@ -84,10 +84,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
                 traceback.print_exception(told.error)
             message |= error_of(told.error)
         elif told.done:
-            message |= {
-                "value": told.value, "finished": told.finished, "tokens": told.tokens,
-                "prompt_tokens": told.prompt_tokens,
-            }  # fmt: skip
+            message |= {"value": told.value, "finished": told.finished}
         outbox.put(message)
 
     bundle = Bundle.load(start["model"], adapters=start.get("adapters") or {})
@@ -145,7 +142,8 @@ def _sendable(message: dict[str, Any]) -> bytes:
     try:
         return packed(message)
     except Exception as error:
-        return packed({"id": message.get("id"), **error_of(error)})
+        cost = {name: message.get(name, 0) for name in ("tokens", "prompt_tokens")}
+        return packed({"id": message.get("id"), **cost, **error_of(error)})
 
 
 def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
@@ -161,7 +159,7 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
         except Exception as error:
             if kind_of(error) == "internal":
                 traceback.print_exc()
-            outbox.put({"id": request.id, **error_of(error)})
+            outbox.put({"id": request.id, "tokens": 0, "prompt_tokens": 0, **error_of(error)})
 
     while True:
         with turn:
