@@ -120,6 +120,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
+        "codes": bundle.codec.side**2 if draws else 0,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
         "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -10,7 +10,9 @@ import pytest
 
 from openm6.bundle import Bundle
 from openm6.decode.labels import LabelTree
+from openm6.serve.server import highest_cost
 from openm6.serve.wire import error_of
+from openm6.serve.worker import described
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
 
@@ -146,3 +148,25 @@ def test_what_is_cancelled_tells_what_it_cost(bundle: Bundle) -> None:
     counts = watched.engine.counts
     assert (counts.cancelled, counts.failed, counts.answered) == (4, 1, 0)
     assert counts.tokens == sum(one.tokens for one in told.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "more"),
+    [
+        ("write", {"text": "红色"}, {"decoding": {"max_new_tokens": 40, "temperature": 3.0}}),
+        ("write", {"text": "红色"}, {"decoding": {"num_beams": 8, "max_new_tokens": 20}}),
+        ("write", {"text": "红色"}, {}), ("text_vector", {"text": "红色"}, {}),
+        ("kind", {"photo": picture()}, {"probabilities": True, "decoding": {"num_beams": 3}}),
+        ("text_to_image", {"caption": "红"}, {"candidates": 3}),
+        ("text_to_image", {"caption": "红"}, {"decoding": {"passes": 0, "guidance": 2.0}}),
+        ("text_to_image", {"caption": "红"}, {"decoding": {"passes": 4, "branches": 3, "guidance": 2.0}}),
+        ("live_script_edit", {"asr": "红色条纹，蓝色圆点"}, {"decoding": {"max_new_tokens": 12}}),
+    ],
+)  # fmt: skip
+def test_the_highest_cost_is_known_before(bundle: Bundle, task: str, record: dict, more: dict) -> None:
+    asked = {"task": task, "decoding": {}, "candidates": 1, "probabilities": False, **more}
+    watched = Watched(bundle)
+    watched.ask("a", task, record=record, **more)
+    told = watched.finish()["a"]
+    assert told.error is None
+    assert 0 < told.prompt_tokens + told.tokens <= highest_cost(described(bundle), asked)
