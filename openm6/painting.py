@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 
 from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
 from openm6.decode.many import answer_groups
-from openm6.decode.steps import Steps, finish
+from openm6.decode.steps import Steps, finish, recounted
 from openm6.errors import UsageError
 from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.task import Task
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from openm6.bundle import Bundle
 
 Record = Mapping[str, Any]
+T = TypeVar("T")
 
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
@@ -90,24 +91,29 @@ def _droppable(task: Task) -> set[str]:
 def paint_steps(
     bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int]
 ) -> Steps[list[list[Painting]]]:
-    """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers."""
+    """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers. A step
+    costs a record what it costs all its candidates."""
     codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
+
+    def in_parts(items: list[T]) -> list[list[T]]:
+        return [items[start : start + candidates] for start in range(0, len(items), candidates)]
+
     prompts = [prompt for r in records for prompt in [bundle.prompt(task, r)] * candidates]
     free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
     free = [prompt for prompt in free for _ in range(candidates)]
     kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
-    drawn = yield from draw_steps(bundle.model, prompts, free, codes, options, kept, numbers)
-    yield
+    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, numbers)
+    drawn = yield from recounted(steps, lambda counts: [sum(part) for part in in_parts(counts)])
+    yield [0] * len(records)
     rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
     made = [
         Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
         for place, (row, told, score) in enumerate(rows)
     ]
     if candidates > 1 and options.reading:
-        yield
+        yield [0] * len(records)
         made = _read_back(bundle, task, made, [r for r in records for _ in range(candidates)], options.reading)
-    parts = [made[start : start + candidates] for start in range(0, len(made), candidates)]
-    return [sorted(part, key=lambda p: -p.score) for part in parts]
+    return [sorted(part, key=lambda p: -p.score) for part in in_parts(made)]
 
 
 def _read_back(bundle: Bundle, task: Task, made: list[Painting], asked: list[Record], weight: float) -> list[Painting]:

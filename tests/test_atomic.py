@@ -17,7 +17,7 @@ from openm6.errors import DataError
 from openm6.hub.jobs import Job, Jobs
 from openm6.retrieve.memory import Lists
 from openm6.review import write as write_page
-from openm6.serve.keys import Keys, Meter
+from openm6.serve.keys import Keys
 from tests.conftest import tiny_model
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no folder tells what a number stands for")
@@ -47,7 +47,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "JSON": lambda folder: write_json(folder / "a.json", {"a": 1}),
     "a folder": lambda folder: write_whole(folder / "a", tiny_model().config.save_pretrained),
     "keys": lambda folder: Keys(folder / "keys.json").add("anna"),
-    "spent tokens": lambda folder: Meter(folder / "spent.json").keep(),
     "a job": jobs,
     "a page of a review": lambda folder: write_page(folder / "page.html", ["a", "b"]),
     "lists of an index": lists,

@@ -142,11 +142,20 @@ def remove_key(name: Annotated[str, typer.Argument(help="Whose it is.")], keys: 
 
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
-    """Whose keys there are."""
+    """Whose keys there are, what each has spent today (UTC), and what it has left."""
     from openm6.serve.keys import Keys
+    from openm6.serve.meter import Meter
 
-    rows = [(key.name, key.role, key.per_minute, key.per_day) for key in Keys(keys).list()]
+    file = Keys(keys)
+    meter = Meter(file.spent if file.spent.is_file() else None)
+    rows = []
+    for key in file.list():
+        spent = meter.spent(key)
+        left = max(0, key.per_day - spent) if key.per_day else None
+        rows.append((key.name, key.role, key.per_minute, key.per_day, spent, left))
     if json:
-        emit([dict(zip(("name", "role", "per_minute", "per_day"), row, strict=True)) for row in rows])
+        names = ("name", "role", "per_minute", "per_day", "spent_today", "left_today")
+        emit([dict(zip(names, row, strict=True)) for row in rows])
     else:
-        table(["name", "role", "a minute", "tokens a day"], rows)
+        columns = ["name", "role", "requests a minute", "tokens a day", "spent today", "left today"]
+        table(columns, ((*row[:5], "any number" if row[5] is None else row[5]) for row in rows))

@@ -95,8 +95,8 @@ class Desk:
         """What becomes of a request (Deployment.ask). Raises an error that the page shows."""
         key = self.key(request)
         try:
-            if (seconds := self.server.meter.wait(key)) > 0:
-                raise UsageError(self.say("Too often: again in {seconds} s.", seconds=round(seconds) + 1))
+            if (beyond := self.server.meter.count(key)) is not None:
+                raise UsageError(self.say("Too often: again in {seconds} s.", seconds=round(beyond.seconds) + 1))
             deployment, adapter = self.deployment(who)
             message = await self.server.message(deployment, task, asked.model_copy(update={"adapter": adapter}))
             if edit is not None:

@@ -21,6 +21,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
     Each prompt keeps `num_beams` open beams. Of the 2 x num_beams best continuations those that end are set
     aside, the others go on; a prompt is done when no open beam can overtake its num_beams-th best finished one
     at the open beam's present score (the usual early stop), or at max_new_tokens, when open beams count too.
+    A step costs a prompt that is not done `num_beams` tokens.
     """
     width, count = decoding.num_beams, len(prompts)
     longest = max(len(p) for p in prompts)
@@ -50,6 +51,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
         tokens = torch.full((count, width), end_id, device=device)
         next_scores = torch.full_like(scores, float("-inf"))
         next_beams = [list(b) for b in beams]
+        counts = [0 if one else width for one in done]
         for p in range(count):
             if done[p]:
                 continue
@@ -70,12 +72,12 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
             best_open = final(float(next_scores[p].max()), step + 1)
             done[p] = open_beams == 0 or (len(ended[p]) == width and ended[p][-1][0] >= best_open)
         beams, scores = next_beams, next_scores
+        yield counts
         if all(done):
             break
         if step + 1 < decoding.max_new_tokens:
             cache.select(parents.flatten())
             hidden = model.step(tokens.flatten(), cache)
-            yield
 
     answers = []
     for p in range(count):

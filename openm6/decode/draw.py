@@ -119,7 +119,7 @@ def draw_steps(
 
     `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
     OPEN where one has to be drawn. `numbers`: of the rows, for their random numbers; 0, 1, ... by default. A step is a
-    pass, or a code.
+    pass, or a code; it costs a row the codes that are computed: of all branches, twice with guidance.
     """
     drawing = drawing or Drawing()
     branches = drawing.branches
@@ -168,6 +168,7 @@ class _Painter:
 
     def __init__(self, model: M6, cache: Cache, codes: Codes, drawing: Drawing, chance: _Chance | None):
         self.model, self.cache, self.codes, self.drawing, self.chance = model, cache, codes, drawing, chance
+        self.times = 2 if drawing.guidance else 1  # with the prompt, and without its droppable parts
 
     def in_passes(self, found_BN: Tensor) -> Steps[Tensor]:
         wanted_B = (found_BN == OPEN).sum(1)
@@ -176,7 +177,7 @@ class _Painter:
             sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
             found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
             found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
-            yield
+            yield [self.codes.count * self.times] * len(found_BN)
         return found_BN
 
     def progressively(self, found_BN: Tensor) -> Steps[Drawn]:
@@ -188,7 +189,9 @@ class _Painter:
         best = Drawn(found_BN[::branches].clone(), torch.zeros((groups, 3), device=found_BN.device))
         highest_G = torch.full((groups,), -math.inf, device=found_BN.device)
         going_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
+        cost = branches * self.codes.count * self.times
         for number in range(1, passes + 1):
+            counts = [cost * going for going in going_G.tolist()]
             drawn_BN, now_BN = self._propose(found_BN, number)
             whole_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
             sure_BN = torch.where(found_BN == OPEN, now_BN, sure_BN).masked_fill(given_BN, math.inf)
@@ -201,16 +204,16 @@ class _Painter:
             best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
             # From half of the passes on, the first pass that gives nothing better is the last.
             going_G = going_G & (rises_G | (number <= passes // 2))
+            yield counts
             if not going_G.any():
                 break
             every_B = chosen_G.repeat_interleave(branches)
             found_BN, sure_BN = whole_BN[every_B], sure_BN[every_B]
             found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
-            yield
         return best
 
     def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Steps[Tensor]:
-        found_BN, times = found_BN.clone(), 2 if self.drawing.guidance else 1
+        found_BN, times = found_BN.clone(), self.times
         assert self.chance is not None
         lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
         for place in range(self.codes.count):
@@ -220,7 +223,7 @@ class _Painter:
             if place + 1 < self.codes.count:
                 ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
                 hidden = self.model.step(ids_B, self.cache, place, self.codes.count)
-            yield
+            yield [times] * len(found_BN)
         self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
         return found_BN
 
@@ -237,8 +240,7 @@ class _Painter:
         codes, drawing = self.codes, self.drawing
         assert self.chance is not None
         ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
-        times = 2 if drawing.guidance else 1
-        hidden = self.model.fill(ids_BN.repeat(times, 1), self.cache, codes.count)
+        hidden = self.model.fill(ids_BN.repeat(self.times, 1), self.cache, codes.count)
         logits_BNK = _guided(self.model.logits(hidden), codes, drawing)
         drawn_BN = _choose(logits_BNK, self.chance(codes.count), drawing.temperature)
         sure_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)

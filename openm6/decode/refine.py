@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from openm6.batches import by_length, pad
 from openm6.decode.generate import Generated, check_room
-from openm6.decode.steps import Steps, whole
+from openm6.decode.steps import Steps, recounted, whole
 from openm6.model import M6
 from openm6.model.attention import Cache
 from openm6.sequence import Sequence
@@ -40,10 +41,17 @@ class _Draft:
 def refine_steps(
     model: M6, prompts: Items[Sequence], tokenizer: Tokenizer, most: int, batch_size: int = 64, rounds: int = ROUNDS
 ) -> Steps[list[Generated]]:
-    """The text of every prompt, of `most` tokens at most. What a row gets depends on that row alone."""
+    """The text of every prompt, of `most` tokens at most. What a row gets depends on that row alone. A round of
+    insertions costs a prompt the tokens of its draft."""
     found: dict[int, Generated] = {}
+
+    def spread(chosen: list[int], counts: list[int]) -> list[int]:
+        by_number = dict(zip(chosen, counts, strict=True))
+        return [by_number.get(i, 0) for i in range(len(prompts))]
+
     for chosen in by_length(prompts, batch_size):
-        texts = yield from _batch(model, [prompts[i] for i in chosen], tokenizer, most, rounds)
+        steps = _batch(model, [prompts[i] for i in chosen], tokenizer, most, rounds)
+        texts = yield from recounted(steps, partial(spread, chosen))
         found |= {i: Generated(ids, 0.0, True) for i, ids in zip(chosen, texts, strict=True)}
     return [found[i] for i in range(len(prompts))]
 
@@ -62,9 +70,10 @@ def _batch(model: M6, prompts: list[Sequence], tokenizer: Tokenizer, most: int, 
     for number in range(rounds):
         if all(draft.done for draft in drafts):
             break
-        yield
+        working = [not draft.done for draft in drafts]
         asking.insert(drafts, number > 0)
         asking.fill(drafts)
+        yield [len(draft.ids) * works for draft, works in zip(drafts, working, strict=True)]
         if number + 1 < rounds:
             asking.delete(drafts)
     return [draft.ids for draft in drafts]

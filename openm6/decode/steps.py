@@ -1,5 +1,7 @@
 """Work in steps: a generator that stops after each pass of the network, so that other work can go between, and returns
-what it has made. Whoever advances it sees to the precision (`Bundle.precision`) at every step."""
+what it has made. Whoever advances it sees to the precision (`Bundle.precision`) at every step.
+
+Each step yields its cost: for every row (a prompt, a record), how many tokens the network computed for it."""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Steps: TypeAlias = Generator[None, None, T]
+Counts: TypeAlias = list[int]
+Steps: TypeAlias = Generator[Counts, None, T]
 
 
 def whole(steps: Callable[P, Steps[T]]) -> Callable[P, T]:
@@ -31,6 +34,16 @@ def finish(steps: Steps[T]) -> T:
             next(steps)
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
+
+
+def recounted(steps: Steps[T], change: Callable[[Counts], Counts]) -> Steps[T]:
+    """The same steps; `change` turns the costs of their rows into those of the caller's rows."""
+    while True:
+        try:
+            counts = next(steps)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        yield change(counts)
 
 
 def each_inside(enter: Callable[[], AbstractContextManager[Any]], items: Iterator[T]) -> Iterator[T]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import Any
@@ -111,7 +112,8 @@ class Engine:
             self._change.notify()
 
     def cancel(self, identity: str) -> None:
-        """Nothing more is told of this request, and what it holds is free at the next step."""
+        """The last event of this request says that it was cancelled, and what it cost until then; what it holds is free
+        at the next step."""
         with self._change:
             self._gone.add(identity)
             self._change.notify()
@@ -202,8 +204,7 @@ class Engine:
                 if not any(job.requests):
                     self._jobs.remove(job)
             if identity in gone:
-                self.counts.cancelled += 1
-                del self._open[identity]
+                self._fail(request, CancelledError("The request was cancelled."))
             else:
                 self._fail(request, TimeoutError("The request's deadline has passed."))
 
@@ -227,7 +228,7 @@ class Engine:
         job = self._jobs.popleft()
         try:
             with torch.inference_mode(), self._view(job.adapter).precision():
-                next(job.steps)
+                counts = next(job.steps)
         except StopIteration as done:
             for request, value in zip(job.requests, done.value, strict=True):
                 if request is not None:
@@ -235,6 +236,9 @@ class Engine:
         except Exception as error:
             self._apart(job, error)
         else:
+            for request, count in zip(job.requests, counts, strict=True):
+                if request is not None:
+                    request.tokens += count
             self._jobs.append(job)
 
     def _begun(self) -> _Job:
@@ -246,6 +250,9 @@ class Engine:
             (chosen if fits else rest).append(other)
             needed += other.needs * fits
         self._waiting.extendleft(reversed(rest))
+        for request in chosen:
+            assert request.prompt is not None
+            request.prompt_tokens = len(request.prompt)
         return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
 
     def _apart(self, job: _Job, error: Exception) -> None:
@@ -255,13 +262,19 @@ class Engine:
             self._fail(left[0], error)
             return
         view = self._view(job.adapter)
+        for request in left:
+            request.tokens = 0  # what was in vain is not the customer's
         self._jobs.extend(_Job([one], steps_of(view, [one]), job.adapter) for one in left)
 
     def _told(self, told: Told) -> None:
+        request = self._open[told.id]
+        told.tokens, told.prompt_tokens = request.tokens, request.prompt_tokens
         if told.done or told.error is not None:
             told.truncated = self._open.pop(told.id).truncated
+            cancelled = isinstance(told.error, CancelledError)
             self.counts.answered += told.error is None
-            self.counts.failed += told.error is not None
+            self.counts.cancelled += cancelled
+            self.counts.failed += told.error is not None and not cancelled
             self.counts.tokens += told.tokens
             self.counts.prompt_tokens += told.prompt_tokens
         self._tell(told)

@@ -14,11 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.serve.engine import Settings
@@ -32,6 +32,11 @@ STARTING = 300.0
 """Seconds that a model may take to load."""
 TRIES = 2
 """Processes that a request is asked of."""
+
+
+Heard: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Is called with every message about a request: with an empty one as it is asked of a process, with the last one also
+after its asker has gone."""
 
 
 class Refused(OpenM6Error):
@@ -56,6 +61,7 @@ class Worker:
     def __init__(self, place: Place, process: subprocess.Popen[bytes]):
         self.place, self.process = place, process
         self._open: dict[str, asyncio.Queue[dict[str, Any]]] = {}
+        self._heard: dict[str, Heard] = {}
         self._states: list[asyncio.Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
         self.alive = True
@@ -90,7 +96,12 @@ class Worker:
         return worker
 
     def _hear(self, message: dict[str, Any]) -> None:
-        if (queue := self._open.get(message.get("id", ""))) is not None:
+        identity = message.get("id", "")
+        if (heard := self._heard.get(identity)) is not None:
+            heard(message)
+            if "value" in message or "error" in message:
+                del self._heard[identity]
+        if (queue := self._open.get(identity)) is not None:
             queue.put_nowait(message)
         elif "state" in message:
             for future in self._states:
@@ -106,22 +117,28 @@ class Worker:
         if not self._first.done():
             self._first.set_result({})
         died = {"error": DIED, "message": "The process that worked at this ended."}
+        for heard in self._heard.values():
+            heard(died)
+        self._heard.clear()
         for queue in self._open.values():
             queue.put_nowait(died)
         for future in self._states:
             if not future.done():
                 future.set_result({})
 
-    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def ask(
+        self, identity: str, message: Mapping[str, Any], heard: Heard
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """What becomes of a request; whoever stops listening has it cancelled."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if not self.alive:
             yield {"error": DIED, "message": "The process has ended."}
             return
-        self._open[identity] = queue
+        self._send({"do": "ask", "id": identity, **message})
+        self._open[identity], self._heard[identity] = queue, heard
+        heard({})
         ended = False
         try:
-            self._send({"do": "ask", "id": identity, **message})
             while not ended:
                 told = await queue.get()
                 ended = "value" in told or "error" in told
@@ -223,15 +240,18 @@ class Deployment:
                     raise Refused(DIED, f"The model cannot be started again: {error}") from None
             return self.worker
 
-    async def ask(self, identity: str, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Pieces of text, then the answer: {"value", "finished", "tokens", "prompt_tokens"}. Raises Refused."""
+    async def ask(
+        self, identity: str, message: Mapping[str, Any], heard: Heard = lambda _: None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Pieces of text, then the answer: {"value", "finished"}; all with the cost so far: "tokens" and
+        "prompt_tokens". Raises Refused."""
         if self.full:
             raise Refused(FULL, f"{self.queue} requests are being worked at or wait already.")
         told = ""
         for left in range(TRIES, 0, -1):
             worker = await self._alive()
             text, died = "", False
-            async with aclosing(worker.ask(f"{identity}-{left}", message)) as events:
+            async with aclosing(worker.ask(f"{identity}-{left}", message, heard)) as events:
                 async for event in events:
                     if "error" in event:
                         died = event["error"] == DIED
@@ -288,11 +308,13 @@ class Fleet:
         """Whether none of the models takes another request."""
         return bool(self.deployments) and all(one.full for one in self.deployments.values())
 
-    def ask(self, name: str | None, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    def ask(
+        self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""
         if self.closing:
             raise Refused(FULL, "The server is stopping.")
-        return self.get(name).ask(str(next(self._numbers)), message)
+        return self.get(name).ask(str(next(self._numbers)), message, heard)
 
     async def stop(self, seconds: float = 30.0) -> None:
         """Refuse what is new, finish what is being answered."""

@@ -35,9 +35,22 @@ STATUS = {INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERN
 class Refusal(OpenM6Error):
     """An error of the API itself."""
 
-    def __init__(self, status: int, message: str, code: str, seconds: float | None = None, param: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        seconds: float | None = None,
+        param: str | None = None,
+        kind: str | None = None,
+    ):
         super().__init__(message, code=code, param=param)
-        self.status, self.seconds = status, seconds
+        self.status, self.seconds, self.kind = status, seconds, kind or type_of(status)
+
+
+def type_of(status: int) -> str:
+    """The type of an error in OpenAI's words."""
+    return "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
 
 
 def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
@@ -54,10 +67,15 @@ def body_of(code: str, message: str, kind: str = "server_error", param: str | No
 
 
 def response(
-    status: int, code: str, message: str, seconds: float | None = None, param: str | None = None
+    status: int,
+    code: str,
+    message: str,
+    seconds: float | None = None,
+    param: str | None = None,
+    kind: str | None = None,
 ) -> JSONResponse:
     """An error, and where waiting helps, for how long (`seconds`)."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = kind or type_of(status)
     wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
     headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
     return JSONResponse(body_of(code, message, kind, param), status, headers)
@@ -71,7 +89,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return response(error.status, error.code, str(error), error.seconds, error.param)
+        return response(error.status, error.code, str(error), error.seconds, error.param, error.kind)
 
     @app.exception_handler(OpenM6Error)
     async def invalid(_: Request, error: OpenM6Error) -> JSONResponse:
@@ -115,7 +133,10 @@ class Guard:
         async def told(message: Any) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", identity.encode())]}
+                limits = scope.get("state", {}).get("limits", dict)()  # of the key, after what it has asked
+                more = {"x-request-id": identity, **limits}
+                headers = [*message["headers"], *((name.encode(), value.encode()) for name, value in more.items())]
+                message = {**message, "headers": headers}
             seen["out"] += len(message.get("body", b""))
             await send(message)
 
@@ -165,8 +186,8 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
                 yield f"data: {dumps(first)}\n\n"
                 async for event in events:
                     yield f"data: {dumps(event)}\n\n"
-        except Refused as error:
-            kind = "invalid_request_error" if STATUS.get(error.kind, 500) < 500 else "server_error"
+        except (Refused, Refusal) as error:
+            kind = error.kind if isinstance(error, Refusal) else type_of(STATUS.get(error.kind, 500))
             yield f"data: {dumps(body_of(error.code, str(error), kind, error.param))}\n\n"
         if end:
             yield f"data: {end}\n\n"

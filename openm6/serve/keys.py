@@ -10,13 +10,10 @@ import hashlib
 import hmac
 import json
 import secrets
-import time
-from collections import defaultdict, deque
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from openm6.atomic import write_file, write_json
+from openm6.atomic import write_file
 from openm6.errors import UsageError
 
 USE, MANAGE = "use", "manage"
@@ -26,7 +23,7 @@ PREFIX = "m6-"
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`per_minute`: requests; `per_day`: tokens written, a picture counting as its codes; 0: any number."""
+    """`per_minute`: requests; `per_day`: tokens, of prompts and answers (meter.py); 0: any number."""
 
     name: str
     hash: str
@@ -76,6 +73,11 @@ class Keys:
         del self._known[name]
         self._write()
 
+    @property
+    def spent(self) -> Path:
+        """The file beside it of what keys have spent (meter.py)."""
+        return self.path.with_name(f"{self.path.name}.spent")
+
     def list(self) -> list[Key]:
         self._follow()
         return list(self._known.values())
@@ -109,57 +111,3 @@ class Keys:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-KEPT_EVERY = 5.0
-"""Seconds between two writings of what was spent."""
-
-
-class Meter:
-    """How much each key has asked lately. What was spent of a day is kept in a file, so that a restart gives nobody
-    a new day; without one, in memory alone."""
-
-    def __init__(self, path: Path | None = None):
-        self.path = path
-        self._requests: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._tokens: dict[str, tuple[int, int]] = {}  # day and number
-        self._kept = 0.0
-        if path is not None and path.is_file():
-            try:
-                content = json.loads(path.read_text("utf-8"))
-                self._tokens = {name: (int(day), int(number)) for name, (day, number) in content.items()}
-            except (OSError, ValueError, TypeError, AttributeError):
-                raise UsageError(f"{path} is damaged: remove it, and all keys begin a new day.") from None
-
-    def wait(self, key: Key) -> float:
-        """Seconds until this key may ask again, counting the request when that is now (0)."""
-        now = time.time()
-        if key.per_day and self._spent(key, now) >= key.per_day:
-            return 86_400 - now % 86_400
-        if not key.per_minute:
-            return 0.0
-        recent = self._requests[key.name]
-        while recent and recent[0] <= now - 60:
-            recent.popleft()
-        if len(recent) >= key.per_minute:
-            return recent[0] + 60 - now
-        recent.append(now)
-        return 0.0
-
-    def spend(self, key: Key, tokens: int) -> None:
-        now = time.time()
-        self._tokens[key.name] = int(now // 86_400), self._spent(key, now) + tokens
-        if now - self._kept > KEPT_EVERY:
-            self.keep()
-
-    def keep(self) -> None:
-        """Write what was spent; a disk that is full costs the file, not the answer."""
-        if self.path is None:
-            return
-        self._kept = time.time()
-        with suppress(OSError):
-            write_json(self.path, self._tokens)
-
-    def _spent(self, key: Key, now: float) -> int:
-        day, spent = self._tokens.get(key.name, (0, 0))
-        return spent if day == int(now // 86_400) else 0

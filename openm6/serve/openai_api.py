@@ -26,6 +26,7 @@ from openm6.images import open_image, png
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import known, sse
 from openm6.serve.keys import Key
+from openm6.serve.meter import Charge
 from openm6.serve.server import AT_ONCE, Server, TaskRequest, asker
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
@@ -98,12 +99,13 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if asked.stream:
             usage = bool((asked.stream_options or {}).get("include_usage"))
             return await sse(_chunks(server, key, deployment, messages, stops, about, usage), "[DONE]")
-        found = await asyncio.gather(*(_text(server, key, deployment, one, stops, request) for one in messages))
+        charge = Charge(server.meter, key)
+        found = await asyncio.gather(*(_text(server, charge, deployment, one, stops, request) for one in messages))
         choices = [
             {"index": i, "message": {"role": "assistant", "content": said}, "finish_reason": reason, "logprobs": None}
-            for i, (said, reason, _, _) in enumerate(found)
+            for i, (said, reason) in enumerate(found)
         ]
-        return {**about, "object": "chat.completion", "choices": choices, "usage": _usage([f[2:] for f in found])}
+        return {**about, "object": "chat.completion", "choices": choices, "usage": _usage(charge)}
 
     @app.post("/v1/images/generations")
     async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
@@ -142,17 +144,17 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
         turn = asyncio.Semaphore(AT_ONCE)
 
-        async def one(text: str) -> list[float]:
+        async def one(text: str) -> dict[str, Any]:
             inputs = _by_type(server, deployment, task, text, None)
             message = await server.message(deployment, task, TaskRequest(inputs=inputs, decoding=decoding))
             async with turn:
-                vector: list[float] = (await server.in_turn(key, deployment, message))["value"]
-            return vector
+                return await server.in_turn(key, deployment, message)
 
-        vectors = await asyncio.gather(*map(one, texts))
+        found = await asyncio.gather(*map(one, texts))
+        vectors = [answer["value"] for answer in found]
         coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
-        count = sum(map(len, texts))
+        count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": asked.model or deployment.name, "usage": usage}
 
@@ -203,18 +205,19 @@ def _edit_of(picture: bytes, mask: bytes) -> dict[str, bytes]:
 
 
 async def _text(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], stops: list[str], request: Request
-) -> tuple[str, str, int, int]:
-    found = await server.whole(key, deployment, message, request)
+    server: Server, charge: Charge, deployment: Deployment, message: Mapping[str, Any], stops: list[str],
+    request: Request,
+) -> tuple[str, str]:  # fmt: skip
+    found = await server.whole(charge.key, deployment, message, request, charge)
     said = found["value"] if isinstance(found["value"], str) else str(found["value"])
     cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
     reason = "stop" if found["finished"] or cut >= 0 else "length"
-    return said if cut < 0 else said[:cut], reason, found["prompt_tokens"], found["tokens"]
+    return said if cut < 0 else said[:cut], reason
 
 
-def _usage(counts: list[tuple[int, int]]) -> dict[str, int]:
-    """The prompt counts once, as in OpenAI's own."""
-    prompt, written = max(p for p, _ in counts), sum(w for _, w in counts)
+def _usage(charge: Charge) -> dict[str, int]:
+    """What is charged; the prompt counts once, as in OpenAI's own."""
+    prompt, written = charge.prompt_tokens, charge.tokens
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
@@ -228,15 +231,14 @@ async def _chunks(
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
         return {**about, "object": "chat.completion.chunk", "choices": [choice]}
 
-    counts = []
+    charge = Charge(server.meter, key)
     for index, message in enumerate(messages):
         said, told, reason, begun = "", "", None, False
-        async with aclosing(server.answer(key, deployment, message)) as events:
+        async with aclosing(server.answer(key, deployment, message, charge)) as events:
             async for event in events:
                 said += event.get("piece", "")
                 value = event.get("value")
                 if "value" in event:
-                    counts.append((event["prompt_tokens"], event["tokens"]))
                     reason = "stop" if event["finished"] else "length"
                     if not said:  # labels and numbers come at once
                         said = value if isinstance(value, str) else str(value)
@@ -255,7 +257,7 @@ async def _chunks(
                     break
         yield chunk(index, {}, reason)
     if usage:
-        yield {**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(counts or [(0, 0)])}
+        yield {**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(charge)}
 
 
 async def _pictures(
@@ -263,7 +265,9 @@ async def _pictures(
 ) -> dict[str, Any]:
     found = await server.whole(key, deployment, message, request)
     data = [{"b64_json": base64.b64encode(one["image"]).decode()} for one in found["value"]]
-    return {"created": int(time.time()), "data": data}
+    read, drawn = found["prompt_tokens"], found["tokens"]
+    usage = {"input_tokens": read, "output_tokens": drawn, "total_tokens": read + drawn}
+    return {"created": int(time.time()), "data": data, "usage": usage}
 
 
 def _base64(vector: list[float]) -> str:

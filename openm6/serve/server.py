@@ -14,13 +14,16 @@ from typing import Any, Literal
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from openm6.decode import Decoding
+from openm6.decode.draw import Drawing
 from openm6.errors import UsageError, suggest
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
 from openm6.serve.guard import Refusal
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
-from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
+from openm6.serve.keys import MANAGE, USE, Key, Keys
+from openm6.serve.meter import Beyond, Charge, Meter
 from openm6.serve.traces import NoSpan
 from openm6.serve.wire import CANCELLED, FULL
 
@@ -85,7 +88,7 @@ class Server:
     def __post_init__(self) -> None:
         file = self.options.keys
         self.keys = Keys(file) if file else None
-        self.meter = Meter(file.with_name(f"{file.name}.spent") if file else None)
+        self.meter = Meter(self.keys.spent if self.keys else None)
         self.pictures = Pictures(self.options.hosts)
         self.history = History(self.fleet)
 
@@ -100,9 +103,9 @@ class Server:
             raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
         if not key.may(role):
             raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
-        if (seconds := self.meter.wait(key)) > 0:
-            raise Refusal(429, f"The key {key.name} has asked as often as it may.", "rate_limit_exceeded", seconds)
         request.state.key = key.name
+        request.state.limits = partial(self.meter.headers, key)
+        _refuse(self.meter.count(key))
         return key
 
     def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
@@ -134,41 +137,58 @@ class Server:
         }  # fmt: skip
 
     async def answer(
-        self, key: Key, deployment: Deployment, message: Mapping[str, Any]
+        self, key: Key, deployment: Deployment, message: Mapping[str, Any], charge: Charge | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """What the worker tells, counted. Raises Refused."""
-        started, first, tokens = time.perf_counter(), True, 0
+        """What the worker tells, charged to the key as it is told, and after a hang-up too. Requests with the same
+        `charge` pay their prompt once. Raises Refused, and Refusal for a key that has spent its tokens."""
+        most = highest_cost(deployment.about, message) if key.per_day else 0
+        _refuse(self.meter.beyond(key))
+        while not self.meter.reserve(key, most):
+            await asyncio.sleep(WAIT)
+            _refuse(self.meter.beyond(key))
+        cost = (charge or Charge(self.meter, key)).request(most)
+        started, first = time.perf_counter(), True
         kind = self.task(deployment, message["task"])["kind"]
         status, span = "cancelled", self.span(deployment.name, message["task"])
+
+        def heard(event: Mapping[str, Any]) -> None:
+            before = cost.tokens
+            cost.hear(event)
+            self.figures.tokens.labels(kind).inc(cost.tokens - before)
+
         try:
-            async with aclosing(self.fleet.ask(deployment.name, message)) as events:
+            async with aclosing(self.fleet.ask(deployment.name, message, heard)) as events:
                 async for event in events:
                     if first:
                         self.figures.first.labels(kind).observe(time.perf_counter() - started)
                         first = False
                         span.first()
                     if "value" in event:
-                        tokens = event["tokens"] or _weight(kind, event["value"])
-                        self.figures.tokens.labels(kind).inc(tokens)
-                        self.meter.spend(key, tokens)
                         status = "ok"
                     yield event
         except Refused as error:
             status = error.kind
             raise
         finally:
-            span.end(status, tokens)
+            cost.leave()
+            span.end(status, cost.tokens)
             self.figures.requests.labels(kind, status).inc()
             self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
 
     async def whole(
-        self, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
+        self,
+        key: Key,
+        deployment: Deployment,
+        message: Mapping[str, Any],
+        request: Request | None = None,
+        charge: Charge | None = None,
     ) -> dict[str, Any]:
-        """The answer alone; cancelled when whoever sent the `request` has gone. Raises Refused."""
+        """The answer alone; cancelled when whoever sent the `request` has gone. `charge`: see `answer`. Raises Refused
+        and Refusal."""
 
         async def last() -> dict[str, Any]:
             found: dict[str, Any] = {}
-            async for event in self.answer(key, deployment, {**message, "pieces": False}):
+            async for event in self.answer(key, deployment, {**message, "pieces": False}, charge):
                 found = event
             return found
 
@@ -202,6 +222,24 @@ def asker(role: str = USE) -> Any:
     return Depends(found)
 
 
-def _weight(kind: str, value: Any) -> int:
-    """What an answer without tokens counts: a picture its codes, else 1."""
-    return sum(len(one["codes"]) for one in value) if kind == "picture" else 1
+def _refuse(beyond: Beyond | None) -> None:
+    if beyond is not None:
+        raise Refusal(429, beyond.message, "rate_limit_exceeded", beyond.seconds, kind=beyond.limit)
+
+
+def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:
+    """Tokens that a request to a model (worker.described) costs at most: a prompt that fills the model, and all
+    that the options let it compute; of labels with probabilities, also the beginnings of labels that are read."""
+    task = about["tasks"][message["task"]]
+    asked = {"max_new_tokens": Decoding().max_new_tokens, **task["decode"], **message["decoding"]}
+    row, factors = asked["max_new_tokens"], [asked.get("num_beams")]
+    if task["kind"] == "picture":
+        row, passes = about["codes"], asked.get("passes") or Drawing().passes
+        factors = [message["candidates"], passes, asked.get("branches")]
+    most = 2 * row  # with guidance, or in the rounds of a sketch
+    for factor in factors:
+        most *= min(max(1, factor or 1), 2**20)  # what cannot be is refused later
+    told = task["schema"]["outputs"]["properties"] if message["probabilities"] else {}
+    labels = [label for output in told.values() for label in output.get("enum", ())]
+    read = sum(len(str(label).encode()) + 1 for label in labels)
+    return int(about["positions"] + min(max(0, most), 2**62) + read)

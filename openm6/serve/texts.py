@@ -154,6 +154,9 @@ class Texts:
                 self.prefixes.put(key, found[request.id], found[request.id].nbytes)
         ready = [(r, known or found.get(r.id)) for r, _, known in taken]
         kept = [(r, prefix) for r, prefix in ready if prefix is not None]
+        for request, _ in kept:
+            assert request.prompt is not None
+            request.prompt_tokens = len(request.prompt)
         return [r for r, _ in kept], [prefix for _, prefix in kept], told
 
     def _prefill(self, requests: list[Request]) -> tuple[dict[str, Prefix], list[Told]]:
@@ -187,6 +190,7 @@ class Texts:
         for number, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
             row.score += log_prob
             row.last = token
+            row.request.tokens += 1
             piece = "" if token == end else row.add(token)
             finished = token == end
             if finished or len(row.ids) >= row.request.options.max_new_tokens:
@@ -197,13 +201,9 @@ class Texts:
         return told, ended
 
     def _answer(self, row: _Row, piece: str, finished: bool) -> Told:
-        task, prompt = row.request.made, row.request.prompt
+        task = row.request.made
         assert task is not None
-        assert prompt is not None
-        told = Told(
-            row.request.id, piece, done=True, finished=finished, tokens=len(row.ids) + finished,
-            prompt_tokens=len(prompt),
-        )  # fmt: skip
+        told = Told(row.request.id, piece, done=True, finished=finished)
         try:
             told.value = self.view.read(task, Generated(row.ids, row.score, finished))
         except Exception as error:

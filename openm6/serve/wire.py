@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from typing import Any, BinaryIO
 
 import msgpack
@@ -94,6 +95,8 @@ def kind_of(error: Exception) -> str:
         return INVALID
     if isinstance(error, TimeoutError):
         return DEADLINE
+    if isinstance(error, CancelledError):
+        return CANCELLED
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return MEMORY
     return INTERNAL
@@ -108,7 +111,7 @@ def error_of(error: Exception) -> dict[str, Any]:
 
 def told_of(error: Exception) -> str:
     """The sentence for whoever asked; of what is no fault of theirs the kind alone."""
-    if isinstance(error, (OpenM6Error, TimeoutError)):
+    if isinstance(error, (OpenM6Error, TimeoutError, CancelledError)):
         return str(error)
     if kind_of(error) == MEMORY:
         return "The request takes more memory than there is."

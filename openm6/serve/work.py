@@ -10,8 +10,8 @@ from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
-from openm6.decode.generate import check_room
-from openm6.decode.labels import LabelTree
+from openm6.decode.generate import check_room, generate
+from openm6.decode.labels import LabelTree, label_probabilities
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
@@ -51,6 +51,11 @@ class Request:
     probabilities: bool = False
     truncate: str | None = None
 
+    # The cost so far, of which every event tells: tokens that were computed for the answer, and positions of the prompt
+    # once it is read.
+    tokens: int = 0
+    prompt_tokens: int = 0
+
     # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None
     prompt: Sequence | None = None
@@ -66,8 +71,9 @@ class Request:
 class Told:
     """What became of a request so far: a piece of its text, its answer, or why it has none.
 
-    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: of an answer;
-    `truncated`: positions of the prompt that were left out.
+    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: the request's cost
+    so far, also of an error, and of a request that was cancelled; `truncated`: positions of the prompt that were left
+    out.
     """
 
     id: str
@@ -97,7 +103,8 @@ def prepared(request: Request, view: Bundle) -> None:
     kind: tuple[Hashable, ...]
     if request.probabilities:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
-        positions = len(read()) + max(request.options.max_new_tokens, len(tree.levels))
+        request.prompt = read()
+        positions = len(request.prompt) + max(request.options.max_new_tokens, len(tree.levels))
         check_room(view.model, positions, 0)
         kind, request.needs = ("probabilities", request.options), _bytes(view, tree.cached(BATCH), positions)
     elif task.draws:
@@ -107,16 +114,16 @@ def prepared(request: Request, view: Bundle) -> None:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
         kind = ("draw", request.options, request.candidates)
-        prompt = read()
+        request.prompt = read()
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
-        request.needs = _bytes(view, pictures, len(prompt) + view.codec.side**2)
+        request.needs = _bytes(view, pictures, len(request.prompt) + view.codec.side**2)
     elif task.embeds:
         request.options = check_dims(view.model, request.decoding.get("dims"))
         kind = ("vector", request.options)
-        read()
+        request.prompt = read()
     elif task.head:
         kind = ("head",)
-        read()
+        request.prompt = read()
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
         request.prompt = read()
@@ -139,20 +146,21 @@ def _bytes(view: Bundle, rows: int, positions: int) -> int:
 
 
 def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
-    """Alike requests that are no plain texts, at once; a value for each."""
+    """Alike requests that are no plain texts, at once; a value for each, and the cost of each step for each."""
     first = requests[0]
     task, options = first.made, first.options
+    prompts = [request.prompt for request in requests if request.prompt is not None]
     assert task is not None
     if first.probabilities:
-        return _at_once(lambda: _with_probabilities(view, task, [r.record for r in requests], first.decoding))
+        return _with_probabilities(view, task, prompts, options)
     if task.draws:
         numbers = list(range(first.candidates)) * len(requests)
         return _pictures(view, task, requests, options, numbers)
     if task.embeds:
-        return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)))
+        return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)), len(requests))
     if task.head:
-        return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])))
-    return _texts(view, task, [r.prompt for r in requests if r.prompt is not None], options)
+        return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])), len(requests))
+    return _texts(view, task, prompts, options)
 
 
 def _pictures(
@@ -163,14 +171,25 @@ def _pictures(
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 
-def _with_probabilities(view: Bundle, task: Task, records: list[Any], decoding: Mapping[str, Any]) -> list[Any]:
-    answers = view.run_many(task, records, decoding=decoding)
-    found = view.label_probabilities(task, records, batch_size=BATCH)
+def _with_probabilities(view: Bundle, task: Task, prompts: list[Sequence], options: Decoding) -> Steps[list[Any]]:
+    """The answers, then the probabilities, which cost the beginnings of labels that are read."""
+    tokenizer = view.processor.tokenizer
+    if options.num_beams > 1:
+        answers = yield from _texts(view, task, prompts, options)
+    else:
+        # Each request draws as if it were alone.
+        written = generate(view.model, prompts, tokenizer.end_id, options, numbers=[0] * len(prompts))
+        yield [len(one.ids) + one.finished for one in written]
+        answers = [view.read(task, one) for one in written]
+    tree = LabelTree(task, view.processor)
+    found = label_probabilities(view.model, prompts, tree, BATCH)
+    yield [sum(map(len, tree.levels[1:]))] * len(prompts)
     return [{"value": one, "probabilities": told} for one, told in zip(answers, found, strict=True)]
 
 
-def _at_once(act: Any) -> Steps[list[Any]]:
-    yield
+def _at_once(act: Any, rows: int) -> Steps[list[Any]]:
+    """Work that writes nothing: its prompts are all that it costs."""
+    yield [0] * rows
     return act()  # type: ignore[no-any-return]
 
 

@@ -76,7 +76,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     load_named_extensions()
 
     def tell(told: Told) -> None:
-        message: dict[str, Any] = {"id": told.id}
+        message: dict[str, Any] = {"id": told.id, "tokens": told.tokens, "prompt_tokens": told.prompt_tokens}
         if told.piece:
             message["piece"] = told.piece
         if told.error is not None:
@@ -84,10 +84,7 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
                 traceback.print_exception(told.error)
             message |= error_of(told.error)
         elif told.done:
-            message |= {
-                "value": told.value, "finished": told.finished, "tokens": told.tokens,
-                "prompt_tokens": told.prompt_tokens, "truncated": told.truncated,
-            }  # fmt: skip
+            message |= {"value": told.value, "finished": told.finished, "truncated": told.truncated}
         outbox.put(message)
 
     bundle = Bundle.load(start["model"], adapters=start.get("adapters") or {})
@@ -123,6 +120,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.processor.max_length, "vector": bundle.model.config.hidden_size,
+        "codes": bundle.codec.side**2 if draws else 0,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
         "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip
@@ -145,7 +143,8 @@ def _sendable(message: dict[str, Any]) -> bytes:
     try:
         return packed(message)
     except Exception as error:
-        return packed({"id": message.get("id"), **error_of(error)})
+        cost = {name: message.get(name, 0) for name in ("tokens", "prompt_tokens")}
+        return packed({"id": message.get("id"), **cost, **error_of(error)})
 
 
 def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
@@ -161,7 +160,7 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
         except Exception as error:
             if kind_of(error) == "internal":
                 traceback.print_exc()
-            outbox.put({"id": request.id, **error_of(error)})
+            outbox.put({"id": request.id, "tokens": 0, "prompt_tokens": 0, **error_of(error)})
 
     while True:
         with turn:

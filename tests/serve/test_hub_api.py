@@ -15,7 +15,7 @@ from openm6.environment import ARTIFACTS, CATALOGUE, HOME
 from openm6.hub.catalogue import Catalogue
 from openm6.hub.jobs import Jobs
 from openm6.serve.fleet import Place
-from openm6.serve.keys import Key, Keys, Meter
+from openm6.serve.keys import Keys
 from openm6.serve.server import Options
 from tests.serve.test_api import Served
 
@@ -94,13 +94,3 @@ def test_from_an_answers_model_back_to_its_data(asked: dict[str, Any], home: Pat
     assert asked["manage"].post("/v1/models/goods/promote", json={"path": str(home / "run" / "model")}).is_success
     assert asked["use"].get("/v1/models/goods/lineage").status_code == 404
     assert asked["use"].get("/v1/models/none/lineage").status_code == 404
-
-
-def test_what_a_key_has_spent_outlives_the_server(tmp_path: Path) -> None:
-    key = Key("poor", "", per_day=10)
-    meter = Meter(tmp_path / "spent")
-    meter.spend(key, 7)
-    meter.spend(key, 3)
-    meter.keep()
-    assert Meter(tmp_path / "spent").wait(key) > 0
-    assert Meter(tmp_path / "other").wait(key) == 0
