@@ -88,15 +88,17 @@ def _droppable(task: Task) -> set[str]:
 
 
 def paint_steps(
-    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int]
-) -> Steps[list[list[Painting]]]:
-    """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers."""
+    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int],
+    seeds: Sequence[int] | None = None,
+) -> Steps[list[list[Painting]]]:  # fmt: skip
+    """Of each record its candidates, the best first. `numbers` of all pictures, and their `seeds` where they differ,
+    for their random numbers."""
     codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
     prompts = [prompt for r in records for prompt in [bundle.prompt(task, r)] * candidates]
     free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
     free = [prompt for prompt in free for _ in range(candidates)]
     kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
-    drawn = yield from draw_steps(bundle.model, prompts, free, codes, options, kept, numbers)
+    drawn = yield from draw_steps(bundle.model, prompts, free, codes, options, kept, numbers, seeds)
     yield
     rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
     made = [
