@@ -213,7 +213,7 @@ async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             one.cancel()
 
 
-async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncIterator[T]:
+async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """The items of all streams, as they come; the first that fails ends the others."""
     items: asyncio.Queue[T | Exception | None] = asyncio.Queue()
 
