@@ -45,8 +45,11 @@ class ServerError(OpenM6Error):
 class _Asking:
     """What both clients share: requests made of records, answers read."""
 
-    def __init__(self, url: str, key: str | None, model: str | None, timeout: float, retries: int):
+    def __init__(
+        self, url: str, key: str | None, model: str | None, timeout: float, retries: int, allow_untrained: bool
+    ):
         self.url, self.model, self.retries, self._timeout = url.rstrip("/"), model, retries, timeout
+        self._allow_untrained = allow_untrained
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._tasks: dict[str, dict[str, Any]] = {}
 
@@ -62,7 +65,8 @@ class _Asking:
         slots = self._tasks[task]["slots"]
         body = {
             "inputs": _outgoing(record, slots), "decoding": dict(decoding or {}), "adapter": adapter,
-            "model": self.model, "examples": [_outgoing(one, slots) for one in examples], **more,
+            "model": self.model, "examples": [_outgoing(one, slots) for one in examples],
+            "allow_untrained": self._allow_untrained or None, **more,
         }  # fmt: skip
         return {name: value for name, value in body.items() if value not in (None, [], {})}
 
@@ -93,15 +97,16 @@ class _Asking:
 
 
 class Client(_Asking):
-    """A server's model; several threads may use one client."""
+    """A server's model; several threads may use one client. With `allow_untrained` tasks are asked that the model was
+    not trained on, too, which the server refuses otherwise."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
-        timeout: float = 300.0, retries: int = 6,
+        timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
     ):  # fmt: skip
         import httpx2
 
-        super().__init__(url, key, model, timeout, retries)
+        super().__init__(url, key, model, timeout, retries, allow_untrained)
         self._http = httpx2.Client(base_url=self.url, headers=self._headers, timeout=timeout)
 
     def close(self) -> None:
@@ -206,11 +211,11 @@ class AsyncClient(_Asking):
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
-        timeout: float = 300.0, retries: int = 6,
+        timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
     ):  # fmt: skip
         import httpx2
 
-        super().__init__(url, key, model, timeout, retries)
+        super().__init__(url, key, model, timeout, retries, allow_untrained)
         self._http = httpx2.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout)
 
     async def close(self) -> None:

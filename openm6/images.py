@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
@@ -202,24 +203,41 @@ def as_file(picture: Source) -> bytes:
     return png(picture if isinstance(picture, Image.Image) else Image.fromarray(picture))
 
 
-_DATA_URL = re.compile(r"data:(?:image/[\w.+-]+)?;base64,", re.I)
+_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(;base64)?,", re.I)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+={0,2}\s*")
 _URL_SAFE = str.maketrans("-_", "+/")
+_SHORTEST = 40
+"""Characters of a picture's file in base64 at least; shorter texts, such as paths, are not taken for one unless they
+are padded as base64 is."""
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a picture's file out of base64 (also the URL-safe kind, or in lines), or a data URL.
-
-    Raises DataError for what is neither.
+    """The bytes of a picture's file out of a data URL (in base64 or percent-encoded, of any type: the bytes tell what
+    they are), or out of base64 alone. Raises DataError for what is neither.
     """
-    if len(text) > MAX_BYTES * 4 // 3 + 100:
-        raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
+    text = text.strip()
+    head = _DATA_URL.match(text)
+    content = text[head.end() :] if head else text
     try:
-        head = _DATA_URL.match(text)
-        code = "".join((text[head.end() :] if head else text).split()).translate(_URL_SAFE)
-        return base64.b64decode(code, validate=True)
+        if head and head[1]:
+            found = decode_base64(unquote(content, errors="strict"), unpadded=True)
+        else:
+            found = unquote_to_bytes(content) if head else decode_base64(content)
     except ValueError:
         raise DataError("A picture is given as base64, or as a data URL: this is neither.") from None
+    if len(found) > MAX_BYTES:
+        raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
+    return found
+
+
+def decode_base64(text: str, unpadded: bool = False) -> bytes:
+    """Bytes out of base64: also the URL-safe kind, in lines, and without padding where the text is long or `unpadded`
+    allows it. Raises ValueError for what is none."""
+    code = "".join(text.split()).translate(_URL_SAFE)
+    if unpadded or len(code) >= _SHORTEST:
+        code = code.rstrip("=")
+        code += "=" * (-len(code) % 4)
+    return base64.b64decode(code, validate=True)
 
 
 def held_picture(text: str) -> bytes | None:
@@ -227,11 +245,10 @@ def held_picture(text: str) -> bytes | None:
 
     None for any other text, such as a path.
     """
-    if len(text) < 40 or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
+    if len(text) < _SHORTEST or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
         return None
     try:
-        code = "".join(text.rpartition(",")[2].split())
-        content = from_base64(code + "=" * (-len(code) % 4))  # some writers leave the padding out
+        content = from_base64(text)
         Image.preinit()
         with Image.open(io.BytesIO(content), formats=_FORMATS[:8]):
             return content
@@ -268,7 +285,7 @@ class Features:
             return value if isinstance(value, Features) else None
         data, rows, columns = value["features"], value.get("rows"), value.get("columns")
         try:
-            data = base64.b64decode(data, validate=True) if isinstance(data, str) else data
+            data = decode_base64(data, unpadded=True) if isinstance(data, str) else data
         except ValueError:
             data = None
         if not isinstance(data, bytes):

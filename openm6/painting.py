@@ -89,10 +89,11 @@ def _droppable(task: Task) -> set[str]:
 
 
 def paint_steps(
-    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int]
-) -> Steps[list[list[Painting]]]:
-    """Of each record its candidates, the best first. `numbers`: of all pictures, for their random numbers. A step
-    costs a record what it costs all its candidates."""
+    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int],
+    seeds: Sequence[int] | None = None,
+) -> Steps[list[list[Painting]]]:  # fmt: skip
+    """Of each record its candidates, the best first. `numbers` of all pictures, and their `seeds` where they differ,
+    for their random numbers. A step costs a record what it costs all its candidates."""
     codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
 
     def in_parts(items: list[T]) -> list[list[T]]:
@@ -102,7 +103,7 @@ def paint_steps(
     free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
     free = [prompt for prompt in free for _ in range(candidates)]
     kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
-    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, numbers)
+    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, numbers, seeds)
     drawn = yield from recounted(steps, lambda counts: [sum(part) for part in in_parts(counts)])
     yield [0] * len(records)
     rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)

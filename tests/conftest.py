@@ -18,6 +18,7 @@ from openm6.images import ImageGrid
 from openm6.model import M6, ModelConfig
 from openm6.model.codec import Codec, CodecConfig
 from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
@@ -82,14 +83,15 @@ def example(
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
-def drawing_bundle(max_length: int = 64) -> Bundle:
-    """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes, untrained."""
+def drawing_bundle(max_length: int = 64, tasks: tuple[str, ...] = ()) -> Bundle:
+    """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes; it says of itself that it was trained on tasks."""
     torch.manual_seed(0)
     codec = Codec(CodecConfig(image_size=16, patch=2, widths=[8, 16], levels=[4, 4]))
     tokenizer = Tokenizer.train(["画一张图: 红色的杯子", "参考 风格 草图"], 600, 16)
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(M6(config).eval(), Processor(tokenizer, grid, max_length, PictureCodec(codec)))
+    processor = Processor(tokenizer, grid, max_length, PictureCodec(codec))
+    return Bundle(M6(config).eval(), processor, map(get, tasks))
 
 
 def command(*words: object) -> Any:

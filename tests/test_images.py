@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from openm6.errors import DataError
-from openm6.images import _FORMATS, PICTURES, Features, ImageGrid, open_image, sketch
+from openm6.images import _FORMATS, PICTURES, Features, ImageGrid, from_base64, open_image, sketch
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -231,3 +232,30 @@ def test_features_that_are_none(changes: dict[str, Any], sentence: str) -> None:
 
 def test_no_features() -> None:
     assert Features.of(b"a picture") is None and Features.of({"url": "data:"}) is None and Features.of(None) is None
+
+
+FILE = bytes(range(256)) * 2 + b"?>"  # with + and / in base64, and padding
+CODE = base64.b64encode(FILE).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CODE, base64.encodebytes(FILE).decode(), CODE.replace("A", "A\r\n"), base64.urlsafe_b64encode(FILE).decode(),
+        base64.urlsafe_b64encode(FILE).decode().rstrip("="), f"data:image/png;base64,{CODE}", f" data:;base64,{CODE}\n",
+        f"data:application/octet-stream;base64,{CODE}", f"DATA:image/jpeg;charset=utf-8;base64,{CODE}",
+        f"data:image/png;name=a.png;base64,{quote(CODE, safe='')}", f"data:image/png,{quote(FILE)}",
+        f"data:image/png;base64,{CODE.rstrip('=')}",
+    ],
+)  # fmt: skip
+def test_base64_in_all_its_forms(text: str) -> None:
+    assert from_base64(text) == FILE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/etc/passwd", "a.png", "data:image/png", "data:base64,AAAA", CODE + "!", "data:image/png;base64,%ff", "红"],
+)
+def test_texts_that_are_no_base64(text: str) -> None:
+    with pytest.raises(DataError, match="neither"):
+        from_base64(text)

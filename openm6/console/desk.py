@@ -98,7 +98,9 @@ class Desk:
             if (beyond := self.server.meter.count(key)) is not None:
                 raise UsageError(self.say("Too often: again in {seconds} s.", seconds=round(beyond.seconds) + 1))
             deployment, adapter = self.deployment(who)
-            message = await self.server.message(deployment, task, asked.model_copy(update={"adapter": adapter}))
+            # The page says of a task that the model was not trained on it.
+            chosen = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
+            message = await self.server.message(deployment, task, chosen)
             if edit is not None:
                 message["edit"] = dict(edit)
             async with aclosing(self.server.answer(key, deployment, message)) as events:

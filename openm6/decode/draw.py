@@ -114,12 +114,14 @@ def draw_steps(
     drawing: Drawing | None = None,
     kept: Tensor | None = None,
     numbers: Items[int] | None = None,
+    seeds: Items[int] | None = None,
 ) -> Steps[Drawn]:
     """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
 
     `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
-    OPEN where one has to be drawn. `numbers`: of the rows, for their random numbers; 0, 1, ... by default. A step is a
-    pass, or a code; it costs a row the codes that are computed: of all branches, twice with guidance.
+    OPEN where one has to be drawn. `numbers` of the rows, and `seeds`, for their random numbers: 0, 1, ... and the
+    drawing's seed by default. A step is a pass, or a code; it costs a row the codes that are computed: of all branches,
+    twice with guidance.
     """
     drawing = drawing or Drawing()
     branches = drawing.branches
@@ -131,8 +133,9 @@ def draw_steps(
     found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
     found = found.repeat_interleave(branches, 0).to(device)
     rows = numbers or range(len(prompts) // branches)
-    seeds = [hash((drawing.seed, row, branch)) & 0x7FFFFFFF for row in rows for branch in range(branches)]
-    chance = _Chance([torch.Generator().manual_seed(seed) for seed in seeds], device)
+    pairs = zip(seeds or [drawing.seed] * len(rows), rows, strict=True)
+    own = [hash((*pair, branch)) & 0x7FFFFFFF for pair in pairs for branch in range(branches)]
+    chance = _Chance([torch.Generator().manual_seed(seed) for seed in own], device)
     painter = _Painter(model, cache, codes, drawing, chance)
     if branches > 1:
         return (yield from painter.progressively(found))

@@ -36,7 +36,7 @@ from openm6.serve.guard import Guard, add_errors, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
-from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker
+from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, untrained
 
 
 class PromoteRequest(BaseModel):
@@ -143,20 +143,19 @@ def _routes(app: FastAPI, server: Server) -> None:
         message = await server.message(deployment, task, asked)
         if asked.stream:
             return await sse(_told_in_pieces(server, key, deployment, message, told))
-        return JSONResponse(_answer(await server.whole(key, deployment, message, request), told))
+        return JSONResponse(_answer(await server.whole(key, deployment, message, request), told, message))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(
-        task: str,
-        request: Request,
-        key: Annotated[Key, asker()],
-        model: str | None = None,
-        truncate: Literal["start"] | None = None,
-    ) -> Any:
+        task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None,
+        truncate: Literal["start"] | None = None, allow_untrained: bool = False,
+    ) -> Any:  # fmt: skip
         """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
         it is there. A line that fails has an error in the place of an answer."""
         deployment = _deployment(fleet, model)
         told = _task(server, deployment, task)
+        if not (allow_untrained or is_trained(told, None)):
+            raise untrained(deployment, task)
         try:
             lines = (await request.body()).decode("utf-8").split("\n")
         except UnicodeDecodeError:
@@ -167,10 +166,11 @@ def _routes(app: FastAPI, server: Server) -> None:
                 inputs = json.loads(line)
                 if not isinstance(inputs, dict):
                     raise DataError("A line has to be a JSON object.")
-                message = await server.message(deployment, task, TaskRequest(inputs=inputs, truncate=truncate))
-                found = _answer(await server.in_turn(key, deployment, message), told)
+                asked = TaskRequest(inputs=inputs, truncate=truncate, allow_untrained=allow_untrained)
+                message = await server.message(deployment, task, asked)
+                found = _answer(await server.in_turn(key, deployment, message), told, message)
             except OpenM6Error as error:
-                found = {"error": {"message": str(error)}}
+                found = {"error": {"message": str(error), "code": error.code, "param": error.param}}
             except (ValueError, RecursionError):
                 found = {"error": {"message": "The line is no JSON."}}
             return dumps({"line": number, **found}) + "\n"
@@ -212,11 +212,12 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _answer(found: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
-    more: dict[str, Any] = {}
-    value, outputs = outgoing(found["value"]), task["outputs"]
+def _answer(found: Mapping[str, Any], task: Mapping[str, Any], message: Mapping[str, Any]) -> dict[str, Any]:
+    value, outputs, more = outgoing(found["value"]), task["outputs"], dict[str, Any]()
+    if "seed" in message["decoding"]:
+        more["seed"] = message["decoding"]["seed"]
     if isinstance(value, dict) and "probabilities" in value and len(outputs) == 1:  # it was asked for them
-        more = {"probabilities": dict(sorted(value["probabilities"].items(), key=lambda pair: -pair[1]))}
+        more["probabilities"] = dict(sorted(value["probabilities"].items(), key=lambda pair: -pair[1]))
         value = value["value"]
     answer = value if len(outputs) > 1 else {outputs[0]: value}
     if task["kind"] == "picture":
@@ -246,4 +247,4 @@ async def _told_in_pieces(
             if event.get("piece"):
                 yield {"piece": event["piece"]}
             if "value" in event:
-                yield _answer(event, task)
+                yield _answer(event, task, message)

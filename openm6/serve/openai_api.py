@@ -1,7 +1,8 @@
 """What clients of OpenAI's API ask for, answered by tasks.
 
 A model is named `NAME`, or `NAME:TASK` for a task of one's own choice. A chat is answered by the task for pictures when
-its last question has one (vqa), else by the one for texts; what was said before stands before the question.
+it has some (vqa), else by the one for texts; a model that was trained on neither answers by its one trained task that
+takes as many pictures and texts. What was said before stands before the question.
 """
 
 from __future__ import annotations
@@ -10,66 +11,44 @@ import asyncio
 import base64
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Request
 from fastapi.responses import StreamingResponse
 from PIL import ImageOps
-from pydantic import BaseModel, ConfigDict, Field
 
-from openm6.errors import DataError, UsageError
+from openm6.errors import DataError, UsageError, cut
 from openm6.images import open_image, png
+from openm6.json_lines import dumps
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import known, sse
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
-from openm6.serve.server import AT_ONCE, Server, TaskRequest, asker
+from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
+from openm6.serve.server import AT_ONCE, Server, asker, is_trained, samples
+
+T = TypeVar("T")
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
 """Tasks that answer where none is named."""
 
-
-class _Asked(BaseModel):
-    """Fields that are not known are let be: clients send many."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str | None = None
+WRITTEN, DRAWN, VECTORS = ("text", "value"), ("picture",), ("vector",)
+"""Kinds of tasks (worker.described) that chats, pictures and embeddings are asked of."""
 
 
-class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] | None = None
+class _Chosen(NamedTuple):
+    """The task that answers: what is told of it (worker.described), its inputs, and how the answer names the model."""
 
-
-class ChatRequest(_Asked):
-    messages: list[Message] = Field(min_length=1, max_length=256)
-    max_tokens: int | None = Field(None, ge=1, le=65_536)
-    max_completion_tokens: int | None = Field(None, ge=1, le=65_536)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int = Field(1, ge=1, le=16)
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-
-
-class ImageRequest(_Asked):
-    prompt: str = Field(min_length=1, max_length=4_000)
-    n: int = Field(1, ge=1, le=10)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    response_format: Literal["b64_json"] | None = None
-
-
-class EmbeddingRequest(_Asked):
-    input: str | list[str] = Field(min_length=1)
-    dimensions: int | None = Field(None, ge=1)
-    encoding_format: Literal["float", "base64"] = "float"
+    deployment: Deployment
+    task: str
+    told: Mapping[str, Any]
+    inputs: dict[str, Any]
+    model: str
 
 
 def add_routes(app: FastAPI, server: Server) -> None:
@@ -78,118 +57,251 @@ def add_routes(app: FastAPI, server: Server) -> None:
         asked: ChatRequest, request: Request, key: Annotated[Key, asker()]
     ) -> dict[str, Any] | StreamingResponse:
         """A conversation goes on."""
-        text, picture = _conversation(asked.messages)
-        deployment, task = _chosen(server, asked.model, LOOK if picture is not None else CHAT)
-        inputs = _by_type(server, deployment, task, text, picture)
-        decoding = {
-            "max_new_tokens": asked.max_completion_tokens or asked.max_tokens, "temperature": asked.temperature,
-            "top_p": asked.top_p,
-        }  # fmt: skip
-        given = {name: value for name, value in decoding.items() if value is not None}
-        messages = []
-        for number in range(asked.n):
-            one = TaskRequest(inputs=inputs, decoding={**given, "seed": (asked.seed or 0) + number})
-            messages.append(await server.message(deployment, task, one))
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        about = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": asked.model or deployment.name,
-        }
+        text, pictures = _conversation(asked.messages)
+        chosen = _chosen(server, asked, LOOK if pictures else CHAT, WRITTEN, text, pictures)
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+        one = asked.task_request(inputs=chosen.inputs, decoding=asked.decoding(), stop=stop)
+        messages = _several(await server.message(chosen.deployment, chosen.task, one), asked.n, chosen)
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.model}
         if asked.stream:
-            usage = bool((asked.stream_options or {}).get("include_usage"))
-            return await sse(_chunks(server, key, deployment, messages, stops, about, usage), "[DONE]")
+            usage = asked.stream_options.include_usage
+            return await sse(_chunks(server, key, chosen, messages, about, usage), "[DONE]")
         charge = Charge(server.meter, key)
-        found = await asyncio.gather(*(_text(server, charge, deployment, one, stops, request) for one in messages))
+        found = await _all(server.whole(key, chosen.deployment, message, request, charge) for message in messages)
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": said}, "finish_reason": reason, "logprobs": None}
-            for i, (said, reason) in enumerate(found)
-        ]
+            {
+                "index": index, "message": {"role": "assistant", "content": _said(one["value"])},
+                "finish_reason": "stop" if one["finished"] else "length", "logprobs": None,
+                "seed": message["decoding"].get("seed"),
+            }
+            for index, (one, message) in enumerate(zip(found, messages, strict=True))
+        ]  # fmt: skip
         return {**about, "object": "chat.completion", "choices": choices, "usage": _usage(charge)}
 
     @app.post("/v1/images/generations")
     async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Pictures for a text, the best first."""
-        deployment, task = _chosen(server, asked.model, PAINT)
-        inputs = _by_type(server, deployment, task, asked.prompt, None)
-        one = TaskRequest(inputs=inputs, candidates=asked.n, decoding={"seed": asked.seed or 0})
-        return await _pictures(server, key, deployment, await server.message(deployment, task, one), request)
+        return await _pictures(server, key, *await _drawing(server, asked, PAINT), request)
 
     @app.post("/v1/images/edits")
     async def edits(
-        request: Request,
-        key: Annotated[Key, asker()],
-        image: Annotated[UploadFile, File()],
-        prompt: Annotated[str, Form(min_length=1, max_length=4_000)],
-        mask: Annotated[UploadFile | None, File()] = None,
-        model: Annotated[str | None, Form()] = None,
-        n: Annotated[int, Form(ge=1, le=10)] = 1,
+        asked: Annotated[EditRequest, Form()], request: Request, key: Annotated[Key, asker()]
     ) -> dict[str, Any]:
         """A picture redrawn where the mask is transparent (or white, of one without transparency), after a text."""
-        deployment, task = _chosen(server, model, EDIT)
-        inputs = _by_type(server, deployment, task, prompt, None)
-        message = await server.message(deployment, task, TaskRequest(inputs=inputs, candidates=n))
-        given = await image.read()
-        message["edit"] = await asyncio.to_thread(_edit_of, given, await mask.read() if mask else given)
+        names = Counter(name for name, _ in (await request.form()).multi_items())
+        if twice := next((name for name, count in names.items() if count > 1), ""):
+            raise UsageError(f"{cut(twice)} was sent {names[twice]} times: send it once.", param=cut(twice))
+        deployment, message = await _drawing(server, asked, EDIT)
+        given = await asked.image.read()
+        message["edit"] = await asyncio.to_thread(_edit_of, given, await asked.mask.read() if asked.mask else given)
         return await _pictures(server, key, deployment, message, request)
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Vectors of texts."""
-        deployment, task = _chosen(server, asked.model, EMBED)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if len(texts) > 2048:
-            raise UsageError("At most 2048 texts at once.")
+            raise UsageError("At most 2048 texts at once.", param="input")
         decoding = {"dims": asked.dimensions} if asked.dimensions else {}
+        chosen = _chosen(server, asked, EMBED, VECTORS, texts[0], [])
+        every = [_filled(chosen.task, chosen.told, text, [], asked.source) for text in texts]
 
         turn = asyncio.Semaphore(AT_ONCE)
 
-        async def one(text: str) -> dict[str, Any]:
-            inputs = _by_type(server, deployment, task, text, None)
-            message = await server.message(deployment, task, TaskRequest(inputs=inputs, decoding=decoding))
+        async def one(inputs: dict[str, Any]) -> dict[str, Any]:
+            wanted = asked.task_request(inputs=inputs, decoding=decoding)
+            message = await server.message(chosen.deployment, chosen.task, wanted)
             async with turn:
-                return await server.in_turn(key, deployment, message)
+                return await server.in_turn(key, chosen.deployment, message)
 
-        found = await asyncio.gather(*map(one, texts))
+        found = await _all(map(one, every))
         vectors = [answer["value"] for answer in found]
         coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
         count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return {"object": "list", "data": data, "model": asked.model or deployment.name, "usage": usage}
+        return {"object": "list", "data": data, "model": chosen.model, "usage": usage}
 
 
-def _chosen(server: Server, model: str | None, task: str) -> tuple[Deployment, str]:
-    name, _, own = (model or "").partition(":")
+def _chosen(
+    server: Server, asked: Asked, usual: str, kinds: Sequence[str], text: str, pictures: Sequence[Any]
+) -> _Chosen:
+    """The task that is named, else the usual one; where that does not fit, or the model was not trained on it, the only
+    trained one that fits. Raises UsageError where the task does not fit, and Refusal (404) where there is none."""
+    name, _, own = (asked.model or "").partition(":")
     deployment = known(server.fleet.get, name or None, "model_not_found")
-    known(partial(server.task, deployment), own or task, "model_not_found")
-    return deployment, own or task
+    tasks = deployment.about["tasks"]
+
+    def inputs_of(task: str) -> dict[str, Any]:
+        told = known(partial(server.task, deployment), task, "model_not_found")
+        if told["kind"] not in kinds:
+            message = f"The task {task} gives a {told['kind']}: ask it at /v1/tasks/{task}."
+            raise UsageError(message, code="wrong_task", param="model")
+        return _filled(task, told, text, pictures, asked.source)
+
+    def fits(task: str) -> bool:
+        try:
+            return is_trained(tasks[task], asked.adapter) and inputs_of(task) is not None
+        except (KeyError, UsageError):
+            return False
+
+    task, model = own or usual, asked.model or deployment.name
+    if not own and not fits(usual) and len(fitting := [one for one in tasks if fits(one)]) == 1:
+        task = fitting[0]
+        model = f"{deployment.name}:{task}"
+    return _Chosen(deployment, task, tasks.get(task, {}), inputs_of(task), model)
 
 
-def _conversation(messages: list[Message]) -> tuple[str, Any]:
-    """All texts, the question last, and the last picture."""
-    texts, picture = [], None
+def _filled(task: str, told: Mapping[str, Any], text: str, pictures: Sequence[Any], source: str) -> dict[str, Any]:
+    """The text in the task's slot for one, the pictures in its slots for them, in their order: in all of these slots,
+    or in those that cannot be left out. Raises UsageError where they are more or fewer."""
+    inputs: dict[str, Any] = {}
+    required = told["schema"]["inputs"]["required"]
+    for kind, name, values in (("text", "text", [text] if text else []), ("image", "picture", pictures)):
+        slots = [slot for slot in told["inputs"] if told["slots"][slot] == kind]
+        needed = [slot for slot in slots if slot in required]
+        if len(values) not in (len(slots), len(needed)):
+            takes = f"{len(slots)} {name}{'s' * (len(slots) > 1)} ({', '.join(slots)})" if slots else f"no {name}"
+            raise UsageError(
+                f"The task {task} takes {takes}, and {source} has {len(values)}.", code="wrong_inputs", param=source
+            )
+        inputs |= zip(slots if len(values) == len(slots) else needed, values, strict=True)
+    if set(required) - set(inputs):
+        message = f"The task {task} takes {', '.join(told['inputs'])}: ask it at /v1/tasks/{task}."
+        raise UsageError(message, code="wrong_task", param="model")
+    return inputs
+
+
+def _conversation(messages: list[Message]) -> tuple[str, list[Any]]:
+    """All texts, the question last, and all pictures, those of earlier turns too, in their order."""
+    texts, pictures = [], []
     for message in messages:
         parts = message.content if isinstance(message.content, list) else [{"type": "text", "text": message.content}]
         for part in parts:
-            if part.get("type") == "text" and part.get("text"):
-                texts.append(str(part["text"]))
-            elif part.get("type") == "image_url":
-                picture = part.get("image_url")
-            elif part.get("type") != "text":
-                raise UsageError(f"A part of a message is text or image_url, not {part.get('type')}.")
-    return "\n".join(texts), picture
+            kind = part.get("type")
+            value = part.get(kind) if kind in ("text", "image_url") else None
+            if kind == "text" and (value is None or isinstance(value, str)):
+                texts += [value] if value else []
+            elif kind == "image_url" and value:
+                pictures.append(value)
+            else:
+                raise UsageError(
+                    'A part of a message is {"type": "text", "text": "..."} or {"type": "image_url", "image_url": '
+                    f'{{"url": "..."}}}}, not {cut(part)}.', param="messages",
+                )  # fmt: skip
+    return "\n".join(texts), pictures
 
 
-def _by_type(server: Server, deployment: Deployment, task: str, text: str, picture: Any) -> dict[str, Any]:
-    """The text in the task's text slot, the picture in its slot for one."""
-    told = server.task(deployment, task)
-    slots = {name: told["slots"][name] for name in told["inputs"]}
-    wanted = [name for name, kind in slots.items() if kind == "text"]
-    seen = [name for name, kind in slots.items() if kind == "image"]
-    if len(wanted) != 1 or (picture is not None and len(seen) != 1):
-        raise UsageError(f"The task {task} takes {', '.join(slots)}: ask it by /v1/tasks/{task}.")
-    return {wanted[0]: text, **({seen[0]: picture} if picture is not None else {})}
+def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str, Any]]:
+    """The message n times, each with a seed of its own. Raises UsageError where that makes no difference."""
+    if n == 1:
+        return [message]
+    decoding = message["decoding"]
+    if not samples(chosen.told, decoding):
+        raise UsageError(
+            f"n is {n}, but all answers would be the same: the task {chosen.task} takes the likeliest one. Send a "
+            "temperature above 0, or n = 1.", code="unsupported_value", param="n",
+        )  # fmt: skip
+    return [{**message, "decoding": {**decoding, "seed": decoding["seed"] + number}} for number in range(n)]
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all give; the first that fails ends the others."""
+    running = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for one in running:
+            one.cancel()
+
+
+async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams, as they come; the first that fails ends the others."""
+    items: asyncio.Queue[T | Exception | None] = asyncio.Queue()
+
+    async def follow(stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    items.put_nowait(item)
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    running = [asyncio.create_task(follow(stream)) for stream in streams]
+    try:
+        left = len(running)
+        while left:
+            item = await items.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for one in running:
+            one.cancel()
+        await asyncio.wait(running)
+
+
+def _said(value: Any) -> str:
+    """An answer as text: labels and texts as they are, several outputs, numbers and boxes as JSON."""
+    return value if isinstance(value, str) else dumps(value)
+
+
+def _usage(charge: Charge) -> dict[str, int]:
+    """What is charged; the prompt counts once, as in OpenAI's own."""
+    prompt, written = charge.prompt_tokens, charge.tokens
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
+async def _chunks(
+    server: Server, key: Key, chosen: _Chosen, messages: list[dict[str, Any]], about: Mapping[str, Any], usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    """Of all answers side by side, each with the number of its answer."""
+    about, charge = {**about, "object": "chat.completion.chunk"}, Charge(server.meter, key)
+    # What is no text by itself is told when all of it is there.
+    pieces = [chosen.told["slots"][name] for name in chosen.told["outputs"]] == ["text"]
+
+    async def one(index: int, message: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        def chunk(delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
+            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
+            return {**about, "choices": [choice]}
+
+        begun = said = False
+        async with aclosing(server.answer(key, chosen.deployment, {**message, "pieces": pieces}, charge)) as events:
+            async for event in events:
+                if not begun:
+                    yield chunk({"role": "assistant", "content": ""})
+                    begun = True
+                piece = event.get("piece", "")
+                if "value" in event and not (said or piece):
+                    piece = _said(event["value"])
+                if piece:
+                    yield chunk({"content": piece})
+                    said = True
+                if "value" in event:
+                    reason = "stop" if event["finished"] else "length"
+                    yield chunk({}, reason, seed=message["decoding"].get("seed"))
+
+    async with aclosing(_side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
+        async for each in chunks:
+            yield each
+    if usage:
+        yield {**about, "choices": [], "usage": _usage(charge)}
+
+
+async def _drawing(server: Server, asked: ImageRequest, usual: str) -> tuple[Deployment, dict[str, Any]]:
+    """The model and the message of a request for pictures. Raises UsageError for another size than the model's."""
+    chosen = _chosen(server, asked, usual, DRAWN, asked.prompt, [])
+    side = chosen.deployment.about["picture"]
+    if asked.size not in (None, "auto", f"{side}x{side}"):
+        message = f"The model draws pictures of {side}x{side} pixels: leave size out."
+        raise UsageError(message, code="unsupported_value", param="size")
+    decoding = {} if asked.seed is None else {"seed": asked.seed}
+    one = asked.task_request(inputs=chosen.inputs, candidates=asked.n, decoding=decoding)
+    return chosen.deployment, await server.message(chosen.deployment, chosen.task, one)
 
 
 def _edit_of(picture: bytes, mask: bytes) -> dict[str, bytes]:
@@ -200,64 +312,8 @@ def _edit_of(picture: bytes, mask: bytes) -> dict[str, bytes]:
             picture = png(shape.convert("RGB"))
         shape = ImageOps.invert(shape.getchannel("A"))
     elif mask is picture:
-        raise DataError("A mask is needed, or a picture that is transparent where it is to be redrawn.")
+        raise DataError("A mask is needed, or a picture that is transparent where it is to be redrawn.", param="mask")
     return {"picture": picture, "mask": png(shape.convert("L"))}
-
-
-async def _text(
-    server: Server, charge: Charge, deployment: Deployment, message: Mapping[str, Any], stops: list[str],
-    request: Request,
-) -> tuple[str, str]:  # fmt: skip
-    found = await server.whole(charge.key, deployment, message, request, charge)
-    said = found["value"] if isinstance(found["value"], str) else str(found["value"])
-    cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
-    reason = "stop" if found["finished"] or cut >= 0 else "length"
-    return said if cut < 0 else said[:cut], reason
-
-
-def _usage(charge: Charge) -> dict[str, int]:
-    """What is charged; the prompt counts once, as in OpenAI's own."""
-    prompt, written = charge.prompt_tokens, charge.tokens
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-async def _chunks(
-    server: Server, key: Key, deployment: Deployment, messages: list[dict[str, Any]], stops: list[str],
-    about: Mapping[str, Any], usage: bool,
-) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
-    """Of one answer after the other."""
-
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return {**about, "object": "chat.completion.chunk", "choices": [choice]}
-
-    charge = Charge(server.meter, key)
-    for index, message in enumerate(messages):
-        said, told, reason, begun = "", "", None, False
-        async with aclosing(server.answer(key, deployment, message, charge)) as events:
-            async for event in events:
-                said += event.get("piece", "")
-                value = event.get("value")
-                if "value" in event:
-                    reason = "stop" if event["finished"] else "length"
-                    if not said:  # labels and numbers come at once
-                        said = value if isinstance(value, str) else str(value)
-                cut = min((place for stop in stops if (place := said.find(stop)) >= 0), default=-1)
-                # What may be the beginning of a stop waits.
-                kept = len(said) if reason or not stops else max(len(told), len(said) - max(map(len, stops)) + 1)
-                safe = said[:cut] if cut >= 0 else said[:kept]
-                if not begun:
-                    yield chunk(index, {"role": "assistant", "content": ""})
-                    begun = True
-                if len(safe) > len(told):
-                    yield chunk(index, {"content": safe[len(told) :]})
-                    told = safe
-                if cut >= 0:
-                    reason = "stop"
-                    break
-        yield chunk(index, {}, reason)
-    if usage:
-        yield {**about, "object": "chat.completion.chunk", "choices": [], "usage": _usage(charge)}
 
 
 async def _pictures(
@@ -267,7 +323,7 @@ async def _pictures(
     data = [{"b64_json": base64.b64encode(one["image"]).decode()} for one in found["value"]]
     read, drawn = found["prompt_tokens"], found["tokens"]
     usage = {"input_tokens": read, "output_tokens": drawn, "total_tokens": read + drawn}
-    return {"created": int(time.time()), "data": data, "usage": usage}
+    return {"created": int(time.time()), "data": data, "seed": message["decoding"]["seed"], "usage": usage}
 
 
 def _base64(vector: list[float]) -> str:

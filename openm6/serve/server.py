@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openm6.decode import Decoding
 from openm6.decode.draw import Drawing
 from openm6.errors import UsageError, suggest
+from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
 from openm6.serve.guard import Refusal
@@ -58,10 +60,8 @@ class Options:
     drain: float = 30.0
 
 
-class TaskRequest(BaseModel):
+class TaskRequest(Fields):
     """What a task is asked."""
-
-    model_config = ConfigDict(extra="forbid")
 
     inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
     model: str | None = Field(None, description="a model's name; the first one by default")
@@ -71,8 +71,10 @@ class TaskRequest(BaseModel):
     candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
     stream: bool = Field(False, description="pieces of a text as they are written")
     probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
-    truncate: Literal["start"] | None = Field(None, description="leave out the longest text's beginning if need be")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
+    stop: list[str] = Field(default_factory=list, max_length=64, description="a text ends before the first of these")
+    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
+    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
 
 @dataclass
@@ -116,8 +118,17 @@ class Server:
         return tasks[name]
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as it goes to the worker."""
-        slots = self.task(deployment, task)["slots"]
+        """A request as it goes to the worker, with a seed of its own where it samples and none is given.
+
+        Raises UsageError for a task that the model was not trained on, unless the request allows it.
+        """
+        told = self.task(deployment, task)
+        if not (asked.allow_untrained or is_trained(told, asked.adapter)):
+            raise untrained(deployment, task)
+        decoding = dict(asked.decoding)
+        if samples(told, decoding):
+            decoding.setdefault("seed", secrets.randbelow(2**31))
+        slots = told["slots"]
         bound = {"positions": deployment.about["positions"], "truncate": asked.truncate}
         read = partial(record_of, slots=slots, pictures=self.pictures, **bound)
         # Examples may have other columns too; what is asked may not.
@@ -131,9 +142,10 @@ class Server:
         else:
             record, *examples = [read(one) for one in every]
         return {
-            "task": task, "record": record, "decoding": asked.decoding, "adapter": asked.adapter,
+            "task": task, "record": record, "decoding": decoding, "adapter": asked.adapter,
             "candidates": asked.candidates, "examples": examples, "probabilities": asked.probabilities,
-            "truncate": asked.truncate, "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
+            "stop": [one for one in asked.stop if one], "truncate": asked.truncate,
+            "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
         }  # fmt: skip
 
     async def answer(
@@ -220,6 +232,28 @@ def asker(role: str = USE) -> Any:
         return server.key_of(request, role)
 
     return Depends(found)
+
+
+def is_trained(told: Mapping[str, Any], adapter: str | None) -> bool:
+    """Whether the model, or this adapter of it, was trained on a task (worker.described)."""
+    return bool(told["trained"]) or adapter in told["trained_adapters"]
+
+
+def untrained(deployment: Deployment, task: str) -> UsageError:
+    tasks = deployment.about["tasks"]
+    trained = ", ".join(name for name, told in tasks.items() if told["trained"]) or "no task"
+    adapters = "".join(f" The adapter {name} was trained on it." for name in tasks[task]["trained_adapters"])
+    return UsageError(
+        f"The model {deployment.name} was not trained on the task {task}, so that its answers would mean nothing: it "
+        f"was trained on {trained}.{adapters} To ask it all the same send allow_untrained: true.",
+        code="task_not_trained", param="model",
+    )  # fmt: skip
+
+
+def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
+    """Whether the answers of a task (worker.described) depend on a seed."""
+    temperature = {**told["decode"], **decoding}.get("temperature", 0)
+    return bool(told["kind"] == "picture" or (told["kind"] == "text" and temperature > 0 and not told["sketch"]))
 
 
 def _refuse(beyond: Beyond | None) -> None:

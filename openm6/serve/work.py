@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
@@ -36,6 +36,7 @@ class Request:
     pieces       whether a text is told in pieces too, as it is written
     truncate     "start" where the longest text loses its beginning, if the prompt is longer than the model takes
     probabilities   of a task whose output is a label: the value is {"value": label, "probabilities": {label: number}}
+    stop            texts at the first of which writing ends; it is not told
     """
 
     id: str
@@ -49,6 +50,7 @@ class Request:
     deadline: float | None = None
     pieces: bool = True
     probabilities: bool = False
+    stop: tuple[str, ...] = ()
     truncate: str | None = None
 
     # The cost so far, of which every event tells: tokens that were computed for the answer, and positions of the prompt
@@ -113,7 +115,7 @@ def prepared(request: Request, view: Bundle) -> None:
         if request.edit:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
-        kind = ("draw", request.options, request.candidates)
+        kind = ("draw", replace(request.options, seed=0), request.candidates)
         request.prompt = read()
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
         request.needs = _bytes(view, pictures, len(request.prompt) + view.codec.side**2)
@@ -167,7 +169,8 @@ def _pictures(
     view: Bundle, task: Task, requests: list[Request], options: Drawing, numbers: list[int]
 ) -> Steps[list[list[Painting]]]:
     records = [request.record for request in requests]
-    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers)
+    seeds = [request.options.seed for request in requests for _ in range(request.candidates)]
+    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers, seeds)
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 

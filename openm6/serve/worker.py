@@ -104,7 +104,9 @@ def described(bundle: Bundle) -> dict[str, Any]:
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
-    every = {**library, **bundle.tasks}
+    adapters = {name: bundle.adapter(name) for name in bundle.adapters}
+    every = {**library, **{name: task for view in adapters.values() for name, task in view.tasks.items()}}
+    every |= bundle.tasks
     draws = bundle.processor.codec is not None
     return {
         "tasks": {
@@ -113,14 +115,15 @@ def described(bundle: Bundle) -> dict[str, Any]:
                 "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
                 "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
                 "kind": "picture" if task.draws else "vector" if task.embeds else "value" if task.head else "text",
-                "trained": name in bundle.tasks, "example": dict(task.example),
+                "sketch": task.sketch, "trained": bundle.is_trained_on(task), "example": dict(task.example),
+                "trained_adapters": [name for name, view in adapters.items() if view.is_trained_on(task)],
             }
             for name, task in every.items()
             if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
         },
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.processor.max_length, "vector": bundle.model.config.hidden_size,
-        "codes": bundle.codec.side**2 if draws else 0,
+        "codes": bundle.codec.side**2 if draws else 0, "picture": bundle.codec.size if draws else None,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
         "path": str(bundle.path), "threads": torch.get_num_threads(),
     }  # fmt: skip

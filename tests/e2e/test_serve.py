@@ -35,7 +35,7 @@ def command(*words: object) -> list[str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    drawing_bundle().save(tmp_path / "goods" / "model")
+    drawing_bundle(tasks=("vqa", "text_to_image", "text_vector")).save(tmp_path / "goods" / "model")
     return tmp_path / "goods" / "model"
 
 

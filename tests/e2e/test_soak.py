@@ -35,7 +35,9 @@ caches fill: prompts and features of pictures up to prefix_mib each, and oneDNN 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
-    drawing_bundle(200).save(tmp_path / "goods" / "model")
+    drawing_bundle(200, tasks=("text_continuation", "caption", "text_vector", "text_to_image")).save(
+        tmp_path / "goods" / "model"
+    )
     environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", "--no-console", "--jobs", "0")
     with process:

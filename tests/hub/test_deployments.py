@@ -28,7 +28,7 @@ def call(*words: object) -> Any:
 @pytest.mark.slow
 def test_one_command_serves_a_model_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    drawing_bundle().save(tmp_path / "goods" / "model")
+    drawing_bundle(tasks=("text_vector",)).save(tmp_path / "goods" / "model")
     made = call("deploy", tmp_path / "goods" / "model")
     try:
         assert made["name"] == "goods"

@@ -14,6 +14,7 @@ from openm6.model import M6
 from openm6.model.codec import Codec, CodecConfig
 from openm6.serve.engine import Engine, Settings
 from openm6.serve.work import Request, Told
+from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -32,6 +33,7 @@ def bundle() -> Bundle:
     tasks = [
         Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包,连衣裙]", name="kind"),
         Task.from_instruction("[text:text] -> [text:answer]", name="write"),
+        *map(get, ("vqa", "text_to_image", "text_vector")),
     ]
     model = M6(config).eval()
     with torch.no_grad():

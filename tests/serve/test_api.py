@@ -140,7 +140,7 @@ def test_a_picture_in_a_chat(client: openai.OpenAI, alone: Bundle) -> None:
 def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
     drawn = client.images.generate(model="m6", prompt="红色的杯子", n=2)
     images = [Image.open(io.BytesIO(base64.b64decode(one.b64_json))) for one in drawn.data]
-    expected = alone.draw("text_to_image", candidates=2, caption="红色的杯子")
+    expected = alone.draw("text_to_image", candidates=2, caption="红色的杯子", decoding={"seed": drawn.seed})
     assert [np.asarray(one).tolist() for one in images] == [np.asarray(p.image).tolist() for p in expected]
     for encoding in ({}, {"encoding_format": "float"}):  # by itself the client asks for base64
         found = client.embeddings.create(model="m6", input=["红色", "蓝色的杯子"], dimensions=8, **encoding)
@@ -161,7 +161,7 @@ def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
     found = client.images.edit(model="m6", image=files[0], mask=files[1], prompt="红色的杯子")
     edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
     assert (edited[:, :8] == pixels[:, :8]).all() and (edited[:, 8:] != pixels[:, 8:]).any()
-    again = client.images.edit(model="m6", image=files[1], prompt="红色的杯子")
+    again = client.images.edit(model="m6", image=files[1], prompt="红色的杯子", extra_body={"seed": found.seed})
     assert again.data[0].b64_json == found.data[0].b64_json
     with pytest.raises(openai.BadRequestError, match="mask is needed"):
         client.images.edit(model="m6", image=files[0], prompt="红色的杯子")

@@ -1,0 +1,145 @@
+"""The bodies of requests in OpenAI's API: fields that are read, and those of OpenAI's that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import UploadFile
+from pydantic import Field, field_validator
+
+from openm6.errors import UsageError
+from openm6.serve.fields import ANY, Fields, Passing
+from openm6.serve.guard import Refusal
+from openm6.serve.server import TaskRequest
+
+_EVERYWHERE: Mapping[str, Passing] = {
+    "user": ANY, "metadata": ANY, "service_tier": ANY, "safety_identifier": ANY, "prompt_cache_key": ANY,
+    "prompt_cache_options": ANY, "prompt_cache_retention": ANY, "store": (False,),
+}  # fmt: skip
+
+_CHAT: Mapping[str, Passing] = {
+    **_EVERYWHERE, "moderation": (), "parallel_tool_calls": ANY, "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "frequency_penalty": (0,),
+    "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
+    "verbosity": (), "web_search_options": (), "best_of": (1,), "echo": (False,), "suffix": ("",),
+}  # fmt: skip
+"""Of POST /v1/chat/completions, and of OpenAI's older requests for texts."""
+
+_MESSAGE: Mapping[str, Passing] = {
+    "name": ANY, "refusal": ("",), "annotations": ANY, "audio": (), "tool_calls": ([],), "function_call": (),
+    "tool_call_id": (),
+}  # fmt: skip
+
+_STREAM_OPTIONS: Mapping[str, Passing] = {"include_obfuscation": ANY}
+
+_IMAGE: Mapping[str, Passing] = {
+    **_EVERYWHERE, "moderation": ANY, "quality": ("auto", "standard"), "style": (), "background": ("auto", "opaque"),
+    "output_format": ("png",), "output_compression": (100, "100"), "partial_images": (0, "0"),
+    "stream": (False, "false"), "response_format": ("b64_json",), "input_fidelity": (), "complexity": (),
+    "frame_count": (), "frame_duration_ms": (), "markup": (), "svg": (), "image[]": (), "images": (),
+}  # fmt: skip
+"""Of POST /v1/images/generations and /v1/images/edits; the fields of a form are texts."""
+
+DECODING = (
+    "temperature", "top_p", "top_k", "seed", "num_beams", "length_penalty", "repetition_penalty",
+    "no_repeat_ngram_size",
+)  # fmt: skip
+"""Fields of a chat that are options of decoding by the same name."""
+
+
+class Asked(Fields):
+    """What all requests have: OpenAI's `model`, and three fields of this server. `source` is the field that holds the
+    texts and pictures."""
+
+    source: ClassVar[str]
+
+    model: str | None = None
+    adapter: str | None = Field(None, description="one of the model's adapters")
+    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
+    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
+
+    def task_request(self, **more: Any) -> TaskRequest:
+        own = {name: getattr(self, name) for name in ("adapter", "truncate", "allow_untrained")}
+        return TaskRequest(**own, **more)
+
+
+class Message(Fields):
+    others: ClassVar = _MESSAGE
+    place: ClassVar = "messages."
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class StreamOptions(Fields):
+    others: ClassVar = _STREAM_OPTIONS
+    place: ClassVar = "stream_options."
+
+    include_usage: bool = False
+
+
+class ChatRequest(Asked):
+    others: ClassVar = _CHAT
+    source: ClassVar = "messages"
+
+    messages: list[Message] = Field(min_length=1, max_length=256)
+    max_tokens: int | None = Field(None, ge=1, le=65_536)
+    max_completion_tokens: int | None = Field(None, ge=1, le=65_536)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    num_beams: int | None = Field(None, ge=1, lt=2**31)
+    length_penalty: float | None = Field(None, ge=-10, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    no_repeat_ngram_size: int | None = Field(None, ge=0, lt=2**31)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: int = Field(1, ge=1, le=16)
+    stop: str | Annotated[list[str], Field(max_length=64)] = Field(default_factory=list)
+    stream: bool = False
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+
+    def decoding(self) -> dict[str, int | float]:
+        """Raises UsageError where the two names of one field disagree."""
+        found = {name: value for name in DECODING if (value := getattr(self, name)) is not None}
+        lengths = {length for length in (self.max_tokens, self.max_completion_tokens) if length is not None}
+        if len(lengths) > 1:
+            raise UsageError("max_tokens and max_completion_tokens differ: send one of them.", param="max_tokens")
+        return {**found, "max_new_tokens": lengths.pop()} if lengths else found
+
+
+class ImageRequest(Asked):
+    others: ClassVar = _IMAGE
+    source: ClassVar = "prompt"
+
+    prompt: str = Field(min_length=1, max_length=4_000)
+    n: int = Field(1, ge=1, le=10)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    size: str | None = None
+
+
+class EditRequest(ImageRequest):
+    image: UploadFile
+    mask: UploadFile | None = None
+
+
+class EmbeddingRequest(Asked):
+    others: ClassVar = _EVERYWHERE
+    source: ClassVar = "input"
+
+    input: str | list[str] = Field(min_length=1)
+    dimensions: int | None = Field(None, ge=1)
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        """Raises Refusal for token ids."""
+        if isinstance(value, list) and value and isinstance(value[0], (int, list)):
+            message = (
+                "input has token ids, which are those of another tokenizer: send the texts. LangChain's "
+                "OpenAIEmbeddings does so with check_embedding_ctx_length=False."
+            )
+            raise Refusal(400, message, "unsupported_parameter", param="input")
+        return value
