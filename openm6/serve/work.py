@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Hashable, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,14 @@ from openm6.bundle import SHOTS, Bundle, check_dims
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
+from openm6.decode.ends import head_answers, vectors
 from openm6.decode.generate import check_room
-from openm6.decode.labels import LabelTree
+from openm6.decode.labels import LabelTree, label_probabilities
+from openm6.decode.pieces import cut_at_stop
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
+from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
@@ -23,6 +27,7 @@ from openm6.tasks.task import Task
 
 BATCH = 64
 """Rows of labels that are read at once."""
+LATE = "The request's deadline has passed."
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +40,7 @@ class Request:
     deadline     by time.monotonic(): after it the request fails
     pieces       whether a text is told in pieces too, as it is written
     probabilities   of a task whose output is a label: the value is {"value": label, "probabilities": {label: number}}
+    stop         strings at the first of which a text ends, without it; of a task that writes texts alone
     """
 
     id: str
@@ -48,6 +54,7 @@ class Request:
     deadline: float | None = None
     pieces: bool = True
     probabilities: bool = False
+    stop: Items[str] = ()
 
     # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
     made: Task | None = None
@@ -58,12 +65,17 @@ class Request:
     like: Hashable = None
     needs: int = 0
 
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and self.deadline < time.monotonic()
+
 
 @dataclass(slots=True)
 class Told:
     """What became of a request so far: a piece of its text, its answer, or why it has none.
 
-    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: of an answer.
+    `finished`: whether the text came to its end, or to a stop string, before max_new_tokens; `tokens` and
+    `prompt_tokens`: of an answer.
     """
 
     id: str
@@ -83,10 +95,14 @@ def prepared(request: Request, view: Bundle) -> None:
     record = {**request.record, SHOTS: request.examples}
     request.record = record
     request.alone = True
+    request.stop = tuple(stop for stop in request.stop if stop)
+    if request.stop and any(task.slots[name].type != "text" for name in task.outputs):
+        raise UsageError(f"The task {task.name} does not write texts alone: it takes no stop strings.", param="stop")
     kind: tuple[Hashable, ...]
     if request.probabilities:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
-        positions = len(view.prompt(task, record)) + max(request.options.max_new_tokens, len(tree.levels))
+        request.prompt = view.prompt(task, record)
+        positions = len(request.prompt) + max(request.options.max_new_tokens, len(tree.levels))
         check_room(view.model, positions, 0)
         kind, request.needs = ("probabilities", request.options), _bytes(view, tree.cached(BATCH), positions)
     elif task.draws:
@@ -102,10 +118,10 @@ def prepared(request: Request, view: Bundle) -> None:
     elif task.embeds:
         request.options = check_dims(view.model, request.decoding.get("dims"))
         kind = ("vector", request.options)
-        view.prompt(task, record)
+        request.prompt = view.prompt(task, record)
     elif task.head:
         kind = ("head",)
-        view.prompt(task, record)
+        request.prompt = view.prompt(task, record)
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
         request.prompt = view.prompt(task, record)
@@ -132,16 +148,18 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     first = requests[0]
     task, options = first.made, first.options
     assert task is not None
-    if first.probabilities:
-        return _at_once(lambda: _with_probabilities(view, task, [r.record for r in requests], first.decoding))
+    prompts = [r.prompt for r in requests if r.prompt is not None]
+    pad_id = view.processor.tokenizer.pad_id
     if task.draws:
         numbers = list(range(first.candidates)) * len(requests)
         return _pictures(view, task, requests, options, numbers)
+    if first.probabilities:
+        return _at_once(lambda: _with_probabilities(view, task, prompts, first.decoding))
     if task.embeds:
-        return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)))
+        return _at_once(lambda: list(vectors(view.model, prompts, pad_id, options)))
     if task.head:
-        return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])))
-    return _texts(view, task, [r.prompt for r in requests if r.prompt is not None], options)
+        return _at_once(lambda: head_answers(view.model, prompts, pad_id, task.head))
+    return _texts(view, task, requests, prompts)
 
 
 def _pictures(
@@ -152,9 +170,12 @@ def _pictures(
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 
-def _with_probabilities(view: Bundle, task: Task, records: list[Any], decoding: Mapping[str, Any]) -> list[Any]:
-    answers = view.run_many(task, records, decoding=decoding)
-    found = view.label_probabilities(task, records, batch_size=BATCH)
+def _with_probabilities(
+    view: Bundle, task: Task, prompts: list[Sequence], decoding: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    written = view.generate(task, prompts, BATCH, decoding, [0] * len(prompts))  # each as if it were alone
+    answers = [view.read(task, one) for one in written]
+    found = label_probabilities(view.model, prompts, LabelTree(task, view.processor), BATCH)
     return [{"value": one, "probabilities": told} for one, told in zip(answers, found, strict=True)]
 
 
@@ -163,10 +184,19 @@ def _at_once(act: Any) -> Steps[list[Any]]:
     return act()  # type: ignore[no-any-return]
 
 
-def _texts(view: Bundle, task: Task, prompts: list[Sequence], options: Decoding) -> Steps[list[Any]]:
-    tokenizer = view.processor.tokenizer
+def _texts(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
+    tokenizer, options = view.processor.tokenizer, requests[0].options
     if task.sketch:
         found = yield from refine_steps(view.model, prompts, tokenizer, options.max_new_tokens)
     else:
         found = yield from beam_steps(view.model, prompts, tokenizer.end_id, options)
-    return [view.read(task, one) for one in found]
+    return [cut_value(view.read(task, one), asked.stop) for one, asked in zip(found, requests, strict=True)]
+
+
+def cut_value(value: Any, stops: Items[str]) -> Any:
+    """A text, or each of several by name, up to its first stop string."""
+    if not stops:
+        return value
+    if isinstance(value, Mapping):
+        return {name: cut_at_stop(text, stops) for name, text in value.items()}
+    return cut_at_stop(value, stops)
