@@ -33,6 +33,9 @@ are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
 HALF = "\ufffd"
 """What half a character reads as in `Tokenizer.decode_torn`."""
 
+LONG = 4096
+"""Characters from which a text is cut into tokens outside of the interpreter's lock: other threads go on meanwhile."""
+
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 _SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -84,6 +87,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never those of a special token. Raises DataError for a lone surrogate."""
         try:
+            if len(text) > LONG:
+                return list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
             ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise _unreadable(text) from None

@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -97,6 +98,26 @@ def test_a_lone_surrogate_is_bad_data(tokenizer: Tokenizer) -> None:
         tokenizer.encode("红色\ud83d")
     with pytest.raises(DataError, match="not int"):
         tokenizer.encode(3)  # type: ignore[arg-type]
+
+
+def test_a_long_text_is_cut_beside_other_threads(tokenizer: Tokenizer) -> None:
+    """A server goes on answering while it reads one: the interpreter's lock is free for nearly all of the time."""
+    sentence = "红色的靠垫，95 元。"
+    ended, turns = Event(), 0
+
+    def others() -> None:
+        nonlocal turns
+        while not ended.wait(0.001):
+            turns += 1
+
+    thread = Thread(target=others)
+    thread.start()
+    ids = tokenizer.encode(sentence * 50_000)
+    ended.set()
+    thread.join()
+    assert turns > 5 and ids == tokenizer.encode(sentence) * 50_000
+    with pytest.raises(DataError, match="character 500001 is half of a surrogate pair"):
+        tokenizer.encode("红" * 500_000 + "\ud83d")
 
 
 def test_saved_loaded_and_pickled_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

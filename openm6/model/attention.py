@@ -212,11 +212,13 @@ class Cache:
 
     def first(self, rows: int) -> Cache:
         """The first rows, which share their memory with this one's."""
-        if rows == len(self.counts):
-            return self
+        return self if rows == len(self.counts) else self.part(slice(rows))
+
+    def part(self, rows: slice) -> Cache:
+        """Some rows, which share their memory with this one's."""
         part = copy(self)
-        part.keys, part.values = [k[:rows] for k in self.keys], [v[:rows] for v in self.values]
-        part.lengths, part.counts = self.lengths[:rows], self.counts[:rows]
+        part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        part.lengths, part.counts = self.lengths[rows], self.counts[rows]
         return part
 
     def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:

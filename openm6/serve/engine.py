@@ -26,11 +26,13 @@ from openm6.decode.steps import Steps
 from openm6.errors import UsageError
 from openm6.serve.features import Features
 from openm6.serve.texts import Texts
-from openm6.serve.work import Request, Told, prepared, steps_of
+from openm6.serve.work import LATE, Request, Told, prepared, steps_of
 
 MIB = 2**20
 JOBS = 2
 """That are worked at in turn, so that a short one does not wait for a long one."""
+EARLY = 1024
+"""Cancellations that are remembered at most because their request is not there: it may still be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Engine:
         self.features = Features.of(image, self.settings.prefix_mib * MIB) if image is not None else None
         self._inbox: deque[Request] = deque()
         self._gone: set[str] = set()
+        self._early: dict[str, None] = {}
         self._change = Condition()
         self._ending = self._ended = False
         self._texts: dict[str | None, Texts] = {}
@@ -98,7 +101,14 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Reads the request's texts and pictures, in the thread that calls. Raises UsageError or DataError for what
-        cannot be done, or once the engine is stopping."""
+        cannot be done, or once the engine is stopping, and TimeoutError once the request's deadline has passed. A
+        request that has been cancelled already is dropped, unread where it can be."""
+        if request.is_late():
+            raise TimeoutError(LATE)
+        with self._change:
+            if request.id in self._gone or request.id in self._early:
+                self.counts.cancelled += 1
+                return
         prepared(request, self._view(request.adapter))
         if request.needs > self._room:
             raise UsageError(
@@ -113,7 +123,7 @@ class Engine:
 
     def cancel(self, identity: str) -> None:
         """The last event of this request says that it was cancelled, and what it cost until then; what it holds is free
-        at the next step."""
+        at the next step. It may come before the request does, while that one is read."""
         with self._change:
             self._gone.add(identity)
             self._change.notify()
@@ -154,7 +164,10 @@ class Engine:
             self._inbox.clear()
             self._gone = set()
         for request in taken:
-            self._take(request)
+            if request.id in self._early:
+                self.counts.cancelled += 1
+            else:
+                self._take(request)
         self._forget(gone)
         texts = [lane for lane in self._texts.values() if lane.rows or lane.waiting]
         jobs = bool(self._jobs or self._waiting)
@@ -189,11 +202,12 @@ class Engine:
 
     def _forget(self, gone: set[str]) -> None:
         """Requests that were cancelled, and those whose time is over."""
-        now = time.monotonic()
-        late = {r.id for r in self._open.values() if r.deadline is not None and r.deadline < now}
-        for identity in gone | late:
+        for identity in gone | {request.id for request in self._open.values() if request.is_late()}:
             request = self._open.get(identity)
             if request is None:
+                self._early[identity] = None
+                if len(self._early) > EARLY:
+                    del self._early[next(iter(self._early))]
                 continue
             for lane in self._texts.values():
                 lane.remove(request)
@@ -206,18 +220,19 @@ class Engine:
             if identity in gone:
                 self._fail(request, CancelledError("The request was cancelled."))
             else:
-                self._fail(request, TimeoutError("The request's deadline has passed."))
+                self._fail(request, TimeoutError(LATE))
 
     def _write(self, lanes: list[Texts]) -> None:
         for lane in lanes:
-            try:
-                every = lane.step()
-            except Exception as error:  # nobody knows in what state they are; those that wait go on
-                lane.clear()
-                for request in [*self._open.values()]:
-                    if not request.alone and request.adapter == lane.adapter and request not in lane.waiting:
-                        self._fail(request, error)
-            else:
+            for act in (lane.advance, lane.admit):
+                try:
+                    every = act()
+                except Exception as error:  # nobody knows in what state they are; those that wait go on
+                    lane.clear()
+                    for request in [*self._open.values()]:
+                        if not request.alone and request.adapter == lane.adapter and request not in lane.waiting:
+                            self._fail(request, error)
+                    break
                 for told in every:
                     self._told(told)
 
@@ -256,15 +271,16 @@ class Engine:
         return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
 
     def _apart(self, job: _Job, error: Exception) -> None:
-        """What went wrong together is tried one by one: only whose fault it is fails."""
+        """What went wrong together is tried one by one, each within the room that a job has: only whose fault it is
+        fails."""
         left = [request for request in job.requests if request is not None]
         if len(left) == 1:
             self._fail(left[0], error)
             return
-        view = self._view(job.adapter)
-        for request in left:
+        for request in reversed(left):
             request.tokens = 0  # what was in vain is not the customer's
-        self._jobs.extend(_Job([one], steps_of(view, [one]), job.adapter) for one in left)
+            request.like = request.id  # it joins no other
+            self._waiting.appendleft(request)
 
     def _told(self, told: Told) -> None:
         request = self._open[told.id]

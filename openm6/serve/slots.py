@@ -84,9 +84,15 @@ class Slots:
             counts[slot] = counts[last]
         self._use(counts[:last])
 
-    def step(self, model: M6, tokens_B: Tensor) -> Tensor:
-        """One further position of every slot in use; hidden states [B, D]."""
-        return model.step(tokens_B, self._used)
+    def step(self, model: M6, tokens_B: Tensor, only: int | None = None) -> Tensor:
+        """One further position of every slot in use, or of one of them alone; hidden states [B, D]. Where it fails, the
+        slots are as they were."""
+        if only is None:
+            return model.step(tokens_B, self._used)
+        one = self._used.part(slice(only, only + 1))
+        hidden = model.step(tokens_B, one)
+        self._used.lengths[only], self._used.counts[only] = one.lengths[0], one.counts[0]
+        return hidden
 
     def _use(self, counts: list[int]) -> None:
         self._used = used = copy(self._cache)
@@ -103,11 +109,15 @@ class Slots:
             return
         size = self._size if wanted <= self._size else max(wanted, 2 * self._size, 4)
         size, kept = min(self._most(capacity), size), min(capacity, self.capacity)
-        for stored in (self._cache.keys, self._cache.values):
-            for layer, old in enumerate(stored):
-                new = torch.zeros((size, old.shape[1], capacity, old.shape[3]), dtype=old.dtype, device=old.device)
-                new[:used, :, :kept] = old[:used, :, :kept]
-                stored[layer] = new
+
+        def larger(old: Tensor) -> Tensor:
+            new = torch.zeros((size, old.shape[1], capacity, old.shape[3]), dtype=old.dtype, device=old.device)
+            new[:used, :, :kept] = old[:used, :, :kept]
+            return new
+
+        # All of it before any is taken: where memory runs out, the slots stay as they are.
+        keys, values = ([larger(layer) for layer in stored] for stored in (self._cache.keys, self._cache.values))
+        self._cache.keys, self._cache.values = keys, values
         if capacity != self.capacity:
             places = torch.arange(capacity, device=self._cache.lengths.device)[None]
             self._cache.rope = rotary_angles(self._config, places, self._cache.keys[0].dtype)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +15,21 @@ from openm6.bundle import Bundle
 from openm6.decode import Generated
 from openm6.decode.generate import chance, choose
 from openm6.decode.permitted import permitted
-from openm6.decode.pieces import Pieces
+from openm6.decode.pieces import Pieces, StopFilter
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
+from openm6.sequence import Sequence
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
-from openm6.serve.work import Request, Told
+from openm6.serve.work import Request, Told, cut_value
 
 if TYPE_CHECKING:
     from openm6.serve.engine import Settings
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +38,8 @@ class _Row:
 
     request: Request
     pieces: Pieces | None
-    """Of a text that is told as it is written."""
+    """Of a text that is told as it is written, or that ends at a stop string."""
+    stopped: StopFilter
     chance: torch.Generator | None
     score: float = 0.0
     last: int = 0
@@ -40,7 +48,11 @@ class _Row:
     def add(self, token: int) -> str:
         """What can be told after it."""
         self.ids.append(token)
-        return self.pieces.add(token) if self.pieces else ""
+        return self.stopped.add(self.pieces.add(token)) if self.pieces else ""
+
+    def rest(self) -> str:
+        """What can be told at the end of the text."""
+        return self.stopped.add(self.pieces.rest()) + self.stopped.rest() if self.pieces else ""
 
 
 class Texts:
@@ -53,16 +65,6 @@ class Texts:
         self._settings, self._shares = settings, 1 + len(bundle.adapters)
         self._slots: Slots | None = None
         self.prefixes: Recent[Prefix] = Recent(settings.prefix_mib * 2**20 // self._shares)
-
-    def step(self) -> list[Told]:
-        """Let come in who fits, then one token for everybody."""
-        told: list[Told] = []
-        with torch.inference_mode(), self.view.precision():
-            if self.rows:
-                told += self._advance()
-            if self.waiting:
-                told += self._admit()
-        return told
 
     def remove(self, request: Request) -> None:
         """It is not wanted any more."""
@@ -83,36 +85,56 @@ class Texts:
         self.rows[slot] = self.rows[-1]
         self.rows.pop()
 
-    def _advance(self) -> list[Told]:
+    def advance(self) -> list[Told]:
+        """Write one token of every text."""
+        if not self.rows:
+            return []
+        with torch.inference_mode(), self.view.precision():
+            hidden = each_or_error(self._step, list(range(len(self.rows))))
+            told, ended, chosen = list[Told](), set[int](), list[tuple[int, Tensor]]()
+            scarce = [slot for slot, found in enumerate(hidden) if isinstance(found, OUT_OF_MEMORY)]
+            for slot, found in enumerate(hidden):
+                if isinstance(found, Tensor):
+                    chosen.append((slot, found))
+                elif slot not in scarce[:-1]:  # of memory the last one leaves; the others try again at the next step
+                    told.append(Told(self.rows[slot].request.id, error=found, done=True))
+                    ended.add(slot)
+            more, done = self._chosen([self.rows[slot] for slot, _ in chosen], [found for _, found in chosen])
+        for slot in sorted(ended | {chosen[number][0] for number in done}, reverse=True):
+            self._leave(slot)
+        return told + more
+
+    def _step(self, slots: list[int]) -> list[Tensor]:
+        """Hidden states [D] of the next position of these slots: of all, or of one."""
         assert self._slots is not None
         device = self.view.model.embed.weight.device
-        tokens = torch.tensor([row.last for row in self.rows], device=device)
-        try:
-            hidden = self._slots.step(self.view.model, tokens)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            # Whoever came last goes; the others try again at the next step.
-            newest = self.rows[-1]
-            self._leave(len(self.rows) - 1)
-            return [Told(newest.request.id, error=error, done=True)]
-        told, ended = self._chosen(self.rows, hidden)
-        for slot in sorted(ended, reverse=True):
-            self._leave(slot)
-        return told
+        tokens = torch.tensor([self.rows[slot].last for slot in slots], device=device)
+        only = slots[0] if len(slots) < len(self.rows) else None
+        return list(self._slots.step(self.view.model, tokens, only))
 
-    def _admit(self) -> list[Told]:
+    def admit(self) -> list[Told]:
         """Read prompts, the longest waiting first, and choose their first tokens."""
-        chosen, prefixes, told = self._read()
-        if not chosen:
-            return told
-        tokenizer = self.view.processor.tokenizer
-        rows = [_Row(r, Pieces(tokenizer) if r.pieces else None, chance(r.options)) for r in chosen]
-        more, ended = self._chosen(rows, torch.stack([prefix.hidden for prefix in prefixes]))
-        staying = [i for i in range(len(rows)) if i not in ended]
-        if staying:
-            assert self._slots is not None
-            self._slots.add([prefixes[i] for i in staying], max(_positions(rows[i].request) for i in staying))
-            self.rows += [rows[i] for i in staying]
+        if not self.waiting:
+            return []
+        with torch.inference_mode(), self.view.precision():
+            chosen, prefixes, told = self._read()
+            rows = [self._row(request) for request in chosen]
+            more, ended = self._chosen(rows, [prefix.hidden for prefix in prefixes])
+            staying = [(rows[i], prefixes[i]) for i in range(len(rows)) if i not in ended]
+            for (row, _), error in zip(staying, each_or_error(self._join, staying), strict=True):
+                if error is not None:
+                    more.append(Told(row.request.id, error=error, done=True))
         return told + more
+
+    def _row(self, request: Request) -> _Row:
+        pieces = Pieces(self.view.processor.tokenizer) if request.pieces or request.stop else None
+        return _Row(request, pieces, StopFilter(request.stop), chance(request.options))
+
+    def _join(self, staying: list[tuple[_Row, Prefix]]) -> list[None]:
+        slots = self._opened()
+        slots.add([prefix for _, prefix in staying], max(_positions(row.request) for row, _ in staying))
+        self.rows += [row for row, _ in staying]
+        return [None] * len(staying)
 
     def _opened(self) -> Slots:
         if self._slots is None:
@@ -146,69 +168,87 @@ class Texts:
             if positions > self._settings.prefill and taken:
                 break
             taken.append((self.waiting.popleft(), key, known))
-        new = [(request, key) for request, key, known in taken if known is None]
-        found, failed = self._prefill([request for request, _ in new])
-        told += failed
-        for request, key in new:
-            if request.id in found:
-                self.prefixes.put(key, found[request.id], found[request.id].nbytes)
-        ready = [(r, known or found.get(r.id)) for r, _, known in taken]
-        kept = [(r, prefix) for r, prefix in ready if prefix is not None]
-        for request, _ in kept:
-            assert request.prompt is not None
-            request.prompt_tokens = len(request.prompt)
-        return [r for r, _ in kept], [prefix for _, prefix in kept], told
+        new = {key: request for request, key, known in taken if known is None}
+        found = dict(zip(new, self._prefill(list(new.values())), strict=True))
+        ready: list[tuple[Request, Prefix]] = []
+        for request, key, known in taken:
+            prefix = known or found[key]
+            if isinstance(prefix, Prefix):
+                self.prefixes.put(key, prefix, prefix.nbytes)
+                request.prompt_tokens = prefix.positions
+                ready.append((request, prefix))
+            else:
+                told.append(Told(request.id, error=prefix, done=True))
+        return [request for request, _ in ready], [prefix for _, prefix in ready], told
 
-    def _prefill(self, requests: list[Request]) -> tuple[dict[str, Prefix], list[Told]]:
-        """What was read by the requests' ids; where reading together fails, one by one, whose fault it is."""
-        found: dict[str, Prefix] = {}
-        told: list[Told] = []
+    def _prefill(self, requests: list[Request]) -> list[Prefix | Exception]:
+        """The requests' prompts, read together where their lengths are alike."""
         prompts = [r.prompt for r in requests if r.prompt is not None]
-        parts = [[requests[i] for i in chosen] for chosen in by_length(prompts, self._settings.batch)]
-        while parts:
-            part = parts.pop(0)
-            batch = pad([r.prompt for r in part if r.prompt is not None], pad_id=0, even=True)
-            model = self.view.model
-            try:
-                hidden, cache = model.prefill(batch.to(model.embed.weight.device), batch.shape[1])
-                found |= {r.id: prefix for r, prefix in zip(part, prefixes_of(hidden, cache), strict=True)}
-            except Exception as error:
-                if len(part) == 1:
-                    told.append(Told(part[0].id, error=error, done=True))
-                else:
-                    parts = [*([one] for one in part), *parts]
-        return found, told
+        found: dict[int, Prefix | Exception] = {}
+        for part in by_length(prompts, self._settings.batch):
+            found |= dict(zip(part, each_or_error(self._prefixes, [prompts[i] for i in part]), strict=True))
+        return [found[i] for i in range(len(prompts))]
 
-    def _chosen(self, rows: list[_Row], hidden: Tensor) -> tuple[list[Told], set[int]]:
+    def _prefixes(self, prompts: list[Sequence]) -> list[Prefix]:
+        model = self.view.model
+        batch = pad(prompts, pad_id=0, even=True)
+        return prefixes_of(*model.prefill(batch.to(model.embed.weight.device), batch.shape[1]))
+
+    def _chosen(self, rows: list[_Row], hidden: list[Tensor]) -> tuple[list[Told], set[int]]:
         """The next token of each row, what is to be told of it, and the rows that came to an end."""
-        end = self.view.processor.tokenizer.end_id
-        prompts = [row.request.prompt for row in rows if row.request.prompt is not None]
-        options = [row.request.options for row in rows]
-        logits = permitted(self.view.model.logits(hidden), prompts, [row.ids for row in rows], options, end)
-        tokens, log_probs = choose(logits, options, [row.chance for row in rows])
-        told, ended = [], set()
-        for number, (row, token, log_prob) in enumerate(zip(rows, tokens.tolist(), log_probs.tolist(), strict=True)):
-            row.score += log_prob
-            row.last = token
-            row.request.tokens += 1
-            piece = "" if token == end else row.add(token)
-            finished = token == end
-            if finished or len(row.ids) >= row.request.options.max_new_tokens:
+        told, ended = list[Told](), set[int]()
+        found = each_or_error(self._tokens, list(zip(rows, hidden, strict=True)))
+        for number, (row, choice) in enumerate(zip(rows, found, strict=True)):
+            if isinstance(choice, Exception):
                 ended.add(number)
-                told.append(self._answer(row, piece + (row.pieces.rest() if row.pieces else ""), finished))
-            elif piece:
+                told.append(Told(row.request.id, error=choice, done=True))
+                continue
+            row.last, log_prob = choice
+            row.score += log_prob
+            row.request.tokens += 1
+            is_end = row.last == self.view.processor.tokenizer.end_id
+            piece = "" if is_end else row.add(row.last)
+            if is_end or row.stopped.is_stopped or len(row.ids) >= row.request.options.max_new_tokens:
+                ended.add(number)
+                told.append(self._answer(row, piece + row.rest(), is_end))
+            elif piece and row.request.pieces:
                 told.append(Told(row.request.id, piece=piece))
         return told, ended
 
-    def _answer(self, row: _Row, piece: str, finished: bool) -> Told:
+    def _tokens(self, rows: list[tuple[_Row, Tensor]]) -> list[tuple[int, float]]:
+        """The next token of each row and its log-probability."""
+        end = self.view.processor.tokenizer.end_id
+        every = [row for row, _ in rows]
+        prompts = [row.request.prompt for row in every if row.request.prompt is not None]
+        options = [row.request.options for row in every]
+        logits = self.view.model.logits(torch.stack([hidden for _, hidden in rows]))
+        logits = permitted(logits, prompts, [row.ids for row in every], options, end)
+        tokens, log_probs = choose(logits, options, [row.chance for row in every])
+        return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
+
+    def _answer(self, row: _Row, piece: str, is_end: bool) -> Told:
         task = row.request.made
         assert task is not None
-        told = Told(row.request.id, piece, done=True, finished=finished)
+        finished = is_end or row.stopped.is_stopped
+        told = Told(row.request.id, piece if row.request.pieces else "", done=True, finished=finished)
         try:
-            told.value = self.view.read(task, Generated(row.ids, row.score, finished))
+            told.value = cut_value(self.view.read(task, Generated(row.ids, row.score, finished)), row.request.stop)
         except Exception as error:
             told.error = error
         return told
+
+
+def each_or_error(act: Callable[[list[T]], list[R]], items: list[T]) -> list[R | Exception]:
+    """What `act` gives for each of the items, all at once. Where that fails, each item is tried by itself, so that only
+    an item that fails alone gets an error. `act` leaves things as they were when it fails."""
+    if not items:
+        return []
+    try:
+        return [*act(items)]
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        return [found for item in items for found in each_or_error(act, [item])]
 
 
 def _positions(request: Request) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import time
+from collections.abc import Hashable, Mapping, Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,11 +11,14 @@ from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
+from openm6.decode.ends import head_answers, vectors
 from openm6.decode.generate import check_room, generate
 from openm6.decode.labels import LabelTree, label_probabilities
+from openm6.decode.pieces import cut_at_stop
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
+from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
 from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
@@ -23,6 +27,7 @@ from openm6.tasks.task import Task
 
 BATCH = 64
 """Rows of labels that are read at once."""
+LATE = "The request's deadline has passed."
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +41,7 @@ class Request:
     pieces       whether a text is told in pieces too, as it is written
     truncate     "start" where the longest text loses its beginning, if the prompt is longer than the model takes
     probabilities   of a task whose output is a label: the value is {"value": label, "probabilities": {label: number}}
-    stop            texts at the first of which writing ends; it is not told
+    stop         strings at the first of which a text ends, without it; of a task that writes texts alone
     """
 
     id: str
@@ -50,7 +55,7 @@ class Request:
     deadline: float | None = None
     pieces: bool = True
     probabilities: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Items[str] = ()
     truncate: str | None = None
 
     # The cost so far, of which every event tells: tokens that were computed for the answer, and positions of the prompt
@@ -68,14 +73,18 @@ class Request:
     needs: int = 0
     truncated: int = 0
 
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and self.deadline < time.monotonic()
+
 
 @dataclass(slots=True)
 class Told:
     """What became of a request so far: a piece of its text, its answer, or why it has none.
 
-    `finished`: whether the text came to its end before max_new_tokens; `tokens` and `prompt_tokens`: the request's cost
-    so far, also of an error, and of a request that was cancelled; `truncated`: positions of the prompt that were left
-    out.
+    `finished`: whether the text came to its end, or to a stop string, before max_new_tokens; `tokens` and
+    `prompt_tokens`: the request's cost so far, also of an error, and of a request that was cancelled; `truncated`:
+    positions of the prompt that were left out.
     """
 
     id: str
@@ -102,6 +111,9 @@ def prepared(request: Request, view: Bundle) -> None:
         return prompt
 
     request.alone = True
+    request.stop = tuple(stop for stop in request.stop if stop)
+    if request.stop and any(task.slots[name].type != "text" for name in task.outputs):
+        raise UsageError(f"The task {task.name} does not write texts alone: it takes no stop strings.", param="stop")
     kind: tuple[Hashable, ...]
     if request.probabilities:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
@@ -153,16 +165,17 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     task, options = first.made, first.options
     prompts = [request.prompt for request in requests if request.prompt is not None]
     assert task is not None
+    pad_id = view.processor.tokenizer.pad_id
     if first.probabilities:
-        return _with_probabilities(view, task, prompts, options)
+        return _with_probabilities(view, task, requests, prompts)
     if task.draws:
         numbers = list(range(first.candidates)) * len(requests)
         return _pictures(view, task, requests, options, numbers)
     if task.embeds:
-        return _at_once(lambda: list(view.vectors(task, [r.record for r in requests], dims=options)), len(requests))
+        return _at_once(lambda: list(vectors(view.model, prompts, pad_id, options)), len(requests))
     if task.head:
-        return _at_once(lambda: list(view.run_many(task, [r.record for r in requests])), len(requests))
-    return _texts(view, task, prompts, options)
+        return _at_once(lambda: head_answers(view.model, prompts, pad_id, task.head), len(requests))
+    return _texts(view, task, requests, prompts)
 
 
 def _pictures(
@@ -174,11 +187,11 @@ def _pictures(
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 
-def _with_probabilities(view: Bundle, task: Task, prompts: list[Sequence], options: Decoding) -> Steps[list[Any]]:
+def _with_probabilities(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
     """The answers, then the probabilities, which cost the beginnings of labels that are read."""
-    tokenizer = view.processor.tokenizer
+    tokenizer, options = view.processor.tokenizer, requests[0].options
     if options.num_beams > 1:
-        answers = yield from _texts(view, task, prompts, options)
+        answers = yield from _texts(view, task, requests, prompts)
     else:
         # Each request draws as if it were alone.
         written = generate(view.model, prompts, tokenizer.end_id, options, numbers=[0] * len(prompts))
@@ -196,10 +209,19 @@ def _at_once(act: Any, rows: int) -> Steps[list[Any]]:
     return act()  # type: ignore[no-any-return]
 
 
-def _texts(view: Bundle, task: Task, prompts: list[Sequence], options: Decoding) -> Steps[list[Any]]:
-    tokenizer = view.processor.tokenizer
+def _texts(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
+    tokenizer, options = view.processor.tokenizer, requests[0].options
     if task.sketch:
         found = yield from refine_steps(view.model, prompts, tokenizer, options.max_new_tokens)
     else:
         found = yield from beam_steps(view.model, prompts, tokenizer.end_id, options)
-    return [view.read(task, one) for one in found]
+    return [cut_value(view.read(task, one), asked.stop) for one, asked in zip(found, requests, strict=True)]
+
+
+def cut_value(value: Any, stops: Items[str]) -> Any:
+    """A text, or each of several by name, up to its first stop string."""
+    if not stops:
+        return value
+    if isinstance(value, Mapping):
+        return {name: cut_at_stop(text, stops) for name, text in value.items()}
+    return cut_at_stop(value, stops)

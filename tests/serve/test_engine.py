@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from threading import Thread
 from typing import Any
 
@@ -163,14 +162,6 @@ def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
     for identity in "ac":
         decoding = {"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
         assert found[identity].value == offline(bundle, "write", decoding, text="红色")
-
-
-def test_a_deadline_that_passes_is_an_error(bundle: Bundle) -> None:
-    watched = Watched(bundle)
-    watched.ask("late", "write", text="红色", deadline=time.monotonic() - 1)
-    watched.ask("fine", "write", text="红色", deadline=time.monotonic() + 60, decoding={"max_new_tokens": 4})
-    found = watched.finish()
-    assert isinstance(found["late"].error, TimeoutError) and found["fine"].error is None
 
 
 @pytest.mark.parametrize(

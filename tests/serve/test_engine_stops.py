@@ -1,0 +1,94 @@
+"""Texts that end at a stop string."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from openm6.bundle import Bundle
+from openm6.decode.pieces import cut_at_stop
+from openm6.errors import UsageError
+from tests.serve.conftest import Watched
+
+TEXTS = ["红色", "蓝色的杯子", "条纹连衣裙，红色条纹", "图中的商品是什么？", "画"]
+
+
+def sampled(seed: int) -> dict:
+    return {"max_new_tokens": 24, "temperature": 1.5, "seed": seed}
+
+
+def test_writing_ends_at_the_first_stop(bundle: Bundle) -> None:
+    """Of one character or several, in one token or over several of them, told in pieces or at once."""
+    rng, watched, asked = random.Random(0), Watched(bundle), {}
+    for number in range(40):
+        text = TEXTS[number % len(TEXTS)]
+        whole = bundle.run("write", decoding=sampled(number), text=text)
+        places = [rng.randrange(len(whole)) for _ in range(2)] if whole else []
+        stops = [whole[place : place + rng.randint(1, 3)] for place in places]
+        asked[str(number)] = whole, stops
+        watched.ask(
+            str(number), "write", text=text, decoding=sampled(number), stop=[*stops, ""], pieces=number % 2 == 0
+        )
+    found, pieces = watched.finish(), watched.texts()
+    tokens = 0
+    for identity, (whole, stops) in asked.items():
+        told = found[identity]
+        assert told.error is None and told.value == cut_at_stop(whole, stops)
+        assert pieces.get(identity, "") == (told.value if int(identity) % 2 == 0 else "")
+        assert told.finished or not stops
+        length = len(bundle.processor.tokenizer.encode(told.value))
+        tokens += told.tokens
+        assert told.tokens > 0 and (not stops or told.tokens <= 24)
+        assert told.tokens >= length or told.value != whole
+    assert watched.engine.counts.tokens == tokens
+
+
+def test_what_follows_a_stop_is_not_written(bundle: Bundle) -> None:
+    whole = bundle.run("write", decoding=sampled(3), text="红色")
+    assert len(whole) > 6
+    watched = Watched(bundle)
+    watched.ask("whole", "write", text="红色", decoding=sampled(3))
+    watched.ask("cut", "write", text="红色", decoding=sampled(3), stop=[whole[3]])
+    found = watched.finish()
+    assert found["cut"].value == whole[: whole.index(whole[3])]
+    assert found["cut"].tokens < found["whole"].tokens
+    order = [told.id for told in watched.told if told.done]
+    assert order == ["cut", "whole"]  # it made room before the other one was written
+
+
+def test_a_beginning_that_becomes_no_stop_is_told_with_the_end(bundle: Bundle) -> None:
+    whole = bundle.run("write", decoding=sampled(3), text="红色")
+    watched = Watched(bundle)
+    watched.ask("a", "write", text="红色", decoding=sampled(3), stop=[whole[-2:] + "没有"])
+    told = watched.finish()["a"]
+    assert told.value == watched.texts()["a"] == whole and whole[-2:] in told.piece
+
+
+def test_beams_and_sketches_are_cut_at_a_stop(bundle: Bundle) -> None:
+    beams = {"num_beams": 3, "max_new_tokens": 8}
+    records = [
+        ("write", beams, {"text": "红色"}),
+        ("live_script_edit", {"max_new_tokens": 12}, {"asr": "红色条纹，蓝色圆点"}),
+    ]
+    watched = Watched(bundle)
+    for number, (task, decoding, record) in enumerate(records):
+        whole = bundle.run(task, decoding=decoding, **record)
+        assert len(whole) > 2
+        watched.ask(str(number), task, record=record, decoding=decoding, stop=[whole[1:3]])
+        watched.ask(f"{number} whole", task, record=record, decoding=decoding)
+    found = watched.finish()
+    for number in range(len(records)):
+        whole = found[f"{number} whole"].value
+        assert found[str(number)].value == cut_at_stop(whole, [whole[1:3]]) != whole
+
+
+@pytest.mark.parametrize(
+    ("task", "record"),
+    [("kind", {"photo": b""}), ("text_vector", {"text": "红"}), ("text_to_image", {"caption": "红"})],
+)
+def test_what_is_no_text_takes_no_stop(bundle: Bundle, task: str, record: dict) -> None:
+    watched = Watched(bundle)
+    with pytest.raises(UsageError, match="takes no stop strings") as refused:
+        watched.ask("a", task, record=record, stop=["红"])
+    assert refused.value.param == "stop"
