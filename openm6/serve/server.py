@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from openm6.errors import UsageError, suggest
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
-from openm6.serve.guard import Refusal
+from openm6.serve.guard import API, Refusal, note
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter
@@ -44,6 +44,8 @@ class Options:
     hosts       from which pictures may be fetched
     loopback    whether only this machine asks: then no page of another site may, nor by another name of this machine
     body_mib    of a request at most
+    body_seconds    that may pass between two parts of a request's body
+    origins     of web pages of other sites that may ask the API
     seconds     that a request may take, unless it asks for less
     """
 
@@ -51,6 +53,8 @@ class Options:
     hosts: tuple[str, ...] = ()
     loopback: bool = False
     body_mib: int = 64
+    body_seconds: float = 10.0
+    origins: tuple[str, ...] = ()
     seconds: float = 300.0
     drain: float = 30.0
 
@@ -90,19 +94,35 @@ class Server:
 
     def key_of(self, request: Request, role: str = USE) -> Key:
         """Whoever asks. Raises Refusal where they may not."""
-        if self.keys is None:
-            return LOCAL
-        given = request.headers.get("authorization", "")
-        kind, _, secret = given.partition(" ")
-        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
-        if key is None:
-            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+        key = self.find_key(request.headers.get("authorization", ""))
+        if key is LOCAL:
+            return key
         if not key.may(role):
             raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
         if (seconds := self.meter.wait(key)) > 0:
             raise Refusal(429, f"The key {key.name} has asked as often as it may.", "rate_limit_exceeded", seconds)
         request.state.key = key.name
         return key
+
+    def find_key(self, authorization: str) -> Key:
+        """The key that a header names; LOCAL where none is needed. Raises Refusal (401) for one that is not valid."""
+        if self.keys is None:
+            return LOCAL
+        kind, _, secret = authorization.partition(" ")
+        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+        return key
+
+    def takes_texts_only(self, path: str) -> bool:
+        """Whether no request to a path of the API holds pictures or many texts."""
+        if not path.startswith(API) or path.endswith("/batch"):
+            return False
+        if path.startswith(f"{API}tasks/"):
+            name = path.removeprefix(f"{API}tasks/")
+            tasks = [one.about["tasks"].get(name, {}) for one in self.fleet.deployments.values()]
+            return not any("image" in task.get("slots", {}).values() for task in tasks)
+        return not path.startswith((f"{API}chat/", f"{API}embeddings", f"{API}images/edits"))
 
     def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
         """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
@@ -113,6 +133,7 @@ class Server:
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
         """A request as it goes to the worker."""
+        note(deployment.name, task)
         slots = self.task(deployment, task)["slots"]
         read = partial(record_of, slots=slots, pictures=self.pictures)
         every = [asked.inputs, *asked.examples]
@@ -134,19 +155,20 @@ class Server:
         self, key: Key, deployment: Deployment, message: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the worker tells, counted. Raises Refused."""
-        started, first, tokens = time.perf_counter(), True, 0
+        started, first, tokens, prompt_tokens = time.perf_counter(), True, 0, 0
         kind = self.task(deployment, message["task"])["kind"]
+        labels = deployment.name, kind
         status, span = "cancelled", self.span(deployment.name, message["task"])
         try:
             async with aclosing(self.fleet.ask(deployment.name, message)) as events:
                 async for event in events:
                     if first:
-                        self.figures.first.labels(kind).observe(time.perf_counter() - started)
+                        self.figures.first.labels(*labels).observe(time.perf_counter() - started)
                         first = False
                         span.first()
                     if "value" in event:
                         tokens = event["tokens"] or _weight(kind, event["value"])
-                        self.figures.tokens.labels(kind).inc(tokens)
+                        prompt_tokens = event["prompt_tokens"]
                         self.meter.spend(key, tokens)
                         status = "ok"
                     yield event
@@ -155,8 +177,11 @@ class Server:
             raise
         finally:
             span.end(status, tokens)
-            self.figures.requests.labels(kind, status).inc()
-            self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
+            note(deployment.name, message["task"], prompt_tokens, tokens)
+            self.figures.tokens.labels(*labels).inc(tokens)
+            self.figures.prompt_tokens.labels(*labels).inc(prompt_tokens)
+            self.figures.requests.labels(*labels, status).inc()
+            self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 
     async def whole(
         self, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
