@@ -43,7 +43,7 @@ LARGE = 2**20
 """Bytes of a body above which it is large. Where a route takes texts alone no body is; elsewhere they are the first
 to be refused by a busy server, and are read on another thread (bodies.py)."""
 OPEN = 512
-"""Bodies that may be on their way at a time."""
+"""Bodies that are waited for at a time; one more, and the one of which nothing has come for longest is given up."""
 HELD = 8
 """Bodies of the largest size that fit into the memory for all of them."""
 SLOWEST = 2**14
@@ -188,7 +188,7 @@ class _Body:
         length = headers.get(b"content-length", b"")
         self.limit, self.declared = limit, int(length) if length.isdigit() else 0
         self.incomplete = self.declared > 0 or b"transfer-encoding" in headers
-        self.bytes, self.waited, self.is_counted = 0, 0.0, False
+        self.bytes, self.waited = 0, 0.0
 
 
 class Guard:
@@ -215,7 +215,8 @@ class Guard:
         self.app, self.most, self.full, self.loopback = app, most, full, loopback
         self.busy, self.texts_only, self.lets_in, self.origins = busy, texts_only, lets_in, origins
         self.seconds, self.count = seconds, count
-        self._open = self._held = 0
+        self._held = 0
+        self._waiting: dict[_Body, asyncio.Timeout] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -264,7 +265,6 @@ class Guard:
             if not has_begun:
                 await answer(scope, receive, told)
         finally:
-            self._open -= body.is_counted
             self._held -= body.bytes
             entry.status = 499 if gone else entry.status or 500
             entry.key = scope.get("state", {}).get("key", "")
@@ -305,15 +305,19 @@ class Guard:
             raise BodyError(429, f"The server is busy: it takes no body of more than {LARGE / 2**20:.0f} MiB.", FULL)
 
     async def _part(self, body: _Body, path: str, receive: Any) -> Any:
-        """The next part of a body. Raises BodyError for one that is too large or too slow, or one too many."""
+        """The next part of a body. Raises BodyError for one that is too large or too slow."""
         begun = time.perf_counter()
-        left = min(self.seconds, self.seconds + body.bytes / SLOWEST - body.waited)
+        if len(self._waiting) >= OPEN:
+            self._waiting.pop(next(iter(self._waiting))).reschedule(0)
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
+                self._waiting[body] = timer
                 message = await receive()
         except TimeoutError:
             why = f"The body did not come: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
             raise BodyError(408, why, "request_timeout") from None
+        finally:
+            self._waiting.pop(body, None)
         was_large = body.bytes > LARGE
         body.waited += time.perf_counter() - begun
         body.bytes += len(message.get("body", b""))
@@ -323,11 +327,6 @@ class Guard:
             raise _too_large(body)
         if body.bytes > LARGE >= body.declared and not was_large:  # it did not say how large it is
             self._check_room(path)
-        if body.incomplete != body.is_counted:
-            self._open += 1 if body.incomplete else -1
-            body.is_counted = body.incomplete
-            if self._open > OPEN:
-                raise BodyError(429, f"{OPEN} bodies are on their way already.", FULL)
         return message
 
 
