@@ -10,7 +10,8 @@ from benchmarks.common import report
 
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
-    "tasks", "sketch", "index", "adapters", "retrieval", "serve", "cascade", "compress", "quantize", "distill",
+    "tasks", "sketch", "index", "adapters", "retrieval", "serve", "overload", "cascade", "compress", "quantize",
+    "distill",
 )  # fmt: skip
 
 

@@ -22,9 +22,10 @@ _ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028
 _BYTES = "__base64__"
 
 
-def dumps(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """A value on one line, without its end; `default` (such as `plain`) for what JSON does not know."""
-    return json.dumps(value, ensure_ascii=False, default=default).translate(_ENDS)
+def dumps(value: Any, default: Callable[[Any], Any] | None = None, allow_nan: bool = True) -> str:
+    """A value on one line, without its end; `default` (such as `plain`) for what JSON does not know. Raises ValueError
+    for NaN and Infinity where they are not allowed."""
+    return json.dumps(value, ensure_ascii=False, default=default, allow_nan=allow_nan).translate(_ENDS)
 
 
 def plain(value: Any) -> Any:

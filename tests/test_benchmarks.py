@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.__main__ import NAMES
 from benchmarks.common import report, show
+from openm6.serve.server import TaskRequest
+from tests.conftest import drawing_bundle
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
 
@@ -25,7 +27,7 @@ def test_the_committed_results_can_be_shown(file: Path, capsys: pytest.CaptureFi
 
 
 def test_every_benchmark_without_committed_results_is_tried_here() -> None:
-    assert set(NAMES) - {json.loads(file.read_text("utf-8"))["name"] for file in RESULTS} == {"attention"}
+    assert set(NAMES) - {json.loads(file.read_text("utf-8"))["name"] for file in RESULTS} <= {"attention", "overload"}
 
 
 def test_attention_runs_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +37,22 @@ def test_attention_runs_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
     file = report("attention", TITLE, rows, note, tmp_path)
     assert json.loads(file.read_text("utf-8"))["rows"] == rows
     assert "plain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_overload_runs_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.overload import TITLE, run
+
+    drawing_bundle().save(tmp_path / "model")
+    untrained = {"allow_untrained": True} if "allow_untrained" in TaskRequest.model_fields else {}
+    body = {"inputs": {"text": "红"}, **untrained}
+    asked = [("/v1/tasks/text_vector", json.dumps(body).encode())]
+    rows, note = run(tmp_path / "model", asked, ("/v1/tasks/text_vector", "/v1/tasks/vqa"), 1.0, 1, 2_000_000)
+    report("overload", TITLE, rows, note, tmp_path)
+    alone, harmed = rows
+    assert alone["small answers/s"] > 0 < harmed["small answers/s"]
+    assert "large 413" in harmed["answers to the harmful"] and "half-sent 408" in harmed["answers to the harmful"]
+    assert TITLE in capsys.readouterr().out
 
 
 def test_rows_with_columns_of_their_own_make_one_table(capsys: pytest.CaptureFixture[str]) -> None:

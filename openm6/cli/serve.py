@@ -41,14 +41,20 @@ def serve(
     image_host: Annotated[
         list[str] | None, typer.Option(help="Host from which pictures may be fetched; none by default.")
     ] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="https://shop.example: its pages may ask the API; several times.")
+    ] = None,
 ) -> None:
     """Put a model behind an API and a web page: `openm6 serve runs/demo/model`"""
     import logging
     import signal
+    import time
 
+    begun = time.monotonic()
     from openm6.hub.find import find_model
 
     check_reach(host, keys)
+    check_origins(origin or [])
     adapters = {name: find_model(path)[0] for name, path in pairs(adapter or []).items()}
     found: dict[str, Path] = {}
     for one in model:
@@ -59,27 +65,33 @@ def serve(
             raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
         found[name] = place
 
-    import uvicorn
-
     from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
+    from openm6.serve.listen import bind, listen
     from openm6.serve.server import Options
     from openm6.serve.traces import add_traces
 
+    sockets = bind(host, port)
     places = {name: Place(place, {} if number else adapters) for number, (name, place) in enumerate(found.items())}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None)
+    options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None, origins=tuple(origin or ()))
     beside = [partial(work_beside, jobs)] if jobs else []
     application = create_app(Fleet(Settings(cache_mib=cache_mib), queue), options, places, beside)
     if traces:
         add_traces(application, application.state.server)
-    if console:
-        _mount(application, batches)
+    has_console = console and _mount(application, batches)
+
+    def started() -> None:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
+        told = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
+        typer.echo(f"{told} (console: {url}/)" if has_console else told)
+
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    if not listen(application, sockets, started):
+        raise typer.Exit(1)
 
 
 async def work_beside(at_once: int) -> None:
@@ -96,13 +108,16 @@ async def work_beside(at_once: int) -> None:
         await asyncio.sleep(1)
 
 
-def _mount(application: FastAPI, batches: Path) -> None:
+def _mount(application: FastAPI, batches: Path) -> bool:
+    """Whether the page could be added."""
     from openm6.console import add_console
 
     try:
         add_console(application, application.state.server, batches)
     except UsageError as error:
         typer.echo(f"Without the console: {error}", err=True)
+        return False
+    return True
 
 
 def check_reach(host: str, keys: Path | None) -> None:
@@ -111,6 +126,22 @@ def check_reach(host: str, keys: Path | None) -> None:
 
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
+
+
+def check_origins(origins: list[str]) -> None:
+    """Raises UsageError for what a browser would not send as the origin of a page."""
+    from urllib.parse import urlsplit
+
+    for one in origins:
+        parts = urlsplit(one)
+        if (
+            parts.scheme not in ("http", "https")
+            or one != f"{parts.scheme}://{parts.netloc}".lower()
+            or not parts.netloc
+        ):
+            raise UsageError(
+                f"{one} is no origin of pages: write it as https://shop.example, with a port if it has one."
+            )
 
 
 keys_app = typer.Typer(help="Keys of the API.", no_args_is_help=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -25,18 +24,21 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.middleware.cors import CORSMiddleware
 
 from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error
 from openm6.hub.find import find_model
 from openm6.json_lines import dumps
+from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet, Place
-from openm6.serve.guard import Guard, add_errors, known, sse
+from openm6.serve.guard import Guard, add_errors, body_of, known, sse, unforeseen
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, untrained
+from openm6.serve.wire import INTERNAL
 
 
 class PromoteRequest(BaseModel):
@@ -71,9 +73,18 @@ def create_app(
 
     app = FastAPI(title="OpenM6", version=__version__, lifespan=lifespan)
     app.state.server = server
+    app.router.route_class = Route
+    limits = server.options
     app.add_middleware(
-        Guard, full=lambda: fleet.full, most=server.options.body_mib * 2**20, loopback=server.options.loopback
-    )
+        Guard, full=lambda: fleet.full, most=limits.body_mib * 2**20, loopback=limits.loopback,
+        busy=lambda: fleet.busy, texts_only=server.takes_texts_only, lets_in=server.find_key, origins=limits.origins,
+        seconds=limits.body_seconds, count=server.figures.answered,
+    )  # fmt: skip
+    if limits.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=limits.origins, allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"], expose_headers=["*"],
+        )  # fmt: skip
     add_errors(app)
     _routes(app, server)
     add_routes(app, server)
@@ -156,29 +167,26 @@ def _routes(app: FastAPI, server: Server) -> None:
         told = _task(server, deployment, task)
         if not (allow_untrained or is_trained(told, None)):
             raise untrained(deployment, task)
-        try:
-            lines = (await request.body()).decode("utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise DataError("The file has to be JSON lines in UTF-8.") from None
+        lines = (await request.body()).split(b"\n")
 
-        async def one(number: int, line: str) -> str:
+        async def one(number: int, line: bytes) -> str:
             try:
-                inputs = json.loads(line)
+                inputs = await json_of(line, "The line")
                 if not isinstance(inputs, dict):
                     raise DataError("A line has to be a JSON object.")
                 asked = TaskRequest(inputs=inputs, truncate=truncate, allow_untrained=allow_untrained)
                 message = await server.message(deployment, task, asked)
                 found = _answer(await server.in_turn(key, deployment, message), told, message)
             except OpenM6Error as error:
-                found = {"error": {"message": str(error), "code": error.code, "param": error.param}}
-            except (ValueError, RecursionError):
-                found = {"error": {"message": "The line is no JSON."}}
+                found = body_of(error.code, str(error), "invalid_request_error", error.param)
+            except Exception:
+                found = body_of(INTERNAL, unforeseen())
             return dumps({"line": number, **found}) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
 
 
-async def _in_any_order(lines: list[str], act: Callable[[int, str], Awaitable[str]]) -> AsyncIterator[str]:
+async def _in_any_order(lines: list[bytes], act: Callable[[int, bytes], Awaitable[str]]) -> AsyncIterator[str]:
     numbered = iter([(number, line) for number, line in enumerate(lines, 1) if line.strip()])
     running: set[asyncio.Task[str]] = set()
     try:

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from openm6.serve.fleet import Fleet
+    from openm6.serve.fleet import Deployment, Fleet
 
 _TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+STATE = 5.0
+"""Seconds that a model's process has to tell what it has done."""
 
 
 class Figures:
-    """Of one server; `kind` is text, picture, vector or value."""
+    """Of one server; `model` is the name of a deployment, `kind` is text, picture, vector or value."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("openm6_requests", "Requests by how they ended", ["kind", "status"], registry=registry)
-        self.seconds = Histogram(
-            "openm6_request_seconds", "Whole requests", ["kind"], buckets=_TIMES, registry=registry
-        )
+        labels = ["model", "kind"]
+        self.requests = Counter("openm6_requests", "Requests by how they ended", [*labels, "status"], registry=registry)
+        self.seconds = Histogram("openm6_request_seconds", "Whole requests", labels, buckets=_TIMES, registry=registry)
         self.first = Histogram(
-            "openm6_first_seconds", "Until the first piece or the answer", ["kind"], buckets=_TIMES, registry=registry
+            "openm6_first_seconds", "Until the first piece or the answer", labels, buckets=_TIMES, registry=registry
         )
-        self.tokens = Counter("openm6_tokens", "Tokens and codes written", ["kind"], registry=registry)
-        self.waiting = Gauge("openm6_waiting", "Requests that wait", ["model"], registry=registry)
-        self.running = Gauge("openm6_running", "Requests that are worked at", ["model"], registry=registry)
-        self.restarts = Gauge("openm6_restarts", "Times that a model's process died", ["model"], registry=registry)
-        self.energy = Gauge(
-            "openm6_energy_kwh",
-            "Of a model's process, mostly estimated from nominal power",
-            ["model"],
-            registry=registry,
+        self.tokens = Counter("openm6_tokens", "Tokens and codes written", labels, registry=registry)
+        self.prompt_tokens = Counter("openm6_prompt_tokens", "Tokens of prompts", labels, registry=registry)
+        self._answers = Counter("openm6_http_responses", "Answers by HTTP status", ["status"], registry=registry)
+        self._states: dict[str, tuple[int, dict[str, Any]]] = {}
+        registry.register(self)
+
+    def answered(self, status: int) -> None:
+        """Count an answer over HTTP."""
+        self._answers.labels(str(status)).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """What the models' processes have told last; prometheus_client calls this. A counter of a process begins at 0
+        again when the process does."""
+        waiting = GaugeMetricFamily("openm6_waiting", "Requests that wait", labels=["model"])
+        running = GaugeMetricFamily("openm6_running", "Requests that are worked at", labels=["model"])
+        restarts = CounterMetricFamily("openm6_restarts", "Times that a model's process died", labels=["model"])
+        energy = CounterMetricFamily(
+            "openm6_energy_kwh", "Of a model's process, mostly estimated from nominal power", labels=["model"]
         )
-        self.busy = Gauge("openm6_busy_seconds", "Time spent by the engine", ["model", "work"], registry=registry)
+        busy = CounterMetricFamily("openm6_busy_seconds", "Time spent by the engine", labels=["model", "work"])
+        for name, (times, state) in self._states.items():
+            restarts.add_metric([name], times)
+            if state:
+                waiting.add_metric([name], state["waiting"])
+                running.add_metric([name], state["running"])
+                energy.add_metric([name], state["energy_kwh"])
+                for work, seconds in state["seconds"].items():
+                    busy.add_metric([name, work], seconds)
+        yield from (waiting, running, restarts, energy, busy)
 
     async def page(self, fleet: Fleet) -> bytes:
-        for name, deployment in fleet.deployments.items():
-            self.restarts.labels(name).set(deployment.restarts)
-            state = await deployment.worker.state() if deployment.worker else {}
-            if state:
-                self.waiting.labels(name).set(state["waiting"])
-                self.running.labels(name).set(state["running"])
-                self.energy.labels(name).set(state["energy_kwh"])
-                for work, seconds in state["seconds"].items():
-                    self.busy.labels(name, work).set(seconds)
+        known = dict(fleet.deployments)
+        states = await asyncio.gather(*map(_state, known.values()))
+        self._states = {name: (known[name].restarts, state) for name, state in zip(known, states, strict=True)}
         return generate_latest(self.registry)
+
+
+async def _state(deployment: Deployment) -> dict[str, Any]:
+    """Empty of a process that is gone, or that does not answer."""
+    try:
+        return await asyncio.wait_for(deployment.worker.state(), STATE) if deployment.worker else {}
+    except TimeoutError:
+        return {}

@@ -206,6 +206,11 @@ class Deployment:
         """Whether it has as many requests as it may."""
         return self.worker is not None and self.worker.busy >= self.queue
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has half of the requests that it may have."""
+        return self.worker is not None and self.worker.busy >= self.queue / 2
+
     async def start(self, place: Place) -> None:
         self.worker = await Worker.start(place, self.settings)
 
@@ -308,12 +313,17 @@ class Fleet:
         """Whether none of the models takes another request."""
         return bool(self.deployments) and all(one.full for one in self.deployments.values())
 
+    @property
+    def busy(self) -> bool:
+        """Whether each of the models has half of the requests that it may have."""
+        return bool(self.deployments) and all(one.busy for one in self.deployments.values())
+
     def ask(
         self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""
         if self.closing:
-            raise Refused(FULL, "The server is stopping.")
+            raise Refused(FULL, "The server is stopping.", "stopping")
         return self.get(name).ask(str(next(self._numbers)), message, heard)
 
     async def stop(self, seconds: float = 30.0) -> None:

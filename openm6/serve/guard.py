@@ -1,22 +1,29 @@
-"""Around every request: how large it may be, what is said when it cannot be answered, a line in the log."""
+"""Around every request: what is refused before it is read, what is said of errors, a line in the log."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, cut
 from openm6.json_lines import dumps
 from openm6.serve.fleet import Refused
+from openm6.serve.validation import fault_of_request
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
 from openm6.sites import from_another_site, from_here
 
@@ -24,10 +31,23 @@ log = logging.getLogger("openm6.access")
 
 T = TypeVar("T")
 
+API = "/v1/"
 WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 """Paths below which a model is asked (POST)."""
+PAGES = ("/docs", "/redoc", "/openapi.json")
+"""Pages about the API: behind the key, as the API is."""
 AGAIN = 1.0
 """Seconds after which whoever is refused may come again."""
+
+LARGE = 2**20
+"""Bytes of a body above which it is large. Where a route takes texts alone no body is; elsewhere they are the first
+to be refused by a busy server, and are read on another thread (bodies.py)."""
+OPEN = 512
+"""Bodies that are waited for at a time; one more, and the one of which nothing has come for longest is given up."""
+HELD = 8
+"""Bodies of the largest size that fit into the memory for all of them."""
+SLOWEST = 2**14
+"""Bytes a second: the slowest that a body may come, after its first seconds."""
 
 STATUS = {INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
 
@@ -53,6 +73,14 @@ def type_of(status: int) -> str:
     return "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
 
 
+class BodyError(HTTPException):
+    """A body that is not read to its end. Web frameworks let an HTTPException through while they read a body."""
+
+    def __init__(self, status: int, message: str, code: str):
+        super().__init__(status, message)
+        self.code = code
+
+
 def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
     """What is found by a name. Raises Refusal (404) where there is no such."""
     try:
@@ -61,8 +89,50 @@ def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
         raise Refusal(404, str(error), code) from None
 
 
+@dataclass
+class LogEntry:
+    """What the log tells of one request: neither contents nor keys."""
+
+    method: str
+    path: str
+    status: int = 0
+    code: str = ""
+    key: str = ""
+    model: str = ""
+    task: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    request: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+
+_entry: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
+
+
+def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
+    """Tell the log which task of which model answers the current request; tokens add up."""
+    if (entry := _entry.get()) is not None:
+        entry.model, entry.task = model, task
+        entry.prompt_tokens += prompt_tokens
+        entry.tokens += tokens
+
+
+def unforeseen() -> str:
+    """The sentence for an error that is not the client's. Call it where the exception is handled: it is logged."""
+    entry = _entry.get() or LogEntry("", "")
+    entry.status = 500
+    logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
+    return "The server failed at this request, and its log says why"
+
+
 def body_of(code: str, message: str, kind: str = "server_error", param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
+    entry = _entry.get()
+    if entry is not None:
+        entry.code = code
+        if code == INTERNAL:
+            message = f"{message.rstrip('.')} (request {entry.request})."
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
@@ -84,8 +154,7 @@ def response(
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        status = 503 if error.kind == FULL and "stopping" in str(error) else STATUS.get(error.kind, 500)
-        return response(status, error.code, str(error), param=error.param)
+        return response(_status_of(error), error.code, str(error), param=error.param)
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
@@ -96,84 +165,193 @@ def add_errors(app: FastAPI) -> None:
         return response(STATUS[INVALID], error.code, str(error), param=error.param)
 
     @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> JSONResponse:
-        too_large = isinstance(error, _TooLarge)
-        return response(error.status_code, "too_large" if too_large else INVALID, str(error.detail))
+    async def plain(request: Request, error: HTTPException) -> Response:
+        if isinstance(error, BodyError):
+            return response(error.status_code, error.code, str(error.detail))
+        place = f"{request.method} {cut(request.url.path, 200)}"
+        if error.status_code == 404:
+            return response(404, "not_found", f"There is no {place} here.")
+        if error.status_code != 405:
+            return response(error.status_code, INVALID, str(error.detail))
+        methods = _methods(app, request)
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": methods})
+        told = response(405, "method_not_allowed", f"There is no {place} here: it takes {methods}.")
+        told.headers["Allow"] = methods
+        return told
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first.get("loc", ())[1:])
-        message = f"{place}: {first.get('msg')}" if place else str(first.get("msg"))
-        return response(STATUS[INVALID], INVALID, message, param=place or None)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        code, message, param = fault_of_request(request, error)
+        return response(STATUS[INVALID], code, message, param=param)
+
+
+def _status_of(error: Refused) -> int:
+    return 503 if error.code == "stopping" else STATUS.get(error.kind, 500)
+
+
+def _methods(app: FastAPI, request: Request) -> str:
+    """The methods of a path, as the header Allow has them."""
+    found = {"OPTIONS"}
+    for route in app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            found |= set(getattr(route, "methods", None) or ())
+    return ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))
+
+
+class _Body:
+    """A request's body as it comes: how much of it there is, and how long was waited for it."""
+
+    def __init__(self, headers: dict[bytes, bytes], limit: int):
+        length = headers.get(b"content-length", b"")
+        self.limit, self.declared = limit, int(length) if length.isdigit() else 0
+        self.incomplete = self.declared > 0 or b"transfer-encoding" in headers
+        self.bytes, self.waited = 0, 0.0
 
 
 class Guard:
-    """Before anything is read: the size of the body, and whether there is room for what is asked (a refusal has to cost
-    little, or a server that is asked too much answers less); afterwards a line in the log, without contents and keys.
+    """Before anything is read: who asks, the size of the body, and whether there is room for what is asked (a refusal
+    has to cost little, or a server that is asked too much answers less); afterwards a line in the log.
+
+    most        bytes of a body at most
+    full        whether no model takes another request
+    loopback    whether only this machine may ask
+    busy        whether large bodies are refused, so that small ones are answered
+    texts_only  whether a path takes neither pictures nor files
+    lets_in     raises Refusal for an Authorization that is not valid
+    origins     of pages that may ask the API
+    seconds     that may pass between two parts of a body
+    count       is told the status of each answer
     """
 
-    def __init__(self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False):
-        self.app, self.limit, self.full, self.loopback = app, most, full, loopback
+    def __init__(
+        self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False, *,
+        busy: Callable[[], bool] = lambda: False, texts_only: Callable[[str], bool] = lambda _: False,
+        lets_in: Callable[[str], object] = lambda _: None, origins: tuple[str, ...] = (), seconds: float = 10.0,
+        count: Callable[[int], None] = lambda _: None,
+    ):  # fmt: skip
+        self.app, self.most, self.full, self.loopback = app, most, full, loopback
+        self.busy, self.texts_only, self.lets_in, self.origins = busy, texts_only, lets_in, origins
+        self.seconds, self.count = seconds, count
+        self._held = 0
+        self._waiting: dict[_Body, asyncio.Timeout] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, seen = time.perf_counter(), {"status": 0, "in": 0, "out": 0}
-        identity = uuid.uuid4().hex[:16]
+        started, path, headers = time.perf_counter(), scope["path"], dict(scope["headers"])
+        entry = LogEntry(scope["method"], path)
+        _entry.set(entry)
+        body = _Body(headers, min(self.most, LARGE) if self.texts_only(path) else self.most)
+        complete = gone = False
+        if entry.method == "HEAD" and path.startswith((API, "/healthz", "/readyz", "/metrics")):
+            scope = {**scope, "method": "GET"}  # the server that sends the answer leaves out its body
 
         async def counted() -> Any:
-            message = await receive()
-            seen["in"] += len(message.get("body", b""))
-            if seen["in"] > self.limit:
-                raise _TooLarge(self.limit)
+            nonlocal gone
+            message = await (self._part(body, path, receive) if body.incomplete else receive())
+            entry.bytes_in = body.bytes
+            gone = gone or (message["type"] == "http.disconnect" and not complete)
             return message
 
         async def told(message: Any) -> None:
+            nonlocal complete
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
+                entry.status = message["status"]
                 limits = scope.get("state", {}).get("limits", dict)()  # of the key, after what it has asked
-                more = {"x-request-id": identity, **limits}
-                headers = [*message["headers"], *((name.encode(), value.encode()) for name, value in more.items())]
-                message = {**message, "headers": headers}
-            seen["out"] += len(message.get("body", b""))
+                more = [(name.encode(), value.encode()) for name, value in limits.items()]
+                more.append((b"x-request-id", entry.request.encode()))
+                if body.incomplete and (entry.status == 408 or not 0 < body.declared <= LARGE):
+                    more.append((b"connection", b"close"))  # the rest of it is not read
+                message = {**message, "headers": [*message["headers"], *more]}
+            entry.bytes_out += len(message.get("body", b""))
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
-            headers = dict(scope["headers"])
-            message = ""
-            if from_another_site(headers, scope["method"]):
-                message = "Pages of other sites may not ask this server."
-            elif self.loopback and not from_here(headers):
-                message = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
-            if message:
-                await response(403, "forbidden", message)(scope, receive, told)
-                return
-            if scope["method"] == "POST" and scope["path"].startswith(WORK) and self.full():
-                await response(429, FULL, "Too many requests wait already.")(scope, receive, told)
-                return
-            length = headers.get(b"content-length", b"0")
-            if length.isdigit() and int(length) > self.limit:
-                raise _TooLarge(self.limit)
+            self._check(scope, headers, body)
             await self.app(scope, counted, told)
-        except _TooLarge as error:
-            if not seen["status"]:
-                await response(413, "too_large", str(error.detail))(scope, receive, told)
+        except ClientDisconnect:
+            gone = True
+        except Exception as error:
+            has_begun = bool(entry.status)
+            if isinstance(error, Refusal):
+                answer = response(error.status, error.code, str(error), error.seconds, error.param)
+            elif isinstance(error, BodyError):
+                answer = response(error.status_code, error.code, str(error.detail))
+            else:
+                answer = response(500, INTERNAL, unforeseen())
+            if not has_begun:
+                await answer(scope, receive, told)
         finally:
-            key = scope.get("state", {}).get("key", "")
+            self._held -= body.bytes
+            entry.status = 499 if gone else entry.status or 500
+            entry.key = scope.get("state", {}).get("key", "")
+            self.count(entry.status)
             log.info(
                 json.dumps({
-                    "request": identity, "method": scope["method"], "path": scope["path"], "status": seen["status"],
-                    "ms": round(1000 * (time.perf_counter() - started), 1), "key": key, "bytes_in": seen["in"],
-                    "bytes_out": seen["out"],
+                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **vars(entry),
+                    "ms": round(1000 * (time.perf_counter() - started), 1),
                 })
             )  # fmt: skip
 
+    def _check(self, scope: Any, headers: dict[bytes, bytes], body: _Body) -> None:
+        """Raises Refusal or BodyError for a request that is not read."""
+        path, method = scope["path"], scope["method"]
+        if path.startswith(API) and headers.get(b"origin", b"").decode("latin-1") in self.origins:
+            headers = {**headers, b"origin": b"", b"sec-fetch-site": b"none"}
+        if from_another_site(headers, method):
+            raise Refusal(403, "Pages of other sites may not ask this server.", "forbidden")
+        if self.loopback and not from_here(headers):
+            why = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
+            raise Refusal(403, why, "forbidden")
+        if path.startswith((API, *PAGES)):
+            self.lets_in(headers.get(b"authorization", b"").decode("latin-1"))
+        if (encoding := headers.get(b"content-encoding", b"identity").decode("latin-1").lower()) != "identity":
+            raise Refusal(
+                415, f"The body is sent in {cut(encoding)}: send it without Content-Encoding.", "unsupported_encoding"
+            )
+        if method == "POST" and path.startswith(WORK) and self.full():
+            raise Refusal(429, "Too many requests wait already.", FULL)
+        if body.declared > body.limit:
+            raise _too_large(body)
+        if body.declared > LARGE:
+            self._check_room(path)
 
-class _TooLarge(HTTPException):
-    def __init__(self, limit: int):
-        super().__init__(413, f"A request has at most {limit / 2**20:.0f} MiB.")
+    def _check_room(self, path: str) -> None:
+        """Raises BodyError where there is no room for a large body."""
+        if self._held > HELD * self.most or (path.startswith(WORK) and self.busy()):
+            raise BodyError(429, f"The server is busy: it takes no body of more than {LARGE / 2**20:.0f} MiB.", FULL)
+
+    async def _part(self, body: _Body, path: str, receive: Any) -> Any:
+        """The next part of a body. Raises BodyError for one that is too large or too slow."""
+        begun = time.perf_counter()
+        if len(self._waiting) >= OPEN:
+            self._waiting.pop(next(iter(self._waiting))).reschedule(0)
+        try:
+            async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
+                self._waiting[body] = timer
+                message = await receive()
+        except TimeoutError:
+            why = f"The body did not come: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
+            raise BodyError(408, why, "request_timeout") from None
+        finally:
+            self._waiting.pop(body, None)
+        was_large = body.bytes > LARGE
+        body.waited += time.perf_counter() - begun
+        body.bytes += len(message.get("body", b""))
+        self._held += len(message.get("body", b""))
+        body.incomplete = message.get("more_body", False)
+        if body.bytes > body.limit:
+            raise _too_large(body)
+        if body.bytes > LARGE >= body.declared and not was_large:  # it did not say how large it is
+            self._check_room(path)
+        return message
+
+
+def _too_large(body: _Body) -> BodyError:
+    return BodyError(413, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.", "too_large")
 
 
 async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> StreamingResponse:
@@ -183,13 +361,22 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
     async def lines() -> AsyncIterator[str]:
         try:
             if first is not None:
-                yield f"data: {dumps(first)}\n\n"
+                yield _event(first)
                 async for event in events:
-                    yield f"data: {dumps(event)}\n\n"
+                    yield _event(event)
         except (Refused, Refusal) as error:
-            kind = error.kind if isinstance(error, Refusal) else type_of(STATUS.get(error.kind, 500))
-            yield f"data: {dumps(body_of(error.code, str(error), kind, error.param))}\n\n"
+            kind = error.kind if isinstance(error, Refusal) else type_of(_status_of(error))
+            yield _event(body_of(error.code, str(error), kind, error.param))
+        except Exception:
+            yield _event(body_of(INTERNAL, unforeseen()))
         if end:
             yield f"data: {end}\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(value: Any) -> str:
+    """Raises ValueError for a value that cannot be sent."""
+    event = f"data: {dumps(value, allow_nan=False)}\n\n"
+    event.encode()  # half characters are found here, and not when the response has begun
+    return event

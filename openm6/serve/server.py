@@ -21,7 +21,7 @@ from openm6.errors import UsageError, suggest
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
-from openm6.serve.guard import Refusal
+from openm6.serve.guard import API, Refusal, note
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
@@ -49,6 +49,8 @@ class Options:
     hosts       from which pictures may be fetched
     loopback    whether only this machine asks: then no page of another site may, nor by another name of this machine
     body_mib    of a request at most
+    body_seconds    that may pass between two parts of a request's body
+    origins     of web pages of other sites that may ask the API
     seconds     that a request may take, unless it asks for less
     """
 
@@ -56,6 +58,8 @@ class Options:
     hosts: tuple[str, ...] = ()
     loopback: bool = False
     body_mib: int = 64
+    body_seconds: float = 10.0
+    origins: tuple[str, ...] = ()
     seconds: float = 300.0
     drain: float = 30.0
 
@@ -96,19 +100,35 @@ class Server:
 
     def key_of(self, request: Request, role: str = USE) -> Key:
         """Whoever asks. Raises Refusal where they may not."""
-        if self.keys is None:
-            return LOCAL
-        given = request.headers.get("authorization", "")
-        kind, _, secret = given.partition(" ")
-        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
-        if key is None:
-            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+        key = self.find_key(request.headers.get("authorization", ""))
+        if key is LOCAL:
+            return key
         if not key.may(role):
             raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
         request.state.key = key.name
         request.state.limits = partial(self.meter.headers, key)
         _refuse(self.meter.count(key))
         return key
+
+    def find_key(self, authorization: str) -> Key:
+        """The key that a header names; LOCAL where none is needed. Raises Refusal (401) for one that is not valid."""
+        if self.keys is None:
+            return LOCAL
+        kind, _, secret = authorization.partition(" ")
+        key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+        return key
+
+    def takes_texts_only(self, path: str) -> bool:
+        """Whether no request to a path of the API holds pictures or many texts."""
+        if not path.startswith(API) or path.endswith("/batch"):
+            return False
+        if path.startswith(f"{API}tasks/"):
+            name = path.removeprefix(f"{API}tasks/")
+            tasks = [one.about["tasks"].get(name, {}) for one in self.fleet.deployments.values()]
+            return not any("image" in task.get("slots", {}).values() for task in tasks)
+        return not path.startswith((f"{API}chat/", f"{API}embeddings", f"{API}images/edits"))
 
     def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
         """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
@@ -122,6 +142,7 @@ class Server:
 
         Raises UsageError for a task that the model was not trained on, unless the request allows it.
         """
+        note(deployment.name, task)
         told = self.task(deployment, task)
         if not (asked.allow_untrained or is_trained(told, asked.adapter)):
             raise untrained(deployment, task)
@@ -161,18 +182,20 @@ class Server:
         cost = (charge or Charge(self.meter, key)).request(most)
         started, first = time.perf_counter(), True
         kind = self.task(deployment, message["task"])["kind"]
+        labels = deployment.name, kind
         status, span = "cancelled", self.span(deployment.name, message["task"])
 
         def heard(event: Mapping[str, Any]) -> None:
-            before = cost.tokens
+            written, read = cost.tokens, cost.prompt_tokens
             cost.hear(event)
-            self.figures.tokens.labels(kind).inc(cost.tokens - before)
+            self.figures.tokens.labels(*labels).inc(cost.tokens - written)
+            self.figures.prompt_tokens.labels(*labels).inc(cost.prompt_tokens - read)
 
         try:
             async with aclosing(self.fleet.ask(deployment.name, message, heard)) as events:
                 async for event in events:
                     if first:
-                        self.figures.first.labels(kind).observe(time.perf_counter() - started)
+                        self.figures.first.labels(*labels).observe(time.perf_counter() - started)
                         first = False
                         span.first()
                     if "value" in event:
@@ -184,8 +207,9 @@ class Server:
         finally:
             cost.leave()
             span.end(status, cost.tokens)
-            self.figures.requests.labels(kind, status).inc()
-            self.figures.seconds.labels(kind).observe(time.perf_counter() - started)
+            note(deployment.name, message["task"], cost.prompt_tokens, cost.tokens)
+            self.figures.requests.labels(*labels, status).inc()
+            self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 
     async def whole(
         self,

@@ -71,6 +71,7 @@ def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path)
     assert found and found[0].size == (16, 16)
     assert process.wait(60) == 0
     told = process.stderr.read() + process.stdout.read()
+    assert re.search(rf"Serving goods at {url} after \d+\.\d s \(console: {url}/\)\n", told)
     assert "Traceback" not in told and re.search('"path": "/v1/tasks/text_to_image", "status": 200', told)
 
 
@@ -80,9 +81,18 @@ def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
         (["serve", model, "--host", "0.0.0.0"], "give --keys FILE"),
         (["serve", model.parent], "is no OpenM6 model"),
         (["serve", model, model], "Two models are called goods"),
+        (["serve", model, "--origin", "https://shop.example/"], "is no origin of pages"),
     ):
         done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"no weights")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = other.getsockname()[1]
+        done = subprocess.run(command("serve", model, "--port", place), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"Port {place} of 127.0.0.1 is taken" in done.stderr, done.stderr
 
 
 def test_keys_by_command(tmp_path: Path) -> None:

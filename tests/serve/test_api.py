@@ -245,7 +245,8 @@ def test_a_body_that_is_too_large_is_not_read(http: httpx2.Client) -> None:
         for _ in range(50):
             yield b"x" * 2**17
 
-    assert http.post("/v1/tasks/write", content=parts()).status_code == 413
+    json_type = {"content-type": "application/json"}
+    assert http.post("/v1/tasks/write", content=parts(), headers=json_type).status_code == 413
 
 
 def test_the_log_tells_neither_contents_nor_keys(
@@ -261,7 +262,7 @@ def test_the_log_tells_neither_contents_nor_keys(
 def test_figures_for_prometheus(http: httpx2.Client) -> None:
     http.post("/v1/tasks/write", json={"inputs": {"text": "红"}, "decoding": {"max_new_tokens": 2}})
     page = http.get("/metrics").text
-    assert 'openm6_requests_total{kind="text",status="ok"}' in page
+    assert 'openm6_requests_total{kind="text",model="m6",status="ok"}' in page
     assert 'openm6_waiting{model="m6"} 0.0' in page and "openm6_first_seconds_bucket" in page
 
 

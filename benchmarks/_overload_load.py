@@ -1,0 +1,61 @@
+"""Sends large texts and half-sent bodies, in turn, so many a second: `python -m benchmarks._overload_load URL RATE
+SECONDS BYTES PATH ...` prints how often each was answered with which status (0: closed without an answer)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from urllib.parse import urlsplit
+
+import numpy as np
+import uvloop
+
+PART = 2**18
+"""Bytes that are sent before another look whether the server has answered."""
+
+
+async def main(url: str, rate: float, seconds: float, size: int, paths: list[str]) -> Counter[str]:
+    address = urlsplit(url)
+    rng, counts = np.random.default_rng(1), Counter[str]()
+    text = json.dumps({"inputs": {"text": "红" * (size // 3)}}, ensure_ascii=False).encode()
+
+    async def one(path: str, body: bytes, sent: int) -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+        answer = b""
+        try:
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            reading = asyncio.ensure_future(reader.read(64))
+            try:
+                writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
+                for start in range(0, sent, PART):
+                    writer.write(body[start : min(sent, start + PART)])
+                    await writer.drain()
+                    if reading.done():
+                        break
+                answer = await asyncio.wait_for(reading, 30)
+            finally:
+                reading.cancel()
+                writer.transport.abort()
+        except (OSError, TimeoutError):
+            pass
+        what = "large" if sent == len(body) else "half-sent"
+        counts[f"{what} {answer[9:12].decode() or '0'}"] += 1
+
+    started, due, running = time.perf_counter(), 0.0, []
+    while (due := due + rng.exponential(1 / rate)) < seconds:
+        if (wait := started + due - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        number, is_large = divmod(len(running), 2)
+        body = text if is_large else text[:2000]
+        sent = len(body) if is_large else len(body) // 2
+        running.append(asyncio.create_task(one(paths[number % len(paths)], body, sent)))
+    await asyncio.gather(*running)
+    return counts
+
+
+if __name__ == "__main__":
+    url, rate, seconds, size, *paths = sys.argv[1:]
+    print(json.dumps(uvloop.run(main(url, float(rate), float(seconds), int(size), paths))))

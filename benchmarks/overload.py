@@ -1,0 +1,81 @@
+"""Serving more than can be borne: small requests come at twice the peak, and on the one side a fifth of what comes is
+texts of 10 MB and bodies that are sent by half.
+
+Both sides take turns at one server. Those that do harm come from a process of their own (_overload_load.py).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from benchmarks.serve import ROOT, Measured, Requests, _arriving, _load, _mixed, _openm6, _served
+from openm6.errors import UsageError
+
+TITLE = "Serving: large and half-sent bodies beside small requests"
+OFFERED = 2.0
+"""Requests that come, in peaks."""
+HARMFUL = 0.2
+"""Of them: large and half-sent ones, in equal parts."""
+TARGETS = ("/v1/tasks/infilling", "/v1/tasks/vqa")
+"""Where large texts are sent: to a task that takes texts alone, and to one that takes pictures."""
+SIDES = {"small ones alone": False, "with large and half-sent ones": True}
+
+
+def run(
+    model: Path = ROOT / "demo" / "model", requests: Requests | None = None, targets: tuple[str, ...] = TARGETS,
+    seconds: float = 15.0, turns: int = 3, large: int = 10_000_000,
+) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
+    """`large`: bytes of a large text. Smaller arguments are for a test."""
+    if not model.is_dir():
+        raise UsageError(f"{model} is not there: run `make demo` first.")
+    requests = requests or _openm6(_mixed())
+    found: dict[str, list[Measured]] = {side: [] for side in SIDES}
+    answers: dict[str, int] = {}
+    with _served(model)() as url:
+        uvloop.run(_load(url, requests, 8, min(2.0, seconds)))  # warm
+        peak, *_ = uvloop.run(_load(url, requests, 64, seconds))
+        for _ in range(turns):
+            for side, is_harmed in SIDES.items():
+                load = _harm(url, OFFERED * HARMFUL * peak, seconds, large, targets) if is_harmed else None
+                found[side].append(uvloop.run(_arriving(url, requests, OFFERED * (1 - HARMFUL) * peak, seconds)))
+                if load is not None:
+                    for status, count in json.loads(load.communicate(timeout=60)[0]).items():
+                        answers[status] = answers.get(status, 0) + count
+    rows = [_row(side, measured, peak) for side, measured in found.items()]
+    alone, harmed = rows
+    harmed["p99 times that alone"] = round(harmed["answer ms p99"] / alone["answer ms p99"], 2)
+    harmed["answers to the harmful"] = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
+    note = (
+        f"The peak is {peak:.0f} requests a second (64 clients, closed loop). Small requests, the demo's tasks mixed, "
+        f"come {OFFERED * (1 - HARMFUL):.1f} times as often, others {OFFERED * HARMFUL:.1f} times: half of them texts "
+        f"of {large / 1e6:.0f} MB, half bodies of which a half comes. Medians of {turns} turns of {seconds:.0f} s; "
+        "the server, its model and both clients share the machine."
+    )
+    return rows, note
+
+
+def _row(side: str, turns: list[Measured], peak: float) -> dict[str, Any]:
+    rate = median(one[0] for one in turns)
+    return {
+        "side": side, "small answers/s": round(rate, 1), "of the peak": round(rate / peak, 2),
+        "first ms p50": _quantile(turns, 1, 0.5), "first ms p99": _quantile(turns, 1, 0.99),
+        "answer ms p50": _quantile(turns, 2, 0.5), "answer ms p99": _quantile(turns, 2, 0.99),
+        "small refused": sum(one[3] for one in turns),
+    }  # fmt: skip
+
+
+def _quantile(turns: list[Measured], which: int, share: float) -> float:
+    return round(1000 * median(float(np.quantile(one[which], share)) for one in turns), 1)
+
+
+def _harm(url: str, rate: float, seconds: float, large: int, targets: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    words = [url, str(rate), str(seconds), str(large), *targets]
+    return subprocess.Popen([sys.executable, "-m", "benchmarks._overload_load", *words], stdout=subprocess.PIPE)

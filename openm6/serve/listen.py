@@ -1,0 +1,104 @@
+"""The server's sockets: bound before a model is loaded, and connections that do not keep a place for nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from asyncio import TimerHandle
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from openm6.errors import UsageError
+from openm6.serve.guard import body_of
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+HEAD = 15.0
+"""Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, closed where a request's head does not come in time. What is not HTTP is answered in the
+    API's JSON."""
+
+    seconds = HEAD
+    _timer: TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._stop()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(self.seconds, self._end)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # the next one may have come before the last answer
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        told = body_of("invalid_http", "This is not a request of HTTP/1.1 that can be read.", "invalid_request_error")
+        content = json.dumps(told).encode()
+        head = b"content-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(STATUS_LINE[400] + head + b"content-length: %d\r\n\r\n" % len(content) + content)
+        self.transport.close()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets for all addresses of a host, which do not listen yet. Raises UsageError where that cannot be."""
+    found: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            one = socket.socket(family, kind, protocol)
+            found.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind((address[0], port, *address[2:]))
+            port = one.getsockname()[1]  # of port 0, which is any, the same for all
+    except OSError as error:
+        for one in found:
+            one.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"Port {port} of {host} is taken: stop what listens there, or give another --port."
+            ) from None
+        raise UsageError(f"{host} cannot listen on port {port} ({error.strerror}): see --host and --port.") from None
+    return found
+
+
+def listen(app: FastAPI, sockets: list[socket.socket], started: Callable[[], None]) -> bool:
+    """Serve until a signal ends it; `started` is called when it answers. Returns whether it ever did."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            started()
+
+    config = uvicorn.Config(app, http=Connection, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    server = Server(config)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets)
+    return server.started
