@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps
 from openm6.serve.fleet import Refused
-from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
 from openm6.sites import from_another_site, from_here
 
 log = logging.getLogger("openm6.access")
@@ -29,7 +29,9 @@ WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 AGAIN = 1.0
 """Seconds after which whoever is refused may come again."""
 
-STATUS = {INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
+STATUS = {
+    INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, STOPPING: 503, INTERNAL: 500, CANCELLED: 499,
+}  # fmt: skip
 
 
 class Refusal(OpenM6Error):
@@ -66,8 +68,7 @@ def response(
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        status = 503 if error.kind == FULL and "stopping" in str(error) else STATUS.get(error.kind, 500)
-        return response(status, error.code, str(error), param=error.param)
+        return response(STATUS.get(error.kind, 500), error.code, str(error), error.seconds, error.param)
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.errors import UsageError, suggest
 from openm6.serve.figures import Figures
-from openm6.serve.fleet import Deployment, Fleet, Refused
+from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
 from openm6.serve.guard import Refusal
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
@@ -45,6 +45,7 @@ class Options:
     loopback    whether only this machine asks: then no page of another site may, nor by another name of this machine
     body_mib    of a request at most
     seconds     that a request may take, unless it asks for less
+    drain       seconds that a server which stops has for the requests it works at
     """
 
     keys: Path | None = None
@@ -179,14 +180,17 @@ class Server:
             answering.cancel()
 
     async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-        """As `whole`, of one among many that were sent together: it waits where there is no room for it."""
+        """As `whole`, of one among many that were sent together: it waits where there is no room for it, and within its
+        seconds for a model that is being started again."""
+        until = time.monotonic() + message["seconds"]
         while True:
             try:
                 return await self.whole(key, deployment, message)
             except Refused as error:
-                if error.kind != FULL or self.fleet.closing:
+                wait = WAIT if error.kind == FULL else min(error.seconds or WAIT, until - time.monotonic())
+                if error.kind != FULL and (error.code != BEING_STARTED or wait <= 0):
                     raise
-            await asyncio.sleep(WAIT)
+            await asyncio.sleep(wait)
 
 
 def asker(role: str = USE) -> Any:
