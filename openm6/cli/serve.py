@@ -38,6 +38,9 @@ def serve(
     batches: Annotated[Path, typer.Option(help="Console: folder below which batches wait for review.")] = Path("runs"),
     console: Annotated[bool, typer.Option(help="The web page beside the API, at the same address.")] = True,
     traces: Annotated[bool, typer.Option(help="OpenTelemetry, to $OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
+    linger: Annotated[
+        float, typer.Option(min=0, help="Seconds after SIGTERM in which new requests get 503 before the socket closes.")
+    ] = 3.0,
     image_host: Annotated[
         list[str] | None, typer.Option(help="Host from which pictures may be fetched; none by default.")
     ] = None,
@@ -65,6 +68,7 @@ def serve(
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
     from openm6.serve.server import Options
+    from openm6.serve.stopping import LingeringServer
     from openm6.serve.traces import add_traces
 
     places = {name: Place(place, {} if number else adapters) for number, (name, place) in enumerate(found.items())}
@@ -72,14 +76,23 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None)
     beside = [partial(work_beside, jobs)] if jobs else []
-    application = create_app(Fleet(Settings(cache_mib=cache_mib), queue), options, places, beside)
+    fleet = Fleet(Settings(cache_mib=cache_mib), queue)
+    application = create_app(fleet, options, places, beside)
     if traces:
         add_traces(application, application.state.server)
     if console:
         _mount(application, batches)
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(application, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+    config = uvicorn.Config(
+        application, host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=round(options.drain),
+    )  # fmt: skip
+    server = LingeringServer(config, fleet, linger)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise typer.Exit(1)
 
 
 async def work_beside(at_once: int) -> None:
