@@ -38,6 +38,9 @@ def serve(
     batches: Annotated[Path, typer.Option(help="Console: folder below which batches wait for review.")] = Path("runs"),
     console: Annotated[bool, typer.Option(help="The web page beside the API, at the same address.")] = True,
     traces: Annotated[bool, typer.Option(help="OpenTelemetry, to $OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
+    linger: Annotated[
+        float, typer.Option(min=0, help="Seconds after SIGTERM in which new requests get 503 before the socket closes.")
+    ] = 3.0,
     image_host: Annotated[
         list[str] | None, typer.Option(help="Host from which pictures may be fetched; none by default.")
     ] = None,
@@ -78,7 +81,8 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None, origins=tuple(origin or ()))
     beside = [partial(work_beside, jobs)] if jobs else []
-    application = create_app(Fleet(Settings(cache_mib=cache_mib), queue), options, places, beside)
+    fleet = Fleet(Settings(cache_mib=cache_mib), queue)
+    application = create_app(fleet, options, places, beside)
     if traces:
         add_traces(application, application.state.server)
     has_console = console and _mount(application, batches)
@@ -90,7 +94,7 @@ def serve(
 
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    if not listen(application, sockets, started):
+    if not listen(application, fleet, sockets, started, linger, options.drain):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,8 @@
 """Files that put a model to work elsewhere: a Dockerfile, Docker Compose, Kubernetes.
 
 Everywhere: no root, nothing written but to a temporary folder, the model mounted for reading, keys from a secret,
-probes on /healthz and /readyz, and time to finish what runs before the end.
+probes on /healthz and /readyz, time to finish what runs before the end, and in Kubernetes a pause before that in which
+it stops to send requests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import yaml
 from openm6._version import __version__
 from openm6.errors import UsageError
 
-PORT, USER, GRACE = 8000, 10001, 60
+PORT, USER = 8000, 10001
+PRESTOP = 5
+"""Seconds before SIGTERM in which Kubernetes stops to send requests to a pod that is to end."""
+GRACE = 90
+"""Seconds that a server has to end: those, some in which it refuses what is new, and twice its time to finish what runs
+(once for the connections, once for the models' processes)."""
 
 DOCKERFILE = f"""\
 # The server, without a model: it is mounted at /model. Built in the root of the project:
@@ -95,6 +101,7 @@ def kubernetes(plan: Plan) -> dict[str, str]:
         "startupProbe": probe("/readyz", periodSeconds=5, failureThreshold=60),
         "readinessProbe": probe("/readyz", periodSeconds=5, failureThreshold=2),
         "livenessProbe": probe("/healthz", periodSeconds=10, failureThreshold=3),
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRESTOP)]}}},
         "resources": {
             "requests": {"cpu": f"{plan.cpus:g}", "memory": f"{plan.memory_gib:g}Gi"},
             "limits": {"memory": f"{plan.memory_gib:g}Gi"},

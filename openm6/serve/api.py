@@ -102,8 +102,15 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> PlainTextResponse:
-        ready = fleet.deployments and not fleet.closing
-        return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
+        """Whether to send requests here: not while the server starts or stops, or a model's process does."""
+        why = ""
+        if fleet.closing:
+            why = "the server is stopping"
+        elif not fleet.deployments:
+            why = "the models are being loaded"
+        elif unready := fleet.unready:
+            why = f"{', '.join(unready)} is being started again"
+        return PlainTextResponse(f"not ready: {why}" if why else "ready", 503 if why else 200)
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics(_: Annotated[Key, asker()]) -> Response:

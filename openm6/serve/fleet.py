@@ -1,7 +1,8 @@
 """Models behind names, each in a process of its own: started, asked, restarted when it dies, exchanged for another.
 
-What was asked of a process that dies is asked again of the next one, once: the same request has the same answer, so of
-a text that was begun only what is new is told.
+A process that dies is started again at once, and later each time that it does not live for long. What was asked of it
+is asked again of the next one (pending.py). A text that was begun goes on only where the next process begins it with
+the same words.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.serve.engine import Settings
-from openm6.serve.wire import DIED, FULL, Messages, packed
+from openm6.serve.pending import Heard, PendingRequest, PendingRequests
+from openm6.serve.wire import DIED, FULL, STOPPING, Messages, error_of, packed
 
 log = logging.getLogger("openm6.serve")
 
@@ -30,21 +31,24 @@ QUEUE = 256
 """Requests that a process has at most, those it works at and those that wait; further ones are refused."""
 STARTING = 300.0
 """Seconds that a model may take to load."""
-TRIES = 2
-"""Processes that a request is asked of."""
-
-
-Heard: TypeAlias = Callable[[Mapping[str, Any]], None]
-"""Is called with every message about a request: with an empty one as it is asked of a process, with the last one also
-after its asker has gone."""
+HEALTHY = 60.0
+"""Seconds after which a process that dies is started again as if it were the first one to die."""
+LONGEST_PAUSE = 60.0
+"""Maximum number of seconds between a process's death and the start of the next one."""
+PATIENCE = 5.0
+"""Seconds of such a pause in which new requests wait; they are refused while it is longer, or when a start failed."""
+BEING_STARTED = "starting"
+"""Code of that refusal."""
 
 
 class Refused(OpenM6Error):
-    """What the server answers with an error of this kind (wire.py)."""
+    """What the server answers with an error of this kind (wire.py). `seconds`: after which it may be asked again."""
 
-    def __init__(self, kind: str, message: str, code: str | None = None, param: str | None = None):
+    def __init__(
+        self, kind: str, message: str, code: str | None = None, param: str | None = None, seconds: float | None = None
+    ):
         super().__init__(message, code=code or kind, param=param)
-        self.kind = kind
+        self.kind, self.seconds = kind, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,43 +60,58 @@ class Place:
 
 
 class Worker:
-    """One process."""
+    """One process. `on_end` is called when a request has ended, `on_death` when the process has."""
 
-    def __init__(self, place: Place, process: subprocess.Popen[bytes]):
+    def __init__(
+        self,
+        place: Place,
+        process: subprocess.Popen[bytes],
+        on_end: Callable[[], None],
+        on_death: Callable[[Worker], None],
+    ):
         self.place, self.process = place, process
-        self._open: dict[str, asyncio.Queue[dict[str, Any]]] = {}
+        self.open: dict[str, PendingRequest] = {}
         self._heard: dict[str, Heard] = {}
+        self._on_end, self._on_death = on_end, on_death
         self._states: list[asyncio.Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
         self.alive = True
+        self.leaving = False
+        self.began = time.monotonic()
         self._first: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._connection: asyncio.WriteTransport
 
     @classmethod
-    async def start(cls, place: Place, settings: Settings) -> Worker:
-        """Raises UsageError where the model cannot be loaded."""
+    async def start(
+        cls, place: Place, settings: Settings, on_end: Callable[[], None], on_death: Callable[[Worker], None]
+    ) -> Worker:
+        """Raises UsageError where the model cannot be loaded; its message is for those who may know of the server's
+        files."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", "openm6.serve.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ,
             )  # fmt: skip
-        worker = cls(place, process)
+        worker = cls(place, process, on_end, on_death)
         worker._connection, _ = await asyncio.get_running_loop().create_connection(
             lambda: Messages(worker._hear, worker._end), sock=ours
         )
         adapters = {name: str(path) for name, path in place.adapters.items()}
         worker._send({"model": str(place.model), "adapters": adapters, "settings": asdict(settings)})
+        first: dict[str, Any] = {}
         try:
             first = await asyncio.wait_for(worker._first, STARTING)
         except TimeoutError:
             first = {"fatal": f"it took more than {STARTING:.0f} seconds to load."}
-        if "ready" not in first:
-            process.kill()
-            await asyncio.to_thread(process.wait)
-            worker._connection.close()
+        finally:
+            if "ready" not in first or not worker.alive:
+                process.kill()
+                worker._connection.close()
+                await asyncio.to_thread(process.wait)
+        if not worker.alive or "ready" not in first:
             raise UsageError(first.get("fatal") or f"The process for {place.model} ended as it began.")
-        worker.about = first["ready"]
+        worker.about, worker.began = first["ready"], time.monotonic()
         return worker
 
     def _hear(self, message: dict[str, Any]) -> None:
@@ -101,8 +120,11 @@ class Worker:
             heard(message)
             if "value" in message or "error" in message:
                 del self._heard[identity]
-        if (queue := self._open.get(identity)) is not None:
-            queue.put_nowait(message)
+        if (request := self.open.get(identity)) is not None:
+            request.events.put_nowait(message)
+            if "value" in message or "error" in message:
+                del self.open[identity]
+                self._on_end()
         elif "state" in message:
             for future in self._states:
                 if not future.done():
@@ -120,40 +142,30 @@ class Worker:
         for heard in self._heard.values():
             heard(died)
         self._heard.clear()
-        for queue in self._open.values():
-            queue.put_nowait(died)
         for future in self._states:
             if not future.done():
                 future.set_result({})
+        self._on_death(self)
 
-    async def ask(
-        self, identity: str, message: Mapping[str, Any], heard: Heard
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """What becomes of a request; whoever stops listening has it cancelled."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        if not self.alive:
-            yield {"error": DIED, "message": "The process has ended."}
-            return
-        self._send({"do": "ask", "id": identity, **message})
-        self._open[identity], self._heard[identity] = queue, heard
-        heard({})
-        ended = False
+    def ask(self, request: PendingRequest) -> None:
+        """Let the process work at it; its events come into the request's queue."""
         try:
-            while not ended:
-                told = await queue.get()
-                ended = "value" in told or "error" in told
-                yield told
-        finally:
-            del self._open[identity]
-            if not ended and self.alive:
-                self._send({"do": "cancel", "id": identity})
+            self._send({"do": "ask", "id": request.identity, **request.message, "seconds": request.seconds})
+        except Exception as error:  # of a message that is too large
+            request.events.put_nowait(error_of(error))
+            return
+        self.open[request.identity], self._heard[request.identity] = request, request.heard
+        request.cancel = self.cancel
+        request.heard({})
+
+    def cancel(self, request: PendingRequest) -> None:
+        """Nobody waits for it any more."""
+        if self.open.pop(request.identity, None) is not None and self.alive:
+            self._send({"do": "cancel", "id": request.identity})
+            self._on_end()
 
     def _send(self, message: Mapping[str, Any]) -> None:
         self._connection.write(packed(message))
-
-    @property
-    def busy(self) -> int:
-        return len(self._open)
 
     async def state(self) -> dict[str, Any]:
         """What the engine has done and holds; empty of a process that is gone."""
@@ -166,8 +178,9 @@ class Worker:
 
     async def stop(self, seconds: float = 30.0) -> None:
         """After what it works at; at once when that takes longer than these seconds."""
+        self.leaving = True
         until = time.monotonic() + seconds
-        while self.alive and self._open and time.monotonic() < until:
+        while self.alive and self.open and time.monotonic() < until:
             await asyncio.sleep(0.02)
         if self.alive:
             self._send({"do": "stop"})
@@ -177,6 +190,11 @@ class Worker:
                 self.process.kill()
         self._connection.close()
         await asyncio.to_thread(self.process.wait)
+
+
+def pause_after(deaths: int) -> float:
+    """Seconds until a process is started in the place of one that died, the last of so many in a row: 0, 1, 2, 4..."""
+    return 0.0 if deaths <= 1 else min(LONGEST_PAUSE, 2.0 ** (deaths - 2))
 
 
 class Deployment:
@@ -189,6 +207,10 @@ class Deployment:
         self._changing = asyncio.Lock()
         self._before: Place | None = None
         self._leaving: set[asyncio.Task[None]] = set()
+        self._pending = PendingRequests()
+        self._deaths = 0  # in a row
+        self._next_start: float | None = None  # by time.monotonic(), while new requests are refused
+        self._restarting: asyncio.Task[None] | None = None
 
     @property
     def place(self) -> Place:
@@ -204,21 +226,30 @@ class Deployment:
     @property
     def full(self) -> bool:
         """Whether it has as many requests as it may."""
-        return self.worker is not None and self.worker.busy >= self.queue
+        return self.worker is not None and self.busy >= self.queue
 
     @property
-    def busy(self) -> bool:
-        """Whether it has half of the requests that it may have."""
-        return self.worker is not None and self.worker.busy >= self.queue / 2
+    def busy(self) -> int:
+        """Number of requests that the process works at or that wait for one."""
+        return len(self._pending.waiting) + (len(self.worker.open) if self.worker else 0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its process lives; else another one is being started."""
+        return self.worker is not None and self.worker.alive
 
     async def start(self, place: Place) -> None:
-        self.worker = await Worker.start(place, self.settings)
+        """Let this model answer from now on. Raises UsageError where it cannot be loaded."""
+        self.worker = await Worker.start(place, self.settings, self._admit, self._died)
+        self._next_start = None
+        self._admit()
 
     async def swap(self, place: Place) -> None:
         """Let another model answer from now on; what is being answered is finished by the one before."""
         async with self._changing:
-            new = await Worker.start(place, self.settings)
-            old, self.worker = self.worker, new
+            old = self.worker
+            await self.start(place)
+            self._deaths = 0
             if old is not None:
                 self._before = old.place
                 leaving = asyncio.create_task(old.stop(600.0))
@@ -231,19 +262,48 @@ class Deployment:
             raise UsageError(f"Of {self.name} there is no earlier model.")
         await self.swap(self._before)
 
-    async def _alive(self) -> Worker:
-        """The process, a new one when it has died."""
-        async with self._changing:
-            assert self.worker is not None
-            if not self.worker.alive:
+    def _died(self, worker: Worker) -> None:
+        self._pending.survive(worker.open.values())
+        worker.open = {}
+        if worker is self.worker and not worker.leaving:
+            self._restarting = asyncio.create_task(self._restart(worker))
+        self._admit()
+
+    async def _restart(self, dead: Worker) -> None:
+        """Start processes in the place of one that died until one lives, or another model has taken its place."""
+        dead.process.kill()  # it has closed its end, but whether it is gone nobody knows
+        code = await asyncio.to_thread(dead.process.wait)
+        if time.monotonic() - dead.began > HEALTHY:
+            self._deaths = 0
+        started = True
+        while self.worker is dead:
+            self._deaths += 1
+            pause = pause_after(self._deaths)
+            log.warning("the process of %s died (exit code %s); a new one starts in %.0f s", self.name, code, pause)
+            if not started or pause > PATIENCE:
+                self._next_start = time.monotonic() + pause
+                refused = self._starting()
+                self._pending.fail(refused.kind, str(refused), code=refused.code, seconds=refused.seconds)
+            await asyncio.sleep(pause)
+            async with self._changing:
+                if self.worker is not dead:
+                    return
                 self.restarts += 1
-                code = await asyncio.to_thread(self.worker.process.wait)
-                log.warning("the process of %s died (exit code %s); a new one starts", self.name, code)
                 try:
-                    self.worker = await Worker.start(self.worker.place, self.settings)
-                except UsageError as error:
-                    raise Refused(DIED, f"The model cannot be started again: {error}") from None
-            return self.worker
+                    await self.start(dead.place)
+                except (UsageError, OSError) as error:  # its words may tell of the server's files
+                    log.error("%s cannot be started again: %s", self.name, error)
+                    started = False
+
+    def _starting(self) -> Refused:
+        assert self._next_start is not None
+        seconds = max(1.0, self._next_start - time.monotonic())
+        return Refused(DIED, f"The model {self.name} is being started again.", BEING_STARTED, seconds=seconds)
+
+    def _admit(self) -> None:
+        """Send the process all that it may work at now."""
+        while self.worker and self.worker.alive and (request := self._pending.next(self.worker.open.values())):
+            self.worker.ask(request)
 
     async def ask(
         self, identity: str, message: Mapping[str, Any], heard: Heard = lambda _: None
@@ -252,31 +312,39 @@ class Deployment:
         "prompt_tokens". Raises Refused."""
         if self.full:
             raise Refused(FULL, f"{self.queue} requests are being worked at or wait already.")
-        told = ""
-        for left in range(TRIES, 0, -1):
-            worker = await self._alive()
-            text, died = "", False
-            async with aclosing(worker.ask(f"{identity}-{left}", message, heard)) as events:
-                async for event in events:
-                    if "error" in event:
-                        died = event["error"] == DIED
-                        if died and left > 1:
-                            break
-                        raise Refused(event["error"], event["message"], event.get("code"), event.get("param"))
-                    if piece := event.get("piece", ""):
-                        text += piece
-                        new = text[len(told) :]
-                        told = text if len(text) > len(told) else told
-                        event = {**event, "piece": new}
-                    yield event
-                    if "value" in event:
-                        return
-            if not died:
-                return
+        if self._next_start is not None:
+            raise self._starting()
+        if seconds := self._pending.refused_for(message):
+            raise Refused(DIED, "The model's process ended each time that it worked at this request.", seconds=seconds)
+        request = PendingRequest.of(identity, message, heard)
+        timer = self._pending.add(request)
+        self._admit()
+        try:
+            while True:
+                event = await request.next_event()
+                if "error" in event:
+                    raise Refused(
+                        event["error"], event["message"], event.get("code"), event.get("param"), event.get("seconds")
+                    )
+                yield event
+                if "value" in event:
+                    return
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._pending.drop(request)
 
     async def stop(self, seconds: float = 30.0) -> None:
+        """After what it works at, and what waits; what takes longer than these seconds is refused."""
+        until = time.monotonic() + seconds
+        while self.busy and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.gather(self._restarting, return_exceptions=True)
         if self.worker is not None:
-            await self.worker.stop(seconds)
+            await self.worker.stop(until - time.monotonic())
+        self._pending.fail(STOPPING, "The server is stopping.")
         await asyncio.gather(*self._leaving)
 
 
@@ -309,6 +377,11 @@ class Fleet:
         return self.deployments[name]
 
     @property
+    def unready(self) -> list[str]:
+        """Names of the models whose process is being started again."""
+        return [name for name, one in self.deployments.items() if not one.ready]
+
+    @property
     def full(self) -> bool:
         """Whether none of the models takes another request."""
         return bool(self.deployments) and all(one.full for one in self.deployments.values())
@@ -316,14 +389,14 @@ class Fleet:
     @property
     def busy(self) -> bool:
         """Whether each of the models has half of the requests that it may have."""
-        return bool(self.deployments) and all(one.busy for one in self.deployments.values())
+        return bool(self.deployments) and all(2 * one.busy >= one.queue for one in self.deployments.values())
 
     def ask(
         self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""
         if self.closing:
-            raise Refused(FULL, "The server is stopping.", "stopping")
+            raise Refused(STOPPING, "The server is stopping.")
         return self.get(name).ask(str(next(self._numbers)), message, heard)
 
     async def stop(self, seconds: float = 30.0) -> None:

@@ -24,7 +24,7 @@ from openm6.errors import OpenM6Error, UsageError, cut
 from openm6.json_lines import dumps
 from openm6.serve.fleet import Refused
 from openm6.serve.validation import fault_of_request
-from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY
+from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
 from openm6.sites import from_another_site, from_here
 
 log = logging.getLogger("openm6.access")
@@ -49,7 +49,9 @@ HELD = 8
 SLOWEST = 2**14
 """Bytes a second: the slowest that a body may come, after its first seconds."""
 
-STATUS = {INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, INTERNAL: 500, CANCELLED: 499}
+STATUS = {
+    INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, STOPPING: 503, INTERNAL: 500, CANCELLED: 499,
+}  # fmt: skip
 
 
 class Refusal(OpenM6Error):
@@ -154,7 +156,7 @@ def response(
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> JSONResponse:
-        return response(_status_of(error), error.code, str(error), param=error.param)
+        return response(STATUS.get(error.kind, 500), error.code, str(error), error.seconds, error.param)
 
     @app.exception_handler(Refusal)
     async def refusal(_: Request, error: Refusal) -> JSONResponse:
@@ -184,10 +186,6 @@ def add_errors(app: FastAPI) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         code, message, param = fault_of_request(request, error)
         return response(STATUS[INVALID], code, message, param=param)
-
-
-def _status_of(error: Refused) -> int:
-    return 503 if error.code == "stopping" else STATUS.get(error.kind, 500)
 
 
 def _methods(app: FastAPI, request: Request) -> str:
@@ -365,7 +363,7 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
                 async for event in events:
                     yield _event(event)
         except (Refused, Refusal) as error:
-            kind = error.kind if isinstance(error, Refusal) else type_of(_status_of(error))
+            kind = error.kind if isinstance(error, Refusal) else type_of(STATUS.get(error.kind, 500))
             yield _event(body_of(error.code, str(error), kind, error.param))
         except Exception:
             yield _event(body_of(INTERNAL, unforeseen()))

@@ -15,9 +15,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from openm6.errors import UsageError
 from openm6.serve.guard import body_of
+from openm6.serve.stopping import LingeringServer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from openm6.serve.fleet import Fleet
 
 HEAD = 15.0
 """Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
@@ -89,16 +92,21 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return found
 
 
-def listen(app: FastAPI, sockets: list[socket.socket], started: Callable[[], None]) -> bool:
-    """Serve until a signal ends it; `started` is called when it answers. Returns whether it ever did."""
+def listen(
+    app: FastAPI, fleet: Fleet, sockets: list[socket.socket], started: Callable[[], None], linger: float, drain: float
+) -> bool:
+    """Serve until a signal ends it; `started` is called when it answers. Returns whether it ever did. `linger`: see
+    LingeringServer; `drain`: seconds in which open connections may be answered to their end."""
 
-    class Server(uvicorn.Server):
+    class Server(LingeringServer):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started()
 
-    config = uvicorn.Config(app, http=Connection, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
-    server = Server(config)
+    config = uvicorn.Config(
+        app, http=Connection, log_level="warning", access_log=False, timeout_graceful_shutdown=round(drain)
+    )
+    server = Server(config, fleet, linger)
     with suppress(KeyboardInterrupt):
         server.run(sockets)
     return server.started

@@ -20,7 +20,7 @@ from openm6.decode.draw import Drawing
 from openm6.errors import UsageError, suggest
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
-from openm6.serve.fleet import Deployment, Fleet, Refused
+from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
 from openm6.serve.guard import API, Refusal, note
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
@@ -52,6 +52,7 @@ class Options:
     body_seconds    that may pass between two parts of a request's body
     origins     of web pages of other sites that may ask the API
     seconds     that a request may take, unless it asks for less
+    drain       seconds that a server which stops has for the requests it works at
     """
 
     keys: Path | None = None
@@ -238,14 +239,17 @@ class Server:
             answering.cancel()
 
     async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-        """As `whole`, of one among many that were sent together: it waits where there is no room for it."""
+        """As `whole`, of one among many that were sent together: it waits where there is no room for it, and within its
+        seconds for a model that is being started again."""
+        until = time.monotonic() + message["seconds"]
         while True:
             try:
                 return await self.whole(key, deployment, message)
             except Refused as error:
-                if error.kind != FULL or self.fleet.closing:
+                wait = WAIT if error.kind == FULL else min(error.seconds or WAIT, until - time.monotonic())
+                if error.kind != FULL and (error.code != BEING_STARTED or wait <= 0):
                     raise
-            await asyncio.sleep(WAIT)
+            await asyncio.sleep(wait)
 
 
 def asker(role: str = USE) -> Any:

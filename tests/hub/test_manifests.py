@@ -39,6 +39,23 @@ def test_a_pod_may_hardly_do_anything() -> None:
     assert files["autoscaler.yaml"]["spec"]["scaleTargetRef"]["name"] == "goods"
 
 
+def test_a_pod_has_the_time_that_its_server_takes_to_end() -> None:
+    """No request comes to a socket that is closed, and nothing that runs is killed."""
+    import inspect
+
+    from openm6.cli.serve import serve
+    from openm6.serve.server import Options
+
+    pod = yaml.safe_load(kubernetes(Plan("goods"))["deployment.yaml"])["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    command, pause = container["lifecycle"]["preStop"]["exec"]["command"]
+    probe = container["readinessProbe"]
+    linger = inspect.signature(serve).parameters["linger"].default
+    assert command == "sleep" and int(pause) > 0 and linger > 0
+    assert pod["terminationGracePeriodSeconds"] > int(pause) + linger + 2 * Options.drain
+    assert probe["httpGet"]["path"] == "/readyz" and probe["timeoutSeconds"] <= probe["periodSeconds"]
+
+
 def test_compose_is_as_closed(tmp_path: Path) -> None:
     service = yaml.safe_load(compose(Plan("goods"), tmp_path / "model", tmp_path / "keys.json"))["services"]["goods"]
     assert service["read_only"] and service["user"].startswith("10001") and service["cap_drop"] == ["ALL"]

@@ -1,0 +1,47 @@
+"""SIGTERM to `openm6 serve` in the midst of work: what is told to those who come then, and to those who wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.conftest import drawing_bundle
+from tests.e2e.test_console import serving
+
+
+@pytest.mark.slow
+def test_new_requests_are_refused_for_a_moment_before_the_socket_closes(tmp_path: Path) -> None:
+    drawing_bundle().save(tmp_path / "goods" / "model")
+    environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    words = ("--no-console", "--jobs", "0", "--linger", "5")
+    process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", *words)
+    found: list[httpx2.Response] = []
+
+    def draw() -> None:
+        body = {"inputs": {"caption": "红"}, "decoding": {"passes": 60, "guidance": 0}, "candidates": 4}
+        found.append(httpx2.post(f"{url}/v1/tasks/text_to_image", json=body, timeout=120))
+
+    with process, httpx2.Client(base_url=url) as http:
+        asking = threading.Thread(target=draw)
+        asking.start()
+        while "openm6_running{" not in (page := http.get("/metrics").text) or 'running{model="goods"} 0.0' in page:
+            assert asking.is_alive()
+        process.send_signal(signal.SIGTERM)
+        while (ready := http.get("/readyz")).status_code == 200:
+            pass
+        assert ready.status_code == 503 and "stopping" in ready.text
+        refused = http.post("/v1/tasks/text_vector", json={"inputs": {"text": "红"}})
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert http.get("/healthz").status_code == 200
+        asking.join(120)
+        assert found[0].status_code == 200 and found[0].json()["outputs"]
+        process.send_signal(signal.SIGTERM)  # once more: at once
+        assert process.wait(60) == 0
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{url}/readyz")
