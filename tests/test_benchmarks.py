@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
     tasks = [get(name) for name in ("vqa", "caption", "product_attributes", "infilling")]
     for name in ("demo", "market"):
-        Bundle(model, Processor(tokenizer, grid, 256), tasks).save(folder / name / "model")
+        Bundle(model, Processor(tokenizer, grid, 128), tasks).save(folder / name / "model")
     recipe = {
         "name": "facts", "model": {"preset": "demo"}, "train": {"steps": 1, "row_length": 256},
         "data": [{"source": "market:facts/train?records=100", "task": "table_to_text"}],
