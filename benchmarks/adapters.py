@@ -20,29 +20,32 @@ from openm6.train.trainer import train
 TITLE = "Adapters against full fine-tuning"
 ROOT = Path(__file__).parents[1] / "runs"
 STEPS, ASKED, SEEDS = 300, 300, 3
-TASKS = (
+Task = tuple[str, str, str, dict[str, str]]
+"""Task, data, metric, columns."""
+TASKS: tuple[Task, ...] = (
     ("text_classification", "market:reviews", "accuracy", {}),
     ("product_copy", "market:copy", "bleu", {}),
 )
-"""Task, data, metric, columns."""
 RANK = 4
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
-    base = ROOT / "market" / "model"
+def run(
+    root: Path = ROOT, tasks: tuple[Task, ...] = TASKS, steps: int = STEPS, asked: int = ASKED, seeds: int = SEEDS
+) -> tuple[list[dict[str, Any]], str]:
+    base = root / "market" / "model"
     if not base.is_dir():
         raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
     total = sum(p.numel() for p in Bundle.load(base, "meta", trainable=True).model.parameters())
     rows: list[dict[str, Any]] = []
-    for task, data, metric, columns in TASKS:
+    for task, data, metric, columns in tasks:
         full = 0.0
-        others = [m for m in RATES if m not in (FULL, "lora")] if task == TASKS[0][0] else []
+        others = [m for m in RATES if m not in (FULL, "lora")] if task == tasks[0][0] else []
         for method in (FULL, "lora", *others):
             figures, trained = [], 0
-            for seed in range(SEEDS if method in (FULL, "lora") else 1):
-                model = _learned(base, task, data, columns, method, seed)
+            for seed in range(seeds if method in (FULL, "lora") else 1):
+                model = _learned(root / "bench-adapters", base, task, data, columns, method, seed, steps)
                 bundle, trained = Bundle.load(model), total if method == FULL else _weights(model)
-                found = measure(bundle, task, f"{data}/test", columns, limit=ASKED)
+                found = measure(bundle, task, f"{data}/test", columns, limit=asked)
                 figures.append(found.scores[metric].value)
             full = full or median(figures)
             rows.append(
@@ -50,26 +53,28 @@ def run() -> tuple[list[dict[str, Any]], str]:
                     "task": task, "method": method, "trained": f"{trained / total:.2%}",
                     "metric": metric, "value": round(median(figures), 4),
                     "by seed": ", ".join(f"{figure:.4f}" for figure in figures),
-                    "of full": f"{median(figures) / full:.1%}",
+                    "of full": f"{median(figures) / full:.1%}" if full else "",
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
     note = (
-        f"From the demo's model after `openm6 train market` ({total:,} weights); {STEPS} steps of 32, {ASKED} held-out "
-        f"records; full and LoRA (rank {RANK}): the median of {SEEDS} seeds; the others: one, of the first task."
+        f"From the demo's model after `openm6 train market` ({total:,} weights); {steps} steps of 32, {asked} held-out "
+        f"records; full and LoRA (rank {RANK}): the median of {seeds} seeds; the others: one, of the first task."
     )
     return rows, note
 
 
-def _learned(base: Path, task: str, data: str, columns: dict[str, str], method: str, seed: int) -> Path:
-    folder = ROOT / "bench-adapters" / f"{task}-{method}-{seed}"
+def _learned(
+    place: Path, base: Path, task: str, data: str, columns: dict[str, str], method: str, seed: int, steps: int
+) -> Path:
+    folder = place / f"{task}-{method}-{seed}"
     if (folder / "model").is_dir():
         return folder / "model"
     shutil.rmtree(folder, ignore_errors=True)
     values = finetune_recipe(
-        base, task, [f"{data}/train"], method, output=folder, steps=STEPS, columns=columns, seed=seed
+        base, task, [f"{data}/train"], method, output=folder, steps=steps, columns=columns, seed=seed
     )
-    values["train"] |= {"workers": 0, "checkpoint_every": STEPS}
+    values["train"] |= {"workers": 0, "checkpoint_every": steps}
     if method == "lora":
         values["adapt"]["rank"] = RANK
     return train(check_recipe(values))

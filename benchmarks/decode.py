@@ -28,10 +28,12 @@ TITLE = "Greedy decoding against transformers' generate"
 PROMPT, NEW, VOCABULARY = 64, 64, 4096
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
+def run(
+    hidden_sizes: tuple[int, ...] = (256, 512), batches: tuple[int, ...] = (1, 16), new: int = NEW
+) -> tuple[list[dict[str, Any]], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for hidden in (256, 512):
+    for hidden in hidden_sizes:
         config = Qwen3Config(
             vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=6,
             num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, head_dim=64, tie_word_embeddings=True,
@@ -45,38 +47,38 @@ def run() -> tuple[list[dict[str, Any]], str]:
             theirs = theirs.to(dtype)
             ours = copy.deepcopy(base)
             ours = ours.to(dtype) if device == "cuda" else ours.pack_for_cpu(dtype)
-            for batch in (1, 16):
+            for batch in batches:
                 ids = np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT))
-                sides = {"OpenM6": _ours(ours, ids), "transformers": _theirs(theirs, ids)}
+                sides = {"OpenM6": _ours(ours, ids, new), "transformers": _theirs(theirs, ids, new)}
                 same = float(np.mean(np.array(sides["OpenM6"]()) == np.array(sides["transformers"]())))
                 timings = race(sides, repeats=7)
                 mine = timings["OpenM6"].median
                 for name, t in timings.items():
                     rows.append({
                         "hidden": hidden, "weights": precision, "batch": batch, "side": name,
-                        "tokens/s": round(batch * NEW / t.median),
-                        "spread": f"{batch * NEW / t.high:,.0f} to {batch * NEW / t.low:,.0f}",
+                        "tokens/s": round(batch * new / t.median),
+                        "spread": f"{batch * new / t.high:,.0f} to {batch * new / t.low:,.0f}",
                         "OpenM6 is faster by": round(t.median / mine, 2), "equal tokens": round(same, 3),
                     })  # fmt: skip
     note = (
-        f"6 layers, prompts of {PROMPT}, {NEW} new tokens, vocabulary {VOCABULARY}; median of 7 runs taken in turn, "
+        f"6 layers, prompts of {PROMPT}, {new} new tokens, vocabulary {VOCABULARY}; median of 7 runs taken in turn, "
         "spread = quartiles."
     )
     return rows, note
 
 
-def _ours(model: M6, ids: np.ndarray) -> Callable[[], list[list[int]]]:
+def _ours(model: M6, ids: np.ndarray, new: int) -> Callable[[], list[list[int]]]:
     prompts = [
         Sequence(row.astype(np.int32), np.full(PROMPT, CAUSAL, np.int32), np.full(PROMPT, IGNORE, np.int32))
         for row in ids
     ]
-    options = Decoding(max_new_tokens=NEW)
+    options = Decoding(max_new_tokens=new)
     return lambda: [answer.ids for answer in generate(model, prompts, end_id=-1, decoding=options)]
 
 
-def _theirs(model: Qwen3ForCausalLM, ids: np.ndarray) -> Callable[[], list[list[int]]]:
+def _theirs(model: Qwen3ForCausalLM, ids: np.ndarray, new: int) -> Callable[[], list[list[int]]]:
     inputs = torch.from_numpy(ids).to(model.device)
-    options = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    options = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
     @torch.inference_mode()
     def decode() -> list[list[int]]:

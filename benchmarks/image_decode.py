@@ -6,6 +6,7 @@ left its model, its judge says how many pictures show all that was asked for, dr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 TITLE = "A picture's codes in 8 passes against one after the other"
 PROMPT, PASSES, ASKED = 24, 8, 200
 DEMO = Path("runs/demo-images")
+SHAPES = ((8, 5), (16, 5), (64, 3))
+"""Codes of a picture's side, and how often each way of drawing is timed."""
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
+def run(shapes: Iterable[tuple[int, int]] = SHAPES) -> tuple[list[dict[str, Any]], str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     sizes = {
@@ -32,7 +35,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
     blocks = np.array([*[SOURCE] * (PROMPT - 2), CAUSAL, CAUSAL], np.int32)
     prompt = Sequence(np.arange(100, 100 + PROMPT, dtype=np.int32), blocks, np.full(PROMPT, IGNORE, np.int32))
     rows = []
-    for side, repeats in ((8, 5), (16, 5), (64, 3)):
+    for side, repeats in shapes:
         count = side**2
         model = M6(ModelConfig.preset("demo", **sizes, picture_side=side if side == 64 else None)).eval().to(device)
         model = model.to(torch.bfloat16) if device == "cuda" else model.pack_for_cpu()

@@ -32,13 +32,13 @@ def vectors_like_a_catalogue(count: int, seed: int, dims: int = DIMS) -> np.ndar
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True))
 
 
-def run(items: int = ITEMS, queries: int = QUERIES) -> tuple[list[dict[str, Any]], str]:
+def run(items: int = ITEMS, queries: int = QUERIES, root: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
     import faiss
 
-    shutil.rmtree(ROOT, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
     vectors, asked = vectors_like_a_catalogue(items, 2), vectors_like_a_catalogue(queries, 3)
     started = time.perf_counter()
-    index = Index.create(ROOT / "items", DIMS, {"price": "int64"})
+    index = Index.create(root / "items", DIMS, {"price": "int64"})
     for first in range(0, items, BATCH):
         some = range(first, min(items, first + BATCH))
         index.add([str(i) for i in some], vectors[first : first + BATCH], {"price": [i % 1000 for i in some]})
@@ -78,7 +78,7 @@ def run(items: int = ITEMS, queries: int = QUERIES) -> tuple[list[dict[str, Any]
         f"read into memory in {opened:.1f} s, cut into {about['lists']} lists in {tuned:.0f} s ({about['probes']} "
         f"looked into). With a filter that leaves 2%, {same:.0%} of 32 answers are exactly those of a full search."
     )
-    shutil.rmtree(ROOT)
+    shutil.rmtree(root)
     return rows, note
 
 

@@ -7,7 +7,7 @@ row of its own, as long as the longest. A third side pads after sorting a larger
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,35 +21,38 @@ from openm6.model import M6
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
 from openm6.train.distributed import Group
-from openm6.train.recipe import Recipe, load_recipe
+from openm6.train.parallel import Parallel
+from openm6.train.recipe import ParallelSection, Recipe, load_recipe
 from openm6.train.setup import build_bundle, build_entries
+from openm6.train.start import start_at_random
 
 TITLE = "Packing against padding, on the demo catalogue's own mixture of lengths"
 GROUPS, BATCH = {"demo": 8, "small": 2}, 64
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
+def run(name: str = "demo", groups: Mapping[str, int] = GROUPS, batch: int = BATCH) -> tuple[list[dict[str, Any]], str]:
+    """`name`: the recipe, by name or path; `groups`: how many steps' examples of each preset."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
-    for preset in GROUPS:
+    for preset, steps in groups.items():
         with tempfile.TemporaryDirectory() as folder:
-            recipe = load_recipe("demo", [f"output={folder}", f"model.preset={preset}"])
+            recipe = load_recipe(name, [f"output={folder}", f"model.preset={preset}"])
             for section in recipe.data:
                 section.start = 0
-            rows += _race(recipe, preset, device)
+            rows += _race(recipe, preset, device, steps, batch)
     note = (
-        f"Steps of {BATCH} examples, the same on all sides; median of 5 rounds in turn, spread = quartiles. Packing "
+        f"Steps of {batch} examples, the same on all sides; median of 5 rounds in turn, spread = quartiles. Packing "
         "saves positions; the stem, which sees every picture once on all sides, and the optimizer stay. `small` takes "
         "up to 64 patches of a picture, so its examples are nearly alike in length."
     )
     return rows, note
 
 
-def _race(recipe: Recipe, preset: str, device: torch.device) -> list[dict[str, Any]]:
-    sequences, model = _examples(recipe, GROUPS[preset], device)
-    groups = [sequences[i : i + BATCH] for i in range(0, len(sequences), BATCH)]
+def _race(recipe: Recipe, preset: str, device: torch.device, steps: int, count: int) -> list[dict[str, Any]]:
+    sequences, model = _examples(recipe, steps, count, device)
+    groups = [sequences[i : i + count] for i in range(0, len(sequences), count)]
     by_length = sorted(sequences, key=len)
-    alike = [by_length[i : i + BATCH] for i in range(0, len(by_length), BATCH)]
+    alike = [by_length[i : i + count] for i in range(0, len(by_length), count)]
     batches = {
         "packed": [pack(g, recipe.train.row_length, 0, even=device.type == "cpu").to(device) for g in groups],
         "padded": [pad(g, 0).to(device) for g in groups],
@@ -74,13 +77,14 @@ def _race(recipe: Recipe, preset: str, device: torch.device) -> list[dict[str, A
     ]
 
 
-def _examples(recipe: Recipe, steps: int, device: torch.device) -> tuple[list[Sequence], M6]:
+def _examples(recipe: Recipe, steps: int, count: int, device: torch.device) -> tuple[list[Sequence], M6]:
     group = Group(0, 1, device)
     bundle = build_bundle(recipe, group)
     entries, _ = build_entries(recipe, bundle, group)
-    loader = Loader(entries, bundle.processor, BATCH, threads=0)
+    loader = Loader(entries, bundle.processor, count, threads=0)
     model = bundle.model.train()
-    model.to(device)  # type: ignore[arg-type]
+    Parallel(model, ParallelSection(), group, fast_dtype(device.type)).allocate()
+    start_at_random(model, 0)
     return [s for step in islice(loader, steps) for s in step], model
 
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -41,30 +42,32 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
+def run(
+    layouts: Iterable[tuple[int, dict[str, Any]]] = LAYOUTS, sizes: Mapping[str, Any] = SIZES, length: int = LENGTH
+) -> tuple[list[dict[str, Any]], str]:
     rows = []
     alone = 0.0
-    for processes, parallel in LAYOUTS:
-        told = _measure(processes, parallel)
+    for processes, parallel in layouts:
+        told = _measure(processes, parallel, sizes, length)
         seconds = median(told["seconds"])
         low, _, high = quantiles(told["seconds"], n=4)
         alone = alone or seconds
         busy = min(processes, len(os.sched_getaffinity(0)))
-        least = _least_bytes(processes, parallel, told["rows"])
+        least = _least_bytes(processes, parallel, told["rows"], sizes)
         sent = median(told["bytes"])
         rows.append({
             "processes": processes,
             "layout": " ".join(f"{k} {v}" for k, v in parallel.items()) or "data parallel",
-            "tokens/s": round(ROWS * LENGTH / seconds),
-            "spread": f"{ROWS * LENGTH / high:,.0f} to {ROWS * LENGTH / low:,.0f}",
+            "tokens/s": round(ROWS * length / seconds),
+            "spread": f"{ROWS * length / high:,.0f} to {ROWS * length / low:,.0f}",
             "efficiency": round(alone / seconds / busy, 2),
             "MB a step": round(sent / 1e6, 1),
             "least MB": round(least / 1e6, 1),
             "moved / least": round(sent / least, 2) if least else 0.0,
         })  # fmt: skip
     note = (
-        f"{SIZES['num_hidden_layers']} layers, hidden {SIZES['hidden_size']}, 8 experts (2 a token), {ROWS} rows of "
-        f"{LENGTH} positions a step whatever the number of processes, one thread each; median of {STEPS} steps, spread "
+        f"{sizes['num_hidden_layers']} layers, hidden {sizes['hidden_size']}, 8 experts (2 a token), {ROWS} rows of "
+        f"{length} positions a step whatever the number of processes, one thread each; median of {STEPS} steps, spread "
         "= quartiles. Efficiency: speed / (that of one process x the cores in use). Least bytes: ring reduction of "
         "gradients (data parallel), or gradients scattered once and weights gathered once (zero2) or twice (zero3) a "
         "step, and the rows that have to cross for experts elsewhere, four times."
@@ -72,12 +75,12 @@ def run() -> tuple[list[dict[str, Any]], str]:
     return rows, note
 
 
-def _measure(processes: int, parallel: dict[str, Any]) -> dict[str, Any]:
+def _measure(processes: int, parallel: dict[str, Any], sizes: Mapping[str, Any], length: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "settings.json"
         out = Path(folder) / "told.json"
         values = {
-            "sizes": SIZES, "parallel": parallel, "rows": ROWS, "length": LENGTH, "steps": STEPS, "out": str(out),
+            "sizes": dict(sizes), "parallel": parallel, "rows": ROWS, "length": length, "steps": STEPS, "out": str(out),
         }  # fmt: skip
         settings.write_text(json.dumps(values))
         command = [sys.executable, "-m"]
@@ -90,20 +93,20 @@ def _measure(processes: int, parallel: dict[str, Any]) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def _least_bytes(processes: int, parallel: dict[str, Any], rows: float) -> float:
+def _least_bytes(processes: int, parallel: dict[str, Any], rows: float, sizes: Mapping[str, Any]) -> float:
     """Over all processes: (N - 1) times each tensor for a scatter or a gather, twice for an all-reduce."""
     if processes == 1:
         return 0.0
-    parts = ModelConfig(**SIZES).count_parameters()
+    parts = ModelConfig(**sizes).count_parameters()
     low = 2 if fast_dtype("cuda" if torch.cuda.is_available() else "cpu") == torch.bfloat16 else 4
     everything = sum(parts.values())
     if not parallel:
         return 2.0 * (processes - 1) * 4 * everything
     # Embedding, last norm and head stay gathered in fp32 from forward to backward.
-    outside = parts["embedding"] + parts["head"] + SIZES["hidden_size"]  # type: ignore[operator]
+    outside = parts["embedding"] + parts["head"] + sizes["hidden_size"]
     inside = everything - outside - parts["experts"]
     gathers = 2 if parallel["sharding"] == "zero3" else 1
     columns = parallel.get("experts", 1)
     dense = (processes - 1) * (outside * (4 + 4) + inside * (gathers * low + 4))
     experts = (processes // columns - 1) * parts["experts"] * (gathers * low + 4)
-    return dense + experts + 4.0 * rows * SIZES["hidden_size"] * low  # type: ignore[operator]
+    return dense + experts + 4.0 * rows * sizes["hidden_size"] * low

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,29 +32,38 @@ from benchmarks._client import Client
 from openm6.bundle import Bundle
 from openm6.data.source import open_source
 from openm6.errors import UsageError
+from openm6.tasks.library import get
 
 TITLE = "Serving: clients at once"
 ROOT = Path(__file__).parents[1] / "runs"
-CLIENTS, SECONDS, NEW = (1, 4, 16, 64), 8.0, 32
-SHARES = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
-"""Of the peak, at which requests come in the open loop."""
+NEW = 32
 
-SERVERS = 7
-"""That the overhead is measured of."""
 
+@dataclass(frozen=True)
+class Load:
+    """How much is asked: clients at once, seconds each time, shares of the peak, servers for the overhead."""
+
+    clients: tuple[int, ...] = (1, 4, 16, 64)
+    seconds: float = 8.0
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
+    servers: int = 7
+
+
+WHOLE = Load()
 Items = list[tuple[str, dict[str, Any]]]
 """What is asked: tasks, and their records."""
 Requests = list[tuple[str, bytes]]
 """Of a side: paths and bodies, taken in turn."""
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
-    demo = ROOT / "demo" / "model"
+def run(load: Load = WHOLE, root: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
+    demo = root / "demo" / "model"
     if not demo.is_dir():
         raise UsageError(f"{demo} is not there: run `make demo` first.")
-    checkpoint, imported = _checkpoint(ROOT / "bench-serve")
+    checkpoint, imported = _checkpoint(root / "bench-serve")
     texts = _texts()
     rows = _compared(
+        load,
         "texts of 32 tokens",
         {
             "openm6": (_served(imported), _openm6(texts)),
@@ -62,26 +72,27 @@ def run() -> tuple[list[dict[str, Any]], str]:
     )
     mixed = _mixed()
     rows += _compared(
+        load,
         "the demo's tasks, mixed",
         {"openm6": (_served(demo), _openm6(mixed)), "litserve": (_peer("litserve", demo), _whole(mixed))},
     )
-    rows += _curve(demo, mixed)
-    rows.append(_overhead(demo, mixed))
+    rows += _curve(load, demo, mixed)
+    rows.append(_overhead(load, demo, mixed))
     note = (
-        f"{SECONDS:.0f} s each; first: the time to the first token where a side streams, else to the answer. Texts: a "
-        "Qwen3 of 6 layers, hidden size 256, random weights, bf16 where the machine has units for it, on both sides."
+        f"{load.seconds:g} s each; first: the time to the first token where a side streams, else to the answer. Texts: "
+        "a Qwen3 of 6 layers, hidden size 256, random weights, bf16 where the machine has units for it, on both sides."
     )
     return rows, note
 
 
-def _compared(what: str, sides: dict[str, tuple[Callable[[], Any], Requests]]) -> list[dict[str, Any]]:
+def _compared(load: Load, what: str, sides: dict[str, tuple[Callable[[], Any], Requests]]) -> list[dict[str, Any]]:
     rows = []
-    for clients in CLIENTS:
+    for clients in load.clients:
         found = {}
         for name, (started, requests) in sides.items():
             with started() as url:
                 uvloop.run(_load(url, requests, 2, 1.0))  # warm
-                found[name] = uvloop.run(_load(url, requests, clients, SECONDS))
+                found[name] = uvloop.run(_load(url, requests, clients, load.seconds))
         for name, measured in found.items():
             peer = next(other for other in found if other != name)
             rows.append(_row(what, clients, name, measured))
@@ -128,14 +139,14 @@ def _row(what: str, clients: int | str, side: str, measured: Measured) -> dict[s
     }  # fmt: skip
 
 
-def _curve(model: Path, mixed: Items) -> list[dict[str, Any]]:
-    """Open loop: the peak by 64 clients, then requests at shares of it."""
+def _curve(load: Load, model: Path, mixed: Items) -> list[dict[str, Any]]:
+    """Open loop: the peak by the most clients, then requests at shares of it."""
     requests, rows = _openm6(mixed), []
     with _served(model)() as url:
         uvloop.run(_load(url, requests, 8, 2.0))  # warm
-        peak, *_ = uvloop.run(_load(url, requests, 64, SECONDS))
-        for share in SHARES:
-            measured = uvloop.run(_arriving(url, requests, share * peak, SECONDS))
+        peak, *_ = uvloop.run(_load(url, requests, max(load.clients), load.seconds))
+        for share in load.shares:
+            measured = uvloop.run(_arriving(url, requests, share * peak, load.seconds))
             side = f"openm6, {share:.0%} of the peak"
             rows.append(_row("the demo's tasks, as they come", f"{share * peak:.0f} a second", side, measured))
             print(rows[-1], flush=True)
@@ -168,7 +179,7 @@ async def _arriving(url: str, requests: Requests, rate: float, seconds: float) -
     return counts["in time"] / seconds, firsts, wholes, counts["refused"]
 
 
-def _overhead(model: Path, mixed: Items) -> dict[str, Any]:
+def _overhead(load: Load, model: Path, mixed: Items) -> dict[str, Any]:
     """One client: milliseconds a request over HTTP, and by the decoder alone with as many threads, taken in turn; the
     median of several servers, and the least and most of them."""
     bundle = Bundle.load(model)
@@ -188,7 +199,7 @@ def _overhead(model: Path, mixed: Items) -> dict[str, Any]:
         return by_http, alone
 
     answers, decoders, more = [], [], []
-    for _ in range(SERVERS):
+    for _ in range(load.servers):
         with _served(model)() as url:
             torch.set_num_threads(httpx2.get(f"{url}/v1/models").json()["data"][0]["threads"])
             by_http, alone = uvloop.run(asked(url))
@@ -308,5 +319,7 @@ def _checkpoint(folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "qwen")
     (folder / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    import_bundle(folder / "qwen", folder / "model", "stem", num_codes=0, max_length=256)
+    bundle = import_bundle(folder / "qwen", folder / "imported", "stem", num_codes=0, max_length=256)
+    # The server answers tasks that a model has learned.
+    Bundle(bundle.model, bundle.processor, [get("text_continuation")]).save(folder / "model")
     return folder / "qwen", folder / "model"

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from statistics import median, quantiles
 from typing import Any
 
@@ -38,16 +39,18 @@ ROWS, LENGTH, STEPS, REPEATS = 8, 256, 7, 3
 MIB = 2**20
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
-    sides: dict[int, list[dict[str, Any]]] = {12: [], 4: [], 1: []}
-    for _ in range(REPEATS):  # in turn, so that a noisy moment does not hit one side alone
+def run(
+    distinct_layers: tuple[int, ...] = (12, 4, 1), sizes: Mapping[str, Any] = SIZES, repeats: int = REPEATS
+) -> tuple[list[dict[str, Any]], str]:
+    sides: dict[int, list[dict[str, Any]]] = {distinct: [] for distinct in distinct_layers}
+    for _ in range(repeats):  # in turn, so that a noisy moment does not hit one side alone
         for distinct, told in sides.items():
-            command = [sys.executable, "-m", "benchmarks.sharing", str(distinct)]
+            command = [sys.executable, "-m", "benchmarks.sharing", str(distinct), json.dumps(dict(sizes))]
             done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
             told.append(json.loads(done.stdout))
     rows = []
     for distinct, told in sides.items():
-        weights = weights_of(meta_model(_config(distinct)))
+        weights = weights_of(meta_model(ModelConfig(**sizes, distinct_layers=distinct)))
         promised = sum(states_by_layer(weights, Layout(1, "none", 1, "none"), "adamw").values(), States())
         held, steps = told[0], [seconds for one in told for seconds in one["seconds"]]
         low, _, high = quantiles(steps, n=4)
@@ -65,21 +68,18 @@ def run() -> tuple[list[dict[str, Any]], str]:
             "update ms": round(1e3 * median(t for one in told for t in one["updates"])),
         })  # fmt: skip
     note = (
-        f"12 layers applied, hidden {SIZES['hidden_size']}, 8 experts (1 a token), {ROWS} rows of {LENGTH} positions, "
-        f"AdamW, fp32 states; median of {REPEATS} x {STEPS} steps, spread = quartiles. Promised: by openm6 plan. Peak: "
-        "what the process came to need beyond what it had before the network was built."
+        f"{sizes['num_hidden_layers']} layers applied, hidden {sizes['hidden_size']}, {sizes['num_experts']} experts "
+        f"(1 a token), {ROWS} rows of {LENGTH} positions, AdamW, fp32 states; median of {repeats} x {STEPS} steps, "
+        "spread = quartiles. Promised: by openm6 plan. Peak: what the process "
+        "came to need beyond what it had before the network was built."
     )
     return rows, note
 
 
-def _config(distinct: int) -> ModelConfig:
-    return ModelConfig(**SIZES, distinct_layers=distinct)
-
-
-def measure(distinct: int) -> dict[str, Any]:
+def measure(config: ModelConfig) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    config, dtype = _config(distinct), fast_dtype(device.type)
+    dtype = fast_dtype(device.type)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
     causal = np.full(LENGTH, CAUSAL, np.int32)
     rows = [Sequence(r[:-1].astype(np.int32), causal, r[1:].astype(np.int32)) for r in ids]
@@ -124,4 +124,4 @@ def _peak(cuda: bool) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]))))
+    print(json.dumps(measure(ModelConfig(**json.loads(sys.argv[2]), distinct_layers=int(sys.argv[1])))))

@@ -36,17 +36,20 @@ PAIRS = {
 """Part of the market: the task one after the other, the one from a sketch, and the slot that is written."""
 
 
-def run() -> tuple[list[dict[str, Any]], str]:
-    base = ROOT / "market" / "model"
+def run(
+    root: Path = ROOT, parts: tuple[str, ...] = tuple(PAIRS), asked: int = ASKED, steps: int = STEPS, seeds: int = SEEDS
+) -> tuple[list[dict[str, Any]], str]:
+    base = root / "market" / "model"
     if not base.is_dir():
         raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
     rows: list[dict[str, Any]] = []
-    for part, (plain, edited, slot) in PAIRS.items():
+    for part in parts:
+        plain, edited, slot = PAIRS[part]
         figures: dict[str, list[dict[str, float]]] = {plain: [], edited: []}
-        for seed in range(SEEDS):
-            bundles = {task: _learned(base, part, task, seed) for task in (plain, edited)}
+        for seed in range(seeds):
+            bundles = {task: _learned(root / "bench-sketch", base, part, task, seed, steps) for task in (plain, edited)}
             for task, bundle in bundles.items():
-                figures[task].append(_measured(bundle, part, task, slot))
+                figures[task].append(_measured(bundle, part, task, slot, asked))
             times = _timed(bundles, part)
             for task, ms in times.items():
                 figures[task][-1]["ms"] = ms
@@ -62,37 +65,37 @@ def run() -> tuple[list[dict[str, Any]], str]:
             )  # fmt: skip
             print(rows[-1], flush=True)
     note = (
-        f"{LEARNED} labelled texts, {STEPS} steps of 32 from the demo's model after `openm6 train market`, {ASKED} "
-        f"held-out ones, {SEEDS} seeds (medians). Facts: values of the table that the true text names and the written "
+        f"{LEARNED} labelled texts, {steps} steps of 32 from the demo's model after `openm6 train market`, {asked} "
+        f"held-out ones, {seeds} seeds (medians). Facts: values of the table that the true text names and the written "
         "one has, word for word."
     )
     return rows, note
 
 
-def _learned(base: Path, part: str, task: str, seed: int) -> Bundle:
-    folder = ROOT / "bench-sketch" / f"{task}-{seed}"
+def _learned(place: Path, base: Path, part: str, task: str, seed: int, steps: int) -> Bundle:
+    folder = place / f"{task}-{seed}"
     if not (folder / "model").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         values = {
             "name": task, "seed": seed, "output": str(folder), "model": {"path": str(base)},
             "data": [{"source": f"market:{part}/train?records={LEARNED}&seed={seed}", "task": task}],
             "train": {
-                "steps": STEPS, "batch_size": 32, "row_length": 256, "optimizer": "muon", "learning_rate": 2e-3,
-                "matrix_learning_rate": 4e-3, "warmup": 30, "checkpoint_every": STEPS, "log_every": 50, "workers": 0,
+                "steps": steps, "batch_size": 32, "row_length": 256, "optimizer": "muon", "learning_rate": 2e-3,
+                "matrix_learning_rate": 4e-3, "warmup": 30, "checkpoint_every": steps, "log_every": 50, "workers": 0,
             },
         }  # fmt: skip
         train(check_recipe(values))
     return Bundle.load(folder / "model")
 
 
-def _records(bundle: Bundle, part: str, task: str) -> list[Mapping[str, Any]]:
+def _records(bundle: Bundle, part: str, task: str, asked: int) -> list[Mapping[str, Any]]:
     source = open_source(f"market:{part}/test")
     view = SlotView.of(bundle.task(task), source)
-    return [{**view(source[i]), "attributes": source[i]["attributes"]} for i in range(ASKED)]
+    return [{**view(source[i]), "attributes": source[i]["attributes"]} for i in range(asked)]
 
 
-def _measured(bundle: Bundle, part: str, task: str, slot: str) -> dict[str, float]:
-    records = _records(bundle, part, task)
+def _measured(bundle: Bundle, part: str, task: str, slot: str, asked: int) -> dict[str, float]:
+    records = _records(bundle, part, task, asked)
     said = list(bundle.run_many(task, records))
     wanted = [r[slot] if isinstance(r[slot], list) else [r[slot]] for r in records]
     # Of the table, what the true text tells: a host does not speak of everything.
@@ -101,14 +104,14 @@ def _measured(bundle: Bundle, part: str, task: str, slot: str) -> dict[str, floa
         for r, texts in zip(records, wanted, strict=True)
     ]
     return {
-        "bleu": bleu(said, wanted).corpus(np.arange(ASKED)),
+        "bleu": bleu(said, wanted).corpus(np.arange(asked)),
         "parent": float(parent(said, wanted, tables).examples.mean()),
         "facts": float(facts_kept(said, wanted, tables).examples.mean()),
     }
 
 
 def _timed(bundles: Mapping[str, Bundle], part: str) -> dict[str, float]:
-    asked = {task: _records(bundle, part, task)[:10] for task, bundle in bundles.items()}
+    asked = {task: _records(bundle, part, task, 10) for task, bundle in bundles.items()}
     sides = {
         task: (lambda task=task, bundle=bundle: [list(bundle.run_many(task, [r])) for r in asked[task]])
         for task, bundle in bundles.items()

@@ -25,12 +25,12 @@ TITLE = "Block-sparse attention of a long picture against dense SDPA"
 SIDE, TEXT = 64, 64
 
 
-def run(device: str | None = None) -> tuple[list[dict[str, Any]], str]:
+def run(device: str | None = None, side: int = SIDE) -> tuple[list[dict[str, Any]], str]:
     """On `device`, "cpu" or "cuda"; by default a GPU where there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows = _gpu() if device == "cuda" else _cpu()
+    rows = _gpu(side) if device == "cuda" else _cpu(side)
     note = (
-        f"{SIDE**2:,} codes that see {TEXT} positions of text and each other both ways; median of 9 runs in turn, "
+        f"{side**2:,} codes that see {TEXT} positions of text and each other both ways; median of 9 runs in turn, "
         "spread = quartiles. Dense SDPA has the same queries and keys without a mask. Kept: pairs of tiles that are "
         "looked at, of all; promised: pairs of positions, dense ones to kept ones, text included. All sides take "
         "queries, keys and values row by row: bringing them into tiles and back is timed too; making a mask and "
@@ -39,11 +39,11 @@ def run(device: str | None = None) -> tuple[list[dict[str, Any]], str]:
     return rows, note
 
 
-def _cpu() -> list[dict[str, Any]]:
-    pattern = SparsePattern(SIDE)
+def _cpu(side: int) -> list[dict[str, Any]]:
+    pattern = SparsePattern(side)
     mask, rows = block_mask(pattern, TEXT), []
     for heads, width, dtype, precision in ((4, 32, torch.float32, "fp32"), (8, 64, torch.bfloat16, "bf16")):
-        inputs, dense_inputs = _inputs("cpu", 1, heads, width, dtype)
+        inputs, dense_inputs = _inputs("cpu", side, 1, heads, width, dtype)
         plain, dense = ([t.detach() for t in some] for some in (inputs, dense_inputs))
         forward = {
             "FlexAttention": lambda plain=plain: flex_attend(*plain, pattern, mask),
@@ -59,11 +59,11 @@ def _cpu() -> list[dict[str, Any]]:
     return rows
 
 
-def _gpu() -> list[dict[str, Any]]:
-    inputs, dense_inputs = _inputs("cuda", rows=4, heads=16, width=64, dtype=torch.bfloat16)
+def _gpu(side: int) -> list[dict[str, Any]]:
+    inputs, dense_inputs = _inputs("cuda", side, rows=4, heads=16, width=64, dtype=torch.bfloat16)
     rows = []
     for tile in ((4, 8), (8, 8), (8, 16)):
-        pattern = SparsePattern(SIDE, tile)
+        pattern = SparsePattern(side, tile)
         mask = block_mask(pattern, TEXT, device="cuda")
         sides = {
             "FlexAttention": _both(lambda p=pattern, m=mask: flex_attend(*inputs, p, m), inputs),
@@ -73,10 +73,12 @@ def _gpu() -> list[dict[str, Any]]:
     return rows
 
 
-def _inputs(device: str, rows: int, heads: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+def _inputs(
+    device: str, side: int, rows: int, heads: int, width: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
     """Queries, keys and values of the codes, keys and values of the text; the same with text and codes in one."""
     torch.manual_seed(0)
-    lengths = (SIDE**2, SIDE**2, SIDE**2, TEXT, TEXT)
+    lengths = (side**2, side**2, side**2, TEXT, TEXT)
     q, k, v, k_text, v_text = (torch.randn(rows, heads, n, width, device=device, dtype=dtype) for n in lengths)
     sparse, dense = (q, k, v, k_text, v_text), (q, torch.cat((k_text, k), 2), torch.cat((v_text, v), 2))
     return [t.clone().requires_grad_() for t in sparse], [t.clone().requires_grad_() for t in dense]

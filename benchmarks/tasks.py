@@ -107,14 +107,16 @@ SIDES = (
 )
 
 
-def run(sides: tuple[Side, ...] = SIDES, steps: int = STEPS) -> tuple[list[dict[str, Any]], str]:
+def run(
+    sides: tuple[Side, ...] = SIDES, steps: int = STEPS, asked: int = ASKED, root: Path = ROOT
+) -> tuple[list[dict[str, Any]], str]:
     for side in sides:
-        if not _base(side).is_dir():
-            raise UsageError(f"{_base(side)} is not there: `make bench-tasks` makes all that is needed.")
+        if not _base(root, side).is_dir():
+            raise UsageError(f"{_base(root, side)} is not there: `make bench-tasks` makes all that is needed.")
     os.environ["OMP_NUM_THREADS"] = "1"
     rows, seconds = [], 0.0
     with ProcessPoolExecutor(LANES, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = [{name: pool.submit(_kept, side, name, steps) for name in ACTS} for side in sides]
+        waiting = [{name: pool.submit(_kept, root, side, name, steps, asked) for name in ACTS} for side in sides]
         for side, futures in zip(sides, waiting, strict=True):
             found = {name: future.result() for name, future in futures.items()}
             seconds += sum(one["seconds"] for one in found.values()) / LANES
@@ -134,20 +136,20 @@ def run(sides: tuple[Side, ...] = SIDES, steps: int = STEPS) -> tuple[list[dict[
     note = (
         f"{steps} steps of {BATCH} examples each, all weights, the same recipe and tokenizer on both sides (first: the "
         f"demo's model after `openm6 train market`; where pictures are drawn, after `make demo-images`); measured "
-        f"on {ASKED} held-out records. Better than from nothing: {sum(r['beats nothing'] for r in rows)} of "
+        f"on {asked} held-out records. Better than from nothing: {sum(r['beats nothing'] for r in rows)} of "
         f"{len(rows)}; than the trivial answer: {sum(r['beats trivial'] for r in rows)}. One seed. "
         f"{seconds / 60:.0f} minutes in all, {LANES} trainings at a time."
     )
     return rows, note
 
 
-def _base(side: Side) -> Path:
-    return ROOT / ("demo-images" if get(side.task).draws else "market") / "model"
+def _base(root: Path, side: Side) -> Path:
+    return root / ("demo-images" if get(side.task).draws else "market") / "model"
 
 
-def _kept(side: Side, name: str, steps: int) -> dict[str, float]:
+def _kept(root: Path, side: Side, name: str, steps: int, asked: int) -> dict[str, float]:
     """The figure of an earlier run and the seconds that it took, or that of now, kept; in a process of its own."""
-    folder = ROOT / "bench-tasks"
+    folder = root / "bench-tasks"
     file, run = folder / f"{side.task}-{name}.json", folder / f"{side.task}-{name}"
     if file.is_file():
         found: dict[str, float] = json.loads(file.read_text("utf-8"))
@@ -157,13 +159,13 @@ def _kept(side: Side, name: str, steps: int) -> dict[str, float]:
     os.dup2(log, 1)
     os.dup2(log, 2)
     started = time.perf_counter()
-    value = ACTS[name](side, _base(side), run, steps)
+    value = ACTS[name](side, _base(root, side), run, steps, asked)
     found = {"value": value, "seconds": time.perf_counter() - started}
     file.write_text(json.dumps(found), "utf-8")
     return found
 
 
-def _learned(side: Side, base: Path, folder: Path, steps: int, pretrained: bool) -> float:
+def _learned(side: Side, base: Path, folder: Path, steps: int, count: int, pretrained: bool) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     section: dict[str, Any] = {"source": f"{side.data}/train", "task": side.task, "columns": side.columns}
     if side.against:
@@ -185,23 +187,23 @@ def _learned(side: Side, base: Path, folder: Path, steps: int, pretrained: bool)
     test = f"{side.data}/test"
     if side.against:
         found = measure_retrieval(
-            bundle, side.task, side.against, test, side.columns, side.against_columns, limit=ASKED,
+            bundle, side.task, side.against, test, side.columns, side.against_columns, limit=count,
             among_negatives=side.among_negatives,
         )  # fmt: skip
     else:
-        found = measure(bundle, side.task, test, side.columns, limit=ASKED, answers=False)
+        found = measure(bundle, side.task, test, side.columns, limit=count, answers=False)
     shutil.rmtree(folder)
     return found.values()[side.metric]
 
 
-def _trivial(side: Side, base: Path, folder: Path, steps: int) -> float:
+def _trivial(side: Side, base: Path, folder: Path, steps: int, count: int) -> float:
     if side.trivial == "chance":
-        return int(side.metric.partition("@")[2]) / (AMONG if side.among_negatives else ASKED)
+        return int(side.metric.partition("@")[2]) / (AMONG if side.among_negatives else count)
     task = get(side.task)
     splits = [open_source(f"{side.data}/{split}") for split in ("train", "test")]
     views = [SlotView.of(task, records, side.columns) for records in splits]
     known = [views[0](splits[0][i]) for i in range(min(2000, len(splits[0])))]
-    asked = [views[1](splits[1][i]) for i in range(min(ASKED, len(splits[1])))]
+    asked = [views[1](splits[1][i]) for i in range(min(count, len(splits[1])))]
     if side.trivial == "ngram":
         return _bigrams(side, base, known, asked)
     output = task.outputs[0]
@@ -254,7 +256,7 @@ def _bigrams(side: Side, base: Path, known: list[Any], asked: list[Any]) -> floa
     return float(np.exp(np.mean(losses)))
 
 
-ACTS: dict[str, Callable[[Side, Path, Path, int], float]] = {
+ACTS: dict[str, Callable[[Side, Path, Path, int, int], float]] = {
     "trivial": _trivial,
     "scratch": partial(_learned, pretrained=False),
     "pretrained": partial(_learned, pretrained=True),

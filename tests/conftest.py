@@ -83,12 +83,13 @@ def example(
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
-def drawing_bundle(max_length: int = 64, tasks: tuple[str, ...] = ()) -> Bundle:
-    """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes; it says of itself that it was trained on tasks."""
+def drawing_bundle(max_length: int = 64, tasks: tuple[str, ...] = (), **sizes: object) -> Bundle:
+    """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes; it says of itself that it was trained on tasks.
+    `sizes` as of `tiny_config`."""
     torch.manual_seed(0)
     codec = Codec(CodecConfig(image_size=16, patch=2, widths=[8, 16], levels=[4, 4]))
     tokenizer = Tokenizer.train(["画一张图: 红色的杯子", "参考 风格 草图"], 600, 16)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16, **sizes)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     processor = Processor(tokenizer, grid, max_length, PictureCodec(codec))
     return Bundle(M6(config).eval(), processor, map(get, tasks))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,12 +23,10 @@ from typer.main import get_command
 import openm6
 from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.environment import CACHE, HOME
 from openm6.tasks.file import task_of
 from openm6.tasks.grammar import parse
 from openm6.tasks.library import get as get_task, names
-from tests.conftest import command, drawing_bundle
-from tests.tasks.conftest import picture
+from tests.conftest import drawing_bundle
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,15 +68,20 @@ def test_instructions_can_be_parsed() -> None:
         assert parse(line).target
 
 
+def commands_in(block: str) -> Iterator[list[str]]:
+    """The words of every line in a bash block, without comments and variables set before it."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z0-9_]+=", words[0]):
+            words.pop(0)
+        if words:
+            yield words
+
+
 def commands_on(page: Path) -> Iterator[list[str]]:
-    """The words of every line in the bash blocks of a page, without comments and variables set before it."""
+    """The words of every line in the bash blocks of a page."""
     for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            while words and re.match(r"[A-Z0-9_]+=", words[0]):
-                words.pop(0)
-            if words:
-                yield words
+        yield from commands_in(block)
 
 
 def openm6_words(words: list[str]) -> list[str] | None:
@@ -234,121 +235,3 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
 def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generators beside the pages can be imported."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-
-
-# Commands that are run, in the order of their page
-
-
-RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
-    "catalogue", "coming-from", "data", "evaluation", "experts", "extending", "finetuning", "jobs", "planning",
-    "retrieval", "start", "training", "your_data", "zh",
-))]  # fmt: skip
-"""Pages whose commands take a tiny model seconds."""
-
-NOT_RUN = (
-    "serve", "jobs work", "jobs logs", "jobs stop", "jobs resume",  # they wait
-    "jobs submit --engine", "--extension", "runs/goods.yaml",  # they need a cluster, or files of another page
-    "models prune",  # a larger model
-    "--dry-run", "demo:", "shop:", "runs/next", "index tune",  # they take long or many items, or follow one that does
-    "train demo ", "images", "--processes", "--ray-workers", "--nproc-per-node",  # likewise; tests/e2e has pictures
-)  # fmt: skip
-
-SMALL = [
-    "train.steps=2", "train.batch_size=2", "train.workers=0", "train.accumulate=1", "train.row_length=256",
-    "evaluation.limit=2", "evaluation.every=2",
-]  # fmt: skip
-TINY = [
-    "hidden_size=32",
-    "num_hidden_layers=1",
-    "intermediate_size=32",
-    "num_attention_heads=4",
-    "stem_widths=[8,8,8,8]",
-]
-"""Sizes of a network that a recipe begins."""
-
-
-@pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages speak of: models by their names, all the same tiny one, and a few records."""
-    monkeypatch.chdir(tmp_path)
-    for name in (HOME, CACHE):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    bundle = drawing_bundle(max_length=250)
-    bundle.save("model")
-    for name in ("goods", "demo", "mine", "large", "little", "dense", "parts", "vectors", "replies"):
-        shutil.copytree("model", f"runs/{name}/model")
-    task = get_task("text_classification").with_labels({"label": ["好评", "差评"]})
-    Bundle(bundle.model, bundle.processor, [task]).save("runs/reviews/model")
-    Path("reviews.csv").write_text("text,评论,label\n" + "又轻又软,又轻又软,好评\n" * 4, "utf-8")
-    asked = {"图片": "a.jpg", "question": "什么颜色?"}
-    Path("questions.jsonl").write_text((json.dumps(asked, ensure_ascii=False) + "\n") * 4, "utf-8")
-    for name in ("a.jpg", "part.jpg", "new.jpg"):
-        Path(name).write_bytes(picture(40, 30))
-    records = [
-        {
-            "photo": "a.jpg", "caption": "红色的杯子", "title": "杯子", "text": "又轻又软", "label": "好评",
-            "sku": f"A{number}", "price": 9.5 + number, "colour": "红色", "question": "什么颜色?", "answer": "红色",
-            "history": "有红色的吗", "reply": "有的。", "attributes": {"颜色": "红色"}, "verdict": "合格",
-        }
-        for number in range(17, 41)
-    ]  # fmt: skip
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    for name in ("goods", "train", "test", "talks", "talks-dev", "five", "all-texts", "few", "dev", "new"):
-        Path(f"{name}.jsonl").write_text(lines, "utf-8")
-    Path("five.jsonl").write_text("".join(lines.splitlines(keepends=True)[:2]), "utf-8")
-    told = {"instruction": "写一句话。", "input": "杯子", "output": "好杯子。"}
-    Path("alpaca.json").write_text(json.dumps([told] * 9, ensure_ascii=False), "utf-8")
-    for name in ("questions", "questions-test"):
-        Path(f"{name}.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
-    Path("parts.csv").write_text("photo,verdict\n" + "a.jpg,合格\n" * 9, "utf-8")
-    turns = [{"role": "user", "content": "<image>什么颜色?"}, {"role": "assistant", "content": "红色"}]
-    Path("messages.jsonl").write_text((json.dumps({"messages": turns, "images": ["a.jpg"]}) + "\n") * 9, "utf-8")
-    coded = base64.b64encode(picture(40, 30)).decode()
-    for name in ("caption_train", "caption_val"):
-        Path(f"{name}.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{coded}\n" for n in range(9)), "utf-8")
-    for name in ("train.csv", "test.csv", "reviews/train.csv", "reviews/validation.csv", "reviews/test.csv", "new.csv"):
-        Path(name).parent.mkdir(exist_ok=True)
-        rows = "".join(f"{name} {number},{label},a.jpg\n" for number in range(9) for label in ("好评", "差评"))
-        Path(name).write_text("text,label,photo\n" + rows, "utf-8")
-    shutil.copytree(ROOT / "examples", "examples")
-    Path("emoji").mkdir()
-    for name in ("train", "validation", "test"):
-        Path(f"emoji/{name}.csv").write_text("image,caption\n" + "../a.jpg,男工人\n../part.jpg,女工人\n" * 4, "utf-8")
-    Path("runs/demo/pictures").mkdir()
-    shutil.copy("a.jpg", "runs/demo/pictures/goods-1.jpg")
-    return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_commands_do_what_the_page_says(page: Path, room: Path) -> None:
-    for block in blocks(page, "yaml"):
-        if "instructions" in (content := yaml.safe_load(block)):
-            name = "requests.yaml" if "request" in content["example"] else "defects.yaml"
-            (room / name).write_text(block, "utf-8")
-        elif content.get("name") == "goods" and "openm6 train goods.yaml" in page.read_text("utf-8"):
-            (room / "goods.yaml").write_text(block, "utf-8")
-            shutil.rmtree("runs/goods")
-    if page.stem == "your_data":
-        shutil.rmtree("runs/reviews")
-    if page.stem == "catalogue":
-        for _ in range(2):
-            command("models", "add", "goods", "model")
-    if page.stem == "coming-from":
-        for block in blocks(page, "python"):
-            subprocess.run([sys.executable, "-c", block], check=True)
-    ran = 0
-    for words in commands_on(page):
-        given = openm6_words(words)
-        if given is None or any(left in " ".join(given) for left in NOT_RUN):
-            continue
-        if given[0] == "train":
-            given += [*SMALL, *(f"model.sizes.{size}" for size in TINY)]
-        elif given[0] == "finetune":
-            given += SMALL[:3] + SMALL[5:6]
-        elif given[0] == "eval":
-            given += ["--limit", "4", "-o", "max_new_tokens=2"]
-        done = command(*given)
-        assert done.exit_code == 0, f"{' '.join(words)}\n{done.output[-2000:]}"
-        ran += 1
-    assert ran

