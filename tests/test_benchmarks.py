@@ -85,7 +85,7 @@ TINY: dict[str, Tiny] = {
         1.0,
         1,
         2_000_000,
-    ),  # fmt: skip
+    ),
     "packing": lambda b, runs: b.run(str(runs / "facts.yaml"), {"demo": 1}, 4),
     "scale": lambda b, _: b.run([(1, {}), (2, {"sharding": "zero3", "experts": 2})], LAYER, 16),
     "serve": lambda b, runs: b.run(b.Load((1,), 0.5, (0.5,), 1), runs),

@@ -151,8 +151,10 @@ class Server:
         if samples(told, decoding):
             decoding.setdefault("seed", secrets.randbelow(2**31))
         slots = told["slots"]
-        bound = {"positions": deployment.about["positions"], "truncate": asked.truncate}
-        read = partial(record_of, slots=slots, pictures=self.pictures, **bound)
+        read = partial(
+            record_of, slots=slots, pictures=self.pictures, positions=deployment.about["positions"],
+            truncate=asked.truncate,
+        )  # fmt: skip
         # Examples may have other columns too; what is asked may not.
         every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
