@@ -82,7 +82,7 @@ def example(
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
-def drawing_bundle(max_length: int = 64) -> Bundle:
+def drawing_bundle(max_length: int = 256) -> Bundle:
     """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes, untrained."""
     torch.manual_seed(0)
     codec = Codec(CodecConfig(image_size=16, patch=2, widths=[8, 16], levels=[4, 4]))

@@ -259,7 +259,8 @@ class Engine:
 
     def _told(self, told: Told) -> None:
         if told.done or told.error is not None:
-            told.truncated = self._open.pop(told.id).truncated
+            request = self._open.pop(told.id)
+            told.truncated = request.prompt.cut if request.prompt is not None else 0
             self.counts.answered += told.error is None
             self.counts.failed += told.error is not None
             self.counts.tokens += told.tokens
