@@ -115,8 +115,10 @@ class Server:
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
         """A request as it goes to the worker."""
         slots = self.task(deployment, task)["slots"]
-        bound = {"positions": deployment.about["positions"], "truncate": asked.truncate}
-        read = partial(record_of, slots=slots, pictures=self.pictures, **bound)
+        read = partial(
+            record_of, slots=slots, pictures=self.pictures, positions=deployment.about["positions"],
+            truncate=asked.truncate,
+        )  # fmt: skip
         # Examples may have other columns too; what is asked may not.
         every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
