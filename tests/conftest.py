@@ -83,7 +83,7 @@ def example(
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
-def drawing_bundle(max_length: int = 64, tasks: tuple[str, ...] = (), **sizes: object) -> Bundle:
+def drawing_bundle(max_length: int = 256, tasks: tuple[str, ...] = (), **sizes: object) -> Bundle:
     """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes; it says of itself that it was trained on tasks.
     `sizes` as of `tiny_config`."""
     torch.manual_seed(0)

@@ -286,7 +286,8 @@ class Engine:
         request = self._open[told.id]
         told.tokens, told.prompt_tokens = request.tokens, request.prompt_tokens
         if told.done or told.error is not None:
-            told.truncated = self._open.pop(told.id).truncated
+            del self._open[told.id]
+            told.truncated = request.prompt.cut if request.prompt is not None else 0
             cancelled = isinstance(told.error, CancelledError)
             self.counts.answered += told.error is None
             self.counts.cancelled += cancelled

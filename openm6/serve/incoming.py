@@ -120,7 +120,11 @@ def _is_public(address: str) -> bool:
 
 
 def record_of(
-    inputs: Mapping[str, Any], slots: Mapping[str, str], pictures: Pictures, positions: int, truncate: str | None = None
+    inputs: Mapping[str, Any],
+    slots: Mapping[str, str],
+    pictures: Pictures,
+    positions: int | None = None,
+    truncate: str | None = None,
 ) -> dict[str, Any]:
     """A request's inputs by the types of the task's slots. Raises DataError for a picture that is none and for a text
     that is no text, UsageError for a slot that the task has not, ContextLengthError for what is too long for a model of

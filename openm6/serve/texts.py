@@ -16,7 +16,7 @@ from openm6.decode import Generated
 from openm6.decode.generate import chance, choose
 from openm6.decode.permitted import permitted
 from openm6.decode.pieces import Pieces, StopFilter
-from openm6.errors import UsageError
+from openm6.errors import ContextLengthError
 from openm6.model.precision import fast_dtype
 from openm6.sequence import Sequence
 from openm6.serve.recent import Recent
@@ -154,7 +154,7 @@ class Texts:
             assert request.prompt is not None
             needed = _positions(request)
             if needed > slots.limit:
-                error = UsageError(
+                error = ContextLengthError(
                     f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text."
                 )
                 told.append(Told(self.waiting.popleft().id, error=error, done=True))

@@ -71,7 +71,6 @@ class Request:
     alone: bool = False
     like: Hashable = None
     needs: int = 0
-    truncated: int = 0
 
     def is_late(self) -> bool:
         """Whether its deadline has passed."""
@@ -104,12 +103,6 @@ def prepared(request: Request, view: Bundle) -> None:
     task.check(request.record)
     record = {**request.record, SHOTS: request.examples, TRUNCATE: request.truncate}
     request.record = record
-
-    def read() -> Sequence:  # a bad record is told now, and not in the midst of others
-        prompt = view.prompt(task, record, request.decoding)
-        request.truncated = prompt.cut
-        return prompt
-
     request.alone = True
     request.stop = tuple(stop for stop in request.stop if stop)
     if request.stop and any(task.slots[name].type != "text" for name in task.outputs):
@@ -117,7 +110,7 @@ def prepared(request: Request, view: Bundle) -> None:
     kind: tuple[Hashable, ...]
     if request.probabilities:
         tree, request.options = LabelTree(task, view.processor), Decoding.of(**{**task.decode, **request.decoding})
-        request.prompt = read()
+        request.prompt = view.prompt(task, record, request.decoding)
         positions = len(request.prompt) + max(request.options.max_new_tokens, len(tree.levels))
         check_room(view.model, positions, 0)
         kind, request.needs = ("probabilities", request.options), _bytes(view, tree.cached(BATCH), positions)
@@ -128,19 +121,19 @@ def prepared(request: Request, view: Bundle) -> None:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
         kind = ("draw", replace(request.options, seed=0), request.candidates)
-        request.prompt = read()
+        request.prompt = view.prompt(task, record)  # a bad record is told now, and not in the midst of others
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
         request.needs = _bytes(view, pictures, len(request.prompt) + view.codec.side**2)
     elif task.embeds:
         request.options = check_dims(view.model, request.decoding.get("dims"))
         kind = ("vector", request.options)
-        request.prompt = read()
+        request.prompt = view.prompt(task, record)
     elif task.head:
         kind = ("head",)
-        request.prompt = read()
+        request.prompt = view.prompt(task, record)
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
-        request.prompt = read()
+        request.prompt = view.prompt(task, record, request.decoding)
         check_room(view.model, len(request.prompt), request.options.max_new_tokens)
         written = len(request.prompt) + request.options.max_new_tokens
         if task.sketch:

@@ -17,7 +17,7 @@ from openm6.evaluate.demo_images import draw_own, measure_controls, measure_edit
 from openm6.evaluate.pictures import Judge
 from tests.conftest import drawing_bundle
 
-BUNDLE = drawing_bundle(max_length=256)
+BUNDLE = drawing_bundle()
 
 
 class Reader(Judge):
