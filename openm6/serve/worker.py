@@ -96,11 +96,12 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
 
 def described(bundle: Bundle) -> dict[str, Any]:
     """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
-    and give, its adapters, its size."""
+    and give, its adapters, its size, and whether a seed gives the same answer whatever is answered beside it."""
     import torch
 
     from openm6.bases import base_of
     from openm6.model.files import eyes_of
+    from openm6.serve.reproducible import is_reproducible
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -108,6 +109,8 @@ def described(bundle: Bundle) -> dict[str, Any]:
     every = {**library, **{name: task for view in adapters.values() for name, task in view.tasks.items()}}
     every |= bundle.tasks
     draws = bundle.processor.codec is not None
+    with bundle.precision():
+        reproducible = is_reproducible(bundle.model)
     return {
         "tasks": {
             name: {
@@ -125,7 +128,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         "positions": bundle.processor.max_length, "vector": bundle.model.config.hidden_size,
         "codes": bundle.codec.side**2 if draws else 0, "picture": bundle.codec.size if draws else None,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
-        "path": str(bundle.path), "threads": torch.get_num_threads(),
+        "path": str(bundle.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 
 
