@@ -22,7 +22,7 @@ from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.serve.engine import Settings
-from openm6.serve.wire import DIED, FULL, Messages, packed
+from openm6.serve.wire import DIED, FULL, STOPPING, Messages, packed
 
 log = logging.getLogger("openm6.serve")
 
@@ -35,11 +35,13 @@ TRIES = 2
 
 
 class Refused(OpenM6Error):
-    """What the server answers with an error of this kind (wire.py)."""
+    """What the server answers with an error of this kind (wire.py). `seconds`: after which it may be asked again."""
 
-    def __init__(self, kind: str, message: str, code: str | None = None, param: str | None = None):
+    def __init__(
+        self, kind: str, message: str, code: str | None = None, param: str | None = None, seconds: float | None = None
+    ):
         super().__init__(message, code=code or kind, param=param)
-        self.kind = kind
+        self.kind, self.seconds = kind, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,7 @@ class Fleet:
     def ask(self, name: str | None, message: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """See Deployment.ask. Raises Refused when the server is closing."""
         if self.closing:
-            raise Refused(FULL, "The server is stopping.", "stopping")
+            raise Refused(STOPPING, "The server is stopping.")
         return self.get(name).ask(str(next(self._numbers)), message)
 
     async def stop(self, seconds: float = 30.0) -> None:

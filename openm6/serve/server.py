@@ -15,9 +15,10 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.errors import UsageError, suggest
+from openm6.serve.access import note
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal, note
+from openm6.serve.guard import API, Refusal
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys, Meter

@@ -21,7 +21,7 @@ LARGEST = 2**28
 """Bytes of a message at most."""
 
 INVALID, DEADLINE, MEMORY, FULL = "invalid", "deadline", "memory", "full"
-DIED, INTERNAL, CANCELLED = "died", "internal", "cancelled"
+DIED, INTERNAL, CANCELLED, STOPPING = "died", "internal", "cancelled", "stopping"
 """Kinds of errors."""
 
 
