@@ -32,9 +32,12 @@ async def main(url: str, rate: float, seconds: float, size: int, paths: list[str
                 writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode())
                 for start in range(0, sent, PART):
                     writer.write(body[start : min(sent, start + PART)])
-                    await writer.drain()
+                    draining = asyncio.ensure_future(writer.drain())
+                    await asyncio.wait({draining, reading}, return_when=asyncio.FIRST_COMPLETED)
                     if reading.done():
+                        draining.cancel()
                         break
+                    await draining
                 answer = await asyncio.wait_for(reading, 30)
             finally:
                 reading.cancel()

@@ -51,6 +51,7 @@ def run(
                         answers[status] = answers.get(status, 0) + count
     rows = [_row(side, measured, peak) for side, measured in found.items()]
     alone, harmed = rows
+    harmed["answers of those alone"] = round(harmed["small answers/s"] / alone["small answers/s"], 2)
     harmed["p99 times that alone"] = round(harmed["answer ms p99"] / alone["answer ms p99"], 2)
     harmed["answers to the harmful"] = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
     note = (

@@ -49,6 +49,7 @@ def serve(
     ] = None,
 ) -> None:
     """Put a model behind an API and a web page: `openm6 serve runs/demo/model`"""
+    import asyncio
     import logging
     import signal
     import time
@@ -68,11 +69,14 @@ def serve(
             raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
         found[name] = place
 
+    import uvicorn
+
     from openm6.serve.api import create_app
     from openm6.serve.engine import Settings
     from openm6.serve.fleet import Fleet, Place
-    from openm6.serve.listen import bind, listen
+    from openm6.serve.listen import Connection, bind
     from openm6.serve.server import Options
+    from openm6.serve.stopping import LingeringServer
     from openm6.serve.traces import add_traces
 
     sockets = bind(host, port)
@@ -81,20 +85,30 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None, origins=tuple(origin or ()))
     beside = [partial(work_beside, jobs)] if jobs else []
-    fleet = Fleet(Settings(cache_mib=cache_mib), queue)
-    application = create_app(fleet, options, places, beside)
-    if traces:
-        add_traces(application, application.state.server)
-    has_console = console and _mount(application, batches)
 
-    def started() -> None:
+    async def tell() -> None:
+        """One line, when the server answers."""
+        while not server.started:
+            await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
         told = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
         typer.echo(f"{told} (console: {url}/)" if has_console else told)
 
+    fleet = Fleet(Settings(cache_mib=cache_mib), queue)
+    application = create_app(fleet, options, places, [tell, *beside])
+    if traces:
+        add_traces(application, application.state.server)
+    has_console = console and _mount(application, batches)
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    if not listen(application, fleet, sockets, started, linger, options.drain):
+    config = uvicorn.Config(
+        application, http=Connection, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=round(options.drain),
+    )  # fmt: skip
+    server = LingeringServer(config, fleet, linger)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets)
+    if not server.started:
         raise typer.Exit(1)
 
 

@@ -30,10 +30,11 @@ from openm6._version import __version__
 from openm6.errors import DataError, OpenM6Error
 from openm6.hub.find import find_model
 from openm6.json_lines import dumps
+from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet, Place
-from openm6.serve.guard import Guard, add_errors, body_of, known, sse, unforeseen
+from openm6.serve.guard import Guard, add_errors, body_of, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
@@ -77,7 +78,8 @@ def create_app(
     limits = server.options
     app.add_middleware(
         Guard, full=lambda: fleet.full, most=limits.body_mib * 2**20, loopback=limits.loopback,
-        busy=lambda: fleet.busy, texts_only=server.takes_texts_only, lets_in=server.find_key, origins=limits.origins,
+        stopping=lambda: fleet.closing, busy=lambda: fleet.busy, texts_only=server.takes_texts_only,
+        lets_in=server.find_key, origins=limits.origins,
         seconds=limits.body_seconds, count=server.figures.answered,
     )  # fmt: skip
     if limits.origins:

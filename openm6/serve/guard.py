@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -22,12 +18,11 @@ from starlette.routing import Match
 
 from openm6.errors import OpenM6Error, UsageError, cut
 from openm6.json_lines import dumps
+from openm6.serve.access import LogEntry, current, log, unforeseen
 from openm6.serve.fleet import Refused
 from openm6.serve.validation import fault_of_request
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
 from openm6.sites import from_another_site, from_here
-
-log = logging.getLogger("openm6.access")
 
 T = TypeVar("T")
 
@@ -48,6 +43,10 @@ HELD = 8
 """Bodies of the largest size that fit into the memory for all of them."""
 SLOWEST = 2**14
 """Bytes a second: the slowest that a body may come, after its first seconds."""
+
+LINGER = 1.0
+"""Seconds between an answer to a body that is not read and the end of the connection: closed at once, the client's
+system would throw the answer away."""
 
 STATUS = {
     INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, STOPPING: 503, INTERNAL: 500, CANCELLED: 499,
@@ -91,46 +90,9 @@ def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
         raise Refusal(404, str(error), code) from None
 
 
-@dataclass
-class LogEntry:
-    """What the log tells of one request: neither contents nor keys."""
-
-    method: str
-    path: str
-    status: int = 0
-    code: str = ""
-    key: str = ""
-    model: str = ""
-    task: str = ""
-    prompt_tokens: int = 0
-    tokens: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    request: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
-
-
-_entry: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
-
-
-def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
-    """Tell the log which task of which model answers the current request; tokens add up."""
-    if (entry := _entry.get()) is not None:
-        entry.model, entry.task = model, task
-        entry.prompt_tokens += prompt_tokens
-        entry.tokens += tokens
-
-
-def unforeseen() -> str:
-    """The sentence for an error that is not the client's. Call it where the exception is handled: it is logged."""
-    entry = _entry.get() or LogEntry("", "")
-    entry.status = 500
-    logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
-    return "The server failed at this request, and its log says why"
-
-
 def body_of(code: str, message: str, kind: str = "server_error", param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    entry = _entry.get()
+    entry = current.get()
     if entry is not None:
         entry.code = code
         if code == INTERNAL:
@@ -214,6 +176,7 @@ class Guard:
     most        bytes of a body at most
     full        whether no model takes another request
     loopback    whether only this machine may ask
+    stopping    whether new requests are refused
     busy        whether large bodies are refused, so that small ones are answered
     texts_only  whether a path takes neither pictures nor files
     lets_in     raises Refusal for an Authorization that is not valid
@@ -223,12 +186,13 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False, *,
-        busy: Callable[[], bool] = lambda: False, texts_only: Callable[[str], bool] = lambda _: False,
+        self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False,
+        stopping: Callable[[], bool] = lambda: False, *, busy: Callable[[], bool] = lambda: False,
+        texts_only: Callable[[str], bool] = lambda _: False,
         lets_in: Callable[[str], object] = lambda _: None, origins: tuple[str, ...] = (), seconds: float = 10.0,
         count: Callable[[int], None] = lambda _: None,
     ):  # fmt: skip
-        self.app, self.most, self.full, self.loopback = app, most, full, loopback
+        self.app, self.most, self.full, self.loopback, self.stopping = app, most, full, loopback, stopping
         self.busy, self.texts_only, self.lets_in, self.origins = busy, texts_only, lets_in, origins
         self.seconds, self.count = seconds, count
         self._held = 0
@@ -240,7 +204,7 @@ class Guard:
             return
         started, path, headers = time.perf_counter(), scope["path"], dict(scope["headers"])
         entry = LogEntry(scope["method"], path)
-        _entry.set(entry)
+        current.set(entry)
         body = _Body(headers, min(self.most, LARGE) if self.texts_only(path) else self.most)
         complete = gone = False
         if entry.method == "HEAD" and path.startswith((API, "/healthz", "/readyz", "/metrics")):
@@ -255,16 +219,22 @@ class Guard:
 
         async def told(message: Any) -> None:
             nonlocal complete
+            is_left = body.incomplete and not 0 < body.declared <= LARGE  # what is left of it is not read
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
                 limits = scope.get("state", {}).get("limits", dict)()  # of the key, after what it has asked
-                more = [(name.encode(), value.encode()) for name, value in limits.items()]
-                more.append((b"x-request-id", entry.request.encode()))
-                if body.incomplete and (entry.status == 408 or not 0 < body.declared <= LARGE):
-                    more.append((b"connection", b"close"))  # the rest of it is not read
-                message = {**message, "headers": [*message["headers"], *more]}
+                more = {"x-request-id": entry.request, **limits}
+                if is_left or entry.status == 408:
+                    more["connection"] = "close"
+                headers = [*message["headers"], *((name.encode(), value.encode()) for name, value in more.items())]
+                message = {**message, "headers": headers}
             entry.bytes_out += len(message.get("body", b""))
+            entry.ms = round(1000 * (time.perf_counter() - started), 1)
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if complete and is_left:
+                await send({**message, "more_body": True})
+                await asyncio.sleep(LINGER)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -275,7 +245,7 @@ class Guard:
         except Exception as error:
             has_begun = bool(entry.status)
             if isinstance(error, Refusal):
-                answer = response(error.status, error.code, str(error), error.seconds, error.param)
+                answer = response(error.status, error.code, str(error), error.seconds, error.param, error.kind)
             elif isinstance(error, BodyError):
                 answer = response(error.status_code, error.code, str(error.detail))
             else:
@@ -284,15 +254,12 @@ class Guard:
                 await answer(scope, receive, told)
         finally:
             self._held -= body.bytes
+            if not complete:
+                entry.ms = round(1000 * (time.perf_counter() - started), 1)
             entry.status = 499 if gone else entry.status or 500
             entry.key = scope.get("state", {}).get("key", "")
             self.count(entry.status)
-            log.info(
-                json.dumps({
-                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **vars(entry),
-                    "ms": round(1000 * (time.perf_counter() - started), 1),
-                })
-            )  # fmt: skip
+            log.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **vars(entry)}))
 
     def _check(self, scope: Any, headers: dict[bytes, bytes], body: _Body) -> None:
         """Raises Refusal or BodyError for a request that is not read."""
@@ -310,8 +277,11 @@ class Guard:
             raise Refusal(
                 415, f"The body is sent in {cut(encoding)}: send it without Content-Encoding.", "unsupported_encoding"
             )
-        if method == "POST" and path.startswith(WORK) and self.full():
-            raise Refusal(429, "Too many requests wait already.", FULL)
+        if method == "POST" and path.startswith(WORK):
+            if self.stopping():
+                raise Refusal(STATUS[STOPPING], "The server is stopping.", STOPPING)
+            if self.full():
+                raise Refusal(429, "Too many requests wait already.", FULL)
         if body.declared > body.limit:
             raise _too_large(body)
         if body.declared > LARGE:

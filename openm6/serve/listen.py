@@ -6,21 +6,12 @@ import errno
 import json
 import socket
 from asyncio import TimerHandle
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from openm6.errors import UsageError
 from openm6.serve.guard import body_of
-from openm6.serve.stopping import LingeringServer
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from openm6.serve.fleet import Fleet
 
 HEAD = 15.0
 """Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
@@ -90,23 +81,3 @@ def bind(host: str, port: int) -> list[socket.socket]:
             ) from None
         raise UsageError(f"{host} cannot listen on port {port} ({error.strerror}): see --host and --port.") from None
     return found
-
-
-def listen(
-    app: FastAPI, fleet: Fleet, sockets: list[socket.socket], started: Callable[[], None], linger: float, drain: float
-) -> bool:
-    """Serve until a signal ends it; `started` is called when it answers. Returns whether it ever did. `linger`: see
-    LingeringServer; `drain`: seconds in which open connections may be answered to their end."""
-
-    class Server(LingeringServer):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            started()
-
-    config = uvicorn.Config(
-        app, http=Connection, log_level="warning", access_log=False, timeout_graceful_shutdown=round(drain)
-    )
-    server = Server(config, fleet, linger)
-    with suppress(KeyboardInterrupt):
-        server.run(sockets)
-    return server.started

@@ -18,10 +18,11 @@ from pydantic import Field
 from openm6.decode import Decoding
 from openm6.decode.draw import Drawing
 from openm6.errors import UsageError, suggest
+from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal, note
+from openm6.serve.guard import API, Refusal
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -28,7 +29,7 @@ from openm6.serve.guard import Guard, add_errors, sse
 from openm6.serve.keys import Keys
 from openm6.serve.listen import Connection, bind
 from openm6.serve.server import Options
-from openm6.serve.wire import FULL, INTERNAL
+from openm6.serve.wire import INTERNAL, STOPPING
 
 MIB = 2**20
 
@@ -100,7 +101,7 @@ class Site:
             if how == "internal":
                 raise Refused(INTERNAL, "The request failed (KeyError).")
             if how == "stopping":
-                raise Refused(FULL, "The server is stopping.", "stopping")
+                raise Refused(STOPPING, "The server is stopping.")
             return JSONResponse({"value": {"nan": float("nan"), "half": "\ud83d"}[how]})
 
         @app.get("/v1/stream/{how}")
@@ -319,6 +320,23 @@ def test_a_large_text_is_refused_before_it_is_sent(site: Site) -> None:
     finally:
         site.is_busy = False
     assert site.http.post("/v1/tasks/echo", json={"text": "a" * 2 * MIB}).status_code == 200
+
+
+def test_an_answer_to_a_body_that_is_not_read_arrives(site: Site) -> None:
+    """The client is still sending when it comes."""
+    with site.connect(HEAD.format("texts", 8 * MIB)) as one:
+
+        def send() -> None:
+            with suppress(OSError):
+                one.sendall(b" " * 8 * MIB)
+
+        sending = threading.Thread(target=send)
+        sending.start()
+        assert one.recv(65536).startswith(b"HTTP/1.1 413")
+        one.shutdown(socket.SHUT_RDWR)
+        sending.join(20)
+    asked = site.http.post("/v1/tasks/texts", content=b" " * 8 * MIB)
+    assert error_in(asked, 413)["code"] == "too_large"
 
 
 def test_a_port_that_is_taken_is_told() -> None:

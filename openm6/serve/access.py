@@ -1,0 +1,49 @@
+"""The log of requests: one line of JSON each, written by the guard; what answers a request adds to it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+log = logging.getLogger("openm6.access")
+
+
+@dataclass
+class LogEntry:
+    """What the log tells of one request: neither contents nor keys."""
+
+    method: str
+    path: str
+    status: int = 0
+    ms: float = 0.0
+    code: str = ""
+    key: str = ""
+    model: str = ""
+    task: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    request: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+
+current: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
+"""The entry of the request that is being answered."""
+
+
+def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
+    """Tell the log which task of which model answers the current request; tokens add up."""
+    if (entry := current.get()) is not None:
+        entry.model, entry.task = model, task
+        entry.prompt_tokens += prompt_tokens
+        entry.tokens += tokens
+
+
+def unforeseen() -> str:
+    """The sentence for an error that is not the client's. Call it where the exception is handled: it is logged."""
+    entry = current.get() or LogEntry("", "")
+    entry.status = 500
+    logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
+    return "The server failed at this request, and its log says why"
