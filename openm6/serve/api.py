@@ -72,8 +72,9 @@ def create_app(
     app = FastAPI(title="OpenM6", version=__version__, lifespan=lifespan)
     app.state.server = server
     app.add_middleware(
-        Guard, full=lambda: fleet.full, most=server.options.body_mib * 2**20, loopback=server.options.loopback
-    )
+        Guard, full=lambda: fleet.full, most=server.options.body_mib * 2**20, loopback=server.options.loopback,
+        stopping=lambda: fleet.closing,
+    )  # fmt: skip
     add_errors(app)
     _routes(app, server)
     add_routes(app, server)

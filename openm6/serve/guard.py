@@ -96,8 +96,15 @@ class Guard:
     little, or a server that is asked too much answers less); afterwards a line in the log, without contents and keys.
     """
 
-    def __init__(self, app: Any, most: int, full: Callable[[], bool], loopback: bool = False):
-        self.app, self.limit, self.full, self.loopback = app, most, full, loopback
+    def __init__(
+        self,
+        app: Any,
+        most: int,
+        full: Callable[[], bool],
+        loopback: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
+    ):
+        self.app, self.limit, self.full, self.loopback, self.stopping = app, most, full, loopback, stopping
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -130,7 +137,11 @@ class Guard:
             if message:
                 await response(403, "forbidden", message)(scope, receive, told)
                 return
-            if scope["method"] == "POST" and scope["path"].startswith(WORK) and self.full():
+            works = scope["method"] == "POST" and scope["path"].startswith(WORK)
+            if works and self.stopping():
+                await response(STATUS[STOPPING], STOPPING, "The server is stopping.")(scope, receive, told)
+                return
+            if works and self.full():
                 await response(429, FULL, "Too many requests wait already.")(scope, receive, told)
                 return
             length = headers.get(b"content-length", b"0")
