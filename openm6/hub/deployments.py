@@ -18,6 +18,7 @@ from pathlib import Path
 from openm6.atomic import write_json
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.jobs import begun, end, home
+from openm6.hub.manifests import GRACE
 
 STARTING = 180.0
 
@@ -88,7 +89,7 @@ class Deployments:
         if one is None:
             raise UsageError(f"Nothing is served as {name}.")
         if one.lives:
-            end(one.process, signal.SIGTERM, 60.0)
+            end(one.process, signal.SIGTERM, GRACE)
         (self.root / name / "deployment.json").unlink(missing_ok=True)
 
 

@@ -226,10 +226,10 @@ class Deployment:
     @property
     def full(self) -> bool:
         """Whether it has as many requests as it may."""
-        return self.worker is not None and self.busy >= self.queue
+        return self.worker is not None and self.open_requests >= self.queue
 
     @property
-    def busy(self) -> int:
+    def open_requests(self) -> int:
         """Number of requests that the process works at or that wait for one."""
         return len(self._pending.waiting) + (len(self.worker.open) if self.worker else 0)
 
@@ -337,7 +337,7 @@ class Deployment:
     async def stop(self, seconds: float = 30.0) -> None:
         """After what it works at, and what waits; what takes longer than these seconds is refused."""
         until = time.monotonic() + seconds
-        while self.busy and time.monotonic() < until:
+        while self.open_requests and time.monotonic() < until:
             await asyncio.sleep(0.02)
         if self._restarting is not None:
             self._restarting.cancel()
@@ -354,7 +354,8 @@ class Fleet:
     def __init__(self, settings: Settings | None = None, queue: int = QUEUE):
         self.settings, self.queue = settings or Settings(), queue
         self.deployments: dict[str, Deployment] = {}
-        self.closing = False
+        self.closing = False  # whether new requests are to go elsewhere
+        self._closed = False
         self._numbers = itertools.count()
 
     async def deploy(self, name: str, place: Place) -> Deployment:
@@ -394,12 +395,12 @@ class Fleet:
     def ask(
         self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """See Deployment.ask. Raises Refused when the server is closing."""
-        if self.closing:
+        """See Deployment.ask. Raises Refused when the fleet is stopping."""
+        if self._closed:
             raise Refused(STOPPING, "The server is stopping.")
         return self.get(name).ask(str(next(self._numbers)), message, heard)
 
     async def stop(self, seconds: float = 30.0) -> None:
         """Refuse what is new, finish what is being answered."""
-        self.closing = True
+        self.closing = self._closed = True
         await asyncio.gather(*(deployment.stop(seconds) for deployment in self.deployments.values()))

@@ -94,7 +94,7 @@ class Keys:
             content = json.loads(self.path.read_text("utf-8"))
             self._known = {name: Key(name, **values) for name, values in content.items()}
         except (ValueError, TypeError, AttributeError):
-            raise UsageError(f"{self.path} is no file of keys.") from None
+            raise UsageError(f"{self.path.name} is no file of keys.") from None  # strangers are told, too
         self._seen = changed
 
     def _write(self) -> None:

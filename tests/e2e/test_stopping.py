@@ -26,11 +26,16 @@ def test_new_requests_are_refused_for_a_moment_before_the_socket_closes(tmp_path
         body = {"inputs": {"caption": "红"}, "decoding": {"passes": 60, "guidance": 0}, "candidates": 4}
         found.append(httpx2.post(f"{url}/v1/tasks/text_to_image", json=body, timeout=120))
 
+    def many() -> None:
+        lines = "".join(f'{{"text": "{"红" * number}"}}\n' for number in range(1, 151))
+        found.append(httpx2.post(f"{url}/v1/tasks/text_continuation/batch", content=lines.encode(), timeout=120))
+
     with process, httpx2.Client(base_url=url) as http:
-        asking = threading.Thread(target=draw)
-        asking.start()
+        asking = [threading.Thread(target=act) for act in (draw, many)]
+        for one in asking:
+            one.start()
         while "openm6_running{" not in (page := http.get("/metrics").text) or 'running{model="goods"} 0.0' in page:
-            assert asking.is_alive()
+            assert all(one.is_alive() for one in asking)
         process.send_signal(signal.SIGTERM)
         while (ready := http.get("/readyz")).status_code == 200:
             pass
@@ -39,8 +44,11 @@ def test_new_requests_are_refused_for_a_moment_before_the_socket_closes(tmp_path
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "stopping"
         assert int(refused.headers["retry-after"]) >= 1
         assert http.get("/healthz").status_code == 200
-        asking.join(120)
-        assert found[0].status_code == 200 and found[0].json()["outputs"]
+        for one in asking:
+            one.join(120)
+        assert [one.status_code for one in found] == [200, 200]
+        assert not any('"error"' in one.text for one in found)
+        assert sorted(len(one.text.splitlines()) for one in found) == [1, 150]
         process.send_signal(signal.SIGTERM)  # once more: at once
         assert process.wait(60) == 0
     with pytest.raises(httpx2.TransportError):
