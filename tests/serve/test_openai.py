@@ -271,6 +271,22 @@ def test_empty_stops_are_ignored(client: openai.OpenAI) -> None:
         assert found.choices[0].message.content == plain != ""
 
 
+def test_a_text_ends_before_its_stop(client: openai.OpenAI, alone: Bundle) -> None:
+    decodings = [{"max_new_tokens": 12, "temperature": 1.0, "seed": seed} for seed in range(8)]
+    written = [alone.run("write", text="红色", decoding=decoding) for decoding in decodings]
+    assert sum(map(bool, written)) >= 4
+    for seed, expected in [(seed, text) for seed, text in enumerate(written) if text]:
+        stop = expected[len(expected) // 2 :][:2]
+        options = {"seed": seed, "stop": ["", stop], **SAMPLED}
+        found = said(client, user("红色"), model="m6:write", **options)
+        text = expected[: expected.index(stop)]
+        assert found.choices[0].message.content == text and found.choices[0].finish_reason == "stop"
+        texts, last = streamed(client, user("红色"), model="m6:write", **options)
+        assert texts[0] == text and last[0].finish_reason == "stop"
+    error = refused(client, user(part(picture())), model="m6:kind", stop="红")
+    assert error.param == "stop"
+
+
 # Seeds
 
 
