@@ -41,12 +41,14 @@ NEW = 32
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked: clients at once, seconds each time, shares of the peak, servers for the overhead."""
+    """How much is asked: clients at once, seconds each time, shares of the peak; for the overhead servers, and requests
+    of each, of which the first 40 are warm-up."""
 
     clients: tuple[int, ...] = (1, 4, 16, 64)
     seconds: float = 8.0
     shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0)
     servers: int = 7
+    asked: int = 200
 
 
 WHOLE = Load()
@@ -182,7 +184,7 @@ async def _arriving(url: str, requests: Requests, rate: float, seconds: float) -
 def _overhead(load: Load, model: Path, mixed: Items) -> dict[str, Any]:
     """One client: milliseconds a request over HTTP, and by the decoder alone with as many threads, taken in turn; the
     median of several servers, and the least and most of them."""
-    bundle = Bundle.load(model)
+    bundle, mixed = Bundle.load(model), mixed[: load.asked]
     records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed]
 
     async def asked(url: str) -> tuple[list[float], list[float]]:
