@@ -390,7 +390,7 @@ class Fleet:
     @property
     def busy(self) -> bool:
         """Whether each of the models has half of the requests that it may have."""
-        return bool(self.deployments) and all(2 * one.busy >= one.queue for one in self.deployments.values())
+        return bool(self.deployments) and all(2 * one.open_requests >= one.queue for one in self.deployments.values())
 
     def ask(
         self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
