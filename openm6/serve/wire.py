@@ -26,13 +26,11 @@ DIED, INTERNAL, CANCELLED = "died", "internal", "cancelled"
 
 
 def packed(message: Mapping[str, Any]) -> bytes:
-    """Raises DataError for a message that is too large, or has half a character (a lone surrogate) in a text."""
+    """Raises DataError for a message that is too large, or that holds what cannot be sent."""
     try:
         body: bytes = msgpack.packb(message, default=_plain, use_bin_type=True)
     except UnicodeEncodeError:
-        raise DataError(
-            "A text of the request has half of a surrogate pair (such as \\ud83d): it is no text."
-        ) from None
+        raise DataError("A text holds half a character (a lone surrogate such as \\ud83d).") from None
     if len(body) > LARGEST:
         raise DataError(f"A message of {len(body) / 2**20:.0f} MiB; {LARGEST / 2**20:.0f} are the most.")
     return _LENGTH.pack(len(body)) + body
