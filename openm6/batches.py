@@ -29,6 +29,8 @@ from openm6.sequence import CAUSAL, IGNORE, Sequence
 EVEN = 8
 """Lengths of prompts that come in are rounded up to a multiple of it: for a shape that is new, kernels are made first,
 which takes as long as reading a short prompt."""
+SHORTEST = 16
+"""And they are at least so long: of fewer keys a CPU's kernels add up in another order."""
 
 
 @dataclass(slots=True)
@@ -128,11 +130,17 @@ def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
+def even_length(length: int) -> int:
+    """The length to which a prompt is padded: a multiple of EVEN, at least SHORTEST."""
+    return max(SHORTEST, -(-length // EVEN) * EVEN)
+
+
 def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest (`even`: to a multiple of EVEN): the layout of decoding."""
+    """One example a row, padded on the right to the longest (`even`: to a multiple of EVEN, and at least SHORTEST): the
+    layout of decoding."""
     width = max((len(s) for s in sequences), default=1)
     if even:
-        width = -(-width // EVEN) * EVEN
+        width = even_length(width)
     return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), width), pad_id)
 
 

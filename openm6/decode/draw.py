@@ -127,7 +127,9 @@ def draw_steps(
     both = [*prompts, *(p for p in free if drawing.guidance for _ in range(branches))]
     longest, device = max(len(p) for p in both), model.embed.weight.device
     check_room(model, longest, codes.count + len(codes.estimates))
-    hidden, cache = model.prefill(pad(both, pad_id=0).to(device), longest + codes.count + len(codes.estimates))
+    hidden, cache = model.prefill(
+        pad(both, pad_id=0, even=True).to(device), longest + codes.count + len(codes.estimates)
+    )
     found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
     found = found.repeat_interleave(branches, 0).to(device)
     rows = numbers or range(len(prompts) // branches)
@@ -149,7 +151,7 @@ def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -
     """What the model thinks of whole pictures, int64 [B, count], as answers to these prompts."""
     device = model.embed.weight.device
     capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
-    _, cache = model.prefill(pad(prompts, pad_id=0).to(device), capacity)
+    _, cache = model.prefill(pad(prompts, pad_id=0, even=True).to(device), capacity)
     return Drawn(found, _Painter(model, cache, codes, Drawing(), None).estimate(found.to(device)))
 
 
@@ -219,7 +221,7 @@ class _Painter:
             found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
             if place + 1 < self.codes.count:
                 ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
-                hidden = self.model.step(ids_B, self.cache, place, self.codes.count)
+                hidden = self.model.step(ids_B, self.cache, place, self.codes.count, reproducible=True)
             yield
         self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
         return found_BN

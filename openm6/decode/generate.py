@@ -1,7 +1,8 @@
 """Autoregressive decoding after a bidirectional source, with a key/value cache.
 
-What a row gets depends on that row alone: its own mask, its own cache length, its own random numbers. So an
-answer is the same whatever else is in the batch.
+What a row gets depends on that row alone: its own mask, its own cache length, its own random numbers. On a CPU its
+sums are added up in one order too (see PromptMask, RowMask, EVEN_KEYS and LEAST_ROWS), so that an answer, a sampled one
+too, is the same whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ def _steps(
             keep = torch.tensor(running, device=device)
             cache.select(keep)
             tokens, rows = tokens[keep], [rows[i] for i in running]
-        hidden = model.step(tokens, cache)
+        hidden = model.step(tokens, cache, reproducible=decoding.temperature > 0)
 
 
 def check_room(model: M6, prompt: int, new: int) -> None:
@@ -244,8 +245,8 @@ def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) ->
     if top_k:
         probs[:, top_k:] = 0
     if top_p < 1:
-        # Of what top-k left, renormalized.
-        probs = probs / probs.sum(-1, keepdim=True)
+        # Of what top-k left, renormalized. Several threads would share out a sum of one row, but not a running one.
+        probs = probs / probs.cumsum(-1)[:, -1:]
         probs = probs * (probs.cumsum(-1) - probs < top_p)
     heights = probs.cumsum(-1)
     place = torch.searchsorted(heights, draws[:, None] * heights[:, -1:], right=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.batches import Batch, allowed
+from openm6.batches import Batch, allowed, even_length
 from openm6.errors import OpenM6Error
 from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
@@ -64,6 +64,59 @@ def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex:
     return DenseMask(additive(mask_BTS[:, None], dtype), bounds)
 
 
+@dataclass(slots=True)
+class RowMask:
+    """An additive mask [B, 1, 1 or T, S] of queries that look into a cache on several threads of a CPU. Products of
+    every row take the place of SDPA, whose sums there depend on which thread takes a head."""
+
+    bias: Tensor
+
+    def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+        rows, kv_heads, keys, width = k_BKSE.shape
+        q = (q_BHTE * width**-0.5).reshape(rows * kv_heads, -1, width)  # queries of one key head beside each other
+        scores = torch.bmm(q, k_BKSE.flatten(0, 1).transpose(1, 2)).view(*q_BHTE.shape[:3], keys) + self.bias
+        p = scores.softmax(-1).view(rows * kv_heads, -1, keys)
+        return torch.bmm(p, v_BKSE.flatten(0, 1)).view(q_BHTE.shape)
+
+
+def row_mask(allowed_mask: Tensor, dtype: torch.dtype, reproducible: bool) -> Any:
+    """The mask of a decoding step, True/False in, for SDPA; `reproducible`: for sums that do not depend on the other
+    rows, which takes another way where a CPU has several threads."""
+    bias = additive(allowed_mask, dtype)
+    several = reproducible and not bias.is_cuda and torch.get_num_threads() > 1
+    return RowMask(bias) if several else bias
+
+
+@dataclass(slots=True)
+class PromptMask:
+    """The mask rule of padded prompts on a CPU, a part for all rows of about one length: their numbers, the positions
+    they have, and the mask of those. Each part is attended to by itself, so that a prompt's sums are added up in the
+    same order whatever longer ones are beside it."""
+
+    parts: list[tuple[list[int], int, DenseMask]]
+
+    def attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        if len(self.parts) == 1 and self.parts[0][1] == q_BHTE.shape[2]:
+            return attend(q_BHTE, k_BKTE, v_BKTE, self.parts[0][2])
+        y_BHTE = torch.zeros_like(q_BHTE)
+        for rows, length, mask in self.parts:
+            q, k, v = (x[rows, :, :length] for x in (q_BHTE, k_BKTE, v_BKTE))
+            y_BHTE[rows, :, :length] = attend(q, k, v, mask)
+        return y_BHTE
+
+
+def build_prompt_mask(segments_BT: Tensor, blocks_BT: Tensor, counts: list[int], dtype: torch.dtype) -> PromptMask:
+    """`counts`: the positions of each row."""
+    by_length: dict[int, list[int]] = {}
+    for row, count in enumerate(counts):
+        by_length.setdefault(min(even_length(count), segments_BT.shape[1]), []).append(row)
+    parts = []
+    for length, rows in by_length.items():
+        bias = additive(allowed(segments_BT[rows, :length], blocks_BT[rows, :length])[:, None], dtype)
+        parts.append((rows, length, DenseMask(bias, [(0, length)] * -(-length // QUERY_CHUNK))))
+    return PromptMask(parts)
+
+
 def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> PictureMask:
     """The mask of a batch whose rows hold the codes of a drawn picture in the same columns (`pad_drawn`), all by masks
     or all one after the other."""
@@ -96,11 +149,11 @@ _flex_compiled: Any = None
 def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Any) -> Tensor:
     """softmax(q k / sqrt(E) + mask) v, [B, H, T, E].
 
-    `mask` chooses the means: PictureMask its own, BlockMask FlexAttention, DenseMask plain products up to PLAIN_LIMIT
-    positions (on a CPU and short rows several times faster than SDPA, whose backward pass is slow there; see
-    benchmarks/attention.py), anything else SDPA.
+    `mask` chooses the means: PictureMask, PromptMask and RowMask their own, BlockMask FlexAttention, DenseMask plain
+    products up to PLAIN_LIMIT positions (on a CPU and short rows several times faster than SDPA, whose backward pass is
+    slow there; see benchmarks/attention.py), anything else SDPA.
     """
-    if isinstance(mask, PictureMask):
+    if isinstance(mask, (PictureMask, PromptMask, RowMask)):
         return mask.attend(q_BHTE, k_BKSE, v_BKSE)
     grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
     if isinstance(mask, DenseMask):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.model.packed import fold, packed
+from openm6.model.packed import fold, packed, with_least_rows
 
 ONLY = "default"
 """The name of an adapter that is alone."""
@@ -34,7 +34,7 @@ class Low(nn.Module):
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         y = base(x)
-        low = F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
+        low = with_least_rows(lambda x: F.linear(F.linear(x, self.a), self.b), x.to(self.a.dtype))
         return y + low.to(y.dtype)
 
 
@@ -61,8 +61,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         y = base(x)
-        inner = F.relu(F.linear(y.to(self.down.weight.dtype), self.down.weight, self.down.bias))
-        return y + F.linear(inner, self.up.weight, self.up.bias).to(y.dtype)
+        narrow = with_least_rows(lambda y: self.up(F.relu(self.down(y))), y.to(self.down.weight.dtype))
+        return y + narrow.to(y.dtype)
 
 
 class Changed(nn.Module):
@@ -133,7 +133,8 @@ class ChangedRows(nn.Module):
         """The logits that the matrix without changes gave of `hidden`, with those of the rows that count."""
         if (rows := self._rows()) is None:
             return base
-        return base.index_copy(-1, rows.ids, F.linear(hidden.to(rows.weight.dtype), rows.weight).to(base.dtype))
+        own = with_least_rows(lambda x: F.linear(x, rows.weight), hidden.to(rows.weight.dtype))
+        return base.index_copy(-1, rows.ids, own.to(base.dtype))
 
     def _rows(self) -> Any:
         name = self.active.name

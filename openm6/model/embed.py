@@ -43,6 +43,12 @@ class ImageEmbedder(nn.Module):
         self.column = nn.Parameter(torch.zeros(side, d))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # For answers each picture is read by itself on a CPU: of several at once the kernels add up in another order,
+        # and what is drawn from logits that differ in the last bit is another answer.
+        alone = not torch.is_grad_enabled() and not pixels.is_cuda
+        return torch.cat([self._read(part) for part in pixels.split(1)]) if alone else self._read(pixels)
+
+    def _read(self, pixels: Tensor) -> Tensor:
         # uint8 [N, H, W, 3] seen as [N, 3, H, W] is channels-last already: what the convolutions like best.
         x = pixels.permute(0, 3, 1, 2).to(self.row.dtype) / 127.5 - 1.0
         x_NDhw = self.features(x)

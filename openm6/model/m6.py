@@ -19,7 +19,16 @@ from transformers.utils import ModelOutput
 
 from openm6.batches import Batch, cells_of
 from openm6.errors import OpenM6Error
-from openm6.model.attention import EVEN_KEYS, Cache, additive, build_mask, build_picture_mask, rotary_angles
+from openm6.model.attention import (
+    EVEN_KEYS,
+    Cache,
+    additive,
+    build_mask,
+    build_picture_mask,
+    build_prompt_mask,
+    rotary_angles,
+    row_mask,
+)
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
@@ -215,13 +224,18 @@ class M6(Network):
             cache.values[layer][:, :, :length] = v_BKTE[:, :, :length]
             return k_BKTE, v_BKTE
 
-        mask = build_mask(batch.segments, batch.blocks, dtype)
+        if batch.ids.is_cuda:
+            mask = build_mask(batch.segments, batch.blocks, dtype)
+        else:
+            mask = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
         x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real, batch.positions)
         return x_BTD, cache
 
-    def step(self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0) -> Tensor:
-        """One further (causal) position for every row of the cache; hidden states [B, D].
+    def step(
+        self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0, reproducible: bool = False
+    ) -> Tensor:
+        """One further (causal) position for every row of the cache; hidden states [B, D]. `reproducible`: see row_mask.
 
         `code`: it is that one of the `codes` of a picture, row by row, and the codes before it stand last in the cache;
         of a model with `picture_side` it then looks at those alone that the pattern keeps.
@@ -243,7 +257,7 @@ class M6(Network):
             rope = cache.rope_at(positions_B1)
         if on_cpu or not even:
             seen = torch.arange(keys_seen, device=ids_B.device) <= positions_B1
-            mask = additive(seen[:, None, None], cache.keys[0].dtype)
+            mask = row_mask(seen[:, None, None], cache.keys[0].dtype, reproducible)
 
         def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = cache.keys[layer], cache.values[layer]
@@ -297,16 +311,17 @@ class M6(Network):
         positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
         cells_N2 = F.pad(cells_of(codes).to(ids_BN.device), (0, 0, 0, count - codes), value=-1)
         x_BND, rope = self._embed_ids(ids_BN, positions_BN, cells_N2), cache.rope_at(positions_BN)
-        longest = max(cache.counts)
+        longest, on_cpu = max(cache.counts), ids_BN.device.type == "cpu"
         mask: Any = None
         if self.config.picture_side:
             mask = self._filling_mask(count, cache)
-        elif min(cache.counts) < longest or lengths_B is not None:
+        elif min(cache.counts) < longest or lengths_B is not None or on_cpu:
+            longest = -(-longest // EVEN_KEYS) * EVEN_KEYS if on_cpu else longest  # as in a step
             seen = torch.arange(longest, device=ids_BN.device) < cache.lengths[:, None]
             last = count if lengths_B is None else lengths_B[:, None]
             own = (torch.arange(count, device=ids_BN.device) < last).expand(rows, count)
             seen = torch.cat((seen, own), 1)
-            mask = additive(seen[:, None, None], cache.keys[0].dtype)
+            mask = row_mask(seen[:, None, None], cache.keys[0].dtype, reproducible=True)
 
         def write(layer: int, k_BKNE: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:
             keys, values = cache.keys[layer][:, :, :longest], cache.values[layer][:, :, :longest]

@@ -7,6 +7,7 @@ counts: a norm's weight is multiplied into the matrix behind it, and so is the s
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ ROWS = 16
 """The rows that weights are laid out for: 16 rows then take 0.6 of the time of a layout for one, one row as long."""
 
 
+LEAST_ROWS, FEW_INPUTS = 4, 1024
+"""Of fewer rows some kernels add up in another order than of many, which shows in the last bit: those of `linear` in
+fp32, and oneDNN's for one row of more inputs than FEW_INPUTS."""
+
+
 def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -27,6 +33,16 @@ def _has_onednn() -> bool:
 def kernel_dtype() -> torch.dtype:
     """bf16 where this CPU runs it well and this PyTorch has oneDNN's kernels, else fp32."""
     return fast_dtype("cpu") if _has_onednn() else torch.float32
+
+
+def with_least_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """product(x) for x [..., in]; on a CPU with rows of zeros beside it where there are fewer than LEAST_ROWS, so that
+    a row's result does not depend on how many there are."""
+    rows = x.numel() // x.shape[-1]
+    if rows >= LEAST_ROWS or not rows or x.is_cuda:
+        return product(x)
+    y = product(F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows)))
+    return y[:rows].view(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):
@@ -46,6 +62,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
+        return self._product(x) if x.shape[-1] <= FEW_INPUTS else with_least_rows(self._product, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.onednn:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)

@@ -203,6 +203,7 @@ def _model(deployment: Deployment) -> dict[str, Any]:
         "id": deployment.name, "object": "model", "created": 0, "owned_by": "openm6",
         "parameters": about["parameters"], "adapters": about["adapters"], "restarts": deployment.restarts,
         "directory": deployment.place.model.name, "threads": about["threads"], "eyes": about["eyes"],
+        "reproducible": about["reproducible"],
     }  # fmt: skip
 
 

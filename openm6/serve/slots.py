@@ -84,13 +84,13 @@ class Slots:
             counts[slot] = counts[last]
         self._use(counts[:last])
 
-    def step(self, model: M6, tokens_B: Tensor, only: int | None = None) -> Tensor:
+    def step(self, model: M6, tokens_B: Tensor, only: int | None = None, reproducible: bool = False) -> Tensor:
         """One further position of every slot in use, or of one of them alone; hidden states [B, D]. Where it fails, the
-        slots are as they were."""
+        slots are as they were. `reproducible`: see M6.step."""
         if only is None:
-            return model.step(tokens_B, self._used)
+            return model.step(tokens_B, self._used, reproducible=reproducible)
         one = self._used.part(slice(only, only + 1))
-        hidden = model.step(tokens_B, one)
+        hidden = model.step(tokens_B, one, reproducible=reproducible)
         self._used.lengths[only], self._used.counts[only] = one.lengths[0], one.counts[0]
         return hidden
 

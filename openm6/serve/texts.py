@@ -110,7 +110,8 @@ class Texts:
         device = self.view.model.embed.weight.device
         tokens = torch.tensor([self.rows[slot].last for slot in slots], device=device)
         only = slots[0] if len(slots) < len(self.rows) else None
-        return list(self._slots.step(self.view.model, tokens, only))
+        sampled = any(row.chance is not None for row in self.rows)
+        return list(self._slots.step(self.view.model, tokens, only, reproducible=sampled))
 
     def admit(self) -> list[Told]:
         """Read prompts, the longest waiting first, and choose their first tokens."""

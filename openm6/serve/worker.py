@@ -99,16 +99,19 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
 
 def described(bundle: Bundle) -> dict[str, Any]:
     """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
-    and give, its adapters, its size."""
+    and give, its adapters, its size, and whether a seed gives the same answer whatever is answered beside it."""
     import torch
 
     from openm6.bases import base_of
     from openm6.model.files import eyes_of
+    from openm6.serve.reproducible import is_reproducible
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
     every = {**library, **bundle.tasks}
     draws = bundle.processor.codec is not None
+    with bundle.precision():
+        reproducible = is_reproducible(bundle.model)
     return {
         "tasks": {
             name: {
@@ -124,7 +127,7 @@ def described(bundle: Bundle) -> dict[str, Any]:
         "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
         "positions": bundle.model.config.max_position_embeddings, "vector": bundle.model.config.hidden_size,
         "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
-        "path": str(bundle.path), "threads": torch.get_num_threads(),
+        "path": str(bundle.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 
 

@@ -294,6 +294,10 @@ def test_keys_are_made_listed_and_taken_away(tmp_path: Path) -> None:
     assert other.find(secret) is None and [key.name for key in other.list()] == ["bert"]
 
 
+def test_a_model_tells_whether_a_seed_has_one_answer(http: httpx2.Client) -> None:
+    assert http.get("/v1/models").json()["data"][0]["reproducible"] is True  # on a CPU, in bf16 or fp32
+
+
 def test_features_in_the_place_of_a_picture(http: httpx2.Client, model: Path) -> None:
     """As a box sends them: the answer is that to the picture; those of other eyes are refused."""
     about = http.get("/v1/models").json()["data"][0]

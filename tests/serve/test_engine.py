@@ -210,10 +210,10 @@ def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
 def test_what_breaks_a_step_fails_those_alone_that_were_in_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     step, broken = type(bundle.model).step, [1]
 
-    def once(model: Any, *given: Any) -> Any:
+    def once(model: Any, *given: Any, **more: Any) -> Any:
         if broken and broken.pop():
             raise RuntimeError("a kernel fails")
-        return step(model, *given)
+        return step(model, *given, **more)
 
     watched = Watched(bundle)
     watched.ask("first", "write", text="红色")

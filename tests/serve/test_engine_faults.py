@@ -23,10 +23,10 @@ def test_texts_that_fail_together_are_written_one_by_one(bundle: Bundle, monkeyp
     step = type(bundle.model).step
     broken: set[int] = set()
 
-    def one_alone(model: Any, tokens: Any, cache: Any, *given: Any) -> Any:
+    def one_alone(model: Any, tokens: Any, cache: Any, **more: Any) -> Any:
         if len(cache.counts) > 1 or broken.intersection(cache.counts):
             raise RuntimeError("a kernel fails")
-        return step(model, tokens, cache, *given)
+        return step(model, tokens, cache, **more)
 
     expected = [bundle.run("write", decoding=SAMPLED, text=text) for text in TEXTS]
     watched = Watched(bundle)

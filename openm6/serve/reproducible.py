@@ -1,0 +1,42 @@
+"""Whether a sampled answer depends on what is answered beside it: measured as a model is loaded."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.batches import pad
+from openm6.model import M6
+from openm6.sequence import IGNORE, Sequence
+
+LENGTHS, STEPS = (3, 9, 16, 17, 40, 70, 130), 3
+"""Positions of the prompts that are compared, and the tokens that follow each."""
+
+
+@torch.inference_mode()
+def is_reproducible(model: M6) -> bool:
+    """Whether prompts have the same logits, bit by bit, alone and beside each other: then what is drawn from them by a
+    seed is the same too. Only a CPU can; one whose kernels round a row by those beside it (weights in 8 bits), or add
+    it up in another order, cannot."""
+    if model.embed.weight.device.type != "cpu":
+        return False
+    room = model.config.max_position_embeddings - STEPS
+    rng = np.random.default_rng(0)
+    prompts = [_prompt(rng.integers(0, model.config.vocab_size, min(length, room))) for length in LENGTHS]
+    together = _logits(model, prompts)
+    return all(torch.equal(_logits(model, [one])[0], row) for one, row in zip(prompts, together, strict=True))
+
+
+def _prompt(ids: np.ndarray) -> Sequence:
+    return Sequence(ids.astype(np.int32), np.zeros(len(ids), np.int32), np.full(len(ids), IGNORE, np.int32))
+
+
+def _logits(model: M6, prompts: list[Sequence]) -> Tensor:
+    """After the prompts and after each of the tokens that follow, [B, 1 + STEPS, V]."""
+    hidden, cache = model.prefill(pad(prompts, pad_id=0, even=True), max(map(len, prompts)) + STEPS)
+    found = [model.logits(hidden)]
+    for token in range(STEPS):
+        hidden = model.step(torch.full((len(prompts),), token), cache, reproducible=True)
+        found.append(model.logits(hidden))
+    return torch.stack(found, 1)
