@@ -100,7 +100,8 @@ class PromptMask:
             return attend(q_BHTE, k_BKTE, v_BKTE, self.parts[0][2])
         y_BHTE = torch.zeros_like(q_BHTE)
         for rows, length, mask in self.parts:
-            y_BHTE[rows, :, :length] = attend(*(x[rows, :, :length] for x in (q_BHTE, k_BKTE, v_BKTE)), mask)
+            q, k, v = (x[rows, :, :length] for x in (q_BHTE, k_BKTE, v_BKTE))
+            y_BHTE[rows, :, :length] = attend(q, k, v, mask)
         return y_BHTE
 
 
