@@ -99,10 +99,11 @@ class Desk:
         return [(one.replace(":", " · "), one) for one in found]
 
     def tasks(self, who: str, trained: bool) -> list[tuple[str, str]]:
-        """The tasks that a model was taught, or those it was not, as (title, name)."""
-        known = self.deployment(who)[0].about["tasks"]
-        found = [(self.title(name, one["description"]), name) for name, one in known.items()]
-        return sorted(one for one in found if known[one[1]]["trained"] == trained)
+        """The tasks that a model was taught, or those it was not, as (title, name), in the same order on every page."""
+        known, english = self.deployment(who)[0].about["tasks"], _file("words.yaml")["tasks"]
+        found = [name for name, one in known.items() if one["trained"] == trained]
+        found.sort(key=lambda name: english.get(name, name))
+        return [(self.title(name, known[name]["description"]), name) for name in found]
 
     def deployment(self, who: str) -> tuple[Deployment, str | None]:
         """The model and the adapter of a choice."""

@@ -150,8 +150,9 @@ def drawn(lineage: Lineage) -> str:
 
     put(lineage, 0, 0)
     told = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
+    name = html.escape(lineage.version.title, quote=True)
     return (
-        f'<div class="lineage" role="region" tabindex="0" aria-label="{html.escape(lineage.version.title, quote=True)}">'
+        f'<div class="lineage" role="region" tabindex="0" aria-label="{name}">'
         f'<svg role="img" aria-label="{told}" width="{size[0] + 2}" height="{size[1] + 2}" '
         f'viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" font-size="14" xmlns="http://www.w3.org/2000/svg">'
         f"{''.join(parts)}</svg></div>"

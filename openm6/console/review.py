@@ -30,17 +30,13 @@ def page(desk: Desk) -> None:
             with gr.Column(min_width=280):
                 given = gr.Textbox(label=say("Asked"), lines=2, interactive=False)
                 seen = gr.Gallery(
-                    label=say("Given pictures"),
-                    height=240,
-                    object_fit="contain",
-                    columns=2,
-                    visible=False,
-                    format="png",
-                )
+                    label=say("Given pictures"), height=240, columns=2, visible=False, format="png",
+                    elem_classes="whole",
+                )  # fmt: skip
             with gr.Column(min_width=280):
                 said = gr.Textbox(label=say("Text"), lines=2, interactive=False, elem_classes="said", elem_id="said")
-                drawn = gr.Image(
-                    label=say("Picture"), interactive=False, height=260, visible=False, elem_id="candidate"
+                drawn = gr.Gallery(
+                    label=say("Picture"), height=240, columns=1, visible=False, format="png", elem_classes="whole"
                 )
         with gr.Row(elem_classes="buttons"):
             accept = gr.Button(say("Accept (A)"), variant="primary", elem_id="accept", min_width=90)
@@ -130,7 +126,7 @@ def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> 
 
 def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     """A candidate; without a number the first that nobody has judged."""
-    nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Image(visible=False)]
+    nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Gallery(visible=False)]
     if not name:
         return nothing
     batch, say = _known(desk, name), desk.say
@@ -155,7 +151,7 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     return [
         number, f"**{number + 1}/{len(rows)}** · {told}", gr.Textbox(lines, visible=bool(lines)),
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(row.get("said", ""), visible="said" in row),
-        gr.Image(None if "said" in row else open_image(batch / row["file"]), visible="said" not in row),
+        gr.Gallery([] if "said" in row else [open_image(batch / row["file"])], visible="said" not in row),
     ]  # fmt: skip
 
 
