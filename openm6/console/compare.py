@@ -8,24 +8,29 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, first_step
 from openm6.console.forms import Answer, Form
-from openm6.console.play import answered, chosen
+from openm6.console.play import LOOK, answered, chosen, heading
 
 
 def page(desk: Desk) -> None:
     say = desk.say
-    with gr.Row():
-        first = gr.Dropdown(label=say("First model"), interactive=True)
-        second = gr.Dropdown(label=say("Second model"), interactive=True)
-        task = gr.Dropdown(label=say("Task"), filterable=True, interactive=True)
+    with gr.Row(elem_classes="choice"):
+        first = gr.Dropdown(label=say("First model"), min_width=120, interactive=True)
+        second = gr.Dropdown(label=say("Second model"), min_width=120, interactive=True)
+        task = gr.Dropdown(label=say("Task"), min_width=240, interactive=True)
     chosen(desk, first, task)
+    alone = gr.HTML(apply_default_css=False)
 
-    def others() -> Any:
+    async def others(request: gr.Request) -> Any:
         found = desk.choices()
-        return gr.Dropdown(choices=found, value=found[min(1, len(found) - 1)][1] if found else None)
+        told = say("One model alone is served. Serve two to compare them:")
+        return (
+            gr.Dropdown(choices=found, value=found[min(1, len(found) - 1)][1] if found else None),
+            "" if len(found) > 1 else first_step(told, "openm6 serve goods=runs/demo/model other=runs/other/model"),
+        )
 
-    gr.on(None, others, None, second, api_visibility="private")
+    desk.on(None, others, outputs=[second, alone])
 
     @gr.render(
         inputs=[first, second, task], triggers=[first.change, second.change, task.change], show_progress="hidden"
@@ -38,11 +43,13 @@ def page(desk: Desk) -> None:
             gr.Markdown(say("The second model does not have this task."))
             return
         sides, name = [str(one), str(two)], str(name)
+        gr.HTML(heading(desk, name, known[0][name]), apply_default_css=False)
         asking = Form(desk, name, known[0][name])
-        with gr.Row():
-            run = gr.Button(say("Ask both"), variant="primary", elem_id="ask")
-            fill = gr.Button(say("Example"), elem_id="example")
-        with gr.Row():
+        with gr.Row(elem_classes="buttons"):
+            run = gr.Button(say("Ask both"), variant="primary", elem_id="ask", min_width=80)
+            fill = gr.Button(say("Example"), elem_id="example", min_width=80)
+        asking.notes[""].render()
+        with gr.Row(elem_id="answer"):
             answers = []
             for who, tasks in zip(sides, known, strict=True):
                 with gr.Column(min_width=280):
@@ -50,6 +57,7 @@ def page(desk: Desk) -> None:
 
         async def ask(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
             shown = [answer.nothing() for answer in answers]
+            nothing = [value for answer in shown for value in answer]
             told: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
             async def follow(number: int) -> None:
@@ -61,11 +69,15 @@ def page(desk: Desk) -> None:
                     told.put_nowait((number, error))
 
             running = [asyncio.create_task(follow(number)) for number in range(2)]
+            told_of = desk.beside(asking.notes)
             try:
                 left = 2
                 while left:
-                    yield [value for answer in shown for value in answer]
+                    yield [*told_of, *(value for answer in shown for value in answer)]
                     number, found = await told.get()
+                    if isinstance(found, Exception):
+                        yield [*desk.beside(asking.notes, desk.unforeseen(found)), *nothing]
+                        return
                     if isinstance(found, BaseException):
                         raise found
                     if found is None:
@@ -77,5 +89,7 @@ def page(desk: Desk) -> None:
                     each.cancel()
 
         outputs = [component for answer in answers for component in answer.outputs]
-        run.click(ask, asking.inputs, outputs, api_visibility="private", show_progress="minimal")
+        places, events = [*asking.notes.values(), *outputs], [run.click, *asking.enters]
+        gr.on(events, None, None, None, js=LOOK, api_visibility="private")
+        gr.on(events, ask, asking.inputs, places, api_visibility="private", show_progress="minimal")
         fill.click(asking.example, None, asking.fields, api_visibility="private")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from asyncio import to_thread
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, shortened
+from openm6.console.desk import Desk, first_step, note, shortened, table
 from openm6.hub.catalogue import DATA, Version
 
 SEEN = 12
@@ -16,49 +17,61 @@ PROBLEMS = 200
 
 def page(desk: Desk) -> None:
     say = desk.say
-    gr.Markdown(say("Data sets stay where they are; the catalogue keeps what they were like when they were added."))
-    known = gr.Dropdown(label=say("Data set"), interactive=True, elem_id="known")
-    facts = gr.Dataframe(headers=["", ""], label=say("What it is like"), interactive=False, type="array")
-    columns = gr.Dataframe(
-        headers=[say("column"), say("values")], label=say("Columns"), interactive=False, type="array"
-    )
-    sample = gr.Dataframe(label=say("The first records"), interactive=False, wrap=True)
-    pictures = gr.Gallery(label=say("Pictures"), columns=6, height=260, format="png")
-    problems = gr.Dataframe(
-        headers=[say("where"), say("why")], label=say("Records that cannot be used"), interactive=False, type="array"
-    )
-    shown = [facts, columns, sample, pictures, problems]
+    empty = gr.HTML(apply_default_css=False)
+    with gr.Column(visible=False) as whole:
+        known = gr.Dropdown(label=say("Data set"), interactive=True, elem_id="known")
+        facts = gr.HTML(apply_default_css=False)
+        pictures = gr.Gallery(label=say("Pictures"), columns=6, height=260, format="png", visible=False)
+        problems = gr.HTML(apply_default_css=False)
+    seen = note()
 
     def names(select: str | None = None) -> Any:
         found = [one.full_name for one in desk.catalogue.every(DATA)]
-        return gr.Dropdown(choices=found, value=select or (found[-1] if found else None))
+        told = say(
+            "The catalogue has no data set yet. Add one below or with this command; its files stay where they are."
+        )
+        return [
+            "" if found else first_step(told, "openm6 data add reviews reviews.jsonl"),
+            gr.Column(visible=bool(found)),
+            gr.Dropdown(choices=found, value=select or (found[-1] if found else None)),
+        ]
 
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
-        return await desk.do(names)
+        return await to_thread(names)
 
     async def look(request: gr.Request, name: str | None) -> Any:
         desk.key(request)
         if not name:
-            return [[], [], None, [], []]
-        return await desk.do(lambda: _look(desk, desk.catalogue.named(name, DATA)))
+            return ["", gr.skip(), ""]
+        return await to_thread(lambda: _look(desk, desk.catalogue.named(name, DATA)))
 
-    gr.on(None, listed, None, known, api_visibility="private")
-    known.change(look, known, shown, api_visibility="private")
     with gr.Accordion(say("Add a data set"), open=False):
         with gr.Row():
-            name = gr.Textbox(label=say("Name"), elem_id="data-name")
-            source = gr.Textbox(
-                label=say("Where it is"), placeholder="/data/items.jsonl, demo:items/train ...", elem_id="data-source"
-            )
+            with gr.Column(min_width=240):
+                name = gr.Textbox(label=say("Name"), placeholder="reviews", elem_id="data-name")
+                name_note = note()
+            with gr.Column(min_width=240):
+                source = gr.Textbox(
+                    label=say("Where it is"), placeholder="/data/items.jsonl, demo:items/train", elem_id="data-source"
+                )
+                source_note = note()
         add = gr.Button(say("Add"), variant="primary", elem_id="add")
+        places = {"name": name_note, "source": source_note, "": note()}
 
     async def added(request: gr.Request, called: str, place: str) -> Any:
         desk.manager(request)
-        version = await desk.do(lambda: desk.catalogue.add_data(called.strip(), place.strip()))
-        return await desk.do(lambda: names(version.full_name))
+        if not called.strip():
+            raise desk.error("The data set needs a name.", param="name")
+        if not place.strip():
+            raise desk.error("Say where the data are: a file, a folder or a built-in data set.", param="source")
+        version = await to_thread(desk.catalogue.add_data, called.strip(), place.strip())
+        return await to_thread(names, version.full_name)
 
-    add.click(added, [name, source], known, api_visibility="private")
+    listing = [empty, whole, known]
+    desk.on(None, listed, outputs=listing, notes={"": seen})
+    desk.on(known.change, look, [known], [facts, pictures, problems], {"": seen})
+    desk.on([add.click, name.submit, source.submit], added, [name, source], listing, places)
 
 
 def _look(desk: Desk, version: Version) -> list[Any]:
@@ -67,14 +80,15 @@ def _look(desk: Desk, version: Version) -> list[Any]:
 
     say, about = desk.say, version.about
     facts = [
-        [say("version"), version.full_name], [say("records"), str(about["records"])],
-        [say("cannot be used"), str(about["rejected"])], [say("where it is"), about["source"]],
-        [say("hash"), about["hash"][:16]], [say("added"), desk.time(version.created)],
+        [say("records"), about["records"]], [say("cannot be used"), about["rejected"]],
+        [say("where it is"), about["source"]], [say("hash"), about["hash"][:16]],
+        [say("added"), desk.time(version.created)],
     ]  # fmt: skip
-    columns = [[name, kinds] for name, kinds in about["columns"].items()]
-    rows = desk.catalogue.sample(version)
-    heads = list(about["columns"])
-    sample = {"headers": heads, "data": [[shortened(row.get(head), 120) for head in heads] for row in rows]}
+    columns = list(about["columns"])
+    rows = [[shortened(row.get(head), 120) for head in columns] for row in desk.catalogue.sample(version)]
+    told = table([say("version"), version.full_name], facts, say("What it is like"))
+    told += table([say("column"), say("values")], list(about["columns"].items()), say("Columns"))
+    told += table(columns, rows, say("The first records"))
     pictures, problems, seen = [], [], set[bytes]()
     try:
         records = open_source(about["source"], about.get("format"), about.get("images"))
@@ -86,7 +100,8 @@ def _look(desk: Desk, version: Version) -> list[Any]:
         problems = [[reject.where, reject.reason] for reject in records.rejected[:PROBLEMS]]
     except Exception as error:  # what was added may have gone: the rest is shown all the same
         problems = [[about["source"], say("It cannot be read any more ({why}).", why=type(error).__name__)]]
-    return [facts, columns, sample, pictures, problems]
+    wrong = table([say("where"), say("why")], problems, say("Records that cannot be used")) if problems else ""
+    return [told, gr.Gallery(pictures, visible=bool(pictures)), wrong]
 
 
 def _picture(value: bytes) -> Any:

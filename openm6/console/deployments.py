@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from asyncio import to_thread
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, first_step, table
 from openm6.hub.deployments import Deployments
 
 
@@ -17,21 +17,19 @@ def page(desk: Desk) -> None:
         say("model"), say("parameters"), say("waiting"), say("worked at"), say("tokens a second"), say("answered"),
         say("restarts"), say("energy"), say("directory"),
     ]  # fmt: skip
-    models = gr.Dataframe(headers=heads, label=say("Served here"), interactive=False, type="array")
+    models = gr.HTML(apply_default_css=False)
     with gr.Row():
         names = {"tokens": say("tokens a second"), "requests": say("requests a second")}
         names |= {"open": say("waiting and worked at"), "watts": say("watts (estimated)")}
         charts = [
             gr.LinePlot(
-                x="time", y=what, color="model", x_title=" ", y_title=" ", title=title, height=220, min_width=300,
+                x="time", y=what, color="model", color_title=say("model"), x_title=" ", y_title=" ", title=title,
+                height=220, min_width=420,
                 x_axis_format="%H:%M:%S", sort="x", elem_id=f"chart-{what}",
             )
             for what, title in names.items()
         ]  # fmt: skip
-    others = gr.Dataframe(
-        headers=[say(h) for h in ("name", "address", "model", "state", "since")], interactive=False, wrap=True,
-        label=say("Deployments on this machine (openm6 deploy)"), type="array",
-    )  # fmt: skip
+    others = gr.HTML(apply_default_css=False)
 
     async def look(request: gr.Request) -> Any:
         import pandas as pd
@@ -41,11 +39,12 @@ def page(desk: Desk) -> None:
         await history.sample()
         points = pd.DataFrame(history.points)
         points["time"] = pd.to_datetime(points["time"], unit="s")
-        return [_rows(desk), *[points] * len(charts), await desk.do(lambda: _deployed(desk))]
+        served = table(heads, _rows(desk), say("Served here"))
+        return [served, *[points] * len(charts), await to_thread(_deployed, desk)]
 
     shown = [models, *charts, others]
-    gr.on(None, look, None, shown, api_visibility="private")
-    gr.Timer(3).tick(look, None, shown, api_visibility="private", show_progress="hidden")
+    desk.on(None, look, outputs=shown)
+    desk.on(gr.Timer(3).tick, look, outputs=shown, show_progress="hidden")
 
 
 def _rows(desk: Desk) -> list[list[str]]:
@@ -60,9 +59,16 @@ def _rows(desk: Desk) -> list[list[str]]:
     return rows
 
 
-def _deployed(desk: Desk) -> list[list[str]]:
-    say = desk.say
-    return [
-        [one.name, one.url, one.model, say("serves") if one.lives else say("has ended"), time.ctime(one.created)]
-        for one in Deployments().list()
+def _deployed(desk: Desk) -> str:
+    say, found = desk.say, Deployments().list()
+    if not found:
+        return first_step(
+            say("No model is served in the background of this machine. This starts one:"),
+            "openm6 deploy runs/demo/model",
+        )
+    heads = [say("name"), say("address"), say("model"), say("state"), say("since")]
+    rows = [
+        [one.name, one.url, one.model, say("serves") if one.lives else say("has ended"), desk.time(one.created)]
+        for one in found
     ]
+    return table(heads, rows, say("Deployments on this machine (openm6 deploy)"))

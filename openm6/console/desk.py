@@ -1,17 +1,18 @@
-"""What all pages share: the server, what a team keeps, whoever looks, and the words of a language."""
+"""What all pages share: the server, the catalogue and the jobs, the visitor's key, and the words of a language."""
 
 from __future__ import annotations
 
-import asyncio
 import html
 import json
+import logging
+import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gradio as gr
 import yaml
@@ -23,17 +24,21 @@ from openm6.serve.fleet import Deployment
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import LOCAL, Server, TaskRequest
 
-T = TypeVar("T")
+log = logging.getLogger("openm6.console")
+
+
+class PageError(UsageError):
+    """An error whose message is in the language of the page already."""
 
 
 @cache
-def _chinese() -> dict[str, str]:
-    found: dict[str, str] = yaml.safe_load(resources.files("openm6.console").joinpath("zh.yaml").read_text("utf-8"))
+def _file(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(resources.files("openm6.console").joinpath(name).read_text("utf-8"))
     return found
 
 
 class Desk:
-    """Of one language."""
+    """The pages of one language have one."""
 
     def __init__(self, server: Server, language: str, batches: Path | None = None):
         self.server, self.language = server, language
@@ -41,12 +46,27 @@ class Desk:
         self.jobs = Jobs()
         self.catalogue = Catalogue()
 
+    # Words
+
     def say(self, english: str, **values: Any) -> str:
         """A text of the page in its language; {names} in it stand for the values."""
-        text = _chinese()[english] if self.language == "zh" else english
+        text = _file("zh.yaml")[english] if self.language == "zh" else english
         return text.format(**values) if values else text
 
-    # Who looks
+    def title(self, task: str, description: str) -> str:
+        """A task in words. A task of the team's own is called by its description, or by its name."""
+        if self.language == "en" and task in _file("words.yaml")["tasks"]:
+            return str(_file("words.yaml")["tasks"][task])
+        return re.split(r"：| \(", description)[0] or task
+
+    def slot(self, name: str) -> str:
+        """The label of a slot; a slot of the team's own is called by its name."""
+        return str(_file("words.yaml")["slots"].get(name, [name, name])[self.language == "zh"])
+
+    def time(self, seconds: float) -> str:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+    # The visitor
 
     def lets_in(self, name: str, secret: str) -> bool:
         """Whether these are a key's name and the key."""
@@ -54,22 +74,22 @@ class Desk:
         return key is not None and key.name == name.strip()
 
     def key(self, request: gr.Request) -> Key:
-        """Of whoever looks, as it is now: one that was removed may nothing any more."""
+        """The visitor's key as it is now. Raises PageError for a key that was removed."""
         if self.server.keys is None:
             return LOCAL
         found = next((key for key in self.server.keys.list() if key.name == request.username), None)
         if found is None:
-            raise refusal(self.say("This key is valid no more."))
+            raise self.error("This key is valid no more.")
         return found
 
     def manager(self, request: gr.Request) -> Key:
-        """Likewise, of someone who may change things."""
+        """The visitor's key. Raises PageError for a key that may not change things."""
         key = self.key(request)
         if not key.may(MANAGE):
-            raise refusal(self.say("This takes a key that manages."))
+            raise self.error("This takes a key that manages.")
         return key
 
-    # What is asked
+    # Models and tasks
 
     def choices(self) -> list[tuple[str, str]]:
         """The models and their adapters, as (shown, value)."""
@@ -78,11 +98,12 @@ class Desk:
             found += [name, *(f"{name}:{adapter}" for adapter in deployment.about["adapters"])]
         return [(one.replace(":", " · "), one) for one in found]
 
-    def tasks(self, who: str) -> list[tuple[str, str]]:
-        """Of a model, those that it was taught first, as (shown, value)."""
-        known = self.deployment(who)[0].about["tasks"]
-        ordered = sorted(known, key=lambda name: (not known[name]["trained"], name))
-        return [(f"{'★ ' if known[name]['trained'] else ''}{name}", name) for name in ordered]
+    def tasks(self, who: str, trained: bool) -> list[tuple[str, str]]:
+        """The tasks that a model was taught, or those it was not, as (title, name), in the same order on every page."""
+        known, english = self.deployment(who)[0].about["tasks"], _file("words.yaml")["tasks"]
+        found = [name for name, one in known.items() if one["trained"] == trained]
+        found.sort(key=lambda name: english.get(name, name))
+        return [(self.title(name, known[name]["description"]), name) for name in found]
 
     def deployment(self, who: str) -> tuple[Deployment, str | None]:
         """The model and the adapter of a choice."""
@@ -92,24 +113,21 @@ class Desk:
     async def ask(
         self, request: gr.Request, who: str, task: str, asked: TaskRequest, edit: Mapping[str, bytes] | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """What becomes of a request (Deployment.ask). Raises an error that the page shows."""
-        key = self.key(request)
-        try:
-            if (beyond := self.server.meter.count(key)) is not None:
-                raise UsageError(self.say("Too often: again in {seconds} s.", seconds=round(beyond.seconds) + 1))
-            deployment, adapter = self.deployment(who)
-            # The page says of a task that the model was not trained on it.
-            chosen = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
-            message = await self.server.message(deployment, task, chosen)
-            if edit is not None:
-                message["edit"] = dict(edit)
-            async with aclosing(self.server.answer(key, deployment, message)) as events:
-                async for event in events:
-                    yield event
-        except OpenM6Error as error:
-            raise refusal(str(error)) from None
+        """The events of a request (Server.answer), each with the seed that it was answered with. Raises OpenM6Error.
 
-    # What is kept
+        The page says of a task that was never taught that its answers mean nothing; so it may be asked.
+        """
+        key = self.key(request)
+        if (beyond := self.server.meter.count(key)) is not None:
+            raise self.error("Too often: again in {seconds} s.", seconds=round(beyond.seconds) + 1)
+        deployment, adapter = self.deployment(who)
+        asked = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
+        message = await self.server.message(deployment, task, asked)
+        if edit is not None:
+            message["edit"] = dict(edit)
+        async with aclosing(self.server.answer(key, deployment, message)) as events:
+            async for event in events:
+                yield {**event, "seed": message["decoding"].get("seed")}
 
     def kept(self, kind: str) -> list[Version]:
         """All versions in the catalogue; none where it cannot be opened (it needs MLflow)."""
@@ -118,20 +136,86 @@ class Desk:
         except OpenM6Error:
             return []
 
-    def time(self, seconds: float) -> str:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    # Errors
 
-    async def do(self, act: Callable[[], T]) -> T:
-        """Something that takes a while. Raises an error that the page shows."""
-        try:
-            return await asyncio.to_thread(act)
-        except OpenM6Error as error:
-            raise refusal(str(error)) from None
+    def error(self, english: str, param: str | None = None, **values: Any) -> PageError:
+        return PageError(self.say(english, **values), param=param)
+
+    def alert(self, error: OpenM6Error | None) -> str:
+        """An error as HTML; nothing where there is none. What is not in the page's language stands below, in small."""
+        if error is None:
+            return ""
+        text = html.escape(str(error), quote=False)
+        if self.language == "zh" and not isinstance(error, PageError):
+            known = _file("words.yaml")["errors"]
+            text = f'{known.get(error.code, known["failed"])}<small lang="en">{text}</small>'
+        return f'<p role="alert">{text}</p>'
+
+    def beside(self, notes: Mapping[str, Any], error: OpenM6Error | None = None) -> list[str]:
+        """The contents of notes, each called by its field and the one for everything else by "": the error stands
+        beside the field at fault."""
+        field = (error.param or "").rpartition(".")[2] if error else ""
+        place = field if field in notes else ""
+        return [self.alert(error) if name == place else "" for name in notes]
+
+    def unforeseen(self, error: Exception) -> OpenM6Error:
+        """The error itself, or where nobody has foreseen it a sentence for the page and the rest for the log."""
+        if isinstance(error, OpenM6Error):
+            return error
+        log.error("The console failed.", exc_info=error)
+        return self.error("Something went wrong here. The server's log says more.")
+
+    def on(
+        self,
+        events: Any,
+        act: Callable[..., Any],
+        inputs: Sequence[Any] = (),
+        outputs: Sequence[Any] = (),
+        notes: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """`await act(request, *inputs)` fills the outputs: at events, or with None when the page is opened. Errors are
+        shown in the notes, or where there are none in a message over the page."""
+        notes = notes or {}
+
+        async def acting(request: gr.Request, *values: Any) -> Any:
+            try:
+                found = await act(request, *values)
+                shown = [*self.beside(notes), *(found if len(outputs) > 1 else [found][: len(outputs)])]
+            except Exception as failed:
+                error = self.unforeseen(failed)
+                if not notes:
+                    raise gr.Error(self.alert(error), title=self.say("Error"), print_exception=False) from None
+                shown = [*self.beside(notes, error), *[gr.skip()] * len(outputs)]
+            return shown if len(shown) != 1 else shown[0]
+
+        return gr.on(events, acting, list(inputs), [*notes.values(), *outputs], api_visibility="private", **more)
 
 
-def refusal(message: str) -> gr.Error:
-    """Shown as it is: Gradio takes what an error says for HTML."""
-    return gr.Error(html.escape(message), print_exception=False)
+def note() -> Any:
+    """A place for an error, seen only when there is one."""
+    return gr.HTML(elem_classes="note", apply_default_css=False)
+
+
+def notes(*fields: str) -> dict[str, Any]:
+    return {field: note() for field in fields}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
+    """HTML of a table that scrolls by itself where the page is narrow."""
+    head = "".join(f"<th scope='col'>{html.escape(one)}</th>" for one in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(one))}</td>" for one in row) + "</tr>" for row in rows)
+    named = html.escape(caption, quote=True)
+    return (
+        f'<h2>{named}</h2><div class="wide" role="region" tabindex="0" aria-label="{named}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def first_step(sentence: str, command: str = "") -> str:
+    """HTML of an empty page: what to do first."""
+    code = f"<code>{html.escape(command)}</code>" if command else ""
+    return f'<div class="first"><p>{html.escape(sentence)}</p>{code}</div>'
 
 
 def plain(value: Any) -> str:

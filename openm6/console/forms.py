@@ -6,13 +6,15 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image, ImageDraw
 
-from openm6.console.desk import Desk, plain, refusal
-from openm6.images import open_image, png
+from openm6.console.desk import Desk, note, plain, shortened
+from openm6.errors import DataError
+from openm6.images import open_image
 from openm6.json_lines import lines_of
 from openm6.serve.server import TaskRequest
 
@@ -25,10 +27,10 @@ SHOWN = 8
 """Numbers of a vector that are shown."""
 
 OPTIONS = {
-    "picture": (("passes", 8), ("guidance", None), ("temperature", None), ("seed", 0)),
-    "text": (("max_new_tokens", 64), ("temperature", 0), ("num_beams", 1), ("seed", 0)),
+    "picture": (("passes", 8), ("guidance", None), ("temperature", None), ("seed", None)),
+    "text": (("max_new_tokens", 64), ("temperature", 0), ("num_beams", 1), ("seed", None)),
 }
-"""Of decoding, by the kind of a task, that have a field here, each with its default."""
+"""Of decoding, by the kind of a task, that have a field here, each with its default. Without a seed one is drawn."""
 
 SAMPLES = {
     "grounding": "scenes", "visual_entailment": "scenes", "image_text_matching": "demo:matches", "ocr": "writing",
@@ -38,22 +40,41 @@ SAMPLES = {
 
 
 class Form:
-    """Fields for what a task takes, put where it is made."""
+    """Fields for what a task takes, put where it is made, each with a note below it for what is wrong with it.
 
-    def __init__(self, desk: Desk, name: str, told: Told, seen: Mapping[str, Any] | None = None):
+    `notes` has the notes by slot, and as "" the one for everything else, which the page puts where its button is.
+    """
+
+    def __init__(self, desk: Desk, name: str, told: Told):
         self.desk, self.name, self.told = desk, name, told
         self.slots = {slot: told["slots"][slot] for slot in told["inputs"]}
-        self.fields = [self._field(slot, kind) for slot, kind in self.slots.items()]
-        with gr.Accordion(desk.say("Options"), open=False):
+        self.fields: list[Any] = []
+        self.notes: dict[str, Any] = {}
+        for slot, kind in self.slots.items():
+            self.fields.append(self._field(slot, kind))
+            self.notes[slot] = note()
+        self.notes[""] = gr.HTML(elem_classes="note", apply_default_css=False, render=False)
+        say, defaults = desk.say, OPTIONS.get(told["kind"], ())
+        labels = {
+            "passes": say("Passes"), "guidance": say("Guidance"), "temperature": say("Temperature"),
+            "seed": say("Seed"), "max_new_tokens": say("Tokens at most"), "num_beams": say("Beams"),
+        }  # fmt: skip
+        with gr.Accordion(say("Options"), open=False):
             with gr.Row():
-                self.options = [
-                    gr.Number(told["decode"].get(option, default), label=option, min_width=110)
-                    for option, default in OPTIONS.get(told["kind"], ())
+                self.options = [  # no gr.Number: it makes 0 of what is left out
+                    gr.Textbox(_text(told["decode"].get(option, default)), label=labels[option], min_width=110)
+                    for option, default in defaults
                 ]
-                self.count = gr.Slider(1, 16, 4, step=1, label=desk.say("Pictures"), visible=self.draws)
+                self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws)
             self.examples = gr.Textbox(
-                label=desk.say("Examples with answers, a JSON object a line"), lines=2, visible=told["kind"] == "text"
+                label=say("Examples with answers, a JSON object a line"), lines=2, visible=told["kind"] == "text"
             )
+            gr.Textbox(told["instructions"][0], label=say("Instruction"), interactive=False, max_lines=2)
+
+    @property
+    def enters(self) -> list[Any]:
+        """Events of the key Enter."""
+        return [field.submit for field in self.fields if isinstance(field, gr.Textbox)]
 
     @property
     def draws(self) -> bool:
@@ -66,12 +87,15 @@ class Form:
 
     def _field(self, slot: str, kind: str) -> Any:
         example = self.told["example"].get(slot)
+        label = self.desk.slot(slot)
         if kind == "image":
-            return gr.Image(type="pil", label=slot, sources=["upload", "clipboard"], height=260)
+            field = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=220)
+            field.preprocess = _path  # type: ignore[method-assign]
+            return field
         if kind == "table" and isinstance(example, list):
             columns = list(example[0])
             return gr.Dataframe(
-                [[row.get(column, "") for column in columns] for row in example], headers=columns, label=slot,
+                [[row.get(column, "") for column in columns] for row in example], headers=columns, label=label,
                 type="pandas", interactive=True,
             )  # fmt: skip
         if kind in ("table", "triples"):
@@ -79,19 +103,21 @@ class Form:
             headers = [say("name"), say("value")] if kind == "table" else [say("about"), say("what"), say("value")]
             rows = [list(row) for row in (example.items() if isinstance(example, dict) else example or [])]
             return gr.Dataframe(
-                rows or [[""] * len(headers)], headers=headers, label=slot, type="array", interactive=True,
+                rows or [[""] * len(headers)], headers=headers, label=label, type="array", interactive=True,
                 column_count=len(headers),
             )  # fmt: skip
-        return gr.Textbox(label=slot, lines=2 if kind == "text" else 1, placeholder=_text(example))
+        return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=_text(example))
 
     def request(self, values: Sequence[Any]) -> TaskRequest:
-        """What is asked by these values of `inputs`. Raises an error that the page shows."""
+        """What is asked by these values of `inputs`. Raises PageError."""
         given = list(values)
         examples, count = given.pop(), given.pop()
         fields, options = given[: len(self.fields)], given[len(self.fields) :]
-        inputs = {slot: _given(kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)}
+        inputs = {
+            slot: self._given(slot, kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)
+        }
         names = [name for name, _ in OPTIONS.get(self.told["kind"], ())]
-        decoding = {name: value for name, value in zip(names, options, strict=True) if value is not None}
+        decoding = {name: self._number(value) for name, value in zip(names, options, strict=True) if value}
         try:
             records = [json.loads(line) for line in lines_of(examples or "")]
             return TaskRequest(
@@ -99,7 +125,25 @@ class Form:
                 examples=records, candidates=int(count) if self.draws else 1,
             )  # fmt: skip
         except (ValueError, RecursionError):
-            raise refusal(self.desk.say("An example is a JSON object on a line of its own.")) from None
+            raise self.desk.error("An example is a JSON object on a line of its own.") from None
+
+    def _number(self, text: str) -> int | float:
+        try:
+            return int(text) if text.strip().isdecimal() else float(text)
+        except ValueError:
+            raise self.desk.error("An option is a number, not {text}.", text=shortened(text, 20)) from None
+
+    def _given(self, slot: str, kind: str, value: Any) -> Any:
+        if kind != "image" or value is None:
+            return _given(kind, value)
+        try:
+            open_image(value)
+        except DataError:
+            raise self.desk.error(
+                "This file is no picture that can be read: it takes a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
+                param=slot,
+            ) from None
+        return base64.b64encode(Path(value).read_bytes()).decode()
 
     def example(self) -> Any:
         """Values that fill in the fields: a record of the built-in data where there is a picture."""
@@ -125,7 +169,7 @@ class Answer:
         self.shows_pictures = told["kind"] == "picture" or "box" in _outputs(told).values()
         self.text = gr.Textbox(
             label=label or desk.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
-            visible=told["kind"] != "picture",
+            placeholder=desk.say("The answer appears here."), visible=told["kind"] != "picture",
         )  # fmt: skip
         self.pictures = gr.Gallery(
             label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
@@ -147,17 +191,17 @@ class Answer:
     def whole(self, event: Mapping[str, Any], asked: TaskRequest, seconds: float, first: float) -> tuple[Any, ...]:
         """When it is there."""
         value, say = event["value"], self.desk.say
-        took = say("{seconds} s", seconds=f"{seconds:.2f}")
+        took, seed = say("{seconds} s", seconds=f"{seconds:.2f}"), event.get("seed")
+        seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
         if self.told["kind"] == "picture":
-            seed = asked.decoding.get("seed", 0)
             shown = [(Image.open(io.BytesIO(one["image"])), _estimates(one)) for one in value]
-            return "", shown, f"{took} · seed {seed:.0f}"
+            return "", shown, took + seed
         if self.told["kind"] == "text" and event["tokens"]:
             took = say(
                 "{tokens} tokens in {seconds} s, the first after {first} s", tokens=event["tokens"],
                 seconds=f"{seconds:.2f}", first=f"{first:.2f}",
             )  # fmt: skip
-        return self._said(value), self._boxes(value, asked), took
+        return self._said(value), self._boxes(value, asked), took + seed
 
     def _said(self, value: Any) -> str:
         outputs = _outputs(self.told)
@@ -165,7 +209,7 @@ class Answer:
             some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
             return self.desk.say("{size} numbers: {some} ...", size=len(value), some=some)
         if len(outputs) > 1 and isinstance(value, Mapping):
-            return "\n".join(f"{slot}: {plain(value.get(slot))}" for slot in outputs)
+            return "\n".join(f"{self.desk.slot(slot)}: {plain(value.get(slot))}" for slot in outputs)
         return plain(value)
 
     def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
@@ -189,12 +233,15 @@ def _outputs(told: Told) -> dict[str, str]:
     return {slot: told["slots"][slot] for slot in told["outputs"]}
 
 
+def _path(payload: Any) -> str | None:
+    """Of a picture that was uploaded the file, whatever is in it: Gradio's own reading says "Error" where it fails."""
+    return payload and payload.path
+
+
 def _given(kind: str, value: Any) -> Any:
     """A field's value as the API takes it; None where nothing was filled in."""
     if value is None or (isinstance(value, str) and not value):
         return None
-    if kind == "image":
-        return base64.b64encode(png(value)).decode()
     if kind == "triples":
         return [row for row in value if any(row)] or None
     if kind == "table":  # rows with names of columns, or names with values
@@ -207,8 +254,9 @@ def _given(kind: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Of several right texts the first."""
-    return str((value[0] if isinstance(value, list) and value else value) or "")
+    """Of several right texts the first; of nothing the empty one."""
+    value = value[0] if isinstance(value, list) and value else value
+    return "" if value is None else str(value)
 
 
 def _filled(kind: str, value: Any) -> Any:

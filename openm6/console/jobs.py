@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from asyncio import to_thread
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, refusal
+from openm6.console.desk import Desk, first_step, note
 from openm6.hub.catalogue import DATA, MODEL
 from openm6.hub.find import find_model
 from openm6.hub.jobs import OVER, RUNNING, Job, curve, output_of, progress
@@ -20,111 +21,152 @@ TAIL = 4_000
 
 def page(desk: Desk) -> None:
     say = desk.say
-    with gr.Accordion(say("Teach a model a task"), open=True):
-        with gr.Row():
+    with gr.Row():
+        with gr.Column(min_width=240):
             base = gr.Dropdown(label=say("Start from"), allow_custom_value=True, elem_id="base")
-            task = gr.Dropdown(label=say("Task"), allow_custom_value=True, elem_id="task")
-        with gr.Row():
+            base_note = note()
             data = gr.Dropdown(label=say("Learn from"), allow_custom_value=True, elem_id="learn-from")
+            data_note = note()
+        with gr.Column(min_width=240):
+            task = gr.Dropdown(label=say("Task"), allow_custom_value=True, elem_id="task")
+            task_note = note()
             validation = gr.Dropdown(label=say("Measure on, to stop in time"), allow_custom_value=True)
+    with gr.Accordion(say("Options"), open=False):
         with gr.Row():
             method = gr.Dropdown(list(RATES), value="lora", label=say("Method"))
             steps = gr.Number(200, precision=0, minimum=1, label=say("Steps"), elem_id="steps")
             batch = gr.Number(16, precision=0, minimum=1, label=say("Examples a step"))
             output = gr.Textbox(label=say("Folder"), placeholder="runs/finetune-...", elem_id="folder")
         more = gr.Textbox(label=say("More options of openm6 finetune"), placeholder="--column text=body adapt.rank=16")
-        submit = gr.Button(say("Put into the queue"), variant="primary", elem_id="submit")
-    chosen = gr.Dropdown(label=say("Job"), interactive=True, elem_id="job")
-    with gr.Row():
-        stop = gr.Button(say("Stop"), elem_id="stop")
-        resume = gr.Button(say("Go on"), elem_id="resume")
-        remove = gr.Button(say("Forget"), elem_id="forget")
-        kept = gr.Textbox(
-            show_label=False, placeholder=say("name in the catalogue"), container=False, elem_id="kept-name"
-        )
-        keep = gr.Button(say("Keep the model"), elem_id="keep")
-    state = gr.Markdown(elem_id="state")
-    loss = gr.LinePlot(x="step", y="loss", height=280, label=say("Loss"), elem_id="curve")
-    log = gr.Textbox(label=say("What it says"), lines=8, max_lines=16, interactive=False, autoscroll=True)
+    submit = gr.Button(say("Put into the queue"), variant="primary", elem_id="submit")
+    wrong = {"base": base_note, "data": data_note, "task": task_note, "": note()}
+    empty = gr.HTML(apply_default_css=False)
+    with gr.Column(visible=False) as whole:
+        chosen = gr.Dropdown(label=say("Job"), interactive=True, elem_id="job")
+        state = gr.Markdown(elem_id="state")
+        with gr.Row(elem_classes="buttons"):
+            stop = gr.Button(say("Stop"), elem_id="stop", min_width=80)
+            resume = gr.Button(say("Go on"), elem_id="resume", min_width=80)
+            remove = gr.Button(say("Forget"), elem_id="forget", min_width=80)
+        job_wrong = {"": note()}
+        loss = gr.LinePlot(x="step", y="loss", height=240, label=say("Loss"), elem_id="curve")
+        log = gr.Textbox(label=say("What it says"), lines=6, max_lines=16, interactive=False, autoscroll=True)
+        with gr.Row(elem_classes="buttons", equal_height=True):
+            kept = gr.Textbox(
+                label=say("Name in the catalogue"), placeholder="goods", min_width=160, elem_id="kept-name"
+            )
+            keep = gr.Button(say("Keep the model"), elem_id="keep", min_width=120)
+        told = gr.Markdown()
+        keep_wrong = {"": note()}
     shown = [state, loss, log]
 
     def names(select: str | None) -> Any:
         jobs = desk.jobs.list()[::-1]
         found = [(f"{job.id[4:-5]} · {job.name} · {say(job.state)}", job.id) for job in jobs]
         known = [value for _, value in found]
-        return gr.Dropdown(choices=found, value=select if select in known else known[0] if known else None)
+        value = select if select in known else known[0] if known else None
+        told = say("No model has been taught here yet. Choose above what to learn from, then put it into the queue.")
+        return [
+            "" if jobs else first_step(told), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
+        ]  # fmt: skip
 
-    async def opened(request: gr.Request, select: str | None) -> Any:
+    async def opened(request: gr.Request) -> Any:
         desk.key(request)
-        return await desk.do(lambda: (*_choices(desk), names(select)))
+        return [*await to_thread(_choices, desk), *await to_thread(names, None)]
 
     async def look(request: gr.Request, identity: str | None) -> Any:
         desk.key(request)
         if not identity:
             return ["", None, ""]
-        return await desk.do(lambda: _look(desk, desk.jobs.get(identity)))
+        return await to_thread(lambda: _look(desk, desk.jobs.get(identity)))
 
     async def tick(request: gr.Request, identity: str | None) -> Any:
-        return [await desk.do(lambda: names(identity)), *await look(request, identity)]
+        return [*await to_thread(names, identity), *await look(request, identity)]
 
     async def submitted(request: gr.Request, *values: Any) -> Any:
         desk.manager(request)
-        job = await desk.do(lambda: desk.jobs.submit(_words(*values), desk.say("fine-tuning")))
-        return names(job.id)
+        words = await to_thread(_words, desk, *values)
+        job = await to_thread(desk.jobs.submit, words, say("fine-tuning"))
+        return await to_thread(names, job.id)
+
+    def job_of(identity: str | None) -> str:
+        if not identity:
+            raise desk.error("Choose a job first.")
+        return identity
 
     def acting(what: Any) -> Any:
         async def act(request: gr.Request, identity: str | None) -> Any:
             desk.manager(request)
-            if identity:
-                await desk.do(lambda: what(identity))
-            return names(identity)
+            await to_thread(what, job_of(identity))
+            return await to_thread(names, identity)
 
         return act
 
-    async def keeping(request: gr.Request, identity: str | None, called: str) -> None:
+    async def keeping(request: gr.Request, identity: str | None, called: str) -> str:
         desk.manager(request)
-        if not identity:
-            return
-        run = output_of(desk.jobs.get(identity))
+        run, catalogue = output_of(desk.jobs.get(job_of(identity))), desk.catalogue
         if run is None or not (run / "model").is_dir():
-            raise refusal(say("This job has made no model."))
-        catalogue = desk.catalogue
-        made_of = await desk.do(lambda: catalogue.parents(run))
-        version = await desk.do(lambda: catalogue.add_model(called.strip(), run / "model", made_of=made_of, run=run))
-        gr.Info(say("It is {name} in the catalogue.", name=version.full_name))
+            raise desk.error("This job has made no model.")
+        if not called.strip():
+            raise desk.error("The model needs a name in the catalogue.")
+        made_of = await to_thread(catalogue.parents, run)
+        version = await to_thread(lambda: catalogue.add_model(called.strip(), run / "model", made_of=made_of, run=run))
+        return say("It is {name} in the catalogue.", name=version.full_name)
 
-    gr.on(None, opened, chosen, [base, task, data, validation, chosen], api_visibility="private")
-    chosen.change(look, chosen, shown, api_visibility="private", show_progress="hidden")
+    jobs = [empty, whole, chosen]
+    desk.on(None, opened, outputs=[base, task, data, validation, *jobs])
+    desk.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
     given = [base, task, data, validation, method, steps, batch, output, more]
-    submit.click(submitted, given, chosen, api_visibility="private")
-    keep.click(keeping, [chosen, kept], None, api_visibility="private")
+    desk.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong)
+    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [told], keep_wrong)
     for button, what in ((stop, desk.jobs.stop), (resume, desk.jobs.resume), (remove, desk.jobs.remove)):
-        button.click(acting(what), chosen, chosen, api_visibility="private")
-    gr.Timer(2).tick(tick, chosen, [chosen, *shown], api_visibility="private", show_progress="hidden")
+        desk.on(button.click, acting(what), [chosen], jobs, job_wrong)
+    desk.on(gr.Timer(2).tick, tick, [chosen], [*jobs, *shown], show_progress="hidden")
 
 
 def _choices(desk: Desk) -> tuple[Any, Any, Any, Any]:
     """What can be begun from, taught and learned from: what is served and what the catalogue has."""
-    from openm6.tasks.library import names
+    from openm6.tasks.library import get, names
 
     served = [(name, str(one.place.model)) for name, one in desk.server.fleet.deployments.items()]
     every = [*served, *((version.full_name, version.full_name) for version in desk.kept(MODEL))]
+    tasks = sorted((desk.title(name, get(name).description), name) for name in names())
     data = [(version.full_name, version.about["source"]) for version in desk.kept(DATA)]
     return (
-        gr.Dropdown(choices=every, value=every[0][1] if every else None), gr.Dropdown(choices=names(), value="vqa"),
+        gr.Dropdown(choices=every, value=every[0][1] if every else None), gr.Dropdown(choices=tasks, value="vqa"),
         gr.Dropdown(choices=data, value=data[0][1] if data else None), gr.Dropdown(choices=[("", ""), *data], value=""),
     )  # fmt: skip
 
 
 def _words(
-    base: str, task: str, data: str, validation: str, method: str, steps: float, batch: float, output: str, more: str
+    desk: Desk,
+    base: str | None,
+    task: str | None,
+    data: str | None,
+    validation: str | None,
+    method: str,
+    steps: float | None,
+    batch: float | None,
+    output: str,
+    more: str,
 ) -> list[str]:
-    """The command of a fine-tuning."""
-    words = ["finetune", str(find_model(base or "")[0]), "--task", task or "", "--data", data or "", "--method", method]
-    words += ["--steps", str(int(steps)), "--batch-size", str(int(batch))]
+    """The command of a fine-tuning. Raises OpenM6Error that names the field."""
+    if not base:
+        raise desk.error("Choose the model to start from.", param="base")
+    if not task:
+        raise desk.error("Choose the task to teach.", param="task")
+    if not data:
+        raise desk.error("Choose the data to learn from: a data set, or the path of a file.", param="data")
+    try:
+        options = shlex.split(more or "")
+    except ValueError:
+        raise desk.error("A quotation mark is missing in the further options.") from None
+    words = ["finetune", str(find_model(base)[0]), "--task", task, "--data", data, "--method", method]
+    words += ["--steps", str(int(steps))] if steps else []
+    words += ["--batch-size", str(int(batch))] if batch else []
     words += ["--validation", validation] if validation else []
-    words += ["--output", output or str(Path("runs") / f"finetune-{task}")]
-    return [*words, *shlex.split(more or "")]
+    words += ["--output", output or str(Path("runs") / f"finetune-{Path(task).stem}")]
+    return [*words, *options]
 
 
 def _look(desk: Desk, job: Job) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+from asyncio import to_thread
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, shortened
+from openm6.console.desk import Desk, first_step, note, shortened, table
 from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
 from openm6.serve.fleet import Place
 
@@ -19,70 +21,82 @@ BOX, GAP = (220, 54), (36, 18)
 def page(desk: Desk) -> None:
     say = desk.say
     heads = [say("version"), say("name"), say("measures"), say("energy"), say("added"), say("note")]
-    versions = gr.Dataframe(headers=heads, label=say("Models"), interactive=False, type="array", wrap=True)
-    chosen = gr.Dropdown(label=say("Model"), interactive=True, elem_id="model")
-    with gr.Row():
-        promote = gr.Button(say("Make it live"), variant="primary", elem_id="promote")
-        rollback = gr.Button(say("The one before again"), elem_id="rollback")
-    told = gr.Markdown(elem_id="told")
-    gr.Markdown("### " + say("What it was made of"))
-    graph = gr.HTML(elem_classes="lineage", elem_id="lineage")
-    recipe = gr.Code(label=say("Recipe"), language="yaml", interactive=False, max_lines=20)
+    empty, unreadable = gr.HTML(apply_default_css=False), {"": note()}
+    with gr.Column(visible=False) as whole:
+        versions = gr.HTML(apply_default_css=False)
+        chosen = gr.Dropdown(label=say("Model"), interactive=True, elem_id="model")
+        with gr.Row(elem_classes="buttons"):
+            promote = gr.Button(say("Make it live"), variant="primary", elem_id="promote", min_width=120)
+            rollback = gr.Button(say("The one before again"), elem_id="rollback", min_width=120)
+        done = gr.Markdown(elem_id="told")
+        wrong = {"": note()}
+        gr.Markdown("## " + say("What it was made of"))
+        graph = gr.HTML(elem_id="lineage", apply_default_css=False)
+        recipe = gr.HTML(elem_classes="recipe", apply_default_css=False)
     with gr.Accordion(say("Add a model"), open=False):
         with gr.Row():
-            name = gr.Textbox(label=say("Name"), elem_id="model-name")
+            name = gr.Textbox(label=say("Name"), placeholder="goods", elem_id="model-name")
             directory = gr.Textbox(label=say("Directory"), placeholder="runs/demo/model", elem_id="model-directory")
             made_of = gr.Textbox(label=say("Made of"), placeholder="goods@1 data:items@2")
-        add = gr.Button(say("Add"), elem_id="add")
+        add = gr.Button(say("Add"), variant="primary", elem_id="add")
+        added_wrong = {"": note()}
 
-    def table(select: str | None = None) -> Any:
+    def listing(select: str | None = None) -> Any:
         every = desk.catalogue.every(MODEL)
-        rows = [_row(desk, one) for one in every]
         names = [one.full_name for one in every]
-        return [rows, gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None)]
+        told = say("The catalogue has no model yet. Teach one and keep it, add one below, or with this command.")
+        return [
+            "" if every else first_step(told, "openm6 models add goods runs/demo/model"),
+            gr.Column(visible=bool(every)),
+            table(heads, [_row(desk, one) for one in every], say("Models")),
+            gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None),
+        ]
 
     async def opened(request: gr.Request) -> Any:
         desk.key(request)
-        return await desk.do(table)
+        return await to_thread(listing)
 
     async def look(request: gr.Request, which: str | None) -> Any:
         desk.key(request)
         if not which:
             return ["", ""]
+        version = await to_thread(desk.catalogue.named, which)
+        text = html.escape(await to_thread(desk.catalogue.recipe, version))
+        told = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
+        return [drawn(await to_thread(desk.catalogue.lineage, version)), told]
 
-        def found() -> list[str]:
-            version = desk.catalogue.named(which)
-            return [drawn(desk.catalogue.lineage(version)), desk.catalogue.recipe(version)]
+    def going(change: Callable[[str], Version]) -> Any:
+        async def act(request: gr.Request, which: str | None) -> Any:
+            desk.manager(request)
+            if not which:
+                raise desk.error("Choose a model first.")
+            version = await to_thread(change, which)
+            return [await _go_live(desk, version), *await to_thread(listing, version.full_name)]
 
-        return await desk.do(found)
+        return act
 
-    async def promoted(request: gr.Request, which: str | None) -> Any:
-        desk.manager(request)
-        if not which:
-            return ["", gr.skip(), gr.skip()]
-        version = await desk.do(lambda: desk.catalogue.named(which))
-        await desk.do(lambda: desk.catalogue.promote(version))
-        return [await _go_live(desk, version), *await desk.do(lambda: table(which))]
-
-    async def rolled_back(request: gr.Request, which: str | None) -> Any:
-        desk.manager(request)
-        if not which:
-            return ["", gr.skip(), gr.skip()]
-        version = await desk.do(lambda: desk.catalogue.rollback(which.partition("@")[0]))
-        return [await _go_live(desk, version), *await desk.do(lambda: table(version.full_name))]
+    def promoted(which: str) -> Version:
+        version = desk.catalogue.named(which)
+        desk.catalogue.promote(version)
+        return version
 
     async def added(request: gr.Request, called: str, path: str, parents: str) -> Any:
         desk.manager(request)
+        if not called.strip() or not path.strip():
+            raise desk.error("A model needs a name and the directory where it is.")
         place, catalogue = Path(path.strip()), desk.catalogue
         run = place.parent if (place.parent / "recipe.yaml").is_file() else None
-        version = await desk.do(lambda: catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run))
-        return await desk.do(lambda: table(version.full_name))
+        version = await to_thread(lambda: catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run))
+        return await to_thread(listing, version.full_name)
 
-    gr.on(None, opened, None, [versions, chosen], api_visibility="private")
-    chosen.change(look, chosen, [graph, recipe], api_visibility="private")
-    promote.click(promoted, chosen, [told, versions, chosen], api_visibility="private")
-    rollback.click(rolled_back, chosen, [told, versions, chosen], api_visibility="private")
-    add.click(added, [name, directory, made_of], [versions, chosen], api_visibility="private")
+    shown = [empty, whole, versions, chosen]
+    desk.on(None, opened, outputs=shown, notes=unreadable)
+    desk.on(chosen.change, look, [chosen], [graph, recipe], wrong)
+    desk.on(promote.click, going(promoted), [chosen], [done, *shown], wrong)
+    back = going(lambda which: desk.catalogue.rollback(which.partition("@")[0]))
+    desk.on(rollback.click, back, [chosen], [done, *shown], wrong)
+    fields = [name, directory, made_of]
+    desk.on([add.click, *(field.submit for field in fields)], added, fields, shown, added_wrong)
 
 
 async def _go_live(desk: Desk, version: Version) -> str:
@@ -92,7 +106,7 @@ async def _go_live(desk: Desk, version: Version) -> str:
         return desk.say(
             "{version} is live; nothing is served here as {name}.", version=version.full_name, name=version.name
         )
-    directory = await desk.do(lambda: desk.catalogue.local(version).resolve())
+    directory = (await to_thread(desk.catalogue.local, version)).resolve()
     await deployment.swap(Place(directory, deployment.place.adapters))
     return desk.say("{version} is live, and answers here now.", version=version.full_name)
 
@@ -130,12 +144,16 @@ def drawn(lineage: Lineage) -> str:
             f'<g transform="translate({x} {y})"><rect width="{BOX[0]}" height="{BOX[1]}" rx="8" fill="{colour}" '
             f'fill-opacity=".12" stroke="{colour}"/><text x="12" y="22" fill="currentColor" font-weight="600">'
             f'{html.escape(shortened(v.title, 26))}</text><text x="12" y="42" fill="currentColor" opacity=".75" '
-            f'font-size="12">{html.escape(shortened(second, 34))}</text></g>'
+            f'font-size="12">{html.escape(shortened(second, 30))}</text></g>'
         )
         return max(below, row + 1)
 
     put(lineage, 0, 0)
+    told = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
+    name = html.escape(lineage.version.title, quote=True)
     return (
-        f'<svg role="img" width="{size[0] + 2}" height="{size[1] + 2}" viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" '
-        f'font-size="14" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+        f'<div class="lineage" role="region" tabindex="0" aria-label="{name}">'
+        f'<svg role="img" aria-label="{told}" width="{size[0] + 2}" height="{size[1] + 2}" '
+        f'viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" font-size="14" xmlns="http://www.w3.org/2000/svg">'
+        f"{''.join(parts)}</svg></div>"
     )

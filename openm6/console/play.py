@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import time
+from asyncio import to_thread
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -10,16 +12,19 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from openm6.console.desk import Desk
+from openm6.console.desk import Desk, notes
 from openm6.console.forms import Answer, Form
 from openm6.images import png
+
+LOOK = "() => document.getElementById('answer')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+"""On a phone the answer may begin below the screen."""
 
 
 def page(desk: Desk) -> None:
     say = desk.say
-    with gr.Row():
-        who = gr.Dropdown(label=say("Model"), scale=1, interactive=True)
-        task = gr.Dropdown(label=say("Task"), scale=2, filterable=True, interactive=True)
+    with gr.Row(elem_classes="choice"):
+        who = gr.Dropdown(label=say("Model"), scale=1, min_width=120, interactive=True, elem_id="who")
+        task = gr.Dropdown(label=say("Task"), scale=2, min_width=160, interactive=True, elem_id="task")
     chosen(desk, who, task)
 
     @gr.render(inputs=[who, task], triggers=[task.change, who.change], show_progress="hidden")
@@ -27,45 +32,68 @@ def page(desk: Desk) -> None:
         if not model or not name or name not in desk.deployment(model)[0].about["tasks"]:
             return
         told = desk.deployment(model)[0].about["tasks"][name]
-        gr.Textbox(told["instructions"][0], label=told["description"] or name, interactive=False, max_lines=1)
-        if not told["trained"]:
-            gr.Markdown(say("This model was not taught this task; it may know little of it."), elem_classes="quiet")
+        gr.HTML(heading(desk, name, told), apply_default_css=False)
         with gr.Row(elem_id=f"form-{name}"):
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=300):
                 asking = Form(desk, name, told)
-                with gr.Row():
-                    run = gr.Button(say("Ask"), variant="primary", elem_id="ask", min_width=90)
-                    stop = gr.Button(say("Stop"), elem_id="stop", min_width=90)
-                    fill = gr.Button(say("Example"), elem_id="example", min_width=90)
-            with gr.Column(min_width=320):
+                with gr.Row(elem_classes="buttons"):
+                    run = gr.Button(say("Ask"), variant="primary", elem_id="ask", min_width=80)
+                    fill = gr.Button(say("Example"), elem_id="example", min_width=80)
+                    stop = gr.Button(say("Stop"), elem_id="stop", min_width=80)
+                asking.notes[""].render()
+            with gr.Column(min_width=300, elem_id="answer"):
                 answer = Answer(desk, told)
+        places = [*asking.notes.values(), *answer.outputs]
 
         async def ask(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
-            yield answer.nothing()
-            async for shown in answered(desk, request, model, asking, answer, values):
-                yield shown
+            yield [*desk.beside(asking.notes), *answer.nothing()]
+            try:
+                async for shown in answered(desk, request, model, asking, answer, values):
+                    yield [*[gr.skip()] * len(asking.notes), *shown]
+            except Exception as error:
+                yield [*desk.beside(asking.notes, desk.unforeseen(error)), *answer.nothing()]
 
-        asked = run.click(ask, asking.inputs, answer.outputs, api_visibility="private", show_progress="minimal")
+        events = [run.click, *asking.enters]
+        gr.on(events, None, None, None, js=LOOK, api_visibility="private")
+        asked = gr.on(events, ask, asking.inputs, places, api_visibility="private", show_progress="minimal")
         stop.click(None, cancels=[asked], api_visibility="private")
         fill.click(asking.example, None, asking.fields, api_visibility="private")
         if asking.draws and list(asking.slots.values()) == ["text"]:
             _edit(desk, model, asking, answer)
 
 
-def chosen(desk: Desk, who: gr.Dropdown, task: gr.Dropdown) -> None:
-    """Fill in the models when the page is opened, and the tasks when one is chosen."""
+def heading(desk: Desk, name: str, told: Any) -> str:
+    """The task in words, its name for the API, and a warning where the model was never taught it."""
+    title, description = desk.title(name, told["description"]), told["description"]
+    rest = description.removeprefix(title).strip("： ") if desk.language == "zh" else ""
+    more = f"<p>{html.escape(rest)}</p>" if rest else ""
+    if not told["trained"]:
+        hint = desk.say("This model was never taught this task: its answers mean nothing. Teach it first.")
+        more += f'<p class="hint"><a href="teach">{hint}</a></p>'
+    return f'<div class="task"><h2>{html.escape(title)}</h2><code>{html.escape(name)}</code>{more}</div>'
 
-    def models() -> Any:
+
+def chosen(desk: Desk, who: gr.Dropdown, task: gr.Dropdown) -> None:
+    """Fill in the models when the page is opened, and the tasks when one is chosen: those that it was taught, the
+    others when they are asked for."""
+    every = gr.Checkbox(
+        label=desk.say("Show tasks that it was never taught, too"), visible=False, elem_id="every", container=False
+    )
+
+    async def models(request: gr.Request) -> Any:
         found = desk.choices()
         return gr.Dropdown(choices=found, value=found[0][1] if found else None)
 
-    def tasks(model: str | None, before: str | None) -> Any:
-        found = desk.tasks(model) if model else []
+    async def tasks(request: gr.Request, model: str | None, before: str | None, untaught: bool) -> Any:
+        taught, others = (desk.tasks(model, trained) for trained in (True, False)) if model else ([], [])
+        marked = [(f"{title} ({desk.say('never taught')})", name) for title, name in others] if taught else others
+        found = [*taught, *(marked if untaught or not taught else [])]
         names = [name for _, name in found]
-        return gr.Dropdown(choices=found, value=before if before in names else names[0] if names else None)
+        value = before if before in names else names[0] if names else None
+        return gr.Dropdown(choices=found, value=value), gr.Checkbox(visible=bool(taught and others))
 
-    gr.on(None, models, None, who, api_visibility="private")
-    who.change(tasks, [who, task], task, api_visibility="private", show_progress="hidden")
+    desk.on(None, models, outputs=[who])
+    desk.on([who.change, every.change], tasks, [who, task, every], [task, every], show_progress="hidden")
 
 
 async def answered(
@@ -77,8 +105,8 @@ async def answered(
     values: Any,
     edit: dict[str, bytes] | None = None,
 ) -> AsyncGenerator[tuple[Any, ...], None]:
-    """What is shown while an answer is written, and at its end."""
-    asked = form.request(values)
+    """What is shown while an answer is written, and at its end. Raises OpenM6Error."""
+    asked = await to_thread(form.request, values)  # a large picture takes a while to be opened
     started, first, text = time.perf_counter(), 0.0, ""
     async for event in desk.ask(request, who, form.name, asked, edit):
         first = first or time.perf_counter() - started
@@ -99,17 +127,22 @@ def _edit(desk: Desk, model: str, form: Form, answer: Answer) -> None:
             height=420,
         )  # fmt: skip
         redraw = gr.Button(say("Draw that part anew"), elem_id="redraw")
+        own = notes("")
 
     async def act(request: gr.Request, painted: Any, *values: Any) -> AsyncGenerator[Any, None]:
-        if not painted or painted["background"] is None or not painted["layers"]:
-            raise gr.Error(say("A picture is needed, and a part of it that is painted over."), print_exception=False)
-        yield answer.nothing()
-        mask = np.asarray(painted["layers"][0])[..., 3] > 0
-        edit = {
-            "picture": png(Image.fromarray(np.asarray(painted["background"])).convert("RGB")),
-            "mask": png(Image.fromarray((mask * 255).astype(np.uint8))),
-        }
-        async for shown in answered(desk, request, model, form, answer, values, edit):
-            yield shown
+        yield [*desk.beside(own), *answer.nothing()]
+        try:
+            if not painted or painted["background"] is None or not painted["layers"]:
+                raise desk.error("A picture is needed, and a part of it that is painted over.")
+            mask = np.asarray(painted["layers"][0])[..., 3] > 0
+            edit = {
+                "picture": png(Image.fromarray(np.asarray(painted["background"])).convert("RGB")),
+                "mask": png(Image.fromarray((mask * 255).astype(np.uint8))),
+            }
+            async for shown in answered(desk, request, model, form, answer, values, edit):
+                yield [gr.skip(), *shown]
+        except Exception as error:
+            yield [*desk.beside(own, desk.unforeseen(error)), *answer.nothing()]
 
-    redraw.click(act, [canvas, *form.inputs], answer.outputs, api_visibility="private", show_progress="minimal")
+    places = [*own.values(), *answer.outputs]
+    redraw.click(act, [canvas, *form.inputs], places, api_visibility="private", show_progress="minimal")

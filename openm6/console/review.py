@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from asyncio import to_thread
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from openm6.batch import write_labelled
-from openm6.console.desk import Desk, plain
+from openm6.console.desk import Desk, first_step, note, plain
 from openm6.copywriting import write_labelled_copy
-from openm6.errors import DataError
 from openm6.images import open_image
 from openm6.review import SETTINGS, as_line, rows_of, settings_of, verdicts_of, write
 
@@ -21,58 +21,67 @@ DEPTH = 3
 
 def page(desk: Desk) -> None:
     say = desk.say
-    gr.Markdown(
-        say("What `openm6 copy batch` and `openm6 images batch` have made, below {folder}.", folder=f"`{desk.batches}`")
-    )
-    batch = gr.Dropdown(label=say("Batch"), interactive=True, elem_id="batch")
-    place = gr.State(0)
-    far = gr.Markdown(elem_id="far")
-    with gr.Row():
-        with gr.Column(min_width=280):
-            given = gr.Textbox(label=say("Asked"), lines=4, interactive=False)
-            seen = gr.Gallery(label=say("Given pictures"), height=200, visible=False, format="png")
-        with gr.Column(min_width=280):
-            said = gr.Textbox(label=say("Text"), lines=4, interactive=False, elem_classes="said", elem_id="said")
-            drawn = gr.Image(label=say("Picture"), interactive=False, height=320, visible=False)
-    with gr.Row():
-        accept = gr.Button(say("Accept (A)"), variant="primary", elem_id="accept", min_width=90)
-        reject = gr.Button(say("Reject (R)"), variant="stop", elem_id="reject", min_width=90)
-        back = gr.Button(say("Back (Z)"), elem_id="back", min_width=90)
-    finish = gr.Button(say("Make training data of the verdicts"), elem_id="finish")
-    made = gr.Markdown()
+    empty = gr.HTML(apply_default_css=False)
+    with gr.Column(visible=False) as whole:
+        batch = gr.Dropdown(label=say("Batch"), interactive=True, elem_id="batch")
+        place = gr.State(0)
+        far = gr.Markdown(elem_id="far")
+        with gr.Row():
+            with gr.Column(min_width=280):
+                given = gr.Textbox(label=say("Asked"), lines=2, interactive=False)
+                seen = gr.Gallery(
+                    label=say("Given pictures"), height=240, columns=2, visible=False, format="png",
+                    elem_classes="whole",
+                )  # fmt: skip
+            with gr.Column(min_width=280):
+                said = gr.Textbox(label=say("Text"), lines=2, interactive=False, elem_classes="said", elem_id="said")
+                drawn = gr.Gallery(
+                    label=say("Picture"), height=240, columns=1, visible=False, format="png", elem_classes="whole"
+                )
+        with gr.Row(elem_classes="buttons"):
+            accept = gr.Button(say("Accept (A)"), variant="primary", elem_id="accept", min_width=90)
+            reject = gr.Button(say("Reject (R)"), elem_id="reject", min_width=90)
+            back = gr.Button(say("Back (Z)"), elem_id="back", min_width=90)
+        wrong = {"": note()}
+        finish = gr.Button(say("Make training data of the verdicts"), elem_id="finish")
+        made = gr.Markdown()
     shown = [place, far, given, seen, said, drawn]
 
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
-        found = await desk.do(lambda: [str(path) for path in _batches(desk.batches)])
-        return gr.Dropdown(choices=found, value=found[0] if found else None)
+        found = [str(path) for path in await to_thread(_batches, desk.batches)]
+        told = say("Nothing waits for review below {folder}. A batch of texts or pictures does:", folder=desk.batches)
+        command = f"openm6 copy batch runs/demo/model --items goods.csv --output {desk.batches}/copy-1"
+        return [
+            "" if found else first_step(told, command),
+            gr.Column(visible=bool(found)),
+            gr.Dropdown(choices=found, value=found[0] if found else None),
+        ]
 
     async def opened(request: gr.Request, name: str | None) -> Any:
         desk.key(request)
-        return await desk.do(lambda: _show(desk, name, None))
+        return await to_thread(_show, desk, name, None)
 
     def judging(accepted: bool | None) -> Any:
         async def judge(request: gr.Request, name: str | None, number: int) -> Any:
             desk.key(request)
-            return await desk.do(lambda: _judge(desk, name, number, accepted))
+            return await to_thread(_judge, desk, name, number, accepted)
 
         return judge
 
     async def finished(request: gr.Request, name: str | None) -> str:
         desk.key(request)
-        if not name:
-            return ""
-        told = await desk.do(lambda: _finish(_known(desk, name)))
+        told = await to_thread(lambda: _finish(_known(desk, name)))
         return say(
             "{accepted} of {labelled} accepted. To train on: {file}", accepted=f"{told['accepted']:.0%}",
             labelled=told["labelled"], file=f"`{told['file']}`",
         )  # fmt: skip
 
-    gr.on(None, listed, None, batch, api_visibility="private")
-    batch.change(opened, batch, shown, api_visibility="private")
+    desk.on(None, listed, outputs=[empty, whole, batch])
+    desk.on(batch.change, opened, [batch], shown, wrong)
     for button, accepted in ((accept, True), (reject, False), (back, None)):
-        button.click(judging(accepted), [batch, place], shown, api_visibility="private", show_progress="hidden")
-    finish.click(finished, batch, made, api_visibility="private")
+        desk.on(button.click, judging(accepted), [batch, place], shown, wrong, show_progress="hidden")
+    desk.on(finish.click, finished, [batch], [made], wrong)
 
 
 def _batches(folder: Path) -> list[Path]:
@@ -82,11 +91,13 @@ def _batches(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -path.stat().st_mtime)
 
 
-def _known(desk: Desk, name: str) -> Path:
-    """A batch that is listed: a browser may send any name."""
+def _known(desk: Desk, name: str | None) -> Path:
+    """A batch that is listed: a browser may send any name. Raises PageError."""
+    if not name:
+        raise desk.error("Choose a batch first.")
     found = next((path for path in _batches(desk.batches) if str(path) == name), None)
     if found is None:
-        raise DataError(desk.say("This batch is not there any more."))
+        raise desk.error("This batch is not there any more.")
     return found
 
 
@@ -103,11 +114,9 @@ def _verdicts(batch: Path) -> dict[str, bool]:
 
 def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> Any:
     """Keep a verdict and go on; without one go back, to the candidate before."""
-    if not name:
-        return _show(desk, None, None)
+    batch = _known(desk, name)
     if accepted is None:
         return _show(desk, name, max(0, number - 1))
-    batch = _known(desk, name)
     rows = _candidates(batch)
     if number < len(rows):
         verdicts = {**_verdicts(batch), rows[number]["file"]: accepted}
@@ -117,7 +126,7 @@ def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> 
 
 def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     """A candidate; without a number the first that nobody has judged."""
-    nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Image(visible=False)]
+    nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Gallery(visible=False)]
     if not name:
         return nothing
     batch, say = _known(desk, name), desk.say
@@ -138,11 +147,11 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
-    lines = "\n".join(f"{slot}: {plain(value)}" for slot, value in asked.items())
+    lines = "\n".join(f"{desk.slot(slot)}: {plain(value)}" for slot, value in asked.items())
     return [
-        number, f"**{number + 1}/{len(rows)}** · {told}", lines,
+        number, f"**{number + 1}/{len(rows)}** · {told}", gr.Textbox(lines, visible=bool(lines)),
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(row.get("said", ""), visible="said" in row),
-        gr.Image(None if "said" in row else open_image(batch / row["file"]), visible="said" not in row),
+        gr.Gallery([] if "said" in row else [open_image(batch / row["file"])], visible="said" not in row),
     ]  # fmt: skip
 
 

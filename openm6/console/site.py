@@ -1,50 +1,145 @@
-"""All pages of one language."""
+"""All pages of one language: their frame, and what they have in common."""
 
 from __future__ import annotations
 
+import html
+from importlib import resources
+from typing import Any
+
 import gradio as gr
+from gradio.themes.utils import colors
 
 from openm6.console import compare, data, deployments, jobs, models, play, review
 from openm6.console.desk import Desk
 
-STYLE = """
-.gradio-container {width: 100%; max-width: 1200px !important; margin: 0 auto}
-.quiet {opacity: .75; font-size: .9em}
-.lineage {overflow-x: auto}
-.image-frame img {width: 100%; height: 100%; object-fit: contain}
-.said textarea {font-size: 1.1em; line-height: 1.6}
-"""
+STYLE = resources.files("openm6.console").joinpath("style.css").read_text("utf-8")
 ICON = (
-    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><rect width='16' height='16' rx='4' fill='#f97316'/>"
-    "<text x='2' y='12' font-size='9' fill='white'>M6</text></svg>"
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' width='28' height='28' aria-hidden='true'>"
+    "<rect width='16' height='16' rx='4' fill='#0f766e'/><path d='M3 12V4.5l3 4 3-4V12' fill='none' stroke='white' "
+    "stroke-width='1.7' stroke-linejoin='round'/><circle cx='12.2' cy='10.4' r='1.6' fill='#5eead4'/></svg>"
 )
+CODES = {"en": "en", "zh": "zh-CN"}
+"""Of the languages, for browsers."""
 HEAD = """<script>
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
   const button = document.getElementById({a: "accept", r: "reject", z: "back"}[event.key] || "none");
   if (button) { event.preventDefault(); button.click(); }
 });
+new MutationObserver(changes => {
+  for (const change of changes) for (const node of change.addedNodes) {
+    const alert = node.nodeType === 1 && (node.matches("[role=alert]") ? node : node.querySelector("[role=alert]"));
+    if (alert && alert.closest(".note")) alert.scrollIntoView({block: "nearest"});
+  }
+}).observe(document, {childList: true, subtree: true});
 </script>"""
-"""On the page for review, a key of the keyboard is a button."""
+"""On the page for review a key of the keyboard is a button. An error is scrolled to."""
 
 PAGES = (
-    ("Compare", "compare", compare.page),
-    ("Data", "data", data.page),
-    ("Teach", "teach", jobs.page),
-    ("Review", "review", review.page),
-    ("Models", "models", models.page),
-    ("Live", "live", deployments.page),
+    ("Try", "", play.page, "Choose a task, fill in the form, and read the answer as it is written."),
+    ("Compare", "compare", compare.page, "Ask two models or adapters the same question."),
+    ("Data", "data", data.page, "See what is in a data set, and which of its records cannot be used."),
+    ("Teach", "teach", jobs.page, "Teach a model a task from data of your own."),
+    ("Review", "review", review.page, "Accept or reject texts and pictures that were made in a batch."),
+    ("Models", "models", models.page, "See what a model was made of, and make a version live."),
+    ("Live", "live", deployments.page, "See what is served, and how much it has to do."),
 )
+"""Name, path, contents and purpose of each page."""
+
+
+def theme() -> Any:
+    found = gr.themes.Base(
+        primary_hue=colors.teal, secondary_hue=colors.teal, neutral_hue=colors.slate, radius_size="lg",
+        font=["system-ui", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    )  # fmt: skip
+    return found.set(
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_900",
+        body_text_color="*neutral_900", body_text_color_dark="*neutral_100",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        background_fill_primary_dark="*neutral_800", background_fill_secondary_dark="*neutral_800",
+        block_background_fill="white", block_background_fill_dark="*neutral_800", block_border_width="1px",
+        block_border_color="*neutral_200", block_border_color_dark="*neutral_700",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
+        block_label_background_fill="white", block_label_background_fill_dark="*neutral_800",
+        block_title_text_color="*neutral_700", block_title_text_color_dark="*neutral_200",
+        block_title_text_weight="600", block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        input_background_fill="white", input_background_fill_dark="*neutral_900", input_border_width="1px",
+        input_border_color="*neutral_400", input_border_color_dark="*neutral_500",
+        input_border_color_focus="*primary_700", input_border_color_focus_dark="*primary_300",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white", button_primary_text_color_dark="white",
+        button_secondary_background_fill="*neutral_100", button_secondary_background_fill_dark="*neutral_700",
+        button_secondary_background_fill_hover="*neutral_200",
+        button_secondary_background_fill_hover_dark="*neutral_600",
+        button_secondary_text_color="*neutral_900", button_secondary_text_color_dark="*neutral_100",
+        button_secondary_border_color="*neutral_300", button_secondary_border_color_dark="*neutral_600",
+        button_border_width="1px", link_text_color="*primary_700", link_text_color_dark="*primary_300",
+        link_text_color_hover="*primary_800", link_text_color_hover_dark="*primary_200",
+        link_text_color_visited="*primary_700", link_text_color_visited_dark="*primary_300",
+        color_accent="*primary_700", color_accent_soft="*primary_50", color_accent_soft_dark="*neutral_700",
+        checkbox_background_color_selected="*primary_700", checkbox_background_color_selected_dark="*primary_700",
+        slider_color="*primary_700", slider_color_dark="*primary_400", loader_color="*primary_700",
+        accordion_text_color="*neutral_900", accordion_text_color_dark="*neutral_100",
+    )  # fmt: skip
 
 
 def build(desk: Desk) -> gr.Blocks:
-    say = desk.say
-    other = ("中文", "/zh") if desk.language == "en" else ("English", "/en")
-    with gr.Blocks(title="OpenM6", analytics_enabled=False) as site:
-        gr.Navbar(value=[other], main_page_name=say("Try"))
-        play.page(desk)
-    for name, path, page in PAGES:
-        with site.route(say(name), path):
-            gr.Navbar(value=[other], main_page_name=say("Try"))
-            page(desk)
+    with gr.Blocks(title="OpenM6", analytics_enabled=False, delete_cache=(SWEEP, AGE)) as site:
+        _page(desk, *PAGES[0])
+    for page in PAGES[1:]:
+        with site.route(desk.say(page[0]), page[1]):
+            _page(desk, *page)
     return site
+
+
+SWEEP, AGE = 600, 3600
+"""Seconds between two looks for files of visitors that are to be deleted, and their age then."""
+
+
+def _page(desk: Desk, name: str, path: str, contents: Any, purpose: str) -> None:
+    gr.HTML(_top(desk, path), elem_classes="top", apply_default_css=False)
+    live = gr.HTML(elem_classes="live", apply_default_css=False)
+
+    async def look(request: gr.Request) -> str:
+        desk.key(request)
+        return _live(desk)
+
+    desk.on(None, look, outputs=[live], show_progress="hidden")
+    desk.on(gr.Timer(5).tick, look, outputs=[live], show_progress="hidden")
+    gr.HTML(f"<h1>{desk.say(name)}</h1><p>{desk.say(purpose)}</p>", elem_classes="title", apply_default_css=False)
+    contents(desk)
+
+
+def _top(desk: Desk, here: str) -> str:
+    """Name and menu. Links are relative, so that they hold behind a proxy that puts a path before ours."""
+    links = "".join(
+        f'<a href="./{path}"{" aria-current=page" if path == here else ""}>{desk.say(name)}</a>'
+        for name, path, _, _ in PAGES
+    )
+    other, shown = ("zh", "中文") if desk.language == "en" else ("en", "English")
+    language = f'href="../{other}/{here}" lang="{CODES[other]}" hreflang="{CODES[other]}"'
+    return (
+        f'<header><a class="brand" href="./">{ICON}<span>OpenM6</span></a><nav aria-label="OpenM6">{links}</nav>'
+        f'<a class="language" {language}>{shown}</a></header>'
+    )
+
+
+def _live(desk: Desk) -> str:
+    """What answers now: each model, what it was taught, how many requests it works at."""
+    told = []
+    for name, deployment in desk.server.fleet.deployments.items():
+        worker = deployment.worker
+        if worker is None:
+            continue
+        taught = [title for title, _ in desk.tasks(name, True)]
+        what = desk.say("tasks taught: {count}", count=len(taught)) if taught else desk.say("taught no task yet")
+        open_now = desk.say("requests now: {count}", count=worker.busy)
+        named = html.escape(("、" if desk.language == "zh" else ", ").join(taught), quote=True)
+        state = "on" if worker.alive else "off"
+        told.append(
+            f'<li class="{state}"><b>{html.escape(name)}</b> <span title="{named}">{what}</span> · {open_now}</li>'
+        )
+    return f"<ul>{''.join(told)}</ul>" if told else f"<p>{desk.say('No model is loaded yet.')}</p>"

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import io
+import os
+import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +22,46 @@ import pytest
 import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from gradio.data_classes import ImageData
 from PIL import Image
 
 import openm6.console
-from openm6.console import add_console
-from openm6.console.desk import Desk, refusal
+from openm6.console import add_console, visitors_files
+from openm6.console.desk import Desk, PageError, first_step, table
 from openm6.console.forms import Answer, Form
-from openm6.console.site import PAGES
+from openm6.console.site import PAGES, build
+from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options, Server
 from openm6.tasks.library import get, names
 from tests.serve.test_security import Site
+from tests.tasks.conftest import picture
 
 FOLDER = Path(openm6.console.__file__).parent
+SAYING = {"say", *(f"{one}.{word}" for one in ("desk", "self", "self.desk") for word in ("say", "error"))}
+HAN = re.compile(r"[\u4e00-\u9fff]")
+
+
+class Visitor:
+    """A request of Gradio's, as far as the page looks at it."""
+
+    username = "anna"
+
+
+def press(site: gr.Blocks, button: str, *values: Any) -> list[Any]:
+    """What an event of the component with this id fills its outputs with."""
+    for function in site.fns.values():
+        if any(getattr(site.blocks.get(block), "elem_id", None) == button for block, _ in function.targets):
+            found = asyncio.run(function.fn(Visitor(), *values))
+            return found if isinstance(found, list) else [found]
+    raise AssertionError(button)
+
+
+def alerts(found: list[Any]) -> str:
+    """The errors among what is shown, as a text."""
+    return " ".join(one for one in found if isinstance(one, str) and 'role="alert"' in one)
 
 
 @pytest.fixture
@@ -60,17 +90,19 @@ def told(name: str) -> dict[str, Any]:
 
 
 def test_every_text_of_the_page_has_its_chinese() -> None:
-    said = {name for name, _, _ in PAGES} | {WAITING, RUNNING, DONE, FAILED, STOPPED}
+    said = {text for name, _, _, purpose in PAGES for text in (name, purpose)} | {
+        WAITING,
+        RUNNING,
+        DONE,
+        FAILED,
+        STOPPED,
+    }
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "say":
-                said |= {c.value for c in ast.walk(node.args[0]) if isinstance(c, ast.Constant)}
-            if (
-                isinstance(node, ast.ListComp)
-                and isinstance(node.elt, ast.Call)
-                and ast.unparse(node.elt.func) == "say"
-            ):
-                said |= {c.value for c in ast.walk(node.generators[0].iter) if isinstance(c, ast.Constant)}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in SAYING and node.args:
+                said |= {
+                    c.value for c in ast.walk(node.args[0]) if isinstance(c, ast.Constant) and isinstance(c.value, str)
+                }
     chinese = yaml.safe_load((FOLDER / "zh.yaml").read_text("utf-8"))
     assert said == set(chinese)
     assert all(isinstance(text, str) and text for text in chinese.values())
@@ -91,9 +123,13 @@ def test_a_form_of_every_task_asks_what_its_example_says(tmp_path: Path, languag
             if isinstance(field, gr.Dataframe):
                 sent = field.postprocess(value if field.headers is None else {"headers": field.headers, "data": value})
                 value = field.preprocess(sent)
+            if isinstance(value, Image.Image):
+                value.save(tmp_path / "picture.png")
+                value = str(tmp_path / "picture.png")
             values.append(value)
         asked = form.request([*values, *(option.value for option in form.options), 3, ""])
         assert set(asked.inputs) == set(task["inputs"]), name
+        assert "seed" not in asked.decoding
         assert asked.candidates == (3 if get(name).draws else 1)
         assert len(answer.nothing()) == len(answer.outputs)
 
@@ -108,12 +144,166 @@ def test_examples_are_lines_of_json(tmp_path: Path) -> None:
     assert asked.inputs == {"attributes": {"品类": "手套"}, "history": "有吗"}
     assert asked.examples == [{"history": "a", "reply": "b"}]
     for wrong in ("no json", "[1]", "[" * 5000):
-        with pytest.raises(gr.Error, match="An example is a JSON object"):
+        with pytest.raises(PageError, match="An example is a JSON object"):
             form.request([rows, "有吗", *options, 1, wrong])
 
 
-def test_an_error_is_no_html() -> None:
-    assert "<" not in refusal("<img src=x onerror=alert(1)>").message
+def test_options_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
+    desk, task = Desk(served(tmp_path)[1], "en"), told("text_to_image")
+    with gr.Blocks():
+        form = Form(desk, "text_to_image", {**task, "decode": {"temperature": 0.6}})
+    options = [option.value for option in form.options]
+    assert form.request(["红色", *options, 1, ""]).decoding == {"passes": 8, "temperature": 0.6}
+    assert form.request(["红色", "0", "", "", "7", 1, ""]).decoding == {"passes": 0, "seed": 7}
+    with pytest.raises(PageError, match="An option is a number, not many"):
+        form.request(["红色", "many", "", "", "", 1, ""])
+
+
+def test_what_users_give_is_no_html(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    for language in ("en", "zh"):
+        assert "<img" not in Desk(served(tmp_path)[1], language).alert(UsageError(evil))
+    assert "<img" not in table([evil], [[evil]], evil) + first_step(evil, evil)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty catalogue and an empty queue."""
+    monkeypatch.setenv("OPENM6_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+MISSING = [
+    ("submit", ("runs/demo/model", "vqa", "", "", "lora", 200, 16, "", ""), "data to learn from|训练数据"),
+    ("submit", ("", "vqa", "items.jsonl", "", "lora", 200, 16, "", ""), "model to start from|起始模型"),
+    ("submit", ("runs/demo/model", None, "items.jsonl", "", "lora", 200, 16, "", ""), "task to teach|任务"),
+    ("submit", ("runs", "vqa", "items.jsonl", "", "lora", 200, 16, "", "a 'b"), "quotation mark|引号"),
+    ("promote", (None,), "Choose a model|选择模型"),
+    ("rollback", (None,), "Choose a model|选择模型"),
+    ("accept", (None, 0), "Choose a batch|选择批次"),
+    ("reject", (None, 0), "Choose a batch|选择批次"),
+    ("finish", (None,), "Choose a batch|选择批次"),
+    ("stop", (None,), "Choose a job|选择任务单"),
+    ("resume", (None,), "Choose a job|选择任务单"),
+    ("keep", (None, "goods"), "Choose a job|选择任务单"),
+]
+"""A button, what is in its fields, and what it says."""
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_button_says_what_is_missing(home: Path, language: str) -> None:
+    """In the language of the page alone, and nothing else is done."""
+    desk = Desk(served(home)[1], language, home)
+    site = build(desk)
+    for button, values, about in MISSING:
+        told = alerts(press(site, button, *values))
+        assert re.search(about, told) and bool(HAN.search(told)) == (language == "zh"), button
+    assert desk.jobs.list() == []
+
+
+def test_an_error_stands_beside_the_field_that_it_names(home: Path) -> None:
+    desk = Desk(served(home)[1], "en", home)
+    notes = {"photo": None, "question": None, "": None}
+    assert [bool(one) for one in desk.beside(notes, UsageError("no", param="inputs.question"))] == [False, True, False]
+    assert [bool(one) for one in desk.beside(notes, UsageError("no", param="decoding"))] == [False, False, True]
+    assert [bool(one) for one in desk.beside(notes)] == [False, False, False]
+
+
+def test_an_error_that_nobody_foresaw_is_a_sentence_too(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk(served(home)[1], "en", home)
+    assert "the server's log" in alerts([desk.alert(desk.unforeseen(ZeroDivisionError("secret")))]).lower()
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_file_that_is_no_picture_is_refused_with_the_reason(home: Path) -> None:
+    """As the browser sends it: Gradio has put the file into its folder, and read nothing of it."""
+    desk, task = Desk(served(home)[1], "en"), told("vqa")
+    with gr.Blocks():
+        form = Form(desk, "vqa", task)
+    file = home / "cup.png"
+    for content in (b"no picture", picture()[:100], b""):
+        file.write_bytes(content)
+        path = form.fields[0].preprocess(ImageData(path=str(file), orig_name="cup.png"))
+        with pytest.raises(PageError, match="no picture that can be read") as refused:
+            form.request([path, "这是什么？", *(option.value for option in form.options), 1, ""])
+        assert refused.value.param == "photo"
+    file.write_bytes(picture())
+    asked = form.request([str(file), "这是什么？", *(option.value for option in form.options), 1, ""])
+    assert base64.b64decode(asked.inputs["photo"]) == file.read_bytes()
+
+
+def test_tasks_and_slots_have_titles_in_words(home: Path) -> None:
+    server = served(home)[1]
+    for language in ("en", "zh"):
+        desk = Desk(server, language)
+        titles = [desk.title(name, get(name).description) for name in names()]
+        slots = {desk.slot(slot) for name in names() for slot in get(name).slots}
+        assert len(set(titles)) == len(titles) and not any("_" in text for text in (*titles, *slots))
+        assert all(bool(HAN.search(text)) == (language == "zh") for text in (*titles, *slots))
+        assert desk.title("ours", "我们的任务：做某事") == "我们的任务" and desk.title("ours", "") == "ours"
+        assert desk.slot("ours") == "ours"
+
+
+def test_a_page_is_in_one_language(home: Path) -> None:
+    """The link to the other one apart, and examples of a model's Chinese data."""
+    server = served(home)[1]
+    english, chinese = (build(Desk(server, language, home)).get_config_file() for language in ("en", "zh"))
+    said = [str(text) for one in english["components"] for text in texts_of(one["props"])]
+    assert [text for text in said if HAN.search(text.replace("中文", ""))] == []
+    said = [str(text) for one in chinese["components"] for key in ("label", "placeholder") for text in
+            [one["props"].get(key)] if text and one["type"] != "html"]  # fmt: skip
+    assert [text for text in said if not HAN.search(text) and not re.search(r"[/@.=]|^[a-z]+$", text)] == []
+
+
+def texts_of(props: dict[str, Any]) -> Iterator[str]:
+    for key in ("label", "placeholder", "info", "value", "headers"):
+        if isinstance(props.get(key), str):
+            yield props[key]
+
+
+def test_every_page_links_to_itself_in_the_other_language(home: Path) -> None:
+    app, _ = served(home)
+    with TestClient(app) as client:
+        for language, other in (("en", "zh"), ("zh", "en")):
+            for _, path, _, _ in PAGES:
+                assert f"../{other}/{path}" in client.get(f"/{language}/{path}").text.replace('\\"', '"')
+                assert client.get(f"/{other}/{path}").status_code == 200
+
+
+def test_what_visitors_upload_is_deleted_when_the_server_ends(home: Path) -> None:
+    """And what a killed server has left when the next one begins. A server that still runs keeps its own."""
+    code = (
+        "import openm6.console as c, pathlib, sys; folder = c.visitors_files(); "
+        "(folder / 'cup.png').write_bytes(b'secret'); print(folder, flush=True); sys.stdin.read()"
+    )
+
+    def begin() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(home)},
+        )  # fmt: skip
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    running, own = begin()
+    killed, left = begin()
+    assert own.parent == home and own.stat().st_mode & 0o077 == 0
+    killed.kill()
+    killed.communicate()
+    assert (left / "cup.png").exists()
+    ended, last = begin()
+    assert not left.exists() and (own / "cup.png").exists()
+    for process, folder in ((running, own), (ended, last)):
+        process.communicate()
+        assert not folder.exists()
+
+
+def test_uploads_go_to_a_folder_of_the_server_s_own(home: Path) -> None:
+    app, _ = served(home)
+    with TestClient(app) as client:
+        found = client.post("/en/gradio_api/upload", files={"files": ("cup.png", picture())}).json()
+        assert Path(found[0]).is_relative_to(visitors_files()) and Path(found[0]).is_file()
+    assert not Path(found[0]).exists()
 
 
 def test_files_of_the_server_are_not_given_out(tmp_path: Path) -> None:
@@ -130,7 +320,6 @@ def test_files_of_the_server_are_not_given_out(tmp_path: Path) -> None:
 def test_pictures_are_not_fetched_from_addresses(tmp_path: Path, site: Site) -> None:
     served(tmp_path)
     from gradio import image_utils, processing_utils
-    from gradio.data_classes import ImageData
 
     url = f"http://127.0.0.1:{site.port}/a.png"
     for public in (url, "https://example.com/a.png", "https://hf.co/a.png"):
@@ -138,9 +327,12 @@ def test_pictures_are_not_fetched_from_addresses(tmp_path: Path, site: Site) -> 
             asyncio.run(processing_utils.async_ssrf_protected_get(public))
         with pytest.raises(ValueError, match="not fetched"):
             asyncio.run(processing_utils.async_ssrf_protected_download(public, str(tmp_path)))
-    component = gr.Image(type="pil")
-    with pytest.raises(Exception):  # noqa: B017 - of what kind does not matter: nothing is asked for
-        component.preprocess(ImageData(path=url, url=url))
+    desk = Desk(served(tmp_path)[1], "en")
+    with gr.Blocks():
+        form = Form(desk, "caption", told("caption"))
+    path = form.fields[0].preprocess(ImageData(path=url, url=url))
+    with pytest.raises(PageError, match="no picture"):
+        form.request([path, *(option.value for option in form.options), 1, ""])
     assert image_utils and site.seen == []
 
 
@@ -170,17 +362,14 @@ def test_a_key_is_asked_for_and_forgotten_when_it_is_removed(tmp_path: Path) -> 
         assert client.post("/en/login", data={"username": "anna", "password": secret}).status_code == 200
         assert client.get("/en/config").status_code == 200
 
-    class Request:
-        username = "anna"
-
     desk = Desk(server, "en")
-    assert desk.key(Request()).name == "anna"
-    with pytest.raises(gr.Error, match="a key that manages"):
-        desk.manager(Request())
+    assert desk.key(Visitor()).name == "anna"
+    with pytest.raises(OpenM6Error, match="a key that manages"):
+        desk.manager(Visitor())
     keys.remove("anna")
     server.keys._seen = None
-    with pytest.raises(gr.Error, match="valid no more"):
-        desk.key(Request())
+    with pytest.raises(OpenM6Error, match="valid no more"):
+        desk.key(Visitor())
 
 
 def test_a_box_is_drawn_into_the_picture(tmp_path: Path) -> None:
@@ -188,7 +377,8 @@ def test_a_box_is_drawn_into_the_picture(tmp_path: Path) -> None:
     with gr.Blocks():
         form, answer = Form(desk, "grounding", task), Answer(desk, task)
     white = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
-    asked = form.request([white, "杯子", *(option.value for option in form.options), 1, ""])
+    white.save(tmp_path / "white.png")
+    asked = form.request([str(tmp_path / "white.png"), "杯子", *(option.value for option in form.options), 1, ""])
     event = {"value": [0.25, 0.25, 0.75, 0.75], "tokens": 4}
     text, pictures, _ = answer.whole(event, asked, 1.0, 0.5)
     drawn = np.asarray(pictures[0][0])
