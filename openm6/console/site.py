@@ -136,7 +136,7 @@ def _live(desk: Desk) -> str:
             continue
         taught = [title for title, _ in desk.tasks(name, True)]
         what = desk.say("tasks taught: {count}", count=len(taught)) if taught else desk.say("taught no task yet")
-        open_now = desk.say("requests now: {count}", count=worker.busy)
+        open_now = desk.say("requests now: {count}", count=deployment.open_requests)
         named = html.escape(("、" if desk.language == "zh" else ", ").join(taught), quote=True)
         state = "on" if worker.alive else "off"
         told.append(

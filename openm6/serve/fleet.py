@@ -10,27 +10,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.serve.engine import Settings
 from openm6.serve.pending import Heard, PendingRequest, PendingRequests
-from openm6.serve.wire import DIED, FULL, STOPPING, Messages, error_of, packed
+from openm6.serve.process import Worker
+from openm6.serve.wire import DIED, FULL, STOPPING
 
 log = logging.getLogger("openm6.serve")
 
 QUEUE = 256
 """Requests that a process has at most, those it works at and those that wait; further ones are refused."""
-STARTING = 300.0
-"""Seconds that a model may take to load."""
 HEALTHY = 60.0
 """Seconds after which a process that dies is started again as if it were the first one to die."""
 LONGEST_PAUSE = 60.0
@@ -57,139 +52,6 @@ class Place:
 
     model: Path
     adapters: Mapping[str, Path] = field(default_factory=dict)
-
-
-class Worker:
-    """One process. `on_end` is called when a request has ended, `on_death` when the process has."""
-
-    def __init__(
-        self,
-        place: Place,
-        process: subprocess.Popen[bytes],
-        on_end: Callable[[], None],
-        on_death: Callable[[Worker], None],
-    ):
-        self.place, self.process = place, process
-        self.open: dict[str, PendingRequest] = {}
-        self._heard: dict[str, Heard] = {}
-        self._on_end, self._on_death = on_end, on_death
-        self._states: list[asyncio.Future[dict[str, Any]]] = []
-        self.about: dict[str, Any] = {}
-        self.alive = True
-        self.leaving = False
-        self.began = time.monotonic()
-        self._first: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._connection: asyncio.WriteTransport
-
-    @classmethod
-    async def start(
-        cls, place: Place, settings: Settings, on_end: Callable[[], None], on_death: Callable[[Worker], None]
-    ) -> Worker:
-        """Raises UsageError where the model cannot be loaded; its message is for those who may know of the server's
-        files."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "openm6.serve.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ,
-            )  # fmt: skip
-        worker = cls(place, process, on_end, on_death)
-        worker._connection, _ = await asyncio.get_running_loop().create_connection(
-            lambda: Messages(worker._hear, worker._end), sock=ours
-        )
-        adapters = {name: str(path) for name, path in place.adapters.items()}
-        worker._send({"model": str(place.model), "adapters": adapters, "settings": asdict(settings)})
-        first: dict[str, Any] = {}
-        try:
-            first = await asyncio.wait_for(worker._first, STARTING)
-        except TimeoutError:
-            first = {"fatal": f"it took more than {STARTING:.0f} seconds to load."}
-        finally:
-            if "ready" not in first or not worker.alive:
-                process.kill()
-                worker._connection.close()
-                await asyncio.to_thread(process.wait)
-        if not worker.alive or "ready" not in first:
-            raise UsageError(first.get("fatal") or f"The process for {place.model} ended as it began.")
-        worker.about, worker.began = first["ready"], time.monotonic()
-        return worker
-
-    def _hear(self, message: dict[str, Any]) -> None:
-        identity = message.get("id", "")
-        if (heard := self._heard.get(identity)) is not None:
-            heard(message)
-            if "value" in message or "error" in message:
-                del self._heard[identity]
-        if (request := self.open.get(identity)) is not None:
-            request.events.put_nowait(message)
-            if "value" in message or "error" in message:
-                del self.open[identity]
-                self._on_end()
-        elif "state" in message:
-            for future in self._states:
-                if not future.done():
-                    future.set_result(message["state"])
-            self._states.clear()
-        elif not self._first.done():
-            self._first.set_result(message)
-
-    def _end(self) -> None:
-        """The process closed its end, as it does when it dies."""
-        self.alive = False
-        if not self._first.done():
-            self._first.set_result({})
-        died = {"error": DIED, "message": "The process that worked at this ended."}
-        for heard in self._heard.values():
-            heard(died)
-        self._heard.clear()
-        for future in self._states:
-            if not future.done():
-                future.set_result({})
-        self._on_death(self)
-
-    def ask(self, request: PendingRequest) -> None:
-        """Let the process work at it; its events come into the request's queue."""
-        try:
-            self._send({"do": "ask", "id": request.identity, **request.message, "seconds": request.seconds})
-        except Exception as error:  # of a message that is too large
-            request.events.put_nowait(error_of(error))
-            return
-        self.open[request.identity], self._heard[request.identity] = request, request.heard
-        request.cancel = self.cancel
-        request.heard({})
-
-    def cancel(self, request: PendingRequest) -> None:
-        """Nobody waits for it any more."""
-        if self.open.pop(request.identity, None) is not None and self.alive:
-            self._send({"do": "cancel", "id": request.identity})
-            self._on_end()
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        self._connection.write(packed(message))
-
-    async def state(self) -> dict[str, Any]:
-        """What the engine has done and holds; empty of a process that is gone."""
-        if not self.alive:
-            return {}
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._states.append(future)
-        self._send({"do": "state"})
-        return await future
-
-    async def stop(self, seconds: float = 30.0) -> None:
-        """After what it works at; at once when that takes longer than these seconds."""
-        self.leaving = True
-        until = time.monotonic() + seconds
-        while self.alive and self.open and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        if self.alive:
-            self._send({"do": "stop"})
-            try:
-                await asyncio.wait_for(asyncio.to_thread(self.process.wait, max(1.0, until - time.monotonic())), None)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        self._connection.close()
-        await asyncio.to_thread(self.process.wait)
 
 
 def pause_after(deaths: int) -> float:

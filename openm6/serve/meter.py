@@ -234,7 +234,7 @@ class Cost:
         self._over, self._left = True, False  # nothing is asked of a process yet
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        """A message about the request, as it comes (fleet.Heard)."""
+        """A message about the request, as it comes (pending.Heard)."""
         self.prompt_tokens = max(self.prompt_tokens, message.get("prompt_tokens", 0))
         self.tokens = max(self.tokens, message.get("tokens", 0))
         self._over = "value" in message or "error" in message

@@ -34,7 +34,7 @@ class PendingRequest:
 
     message    what the process is told (work.Request)
     deadline   by time.monotonic()
-    heard      is called with all that processes tell of it
+    heard      is called with every message about it
     events     what the processes tell of it; {"again": True} where the next one begins anew
     deaths     number of processes that died while it was open
     told       what the client has of its text; `owed` the end of it that the next process has not written again yet
@@ -44,7 +44,7 @@ class PendingRequest:
     identity: str
     message: Mapping[str, Any]
     deadline: float
-    heard: Heard
+    heard: Heard = lambda _: None
     events: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     deaths: int = 0
     told: str = ""
@@ -52,7 +52,7 @@ class PendingRequest:
     cancel: Callable[[PendingRequest], None] = lambda _: None
 
     @classmethod
-    def of(cls, identity: str, message: Mapping[str, Any], heard: Heard) -> PendingRequest:
+    def of(cls, identity: str, message: Mapping[str, Any], heard: Heard = lambda _: None) -> PendingRequest:
         seconds = message.get("seconds")
         return cls(identity, message, float("inf") if seconds is None else time.monotonic() + seconds, heard)
 

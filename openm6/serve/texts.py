@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -239,7 +239,7 @@ class Texts:
         return told
 
 
-def each_or_error(act: Callable[[list[T]], list[R]], items: list[T]) -> list[R | Exception]:
+def each_or_error(act: Callable[[list[T]], Items[R]], items: list[T]) -> list[R | Exception]:
     """What `act` gives for each of the items, all at once. Where that fails, each item is tried by itself, so that only
     an item that fails alone gets an error. `act` leaves things as they were when it fails."""
     if not items:
