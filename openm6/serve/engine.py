@@ -29,6 +29,7 @@ from openm6.serve.texts import Texts
 from openm6.serve.work import LATE, Request, Told, prepared, steps_of
 
 MIB = 2**20
+GONE = "The request was cancelled."
 JOBS = 2
 """That are worked at in turn, so that a short one does not wait for a long one."""
 EARLY = 1024
@@ -101,14 +102,14 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Reads the request's texts and pictures, in the thread that calls. Raises UsageError or DataError for what
-        cannot be done, or once the engine is stopping, and TimeoutError once the request's deadline has passed. A
-        request that has been cancelled already is dropped, unread where it can be."""
+        cannot be done, or once the engine is stopping, TimeoutError once the request's deadline has passed, and
+        CancelledError for a request that has been cancelled already."""
         if request.is_late():
             raise TimeoutError(LATE)
         with self._change:
             if request.id in self._gone or request.id in self._early:
                 self.counts.cancelled += 1
-                return
+                raise CancelledError(GONE)
         prepared(request, self._view(request.adapter))
         if request.needs > self._room:
             raise UsageError(
@@ -166,6 +167,7 @@ class Engine:
         for request in taken:
             if request.id in self._early:
                 self.counts.cancelled += 1
+                self._tell(Told(request.id, error=CancelledError(GONE), done=True))
             else:
                 self._take(request)
         self._forget(gone)
@@ -218,7 +220,7 @@ class Engine:
                 if not any(job.requests):
                     self._jobs.remove(job)
             if identity in gone:
-                self._fail(request, CancelledError("The request was cancelled."))
+                self._fail(request, CancelledError(GONE))
             else:
                 self._fail(request, TimeoutError(LATE))
 

@@ -72,7 +72,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
             {
                 "index": index, "message": {"role": "assistant", "content": _said(one["value"])},
                 "finish_reason": "stop" if one["finished"] else "length", "logprobs": None,
-                "seed": message["decoding"].get("seed"),
+                **_told_beside(message, one),
             }
             for index, (one, message) in enumerate(zip(found, messages, strict=True))
         ]  # fmt: skip
@@ -118,6 +118,8 @@ def add_routes(app: FastAPI, server: Server) -> None:
         vectors = [answer["value"] for answer in found]
         coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
+        for item, answer in zip(data, found, strict=True):
+            item |= {"truncated": answer["truncated"]} if answer.get("truncated") else {}
         count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": chosen.model, "usage": usage}
@@ -250,6 +252,12 @@ def _said(value: Any) -> str:
     return value if isinstance(value, str) else dumps(value)
 
 
+def _told_beside(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The seed of an answer, and how many positions of its source were left out, if any."""
+    cut = {"truncated": found["truncated"]} if found.get("truncated") else {}
+    return {"seed": message["decoding"].get("seed"), **cut}
+
+
 def _usage(charge: Charge) -> dict[str, int]:
     """What is charged; the prompt counts once, as in OpenAI's own."""
     prompt, written = charge.prompt_tokens, charge.tokens
@@ -283,7 +291,7 @@ async def _chunks(
                     said = True
                 if "value" in event:
                     reason = "stop" if event["finished"] else "length"
-                    yield chunk({}, reason, seed=message["decoding"].get("seed"))
+                    yield chunk({}, reason, **_told_beside(message, event))
 
     async with aclosing(_side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
         async for each in chunks:

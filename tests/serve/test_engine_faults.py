@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import UserDict
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -132,13 +133,17 @@ def test_a_cancellation_that_overtakes_its_request_holds(bundle: Bundle) -> None
 
     watched.ask("while it is read", "write", record=Slow(text="红色"))
     watched.engine.cancel("not seen")
-    watched.ask("not seen", "write", text="红色")
+    with pytest.raises(CancelledError):
+        watched.ask("not seen", "write", text="红色")
     watched.ask("other", "write", text="红色")
     watched.engine._next()
     watched.engine.cancel("seen")
     watched.engine._next()
-    watched.ask("seen", "write", text="红色")
-    assert set(watched.finish()) == {"other"} and watched.engine.counts.cancelled == 3
+    with pytest.raises(CancelledError):
+        watched.ask("seen", "write", text="红色")
+    found = watched.finish()
+    assert found["other"].error is None and watched.engine.counts.cancelled == 3
+    assert isinstance(found["while it is read"].error, CancelledError)
 
 
 def test_cancellations_of_what_never_comes_are_forgotten(bundle: Bundle) -> None:
@@ -151,10 +156,11 @@ def test_cancellations_of_what_never_comes_are_forgotten(bundle: Bundle) -> None
 
 
 def test_what_is_given_up_is_not_read(bundle: Bundle) -> None:
-    """What has been cancelled is dropped before its texts and pictures are read; so is what comes too late."""
+    """What has been cancelled is refused before its texts and pictures are read; so is what comes too late."""
     watched = Watched(bundle)
     watched.engine.cancel("gone")
-    watched.ask("gone", "kind", record={"photo": b"read, this is an error"})
+    with pytest.raises(CancelledError):
+        watched.ask("gone", "kind", record={"photo": b"read, this is an error"})
     with pytest.raises(TimeoutError):
         watched.ask("late", "kind", record={"photo": b"likewise"}, deadline=time.monotonic() - 1)
     assert not watched.finish() and watched.engine.counts.cancelled == 1
