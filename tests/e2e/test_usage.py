@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from openm6.serve.server import Options
 from openm6.tasks.library import get
 from openm6.tasks.task import Task
 from tests.conftest import command
+from tests.e2e.test_console import serving
 from tests.serve.conftest import WORDS, bundle
 from tests.serve.test_api import Served
 
@@ -178,3 +181,26 @@ def test_usage_is_what_was_charged_and_what_was_generated(served: Served, keys: 
     while charged(keys) != before + after[0] - written + after[1] - read:
         assert time.monotonic() < until, "hang-ups are not charged what they cost"
         time.sleep(0.2)
+
+
+def test_what_was_told_is_charged_when_the_server_is_killed(
+    model: Path, keys: tuple[Path, str], tmp_path: Path
+) -> None:
+    """In the midst of answers, whole ones and streams: `kill -9` loses nothing that a client has seen."""
+    alone, long = Bundle.load(model), {"max_new_tokens": 60, "temperature": 3.0}
+    task = alone.task("write")
+    prompt = alone.prompt(task, {"text": "红色"})
+    seeds = (seed for seed in range(100) if len(alone.generate(task, [prompt], 1, {**long, "seed": seed})[0].ids) > 30)
+    environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home")}
+    words = ("--keys", keys[0], "--no-console", "--jobs", "0")
+    process, url = serving(tmp_path, environment, f"m6={model}", *words)
+    with process:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=keys[1], max_retries=0, timeout=120)
+        asked = {"model": "m6:write", "messages": [{"role": "user", "content": "红色"}]}
+        whole = client.chat.completions.create(**asked, max_tokens=20).usage.total_tokens
+        stream = client.chat.completions.create(**asked, max_tokens=60, temperature=3.0, seed=next(seeds), stream=True)
+        pieces = [chunk for chunk, _ in zip(stream, range(5), strict=False)]
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert len(pieces) == 5
+    assert whole + 3 <= charged(keys) <= whole + whole + 60
