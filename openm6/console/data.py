@@ -86,7 +86,7 @@ def _look(desk: Desk, version: Version) -> list[Any]:
     ]  # fmt: skip
     columns = list(about["columns"])
     rows = [[shortened(row.get(head), 120) for head in columns] for row in desk.catalogue.sample(version)]
-    told = table([say("version"), version.full_name], facts, say("What it is like"))
+    told = table([say("version"), version.full_name], facts, say("Overview"))
     told += table([say("column"), say("values")], list(about["columns"].items()), say("Columns"))
     told += table(columns, rows, say("The first records"))
     pictures, problems, seen = [], [], set[bytes]()

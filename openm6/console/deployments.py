@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import to_thread
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,17 +15,17 @@ from openm6.hub.deployments import Deployments
 def page(desk: Desk) -> None:
     say = desk.say
     heads = [
-        say("model"), say("parameters"), say("waiting"), say("worked at"), say("tokens a second"), say("answered"),
+        say("model"), say("parameters"), say("waiting"), say("in progress"), say("tokens per second"), say("answered"),
         say("restarts"), say("energy"), say("directory"),
     ]  # fmt: skip
     models = gr.HTML(apply_default_css=False)
     with gr.Row():
-        names = {"tokens": say("tokens a second"), "requests": say("requests a second")}
-        names |= {"open": say("waiting and worked at"), "watts": say("watts (estimated)")}
+        names = {"tokens": say("tokens per second"), "requests": say("requests per second")}
+        names |= {"open": say("waiting and in progress"), "watts": say("watts (estimated)")}
         charts = [
             gr.LinePlot(
                 x="time", y=what, color="model", color_title=say("model"), x_title=" ", y_title=" ", title=title,
-                height=220, min_width=420,
+                y_axis_format="~g", height=220, min_width=420,
                 x_axis_format="%H:%M:%S", sort="x", elem_id=f"chart-{what}",
             )
             for what, title in names.items()
@@ -54,9 +55,14 @@ def _rows(desk: Desk) -> list[list[str]]:
         rows.append([
             name, f"{deployment.about['parameters'] / 1e6:,.1f} M", str(now["waiting"]), str(now["running"]),
             f"{now['tokens']:.0f}", str(now["answered"]), str(deployment.restarts), f"{now['wh']:.2f} Wh",
-            str(deployment.place.model),
+            _place(deployment.place.model),
         ])  # fmt: skip
     return rows
+
+
+def _place(directory: Path) -> str:
+    """A path as it was written: from the server's own folder where it is below it."""
+    return str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
 
 
 def _deployed(desk: Desk) -> str:

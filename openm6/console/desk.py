@@ -223,6 +223,9 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def shortened(value: Any, most: int) -> str:
+def shortened(value: Any, most: int, keep_end: bool = False) -> str:
+    """A text of at most so many characters; `keep_end` leaves out its beginning, as suits a path."""
     text = "" if value is None else str(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    if len(text) <= most:
+        return text
+    return "…" + text[1 - most :] if keep_end else text[: most - 1] + "…"

@@ -57,7 +57,7 @@ class Form:
         say, defaults = desk.say, OPTIONS.get(told["kind"], ())
         labels = {
             "passes": say("Passes"), "guidance": say("Guidance"), "temperature": say("Temperature"),
-            "seed": say("Seed"), "max_new_tokens": say("Tokens at most"), "num_beams": say("Beams"),
+            "seed": say("Seed"), "max_new_tokens": say("Maximum tokens"), "num_beams": say("Beams"),
         }  # fmt: skip
         with gr.Accordion(say("Options"), open=False):
             with gr.Row():

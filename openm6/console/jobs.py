@@ -30,12 +30,12 @@ def page(desk: Desk) -> None:
         with gr.Column(min_width=240):
             task = gr.Dropdown(label=say("Task"), allow_custom_value=True, elem_id="task")
             task_note = note()
-            validation = gr.Dropdown(label=say("Measure on, to stop in time"), allow_custom_value=True)
+            validation = gr.Dropdown(label=say("Validation data (to stop early)"), allow_custom_value=True)
     with gr.Accordion(say("Options"), open=False):
         with gr.Row():
             method = gr.Dropdown(list(RATES), value="lora", label=say("Method"))
             steps = gr.Number(200, precision=0, minimum=1, label=say("Steps"), elem_id="steps")
-            batch = gr.Number(16, precision=0, minimum=1, label=say("Examples a step"))
+            batch = gr.Number(16, precision=0, minimum=1, label=say("Examples per step"))
             output = gr.Textbox(label=say("Folder"), placeholder="runs/finetune-...", elem_id="folder")
         more = gr.Textbox(label=say("More options of openm6 finetune"), placeholder="--column text=body adapt.rank=16")
     submit = gr.Button(say("Put into the queue"), variant="primary", elem_id="submit")
@@ -46,11 +46,13 @@ def page(desk: Desk) -> None:
         state = gr.Markdown(elem_id="state")
         with gr.Row(elem_classes="buttons"):
             stop = gr.Button(say("Stop"), elem_id="stop", min_width=80)
-            resume = gr.Button(say("Go on"), elem_id="resume", min_width=80)
-            remove = gr.Button(say("Forget"), elem_id="forget", min_width=80)
+            resume = gr.Button(say("Resume"), elem_id="resume", min_width=80)
+            remove = gr.Button(say("Remove"), elem_id="forget", min_width=80)
         job_wrong = {"": note()}
-        loss = gr.LinePlot(x="step", y="loss", height=240, label=say("Loss"), elem_id="curve")
-        log = gr.Textbox(label=say("What it says"), lines=6, max_lines=16, interactive=False, autoscroll=True)
+        loss = gr.LinePlot(
+            x="step", y="loss", x_title=say("Steps"), y_title=" ", height=240, title=say("Loss"), elem_id="curve"
+        )
+        log = gr.Textbox(label=say("Log"), lines=6, max_lines=16, interactive=False, autoscroll=True)
         with gr.Row(elem_classes="buttons", equal_height=True):
             kept = gr.Textbox(
                 label=say("Name in the catalogue"), placeholder="goods", min_width=160, elem_id="kept-name"
@@ -62,7 +64,7 @@ def page(desk: Desk) -> None:
 
     def names(select: str | None) -> Any:
         jobs = desk.jobs.list()[::-1]
-        found = [(f"{job.id[4:-5]} · {job.name} · {say(job.state)}", job.id) for job in jobs]
+        found = [(f"{desk.time(job.created)} · {job.name} · {say(job.state)}", job.id) for job in jobs]
         known = [value for _, value in found]
         value = select if select in known else known[0] if known else None
         told = say("No model has been taught here yet. Choose above what to learn from, then put it into the queue.")
@@ -86,7 +88,7 @@ def page(desk: Desk) -> None:
     async def submitted(request: gr.Request, *values: Any) -> Any:
         desk.manager(request)
         words = await to_thread(_words, desk, *values)
-        job = await to_thread(desk.jobs.submit, words, say("fine-tuning"))
+        job = await to_thread(desk.jobs.submit, words, f"finetune {values[1]}")
         return await to_thread(names, job.id)
 
     def job_of(identity: str | None) -> str:
@@ -182,6 +184,8 @@ def _look(desk: Desk, job: Job) -> list[Any]:
             told.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
     if job.state in OVER and job.message:
         told.append(f"`{job.message.replace('`', chr(39))}`")
-    told.append(f"`openm6 {shlex.join(job.words)}`".replace("``", "'"))
-    points = pd.DataFrame(curve(job), columns=["step", "loss"])
-    return [" · ".join(told), points, desk.jobs.last_said(job, TAIL)]
+    command = shlex.join(job.words).replace(f"{job.folder}/", "")  # it is read in that folder
+    # The columns are numbers even while they are empty: Gradio takes an empty column for words from then on.
+    points = pd.DataFrame(curve(job), columns=["step", "loss"], dtype=float)
+    state = " · ".join(told) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
+    return [state, points, desk.jobs.last_said(job, TAIL)]

@@ -20,14 +20,14 @@ BOX, GAP = (220, 54), (36, 18)
 
 def page(desk: Desk) -> None:
     say = desk.say
-    heads = [say("version"), say("name"), say("measures"), say("energy"), say("added"), say("note")]
+    heads = [say("version"), say("measures"), say("energy"), say("added"), say("note")]
     empty, unreadable = gr.HTML(apply_default_css=False), {"": note()}
     with gr.Column(visible=False) as whole:
         versions = gr.HTML(apply_default_css=False)
         chosen = gr.Dropdown(label=say("Model"), interactive=True, elem_id="model")
         with gr.Row(elem_classes="buttons"):
             promote = gr.Button(say("Make it live"), variant="primary", elem_id="promote", min_width=120)
-            rollback = gr.Button(say("The one before again"), elem_id="rollback", min_width=120)
+            rollback = gr.Button(say("Roll back"), elem_id="rollback", min_width=120)
         done = gr.Markdown(elem_id="told")
         wrong = {"": note()}
         gr.Markdown("## " + say("What it was made of"))
@@ -114,7 +114,7 @@ async def _go_live(desk: Desk, version: Version) -> str:
 def _row(desk: Desk, one: Version) -> list[str]:
     energy = one.about.get("energy_kwh")
     return [
-        one.title, one.name, one.measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
+        one.title, one.measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
         desk.time(one.created), one.about.get("note", ""),
     ]  # fmt: skip
 
@@ -138,7 +138,8 @@ def drawn(lineage: Lineage) -> str:
                 f'stroke="currentColor" opacity=".5"/>'
             )
             below = put(part, depth + 1, below)
-        second = v.measures if v.kind == MODEL else f"{v.about['records']} × {v.about['source']}"
+        records = "" if v.kind == MODEL else f"{v.about['records']} × "
+        second = v.measures if v.kind == MODEL else records + shortened(v.about["source"], 30 - len(records), True)
         colour = "#2563eb" if LIVE in v.aliases else "#64748b" if v.kind == MODEL else "#16a34a"
         parts.append(
             f'<g transform="translate({x} {y})"><rect width="{BOX[0]}" height="{BOX[1]}" rx="8" fill="{colour}" '

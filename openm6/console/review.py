@@ -43,14 +43,14 @@ def page(desk: Desk) -> None:
             reject = gr.Button(say("Reject (R)"), elem_id="reject", min_width=90)
             back = gr.Button(say("Back (Z)"), elem_id="back", min_width=90)
         wrong = {"": note()}
-        finish = gr.Button(say("Make training data of the verdicts"), elem_id="finish")
+        finish = gr.Button(say("Make training data from the verdicts"), elem_id="finish")
         made = gr.Markdown()
     shown = [place, far, given, seen, said, drawn]
 
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
         found = [str(path) for path in await to_thread(_batches, desk.batches)]
-        told = say("Nothing waits for review below {folder}. A batch of texts or pictures does:", folder=desk.batches)
+        told = say("Nothing waits for review in {folder}. This command writes a batch of texts:", folder=desk.batches)
         command = f"openm6 copy batch runs/demo/model --items goods.csv --output {desk.batches}/copy-1"
         return [
             "" if found else first_step(told, command),

@@ -29,8 +29,10 @@ import openm6.console
 from openm6.console import add_console, visitors_files
 from openm6.console.desk import Desk, PageError, first_step, table
 from openm6.console.forms import Answer, Form
+from openm6.console.models import drawn
 from openm6.console.site import PAGES, build
 from openm6.errors import OpenM6Error, UsageError
+from openm6.hub.catalogue import DATA, Lineage, Version
 from openm6.hub.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
@@ -201,6 +203,16 @@ def test_a_button_says_what_is_missing(home: Path, language: str) -> None:
     assert desk.jobs.list() == []
 
 
+def test_the_curve_of_a_job_that_has_just_begun_is_one_of_numbers(home: Path) -> None:
+    """Gradio takes an empty column for words, and plots words from then on."""
+    desk = Desk(served(home)[1], "en", home)
+    job = desk.jobs.submit(["finetune", "runs/demo/model", "--output", str(home / "run")])
+    state, points, _ = press(build(desk), "job", job.id)[-3:]
+    assert "waiting" in state
+    told = gr.LinePlot(x="step", y="loss").postprocess(points)
+    assert told is not None and told.datatypes == {"step": "quantitative", "loss": "quantitative"}
+
+
 def test_an_error_stands_beside_the_field_that_it_names(home: Path) -> None:
     desk = Desk(served(home)[1], "en", home)
     notes = {"photo": None, "question": None, "": None}
@@ -242,6 +254,12 @@ def test_tasks_and_slots_have_titles_in_words(home: Path) -> None:
         assert all(bool(HAN.search(text)) == (language == "zh") for text in (*titles, *slots))
         assert desk.title("ours", "我们的任务：做某事") == "我们的任务" and desk.title("ours", "") == "ours"
         assert desk.slot("ours") == "ours"
+
+
+def test_a_lineage_tells_a_long_path_by_its_end() -> None:
+    source = "/mnt/storage/teams/goods/exports/reviews.jsonl"
+    version = Version(DATA, "reviews", 1, 0.0, {"source": source, "records": 40, "hash": "0" * 16})
+    assert re.search(r">40 × …[^<]*/reviews\.jsonl<", drawn(Lineage(version)))
 
 
 def test_a_page_is_in_one_language(home: Path) -> None:
