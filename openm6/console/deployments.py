@@ -25,7 +25,7 @@ def page(desk: Desk) -> None:
         charts = [
             gr.LinePlot(
                 x="time", y=what, color="model", color_title=say("model"), x_title=" ", y_title=" ", title=title,
-                y_axis_format="~g", height=220, min_width=420,
+                y_axis_format="~r", height=220, min_width=420,
                 x_axis_format="%H:%M:%S", sort="x", elem_id=f"chart-{what}",
             )
             for what, title in names.items()

@@ -57,7 +57,7 @@ class Form:
         say, defaults = desk.say, OPTIONS.get(told["kind"], ())
         labels = {
             "passes": say("Passes"), "guidance": say("Guidance"), "temperature": say("Temperature"),
-            "seed": say("Seed"), "max_new_tokens": say("Maximum tokens"), "num_beams": say("Beams"),
+            "seed": say("Seed"), "max_new_tokens": say("Max tokens"), "num_beams": say("Beams"),
         }  # fmt: skip
         with gr.Accordion(say("Options"), open=False):
             with gr.Row():
@@ -69,7 +69,7 @@ class Form:
             self.examples = gr.Textbox(
                 label=say("Examples with answers, a JSON object a line"), lines=2, visible=told["kind"] == "text"
             )
-            gr.Textbox(told["instructions"][0], label=say("Instruction"), interactive=False, max_lines=2)
+            gr.Textbox(told["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
 
     @property
     def enters(self) -> list[Any]:
