@@ -296,7 +296,9 @@ class Guard:
         """The next part of a body. Raises BodyError for one that is too large or too slow."""
         begun = time.perf_counter()
         if len(self._waiting) >= OPEN:
-            self._waiting.pop(next(iter(self._waiting))).reschedule(0)
+            stalest = self._waiting.pop(next(iter(self._waiting)))
+            if not stalest.expired():  # else it is given up already, but has not had its turn yet
+                stalest.reschedule(0)
         try:
             async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
                 self._waiting[body] = timer
