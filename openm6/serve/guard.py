@@ -102,6 +102,15 @@ def body_of(code: str, message: str, kind: str = "server_error", param: str | No
 
 def response(
     status: int,
+def body_of_error(error: OpenM6Error) -> dict[str, Any]:
+    """An error where the answer has begun, with the type that its status would have."""
+    if isinstance(error, Refusal):
+        kind = error.kind
+    else:
+        kind = type_of(STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID])
+    return body_of(error.code, str(error), kind, error.param)
+
+
     code: str,
     message: str,
     seconds: float | None = None,
@@ -334,9 +343,8 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
                 yield _event(first)
                 async for event in events:
                     yield _event(event)
-        except (Refused, Refusal) as error:
-            kind = error.kind if isinstance(error, Refusal) else type_of(STATUS.get(error.kind, 500))
-            yield _event(body_of(error.code, str(error), kind, error.param))
+        except OpenM6Error as error:
+            yield _event(body_of_error(error))
         except Exception:
             yield _event(body_of(INTERNAL, unforeseen()))
         if end:

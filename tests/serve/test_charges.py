@@ -169,6 +169,7 @@ def test_the_refusal_is_openais(customer: Callable[..., Customer]) -> None:
     first = one.write(decoding={"max_new_tokens": 2})
     assert first.headers["x-ratelimit-limit-requests"] == "1"
     assert first.headers["x-ratelimit-remaining-requests"] == "0"
+    assert all(line["error"]["type"] == "tokens" for line in found if "error" in line)
     assert first.headers["x-ratelimit-reset-requests"].endswith("s")
     assert "x-ratelimit-limit-tokens" not in first.headers
     with pytest.raises(openai.RateLimitError, match="1 requests within a minute") as told:
