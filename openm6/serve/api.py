@@ -162,7 +162,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         told = _task(server, deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, told))
+            return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
         return JSONResponse(_answer(await server.whole(key, deployment, message, request), told, message))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)

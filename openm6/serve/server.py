@@ -22,20 +22,16 @@ from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal
+from openm6.serve.guard import API, Refusal, unless_gone
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Beyond, Charge, Meter
 from openm6.serve.traces import NoSpan
-from openm6.serve.wire import CANCELLED, FULL
+from openm6.serve.wire import FULL
 
 LOCAL = Key("local", "", MANAGE)
 """Who asks where no keys are needed: a server that listens on this machine alone."""
-
-
-GONE = 0.5
-"""Seconds between two looks whether whoever asked is still there."""
 AT_ONCE = 32
 """Requests, of many that were sent together, that are worked at at a time."""
 WAIT = 0.05
@@ -232,14 +228,7 @@ class Server:
                 found = event
             return found
 
-        answering = asyncio.ensure_future(last())
-        try:
-            while request is not None and not (await asyncio.wait({answering}, timeout=GONE))[0]:
-                if await request.is_disconnected():
-                    raise Refused(CANCELLED, "Whoever asked has gone.")
-            return await answering
-        finally:
-            answering.cancel()
+        return await unless_gone(request, last())
 
     async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
         """As `whole`, of one among many that were sent together: it waits where there is no room for it, and within its

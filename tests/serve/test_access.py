@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -83,6 +85,31 @@ def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogC
 def test_half_a_character_is_refused_wherever_it_is(http: httpx2.Client, path: str) -> None:
     headers = {"content-type": "application/json"}
     for body in ('{"model": "\\ud83d"}', '{"\\ud83d": 1}', '{"inputs": {"text": "\\ud83d"}}', '{"input": ["\\udc00"]}'):
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/tasks/write", ASK), ("/v1/tasks/write", {**ASK, "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "红"}], "stream": True}),
+        ("/v1/embeddings", {"input": ["红", "蓝"]}),
+    ],
+)  # fmt: skip
+def test_who_hangs_up_before_the_answer_begins_is_not_worked_for(
+    served: Served, path: str, body: dict[str, Any]
+) -> None:
+    """The model's process is held meanwhile: it cannot have answered."""
+    model = served.fleet.get(None)
+    os.kill(model.worker.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(served.url + path, json=body, timeout=1)
+        until = time.monotonic() + 20
+        while model.open_requests:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        os.kill(model.worker.process.pid, signal.SIGCONT)
+
+
         error = http.post(path, content=body, headers=headers).json()["error"]
         assert error["code"] == "invalid_json" and "half a character" in error["message"]
     assert http.get("/v1/tasks", params={"model": b"\xed\xa0\xbd"}).status_code == 404
