@@ -174,6 +174,7 @@ class Server:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the worker tells, charged to the key as it is told, and after a hang-up too. Requests with the same
         `charge` pay their prompt once. Raises Refused, and Refusal for a key that has spent its tokens."""
+        labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
         _refuse(self.meter.beyond(key))
         while not self.meter.reserve(key, most):
@@ -181,8 +182,6 @@ class Server:
             _refuse(self.meter.beyond(key))
         cost = (charge or Charge(self.meter, key)).request(most)
         started, first = time.perf_counter(), True
-        kind = self.task(deployment, message["task"])["kind"]
-        labels = deployment.name, kind
         status, span = "cancelled", self.span(deployment.name, message["task"])
 
         def heard(event: Mapping[str, Any]) -> None:
