@@ -180,15 +180,18 @@ class Server:
         while not self.meter.reserve(key, most):
             await asyncio.sleep(WAIT)
             _refuse(self.meter.beyond(key))
-        cost = (charge or Charge(self.meter, key)).request(most)
+        charge = charge or Charge(self.meter, key)
+        cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
         status, span = "cancelled", self.span(deployment.name, message["task"])
 
         def heard(event: Mapping[str, Any]) -> None:
-            written, read = cost.tokens, cost.prompt_tokens
+            nonlocal prompt_tokens
+            written, read = cost.tokens, charge.prompt_tokens
             cost.hear(event)
             self.figures.tokens.labels(*labels).inc(cost.tokens - written)
-            self.figures.prompt_tokens.labels(*labels).inc(cost.prompt_tokens - read)
+            self.figures.prompt_tokens.labels(*labels).inc(charge.prompt_tokens - read)
+            prompt_tokens += charge.prompt_tokens - read
 
         try:
             async with aclosing(self.fleet.ask(deployment.name, message, heard)) as events:
@@ -206,7 +209,7 @@ class Server:
         finally:
             cost.leave()
             span.end(status, cost.tokens)
-            note(deployment.name, message["task"], cost.prompt_tokens, cost.tokens)
+            note(deployment.name, message["task"], prompt_tokens, cost.tokens)
             self.figures.requests.labels(*labels, status).inc()
             self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 

@@ -17,11 +17,10 @@ import pytest
 
 from openm6.bundle import Bundle
 from openm6.serve.fleet import Place
-from openm6.serve.server import Options, TaskRequest
+from openm6.serve.server import Options
 from tests.serve.test_api import Served
 
-UNTRAINED = {"allow_untrained": True} if "allow_untrained" in TaskRequest.model_fields else {}
-ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}, **UNTRAINED}
+ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}}
 PATHS = ("/v1/tasks/write", "/v1/chat/completions", "/v1/embeddings", "/v1/images/generations")
 
 
@@ -54,7 +53,7 @@ def logged(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
 def test_the_log_says_what_was_asked_of_which_model(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "openm6.access"):
         answer = http.post("/v1/tasks/write", json=ASK)
-    line, usage = logged(caplog, "/v1/tasks/write"), answer.json()["usage"]
+        line, usage = logged(caplog, "/v1/tasks/write"), answer.json()["usage"]
     assert line["request"] == answer.headers["x-request-id"] and line["status"] == 200
     assert (line["model"], line["task"]) == ("m6", "write")
     assert (line["prompt_tokens"], line["tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
@@ -65,9 +64,16 @@ def test_the_tokens_of_many_texts_add_up(http: httpx2.Client, caplog: pytest.Log
     with caplog.at_level(logging.INFO, "openm6.access"):
         file = "\n".join(json.dumps({"text": text}) for text in ("红色", "蓝色", "条纹"))
         answers = [json.loads(one) for one in http.post("/v1/tasks/write/batch", content=file).text.splitlines()]
-    line = logged(caplog, "/v1/tasks/write/batch")
-    if all("usage" in one for one in answers):
-        assert line["tokens"] == sum(one["usage"]["completion_tokens"] for one in answers) > 0
+        line = logged(caplog, "/v1/tasks/write/batch")
+    assert line["tokens"] == sum(one["usage"]["completion_tokens"] for one in answers) > 0
+
+
+def test_the_prompt_of_several_answers_is_counted_once(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
+    question = {"messages": [{"role": "user", "content": "红色"}], "model": "m6:write", "max_tokens": 3}
+    with caplog.at_level(logging.INFO, "openm6.access"):
+        usage = http.post("/v1/chat/completions", json={**question, "n": 3, "temperature": 1}).json()["usage"]
+        line = logged(caplog, "/v1/chat/completions")
+    assert (line["prompt_tokens"], line["tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -79,12 +85,6 @@ def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogC
     assert line["status"] == 499
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/tasks/write", "/v1/chat/completions", "/v1/embeddings", "/v1/images/generations"]
-)
-def test_half_a_character_is_refused_wherever_it_is(http: httpx2.Client, path: str) -> None:
-    headers = {"content-type": "application/json"}
-    for body in ('{"model": "\\ud83d"}', '{"\\ud83d": 1}', '{"inputs": {"text": "\\ud83d"}}', '{"input": ["\\udc00"]}'):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -110,6 +110,12 @@ def test_who_hangs_up_before_the_answer_begins_is_not_worked_for(
         os.kill(model.worker.process.pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/tasks/write", "/v1/chat/completions", "/v1/embeddings", "/v1/images/generations"]
+)
+def test_half_a_character_is_refused_wherever_it_is(http: httpx2.Client, path: str) -> None:
+    headers = {"content-type": "application/json"}
+    for body in ('{"model": "\\ud83d"}', '{"\\ud83d": 1}', '{"inputs": {"text": "\\ud83d"}}', '{"input": ["\\udc00"]}'):
         error = http.post(path, content=body, headers=headers).json()["error"]
         assert error["code"] == "invalid_json" and "half a character" in error["message"]
     assert http.get("/v1/tasks", params={"model": b"\xed\xa0\xbd"}).status_code == 404
