@@ -134,7 +134,6 @@ def prepared(request: Request, view: Bundle) -> None:
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
         request.prompt = view.prompt(task, record, request.decoding)
-        check_room(view.model, len(request.prompt), request.options.max_new_tokens)
         written = len(request.prompt) + request.options.max_new_tokens
         if task.sketch:
             request.needs = _bytes(view, 1, written)
