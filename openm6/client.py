@@ -82,12 +82,13 @@ class _Asking:
         return [_incoming(one["image"], "image") for one in answer["outputs"]["candidates"]]
 
     def _wait(self, tried: int, answer: httpx2.Response | None) -> float | None:
-        """Seconds until the next try; None when there is none."""
-        if tried >= self.retries:
-            return None
+        """Seconds until the next try; None when there is none, as where the server asks for more patience than LONGEST
+        (a key that has spent its day, a request that ends the model's process)."""
         told = answer.headers.get("retry-after", "") if answer is not None else ""
-        backoff = min(LONGEST, 0.25 * 2**tried) * random.uniform(0.5, 1)
-        return max(backoff, min(LONGEST, float(told))) if told.replace(".", "", 1).isdigit() else backoff
+        wanted = float(told) if told.replace(".", "", 1).isdigit() else 0.0
+        if tried >= self.retries or wanted > LONGEST:
+            return None
+        return max(wanted, min(LONGEST, 0.25 * 2**tried) * random.uniform(0.5, 1))
 
     @staticmethod
     def _checked(answer: httpx2.Response) -> Any:

@@ -37,7 +37,7 @@ class Scripted:
     """Refuses so many times, then answers by task."""
 
     def __init__(self, refusals: int = 0, status: int = 429):
-        self.refusals, self.status = refusals, status
+        self.refusals, self.status, self.patience = refusals, status, "0"
         self.seen: list[tuple[str, str, Any]] = []
         script = self
 
@@ -60,7 +60,7 @@ class Scripted:
                 script.seen.append((self.path, self.headers.get("authorization", ""), body))
                 if script.refusals:
                     script.refusals -= 1
-                    self.answer(script.status, {"error": {"message": "too many"}}, {"Retry-After": "0"})
+                    self.answer(script.status, {"error": {"message": "too many"}}, {"Retry-After": script.patience})
                     return
                 image = base64.b64encode(png()).decode()
                 outputs = {
@@ -158,3 +158,11 @@ def test_mistakes_are_told(scripted: Scripted, tmp_path: Path) -> None:
             list(m6.stream("vqa", photo=png(), question="error"))
     with pytest.raises(ServerError, match="is `openm6 serve` running there"):
         Client("http://127.0.0.1:9", retries=0).run("vqa", photo=png(), question="?")
+
+
+def test_a_refusal_for_long_is_told_at_once(scripted: Scripted) -> None:
+    """A key that has spent its day is not sent again and again."""
+    scripted.refusals, scripted.status, scripted.patience = 9, 429, "3600"
+    with Client(scripted.url) as m6, pytest.raises(ServerError):
+        m6.run("vqa", photo=png(), question="什么颜色?")
+    assert len(scripted.seen) == 1

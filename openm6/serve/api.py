@@ -34,7 +34,7 @@ from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet, Place
-from openm6.serve.guard import Guard, add_errors, body_of, known, sse
+from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
@@ -162,7 +162,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         told = _task(server, deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, told))
+            return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
         return JSONResponse(_answer(await server.whole(key, deployment, message, request), told, message))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
@@ -187,7 +187,7 @@ def _routes(app: FastAPI, server: Server) -> None:
                 message = await server.message(deployment, task, asked)
                 found = _answer(await server.in_turn(key, deployment, message), told, message)
             except OpenM6Error as error:
-                found = body_of(error.code, str(error), "invalid_request_error", error.param)
+                found = body_of_error(error)
             except Exception:
                 found = body_of(INTERNAL, unforeseen())
             return dumps({"line": number, **found}) + "\n"

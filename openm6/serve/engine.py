@@ -249,7 +249,7 @@ class Engine:
         except StopIteration as done:
             for request, value in zip(job.requests, done.value, strict=True):
                 if request is not None:
-                    self._told(Told(request.id, value=value, done=True))
+                    self._told(Told(request.id, value=value, done=True, finished=request.finished))
         except Exception as error:
             self._apart(job, error)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ HELD = 8
 SLOWEST = 2**14
 """Bytes a second: the slowest that a body may come, after its first seconds."""
 
+GONE = 0.5
+"""Seconds between two looks whether whoever asked is still there."""
 LINGER = 1.0
 """Seconds between an answer to a body that is not read and the end of the connection: closed at once, the client's
 system would throw the answer away."""
@@ -98,6 +100,15 @@ def body_of(code: str, message: str, kind: str = "server_error", param: str | No
         if code == INTERNAL:
             message = f"{message.rstrip('.')} (request {entry.request})."
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+
+
+def body_of_error(error: OpenM6Error) -> dict[str, Any]:
+    """An error where the answer has begun, with the type that its status would have."""
+    if isinstance(error, Refusal):
+        kind = error.kind
+    else:
+        kind = type_of(STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID])
+    return body_of(error.code, str(error), kind, error.param)
 
 
 def response(
@@ -296,7 +307,9 @@ class Guard:
         """The next part of a body. Raises BodyError for one that is too large or too slow."""
         begun = time.perf_counter()
         if len(self._waiting) >= OPEN:
-            self._waiting.pop(next(iter(self._waiting))).reschedule(0)
+            stalest = self._waiting.pop(next(iter(self._waiting)))
+            if not stalest.expired():  # else it is given up already, but has not had its turn yet
+                stalest.reschedule(0)
         try:
             async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
                 self._waiting[body] = timer
@@ -322,9 +335,28 @@ def _too_large(body: _Body) -> BodyError:
     return BodyError(413, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.", "too_large")
 
 
-async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> StreamingResponse:
-    """Server-sent events. What is refused before the first of them is an error of the response itself."""
-    first = await anext(events, None)
+async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; it is cancelled when whoever sent the request has gone. Raises Refused then."""
+    working = asyncio.ensure_future(work)
+    try:
+        while request is not None and not (await asyncio.wait({working}, timeout=GONE))[0]:
+            if await request.is_disconnected():
+                raise Refused(CANCELLED, "Whoever asked has gone.")
+        return await working
+    finally:
+        working.cancel()
+
+
+async def sse(
+    events: AsyncIterator[dict[str, Any]], end: str = "", request: Request | None = None
+) -> StreamingResponse:
+    """Server-sent events. What is refused before the first of them is an error of the response itself; until then
+    nobody but `unless_gone` sees whether whoever sent the request has gone."""
+
+    async def begin() -> dict[str, Any] | None:
+        return await anext(events, None)
+
+    first = await unless_gone(request, begin())
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -332,9 +364,8 @@ async def sse(events: AsyncIterator[dict[str, Any]], end: str = "") -> Streaming
                 yield _event(first)
                 async for event in events:
                     yield _event(event)
-        except (Refused, Refusal) as error:
-            kind = error.kind if isinstance(error, Refusal) else type_of(STATUS.get(error.kind, 500))
-            yield _event(body_of(error.code, str(error), kind, error.param))
+        except OpenM6Error as error:
+            yield _event(body_of_error(error))
         except Exception:
             yield _event(body_of(INTERNAL, unforeseen()))
         if end:

@@ -26,7 +26,7 @@ from openm6.errors import DataError, UsageError, cut
 from openm6.images import open_image, png
 from openm6.json_lines import dumps
 from openm6.serve.fleet import Deployment
-from openm6.serve.guard import known, sse
+from openm6.serve.guard import known, sse, unless_gone
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
@@ -65,7 +65,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.model}
         if asked.stream:
             usage = asked.stream_options.include_usage
-            return await sse(_chunks(server, key, chosen, messages, about, usage), "[DONE]")
+            return await sse(_chunks(server, key, chosen, messages, about, usage), "[DONE]", request)
         charge = Charge(server.meter, key)
         found = await _all(server.whole(key, chosen.deployment, message, request, charge) for message in messages)
         choices = [
@@ -97,7 +97,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return await _pictures(server, key, deployment, message, request)
 
     @app.post("/v1/embeddings")
-    async def embeddings(asked: EmbeddingRequest, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def embeddings(asked: EmbeddingRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Vectors of texts."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if len(texts) > 2048:
@@ -114,7 +114,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
             async with turn:
                 return await server.in_turn(key, chosen.deployment, message)
 
-        found = await _all(map(one, every))
+        found = await unless_gone(request, _all(map(one, every)))
         vectors = [answer["value"] for answer in found]
         coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]

@@ -150,7 +150,7 @@ class Worker:
         if self.alive:
             self._send({"do": "stop"})
             try:
-                await asyncio.wait_for(asyncio.to_thread(self.process.wait, max(1.0, until - time.monotonic())), None)
+                await asyncio.to_thread(self.process.wait, max(1.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self._connection.close()

@@ -22,20 +22,16 @@ from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
 from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal
+from openm6.serve.guard import API, Refusal, unless_gone
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Beyond, Charge, Meter
 from openm6.serve.traces import NoSpan
-from openm6.serve.wire import CANCELLED, FULL
+from openm6.serve.wire import FULL
 
 LOCAL = Key("local", "", MANAGE)
 """Who asks where no keys are needed: a server that listens on this machine alone."""
-
-
-GONE = 0.5
-"""Seconds between two looks whether whoever asked is still there."""
 AT_ONCE = 32
 """Requests, of many that were sent together, that are worked at at a time."""
 WAIT = 0.05
@@ -178,22 +174,24 @@ class Server:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What the worker tells, charged to the key as it is told, and after a hang-up too. Requests with the same
         `charge` pay their prompt once. Raises Refused, and Refusal for a key that has spent its tokens."""
+        labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
         _refuse(self.meter.beyond(key))
         while not self.meter.reserve(key, most):
             await asyncio.sleep(WAIT)
             _refuse(self.meter.beyond(key))
-        cost = (charge or Charge(self.meter, key)).request(most)
+        charge = charge or Charge(self.meter, key)
+        cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
-        kind = self.task(deployment, message["task"])["kind"]
-        labels = deployment.name, kind
         status, span = "cancelled", self.span(deployment.name, message["task"])
 
         def heard(event: Mapping[str, Any]) -> None:
-            written, read = cost.tokens, cost.prompt_tokens
+            nonlocal prompt_tokens
+            written, read = cost.tokens, charge.prompt_tokens
             cost.hear(event)
             self.figures.tokens.labels(*labels).inc(cost.tokens - written)
-            self.figures.prompt_tokens.labels(*labels).inc(cost.prompt_tokens - read)
+            self.figures.prompt_tokens.labels(*labels).inc(charge.prompt_tokens - read)
+            prompt_tokens += charge.prompt_tokens - read
 
         try:
             async with aclosing(self.fleet.ask(deployment.name, message, heard)) as events:
@@ -211,7 +209,7 @@ class Server:
         finally:
             cost.leave()
             span.end(status, cost.tokens)
-            note(deployment.name, message["task"], cost.prompt_tokens, cost.tokens)
+            note(deployment.name, message["task"], prompt_tokens, cost.tokens)
             self.figures.requests.labels(*labels, status).inc()
             self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 
@@ -232,14 +230,7 @@ class Server:
                 found = event
             return found
 
-        answering = asyncio.ensure_future(last())
-        try:
-            while request is not None and not (await asyncio.wait({answering}, timeout=GONE))[0]:
-                if await request.is_disconnected():
-                    raise Refused(CANCELLED, "Whoever asked has gone.")
-            return await answering
-        finally:
-            answering.cancel()
+        return await unless_gone(request, last())
 
     async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
         """As `whole`, of one among many that were sent together: it waits where there is no room for it, and within its

@@ -63,7 +63,7 @@ class Request:
     tokens: int = 0
     prompt_tokens: int = 0
 
-    # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text.
+    # What `prepared` makes of it; `needs`: bytes of keys and values, of what is no plain text; `finished`: see Told.
     made: Task | None = None
     prompt: Sequence | None = None
     options: Any = None
@@ -71,6 +71,7 @@ class Request:
     alone: bool = False
     like: Hashable = None
     needs: int = 0
+    finished: bool = True
 
     def is_late(self) -> bool:
         """Whether its deadline has passed."""
@@ -134,7 +135,6 @@ def prepared(request: Request, view: Bundle) -> None:
     else:
         request.options = Decoding.of(**{**task.decode, **request.decoding})
         request.prompt = view.prompt(task, record, request.decoding)
-        check_room(view.model, len(request.prompt), request.options.max_new_tokens)
         written = len(request.prompt) + request.options.max_new_tokens
         if task.sketch:
             request.needs = _bytes(view, 1, written)
@@ -208,7 +208,12 @@ def _texts(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequ
         found = yield from refine_steps(view.model, prompts, tokenizer, options.max_new_tokens)
     else:
         found = yield from beam_steps(view.model, prompts, tokenizer.end_id, options)
-    return [cut_value(view.read(task, one), asked.stop) for one, asked in zip(found, requests, strict=True)]
+    answers = []
+    for one, asked in zip(found, requests, strict=True):
+        whole = view.read(task, one)
+        answers.append(cut_value(whole, asked.stop))
+        asked.finished = one.finished or answers[-1] != whole
+    return answers
 
 
 def cut_value(value: Any, stops: Items[str]) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -15,11 +17,10 @@ import pytest
 
 from openm6.bundle import Bundle
 from openm6.serve.fleet import Place
-from openm6.serve.server import Options, TaskRequest
+from openm6.serve.server import Options
 from tests.serve.test_api import Served
 
-UNTRAINED = {"allow_untrained": True} if "allow_untrained" in TaskRequest.model_fields else {}
-ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}, **UNTRAINED}
+ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}}
 PATHS = ("/v1/tasks/write", "/v1/chat/completions", "/v1/embeddings", "/v1/images/generations")
 
 
@@ -52,7 +53,7 @@ def logged(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
 def test_the_log_says_what_was_asked_of_which_model(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "openm6.access"):
         answer = http.post("/v1/tasks/write", json=ASK)
-    line, usage = logged(caplog, "/v1/tasks/write"), answer.json()["usage"]
+        line, usage = logged(caplog, "/v1/tasks/write"), answer.json()["usage"]
     assert line["request"] == answer.headers["x-request-id"] and line["status"] == 200
     assert (line["model"], line["task"]) == ("m6", "write")
     assert (line["prompt_tokens"], line["tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
@@ -63,9 +64,16 @@ def test_the_tokens_of_many_texts_add_up(http: httpx2.Client, caplog: pytest.Log
     with caplog.at_level(logging.INFO, "openm6.access"):
         file = "\n".join(json.dumps({"text": text}) for text in ("红色", "蓝色", "条纹"))
         answers = [json.loads(one) for one in http.post("/v1/tasks/write/batch", content=file).text.splitlines()]
-    line = logged(caplog, "/v1/tasks/write/batch")
-    if all("usage" in one for one in answers):
-        assert line["tokens"] == sum(one["usage"]["completion_tokens"] for one in answers) > 0
+        line = logged(caplog, "/v1/tasks/write/batch")
+    assert line["tokens"] == sum(one["usage"]["completion_tokens"] for one in answers) > 0
+
+
+def test_the_prompt_of_several_answers_is_counted_once(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
+    question = {"messages": [{"role": "user", "content": "红色"}], "model": "m6:write", "max_tokens": 3}
+    with caplog.at_level(logging.INFO, "openm6.access"):
+        usage = http.post("/v1/chat/completions", json={**question, "n": 3, "temperature": 1}).json()["usage"]
+        line = logged(caplog, "/v1/chat/completions")
+    assert (line["prompt_tokens"], line["tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -75,6 +83,31 @@ def test_who_hangs_up_is_499_in_the_log(http: httpx2.Client, caplog: pytest.LogC
             next(answer.iter_raw())
         line = logged(caplog, "/v1/tasks/write")
     assert line["status"] == 499
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/tasks/write", ASK), ("/v1/tasks/write", {**ASK, "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "红"}], "stream": True}),
+        ("/v1/embeddings", {"input": ["红", "蓝"]}),
+    ],
+)  # fmt: skip
+def test_who_hangs_up_before_the_answer_begins_is_not_worked_for(
+    served: Served, path: str, body: dict[str, Any]
+) -> None:
+    """The model's process is held meanwhile: it cannot have answered."""
+    model = served.fleet.get(None)
+    os.kill(model.worker.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(served.url + path, json=body, timeout=1)
+        until = time.monotonic() + 20
+        while model.open_requests:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        os.kill(model.worker.process.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from openm6.bundle import Bundle
+from openm6.errors import UsageError
 from openm6.serve.api import create_app
 from openm6.serve.fleet import Fleet, Place, Refused
 from openm6.serve.keys import Key, Keys
@@ -146,6 +147,16 @@ def test_what_is_refused_costs_nothing(customer: Callable[..., Customer]) -> Non
     assert settled(one) == 0
 
 
+def test_a_task_that_an_exchanged_model_has_not_is_told_and_reserves_nothing(customer: Callable[..., Customer]) -> None:
+    """Between a request's reading and its answer another model may take the place of the one that it was read for."""
+    one = customer(per_day=1000)
+    message = {"task": "gone", "decoding": {}, "candidates": 1, "probabilities": False, "seconds": 60.0}
+    events = one.server.answer(Key(one.name, "", per_day=1000), one.server.fleet.get(None), message)
+    with pytest.raises(UsageError, match="has no task gone"):
+        asyncio.run(anext(events))
+    assert not one.server.meter._reserved[one.name]
+
+
 def test_each_text_and_each_line_is_checked_against_what_is_left(customer: Callable[..., Customer]) -> None:
     text = "红色的条纹连衣裙" * 3
     largest = customer().openai.embeddings.create(model="m6", input=text).usage.prompt_tokens
@@ -158,6 +169,7 @@ def test_each_text_and_each_line_is_checked_against_what_is_left(customer: Calla
     found = [json.loads(line) for line in lines.splitlines()]
     answers = [line["usage"] for line in found if "outputs" in line]
     refused = [line["error"]["message"] for line in found if "error" in line]
+    assert all(line["error"]["type"] == "tokens" for line in found if "error" in line)
     assert len(found) == 100 and answers and refused and all("may spend 200 a day" in one for one in refused)
     costs = [used["prompt_tokens"] + used["completion_tokens"] for used in answers]
     assert two.spent == sum(costs) and 200 <= two.spent < 200 + max(costs)

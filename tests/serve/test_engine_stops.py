@@ -7,6 +7,8 @@ import random
 import pytest
 
 from openm6.bundle import Bundle
+from openm6.decode import Decoding
+from openm6.decode.generate import generate
 from openm6.decode.pieces import cut_at_stop
 from openm6.errors import UsageError
 from tests.serve.conftest import Watched
@@ -92,3 +94,19 @@ def test_what_is_no_text_takes_no_stop(bundle: Bundle, task: str, record: dict) 
     with pytest.raises(UsageError, match="takes no stop strings") as refused:
         watched.ask("a", task, record=record, stop=["红"])
     assert refused.value.param == "stop"
+
+
+def test_beams_say_whether_they_came_to_an_end(bundle: Bundle) -> None:
+    """As texts do; and one that is cut at a stop has."""
+    watched, tokenizer = Watched(bundle), bundle.processor.tokenizer
+    prompt = bundle.prompt(bundle.task("write"), {"text": "红色"})
+    ended = {}
+    for most in (1, 2, 4, 8, 32):
+        decoding = {"num_beams": 3, "max_new_tokens": most}
+        with bundle.precision():
+            ended[str(most)] = generate(bundle.model, [prompt], tokenizer.end_id, Decoding.of(**decoding))[0].finished
+        watched.ask(str(most), "write", text="红色", decoding=decoding)
+    whole = bundle.run("write", decoding={"num_beams": 3, "max_new_tokens": 2}, text="红色")
+    watched.ask("stopped", "write", text="红色", decoding={"num_beams": 3, "max_new_tokens": 2}, stop=[whole[-1:]])
+    found = {identity: told.finished for identity, told in watched.finish().items()}
+    assert found == {**ended, "stopped": True} and not found["1"]

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,8 +24,8 @@ from PIL import Image
 import openm6
 from openm6.errors import DataError
 from openm6.images import open_image
-from openm6.serve import incoming
-from openm6.serve.guard import Guard, sse
+from openm6.serve import guard, incoming
+from openm6.serve.guard import BodyError, Guard, sse
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.wire import kind_of, told_of
 
@@ -228,6 +229,30 @@ def test_pages_of_other_sites_may_not_ask(headers: dict[str, str], loopback: boo
     assert client.get("/", headers=headers).status_code == status
     posted = 403 if headers.get("sec-fetch-mode") == "navigate" else status
     assert client.post("/", headers=headers).status_code == posted
+
+
+def test_a_body_comes_as_others_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose time is over are counted until each has had its turn."""
+    monkeypatch.setattr(guard, "OPEN", 3)
+
+    async def run() -> Any:
+        one = Guard(None, 1000, full=lambda: False, seconds=0.01)
+
+        def part(receive: Any) -> asyncio.Task[Any]:
+            return asyncio.create_task(one._part(guard._Body({b"content-length": b"1"}, 1000), "/", receive))
+
+        async def here() -> Any:
+            return {"type": "http.request", "body": b"a"}
+
+        stalled = [part(asyncio.Event().wait) for _ in range(3)]
+        await asyncio.sleep(0)
+        time.sleep(0.05)
+        await asyncio.sleep(0)  # now their time is over, but none of them has heard of it
+        last = part(here)
+        assert all(isinstance(end, BodyError) for end in await asyncio.gather(*stalled, return_exceptions=True))
+        return await last
+
+    assert asyncio.run(run())["body"] == b"a"
 
 
 def test_an_event_stays_on_its_line_whatever_its_text_holds() -> None:
