@@ -126,10 +126,20 @@ def site(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Sit
 
 
 def choose(page: Any, label: str, text: str) -> None:
-    box = page.get_by_label(label, exact=True).first
-    box.click()
-    box.fill(text)
-    page.get_by_role("option").filter(has_text=text).first.click()
+    """Choose from a list. One that is opened before the page is filled in closes again: then it is opened once more."""
+    from playwright.sync_api import TimeoutError as TooLate
+
+    for left in range(9, -1, -1):
+        box = page.get_by_label(label, exact=True).first
+        box.click()
+        box.fill(text)
+        try:
+            page.get_by_role("option").filter(has_text=text).first.click(timeout=3000)
+            return
+        except TooLate:
+            if not left:
+                raise
+            box.press("Escape")
 
 
 def shown(page: Any, text: str | re.Pattern[str]) -> None:
