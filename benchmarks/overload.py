@@ -21,9 +21,9 @@ from openm6.errors import UsageError
 
 TITLE = "Serving: large and half-sent bodies beside small requests"
 OFFERED = 2.0
-"""Requests that come, in peaks."""
+"""Requests a second that are sent, as a multiple of the peak."""
 HARMFUL = 0.2
-"""Of them: large and half-sent ones, in equal parts."""
+"""Share of them that is large or sent by half, in equal parts."""
 TARGETS = ("/v1/tasks/infilling", "/v1/tasks/vqa")
 """Where large texts are sent: to a task that takes texts alone, and to one that takes pictures."""
 SIDES = {"small ones alone": False, "with large and half-sent ones": True}

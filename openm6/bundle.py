@@ -334,7 +334,7 @@ class Bundle:
         return prompt
 
     def _is_first(self, what: str, task: Task) -> bool:
-        """Whether the model, with its active adapter, meets this condition (`what`) of the task for the first time."""
+        """Whether the warning `what` is due for the task for the first time, with the active adapter."""
         key = (what, self._chosen, task.name)
         is_first = key not in self._checked
         self._checked.add(key)

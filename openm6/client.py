@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
-from openm6.json_lines import dumps
+from openm6.json_lines import fault_of
 
 if TYPE_CHECKING:
     import httpx2
@@ -327,7 +327,7 @@ def _gone(url: str, reason: Exception | None) -> ServerError:
 
 
 def _error(answer: httpx2.Response) -> OpenM6Error:
-    """What the server refused, with its code and the field at fault."""
+    """The error that a response tells, with its code and the field at fault."""
     try:
         told = answer.json()["error"]
         message, code, param = str(told["message"]), told.get("code"), told.get("param")
@@ -364,11 +364,8 @@ def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
     for name, value in record.items():
         if slots.get(name) == "image" and value is not None:
             value = _encoded(value)
-        else:
-            try:
-                dumps(value).encode()
-            except UnicodeEncodeError:
-                raise DataError(f"{name}: is no text: it has half of a surrogate pair.", param=name) from None
+        elif fault := fault_of(value):
+            raise DataError(f"{name}: is no text: it {fault}.", param=name)
         found[name] = value
     return found
 

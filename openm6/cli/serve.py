@@ -91,8 +91,8 @@ def serve(
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
-        told = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
-        typer.echo(f"{told} (console: {url}/)" if has_console else told)
+        line = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
+        typer.echo(f"{line} (console: {url}/)" if has_console else line)
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
     application = create_app(fleet, options, places, [tell, *beside])
@@ -127,7 +127,7 @@ async def work_beside(at_once: int) -> None:
 
 
 def _mount(application: FastAPI, batches: Path) -> bool:
-    """Whether the page could be added."""
+    """Add the console to the server. Returns whether it could be added."""
     from openm6.console import add_console
 
     try:

@@ -38,7 +38,7 @@ from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known,
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.openai_api import add_routes
-from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, untrained
+from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
 from openm6.serve.wire import INTERNAL
 
 
@@ -241,9 +241,7 @@ def _answer(found: Mapping[str, Any], task: Mapping[str, Any], message: Mapping[
     if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
-    if found.get("truncated"):
-        more["truncated"] = found["truncated"]
-    return {"outputs": answer, "finished": found["finished"], "usage": usage, **more}
+    return {"outputs": answer, "finished": found["finished"], "usage": usage, **more, **left_out(found)}
 
 
 def outgoing(value: Any) -> Any:

@@ -92,7 +92,7 @@ class Engine:
         self._gone: set[str] = set()
         self._early: dict[str, None] = {}
         self._change = Condition()
-        self._ending = self._ended = False
+        self._ending = False
         self._texts: dict[str | None, Texts] = {}
         self._waiting: deque[Request] = deque()  # for a job
         self._jobs: deque[_Job] = deque()

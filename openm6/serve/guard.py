@@ -102,13 +102,17 @@ def body_of(code: str, message: str, kind: str = "server_error", param: str | No
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
+def status_and_type(error: OpenM6Error) -> tuple[int, str]:
+    """The HTTP status of an error, and its type in OpenAI's words."""
+    if isinstance(error, Refusal):
+        return error.status, error.kind
+    status = STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID]
+    return status, type_of(status)
+
+
 def body_of_error(error: OpenM6Error) -> dict[str, Any]:
     """An error where the answer has begun, with the type that its status would have."""
-    if isinstance(error, Refusal):
-        kind = error.kind
-    else:
-        kind = type_of(STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID])
-    return body_of(error.code, str(error), kind, error.param)
+    return body_of(error.code, str(error), status_and_type(error)[1], error.param)
 
 
 def response(
@@ -126,23 +130,24 @@ def response(
     return JSONResponse(body_of(code, message, kind, param), status, headers)
 
 
+def response_to(error: OpenM6Error | BodyError) -> JSONResponse:
+    """The response that an error is told with."""
+    if isinstance(error, BodyError):
+        return response(error.status_code, error.code, str(error.detail))
+    status, kind = status_and_type(error)
+    seconds = error.seconds if isinstance(error, (Refusal, Refused)) else None
+    return response(status, error.code, str(error), seconds, error.param, kind)
+
+
 def add_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        return response(STATUS.get(error.kind, 500), error.code, str(error), error.seconds, error.param)
-
-    @app.exception_handler(Refusal)
-    async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return response(error.status, error.code, str(error), error.seconds, error.param, error.kind)
-
     @app.exception_handler(OpenM6Error)
-    async def invalid(_: Request, error: OpenM6Error) -> JSONResponse:
-        return response(STATUS[INVALID], error.code, str(error), param=error.param)
+    async def refused(_: Request, error: OpenM6Error) -> JSONResponse:
+        return response_to(error)
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
         if isinstance(error, BodyError):
-            return response(error.status_code, error.code, str(error.detail))
+            return response_to(error)
         place = f"{request.method} {cut(request.url.path, 200)}"
         if error.status_code == 404:
             return response(404, "not_found", f"There is no {place} here.")
@@ -255,10 +260,8 @@ class Guard:
             gone = True
         except Exception as error:
             has_begun = bool(entry.status)
-            if isinstance(error, Refusal):
-                answer = response(error.status, error.code, str(error), error.seconds, error.param, error.kind)
-            elif isinstance(error, BodyError):
-                answer = response(error.status_code, error.code, str(error.detail))
+            if isinstance(error, (Refusal, BodyError)):
+                answer = response_to(error)
             else:
                 answer = response(500, INTERNAL, unforeseen())
             if not has_begun:

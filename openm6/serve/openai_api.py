@@ -30,7 +30,7 @@ from openm6.serve.guard import known, sse, unless_gone
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
-from openm6.serve.server import AT_ONCE, Server, asker, is_trained, samples
+from openm6.serve.server import AT_ONCE, Server, asker, is_trained, left_out, samples
 
 T = TypeVar("T")
 
@@ -117,9 +117,10 @@ def add_routes(app: FastAPI, server: Server) -> None:
         found = await unless_gone(request, _all(map(one, every)))
         vectors = [answer["value"] for answer in found]
         coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
-        data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(coded)]
-        for item, answer in zip(data, found, strict=True):
-            item |= {"truncated": answer["truncated"]} if answer.get("truncated") else {}
+        data = [
+            {"object": "embedding", "index": i, "embedding": vector, **left_out(answer)}
+            for i, (vector, answer) in enumerate(zip(coded, found, strict=True))
+        ]
         count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "data": data, "model": chosen.model, "usage": usage}
@@ -254,8 +255,7 @@ def _said(value: Any) -> str:
 
 def _told_beside(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """The seed of an answer, and how many positions of its source were left out, if any."""
-    cut = {"truncated": found["truncated"]} if found.get("truncated") else {}
-    return {"seed": message["decoding"].get("seed"), **cut}
+    return {"seed": message["decoding"].get("seed"), **left_out(found)}
 
 
 def _usage(charge: Charge) -> dict[str, int]:

@@ -165,7 +165,7 @@ class Server:
         return {
             "task": task, "record": record, "decoding": decoding, "adapter": asked.adapter,
             "candidates": asked.candidates, "examples": examples, "probabilities": asked.probabilities,
-            "stop": [one for one in asked.stop if one], "truncate": asked.truncate,
+            "stop": asked.stop, "truncate": asked.truncate,
             "seconds": min(asked.seconds or self.options.seconds, self.options.seconds),
         }  # fmt: skip
 
@@ -276,6 +276,11 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
     """Whether the answers of a task (worker.described) depend on a seed."""
     temperature = {**told["decode"], **decoding}.get("temperature", 0)
     return bool(told["kind"] == "picture" or (told["kind"] == "text" and temperature > 0 and not told["sketch"]))
+
+
+def left_out(found: Mapping[str, Any]) -> dict[str, int]:
+    """What an answer tells of a source that was truncated: the positions that were left out; nothing of others."""
+    return {"truncated": found["truncated"]} if found.get("truncated") else {}
 
 
 def _refuse(beyond: Beyond | None) -> None:

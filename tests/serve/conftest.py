@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
@@ -43,6 +45,13 @@ def bundle() -> Bundle:
         model.norm.weight.mul_(10)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     return Bundle(model, Processor(tokenizer, grid, 64, PictureCodec(codec)), tasks)
+
+
+@pytest.fixture
+def http(served: Any) -> Iterator[httpx2.Client]:
+    """A client of the server that a module has as `served`."""
+    with httpx2.Client(base_url=served.url, timeout=60) as one:
+        yield one
 
 
 class Watched:

@@ -33,12 +33,6 @@ def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     one.stop()
 
 
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=60) as one:
-        yield one
-
-
 def logged(caplog: pytest.LogCaptureFixture, path: str) -> dict[str, Any]:
     """The line of the last request to a path, which may come after its answer."""
     until = time.monotonic() + 20

@@ -34,12 +34,6 @@ def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     one.stop()
 
 
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=served.url, timeout=60) as one:
-        yield one
-
-
 def post(http: httpx2.Client, task: str, inputs: dict[str, Any], **more: Any) -> Any:
     body = {"inputs": inputs, "decoding": FEW if task == "write" else {}, **more}
     return http.post(f"/v1/tasks/{task}", content=json.dumps(body), headers={"content-type": "application/json"})
