@@ -103,8 +103,9 @@ def leave(browser: Any) -> None:
         context.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of one module: while it is open, its thread has a running event loop, and `asyncio.run` fails there."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -114,15 +115,21 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Site]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A server's address, and the folder of what it serves."""
     folder = tmp_path_factory.mktemp("console")
     environment = prepare(folder)
     models = [f"{name}={folder / place / 'model'}" for name, place in MODELS.items()]
     process, url = serving(folder, environment, *models)
     with process:
-        yield Site(url, folder, browser)
-        leave(browser)
+        yield url, folder
         process.terminate()
+
+
+@pytest.fixture(scope="module")
+def site(served: tuple[str, Path], browser: Any) -> Iterator[Site]:
+    yield Site(*served, browser)
+    leave(browser)
 
 
 def choose(page: Any, label: str, text: str) -> None:
@@ -133,6 +140,7 @@ def choose(page: Any, label: str, text: str) -> None:
         box = page.get_by_label(label, exact=True).first
         box.click()
         box.fill(text)
+        box.press("End")  # a closed list that still has the focus opens when a key is pressed
         try:
             page.get_by_role("option").filter(has_text=text).first.click(timeout=3000)
             return
