@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,14 +34,15 @@ class Client:
         head = f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         sent = time.perf_counter()
-        while self._free:
+        while self._free:  # the server does not keep what is idle for long, and may close it just when it is asked
             connection = self._free.pop()
-            if not connection.transport.is_closing():  # the server does not keep what is idle for long
+            with suppress(ConnectionError):
+                status, first, end = await connection.send(request)
                 break
         else:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, self._host, self._port)
-        status, first, end = await connection.send(request)
+            status, first, end = await connection.send(request)
         self._free.append(connection)
         return (first - sent, end - sent) if status == 200 else None
 
@@ -60,6 +62,9 @@ class _Connection(asyncio.Protocol):
     def send(self, request: bytes) -> asyncio.Future[tuple[int, float, float]]:
         """Its status, and when the first bytes of its body and its last ones came."""
         self._done = asyncio.get_running_loop().create_future()
+        if self.transport.is_closing():
+            self.connection_lost(None)
+            return self._done
         self.transport.write(request)
         return self._done
 
