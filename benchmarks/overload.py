@@ -1,7 +1,8 @@
 """Serving more than can be borne: small requests come at twice the peak, and on the one side a fifth of what comes is
 texts of 10 MB and bodies that are sent by half.
 
-Both sides take turns at one server. Those that do harm come from a process of their own (_overload_load.py).
+The sides take turns at one server. What does harm comes from a process of its own (_overload_load.py), and sending it
+costs the machine that the server is on, too: on a third side as much is sent elsewhere (_overload_sink.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +29,7 @@ HARMFUL = 0.2
 """Share of them that is large or sent by half, in equal parts."""
 TARGETS = ("/v1/tasks/infilling", "/v1/tasks/vqa")
 """Where large texts are sent: to a task that takes texts alone, and to one that takes pictures."""
-SIDES = {"small ones alone": False, "with large and half-sent ones": True}
+SIDES = ("small ones alone", "large and half-sent ones sent elsewhere", "large and half-sent ones too")
 
 
 def run(
@@ -39,21 +42,27 @@ def run(
     requests = requests or _openm6(_mixed())
     found: dict[str, list[Measured]] = {side: [] for side in SIDES}
     answers: dict[str, int] = {}
-    with _served(model)() as url:
+    alone, _, harmed = SIDES
+    with _served(model)() as url, _sink() as sink:
         uvloop.run(_load(url, requests, 8, min(2.0, seconds)))  # warm
         peak, *_ = uvloop.run(_load(url, requests, 64, seconds))
         for _ in range(turns):
-            for side, is_harmed in SIDES.items():
-                load = _harm(url, OFFERED * HARMFUL * peak, seconds, large, targets) if is_harmed else None
+            for side in SIDES:
+                load = None
+                if side != alone:
+                    load = _harm(url if side == harmed else sink, OFFERED * HARMFUL * peak, seconds, large, targets)
                 found[side].append(uvloop.run(_arriving(url, requests, OFFERED * (1 - HARMFUL) * peak, seconds)))
-                if load is not None:
-                    for status, count in json.loads(load.communicate(timeout=60)[0]).items():
-                        answers[status] = answers.get(status, 0) + count
+                if load is None:
+                    continue
+                counts = json.loads(load.communicate(timeout=120)[0])
+                for status, count in counts.items() if side == harmed else ():
+                    answers[status] = answers.get(status, 0) + count
     rows = [_row(side, measured, peak) for side, measured in found.items()]
-    alone, harmed = rows
-    harmed["answers of those alone"] = round(harmed["small answers/s"] / alone["small answers/s"], 2)
-    harmed["p99 times that alone"] = round(harmed["answer ms p99"] / alone["answer ms p99"], 2)
-    harmed["answers to the harmful"] = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
+    for before, row in zip(SIDES, rows[1:], strict=False):
+        first = rows[SIDES.index(before)]
+        for name, what in {"answers of": "small answers/s", "p99 times": "answer ms p99"}.items():
+            row[f"{name} the side before"] = round(row[what] / first[what], 2) if first[what] else None
+    rows[-1]["answers to the harmful"] = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
     note = (
         f"The peak is {peak:.0f} requests a second (64 clients, closed loop). Small requests, the demo's tasks mixed, "
         f"come {OFFERED * (1 - HARMFUL):.1f} times as often, others {OFFERED * HARMFUL:.1f} times: half of them texts "
@@ -61,6 +70,15 @@ def run(
         "the server, its model and both clients share the machine."
     )
     return rows, note
+
+
+@contextmanager
+def _sink() -> Iterator[str]:
+    words = [sys.executable, "-m", "benchmarks._overload_sink"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.terminate()
 
 
 def _row(side: str, turns: list[Measured], peak: float) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from openm6.serve.fleet import Deployment, Fleet, Place
 from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
+from openm6.serve.listen import Lag
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
 from openm6.serve.wire import INTERNAL
@@ -57,6 +58,7 @@ def create_app(
 ) -> FastAPI:
     """The application; the models of `places` are loaded when it starts. What is `beside` runs as long as it does."""
     server = Server(fleet, options or Options())
+    lag = Lag()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,7 +66,7 @@ def create_app(
             await fleet.deploy(name, place)
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again takes a tenth of a second each time
-        running = [asyncio.create_task(act()) for act in (server.history.follow, *beside)]
+        running = [asyncio.create_task(act()) for act in (server.history.follow, lag.follow, *beside)]
         yield
         for one in running:
             one.cancel()
@@ -77,9 +79,9 @@ def create_app(
     app.router.route_class = Route
     limits = server.options
     app.add_middleware(
-        Guard, full=lambda: fleet.full, most=limits.body_mib * 2**20, loopback=limits.loopback,
-        stopping=lambda: fleet.closing, busy=lambda: fleet.busy, texts_only=server.takes_texts_only,
-        lets_in=server.find_key, origins=limits.origins,
+        Guard, full=lambda: fleet.full or (fleet.busy and lag.is_long), most=limits.body_mib * 2**20,
+        loopback=limits.loopback, stopping=lambda: fleet.closing, busy=lambda: fleet.busy,
+        texts_only=server.takes_texts_only, lets_in=server.find_key, origins=limits.origins,
         seconds=limits.body_seconds, count=server.figures.answered,
     )  # fmt: skip
     if limits.origins:

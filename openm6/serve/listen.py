@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+import math
 import socket
+import time
 from asyncio import TimerHandle
 from typing import Any
 
@@ -15,6 +18,11 @@ from openm6.serve.guard import body_of
 
 HEAD = 15.0
 """Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
+
+BEHIND = 0.25
+"""Seconds from which on a lag is long: what comes to a busy server then is refused, before it waits to be read."""
+LOOK = 0.05
+"""Seconds between two looks at how far the event loop is behind."""
 
 
 class Connection(HttpToolsProtocol):
@@ -58,6 +66,25 @@ class Connection(HttpToolsProtocol):
         head = b"content-type: application/json\r\nconnection: close\r\n"
         self.transport.write(STATUS_LINE[400] + head + b"content-length: %d\r\n\r\n" % len(content) + content)
         self.transport.close()
+
+
+class Lag:
+    """How far the event loop is behind what it has to do."""
+
+    def __init__(self) -> None:
+        self._due, self._last = math.inf, 0.0
+
+    async def follow(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            self._due = time.monotonic() + LOOK
+            await asyncio.sleep(LOOK)
+            self._last = time.monotonic() - self._due
+
+    @property
+    def is_long(self) -> bool:
+        """Of its last round, or of this one."""
+        return max(self._last, time.monotonic() - self._due) > BEHIND
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -27,7 +28,7 @@ from openm6.serve.bodies import Route
 from openm6.serve.fleet import Fleet, Refused
 from openm6.serve.guard import Guard, add_errors, sse
 from openm6.serve.keys import Keys
-from openm6.serve.listen import Connection, bind
+from openm6.serve.listen import Connection, Lag, bind
 from openm6.serve.server import Options
 from openm6.serve.wire import INTERNAL, STOPPING
 
@@ -320,6 +321,21 @@ def test_a_large_text_is_refused_before_it_is_sent(site: Site) -> None:
     finally:
         site.is_busy = False
     assert site.http.post("/v1/tasks/echo", json={"text": "a" * 2 * MIB}).status_code == 200
+
+
+def test_a_loop_that_has_been_busy_for_long_is_seen_to_be_behind_until_it_has_caught_up() -> None:
+    async def run() -> list[bool]:
+        lag = Lag()
+        following = asyncio.create_task(lag.follow())
+        seen = [lag.is_long]
+        for seconds in (0.0, 1.0, 0.0):
+            await asyncio.sleep(0.3)
+            time.sleep(seconds)
+            seen.append(lag.is_long)
+        following.cancel()
+        return seen
+
+    assert asyncio.run(run()) == [False, False, True, False]
 
 
 def test_an_answer_to_a_body_that_is_not_read_arrives(site: Site) -> None:
