@@ -219,18 +219,22 @@ def measure(
 def batch(
     model: Model,
     prompts: Annotated[
-        str, typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ...")
+        str,
+        typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ..., or a text a line."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the page; one begun earlier goes on.")],
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
-    keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 4,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Of them that are kept, the best ones; by default 4, or all of fewer.")
+    ] = None,
     column: Column = None,
     data_format: Format = None,
     encoding: Encoding = None,
     names: Names = None,
     no_cache: NoCache = False,
     option: Options = None,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
@@ -243,7 +247,7 @@ def batch(
 
     made = make_batch(
         Bundle.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
-        data_format=with_options(data_format, encoding, names),
+        data_format=with_options(data_format, encoding, names), truncate=truncate,
     )  # fmt: skip
     if json:
         emit(made)
@@ -251,7 +255,14 @@ def batch(
     if made["bad"]:
         total = made["prompts"] + made["bad"]
         typer.echo(f"{made['bad']} of {total} prompts could not be used: see {output / 'rejects.jsonl'}.")
-    typer.echo(f"{made['pictures']} pictures for {made['prompts']} prompts. To review: {made['page']}")
+    if made["uncertain"]:
+        typer.echo(
+            f"Of {made['uncertain']} prompts the model does not find in the best picture what was asked for: see "
+            f"`uncertain` in {output / 'candidates.jsonl'}."
+        )
+    typer.echo(
+        f"{made['pictures']} pictures for {made['prompts']} prompts (seed {made['seed']}). To review: {made['page']}"
+    )
 
 
 @images.command()
