@@ -47,13 +47,14 @@ def right(judge: Judge, pictures: list[object], name: str) -> float:
 
 def drawn(bundle: Bundle, name: str) -> list[object]:
     asked = [{"caption": f"{name}的照片。"}] * DRAWN
-    return list(bundle.run_many(TASK, asked))
+    return list(bundle.run_many(TASK, asked, decoding={"seed": 0}))
 
 
 def goods(bundle: Bundle, judge: Judge) -> float:
     """Share of the drawn goods that show all that was asked for."""
     records, wanted = read_wishes(bundle, TASK, judge, DATA, GOODS)
-    rows = judged(judge, list(bundle.run_many(TASK, [{"caption": r["caption"]} for r in records])), wanted)
+    asked = [{"caption": r["caption"]} for r in records]
+    rows = judged(judge, list(bundle.run_many(TASK, asked, decoding={"seed": 0})), wanted)
     return sum(row["all"] for row in rows) / len(rows)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,6 +84,41 @@ def whole_lines(path: Path) -> Iterator[Any]:
             except ValueError:
                 raise DataError(f"{path}:{number} is damaged (no valid JSON): mend the line or delete it.") from None
             yield value
+
+
+@contextmanager
+def lock_output(target: Path) -> Iterator[None]:
+    """Keep other processes from writing the same file or directory, by a lock on a file beside it. The system frees the
+    lock when the process ends, however it ends.
+
+    Raises UsageError where another process holds it, OpenM6Error where the place is not writable.
+    """
+    import fcntl  # Unix alone has it
+
+    target = target.resolve()
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise UsageError(
+                    f"{target} is being written by another process: wait for its end, or name another output."
+                ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    break
+            os.close(handle)  # whoever held it has removed the file in the meantime
+    except OSError as error:
+        raise write_failed(target, error) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def require_new(target: Path) -> None:

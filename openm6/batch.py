@@ -19,24 +19,28 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openm6.atomic import sync, write_failed, write_file
+from openm6.atomic import lock_output, sync, write_failed, write_file
 from openm6.bundle import Bundle, Painting
 from openm6.data.columns import SlotView
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.decode.draw import Drawing
 from openm6.errors import DataError, UsageError
-from openm6.images import open_image
+from openm6.images import open_image, save
+from openm6.painting import fresh_seed
 from openm6.review import (
     CANDIDATES,
+    CONTENT,
     LABELLED,
     REJECTS,
+    SETTINGS,
     acceptance,
     as_line,
     begin,
-    check_keep,
+    content_of,
     go_on,
     groups,
+    kept_of,
     open_rejects,
     progress,
     require_same,
@@ -67,49 +71,69 @@ def make_batch(
     output: Path,
     *,
     candidates: int = 8,
-    keep: int = 4,
+    keep: int | None = None,
     columns: Mapping[str, str] | None = None,
     decoding: Mapping[str, Any] | None = None,
     resume: bool = True,
     data_format: str | None = None,
+    truncate: str | None = None,
 ) -> dict[str, Any]:
-    """For every record of the source `prompts` draw `candidates`, keep the `keep` best that are not alike, and write
-    `output` with a page to review them. Called again after a kill it goes on after the last whole prompt, to the same
-    pictures; without `resume` what is there already is refused.
+    """For every record of the source `prompts` draw `candidates`, keep the `keep` best (by default 4, or all of fewer
+    candidates) that are not alike, and write `output` with a page to review them. Called again after a kill it goes on
+    after the last whole prompt, to the same pictures; without `resume` what is there already is refused.
 
-    `columns` maps slots to columns where names differ. Returns {"prompts": drawn, "bad": left out, "pictures": kept,
-    "page": path}. Raises DataError when more than a twentieth of the prompts, and 20, cannot be used.
+    Without `decoding["seed"]` a fresh seed is drawn once for the batch. `columns` maps slots to columns where names
+    differ. `truncate`: see Bundle.run; without it a prompt that is too long is left out.
+
+    Returns {"prompts": drawn, "bad": left out, "uncertain": whose best picture is (see Painting), "pictures": kept,
+    "seed", "page": path}. Raises DataError when more than a twentieth of the prompts, and 20, cannot be used;
+    UsageError for a folder that was begun with other prompts, another model or options, or that another process is
+    writing.
     """
+    with lock_output(output):
+        return _make_batch(
+            bundle, task, prompts, output, candidates, keep, columns or {}, dict(decoding or {}), resume, data_format,
+            truncate,
+        )  # fmt: skip
+
+
+def _make_batch(
+    bundle: Bundle, task: str | Task, prompts: str | Path, output: Path, candidates: int, keep: int | None,
+    columns: Mapping[str, str], decoding: dict[str, Any], resume: bool, data_format: str | None, truncate: str | None,
+) -> dict[str, Any]:  # fmt: skip
     chosen, source = bundle.task(task), open_source(prompts, data_format)
     chosen.check_draws()
-    check_keep(keep, candidates)
+    keep = kept_of(keep, candidates, 4)
+    if "seed" not in {**chosen.decode, **decoding}:
+        decoding["seed"] = settings_of(output)["seed"] if (output / SETTINGS).is_file() else fresh_seed()
     list(bundle.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for
-    options = Drawing.of(**{**chosen.decode, **(decoding or {})})
-    view = _wishing(chosen, source, columns or {})
+    options = Drawing.of(**{**chosen.decode, **decoding})
+    view = _wishing(chosen, source, columns)
     settings = {
         "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "prompts": str(prompts),
-        "records": len(source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
-        **asdict(options),
+        CONTENT: content_of(bundle, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
+        "truncate": truncate, **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
+
+    def asks(record: Record) -> dict[str, Any]:
+        return _words(chosen, _wish(view, record))
+
     begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures")
     try:
         begun = go_on(output / CANDIDATES)
+        require_same(output, settings, source, {n: _words(chosen, row["asked"]) for n, row in begun.items()}, asks)
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
         rejects = open_rejects(output / REJECTS, source)
         with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
             row = bar.add_task("prompts", total=len(source))
             for group in groups(len(source), max(1, ROWS // candidates)):
-                wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects))
-                for number in begun.keys() & wishes.keys():
-                    words = {n: v for n, v in wishes[number].items() if chosen.slots[n].type != "image"}
-                    asked = {n: begun[number]["asked"].get(n) for n in words}
-                    require_same(asked, words, source, number, output)
+                wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects, truncate))
                 if not done.issuperset(wishes):
                     # A group is drawn whole, with a seed of its own: its pictures do not depend on a kill.
-                    own = {**(decoding or {}), "seed": seed_of(options.seed, group.start)}
+                    own = {**decoding, "seed": seed_of(options.seed, group.start)}
                     drawn = bundle.draw_many(
-                        chosen, wishes.values(), candidates=candidates, batch_size=ROWS, decoding=own
+                        chosen, wishes.values(), candidates=candidates, batch_size=ROWS, decoding=own, truncate=truncate
                     )
                     for number, some in zip(wishes, drawn, strict=True):
                         if number not in done:
@@ -122,7 +146,11 @@ def make_batch(
         page = write_review(output)
     except OSError as error:
         raise write_failed(output, error) from None
-    return {"prompts": len(done), "bad": rejects.bad, "pictures": pictures, "page": str(page)}
+    uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in rows_of(output))
+    return {
+        "prompts": len(done), "bad": rejects.bad, "uncertain": uncertain, "pictures": pictures, "seed": options.seed,
+        "page": str(page),
+    }  # fmt: skip
 
 
 def distinct(paintings: Iterable[Painting], keep: int) -> list[Painting]:
@@ -175,11 +203,20 @@ def _wishing(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView
 def _wish(view: SlotView, record: Record) -> dict[str, Any]:
     """What a prompt asks for, by slot."""
     seen = view(record)
-    wish = {name: seen[name] for name in view.mapping if seen.get(name) not in (None, "")}
+    wish = {name: seen[name] for name in view.mapping if not _is_blank(seen.get(name))}
     if not wish:
         where = record.get("_where", "a prompt")
         raise DataError(f"{where} asks for nothing: {', '.join(view.mapping.values())} is empty.")
     return wish
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _words(task: Task, wish: Record) -> dict[str, Any]:
+    """What is asked for, without pictures."""
+    return {name: value for name, value in wish.items() if task.slots[name].type != "image"}
 
 
 def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painting]) -> list[str]:
@@ -194,8 +231,9 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painti
         file = f"pictures/{number:06d}-{rank}.png"
         _save_picture(painting.image, output / file)
         line = {
-            "file": file, "prompt": number, "rank": rank, "of": len(kept), "asked": asked, "score": painting.score,
-            "estimates": painting.estimates, "codes": painting.codes.tolist(),
+            "file": file, "prompt": number, "rank": rank, "of": len(kept), "asked": asked, "seed": painting.seed,
+            "uncertain": painting.uncertain, "score": painting.score, "estimates": painting.estimates,
+            "codes": painting.codes.tolist(),
         }  # fmt: skip
         lines.append(as_line(line))
     return lines
@@ -203,7 +241,7 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painti
 
 def _save_picture(picture: Image.Image, file: Path) -> None:
     """Write a picture to the disk, which has to be done before the line that names it is written."""
-    write_file(file, lambda draft: picture.save(draft, "PNG"))
+    write_file(file, lambda draft: save(picture, draft, "PNG"))
 
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,11 +25,11 @@ from openm6.decode.refine import refine
 from openm6.decode.steps import each_inside
 from openm6.directory import Adapters, describe, open_directory
 from openm6.errors import DataError, UsageError, suggest
-from openm6.images import check_features
+from openm6.images import UNCERTAIN, check_features
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
+from openm6.painting import KEPT, TRUNCATE, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
 from openm6.tasks.forms import characters
 from openm6.tasks.lengths import check_truncate
@@ -54,9 +54,6 @@ SHOTS = "_shots"
 LIMITS = "_limits"
 """In a record: what its answer must not say, a Limits (decode/limits.py)."""
 
-TRUNCATE = "_truncate"
-"""In a record: "start" where its longest text loses its beginning if it is longer than the model takes."""
-
 
 class Bundle:
     """A network with its tokenizer and tasks: `m6.run("vqa", photo="a.jpg", question="...")`."""
@@ -73,7 +70,7 @@ class Bundle:
         self.processor = processor
         self.tasks = {task.name: task for task in tasks}
         self.path = path
-        self._adapters, self._chosen = adapters, ""
+        self._adapters, self.active_adapter = adapters, ""
         self._checked: set[tuple[str, ...]] = set()  # what was warned of, shared by all views
 
     # Files
@@ -119,7 +116,7 @@ class Bundle:
             raise UsageError(f"The model has no adapter {name}.{suggest(name, list(known))} {there}")
         tasks = [*self.tasks.values(), *(known[name] if name else [])]
         view = Bundle(self.model, self.processor, tasks, self.path, self._adapters)
-        view._chosen, view._checked = name or "", self._checked
+        view.active_adapter, view._checked = name or "", self._checked
         return view
 
     @property
@@ -173,6 +170,7 @@ class Bundle:
     ) -> list[Painting]:
         """Candidates for one wish, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
 
+        Without `decoding["seed"]` a fresh seed is drawn; each Painting has its own, which draws it again alone.
         `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
         `truncate`: see `run`.
         """
@@ -181,7 +179,7 @@ class Bundle:
         if kept is not None:
             decoding = in_passes(task, decoding)
         records = [{**slots, KEPT: kept, TRUNCATE: truncate}]
-        return next(iter(self.draw_many(task, records, candidates=candidates, decoding=decoding)))
+        return next(self.draw_many(task, records, candidates=candidates, decoding=decoding))  # type: ignore[no-any-return]
 
     def run_many(
         self,
@@ -201,7 +199,7 @@ class Bundle:
         """
         task, records = self.task(task), _truncating(records, truncate)
         if task.draws:
-            drawn = draw_many(self, task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
+            drawn = self.draw_many(task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
             yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
             return
         if task.embeds:
@@ -275,11 +273,16 @@ class Bundle:
 
     def draw_many(
         self, task: str | Task, records: Iterable[Record], *, candidates: int = 1, batch_size: int = 64,
-        decoding: Mapping[str, Any] | None = None, truncate: str | None = None,
-    ) -> Iterator[list[Painting]]:  # fmt: skip
-        """For each record `candidates` pictures, the best first: see `painting.draw_many`. `truncate`: see `run`."""
-        records = _truncating(records, truncate)
-        return draw_many(self, task, records, candidates=candidates, batch_size=batch_size, decoding=decoding)
+        decoding: Mapping[str, Any] | None = None, on_error: str = "raise", truncate: str | None = None,
+    ) -> Iterator[Any]:  # fmt: skip
+        """For each record `candidates` pictures, the best first: see `painting.draw_many`. `truncate`: see `run`. Of
+        each task one warning is logged where the best picture is uncertain."""
+        task, records = self.task(task), _truncating(records, truncate)
+        options: dict[str, Any] = {"candidates": candidates, "batch_size": batch_size, "on_error": on_error}
+        for drawn in draw_many(self, task, records, decoding=decoding, **options):
+            if not isinstance(drawn, DataError) and drawn[0].uncertain and self._is_first("uncertain", task):
+                _log.warning(UNCERTAIN)
+            yield drawn
 
     def relevance_by_slot(self, task: str | Task, drawn: list[Painting], **slots: Any) -> dict[str, list[float]]:
         """How well pictures follow each given slot by itself: see `painting.relevance_by_slot`."""
@@ -335,7 +338,7 @@ class Bundle:
 
     def _is_first(self, what: str, task: Task) -> bool:
         """Whether the warning `what` is due for the task for the first time, with the active adapter."""
-        key = (what, self._chosen, task.name)
+        key = (what, self.active_adapter, task.name)
         is_first = key not in self._checked
         self._checked.add(key)
         return is_first
@@ -365,7 +368,7 @@ class Bundle:
         """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing. Everything
         that asks the network does so inside."""
         if self._adapters:
-            self._adapters.active.name = self._chosen or None
+            self._adapters.active.name = self.active_adapter or None
         model = self.model
         kind = model.embed.weight.device.type
         fp32 = model.embed.weight.dtype == torch.float32 and model.packed_head is None

@@ -356,6 +356,10 @@ def _warn(answer: Mapping[str, Any]) -> None:
             "A record is longer than the model takes: %d positions at the beginning of its longest text were left out.",
             answer["truncated"],
         )
+    if answer.get("uncertain"):
+        from openm6.images import UNCERTAIN
+
+        _log.warning(UNCERTAIN)
 
 
 def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:

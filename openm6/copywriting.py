@@ -31,14 +31,16 @@ from openm6.decode.limits import Limits
 from openm6.errors import UsageError
 from openm6.review import (
     CANDIDATES,
+    CONTENT,
     LABELLED,
     REJECTS,
     acceptance,
     as_line,
     begin,
-    check_keep,
+    content_of,
     go_on,
     groups,
+    kept_of,
     open_rejects,
     place_of,
     progress,
@@ -92,7 +94,7 @@ def make_copy(
     output: Path,
     *,
     candidates: int = 4,
-    keep: int = 2,
+    keep: int | None = None,
     columns: Mapping[str, str] | None = None,
     decoding: Mapping[str, Any] | None = None,
     forbid: Iterable[str] = (),
@@ -105,8 +107,9 @@ def make_copy(
     table: Sequence[str] | None = None,
     data_format: str | None = None,
 ) -> dict[str, Any]:
-    """For every item of the source write `candidates` texts, keep the `keep` best that break no rule and are not alike,
-    and write `output` with a page to review them. Called again after a kill it goes on after the last whole item.
+    """For every item of the source write `candidates` texts, keep the `keep` best (by default 2, or all of fewer
+    candidates) that break no rule and are not alike, and write `output` with a page to review them. Called again after
+    a kill it goes on after the last whole item.
 
     `forbid`, `least`, `most`: words that never occur, characters at least and at most. `facts`: no value that other
     items have in a column of the table and this one has not, and no number that it has not; `lexicon` is a source of
@@ -121,7 +124,7 @@ def make_copy(
     chosen, source = bundle.task(task), open_source(items, data_format)
     if [chosen.slots[name].type for name in chosen.outputs] != ["text"]:
         raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
-    check_keep(keep, candidates)
+    keep = kept_of(keep, candidates, 2)
     view = _view(chosen, source, columns or {})
     pictures = {view.mapping.get(name) for name in chosen.inputs if chosen.slots[name].type == "image"}
     shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
@@ -137,8 +140,8 @@ def make_copy(
     Limits(bundle.processor.tokenizer, rules["forbid"], None, least, most)  # refuses what cannot be
     settings = {
         "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "prompts": str(items),
-        "records": len(source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep, **rules,
-        **asdict(options),
+        CONTENT: content_of(bundle, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
+        **rules, **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
     begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume)
@@ -149,6 +152,8 @@ def make_copy(
             known.setdefault(name, set()).update(values)
     try:
         before = go_on(output / CANDIDATES)
+        given = {number: row["given"] for number, row in before.items()}
+        require_same(output, settings, source, given, lambda record: _plain(_asked(chosen, view, record), chosen))
         done = set(before)
         # Texts of an item that is written anew are counted once.
         write(output / BROKEN, map(as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]))
@@ -162,8 +167,6 @@ def make_copy(
             row = bar.add_task("items", total=len(source))
             for group in groups(len(source), ITEMS):
                 asked = dict(usable(bundle, chosen, partial(_asked, chosen, view), source, group, rejects))
-                for number in before.keys() & asked.keys():
-                    require_same(before[number]["given"], _plain(asked[number], chosen), source, number, output)
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
                     limits = {n: _limits(bundle, chosen, record, known, rules) for n, record in asked.items()}

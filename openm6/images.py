@@ -18,6 +18,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from openm6.errors import DataError
 
@@ -89,6 +90,7 @@ def _decode(image: Image.Image, name: str, draft: tuple[int, int] | None, alpha:
             image.draft("RGB", draft)
         image.load()
         upright = _eight_bits(ImageOps.exif_transpose(image), image.format)
+        upright.info.pop(ORIGIN, None)  # what is made of this picture is another one
         if upright.has_transparency_data:
             clear = upright.convert("RGBA")
             return (
@@ -256,10 +258,29 @@ def held_picture(text: str) -> bytes | None:
         return None
 
 
+ORIGIN = "openm6"
+"""In the `info` of a picture that was drawn: what it was made of, as JSON; a text of that name in its PNG file."""
+
+
+UNCERTAIN = (
+    "The model does not find in the best picture what was asked for: the wish may lie outside of what it was trained "
+    "on, or contradict itself."
+)
+"""What is said to people of a drawing whose best picture is uncertain (painting.Painting)."""
+
+
+def save(image: Image.Image, target: Path | io.BytesIO, format: str | None = None) -> None:
+    """Write a picture in a format, else in that of its file's name; a PNG with its ORIGIN."""
+    told = PngInfo()
+    if ORIGIN in image.info:
+        told.add_itxt(ORIGIN, image.info[ORIGIN])
+    image.save(target, format, pnginfo=told)
+
+
 def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
+    """A picture as a PNG file, with its ORIGIN."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    save(image, buffer, "PNG")
     return buffer.getvalue()
 
 

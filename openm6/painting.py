@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
+from openm6._version import __version__
+from openm6.bases import directory_hash
+from openm6.decode.draw import OPEN, Codes, Drawing, draw_steps, estimate, kept_codes
 from openm6.decode.many import answer_groups
 from openm6.decode.steps import Steps, finish, recounted
-from openm6.errors import UsageError
+from openm6.errors import DataError, UsageError
+from openm6.images import ORIGIN, Features, as_file
+from openm6.json_lines import dumps, plain
 from openm6.tasks.drawn import ESTIMATES
+from openm6.tasks.encode import where
 from openm6.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -23,6 +32,20 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 T = TypeVar("T")
 
+UNREAD = -1.0
+"""Mean log-probability of a token of what was asked for, read from a candidate, below which it is uncertain.
+
+Chosen on validation data of the demo's model, with studio pictures in the place of drawn ones: 60 captions of the
+picture had -0.73 or more; 26 other wishes (English, other subjects, no words, contradictions), read from the best of
+eight pictures, -2.7 or less. Of as many held-out ones: -0.50 or more, and -1.5 or less (an area under the ROC curve of
+1.00); no caption of 60 is uncertain, all 26 others are, and 19 of 24 captions that are wrong in one attribute."""
+
+SEEDS = 2**63
+"""Seeds of pictures are below it, as the API takes them."""
+
+TRUNCATE = "_truncate"
+"""In a record: "start" where its longest text loses its beginning if it is longer than the model takes."""
+
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
 
@@ -30,13 +53,19 @@ KEPT = "_kept"
 @dataclass(frozen=True, slots=True)
 class Painting:
     """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
-    log-odds of relevance, fidelity and quality, and the score that ranks."""
+    log-odds of relevance, fidelity and quality, and the score that ranks.
+
+    `seed` draws this picture again, alone; `image.info["openm6"]` is JSON that says what else that takes. `uncertain`:
+    the model, which reads the picture, would hardly write what was asked for (where it can read, see UNREAD).
+    """
 
     image: Image.Image
     number: int
     codes: np.ndarray
     estimates: dict[str, float]
     score: float
+    seed: int = 0
+    uncertain: bool = False
 
 
 def draw_many(
@@ -51,20 +80,22 @@ def draw_many(
 ) -> Iterator[list[Painting]]:
     """For each record `candidates` pictures of a task that draws, the best by the model's own estimates first.
 
-    `decoding` overrides the task's options (see Drawing). A record may have codes that are given (KEPT).
-    `on_error`: see Bundle.run_many.
+    `decoding` overrides the task's options (see Drawing); without a seed a fresh one is drawn. Each picture has a seed
+    of its own: the call's seed for the first one, and from there each the next number. A record may have codes that
+    are given (KEPT). `on_error`: see Bundle.run_many.
     """
     task, options = options_of(bundle, task, candidates, decoding)
 
     def check(record: Record) -> Record:
+        check_wish(task, record)
         bundle.prompt(task, record)
         kept_codes([record.get(KEPT)], _codes(bundle))
         return record
 
     def paint(wishes: list[Record], numbers: list[int]) -> list[list[Painting]]:
-        every = [number * candidates + one for number in numbers for one in range(candidates)]
+        seeds = [options.seed + number * candidates for number in numbers]
         with bundle.precision():
-            return finish(paint_steps(bundle, task, wishes, candidates, options, every))
+            return finish(paint_steps(bundle, task, wishes, candidates, options, seeds))
 
     yield from answer_groups(records, max(1, batch_size // candidates), check, paint, on_error)
 
@@ -72,11 +103,11 @@ def draw_many(
 def options_of(
     bundle: Bundle, task: str | Task, candidates: int, decoding: Mapping[str, Any] | None
 ) -> tuple[Task, Drawing]:
-    """The task and how it is drawn. Raises UsageError for what cannot be."""
+    """The task and how it is drawn, by a fresh seed where none is given. Raises UsageError for what cannot be."""
     task = drawing_task(bundle, task)
     if decoding and int(decoding.get("branches", 1)) > 1:
         decoding = in_passes(task, decoding)
-    options = Drawing.of(**{**task.decode, **(decoding or {})})
+    options = Drawing.of(**{"seed": fresh_seed(), **task.decode, **(decoding or {})})
     if options.guidance and not _droppable(task):
         raise UsageError(f"The task {task.name} has no slot that can be dropped: guidance has nothing to leave.")
     if candidates < 1:
@@ -84,16 +115,30 @@ def options_of(
     return task, options
 
 
+def fresh_seed() -> int:
+    return secrets.randbelow(2**31)
+
+
+def check_wish(task: Task, record: Record) -> None:
+    """Raises DataError for a record that asks for nothing: a text of blanks, or no slot at all and no codes that are
+    kept."""
+    for name in task.inputs:
+        value = record.get(name)
+        if task.slots[name].type == "text" and isinstance(value, str) and value and not value.strip():
+            raise DataError(f"{where(record)}{name}: holds blanks alone.", param=name)
+    if record.get(KEPT) is None and not task.asked(record):
+        raise DataError(f"{where(record)}nothing is asked for: give {' or '.join(task.inputs)}.")
+
+
 def _droppable(task: Task) -> set[str]:
     return {name for name in task.inputs if task.slots[name].drop}
 
 
 def paint_steps(
-    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, numbers: Sequence[int],
-    seeds: Sequence[int] | None = None,
+    bundle: Bundle, task: Task, records: list[Record], candidates: int, options: Drawing, seeds: Sequence[int]
 ) -> Steps[list[list[Painting]]]:  # fmt: skip
-    """Of each record its candidates, the best first. `numbers` of all pictures, and their `seeds` where they differ,
-    for their random numbers. A step costs a record what it costs all its candidates."""
+    """Of each record its candidates, the best first. `seeds`: of each record its first picture's, from which the others
+    of that record count on. A step costs a record what it costs all its candidates."""
     codec, codes, droppable = bundle.codec, _codes(bundle), _droppable(task)
 
     def in_parts(items: list[T]) -> list[list[T]]:
@@ -102,19 +147,56 @@ def paint_steps(
     prompts = [prompt for r in records for prompt in [bundle.prompt(task, r)] * candidates]
     free = [bundle.prompt(task, {k: v for k, v in r.items() if k not in droppable}) for r in records]
     free = [prompt for prompt in free for _ in range(candidates)]
-    kept = kept_codes([r.get(KEPT) for r in records for _ in range(candidates)], codes)
-    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, numbers, seeds)
+    asked = [r for r in records for _ in range(candidates)]
+    kept = kept_codes([r.get(KEPT) for r in asked], codes)
+    own = [(seed + number) % SEEDS for seed in seeds for number in range(candidates)]
+    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, [0] * len(own), own)
     drawn = yield from recounted(steps, lambda counts: [sum(part) for part in in_parts(counts)])
     yield [0] * len(records)
     rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)
     made = [
-        Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score)
-        for place, (row, told, score) in enumerate(rows)
+        Painting(codec.decode(row), place % candidates, row, dict(zip(ESTIMATES, told, strict=True)), score, seed)
+        for place, ((row, told, score), seed) in enumerate(zip(rows, own, strict=True))
     ]
-    if candidates > 1 and options.reading:
+    for record, some in zip(records, in_parts(made), strict=True):
+        origin = _origin(bundle, task, record)
+        for one in some:
+            own_options = {**asdict(options), "seed": one.seed}
+            one.image.info[ORIGIN] = dumps({**origin, "number": one.number, "options": own_options}, plain)
+    if options.reading:
         yield [0] * len(records)
-        made = _read_back(bundle, task, made, [r for r in records for _ in range(candidates)], options.reading)
+        made = _read_back(bundle, task, made, asked, options.reading)
     return [sorted(part, key=lambda p: -p.score) for part in in_parts(made)]
+
+
+def _origin(bundle: Bundle, task: Task, record: Record) -> dict[str, Any]:
+    """What is drawn of a record, without any path: a picture that it was asked with is named by the SHA-256 of its
+    file; `kept` is the number of codes that were given."""
+    given = task.asked(record)
+    for name in (name for name in given if task.slots[name].type == "image"):
+        features = Features.of(given[name])
+        content = as_file(given[name]) if features is None else features.data
+        given[name] = {"sha256": hashlib.sha256(content).hexdigest()}
+    kept = record.get(KEPT)
+    told = {
+        "openm6": __version__, "model": _model_hash(bundle.path), "adapter": bundle.active_adapter, "task": task.name,
+        "slots": given, "truncate": record.get(TRUNCATE),
+        "kept": 0 if kept is None else int((np.asarray(kept) != OPEN).sum()),
+    }  # fmt: skip
+    return {name: value for name, value in told.items() if value not in ("", None)}
+
+
+def _model_hash(path: Path | None) -> str:
+    if path is None:
+        return ""
+    state = path.stat()
+    return _hash_once(path, state.st_ino, state.st_mtime_ns)
+
+
+@lru_cache
+def _hash_once(path: Path, *state: int) -> str:
+    """The hash of a directory in this state: it takes a second for some billions of weights."""
+    return directory_hash(path)
 
 
 def _read_back(bundle: Bundle, task: Task, made: list[Painting], asked: list[Record], weight: float) -> list[Painting]:
@@ -128,9 +210,11 @@ def _read_back(bundle: Bundle, task: Task, made: list[Painting], asked: list[Rec
     if picture is None:
         raise UsageError(f"The reader of the task {task.name}, {reader.name}, takes no picture.")
     records = [{picture: made[i].image, **{n: asked[i][n] for n in reader.outputs}} for i in places]
-    for i, value in zip(places, (-bundle.target_losses(reader, records)[0]).tolist(), strict=True):
+    losses, counts = bundle.target_losses(reader, records)
+    for i, value, each in zip(places, (-losses).tolist(), (-losses / counts).tolist(), strict=True):
         told = {**made[i].estimates, "reading": value}
-        made[i] = replace(made[i], estimates=told, score=made[i].score + weight * value)
+        score = made[i].score + weight * value
+        made[i] = replace(made[i], estimates=told, score=score, uncertain=each < UNREAD)
     return made
 
 

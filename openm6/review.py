@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openm6.atomic import cut_torn_line, require_new, whole_lines, write_failed, write_file, write_whole
-from openm6.bundle import Bundle
+from openm6.bases import directory_hash
+from openm6.bundle import TRUNCATE, Bundle
 from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record
@@ -33,6 +34,10 @@ SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
 )  # fmt: skip
 
 
+CONTENT = "content"
+"""In the settings of a batch: the hashes of its source and of its model (`content_of`)."""
+
+
 def groups(count: int, size: int) -> Iterator[range]:
     return (range(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -41,9 +46,14 @@ def seed_of(seed: int, start: int) -> int:
     return int(np.random.SeedSequence([seed & 0xFFFFFFFF, start]).generate_state(1)[0])
 
 
-def check_keep(keep: int, candidates: int) -> None:
+def kept_of(keep: int | None, candidates: int, usual: int) -> int:
+    """How many candidates are kept: where nothing is said the usual number, or all of fewer. Raises UsageError for a
+    number that cannot be."""
+    if keep is None:
+        return min(usual, candidates)
     if not 1 <= keep <= candidates:
         raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+    return keep
 
 
 def usable(
@@ -53,14 +63,15 @@ def usable(
     source: Source,
     numbers: Iterable[int],
     rejects: Rejects,
+    truncate: str | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted. `ask`
-    makes it of a record; it may raise DataError."""
+    makes it of a record; it may raise DataError. `truncate`: see Bundle.run."""
     for number in numbers:
         record = source[number]
         try:
             asked = ask(record)
-            bundle.prompt(task, asked)
+            bundle.prompt(task, {**asked, TRUNCATE: truncate})
         except DataError as error:
             rejects.count(place_of(source, number, record), str(error), source.name)
         else:
@@ -71,11 +82,32 @@ def place_of(source: Source, number: int, record: Record) -> str:
     return str(record.get("_where", f"{source.name}#{number}"))
 
 
-def require_same(before: Mapping[str, Any], now: Mapping[str, Any], source: Source, number: int, output: Path) -> None:
-    """Refuse to go on with a batch one of whose records has changed since its candidates were made."""
-    if dumps(before) != dumps(now):
-        where = place_of(source, number, source[number])
-        raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
+def content_of(bundle: Bundle, source: Source) -> dict[str, str]:
+    return {"source": source.content_hash(), "model": directory_hash(bundle.path) if bundle.path else ""}
+
+
+def require_same(
+    output: Path, settings: Mapping[str, Any], source: Source, begun: Mapping[int, Any],
+    asks: Callable[[Record], Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Refuse to go on with a batch whose source or model has changed since it was begun, a source by the name of the
+    first record that is known to have: `begun` is what those asked for whose candidates are made, and `asks` what a
+    record asks for now."""
+    before, now = settings_of(output).get(CONTENT, {}), settings[CONTENT]
+    if before == now:
+        return
+
+    def has_changed(number: int) -> bool:
+        try:
+            return dumps(begun[number]) != dumps(asks(source[number]))
+        except (DataError, IndexError):
+            return True
+
+    changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
+    where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
+    if before.get("source") == now["source"]:
+        where = f"The model {settings['model']}"
+    raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
 
 
 def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
@@ -103,7 +135,7 @@ def begin(output: Path, settings: dict[str, Any], more: dict[str, Any], resume: 
         return
     before = settings_of(output)
     for key, now in settings.items():
-        if before.get(key) != now:
+        if key != CONTENT and before.get(key) != now:  # require_same looks at the content
             raise UsageError(
                 f"{output} was begun with {key} {before.get(key)}, not {now}: name another directory to begin anew."
             )

@@ -4,6 +4,8 @@ that grow, what a kill leaves of the last line is cut."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.atomic import cut_torn_line, sync, whole_lines, write_json, write_text, write_whole
+from openm6.atomic import cut_torn_line, lock_output, sync, whole_lines, write_json, write_text, write_whole
 from openm6.data.store import cached, write_records
-from openm6.errors import DataError
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.hub.jobs import Job, Jobs
 from openm6.retrieve.memory import Lists
 from openm6.review import write as write_page
@@ -139,3 +141,35 @@ def test_a_damaged_line_is_told_by_its_number(tmp_path: Path) -> None:
         file.write_bytes(b"1\n" + damaged + b"3\n")
         with pytest.raises(DataError, match=r"lines\.jsonl:2 is damaged"):
             list(whole_lines(file))
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from openm6.atomic import lock_output
+with lock_output(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_output_is_written_by_one_process_and_a_kill_frees_it(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        (tmp_path / "link").symlink_to(target.parent)
+        for name in (target, tmp_path / "link" / "out"):
+            with pytest.raises(UsageError, match="out is being written by another process"), lock_output(name):
+                pass
+        with lock_output(target.with_name("another")):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with lock_output(target):
+        pass
+    assert list(target.parent.iterdir()) == []
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(OpenM6Error, match="could not be written"), lock_output(tmp_path / "file" / "out"):
+        pass

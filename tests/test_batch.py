@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openm6.atomic import lock_output
 from openm6.batch import distinct, make_batch, read_labels, write_labelled
 from openm6.bundle import Bundle, Painting
 from openm6.data.columns import SlotView
@@ -115,12 +117,37 @@ def test_a_whole_line_without_the_rest_of_its_prompt_is_drawn_again(bundle: Bund
     assert file.read_text("utf-8") == whole
 
 
-def test_a_prompt_that_has_changed_and_a_damaged_line_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_list_that_has_changed_since_a_kill_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """By its first record that is known to have changed: of those that were not drawn yet the list's name is known."""
     made(bundle, tmp_path)
-    prompts(tmp_path, [{"caption": text.replace("第3", "第33"), "id": n} for n, text in enumerate(CAPTIONS)])
-    with pytest.raises(UsageError, match=r"prompts.jsonl:4 has changed since .* was begun"):
-        made(bundle, tmp_path)
+    file, same = tmp_path / "batch" / "candidates.jsonl", [{"caption": c, "id": n} for n, c in enumerate(CAPTIONS)]
+    file.write_text("".join(line for line in file.read_text("utf-8").splitlines(True) if '"prompt": 4' not in line))
+    left = file.read_bytes()
+    other = {"caption": "蓝色的雨伞", "id": 9}
+    for changed, name in (
+        ([*same[:3], other, *same[4:]], "prompts.jsonl:4"), ([other, *same], "prompts.jsonl:1"),
+        ([*same[:4], other, *same[5:]], "prompts.jsonl"), ([*same, other], "prompts.jsonl"),
+        (same[:10], "prompts.jsonl"), ([*same[:2], {"caption": " "}, *same[3:]], "prompts.jsonl:3"),
+    ):  # fmt: skip
+        prompts(tmp_path, changed)
+        with pytest.raises(UsageError, match=rf"{name} has changed since .* was begun"):
+            made(bundle, tmp_path)
+        assert file.read_bytes() == left
     prompts(tmp_path)
+    assert made(bundle, tmp_path)["prompts"] == 11
+
+
+def test_a_model_that_has_changed_since_a_kill_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "model")
+    model = Bundle.load(tmp_path / "model")
+    made(model, tmp_path, candidates=2, keep=2)
+    (tmp_path / "model" / "more.json").write_text("{}", "utf-8")
+    with pytest.raises(UsageError, match=r"The model .*model has changed since .* was begun"):
+        made(model, tmp_path, candidates=2, keep=2)
+
+
+def test_a_damaged_line_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    made(bundle, tmp_path)
     file = tmp_path / "batch" / "candidates.jsonl"
     lines = file.read_text("utf-8").splitlines(keepends=True)
     file.write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]), "utf-8")
@@ -162,6 +189,58 @@ def test_another_request_for_the_same_folder_is_refused(bundle: Bundle, tmp_path
         make_batch(bundle, TASK, tmp_path / "prompts.jsonl", tmp_path / "other")
 
 
+def test_a_batch_has_one_seed_and_each_picture_its_own(bundle: Bundle, tmp_path: Path) -> None:
+    """A fresh one, which a call that goes on takes too; by its own seed a picture is drawn again alone."""
+    first = made(bundle, tmp_path)
+    assert made(bundle, tmp_path)["seed"] == first["seed"]
+    with pytest.raises(UsageError, match=f"was begun with seed {first['seed']}, not 3"):
+        made(bundle, tmp_path, decoding={**QUICK, "seed": 3})
+    for row in rows(tmp_path)[:5]:
+        with Image.open(tmp_path / "batch" / row["file"]) as image:
+            told = json.loads(image.text["openm6"])  # type: ignore[attr-defined]
+            assert told["options"]["seed"] == row["seed"] and told["slots"] == row["asked"]
+            [alone] = bundle.draw(TASK, decoding=told["options"], **told["slots"])
+            assert np.array_equal(np.asarray(alone.image), np.asarray(image))
+    shutil.rmtree(tmp_path / "batch")
+    assert made(bundle, tmp_path)["seed"] != first["seed"]
+
+
+def test_a_folder_takes_one_batch_at_a_time(bundle: Bundle, tmp_path: Path) -> None:
+    with lock_output(tmp_path / "batch"), pytest.raises(UsageError, match="batch is being written by another process"):
+        made(bundle, tmp_path)
+    assert made(bundle, tmp_path)["prompts"] == 11
+
+
+@pytest.mark.parametrize(("candidates", "most"), [(2, 2), (16, 4)])
+def test_what_is_kept_by_default_is_never_more_than_is_drawn(
+    bundle: Bundle, tmp_path: Path, candidates: int, most: int
+) -> None:
+    prompts(tmp_path, [{"caption": CAPTIONS[0]}])
+    assert 1 <= made(bundle, tmp_path, candidates=candidates, keep=None)["pictures"] <= most
+    assert json.loads((tmp_path / "batch" / "batch.json").read_text("utf-8"))["keep"] == most
+
+
+def test_prompts_are_lines_of_a_text_file_too(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{CAPTIONS[0]}\r\n\n  {CAPTIONS[1]} \n \n{CAPTIONS[2]}", "utf-8")
+    make_batch(bundle, TASK, file, tmp_path / "batch", candidates=2, decoding=QUICK)
+    assert [row["asked"]["caption"] for row in rows(tmp_path) if row["rank"] == 1] == CAPTIONS[:3]
+
+
+def test_a_prompt_that_is_too_long_is_left_out_or_shortened_by_choice(bundle: Bundle, tmp_path: Path) -> None:
+    """1,980 characters before the wish never stand for it."""
+    short = drawing_bundle(max_length=96)
+    long = "很好" * 990 + CAPTIONS[3]
+    prompts(tmp_path, [{"caption": CAPTIONS[0]}, {"caption": long}])
+    found = made(short, tmp_path, candidates=2, keep=2)
+    assert found["prompts"] == 1 and found["bad"] == 1
+    [reject] = (tmp_path / "batch" / "rejects.jsonl").read_text("utf-8").splitlines()
+    assert re.search(r"prompts.jsonl:2.* has [\d,]+ positions and its answer 17; the model takes 96 ", reject)
+    shutil.rmtree(tmp_path / "batch")
+    assert made(short, tmp_path, candidates=2, keep=2, truncate="start")["prompts"] == 2
+    assert {row["asked"]["caption"] for row in rows(tmp_path)} == {CAPTIONS[0], long}
+
+
 def test_wrong_requests_leave_nothing_behind(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"keep is 20; it can be 1 to the number of candidates, 16\."):
         made(bundle, tmp_path, keep=20)
@@ -182,7 +261,8 @@ def test_wrong_requests_leave_nothing_behind(bundle: Bundle, tmp_path: Path) -> 
 def test_bad_prompts_are_counted_and_written_down(bundle: Bundle, tmp_path: Path) -> None:
     good = [{"caption": text} for text in CAPTIONS]
     prompts(
-        tmp_path, [good[0], {"caption": ""}, "no json\n", good[1], {"caption": ["一", "二"]}, {"caption": {"a": 1}}]
+        tmp_path,
+        [good[0], {"caption": " \u3000"}, "no json\n", good[1], {"caption": ["一", "二"]}, {"caption": {"a": 1}}],
     )
     for _ in range(2):  # counted anew, not twice
         found = made(bundle, tmp_path)

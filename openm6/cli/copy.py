@@ -23,7 +23,9 @@ def batch(
     output: Annotated[Path, typer.Option(help="Folder for the texts and the page; one begun earlier goes on.")],
     task: Annotated[str, typer.Option(help="A task that writes one text.")] = "product_copy",
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Texts to choose the best of.")] = 4,
-    keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 2,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Of them that are kept, the best ones; by default 2, or all of fewer.")
+    ] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="A word that never occurs; several times.")] = None,
     forbid_file: Annotated[Path | None, typer.Option(help="A file of such words, a line each.")] = None,
     least: Annotated[int, typer.Option("--min", min=0, help="Characters at least.")] = 0,
@@ -53,16 +55,18 @@ def batch(
             words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
+    from openm6.atomic import lock_output
     from openm6.bundle import Bundle
     from openm6.copywriting import make_copy
     from openm6.data.readers import with_options
 
-    made = make_copy(
-        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
-        decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-        lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
-        table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
-    )  # fmt: skip
+    with lock_output(output):
+        made = make_copy(
+            Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
+            decoding=decoding, forbid=words, least=least, most=most, facts=facts,
+            lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
+            table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
+        )  # fmt: skip
     if json:
         emit(made)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,24 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, check_pictures, check_slots, find_task
-from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, show_measures, table
+from openm6.cli.output import (
+    Column,
+    Encoding,
+    Format,
+    Json,
+    Names,
+    NoCache,
+    Truncate,
+    emit,
+    pairs,
+    show_measures,
+    table,
+)
 from openm6.cli.work import decoding_options
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from openm6.bundle import Painting
 
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
@@ -22,28 +37,45 @@ app.add_typer(images, name="images")
 Model = Annotated[str, typer.Argument(help=MODEL)]
 Slots = Annotated[list[str] | None, typer.Argument(help="slot=value of the task; a picture is a path.")]
 Candidates = Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose the best of.")]
-Folder = Annotated[Path, typer.Option(help="Folder for the pictures.")]
+Folder = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the pictures.")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of drawing, e.g. passes=12.")]
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
 
 
 def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, list[float]] | None = None) -> None:
-    """Save pictures as 1.png, 2.png, ... and print what the model thinks of them; `follows`: log-odds that they show
-    what each of several controls says."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Save pictures under the next free numbers of a folder, 1.png, 2.png, ... in an empty one, and print what the
+    model thinks of them; `follows`: log-odds that they show what each of several controls says."""
     rows: list[dict[str, Any]] = []
-    for number, painting in enumerate(drawn, start=1):
-        file = output / f"{number}.png"
-        painting.image.save(file)
-        each = {f"follows {name}": odds[number - 1] for name, odds in (follows or {}).items()}
-        rows.append({"file": str(file), "score": painting.score, **painting.estimates, **each})
+    for place, painting in enumerate(drawn):
+        file = _save_next(painting.image, output)
+        each = {f"follows {name}": odds[place] for name, odds in (follows or {}).items()}
+        told = {"seed": painting.seed, "uncertain": painting.uncertain, "score": painting.score}
+        rows.append({"file": str(file), **told, **painting.estimates, **each})
     if json:
         emit(rows)
         return
-    table(list(rows[0]), [[v if isinstance(v, str) else f"{v:.2f}" for v in row.values()] for row in rows])
+    table(list(rows[0]), [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     won, lost = ([n for n, odds in (follows or {}).items() if (odds[0] > 0) is side] for side in (True, False))
     if won and lost:
-        typer.echo(f"The controls contradict each other: 1.png follows {', '.join(won)}, not {', '.join(lost)}.")
+        best = Path(rows[0]["file"]).name
+        typer.echo(f"The controls contradict each other: {best} follows {', '.join(won)}, not {', '.join(lost)}.")
+
+
+def _save_next(image: Image.Image, folder: Path) -> Path:
+    """Write a picture as NUMBER.png, by the number after the highest one there, and overwrite nothing."""
+    from openm6.atomic import write_failed
+    from openm6.images import png
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()), default=0)
+        while True:
+            number += 1
+            with suppress(FileExistsError), (folder / f"{number}.png").open("xb") as file:
+                file.write(png(image))
+                return folder / f"{number}.png"
+    except OSError as error:
+        raise write_failed(folder, error) from None
 
 
 def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
@@ -62,18 +94,20 @@ def draw(
     candidates: Candidates = 8,
     output: Folder = Path("pictures"),
     option: Options = None,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
-    """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..."""
+    """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..., or the numbers after
+    those that are in the folder. Each is drawn again alone by its seed: -n 1 -o seed=NUMBER."""
     place, asked = _checked(model, task, slots)
     check_slots(find_task(place, task), asked)
     options = decoding_options(option)
 
-    from openm6.bundle import Bundle
+    from openm6.bundle import TRUNCATE, Bundle
 
     bundle = Bundle.load(place)
-    drawn = bundle.draw(task, candidates=candidates, decoding=options, **asked)
-    follows = bundle.relevance_by_slot(task, drawn, **asked)
+    drawn = bundle.draw(task, candidates=candidates, decoding=options, truncate=truncate, **asked)
+    follows = bundle.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
 
@@ -185,18 +219,22 @@ def measure(
 def batch(
     model: Model,
     prompts: Annotated[
-        str, typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ...")
+        str,
+        typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ..., or a text a line."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the page; one begun earlier goes on.")],
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
-    keep: Annotated[int, typer.Option(min=1, help="Of them that are kept, the best ones.")] = 4,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Of them that are kept, the best ones; by default 4, or all of fewer.")
+    ] = None,
     column: Column = None,
     data_format: Format = None,
     encoding: Encoding = None,
     names: Names = None,
     no_cache: NoCache = False,
     option: Options = None,
+    truncate: Truncate = None,
     json: Json = False,
 ) -> None:
     """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
@@ -209,7 +247,7 @@ def batch(
 
     made = make_batch(
         Bundle.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
-        data_format=with_options(data_format, encoding, names),
+        data_format=with_options(data_format, encoding, names), truncate=truncate,
     )  # fmt: skip
     if json:
         emit(made)
@@ -217,7 +255,14 @@ def batch(
     if made["bad"]:
         total = made["prompts"] + made["bad"]
         typer.echo(f"{made['bad']} of {total} prompts could not be used: see {output / 'rejects.jsonl'}.")
-    typer.echo(f"{made['pictures']} pictures for {made['prompts']} prompts. To review: {made['page']}")
+    if made["uncertain"]:
+        typer.echo(
+            f"Of {made['uncertain']} prompts the model does not find in the best picture what was asked for: see "
+            f"`uncertain` in {output / 'candidates.jsonl'}."
+        )
+    typer.echo(
+        f"{made['pictures']} pictures for {made['prompts']} prompts (seed {made['seed']}). To review: {made['page']}"
+    )
 
 
 @images.command()

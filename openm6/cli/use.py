@@ -36,20 +36,23 @@ def run(
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
     from openm6.decode.labels import closed_labels
+    from openm6.images import ORIGIN, save
+    from openm6.json_lines import loads
 
     bundle = Bundle.load(place)
     shown: list[Any] = []
     if examples:
         records = open_source(examples)
         shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
-    answer = bundle.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked)
+    answer, beside = bundle.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
     if bundle.task(task).draws:
-        answer.save(output)
+        save(answer, output)
+        beside = {"seed": loads(answer.info[ORIGIN])["options"]["seed"]}
         answer = str(output)
     elif bundle.task(task).embeds:
         answer = [round(float(number), 6) for number in answer]
     if json:
-        told = {"task": task, "answer": answer, "trained": bundle.is_trained_on(bundle.task(task))}
+        told = {"task": task, "answer": answer, "trained": bundle.is_trained_on(bundle.task(task)), **beside}
         record = {**asked, SHOTS: shown, TRUNCATE: truncate}
         if truncate:
             told["truncated"] = bundle.prompt(bundle.task(task), record, decoding).cut

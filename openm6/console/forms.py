@@ -195,7 +195,8 @@ class Answer:
         seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
         if self.told["kind"] == "picture":
             shown = [(Image.open(io.BytesIO(one["image"])), _estimates(one)) for one in value]
-            return "", shown, took + seed
+            doubt = say("The model does not find what was asked for in the best picture.") + " "
+            return "", shown, doubt * bool(value[0].get("uncertain")) + took + seed
         if self.told["kind"] == "text" and event["tokens"]:
             took = say(
                 "{tokens} tokens in {seconds} s, the first after {first} s", tokens=event["tokens"],

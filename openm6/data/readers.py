@@ -146,6 +146,7 @@ FORMATS: dict[str, Reader] = {
     "json": tables.read_json,
     "csv": tables.read_csv,
     "tsv": tables.read_tsv,
+    "txt": tables.read_lines,
     "xlsx": sheets.read_xlsx,
     "coco": annotated.read_coco,
     "vqa": annotated.read_vqa,
@@ -157,8 +158,9 @@ FORMATS: dict[str, Reader] = {
 }
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "csv": ("encoding", "names"), "tsv": ("encoding", "names"), "jsonl": ("encoding",), "json": ("encoding",),
+    "txt": ("encoding",),
 }  # fmt: skip
 _ENDINGS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
-    ".parquet": "parquet", ".tar": "webdataset", ".xlsx": "xlsx",
+    ".parquet": "parquet", ".tar": "webdataset", ".txt": "txt", ".xlsx": "xlsx",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Records from text files: JSON lines, JSON lists, CSV and TSV."""
+"""Records from text files: JSON lines, JSON lists, CSV, TSV, and a text a line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openm6.errors import DataError, cut
 from openm6.images import held_picture
 from openm6.json_lines import fault_of, parse
 
-__all__ = ["OnReject", "load_json", "read_csv", "read_json", "read_jsonl", "read_tsv"]
+__all__ = ["OnReject", "load_json", "read_csv", "read_json", "read_jsonl", "read_lines", "read_tsv"]
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:
@@ -51,6 +51,18 @@ def read_jsonl(
             on_reject(Reject(where, f"{where} {error}."))
         else:
             yield from _object(row, where, "a line has to be {...}", on_reject)
+
+
+def read_lines(
+    path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
+) -> Iterator[Record]:
+    """A text a line, in the column `text`."""
+    for number, line in numbered_lines(path, on_reject, encoding):
+        where = f"{path}:{number}"
+        if not is_text(line):
+            on_reject(Reject(where, f"{where} is not {encoding or 'UTF-8'} text."))
+        elif text := line.strip():
+            yield {"text": text, "_where": where}
 
 
 def read_json(path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:

@@ -11,7 +11,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import write_failed, write_file, write_json, write_whole
+from openm6.atomic import lock_output, write_failed, write_file, write_json, write_whole
 from openm6.bases import directory_hash
 from openm6.bundle import Bundle, check_dims
 from openm6.data.columns import SlotView
@@ -124,7 +123,7 @@ class Prediction:
         """
         started, resumed, bad, reason = time.perf_counter(), 0, 0, ""
         try:
-            with self._alone():
+            with lock_output(self.output):
                 for number, rows in enumerate(self._parts()):
                     file = self.folder / f"{number:08d}.jsonl"
                     if file.is_file():
@@ -148,16 +147,6 @@ class Prediction:
             "output": str(self.output), "records": self.total, "answered": self.total - bad, "bad": bad,
             "resumed": resumed, "seconds": round(time.perf_counter() - started, 2),
         }  # fmt: skip
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        try:
-            with FileLock(self.folder / "lock", timeout=0):
-                yield
-        except Timeout:
-            raise UsageError(f"{self.output} is being written by another process.") from None
 
     def _parts(self) -> Iterator[list[Record | Reject]]:
         rows = self.source.rows()

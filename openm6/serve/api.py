@@ -242,6 +242,7 @@ def _answer(found: Mapping[str, Any], task: Mapping[str, Any], message: Mapping[
     answer = value if len(outputs) > 1 else {outputs[0]: value}
     if task["kind"] == "picture":
         answer = {outputs[0]: value[0]["image"], "candidates": value}
+        more["uncertain"] = value[0]["uncertain"]
     usage = {"prompt_tokens": found["prompt_tokens"], "completion_tokens": found["tokens"]}
     return {"outputs": answer, "finished": found["finished"], "usage": usage, **more, **left_out(found)}
 

@@ -328,7 +328,10 @@ async def _pictures(
     server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request
 ) -> dict[str, Any]:
     found = await server.whole(key, deployment, message, request)
-    data = [{"b64_json": base64.b64encode(one["image"]).decode()} for one in found["value"]]
+    data = [
+        {"b64_json": base64.b64encode(one["image"]).decode(), "seed": one["seed"], "uncertain": one["uncertain"]}
+        for one in found["value"]
+    ]
     read, drawn = found["prompt_tokens"], found["tokens"]
     usage = {"input_tokens": read, "output_tokens": drawn, "total_tokens": read + drawn}
     return {"created": int(time.time()), "data": data, "seed": message["decoding"]["seed"], "usage": usage}

@@ -79,8 +79,8 @@ def _plain(value: Any) -> Any:
         return png(value)
     if isinstance(value, Painting):
         return {
-            "image": value.image, "number": value.number, "score": value.score, "estimates": value.estimates,
-            "codes": value.codes.tolist(),
+            "image": value.image, "number": value.number, "seed": value.seed, "score": value.score,
+            "estimates": value.estimates, "uncertain": value.uncertain, "codes": value.codes.tolist(),
         }  # fmt: skip
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()

@@ -20,7 +20,7 @@ from openm6.decode.steps import Steps
 from openm6.editing import Cut, cut_of
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
+from openm6.painting import KEPT, Painting, check_wish, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
 from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
@@ -121,6 +121,7 @@ def prepared(request: Request, view: Bundle) -> None:
         if request.edit:
             request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
             record[KEPT] = request.cut.kept(view.codec)
+        check_wish(task, record)
         kind = ("draw", replace(request.options, seed=0), request.candidates)
         request.prompt = view.prompt(task, record)  # a bad record is told now, and not in the midst of others
         pictures = request.candidates * request.options.branches * (2 if request.options.guidance else 1)
@@ -162,8 +163,7 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     if first.probabilities:
         return _with_probabilities(view, task, requests, prompts)
     if task.draws:
-        numbers = list(range(first.candidates)) * len(requests)
-        return _pictures(view, task, requests, options, numbers)
+        return _pictures(view, task, requests, options)
     if task.embeds:
         return _at_once(lambda: list(vectors(view.model, prompts, pad_id, options)), len(requests))
     if task.head:
@@ -171,12 +171,9 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     return _texts(view, task, requests, prompts)
 
 
-def _pictures(
-    view: Bundle, task: Task, requests: list[Request], options: Drawing, numbers: list[int]
-) -> Steps[list[list[Painting]]]:
-    records = [request.record for request in requests]
-    seeds = [request.options.seed for request in requests for _ in range(request.candidates)]
-    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, numbers, seeds)
+def _pictures(view: Bundle, task: Task, requests: list[Request], options: Drawing) -> Steps[list[list[Painting]]]:
+    records, seeds = [request.record for request in requests], [request.options.seed for request in requests]
+    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, seeds)
     return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
 
 

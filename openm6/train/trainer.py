@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.atomic import lock_output
 from openm6.errors import OpenM6Error
 from openm6.model.precision import fast_dtype
 from openm6.tasks.metrics import gain
@@ -40,9 +41,10 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
     """Train, or go on where an interrupted run of the same output directory stopped.
 
     Returns the model directory, `output/model`; of a run that is finished already nothing is changed. `on_step` gets
-    each logged line. Raises UsageError where the run in the output directory cannot be resumed (train/resume.py).
+    each logged line. Raises UsageError where the run in the output directory cannot be resumed (train/resume.py), or
+    another process is training into it.
     """
-    with process_group() as group:
+    with process_group() as group, lock_output(recipe.output) if group.first else nullcontext():
         found = check_resumption(recipe) if group.first else None
         finished = group.sum(torch.tensor(float(found is not None and found.finished), device=group.device))
         for text in found.messages(recipe) if found else []:

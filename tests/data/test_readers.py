@@ -55,6 +55,17 @@ def test_a_line_that_is_not_utf8_is_rejected_and_the_others_stay(tmp_path: Path)
     assert "UTF-8" in rejected[0].reason
 
 
+def test_a_text_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff一条红裙子\r\n\n  二 \n".encode() + "坏".encode("gbk") + "\n三".encode())
+    records, rejected = load(path)
+    assert [plain(r) for r in records] == [{"text": "一条红裙子"}, {"text": "二"}, {"text": "三"}]
+    assert [r["_where"] for r in records] == [f"{path}:1", f"{path}:3", f"{path}:5"]
+    assert [r.where for r in rejected] == [f"{path}:4"]
+    path.write_bytes("一條紅裙子\n".encode("big5"))
+    assert load(path, "?encoding=big5")[0][0]["text"] == "一條紅裙子"
+
+
 def test_a_json_list(tmp_path: Path) -> None:
     records, _ = load(write_json(tmp_path / "a.json", [{"image": "x.jpg", "text": "一"}]))
     assert plain(records[0]) == {"image": "x.jpg", "text": "一"}

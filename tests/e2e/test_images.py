@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.errors import OpenM6Error
+from openm6.errors import ContextLengthError, OpenM6Error
 from openm6.tasks.task import Task
-from tests.conftest import drawing_bundle
+from tests.conftest import command, drawing_bundle
 
 QUICK = ("-o", "passes=2", "-o", "guidance=0")
 SEEN = "[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]"
@@ -51,7 +51,20 @@ def call(*arguments: Any) -> str:
 
 def test_with_several_controls_each_candidate_tells_which_it_follows(room: Path, tmp_path: Path) -> None:
     controls = ("caption=红色的杯子", f"style={room / '0.png'}", f"sketch={room / '1.png'}")
-    wish = ("draw", room / "model", *controls, "--task", "controlled_image", "-n", 2, "--output", tmp_path, *QUICK)
+    wish = (
+        "draw",
+        room / "model",
+        *controls,
+        "--task",
+        "controlled_image",
+        "-n",
+        2,
+        "--output",
+        tmp_path,
+        *QUICK,
+        "-o",
+        "seed=1",
+    )
     rows = json.loads(call(*wish, "--json"))
     assert all({"follows caption", "follows style", "follows sketch"} <= row.keys() for row in rows)
     told = call(*wish)
@@ -59,7 +72,7 @@ def test_with_several_controls_each_candidate_tells_which_it_follows(room: Path,
     won, lost = ([n for n, value in odds.items() if (value > 0) is side] for side in (True, False))
     assert ("contradict" in told) == bool(won and lost)
     if won and lost:
-        assert f"1.png follows {', '.join(won)}, not {', '.join(lost)}." in told
+        assert f"3.png follows {', '.join(won)}, not {', '.join(lost)}." in told
     assert "follows caption" not in call("draw", room / "model", controls[0], "-n", 2, "--output", tmp_path, *QUICK)
 
 
@@ -69,10 +82,57 @@ def test_candidates_are_files_best_first(room: Path, tmp_path: Path) -> None:
     assert [Path(row["file"]).name for row in rows] == ["1.png", "2.png", "3.png"]
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     assert all(Image.open(row["file"]).size == (16, 16) for row in rows)
-    # The same seed gives the same pictures, progressive drawing others.
-    again = json.loads(call("draw", model, wish, "-n", 3, "--output", tmp_path / "b", "--json", *QUICK))
-    assert [r["score"] for r in again] == [r["score"] for r in rows]
     assert "relevance" in call("draw", model, wish, "--output", tmp_path, *QUICK, "-o", "branches=2")
+
+
+def test_each_candidate_is_drawn_again_alone_from_what_its_file_says(room: Path, tmp_path: Path) -> None:
+    """Nothing of another wish is overwritten: a second call counts on."""
+    model, few = room / "model", ("-n", 3, "--output", tmp_path, *QUICK)
+    rows = json.loads(call("draw", model, "caption=红色的杯子", *few, "--json"))
+    content = {row["file"]: Path(row["file"]).read_bytes() for row in rows}
+    other = json.loads(call("draw", model, "caption=杯子", *few, "--json"))
+    assert [Path(row["file"]).name for row in other] == ["4.png", "5.png", "6.png"]
+    assert content == {file: Path(file).read_bytes() for file in content}
+    for row in [*rows, *other]:
+        told = json.loads(Image.open(row["file"]).text["openm6"])
+        slots = [f"{name}={value}" for name, value in told["slots"].items()]
+        options = [word for name, value in told["options"].items() for word in ("-o", f"{name}={value}")]
+        alone = ("-n", 1, "--task", told["task"], "--output", tmp_path / "alone", "--json")
+        [again] = json.loads(call("draw", model, *slots, *options, *alone))
+        assert np.array_equal(np.asarray(Image.open(again["file"])), np.asarray(Image.open(row["file"])))
+        assert told["options"]["seed"] == row["seed"] == again["seed"]
+    said = call("draw", model, "caption=红色的杯子", *few)
+    assert "seed" in said and str(json.loads(Image.open(tmp_path / "7.png").text["openm6"])["options"]["seed"]) in said
+
+
+def test_a_picture_of_run_has_its_seed_too(room: Path, tmp_path: Path) -> None:
+    asked = ("run", room / "model", "text_to_image", "caption=红色的杯子", "--output", tmp_path / "a.png", *QUICK)
+    told = json.loads(command(*asked, "--json").stdout)
+    assert json.loads(Image.open(tmp_path / "a.png").text["openm6"])["options"]["seed"] == told["seed"]
+    again = json.loads(command(*asked, "--json").stdout)
+    assert again["seed"] != told["seed"]
+
+
+@pytest.mark.parametrize("way", ["draw", "edit"])
+def test_filler_before_a_wish_is_refused_and_never_drawn(room: Path, tmp_path: Path, way: str) -> None:
+    """1,980 characters, with both numbers; with --truncate start the wish at the end stays."""
+    filler = "很好" * 990
+    given = ("--picture", room / "0.png", "--mask", room / "mask.png") if way == "edit" else ()
+    asked = (way, room / "model", f"caption={filler}红色的杯子", "-n", 1, "--output", tmp_path, *given, *QUICK)
+    with pytest.raises(ContextLengthError, match=r"has [\d,]+ positions and its answer 17; the model takes 256 "):
+        call(*asked)
+    assert list(tmp_path.iterdir()) == []
+    if way == "draw":
+        [row] = json.loads(call(*asked, "--truncate", "start", "-o", "seed=4", "--json"))
+        told = json.loads(Image.open(row["file"]).text["openm6"])
+        assert told["slots"]["caption"].endswith("红色的杯子")
+
+
+def test_a_folder_that_is_a_file_is_told_before_anything_is_drawn(room: Path) -> None:
+    result = CliRunner().invoke(
+        commands(), ["images", "draw", "gone", "caption=杯子", "--output", str(room / "goods.jsonl")]
+    )
+    assert result.exit_code == 2 and "goods.jsonl" in result.output
 
 
 def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) -> None:
@@ -109,6 +169,8 @@ def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["draw", "MODEL", "caption="], "caption: is empty"),
+        (["draw", "MODEL", "caption=  "], "caption: holds blanks alone"),
+        (["draw", "MODEL"], "nothing is asked for: give caption"),
         (["draw", "MODEL", "captoin=杯子"], "has no slot captoin. Did you mean"),
         (["draw", "MODEL", "caption=杯子", "-o", "branches=100"], "branches is 100; it has to be between 1 and 64"),
         (["draw", "MODEL", "caption=杯子", "--task", "caption"], "The task caption does not draw"),

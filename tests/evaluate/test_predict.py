@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from openm6.atomic import lock_output
 from openm6.bundle import Bundle
 from openm6.cli.output import counted
 from openm6.errors import ContextLengthError, DataError, UsageError
@@ -326,3 +327,11 @@ def test_a_question_on_the_command_line_is_refused_or_truncated(model: Path) -> 
     found = json.loads(command("run", model, "mood", "text=蓝", "--truncate", "start", "--json").stdout)
     assert found["truncated"] == 0
     assert command("run", model, "say", "text=蓝", "--truncate", "end").exit_code == 2
+
+
+def test_an_output_takes_one_prediction_at_a_time(bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    prediction = Prediction(bundle, "mood", str(table(tmp_path / "in.csv", 3)), output)
+    with lock_output(output), pytest.raises(UsageError, match="out.csv is being written by another process"):
+        prediction.run()
+    assert prediction.run()["answered"] == 3

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -319,6 +320,27 @@ def test_pictures_have_a_seed_of_their_own_and_are_drawn_together(client: openai
         for given, expected in zip(one.data, drawn, strict=True):
             image = Image.open(io.BytesIO(base64.b64decode(given.b64_json)))
             assert np.array_equal(np.asarray(image), np.asarray(expected.image))
+            assert given.seed == expected.seed == json.loads(image.text["openm6"])["options"]["seed"]  # type: ignore[attr-defined]
+    again = client.images.generate(prompt="红色的杯子", n=1, extra_body={"seed": given.seed}).data[0]
+    assert again.b64_json and np.array_equal(
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(again.b64_json)))), np.asarray(image)
+    )
+
+
+def test_a_wish_that_is_too_long_or_blank_is_refused(client: openai.OpenAI, http: httpx2.Client) -> None:
+    """1,980 characters of filler never stand for the wish behind them."""
+    long = "很好" * 990 + "红色的杯子"
+    files = {"image": ("a.png", png(), "image/png"), "mask": ("m.png", png("white"), "image/png")}
+    for wish, said in (
+        (long, r"positions and its answer 17; the model takes 64 "),
+        ("  ", "caption: holds blanks alone"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.images.generate(prompt=wish)
+        found = http.post("/v1/images/edits", files=files, data={"prompt": wish})
+        assert found.status_code == 400 and re.search(said, found.json()["error"]["message"])
+    drawn = client.images.generate(prompt=long, extra_body={"truncate": "start"})
+    assert drawn.data[0].b64_json
 
 
 def test_several_answers_differ_or_are_refused(client: openai.OpenAI, alone: Bundle) -> None:

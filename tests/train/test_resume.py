@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from openm6.atomic import lock_output
 from openm6.errors import OpenM6Error, UsageError
 from openm6.tasks.library import get
 from openm6.train.compress import _Work, check_chain
@@ -56,6 +57,13 @@ def test_corrected_labels_are_no_data_to_go_on_with(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has another content than before"):
         train(recipe)
     assert files(tmp_path / "run") == before
+
+
+def test_an_output_takes_one_training_at_a_time(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    with lock_output(recipe.output), pytest.raises(UsageError, match="run is being written by another process"):
+        train(recipe)
+    assert not recipe.output.exists() and train(recipe).is_dir()
 
 
 def test_a_picture_that_was_exchanged_is_other_data(tmp_path: Path) -> None:
