@@ -81,7 +81,13 @@ def draw(
 def edit(
     model: Model,
     picture: Annotated[Path, typer.Option(help="The picture to change.")],
-    mask: Annotated[Path, typer.Option(help="Picture of the same size: black stays as it is.")],
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture of the same size: what is transparent, or without an alpha channel white (grey value 128 or "
+            "above), is drawn again; by default what is transparent in the picture."
+        ),
+    ] = None,
     slots: Slots = None,
     task: TaskName = "text_to_image",
     candidates: Candidates = 4,
@@ -89,8 +95,9 @@ def edit(
     option: Options = None,
     json: Json = False,
 ) -> None:
-    """Draw a part of a picture again; outside of the blocks that the mask touches every pixel stays."""
-    place, asked = _checked(model, task, slots, picture, mask)
+    """Draw a part of a picture again: the pictures have its size, and outside of the mask its pixels and transparency.
+    What the model draws of the square around the mask is scaled to that square."""
+    place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -112,32 +119,38 @@ def vary(
     option: Options = None,
     json: Json = False,
 ) -> None:
-    """Pictures like a given one."""
+    """Pictures like a given one: of its middle square, at the size that the model draws."""
     place, asked = _checked(model, task, slots, picture)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
     from openm6.editing import vary as vary_picture
+    from openm6.images import open_image
 
-    found = vary_picture(
-        Bundle.load(place), task, picture, share=share, candidates=candidates, decoding=options,
-        seed=int(options.get("seed", 0)), **asked,
-    )  # fmt: skip
+    bundle, (width, height) = Bundle.load(place), open_image(picture).size
+    found = vary_picture(bundle, task, picture, share=share, candidates=candidates, decoding=options, **asked)
     show(found, output, json)
+    side = bundle.codec.size
+    if (width, height) != (side, side):
+        square, drawn = min(width, height), f"{side} x {side} pixels"
+        taken = f"the middle square of {picture}, {square} of its {width} x {height} pixels"
+        typer.echo(f"The pictures have {drawn}: {taken}, was taken.", err=True)
 
 
 @images.command()
 def extend(
     model: Model,
-    picture: Annotated[Path, typer.Option(help="The picture to continue; its middle square is taken.")],
+    picture: Annotated[Path, typer.Option(help="The picture to continue.")],
     side: Annotated[str, typer.Option(help="left, right, top or bottom.")],
     pixels: Annotated[int, typer.Option(help="How far beyond that side.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    output: Annotated[Path, typer.Option(help="File for the picture.")] = Path("picture.png"),
+    output: Annotated[Path, typer.Option(help="File for the picture; a PNG keeps the given pixels bit by bit.")] = Path(
+        "picture.png"
+    ),
     option: Options = None,
 ) -> None:
-    """Continue a picture beyond one of its sides."""
+    """Continue a picture, at its own size, beyond one of its sides."""
     place, asked = _checked(model, task, slots, picture)
     options = decoding_options(option)
 
