@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_pictures, check_slots, find_task
+from openm6.cli.checks import (
+    CLEAR,
+    MODEL,
+    PICTURES,
+    check_inputs,
+    check_output,
+    check_pictures,
+    check_slots,
+    find_task,
+)
 from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, show_measures, table
 from openm6.cli.work import decoding_options
 
@@ -66,6 +76,7 @@ def draw(
 ) -> None:
     """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..."""
     place, asked = _checked(model, task, slots)
+    require_writable(output)
     check_slots(find_task(place, task), asked)
     options = decoding_options(option)
 
@@ -98,6 +109,7 @@ def edit(
     """Draw a part of a picture again: the pictures have its size, and outside of the mask its pixels and transparency.
     What the model draws of the square around the mask is scaled to that square."""
     place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
+    require_writable(output)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -121,6 +133,7 @@ def vary(
 ) -> None:
     """Pictures like a given one: of its middle square, at the size that the model draws."""
     place, asked = _checked(model, task, slots, picture)
+    require_writable(output)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -151,13 +164,19 @@ def extend(
     option: Options = None,
 ) -> None:
     """Continue a picture, at its own size, beyond one of its sides."""
+    from openm6.images import open_image
+
     place, asked = _checked(model, task, slots, picture)
+    check_output(output, PICTURES)
+    if open_image(picture, alpha=True).mode.endswith("A"):
+        check_output(output, CLEAR)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
     from openm6.editing import extend as extend_picture
 
     found = extend_picture(Bundle.load(place), task, picture, side, pixels, decoding=options, **asked)
+    output.parent.mkdir(parents=True, exist_ok=True)
     found.save(output)
     typer.echo(str(output))
 
@@ -177,6 +196,8 @@ def measure(
 ) -> None:
     """What a judge reads in drawn pictures, in real ones and in those that only went through the codec."""
     place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
+    if grid:
+        check_output(grid, PICTURES)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -214,6 +235,7 @@ def batch(
 ) -> None:
     """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
     place = check_inputs(model, [task], [prompts])
+    require_writable(output)
     columns, options = pairs(column or []), decoding_options(option)
 
     from openm6.batch import make_batch
