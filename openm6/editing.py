@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from openm6.bundle import Bundle, Painting
+from openm6.bundle import Bundle
+from openm6.candidates import Painting
 from openm6.decode.draw import OPEN
 from openm6.errors import DataError, UsageError
 from openm6.images import Source, open_image, read_square

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
+from openm6.candidates import Painting
 from openm6.decode.draw import Codes, Drawing, draw_steps, estimate, kept_codes
 from openm6.decode.many import answer_groups
 from openm6.decode.steps import Steps, finish, recounted
@@ -25,18 +25,6 @@ T = TypeVar("T")
 
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Painting:
-    """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
-    log-odds of relevance, fidelity and quality, and the score that ranks."""
-
-    image: Image.Image
-    number: int
-    codes: np.ndarray
-    estimates: dict[str, float]
-    score: float
 
 
 def draw_many(

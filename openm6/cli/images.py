@@ -24,7 +24,7 @@ from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, em
 from openm6.cli.work import decoding_options
 
 if TYPE_CHECKING:
-    from openm6.bundle import Painting
+    from openm6.candidates import Painting
 
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
+from openm6.candidates import Painting
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
@@ -20,7 +21,7 @@ from openm6.decode.steps import Steps
 from openm6.editing import kept_codes_of
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, Painting, in_passes, options_of, paint_steps
+from openm6.painting import KEPT, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
 from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
