@@ -16,13 +16,14 @@ from openm6._version import __version__
 
 if TYPE_CHECKING:
     from openm6.bundle import Bundle
+    from openm6.candidates import Painting
     from openm6.client import AsyncClient, Client
     from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
     from openm6.tasks.task import Task
 
 __all__ = [
-    "AsyncClient", "Bundle", "Client", "ContextLengthError", "DataError", "OpenM6Error", "Task", "UsageError",
-    "__version__", "load",
+    "AsyncClient", "Bundle", "Client", "ContextLengthError", "DataError", "OpenM6Error", "Painting", "Task",
+    "UsageError", "__version__", "load",
 ]  # fmt: skip
 
 _PLACES = {
@@ -32,6 +33,7 @@ _PLACES = {
     "ContextLengthError": "openm6.errors",
     "DataError": "openm6.errors",
     "OpenM6Error": "openm6.errors",
+    "Painting": "openm6.candidates",
     "Task": "openm6.tasks.task",
     "UsageError": "openm6.errors",
 }

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from openm6.errors import DataError, OpenM6Error, UsageError
@@ -122,9 +123,23 @@ def lock_output(target: Path) -> Iterator[None]:
 
 
 def require_new(target: Path) -> None:
-    """Refuse, before any work, to write over something."""
+    """Refuse, before any work, to write over something, or where nothing can be written."""
     if target.exists():
         raise UsageError(f"{target} exists already: name another directory.")
+    require_writable(target)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse, before any work, a folder in which no file can be made; one that is not there yet is looked for above.
+    A file is tried, because neither permissions nor a mount that is read-only tell all of it."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"Nothing can be written to {folder} ({_reason(error)}): name another place.") from None
 
 
 def publish(draft: Path, target: Path) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from openm6.atomic import lock_output, sync, write_failed, write_file
-from openm6.bundle import Bundle, Painting
+from openm6.bundle import Bundle
+from openm6.candidates import Painting
 from openm6.data.columns import SlotView
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record

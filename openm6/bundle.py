@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from openm6.batches import pad
+from openm6.candidates import Painting
 from openm6.decode import Decoding, Generated, generate, stream
 from openm6.decode.ends import head_answers, vectors
 from openm6.decode.generate import check_room
@@ -29,7 +30,7 @@ from openm6.images import UNCERTAIN, check_features
 from openm6.model import M6
 from openm6.model.files import quietly
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, TRUNCATE, Painting, draw_many, drawing_task, in_passes, relevance_by_slot
+from openm6.painting import KEPT, TRUNCATE, draw_many, drawing_task, in_passes, relevance_by_slot
 from openm6.sequence import Sequence
 from openm6.tasks.forms import characters
 from openm6.tasks.lengths import check_truncate

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import logging
 import random
@@ -25,6 +24,8 @@ from openm6.json_lines import fault_of
 
 if TYPE_CHECKING:
     import httpx2
+
+    from openm6.candidates import Painting
 
 Record = Mapping[str, Any]
 
@@ -77,9 +78,11 @@ class _Asking:
         found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
         return found[outputs[0]] if len(outputs) == 1 else found
 
-    def _pictures(self, answer: Mapping[str, Any]) -> list[Any]:
+    def _paintings(self, answer: Mapping[str, Any]) -> list[Painting]:
+        from openm6.candidates import paintings_of
+
         _warn(answer)
-        return [_incoming(one["image"], "image") for one in answer["outputs"]["candidates"]]
+        return paintings_of(answer["outputs"]["candidates"])
 
     def _wait(self, tried: int, answer: httpx2.Response | None) -> float | None:
         """Seconds until the next try; None when there is none, as where the server asks for more patience than LONGEST
@@ -132,11 +135,11 @@ class Client(_Asking):
     def draw(
         self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
         truncate: str | None = None, **slots: Any,
-    ) -> list[Any]:  # fmt: skip
-        """Pictures for one wish, the best first (PIL)."""
+    ) -> list[Painting]:  # fmt: skip
+        """Pictures for one wish, the best first, as `Bundle.draw` gives them."""
         self._know(task)
         body = self._body(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
-        return self._pictures(self._ask("POST", self._place(task), body))
+        return self._paintings(self._ask("POST", self._place(task), body))
 
     def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
@@ -240,13 +243,13 @@ class AsyncClient(_Asking):
     async def draw(
         self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
         truncate: str | None = None, **slots: Any,
-    ) -> list[Any]:  # fmt: skip
+    ) -> list[Painting]:  # fmt: skip
         """See Client.draw."""
         await self._know(task)
         body = await asyncio.to_thread(
             self._body, task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate
         )
-        return self._pictures(await self._ask("POST", self._place(task), body))
+        return self._paintings(await self._ask("POST", self._place(task), body))
 
     async def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
@@ -387,9 +390,9 @@ def _incoming(value: Any, kind: str) -> Any:
     if value is None:
         return None
     if kind == "image":
-        from PIL import Image
+        from openm6.candidates import image_of
 
-        return Image.open(io.BytesIO(base64.b64decode(value))).convert("RGB")
+        return image_of(value)
     if kind == "vector":
         import numpy as np
 

@@ -47,17 +47,19 @@ _FORMATS = (
 def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool = False) -> Image.Image:
     """Open and decode a picture as RGB, turned upright by its EXIF orientation.
 
-    Transparent pixels lie on white; with `alpha` a picture that is transparent in places comes as RGBA. Grey values of
-    16 bits are scaled by their full range (65535 is white). Values of 32 bits have no agreed white: whole numbers from
-    0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the picture's smallest value
-    (black) to its largest (white).
+    Transparent pixels lie on white; with `alpha` they stay transparent, and greys stay greys: the mode is L, LA, RGB or
+    RGBA. Grey values of 16 bits are scaled by their full range (65535 is white). Values of 32 bits have no agreed
+    white: whole numbers from 0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the
+    picture's smallest value (black) to its largest (white).
     `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster.
     Raises DataError, in one sentence, for a missing, truncated, unknown or too large picture.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
-        return Image.fromarray(source).convert("RGB")
+        if not alpha:
+            return Image.fromarray(source).convert("RGB")
+        source = Image.fromarray(source)
     if isinstance(source, Image.Image):
         return _decode(source, "The picture", draft, alpha)
     if not isinstance(source, (str, Path, bytes)):
@@ -91,11 +93,15 @@ def _decode(image: Image.Image, name: str, draft: tuple[int, int] | None, alpha:
         image.load()
         upright = _eight_bits(ImageOps.exif_transpose(image), image.format)
         upright.info.pop(ORIGIN, None)  # what is made of this picture is another one
-        if upright.has_transparency_data:
+        is_clear = upright.has_transparency_data
+        if alpha:
+            found = upright.convert(("L" if upright.mode in ("1", "L", "LA", "La") else "RGB") + "A" * is_clear)
+            if upright.mode == "CMYK":
+                found.info.pop("icc_profile", None)  # it is of the inks
+            return found
+        if is_clear:
             clear = upright.convert("RGBA")
-            return (
-                clear if alpha else Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
-            )
+            return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
         return upright.convert("RGB")
     except Exception:
         # Decoders raise what they like at damaged files (struct.error, IndexError ...); their texts can hold addresses

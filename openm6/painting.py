@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from openm6._version import __version__
 from openm6.bases import directory_hash
+from openm6.candidates import Painting
 from openm6.decode.draw import OPEN, Codes, Drawing, draw_steps, estimate, kept_codes
 from openm6.decode.many import answer_groups
 from openm6.decode.steps import Steps, finish, recounted
@@ -48,24 +48,6 @@ TRUNCATE = "_truncate"
 
 KEPT = "_kept"
 """In a record of a task that draws: the codes that are given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Painting:
-    """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
-    log-odds of relevance, fidelity and quality, and the score that ranks.
-
-    `seed` draws this picture again, alone; `image.info["openm6"]` is JSON that says what else that takes. `uncertain`:
-    the model, which reads the picture, would hardly write what was asked for (where it can read, see UNREAD).
-    """
-
-    image: Image.Image
-    number: int
-    codes: np.ndarray
-    estimates: dict[str, float]
-    score: float
-    seed: int = 0
-    uncertain: bool = False
 
 
 def draw_many(

@@ -18,7 +18,8 @@ from PIL import Image
 
 from openm6.atomic import lock_output
 from openm6.batch import distinct, make_batch, read_labels, write_labelled
-from openm6.bundle import Bundle, Painting
+from openm6.bundle import Bundle
+from openm6.candidates import Painting
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.errors import DataError, OpenM6Error, UsageError

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6 import AsyncClient, Client, UsageError
+from openm6 import AsyncClient, Client, Painting, UsageError
 from openm6.client import ServerError
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,14 @@ def png(colour: tuple[int, int, int] = (255, 0, 0)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def drawn(image: str, number: int) -> dict[str, Any]:
+    """A candidate as a server tells it."""
+    return {
+        "image": image, "number": number, "codes": [0, 3, 1, 2], "estimates": {"relevance": 0.5},
+        "score": 0.25 * number,
+    }  # fmt: skip
 
 
 class Scripted:
@@ -65,7 +73,7 @@ class Scripted:
                 image = base64.b64encode(png()).decode()
                 outputs = {
                     "vqa": {"answer": "红色"}, "both": {"a": "一", "b": "二"}, "vector": {"vector": [0.6, 0.8]},
-                    "paint": {"picture": image, "candidates": [{"image": image}, {"image": image}]},
+                    "paint": {"picture": image, "candidates": [drawn(image, number) for number in (1, 0)]},
                 }[self.path.rpartition("/")[2]]  # fmt: skip
                 if body.get("stream"):
                     events = [{"piece": "红"}, {"piece": "色"}, {"outputs": outputs}]
@@ -111,7 +119,10 @@ def test_answers_are_as_a_local_model_gives_them(scripted: Scripted, tmp_path: P
         assert m6.run("both", text="x") == {"a": "一", "b": "二"}
         np.testing.assert_allclose(m6.run("vector", text="x"), [0.6, 0.8], rtol=1e-6)
         assert m6.run("paint", caption="x").getpixel((0, 0)) == (255, 0, 0)
-        assert [one.size for one in m6.draw("paint", candidates=2, caption="x")] == [(4, 4)] * 2
+        best, other = m6.draw("paint", candidates=2, caption="x")
+        assert type(best) is Painting and (best.number, best.score, other.number) == (1, 0.25, 0)
+        assert best.estimates == {"relevance": 0.5} and best.image.size == (4, 4)
+        assert best.codes.dtype == np.int64 and best.codes.tolist() == [0, 3, 1, 2]
         assert list(m6.run_many("vqa", ({"photo": png(), "question": str(n)} for n in range(40)))) == ["红色"] * 40
         assert list(m6.stream("vqa", photo=png(), question="?")) == ["红", "色"]
         assert [one["id"] for one in m6.models()] == ["m6"] and len(m6.tasks()) == len(TASKS)
@@ -127,7 +138,7 @@ def test_asyncio_has_the_same(scripted: Scripted) -> None:
             assert await m6.run("vqa", photo=png(), question="?") == "红色"
             assert [one async for one in m6.run_many("both", [{"text": "x"}] * 9)] == [{"a": "一", "b": "二"}] * 9
             assert [piece async for piece in m6.stream("vqa", photo=png(), question="?")] == ["红", "色"]
-            assert len(await m6.draw("paint", candidates=2, caption="x")) == 2
+            assert [type(one) for one in await m6.draw("paint", candidates=2, caption="x")] == [Painting] * 2
             assert (await m6.models())[0]["id"] == "m6" and len(await m6.tasks()) == len(TASKS)
 
     asyncio.run(run())

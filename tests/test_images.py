@@ -140,7 +140,7 @@ def test_transparency_of_every_mode_lies_on_white_in_files_and_in_memory(mode: s
     assert grey(image) == [255, 0]
     if mode != "PA":
         assert grey(encoded(image)) == [255, 0]
-        assert open_image(encoded(image), alpha=True).mode == "RGBA"
+        assert open_image(encoded(image), alpha=True).mode == ("LA" if mode == "LA" else "RGBA")
 
 
 def test_colours_of_print_video_and_lab_become_rgb() -> None:

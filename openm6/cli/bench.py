@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
 
 
@@ -20,6 +21,8 @@ def bench(
     """A benchmark against peers, both sides in one run: a table, and a JSON."""
     root, names = _checkout("benchmarks")
     _known("benchmark", name, names)
+    if out:
+        require_writable(out)
     where = ["--out", str(out.resolve())] if out else []
     done = subprocess.run([sys.executable, "-m", "benchmarks", name, *where], cwd=root, check=False)
     raise typer.Exit(done.returncode)
@@ -39,6 +42,8 @@ def reproduce(
     """A claim of the papers at a small scale: several seeds, curves, and a page that says what holds."""
     root, names = _checkout("reproduce")
     _known("claim", claim, [name for name in names if name != "corpus"])
+    if out:
+        require_writable(out)
     where = ["--out", str(out.resolve())] if out else []
     done = subprocess.run([sys.executable, "-m", "reproduce", claim, "--scale", scale, *where], cwd=root, check=False)
     raise typer.Exit(done.returncode)

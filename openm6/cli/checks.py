@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from openm6.tasks.task import Task
     from openm6.train.recipe import AnyRecipe
 
+CLEAR = (".png", ".webp", ".tif", ".tiff")
+"""Endings of picture files that are written with transparent places."""
+PICTURES = (*CLEAR, ".jpg", ".jpeg", ".bmp")
+"""Endings of all picture files that are written."""
 MODEL = "A model directory, or a model of the catalogue (goods@live)."
 
 
@@ -58,6 +62,19 @@ def check_pictures(*files: str | Path) -> None:
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"The picture {file} does not exist or cannot be read.")
+
+
+def check_output(file: Path, endings: Sequence[str] = ()) -> None:
+    """Raises UsageError for a file that could not be written after the work: of another ending than these, in a folder
+    where nothing can be written, or in the place of a folder. Folders that are missing are no fault."""
+    from openm6.atomic import require_writable
+    from openm6.errors import UsageError
+
+    if endings and file.suffix.lower() not in endings:
+        raise UsageError(f"{file} ends in {file.suffix or 'nothing'}; it has to end in {', '.join(endings)}.")
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder: name a file.")
+    require_writable(file.parent)
 
 
 def check_parts(recipe: AnyRecipe) -> None:

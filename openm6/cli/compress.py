@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
 from openm6.cli.checks import check_inputs
 from openm6.cli.output import Json, emit, pairs, share, table
@@ -54,12 +55,15 @@ def compress(
 
         from openm6.train.compress import check_chain, compress as run
 
-        rows, found, wanted = run(check_chain(values, str(model)), say), None, None
+        chain = check_chain(values, str(model))
+        require_writable(chain.output)
+        rows, found, wanted = run(chain, say), None, None
     else:
         if not (task and data and validation and target):
             raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
         wanted, most, columns = Target.of(target), share(max_loss, "--max-loss"), pairs(column or [])
         place = check_inputs(model, [task], [data, validation, unlabelled])
+        require_writable(output or Path("runs/compress"))
 
         from openm6.train.compress import DistillStep, check_chain, search
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
 from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, table
@@ -48,6 +49,7 @@ def batch(
     from openm6.errors import UsageError
 
     place = check_inputs(model, [task], [items, lexicon])
+    require_writable(output)
     mapping, decoding = pairs(column or []), decoding_options(option)
     words = list(forbid or [])
     if forbid_file:

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
 from openm6.cli.output import Json, emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
@@ -24,6 +25,8 @@ def demo(
     json: Json = False,
 ) -> None:
     """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
+    require_writable(output)
+
     from openm6.evaluate.demo import report_demo
     from openm6.train.recipe import load_recipe
 
@@ -48,6 +51,8 @@ def demo_images(
     json: Json = False,
 ) -> None:
     """Teach the demo's model to draw: an image codec, drawing, estimates; measured by a judge of its own."""
+    require_writable(output)
+
     from openm6.evaluate.demo_images import draw_own, report_images
     from openm6.train.recipe import load_recipe
 

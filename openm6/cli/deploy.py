@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
 from openm6.cli.output import Json, emit, table
 from openm6.cli.serve import KEYS, check_reach
@@ -52,6 +53,7 @@ def deploy(
         )  # fmt: skip
         emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")
         return
+    require_writable(output)
     service, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
     plan = Plan(service, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
     files = write(to, plan, output, directory, keys or KEYS)

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_pictures, check_slots, find_task
+from openm6.cli.checks import (
+    CLEAR,
+    MODEL,
+    PICTURES,
+    check_inputs,
+    check_output,
+    check_pictures,
+    check_slots,
+    find_task,
+)
 from openm6.cli.output import (
     Column,
     Encoding,
@@ -29,7 +39,7 @@ from openm6.cli.work import decoding_options
 if TYPE_CHECKING:
     from PIL import Image
 
-    from openm6.bundle import Painting
+    from openm6.candidates import Painting
 
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")
@@ -100,6 +110,7 @@ def draw(
     """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..., or the numbers after
     those that are in the folder. Each is drawn again alone by its seed: -n 1 -o seed=NUMBER."""
     place, asked = _checked(model, task, slots)
+    require_writable(output)
     check_slots(find_task(place, task), asked)
     options = decoding_options(option)
 
@@ -115,7 +126,13 @@ def draw(
 def edit(
     model: Model,
     picture: Annotated[Path, typer.Option(help="The picture to change.")],
-    mask: Annotated[Path, typer.Option(help="Picture of the same size: black stays as it is.")],
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture of the same size: what is transparent, or without an alpha channel white (grey value 128 or "
+            "above), is drawn again; by default what is transparent in the picture."
+        ),
+    ] = None,
     slots: Slots = None,
     task: TaskName = "text_to_image",
     candidates: Candidates = 4,
@@ -123,8 +140,10 @@ def edit(
     option: Options = None,
     json: Json = False,
 ) -> None:
-    """Draw a part of a picture again; outside of the blocks that the mask touches every pixel stays."""
-    place, asked = _checked(model, task, slots, picture, mask)
+    """Draw a part of a picture again: the pictures have its size, and outside of the mask its pixels and transparency.
+    What the model draws of the square around the mask is scaled to that square."""
+    place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
+    require_writable(output)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -146,39 +165,52 @@ def vary(
     option: Options = None,
     json: Json = False,
 ) -> None:
-    """Pictures like a given one."""
+    """Pictures like a given one: of its middle square, at the size that the model draws."""
     place, asked = _checked(model, task, slots, picture)
+    require_writable(output)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
     from openm6.editing import vary as vary_picture
+    from openm6.images import open_image
 
-    found = vary_picture(
-        Bundle.load(place), task, picture, share=share, candidates=candidates, decoding=options,
-        seed=int(options.get("seed", 0)), **asked,
-    )  # fmt: skip
+    bundle, (width, height) = Bundle.load(place), open_image(picture).size
+    found = vary_picture(bundle, task, picture, share=share, candidates=candidates, decoding=options, **asked)
     show(found, output, json)
+    side = bundle.codec.size
+    if (width, height) != (side, side):
+        square, drawn = min(width, height), f"{side} x {side} pixels"
+        taken = f"the middle square of {picture}, {square} of its {width} x {height} pixels"
+        typer.echo(f"The pictures have {drawn}: {taken}, was taken.", err=True)
 
 
 @images.command()
 def extend(
     model: Model,
-    picture: Annotated[Path, typer.Option(help="The picture to continue; its middle square is taken.")],
+    picture: Annotated[Path, typer.Option(help="The picture to continue.")],
     side: Annotated[str, typer.Option(help="left, right, top or bottom.")],
     pixels: Annotated[int, typer.Option(help="How far beyond that side.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    output: Annotated[Path, typer.Option(help="File for the picture.")] = Path("picture.png"),
+    output: Annotated[Path, typer.Option(help="File for the picture; a PNG keeps the given pixels bit by bit.")] = Path(
+        "picture.png"
+    ),
     option: Options = None,
 ) -> None:
-    """Continue a picture beyond one of its sides."""
+    """Continue a picture, at its own size, beyond one of its sides."""
+    from openm6.images import open_image
+
     place, asked = _checked(model, task, slots, picture)
+    check_output(output, PICTURES)
+    if open_image(picture, alpha=True).mode.endswith("A"):
+        check_output(output, CLEAR)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
     from openm6.editing import extend as extend_picture
 
     found = extend_picture(Bundle.load(place), task, picture, side, pixels, decoding=options, **asked)
+    output.parent.mkdir(parents=True, exist_ok=True)
     found.save(output)
     typer.echo(str(output))
 
@@ -198,6 +230,8 @@ def measure(
 ) -> None:
     """What a judge reads in drawn pictures, in real ones and in those that only went through the codec."""
     place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
+    if grid:
+        check_output(grid, PICTURES)
     options = decoding_options(option)
 
     from openm6.bundle import Bundle
@@ -239,6 +273,7 @@ def batch(
 ) -> None:
     """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
     place = check_inputs(model, [task], [prompts])
+    require_writable(output)
     columns, options = pairs(column or []), decoding_options(option)
 
     from openm6.batch import make_batch

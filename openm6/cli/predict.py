@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs
+from openm6.cli.checks import MODEL, check_inputs, check_output
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, counted, emit, pairs
 from openm6.cli.work import decoding_options
 
@@ -39,6 +39,7 @@ def predict(
     columns, decoding = pairs(column or []), decoding_options(option)
     place = check_inputs(model, [task], [data])
     writer_for(output)
+    check_output(output)
 
     from openm6.bundle import Bundle
     from openm6.data.readers import with_options

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_slots, find_task
+from openm6.cli.checks import MODEL, PICTURES, check_inputs, check_output, check_slots, find_task
 from openm6.cli.output import Json, Truncate, emit, pairs
 from openm6.cli.work import decoding_options
 
@@ -31,6 +31,8 @@ def run(
     asked: dict[str, Any] = dict(pairs(slots or []))
     check_slots(find_task(place, task), asked)
     decoding = decoding_options(option)
+    if find_task(place, task).draws:
+        check_output(output, PICTURES)
 
     from openm6.bundle import SHOTS, TRUNCATE, Bundle
     from openm6.data.columns import SlotView
@@ -46,6 +48,7 @@ def run(
         shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
     answer, beside = bundle.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
     if bundle.task(task).draws:
+        output.parent.mkdir(parents=True, exist_ok=True)
         save(answer, output)
         beside = {"seed": loads(answer.info[ORIGIN])["options"]["seed"]}
         answer = str(output)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from openm6.atomic import require_writable
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_parts, find, find_task
+from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
 from openm6.errors import UsageError
 
@@ -48,6 +49,7 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
     from openm6.train.launch import default_processes, launch
 
     check_parts(recipe)
+    require_writable(recipe.output)
     processes = processes or default_processes()
     if processes == 1 or "WORLD_SIZE" in os.environ:
         from openm6.train.trainer import train as run
@@ -170,6 +172,10 @@ def evaluate(
         check_metric(name, chosen)
     if output and (chosen.embeds or chosen.draws):
         raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
+    if output:
+        check_output(output)
+    if report:
+        require_writable(report)
 
     from openm6.bundle import Bundle
     from openm6.data.readers import with_options

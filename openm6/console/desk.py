@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+from asyncio import to_thread
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
@@ -17,9 +18,11 @@ from typing import Any
 import gradio as gr
 import yaml
 
+from openm6.editing import Cut
 from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
+from openm6.serve.edits import put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import LOCAL, Server, TaskRequest
@@ -111,9 +114,10 @@ class Desk:
         return self.server.fleet.get(name or None), adapter or None
 
     async def ask(
-        self, request: gr.Request, who: str, task: str, asked: TaskRequest, edit: Mapping[str, bytes] | None = None
+        self, request: gr.Request, who: str, task: str, asked: TaskRequest, region: Cut | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a request (Server.answer), each with the seed that it was answered with. Raises OpenM6Error.
+        """The events of a request (Server.answer), each with the seed that it was answered with. `region` is the part
+        of a picture that is redrawn. Raises OpenM6Error.
 
         The page says of a task that was never taught that its answers mean nothing; so it may be asked.
         """
@@ -123,10 +127,12 @@ class Desk:
         deployment, adapter = self.deployment(who)
         asked = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
         message = await self.server.message(deployment, task, asked)
-        if edit is not None:
-            message["edit"] = dict(edit)
+        if region is not None:
+            message["edit"] = sent(region)
         async with aclosing(self.server.answer(key, deployment, message)) as events:
             async for event in events:
+                if region is not None and "value" in event:
+                    event["value"] = await to_thread(put_back, region, event["value"])
                 yield {**event, "seed": message["decoding"].get("seed")}
 
     def kept(self, kind: str) -> list[Version]:

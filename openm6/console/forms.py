@@ -173,7 +173,7 @@ class Answer:
         )  # fmt: skip
         self.pictures = gr.Gallery(
             label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
-            visible=self.shows_pictures,
+            visible=self.shows_pictures, elem_classes="drawn",
         )  # fmt: skip
         self.told_line = gr.Markdown(elem_classes="quiet")
 
@@ -194,7 +194,7 @@ class Answer:
         took, seed = say("{seconds} s", seconds=f"{seconds:.2f}"), event.get("seed")
         seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
         if self.told["kind"] == "picture":
-            shown = [(Image.open(io.BytesIO(one["image"])), _estimates(one)) for one in value]
+            shown = [(Image.open(io.BytesIO(one["image"])), self._caption(one, one is value[0])) for one in value]
             doubt = say("The model does not find what was asked for in the best picture.") + " "
             return "", shown, doubt * bool(value[0].get("uncertain")) + took + seed
         if self.told["kind"] == "text" and event["tokens"]:
@@ -203,6 +203,16 @@ class Answer:
                 seconds=f"{seconds:.2f}", first=f"{first:.2f}",
             )  # fmt: skip
         return self._said(value), self._boxes(value, asked), took + seed
+
+    def _caption(self, one: Mapping[str, Any], is_best: bool) -> str:
+        """The model's estimates of a drawn picture, in words; several pictures come with the best first."""
+        say = self.desk.say
+        names = {
+            "relevance": say("relevance"), "fidelity": say("fidelity"), "quality": say("quality"),
+            "reading": say("read back"),
+        }  # fmt: skip
+        found = [f"{names.get(name, name)} {value:.1f}" for name, value in one.get("estimates", {}).items()]
+        return " · ".join([say("best")] * is_best + found)
 
     def _said(self, value: Any) -> str:
         outputs = _outputs(self.told)
@@ -268,7 +278,3 @@ def _filled(kind: str, value: Any) -> Any:
     if kind == "table" and isinstance(value, list):
         return [list(row.values()) for row in value]
     return value
-
-
-def _estimates(one: Mapping[str, Any]) -> str:
-    return " · ".join(f"{name} {value:.1f}" for name, value in one.get("estimates", {}).items())

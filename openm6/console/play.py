@@ -5,16 +5,16 @@ from __future__ import annotations
 import html
 import time
 from asyncio import to_thread
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image
 
 from openm6.console.desk import Desk, notes
 from openm6.console.forms import Answer, Form
-from openm6.images import png
+from openm6.editing import MARKED, Cut
+from openm6.serve.edits import cut_for
 
 LOOK = "() => document.getElementById('answer')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
 """On a phone the answer may begin below the screen."""
@@ -103,12 +103,12 @@ async def answered(
     form: Form,
     answer: Answer,
     values: Any,
-    edit: dict[str, bytes] | None = None,
+    region: Cut | None = None,
 ) -> AsyncGenerator[tuple[Any, ...], None]:
     """What is shown while an answer is written, and at its end. Raises OpenM6Error."""
     asked = await to_thread(form.request, values)  # a large picture takes a while to be opened
     started, first, text = time.perf_counter(), 0.0, ""
-    async for event in desk.ask(request, who, form.name, asked, edit):
+    async for event in desk.ask(request, who, form.name, asked, region):
         first = first or time.perf_counter() - started
         if "value" in event:
             yield answer.whole(event, asked, time.perf_counter() - started, first)
@@ -134,15 +134,24 @@ def _edit(desk: Desk, model: str, form: Form, answer: Answer) -> None:
         try:
             if not painted or painted["background"] is None or not painted["layers"]:
                 raise desk.error("A picture is needed, and a part of it that is painted over.")
-            mask = np.asarray(painted["layers"][0])[..., 3] > 0
-            edit = {
-                "picture": png(Image.fromarray(np.asarray(painted["background"])).convert("RGB")),
-                "mask": png(Image.fromarray((mask * 255).astype(np.uint8))),
-            }
-            async for shown in answered(desk, request, model, form, answer, values, edit):
+            region = await to_thread(_region, desk, model, painted)
+            if region.covers_all:
+                warning = desk.error("All of the picture is painted over: all of it is drawn anew.")
+                yield [*desk.beside(own, warning), *[gr.skip()] * len(answer.outputs)]
+            async for shown in answered(desk, request, model, form, answer, values, region):
                 yield [gr.skip(), *shown]
         except Exception as error:
             yield [*desk.beside(own, desk.unforeseen(error)), *answer.nothing()]
 
     places = [*own.values(), *answer.outputs]
     redraw.click(act, [canvas, *form.inputs], places, api_visibility="private", show_progress="minimal")
+
+
+def _region(desk: Desk, model: str, painted: Mapping[str, Any]) -> Cut:
+    """What is redrawn of a picture on which somebody has painted. A background without transparency becomes RGB."""
+    background, layer = np.asarray(painted["background"]), np.asarray(painted["layers"][0])
+    picture = background if (background[..., 3] < 255).any() else background[..., :3]
+    mask = layer[..., 3] >= MARKED
+    if not mask.any():
+        raise desk.error("A picture is needed, and a part of it that is painted over.")
+    return cut_for(desk.deployment(model)[0], np.ascontiguousarray(picture), mask)

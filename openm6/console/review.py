@@ -41,7 +41,7 @@ def page(desk: Desk) -> None:
         with gr.Row(elem_classes="buttons"):
             accept = gr.Button(say("Accept (A)"), variant="primary", elem_id="accept", min_width=90)
             reject = gr.Button(say("Reject (R)"), elem_id="reject", min_width=90)
-            back = gr.Button(say("Back (Z)"), elem_id="back", min_width=90)
+            back = gr.Button(say("Back (U)"), elem_id="back", min_width=90)
         wrong = {"": note()}
         finish = gr.Button(say("Make training data from the verdicts"), elem_id="finish")
         made = gr.Markdown()

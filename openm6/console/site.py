@@ -23,7 +23,7 @@ CODES = {"en": "en", "zh": "zh-CN"}
 HEAD = """<script>
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
-  const button = document.getElementById({a: "accept", r: "reject", z: "back"}[event.key] || "none");
+  const button = document.getElementById({a: "accept", r: "reject", u: "back"}[event.key] || "none");
   if (button) { event.preventDefault(); button.click(); }
 });
 new MutationObserver(changes => {

@@ -16,7 +16,7 @@ from openm6.data.catalogue import HELD_OUT
 from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw_picture
 from openm6.data.phrases import captions
 from openm6.data.source import open_source
-from openm6.editing import edit, pixels_of
+from openm6.editing import edit
 from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
 from openm6.evaluate.report import markdown_table, write_pictures
 from openm6.images import read_square
@@ -94,7 +94,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
     """Change one attribute of pictures with an item of known place: the box around it is drawn again after a caption
     that differs in that attribute.
 
-    Returns shares of the edits: `kept`, whose pixels outside of the redrawn blocks are all as they were; `changed`, in
+    Returns shares of the edits: `kept`, whose pixels outside of the mask are all as they were; `changed`, in
     which the judge reads the new attribute; `all`, in which it reads the two others unchanged too; and `changed` by
     attribute.
     """
@@ -117,8 +117,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
         mask[max(0, top) : bottom, max(0, left) : right] = True
         text = captions((target,), "", rng)[0]
         edited = edit(bundle, TASK, picture, mask, candidates=4, decoding={"seed": number}, caption=text)[0].image
-        outside = ~pixels_of(codec.blocks_of(mask), codec.stride)
-        kept.append(bool((np.asarray(edited)[outside] == picture[outside]).all()))
+        kept.append(bool((np.asarray(edited)[~mask] == picture[~mask]).all()))
         wanted.append({"category": target.category, "colour": target.colour + "色", "pattern": target.pattern})
         asked.append(name)
         results.append(edited)

@@ -20,11 +20,11 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import StreamingResponse
-from PIL import ImageOps
 
-from openm6.errors import DataError, UsageError, cut
-from openm6.images import open_image, png
+from openm6.editing import COVERS_ALL
+from openm6.errors import UsageError, cut
 from openm6.json_lines import dumps
+from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import known, sse, unless_gone
 from openm6.serve.keys import Key
@@ -81,20 +81,26 @@ def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/images/generations")
     async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Pictures for a text, the best first."""
-        return await _pictures(server, key, *await _drawing(server, asked, PAINT), request)
+        deployment, message = await _drawing(server, asked, PAINT)
+        side = deployment.about["picture"]
+        _check_size(asked, (side, side))
+        return _pictures(message, await server.whole(key, deployment, message, request))
 
     @app.post("/v1/images/edits")
     async def edits(
         asked: Annotated[EditRequest, Form()], request: Request, key: Annotated[Key, asker()]
     ) -> dict[str, Any]:
-        """A picture redrawn where the mask is transparent (or white, of one without transparency), after a text."""
+        """A picture redrawn after a text where its mask is transparent (or white, if it has no alpha channel)."""
         names = Counter(name for name, _ in (await request.form()).multi_items())
         if twice := next((name for name, count in names.items() if count > 1), ""):
             raise UsageError(f"{cut(twice)} was sent {names[twice]} times: send it once.", param=cut(twice))
         deployment, message = await _drawing(server, asked, EDIT)
-        given = await asked.image.read()
-        message["edit"] = await asyncio.to_thread(_edit_of, given, await asked.mask.read() if asked.mask else given)
-        return await _pictures(server, key, deployment, message, request)
+        mask = await asked.mask.read() if asked.mask else None
+        region = await asyncio.to_thread(cut_for, deployment, await asked.image.read(), mask)
+        _check_size(asked, region.picture.size)
+        found = await server.whole(key, deployment, {**message, "edit": sent(region)}, request)
+        found["value"] = await asyncio.to_thread(put_back, region, found["value"])
+        return {**_pictures(message, found), **({"warning": COVERS_ALL} if region.covers_all else {})}
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
@@ -301,33 +307,22 @@ async def _chunks(
 
 
 async def _drawing(server: Server, asked: ImageRequest, usual: str) -> tuple[Deployment, dict[str, Any]]:
-    """The model and the message of a request for pictures. Raises UsageError for another size than the model's."""
+    """The model and the message of a request for pictures."""
     chosen = _chosen(server, asked, usual, DRAWN, asked.prompt, [])
-    side = chosen.deployment.about["picture"]
-    if asked.size not in (None, "auto", f"{side}x{side}"):
-        message = f"The model draws pictures of {side}x{side} pixels: leave size out."
-        raise UsageError(message, code="unsupported_value", param="size")
     decoding = {} if asked.seed is None else {"seed": asked.seed}
     one = asked.task_request(inputs=chosen.inputs, candidates=asked.n, decoding=decoding)
     return chosen.deployment, await server.message(chosen.deployment, chosen.task, one)
 
 
-def _edit_of(picture: bytes, mask: bytes) -> dict[str, bytes]:
-    """Picture and mask as they are worked with: white is redrawn. Raises DataError where nothing is masked."""
-    shape = open_image(mask, alpha=True)
-    if shape.mode == "RGBA":
-        if mask is picture:  # what is under a transparent place is part of the picture
-            picture = png(shape.convert("RGB"))
-        shape = ImageOps.invert(shape.getchannel("A"))
-    elif mask is picture:
-        raise DataError("A mask is needed, or a picture that is transparent where it is to be redrawn.", param="mask")
-    return {"picture": picture, "mask": png(shape.convert("L"))}
+def _check_size(asked: ImageRequest, size: tuple[int, int]) -> None:
+    """Raises UsageError where another size is asked for than the pictures have."""
+    width, height = size
+    if asked.size not in (None, "auto", f"{width}x{height}"):
+        message = f"The pictures of this request have {width}x{height} pixels: leave size out."
+        raise UsageError(message, code="unsupported_value", param="size")
 
 
-async def _pictures(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], request: Request
-) -> dict[str, Any]:
-    found = await server.whole(key, deployment, message, request)
+def _pictures(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     data = [
         {"b64_json": base64.b64encode(one["image"]).decode(), "seed": one["seed"], "uncertain": one["uncertain"]}
         for one in found["value"]

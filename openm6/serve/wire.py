@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from openm6.candidates import Painting
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import png
-from openm6.painting import Painting
 
 _LENGTH = struct.Struct(">I")
 LARGEST = 2**28

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
+from openm6.candidates import Painting
 from openm6.decode import Decoding
 from openm6.decode.beam import beam_steps
 from openm6.decode.draw import Drawing
@@ -17,10 +18,10 @@ from openm6.decode.labels import LabelTree, label_probabilities
 from openm6.decode.pieces import cut_at_stop
 from openm6.decode.refine import refine_steps
 from openm6.decode.steps import Steps
-from openm6.editing import Cut, cut_of
+from openm6.editing import kept_codes_of
 from openm6.errors import UsageError
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, Painting, check_wish, in_passes, options_of, paint_steps
+from openm6.painting import KEPT, check_wish, in_passes, options_of, paint_steps
 from openm6.sequence import Sequence
 from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
@@ -36,7 +37,7 @@ class Request:
 
     candidates   pictures of a task that draws
     examples     records with answers, told before
-    edit         picture and mask, of a task that draws: what is redrawn, and where (editing.py)
+    edit         pixels and open_blocks of a square, of a task that draws: what is redrawn (editing.Cut)
     deadline     by time.monotonic(): after it the request fails
     pieces       whether a text is told in pieces too, as it is written
     truncate     "start" where the longest text loses its beginning, if the prompt is longer than the model takes
@@ -67,7 +68,6 @@ class Request:
     made: Task | None = None
     prompt: Sequence | None = None
     options: Any = None
-    cut: Cut | None = None
     alone: bool = False
     like: Hashable = None
     needs: int = 0
@@ -119,8 +119,7 @@ def prepared(request: Request, view: Bundle) -> None:
         decoding = in_passes(task, request.decoding) if request.edit else request.decoding
         _, request.options = options_of(view, task, request.candidates, decoding)
         if request.edit:
-            request.cut = cut_of(view.codec, request.edit["picture"], request.edit["mask"])
-            record[KEPT] = request.cut.kept(view.codec)
+            record[KEPT] = kept_codes_of(view.codec, request.edit["pixels"], request.edit["open_blocks"])
         check_wish(task, record)
         kind = ("draw", replace(request.options, seed=0), request.candidates)
         request.prompt = view.prompt(task, record)  # a bad record is told now, and not in the midst of others
@@ -173,8 +172,7 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
 
 def _pictures(view: Bundle, task: Task, requests: list[Request], options: Drawing) -> Steps[list[list[Painting]]]:
     records, seeds = [request.record for request in requests], [request.options.seed for request in requests]
-    drawn = yield from paint_steps(view, task, records, requests[0].candidates, options, seeds)
-    return [r.cut.filled(some) if r.cut else some for r, some in zip(requests, drawn, strict=True)]
+    return (yield from paint_steps(view, task, records, requests[0].candidates, options, seeds))
 
 
 def _with_probabilities(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:

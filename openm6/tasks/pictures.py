@@ -28,10 +28,6 @@ class PictureCodec:
         self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = Lock()
 
-    def blocks_of(self, mask: np.ndarray) -> np.ndarray:
-        """Which codes stand for a part of what a mask, bool [size, size], marks: bool [side, side]."""
-        return np.asarray(mask.reshape(self.side, self.stride, self.side, self.stride).any((1, 3)))
-
     @classmethod
     def load(cls, path: Path) -> PictureCodec:
         quietly()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -19,6 +20,42 @@ DRAWN = "caption=红色"
 COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
 ANSWERED = ["--data", "good.csv", "--output", "out.csv"]
 EXTENDED = ["--picture", "gone.png", "--side", "left", "--pixels", "8"]
+
+CONTINUED = ["--picture", "b.png", "--side", "left", "--pixels", "8", DRAWN]
+CLEARED = ["--picture", "clear.png", "--side", "left", "--pixels", "8", DRAWN]
+NOWHERE = "good.csv/x"  # below a file, where not even an administrator can make a folder
+UNWRITABLE = [
+    (["images", "extend", "model", *CONTINUED, "--output", f"{NOWHERE}/y.png"], NOWHERE),
+    (["images", "extend", "model", *CONTINUED, "--output", "/proc/x/y.png"], "/proc/x"),
+    (["images", "draw", "model", DRAWN, "--output", NOWHERE], NOWHERE),
+    (["images", "edit", "model", DRAWN, "--picture", "b.png", "--output", NOWHERE], NOWHERE),
+    (["images", "vary", "model", DRAWN, "--picture", "b.png", "--output", NOWHERE], NOWHERE),
+    (["images", "batch", "model", "--prompts", "good.csv", "--output", NOWHERE], NOWHERE),
+    (["images", "measure", "model", "--judge", "model", "--grid", f"{NOWHERE}/y.png"], NOWHERE),
+    (["run", "model", "text_to_image", DRAWN, "--output", f"{NOWHERE}/y.png"], NOWHERE),
+    (["predict", "model", "vqa", "--data", "good.csv", "--output", f"{NOWHERE}/y.csv"], NOWHERE),
+    (["eval", "model", "--task", "vqa", "--data", "good.csv", "--output", f"{NOWHERE}/y.jsonl"], NOWHERE),
+    (["eval", "model", "--task", "vqa", "--data", "good.csv", "--report", NOWHERE], NOWHERE),
+    (["train", "demo", f"output={NOWHERE}"], NOWHERE),
+    (["demo", "--output", NOWHERE], NOWHERE),
+    (["demo-images", "--output", NOWHERE], NOWHERE),
+    (["finetune", "model", "--task", "vqa", "--data", "good.csv", "--output", NOWHERE], NOWHERE),
+    (["copy", "batch", "model", "--items", "good.csv", "--output", NOWHERE], NOWHERE),
+    (["compress", "model", "--task", "vqa", "--data", "good.csv", "--validation", "good.csv", "--target", "size=2MB",
+      "--output", NOWHERE], NOWHERE),
+    (["models", "quantize", "model", NOWHERE], NOWHERE),
+    (["models", "export", "model", NOWHERE], NOWHERE),
+    (["models", "merge", "model", NOWHERE], NOWHERE),
+    (["models", "upcycle", "model", NOWHERE, "--num-experts", "4"], NOWHERE),
+    (["models", "import", "model", NOWHERE], NOWHERE),
+    (["models", "prune", "model", NOWHERE, "--task", "vqa", "--data", "good.csv"], NOWHERE),
+    (["recommend", "fit", NOWHERE, "--index", "nowhere", "--visits", "good.csv"], NOWHERE),
+    (["cascade", "init", NOWHERE, "--model", "model"], NOWHERE),
+    (["deploy", "model", "--to", "compose", "--output", NOWHERE], NOWHERE),
+    (["bench", "decode", "--out", NOWHERE], NOWHERE),
+    (["reproduce", "capacity", "--out", NOWHERE], NOWHERE),
+]  # fmt: skip
+"""Commands whose output cannot be written, and the folder that is told."""
 
 CASES: list[tuple[int, list[str], str]] = [
     (2, ["trian"], "No such command 'trian'"),
@@ -96,6 +133,12 @@ CASES: list[tuple[int, list[str], str]] = [
     (1, ["images", "edit", "model", DRAWN, "--picture", "gone.png", "--mask", "a.png"], "gone.png does not exist"),
     (1, ["images", "vary", "model", DRAWN, "--picture", "gone.png"], "gone.png does not exist"),
     (1, ["images", "extend", "model", *EXTENDED], "gone.png does not exist"),
+    *[(2, words, f"Nothing can be written to {place}") for words, place in UNWRITABLE],
+    (2, ["images", "extend", "model", *CONTINUED, "--output", "x.xyz"], "x.xyz ends in .xyz; it has to end in .png"),
+    (2, ["images", "extend", "model", *CONTINUED, "--output", "model"], "model ends in nothing; it has to end in .png"),
+    (2, ["images", "extend", "model", *CLEARED, "--output", "x.jpg"], "x.jpg ends in .jpg; it has to end in .png"),
+    (2, ["run", "model", "text_to_image", DRAWN, "--output", "x.xyz"], "x.xyz ends in .xyz; it has to end in .png"),
+    (2, ["eval", "model", "--task", "vqa", "--data", "good.csv", "--output", "model"], "model is a folder"),
     (2, ["images", "measure", "model", "--judge", "nowhere"], "nowhere is no OpenM6 model"),
     (1, ["images", "batch", "model", "--prompts", "gone.csv", "--output", "o"], "There is no file gone.csv"),
     (2, ["cascade", "init", "box", "--model", "nowhere"], "nowhere is no OpenM6 model"),
@@ -131,6 +174,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     (room / "lonely" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
     (room / "good.csv").write_text("photo,question,answer\na.png,好吗?,好\n", "utf-8")
     (room / "a.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(room / "b.png")
+    Image.new("RGBA", (8, 8)).save(room / "clear.png")
     asked = [words for _, words, _ in CASES] + [[*words, "--help"] for words in HELP]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("mistakes.py")],
@@ -166,7 +211,7 @@ def test_every_command_has_a_mistake_here() -> None:
     tried = {tuple(words[:length]) for _, words, _ in CASES for length in (1, 2)}
     missing = {words for words, is_group in HELP.items() if not is_group} - tried
     assert missing == {
-        ("demo",), ("demo-images",), ("data", "add"), ("data", "list"), ("data", "show"),
+        ("data", "add"), ("data", "list"), ("data", "show"),
         ("models", "fetch"), ("models", "lineage"), ("models", "list"), ("models", "promote"), ("models", "rollback"),
         ("models", "show"), ("index", "delete"), ("index", "tune"), ("recommend", "eval"), ("copy", "labels"),
         ("images", "labels"), ("cascade", "rollback"), ("deployments", "list"), ("keys", "add"), ("keys", "list"),

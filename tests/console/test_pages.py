@@ -37,6 +37,7 @@ from openm6.hub.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options, Server
+from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.library import get, names
 from tests.serve.test_security import Site
 from tests.tasks.conftest import picture
@@ -388,6 +389,21 @@ def test_a_key_is_asked_for_and_forgotten_when_it_is_removed(tmp_path: Path) -> 
     server.keys._seen = None
     with pytest.raises(OpenM6Error, match="valid no more"):
         desk.key(Visitor())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_drawn_picture_says_what_the_model_thinks_of_it_in_the_pages_language(tmp_path: Path, language: str) -> None:
+    desk, task = Desk(served(tmp_path)[1], language), told("text_to_image")
+    with gr.Blocks():
+        form, answer = Form(desk, "text_to_image", task), Answer(desk, task)
+    asked = form.request(["红", *(option.value for option in form.options), 2, ""])
+    estimates = dict.fromkeys((*ESTIMATES, "reading"), 0.25)
+    drawn = [{"image": picture(), "estimates": estimates, "score": score} for score in (0.5, 0.1)]
+    _, pictures, _ = answer.whole({"value": drawn, "tokens": 4, "seed": 1}, asked, 1.0, 0.5)
+    best, other = (caption for _, caption in pictures)
+    assert best == ("best" if language == "en" else "最佳") + " · " + other
+    assert other.count("0.2") == len(estimates)
+    assert (HAN if language == "en" else re.compile("[A-Za-z]")).search(best) is None
 
 
 def test_a_box_is_drawn_into_the_picture(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
+from PIL import Image
 
 from openm6.hub.catalogue import MODEL, Catalogue
 from tests.e2e.conftest import CHROMIUM, TITLES, Site, choose, leave, on_screen, prepare, serving, shown
@@ -94,9 +97,41 @@ def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any],
     page.locator("#ask").click()
     until(lambda: page.locator(".grid-wrap img").count() == 4)
     page.get_by_text("seed 7").wait_for()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        grid = page.locator(".grid-wrap")
+        assert grid.evaluate("one => one.scrollHeight <= one.clientHeight && one.scrollWidth <= one.clientWidth")
+        pictures, captions = (page.locator(f".grid-wrap {one}") for one in ("img", ".caption-label"))
+        assert [text.startswith("best") for text in captions.all_inner_texts()] == [True, False, False, False]
+        for image, caption in zip(pictures.all(), captions.all(), strict=True):
+            below = image.bounding_box()
+            assert caption.bounding_box()["y"] >= below["y"] + below["height"]
+
     page.get_by_text("Change a part of a picture").click()
     page.locator("#redraw").click()
     page.get_by_text("A picture is needed, and a part of it that is painted over.").wait_for()
+    photo = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "photo.png")
+    canvas = page.locator("canvas").last
+    canvas.wait_for()
+    page.wait_for_timeout(1500)  # until it has been given the picture
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y + 10, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    page.locator("#redraw").click()
+    page.locator(".grid-wrap img").nth(3).wait_for(state="detached")
+    until(lambda: page.locator(".grid-wrap img").count() == 4)
+    source = page.locator(".grid-wrap img").first.get_attribute("src")
+    found = np.asarray(Image.open(io.BytesIO(httpx2.get(source).content)))
+    assert found.shape == photo.shape
+    changed = (found != photo).any(2)
+    assert 0 < changed.mean() < 0.1 and changed[240, 320]
 
 
 def test_what_cannot_be_asked_is_told(trying: Callable[[str], Any]) -> None:
@@ -187,7 +222,7 @@ def test_verdicts_become_data(site: Site) -> None:
     page.get_by_text(f"1 of {total} judged, 1 accepted").wait_for()
     page.locator("#reject").click()
     page.get_by_text(f"2 of {total} judged, 1 accepted").wait_for()
-    page.locator("body").press("z")
+    page.locator("body").press("u")
     page.get_by_text("this one: rejected").wait_for()
     page.locator("#accept").click()
     page.get_by_text(f"2 of {total} judged, 2 accepted").wait_for()

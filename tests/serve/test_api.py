@@ -22,7 +22,8 @@ import uvicorn
 from PIL import Image
 
 from openm6.bundle import Bundle
-from openm6.images import ImageGrid
+from openm6.editing import edit
+from openm6.images import ImageGrid, png
 from openm6.model.files import eyes_of, load_model
 from openm6.serve.api import create_app
 from openm6.serve.engine import Settings
@@ -149,22 +150,31 @@ def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Bu
             np.testing.assert_allclose(one.embedding, vector, atol=2e-2)  # bf16, in a batch
 
 
-def test_an_edit_keeps_what_the_mask_keeps(client: openai.OpenAI) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
-    alpha = np.full((16, 16, 1), 255, np.uint8)
-    alpha[:, 8:] = 0
-    files = []
-    for content in (pixels, np.concatenate((pixels, alpha), 2)):
-        buffer = io.BytesIO()
-        Image.fromarray(content).save(buffer, "PNG")
-        files.append(("a.png", buffer.getvalue(), "image/png"))
-    found = client.images.edit(model="m6", image=files[0], mask=files[1], prompt="红色的杯子")
-    edited = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
-    assert (edited[:, :8] == pixels[:, :8]).all() and (edited[:, 8:] != pixels[:, 8:]).any()
-    again = client.images.edit(model="m6", image=files[1], prompt="红色的杯子", extra_body={"seed": found.seed})
-    assert again.data[0].b64_json == found.data[0].b64_json
-    with pytest.raises(openai.BadRequestError, match="mask is needed"):
-        client.images.edit(model="m6", image=files[0], prompt="红色的杯子")
+def test_an_edit_is_the_photo_with_the_mask_redrawn(client: openai.OpenAI, alone: Bundle) -> None:
+    """The photo's size and transparency, and what the SDK gives by the same seed."""
+    rng = np.random.default_rng(0)
+    pixels, alpha = rng.integers(0, 256, (48, 64, 3), np.uint8), np.full((48, 64, 1), 255, np.uint8)
+    alpha[10:30, 20:40] = 0
+    cut_out, hole = np.concatenate((pixels, alpha), 2), alpha[..., 0] == 0
+
+    def file(content: np.ndarray) -> tuple[str, bytes, str]:
+        return "a.png", png(Image.fromarray(content)), "image/png"
+
+    def edited(photo: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        more = {} if mask is None else {"mask": file(mask)}
+        found = client.images.edit(model="m6", image=file(photo), prompt="红色的杯子", n=2, **more)
+        options = {"seed": found.seed}
+        ours = edit(alone, "text_to_image", photo, mask, candidates=2, decoding=options, caption="红色的杯子")
+        images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one.b64_json)))) for one in found.data]
+        assert all(np.array_equal(image, own.image) for image, own in zip(images, ours, strict=True))
+        return images[0]
+
+    white = np.where(hole, 255, 127).astype(np.uint8)
+    for photo, mask in ((pixels, cut_out), (pixels, white), (cut_out, None), (np.dstack((pixels, white)), white)):
+        found = edited(photo, mask)
+        assert np.array_equal(found[~hole], photo[~hole]) and not np.array_equal(found[hole], photo[hole])
+    with pytest.raises(openai.BadRequestError, match="a mask has to say what is redrawn"):
+        client.images.edit(model="m6", image=file(pixels), prompt="红色的杯子")
 
 
 def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Bundle) -> None:

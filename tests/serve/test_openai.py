@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from openm6.bundle import Bundle
+from openm6.editing import COVERS_ALL
 from openm6.serve.fleet import Place
 from openm6.serve.openai_api import _side_by_side
 from openm6.serve.server import Options
@@ -239,13 +240,17 @@ def test_fields_of_pictures(http: httpx2.Client, client: openai.OpenAI) -> None:
     files = {"image": ("a.png", png(), "image/png"), "mask": ("m.png", png("white"), "image/png")}
     for data, status in (
         ({"size": "16x16", "seed": "3"}, 200),
+        ({"size": "32x32"}, 400),
         ({"input_fidelity": "high"}, 400),
         ({"sise": "1"}, 400),
     ):
         found = http.post("/v1/images/edits", files=files, data={"prompt": "红", **data})
         assert found.status_code == status, found.text
-        assert status != 200 or found.json()["seed"] == 3
+        assert status != 200 or (found.json()["seed"], found.json()["warning"]) == (3, COVERS_ALL)
         assert status != 400 or found.json()["error"]["param"] in data
+    for field, file in (("mask", png("black")), ("mask", b"no picture"), ("image", b"no picture")):
+        found = http.post("/v1/images/edits", files={**files, field: ("a.png", file)}, data={"prompt": "红"})
+        assert found.status_code == 400 and found.json()["error"]["param"] == field
     for name in ("image", "image[]"):
         both = [(name, ("a.png", png(), "image/png"))] * 2
         found = http.post("/v1/images/edits", files=both, data={"prompt": "红"})
