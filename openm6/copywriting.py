@@ -27,7 +27,7 @@ from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.data.writers import write_csv
 from openm6.decode import Decoding, Generated
-from openm6.decode.limits import Limits
+from openm6.decode.limits import Limits, whole_sentences
 from openm6.errors import UsageError
 from openm6.review import (
     CANDIDATES,
@@ -311,24 +311,28 @@ def _judge(
     bundle: Bundle, task: Task, written: list[Generated], limits: Limits, seen: Mapping[str, int], number: int
 ) -> tuple[list[tuple[str, float]], list[tuple[str, str]]]:
     """The texts that can be kept, the likeliest first, each with its mean log-probability; and the others with the
-    reason."""
+    reason. One that does not come to an end is kept up to its last whole sentence, behind those that do."""
     good: list[tuple[str, float]] = []
     bad: list[tuple[str, str]] = []
-    for one in sorted(written, key=lambda g: -g.score / (len(g.ids) + 1)):
+    texts = []
+    for one in written:
         text = str(bundle.read(task, one)).strip()
-        reason = limits.broken_by(text)
+        is_cut = not one.finished or text[-1:] not in _ENDS
+        texts.append((is_cut, -one.score / (len(one.ids) + 1), whole_sentences(text) if is_cut else text, text))
+    for _, loss, said, text in sorted(texts):
+        reason = limits.broken_by(said or text)
         if not text:
             reason = "says nothing"
-        elif not reason and not (one.finished and text[-1] in _ENDS):
+        elif not reason and not said:
             reason = "does not come to an end"
-        elif not reason and text in seen:
-            reason = f"was written for item {seen[text] + 1} already"
-        elif not reason and any(_alike(text, other) for other, _ in good):
+        elif not reason and said in seen:
+            reason = f"was written for item {seen[said] + 1} already"
+        elif not reason and any(_alike(said, other) for other, _ in good):
             reason = "is like another of this item"
         if reason:
-            bad.append((text, reason))
+            bad.append((said or text, reason))
         else:
-            good.append((text, one.score / (len(one.ids) + 1)))
+            good.append((said, -loss))
     return good, bad
 
 

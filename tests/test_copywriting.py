@@ -154,11 +154,12 @@ def test_what_is_wrong_is_left_out_with_the_reason(bundle: Bundle) -> None:
     limits = copywriting.Limits(tokenizer, ["蓝色"], ["199"], 4, 30)
     said = [
         "这条红色裙子199元。", "这条蓝色裙子199元。", "只要99元就好。", "好。", "这条红色裙子199元！", "没有说完", "",
-        "别的话说完了。",
+        "别的话说完了。", "绿色的裙子很好看。而且",
     ]  # fmt: skip
     written = [Generated(tokenizer.encode(text), -float(n), text != "没有说完") for n, text in enumerate(said)]
     good, bad = copywriting._judge(bundle, task, written, limits, {"别的话说完了。": 4}, 7)
-    assert [text for text, _ in good] == ["这条红色裙子199元。"]
+    # What comes to no end is kept up to its last sentence, behind what does.
+    assert [text for text, _ in good] == ["这条红色裙子199元。", "绿色的裙子很好看。"]
     reasons = dict(bad)
     assert reasons["这条蓝色裙子199元。"] == "says 蓝色"
     assert reasons["只要99元就好。"] == "says 99, which is not given"
