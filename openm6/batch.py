@@ -247,11 +247,11 @@ def _save_picture(picture: Image.Image, file: Path) -> None:
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(rank, record to train on) of every picture with a verdict."""
-    settings = settings_of(output)
+    settings = settings_of(output, "pictures")
     verdicts = verdicts_on({row["file"] for row in rows_of(output)}, output, "picture", labels)
     for row in rows_of(output):
         if row["file"] in verdicts:
             # Slots that were not asked for are named too: no other column is then taken for them.
             asked = {slot: row["asked"].get(slot) for slot in settings["slots"]}
-            verdict = int(verdicts[row["file"]])
+            verdict = int(verdicts[row["file"]].accepted)
             yield row["rank"], {**asked, settings["picture"]: row["codes"], "verdict_quality": verdict}

@@ -21,13 +21,12 @@ from typing import Any
 
 from openm6.atomic import sync, whole_lines, write_failed, write_file
 from openm6.bundle import LIMITS, Bundle
+from openm6.copy_items import BROKEN, TABLE, goods_pictures, items_of, page_items, write_table
 from openm6.data.columns import SlotView, require_columns
-from openm6.data.rejects import Reject
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
-from openm6.data.writers import write_csv
 from openm6.decode import Decoding, Generated
-from openm6.decode.limits import Limits
+from openm6.decode.limits import Limits, whole_sentences
 from openm6.errors import UsageError
 from openm6.review import (
     CANDIDATES,
@@ -42,7 +41,6 @@ from openm6.review import (
     groups,
     kept_of,
     open_rejects,
-    place_of,
     progress,
     require_same,
     rows_of,
@@ -55,8 +53,6 @@ from openm6.review import (
 )
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
-
-BROKEN, TABLE = "broken.jsonl", "texts.csv"
 
 ITEMS = 16
 """Items that are written for at once."""
@@ -72,14 +68,17 @@ _ENDS = "。！？!?.…~”』」）)"
 
 @dataclass(frozen=True)
 class _Whole:
-    """A view of records that are rows of a table themselves, as those of a CSV are."""
+    """A view of records that are rows of a table themselves, as those of a CSV are; a picture is no cell."""
 
     table: str
+    picture: str | None
     mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, record: Record, rng: Any = None) -> dict[str, Any]:
         row = {
-            k: v for k, v in record.items() if not k.startswith("_") and isinstance(v, (str, int, float)) and v != ""
+            k: v
+            for k, v in record.items()
+            if not k.startswith("_") and k != self.picture and isinstance(v, (str, int, float)) and v != ""
         }
         return {**record, self.table: row}
 
@@ -126,8 +125,8 @@ def make_copy(
         raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
     keep = kept_of(keep, candidates, 2)
     view = _view(chosen, source, columns or {})
-    pictures = {view.mapping.get(name) for name in chosen.inputs if chosen.slots[name].type == "image"}
-    shown = list(table) if table is not None else [name for name in source.columns if name not in pictures]
+    goods = goods_pictures(chosen, view.mapping, source)
+    shown = list(table) if table is not None else [c for c in source.columns if c not in goods.mapping.values()]
     require_columns(source.columns, [*shown, *([id_column] if id_column else [])])
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
     rules: dict[str, Any] = {
@@ -139,12 +138,12 @@ def make_copy(
     }
     Limits(bundle.processor.tokenizer, rules["forbid"], None, least, most)  # refuses what cannot be
     settings = {
-        "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "prompts": str(items),
+        "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "items": str(items),
         CONTENT: content_of(bundle, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
         **rules, **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
-    begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume)
+    begin(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume)
     known = _values_of(chosen, view, source) if facts else {}
     if facts and lexicon:
         more = open_source(lexicon, data_format)
@@ -183,8 +182,9 @@ def make_copy(
                         seen |= {text: number for text, _ in good[:keep]}
                         done.add(number)
                 bar.update(row, completed=group.stop)
-        page = write_review(output)
-        write_file(output / TABLE, lambda draft: _write_table(draft, output, source, id_column, shown))
+        found = list(items_of(output, source, id_column))
+        write_file(output / TABLE, lambda draft: write_table(draft, found, id_column, shown))
+        page = write_review(output, page_items(output, found, goods, id_column), id_column or "item", most)
     except OSError as error:
         raise write_failed(output, error) from None
     reasons = Counter(_kind(one["reason"]) for one in whole_lines(output / BROKEN))
@@ -197,9 +197,9 @@ def make_copy(
 
 
 def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
-    """Write the texts that people accepted, as records of the task, and tell how much they accept: {"file", "labelled",
-    "accepted", "by_rank"}."""
-    settings = settings_of(output)
+    """Write the texts that people accepted, as they edited them, as records of the task, and tell how much they accept:
+    {"file", "labelled", "accepted", "edited", "by_rank"}."""
+    settings = settings_of(output, "texts")
     rows = {row["file"]: row for row in rows_of(output) if row["rank"]}
     verdicts = verdicts_on(rows, output, "text", labels)
     by_rank: dict[int, list[int]] = defaultdict(list)
@@ -207,40 +207,13 @@ def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
     def lines() -> Iterator[str]:
         for name, row in rows.items():
             if name in verdicts:
-                by_rank[row["rank"]].append(int(verdicts[name]))
-                if verdicts[name]:
-                    yield as_line({**row["given"], settings["picture"]: row["said"]})
+                by_rank[row["rank"]].append(int(verdicts[name].accepted))
+                if verdicts[name].accepted:
+                    yield as_line({**row["given"], settings["picture"]: verdicts[name].text or row["said"]})
 
     file = write(output / LABELLED, lines())
-    return {"file": str(file), **acceptance(by_rank)}
-
-
-def _write_table(path: Path, output: Path, source: Source, id_column: str, columns: Sequence[str]) -> None:
-    """A CSV of every row of the source in its order, rows that could not be read too."""
-    texts, broken = defaultdict(list), defaultdict(list)
-    for row in rows_of(output):
-        if row["rank"]:
-            texts[row["prompt"]].append({"rank": row["rank"], "text": row["said"]})
-    for row in whole_lines(output / BROKEN):
-        broken[row["prompt"]].append(row["reason"])
-    refused = {row["where"]: row["reason"] for row in whole_lines(output / REJECTS)}
-    own = ("rank", "text", "reason")
-    name = id_column or "item"
-    shown = {column: f"item {column}" if column in own else column for column in columns if column != id_column}
-
-    def rows() -> Iterator[dict[str, Any]]:
-        number = 0
-        for record in source.rows():
-            if isinstance(record, Reject):
-                yield {"reason": record.reason}
-                continue
-            item = {name: record.get(id_column) if id_column else number + 1}
-            item |= {shown[column]: record.get(column) for column in shown}
-            reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
-            yield from ({**item, **cells} for cells in texts[number] or [{"reason": reason}])
-            number += 1
-
-    write_csv(path, [name, *shown.values(), *own], rows)
+    edited = sum(bool(verdict.text) for verdict in verdicts.values())
+    return {"file": str(file), "edited": edited / len(verdicts), **acceptance(by_rank)}
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
@@ -250,7 +223,7 @@ def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
     if len(tables) == 1 and tables[0] not in source.columns:
         sample = next(iter(source), {})
         if not any(isinstance(value, (dict, list)) for value in sample.values()):
-            return _Whole(tables[0])
+            return _Whole(tables[0], goods_pictures(task, columns, source).mapping.get("image"))
     return SlotView.of(left, source, columns)
 
 
@@ -314,24 +287,28 @@ def _judge(
     bundle: Bundle, task: Task, written: list[Generated], limits: Limits, seen: Mapping[str, int], number: int
 ) -> tuple[list[tuple[str, float]], list[tuple[str, str]]]:
     """The texts that can be kept, the likeliest first, each with its mean log-probability; and the others with the
-    reason."""
+    reason. One that does not come to an end is kept up to its last whole sentence, behind those that do."""
     good: list[tuple[str, float]] = []
     bad: list[tuple[str, str]] = []
-    for one in sorted(written, key=lambda g: -g.score / (len(g.ids) + 1)):
+    texts = []
+    for one in written:
         text = str(bundle.read(task, one)).strip()
-        reason = limits.broken_by(text)
+        is_cut = not one.finished or text[-1:] not in _ENDS
+        texts.append((is_cut, -one.score / (len(one.ids) + 1), whole_sentences(text) if is_cut else text, text))
+    for _, loss, said, text in sorted(texts):
+        reason = limits.broken_by(said or text)
         if not text:
             reason = "says nothing"
-        elif not reason and not (one.finished and text[-1] in _ENDS):
+        elif not reason and not said:
             reason = "does not come to an end"
-        elif not reason and text in seen:
-            reason = f"was written for item {seen[text] + 1} already"
-        elif not reason and any(_alike(text, other) for other, _ in good):
+        elif not reason and said in seen:
+            reason = f"was written for item {seen[said] + 1} already"
+        elif not reason and any(_alike(said, other) for other, _ in good):
             reason = "is like another of this item"
         if reason:
-            bad.append((text, reason))
+            bad.append((said or text, reason))
         else:
-            good.append((text, one.score / (len(one.ids) + 1)))
+            good.append((said, -loss))
     return good, bad
 
 

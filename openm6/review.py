@@ -10,7 +10,8 @@ import html
 import json
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,23 @@ from openm6.tasks.task import Task
 SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
     "batch.json", "candidates.jsonl", "rejects.jsonl", "review.html", "labelled.jsonl",
 )  # fmt: skip
+
+COMMANDS = {"texts": "copy", "pictures": "images"}
+"""What a batch is of, and the command that makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What people say of a candidate. `text`: the text as they have edited it, "" where it stayed as it was; `where`:
+    the place of the line."""
+
+    accepted: bool
+    text: str
+    where: str
+
+    def line(self, name: str) -> dict[str, Any]:
+        """The verdict on the candidate of this name, as labels.jsonl has it."""
+        return {"file": name, "accepted": self.accepted} | ({"text": self.text} if self.text else {})
 
 
 CONTENT = "content"
@@ -141,14 +159,20 @@ def begin(output: Path, settings: dict[str, Any], more: dict[str, Any], resume: 
             )
 
 
-def settings_of(output: Path) -> dict[str, Any]:
+def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
+    """The settings of a batch. Raises UsageError where there is none, or none of this `kind` (a key of COMMANDS)."""
     try:
         content = json.loads((output / SETTINGS).read_text("utf-8"))
-        return {**content, "id": str(content["id"]), "slots": dict(content["slots"]), "picture": content["picture"]}
+        found = {"kind": "pictures", **content, "id": str(content["id"]), "slots": dict(content["slots"])}
+        command = COMMANDS[found["kind"]]
     except OSError:
-        raise UsageError(f"{output} is no batch: it has no {SETTINGS}. `openm6 images batch` makes one.") from None
+        makes = " or ".join(f"`openm6 {COMMANDS[name]} batch`" for name in ([kind] if kind else COMMANDS))
+        raise UsageError(f"{output} is no batch: it has no {SETTINGS}. {makes} makes one.") from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{output / SETTINGS} is damaged: make the batch again.") from None
+    if kind and kind != found["kind"]:
+        raise UsageError(f"{output} is a batch of {found['kind']}: `openm6 {command} labels` reads its labels.")
+    return found
 
 
 def go_on(path: Path) -> dict[int, dict[str, Any]]:
@@ -180,51 +204,73 @@ def open_rejects(path: Path, source: Source) -> Rejects:
     return rejects
 
 
-def write_review(output: Path) -> Path:
-    """Write the page on which people accept or reject the candidates of a batch, pictures or, with a column `said`,
-    texts; their verdicts stay in the browser until they are downloaded as labels.jsonl."""
+def write_review(
+    output: Path, items: Iterable[Mapping[str, Any]] | None = None, id_name: str = "item", most: int = 0
+) -> Path:
+    """Write the page on which people accept, reject or edit the candidates of a batch; their verdicts stay in the
+    browser until they are downloaded as labels.jsonl, or as a CSV with a row for each item.
+
+    `items`: {"id", "shown": {name: value}, "pictures": [file], "candidates": [{"file", "said"}], "reason"}. "said" is a
+    candidate that is a text; "reason" tells why an item has no candidates. By default the items are those of
+    candidates.jsonl, and what rejects.jsonl tells. `id_name`: the name of the ids, in the CSV. `most`: characters that
+    a text may have; 0: any number.
+    """
     settings = settings_of(output)
-    pictures = []
-    for row in rows_of(output):
-        if row["rank"] == 0:  # a prompt for which nothing was kept
-            continue
-        asked: dict[bool, list[str]] = {True: [], False: []}  # pictures, and the rest
-        for slot, value in row["asked"].items():
-            asked[settings["slots"].get(slot) == "image"].append(str(value))
-        shown = {"file": row["file"], "text": " · ".join(asked[False]), "given": asked[True]}
-        pictures.append({**shown, "said": row["said"]} if "said" in row else shown)
-    data = json.dumps({"id": settings["id"], "pictures": pictures}, ensure_ascii=False)
+    found = list(_prompts(output, settings) if items is None else items)
+    about = {"id": settings["id"], "kind": settings["kind"], "idName": id_name, "most": most, "items": found}
     page = Path(__file__).with_name("review.html").read_text("utf-8")
     # A text that holds </script> must not end the script.
-    page = page.replace("@TITLE@", html.escape(output.resolve().name)).replace("@DATA@", data.replace("<", "\\u003c"))
+    data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
+    page = page.replace("@TITLE@", html.escape(output.resolve().name)).replace("@DATA@", data)
     return write(output / PAGE, [page])
 
 
-def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, bool]:
-    """People's verdicts on the candidates of a batch, by name. Raises DataError for one of a candidate that it has not
-    (`what`: picture, text), and as `verdicts_of` does."""
-    found = verdicts_of(labels)
-    for name, (_, where) in found.items():
+def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, some in groupby(rows_of(output), key=lambda row: row["prompt"]):
+        rows = list(some)
+        pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
+        asked = rows[0]["asked"]
+        yield {
+            "id": str(number + 1),
+            "shown": {name: str(value) for name, value in asked.items() if name not in pictures},
+            "pictures": [str(value) for name, value in asked.items() if name in pictures],
+            "candidates": [{"file": row["file"]} for row in rows],
+            "reason": "",
+        }
+    for row in whole_lines(output / REJECTS):
+        yield {"id": "", "shown": {}, "pictures": [], "candidates": [], "reason": row["reason"]}
+
+
+def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, Verdict]:
+    """People's verdicts on the candidates of a batch, by name. Raises DataError for one of a candidate that it has not,
+    and as `verdicts_of` does."""
+    found = verdicts_of(labels, what)
+    for name, verdict in found.items():
         if name not in known:
-            raise DataError(f"{where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
-    return {name: verdict for name, (verdict, _) in found.items()}
+            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
+    return found
 
 
-def verdicts_of(labels: str | Path) -> dict[str, tuple[bool, str]]:
-    """By picture: the verdict, and where it stands."""
-    found: dict[str, tuple[bool, str]] = {}
+def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
+    """By name. Raises DataError for what is no verdict on a `what` (picture, text), and for two that differ."""
+    found: dict[str, Verdict] = {}
     for row in read_jsonl(str(labels), None, refuse):
-        where, file, accepted = row["_where"], row.get("file"), row.get("accepted")
+        where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
         if not isinstance(file, str):
-            raise DataError(f'{where} names no picture: a line has to be {{"file": ..., "accepted": true or false}}.')
+            raise DataError(f'{where} names no {what}: a line has to be {{"file": ..., "accepted": true or false}}.')
         if not isinstance(accepted, bool):
             raise DataError(f"{where}: accepted is {cut(accepted)!r}; a verdict is true or false.")
-        before, there = found.setdefault(file, (accepted, where))
-        if before != accepted:
+        if "text" in row and not (accepted and what != "picture" and isinstance(text, str) and text.strip()):
+            raise DataError(f"{where}: text is {cut(text)!r}; it is the edited form of a text that was accepted.")
+        before = found.setdefault(file, Verdict(accepted, text, where))
+        if before.accepted != accepted:
             words = ("rejected", "accepted")
             raise DataError(
-                f"{where}: {file} is {words[accepted]} here, and {words[before]} in {there}: keep one line."
+                f"{where}: {file} is {words[accepted]} here, and {words[before.accepted]} in {before.where}: "
+                "keep one line."
             )
+        if before.text != text:
+            raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
     if not found:
         raise DataError(f"{labels} holds no label.")
     return found

@@ -135,15 +135,25 @@ class Tokenizer:
         """The bytes of every token that stands for bytes: `<0x41>`, and in a byte-level vocabulary what begins or ends
         within a character."""
         found = {}
-        names = {token: name for name, token in self._fast.get_vocab(with_added_tokens=True).items()}
-        ids = sorted(names)
-        for token, text in zip(ids, self._fast.decode_batch([[i] for i in ids], skip_special_tokens=True), strict=True):
-            name = names[token]
+        for token, (name, text) in self._each.items():
             if re.fullmatch("<0x[0-9A-F]{2}>", name):
                 found[token] = bytes.fromhex(name[3:5])
             elif HALF in text and all(character in _BYTE_LEVEL for character in name):
                 found[token] = bytes(_BYTE_LEVEL[character] for character in name)
         return found
+
+    @cached_property
+    def damaged(self) -> frozenset[int]:
+        """The tokens of whole characters whose text has U+FFFD: a vocabulary learned from damaged texts has one."""
+        return frozenset(token for token, (_, text) in self._each.items() if HALF in text and token not in self.parts)
+
+    @cached_property
+    def _each(self) -> dict[int, tuple[str, str]]:
+        """The name of every token, and the text that it has alone."""
+        names = {token: name for name, token in self._fast.get_vocab(with_added_tokens=True).items()}
+        ids = sorted(names)
+        texts = self._fast.decode_batch([[i] for i in ids], skip_special_tokens=True)
+        return {token: (names[token], text) for token, text in zip(ids, texts, strict=True)}
 
     @cached_property
     def _textless(self) -> frozenset[int]:

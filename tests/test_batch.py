@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shutil
@@ -31,7 +30,6 @@ from tests.tasks.conftest import picture
 TASK = "text_to_image"
 QUICK = {"passes": 2, "guidance": 0}
 CAPTIONS = [f"红色的杯子第{number}个" for number in range(11)]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +287,7 @@ def test_pictures_that_were_asked_with_are_kept_beside(bundle: Bundle, tmp_path:
     first, last = rows(tmp_path)[0], rows(tmp_path)[-1]
     assert first["asked"] == {"caption": "杯子", "sketch": "pictures/000000-sketch.png"}
     assert last["asked"] == {"caption": "杯子"}
-    assert '"given": ["pictures/000000-sketch.png"]' in (tmp_path / "batch" / "review.html").read_text("utf-8")
+    assert '"pictures": ["pictures/000000-sketch.png"]' in (tmp_path / "batch" / "review.html").read_text("utf-8")
     labels = labelled(tmp_path, [{"file": row["file"], "accepted": True} for row in (first, last)])
     source = open_source(write_labelled(tmp_path / "batch", labels)["file"])
     task = bundle.task("controlled_image")
@@ -358,6 +356,7 @@ def test_bad_labels_are_told(bundle: Bundle, tmp_path: Path) -> None:
             r"labels.jsonl:3: .* is rejected here, and accepted in .*labels.jsonl:1",
         ),
         ([{"accepted": True}], r"labels.jsonl:1 names no picture"),
+        ([{**good, "text": "一只杯子"}], r"labels.jsonl:1: text is '一只杯子'; it is the edited form of a text"),
         ([], "holds no label"),
     ):
         with pytest.raises(DataError, match=said):
@@ -419,55 +418,6 @@ def test_a_model_learns_what_people_accept(bundle: Bundle, tmp_path: Path) -> No
     found = reviewed()
     assert found["accepted"] < 0.6  # about half of what it draws fits the rule
     assert found["by_rank"][1]["accepted"] > 0.75
-
-
-# Press keys, click, page on, and lay what would be downloaded before the reader.
-_ACTIONS = """
-const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key}));
-press("a"); press("r"); press("r"); press("u"); press("ArrowRight");
-document.querySelector("#p4 .yes").click();
-document.querySelector("#p4 .no").click();
-const kept = localStorage.getItem(KEY);
-const out = Object.assign(document.createElement("pre"), {id: "out"});
-const counts = get("counts").textContent, shownHere = main.children.length;
-out.textContent = JSON.stringify({labels: labels(), kept, counts, shown: shownHere});
-document.body.append(out);
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_the_page_takes_verdicts_and_gives_labels(bundle: Bundle, tmp_path: Path) -> None:
-    made(bundle, tmp_path)
-    page = tmp_path / "batch" / "review.html"
-    acting = page.with_name("acting.html")
-    acting.write_text(page.read_text("utf-8").replace("</script></body>", f"{_ACTIONS}</script></body>"), "utf-8")
-
-    def visit(number: int, which: Path) -> str:
-        profile = f"--user-data-dir={tmp_path / f'profile-{number}'}"
-        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", which.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-    # What a page keeps reaches the disk a little later; this browser may be gone before. Then all is done once more.
-    for number in range(5):
-        shown, again = visit(number, acting), visit(number, page)
-        if "1 accepted, 2 rejected" in again:
-            break
-    assert '<pre id="out">' in shown, shown[-2000:]
-    found = json.loads(html.unescape(shown.partition('<pre id="out">')[2].partition("</pre>")[0]))
-    files = [row["file"] for row in rows(tmp_path)]
-    assert [json.loads(line) for line in found["labels"].splitlines()] == [
-        {"file": files[0], "accepted": True},
-        {"file": files[1], "accepted": False},
-        {"file": files[4], "accepted": False},
-    ]
-    assert found["kept"].startswith("yn--n-")
-    assert found["counts"] == f"1 accepted, 2 rejected, {len(files) - 3} to go"
-    assert found["shown"] == min(48, len(files))
-    # What it gave can be joined, and the next visit goes on.
-    (tmp_path / "labels.jsonl").write_text(found["labels"], "utf-8")
-    assert write_labelled(tmp_path / "batch", tmp_path / "labels.jsonl")["labelled"] == 3
-    assert f"1 accepted, 2 rejected, {len(files) - 3} to go" in again
 
 
 @pytest.mark.slow

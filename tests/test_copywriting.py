@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from openm6 import copywriting
@@ -18,7 +19,9 @@ from openm6.copywriting import make_copy, write_labelled_copy
 from openm6.data.market import open_market
 from openm6.decode import Generated
 from openm6.errors import DataError, UsageError
+from openm6.review import begin
 from openm6.train.trainer import train
+from tests.conftest import command as run
 from tests.train.conftest import tiny_recipe
 
 COLOURS = "红橙黄绿蓝紫粉黑"
@@ -154,11 +157,12 @@ def test_what_is_wrong_is_left_out_with_the_reason(bundle: Bundle) -> None:
     limits = copywriting.Limits(tokenizer, ["蓝色"], ["199"], 4, 30)
     said = [
         "这条红色裙子199元。", "这条蓝色裙子199元。", "只要99元就好。", "好。", "这条红色裙子199元！", "没有说完", "",
-        "别的话说完了。",
+        "别的话说完了。", "绿色的裙子很好看。而且",
     ]  # fmt: skip
     written = [Generated(tokenizer.encode(text), -float(n), text != "没有说完") for n, text in enumerate(said)]
     good, bad = copywriting._judge(bundle, task, written, limits, {"别的话说完了。": 4}, 7)
-    assert [text for text, _ in good] == ["这条红色裙子199元。"]
+    # What comes to no end is kept up to its last sentence, behind what does.
+    assert [text for text, _ in good] == ["这条红色裙子199元。", "绿色的裙子很好看。"]
     reasons = dict(bad)
     assert reasons["这条蓝色裙子199元。"] == "says 蓝色"
     assert reasons["只要99元就好。"] == "says 99, which is not given"
@@ -171,22 +175,75 @@ def test_what_is_wrong_is_left_out_with_the_reason(bundle: Bundle) -> None:
     }  # fmt: skip
 
 
+def test_every_item_has_a_text_or_a_reason(bundle: Bundle, items: Path, tmp_path: Path) -> None:
+    """In the table and on the page, an item that could not be used and a row that could not be read among them."""
+    lines = [f"{line},{'photo' if not n else 'p.png'}" for n, line in enumerate(items.read_text("utf-8").splitlines())]
+    lines[3] = ",".join(["很长" * 2000, *lines[3].split(",")[1:]])
+    items.write_text("\n".join([*lines[:5], "少,一列", *lines[5:]]), "utf-8")
+    Image.new("RGB", (640, 20)).save(tmp_path / "p.png")
+    options = {**OPTIONS, "lexicon": None, "candidates": 2, "keep": 1, "forbid": ["。", "！"]}
+    made = make_copy(bundle, "product_copy", items, tmp_path / "out", **options)
+    table = list(csv.DictReader(Path(made["table"]).read_text("utf-8-sig").splitlines()))
+    assert "photo" not in table[0] and len(table) == 21
+    assert all(bool(row["text"]) != bool(row["reason"]) for row in table)
+    page = Path(made["page"]).read_text("utf-8").partition('type="application/json">')[2].partition("</script>")[0]
+    shown = json.loads(page)["items"]
+    assert [item["id"] for item in shown] == [row["item"] for row in table]
+    assert [item["reason"] for item in shown] == [row["reason"] for row in table]
+    assert shown[2]["reason"] and "2 fields" in shown[4]["reason"]
+    assert shown[5]["shown"] == dict(zip(lines[0].split(",")[:-1], lines[5].split(",")[:-1], strict=True))
+    assert [one["said"] for item in shown for one in item["candidates"]] == [r["text"] for r in table if r["text"]]
+    assert [item["pictures"] for item in shown[:5:2]] == [["pictures/000000.jpg"], ["pictures/000002.jpg"], []]
+    assert Image.open(tmp_path / "out" / "pictures" / "000019.jpg").size == (320, 10)
+    given = lines_of(tmp_path / "out")[0]["given"]["attributes"]
+    assert "photo" not in given and "品牌" in given
+
+
 def test_winners_become_data(bundle: Bundle, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copywriting, "_ENDS", "".join(map(chr, range(0x10000))))  # so small a model seldom ends well
     make_copy(bundle, "product_copy", items, tmp_path / "out", **OPTIONS)
     rows = [row for row in lines_of(tmp_path / "out") if row["rank"]]
-    verdicts = [{"file": row["file"], "accepted": row["rank"] == 1} for row in rows]
+    verdicts: list[dict[str, Any]] = [{"file": row["file"], "accepted": row["rank"] == 1} for row in rows]
+    edited = next(verdict for verdict in verdicts if verdict["accepted"])
+    edited["text"] = "改过的文案。"
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, verdicts)), "utf-8")
     told = write_labelled_copy(tmp_path / "out", tmp_path / "labels.jsonl")
     first = sum(row["rank"] == 1 for row in rows)
     assert first and told["labelled"] == len(rows) and told["accepted"] == pytest.approx(first / len(rows))
-    assert told["by_rank"][1]["accepted"] == 1
+    assert told["by_rank"][1]["accepted"] == 1 and told["edited"] == pytest.approx(1 / len(rows))
+    kept = {row["said"] for row in rows if row["rank"] == 1 and row["file"] != edited["file"]}
+    assert {row["copy"] for row in lines_of(tmp_path / "out", "labelled.jsonl")} == {"改过的文案。", *kept}
     data = [{"source": told["file"], "task": "product_copy"}]
     assert len(lines_of(tmp_path / "out", "labelled.jsonl")) == first
     train(tiny_recipe(tmp_path / "next", data=data, steps=1, checkpoint_every=1, row_length=256))
-    (tmp_path / "labels.jsonl").write_text('{"file": "x", "accepted": true}', "utf-8")
-    with pytest.raises(DataError, match="has no text 'x'"):
-        write_labelled_copy(tmp_path / "out", tmp_path / "labels.jsonl")
+    for line, said in (
+        ('{"file": "x", "accepted": true}', "has no text 'x'"),
+        ('{"accepted": true}', "labels.jsonl:1 names no text"),
+        (json.dumps({**edited, "text": " "}), "text is ''; it is the edited form of a text that was accepted"),
+        (json.dumps({**edited, "accepted": False}), "it is the edited form of a text that was accepted"),
+        (json.dumps(edited) + "\n" + json.dumps({**edited, "text": "又改。"}), "another text here than in .*jsonl:1"),
+    ):
+        (tmp_path / "labels.jsonl").write_text(line, "utf-8")
+        with pytest.raises(DataError, match=said):
+            write_labelled_copy(tmp_path / "out", tmp_path / "labels.jsonl")
+
+
+def test_labels_of_texts_speak_of_texts_and_those_of_pictures_of_pictures(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"file": "x", "accepted": true}', "utf-8")
+    about: dict[str, Any] = {"slots": {}, "picture": "copy"}
+    begin(tmp_path / "texts", {}, {**about, "kind": "texts"}, resume=False)
+    begin(tmp_path / "pictures", {}, about, resume=False)
+    for command, own, other in (("copy", "texts", "images"), ("images", "pictures", "copy")):
+        there = {"texts": "pictures", "pictures": "texts"}[own]
+        for folder, said in (
+            (tmp_path, f"is no batch: it has no batch.json. `openm6 {command} batch` makes one."),
+            (tmp_path / there, f"is a batch of {there}: `openm6 {other} labels` reads its labels."),
+        ):
+            with pytest.raises(UsageError, match=said):
+                run(command, "labels", folder, labels)
+        with pytest.raises(DataError, match=f"has no {own[:-1]} 'x'"):
+            run(command, "labels", tmp_path / own, labels)
 
 
 def test_the_command_and_what_cannot_be(bundle: Bundle, items: Path, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def labels(
     labels: Annotated[Path, typer.Argument(help="The labels.jsonl that its review page gave.")],
     json: Json = False,
 ) -> None:
-    """The accepted texts as a source to train on, labelled.jsonl, and how much people accept."""
+    """The accepted texts as a source to train on, labelled.jsonl, edited ones as they were edited, and how much people
+    accept."""
     from openm6.copywriting import write_labelled_copy
 
     found = write_labelled_copy(output, labels)
@@ -95,4 +96,6 @@ def labels(
         return
     rows = [("all", found), *found["by_rank"].items()]
     table(["rank", "accepted", "texts"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
+    if found["edited"]:
+        typer.echo(f"{found['edited']:.1%} of the texts were edited and accepted.")
     typer.echo(f"To train on: {found['file']}")

@@ -12,7 +12,7 @@ from openm6.batch import write_labelled
 from openm6.console.desk import Desk, first_step, note, plain
 from openm6.copywriting import write_labelled_copy
 from openm6.images import open_image
-from openm6.review import SETTINGS, as_line, rows_of, settings_of, verdicts_of, write
+from openm6.review import SETTINGS, Verdict, as_line, rows_of, settings_of, verdicts_of, write
 
 LABELS = "labels.jsonl"
 DEPTH = 3
@@ -105,11 +105,11 @@ def _candidates(batch: Path) -> list[dict[str, Any]]:
     return [row for row in rows_of(batch) if row["rank"]]
 
 
-def _verdicts(batch: Path) -> dict[str, bool]:
+def _verdicts(batch: Path) -> dict[str, Verdict]:
     labels = batch / LABELS
     if not labels.is_file() or not labels.stat().st_size:
         return {}
-    return {name: accepted for name, (accepted, _) in verdicts_of(labels).items()}
+    return verdicts_of(labels)
 
 
 def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> Any:
@@ -119,8 +119,10 @@ def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> 
         return _show(desk, name, max(0, number - 1))
     rows = _candidates(batch)
     if number < len(rows):
-        verdicts = {**_verdicts(batch), rows[number]["file"]: accepted}
-        write(batch / LABELS, (as_line({"file": file, "accepted": verdict}) for file, verdict in verdicts.items()))
+        verdicts, file = _verdicts(batch), rows[number]["file"]
+        before = verdicts.get(file)
+        verdicts[file] = Verdict(accepted, before.text if before and accepted else "", "")
+        write(batch / LABELS, (as_line(verdict.line(file)) for file, verdict in verdicts.items()))
     return _show(desk, name, number + 1)
 
 
@@ -137,24 +139,25 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
         "{done} of {all} judged, {accepted} accepted",
         done=len(verdicts),
         all=len(rows),
-        accepted=sum(verdicts.values()),
+        accepted=sum(verdict.accepted for verdict in verdicts.values()),
     )
     if number >= len(rows):
         return [number, told, *nothing[2:]]
     row, slots = rows[number], settings_of(batch)["slots"]
     if (before := verdicts.get(row["file"])) is not None:
-        told += " · " + (say("this one: accepted") if before else say("this one: rejected"))
+        told += " · " + (say("this one: accepted") if before.accepted else say("this one: rejected"))
     asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
+    said = (before and before.text) or row.get("said", "")
     lines = "\n".join(f"{desk.slot(slot)}: {plain(value)}" for slot, value in asked.items())
     return [
         number, f"**{number + 1}/{len(rows)}** · {told}", gr.Textbox(lines, visible=bool(lines)),
-        gr.Gallery(opened, visible=bool(opened)), gr.Textbox(row.get("said", ""), visible="said" in row),
+        gr.Gallery(opened, visible=bool(opened)), gr.Textbox(said, visible="said" in row),
         gr.Gallery([] if "said" in row else [open_image(batch / row["file"])], visible="said" not in row),
     ]  # fmt: skip
 
 
 def _finish(batch: Path) -> dict[str, Any]:
-    act = write_labelled_copy if any("said" in row for row in rows_of(batch)) else write_labelled
+    act = write_labelled_copy if settings_of(batch)["kind"] == "texts" else write_labelled
     return act(batch, batch / LABELS)

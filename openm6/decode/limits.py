@@ -4,6 +4,9 @@
     numbers    the only numbers that occur: a run of digits is one of them
     least, most   characters, counted as they are written
 
+As `most` comes near, the text is led to its end: a clause does not end in a comma there, and after a sentence nothing
+else begins.
+
 A word or number is told by its characters, however the tokenizer cuts them, into bytes too. A character that is begun
 in bytes counts when it is whole: `Limits.broken_by` looks at the whole text.
 """
@@ -21,6 +24,12 @@ from openm6.tasks.forms import characters
 from openm6.tokenizer import Tokenizer
 
 _NUMBER = re.compile(r"\d+")
+
+_SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
+_CLOSERS, _BREAKS = "”』」）)", "，；、,;"
+
+TURN = 4
+"""The last quarter of `most` is where a text is led to its end."""
 
 
 class Limits:
@@ -44,6 +53,9 @@ class Limits:
         self._reach = max(map(len, self.forbid), default=1) - 1
         self._texts, self._characters = _texts(tokenizer), characters(tokenizer)
         self._always = frozenset(token for word in self.forbid for token in _holding(tokenizer, word))
+        self._closers, self._breaks = (
+            {token for mark in marks for token in _holding(tokenizer, mark)} for marks in (_CLOSERS, _BREAKS)
+        )
         self._rests: dict[str, list[str]] = {}  # of a word that is begun: what is missing
         for word in self.forbid:
             for cut in range(1, len(word)):
@@ -63,6 +75,11 @@ class Limits:
         if self.most:
             room = self.most - len(text)
             banned.update(i for i, word in self._texts.items() if len(word) > room)
+            if room * TURN <= self.most and len(text) >= self.least:
+                if text == whole_sentences(text) != "":
+                    return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
+                if not text[-1:].isdigit():  # 1,299 is a number
+                    banned |= self._breaks
         if self.numbers is not None:
             banned |= self._wrong_numbers(text)
         if len(text) < self.least:
@@ -122,6 +139,12 @@ class Limits:
         if self.most and len(text) > self.most:
             return f"has {len(text)} characters, more than {self.most}"
         return ""
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; "" where none ends."""
+    found = _SENTENCE.match(text)
+    return found[0] if found else ""
 
 
 @lru_cache(maxsize=8)

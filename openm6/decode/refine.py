@@ -88,7 +88,8 @@ class _Asking:
         self.modes, self.mask = modes(tokenizer), tokenizer.mask_id
         self.classes = torch.tensor(tokenizer.class_ids, device=device)
         # Text alone is written: no special token, no byte of which half a character could stay, no image code.
-        plain = [i for i in range(tokenizer.code_start) if not tokenizer.is_part(i)]
+        broken = tokenizer.parts.keys() | tokenizer.damaged
+        plain = [i for i in range(tokenizer.code_start) if i not in broken and not tokenizer.is_part(i)]
         self.words, self.known = torch.tensor(plain, device=device), set(plain)
 
     def sketch(self, prompts: list[Sequence], hidden_BTD: Tensor) -> list[_Draft]:

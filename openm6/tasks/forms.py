@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from openm6.errors import DataError
 from openm6.sequence import Banned
-from openm6.tokenizer import Tokenizer
+from openm6.tokenizer import HALF, Tokenizer
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
 """Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""
@@ -79,7 +79,11 @@ class Verse:
 
 
 class Characters:
-    """Any text of whole characters: the bytes of one follow each other as UTF-8 has them, and nothing comes between."""
+    """Any text of whole characters: the bytes of one follow each other as UTF-8 has them, and nothing comes between.
+
+    U+FFFD, the mark of a damaged text, is never written, neither in bytes nor as a token: an answer does not repeat the
+    damage of its prompt or of the training data.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -91,23 +95,24 @@ class Characters:
         if found is None:
             fits = {token: _is_beginning(begun + more) for token, more in self._tokenizer.parts.items()}
             chosen = [token for token, fit in fits.items() if fit == bool(begun)]
-            found = self._following[begun] = tuple(chosen) if begun else Banned(chosen)
+            found = tuple(chosen) if begun else Banned((*chosen, *self._tokenizer.damaged))
+            self._following[begun] = found
         return found
 
 
 def _is_beginning(data: bytes) -> bool:
-    """Whether UTF-8 may begin so."""
+    """Whether UTF-8 without U+FFFD may begin so."""
     try:
-        getincrementaldecoder("utf-8")().decode(data)
+        return HALF not in getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
         return False
-    return True
 
 
 @lru_cache(maxsize=8)
 def characters(tokenizer: Tokenizer) -> Characters | None:
-    """The constraint of every text without a form of its own; None where no token is less than a character."""
-    return Characters(tokenizer) if tokenizer.parts else None
+    """The constraint of every text without a form of its own; None where every token is of whole characters and none
+    has U+FFFD."""
+    return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged else None
 
 
 @lru_cache(maxsize=8)

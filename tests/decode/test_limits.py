@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from openm6.bundle import Bundle
-from openm6.decode.limits import Limits
+from openm6.decode.limits import Limits, whole_sentences
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.sequence import Banned
@@ -44,7 +45,7 @@ def walked(limits: Limits, tokenizer: Tokenizer, rng: random.Random, longest: in
             assert pool
             ids.append(rng.choice(pool))
         else:
-            assert list(found) == [tokenizer.end_id]
+            assert found[0] == tokenizer.end_id
             return tokenizer.decode(ids), True
     return tokenizer.decode(ids), False
 
@@ -70,6 +71,35 @@ def test_whatever_is_written_keeps_them(
             assert run in numbers or (most and len(text) >= most and text.endswith(run))
     if ended:
         assert len(text) >= least
+
+
+def test_near_its_end_a_text_goes_on_to_no_other_sentence_or_clause(merged: Tokenizer) -> None:
+    limits = Limits(merged, least=2, most=12)
+    end, comma = merged.end_id, merged.encode("，")[0]
+
+    def follows(text: str) -> Any:
+        return limits.next(merged.encode(text))
+
+    first, *others = follows("红黄蓝绿，红黄蓝。")
+    assert first == end and all(merged.decode([token]) in "”』」）)" for token in others)
+    assert list(follows("红黄蓝绿，红黄蓝绿色条红")) == [end]  # no room is left
+    assert comma in follows("红黄蓝绿，红黄蓝绿") and end not in follows("红黄蓝绿，红黄蓝绿")
+    for early in ("红黄蓝绿，红黄。", "红黄蓝绿，红黄蓝"):
+        assert isinstance(follows(early), Banned) and comma not in follows(early)
+    assert comma not in follows("红黄蓝绿红黄蓝绿12")  # a number may have one inside
+    assert isinstance(Limits(merged, least=11, most=12).next(merged.encode("红黄蓝绿，红黄蓝绿。")), Banned)
+    assert isinstance(Limits(merged).next(merged.encode("红黄蓝绿。" * 9)), Banned)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("红色。蓝色！绿", "红色。蓝色！"), ("他说：“好。”然后", "他说：“好。”"), ("没有说完", ""), ("只要99.5", ""),
+        ("", ""), ("一行。\n两行？三", "一行。\n两行？"),
+    ],
+)  # fmt: skip
+def test_whole_sentences_are_what_comes_before_the_rest(text: str, whole: str) -> None:
+    assert whole_sentences(text) == whole
 
 
 def test_what_is_broken_is_told(merged: Tokenizer) -> None:
