@@ -129,7 +129,7 @@ def _make_batch(
         with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
             row = bar.add_task("prompts", total=len(source))
             for group in groups(len(source), max(1, ROWS // candidates)):
-                wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects, truncate))
+                wishes = dict(usable(bundle, chosen, partial(_wish, view), source, group, rejects, truncate=truncate))
                 if not done.issuperset(wishes):
                     # A group is drawn whole, with a seed of its own: its pictures do not depend on a kill.
                     own = {**decoding, "seed": seed_of(options.seed, group.start)}

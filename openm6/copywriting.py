@@ -11,7 +11,7 @@ texts.csv          every item, in the order of the source, with its texts or the
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +27,9 @@ from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.decode import Decoding, Generated
 from openm6.decode.limits import Limits, whole_sentences
+from openm6.decode.values import LEXICON, OwnValues, Values
 from openm6.errors import UsageError
+from openm6.items import asked_of, closed_values, explain_refusal, facts_of, repeated_rows
 from openm6.review import (
     CANDIDATES,
     CONTENT,
@@ -41,6 +43,7 @@ from openm6.review import (
     groups,
     kept_of,
     open_rejects,
+    place_of,
     progress,
     require_same,
     rows_of,
@@ -51,7 +54,6 @@ from openm6.review import (
     write,
     write_review,
 )
-from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
 
 ITEMS = 16
@@ -111,8 +113,11 @@ def make_copy(
     a kill it goes on after the last whole item.
 
     `forbid`, `least`, `most`: words that never occur, characters at least and at most. `facts`: no value that other
-    items have in a column of the table and this one has not, and no number that it has not; `lexicon` is a source of
-    other items whose values are known too. All are kept while a text is written, and checked afterwards.
+    items have in a column of the table and this one has not, no colour or material of the lexicon that it has not, and
+    no number that it has not. `lexicon` is a source of other items whose values are known too, or a YAML file that
+    takes the place of openm6/lexicon.yaml. All are kept while a text is written, and checked afterwards.
+
+    An item that is too long for the model, equal to an earlier one, or of the same id as an earlier one gets no text.
 
     `texts.csv` has a row for each text and one for each item without any: the item's id (`id_column`, else its number
     from 1), the columns of the source named by `table` (by default all but pictures), rank, text and reason.
@@ -137,27 +142,32 @@ def make_copy(
         "lexicon": str(lexicon),
     }
     Limits(bundle.processor.tokenizer, rules["forbid"], None, least, most)  # refuses what cannot be
+    words = Path(lexicon) if lexicon and str(lexicon).endswith((".yaml", ".yml")) else LEXICON
+    known = closed_values(chosen, view, source, MANY) if facts else set()
+    if facts and lexicon and words is LEXICON:
+        more = open_source(lexicon, data_format)
+        known |= closed_values(chosen, _view(chosen, more, columns or {}), more, MANY)
+    values = Values.load(words, known) if facts else None
     settings = {
         "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "items": str(items),
         CONTENT: content_of(bundle, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
-        **rules, **asdict(options),
+        **rules,
+        "words": f"{words.name} {hashlib.sha256(words.read_bytes()).hexdigest()[:12]}" if facts else "",
+        **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
     begin(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume)
-    known = _values_of(chosen, view, source) if facts else {}
-    if facts and lexicon:
-        more = open_source(lexicon, data_format)
-        for name, values in _values_of(chosen, _view(chosen, more, columns or {}), more).items():
-            known.setdefault(name, set()).update(values)
+    repeated = repeated_rows(source, id_column)
+    explain = partial(explain_refusal, chosen, view, id_column)
     try:
         before = go_on(output / CANDIDATES)
         given = {number: row["given"] for number, row in before.items()}
-        require_same(output, settings, source, given, lambda record: _plain(_asked(chosen, view, record), chosen))
+        require_same(output, settings, source, given, lambda record: _plain(asked_of(chosen, view, record), chosen))
         done = set(before)
         # Texts of an item that is written anew are counted once.
         write(output / BROKEN, map(as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]))
         seen = {row["said"]: row["prompt"] for row in rows_of(output)}
-        rejects = open_rejects(output / REJECTS, source)
+        rejects = open_rejects(output / REJECTS, source, share=1)
         with (
             open(output / CANDIDATES, "a", encoding="utf-8") as file,
             open(output / BROKEN, "a", encoding="utf-8") as broken,
@@ -165,10 +175,16 @@ def make_copy(
         ):
             row = bar.add_task("items", total=len(source))
             for group in groups(len(source), ITEMS):
-                asked = dict(usable(bundle, chosen, partial(_asked, chosen, view), source, group, rejects))
+                for number in sorted(repeated.keys() & set(group)):
+                    rejects.count(place_of(source, number, source[number]), repeated[number], source.name)
+                alone = [number for number in group if number not in repeated]
+                ask = partial(asked_of, chosen, view)
+                asked = dict(usable(bundle, chosen, ask, source, alone, rejects, explain=explain))
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
-                    limits = {n: _limits(bundle, chosen, record, known, rules) for n, record in asked.items()}
+                    limits = {
+                        n: _limits(bundle, chosen, record, values, rules, id_column) for n, record in asked.items()
+                    }
                     written = _written(bundle, chosen, asked, limits, candidates, own)
                     for number in asked:
                         if number in done:
@@ -192,7 +208,7 @@ def make_copy(
     return {
         "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),
         "broken": dict(reasons.most_common()), "page": str(page),
-        "table": str(output / TABLE),
+        "table": str(output / TABLE), "lexicon": str(words) if facts else "",
     }  # fmt: skip
 
 
@@ -227,48 +243,17 @@ def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
     return SlotView.of(left, source, columns)
 
 
-def _asked(task: Task, view: View, record: Record) -> dict[str, Any]:
-    """What an item gives, by slot."""
-    seen = view(record)
-    return {name: seen[name] for name in task.inputs if seen.get(name) not in (None, "")}
-
-
-def _values_of(task: Task, view: View, source: Source) -> dict[str, set[str]]:
-    """The closed sets of the tables' columns: all values of each, of two characters or more that are no numbers."""
-    found: dict[str, set[str]] = defaultdict(set)
-    open_: set[str] = set()
-    for record in source:
-        for name, value in _cells(view(record), task):
-            if name in open_ or len(value) < 2 or any(c.isdigit() for c in value):
-                continue
-            found[name].add(value)
-            if len(found[name]) > MANY:
-                open_.add(name)
-                del found[name]
-    return dict(found)
-
-
-def _cells(record: Record, task: Task) -> Iterator[tuple[str, str]]:
-    for name in task.inputs:
-        if task.slots[name].type == "table":
-            yield from cells_of(record.get(name))
-
-
 def _limits(
-    bundle: Bundle, task: Task, record: Record, known: Mapping[str, set[str]], rules: Mapping[str, Any]
+    bundle: Bundle, task: Task, asked: Record, known: Values | None, rules: Mapping[str, Any], id_column: str
 ) -> Limits:
-    """The rules for one item: what is forbidden to all, and, of facts, what it has not."""
-    forbid, numbers = list(rules["forbid"]), None
-    if rules["facts"]:
-        cells = list(_cells(record, task))
-        given = "\n".join(value for _, value in cells)
-        texts = "\n".join(str(record.get(name)) for name in task.inputs if task.slots[name].type == "text")
-        own = {name for name, _ in cells}
-        others = {value for name, values in known.items() if name in own for value in values}
-        forbid += sorted(value for value in others if value not in given and value not in texts)
-        if cells:
-            numbers = set(re.findall(r"\d+", given + "\n" + texts))
-    return Limits(bundle.processor.tokenizer, forbid, numbers, rules["least"], rules["most"])
+    """The rules for one item: what is forbidden to all, and, of facts, what it has not. Its id gives no number."""
+    numbers = values = None
+    if known is not None:
+        cells, texts = facts_of(task, asked)
+        values = OwnValues(known, cells, texts)
+        if any(task.slots[name].type == "table" for name in task.inputs):
+            numbers = [*(cell for column, cell in cells if column != id_column), *texts]
+    return Limits(bundle.processor.tokenizer, rules["forbid"], numbers, rules["least"], rules["most"], values)
 
 
 def _written(

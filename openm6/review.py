@@ -81,17 +81,20 @@ def usable(
     source: Source,
     numbers: Iterable[int],
     rejects: Rejects,
+    *,
     truncate: str | None = None,
+    explain: Callable[[DataError, str, Record], str] = lambda error, where, record: str(error),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted. `ask`
-    makes it of a record; it may raise DataError. `truncate`: see Bundle.run."""
+    """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted, with
+    the reason that `explain` gives. `ask` makes it of a record; it may raise DataError. `truncate`: see Bundle.run."""
     for number in numbers:
         record = source[number]
         try:
             asked = ask(record)
             bundle.prompt(task, {**asked, TRUNCATE: truncate})
         except DataError as error:
-            rejects.count(place_of(source, number, record), str(error), source.name)
+            where = place_of(source, number, record)
+            rejects.count(where, explain(error, where, record), source.name)
         else:
             yield number, asked
 
@@ -194,10 +197,10 @@ def go_on(path: Path) -> dict[int, dict[str, Any]]:
     return done
 
 
-def open_rejects(path: Path, source: Source) -> Rejects:
-    """Counted anew by every call, those of the reading of the source too."""
+def open_rejects(path: Path, source: Source, share: float = 0.05) -> Rejects:
+    """Counted anew by every call, those of the reading of the source too. More than `share` of all stop the work."""
     path.unlink(missing_ok=True)
-    rejects = Rejects(path)
+    rejects = Rejects(path, share)
     rejects.saw(len(source))
     for reject in source.rejected:
         rejects.count(reject.where, reject.reason, source.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openm6.atomic import require_writable
+from openm6.atomic import require_writable, whole_lines
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs
 from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, table
@@ -15,6 +16,9 @@ from openm6.cli.work import decoding_options
 
 copy = typer.Typer(help="Texts for many items, checked against their facts, reviewed by people.", no_args_is_help=True)
 app.add_typer(copy, name="copy")
+
+SHOWN = 5
+"""Items that could not be used whose reasons are printed; all are in rejects.jsonl."""
 
 
 @copy.command()
@@ -31,8 +35,13 @@ def batch(
     forbid_file: Annotated[Path | None, typer.Option(help="A file of such words, a line each.")] = None,
     least: Annotated[int, typer.Option("--min", min=0, help="Characters at least.")] = 0,
     most: Annotated[int, typer.Option("--max", min=0, help="Characters at most; 0: any number.")] = 0,
-    facts: Annotated[bool, typer.Option(help="Refuse values of other items, and numbers that an item has not.")] = True,
-    lexicon: Annotated[str | None, typer.Option(help="Other items, whose values are known to be values too.")] = None,
+    facts: Annotated[
+        bool, typer.Option(help="Refuse numbers, colours, materials and values of other items that an item has not.")
+    ] = True,
+    lexicon: Annotated[
+        str | None,
+        typer.Option(help="Other items, whose values are known too; or a YAML file for lexicon.yaml."),
+    ] = None,
     id_column: Annotated[str, typer.Option("--id", help="Column with an item's id, the first of texts.csv.")] = "",
     columns: Annotated[
         str | None, typer.Option(help="Columns of the items in texts.csv, with commas between; else all but pictures.")
@@ -74,9 +83,13 @@ def batch(
         return
     if made["bad"]:
         typer.echo(f"{made['bad']} items could not be used: see {output / 'rejects.jsonl'}.")
+        for row in islice(whole_lines(output / "rejects.jsonl"), SHOWN):
+            typer.echo(f"  {row['reason']}")
     if made["broken"]:
         table(["texts that broke a rule", "how many"], made["broken"].items())
     typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} have none): {made['table']}")
+    if made["lexicon"]:
+        typer.echo(f"Colours and materials: {made['lexicon']}")
     typer.echo(f"Review: {made['page']}")
 
 

@@ -1,7 +1,8 @@
 """What a text must not say, and how long it may be, kept while it is written.
 
     forbid     words that never occur
-    numbers    the only numbers that occur: a run of digits is one of them
+    numbers    the only numbers that occur: those of these texts, each as a whole (numbers.py)
+    values     the only values that are named, of all that are known (values.py)
     least, most   characters, counted as they are written
 
 As `most` comes near, the text is led to its end: a clause does not end in a comma there, and after a sentence nothing
@@ -13,17 +14,35 @@ in bytes counts when it is whole: `Limits.broken_by` looks at the whole text.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from typing import Protocol
 
+from openm6.decode.numbers import GivenNumbers, plain
+from openm6.decode.values import OwnValues
 from openm6.errors import UsageError
 from openm6.sequence import Banned
 from openm6.tasks.forms import characters
 from openm6.tokenizer import Tokenizer
 
-_NUMBER = re.compile(r"\d+")
+
+class Rule(Protocol):
+    """A rule about what a text says, which can be told of a text that goes on."""
+
+    def wrong(self, text: str, ended: bool = True) -> str:
+        """What is wrong; "" if nothing is, or, of a text that has not `ended`, if what follows may put it right."""
+
+    def tail(self, text: str) -> str:
+        """The end of a text on which it depends what may follow; "" where any text may that is right by itself."""
+
+    def follows(self, tail: str) -> Iterable[str]:
+        """The plain characters that change how the tail is read."""
+
+    def holds(self, word: str) -> bool:
+        """Whether the rule has anything to say about a word that follows no tail."""
+
 
 _SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
 _CLOSERS, _BREAKS = "”』」）)", "，；、,;"
@@ -42,9 +61,12 @@ class Limits:
         numbers: Iterable[str] | None = None,
         least: int = 0,
         most: int = 0,
+        values: OwnValues | None = None,
     ):
         self._tokenizer, self.forbid = tokenizer, tuple(dict.fromkeys(forbid))
-        self.numbers = None if numbers is None else frozenset(numbers)
+        given = None if numbers is None else GivenNumbers(numbers)
+        self.rules: tuple[Rule, ...] = tuple(rule for rule in (given, values) if rule is not None)
+        self._against: dict[tuple[Rule, str], frozenset[int]] = {}
         self.least, self.most = least, most
         if any(not word.strip() for word in self.forbid):
             raise UsageError("A forbidden word is empty.")
@@ -80,8 +102,10 @@ class Limits:
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
                 if not text[-1:].isdigit():  # 1,299 is a number
                     banned |= self._breaks
-        if self.numbers is not None:
-            banned |= self._wrong_numbers(text)
+        for rule in self.rules:
+            tail = rule.tail(text)
+            banned |= self._broken_after(rule, tail)
+            banned |= self._broken_by_bytes(rule, tail, self._tokenizer.begun(prefix))
         if len(text) < self.least:
             banned.add(self._tokenizer.end_id)
         whole = self._characters.next(prefix) if self._characters else Banned()
@@ -102,27 +126,37 @@ class Limits:
             and self._tokenizer.decode(list(prefix[:place])).endswith(word[:-1])
         )
 
-    def _wrong_numbers(self, text: str) -> set[int]:
-        """Tokens after which no run of digits could become one of the numbers."""
-        assert self.numbers is not None
-        begun = re.search(r"\d*$", text)
-        run = begun[0] if begun else ""
+    def _broken_after(self, rule: Rule, tail: str) -> frozenset[int]:
+        """Tokens that break a rule behind a tail whatever follows them. A tail that has broken it already, as one spelt
+        in bytes may have, forbids nothing: `broken_by` tells of it."""
+        if (rule, tail) in self._against:
+            return self._against[rule, tail]
         found: set[int] = set()
-        whole = not run or run in self.numbers
-        for token, word in self._texts.items():
-            joined = run + word
-            runs = _NUMBER.findall(joined)
-            if not runs:
-                continue
-            open_end = joined[-1].isdigit()
-            wrong = any(one not in self.numbers for one in (runs[:-1] if open_end else runs))
-            if not wrong and open_end:
-                wrong = not any(number.startswith(runs[-1]) for number in self.numbers)
-            if wrong:
-                found.add(token)
-        if not whole:  # the number goes on: nothing but digits may come, and not the end
-            found.update(i for i, word in self._texts.items() if not word[0].isdigit())
-            found.add(self._tokenizer.end_id)
+        if not tail:
+            found.update(i for i in _mattering(self._tokenizer, rule.holds) if rule.wrong(self._texts[i], False))
+        elif not rule.wrong(tail, False):
+            starting = _by_first(self._tokenizer)
+            others = starting.keys() - (going_on := starting.keys() & set(rule.follows(tail)))
+            if rule.wrong(tail):  # it has to go on
+                found.update(i for first in others for i in starting[first])
+                found.add(self._tokenizer.end_id)
+            else:
+                found.update(self._broken_after(rule, "").difference(i for first in going_on for i in starting[first]))
+            found.update(i for c in going_on for i in starting[c] if rule.wrong(tail + self._texts[i], False))
+        self._against[rule, tail] = frozenset(found)
+        return self._against[rule, tail]
+
+    def _broken_by_bytes(self, rule: Rule, tail: str, begun: bytes) -> set[int]:
+        """Tokens that stand for bytes, and with those that have begun a character break a rule behind a tail."""
+        parts = self._tokenizer.parts
+        if rule.wrong(tail) and not rule.wrong(tail, False):  # it has to go on
+            right = [c.encode() for c in rule.follows(tail) if not rule.wrong(tail + c, False)]
+            return {i for i, more in parts.items() if not any(c.startswith(begun + more) for c in right)}
+        found = set()
+        for token, more in parts.items() if begun else ():
+            with suppress(UnicodeDecodeError):
+                if rule.wrong(tail + (begun + more).decode(), False):
+                    found.add(token)
         return found
 
     def broken_by(self, text: str) -> str:
@@ -130,10 +164,9 @@ class Limits:
         for word in self.forbid:
             if word in text:
                 return f"says {word}"
-        if self.numbers is not None:
-            for number in _NUMBER.findall(text):
-                if number not in self.numbers:
-                    return f"says {number}, which is not given"
+        for rule in self.rules:
+            if wrong := rule.wrong(text):
+                return f"says {wrong}"
         if len(text) < self.least:
             return f"has {len(text)} characters, fewer than {self.least}"
         if self.most and len(text) > self.most:
@@ -152,6 +185,21 @@ def _texts(tokenizer: Tokenizer) -> dict[int, str]:
     """The text of every token that has one by itself, as the bytes of ASCII have."""
     found = {i: tokenizer.decode([i]) for i in range(tokenizer.code_start)}
     return {i: text for i, text in found.items() if text and (text.isascii() or not tokenizer.is_part(i))}
+
+
+@lru_cache(maxsize=8)
+def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """The tokens with a text, by its first character in its plain form."""
+    found: dict[str, list[int]] = {}
+    for token, text in _texts(tokenizer).items():
+        found.setdefault(plain(text[0]), []).append(token)
+    return found
+
+
+@lru_cache(maxsize=8)
+def _mattering(tokenizer: Tokenizer, holds: Callable[[str], bool]) -> tuple[int, ...]:
+    """The tokens about whose text a rule has anything to say."""
+    return tuple(token for token, text in _texts(tokenizer).items() if holds(text))
 
 
 @lru_cache(maxsize=8)

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.bundle import Bundle
 from openm6.decode.limits import Limits, whole_sentences
+from openm6.decode.values import OwnValues, Values
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.sequence import Banned
@@ -100,6 +101,36 @@ def test_near_its_end_a_text_goes_on_to_no_other_sentence_or_clause(merged: Toke
 )  # fmt: skip
 def test_whole_sentences_are_what_comes_before_the_rest(text: str, whole: str) -> None:
     assert whole_sentences(text) == whole
+
+
+@pytest.fixture(scope="module")
+def priced() -> Tokenizer:
+    """One whose tokens cut prices and colours anywhere; 折 is spelt in bytes."""
+    texts = ["".join(random.Random(n).choices("1299,.，99万红色粉裙", k=14)) for n in range(400)]
+    return Tokenizer.train(texts, 420, num_codes=4, alphabet="红粉酒白色裙万，。", max_token_length=4)
+
+
+CELLS = {"1,299元": {"1299"}, "１．２万": {"1.2万", "12000"}, "8折": {"8折"}, "粉红": set(), "": set()}
+"""What stands in a cell, and the numbers that a text may say of it."""
+
+KNOWN = Values.load(closed=["白裙"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(list(CELLS)), st.randoms())
+def test_what_is_written_has_whole_numbers_and_own_colours(priced: Tokenizer, cell: str, rng: random.Random) -> None:
+    limits = Limits(priced, [], [cell], values=OwnValues(KNOWN, [("颜色", cell)]))
+    ids: list[int] = []
+    words = [i for i in range(priced.code_start) if not priced.is_part(i) or priced.decode([i]) in set("0123456789,.")]
+    words += [priced.class_ids[byte] for byte in "折酒".encode()]
+    while not isinstance(found := limits.next(ids), Banned) or len(ids) < 30 or priced.end_id in found:
+        pool = {*range(priced.code_start)}.difference(found) if isinstance(found, Banned) else {*found}
+        ids.append(rng.choice(sorted(pool.intersection(words)) or sorted(pool)))
+    text = priced.decode(ids)
+    for number in re.findall(r"[0-9][0-9.]*[万折]?", re.sub("(?<=[0-9])[,，](?=299|000)", "", text)):
+        assert number.rstrip(".") in CELLS[cell], text
+    assert "白裙" not in text and ("粉色" not in text or cell == "粉红"), text
+    assert not re.search("(?<!粉)红色(?!文化|旅游|革命|基因)", text), text
 
 
 def test_what_is_broken_is_told(merged: Tokenizer) -> None:
