@@ -121,6 +121,6 @@ def _recommended(bundle: Bundle, task: str, columns: tuple[str, ...], folder: Pa
     vectors = np.stack(list(bundle.vectors(task, _seen(source, columns), dims=index.dims)))
     index.add([r["id"] for r in source], vectors, {name: [r[name] for r in source] for name in keep})
     made = Recommender.fit(index, open_source("shop:visits/train"), ["season", "festival"])
-    found = made.measure(open_source("shop:visits/test"))
+    found = made.measure(open_source("shop:visits/test"))["all"]
     shutil.rmtree(folder)
     return found

@@ -9,7 +9,21 @@ import typer
 
 from openm6.cli import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
+from openm6.cli.output import (
+    Column,
+    Encoding,
+    Format,
+    Images,
+    Json,
+    Names,
+    NoCache,
+    Truncate,
+    emit,
+    pairs,
+    say_rejects,
+    table,
+    write_rejects,
+)
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
@@ -212,28 +226,34 @@ def _fill(
     from rich.console import Console
     from rich.progress import Progress
 
+    from openm6.data.rejects import Reject
     from openm6.data.source import open_source
     from openm6.retrieve.columns import describe
     from openm6.retrieve.fill import add_source
 
-    rejected: list[str] = []
+    rejected: list[Reject] = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task("items", total=len(open_source(data, data_format, images)))
         filled = add_source(
             made, bundle, data, data_format=data_format, images=images, only_new=only_new,
             on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append, truncate=truncate,
         )  # fmt: skip
+    used = len(filled.new) + len(filled.replaced) + len(filled.passed_over)
+    rejects = write_rejects(made.path / "rejects.jsonl", rejected, used)
     if json:
-        counts = {"new": len(filled.new), "replaced": len(filled.replaced), "passed_over": len(filled.passed_over)}
-        replaced = {"replaced_ids": filled.replaced}
-        emit({**counts, **replaced, "rejected": rejected, "items": len(made), "version": made.version})
+        names = ("new", "replaced", "passed_over", "repeated")
+        counts: dict[str, Any] = {name: len(getattr(filled, name)) for name in names}
+        counts |= {"replaced_ids": filled.replaced, "repeated_ids": filled.repeated}
+        reasons = [reject.reason for reject in rejected]
+        emit({**counts, "rejected": reasons, "items": len(made), "version": made.version})
     else:
         parts = [_counted(filled.new, "new"), _counted(filled.replaced, "replaced")]
         typer.echo(f"{', '.join(parts)}; {made.path} has {len(made)} items ({describe(made.about['columns'])}).")
         if filled.passed_over:
             told = _counted(filled.passed_over, "already there and left as they are")
             typer.echo(f"{told}: `openm6 index add` without --only-new replaces them.")
-        if rejected:
-            typer.echo("\n".join([f"{len(rejected)} could not be used:", *rejected[:3]]))
-    if rejected and not (filled.new or filled.replaced or filled.passed_over):
+        if filled.repeated:
+            typer.echo(f"{_counted(filled.repeated, 'repeated')}: of several records with one id the first counts.")
+        say_rejects(rejects)
+    if rejected and not used:
         raise typer.Exit(1)

@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from openm6.environment import NO_CACHE
+
+if TYPE_CHECKING:
+    from openm6.data.rejects import Reject, Rejects
 
 
 def _set_no_cache(value: bool) -> bool:
@@ -64,6 +68,24 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
     """{what was measured: {measure: value}} with a row for each measure."""
     names = list(next(iter(rows.values())))
     table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject], used: int) -> Rejects | None:
+    """Write the records that a command has passed over into the file, in the place of what it holds of an earlier call.
+    None where there are none; `used`: the records beside them that could be used."""
+    from openm6.data.rejects import Rejects
+
+    path.unlink(missing_ok=True)
+    found = Rejects(path, share=1)
+    found.saw(used)
+    for reject in rejects:
+        found.count(reject.where, reject.reason)
+    return found if found.bad else None
+
+
+def say_rejects(rejects: Rejects | None) -> None:
+    if rejects:
+        typer.echo(f"{rejects.summary()}. Each stands with its reason in {rejects.path}.")
 
 
 @contextmanager

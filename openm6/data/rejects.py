@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -19,6 +20,10 @@ class Reject:
 
     where: str
     reason: str
+
+
+OnReject = Callable[[Reject], None]
+"""A function that gets each record that cannot be used."""
 
 
 def place_of(where: str) -> tuple[str, int]:

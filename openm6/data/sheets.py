@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from openm6.data.files import read_file
-from openm6.data.rejects import Reject
+from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
-from openm6.data.text import OnReject
 from openm6.errors import DataError, cut
 
 MAX_UNPACKED = 512 * 2**20

@@ -8,15 +8,13 @@ import io
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, cast
 
 from openm6.data.files import open_file, read_file
-from openm6.data.rejects import Reject
+from openm6.data.rejects import OnReject, Reject
 from openm6.errors import DataError, UsageError
-
-OnReject = Callable[[Reject], None]
 
 TORN = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a .gz file that is cut off or damaged raises."""

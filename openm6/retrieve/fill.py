@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from openm6.bundle import TRUNCATE, Bundle
-from openm6.data.columns import SlotView, require_columns
+from openm6.data.columns import SlotView, picture_path, require_columns
 from openm6.data.files import expand
 from openm6.data.readers import format_of
+from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.errors import DataError, UsageError
@@ -22,17 +24,16 @@ from openm6.retrieve.index import Index
 BATCH = 512
 """Items that are kept together: a kill loses at most so many that are not yet told as done."""
 
-OnReject = Callable[[str], None]
-
 
 @dataclass(slots=True)
 class Filled:
-    """Ids of a source's records: `new` and `replaced` items, and items that were there and have been left as they are
-    (`passed_over`)."""
+    """Ids of a source's records: `new` and `replaced` items, items that were there and have been left as they are
+    (`passed_over`), and ids of bad records that repeat the id of an earlier one (`repeated`)."""
 
     new: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
 
 
 def create_for(
@@ -91,17 +92,18 @@ def add_source(
     """Add the records of a source, or replace the items whose ids are there (`only_new` passes those over). Of several
     records with one id the first counts, and the others are bad records.
 
-    `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` the reason of each bad record;
-    without it the first one raises DataError. `truncate`: of records that are longer than the model takes (Bundle.run).
-    Raises UsageError for a source without the index's columns.
+    `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` each bad record; without it the
+    first one raises DataError. A kept column with the picture of the task holds its whole path. `truncate`: of records
+    that are longer than the model takes (Bundle.run). Raises UsageError for a source without the index's columns.
     """
     about, id_column = index.about, index.about["id_column"]
     task = bundle.task(about["task"])
     records = open_source(source, data_format, images)
     view = SlotView.of(task, records, about["slots"])
     require_columns(records.columns, [*about["columns"], *([id_column] if id_column else [])])
+    pictures = {column for slot, column in view.mapping.items() if task.slots[slot].type == "image"}
     for reject in records.rejected:
-        _reject(DataError(reject.reason), on_reject)
+        _reject(DataError(reject.reason), reject.where, on_reject)
     known = index.ids() if only_new else set()
     filled, count = Filled(), 0
     for batch in _batches(_named(records, id_column, known, filled, on_reject)):
@@ -109,19 +111,20 @@ def add_source(
         for name, record in batch:
             where = str(record.get("_where", name))
             try:
-                row = [convert_at(where, key, record.get(key), kind) for key, kind in about["columns"].items()]
+                kept = {**record, **{column: _whole_path(record, column) for column in pictures}}
+                row = [convert_at(where, key, kept.get(key), kind) for key, kind in about["columns"].items()]
                 by_slot = {**view(record), TRUNCATE: truncate}
                 bundle.prompt(task, by_slot)
             except DataError as error:
-                _reject(error, on_reject)
+                _reject(error, where, on_reject)
                 continue
             seen.append(by_slot)
             good.append((name, row))
         if not good:
             continue
         vectors = np.stack(list(bundle.vectors(task, seen, dims=index.dims)))
-        kept = {key: [row[place] for _, row in good] for place, key in enumerate(about["columns"])}
-        added = index.add([name for name, _ in good], vectors, kept)
+        columns = {key: [row[place] for _, row in good] for place, key in enumerate(about["columns"])}
+        added = index.add([name for name, _ in good], vectors, columns)
         filled.new += added.new
         filled.replaced += added.replaced
         count += len(good)
@@ -138,10 +141,16 @@ def _has_text_cells(source: str, data_format: str | None) -> bool:
         return False
 
 
-def _reject(error: DataError, on_reject: OnReject | None) -> None:
+def _whole_path(record: Record, column: str) -> Any:
+    """The path of a record's picture, from wherever it is read; other values as they are."""
+    value = record.get(column)
+    return picture_path(value, str(record.get("_root") or "")) if isinstance(value, str) and value else value
+
+
+def _reject(error: DataError, where: str, on_reject: OnReject | None) -> None:
     if on_reject is None:
         raise error
-    on_reject(str(error))
+    on_reject(Reject(where, str(error)))
 
 
 def _named(
@@ -156,9 +165,10 @@ def _named(
         try:
             name = id_of(where, record.get(id_column)) if id_column else where
             if name in met:
+                filled.repeated.append(name)
                 raise DataError(f"{where}: an earlier record has the id {name}; keep one of them.")
         except DataError as error:
-            _reject(error, on_reject)
+            _reject(error, where, on_reject)
             continue
         met.add(name)
         if name in known:

@@ -1,11 +1,11 @@
 """A recommender in two stages: what is near to what a customer bought is recalled from an index, and ranked by a model
 of boosted trees (LightGBM) that sees nearness, how much is sold, the items' columns and the occasion.
 
-    DIR/recommender.json    the index, the columns, how often each item was bought
+    DIR/recommender.json    the index, the columns, how often each item was bought, what was learned from
     DIR/ranker.txt          the trees, as LightGBM writes them
+    DIR/rejects.jsonl       the visits that were not learned from, each with the reason (written by the command)
 
-A visit is a record: history (ids, the oldest first), bought (an id), shown (ids, if it is known what else was offered),
-and columns of context such as the season.
+A visit is described in visits.py.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openm6.atomic import require_new, write_whole
-from openm6.data.columns import require_columns
+from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
 from openm6.errors import DataError, UsageError, suggest
-from openm6.retrieve.index import Index
+from openm6.retrieve.index import Index, Items
 from openm6.retrieve.ranks import scores_of_ranks
+from openm6.retrieve.visits import usable_visits
 from openm6.tasks.metrics import Score, Values, score_of
 
 NEAREST, LIKED, POPULAR = 150, 100, 50
@@ -36,6 +37,8 @@ DECAY = 0.8
 """Weight of an item of the history against the next one, in the customer's vector."""
 NEGATIVES = 30
 """Of a visit's candidates, to learn ranking from."""
+HEAD = 0.2
+"""Fraction of the items, those that are bought most; the others are the long tail."""
 MOST, CHUNK = 50, 64
 """Of a history only so many last items count; visits that are looked up at once."""
 
@@ -45,45 +48,92 @@ _TREES = {
     "deterministic": True, "force_row_wise": True,
 }  # fmt: skip
 _ROUNDS = 200
+_NUMBERS = ("int64", "float64")
+_NOTHING = f"what was bought is not among the {RECALLED} items that are recalled, and no other item was shown."
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
+    """An item, and the columns that the index keeps of it."""
+
     id: str
     score: float
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendations:
+    """The items for one visit, the best first.
+
+    from_history    False where the index has no item of the history: the items are best sellers, ranked by the occasion
+    unknown         ids of the history that the index does not have
+    """
+
+    items: list[Recommendation]
+    from_history: bool
+    unknown: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """How many visits a recommender has learned from, and how many of these have no item of the index in their
+    history."""
+
+    visits: int
+    without_history: int
 
 
 class Recommender:
     """`Recommender.fit` or `Recommender.load`; `recommend`, `measure`, `save`."""
 
-    def __init__(self, index: Index, context: Mapping[str, list[str] | None], bought: Mapping[str, int], ranker: Any):
-        """`context`: column to its values, None where it is a number; `bought`: how often each id was."""
+    def __init__(
+        self,
+        index: Index,
+        context: Mapping[str, list[str] | None],
+        bought: Mapping[str, int],
+        ranker: Any,
+        columns: Mapping[str, list[str] | None] | None = None,
+        learned: Learned | None = None,
+    ):
+        """`context` and `columns` (of the index, that the ranker sees): a column's values, None where it holds numbers;
+        `bought`: how often each id was. Without `columns` they are those of `_columns_of`."""
         items = index.items(list(index.about["columns"]))
         self.index, self.context, self._ranker = index, dict(context), ranker
-        self._ids, self._vectors = items.ids, items.vectors
+        self.learned = learned or Learned(0, 0)
+        self.columns = dict(_columns_of(items, index.about["columns"]) if columns is None else columns)
+        self._ids, self._vectors, self._shown = items.ids, items.vectors, items.columns
         self._place = {name: place for place, name in enumerate(items.ids)}
         self._bought = np.array([bought.get(name, 0) for name in items.ids], float)
         self._texts: dict[str, np.ndarray] = {}
         self._numbers: dict[str, np.ndarray] = {}
-        for name, kind in index.about["columns"].items():
-            if kind in ("int64", "float64"):
+        self._codes: dict[str, np.ndarray] = {}
+        for name, known in self.columns.items():
+            if known is None:
                 values = [np.nan if v is None else float(v) for v in items.columns[name]]
                 self._numbers[name] = np.sign(values) * np.log1p(np.abs(values))
-            else:
-                self._texts[name] = np.array([str(v) for v in items.columns[name]], object)
-        # In an order of its own: codes have to be the same whatever order the index is read in.
-        self._codes = {
-            name: np.unique(np.concatenate((values, context.get(name) or [])), return_inverse=True)[1][: len(values)]
-            for name, values in self._texts.items()
-        }
+                continue
+            self._texts[name] = texts = np.array([str(v) for v in items.columns[name]], object)
+            # Items that came later may have new values: those of the learning keep their codes.
+            codes = {value: code for code, value in enumerate([*known, *sorted({*texts} - {*known})])}
+            self._codes[name] = np.array([codes[text] for text in texts])
 
     # Learning
 
     @classmethod
-    def fit(cls, index: Index, visits: Source, context: Sequence[str] = (), seed: int = 0) -> Recommender:
-        """Learn to rank from visits. Raises UsageError for columns that are not there, DataError where no visit can be
-        used."""
-        records = _checked(visits, context)
+    def fit(
+        cls,
+        index: Index,
+        visits: Source,
+        context: Sequence[str] = (),
+        seed: int = 0,
+        on_reject: OnReject | None = None,
+    ) -> Recommender:
+        """Learn to rank from visits; `learned` of the result counts them.
+
+        `on_reject` gets every visit that is not learned from: it has no history or purchase that can be read, the index
+        does not have what was bought, or it teaches nothing. Without it the first visit of the former two kinds raises
+        DataError. Raises UsageError for columns that are not there, DataError where no visit is left."""
+        records = usable_visits(visits, context, index.ids(), on_reject)
         values: dict[str, list[str] | None] = {}
         for name in context:
             found = [record.get(name) for record in records]
@@ -91,22 +141,21 @@ class Recommender:
             values[name] = None if numeric else sorted({str(v) for v in found})
         bought = Counter(name for record in records for name in [*record["history"], record["bought"]])
         made = cls(index, values, bought, None)
-        records = [record for record in records if record["bought"] in made._place]
-        if not records:
-            raise DataError(f"{visits.name}: nothing that was bought is in the index {index.path}.")
-        made._learn(records, seed)
+        made._learn(records, seed, on_reject or (lambda reject: None))
         return made
 
-    def _learn(self, records: list[dict[str, Any]], seed: int) -> None:
+    def _learn(self, records: list[dict[str, Any]], seed: int, on_reject: OnReject) -> None:
         import lightgbm
 
         rng = np.random.default_rng(seed)
         rows, labels, groups = [], [], []
+        visits = without_history = 0
         for record, candidates in zip(records, self._candidates(records), strict=True):
             right = self._place[record["bought"]]
             # Where recall does not bring it there is nothing to learn for ranking: it would teach that what is near
             # is wrong. What else was shown is a lesson of its own.
-            offered = [self._place[name] for name in record.get("shown") or [] if name in self._place]
+            offered = [self._place[name] for name in record["shown"] if name in self._place]
+            before = len(groups)
             for others in (candidates if right in candidates else [], offered):
                 wrong = np.array([place for place in others if place != right], int)
                 if not len(wrong):
@@ -115,8 +164,14 @@ class Recommender:
                 rows.append(self._features(record, np.concatenate(([right], wrong)), without=right))
                 labels += [1] + [0] * len(wrong)
                 groups.append(1 + len(wrong))
+            if len(groups) > before:
+                visits += 1
+                without_history += not self._known(record)
+            else:
+                on_reject(Reject(record["_where"], f"{record['_where']}: {_NOTHING}"))
         if not rows:
-            raise DataError("Of no visit is what was bought among what is recalled or shown: nothing can be learned.")
+            raise DataError(f"No visit can be learned from: {_NOTHING}")
+        self.learned = Learned(visits, without_history)
         data = lightgbm.Dataset(
             np.concatenate(rows), label=labels, group=groups, feature_name=self.features,
             categorical_feature=[name for name in self.features if name.startswith(("is ", "at "))],
@@ -127,10 +182,10 @@ class Recommender:
 
     def recommend(
         self, history: Sequence[str], context: Mapping[str, Any] | None = None, k: int = 10
-    ) -> list[Recommendation]:
+    ) -> Recommendations:
         """The k items that the ranker puts first, the best first, none of the history; fewer where there are not so
-        many. Ids that the index has not are passed over; an empty history gives what is most bought, ranked by the
-        occasion. Raises UsageError for an unknown column of context or value."""
+        many. Ids that the index has not are named and passed over; without a known history the items are best sellers,
+        and the answer says so. Raises UsageError for an unknown column of context or value."""
         if k < 1:
             raise UsageError(f"k is {k}; ask for 1 or more.")
         given = dict(context or {})
@@ -141,11 +196,15 @@ class Recommender:
             known_values = self.context[name]
             if known_values is not None and str(value) not in known_values:
                 raise UsageError(f"{name} is one of {', '.join(known_values)}, not {value!r}.")
-        visit = {**given, "history": list(history)}
+        visit = {**given, "history": list(map(str, history))}
         places = next(iter(self._candidates([visit], -(-k // RECALLED))))
         scores = self._scores(visit, places)
-        order = np.argsort(-scores, kind="stable")[:k]
-        return [Recommendation(str(self._ids[places[i]]), float(scores[i])) for i in order]
+        items = [
+            Recommendation(str(self._ids[place]), float(score), {n: rows[place] for n, rows in self._shown.items()})
+            for place, score in ((int(places[i]), scores[i]) for i in np.argsort(-scores, kind="stable")[:k])
+        ]
+        unknown = [name for name in dict.fromkeys(visit["history"]) if name not in self._place]
+        return Recommendations(items, bool(self._known(visit)), unknown)
 
     def _known(self, visit: Mapping[str, Any]) -> list[int]:
         return [self._place[name] for name in visit["history"] if name in self._place][-MOST:]
@@ -227,40 +286,45 @@ class Recommender:
 
     # Measuring
 
-    def measure(self, visits: Source) -> dict[str, dict[str, Score]]:
-        """What was bought on visits that were not learned from, found among all items: {"recalled": {recall@300},
-        "ranked": ..., "near": ..., "popular": {recall@1, 5, 10, mrr, ndcg@10, auc}}.
+    def measure(self, visits: Source, on_reject: OnReject | None = None) -> dict[str, dict[str, dict[str, Score]]]:
+        """What was bought on visits that were not learned from, found among all items, by slice of the visits: {"all":
+        {"recalled": {recall@300}, "ranked": ..., "near": ..., "popular": {recall@1, 5, 10, mrr, ndcg@10, auc}}, ...}.
 
+        Slices without a visit are left out: "without history" (the index has no item of it), "long tail" (what was
+        bought is not among the HEAD of the items), "never bought" (on the visits learned from).
         near: by nearness to the customer's vector alone; popular: by how often it was bought. auc: share of the other
-        items shown that stand behind what was bought, where the visits say what was shown.
+        items shown that stand behind what was bought, where the visits say what was shown. `on_reject`: as in `fit`.
         """
-        records = [r for r in _checked(visits, list(self.context)) if r["bought"] in self._place]
-        if not records:
-            raise DataError(f"{visits.name}: nothing that was bought is in the index {self.index.path}.")
+        records = usable_visits(visits, list(self.context), self._place, on_reject)
+        bought = np.array([self._place[record["bought"]] for record in records])
+        head = np.argsort(-self._bought, kind="stable")[: round(HEAD * len(self._ids))]
+        slices = {
+            "all": np.ones(len(records), bool),
+            "without history": np.array([not self._known(record) for record in records]),
+            "long tail": ~np.isin(bought, head),
+            "never bought": self._bought[bought] == 0,
+        }
         found: list[float] = []
         ranks: dict[str, list[int]] = {"ranked": [], "near": [], "popular": []}
         areas: dict[str, list[float]] = {name: [] for name in ranks}
-        for record, places in zip(records, self._candidates(records), strict=True):
-            right, history = self._place[record["bought"]], self._known(record)
+        for record, right, places in zip(records, bought, self._candidates(records), strict=True):
+            history = self._known(record)
             found.append(float(right in places))
             near = self._vectors @ self._customer(history) if history else np.zeros(len(self._ids))
             rows = {"near": near, "popular": self._bought, "ranked": np.full(len(self._ids), -np.inf)}
             rows["ranked"][places] = self._scores(record, places)
-            shown = np.array([self._place[n] for n in record.get("shown") or [] if n in self._place], int)
+            shown = np.array([self._place[n] for n in record["shown"] if n in self._place], int)
             rest = np.ones(len(self._ids), bool)
             rest[[right, *history]] = False
             for name, row in rows.items():
                 ranks[name].append(int((row[rest] >= row[right]).sum()))  # of equal ones it comes last
+                area = np.nan
                 if right in shown and len(shown) > 1:
                     seen = self._scores(record, shown) if name == "ranked" else row[shown]
                     mine, others = seen[shown == right][0], seen[shown != right]
-                    areas[name].append(float(np.mean((others < mine) + 0.5 * (others == mine))))
-        result = {"recalled": {f"recall@{RECALLED}": score_of(Values.mean(found))}}
-        for name, of in ranks.items():
-            result[name] = scores_of_ranks(np.array(of))
-            if areas[name]:
-                result[name]["auc"] = score_of(Values.mean(areas[name]))
-        return result
+                    area = float(np.mean((others < mine) + 0.5 * (others == mine)))
+                areas[name].append(area)
+        return {name: _scores_of(found, ranks, areas, chosen) for name, chosen in slices.items() if chosen.any()}
 
     # Keeping
 
@@ -269,7 +333,10 @@ class Recommender:
         path = Path(path)
         require_new(path)
         bought = {str(i): int(n) for i, n in zip(self._ids, self._bought, strict=True) if n}
-        about = {"index": str(self.index.path.resolve()), "context": self.context, "bought": bought}
+        about = {
+            "index": str(self.index.path.resolve()), "context": self.context, "columns": self.columns,
+            "learned": asdict(self.learned), "bought": bought,
+        }  # fmt: skip
 
         def write(folder: Path) -> None:
             (folder / "recommender.json").write_text(json.dumps(about, ensure_ascii=False), "utf-8")
@@ -286,25 +353,39 @@ class Recommender:
         try:
             about = json.loads((path / "recommender.json").read_text("utf-8"))
             ranker = lightgbm.Booster(model_file=str(path / "ranker.txt"))
-        except (OSError, ValueError, lightgbm.basic.LightGBMError) as error:
+            columns, learned = dict(about["columns"]), Learned(**about["learned"])
+        except (OSError, ValueError, KeyError, lightgbm.basic.LightGBMError) as error:
             raise UsageError(
                 f"{path} is no recommender ({type(error).__name__}): `openm6 recommend fit` makes one."
             ) from None
-        made = cls(Index.open(about["index"]), about["context"], about["bought"], ranker)
-        if ranker.feature_name() != [name.replace(" ", "_") for name in made.features]:
+        index = Index.open(about["index"])
+        kinds = index.about["columns"]
+        if any(name not in kinds or (known is None) != (kinds[name] in _NUMBERS) for name, known in columns.items()):
             raise UsageError(f"{about['index']} has other columns than when {path} was made: fit it anew.")
-        return made
+        return cls(index, about["context"], about["bought"], ranker, columns, learned)
 
 
-def _checked(visits: Source, context: Sequence[str]) -> list[dict[str, Any]]:
-    """The visits as records; history as a list of texts."""
-    require_columns(visits.columns, ("history", "bought", *context), visits.name)
-    checked = []
-    for record in visits:
-        history = record["history"]
-        if isinstance(history, str):  # a CSV's: ids with spaces or commas between
-            history = history.replace(",", " ").split()
-        if not isinstance(history, list) or record.get("bought") in (None, ""):
-            raise DataError(f"{record.get('_where', visits.name)}: history has to be a list of ids, bought an id.")
-        checked.append({**record, "history": [str(name) for name in history], "bought": str(record["bought"])})
-    return checked
+def _columns_of(items: Items, kinds: Mapping[str, str]) -> dict[str, list[str] | None]:
+    """The columns of an index that tell the ranker something: numbers, and texts that at least two items have in common
+    on average. Titles and pictures are kept to be shown; as features they would name single items."""
+    columns: dict[str, list[str] | None] = {name: None for name, kind in kinds.items() if kind in _NUMBERS}
+    for name in kinds.keys() - columns.keys():
+        values = sorted({str(value) for value in items.columns[name]})
+        if 2 * len(values) <= len(items.ids):
+            columns[name] = values
+    return {name: columns[name] for name in kinds if name in columns}
+
+
+def _scores_of(
+    found: Sequence[float],
+    ranks: Mapping[str, Sequence[int]],
+    areas: Mapping[str, Sequence[float]],
+    chosen: np.ndarray,
+) -> dict[str, dict[str, Score]]:
+    """The measures of the `chosen` visits; an area is NaN where it is not known what was shown."""
+    result = {"recalled": {f"recall@{RECALLED}": score_of(Values.mean(np.array(found)[chosen].tolist()))}}
+    for name, of in ranks.items():
+        result[name] = scores_of_ranks(np.array(of)[chosen])
+        if known := [area for area in np.array(areas[name])[chosen].tolist() if not np.isnan(area)]:
+            result[name]["auc"] = score_of(Values.mean(known))
+    return result

@@ -15,6 +15,7 @@ from openm6.cli import commands
 from openm6.errors import ContextLengthError, UsageError
 from openm6.retrieve import Index, fill
 from openm6.train.trainer import train
+from tests.conftest import command
 from tests.tasks.conftest import picture
 from tests.train.conftest import tiny_recipe
 
@@ -84,6 +85,29 @@ def test_items_are_added_replaced_and_deleted(model: Path, goods: Path, tmp_path
     assert {hit["id"] for hit in found} == {"A3", "B1"} and found[0]["colour"] == "绿"
     assert call("index", "delete", place, "B1", "A0")["items"] == 23
     assert call("index", "delete", place, "--where", "price >= 100")["deleted"] == 14
+
+
+def test_bad_records_are_counted_and_stand_in_a_file(model: Path, goods: Path, tmp_path: Path) -> None:
+    place = tmp_path / "index"
+    rows = [json.loads(line) for line in goods.read_text("utf-8").splitlines()]
+    rows += [rows[3], rows[5], rows[3], {**rows[0], "sku": "B1", "image": "missing.jpg"}, {**rows[0], "sku": None}]
+    goods.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    words = ["--task", "image_vector", "--data", goods, "--id", "sku", "--keep", "price", "--keep", "image"]
+    said = command("index", "build", place, "--model", model, *words).stdout
+    assert "24 new" in said and "3 repeated (A3, A5, A3): of several records with one id the first counts" in said
+    assert "5 of 29 records could not be used (most often: an earlier record has the id A3; keep one of them)" in said
+    lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text("utf-8").splitlines()]
+    assert [line["where"] for line in lines] == [f"{goods}:{number}" for number in (25, 26, 27, 29, 28)]
+    assert "missing.jpg" in lines[4]["reason"] and "the id is missing" in lines[3]["reason"]
+    told = built(model, goods, tmp_path / "other")
+    assert (told["new"], told["repeated"], told["repeated_ids"]) == (24, 3, ["A3", "A5", "A3"])
+    assert len(told["rejected"]) == 5
+    # A picture that is kept is shown by a path that can be opened from anywhere.
+    found = call("index", "search", place, f"photo={tmp_path / '7.jpg'}", "-k", 1)
+    assert found[0]["image"] == str(tmp_path / "7.jpg")
+    # What another call has passed over takes the place of the file.
+    goods.write_text(json.dumps(rows[0], ensure_ascii=False), "utf-8")
+    assert call("index", "add", place, "--data", goods)["rejected"] == [] and not (place / "rejects.jsonl").exists()
 
 
 def test_an_interrupted_build_goes_on(
@@ -184,7 +208,7 @@ def test_new_replaced_and_unknown_items_are_counted_and_named(model: Path, goods
         "the id is missing: an id is a text or a whole number.",
     ]
     shown = CliRunner().invoke(commands(), ["index", "add", str(place), "--data", str(more)])
-    assert "0 new, 3 replaced (A3, B1, A4);" in shown.output and "2 could not be used:" in shown.output
+    assert "0 new, 3 replaced (A3, B1, A4);" in shown.output and "2 of 5 records could not be used" in shown.output
     gone = call("index", "delete", place, "B1", "Z1", "Z1")
     assert (gone["deleted"], gone["unknown"], gone["unknown_ids"]) == (1, 1, ["Z1"])
     shown = CliRunner().invoke(commands(), ["index", "delete", str(place), "Z1", "Z2", "A5"])
@@ -200,7 +224,8 @@ def test_data_without_a_column_of_the_index_are_refused(model: Path, goods: Path
     done = CliRunner().invoke(
         commands(), ["index", "add", str(tmp_path / "index"), "--data", str(tmp_path / "more.jsonl")]
     )
-    assert done.exit_code == 1 and "2 could not be used:" in done.output and "more.jsonl:2 is not valid" in done.output
+    assert done.exit_code == 1 and "2 of 2 records could not be used" in done.output
+    assert "more.jsonl:2 is not valid" in (tmp_path / "index/rejects.jsonl").read_text("utf-8")
 
 
 def test_an_item_that_is_too_long_costs_itself_or_is_truncated(model: Path, tmp_path: Path) -> None:
