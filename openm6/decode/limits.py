@@ -14,6 +14,7 @@ in bytes counts when it is whole: `Limits.broken_by` looks at the whole text.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
