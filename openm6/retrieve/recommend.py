@@ -148,7 +148,8 @@ class Recommender:
         import lightgbm
 
         rng = np.random.default_rng(seed)
-        rows, labels, groups = [], [], []
+        rows, labels = [], []
+        groups: list[int] = []
         visits = without_history = 0
         for record, candidates in zip(records, self._candidates(records), strict=True):
             right = self._place[record["bought"]]
