@@ -111,6 +111,12 @@ def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("captions", "more"):
         Path(f"{name}.jsonl").write_text('{"caption": "红色的杯子"}\n' * 2, "utf-8")
     Path("goods.csv").write_text("sku,title,price,颜色\nA17,杯子,9.5,红色\nA18,帽子,12,蓝色\n", "utf-8")
+    Path("cat").mkdir()
+    for number in range(4):
+        Path(f"cat/{number}.jpg").write_bytes(picture(40, 30, number))
+        Path(f"cat/{number}.txt").write_text("小花的照片。", "utf-8")
+    rows = "".join(f"a.jpg,红色的杯子,{number % 2}\n" for number in range(4))
+    Path("judged.csv").write_text(f"image,caption,verdict_quality\n{rows}", "utf-8")
     Path("words.txt").write_text("最好\n第一\n", "utf-8")
     told = {"instruction": "写一句话。", "input": "杯子", "output": "好杯子。"}
     Path("alpaca.json").write_text(json.dumps([told] * 9, ensure_ascii=False), "utf-8")
@@ -246,6 +252,8 @@ def _prepare(page: Path, room: Path) -> None:
         content = yaml.safe_load(block)
         if content.get("name") == "depth":
             (room / "depth.yaml").write_text(block.replace("scenes/train", '"scenes/train?pictures=40"'), "utf-8")
+        elif content.get("name") == "quality":
+            (room / "quality.yaml").write_text(block, "utf-8")
         elif content.get("name") == "goods" and "openm6 train goods.yaml" in page.read_text("utf-8"):
             (room / "goods.yaml").write_text(block, "utf-8")
             shutil.rmtree("runs/goods")

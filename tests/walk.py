@@ -135,8 +135,10 @@ def _quicker(given: list[str]) -> list[str]:
     match given:
         case ["train", "codec_64" | "codec_256", *_]:
             return [word for word in SMALL if "accumulate" not in word and "row_length" not in word]
-        case ["train", "few_samples", *_]:
+        case ["train", "few_samples" | "quality.yaml", *_]:
             return SMALL
+        case ["plan", "codec_256", *_]:
+            return ["train.batch_size=1"]
         case ["train", *_]:
             return [*SMALL, *TINY]
         case ["finetune", *_]:

@@ -57,7 +57,7 @@ def compress(
 
         chain = check_chain(values, str(model))
         require_writable(chain.output)
-        rows, found, wanted = run(chain, say), None, None
+        rows, found, wanted, near = run(chain, say), None, None, ""
     else:
         if not (task and data and validation and target):
             raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
@@ -74,13 +74,13 @@ def compress(
                 "columns": columns, "limit": limit,
             }],
         })  # fmt: skip
-        rows, found = search(chain, wanted, most, form, DistillStep(steps=steps), say)
+        rows, found, near = search(chain, wanted, most, form, DistillStep(steps=steps), say)
     if json:
-        emit({"rows": rows, "found": found})
+        emit({"rows": rows, "found": found, "nearest": near or None})
     else:
         table(*table_of(rows))
     if wanted is not None:
         if found is None:
-            typer.echo(f"No chain meets {target} with at most {max_loss} lost.", err=True)
+            typer.echo(f"No chain meets {target} with at most {max_loss} lost. {near}", err=True)
             raise typer.Exit(1)
         typer.echo(f"{found['step']} meets {target}: {chain.output / 'best'}", err=True)

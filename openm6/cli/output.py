@@ -17,6 +17,8 @@ import typer
 from openm6.environment import NO_CACHE
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from openm6.data.rejects import Reject, Rejects
 
 
@@ -51,17 +53,48 @@ def emit(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
+LONGEST_WORD = 24
+"""Characters of a name that a table does not break; longer ones, such as paths, are folded."""
+
+
 def table(columns: list[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
+    """Print a table. Where the terminal is too narrow for names and numbers in one piece, every row becomes a table of
+    its own with a line for each column."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(title=None if title is None else Text(title))  # Text: no markup of a user's words takes effect
-    for column in columns:
-        view.add_column(Text(column), overflow="fold")
-    for row in rows:
-        view.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(view)
+    console = Console()
+    cells = [[Text(str(cell)) for cell in row] for row in rows]  # Text: no markup of a user's words takes effect
+    heads = [Text(column) for column in columns]
+    widths = _column_widths([heads, *cells], console.width)
+    if widths is None and len(heads) > 2:
+        for row in cells:
+            table(["", ""], zip(columns, row, strict=True), title)
+        return
+    view = Table(title=None if title is None else Text(title))
+    for number, head in enumerate(heads):
+        view.add_column(head, overflow="fold", width=widths[number] if widths else None)
+    for row in cells:
+        view.add_row(*row)
+    console.print(view)
+
+
+def _column_widths(cells: list[list[Text]], room: int) -> list[int] | None:
+    """The widths at which a table fits without a broken word; None where the room is too small for that."""
+    from rich.cells import cell_len
+
+    columns = list(zip(*cells, strict=True))
+    words = [[cell_len(word) for text in column for word in text.plain.split()] for column in columns]
+    widths = [min(LONGEST_WORD, max(lengths, default=1)) for lengths in words]
+    most = [max((text.cell_len for text in column), default=1) for column in columns]
+    left = room - sum(widths) - 3 * len(columns) - 1  # two spaces and a line for each column, and the last line
+    if left < 0:
+        return None
+    while left and (narrow := [n for n, width in enumerate(widths) if width < most[n]]):
+        widths[min(narrow, key=lambda n: widths[n])] += 1
+        left -= 1
+    return widths
 
 
 def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:

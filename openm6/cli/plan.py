@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from openm6.train.hardware import Hardware
     from openm6.train.offload import Offload
     from openm6.train.planner import Plan
+    from openm6.train.recipe import AnyRecipe
 
 
 @app.command()
 def plan(
-    preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or the path of a recipe.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, one a process.")] = 8,
-    hardware: Annotated[str, typer.Option(help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu.")] = "a100-80g",
+    preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or a recipe by name or path.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.steps=500, as `openm6 train` takes.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Accelerators, one a process; 8 for a size.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu; a100-80g for a size. A recipe without --gpus and "
+            "--hardware is timed on this machine."
+        ),
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of each: 80GB, 74.5GiB, or a number of GiB.")] = None,
     host_memory: Annotated[
         str | None, typer.Option(help="Memory of its host for each, for offload: 256GB, or a number of GiB.")
@@ -58,29 +68,38 @@ def plan(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Memory, time, energy and cost of a training run, before a machine is rented. Exit code 1 when nothing fits."""
+    """Memory, time, energy and cost of a training run, before a machine is rented. Exit code 1 when nothing fits.
+
+    Of a recipe alone, how long it takes on this machine: `openm6 plan try_on`"""
     from dataclasses import replace
 
+    from openm6.errors import UsageError
     from openm6.presets import find_preset
     from openm6.train.hardware import hardware as known
     from openm6.train.recipe import load_recipe
 
-    known(hardware)
-    if _is_recipe(preset):
-        load_recipe(preset)
-    else:
+    if not _is_recipe(preset):
+        if overrides:
+            raise UsageError(f"{overrides[0]} is a change of a recipe, and {preset} is none.")
         find_preset(preset)
+    else:
+        recipe = load_recipe(preset, overrides or [])
+        if gpus is None and hardware is None:
+            _time(recipe, json)
+            return
+    gpus, hardware = gpus or 8, hardware or "a100-80g"
+    known(hardware)
 
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
     from openm6.train.planner import Fixed, make_plan
     from openm6.train.steptime import Machine
 
-    if preset in ModelConfig.preset_names() or not _is_recipe(preset):
+    if not _is_recipe(preset):
         config = ModelConfig.preset(preset)
         work, usual = Work(8, min(512, config.max_position_embeddings)), "adamw"
     else:
-        config, work, usual, budget = _of_recipe(preset, gpus)
+        config, work, usual, budget = _of_recipe(recipe, preset, gpus)
         tokens = tokens or budget
     if distinct_layers:
         config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
@@ -130,20 +149,58 @@ def _offload(text: str | None) -> Offload | None:
 
 
 def _is_recipe(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml")
+    """A path, or the name of a recipe that comes with OpenM6; a name that is a size too is the size."""
+    from openm6.errors import UsageError
+    from openm6.presets import presets
+    from openm6.train.recipe import find_recipe
+
+    if name in presets() or Path(name).suffix in (".yaml", ".yml"):
+        return name not in presets()
+    try:
+        find_recipe(name)
+    except UsageError:
+        return False
+    return True
 
 
-def _of_recipe(path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
+def _time(recipe: AnyRecipe, json: bool) -> None:
+    """Tell how long a recipe takes here, by its first steps."""
+    from datetime import timedelta
+
+    from openm6.cli.checks import check_parts
+
+    check_parts(recipe)
+
+    import torch
+
+    from openm6.train.trainer import seconds_per_step
+
+    steps, step = recipe.train.steps, seconds_per_step(recipe)
+    cpu = f"a CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    if json:
+        figures = {"steps": steps, "seconds_per_step": step, "seconds": steps * step}
+        emit({"recipe": recipe.name, "machine": machine, **figures})
+        return
+    typer.echo(
+        f"{recipe.name} on this machine ({machine}): {steps:,} steps of {step:.2f} s, about "
+        f"{timedelta(seconds=round(steps * step))}, measures and checkpoints not counted."
+    )
+
+
+def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     """Sizes, work, optimizer and tokens of a recipe: every example is taken to fill a row, so that nothing is planned
     too small. Its vocabulary is the largest that its tokenizer can have."""
     from openm6.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
-    from openm6.train.recipe import Recipe, load_recipe
+    from openm6.train.recipe import Recipe
 
-    recipe = load_recipe(path)
     if not isinstance(recipe, Recipe):
-        raise UsageError(f"{path} trains an image codec, which needs no plan: every process holds all of it.")
+        raise UsageError(
+            f"{path} trains an image codec, of which every process holds all: leave --gpus and --hardware out, and its "
+            "first steps are timed on this machine."
+        )
     if recipe.model.path:
         if not (recipe.model.path / "config.json").is_file():
             raise UsageError(f"{path}: model.path ({recipe.model.path}) is no model directory.")

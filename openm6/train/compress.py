@@ -47,7 +47,7 @@ from openm6.model.adapters import check_whole
 from openm6.model.config import ModelConfig
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
-from openm6.train.compressed import Target, draw_pareto, line_of, lost, report_of
+from openm6.train.compressed import Target, draw_pareto, line_of, lost, nearest, report_of
 from openm6.train.explain import explain
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import check_recipe
@@ -155,9 +155,9 @@ def compress(chain: Chain, say: Callable[[str], None] = lambda _: None) -> list[
 def search(
     chain: Chain, target: Target, max_loss: float, form: str = "package", distill: DistillStep | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:  # fmt: skip
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, str]:  # fmt: skip
     """Try chains until one meets the target with a first metric at most `max_loss` below the model's own, for each
-    task. Returns the table, and the row that does, or None where no chain did."""
+    task. Returns the table, and the row that does, or None and a sentence about what came nearest."""
     if form not in FORMS:
         raise UsageError(f"form is {form}; it can be {' or '.join(FORMS)}.")
     if not 0 <= max_loss < 1:
@@ -165,7 +165,7 @@ def search(
     distill = distill or DistillStep()
     work = _Work(chain, say, distill)
     parent = work.parent()
-    rows, found = [parent], None
+    rows, found, tried = [parent], None, list[dict[str, Any]]()
     for level, steps in _levels(ModelConfig.from_pretrained(chain.model), distill):
         before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
         for step in steps:
@@ -176,14 +176,16 @@ def search(
         for bits in (None, 8, 4) if kind == "export" else (8, 4):
             row = work.step(f"{name}-{kind}-{bits or 32}", Step.model_validate({kind: {"bits": bits}}), before)
             rows.append(row)
+            tried.append(row)
             if bits is None:
                 before = Path(row["path"])  # the others round what was exported
             if target.met(row) and lost(parent, row) <= max_loss + 1e-9:
                 found = row if found is None or lost(parent, row) < lost(parent, found) else found
         if found or lost(parent, whole) > 4 * max(max_loss, 0.01):  # smaller ones lose more
             break
-    work.tell(rows, target, max_loss, found)
-    return rows, found
+    near = "" if found else nearest(tried, parent, target, max_loss)
+    work.tell(rows, target, max_loss, found, near)
+    return rows, found, near
 
 
 def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, list[Step]]]:
@@ -289,13 +291,13 @@ class _Work:
 
     def tell(
         self, rows: list[dict[str, Any]], target: Target | None = None, max_loss: float = 0.0,
-        found: dict[str, Any] | None = None,
+        found: dict[str, Any] | None = None, near: str = "",
     ) -> None:  # fmt: skip
         output = self.chain.output
         told = {"rows": rows, "target": target and asdict(target), "max_loss": max_loss, "found": found}
         write_json(output / "table.json", told)
-        write_text(output / "report.md", report_of(rows, target, max_loss, found))
-        draw_pareto(rows, output / "pareto.png", target, max_loss)
+        write_text(output / "report.md", report_of(rows, target, max_loss, found, near))
+        draw_pareto(rows, target, max_loss).savefig(output / "pareto.png", dpi=110)
         if found:
             best = Path(found["path"])
 

@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openm6.errors import UsageError
 from openm6.tasks.metrics import gain
 from openm6.train.hardware import size_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Target:
     def met(self, row: Mapping[str, Any]) -> bool:
         return bool(row[self.what] <= self.most)
 
+    def figure(self, row: Mapping[str, Any]) -> str:
+        """The size or time of a row."""
+        value = float(row[self.what])
+        return f"{value / 1e6:.2f} MB" if self.what == "bytes" else f"{value:.2f} ms"
+
 
 def lost(parent: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     """Of the first metric of each task, the most that any has lost."""
@@ -59,6 +66,17 @@ def line_of(row: Mapping[str, Any]) -> str:
         f"{row['step']}: {row['parameters'] / 1e6:.2f}M, {row['bytes'] / 1e6:.2f} MB, {row['peak_mib']:.0f} MiB, "
         f"{row['latency_1_ms']:.1f} / {row['latency_16_ms']:.1f} ms, {metrics}"
     )
+
+
+def nearest(tried: list[dict[str, Any]], parent: Mapping[str, Any], target: Target, max_loss: float) -> str:
+    """A sentence about what came nearest to a target that none of the rows `tried` has met: the smallest of those that
+    lose no more than `max_loss`, and the one that loses the least of those that are small enough."""
+    good = [row for row in tried if lost(parent, row) <= max_loss + 1e-9]
+    small = [row for row in tried if target.met(row)]
+    near = [min(good or ([] if small else tried), key=lambda row: row[target.what], default=None)]
+    near.append(min(small, key=lambda row: lost(parent, row), default=None))
+    told = [f"{row['step']} ({target.figure(row)}, {lost(parent, row):.1%} lost)" for row in near if row]
+    return f"Nearest: {' and '.join(told)}."
 
 
 COLUMNS = ("step", "parameters (M)", "file (MB)", "peak memory (MiB)", "1 answer (ms)", "16 answers (ms)")
@@ -81,13 +99,15 @@ def table_of(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return [*COLUMNS, *(f"{task} {name}" for task, name in names)], cells
 
 
-def report_of(rows: list[dict[str, Any]], target: Target | None, max_loss: float, found: dict[str, Any] | None) -> str:
+def report_of(
+    rows: list[dict[str, Any]], target: Target | None, max_loss: float, found: dict[str, Any] | None, near: str = ""
+) -> str:
     heads, cells = table_of(rows)
     lines = ["# Compressed", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     lines += [f"| {' | '.join(line)} |" for line in cells]
     if target:
         wanted = f"{target.what} at most {target.most:g}, at most {max_loss:.1%} lost"
-        lines += ["", f"Target: {wanted}. " + (f"Met by {found['step']}." if found else "No chain met it.")]
+        lines += ["", f"Target: {wanted}. " + (f"Met by {found['step']}." if found else f"No chain met it. {near}")]
     lines += ["", "![](pareto.png)", ""]
     return "\n".join(lines)
 
@@ -103,28 +123,31 @@ def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     return found
 
 
-def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = None, max_loss: float = 0.0) -> None:
-    """The first metric against size and against the time of one answer; the front as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+def draw_pareto(rows: list[dict[str, Any]], target: Target | None = None, max_loss: float = 0.0) -> Figure:
+    """The first metric against size and against the time of one answer; the front as a line. The front and the model
+    have labels in a column beside the points, so that no label covers another."""
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     task = next(iter(rows[0]["metrics"]))
     name = next(iter(rows[0]["metrics"][task]))
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, what, label, unit in (
         (axes[0], "bytes", "file, MB", 1e6), (axes[1], "latency_1_ms", "one answer, ms", 1.0),
     ):  # fmt: skip
         best = front(rows, what)
         axis.plot([row[what] / unit for row in best], [first_of(row, task) for row in best], color="#c9962b", zorder=1)
         for row in rows:
-            there = row in best
-            x, y = row[what] / unit, first_of(row, task)
-            axis.scatter([x], [y], color="#8a5a00" if there else "#b8b8b8", zorder=2)
-            if there or row is rows[0]:
-                side, off = ("left", 4) if there else ("right", -4)
-                axis.annotate(row["step"], (x, y), (off, -10), textcoords="offset points", ha=side, fontsize=7)
+            colour = "#8a5a00" if row in best else "#b8b8b8"
+            axis.scatter([row[what] / unit], [first_of(row, task)], color=colour, zorder=2)
+        labelled = sorted((row for row in rows if row in best or row is rows[0]), key=lambda row: first_of(row, task))
+        for number, row in enumerate(labelled):
+            axis.annotate(
+                row["step"], (row[what] / unit, first_of(row, task)), (1.03, (number + 0.5) / len(labelled)),
+                textcoords="axes fraction", va="center", fontsize=min(8.0, 200 / len(labelled)),
+                arrowprops={"arrowstyle": "-", "color": "#b8b8b8", "linewidth": 0.6},
+            )  # fmt: skip
         if target and target.what == what:
             axis.axvline(target.most / unit, color="#888888", linestyle=":", linewidth=1)
         axis.axhline(first_of(rows[0], task) - max_loss, color="#888888", linestyle=":", linewidth=1)
@@ -134,6 +157,4 @@ def draw_pareto(rows: list[dict[str, Any]], file: Path, target: Target | None = 
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel(label)
     axes[0].set_ylabel(f"{task}: {name}")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    return figure

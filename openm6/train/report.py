@@ -30,6 +30,10 @@ SCALARS = (
 )  # fmt: skip
 
 
+LONG = 600
+"""Seconds that a run has to take for its length to be told after its first steps, before the first line."""
+
+
 def say(text: str, console: Console | None = None) -> None:
     """The line that the user sees, whole: a terminal wraps it, a file has it in one piece."""
     (console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
@@ -62,6 +66,7 @@ class Reporter:
         )
         self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
         self.peak = math.inf
+        self.taken = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -98,6 +103,10 @@ class Reporter:
         self.positions += positions
         self.filled += filled
         self.steps += 1
+        self.taken += 1
+        left = self.recipe.train.steps - step
+        if self.taken == 2 and left * seconds > LONG:  # the first step makes buffers, and takes longer
+            self.say(f"{left:,} steps of {seconds:.2f} s are left: about {timedelta(seconds=round(left * seconds))}.")
         self.bar.update(self.row, completed=step)
 
     def log(self, energy: EnergyMeter, loads: Mapping[str, Any]) -> None:

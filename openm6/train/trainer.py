@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openm6.atomic import lock_output
-from openm6.errors import OpenM6Error
+from openm6.errors import OpenM6Error, UsageError
 from openm6.model.precision import fast_dtype
 from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
@@ -26,7 +27,7 @@ from openm6.train.meters import EnergyMeter, EnergyUse, peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
-from openm6.train.recipe import AnyRecipe, CodecRecipe, recipe_text
+from openm6.train.recipe import AnyRecipe, CodecRecipe, Recipe, recipe_text
 from openm6.train.report import Losses, Reporter, say
 from openm6.train.resume import RECIPE, check_resumption
 from openm6.train.sequences import Sequences
@@ -59,6 +60,27 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
                 with suppress(OSError):  # there is something else
                     recipe.output.rmdir()
             raise
+
+
+def seconds_per_step(recipe: AnyRecipe) -> float:
+    """Seconds that a step of the recipe takes on this machine, by its first three steps, in a folder that is deleted
+    afterwards. Measures and checkpoints are not counted.
+
+    Raises what a training would, and UsageError for a recipe whose teacher has to answer all records first."""
+    if isinstance(recipe, Recipe) and any(section.answers == "teacher" for section in recipe.data):
+        raise UsageError("The teacher of this recipe answers records before the first step: it cannot be timed.")
+    with process_group() as group, TemporaryDirectory() as folder:
+        trainer = Trainer(recipe.model_copy(update={"output": Path(folder) / "run"}), group)
+        try:
+            trainer._resume()
+            batches, times = iter(trainer.loader), []
+            for _ in range(3):
+                started = time.perf_counter()
+                trainer._one_step(next(batches))
+                times.append(time.perf_counter() - started)
+        finally:
+            trainer.energy.stop()
+    return min(times[1:])  # the first step makes buffers and optimizer states
 
 
 class Trainer:

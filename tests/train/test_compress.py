@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.text import Text
 
 from openm6.bundle import Bundle
 from openm6.edge.runner import EdgeModel
 from openm6.errors import UsageError
 from openm6.train.compress import DistillStep, check_chain, compress, search
-from openm6.train.compressed import Target, front, lost, table_of
+from openm6.train.compressed import Target, draw_pareto, front, lost, nearest, table_of
 from openm6.train.trainer import train
 from tests.conftest import command
 from tests.train.conftest import SIZES, tiny_recipe
@@ -88,19 +90,21 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_stops_at_the_target(model: Path, tmp_path: Path) -> None:
     chain = check_chain(_chain(model, tmp_path / "out"))
     short = DistillStep(steps=1, batch_size=4)
-    rows, found = search(chain, Target("bytes", 1e9), 0.99, distill=short)
+    rows, found, near = search(chain, Target("bytes", 1e9), 0.99, distill=short)
+    assert near == ""
     assert found is not None and found["step"].startswith("100-export") and len(rows) == 4  # the whole network will do
     assert json.loads((tmp_path / "out/table.json").read_text())["found"]["step"] == found["step"]
     assert "vqa" in EdgeModel(tmp_path / "out/best").tasks
     smaller = min(row["bytes"] for row in rows)
     with pytest.raises(UsageError, match="another chain"):  # what is there was trained for fewer steps
         search(chain, Target("bytes", smaller - 1), 0.99, distill=DistillStep(steps=2, batch_size=4))
-    _, found = search(chain, Target("bytes", smaller - 1), 0.99, distill=short)
+    _, found, _ = search(chain, Target("bytes", smaller - 1), 0.99, distill=short)
     assert found is not None and found["bytes"] < smaller and not found["step"].startswith("100-")
-    _, found = search(
+    rows, found, near = search(
         check_chain(_chain(model, tmp_path / "models")), Target("latency_1_ms", 1e-6), 0.99, "model", short
     )
     assert found is None and not (tmp_path / "models/best").exists()
+    assert "quantize" in near and near in (tmp_path / "models/report.md").read_text("utf-8")
 
 
 def test_what_a_row_is_worth() -> None:
@@ -110,6 +114,43 @@ def test_what_a_row_is_worth() -> None:
     ]
     assert [row["step"] for row in front(rows, "bytes")] == ["2", "1", "0"]
     assert lost(rows[0], rows[1]) == pytest.approx(0.5) and lost(rows[0], rows[3]) == pytest.approx(0.03)
+
+
+def _row(step: str, size: float, right: float, time: float = 1.0) -> dict[str, Any]:
+    return {"step": step, "bytes": size, "latency_1_ms": time, "metrics": {"vqa": {"accuracy": right}}}
+
+
+def test_a_target_that_is_missed_tells_what_came_nearest() -> None:
+    parent, target = _row("0-model", 8e6, 0.9), Target("bytes", 1e6)
+    tried = [_row("100-export-8", 2.5e6, 0.899), _row("50-export-32", 3e6, 0.9), _row("50-export-4", 0.9e6, 0.7),
+             _row("25-export-4", 0.5e6, 0.4)]  # fmt: skip
+    good, small = "100-export-8 (2.50 MB, 0.1% lost)", "50-export-4 (0.90 MB, 20.0% lost)"
+    assert nearest(tried, parent, target, 0.01) == f"Nearest: {good} and {small}."
+    assert nearest(tried[:2], parent, target, 0.01) == f"Nearest: {good}."
+    assert nearest(tried[2:], parent, target, 0.01) == f"Nearest: {small}."
+    assert nearest(tried[2:], parent, Target("bytes", 1e5), 0.01) == "Nearest: 25-export-4 (0.50 MB, 50.0% lost)."
+    assert "(1.00 ms, " in nearest(tried, parent, Target("latency_1_ms", 0.5), 0.01)
+
+
+def test_no_label_of_the_plot_covers_another() -> None:
+    """Rows of a search lie close together: one network in three forms is equally quick and equally right."""
+    rows = [_row("0-model", 8e6, 0.9, 5.0)]
+    for level in (100, 75, 50, 35, 25, 15):
+        for bits in (32, 8, 4):
+            rows.append(
+                _row(
+                    f"{level}-export-{bits}", level * bits * 2e3, 0.9 - 0.5 / level - 1e-4 / bits, level / 20 + bits / 9
+                )
+            )
+    figure = draw_pareto(rows, Target("bytes", 1e6), 0.01)
+    figure.draw_without_rendering()
+    labels = [[text for text in axis.texts if text.get_text()] for axis in figure.axes]
+    assert all(len(texts) > 5 for texts in labels)
+    for texts in labels:
+        boxes = [Text.get_window_extent(text) for text in texts]  # without the line to its point
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert max(Text.get_window_extent(text).x1 for text in labels[0]) < figure.axes[1].bbox.x0
 
 
 @pytest.mark.parametrize(
@@ -156,4 +197,4 @@ def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in told["rows"]] == ["0-model", "1-quantize"]
     words = ["--task", "vqa", "--data", TASK["data"], "--validation", TASK["validation"], "--limit", 20]
     never = run(model, *words, "--target", "latency=0.000001ms", "--steps", 1, "--output", tmp_path / "never")
-    assert never.exit_code == 1 and "No chain meets" in never.output
+    assert never.exit_code == 1 and "No chain meets" in never.output and "Nearest: " in never.output

@@ -30,6 +30,7 @@ from openm6.train.meters import carbon_intensity, training_flops
 from openm6.train.offload import Offload
 from openm6.train.planner import GIB, Fixed, make_plan, usable
 from openm6.train.steptime import Machine, step_flops
+from tests.tasks.conftest import picture
 from tests.train.test_footprint import total
 
 
@@ -322,6 +323,28 @@ def test_a_recipe_is_planned_as_it_is(run: Any, tmp_path: Path) -> None:
     assert content["run"]["steps"] == 100
     assert content["parameters"] == total(ModelConfig.preset("small", num_hidden_layers=3, vocab_size=3072 + 1024))
     assert "muon" in content["assumptions"][0]
+
+
+def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for number in range(3):
+        Path(f"pictures/{number}.jpg").write_bytes(picture(16, 16, number))
+    small = ["codec.sizes={image_size: 16, patch: 2, widths: [8, 16], levels: [4, 4]}", "train.batch_size=2"]
+    done = run("codec_256", *small, "train.steps=50000", "evaluation.data=[]", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["recipe"] == "codec 256" and told["steps"] == 50000
+    assert told["seconds"] == pytest.approx(50000 * told["seconds_per_step"]) and told["seconds"] > 0
+    said = run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").output
+    assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, measures and checkpoints not counted", said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]  # nothing is left of the steps
+    for words, reason in (
+        (["codec_256", "--hardware", "h100"], "leave --gpus and --hardware out"),
+        (["codec_256", "data=[{source: nowhere, format: folder}]"], "nowhere"),
+        (["try_on"], "runs/demo/model"), (["m6-10b", "train.steps=3"], "is a change of a recipe, and m6-10b is none"),
+    ):  # fmt: skip
+        assert reason in str(run(*words).exception)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from openm6.train.trainer import train
-from tests.train.conftest import logged, tiny_recipe
+from tests.train.conftest import PowerCutError, cut_at, logged, tiny_recipe
 
 CODES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -41,3 +41,11 @@ def test_a_file_is_told_the_time_that_is_left(tmp_path: Path, capsys: pytest.Cap
     assert re.search(r"loss .* s/step  \d+:\d\d:\d\d left$", lines[0])
     assert lines[1].endswith("  0:00:00 left")
     assert [line["step"] for line in logged(tmp_path) if "loss" in line] == [2, 4, 5]
+
+
+def test_a_long_run_says_after_two_steps_how_long_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PowerCutError):
+        train(tiny_recipe(tmp_path / "long", steps=10_000_000, log_every=4), cut_at(4))
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"9,999,998 steps of [0-9.]+ s are left: about [0-9]+ days?, [0-9:]+\.", lines[-1])
+    assert not any("are left" in line for line in said(tmp_path / "short", capsys))
