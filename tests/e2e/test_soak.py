@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import psutil
 import pytest
@@ -135,6 +136,10 @@ def test_a_worker_that_is_killed_over_and_over_loses_nothing(server: tuple[psuti
     together(url, done.is_set, outcomes)
     killer.join()
     assert outcomes["asked"] == outcomes["answered"] + outcomes["refused"] > KILLS
+    until = time.monotonic() + 120  # one that has died often is started again after a while
+    while httpx2.get(f"{url}/readyz").status_code != 200:
+        assert time.monotonic() < until
+        time.sleep(0.2)
     with Client(url) as m6:  # and it answers still
         assert m6.run("text_vector", text="红").shape == (32,)
     print(outcomes)
