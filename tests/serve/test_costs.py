@@ -68,7 +68,9 @@ def test_pictures_cost_the_codes_of_all_candidates_in_all_passes(
 ) -> None:
     watched, codes = Watched(bundle), bundle.codec.side**2
     for identity in "ab":
-        watched.ask(identity, "text_to_image", caption="红色的杯子", candidates=candidates, decoding=decoding)
+        watched.ask(
+            identity, "text_to_image", caption="红色的杯子", candidates=candidates, decoding={**decoding, "seed": 0}
+        )
     found = watched.finish()
     told = found["a"]
     assert told.error is None and told.prompt_tokens == prompt_of(bundle, "text_to_image", caption="红色的杯子")
