@@ -22,11 +22,13 @@ Place = Annotated[Path, typer.Argument(help="The box's folder.")]
 def init(
     box: Place,
     model: Annotated[str, typer.Option(help=f"What answers here. {MODEL}")],
-    cloud: Annotated[str, typer.Option(help="Address of the server that is asked what is not sure.")] = "",
+    cloud: Annotated[str | None, typer.Option(help="Address of the server that is asked what is not sure.")] = None,
     cloud_model: Annotated[
         str | None, typer.Option(help="The cloud's model, as --model: features are made for it.")
     ] = None,
-    privacy: Annotated[str, typer.Option(help="What may be sent: all, features or nothing.")] = "all",
+    privacy: Annotated[
+        str | None, typer.Option(help="What may be sent: all (as long as nothing else is said), features or nothing.")
+    ] = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 8, 4, or 32.")] = 8,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of box.toml, as keep_mb=64; several times.")
@@ -37,8 +39,8 @@ def init(
     from openm6.edge.box import settings_of
 
     require_new(box)
-    values: dict[str, Any] = {name: _value(text) for name, text in pairs(setting or []).items()}
-    settings = settings_of({**values, "cloud": cloud, "privacy": privacy})
+    options = {name: value for name, value in (("cloud", cloud), ("privacy", privacy)) if value is not None}
+    settings = settings_of({name: _value(name, text) for name, text in {**pairs(setting or []), **options}.items()})
     place, of_cloud = find(model), find(cloud_model) if cloud_model else None
 
     from openm6.train.cascade import init_box
@@ -50,14 +52,18 @@ def init(
         typer.echo(f"{box}: calibrate its tasks (openm6 cascade calibrate), then: python {box / 'openm6-edge'} serve")
 
 
-def _value(text: str) -> Any:
-    """As TOML reads it; what is no value there is a text."""
+def _value(name: str, text: str) -> Any:
+    """The value of a setting as TOML reads it; the text itself where the setting is a text, or TOML reads no value."""
     import tomllib
 
+    from openm6.edge.box import Settings
+
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        found = tomllib.loads(f"x = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    is_text = isinstance(getattr(Settings(), name, None), str)
+    return text if len(found) > 1 or (is_text and not isinstance(found["x"], str)) else found["x"]
 
 
 @cascade.command()

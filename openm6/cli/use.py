@@ -29,8 +29,9 @@ def run(
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
     place = check_inputs(model, [task], [examples])
     asked: dict[str, Any] = dict(pairs(slots or []))
-    check_slots(find_task(place, task), asked)
-    decoding = decoding_options(option)
+    chosen = find_task(place, task)
+    check_slots(chosen, asked)
+    decoding = decoding_options(option, chosen)
 
     from openm6.bundle import SHOTS, TRUNCATE, Bundle
     from openm6.data.columns import SlotView

@@ -19,6 +19,7 @@ DRAWN = "caption=红色"
 COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
 ANSWERED = ["--data", "good.csv", "--output", "out.csv"]
 EXTENDED = ["--picture", "gone.png", "--side", "left", "--pixels", "8"]
+PRIVACY_TWICE = ["--set", "privacy=nothing", "--set", "privacy=all"]
 
 CASES: list[tuple[int, list[str], str]] = [
     (2, ["trian"], "No such command 'trian'"),
@@ -28,6 +29,11 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["run", "model", "caption", "phto=a.png"], 'The task caption has no slot phto. Did you mean "photo"?'),
     (2, ["run", "model", "vqa", "photo=a.png"], "question is missing"),
     (2, ["run", "model", "caption", "photo=a.png", "-o", "seed=x"], "seed has to be a number"),
+    (2, ["run", "model", "caption", "photo=a.png", "-o", "seed=1", "-o", "seed=2"], 'seed is given twice: "1" and "2"'),
+    (2, ["run", "model", "text_vector", "text=a", "-o", "seed=1"], "its one option is dims; leave out seed"),
+    (2, ["eval", "model", "--task", "text_vector", "--data", "good.csv", "-o", "top_k=1"], "is dims; leave out top_k"),
+    (2, ["predict", "model", "text_vector", *ANSWERED, "-o", "top_k=1"], "its one option is dims; leave out top_k"),
+    (2, ["run", "model", "caption", "photo=a.png", "photo=b.png"], "photo is given twice"),
     (2, ["run", "model", "caption", "photo=a.png", "--outptu", "b"], "No such option: --outptu"),
     (1, ["run", "model", "caption", "photo=gone.png"], "gone.png does not exist"),
     (1, ["run", "model", "caption", "photo=a.png", "--examples", "gone.csv"], "There is no file gone.csv"),
@@ -100,6 +106,15 @@ CASES: list[tuple[int, list[str], str]] = [
     (1, ["images", "batch", "model", "--prompts", "gone.csv", "--output", "o"], "There is no file gone.csv"),
     (2, ["cascade", "init", "box", "--model", "nowhere"], "nowhere is no OpenM6 model"),
     (2, ["cascade", "init", "box", "--model", "model", "--set", "keep=1"], "unknown key keep"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "privacy=some"], "can be all, features, nothing"),
+    (2, ["cascade", "init", "box", "--model", "model", "--privacy", "some"], "can be all, features, nothing"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "cloud=m6:80"], "give an address"),
+    (2, ["cascade", "init", "box", "--model", "model", "--cloud", "http://m6:x"], "give an address"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "keep_mb="], "has to be int"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "audit=nan"], "has to be a number"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "offline=yes"], "has to be bool"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "key=m6-4f1c"], "the name of an environment variable"),
+    (2, ["cascade", "init", "box", "--model", "model", *PRIVACY_TWICE], 'privacy is given twice: "nothing" and "all"'),
     (2, ["cascade", "calibrate", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no box"),
     (2, ["cascade", "learn", "nowhere"], "nowhere is no box"),
     (2, ["cascade", "status", "nowhere"], "nowhere is no box"),

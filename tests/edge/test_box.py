@@ -26,6 +26,8 @@ QUESTION = "图中的商品是什么颜色？"
         ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
         ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
         ("share = 1", "below 1"), ("share = 0.01", "above audit"),
+        ('cloud = "https://m6.example:x"', "give an address"), ("statistics_minutes = inf", "has to be a number"),
+        ('key = "m6-4f1c"', "the name of an environment variable"),
         ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
     ],
 )  # fmt: skip
