@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import random
 import sqlite3
 import threading
@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from openm6.edge.box import EYES, Box
-from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, open_kept
-from openm6.edge.runner import Answer, EdgeModel, Eyes
+from openm6.edge.box import FILE, Box, Settings
+from openm6.edge.cloud import Failed
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept
+from openm6.edge.live import LiveSettings
+from openm6.edge.runner import Answer, EdgeModel
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
 from openm6.errors import DataError, OpenM6Error
 from openm6.images import as_file, open_image
 from openm6.tasks.task import Task
 
+log = logging.getLogger("openm6.edge")
 EDGE, CLOUD = "edge", "cloud"
 EAGER, LATER = 30.0, 12.0
 """Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
@@ -51,6 +53,7 @@ class _Version:
 
     def __init__(self, box: Box, number: str, kept: Kept, threads: int):
         folder = box.folder(number) / "package"
+        self.calibrated = _calibrated(box, number)
         self.number, self.model = number, EdgeModel(folder, threads)
         self.eager = EAGER if int(number) == 1 else LATER
         self.sure: dict[str, Sureness] = {}
@@ -67,6 +70,11 @@ class _Version:
             found.remember(kept.seen(task, number))
 
 
+def _calibrated(box: Box, number: str) -> dict[str, int]:
+    """Files of a version's calibration, and when they were written (ns)."""
+    return {file.name: file.stat().st_mtime_ns for file in (box.folder(number) / "package").glob("sureness-*.npz")}
+
+
 class Cascade:
     """A box in use. Several threads may ask; a version that is promoted meanwhile answers from then on."""
 
@@ -74,30 +82,34 @@ class Cascade:
         self,
         path: str | Path,
         threads: int = 0,
-        cloud: Cloud | None = None,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
         """Raises UsageError or OpenM6Error for a box that cannot be used."""
         self.box, self._threads, self._clock = Box(path), threads, clock
-        settings = self.settings = self.box.settings
-        self.kept = open_kept(self.box.path, settings)
-        self.cloud = cloud
-        if cloud is None and settings.cloud and settings.privacy != NOTHING:
-            self.cloud = Cloud(settings.cloud, os.environ.get(settings.key, "") if settings.key else "", settings.model)
-        eyes = self.box.path / EYES
-        self.eyes = Eyes(eyes, threads) if settings.privacy == FEATURES and eyes.is_dir() else None
+        self.live = LiveSettings(self.box, threads)
         self._version = _Version(self.box, self.box.version, self.kept, threads)
-        self._looked = 0.0
+        self._looked, self._opening = 0.0, threading.Lock()
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
         self._spent: tuple[int | None, int] = (None, 0)  # an hour, and its requests
         self.started = clock()
 
     def close(self) -> None:
-        if self.cloud is not None:
-            self.cloud.close()
-        self.kept.close()
+        self.live.close()
+
+    @property
+    def settings(self) -> Settings:
+        return self.live.follow().settings
+
+    @property
+    def kept(self) -> Kept:
+        return self.live.follow().kept
+
+    @property
+    def version(self) -> str:
+        """The number of the version that answers."""
+        return self._newest().number
 
     @property
     def model(self) -> EdgeModel:
@@ -116,22 +128,22 @@ class Cascade:
         if sure is None or own.state is None:
             self._count(task, "asked", "uncalibrated")
             return Reply(own.value, EDGE, None, "", own.finished)
-        seen = sure.seen(own.state, own.confidence)
+        seen, settings = sure.seen(own.state, own.confidence), self.settings
         with self._lock:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
             confident = probability >= sure.threshold
-            given = probability >= sure.bound(seen, self.settings.least_sure)
+            given = probability >= sure.bound(seen, settings.least_sure)
             asked = self.counts.get(task, Counter())["asked"]
             # Only a threshold has to be found out early.
-            eager = 0.0 if self.settings.share else version.eager
-            share = max(self.settings.audit, min(1.0, eager / (20 + asked)))
+            eager = 0.0 if settings.share else version.eager
+            share = max(settings.audit, min(1.0, eager / (20 + asked)))
             if given:
                 share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share
         weight = 1 / share if audited else 1.0  # requests that it stands for
         self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
-        reason = "" if confident else f"no more than {self.settings.share:.0%} may be asked"
+        reason = "" if confident else f"no more than {settings.share:.0%} may be asked"
         if given and not audited:
             return Reply(own.value, EDGE, probability, reason, own.finished)
 
@@ -155,21 +167,24 @@ class Cascade:
         self, version: _Version, task: Task, record: Record, seconds: float | None, late: Callable[[Any], None]
     ) -> Any:
         """The cloud's value of a task. Raises Failed with the reason why there is none."""
-        settings = self.settings
+        now = self.live.follow()
+        settings = now.settings
+        if now.problem:
+            raise Failed(f"{FILE} cannot be used, so that nothing is sent")
         if settings.privacy == NOTHING:
             raise Failed("nothing may be sent")
-        if settings.offline or self.cloud is None:
+        if now.cloud is None:
             raise Failed("offline")
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
-            if self.eyes is None:
+            if now.eyes is None:
                 raise Failed("the box has not the cloud's eyes, to send features")
-            inputs |= {name: self.eyes.features(inputs[name]).mapping() for name in pictures}
+            inputs |= {name: now.eyes.features(inputs[name]).mapping() for name in pictures}
         self._spend()
         deadline = settings.deadline_ms / 1000
         self._count(task.name, "sent")
-        outputs = self.cloud.ask(
+        outputs = now.cloud.ask(
             task.name, inputs, min(deadline, seconds or deadline), lambda found: _maybe(late, task, found)
         )
         return _value(task, outputs)
@@ -195,28 +210,35 @@ class Cascade:
     ) -> None:  # fmt: skip
         """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
         try:
-            kept = task.asked(record)
-            if self.settings.privacy != ALL:
+            store, kept = self.kept, task.asked(record)
+            if store.mode == NOTHING:
+                return
+            if store.mode != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            self.kept.keep(task.name, kept, value, own.value)
-            self.kept.saw(task.name, version.number, seen, right, weight, WINDOW)
+            store.keep(task.name, kept, value, own.value)
+            store.saw(task.name, version.number, seen, right, weight, WINDOW)
         except (OSError, sqlite3.Error):
             self._count(task.name, "unwritten")
 
     def _newest(self) -> _Version:
-        """The version that is to answer, looked up every second."""
+        """The version that is to answer, and its calibration, looked up every second."""
         now = time.monotonic()
-        if now - self._looked > 1.0:
-            self._looked = now
-            try:
-                number = self.box.version
-                if number != self._version.number:
-                    self._version = _Version(self.box, number, self.kept, self._threads)
-                    self.counts = {}
-            except OpenM6Error:
-                self._count("", "unreadable")  # the one that is open goes on answering
+        if now - self._looked <= 1.0 or not self._opening.acquire(blocking=False):
+            return self._version
+        try:
+            self._looked, number = now, self.box.version
+            is_new = number != self._version.number
+            if is_new or _calibrated(self.box, number) != self._version.calibrated:
+                self._version = _Version(self.box, number, self.kept, self._threads)
+                log.info("version %s answers%s", number, "" if is_new else ", calibrated anew")
+            if is_new:
+                self.counts = {}
+        except (OpenM6Error, OSError):
+            self._count("", "unreadable")  # the one that is open goes on answering
+        finally:
+            self._opening.release()
         return self._version
 
     def _count(self, task: str, *names: str) -> None:
@@ -249,9 +271,9 @@ class Cascade:
 
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""
-        settings = self.settings
-        if self.cloud is not None and settings.privacy != NOTHING and not settings.offline:
-            self.cloud.tell(settings.name, self.statistics())
+        now = self.live.follow()
+        if now.cloud is not None:
+            now.cloud.tell(now.settings.name, self.statistics())
 
 
 def _whole(task: Task, record: Record) -> dict[str, Any]:

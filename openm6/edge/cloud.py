@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as Late
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError as Late
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -35,12 +35,20 @@ class _Wrong(Failed):
 class Cloud:
     """A server at an address. Several threads may ask."""
 
-    def __init__(self, address: str, key: str = "", model: str = "", clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        address: str,
+        key: str = "",
+        model: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        check: Callable[[], object] = lambda: None,
+    ):
+        """`check` is called right before a request leaves; it raises Failed where that may not be any more."""
         parts = urlsplit(address)
         self._secure, self._host = parts.scheme == "https", parts.hostname or ""
         self._port, self._prefix = parts.port or (443 if self._secure else 80), parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self._model, self._clock = model, clock
+        self._model, self._clock, self._check = model, clock, check
         self._pool = ThreadPoolExecutor(AT_ONCE, "cloud")
         self._free = threading.Semaphore(AT_ONCE)
         self._open = threading.local()
@@ -49,6 +57,7 @@ class Cloud:
         self._wrong: dict[str, tuple[float, str]] = {}
 
     def close(self) -> None:
+        """Answers to what has left still come; nothing more leaves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(
@@ -66,10 +75,16 @@ class Cloud:
         if not self._free.acquire(blocking=False):
             raise Failed("too much is asked of the cloud already")
         body = {"inputs": _outgoing(inputs), "seconds": seconds, **({"model": self._model} if self._model else {})}
-        asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds)
+        try:
+            asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds)
+        except RuntimeError:  # it was closed
+            self._free.release()
+            raise Failed("the settings were changed meanwhile") from None
         asking.add_done_callback(lambda _: self._free.release())
         try:
             found = asking.result(timeout=seconds)
+        except CancelledError:
+            raise Failed("the settings were changed meanwhile") from None
         except Late:
             self._failed(now)
             if late is not None:
@@ -125,6 +140,7 @@ class Cloud:
                 if connection is None:
                     connection = self._connected(seconds)
                 connection.sock.settimeout(seconds)
+                self._check()
                 connection.request(method, self._prefix + path, data, self._headers)
                 answer = connection.getresponse()
                 content = answer.read(LARGEST)

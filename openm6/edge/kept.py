@@ -65,6 +65,11 @@ class Kept:
     def close(self) -> None:
         self._file.close()
 
+    def revoke(self) -> None:
+        """From now on nothing is written by this handle, and what is in it can still be read."""
+        with self._lock:
+            self.mode = NOTHING
+
     def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> None:
         """A record (by the mode, with features in the place of pictures), the cloud's answer, and the edge's own.
 
@@ -77,6 +82,8 @@ class Kept:
         if self._cipher:
             body = self._cipher.encrypt(body)
         with self._written():
+            if self.mode == NOTHING:  # revoked meanwhile
+                return
             self._file.execute(
                 "INSERT INTO answers (time, task, mode, secret, size, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (time.time(), task, self.mode, self._cipher is not None, len(body), body),
@@ -113,6 +120,8 @@ class Kept:
         if self.mode == NOTHING:
             return
         with self._written():
+            if self.mode == NOTHING:
+                return
             self._file.execute(
                 "INSERT INTO seen (task, version, seen, right, weight) VALUES (?, ?, ?, ?, ?)",
                 (task, version, seen.astype(np.float32).tobytes(), right, weight),

@@ -56,6 +56,7 @@ PROGRAM = (
     "kept.py",
     "box.py",
     "cloud.py",
+    "live.py",
     "cascade.py",
     "service.py",
 )

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import anyio.to_thread
@@ -72,8 +73,11 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
 
     async def status(_: Request) -> Response:
-        kept = {"bytes": cascade.kept.size(), "answers": cascade.kept.counts()}
-        return _json({**cascade.statistics(), "kept": kept, "drifting": cascade.drifting()})
+        now = cascade.live.follow()
+        return _json({
+            **cascade.statistics(), "kept": {"bytes": now.kept.size(), "answers": now.kept.counts()},
+            "drifting": cascade.drifting(), "settings": asdict(now.settings), "problem": now.problem,
+        })  # fmt: skip
 
     async def tasks(_: Request) -> Response:
         found = cascade.model.tasks
