@@ -145,21 +145,15 @@ def _told(cell: Any) -> Any:
 
 @cascade.command()
 def status(box: Place, json: Json = False) -> None:
-    """What a box is, and what it has kept."""
-    from openm6.edge.box import Box
-    from openm6.edge.kept import open_kept
+    """What a box is, what it has kept, and what serves it; nothing is changed by looking."""
+    from openm6.edge.status import status_of
 
-    opened = Box(box)
-    kept = open_kept(opened.path, opened.settings)
-    told: dict[str, Any] = {
-        "answers": opened.version, "versions": opened.versions, "privacy": opened.settings.privacy,
-        "cloud": opened.settings.cloud, "calibrated": sorted(
-            f.stem.removeprefix("sureness-") for f in (opened.folder() / "package").glob("sureness-*.npz")
-        ),
-        "kept": kept.counts(), "kept_bytes": kept.size(),
-    }  # fmt: skip
-    kept.close()
-    emit(told) if json else table(["", ""], [[name, str(value)] for name, value in told.items()], str(box))
+    told = status_of(box)
+    if json:
+        emit(told)
+        return
+    settings = told.pop("settings")
+    table(["", ""], [[name, str(value)] for name, value in {**told, **settings}.items()], str(box))
 
 
 @cascade.command()

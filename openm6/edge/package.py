@@ -58,7 +58,9 @@ PROGRAM = (
     "cloud.py",
     "live.py",
     "cascade.py",
+    "status.py",
     "service.py",
+    "unit.py",
 )
 """Of `edge`, what needs no PyTorch."""
 NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow", "starlette", "uvicorn")

@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
-    serving = commands.add_parser("serve", help="a box over HTTP")
-    serving.add_argument("--host", default="127.0.0.1")
-    serving.add_argument("--port", type=int, default=8100)
-    serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
-    commands.add_parser("status", help="of a box: what it keeps, and how it stands with the cloud's settings")
+    for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
+        serving = commands.add_parser(name, help=told)
+        serving.add_argument("--host", default="127.0.0.1")
+        serving.add_argument("--port", type=int, default=8100)
+        serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
+        serving.add_argument("--anyone", action="store_true", help="no key, though others can reach the address")
+    commands.add_parser("status", help="of a box: its settings, what it keeps, and what serves it")
     commands.add_parser("new-key", help="for a box that encrypts what it keeps")
     return parser
 
@@ -61,7 +62,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
         from openm6.edge.kept import new_key
 
         return new_key()
-    if (given.package / FILE).is_file() or given.command in ("serve", "status"):
+    if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status"):
         return _of_a_box(given, started)
     from openm6.edge.runner import EdgeModel
 
@@ -81,20 +82,29 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 
 
 def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
-    from openm6.edge.box import Box
-    from openm6.edge.cascade import Cascade
-    from openm6.edge.kept import open_kept
+    from openm6.edge.box import FILE
 
     if given.command == "status":
-        box = Box(given.package)
-        with closing(open_kept(box.path, box.settings)) as kept:
-            told = {"versions": box.versions, "answers": box.version, "kept": kept.counts()}
-            return dumps({**told, "kept_bytes": kept.size()})
+        from openm6.edge.status import status_of
+
+        return dumps(status_of(given.package))
+    if given.command == "unit":
+        from openm6.edge.unit import unit_of
+
+        return unit_of(given.package, given.host, given.port, given.key_env, given.anyone)
+    from openm6.edge.cascade import Cascade
+
     if given.command == "serve":
-        from openm6.edge.service import key_of, serve
+        from openm6.edge.service import key_of, log, serve, start_log
 
         key = key_of(given.key_env)
-        serve(Cascade(given.package, given.threads), given.host, given.port, key)
+        if (given.package / FILE).exists():
+            start_log(given.package)
+        try:
+            serve(Cascade(given.package, given.threads), given.host, given.port, key, given.anyone)
+        except OpenM6Error as error:
+            log.info("not served: %s", error)
+            raise
         return None
     cascade = Cascade(given.package, given.threads)
     try:

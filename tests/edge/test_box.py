@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,13 @@ def test_over_http(box: Make, server: CloudServer) -> None:
         assert client.get("/healthz").status_code == 200
     with pytest.raises(UsageError, match="--key-env"):
         serve(cascade, "0.0.0.0", 8100)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for address, key in (("127.0.0.1", ""), ("0.0.0.0", "secret")):
+            with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
+                serve(cascade, address, port, key)
+        with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
+            serve(cascade, "0.0.0.0", port, anyone=True)
 
 
 def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: CloudServer) -> None:
