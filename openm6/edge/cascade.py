@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 
 from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, open_kept
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
+from openm6.edge.opening import open_store
 from openm6.edge.runner import Answer, EdgeModel, Eyes
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
 from openm6.errors import DataError, OpenM6Error
@@ -31,7 +32,11 @@ EAGER, LATER = 30.0, 12.0
 share: what comes in may be other than what was calibrated on. LATER for a version that learned here: it was calibrated
 on what came in too."""
 
+SELDOM = 600.0
+"""Seconds between two lines of the log about one kind of failure."""
+
 Record = Mapping[str, Any]
+log = logging.getLogger("openm6.edge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,8 @@ class _Version:
                 raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
-            found.remember(kept.seen(task, number))
+            with suppress(StoreError):  # without it the version still answers, by its calibration
+                found.remember(kept.seen(task, number))
 
 
 class Cascade:
@@ -81,7 +87,7 @@ class Cascade:
         """Raises UsageError or OpenM6Error for a box that cannot be used."""
         self.box, self._threads, self._clock = Box(path), threads, clock
         settings = self.settings = self.box.settings
-        self.kept = open_kept(self.box.path, settings)
+        self.kept = open_store(self.box.path, settings)
         self.cloud = cloud
         if cloud is None and settings.cloud and settings.privacy != NOTHING:
             self.cloud = Cloud(settings.cloud, os.environ.get(settings.key, "") if settings.key else "", settings.model)
@@ -92,6 +98,7 @@ class Cascade:
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
         self._spent: tuple[int | None, int] = (None, 0)  # an hour, and its requests
+        self._warned: dict[str, float] = {}
         self.started = clock()
 
     def close(self) -> None:
@@ -180,30 +187,50 @@ class Cascade:
         with self._lock:
             known, used = self._spent
             if known != hour:
-                used = self.kept.spent(hour)
+                try:
+                    used = self.kept.spent(hour)
+                except StoreError:
+                    used = 0
             if used >= self.settings.requests_per_hour:
                 raise Failed("this hour's requests to the cloud are used up")
             self._spent = hour, used + 1
-        try:
+        with self._storing(""):
             self.kept.spend(hour)
-        except (OSError, sqlite3.Error):
-            self._count("", "unwritten")
 
     def _keep(
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
         weight: float,
     ) -> None:  # fmt: skip
         """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
-        try:
-            kept = task.asked(record)
+        kept = task.asked(record)
+        with self._storing(task.name):
+            if self.kept.trouble and self.kept.file is None:
+                raise StoreError(self.kept.trouble)
             if self.settings.privacy != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            self.kept.keep(task.name, kept, value, own.value)
+            if forgotten := self.kept.keep(task.name, kept, value, own.value):
+                self._count(task.name, *["forgotten"] * forgotten)
             self.kept.saw(task.name, version.number, seen, right, weight, WINDOW)
-        except (OSError, sqlite3.Error):
-            self._count(task.name, "unwritten")
+
+    @contextmanager
+    def _storing(self, task: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            self._count(task, "unwritten")
+            self._warn("unwritten", str(error))
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Write a message into the log, of each kind once in a while."""
+        now = time.monotonic()
+        with self._lock:
+            again = now - self._warned.get(kind, -SELDOM) >= SELDOM
+            if again:
+                self._warned[kind] = now
+        if again:
+            log.warning("%s", message)
 
     def _newest(self) -> _Version:
         """The version that is to answer, looked up every second."""

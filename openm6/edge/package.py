@@ -54,6 +54,8 @@ PROGRAM = (
     "program.py",
     "sureness.py",
     "kept.py",
+    "cipher.py",
+    "opening.py",
     "box.py",
     "cloud.py",
     "cascade.py",

@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(told)
     except (OpenM6Error, ImportError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+        sys.exit(error.exit_code if isinstance(error, OpenM6Error) else 1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
     if given.command == "new-key":
-        from openm6.edge.kept import new_key
+        from openm6.edge.cipher import new_key
 
         return new_key()
     if (given.package / FILE).is_file() or given.command in ("serve", "status"):

@@ -72,8 +72,7 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
 
     async def status(_: Request) -> Response:
-        kept = {"bytes": cascade.kept.size(), "answers": cascade.kept.counts()}
-        return _json({**cascade.statistics(), "kept": kept, "drifting": cascade.drifting()})
+        return _json({**cascade.statistics(), "kept": cascade.kept.summary(), "drifting": cascade.drifting()})
 
     async def tasks(_: Request) -> Response:
         found = cascade.model.tasks
@@ -186,7 +185,11 @@ def _exposition(cascade: Cascade) -> str:
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    lines.append(f"openm6_edge_kept_bytes {cascade.kept.size()}")
+    kept = cascade.kept.summary()
+    lines += [
+        f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
+        f"openm6_edge_store_set_aside {len(kept['set_aside'])}",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import shutil
 import socket
-import sqlite3
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import Kept
+from openm6.edge.kept import Kept, StoreError
+from openm6.edge.service import make_app
 from openm6.errors import DataError, OpenM6Error, UsageError
 from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
@@ -272,13 +274,53 @@ def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer, monkeypatch
     for number in range(6):
         assert _ask(cascade, f"问题{number}" * 300).by == CLOUD
     assert cascade.statistics()["tasks"]["vqa"]["unwritten"] >= 5
+    assert "database or disk is full" in cascade.kept.summary()["trouble"]
 
     def full(*_: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise StoreError("kept.sqlite cannot be used (database or disk is full).")
 
+    before = cascade.statistics()["tasks"].get("box", {}).get("unwritten", 0)
     monkeypatch.setattr(Kept, "spend", full)
     assert _ask(cascade).by == CLOUD
-    assert cascade.statistics()["tasks"]["box"]["unwritten"] == 1
+    assert cascade.statistics()["tasks"]["box"]["unwritten"] == before + 1
+
+
+def test_without_a_store_it_answers_and_says_so(
+    box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    cascade = box(cloud=server.url)
+    cascade.close()
+    (cascade.box.path / "kept.sqlite").unlink()
+    (cascade.box.path / "kept.sqlite").mkdir()
+    with caplog.at_level(logging.WARNING, "openm6.edge"):
+        cascade = Cascade(cascade.box.path, 1)
+    assert "Nothing is kept: " in caplog.text and "kept.sqlite cannot be used" in caplog.text
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
+        found = client.post("/v1/tasks/vqa", json={"inputs": {"photo": photo, "question": QUESTION}}).json()
+        assert found["by"] == CLOUD and found["outputs"] == {"answer": "云"}
+        told = client.get("/v1/status").json()
+        assert "Nothing is kept" in told["kept"]["trouble"] and told["tasks"]["vqa"]["unwritten"] == 1
+        assert "openm6_edge_store_trouble 1" in client.get("/metrics").text
+    cascade.close()
+
+
+def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(box: Make, server: CloudServer) -> None:
+    cascade = box(cloud=server.url)
+    assert _ask(cascade).by == CLOUD
+    file = cascade.box.path / "kept.sqlite"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert _ask(cascade, "还有什么？").by == CLOUD
+    assert cascade.statistics()["tasks"]["vqa"]["unwritten"] == 1
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        assert "cannot be used" in client.get("/v1/status").json()["kept"]["trouble"]
+        assert "openm6_edge_store_trouble 1" in client.get("/metrics").text
+    path = cascade.box.path
+    cascade.close()
+    again = Cascade(path, 1)
+    assert again.kept.summary()["set_aside"] == ["kept.sqlite.damaged-1"] and _ask(again).by == CLOUD
+    assert again.kept.counts() == {"vqa": 1}
+    again.close()
 
 
 def test_a_new_version_answers_when_it_is_whole(box: Make, server: CloudServer) -> None:
