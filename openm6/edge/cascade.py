@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from openm6.edge.box import EYES, Box
-from openm6.edge.cloud import Cloud, Failed
+from openm6.edge.cloud import CHOSEN, Cloud, Failed
 from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
 from openm6.edge.opening import open_store
 from openm6.edge.runner import Answer, EdgeModel, Eyes
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
-from openm6.errors import DataError, OpenM6Error
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import as_file, open_image
+from openm6.tasks.processor import Processor
+from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
 
 EDGE, CLOUD = "edge", "cloud"
@@ -149,40 +151,53 @@ class Cascade:
                 sure.learn(seen, right, weight)
             self._keep(version, chosen, record, value, own, seen, right, weight)
 
+        def receive(answer: Mapping[str, Any]) -> Any:
+            """The cloud's value, from which this box learns unless it was cut off. Raises Failed."""
+            value = _value(chosen, answer["outputs"], version.model.processor)
+            if answer.get("finished", True):
+                learn(value)
+            else:
+                self._count(task, "unfinished")
+            return value
+
         try:
-            value = self._ask(version, chosen, record, seconds, learn)
+            answer = self._ask(chosen, record, seconds, receive)
+            return Reply(receive(answer), CLOUD, probability, "", bool(answer.get("finished", True)))
         except Failed as error:
-            self._count(task, "unanswered")
+            self._count(task, "unanswered", f"unanswered_{error.kind}")
+            if error.kind not in CHOSEN:
+                self._warn(error.kind, str(error))
             # An answer that was merely to be checked needs no other excuse.
             return Reply(own.value, EDGE, probability, reason if given or confident else str(error), own.finished)
-        learn(value)
-        return Reply(value, CLOUD, probability)
 
     def _ask(
-        self, version: _Version, task: Task, record: Record, seconds: float | None, late: Callable[[Any], None]
-    ) -> Any:
-        """The cloud's value of a task. Raises Failed with the reason why there is none."""
+        self, task: Task, record: Record, seconds: float | None, receive: Callable[[Mapping[str, Any]], Any]
+    ) -> Mapping[str, Any]:
+        """The cloud's answer; `receive` gets one that comes too late. Raises Failed with the reason for none."""
         settings = self.settings
         if settings.privacy == NOTHING:
-            raise Failed("nothing may be sent")
+            raise Failed("privacy")
         if settings.offline or self.cloud is None:
             raise Failed("offline")
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
             if self.eyes is None:
-                raise Failed("the box has not the cloud's eyes, to send features")
+                raise Failed("no_eyes")
             inputs |= {name: self.eyes.features(inputs[name]).mapping() for name in pictures}
-        self._spend()
         deadline = settings.deadline_ms / 1000
-        self._count(task.name, "sent")
-        outputs = self.cloud.ask(
-            task.name, inputs, min(deadline, seconds or deadline), lambda found: _maybe(late, task, found)
-        )
-        return _value(task, outputs)
+        self._take(0)
 
-    def _spend(self) -> None:
-        """Raises Failed where the hour's requests are used up. On a full disk they are counted in memory alone."""
+        def late(answer: Mapping[str, Any]) -> None:
+            with suppress(Failed):
+                receive(answer)
+
+        return self.cloud.ask(
+            task.name, inputs, min(deadline, seconds or deadline), late, lambda: self._spend(task.name)
+        )
+
+    def _take(self, count: int) -> None:
+        """Take so many of the hour's requests. Raises Failed where they are used up."""
         hour = int(self._clock() // 3600)
         with self._lock:
             known, used = self._spent
@@ -191,11 +206,18 @@ class Cascade:
                     used = self.kept.spent(hour)
                 except StoreError:
                     used = 0
+            self._spent = hour, used
             if used >= self.settings.requests_per_hour:
-                raise Failed("this hour's requests to the cloud are used up")
-            self._spent = hour, used + 1
+                raise Failed("budget")
+            self._spent = hour, used + count
+
+    def _spend(self, task: str) -> None:
+        """A request is about to leave. Raises Failed where the hour's requests are used up. On a full disk they are
+        counted in memory alone."""
+        self._take(1)
+        self._count(task, "sent")
         with self._storing(""):
-            self.kept.spend(hour)
+            self.kept.spend(int(self._clock() // 3600))
 
     def _keep(
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
@@ -294,17 +316,20 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
     return found
 
 
-def _value(task: Task, outputs: Mapping[str, Any]) -> Any:
-    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name."""
-    if any(name not in outputs for name in task.outputs):
-        raise Failed("the cloud answers otherwise than expected")
-    for name, known in task.labels.items():
-        if name in task.outputs and str(outputs[name]) not in known:
-            raise Failed("the cloud answers otherwise than expected")
-    values = {name: outputs[name] for name in task.outputs}
+def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
+    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name, and for what
+    could not be learned."""
+    values = {name: outputs[name] for name in task.outputs if name in outputs}
+    for name in task.outputs:
+        known, value = task.labels.get(name), values.get(name)
+        if value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
+            raise Failed("empty")
+        if value is None or (known and str(value) not in known):
+            raise Failed("unexpected")
+        try:
+            written = TYPES[task.slots[name].type].target(value, processor)
+        except (DataError, UsageError):
+            raise Failed("unexpected") from None
+        if not written:
+            raise Failed("empty")
     return values if len(values) > 1 else next(iter(values.values()))
-
-
-def _maybe(late: Callable[[Any], None], task: Task, outputs: Mapping[str, Any]) -> None:
-    with suppress(Failed):
-        late(_value(task, outputs))
