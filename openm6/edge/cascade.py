@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from openm6.edge.box import EYES, Box
+from openm6.edge.check import Finding, check_cloud
 from openm6.edge.cloud import CHOSEN, Cloud, Failed
 from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
 from openm6.edge.opening import open_store
@@ -295,6 +296,11 @@ class Cascade:
     def drifting(self) -> list[str]:
         """Tasks whose requests come otherwise than in calibration."""
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
+
+    def check_cloud(self) -> Iterator[Finding]:
+        """Try the key and the cloud, without a record."""
+        version = self._version
+        return check_cloud(self.box, {task: version.model.tasks[task].outputs for task in version.sure})
 
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""

@@ -56,6 +56,7 @@ PROGRAM = (
     "kept.py",
     "cipher.py",
     "opening.py",
+    "check.py",
     "box.py",
     "cloud.py",
     "cascade.py",

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     serving.add_argument("--port", type=int, default=8100)
     serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
     commands.add_parser("status", help="of a box: what it keeps, and how it stands with the cloud's settings")
+    commands.add_parser("check", help="of a box, before it goes live: store, disk, key, cloud, model, clock")
     commands.add_parser("new-key", help="for a box that encrypts what it keeps")
     return parser
 
@@ -61,7 +63,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
         from openm6.edge.cipher import new_key
 
         return new_key()
-    if (given.package / FILE).is_file() or given.command in ("serve", "status"):
+    if (given.package / FILE).is_file() or given.command in ("serve", "status", "check"):
         return _of_a_box(given, started)
     from openm6.edge.runner import EdgeModel
 
@@ -85,6 +87,17 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.cascade import Cascade
     from openm6.edge.kept import open_kept
 
+    if given.command == "check":
+        from openm6.edge.check import check_box
+
+        findings = []
+        for finding in check_box(given.package):
+            findings.append(finding)
+            if not given.json:
+                print(finding.line(), flush=True)
+        if given.json:
+            print(dumps([asdict(finding) for finding in findings]))
+        sys.exit(any(finding.fails for finding in findings))
     if given.command == "status":
         box = Box(given.package)
         with closing(open_kept(box.path, box.settings)) as kept:

@@ -54,12 +54,15 @@ def serve(cascade: Cascade, host: str, port: int, key: str = "") -> None:
 
 
 def _report(cascade: Cascade, stopping: threading.Event) -> None:
+    for finding in cascade.check_cloud():
+        if finding.fails:
+            log.warning("%s", finding.line())
     minutes = cascade.settings.statistics_minutes
     while minutes and not stopping.wait(60 * minutes):
         try:
             cascade.report()
         except Failed as error:
-            log.info("the cloud was not told: %s", error)
+            log.warning("the cloud was not told: %s", error)
 
 
 def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlette:
