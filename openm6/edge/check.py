@@ -124,8 +124,8 @@ def _disk(box: Box) -> Finding:
         free = shutil.disk_usage(box.path).free / 2**20
     except OSError as error:
         return Finding("disk", True, f"{box.path} cannot be written ({(error.strerror or str(error)).lower()}).")
-    file = box.path / STORE
-    taken = file.stat().st_size / 2**20 if file.is_file() else 0
+    store = box.path / STORE
+    taken = store.stat().st_size / 2**20 if store.is_file() else 0
     needed = max(0, box.settings.keep_mb - taken)
     return Finding("disk", free < needed, f"{free:,.0f} MB are free; the kept answers may take {needed:,.0f} more.")
 
