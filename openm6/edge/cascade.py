@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openm6.edge.box import FILE, Box, Settings
-from openm6.edge.cloud import Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept
+from openm6.edge.box import Box, Settings
+from openm6.edge.check import Finding, check_cloud
+from openm6.edge.cloud import CHOSEN, Failed
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
-from openm6.errors import DataError, OpenM6Error
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import as_file, open_image
+from openm6.tasks.processor import Processor
+from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
 
 log = logging.getLogger("openm6.edge")
@@ -32,6 +34,9 @@ EAGER, LATER = 30.0, 12.0
 """Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
 share: what comes in may be other than what was calibrated on. LATER for a version that learned here: it was calibrated
 on what came in too."""
+
+SELDOM = 600.0
+"""Seconds between two lines of the log about one kind of failure."""
 
 Record = Mapping[str, Any]
 
@@ -67,7 +72,8 @@ class _Version:
                 raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
-            found.remember(kept.seen(task, number))
+            with suppress(StoreError):  # without it the version still answers, by its calibration
+                found.remember(kept.seen(task, number))
 
 
 def _calibrated(box: Box, number: str) -> dict[str, int]:
@@ -93,6 +99,7 @@ class Cascade:
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
         self._spent: tuple[int | None, int] = (None, 0)  # an hour, and its requests
+        self._warned: dict[str, float] = {}
         self.started = clock()
 
     def close(self) -> None:
@@ -154,73 +161,114 @@ class Cascade:
                 sure.learn(seen, right, weight)
             self._keep(version, chosen, record, value, own, seen, right, weight)
 
+        def receive(answer: Mapping[str, Any]) -> Any:
+            """The cloud's value, from which this box learns unless it was cut off. Raises Failed."""
+            value = _value(chosen, answer["outputs"], version.model.processor)
+            if answer.get("finished", True):
+                learn(value)
+            else:
+                self._count(task, "unfinished")
+            return value
+
         try:
-            value = self._ask(version, chosen, record, seconds, learn)
+            answer = self._ask(chosen, record, seconds, receive)
+            return Reply(receive(answer), CLOUD, probability, "", bool(answer.get("finished", True)))
         except Failed as error:
-            self._count(task, "unanswered")
+            self._count(task, "unanswered", f"unanswered_{error.kind}")
+            if error.kind not in CHOSEN:
+                self._warn(error.kind, str(error))
             # An answer that was merely to be checked needs no other excuse.
             return Reply(own.value, EDGE, probability, reason if given or confident else str(error), own.finished)
-        learn(value)
-        return Reply(value, CLOUD, probability)
 
     def _ask(
-        self, version: _Version, task: Task, record: Record, seconds: float | None, late: Callable[[Any], None]
-    ) -> Any:
-        """The cloud's value of a task. Raises Failed with the reason why there is none."""
+        self, task: Task, record: Record, seconds: float | None, receive: Callable[[Mapping[str, Any]], Any]
+    ) -> Mapping[str, Any]:
+        """The cloud's answer; `receive` gets one that comes too late. Raises Failed with the reason for none."""
         now = self.live.follow()
         settings = now.settings
         if now.problem:
-            raise Failed(f"{FILE} cannot be used, so that nothing is sent")
+            raise Failed("settings")
         if settings.privacy == NOTHING:
-            raise Failed("nothing may be sent")
+            raise Failed("privacy")
         if now.cloud is None:
             raise Failed("offline")
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
             if now.eyes is None:
-                raise Failed("the box has not the cloud's eyes, to send features")
+                raise Failed("no_eyes")
             inputs |= {name: now.eyes.features(inputs[name]).mapping() for name in pictures}
-        self._spend()
         deadline = settings.deadline_ms / 1000
-        self._count(task.name, "sent")
-        outputs = now.cloud.ask(
-            task.name, inputs, min(deadline, seconds or deadline), lambda found: _maybe(late, task, found)
-        )
-        return _value(task, outputs)
+        self._take(0)
 
-    def _spend(self) -> None:
-        """Raises Failed where the hour's requests are used up. On a full disk they are counted in memory alone."""
+        def late(answer: Mapping[str, Any]) -> None:
+            with suppress(Failed):
+                receive(answer)
+
+        return now.cloud.ask(
+            task.name, inputs, min(deadline, seconds or deadline), late, lambda: self._spend(task.name)
+        )
+
+    def _take(self, count: int) -> None:
+        """Take so many of the hour's requests. Raises Failed where they are used up."""
         hour = int(self._clock() // 3600)
         with self._lock:
             known, used = self._spent
             if known != hour:
-                used = self.kept.spent(hour)
+                try:
+                    used = self.kept.spent(hour)
+                except StoreError:
+                    used = 0
+            self._spent = hour, used
             if used >= self.settings.requests_per_hour:
-                raise Failed("this hour's requests to the cloud are used up")
-            self._spent = hour, used + 1
-        try:
-            self.kept.spend(hour)
-        except (OSError, sqlite3.Error):
-            self._count("", "unwritten")
+                raise Failed("budget")
+            self._spent = hour, used + count
+
+    def _spend(self, task: str) -> None:
+        """A request is about to leave. Raises Failed where the hour's requests are used up. On a full disk they are
+        counted in memory alone."""
+        self._take(1)
+        self._count(task, "sent")
+        with self._storing(""):
+            self.kept.spend(int(self._clock() // 3600))
 
     def _keep(
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
         weight: float,
     ) -> None:  # fmt: skip
         """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
-        try:
-            store, kept = self.kept, task.asked(record)
+        kept = task.asked(record)
+        with self._storing(task.name):
+            store = self.kept
+            if store.trouble and store.file is None:
+                raise StoreError(store.trouble)
             if store.mode == NOTHING:
                 return
             if store.mode != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            store.keep(task.name, kept, value, own.value)
+            if forgotten := store.keep(task.name, kept, value, own.value):
+                self._count(task.name, *["forgotten"] * forgotten)
             store.saw(task.name, version.number, seen, right, weight, WINDOW)
-        except (OSError, sqlite3.Error):
-            self._count(task.name, "unwritten")
+
+    @contextmanager
+    def _storing(self, task: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            self._count(task, "unwritten")
+            self._warn("unwritten", str(error))
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Write a message into the log, of each kind once in a while."""
+        now = time.monotonic()
+        with self._lock:
+            again = now - self._warned.get(kind, -SELDOM) >= SELDOM
+            if again:
+                self._warned[kind] = now
+        if again:
+            log.warning("%s", message)
 
     def _newest(self) -> _Version:
         """The version that is to answer, and its calibration, looked up every second."""
@@ -269,6 +317,12 @@ class Cascade:
         """Tasks whose requests come otherwise than in calibration."""
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
+    def check_cloud(self) -> Iterator[Finding]:
+        """Try the key and the cloud, without a record."""
+        version = self._version
+        box = Box.with_settings(self.box.path, self.settings)
+        return check_cloud(box, {task: version.model.tasks[task].outputs for task in version.sure})
+
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""
         now = self.live.follow()
@@ -289,17 +343,20 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
     return found
 
 
-def _value(task: Task, outputs: Mapping[str, Any]) -> Any:
-    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name."""
-    if any(name not in outputs for name in task.outputs):
-        raise Failed("the cloud answers otherwise than expected")
-    for name, known in task.labels.items():
-        if name in task.outputs and str(outputs[name]) not in known:
-            raise Failed("the cloud answers otherwise than expected")
-    values = {name: outputs[name] for name in task.outputs}
+def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
+    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name, and for what
+    could not be learned."""
+    values = {name: outputs[name] for name in task.outputs if name in outputs}
+    for name in task.outputs:
+        known, value = task.labels.get(name), values.get(name)
+        if value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
+            raise Failed("empty")
+        if value is None or (known and str(value) not in known):
+            raise Failed("unexpected")
+        try:
+            written = TYPES[task.slots[name].type].target(value, processor)
+        except (DataError, UsageError):
+            raise Failed("unexpected") from None
+        if not written:
+            raise Failed("empty")
     return values if len(values) > 1 else next(iter(values.values()))
-
-
-def _maybe(late: Callable[[Any], None], task: Task, outputs: Mapping[str, Any]) -> None:
-    with suppress(Failed):
-        late(_value(task, outputs))

@@ -18,7 +18,8 @@ from typing import Any
 
 from openm6.edge.box import EYES, FILE, Box, Settings, read_content, settings_in, values_in
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import FEATURES, NOTHING, Kept, open_kept
+from openm6.edge.kept import FEATURES, NOTHING, Kept
+from openm6.edge.opening import open_store
 from openm6.edge.runner import Eyes
 from openm6.errors import OpenM6Error, UsageError
 
@@ -51,7 +52,7 @@ class LiveSettings:
         self._keys = values_in(box.path / FILE, box.content).keys()
         self._tried = 0.0
         self._replaced: list[Kept] = []  # somebody may still be reading from them
-        kept = open_kept(box.path, box.settings)
+        kept = open_store(box.path, box.settings)
         self._now = ActiveSettings(box.settings, kept, self._cloud(box.settings), self._eyes(box.settings, None))
 
     def close(self) -> None:
@@ -91,7 +92,7 @@ class LiveSettings:
         eyes, kept = self._eyes(settings, before.eyes), before.kept
         if before.problem or any(getattr(settings, name) != getattr(before.settings, name) for name in STORED):
             kept.revoke()
-            kept = open_kept(self._box.path, settings)
+            kept = open_store(self._box.path, settings)
             self._replaced.append(before.kept)
         self._now = ActiveSettings(settings, kept, self._cloud(settings), eyes)
         self._keys = values.keys()
@@ -112,7 +113,7 @@ class LiveSettings:
 
         def check() -> None:
             if self.follow().cloud is not made:
-                raise Failed(f"{FILE} was changed meanwhile")
+                raise Failed("changed")
 
         key = os.environ.get(settings.key, "") if settings.key else ""
         made = Cloud(settings.cloud, key, settings.model, check=check)

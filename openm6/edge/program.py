@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(told)
     except (OpenM6Error, ImportError) as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+        sys.exit(error.exit_code if isinstance(error, OpenM6Error) else 1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,6 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
         serving.add_argument("--anyone", action="store_true", help="no key, though others can reach the address")
     commands.add_parser("status", help="of a box: its settings, what it keeps, and what serves it")
+    commands.add_parser("check", help="of a box, before it goes live: store, disk, key, cloud, model, clock")
     commands.add_parser("new-key", help="for a box that encrypts what it keeps")
     return parser
 
@@ -59,10 +61,10 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
     if given.command == "new-key":
-        from openm6.edge.kept import new_key
+        from openm6.edge.cipher import new_key
 
         return new_key()
-    if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status"):
+    if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status", "check"):
         return _of_a_box(given, started)
     from openm6.edge.runner import EdgeModel
 
@@ -84,6 +86,17 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
+    if given.command == "check":
+        from openm6.edge.check import check_box
+
+        findings = []
+        for finding in check_box(given.package):
+            findings.append(finding)
+            if not given.json:
+                print(finding.line(), flush=True)
+        if given.json:
+            print(dumps([asdict(finding) for finding in findings]))
+        sys.exit(any(finding.fails for finding in findings))
     if given.command == "status":
         from openm6.edge.status import status_of
 

@@ -113,6 +113,7 @@ class _Watcher(threading.Thread):
         self._write_state()
 
     def run(self) -> None:
+        threading.Thread(target=self._try_cloud, daemon=True).start()
         reported = time.monotonic()
         while not self._stopping.wait(1.0):
             self._write_state()
@@ -122,11 +123,16 @@ class _Watcher(threading.Thread):
                 try:
                     self._cascade.report()
                 except Failed as error:
-                    log.info("the cloud was not told: %s", error)
+                    log.warning("the cloud was not told: %s", error)
 
     def stop(self) -> None:
         self._stopping.set()
         self.join()
+
+    def _try_cloud(self) -> None:
+        for finding in self._cascade.check_cloud():
+            if finding.fails:
+                log.warning("%s", finding.line())
 
     def _write_state(self) -> None:
         now, version = self._cascade.live.follow(), self._cascade.version
@@ -151,8 +157,8 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
     async def status(_: Request) -> Response:
         now = cascade.live.follow()
         return _json({
-            **cascade.statistics(), "kept": {"bytes": now.kept.size(), "answers": now.kept.counts()},
-            "drifting": cascade.drifting(), "settings": asdict(now.settings), "problem": now.problem,
+            **cascade.statistics(), "kept": now.kept.summary(), "drifting": cascade.drifting(),
+            "settings": asdict(now.settings), "problem": now.problem,
         })  # fmt: skip
 
     async def tasks(_: Request) -> Response:
@@ -278,7 +284,11 @@ def _exposition(cascade: Cascade) -> str:
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    lines.append(f"openm6_edge_kept_bytes {cascade.kept.size()}")
+    kept = cascade.kept.summary()
+    lines += [
+        f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
+        f"openm6_edge_store_set_aside {len(kept['set_aside'])}",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -20,9 +20,10 @@ from urllib.parse import quote
 
 from openm6.atomic import write_json
 from openm6.edge.box import FILE, Box, Settings
+from openm6.edge.kept import STORE
 from openm6.errors import OpenM6Error, UsageError
 
-SERVING, STORE = "serving.json", "kept.sqlite"
+SERVING = "serving.json"
 
 
 class ServiceLock:

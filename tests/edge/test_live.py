@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from openm6.edge.box import Box, settings_of, written
 from openm6.edge.cascade import CLOUD, EDGE, Cascade, Reply
-from openm6.edge.kept import new_key
+from openm6.edge.cipher import new_key
 from openm6.edge.service import make_app
 from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
