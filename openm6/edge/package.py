@@ -4,7 +4,7 @@ model.onnx, picture.onnx      the network, and how it sees pictures
 tokenizer.json, openm6.json   as in a model directory; of the tasks those that it can do
 edge.json                     sizes, and what the model was
 openm6-edge                   the program: `python openm6-edge run vqa photo=a.jpg question=...`
-requirements.txt              the four packages that it needs
+requirements.txt              the packages that it needs
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ PROGRAM = (
     "service.py",
 )
 """Of `edge`, what needs no PyTorch."""
-NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow", "starlette", "uvicorn")
+NEEDS = (
+    "numpy>=1.26", "onnxruntime>=1.30", "tokenizers>=0.22,<0.24", "pillow>=11,<13", "pydantic>=2.11,<3", "pyyaml>=6",
+    "starlette", "anyio", "uvicorn>=0.34",
+)  # fmt: skip
+"""Packages that the program imports; a test compares them with its imports and with pyproject.toml."""
 
 
 def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
@@ -227,4 +231,5 @@ def write_program(file: Path) -> None:
                 (inside / name).write_bytes((source / name).read_bytes())
         for name in PROGRAM:
             (inside / "edge" / name).write_bytes((source / "edge" / name).read_bytes())
-        zipapp.create_archive(place, file, "/usr/bin/env python3", "openm6.edge.program:main", compressed=True)
+        (Path(place) / "__main__.py").write_bytes((source / "edge" / "__main__.py").read_bytes())
+        zipapp.create_archive(place, file, "/usr/bin/env python3", compressed=True)

@@ -26,9 +26,12 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if (told := _done(given, started)) is not None:
             print(told)
-    except (OpenM6Error, ImportError) as error:
+    except OpenM6Error as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+        sys.exit(2)
+    except ImportError as error:
+        print(f"{error}: `pip install -r requirements.txt` in the package's folder installs it.", file=sys.stderr)
+        sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
