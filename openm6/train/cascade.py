@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from openm6.atomic import publish, require_new, write_file, write_json, write_whole
+from openm6.bases import base_of, require_model
 from openm6.data.columns import SlotView
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
@@ -55,6 +56,8 @@ def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, 
     check_whole(model)
     if settings.privacy == FEATURES and cloud_model is None:
         raise UsageError("To send features the box needs the eyes of the cloud's model: --cloud-model DIRECTORY.")
+    for directory in filter(None, (model, cloud_model)):
+        require_model(base_of(directory) or directory)
 
     def write(folder: Path) -> None:
         first = folder / VERSIONS / "0001"
