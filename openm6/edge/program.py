@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps, plain
+from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -48,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
+    asking.add_argument(
+        "--truncate", choices=TRUNCATE, help="of a package: leaves out the beginning of a text that is too long"
+    )
     serving = commands.add_parser("serve", help="a box over HTTP")
     serving.add_argument("--host", default="127.0.0.1")
     serving.add_argument("--port", type=int, default=8100)
@@ -74,7 +78,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     if given.command == "about":
         return dumps({**model.about, **_size(model.path, started)})
     ready = time.perf_counter()
-    answer = model.answer(given.task, _record(given.slots))
+    answer = model.answer(given.task, _record(given.slots), truncate=given.truncate)
     if not given.json:
         return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
     return dumps({
@@ -105,6 +109,8 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             return "\n".join(_lines(cascade.model.tasks))
         if given.command == "about":
             return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
+        if given.truncate:
+            raise UsageError("--truncate is for a package: a box refuses what is too long for its model.")
         ready = time.perf_counter()
         reply = cascade.answer(given.task, _record(given.slots))
         if not given.json:

@@ -131,7 +131,8 @@ def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
 
 
 def _save(sureness: Sureness, package: Path, task: str) -> None:
-    write_file(package / f"sureness-{task}.npz", sureness.save)
+    digest = about_of(package)["sha256"]
+    write_file(package / f"sureness-{task}.npz", lambda draft: sureness.save(draft, digest))
 
 
 def _calibrations(version: Path) -> dict[str, Any]:
