@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 
 class Overlap(NamedTuple):
-    """`found` of `total` records have the inputs of a training record; `first` says where the first of them stands."""
+    """`found` of `total` records have the inputs of a training record; `first` says where the first of them stands,
+    `numbers` are the places of all of them among the records."""
 
     found: int
     total: int
     first: str
+    numbers: frozenset[int]
 
 
 def count_overlap(
@@ -71,7 +73,8 @@ def count_overlap(
             for number in rough[key]:
                 exact[key].setdefault(digest(tested, test[number], names), []).append(number)
         found.update(exact[key].get(digest(seen, record, names), ()))
-    return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
+    first = str(test[min(found)].get("_where", min(found))) if found else ""
+    return Overlap(len(found), total, first, frozenset(found))
 
 
 class Twins:
