@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -166,6 +167,10 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(
     assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
     assert told["graph_bytes"]["32"] == sizes[0] and told["graph_bytes"][str(bits)] == sizes[1]
     assert bool(gains_nothing(told)) == ("bits gain nothing here" in caplog.text)
+    # No weight is stored twice: the output matrix, which is the embedding too, stays in 8 bits.
+    names = {one.name for one in onnx.load(place / "model.onnx").graph.initializer}
+    assert "head_DV.int8" in names and not {"head_DV", "head_DV_Q4"} & names
+    assert any(name.endswith("_Q4") for name in names) == (bits == 4)
     whole, few = EdgeModel(package), EdgeModel(place)
     vectors = [one.run("item_vector", **ASKED["item_vector"]) for one in (whole, few)]
     assert vectors[0] @ vectors[1] > (0.99 if bits == 8 else 0.9)
