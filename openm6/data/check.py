@@ -147,7 +147,7 @@ class Check:
             if found[name]["count"]:
                 said.append(f"{what}: {found[name]['count']:,}, such as {' and '.join(found[name]['first'])}.")
         if self._overlap is not None:
-            shared, total, where, _ = self._overlap
+            shared, total, where = self._overlap
             first_one = f" (first: {where})" if shared else ""
             said.append(f"{shared:,} of {total:,} records that are measured on have inputs of these data{first_one}.")
         if self._processor and self._cut:

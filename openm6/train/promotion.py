@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.data.overlap import count_overlap
+from openm6.data.overlap import count_overlap, find_overlap
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
 from openm6.errors import UsageError
@@ -38,7 +38,7 @@ def not_trained_on(task: Task, held_out: ListRecords, names: Iterable[str]) -> L
     if not len(held_out):
         return held_out
     known = Source("kept", held_out)
-    seen = {number for name in names for number in count_overlap(task, open_source(name), {}, known, {}).numbers}
+    seen = {number for name in names for number in find_overlap(task, open_source(name), {}, known, {})}
     return ListRecords(record for number, record in enumerate(known) if number not in seen)
 
 
