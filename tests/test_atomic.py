@@ -13,7 +13,7 @@ import torch
 
 from openm6.atomic import cut_torn_line, sync, whole_lines, write_json, write_text, write_whole
 from openm6.data.store import cached, write_records
-from openm6.errors import DataError
+from openm6.errors import DataError, UsageError
 from openm6.hub.jobs import Job, Jobs
 from openm6.retrieve.memory import Lists
 from openm6.review import write as write_page
@@ -52,6 +52,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "lists of an index": lists,
     "records of the cache": cache,
 }
+
+
+def test_a_folder_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("a")
+        raise UsageError("This model has experts.")
+
+    with pytest.raises(UsageError, match="has experts"):
+        write_whole(tmp_path / "package", fill)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", WRITERS)

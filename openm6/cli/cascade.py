@@ -123,6 +123,7 @@ def learn(
             sources.setdefault(task, []).append(source)
 
     from openm6.train.cascade import learn as run
+    from openm6.train.promotion import told_counts
 
     found = run(box, sources, steps, batch_size, learning_rate, seed)
     if json:
@@ -132,8 +133,11 @@ def learn(
     table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
     typer.echo(
         f"Version {found['version']} answers now." if found["better"]
-        else f"It is not better: version {found['from']} goes on answering."
+        else f"Version {found['from']} goes on answering. {found['reason']}"
     )  # fmt: skip
+    for task, told in found["tasks"].items():
+        if passed_over := told.get("passed_over"):
+            typer.echo(f"{task}: answers that were passed over: {told_counts(passed_over)}.")
 
 
 _COLUMNS = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")

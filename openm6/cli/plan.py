@@ -138,6 +138,7 @@ def _of_recipe(path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     too small. Its vocabulary is the largest that its tokenizer can have."""
     from openm6.errors import UsageError
     from openm6.model import ModelConfig
+    from openm6.model.files import read_config
     from openm6.train.footprint import Work
     from openm6.train.recipe import Recipe, load_recipe
 
@@ -145,9 +146,7 @@ def _of_recipe(path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     if not isinstance(recipe, Recipe):
         raise UsageError(f"{path} trains an image codec, which needs no plan: every process holds all of it.")
     if recipe.model.path:
-        if not (recipe.model.path / "config.json").is_file():
-            raise UsageError(f"{path}: model.path ({recipe.model.path}) is no model directory.")
-        config = ModelConfig.from_pretrained(recipe.model.path)
+        config = read_config(recipe.model.path)
     else:
         ids = recipe.tokenizer.vocab_size + recipe.tokenizer.num_codes
         config = ModelConfig.preset(recipe.model.preset or "", **{"vocab_size": ids, **recipe.model.sizes})

@@ -2,7 +2,7 @@
 
 box.toml                what may be asked of the cloud and kept (Settings); written once, to be edited (live.py)
 versions/0001/package   what answers (package.py), and sureness-TASK.npz of each calibrated task
-versions/0001/model     what it was made of, to learn on from
+versions/0001/model     what it was made of, to learn on from; a box that only answers does without
 current                 the number of the version that answers; replaced whole, so it is the old one or the new
 eyes/                   how the cloud's model reads pictures, to send features in their place
 kept.sqlite             what the cloud answered (kept.py)

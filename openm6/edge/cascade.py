@@ -66,10 +66,7 @@ class _Version:
         self.audits: dict[str, Audits] = {}
         for file in folder.glob("sureness-*.npz"):
             task = file.stem.removeprefix("sureness-")
-            try:
-                self.sure[task] = found = Sureness.load(file)
-            except (ValueError, KeyError, OSError):
-                raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
+            self.sure[task] = found = Sureness.load(file, self.model.about["sha256"])
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
             with suppress(StoreError):  # without it the version still answers, by its calibration

@@ -47,14 +47,14 @@ def check_box(path: Path) -> Iterator[Finding]:
         box = Box(path)
         folder = box.folder() / "package"
         model = EdgeModel(folder, 1)
-        calibrated = [_task_of(file) for file in sorted(folder.glob("sureness-*.npz"))]
+        calibrated = [_task_of(file, model.about["sha256"]) for file in sorted(folder.glob("sureness-*.npz"))]
     except OpenM6Error as error:
         yield Finding("package", True, str(error))
         return
     yield Finding(
         "package",
         False,
-        f"version {box.version}, format {model.about.get('format', 1)}, made by OpenM6 {model.about['version']} (the "
+        f"version {box.version}, format {model.about['format']}, made by OpenM6 {model.about['version']} (the "
         f"program is {__version__}); it answers "
         f"{', '.join(model.tasks)}; calibrated: {', '.join(calibrated) or 'none, so that the cloud is never asked'}.",
     )
@@ -88,11 +88,9 @@ def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]]) -> Iterator[Finding
         yield _clock(box, date)
 
 
-def _task_of(file: Path) -> str:
-    try:
-        Sureness.load(file)
-    except (ValueError, KeyError, OSError):
-        raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
+def _task_of(file: Path, package: str) -> str:
+    """The task of a calibration. Raises OpenM6Error where it is damaged, or of another package."""
+    Sureness.load(file, package)
     return file.stem.removeprefix("sureness-")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps, plain
+from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -26,9 +27,12 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if (told := _done(given, started)) is not None:
             print(told)
-    except (OpenM6Error, ImportError) as error:
+    except OpenM6Error as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code if isinstance(error, OpenM6Error) else 1)
+        sys.exit(error.exit_code)
+    except ImportError as error:
+        print(f"{error}: `pip install -r requirements.txt` in the package's folder installs it.", file=sys.stderr)
+        sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
+    asking.add_argument(
+        "--truncate", choices=TRUNCATE, help="of a package: leaves out the beginning of a text that is too long"
+    )
     for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
         serving = commands.add_parser(name, help=told)
         serving.add_argument("--host", default="127.0.0.1")
@@ -74,7 +81,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     if given.command == "about":
         return dumps({**model.about, **_size(model.path, started)})
     ready = time.perf_counter()
-    answer = model.answer(given.task, _record(given.slots))
+    answer = model.answer(given.task, _record(given.slots), truncate=given.truncate)
     if not given.json:
         return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
     return dumps({
@@ -125,6 +132,8 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             return "\n".join(_lines(cascade.model.tasks))
         if given.command == "about":
             return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
+        if given.truncate:
+            raise UsageError("--truncate is for a package: a box refuses what is too long for its model.")
         ready = time.perf_counter()
         reply = cascade.answer(given.task, _record(given.slots))
         if not given.json:

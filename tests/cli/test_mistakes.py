@@ -56,6 +56,26 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["plan", "nowhere.yaml"], "There is no recipe nowhere.yaml"),
     (2, ["plan", "m6-10b", "--hardware", "h10"], "h10"),
     (2, ["train", "vectors", "model.path=nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["train", "demo", "model.codec=modle"], 'there is no such path. Did you mean "model"?'),
+    (2, ["train", "demo", "tokenizer.path=nowhere"], "nowhere is no model directory"),
+    (2, ["train", "codec.yaml"], 'modle is no model directory: there is no such path. Did you mean "model"?'),
+    (2, ["train", "codec_64", "codec.eyes=modle"], 'there is no such path. Did you mean "model"?'),
+    (2, ["compress", "steps.yaml"], 'modle is no OpenM6 model: there is no such path. Did you mean "model"?'),
+    (2, ["models", "add", "goods", "modle"], 'modle is no model directory. Did you mean "model"?'),
+    (1, ["data", "check", "goods.csv", "--task", "vqa"], 'Did you mean "good.csv"?'),
+    (1, ["data", "check", "good.csv", "--task", "vqa", "--against", "gone.csv"], "There is no file gone.csv"),
+    (1, ["data", "add", "goods", "gone.csv"], "There is no file gone.csv"),
+    (1, ["eval", "model", "--task", "vqa", "--data", "dmo:questions/test"], 'Did you mean "demo"?'),
+    (1, ["models", "prune", "model", "new", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
+    (1, ["finetune", "model", "--task", "vqa", "--data", "good.csv", "--validation", "gone.csv"], "no file gone.csv"),
+    (1, ["finetune", "model", "--task", "vqa", "--unlabelled", "gone.csv"], "There is no file gone.csv"),
+    (1, ["eval", "model", "--task", "vqa", "--data", "good.csv", "--shots-from", "gone.csv"], "no file gone.csv"),
+    (2, ["serve", "model", "--adapter", "copy=modle"], 'modle is no OpenM6 model: there is no such path.'),
+    (2, ["index", "build", "i", "--model", "modle", "--task", "a", "--data", "b"], 'Did you mean "model"?'),
+    (1, ["copy", "batch", "model", "--items", "good.csv", "--lexicon", "gone.txt", "--output", "o"], "no file gone"),
+    (1, ["images", "measure", "model", "--judge", "model", "--data", "gone.csv"], "There is no file gone.csv"),
+    (2, ["cascade", "init", "box", "--model", "modle"], 'modle is no OpenM6 model: there is no such path.'),
+    (2, ["cascade", "init", "box", "--model", "model", "--cloud-model", "modle"], 'Did you mean "model"?'),
     (2, ["finetune", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no OpenM6 model"),
     (2, ["finetune", "model", "--task", "vqaa", "--data", "good.csv"], 'Did you mean "vqa"?'),
     (1, ["finetune", "model", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
@@ -144,6 +164,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         (room / name).mkdir()
         (room / name / "openm6.json").write_text('{"max_length": 8, "tasks": []}')
     (room / "lonely" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
+    (room / "codec.yaml").write_text("codec: {path: modle}\ndata: [{source: good.csv}]\ntrain: {steps: 1}\n")
+    (room / "steps.yaml").write_text(
+        "model: modle\noutput: c\nsteps: []\ntasks: [{task: vqa, data: good.csv, validation: good.csv}]\n"
+    )
     (room / "good.csv").write_text("photo,question,answer\na.png,好吗?,好\n", "utf-8")
     (room / "a.png").write_bytes(b"")
     asked = [words for _, words, _ in CASES] + [[*words, "--help"] for words in HELP]
@@ -181,7 +205,7 @@ def test_every_command_has_a_mistake_here() -> None:
     tried = {tuple(words[:length]) for _, words, _ in CASES for length in (1, 2)}
     missing = {words for words, is_group in HELP.items() if not is_group} - tried
     assert missing == {
-        ("demo",), ("demo-images",), ("data", "add"), ("data", "list"), ("data", "show"),
+        ("demo",), ("demo-images",), ("data", "list"), ("data", "show"),
         ("models", "fetch"), ("models", "lineage"), ("models", "list"), ("models", "promote"), ("models", "rollback"),
         ("models", "show"), ("index", "delete"), ("index", "tune"), ("recommend", "eval"), ("copy", "labels"),
         ("images", "labels"), ("cascade", "rollback"), ("deployments", "list"), ("keys", "add"), ("keys", "list"),

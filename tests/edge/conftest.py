@@ -126,8 +126,8 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
             shutil.copytree(made, place)
         (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
         package = place / "versions/0001/package"
-        width = json.loads((package / "edge.json").read_text())["width"]
-        _sureness(width, never=not sure).save(package / "sureness-vqa.npz")
+        about = json.loads((package / "edge.json").read_text())
+        _sureness(about["width"], never=not sure).save(package / "sureness-vqa.npz", about["sha256"])
         opened.append(Cascade(place, 1, seed=0))
         return opened[-1]
 

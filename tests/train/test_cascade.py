@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.data.store import Record
 from openm6.edge.box import Box, Settings, written
+from openm6.edge.cascade import Cascade
 from openm6.edge.kept import Kept, is_held_out
 from openm6.edge.runner import EdgeModel
 from openm6.errors import UsageError
@@ -29,7 +32,7 @@ from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
-from openm6.train.cascade import calibrate_box, init_box, learn, open_kept_source
+from openm6.train.cascade import _kept_records, calibrate_box, init_box, learn, open_kept_source
 from tests.conftest import command, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
@@ -138,6 +141,49 @@ def test_kept_answers_are_a_source(box: Path) -> None:
     assert not any(is_held_out({"record": {"photo": r["photo"], "question": r["question"]}}) for r in sides[0]._records)
     with pytest.raises(UsageError, match="write kept:"):
         open_kept_source(f"kept:{box}/vqa/other")
+
+
+def test_kept_answers_that_cannot_be_learned_from_are_passed_over(box: Path, known: Path) -> None:
+    _keep(box, 90)
+    kept = Kept(box / "kept.sqlite", "all", 10**8)
+    for number, empty in enumerate(("", "  ", None)):
+        kept.keep("vqa", {"photo": _photo(number), "question": "空的？"}, empty, "")
+    kept.close()
+    calibrate_box(Box(box), "vqa", str(known), records=60)
+    found = _kept_records(Box(box), "vqa", None)
+    assert found.passed_over["without an answer"] == 3
+    # The first sixty kept questions are those of the calibration, which is measured on; the held-out ones stay.
+    assert found.passed_over["in the calibration"] == 60 - sum(_number(one) < 60 for one in found.held_out._records)
+    assert all(_number(one) >= 60 for one in found.learned._records)
+    assert len(found.learned) + len(found.held_out) + found.passed_over.total() == 93
+    with pytest.raises(UsageError, match="passed over: .* without an answer"):
+        learn(box)
+
+
+def _number(record: Record) -> int:
+    return int("".join(filter(str.isdigit, record["question"])))
+
+
+def test_what_a_version_is_measured_on_is_not_data(box: Path, known: Path) -> None:
+    _keep(box, 60)
+    calibrate_box(Box(box), "vqa", str(known), records=60)
+    renamed = known.with_name("renamed.jsonl")
+    renamed.write_text("".join(known.read_text("utf-8").splitlines(True)[30:]), "utf-8")
+    with pytest.raises(UsageError, match="has 30 of the 60 records that vqa was calibrated with"):
+        command("cascade", "learn", box, "--data", f"vqa={renamed}")
+    with pytest.raises(UsageError, match='no task vqaa. Did you mean "vqa"?'):
+        command("cascade", "learn", box, "--data", f"vqaa={renamed}")
+    assert not (box / "learning").exists()
+
+
+def test_a_box_without_its_model_answers_and_says_that_it_cannot_learn(box: Path) -> None:
+    before = EdgeModel(Box(box).folder() / "package").run("vqa", photo=_photo(1), question="蓝色的1是？")
+    _keep(box, 60)
+    shutil.rmtree(box / "versions/0001/model")
+    with closing(Cascade(box)) as cascade:
+        assert cascade.answer("vqa", {"photo": _photo(1), "question": "蓝色的1是？"}).value == before
+    with pytest.raises(UsageError, match="was copied without versions/0001/model"):
+        learn(box)
 
 
 def test_what_cannot_be_learned(box: Path, known: Path) -> None:
