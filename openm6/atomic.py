@@ -27,9 +27,11 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
         draft.mkdir(parents=True)
         fill(draft)
         publish(draft, target)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise write_failed(target, error) from None
+        if isinstance(error, (OSError, SafetensorError)):
+            raise write_failed(target, error) from None
+        raise
 
 
 def write_file(target: Path, fill: Callable[[Path], object]) -> None:

@@ -7,9 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, suggest_path
 
 CONFIG = "adapter_config.json"
+
+
+def require_model(path: Path, file: str = "config.json") -> None:
+    """Refuse a directory that is not there, or has no such file. Without this check the libraries would look for its
+    name in the network. Raises UsageError."""
+    if not path.exists():
+        raise UsageError(f"{path} is no model directory: there is no such path.{suggest_path(path)}")
+    if not (path / file).is_file():
+        raise UsageError(f"{path} is no model directory: it has no {file}.")
 
 
 def base_of(path: Path) -> Path | None:

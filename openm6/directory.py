@@ -22,10 +22,10 @@ import torch
 from openm6.bases import base_of
 from openm6.errors import UsageError
 from openm6.images import ImageGrid
-from openm6.model import M6, ModelConfig
+from openm6.model import M6
 from openm6.model.adapters import lay_beside, merge_adapter
 from openm6.model.changed import Active
-from openm6.model.files import check_model, load_model, meta_model
+from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
 from openm6.tasks.card import read_card, read_taught, write_card
 from openm6.tasks.pictures import PictureCodec
@@ -56,7 +56,7 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
     """See Bundle.load."""
     processor, tasks = open_processor(path)
     place = base_of(path) or path
-    if trainable and ModelConfig.from_pretrained(place).weight_bits:
+    if trainable and read_config(place).weight_bits:
         raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
     model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
     if place != path:
@@ -74,7 +74,7 @@ def open_processor(path: Path) -> tuple[Processor, list[Task]]:
     """How a model, or an adapter with the model beneath it, reads records, and its tasks; no weights are loaded."""
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
-    config = ModelConfig.from_pretrained(place)
+    config = read_config(place)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
     return Processor(Tokenizer.load(place), grid, length, codec, prompt, read_taught(path)), tasks

@@ -4,6 +4,9 @@ Every message is one sentence or two: what was wrong, where (file, line or recor
 The command line prints the message alone and exits with `exit_code`; the SDK lets the exception through.
 """
 
+import os
+from pathlib import Path
+
 
 class OpenM6Error(Exception):
     """Work that could not be done: exit code 1.
@@ -52,6 +55,23 @@ def suggest(word: str, known: list[str] | tuple[str, ...] | set[str]) -> str:
 
     close = difflib.get_close_matches(word[:100], sorted(known), n=1)  # it takes the square of their lengths
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def suggest_path(path: str | Path) -> str:
+    """`' Did you mean "runs/goods/model"?'` when something of a similar name is where `path` is not, else `''`."""
+    wanted, here = Path(path), Path()
+    for part in wanted.parts:
+        if (here / part).exists():
+            here /= part
+            continue
+        import difflib
+
+        names = [one.name for one in here.iterdir()] if here.is_dir() and os.access(here, os.R_OK) else []
+        close = difflib.get_close_matches(part[:100], sorted(names), n=1)
+        if not close:
+            return ""
+        here /= close[0]
+    return "" if here == wanted else f' Did you mean "{here}"?'
 
 
 def cut(name: object, length: int = 40) -> str:

@@ -56,6 +56,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+def test_a_folder_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("a")
+        raise UsageError("This model has experts.")
+
+    with pytest.raises(UsageError, match="has experts"):
+        write_whole(tmp_path / "package", fill)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_takes_a_place_is_on_the_disk_before_and_its_name_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -105,8 +105,9 @@ def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(17, 87)
     ]  # fmt: skip
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    for name in ("goods", "train", "test", "talks", "talks-dev", "all-texts", "few", "dev", "new", "validation"):
+    for name in ("goods", "train", "test", "talks", "talks-dev", "all-texts", "few", "dev", "new"):
         Path(f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    Path("validation.jsonl").write_text("".join(lines).replace("什么颜色?", "是什么颜色?"), "utf-8")
     Path("five.jsonl").write_text("".join(lines[:2]), "utf-8")
     for name in ("captions", "more"):
         Path(f"{name}.jsonl").write_text('{"caption": "红色的杯子"}\n' * 2, "utf-8")

@@ -22,11 +22,13 @@ Place = Annotated[Path, typer.Argument(help="The box's folder.")]
 def init(
     box: Place,
     model: Annotated[str, typer.Option(help=f"What answers here. {MODEL}")],
-    cloud: Annotated[str, typer.Option(help="Address of the server that is asked what is not sure.")] = "",
+    cloud: Annotated[str | None, typer.Option(help="Address of the server that is asked what is not sure.")] = None,
     cloud_model: Annotated[
         str | None, typer.Option(help="The cloud's model, as --model: features are made for it.")
     ] = None,
-    privacy: Annotated[str, typer.Option(help="What may be sent: all, features or nothing.")] = "all",
+    privacy: Annotated[
+        str | None, typer.Option(help="What may be sent: all (as long as nothing else is said), features or nothing.")
+    ] = None,
     bits: Annotated[int, typer.Option(help="Of a weight: 8, 4, or 32.")] = 8,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of box.toml, as keep_mb=64; several times.")
@@ -37,8 +39,8 @@ def init(
     from openm6.edge.box import settings_of
 
     require_new(box)
-    values: dict[str, Any] = {name: _value(text) for name, text in pairs(setting or []).items()}
-    settings = settings_of({**values, "cloud": cloud, "privacy": privacy})
+    options = {name: value for name, value in (("cloud", cloud), ("privacy", privacy)) if value is not None}
+    settings = settings_of({name: _value(name, text) for name, text in {**pairs(setting or []), **options}.items()})
     place, of_cloud = find(model), find(cloud_model) if cloud_model else None
 
     from openm6.train.cascade import init_box
@@ -50,14 +52,18 @@ def init(
         typer.echo(f"{box}: calibrate its tasks (openm6 cascade calibrate), then: python {box / 'openm6-edge'} serve")
 
 
-def _value(text: str) -> Any:
-    """As TOML reads it; what is no value there is a text."""
+def _value(name: str, text: str) -> Any:
+    """The value of a setting as TOML reads it; the text itself where the setting is a text, or TOML reads no value."""
     import tomllib
 
+    from openm6.edge.box import Settings
+
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        found = tomllib.loads(f"x = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    is_text = isinstance(getattr(Settings(), name, None), str)
+    return text if len(found) > 1 or (is_text and not isinstance(found["x"], str)) else found["x"]
 
 
 @cascade.command()
@@ -117,6 +123,7 @@ def learn(
             sources.setdefault(task, []).append(source)
 
     from openm6.train.cascade import learn as run
+    from openm6.train.promotion import told_counts
 
     found = run(box, sources, steps, batch_size, learning_rate, seed)
     if json:
@@ -126,8 +133,11 @@ def learn(
     table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
     typer.echo(
         f"Version {found['version']} answers now." if found["better"]
-        else f"It is not better: version {found['from']} goes on answering."
+        else f"Version {found['from']} goes on answering. {found['reason']}"
     )  # fmt: skip
+    for task, told in found["tasks"].items():
+        if passed_over := told.get("passed_over"):
+            typer.echo(f"{task}: answers that were passed over: {told_counts(passed_over)}.")
 
 
 _COLUMNS = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")
@@ -139,21 +149,15 @@ def _told(cell: Any) -> Any:
 
 @cascade.command()
 def status(box: Place, json: Json = False) -> None:
-    """What a box is, and what it has kept."""
-    from openm6.edge.box import Box
-    from openm6.edge.kept import open_kept
+    """What a box is, what it has kept, and what serves it; nothing is changed by looking."""
+    from openm6.edge.status import status_of
 
-    opened = Box(box)
-    kept = open_kept(opened.path, opened.settings)
-    told: dict[str, Any] = {
-        "answers": opened.version, "versions": opened.versions, "privacy": opened.settings.privacy,
-        "cloud": opened.settings.cloud, "calibrated": sorted(
-            f.stem.removeprefix("sureness-") for f in (opened.folder() / "package").glob("sureness-*.npz")
-        ),
-        "kept": kept.counts(), "kept_bytes": kept.size(),
-    }  # fmt: skip
-    kept.close()
-    emit(told) if json else table(["", ""], [[name, str(value)] for name, value in told.items()], str(box))
+    told = status_of(box)
+    if json:
+        emit(told)
+        return
+    settings = told.pop("settings")
+    table(["", ""], [[name, str(value)] for name, value in {**told, **settings}.items()], str(box))
 
 
 @cascade.command()

@@ -78,7 +78,8 @@ def check_output(file: Path, endings: Sequence[str] = ()) -> None:
 
 
 def check_parts(recipe: AnyRecipe) -> None:
-    """Check that the model, teacher, tasks and data of a recipe exist. Raises as `check_inputs` does."""
+    """Check that the models, codec, tokenizer, tasks and data of a recipe exist. Raises as `check_inputs` does."""
+    from openm6.bases import require_model
     from openm6.data.source import check_source
     from openm6.presets import find_preset
     from openm6.tasks.card import read_card
@@ -87,10 +88,20 @@ def check_parts(recipe: AnyRecipe) -> None:
     model = None
     if isinstance(recipe, Recipe):
         model = recipe.model.path
+        if model:
+            read_card(model)
         if recipe.model.preset:
             find_preset(recipe.model.preset)
         if recipe.distill:
             read_card(recipe.distill.teacher)
+        for directory, file in ((recipe.model.codec, "config.json"), (recipe.tokenizer.path, "tokenizer.json")):
+            if directory:
+                require_model(directory, file)
+    else:
+        if recipe.codec.path:
+            require_model(recipe.codec.path)
+        if recipe.codec.eyes:
+            read_card(recipe.codec.eyes)
     for section in [*recipe.data, *recipe.evaluation.data]:
         check_source(section.source)
         for task in filter(None, (getattr(section, "task", None), getattr(section, "against", None))):

@@ -9,7 +9,7 @@ import typer
 
 from openm6.atomic import require_writable
 from openm6.cli import app
-from openm6.cli.checks import check_inputs
+from openm6.cli.checks import check_inputs, find
 from openm6.cli.output import Json, emit, pairs, share, table
 from openm6.errors import UsageError
 
@@ -52,6 +52,8 @@ def compress(
             raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise UsageError(f"{model} is no chain: it has to hold model, output, tasks and steps.")
+        if "model" in values:
+            find(str(values["model"]))
 
         from openm6.train.compress import check_chain, compress as run
 

@@ -157,13 +157,14 @@ def share(text: str, option: str) -> float:
 
 
 def pairs(values: list[str]) -> dict[str, str]:
-    """`["a=b"]` to `{"a": "b"}`."""
+    """`["a=b"]` to `{"a": "b"}`. Raises UsageError for another form, and for a name with two values."""
     from openm6.errors import UsageError
 
-    found = {}
+    found: dict[str, str] = {}
     for value in values:
         key, equals, rest = value.partition("=")
         if not equals or not key:
             raise UsageError(f'"{value}" is not of the form name=value.')
-        found[key] = rest
+        if found.setdefault(key, rest) != rest:
+            raise UsageError(f'{key} is given twice: "{found[key]}" and "{rest}".')
     return found

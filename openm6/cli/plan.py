@@ -193,6 +193,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
     too small. Its vocabulary is the largest that its tokenizer can have."""
     from openm6.errors import UsageError
     from openm6.model import ModelConfig
+    from openm6.model.files import read_config
     from openm6.train.footprint import Work
     from openm6.train.recipe import Recipe
 
@@ -202,9 +203,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
             "first steps are timed on this machine."
         )
     if recipe.model.path:
-        if not (recipe.model.path / "config.json").is_file():
-            raise UsageError(f"{path}: model.path ({recipe.model.path}) is no model directory.")
-        config = ModelConfig.from_pretrained(recipe.model.path)
+        config = read_config(recipe.model.path)
     else:
         ids = recipe.tokenizer.vocab_size + recipe.tokenizer.num_codes
         config = ModelConfig.preset(recipe.model.preset or "", **{"vocab_size": ids, **recipe.model.sizes})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from openm6.cli import app
-from openm6.cli.checks import MODEL, check_inputs, check_output
+from openm6.cli.checks import MODEL, check_inputs, check_output, find_task
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, counted, emit, pairs
 from openm6.cli.work import decoding_options
 
@@ -36,8 +36,8 @@ def predict(
     """Answer every record of a table, beside the table's own columns. After a kill the same command is resumed."""
     from openm6.data.writers import writer_for
 
-    columns, decoding = pairs(column or []), decoding_options(option)
     place = check_inputs(model, [task], [data])
+    columns, decoding = pairs(column or []), decoding_options(option, find_task(place, task))
     writer_for(output)
     check_output(output)
 

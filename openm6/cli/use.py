@@ -29,9 +29,10 @@ def run(
     """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
     place = check_inputs(model, [task], [examples])
     asked: dict[str, Any] = dict(pairs(slots or []))
-    check_slots(find_task(place, task), asked)
-    decoding = decoding_options(option)
-    if find_task(place, task).draws:
+    chosen = find_task(place, task)
+    check_slots(chosen, asked)
+    decoding = decoding_options(option, chosen)
+    if chosen.draws:
         check_output(output, PICTURES)
 
     from openm6.bundle import SHOTS, TRUNCATE, Bundle

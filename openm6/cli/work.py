@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoC
 from openm6.errors import UsageError
 
 if TYPE_CHECKING:
+    from openm6.tasks.task import Task
     from openm6.train.recipe import AnyRecipe
 
 Processes = Annotated[
@@ -165,9 +166,9 @@ def evaluate(
     from openm6.tasks.metrics import check_metric
 
     place = check_inputs(model, [task, against], [data, shots_from])
-    options = decoding_options(option)
-    columns, others = pairs(column or []), pairs(against_column or [])
     chosen = find_task(place, task)
+    options = decoding_options(option, chosen)
+    columns, others = pairs(column or []), pairs(against_column or [])
     for name in metric or []:
         check_metric(name, chosen)
     if output and (chosen.embeds or chosen.draws):
@@ -186,7 +187,7 @@ def evaluate(
     bundle = Bundle.load(place)
     data_format = with_options(data_format, encoding, names)
     if chosen.embeds:
-        dims = int(options["dims"]) if "dims" in options else None
+        dims: Any = options.get("dims")  # checked where vectors are cut
         result = measure_retrieval(
             bundle, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives, truncate,
@@ -213,12 +214,18 @@ def evaluate(
         typer.echo(f"Records that could not be used: {result.rejected}, the first: {result.rejects[0][1].reason}")
 
 
-def decoding_options(values: list[str] | None) -> dict[str, float | int]:
-    """`num_beams=4` as numbers."""
+def decoding_options(values: list[str] | None, task: Task | None = None) -> dict[str, float | int]:
+    """`num_beams=4` as numbers. Raises UsageError for what is no number, and for an option that would do nothing since
+    the task writes nothing."""
     options: dict[str, float | int] = {}
     for name, value in pairs(values or []).items():
         try:
             options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
+    if task and task.silent and (others := sorted(options.keys() - ({"dims"} if task.embeds else set()))):
+        what = (
+            "gives a vector: its one option is dims" if task.embeds else "is answered by a head, which has no options"
+        )
+        raise UsageError(f"The task {task.name} {what}; leave out {', '.join(others)}.")
     return options

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from openm6.errors import DataError, UsageError
+from openm6.errors import DataError, UsageError, suggest_path
 
 ATTEMPTS = 3
 _WAIT = 0.2  # seconds before the second attempt, four times that before the third
@@ -49,7 +49,9 @@ def expand(spec: str) -> list[str]:
     else:
         found = [spec] if Path(spec).exists() else glob.glob(spec, recursive=True)
     if not found:
-        raise DataError(f"There is no file {spec}: check the path (it is looked for from {Path.cwd()}).")
+        raise DataError(
+            f"There is no file {spec}: check the path (it is looked for from {Path.cwd()}).{suggest_path(spec)}"
+        )
     return sorted(found)
 
 

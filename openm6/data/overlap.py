@@ -43,9 +43,24 @@ def count_overlap(
     limit: int | None = None,
     most: int | None = None,
 ) -> Overlap:
-    """How many of the first `limit` records of `test` have the task's inputs in common with one of the first `most`
-    records of `train`. A task without inputs is compared by its outputs. Of `train` nothing is kept in memory, of
-    `test` a digest of each record.
+    """How many records `find_overlap` finds among the first `limit` of `test`."""
+    found = find_overlap(task, train, train_columns, test, test_columns, limit, most)
+    total = len(test) if limit is None else min(limit, len(test))
+    return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
+
+
+def find_overlap(
+    task: Task,
+    train: Source,
+    train_columns: Mapping[str, str],
+    test: Source,
+    test_columns: Mapping[str, str],
+    limit: int | None = None,
+    most: int | None = None,
+) -> set[int]:
+    """Places of those of the first `limit` records of `test` that have the task's inputs in common with one of the
+    first `most` records of `train`. A task without inputs is compared by its outputs. Of `train` nothing is kept in
+    memory, of `test` a digest of each record.
 
     Pictures are compared by their size first, so that only those that may agree are read. Raises UsageError where a
     slot has no column.
@@ -71,7 +86,7 @@ def count_overlap(
             for number in rough[key]:
                 exact[key].setdefault(digest(tested, test[number], names), []).append(number)
         found.update(exact[key].get(digest(seen, record, names), ()))
-    return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
+    return found
 
 
 class Twins:

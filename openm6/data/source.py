@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -15,11 +14,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from openm6.data.digest import content_hash, json_hash
+from openm6.data.files import expand, fingerprint, is_remote
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects, place_of
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
 from openm6.environment import NO_CACHE
-from openm6.errors import DataError, UsageError
+from openm6.errors import DataError, UsageError, suggest
 from openm6.json_lines import dumps, lines_of
 
 _CACHE_VERSION = 3  # raised when the same files are read as other records
@@ -115,7 +115,6 @@ def open_source(
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
         return Source(name, _built_in(kind, name), limit=limit, stamp=name)
     if stream:
-        from openm6.data.files import fingerprint
         from openm6.data.parquet import ParquetRows
 
         rows = ParquetRows(name)
@@ -137,10 +136,17 @@ def check_source(name: str) -> None:
     read."""
     if _kind(name):
         open_source(name)
-    elif not re.match(r"\w+:", name):  # the files of this machine
-        from openm6.data.files import expand
+    elif not is_remote(name) and name.partition(":")[0] not in ADDED:
+        _files(name)
 
-        expand(name)
+
+def _files(name: str) -> list[str]:
+    """The files of a source. Raises DataError where there is none, with the nearest of what is built in."""
+    try:
+        return expand(name)
+    except DataError as error:
+        kind, colon, _ = name.partition(":")
+        raise DataError(f"{error}{suggest(kind, list(_BUILT_IN)) if colon else ''}") from None
 
 
 _BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -189,9 +195,7 @@ def _built_in(kind: str, name: str) -> Records:
 
 
 def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[ArrowRecords, tuple[Reject, ...]]:
-    from openm6.data.files import expand, fingerprint
-
-    kinds = [format_of(path, format) for path in expand(name)]
+    kinds = [format_of(path, format) for path in _files(name)]
     # The name is in the key because the places of the records (`_where`) are written as it is.
     key = [_CACHE_VERSION, name, kinds, format, images_root, str(Path.cwd()), [fingerprint(f) for f in files_of(name)]]
 

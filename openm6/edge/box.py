@@ -1,21 +1,26 @@
 """The folder of a cascade on the edge.
 
-box.toml                what may be asked of the cloud and kept (Settings); written once, to be edited
+box.toml                what may be asked of the cloud and kept (Settings); written once, to be edited (live.py)
 versions/0001/package   what answers (package.py), and sureness-TASK.npz of each calibrated task
-versions/0001/model     what it was made of, to learn on from
+versions/0001/model     what it was made of, to learn on from; a box that only answers does without
 current                 the number of the version that answers; replaced whole, so it is the old one or the new
 eyes/                   how the cloud's model reads pictures, to send features in their place
 kept.sqlite             what the cloud answered (kept.py)
+serving.json, box.log   what the process that serves the box says of itself (status.py), and its log
 openm6-edge             the program: `python openm6-edge serve`
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from openm6.atomic import write_text
 from openm6.edge.kept import MODES
@@ -49,10 +54,15 @@ class Settings:
             kind = kinds[str(one.type)]
             if not isinstance(value, kind) or (isinstance(value, bool) and one.type != "bool"):
                 raise UsageError(f"{one.name} is {value!r}: it has to be {one.type}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{one.name} is {value}: it has to be a number.")
         if self.privacy not in MODES:
             raise UsageError(f"privacy is {self.privacy!r}: it can be {', '.join(MODES)}.")
-        if self.cloud and not self.cloud.startswith(("http://", "https://")):
+        if self.cloud and not _is_address(self.cloud):
             raise UsageError(f"cloud is {self.cloud!r}: give an address such as https://m6.example:8000.")
+        for name in ("key", "encrypt"):
+            if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", getattr(self, name)):  # a key itself is not repeated here
+                raise UsageError(f"{name} has to be the name of an environment variable, such as M6_KEY, not a key.")
         if not 0 < self.audit <= 1:
             raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
         if self.share and not self.audit < self.share < 1:
@@ -92,16 +102,15 @@ class Box:
     def __init__(self, path: str | Path):
         """Raises UsageError where there is no box, or box.toml cannot be meant."""
         self.path = Path(path)
-        try:
-            values = tomllib.loads((self.path / FILE).read_text("utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path} is no box: it has no {FILE}. `openm6 cascade init` makes one.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self.path / FILE}: {error}.") from None
-        try:
-            self.settings = settings_of(values)
-        except UsageError as error:
-            raise UsageError(f"{self.path / FILE}: {error}") from None
+        self.content = read_content(self.path)
+        self.settings = settings_in(self.path / FILE, values_in(self.path / FILE, self.content))
+
+    @classmethod
+    def with_settings(cls, path: Path, settings: Settings) -> Box:
+        """A box of which box.toml is not read."""
+        made = cls.__new__(cls)
+        made.path, made.content, made.settings = path, b"", settings
+        return made
 
     @property
     def version(self) -> str:
@@ -131,6 +140,32 @@ class Box:
         write_text(self.path / CURRENT, version + "\n")
 
 
+def read_content(path: Path) -> bytes:
+    """The bytes of box.toml. Raises UsageError where they cannot be read."""
+    try:
+        return (path / FILE).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} is no box: it has no {FILE}. `openm6 cascade init` makes one.") from None
+    except OSError as error:
+        raise UsageError(f"{path / FILE} cannot be read ({error.strerror}).") from None
+
+
+def values_in(file: Path, content: bytes) -> dict[str, Any]:
+    """The values of box.toml. Raises UsageError for what is not TOML."""
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: {error}.") from None
+
+
+def settings_in(file: Path, values: Mapping[str, Any]) -> Settings:
+    """As `settings_of`, with the file's name in its errors."""
+    try:
+        return settings_of(values)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+
+
 def settings_of(values: Mapping[str, Any]) -> Settings:
     """Raises UsageError for what is unknown or cannot be meant."""
     known = [one.name for one in fields(Settings)]
@@ -145,6 +180,19 @@ def written(settings: Settings) -> str:
     lines = []
     for one in fields(Settings):
         value = getattr(settings, one.name)
-        told = f'"{value}"' if isinstance(value, str) else str(value).lower()
+        told = _as_toml(value) if isinstance(value, str) else str(value).lower()
         lines.append(f"# {COMMENTS[one.name]}\n{one.name} = {told}\n")
     return "\n".join(lines)
+
+
+def _as_toml(text: str) -> str:
+    """A TOML string: JSON's, which leaves one character as it is that TOML does not allow."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # of a port that is none
+        return False

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openm6.edge.box import EYES, Box
-from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, open_kept
-from openm6.edge.runner import Answer, EdgeModel, Eyes
+from openm6.edge.box import Box, Settings
+from openm6.edge.check import Finding, check_cloud
+from openm6.edge.cloud import CHOSEN, Failed
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
+from openm6.edge.live import LiveSettings
+from openm6.edge.runner import Answer, EdgeModel
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
-from openm6.errors import DataError, OpenM6Error
+from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import as_file, open_image
+from openm6.tasks.processor import Processor
+from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
 
+log = logging.getLogger("openm6.edge")
 EDGE, CLOUD = "edge", "cloud"
 EAGER, LATER = 30.0, 12.0
 """Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
 share: what comes in may be other than what was calibrated on. LATER for a version that learned here: it was calibrated
 on what came in too."""
+
+SELDOM = 600.0
+"""Seconds between two lines of the log about one kind of failure."""
 
 Record = Mapping[str, Any]
 
@@ -51,6 +58,7 @@ class _Version:
 
     def __init__(self, box: Box, number: str, kept: Kept, threads: int):
         folder = box.folder(number) / "package"
+        self.calibrated = _calibrated(box, number)
         self.number, self.model = number, EdgeModel(folder, threads)
         self.eager = EAGER if int(number) == 1 else LATER
         self.sure: dict[str, Sureness] = {}
@@ -58,13 +66,16 @@ class _Version:
         self.audits: dict[str, Audits] = {}
         for file in folder.glob("sureness-*.npz"):
             task = file.stem.removeprefix("sureness-")
-            try:
-                self.sure[task] = found = Sureness.load(file)
-            except (ValueError, KeyError, OSError):
-                raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
+            self.sure[task] = found = Sureness.load(file, self.model.about["sha256"])
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
-            found.remember(kept.seen(task, number))
+            with suppress(StoreError):  # without it the version still answers, by its calibration
+                found.remember(kept.seen(task, number))
+
+
+def _calibrated(box: Box, number: str) -> dict[str, int]:
+    """Files of a version's calibration, and when they were written (ns)."""
+    return {file.name: file.stat().st_mtime_ns for file in (box.folder(number) / "package").glob("sureness-*.npz")}
 
 
 class Cascade:
@@ -74,30 +85,35 @@ class Cascade:
         self,
         path: str | Path,
         threads: int = 0,
-        cloud: Cloud | None = None,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
         """Raises UsageError or OpenM6Error for a box that cannot be used."""
         self.box, self._threads, self._clock = Box(path), threads, clock
-        settings = self.settings = self.box.settings
-        self.kept = open_kept(self.box.path, settings)
-        self.cloud = cloud
-        if cloud is None and settings.cloud and settings.privacy != NOTHING:
-            self.cloud = Cloud(settings.cloud, os.environ.get(settings.key, "") if settings.key else "", settings.model)
-        eyes = self.box.path / EYES
-        self.eyes = Eyes(eyes, threads) if settings.privacy == FEATURES and eyes.is_dir() else None
+        self.live = LiveSettings(self.box, threads)
         self._version = _Version(self.box, self.box.version, self.kept, threads)
-        self._looked = 0.0
+        self._looked, self._opening = 0.0, threading.Lock()
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
         self._spent: tuple[int | None, int] = (None, 0)  # an hour, and its requests
+        self._warned: dict[str, float] = {}
         self.started = clock()
 
     def close(self) -> None:
-        if self.cloud is not None:
-            self.cloud.close()
-        self.kept.close()
+        self.live.close()
+
+    @property
+    def settings(self) -> Settings:
+        return self.live.follow().settings
+
+    @property
+    def kept(self) -> Kept:
+        return self.live.follow().kept
+
+    @property
+    def version(self) -> str:
+        """The number of the version that answers."""
+        return self._newest().number
 
     @property
     def model(self) -> EdgeModel:
@@ -116,22 +132,22 @@ class Cascade:
         if sure is None or own.state is None:
             self._count(task, "asked", "uncalibrated")
             return Reply(own.value, EDGE, None, "", own.finished)
-        seen = sure.seen(own.state, own.confidence)
+        seen, settings = sure.seen(own.state, own.confidence), self.settings
         with self._lock:
             version.drift[task].see(own.confidence)
             probability = sure.probability(seen)
             confident = probability >= sure.threshold
-            given = probability >= sure.bound(seen, self.settings.least_sure)
+            given = probability >= sure.bound(seen, settings.least_sure)
             asked = self.counts.get(task, Counter())["asked"]
             # Only a threshold has to be found out early.
-            eager = 0.0 if self.settings.share else version.eager
-            share = max(self.settings.audit, min(1.0, eager / (20 + asked)))
+            eager = 0.0 if settings.share else version.eager
+            share = max(settings.audit, min(1.0, eager / (20 + asked)))
             if given:
                 share = version.audits[task].share(probability, share)
             audited = given and self._random.random() < share
         weight = 1 / share if audited else 1.0  # requests that it stands for
         self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
-        reason = "" if confident else f"no more than {self.settings.share:.0%} may be asked"
+        reason = "" if confident else f"no more than {settings.share:.0%} may be asked"
         if given and not audited:
             return Reply(own.value, EDGE, probability, reason, own.finished)
 
@@ -142,81 +158,132 @@ class Cascade:
                 sure.learn(seen, right, weight)
             self._keep(version, chosen, record, value, own, seen, right, weight)
 
+        def receive(answer: Mapping[str, Any]) -> Any:
+            """The cloud's value, from which this box learns unless it was cut off. Raises Failed."""
+            value = _value(chosen, answer["outputs"], version.model.processor)
+            if answer.get("finished", True):
+                learn(value)
+            else:
+                self._count(task, "unfinished")
+            return value
+
         try:
-            value = self._ask(version, chosen, record, seconds, learn)
+            answer = self._ask(chosen, record, seconds, receive)
+            return Reply(receive(answer), CLOUD, probability, "", bool(answer.get("finished", True)))
         except Failed as error:
-            self._count(task, "unanswered")
+            self._count(task, "unanswered", f"unanswered_{error.kind}")
+            if error.kind not in CHOSEN:
+                self._warn(error.kind, str(error))
             # An answer that was merely to be checked needs no other excuse.
             return Reply(own.value, EDGE, probability, reason if given or confident else str(error), own.finished)
-        learn(value)
-        return Reply(value, CLOUD, probability)
 
     def _ask(
-        self, version: _Version, task: Task, record: Record, seconds: float | None, late: Callable[[Any], None]
-    ) -> Any:
-        """The cloud's value of a task. Raises Failed with the reason why there is none."""
-        settings = self.settings
+        self, task: Task, record: Record, seconds: float | None, receive: Callable[[Mapping[str, Any]], Any]
+    ) -> Mapping[str, Any]:
+        """The cloud's answer; `receive` gets one that comes too late. Raises Failed with the reason for none."""
+        now = self.live.follow()
+        settings = now.settings
+        if now.problem:
+            raise Failed("settings")
         if settings.privacy == NOTHING:
-            raise Failed("nothing may be sent")
-        if settings.offline or self.cloud is None:
+            raise Failed("privacy")
+        if now.cloud is None:
             raise Failed("offline")
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
-            if self.eyes is None:
-                raise Failed("the box has not the cloud's eyes, to send features")
-            inputs |= {name: self.eyes.features(inputs[name]).mapping() for name in pictures}
-        self._spend()
+            if now.eyes is None:
+                raise Failed("no_eyes")
+            inputs |= {name: now.eyes.features(inputs[name]).mapping() for name in pictures}
         deadline = settings.deadline_ms / 1000
-        self._count(task.name, "sent")
-        outputs = self.cloud.ask(
-            task.name, inputs, min(deadline, seconds or deadline), lambda found: _maybe(late, task, found)
-        )
-        return _value(task, outputs)
+        self._take(0)
 
-    def _spend(self) -> None:
-        """Raises Failed where the hour's requests are used up. On a full disk they are counted in memory alone."""
+        def late(answer: Mapping[str, Any]) -> None:
+            with suppress(Failed):
+                receive(answer)
+
+        return now.cloud.ask(
+            task.name, inputs, min(deadline, seconds or deadline), late, lambda: self._spend(task.name)
+        )
+
+    def _take(self, count: int) -> None:
+        """Take so many of the hour's requests. Raises Failed where they are used up."""
         hour = int(self._clock() // 3600)
         with self._lock:
             known, used = self._spent
             if known != hour:
-                used = self.kept.spent(hour)
+                try:
+                    used = self.kept.spent(hour)
+                except StoreError:
+                    used = 0
+            self._spent = hour, used
             if used >= self.settings.requests_per_hour:
-                raise Failed("this hour's requests to the cloud are used up")
-            self._spent = hour, used + 1
-        try:
-            self.kept.spend(hour)
-        except (OSError, sqlite3.Error):
-            self._count("", "unwritten")
+                raise Failed("budget")
+            self._spent = hour, used + count
+
+    def _spend(self, task: str) -> None:
+        """A request is about to leave. Raises Failed where the hour's requests are used up. On a full disk they are
+        counted in memory alone."""
+        self._take(1)
+        self._count(task, "sent")
+        with self._storing(""):
+            self.kept.spend(int(self._clock() // 3600))
 
     def _keep(
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
         weight: float,
     ) -> None:  # fmt: skip
         """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
-        try:
-            kept = task.asked(record)
-            if self.settings.privacy != ALL:
+        kept = task.asked(record)
+        with self._storing(task.name):
+            store = self.kept
+            if store.trouble and store.file is None:
+                raise StoreError(store.trouble)
+            if store.mode == NOTHING:
+                return
+            if store.mode != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            self.kept.keep(task.name, kept, value, own.value)
-            self.kept.saw(task.name, version.number, seen, right, weight, WINDOW)
-        except (OSError, sqlite3.Error):
-            self._count(task.name, "unwritten")
+            if forgotten := store.keep(task.name, kept, value, own.value):
+                self._count(task.name, *["forgotten"] * forgotten)
+            store.saw(task.name, version.number, seen, right, weight, WINDOW)
+
+    @contextmanager
+    def _storing(self, task: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreError as error:
+            self._count(task, "unwritten")
+            self._warn("unwritten", str(error))
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Write a message into the log, of each kind once in a while."""
+        now = time.monotonic()
+        with self._lock:
+            again = now - self._warned.get(kind, -SELDOM) >= SELDOM
+            if again:
+                self._warned[kind] = now
+        if again:
+            log.warning("%s", message)
 
     def _newest(self) -> _Version:
-        """The version that is to answer, looked up every second."""
+        """The version that is to answer, and its calibration, looked up every second."""
         now = time.monotonic()
-        if now - self._looked > 1.0:
-            self._looked = now
-            try:
-                number = self.box.version
-                if number != self._version.number:
-                    self._version = _Version(self.box, number, self.kept, self._threads)
-                    self.counts = {}
-            except OpenM6Error:
-                self._count("", "unreadable")  # the one that is open goes on answering
+        if now - self._looked <= 1.0 or not self._opening.acquire(blocking=False):
+            return self._version
+        try:
+            self._looked, number = now, self.box.version
+            is_new = number != self._version.number
+            if is_new or _calibrated(self.box, number) != self._version.calibrated:
+                self._version = _Version(self.box, number, self.kept, self._threads)
+                log.info("version %s answers%s", number, "" if is_new else ", calibrated anew")
+            if is_new:
+                self.counts = {}
+        except (OpenM6Error, OSError):
+            self._count("", "unreadable")  # the one that is open goes on answering
+        finally:
+            self._opening.release()
         return self._version
 
     def _count(self, task: str, *names: str) -> None:
@@ -247,11 +314,17 @@ class Cascade:
         """Tasks whose requests come otherwise than in calibration."""
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
+    def check_cloud(self) -> Iterator[Finding]:
+        """Try the key and the cloud, without a record."""
+        version = self._version
+        box = Box.with_settings(self.box.path, self.settings)
+        return check_cloud(box, {task: version.model.tasks[task].outputs for task in version.sure})
+
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""
-        settings = self.settings
-        if self.cloud is not None and settings.privacy != NOTHING and not settings.offline:
-            self.cloud.tell(settings.name, self.statistics())
+        now = self.live.follow()
+        if now.cloud is not None:
+            now.cloud.tell(now.settings.name, self.statistics())
 
 
 def _whole(task: Task, record: Record) -> dict[str, Any]:
@@ -267,17 +340,20 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
     return found
 
 
-def _value(task: Task, outputs: Mapping[str, Any]) -> Any:
-    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name."""
-    if any(name not in outputs for name in task.outputs):
-        raise Failed("the cloud answers otherwise than expected")
-    for name, known in task.labels.items():
-        if name in task.outputs and str(outputs[name]) not in known:
-            raise Failed("the cloud answers otherwise than expected")
-    values = {name: outputs[name] for name in task.outputs}
+def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
+    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name, and for what
+    could not be learned."""
+    values = {name: outputs[name] for name in task.outputs if name in outputs}
+    for name in task.outputs:
+        known, value = task.labels.get(name), values.get(name)
+        if value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
+            raise Failed("empty")
+        if value is None or (known and str(value) not in known):
+            raise Failed("unexpected")
+        try:
+            written = TYPES[task.slots[name].type].target(value, processor)
+        except (DataError, UsageError):
+            raise Failed("unexpected") from None
+        if not written:
+            raise Failed("empty")
     return values if len(values) > 1 else next(iter(values.values()))
-
-
-def _maybe(late: Callable[[Any], None], task: Task, outputs: Mapping[str, Any]) -> None:
-    with suppress(Failed):
-        late(_value(task, outputs))

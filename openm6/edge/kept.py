@@ -1,17 +1,19 @@
-"""What the cloud answered, kept on the edge for learning: a SQLite file, within a size, encrypted if that is asked for,
-and never more than the privacy mode allows.
+"""The answer store of a box: what the cloud answered, kept on the edge to learn from. It is a SQLite file that only its
+owner can read, within a size, encrypted if that is asked for, and never holds more than the privacy mode allows.
 
     all         what was asked, pictures too, and the answer
     features    the same, of a picture the edge's own features in its place
     nothing     nothing
 
-What a stricter mode forbids is deleted when the file is opened, and what is deleted is overwritten.
+Answers are deleted in two cases: a stricter mode forbids them (they are overwritten when the file is opened, and the
+log says how many), or the size is used up (the oldest go, and are counted).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import sqlite3
 import time
@@ -22,81 +24,140 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openm6.edge.cipher import Cipher
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps, loads, plain
 
 if TYPE_CHECKING:
     from openm6.edge.box import Settings
 
+log = logging.getLogger("openm6.edge")
 ALL, FEATURES, NOTHING = "all", "features", "nothing"
 MODES = (ALL, FEATURES, NOTHING)
 HELD_OUT = 5
 """Of what is kept, one in so many is held out of learning, to measure on."""
+STORE = "kept.sqlite"
+_BESIDE = ("", "-journal", "-wal", "-shm")
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+ENCRYPTED = 4
+_ALLOWED = {ALL: (ALL, FEATURES), FEATURES: (FEATURES,), NOTHING: ()}
+"""Modes under which an answer may have been kept, to stay."""
+
+
+class StoreError(OpenM6Error):
+    """An answer store that cannot be opened, read or written. `is_damaged`: its content is no database any more."""
+
+    def __init__(self, message: str, is_damaged: bool = False):
+        super().__init__(message)
+        self.is_damaged = is_damaged
 
 
 class Kept:
-    """The file of a box. Several threads may use it."""
+    """An answer store. Several threads may use it. Every method raises StoreError where the disk refuses."""
 
-    def __init__(self, file: Path, mode: str, limit: int, key: str | None = None):
-        """`limit`: bytes of what is kept; `key`: of the encryption, as `new_key` makes it.
+    def __init__(self, file: Path | None, mode: str, limit: int, key: str | None = None, read_only: bool = False):
+        """Open the file, and make it what mode and key ask for: forbidden answers are deleted, plain ones encrypted.
 
-        Raises UsageError for a key that is none or another than the file's.
+        `file` None: in memory; `limit`: bytes of answers, before encryption; `key`: of the encryption, as `new_key`
+        makes it; `read_only`: the file stays as it is.
+
+        Raises UsageError for a key that is none, or not the one that the file's answers were encrypted with.
         """
-        self.mode, self.limit = mode, limit
-        self._lock, self._cipher = Lock(), _cipher(key)
+        self.file, self.mode, self.limit, self.trouble = file, mode, limit, ""
+        self._lock, self._cipher = Lock(), Cipher(key) if key is not None else None
+        self._read_only = read_only
+        if file is not None and not read_only:
+            _make_private(file)
+        with _named(file):
+            self._file = sqlite3.connect(file or ":memory:", check_same_thread=False, timeout=10, isolation_level=None)
         try:
-            self._file = sqlite3.connect(file, check_same_thread=False, timeout=10, isolation_level=None)
-            for rule in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON", "auto_vacuum=FULL"):
-                self._file.execute(f"PRAGMA {rule}")
-            self._file.execute(
-                "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, task TEXT, "
-                "mode TEXT, secret INTEGER, size INTEGER, body BLOB)"
-            )
-            self._file.execute(
-                "CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT, version TEXT, "
-                "seen BLOB, right REAL, weight REAL)"
-            )
-            self._file.execute("CREATE TABLE IF NOT EXISTS spent (hour INTEGER PRIMARY KEY, requests INTEGER)")
-            self._forget_forbidden()
-            self._hide()
-        except sqlite3.DatabaseError as error:
-            raise OpenM6Error(f"{file} cannot be opened ({error}); what it kept is lost if it is deleted.") from None
+            with _named(file):
+                self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        if self._file.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise StoreError(f"{self.file} is damaged.", is_damaged=True)
+        if self._read_only and self.file is not None:
+            self._file.execute("PRAGMA query_only=ON")
+            return
+        for rule in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON"):
+            self._file.execute(f"PRAGMA {rule}")
+        if not self._file.execute("PRAGMA auto_vacuum").fetchone()[0]:  # to set it writes, which a full disk refuses
+            self._file.execute("PRAGMA auto_vacuum=FULL")
+        self._file.execute(
+            "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, task TEXT, "
+            "mode TEXT, secret INTEGER, size INTEGER, body BLOB)"
+        )
+        self._file.execute(
+            "CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT, version TEXT, "
+            "seen BLOB, right REAL, weight REAL)"
+        )
+        self._file.execute("CREATE TABLE IF NOT EXISTS spent (hour INTEGER PRIMARY KEY, requests INTEGER)")
+        if self._forget_forbidden() + self._encrypt_plain():
+            self._file.execute("VACUUM")
+        promised = promise(self.mode, self._cipher is not None)
+        try:
+            self._file.execute(f"PRAGMA user_version={promised}")
+        except sqlite3.OperationalError as error:
+            if self._file.execute("PRAGMA user_version").fetchone()[0] != promised:
+                raise
+            # It cannot be written for now, but it holds nothing that it may not, and what was learned can be read.
+            self.trouble = f"{self.file} cannot be written ({error})."
+            log.error("%s", self.trouble)
 
     def close(self) -> None:
         self._file.close()
 
-    def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> None:
-        """A record (by the mode, with features in the place of pictures), the cloud's answer, and the edge's own.
+    def revoke(self) -> None:
+        """From now on nothing is written by this handle, and what is in it can still be read."""
+        with self._lock:
+            self.mode = NOTHING
 
-        Raises OSError where the disk has no room.
+    def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> int:
+        """Keep a record (by the mode, with features in the place of pictures), the cloud's answer, and the edge's own.
+
+        Returns the number of older answers that were deleted to make room.
         """
         if self.mode == NOTHING:
-            return
+            return 0
         asked = {name: one for name, one in record.items() if not name.startswith("_")}
         body = dumps({"record": asked, "value": value, "edge": edge}, plain).encode()
+        size = len(body)  # before encryption: with a key as much is kept as without
+        if size > self.limit:
+            raise StoreError(f"An answer of {size:,} bytes is larger than all that may be kept ({self.limit:,}).")
         if self._cipher:
             body = self._cipher.encrypt(body)
         with self._written():
+            if self.mode == NOTHING:  # revoked meanwhile
+                return 0
             self._file.execute(
                 "INSERT INTO answers (time, task, mode, secret, size, body) VALUES (?, ?, ?, ?, ?, ?)",
-                (time.time(), task, self.mode, self._cipher is not None, len(body), body),
+                (time.time(), task, self.mode, self._cipher is not None, size, body),
             )
-            self._forget_oldest()
+            return self._forget_oldest()
 
     def rows(self, task: str | None = None, until: int | None = None) -> Iterator[dict[str, Any]]:
         """What is kept, the oldest first: id, task, record, value, edge; up to the row `until`."""
-        with self._lock:
+        with self._used():
+            self._check_key()
             found = self._file.execute(
                 "SELECT id, task, secret, body FROM answers WHERE (? IS NULL OR task = ?) AND id <= ? ORDER BY id",
                 (task, task, until if until is not None else 2**62),
             ).fetchall()
         for number, name, secret, body in found:
-            content = loads(self._opened(body) if secret else body)
+            try:
+                content = loads(self._cipher.decrypt(body) if secret and self._cipher else body)
+            except (ValueError, UsageError):
+                log.error("the kept answer %d is damaged, and is passed over", number)
+                continue
             yield {"id": number, "task": name, **content}
 
     def tasks(self) -> dict[str, tuple[int, int]]:
         """How many of each task are kept, and the number of the last."""
-        with self._lock:
+        with self._used():
             rows = self._file.execute("SELECT task, COUNT(*), MAX(id) FROM answers GROUP BY task").fetchall()
         return {task: (count, last) for task, count, last in rows}
 
@@ -104,8 +165,27 @@ class Kept:
         return {task: count for task, (count, _) in self.tasks().items()}
 
     def size(self) -> int:
-        with self._lock:
+        with self._used():
             return int(self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0])
+
+    def summary(self) -> dict[str, Any]:
+        """State of the store for people and programs; it raises nothing, and says what is wrong in `trouble`."""
+        told: dict[str, Any] = {"bytes": 0, "answers": {}, "trouble": self.trouble, "set_aside": []}
+        try:
+            told |= {"bytes": self.size(), "answers": self.counts()}
+        except StoreError as error:
+            told["trouble"] = str(error)
+        if self.file is not None:
+            told["set_aside"] = [one.name for one in set_aside(self.file)]
+        return told
+
+    def pending(self) -> tuple[int, int]:
+        """How many answers the mode forbids, and how many are not encrypted though there is a key: of a file that is
+        read only, what a start of the box would delete and encrypt. Raises UsageError for another key."""
+        with self._used():
+            forbidden, plain = self._count_forbidden(), self._count(0) if self._cipher else 0
+            self._check_key()
+        return forbidden, plain
 
     # What a Sureness has learned, and what was asked of the cloud: numbers alone
 
@@ -113,6 +193,8 @@ class Kept:
         if self.mode == NOTHING:
             return
         with self._written():
+            if self.mode == NOTHING:
+                return
             self._file.execute(
                 "INSERT INTO seen (task, version, seen, right, weight) VALUES (?, ?, ?, ?, ?)",
                 (task, version, seen.astype(np.float32).tobytes(), right, weight),
@@ -123,7 +205,7 @@ class Kept:
             )  # fmt: skip
 
     def seen(self, task: str, version: str) -> list[tuple[np.ndarray, float, float]]:
-        with self._lock:
+        with self._used():
             rows = self._file.execute(
                 "SELECT seen, right, weight FROM seen WHERE task = ? AND version = ? ORDER BY id", (task, version)
             ).fetchall()
@@ -137,106 +219,155 @@ class Kept:
             )
 
     def spent(self, hour: int) -> int:
-        with self._lock:
+        with self._used():
             row = self._file.execute("SELECT requests FROM spent WHERE hour = ?", (hour,)).fetchone()
         return row[0] if row else 0
 
     # Inside
 
     @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        with self._lock, _named(self.file):
+            yield
+
+    @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        with self._lock:
-            self._file.execute("BEGIN IMMEDIATE")
+        """All that is written inside, or nothing of it."""
+        with self._used():
             try:
+                self._file.execute("BEGIN IMMEDIATE")
                 yield
                 self._file.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
+                if self.file is not None and isinstance(error, sqlite3.Error):
+                    self.trouble = f"{self.file} cannot be written ({error})."
                 with contextlib.suppress(sqlite3.Error):
                     self._file.execute("ROLLBACK")
                 raise
+            if self.file is not None:
+                self.trouble = ""
 
-    def _forget_oldest(self) -> None:
+    def _forget_oldest(self) -> int:
         used = self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0]
+        count = 0
         while used > self.limit:
             number, size = self._file.execute("SELECT id, size FROM answers ORDER BY id LIMIT 1").fetchone()
             self._file.execute("DELETE FROM answers WHERE id = ?", (number,))
-            used -= size
+            used, count = used - size, count + 1
+        return count
 
-    def _forget_forbidden(self) -> None:
-        allowed = {ALL: (ALL, FEATURES), FEATURES: (FEATURES,), NOTHING: ()}[self.mode]
-        marks = ", ".join("?" * len(allowed))
-        self._file.execute(f"DELETE FROM answers WHERE mode NOT IN ({marks})", allowed)
-        if self.mode == NOTHING:
-            self._file.execute("DELETE FROM seen")
-        self._file.execute("VACUUM")
+    def _forget_forbidden(self) -> int:
+        forbidden = self._count_forbidden()
+        if not forbidden and self.mode != NOTHING:
+            return 0
+        with self._written():
+            self._file.execute(f"DELETE FROM answers WHERE mode NOT IN ({_marks(self.mode)})", _ALLOWED[self.mode])
+            if self.mode == NOTHING:
+                self._file.execute("DELETE FROM seen")
+        if forbidden:
+            log.warning("%d kept answers were deleted: privacy = %s forbids them", forbidden, self.mode)
+        return forbidden
 
-    def _hide(self) -> None:
-        """What was kept before there was a key is encrypted now."""
-        if not self._cipher:
-            return
-        rows = self._file.execute("SELECT id, body FROM answers WHERE secret = 0").fetchall()
-        for number, body in rows:
-            hidden = self._cipher.encrypt(body)
-            self._file.execute(
-                "UPDATE answers SET secret = 1, body = ?, size = ? WHERE id = ?", (hidden, len(hidden), number)
-            )
-        if rows:
-            self._file.execute("VACUUM")
-        one = self._file.execute("SELECT body FROM answers WHERE secret = 1 LIMIT 1").fetchone()
-        if one:
-            self._opened(one[0])
+    def _encrypt_plain(self) -> int:
+        """Encrypt in place what was kept before there was a key: all of it, or nothing where that is interrupted."""
+        self._check_key()
+        if not self._cipher or not self._count(0):
+            return 0
+        with self._written():
+            numbers = [number for (number,) in self._file.execute("SELECT id FROM answers WHERE secret = 0")]
+            for number in numbers:
+                (body,) = self._file.execute("SELECT body FROM answers WHERE id = ?", (number,)).fetchone()
+                self._file.execute(
+                    "UPDATE answers SET secret = 1, body = ? WHERE id = ?", (self._cipher.encrypt(body), number)
+                )
+        log.warning("%d kept answers were encrypted in place", len(numbers))
+        return len(numbers)
 
-    def _opened(self, body: bytes) -> bytes:
-        if not self._cipher:
-            raise UsageError("What is kept is encrypted: give the key (box.toml names its variable).")
-        from cryptography.fernet import InvalidToken
+    def _check_key(self) -> None:
+        """Raises UsageError where answers are encrypted, and not with this key."""
+        if count := self._count(1):
+            where = f"{self.file} has {count} encrypted answers"
+            if self._cipher is None:
+                raise UsageError(
+                    f"{where}, and no key is named: name the variable that holds it (encrypt in box.toml), or move the "
+                    "file away to begin a new one."
+                )
+            one = self._file.execute("SELECT body FROM answers WHERE secret = 1 LIMIT 1").fetchone()
+            try:
+                self._cipher.decrypt(one[0])
+            except UsageError:
+                raise UsageError(
+                    f"{where}, and their key is another one: give that key, or move the file away to begin a new one."
+                ) from None
 
-        try:
-            return bytes(self._cipher.decrypt(body))
-        except InvalidToken:
-            raise UsageError("What is kept was encrypted with another key.") from None
+    def _count(self, secret: int) -> int:
+        return int(self._file.execute("SELECT COUNT(*) FROM answers WHERE secret = ?", (secret,)).fetchone()[0])
+
+    def _count_forbidden(self) -> int:
+        """Answers that the mode does not allow on the disk."""
+        asked = f"SELECT COUNT(*) FROM answers WHERE mode NOT IN ({_marks(self.mode)})"
+        return int(self._file.execute(asked, _ALLOWED[self.mode]).fetchone()[0])
 
 
-def open_kept(folder: Path, settings: Settings) -> Kept:
-    """The file of a box. Raises UsageError where the key of its encryption is missing."""
-    key = None
-    if settings.encrypt:
+def open_kept(folder: Path, settings: Settings, read_only: bool = False) -> Kept:
+    """The answer store of a box. `read_only`: as it lies there, nothing is made, deleted or encrypted.
+
+    Raises UsageError where the key of its encryption is missing, StoreError where the disk refuses.
+    """
+    key, file = None, folder / STORE
+    if settings.encrypt and settings.privacy != NOTHING:
         key = os.environ.get(settings.encrypt)
         if not key:
             raise UsageError(
                 f"The box encrypts what it keeps with the key in ${settings.encrypt}, which is not set. "
                 "`openm6-edge new-key` makes one."
             )
-    return Kept(folder / "kept.sqlite", settings.privacy, settings.keep_mb * 2**20, key)
+    there = not read_only or (file.is_file() and file.stat().st_size)
+    return Kept(file if there else None, settings.privacy, settings.keep_mb * 2**20, key, read_only)
+
+
+def _make_private(file: Path) -> None:
+    """Only the file's owner may read it, and what SQLite writes beside it. Raises StoreError."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        for one in parts(file):
+            if one.stat().st_mode & 0o077:
+                one.chmod(0o600)
+    except OSError as error:
+        raise StoreError(f"{file} cannot be opened ({(error.strerror or str(error)).lower()}).") from None
+
+
+@contextlib.contextmanager
+def _named(file: Path | None) -> Iterator[None]:
+    """What SQLite says of a file, as StoreError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        is_damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+        raise StoreError(f"{file or 'The answer store'} cannot be used ({error}).", is_damaged) from None
+
+
+def _marks(mode: str) -> str:
+    return ", ".join("?" * len(_ALLOWED[mode]))
+
+
+def promise(mode: str, is_encrypted: bool) -> int:
+    """What is written into the file's header (user_version) once it holds nothing that these forbid."""
+    return 1 + MODES.index(mode) + ENCRYPTED * is_encrypted
+
+
+def parts(file: Path) -> list[Path]:
+    """The file, and what SQLite may have left beside it."""
+    return [one for end in _BESIDE if (one := file.with_name(file.name + end)).exists()]
+
+
+def set_aside(file: Path) -> list[Path]:
+    """Damaged files that were renamed (see `opening`)."""
+    return sorted(one for one in file.parent.glob(f"{file.name}.damaged-*") if one.name.rpartition("-")[2].isdigit())
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
     """By what was asked: the same question about the same picture is never on both sides."""
     digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()
     return digest[0] % HELD_OUT == 0
-
-
-def new_key() -> str:
-    _needs_cryptography()
-    from cryptography.fernet import Fernet
-
-    return Fernet.generate_key().decode()
-
-
-def _cipher(key: str | None) -> Any:
-    if key is None:
-        return None
-    _needs_cryptography()
-    from cryptography.fernet import Fernet
-
-    try:
-        return Fernet(key)
-    except ValueError:
-        raise UsageError("The key of the encryption is none: `openm6-edge new-key` makes one.") from None
-
-
-def _needs_cryptography() -> None:
-    try:
-        import cryptography  # noqa: F401
-    except ImportError:
-        raise UsageError("Encryption needs a package: pip install cryptography.") from None

@@ -2,18 +2,20 @@
 
 model.onnx, picture.onnx      the network, and how it sees pictures
 tokenizer.json, openm6.json   as in a model directory; of the tasks those that it can do
-edge.json                     sizes, and what the model was
+edge.json                     sizes, what the model was, and the SHA-256 of every other file
 openm6-edge                   the program: `python openm6-edge run vqa photo=a.jpg question=...`
-requirements.txt              the four packages that it needs
+requirements.txt              the packages that it needs
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 import zipapp
+from collections.abc import Mapping
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copyfile, copytree, ignore_patterns
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,13 +27,15 @@ from openm6.bases import base_of
 from openm6.bundle import Bundle
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
-from openm6.edge.runner import KIND, about_of
+from openm6.edge.runner import FORMAT, KIND, about_of, check_files, digest_of, file_digest
 from openm6.errors import UsageError
 from openm6.model import M6
 from openm6.model.adapters import check_mergeable
 from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
+
+_log = logging.getLogger(__name__)
 
 OPSET = 20
 BITS = (8, 4)
@@ -54,13 +58,25 @@ PROGRAM = (
     "program.py",
     "sureness.py",
     "kept.py",
+    "cipher.py",
+    "opening.py",
+    "check.py",
     "box.py",
     "cloud.py",
+    "live.py",
     "cascade.py",
+    "status.py",
     "service.py",
+    "unit.py",
 )
 """Of `edge`, what needs no PyTorch."""
-NEEDS = ("numpy", "onnxruntime", "tokenizers", "pillow", "starlette", "uvicorn")
+LONG_AGO = 1_000_000_000
+"""Time of all files inside of the program, so that the same modules give the same digest."""
+NEEDS = (
+    "numpy>=1.26", "onnxruntime>=1.30", "tokenizers>=0.22,<0.24", "pillow>=11,<13", "pydantic>=2.11,<3", "pyyaml>=6",
+    "starlette", "anyio", "uvicorn>=0.34",
+)  # fmt: skip
+"""Packages that the program imports; a test compares them with its imports and with pyproject.toml."""
 
 
 def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
@@ -88,16 +104,32 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
 
     def write(folder: Path) -> None:
         _write_graphs(bundle, folder)
+        told["graph_bytes"] = {"32": _graph_bytes(folder)}
         if bits:
-            _round(folder, bits)
+            told["graph_bytes"] |= _round(folder, bits)
         bundle.processor.tokenizer.save(folder)
         write_card(folder, bundle.processor, tasks)
-        write_json(folder / "edge.json", told)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
+        _write_about(folder, "edge.json", told)
 
     write_whole(output, write)
+    if gainless := gains_nothing(told):
+        _log.warning(gainless)
     return told
+
+
+def gains_nothing(told: Mapping[str, Any]) -> str:
+    """A sentence where fewer bits than those of edge.json take no more bytes; else ""."""
+    sizes: dict[str, int] = told["graph_bytes"]
+    chosen = str(told["bits"] or 32)
+    best = min(sizes, key=lambda bits: (sizes[bits], -int(bits)))
+    if int(best) <= int(chosen):
+        return ""
+    return (
+        f"{chosen} bits gain nothing here: the graphs take {sizes[chosen]:,} bytes, and {sizes[best]:,} in {best} bits "
+        f"({'no --bits' if best == '32' else f'--bits {best}'}), whose answers are nearer to the model's."
+    )
 
 
 def round_package(path: Path, output: Path, bits: int) -> dict[str, Any]:
@@ -105,14 +137,16 @@ def round_package(path: Path, output: Path, bits: int) -> dict[str, Any]:
     UsageError for what is no such package."""
     require_new(output)
     told = about_of(path)
+    check_files(path, told)
     if told["bits"] or bits not in BITS:
         raise UsageError(f"{path} has {told['bits'] or 32} bits: 32 can be rounded to 8 or 4, not to {bits}.")
     told["bits"] = bits
 
     def write(folder: Path) -> None:
-        copytree(path, folder, dirs_exist_ok=True)
-        _round(folder, bits)
-        write_json(folder / "edge.json", told)
+        for name in told["files"]:
+            copyfile(path / name, folder / name)
+        told["graph_bytes"] |= _round(folder, bits)
+        _write_about(folder, "edge.json", told)
 
     write_whole(output, write)
     return told
@@ -132,17 +166,25 @@ def export_eyes(path: Path, output: Path) -> dict[str, Any]:
     if model.image is None:
         raise UsageError(f"{path} reads no pictures.")
     config = model.config
-    told = {
+    told: dict[str, Any] = {
         "eyes": eyes_of(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
         "width": config.hidden_size,
     }  # fmt: skip
 
     def write(folder: Path) -> None:
         _write_eyes(model, folder)
-        write_json(folder / "eyes.json", told)
+        _write_about(folder, "eyes.json", told)
 
     write_whole(output, write)
     return told
+
+
+def _write_about(folder: Path, name: str, told: dict[str, Any]) -> None:
+    """Write what is told of a folder, with the digests of its files, which are added to `told`."""
+    files = sorted(file for file in folder.iterdir() if file.name != name)
+    told |= {"format": FORMAT, "files": {file.name: file_digest(file) for file in files}}
+    told["sha256"] = digest_of(told)
+    write_json(folder / name, told)
 
 
 def _write_eyes(model: M6, folder: Path) -> None:
@@ -175,10 +217,22 @@ def _write_graphs(bundle: Bundle, folder: Path) -> None:
         _write_eyes(model, folder)
 
 
-def _round(folder: Path, bits: int) -> None:
+def _round(folder: Path, bits: int) -> dict[str, int]:
+    """Round the graphs in place. Returns their bytes by bits: with 4 those in 8 too, which may be no more."""
+    sizes: dict[str, int] = {}
+    if bits == 4:
+        with TemporaryDirectory() as place:
+            for file in folder.glob("*.onnx"):
+                copyfile(file, Path(place) / file.name)
+            sizes = _round(Path(place), 8)
     round_graph(folder / "model.onnx", bits)
     if (folder / "picture.onnx").is_file():
         round_graph(folder / "picture.onnx", 8)
+    return sizes | {str(bits): _graph_bytes(folder)}
+
+
+def _graph_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.onnx"))
 
 
 def _export(
@@ -218,13 +272,15 @@ def write_program(file: Path) -> None:
     source = Path(openm6.__file__).parent
     with TemporaryDirectory() as place:
         inside = Path(place) / "openm6"
-        inside.mkdir()
-        (inside / "edge").mkdir()
+        (inside / "edge").mkdir(parents=True)
         for name in PARTS:
             if (source / name).is_dir():
                 copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__"))
             else:
-                (inside / name).write_bytes((source / name).read_bytes())
+                copyfile(source / name, inside / name)
         for name in PROGRAM:
-            (inside / "edge" / name).write_bytes((source / "edge" / name).read_bytes())
-        zipapp.create_archive(place, file, "/usr/bin/env python3", "openm6.edge.program:main", compressed=True)
+            copyfile(source / "edge" / name, inside / "edge" / name)
+        copyfile(source / "edge" / "__main__.py", Path(place) / "__main__.py")
+        for path in Path(place).rglob("*"):
+            os.utime(path, (LONG_AGO, LONG_AGO))
+        zipapp.create_archive(place, file, "/usr/bin/env python3", compressed=True)

@@ -9,12 +9,13 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openm6.errors import OpenM6Error, UsageError
 from openm6.json_lines import dumps, plain
+from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -26,9 +27,12 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if (told := _done(given, started)) is not None:
             print(told)
-    except (OpenM6Error, ImportError) as error:
+    except OpenM6Error as error:
         print(error, file=sys.stderr)
-        sys.exit(2 if isinstance(error, OpenM6Error) else 1)
+        sys.exit(error.exit_code)
+    except ImportError as error:
+        print(f"{error}: `pip install -r requirements.txt` in the package's folder installs it.", file=sys.stderr)
+        sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,11 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
-    serving = commands.add_parser("serve", help="a box over HTTP")
-    serving.add_argument("--host", default="127.0.0.1")
-    serving.add_argument("--port", type=int, default=8100)
-    serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
-    commands.add_parser("status", help="of a box: what it keeps, and how it stands with the cloud's settings")
+    asking.add_argument(
+        "--truncate", choices=TRUNCATE, help="of a package: leaves out the beginning of a text that is too long"
+    )
+    for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
+        serving = commands.add_parser(name, help=told)
+        serving.add_argument("--host", default="127.0.0.1")
+        serving.add_argument("--port", type=int, default=8100)
+        serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
+        serving.add_argument("--anyone", action="store_true", help="no key, though others can reach the address")
+    commands.add_parser("status", help="of a box: its settings, what it keeps, and what serves it")
+    commands.add_parser("check", help="of a box, before it goes live: store, disk, key, cloud, model, clock")
     commands.add_parser("new-key", help="for a box that encrypts what it keeps")
     return parser
 
@@ -58,10 +68,10 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
     if given.command == "new-key":
-        from openm6.edge.kept import new_key
+        from openm6.edge.cipher import new_key
 
         return new_key()
-    if (given.package / FILE).is_file() or given.command in ("serve", "status"):
+    if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status", "check"):
         return _of_a_box(given, started)
     from openm6.edge.runner import EdgeModel
 
@@ -71,7 +81,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     if given.command == "about":
         return dumps({**model.about, **_size(model.path, started)})
     ready = time.perf_counter()
-    answer = model.answer(given.task, _record(given.slots))
+    answer = model.answer(given.task, _record(given.slots), truncate=given.truncate)
     if not given.json:
         return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
     return dumps({
@@ -81,20 +91,40 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 
 
 def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
-    from openm6.edge.box import Box
-    from openm6.edge.cascade import Cascade
-    from openm6.edge.kept import open_kept
+    from openm6.edge.box import FILE
 
+    if given.command == "check":
+        from openm6.edge.check import check_box
+
+        findings = []
+        for finding in check_box(given.package):
+            findings.append(finding)
+            if not given.json:
+                print(finding.line(), flush=True)
+        if given.json:
+            print(dumps([asdict(finding) for finding in findings]))
+        sys.exit(any(finding.fails for finding in findings))
     if given.command == "status":
-        box = Box(given.package)
-        with closing(open_kept(box.path, box.settings)) as kept:
-            told = {"versions": box.versions, "answers": box.version, "kept": kept.counts()}
-            return dumps({**told, "kept_bytes": kept.size()})
+        from openm6.edge.status import status_of
+
+        return dumps(status_of(given.package))
+    if given.command == "unit":
+        from openm6.edge.unit import unit_of
+
+        return unit_of(given.package, given.host, given.port, given.key_env, given.anyone)
+    from openm6.edge.cascade import Cascade
+
     if given.command == "serve":
-        from openm6.edge.service import key_of, serve
+        from openm6.edge.service import key_of, log, serve, start_log
 
         key = key_of(given.key_env)
-        serve(Cascade(given.package, given.threads), given.host, given.port, key)
+        if (given.package / FILE).exists():
+            start_log(given.package)
+        try:
+            serve(Cascade(given.package, given.threads), given.host, given.port, key, given.anyone)
+        except OpenM6Error as error:
+            log.info("not served: %s", error)
+            raise
         return None
     cascade = Cascade(given.package, given.threads)
     try:
@@ -102,6 +132,8 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             return "\n".join(_lines(cascade.model.tasks))
         if given.command == "about":
             return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
+        if given.truncate:
+            raise UsageError("--truncate is for a package: a box refuses what is too long for its model.")
         ready = time.perf_counter()
         reply = cascade.answer(given.task, _record(given.slots))
         if not given.json:

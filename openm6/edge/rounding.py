@@ -2,7 +2,7 @@
 
 8    products by MatMulInteger, their inputs rounded as they come (ONNX Runtime makes one operation of it); rows of an
      embedding, and convolutions, are brought back to fp32 as they are read
-4    products by ONNX Runtime's MatMulNBits; what is left in 8
+4    products inside the layers by ONNX Runtime's MatMulNBits; what is left in 8
 
 The numbers are those of model/lowbit.py: a scale for each output.
 """
@@ -18,6 +18,8 @@ import torch
 
 from openm6.model import lowbit
 
+HEAD = "head_DV"
+"""The output matrix, which is the embedding too (graph.py): with 4 bits for its product it would be stored twice."""
 SMALL = 512
 """Numbers of a tensor that is left as it is."""
 
@@ -37,7 +39,8 @@ def _in_four(model: Any) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
-    quantizer = MatMulNBitsQuantizer(model, block_size=lowbit.GROUP, is_symmetric=False)
+    head = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] == HEAD]
+    quantizer = MatMulNBitsQuantizer(model, block_size=lowbit.GROUP, is_symmetric=False, nodes_to_exclude=head)
     quantizer.process()
     return quantizer.model.model
 

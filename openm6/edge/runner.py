@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
 
 KIND = "openm6-edge"
+FORMAT = 2
+"""Of edge.json and eyes.json. Format 1 had no digests of the files."""
 Record = Mapping[str, Any]
 
 
@@ -38,14 +41,14 @@ class Answer:
 class Eyes:
     """How a model reads pictures: `picture.onnx`, and of whom, in edge.json or eyes.json."""
 
-    def __init__(self, path: Path, threads: int = 0):
-        file = path / "eyes.json"
-        try:
-            about = json.loads((file if file.is_file() else path / "edge.json").read_text("utf-8"))
-            self.grid = ImageGrid(about["stride"], about["max_patches"])
-            self.name, self.width = str(about["eyes"]), int(about["width"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OpenM6Error(f"{path} is damaged: it does not say how pictures are read.") from None
+    def __init__(self, path: Path, threads: int = 0, about: Mapping[str, Any] | None = None):
+        """`about`: what edge.json says of a package whose files have been checked; without it eyes.json is read, and
+        its files are checked. Raises OpenM6Error where they are damaged."""
+        if about is None:
+            about = _about(path, "eyes.json")
+            check_files(path, about)
+        self.grid = ImageGrid(about["stride"], about["max_patches"])
+        self.name, self.width = str(about["eyes"]), int(about["width"])
         self._session = _session(path, "picture.onnx", threads)
 
     def read(self, pixels: np.ndarray) -> np.ndarray:
@@ -66,16 +69,53 @@ class Eyes:
 
 
 def about_of(path: Path) -> dict[str, Any]:
-    """What edge.json of a package says. Raises UsageError where there is none."""
+    """What edge.json of a package says. Raises UsageError where there is none, or one of another format, OpenM6Error
+    where it is damaged."""
+    if not (path / "edge.json").is_file():
+        raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.")
+    return _about(path, "edge.json")
+
+
+def digest_of(about: Mapping[str, Any]) -> str:
+    """SHA-256 of what edge.json or eyes.json says, in hexadecimal; its own `sha256` excepted."""
+    content = {name: value for name, value in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def check_files(path: Path, about: Mapping[str, Any]) -> None:
+    """Raises OpenM6Error, with the name of the file, where one is missing or is not the file that was exported."""
+    for name, digest in about["files"].items():
+        try:
+            found = file_digest(path / name)
+        except OSError as error:
+            raise OpenM6Error(f"{path} is damaged: {name} cannot be read ({error.strerror}).") from None
+        if found != digest:
+            raise OpenM6Error(
+                f"{path} is damaged: {name} is not the file that was exported. It has changed, or belongs to another "
+                "package; copy the whole folder again, or export the model again."
+            )
+
+
+def _about(path: Path, name: str) -> dict[str, Any]:
     try:
-        about: dict[str, Any] = json.loads((path / "edge.json").read_text("utf-8"))
-        if about["kind"] != KIND:
-            raise KeyError(KIND)
-        return about
-    except FileNotFoundError:
-        raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.") from None
-    except (ValueError, KeyError, TypeError):
-        raise OpenM6Error(f"{path} is damaged: edge.json cannot be read.") from None
+        about: dict[str, Any] = json.loads((path / name).read_text("utf-8"))
+        found, digest = about.get("format", 1), about.get("sha256")
+    except (OSError, ValueError, AttributeError):
+        raise OpenM6Error(f"{path} is damaged: {name} cannot be read.") from None
+    if found != FORMAT:
+        raise UsageError(
+            f"{path / name} has the format {found}, and this program reads the format {FORMAT}: export the model again "
+            "with the OpenM6 of this program."
+        )
+    if digest != digest_of(about):
+        raise OpenM6Error(f"{path} is damaged: {name} is not as it was written.")
+    return about
 
 
 def _session(path: Path, name: str, threads: int) -> Any:
@@ -94,13 +134,15 @@ class EdgeModel:
     """`EdgeModel("package").run("vqa", photo="a.jpg", question="...")`."""
 
     def __init__(self, path: str | Path, threads: int = 0):
-        """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package."""
+        """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package,
+        OpenM6Error where one of its files is not the one that was exported."""
         self.path = Path(path)
         self.about = about_of(self.path)
+        check_files(self.path, self.about)
         tasks, longest, _ = read_card(self.path)
         self.tasks = {task.name: task for task in tasks}
         self._network = _session(self.path, "model.onnx", threads)
-        self._eyes = Eyes(self.path, threads) if self.about["pictures"] else None
+        self._eyes = Eyes(self.path, threads, self.about) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
         self.processor = Processor(Tokenizer.load(self.path), grid, longest)
 

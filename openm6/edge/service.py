@@ -11,8 +11,16 @@ import hmac
 import json
 import logging
 import os
+import signal
+import socket
 import threading
+import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -24,42 +32,117 @@ from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed
+from openm6.edge.status import SERVING, ServiceLock
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import MAX_BYTES, Features, from_base64
 from openm6.json_lines import dumps, plain
 from openm6.sites import LOOPBACK, from_another_site, from_here
 
+LOG, LOG_BYTES, LOGS = "box.log", 2**20, 5
+"""File of the log, its size before it is rotated, and how many older ones are kept."""
+STOPPING = 10
+"""Seconds for the answers that are being given when the box is stopped."""
 LARGEST = MAX_BYTES * 4 // 3 + 2**20
 log = logging.getLogger("openm6.edge")
 
 
-def serve(cascade: Cascade, host: str, port: int, key: str = "") -> None:
-    """Until it is told to stop. Raises UsageError for an address that others can reach, without a key."""
+def serve(cascade: Cascade, host: str, port: int, key: str = "", anyone: bool = False) -> None:
+    """Answer until a signal stops it. Raises UsageError for an address that others can reach, without a key (`anyone`:
+    they may), for one where it cannot listen, and where another process serves the box."""
     import uvicorn
 
-    if host not in LOOPBACK and not key:
+    if host not in LOOPBACK and not key and not anyone:
         raise UsageError(
-            f"At {host} others can ask this box: name the variable of a key that they need, --key-env NAME."
+            f"At {host} others can ask this box: name the variable of a key that they need, --key-env NAME, or say "
+            "--anyone."
         )
-    stopping = threading.Event()
-    threading.Thread(target=_report, args=(cascade, stopping), daemon=True).start()
-    print(f"{cascade.box.path} answers at http://{host}:{port}", flush=True)
-    try:
-        uvicorn.run(
-            make_app(cascade, key, host in LOOPBACK), host=host, port=port, log_level="warning", access_log=False
+    with closing(ServiceLock(cascade.box.path)) as lock, closing(_listening(host, port)) as listener:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                log.info("serves at %s: version %s, %s", url, cascade.version, cascade.settings)
+                print(f"{cascade.box.path} answers at {url}", flush=True)
+
+        watcher = _Watcher(cascade, url, lock)
+        application = make_app(cascade, key, host in LOOPBACK)
+        config = uvicorn.Config(
+            application, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=STOPPING
         )
-    finally:
-        stopping.set()
-        cascade.close()
-
-
-def _report(cascade: Cascade, stopping: threading.Event) -> None:
-    minutes = cascade.settings.statistics_minutes
-    while minutes and not stopping.wait(60 * minutes):
+        # uvicorn raises the signal once more when all is answered, which would end the process before it is closed.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        watcher.start()
         try:
-            cascade.report()
-        except Failed as error:
-            log.info("the cloud was not told: %s", error)
+            with contextlib.suppress(KeyboardInterrupt):
+                Server(config).run([listener])
+        finally:
+            watcher.stop()
+            cascade.close()
+            log.info("stopped")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{host} cannot listen on port {port} ({reason}): see --host and --port.") from None
+
+
+def start_log(path: Path) -> None:
+    """Write what happens to a box to box.log in its folder, which is rotated, and warnings to standard error too; never
+    what is asked or answered."""
+    logging.raiseExceptions = False  # a full disk costs lines of the log, and nothing else
+    file = RotatingFileHandler(path / LOG, maxBytes=LOG_BYTES, backupCount=LOGS, encoding="utf-8", delay=True)
+    stream = logging.StreamHandler()
+    stream.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[file, stream], format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)
+
+
+class _Watcher(threading.Thread):
+    """Takes up each second what has changed, though nobody asks; says what is in force; reports when it is due."""
+
+    def __init__(self, cascade: Cascade, url: str, lock: ServiceLock):
+        super().__init__(daemon=True)
+        self._cascade, self._lock, self._stopping = cascade, lock, threading.Event()
+        self._about = {"url": url, "process": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._told: dict[str, Any] = {}
+        self._write_state()
+
+    def run(self) -> None:
+        threading.Thread(target=self._try_cloud, daemon=True).start()
+        reported = time.monotonic()
+        while not self._stopping.wait(1.0):
+            self._write_state()
+            minutes = self._cascade.settings.statistics_minutes
+            if minutes and time.monotonic() - reported >= 60 * minutes:
+                reported = time.monotonic()
+                try:
+                    self._cascade.report()
+                except Failed as error:
+                    log.warning("the cloud was not told: %s", error)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+
+    def _try_cloud(self) -> None:
+        for finding in self._cascade.check_cloud():
+            if finding.fails:
+                log.warning("%s", finding.line())
+
+    def _write_state(self) -> None:
+        now, version = self._cascade.live.follow(), self._cascade.version
+        state = {**self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem}
+        if state != self._told:
+            self._told = state
+            try:
+                self._lock.write_state(state)
+            except OSError as error:
+                log.warning("%s cannot be written: %s", SERVING, error)
 
 
 def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlette:
@@ -72,8 +155,11 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         return PlainTextResponse(_exposition(cascade), media_type="text/plain; version=0.0.4")
 
     async def status(_: Request) -> Response:
-        kept = {"bytes": cascade.kept.size(), "answers": cascade.kept.counts()}
-        return _json({**cascade.statistics(), "kept": kept, "drifting": cascade.drifting()})
+        now = cascade.live.follow()
+        return _json({
+            **cascade.statistics(), "kept": now.kept.summary(), "drifting": cascade.drifting(),
+            "settings": asdict(now.settings), "problem": now.problem,
+        })  # fmt: skip
 
     async def tasks(_: Request) -> Response:
         found = cascade.model.tasks
@@ -121,7 +207,10 @@ class _Guard:
         self.app, self.key, self.loopback = app, key, loopback
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] not in ("/healthz", "/readyz"):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if scope["path"] not in ("/healthz", "/readyz"):
             headers = dict(scope["headers"])
             if from_another_site(headers) or (self.loopback and not from_here(headers)):
                 await _error(403, "forbidden", "Pages of other sites may not ask this box.")(scope, receive, send)
@@ -130,7 +219,16 @@ class _Guard:
             if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
                 await _error(401, "invalid_api_key", "A key is needed: Authorization: Bearer ...")(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        failed = False
+        try:
+            await self.app(scope, receive, send)
+        except Exception as error:  # its message, and so uvicorn's log, might repeat what was asked
+            places = "; ".join(f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-5:])
+            log.error("a request failed: %s at %s", type(error).__name__, places)
+            failed = True
+        if failed:
+            with contextlib.suppress(RuntimeError):  # where the answer had begun
+                await _error(500, "failed", "The box failed at this request: see its log.")(scope, receive, send)
 
 
 async def _asked(request: Request) -> dict[str, Any]:
@@ -186,7 +284,11 @@ def _exposition(cascade: Cascade) -> str:
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    lines.append(f"openm6_edge_kept_bytes {cascade.kept.size()}")
+    kept = cascade.kept.summary()
+    lines += [
+        f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
+        f"openm6_edge_store_set_aside {len(kept['set_aside'])}",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from openm6.errors import OpenM6Error
 from openm6.json_lines import plain
 
 PARTS = 16
@@ -138,15 +139,23 @@ class Sureness:
 
     # Files
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, package: str) -> None:
+        """`package`: SHA-256 of the package (edge.json) whose answers it was fitted to."""
         with file.open("wb") as stream:
-            np.savez(stream, max_loss=np.array(self.max_loss), **self.parts)  # type: ignore[arg-type]
+            np.savez(stream, max_loss=np.array(self.max_loss), package=np.array(package), **self.parts)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, file: Path) -> Sureness:
-        with np.load(file, allow_pickle=False) as kept:
-            parts = {name: kept[name] for name in kept.files}
-        return cls({name: value for name, value in parts.items() if name != "max_loss"}, float(parts["max_loss"]))
+    def load(cls, file: Path, package: str) -> Sureness:
+        """Raises OpenM6Error for a file that is damaged, or was fitted to another package."""
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                parts = {name: kept[name] for name in kept.files}
+            fitted_to, max_loss = str(parts.pop("package")), float(parts.pop("max_loss"))
+            if fitted_to == package:
+                return cls(parts, max_loss)
+        except Exception:  # numpy and zipfile raise many kinds of errors for a damaged file
+            raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
+        raise OpenM6Error(f"{file} is of another package: calibrate again (openm6 cascade calibrate).")
 
 
 class Audits:

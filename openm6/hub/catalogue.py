@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.bases import base_of, changed_base, directory_hash
 from openm6.environment import ARTIFACTS, CATALOGUE
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.errors import OpenM6Error, UsageError, suggest, suggest_path
 from openm6.hub.jobs import home, last_step
 from openm6.json_lines import lines_of
 
@@ -123,7 +123,7 @@ class Catalogue:
         `run`: the folder of its training, of which the energy is kept, and the recipe where the model has none. The
         base of an adapter is kept by its path and a hash of its files."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
-            raise UsageError(f"{directory} is no model directory.")
+            raise UsageError(f"{directory} is no model directory.{suggest_path(directory)}")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
         if base := base_of(directory):

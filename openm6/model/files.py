@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.bases import require_model
 from openm6.errors import OpenM6Error
 from openm6.model.config import ModelConfig
 from openm6.model.lowbit import is_scale, restored, shape_of
@@ -42,9 +43,15 @@ def load_model(path: Path) -> M6:
     return model
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The config of a model directory. Raises UsageError where there is none; nothing is looked for in the network."""
+    require_model(path)
+    return ModelConfig.from_pretrained(path, local_files_only=True)
+
+
 def check_model(path: Path) -> ModelConfig:
     """The config of a model directory whose weights are as it asks for."""
-    config = ModelConfig.from_pretrained(path)
+    config = read_config(path)
     expected, found = shapes(config), _stored_shapes(path)
     if config.weight_bits is not None:
         found = {name: shape for name, shape in found.items() if not is_scale(name)}

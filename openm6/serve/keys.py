@@ -40,7 +40,7 @@ class Keys:
 
     def __init__(self, path: Path):
         self.path = path
-        self._seen: float | None = None
+        self._seen: tuple[int, int, int] | None = None
         self._known: dict[str, Key] = {}
 
     def find(self, given: str) -> Key | None:
@@ -84,10 +84,11 @@ class Keys:
 
     def _follow(self) -> None:
         try:
-            changed = self.path.stat().st_mtime
+            about = self.path.stat()
         except OSError:
             self._seen, self._known = None, {}
             return
+        changed = about.st_mtime_ns, about.st_size, about.st_ino  # a clock's tick may hold two changes
         if changed == self._seen:
             return
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, suggest_path
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
@@ -49,6 +49,8 @@ def _ranges(numbers: Iterable[int]) -> str:
 def read_card(path: Path) -> tuple[list[Task], int, int]:
     """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
     card = path / NAME
+    if not path.exists():
+        raise UsageError(f"{path} is no OpenM6 model: there is no such path.{suggest_path(path)}")
     if not card.is_file():
         raise UsageError(
             f"{path} is no OpenM6 model: it has no openm6.json. `openm6 train` and `openm6 models import` make one."

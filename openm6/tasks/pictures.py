@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from openm6.bases import require_model
 from openm6.images import Source, read_square
 from openm6.model.codec import Codec
 from openm6.model.files import quietly
@@ -30,8 +31,10 @@ class PictureCodec:
 
     @classmethod
     def load(cls, path: Path) -> PictureCodec:
+        """Raises UsageError where there is no codec."""
+        require_model(path)
         quietly()
-        return cls(Codec.from_pretrained(path))
+        return cls(Codec.from_pretrained(path, local_files_only=True))
 
     def save(self, path: Path) -> None:
         quietly()

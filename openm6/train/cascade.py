@@ -2,7 +2,8 @@
 
 A round of learning is a training like any other (`openm6 train`), on what the box kept and on the data that it was
 calibrated with; killed, it goes on where it was. Its model is exported, and measured beside the one that answers: on
-the kept answers that were held out of learning, and on the calibration's records. Only a better one is promoted.
+the kept answers that were held out of learning, and on the calibration's records. Only one that is better by more than
+chance is promoted (promotion.py).
 
     learning/plan.json   what this round learns, fixed when it begins
     learning/run         the training
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from openm6.atomic import publish, require_new, write_file, write_json, write_whole
+from openm6.bases import base_of, require_model
 from openm6.data.columns import SlotView
+from openm6.data.overlap import digest
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
 from openm6.edge.box import EYES, FILE, VERSIONS, Box, Settings, written
@@ -30,10 +34,12 @@ from openm6.edge.kept import FEATURES, NOTHING, is_held_out, open_kept
 from openm6.edge.package import export, export_eyes, write_program
 from openm6.edge.runner import EdgeModel, about_of
 from openm6.edge.sureness import Sureness, agreement
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, suggest
 from openm6.model.adapters import check_whole
 from openm6.model.files import eyes_of
 from openm6.tasks.card import read_card
+from openm6.tasks.task import Task
+from openm6.train.promotion import check_apart, gain, not_trained_on, reason_against, told_counts
 
 LEARNING = "learning"
 CALIBRATION = "calibration.json"
@@ -41,8 +47,6 @@ LEAST = 50
 """Answers of the cloud from which on a round is worth it, and records from which on a task is calibrated."""
 REPLAY = 3.0
 """Weight of what is not to be forgotten, beside the kept answers."""
-WORSE = 0.01
-"""By which a version may be worse on the calibration's records, and still be promoted for what it learned."""
 VERSIONS_KEPT = 3
 
 
@@ -55,6 +59,8 @@ def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, 
     check_whole(model)
     if settings.privacy == FEATURES and cloud_model is None:
         raise UsageError("To send features the box needs the eyes of the cloud's model: --cloud-model DIRECTORY.")
+    for directory in filter(None, (model, cloud_model)):
+        require_model(base_of(directory) or directory)
 
     def write(folder: Path) -> None:
         first = folder / VERSIONS / "0001"
@@ -102,10 +108,10 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
     chosen = model.task(task)
     if chosen.embeds or chosen.head:
         raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
-    source = open_source(entry["data"])
+    source = _some(entry)
     view = SlotView.of(chosen, source, entry["columns"])
     states, confidences, right = [], [], []
-    for seen in chain(map(view, _some(source, entry["records"])), more):
+    for seen in chain(map(view, source), more):
         answer = model.answer(task, chosen.asked(seen), truncate="start")
         assert answer.state is not None
         states.append(answer.state)
@@ -116,10 +122,11 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
     return Sureness.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
 
 
-def _some(source: Source, most: int) -> Iterator[Record]:
-    """Records from all over a source, always the same ones."""
-    chosen = np.random.default_rng(0).permutation(len(source))[:most]
-    return (source[int(number)] for number in sorted(chosen))
+def _some(entry: Mapping[str, Any]) -> Source:
+    """The records of an entry, from all over its source, always the same ones."""
+    source = open_source(entry["data"])
+    chosen = np.random.default_rng(0).permutation(len(source))[: entry["records"]]
+    return Source(entry["data"], ListRecords(source[int(number)] for number in sorted(chosen)))
 
 
 def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
@@ -128,7 +135,8 @@ def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
 
 
 def _save(sureness: Sureness, package: Path, task: str) -> None:
-    write_file(package / f"sureness-{task}.npz", sureness.save)
+    digest = about_of(package)["sha256"]
+    write_file(package / f"sureness-{task}.npz", lambda draft: sureness.save(draft, digest))
 
 
 def _calibrations(version: Path) -> dict[str, Any]:
@@ -152,22 +160,58 @@ def open_kept_source(name: str) -> ListRecords:
     folder, _, task = folder.rpartition("/")
     if rest not in ("train", "held-out"):
         raise UsageError(f"{name}: write kept:BOX/TASK/train or kept:BOX/TASK/held-out.")
-    return _kept_records(Box(folder), task, until)[rest == "held-out"]
+    found = _kept_records(Box(folder), task, until)
+    return found.held_out if rest == "held-out" else found.learned
 
 
-def _kept_records(box: Box, task: str, until: int | None) -> tuple[ListRecords, ListRecords]:
-    """Those to learn of, and those that are held out."""
-    outputs = next(one for one in read_card(box.folder() / "package")[0] if one.name == task).outputs
-    eyes = eyes_of(box.folder() / "model")
+class _Kept(NamedTuple):
+    """Kept answers to learn from, those that are held out, and how many are passed over, by the reason."""
+
+    learned: ListRecords
+    held_out: ListRecords
+    passed_over: Counter[str]
+
+
+def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
+    chosen = _task(box, task)
+    eyes, asked = eyes_of(box.folder() / "model"), {name: name for name in chosen.inputs}
+    calibration = _digests(chosen, _calibrations(box.folder()).get(task))
     sides: tuple[list[Record], list[Record]] = ([], [])
+    passed_over: Counter[str] = Counter()
     with closing(open_kept(box.path, box.settings)) as kept:
         for row in kept.rows(task, until):
-            record = row["record"]
+            record, held_out = row["record"], is_held_out(row)
+            values = (row["value"] or {}) if len(chosen.outputs) > 1 else {chosen.outputs[0]: row["value"]}
             if any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in record.values()):
-                continue  # of eyes that this version has not
-            values = row["value"] if len(outputs) > 1 else {next(iter(outputs)): row["value"]}
-            sides[is_held_out(row)].append({**record, **values, "_where": f"kept:{task}#{row['id']}"})
-    return ListRecords(sides[0]), ListRecords(sides[1])
+                passed_over["of another image encoder"] += 1
+            elif any(_is_empty(values.get(name)) for name in chosen.outputs):
+                passed_over["without an answer"] += 1
+            elif calibration and not held_out and digest(SlotView(chosen, asked), record, chosen.inputs) in calibration:
+                passed_over["in the calibration"] += 1
+            else:
+                sides[held_out].append({**record, **values, "_where": f"kept:{task}#{row['id']}"})
+    return _Kept(ListRecords(sides[0]), ListRecords(sides[1]), passed_over)
+
+
+def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
+    """What the records of a calibration are asked with."""
+    if entry is None:
+        return set()
+    source = _some(entry)
+    view = SlotView.of(task, source, entry["columns"])
+    return {digest(view, record, task.inputs) for record in source}
+
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _task(box: Box, name: str) -> Task:
+    """Raises UsageError where the box's model has no such task."""
+    tasks = {task.name: task for task in read_card(box.folder() / "package")[0]}
+    if name not in tasks:
+        raise UsageError(f"{box.path} has no task {name}.{suggest(name, list(tasks))} It has: {', '.join(tasks)}.")
+    return tasks[name]
 
 
 ADDED["kept"] = open_kept_source
@@ -192,6 +236,11 @@ def learn(
     box = Box(path)
     if box.settings.privacy == NOTHING:
         raise UsageError("This box sends nothing, so nothing is there to learn of (privacy in box.toml).")
+    if not (box.folder() / "model").is_dir():
+        raise UsageError(
+            f"{path} was copied without {VERSIONS}/{box.version}/model, which learns: put its kept.sqlite into the "
+            "folder that has the model, and learn there."
+        )
     try:
         with FileLock(box.path / "learning.lock", timeout=0):
             return _round(box, data or {}, steps, batch_size, learning_rate, seed)
@@ -240,12 +289,23 @@ def _plan(folder: Path) -> dict[str, Any] | None:
 def _begin(
     box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> dict[str, Any]:
+    entries = _calibrations(box.folder())
+    for task, names in data.items():
+        chosen = _task(box, task)
+        if task in entries:
+            check_apart(chosen, _some(entries[task]), entries[task]["columns"], names)
     with closing(open_kept(box.path, box.settings)) as kept:
-        there = kept.tasks()
-    learned = {task: last for task, (count, last) in there.items() if count >= LEAST}
+        there = {task: last for task, (_, last) in kept.tasks().items()}
+    kept_of = {task: _kept_records(box, task, last) for task, last in there.items()}
+    usable = {task: len(one.learned) + len(one.held_out) for task, one in kept_of.items()}
+    learned = {task: last for task, last in there.items() if usable[task] >= LEAST}
     if not learned:
-        total = sum(count for count, _ in there.values())
-        raise UsageError(f"{box.path} has kept {total} answers of the cloud; a round takes {LEAST} of a task at least.")
+        passed_over = sum((one.passed_over for one in kept_of.values()), Counter[str]())
+        besides = f" (passed over: {told_counts(passed_over)})" if passed_over else ""
+        raise UsageError(
+            f"{box.path} has kept {sum(usable.values())} answers of the cloud{besides}; a round takes {LEAST} of a "
+            "task at least."
+        )
     plan = {
         "from": box.version, "until": learned, "data": {task: list(some) for task, some in data.items()},
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
@@ -291,37 +351,43 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
     old, new = EdgeModel(box.folder() / "package"), EdgeModel(version / "package")
     told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
     entries = _calibrations(box.folder())
-    gains, losses = [], []
+    before, after = [np.zeros(0)], [np.zeros(0)]
     held_out: dict[str, ListRecords] = {}
     for task, until in plan["until"].items():
-        learned, some = _kept_records(box, task, until)
-        held_out[task] = some
-        before, after = _right(old, task, some), _right(new, task, some)
+        kept = _kept_records(box, task, until)
+        some = held_out[task] = not_trained_on(old.task(task), kept.held_out, plan["data"].get(task, ()))
+        if trained_on := len(kept.held_out) - len(some):
+            kept.passed_over["held out, and in --data"] = trained_on
+        before.append(_right(old, task, some))
+        after.append(_right(new, task, some))
         told["tasks"][task] = {
-            "learned": len(learned), "held_out": len(some), "held_out_before": before, "held_out_after": after,
+            "learned": len(kept.learned), "held_out": len(some), "passed_over": dict(kept.passed_over),
+            "held_out_before": _mean(before[-1]), "held_out_after": _mean(after[-1]),
         }  # fmt: skip
-        if len(some):
-            gains.append(after - before)
     for task, entry in entries.items():
         # With what came in and was held out of learning: there a threshold is needed.
         fitted = _calibrated(new, task, entry, iterate(held_out[task]) if task in held_out else ())
         _save(fitted, version / "package", task)
-        source = open_source(entry["data"])
-        view = SlotView.of(old.task(task), source, entry["columns"])
-        known = ListRecords(map(view, _some(source, entry["records"])))
-        before, after = _right(old, task, known), float(fitted.parts["right"][: len(known)].mean())
-        told["tasks"].setdefault(task, {}).update(before=before, after=after)
-        losses.append(before - after)
+        source = _some(entry)
+        known = ListRecords(map(SlotView.of(old.task(task), source, entry["columns"]), source))
+        told["tasks"].setdefault(task, {}).update(
+            before=_mean(_right(old, task, known)), after=_mean(fitted.parts["right"][: len(known)])
+        )
     write_json(version / CALIBRATION, entries)
-    # What it was asked to learn has to be better for it, and nothing that it could do worse by more than a little.
-    told["better"] = bool(gains) and float(np.mean(gains)) > 0 and max(losses, default=0.0) <= WORSE + 1e-9
-    return told
+    told |= gain(np.concatenate(before), np.concatenate(after))
+    told["reason"] = reason_against(told)
+    return {**told, "better": not told["reason"]}
 
 
-def _right(model: EdgeModel, task: str, records: ListRecords) -> float:
+def _right(model: EdgeModel, task: str, records: ListRecords) -> np.ndarray:
+    """How right each answer is, [n], 0 to 1."""
     chosen = model.task(task)
     found = [
         agreement(model.answer(task, chosen.asked(one), truncate="start").value, _wanted(chosen.outputs, one))
         for one in iterate(records)
     ]
-    return float(np.mean(found)) if found else 0.0
+    return np.array(found, float)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from openm6.bases import require_model
 from openm6.bundle import Bundle
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
@@ -58,7 +59,11 @@ class Pictures:
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
         self.path, self.notes = recipe.codec.path, list[str]()
-        self.config = CodecConfig.from_pretrained(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
+        if self.path:
+            require_model(self.path)
+            self.config = CodecConfig.from_pretrained(self.path, local_files_only=True)
+        else:
+            self.config = CodecConfig(**recipe.codec.sizes)
         self.task = PictureTask(self.config.image_size)
         self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
         rejects = open_rejects(recipe.output, recipe.train, group)

@@ -45,6 +45,7 @@ from openm6.evaluate.measure import Case, references, scored
 from openm6.json_lines import dumps, plain
 from openm6.model.adapters import check_whole
 from openm6.model.config import ModelConfig
+from openm6.model.files import read_config
 from openm6.tasks.card import read_card
 from openm6.tasks.library import get as get_task
 from openm6.train.compressed import Target, draw_pareto, line_of, lost, nearest, report_of
@@ -166,7 +167,7 @@ def search(
     work = _Work(chain, say, distill)
     parent = work.parent()
     rows, found, tried = [parent], None, list[dict[str, Any]]()
-    for level, steps in _levels(ModelConfig.from_pretrained(chain.model), distill):
+    for level, steps in _levels(read_config(chain.model), distill):
         before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
         for step in steps:
             whole = work.step(f"{name}-{step.kind}", step, before)

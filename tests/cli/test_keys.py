@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,14 @@ def test_a_damaged_count_is_told(tmp_path: Path) -> None:
     keys.spent.write_text("{}")
     with pytest.raises(UsageError, match=r"keys.json.spent is damaged: remove it"):
         command("keys", "list", "--keys", keys.path)
+
+
+def test_a_key_that_was_taken_away_is_none_at_once(tmp_path: Path) -> None:
+    """Though a server reads the file anew only when it has changed, and both changes have the same time."""
+    keys, server = Keys(tmp_path / "keys.json"), Keys(tmp_path / "keys.json")
+    first, second = keys.add("anna"), keys.add("otto")
+    os.utime(keys.path, (1000, 1000))
+    assert server.find(first) and server.find(second)
+    keys.remove("anna")
+    os.utime(keys.path, (1000, 1000))
+    assert server.find(first) is None and server.find(second)

@@ -20,6 +20,7 @@ DRAWN = "caption=红色"
 COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
 ANSWERED = ["--data", "good.csv", "--output", "out.csv"]
 EXTENDED = ["--picture", "gone.png", "--side", "left", "--pixels", "8"]
+PRIVACY_TWICE = ["--set", "privacy=nothing", "--set", "privacy=all"]
 
 CONTINUED = ["--picture", "b.png", "--side", "left", "--pixels", "8", DRAWN]
 CLEARED = ["--picture", "clear.png", "--side", "left", "--pixels", "8", DRAWN]
@@ -65,6 +66,11 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["run", "model", "caption", "phto=a.png"], 'The task caption has no slot phto. Did you mean "photo"?'),
     (2, ["run", "model", "vqa", "photo=a.png"], "question is missing"),
     (2, ["run", "model", "caption", "photo=a.png", "-o", "seed=x"], "seed has to be a number"),
+    (2, ["run", "model", "caption", "photo=a.png", "-o", "seed=1", "-o", "seed=2"], 'seed is given twice: "1" and "2"'),
+    (2, ["run", "model", "text_vector", "text=a", "-o", "seed=1"], "its one option is dims; leave out seed"),
+    (2, ["eval", "model", "--task", "text_vector", "--data", "good.csv", "-o", "top_k=1"], "is dims; leave out top_k"),
+    (2, ["predict", "model", "text_vector", *ANSWERED, "-o", "top_k=1"], "its one option is dims; leave out top_k"),
+    (2, ["run", "model", "caption", "photo=a.png", "photo=b.png"], "photo is given twice"),
     (2, ["run", "model", "caption", "photo=a.png", "--outptu", "b"], "No such option: --outptu"),
     (1, ["run", "model", "caption", "photo=gone.png"], "gone.png does not exist"),
     (1, ["run", "model", "caption", "photo=a.png", "--examples", "gone.csv"], "There is no file gone.csv"),
@@ -87,6 +93,26 @@ CASES: list[tuple[int, list[str], str]] = [
     (2, ["plan", "nowhere.yaml"], "There is no recipe nowhere.yaml"),
     (2, ["plan", "m6-10b", "--hardware", "h10"], "h10"),
     (2, ["train", "vectors", "model.path=nowhere"], "nowhere is no OpenM6 model"),
+    (2, ["train", "demo", "model.codec=modle"], 'there is no such path. Did you mean "model"?'),
+    (2, ["train", "demo", "tokenizer.path=nowhere"], "nowhere is no model directory"),
+    (2, ["train", "codec.yaml"], 'modle is no model directory: there is no such path. Did you mean "model"?'),
+    (2, ["train", "codec_64", "codec.eyes=modle"], 'there is no such path. Did you mean "model"?'),
+    (2, ["compress", "steps.yaml"], 'modle is no OpenM6 model: there is no such path. Did you mean "model"?'),
+    (2, ["models", "add", "goods", "modle"], 'modle is no model directory. Did you mean "model"?'),
+    (1, ["data", "check", "goods.csv", "--task", "vqa"], 'Did you mean "good.csv"?'),
+    (1, ["data", "check", "good.csv", "--task", "vqa", "--against", "gone.csv"], "There is no file gone.csv"),
+    (1, ["data", "add", "goods", "gone.csv"], "There is no file gone.csv"),
+    (1, ["eval", "model", "--task", "vqa", "--data", "dmo:questions/test"], 'Did you mean "demo"?'),
+    (1, ["models", "prune", "model", "new", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
+    (1, ["finetune", "model", "--task", "vqa", "--data", "good.csv", "--validation", "gone.csv"], "no file gone.csv"),
+    (1, ["finetune", "model", "--task", "vqa", "--unlabelled", "gone.csv"], "There is no file gone.csv"),
+    (1, ["eval", "model", "--task", "vqa", "--data", "good.csv", "--shots-from", "gone.csv"], "no file gone.csv"),
+    (2, ["serve", "model", "--adapter", "copy=modle"], 'modle is no OpenM6 model: there is no such path.'),
+    (2, ["index", "build", "i", "--model", "modle", "--task", "a", "--data", "b"], 'Did you mean "model"?'),
+    (1, ["copy", "batch", "model", "--items", "good.csv", "--lexicon", "gone.txt", "--output", "o"], "no file gone"),
+    (1, ["images", "measure", "model", "--judge", "model", "--data", "gone.csv"], "There is no file gone.csv"),
+    (2, ["cascade", "init", "box", "--model", "modle"], 'modle is no OpenM6 model: there is no such path.'),
+    (2, ["cascade", "init", "box", "--model", "model", "--cloud-model", "modle"], 'Did you mean "model"?'),
     (2, ["finetune", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no OpenM6 model"),
     (2, ["finetune", "model", "--task", "vqaa", "--data", "good.csv"], 'Did you mean "vqa"?'),
     (1, ["finetune", "model", "--task", "vqa", "--data", "gone.csv"], "There is no file gone.csv"),
@@ -143,6 +169,15 @@ CASES: list[tuple[int, list[str], str]] = [
     (1, ["images", "batch", "model", "--prompts", "gone.csv", "--output", "o"], "There is no file gone.csv"),
     (2, ["cascade", "init", "box", "--model", "nowhere"], "nowhere is no OpenM6 model"),
     (2, ["cascade", "init", "box", "--model", "model", "--set", "keep=1"], "unknown key keep"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "privacy=some"], "can be all, features, nothing"),
+    (2, ["cascade", "init", "box", "--model", "model", "--privacy", "some"], "can be all, features, nothing"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "cloud=m6:80"], "give an address"),
+    (2, ["cascade", "init", "box", "--model", "model", "--cloud", "http://m6:x"], "give an address"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "keep_mb="], "has to be int"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "audit=nan"], "has to be a number"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "offline=yes"], "has to be bool"),
+    (2, ["cascade", "init", "box", "--model", "model", "--set", "key=m6-4f1c"], "the name of an environment variable"),
+    (2, ["cascade", "init", "box", "--model", "model", *PRIVACY_TWICE], 'privacy is given twice: "nothing" and "all"'),
     (2, ["cascade", "calibrate", "nowhere", "--task", "vqa", "--data", "good.csv"], "nowhere is no box"),
     (2, ["cascade", "learn", "nowhere"], "nowhere is no box"),
     (2, ["cascade", "status", "nowhere"], "nowhere is no box"),
@@ -172,6 +207,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         (room / name).mkdir()
         (room / name / "openm6.json").write_text('{"max_length": 8, "tasks": []}')
     (room / "lonely" / "adapter_config.json").write_text('{"base_model_name_or_path": "gone"}')
+    (room / "codec.yaml").write_text("codec: {path: modle}\ndata: [{source: good.csv}]\ntrain: {steps: 1}\n")
+    (room / "steps.yaml").write_text(
+        "model: modle\noutput: c\nsteps: []\ntasks: [{task: vqa, data: good.csv, validation: good.csv}]\n"
+    )
     (room / "good.csv").write_text("photo,question,answer\na.png,好吗?,好\n", "utf-8")
     (room / "a.png").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(room / "b.png")
@@ -211,7 +250,7 @@ def test_every_command_has_a_mistake_here() -> None:
     tried = {tuple(words[:length]) for _, words, _ in CASES for length in (1, 2)}
     missing = {words for words, is_group in HELP.items() if not is_group} - tried
     assert missing == {
-        ("data", "add"), ("data", "list"), ("data", "show"),
+        ("data", "list"), ("data", "show"),
         ("models", "fetch"), ("models", "lineage"), ("models", "list"), ("models", "promote"), ("models", "rollback"),
         ("models", "show"), ("index", "delete"), ("index", "tune"), ("recommend", "eval"), ("copy", "labels"),
         ("images", "labels"), ("cascade", "rollback"), ("deployments", "list"), ("keys", "add"), ("keys", "list"),

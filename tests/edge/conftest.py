@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,10 +32,22 @@ class CloudServer:
         self.act: Callable[[str, dict[str, Any]], tuple[int, Any]] = lambda path, body: (
             200, {"outputs": {"answer": "云"}},
         )  # fmt: skip
+        self.read: list[tuple[str, dict[str, str]]] = []
+        self.pages: Callable[[str], tuple[int, Any]] = lambda path: (404, {})
+        self.open: list[socket.socket] = []
+        self.date = ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                outer.open.append(self.connection)
+
+            def do_GET(self) -> None:
+                outer.read.append((self.path, dict(self.headers)))
+                self._say(*outer.pages(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -44,8 +58,12 @@ class CloudServer:
                     self.connection.close()
                     self.close_connection = True
                     return
+                self._say(status, answer)
+
+            def _say(self, status: int, answer: Any) -> None:
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
+                self.send_response_only(status)
+                self.send_header("date", outer.date or self.date_time_string())
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -62,6 +80,12 @@ class CloudServer:
         self.http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def drop_connections(self) -> None:
+        """As a server does that ends."""
+        for one in self.open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.http.shutdown()
@@ -102,8 +126,8 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
             shutil.copytree(made, place)
         (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
         package = place / "versions/0001/package"
-        width = json.loads((package / "edge.json").read_text())["width"]
-        _sureness(width, never=not sure).save(package / "sureness-vqa.npz")
+        about = json.loads((package / "edge.json").read_text())
+        _sureness(about["width"], never=not sure).save(package / "sureness-vqa.npz", about["sha256"])
         opened.append(Cascade(place, 1, seed=0))
         return opened[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ QUESTION = "图中的商品是什么颜色？"
         ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
         ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
         ("share = 1", "below 1"), ("share = 0.01", "above audit"),
+        ('cloud = "https://m6.example:x"', "give an address"), ("statistics_minutes = inf", "has to be a number"),
+        ('key = "m6-4f1c"', "the name of an environment variable"),
         ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
     ],
 )  # fmt: skip
@@ -80,6 +83,13 @@ def test_over_http(box: Make, server: CloudServer) -> None:
         assert client.get("/healthz").status_code == 200
     with pytest.raises(UsageError, match="--key-env"):
         serve(cascade, "0.0.0.0", 8100)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for address, key in (("127.0.0.1", ""), ("0.0.0.0", "secret")):
+            with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
+                serve(cascade, address, port, key)
+        with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
+            serve(cascade, "0.0.0.0", port, anyone=True)
 
 
 def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: CloudServer) -> None:

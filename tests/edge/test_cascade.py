@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import shutil
-import socket
-import sqlite3
-import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
-from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import Kept
+from openm6.edge.kept import Kept, StoreError
+from openm6.edge.service import make_app
 from openm6.errors import DataError, OpenM6Error, UsageError
 from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
@@ -112,101 +111,6 @@ def test_the_least_sure_are_asked_where_all_are_sure(
     assert 5 < len(asked) <= 35 and max(asked) <= min(r.probability for r in replies[50:] if r.by == EDGE) + 0.05
 
 
-@pytest.mark.parametrize(
-    ("act", "reason"),
-    [
-        (lambda path, body: (500, {}), "answered with 500"),
-        (lambda path, body: (503, {}), "too much to do"),
-        (lambda path, body: (401, {}), "refuses the key"),
-        (lambda path, body: (404, {"error": {"code": "task_not_found"}}), "does not know the task"),
-        (lambda path, body: (409, {"error": {"code": "other_eyes"}}), "reads pictures otherwise"),
-        (lambda path, body: (200, {"outputs": {"caption": "x"}}), "otherwise than expected"),
-        (lambda path, body: (200, b"<html>"), "otherwise than expected"),
-        (lambda path, body: (200, []), "otherwise than expected"),
-        (lambda path, body: (_ for _ in ()).throw(ConnectionAbortedError()), "cannot be reached"),
-    ],
-)
-def test_a_cloud_that_fails_leaves_the_answer_here(
-    act: Any, reason: str, box: Make, server: CloudServer, bundle: Any
-) -> None:
-    cascade = box(cloud=server.url)
-    server.act = act
-    reply = _ask(cascade)
-    assert reply.by == EDGE and reason in reply.reason and reply.value == bundle.run("vqa", **ASKED["vqa"])
-    assert not list(cascade.kept.rows())
-
-
-def test_a_cut_link_is_left_alone_and_found_again(box: Make, server: CloudServer) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    now = [1000.0]
-    cloud = Cloud(f"http://127.0.0.1:{port}", clock=lambda: now[0])
-    for _ in range(3):
-        with pytest.raises(Failed, match="cannot be reached"):
-            cloud.ask("vqa", {}, 1.0)
-    cloud._port = server.http.server_address[1]  # it is there again, but nobody looks yet
-    with pytest.raises(Failed, match="cannot be reached"):
-        cloud.ask("vqa", {}, 1.0)
-    assert not server.seen
-    now[0] += 3
-    assert cloud.ask("vqa", {}, 1.0) == {"answer": "云"}
-    assert cloud.ask("vqa", {}, 1.0) == {"answer": "云"}
-    cloud.close()
-
-
-def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: CloudServer) -> None:
-    def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        time.sleep(0.6)
-        return 200, {"outputs": {"answer": "晚"}}
-
-    server.act = slow
-    cascade = box(cloud=server.url, deadline_ms=200)
-    cascade.answer("caption", ASKED["caption"])  # the first answer of a session takes longer
-    started = time.monotonic()
-    reply = _ask(cascade)
-    assert reply.by == EDGE and "took too long" in reply.reason
-    assert time.monotonic() - started < 0.55
-    cascade2 = box(cloud=server.url, deadline_ms=20_000)
-    started = time.monotonic()
-    assert "took too long" in _ask(cascade2, seconds=0.1).reason
-    assert time.monotonic() - started < 0.55
-
-
-def test_a_late_answer_teaches(server: CloudServer) -> None:
-    """It came before the connection gave up: what it says is still worth something."""
-
-    def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        time.sleep(0.15)
-        return 200, {"outputs": {"answer": "晚"}}
-
-    server.act = slow
-    cloud, late = Cloud(server.url), []
-    original = cloud._request
-    cloud._request = lambda method, path, body, seconds: original(method, path, body, 5.0)  # type: ignore[method-assign]
-    with pytest.raises(Failed, match="too long"):
-        cloud.ask("vqa", {}, 0.05, late.append)
-    for _ in range(100):
-        if late:
-            break
-        time.sleep(0.02)
-    assert late == [{"answer": "晚"}]
-    cloud.close()
-
-
-def test_the_hours_requests_are_counted(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url, requests_per_hour=2)
-    assert [_ask(cascade, str(n)).by for n in range(3)] == [CLOUD, CLOUD, EDGE]
-    assert "used up" in _ask(cascade).reason and len(server.seen) == 2
-    cascade.close()
-    again = Cascade(cascade.box.path, 1)  # a restart is no new hour
-    assert _ask(again).by == EDGE
-    again.close()
-    later = Cascade(cascade.box.path, 1, clock=lambda: time.time() + 3600)
-    assert _ask(later).by == CLOUD
-    later.close()
-
-
 def test_offline_it_says_so(box: Make, server: CloudServer) -> None:
     reply = _ask(box(cloud=server.url, offline=True))
     assert (reply.by, reply.reason) == (EDGE, "offline")
@@ -272,13 +176,53 @@ def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer, monkeypatch
     for number in range(6):
         assert _ask(cascade, f"问题{number}" * 300).by == CLOUD
     assert cascade.statistics()["tasks"]["vqa"]["unwritten"] >= 5
+    assert "database or disk is full" in cascade.kept.summary()["trouble"]
 
     def full(*_: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise StoreError("kept.sqlite cannot be used (database or disk is full).")
 
+    before = cascade.statistics()["tasks"].get("box", {}).get("unwritten", 0)
     monkeypatch.setattr(Kept, "spend", full)
     assert _ask(cascade).by == CLOUD
-    assert cascade.statistics()["tasks"]["box"]["unwritten"] == 1
+    assert cascade.statistics()["tasks"]["box"]["unwritten"] == before + 1
+
+
+def test_without_a_store_it_answers_and_says_so(
+    box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    cascade = box(cloud=server.url)
+    cascade.close()
+    (cascade.box.path / "kept.sqlite").unlink()
+    (cascade.box.path / "kept.sqlite").mkdir()
+    with caplog.at_level(logging.WARNING, "openm6.edge"):
+        cascade = Cascade(cascade.box.path, 1)
+    assert "Nothing is kept: " in caplog.text and "kept.sqlite cannot be used" in caplog.text
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
+        found = client.post("/v1/tasks/vqa", json={"inputs": {"photo": photo, "question": QUESTION}}).json()
+        assert found["by"] == CLOUD and found["outputs"] == {"answer": "云"}
+        told = client.get("/v1/status").json()
+        assert "Nothing is kept" in told["kept"]["trouble"] and told["tasks"]["vqa"]["unwritten"] == 1
+        assert "openm6_edge_store_trouble 1" in client.get("/metrics").text
+    cascade.close()
+
+
+def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(box: Make, server: CloudServer) -> None:
+    cascade = box(cloud=server.url)
+    assert _ask(cascade).by == CLOUD
+    file = cascade.box.path / "kept.sqlite"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert _ask(cascade, "还有什么？").by == CLOUD
+    assert cascade.statistics()["tasks"]["vqa"]["unwritten"] == 1
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        assert "cannot be used" in client.get("/v1/status").json()["kept"]["trouble"]
+        assert "openm6_edge_store_trouble 1" in client.get("/metrics").text
+    path = cascade.box.path
+    cascade.close()
+    again = Cascade(path, 1)
+    assert again.kept.summary()["set_aside"] == ["kept.sqlite.damaged-1"] and _ask(again).by == CLOUD
+    assert again.kept.counts() == {"vqa": 1}
+    again.close()
 
 
 def test_a_new_version_answers_when_it_is_whole(box: Make, server: CloudServer) -> None:

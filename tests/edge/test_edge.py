@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,10 +20,10 @@ from openm6.batches import pad
 from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.edge.graph import Graph
-from openm6.edge.package import export, round_package
+from openm6.edge.package import export, export_eyes, gains_nothing, round_package
 from openm6.edge.program import main
-from openm6.edge.runner import EdgeModel
-from openm6.errors import OpenM6Error, UsageError
+from openm6.edge.runner import FORMAT, EdgeModel, Eyes
+from openm6.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.images import ImageGrid
 from openm6.model import M6
 from openm6.tasks.library import get
@@ -130,12 +133,44 @@ def test_a_package_answers_what_the_model_answers(bundle: Bundle, package: Path)
     assert len(edge.run("caption", max_new_tokens=2, **ASKED["caption"])) <= 16
 
 
+@pytest.mark.parametrize("characters", [600, 6000])
+def test_a_question_that_is_too_long_is_refused_as_the_model_refuses_it(
+    characters: int, bundle: Bundle, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {**ASKED["vqa"], "question": "这" * (characters - 11) + ASKED["vqa"]["question"]}
+    edge, told = EdgeModel(package), []
+    for model in (bundle, edge):
+        with pytest.raises(ContextLengthError) as refused:
+            model.run("vqa", **long)
+        told.append(str(refused.value))
+    assert told[0] == told[1]
+    # Both numbers: those of the question and of the model.
+    assert re.search("takes 96 " if characters == 600 else "6,000 characters; a model of 96 positions", told[0])
+    assert edge.run("vqa", truncate="start", **long) == bundle.run("vqa", truncate="start", **long)
+    (tmp_path / "a.jpg").write_bytes(long["photo"])
+    words = ["--package", str(package), "run", "vqa", f"photo={tmp_path / 'a.jpg'}", f"question={long['question']}"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and capsys.readouterr().err.strip() == told[0]
+    main([*words, "--truncate", "start"])
+    assert capsys.readouterr().out.strip() == edge.run("vqa", truncate="start", **long)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
-def test_in_few_bits_it_is_smaller_and_nearly_the_same(bits: int, model: Path, package: Path) -> None:
+def test_in_few_bits_it_is_smaller_and_nearly_the_same(
+    bits: int, model: Path, package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = model.with_name(f"package-{bits}")
-    assert export(model, place, bits)["bits"] == bits
+    told = export(model, place, bits)
+    assert told["bits"] == bits
     sizes = [sum((one / f"{name}.onnx").stat().st_size for name in ("model", "picture")) for one in (package, place)]
     assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
+    assert told["graph_bytes"]["32"] == sizes[0] and told["graph_bytes"][str(bits)] == sizes[1]
+    assert bool(gains_nothing(told)) == ("bits gain nothing here" in caplog.text)
+    # No weight is stored twice: the output matrix, which is the embedding too, stays in 8 bits.
+    names = {one.name for one in onnx.load(place / "model.onnx").graph.initializer}
+    assert "head_DV.int8" in names and not {"head_DV", "head_DV_Q4"} & names
+    assert any(name.endswith("_Q4") for name in names) == (bits == 4)
     whole, few = EdgeModel(package), EdgeModel(place)
     vectors = [one.run("item_vector", **ASKED["item_vector"]) for one in (whole, few)]
     assert vectors[0] @ vectors[1] > (0.99 if bits == 8 else 0.9)
@@ -189,6 +224,63 @@ def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, bundl
     ):  # fmt: skip
         wrong = call(*words)
         assert wrong.returncode == 2 and sentence in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_file_that_is_not_the_one_that_was_exported_is_refused_by_its_name(package: Path, tmp_path: Path) -> None:
+    files = sorted(file.name for file in package.iterdir())
+    assert {"model.onnx", "picture.onnx", "tokenizer.json", "openm6.json", "openm6-edge", "edge.json"} <= set(files)
+    for name in files:
+        place = Path(shutil.copytree(package, tmp_path / f"flipped-{name}"))
+        if name == "edge.json":
+            text = (place / name).read_text("utf-8")
+            (place / name).write_text(text.replace('"stride": 8', '"stride": 4'), "utf-8")
+        else:
+            _flip(place / name)
+        with pytest.raises(OpenM6Error, match=f"is damaged: {name} is not"):
+            EdgeModel(place)
+        (place / name).unlink()
+        with pytest.raises(OpenM6Error, match=name):
+            EdgeModel(place)
+
+
+def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path: Path) -> None:
+    """The pictures' graph of a package in few bits beside the network of one in 32, and the other way around."""
+    round_package(package, tmp_path / "other", 8)
+    mixed = Path(shutil.copytree(package, tmp_path / "mixed"))
+    shutil.copy(tmp_path / "other/picture.onnx", mixed)
+    with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
+        EdgeModel(mixed)
+    with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
+        round_package(mixed, tmp_path / "never", 8)
+    export_eyes(model, tmp_path / "eyes")
+    assert Eyes(tmp_path / "eyes").name == EdgeModel(package).eyes.name
+    shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "eyes")
+    with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
+        Eyes(tmp_path / "eyes")
+
+
+def test_a_package_of_another_format_is_refused(package: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(package, tmp_path / "package"))
+    about = json.loads((place / "edge.json").read_text("utf-8"))
+    for found, told in ((None, 1), (FORMAT + 1, FORMAT + 1)):
+        about["format"] = found
+        (place / "edge.json").write_text(json.dumps({k: v for k, v in about.items() if v is not None}), "utf-8")
+        with pytest.raises(UsageError, match=f"has the format {told}, and this program reads the format {FORMAT}"):
+            EdgeModel(place)
+
+
+def test_bits_that_gain_nothing_are_told() -> None:
+    bytes_of = {"32": 900, "8": 300, "4": 300}
+    assert "take 300 bytes, and 300 in 8 bits (--bits 8)" in gains_nothing({"bits": 4, "graph_bytes": bytes_of})
+    assert "and 900 in 32 bits (no --bits)" in gains_nothing({"bits": 8, "graph_bytes": {"32": 900, "8": 901}})
+    for bits, sizes in ((4, {"32": 900, "8": 300, "4": 200}), (8, {"32": 900, "8": 300}), (None, {"32": 900})):
+        assert gains_nothing({"bits": bits, "graph_bytes": sizes}) == ""
 
 
 def test_nothing_of_the_machine_is_in_it(package: Path) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import os
-import sqlite3
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from openm6.edge.box import Settings
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, is_held_out, new_key, open_kept
-from openm6.errors import OpenM6Error, UsageError
+from openm6.edge.cipher import new_key
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError, is_held_out, open_kept
+from openm6.errors import UsageError
 
 PICTURE = bytes(range(256)) * 8
 
@@ -89,14 +93,8 @@ def test_encrypted_nothing_can_be_read(tmp_path: Path) -> None:
     assert [row["record"]["question"] for row in kept.rows()] == [f"问题{n}" for n in range(4)]
     kept.close()
     assert not _found(tmp_path) and "问题".encode() not in _everything(tmp_path)
-    with pytest.raises(UsageError, match="another key"):
-        Kept(tmp_path / "k", ALL, 10**6, new_key())
     with pytest.raises(UsageError, match="new-key"):
         Kept(tmp_path / "k", ALL, 10**6, "short")
-    kept = Kept(tmp_path / "k", ALL, 10**6)
-    with pytest.raises(UsageError, match="encrypted"):
-        list(kept.rows())
-    kept.close()
 
 
 def test_a_box_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +132,141 @@ def test_what_was_asked_is_on_one_side(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(os.urandom(5000))
-    with pytest.raises(OpenM6Error, match="cannot be opened"):
+    with pytest.raises(StoreError, match="not a database") as found:
         Kept(tmp_path / "k", ALL, 10**6)
-    with sqlite3.connect(tmp_path / "other"):
-        pass
+    assert found.value.is_damaged
+    kept = Kept(tmp_path / "pages", ALL, 10**6)
+    _keep(kept, 30)
+    kept.close()
+    content = bytearray((tmp_path / "pages").read_bytes())
+    content[8192:16384] = bytes(8192)  # two pages: the start alone does not tell
+    (tmp_path / "pages").write_bytes(content)
+    with pytest.raises(StoreError) as found:
+        Kept(tmp_path / "pages", ALL, 10**6)
+    assert found.value.is_damaged
+
+
+def test_only_the_owner_reads_it(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        kept = Kept(tmp_path / "k", ALL, 10**6)
+        assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
+        _keep(kept)
+        assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}  # with the journal
+        kept.close()
+        for file in tmp_path.iterdir():  # as earlier versions left it
+            file.chmod(0o644)
+        kept = Kept(tmp_path / "k", ALL, 10**6)
+        assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
+        assert len(list(kept.rows())) == 1
+        kept.close()
+    finally:
+        os.umask(before)
+
+
+def test_encryption_costs_no_answer(tmp_path: Path) -> None:
+    """A store that is full stays as full when a key is named, and when one more comes, one goes."""
+    pytest.importorskip("cryptography")
+    kept = Kept(tmp_path / "k", ALL, 20_000)
+    _keep(kept, 30)
+    before = list(kept.rows())
+    kept.close()
+    kept = Kept(tmp_path / "k", ALL, 20_000, new_key())
+    assert list(kept.rows()) == before
+    assert kept.keep("vqa", before[0]["record"], "红色", "蓝色") == 1
+    assert len(list(kept.rows())) == len(before)
+    kept.close()
+
+
+@pytest.mark.parametrize("end", ["killed", "full"])
+def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    kept = Kept(tmp_path / "k", ALL, 10**7)
+    _keep(kept, 200)
+    before = list(kept.rows())
+    kept.close()
+    key, size = new_key(), (tmp_path / "k").stat().st_size
+    if end == "killed":
+        code = (
+            "import os, signal, sys\n"
+            "from pathlib import Path\n"
+            "from openm6.edge.cipher import Cipher\n"
+            "from openm6.edge.kept import Kept\n"
+            "encrypt, times = Cipher.encrypt, iter(range(150))\n"
+            "def act(self, body):\n"
+            "    return os.kill(os.getpid(), signal.SIGKILL) if next(times, None) is None else encrypt(self, body)\n"
+            "Cipher.encrypt = act\n"
+            "Kept(Path(sys.argv[1]), 'all', 10**7, sys.argv[2])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "k"), key])
+        assert done.returncode == -signal.SIGKILL
+    else:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # there is no room for the journal
+        try:
+            with pytest.raises(StoreError, match="cannot be used"):
+                Kept(tmp_path / "k", ALL, 10**7, key)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = Kept(tmp_path / "k", ALL, 10**7)
+    assert list(kept.rows()) == before
+    kept.close()
+    kept = Kept(tmp_path / "k", ALL, 10**7, key)
+    assert list(kept.rows()) == before
+    kept.close()
+    assert not _found(tmp_path)
+
+
+def test_another_key_or_none_is_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    key = new_key()
+    kept = Kept(tmp_path / "k", ALL, 10**6, key)
+    _keep(kept, 2)
+    kept.close()
+    before = (tmp_path / "k").read_bytes()
+    with pytest.raises(UsageError, match="2 encrypted answers, and their key is another one"):
+        Kept(tmp_path / "k", ALL, 10**6, new_key())
+    with pytest.raises(UsageError, match=f"{tmp_path}/k has 2 encrypted answers, and no key is named"):
+        Kept(tmp_path / "k", ALL, 10**6)
+    assert (tmp_path / "k").read_bytes() == before
+    kept = Kept(tmp_path / "k", ALL, 10**6, key)
+    assert len(list(kept.rows())) == 2
+    kept.close()
+    kept = Kept(tmp_path / "k", NOTHING, 10**6)  # what is to be deleted has not to be read
+    assert kept.counts() == {}
+    kept.close()
+
+
+def test_an_answer_that_is_too_large_takes_no_other_ones_place(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "k", ALL, 20_000)
+    _keep(kept, 3)
+    with pytest.raises(StoreError, match=r"larger than all that may be kept \(20,000\)"):
+        kept.keep("vqa", {"photo": bytes(20_000)}, "红色", None)
+    assert len(list(kept.rows())) == 3
+    kept.close()
+
+
+def test_a_damaged_answer_is_passed_over(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "k", ALL, 10**6)
+    _keep(kept, 3)
+    kept._file.execute("UPDATE answers SET body = ? WHERE id = 2", (b"{",))
+    assert [row["id"] for row in kept.rows()] == [1, 3]
+    kept.close()
+
+
+def test_opened_to_be_read_it_stays_as_it_is(tmp_path: Path) -> None:
+    kept = open_kept(tmp_path, Settings())
+    _keep(kept, 3)
+    kept.close()
+    before = (tmp_path / "kept.sqlite").read_bytes()
+    kept = open_kept(tmp_path, Settings(privacy="features"), read_only=True)
+    assert kept.counts() == {"vqa": 3} and kept.pending() == (3, 0)
+    with pytest.raises(StoreError, match="cannot be used"):
+        _keep(kept)
+    kept.close()
+    assert (tmp_path / "kept.sqlite").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    kept = open_kept(tmp_path / "other", Settings(), read_only=True)
+    assert kept.summary() == {"bytes": 0, "answers": {}, "trouble": "", "set_aside": []}
+    kept.close()
+    assert not list((tmp_path / "other").iterdir())

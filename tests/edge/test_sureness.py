@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.edge.sureness import Audits, Drift, Sureness, agreement, confidence_of
+from openm6.errors import OpenM6Error
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,13 +73,34 @@ def test_the_less_sure_are_audited_the_more() -> None:
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
     sure = Sureness.fit(*_records(200, 4), max_loss=0.01)
-    sure.save(tmp_path / "sure.npz")
-    again = Sureness.load(tmp_path / "sure.npz")
+    sure.save(tmp_path / "sure.npz", "package")
+    again = Sureness.load(tmp_path / "sure.npz", "package")
     seen = sure.seen(np.ones(24, np.float32), 0.7)
     assert again.threshold == sure.threshold and again.probability(seen) == sure.probability(seen)
     assert confidence_of(seen) == pytest.approx(0.7)
     assert again.expected() == sure.expected()
     assert again.expected()["wrong"] <= 0.01
+
+
+def test_a_file_that_is_damaged_or_of_another_package_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "sureness-vqa.npz"
+    sure = Sureness.fit(*_records(60, 4), max_loss=0.01)
+    sure.save(file, "one")
+    with pytest.raises(OpenM6Error, match="sureness-vqa.npz is of another package: calibrate again"):
+        Sureness.load(file, "another")
+    content = file.read_bytes()
+    for place in range(0, len(content), 97):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            again = Sureness.load(file, "one")  # where the byte was not of the content: the time of a part
+        except OpenM6Error as error:
+            assert "calibrate again" in str(error)
+        else:
+            assert again.max_loss == sure.max_loss
+            assert all(np.array_equal(again.parts[name], part) for name, part in sure.parts.items())
+    file.write_bytes(content[:-200])
+    with pytest.raises(OpenM6Error, match="is damaged"):
+        Sureness.load(file, "one")
 
 
 @given(st.integers(0, 1000), st.integers(50, 120), st.floats(0.0, 1.0))

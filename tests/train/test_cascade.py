@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.data.store import Record
 from openm6.edge.box import Box, Settings, written
+from openm6.edge.cascade import Cascade
 from openm6.edge.kept import Kept, is_held_out
 from openm6.edge.runner import EdgeModel
 from openm6.errors import UsageError
@@ -29,7 +32,7 @@ from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
-from openm6.train.cascade import calibrate_box, init_box, learn, open_kept_source
+from openm6.train.cascade import _kept_records, calibrate_box, init_box, learn, open_kept_source
 from tests.conftest import command, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
@@ -140,6 +143,49 @@ def test_kept_answers_are_a_source(box: Path) -> None:
         open_kept_source(f"kept:{box}/vqa/other")
 
 
+def test_kept_answers_that_cannot_be_learned_from_are_passed_over(box: Path, known: Path) -> None:
+    _keep(box, 90)
+    kept = Kept(box / "kept.sqlite", "all", 10**8)
+    for number, empty in enumerate(("", "  ", None)):
+        kept.keep("vqa", {"photo": _photo(number), "question": "空的？"}, empty, "")
+    kept.close()
+    calibrate_box(Box(box), "vqa", str(known), records=60)
+    found = _kept_records(Box(box), "vqa", None)
+    assert found.passed_over["without an answer"] == 3
+    # The first sixty kept questions are those of the calibration, which is measured on; the held-out ones stay.
+    assert found.passed_over["in the calibration"] == 60 - sum(_number(one) < 60 for one in found.held_out._records)
+    assert all(_number(one) >= 60 for one in found.learned._records)
+    assert len(found.learned) + len(found.held_out) + found.passed_over.total() == 93
+    with pytest.raises(UsageError, match="passed over: .* without an answer"):
+        learn(box)
+
+
+def _number(record: Record) -> int:
+    return int("".join(filter(str.isdigit, record["question"])))
+
+
+def test_what_a_version_is_measured_on_is_not_data(box: Path, known: Path) -> None:
+    _keep(box, 60)
+    calibrate_box(Box(box), "vqa", str(known), records=60)
+    renamed = known.with_name("renamed.jsonl")
+    renamed.write_text("".join(known.read_text("utf-8").splitlines(True)[30:]), "utf-8")
+    with pytest.raises(UsageError, match="has 30 of the 60 records that vqa was calibrated with"):
+        command("cascade", "learn", box, "--data", f"vqa={renamed}")
+    with pytest.raises(UsageError, match='no task vqaa. Did you mean "vqa"?'):
+        command("cascade", "learn", box, "--data", f"vqaa={renamed}")
+    assert not (box / "learning").exists()
+
+
+def test_a_box_without_its_model_answers_and_says_that_it_cannot_learn(box: Path) -> None:
+    before = EdgeModel(Box(box).folder() / "package").run("vqa", photo=_photo(1), question="蓝色的1是？")
+    _keep(box, 60)
+    shutil.rmtree(box / "versions/0001/model")
+    with closing(Cascade(box)) as cascade:
+        assert cascade.answer("vqa", {"photo": _photo(1), "question": "蓝色的1是？"}).value == before
+    with pytest.raises(UsageError, match="was copied without versions/0001/model"):
+        learn(box)
+
+
 def test_what_cannot_be_learned(box: Path, known: Path) -> None:
     with pytest.raises(UsageError, match="has kept 0 answers"):
         learn(box)
@@ -206,6 +252,18 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
         run("calibrate", place, "--task", "vqa", "--data", known, "--max-loss", "few")
 
 
+def test_what_is_set_holds_and_an_option_goes_before_it(model: Path, tmp_path: Path) -> None:
+    place, run = tmp_path / "box", partial(command, "cascade", "init")
+    words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'name=a"\\b', "--set", "model=007"]
+    run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit=0.5", "--set", 'key="M6_KEY"')
+    assert Box(place).settings == Settings(
+        privacy="nothing", name='a"\\b', model="007", offline=True, audit=0.5, key="M6_KEY"
+    )
+    words = ["--set", "privacy=nothing", "--set", "cloud=http://a:1", "--privacy", "all", "--cloud", "http://b:1"]
+    run(tmp_path / "other", "--model", model, "--bits", "32", *words)
+    assert Box(tmp_path / "other").settings == Settings(cloud="http://b:1")
+
+
 def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
     (box / "box.toml").write_text(written(Settings(offline=True)), "utf-8")
     (tmp_path / "a.jpg").write_bytes(_photo(3))
@@ -216,9 +274,8 @@ def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
 
     told = json.loads(call("--json", "run", "vqa", "photo=a.jpg", "question=什么颜色").stdout)
     assert told["by"] == "edge" and told["probability"] is None
-    assert json.loads(call("status").stdout) == {
-        "versions": ["0001"], "answers": "0001", "kept": {}, "kept_bytes": 0,
-    }  # fmt: skip
+    told = json.loads(call("status").stdout)
+    assert (told["versions"], told["answers"], told["kept"], told["kept_bytes"]) == (["0001"], "0001", {}, 0)
     assert json.loads(call("about").stdout)["version"] == "0001"
     assert "vqa: photo, question -> answer" in call("tasks").stdout
     assert len(call("new-key").stdout.strip()) == 44

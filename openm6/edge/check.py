@@ -1,0 +1,166 @@
+"""What a box needs before it goes live, tried one by one: `openm6-edge check`. Nothing of the box is changed, and no
+record is sent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from openm6._version import __version__
+from openm6.edge.box import EYES, Box
+from openm6.edge.cloud import Cloud, Failed
+from openm6.edge.kept import FEATURES, NOTHING, STORE, open_kept
+from openm6.edge.opening import check_set_aside
+from openm6.edge.runner import EdgeModel, Eyes
+from openm6.edge.sureness import Sureness
+from openm6.errors import OpenM6Error
+
+CLOCK_MINUTES = 5
+"""By which the clocks of box and cloud may differ."""
+TRIED_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check: its subject, whether a box in use would fail there, and a sentence."""
+
+    subject: str
+    fails: bool
+    message: str
+
+    def line(self) -> str:
+        return f"{'FAILS' if self.fails else 'ok':5}  {self.subject:8}  {self.message}"
+
+
+def check_box(path: Path) -> Iterator[Finding]:
+    """All checks of a box, in the order in which a start needs them."""
+    try:
+        box = Box(path)
+        folder = box.folder() / "package"
+        model = EdgeModel(folder, 1)
+        calibrated = [_task_of(file, model.about["sha256"]) for file in sorted(folder.glob("sureness-*.npz"))]
+    except OpenM6Error as error:
+        yield Finding("package", True, str(error))
+        return
+    yield Finding(
+        "package",
+        False,
+        f"version {box.version}, format {model.about['format']}, made by OpenM6 {model.about['version']} (the "
+        f"program is {__version__}); it answers "
+        f"{', '.join(model.tasks)}; calibrated: {', '.join(calibrated) or 'none, so that the cloud is never asked'}.",
+    )
+    yield _store(box)
+    yield _disk(box)
+    yield from check_cloud(box, {name: model.tasks[name].outputs for name in calibrated if name in model.tasks})
+
+
+def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
+    """The checks that ask the cloud. `tasks`: outputs of the tasks that it will be asked, by name."""
+    settings = box.settings
+    if not settings.cloud or settings.offline or settings.privacy == NOTHING:
+        why = "none is named" if not settings.cloud else "offline" if settings.offline else "privacy = nothing"
+        yield Finding("cloud", False, f"it is not asked ({why}).")
+        yield _clock(box, "")
+        return
+    key = os.environ.get(settings.key, "") if settings.key else ""
+    if settings.key:
+        yield Finding("key", not key, f"${settings.key} is {'set' if key else 'not set: it has to hold the key'}.")
+    with closing(Cloud(settings.cloud, key, settings.model)) as cloud:
+        began = time.perf_counter()
+        try:
+            models, date = cloud.read("/v1/models", settings.deadline_ms / 1000)
+        except Failed as error:
+            yield Finding("cloud", True, f"{settings.cloud}: {error}.")
+            yield _clock(box, "")
+            return
+        taken = 1000 * (time.perf_counter() - began)
+        yield Finding("cloud", False, f"{settings.cloud} accepts the key and answers in {taken:.0f} ms.")
+        yield _model(box, cloud, models, tasks)
+        yield _clock(box, date)
+
+
+def _task_of(file: Path, package: str) -> str:
+    """The task of a calibration. Raises OpenM6Error where it is damaged, or of another package."""
+    Sureness.load(file, package)
+    return file.stem.removeprefix("sureness-")
+
+
+def _store(box: Box) -> Finding:
+    """The answer store, and what a start would change in it."""
+    try:
+        check_set_aside(box.path, box.settings)
+        with closing(open_kept(box.path, box.settings, read_only=True)) as kept:
+            forbidden, plain = kept.pending()
+            told = kept.summary()
+    except OpenM6Error as error:
+        return Finding("store", True, str(error))
+    message = f"{sum(told['answers'].values())} kept answers, {told['bytes'] / 2**20:.1f} MB"
+    if forbidden:
+        message += f"; a start deletes {forbidden}, which privacy = {box.settings.privacy} forbids"
+    if plain:
+        message += f"; a start encrypts {plain} in place"
+    if told["set_aside"]:
+        message += f"; damaged and set aside: {', '.join(told['set_aside'])}"
+    return Finding("store", False, message + ".")
+
+
+def _disk(box: Box) -> Finding:
+    try:
+        with tempfile.TemporaryFile(dir=box.path) as file:
+            file.write(bytes(TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(box.path).free / 2**20
+    except OSError as error:
+        return Finding("disk", True, f"{box.path} cannot be written ({(error.strerror or str(error)).lower()}).")
+    store = box.path / STORE
+    taken = store.stat().st_size / 2**20 if store.is_file() else 0
+    needed = max(0, box.settings.keep_mb - taken)
+    return Finding("disk", free < needed, f"{free:,.0f} MB are free; the kept answers may take {needed:,.0f} more.")
+
+
+def _model(box: Box, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]]) -> Finding:
+    """Whether the cloud's model knows the tasks, and reads pictures as the box's features are made."""
+    settings = box.settings
+    try:
+        found = {str(one["id"]): one for one in models["data"]}
+        name = settings.model or next(iter(found), "")
+        if name not in found:
+            return Finding("model", True, f"the cloud has no model {name!r}; it has: {', '.join(found) or 'none'}.")
+        if settings.privacy == FEATURES and Eyes(box.path / EYES, 1).name != found[name].get("eyes"):
+            return Finding("model", True, f"{name} reads pictures otherwise than the features that this box sends.")
+        query = f"?{urlencode({'model': name})}" if settings.model else ""
+        for task, outputs in tasks.items():
+            about, _ = cloud.read(f"/v1/tasks/{quote(task, safe='')}{query}", settings.deadline_ms / 1000)
+            if sorted(about["outputs"]) != sorted(outputs):
+                return Finding("model", True, f"the task {task} of {name} gives other outputs than the box's.")
+    except Failed as error:
+        return Finding("model", True, f"{task}: {error}.")
+    except OpenM6Error as error:
+        return Finding("model", True, str(error))
+    except (KeyError, TypeError):
+        return Finding("model", True, "the cloud tells its models otherwise than expected: is it `openm6 serve`?")
+    return Finding("model", False, f"{name} at the cloud knows {', '.join(tasks) or 'no task that is asked'}.")
+
+
+def _clock(box: Box, date: str) -> Finding:
+    """Against the cloud's clock; without it, against the time at which the box was made."""
+    now = time.time()
+    try:
+        ahead = (now - parsedate_to_datetime(date).timestamp()) / 60
+    except (TypeError, ValueError):
+        made = (box.folder() / "package" / "edge.json").stat().st_mtime
+        told = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
+        early = now < made - 60 * CLOCK_MINUTES
+        return Finding("clock", early, f"{told}{', which is before the box was made' if early else ''}.")
+    off = abs(ahead) > CLOCK_MINUTES
+    return Finding("clock", off, f"it differs by {abs(ahead):.1f} minutes from the cloud's.")

@@ -1,0 +1,92 @@
+"""The answer store of a box that answers in any case: it is opened, or a damaged file is set aside, or nothing is kept.
+
+Where the disk may hold more than the settings allow, and that cannot be changed, the box refuses to start. What a file
+holds at most is said in its header, which outlives most damage.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from openm6.edge.box import Settings
+from openm6.edge.kept import (
+    ALL,
+    ENCRYPTED,
+    MODES,
+    NOTHING,
+    STORE,
+    Kept,
+    StoreError,
+    open_kept,
+    parts,
+    promise,
+    set_aside,
+)
+
+log = logging.getLogger("openm6.edge")
+
+
+def open_store(folder: Path, settings: Settings) -> Kept:
+    """The answer store; where the disk refuses, one in memory that keeps nothing (`trouble` says why). A damaged file
+    is renamed.
+
+    Raises UsageError as `open_kept` does, and StoreError where a file that cannot be changed may hold what the settings
+    forbid.
+    """
+    file = folder / STORE
+    check_set_aside(folder, settings)
+    try:
+        return open_kept(folder, settings)
+    except StoreError as error:
+        _check_promise(file, settings, str(error))
+        failure = error
+    try:
+        if failure.is_damaged:
+            log.error("%s It is now named %s", failure, _move_aside(file).name)
+            return open_kept(folder, settings)
+    except (OSError, StoreError) as error:
+        failure = StoreError(f"{file} is damaged, and a new one cannot be begun ({error}).")
+    found = Kept(None, NOTHING, 0)
+    found.trouble = f"Nothing is kept: {failure}"
+    log.error("%s", found.trouble)
+    return found
+
+
+def check_set_aside(folder: Path, settings: Settings) -> None:
+    """Raises StoreError where a file that was set aside may hold what the settings forbid."""
+    for one in set_aside(folder / STORE):
+        _check_promise(one, settings, f"{one} is damaged.")
+
+
+def _check_promise(file: Path, settings: Settings, why: str) -> None:
+    """Raises StoreError for a file that may hold what the settings forbid. A missing or empty one holds nothing."""
+    wanted = promise(settings.privacy, bool(settings.encrypt) and settings.privacy != NOTHING)
+    if wanted == promise(ALL, False):
+        return
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(64)
+    except FileNotFoundError:
+        return
+    except OSError:
+        head = b"unknown"
+    promised = int.from_bytes(head[60:64], "big") if head.startswith(b"SQLite format 3") else 0
+    mode, is_encrypted = (promised - 1) % ENCRYPTED, promised > ENCRYPTED
+    if head and not (
+        0 < promised < 2 * ENCRYPTED and mode >= MODES.index(settings.privacy) and is_encrypted >= (wanted > ENCRYPTED)
+    ):
+        wish = f"privacy = {settings.privacy}" if settings.privacy != ALL else f"encrypt = {settings.encrypt}"
+        raise StoreError(
+            f"{why} It may hold answers that {wish} forbids on the disk: mend the disk or delete the file."
+        )
+
+
+def _move_aside(file: Path) -> Path:
+    """Rename a damaged file, and what lies beside it. Raises OSError."""
+    number = 1
+    while (place := file.with_name(f"{file.name}.damaged-{number}")).exists():
+        number += 1
+    for one in reversed(parts(file)):  # the file itself last: until then the next start finds it damaged again
+        one.rename(place.with_name(place.name + one.name.removeprefix(file.name)))
+    return place

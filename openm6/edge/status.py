@@ -1,0 +1,107 @@
+"""What a box is, what it keeps, and what the process that serves it runs with. Reading changes nothing.
+
+While a process serves a box it holds a lock on the folder, and serving.json says with which settings it does; the lock
+ends with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from openm6.atomic import write_json
+from openm6.edge.box import FILE, Box, Settings
+from openm6.edge.kept import STORE
+from openm6.errors import OpenM6Error, UsageError
+
+SERVING = "serving.json"
+
+
+class ServiceLock:
+    """The place of the one process that serves a box."""
+
+    def __init__(self, path: Path):
+        """Raises UsageError where another process has it."""
+        self._path = path
+        self._handle = os.open(path, os.O_RDONLY)
+        for _ in range(20):  # somebody who reads the status has the lock for a moment
+            if _locked(self._handle, fcntl.LOCK_EX):
+                with suppress(OSError):  # of a process that was killed
+                    (path / SERVING).unlink(missing_ok=True)
+                return
+            time.sleep(0.05)
+        os.close(self._handle)
+        told = read_state(path) or {}
+        where = f"at {told['url']} by the process {told['process']}" if "url" in told else "by another process"
+        raise UsageError(f"{path} is served already, {where}: stop that one first.")
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        """Raises OSError where the folder cannot be written."""
+        write_json(self._path / SERVING, state)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What the process that serves a box says of itself; None where no process serves it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if _locked(handle, fcntl.LOCK_SH):
+            return None
+    finally:
+        os.close(handle)
+    try:
+        found: dict[str, Any] = json.loads((path / SERVING).read_text("utf-8"))
+    except (OSError, ValueError):  # it begins, or its disk is full
+        return {}
+    return found
+
+
+def status_of(path: Path) -> dict[str, Any]:
+    """Versions, tasks that are calibrated, settings, what is kept, and what serves. Raises UsageError where there is no
+    box, OpenM6Error for one that is damaged."""
+    problem = ""
+    try:
+        box = Box(path)
+    except UsageError as error:
+        if not (path / FILE).exists():
+            raise
+        problem, box = str(error), Box.with_settings(path, Settings())
+    calibrated = sorted(f.stem.removeprefix("sureness-") for f in (box.folder() / "package").glob("sureness-*.npz"))
+    told: dict[str, Any] = {
+        "answers": box.version, "versions": box.versions, "calibrated": calibrated, **_kept(path / STORE),
+        "settings": {} if problem else asdict(box.settings), "problem": problem, "serving": read_state(path),
+    }  # fmt: skip
+    return told
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """Counts of what is kept, without its key."""
+    if not file.is_file():
+        return {"kept": {}, "kept_bytes": 0}
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10)) as opened:
+            rows = opened.execute("SELECT task, COUNT(*), SUM(size) FROM answers GROUP BY task").fetchall()
+    except sqlite3.Error as error:
+        return {"kept": {}, "kept_bytes": 0, "kept_problem": f"{file} cannot be read ({error})."}
+    return {"kept": {task: count for task, count, _ in rows}, "kept_bytes": sum(size for _, _, size in rows)}
+
+
+def _locked(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise OpenM6Error(f"The box's folder cannot be locked ({error.strerror}).") from None
+    return True

@@ -1,0 +1,167 @@
+"""Before a box goes live, each thing that it needs is tried: a line each, and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openm6.edge.cascade import Cascade
+from openm6.edge.cipher import new_key
+from openm6.edge.program import main
+from openm6.serve.fleet import Place
+from openm6.serve.keys import Keys
+from openm6.serve.server import Options
+from tests.edge.conftest import CloudServer, Make
+from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.serve.test_api import Served
+
+__all__ = ["_in_fp32", "bundle", "model"]
+
+SUBJECTS = ["package", "store", "disk", "key", "cloud", "model", "clock"]
+PAGES = {"/v1/models": {"data": [{"id": "m6", "eyes": "0" * 16}]}, "/v1/tasks/vqa": {"outputs": ["answer"]}}
+
+
+@pytest.fixture
+def cloud(server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> CloudServer:
+    monkeypatch.setenv("M6_KEY", "secret")
+    server.pages = lambda path: (200, PAGES[path]) if path in PAGES else (404, {"error": {"code": "task_not_found"}})
+    return server
+
+
+def _check(cascade: Cascade, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    """The exit code, and the findings by their subjects."""
+    cascade.close()
+    with pytest.raises(SystemExit) as ended:
+        main(["--package", str(cascade.box.path), "--json", "check"])
+    return int(ended.value.code or 0), {one["subject"]: one for one in json.loads(capsys.readouterr().out)}
+
+
+def test_all_is_well(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:
+    cascade = box(cloud=cloud.url, key="M6_KEY", keep_mb=1)
+    cascade.answer("vqa", ASKED["vqa"])
+    cascade.close()
+    seen, content = len(cloud.seen), (cascade.box.path / "kept.sqlite").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["--package", str(cascade.box.path), "check"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not ended.value.code and [line.split()[:2] for line in lines] == [["ok", one] for one in SUBJECTS]
+    told = "\n".join(lines)
+    assert "version 0001" in told and "calibrated: vqa" in told and "1 kept answers" in told and "secret" not in told
+    assert {headers["Authorization"] for _, headers in cloud.read} == {"Bearer secret"}
+    assert len(cloud.seen) == seen and (cascade.box.path / "kept.sqlite").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("settings", "pages", "subject", "sentence"),
+    [
+        ({"key": "NO_KEY"}, {}, "key", r"\$NO_KEY is not set"),
+        ({}, {"/v1/models": (401, {})}, "cloud", "refuses the key"),
+        ({}, {"/v1/models": (200, [])}, "model", "otherwise than expected"),
+        ({"model": "m7"}, {}, "model", "no model 'm7'; it has: m6"),
+        ({}, {"/v1/tasks/vqa": (404, {"error": {"code": "task_not_found"}})}, "model", "vqa: the cloud does not know"),
+        ({}, {"/v1/tasks/vqa": (200, {"outputs": ["caption"]})}, "model", "other outputs"),
+        ({"privacy": "features"}, {}, "model", "reads pictures otherwise"),
+        ({"cloud": "http://127.0.0.1:9"}, {}, "cloud", "cannot be reached"),
+        ({"keep_mb": 10**9}, {}, "disk", "MB are free"),
+    ],
+)
+def test_what_would_fail_is_named(
+    settings: dict[str, Any], pages: dict[str, Any], subject: str, sentence: str, box: Make, cloud: CloudServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = cloud.pages
+    cloud.pages = lambda path: pages.get(path) or whole(path)
+    code, found = _check(box(**{"cloud": cloud.url, "keep_mb": 1, **settings}), capsys)
+    assert code == 1 and [name for name, one in found.items() if one["fails"]] == [subject]
+    assert re.search(sentence, found[subject]["message"])
+
+
+def test_the_clock_is_compared_with_the_clouds(
+    box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloud.date = formatdate(time.time() - 3600, usegmt=True)
+    code, found = _check(box(cloud=cloud.url, keep_mb=1), capsys)
+    assert code == 1 and found["clock"]["fails"] and "differs by 60.0 minutes" in found["clock"]["message"]
+    cascade = box(cloud="", keep_mb=1)
+    ahead = time.time() + 3600
+    os.utime(cascade.box.folder() / "package/edge.json", (ahead, ahead))
+    code, found = _check(cascade, capsys)
+    assert code == 1 and found["clock"]["fails"] and "before the box was made" in found["clock"]["message"]
+
+
+@pytest.mark.parametrize("settings", [{"privacy": "nothing"}, {"offline": True}])
+def test_where_nothing_may_be_sent_nothing_is(
+    settings: dict[str, Any], box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = _check(box(cloud=cloud.url, keep_mb=1, **settings), capsys)
+    assert code == 0 and "not asked" in found["cloud"]["message"] and not cloud.read and not cloud.seen
+
+
+def test_what_a_start_would_do_to_the_kept_answers_is_said_before(
+    box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    cascade.answer("vqa", ASKED["vqa"])
+    cascade.close()
+    file, keys = cascade.box.path / "kept.sqlite", cascade.box.path / "box.toml"
+    content, text = file.read_bytes(), keys.read_text("utf-8")
+    monkeypatch.setenv("BOX_KEY", new_key())
+    for before, after, sentence in (
+        ('privacy = "all"', 'privacy = "nothing"', "a start deletes 1, which privacy = nothing forbids"),
+        ('encrypt = ""', 'encrypt = "BOX_KEY"', "a start encrypts 1 in place"),
+    ):
+        keys.write_text(text.replace(before, after), "utf-8")
+        code, found = _check(cascade, capsys)
+        assert code == 0 and sentence in found["store"]["message"] and file.read_bytes() == content
+    Cascade(cascade.box.path, 1).close()  # it is encrypted now
+    monkeypatch.setenv("BOX_KEY", new_key())
+    code, found = _check(cascade, capsys)
+    assert code == 1 and "their key is another one" in found["store"]["message"]
+    monkeypatch.delenv("BOX_KEY")
+    assert "not set" in _check(cascade, capsys)[1]["store"]["message"]
+
+
+def test_a_damaged_store_is_told(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    cascade.close()
+    (cascade.box.path / "kept.sqlite").write_bytes(b"damaged" * 999)
+    code, found = _check(cascade, capsys)
+    assert code == 1 and found["store"]["fails"] and "not a database" in found["store"]["message"]
+
+
+def test_a_damaged_box_is_told(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    (cascade.box.path / "box.toml").write_text("privacy = 1", "utf-8")
+    code, found = _check(cascade, capsys)
+    assert code == 1 and list(found) == ["package"] and "box.toml: privacy" in found["package"]["message"]
+
+
+def test_against_a_real_server(
+    box: Make, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    monkeypatch.setenv("M6_KEY", keys.add("box"))
+    served = Served({"m6": Place(model)}, Options(keys=tmp_path / "keys.json"))
+    try:
+        for privacy in ("all", "features"):
+            code, found = _check(box(cloud=served.url, key="M6_KEY", keep_mb=1, privacy=privacy), capsys)
+            assert code == 0 and list(found) == SUBJECTS, found
+        cascade = box(cloud=served.url, key="M6_KEY", keep_mb=1)
+        cascade.answer("vqa", ASKED["vqa"])  # a model that was never trained may have nothing to say
+        counts = cascade.statistics()["tasks"]["vqa"]
+        assert counts["sent"] == 1 and counts.get("unanswered", 0) == counts.get("unanswered_empty", 0)
+        monkeypatch.setenv("M6_KEY", "m6-wrong")
+        code, found = _check(cascade, capsys)
+        assert code == 1 and "refuses the key" in found["cloud"]["message"]
+        wrong = box(cloud=served.url, key="M6_KEY", keep_mb=1)
+        assert {wrong.answer("vqa", ASKED["vqa"]).reason for _ in range(5)} == {"the cloud refuses the key"}
+    finally:
+        served.stop()
