@@ -150,6 +150,15 @@ def choose(page: Any, label: str, text: str) -> None:
             box.press("Escape")
 
 
+def list_every_task(page: Any) -> None:
+    """Of a model that was taught some, as one is when a test before has made it live, the others are listed too."""
+    page.wait_for_timeout(500)
+    every = page.locator("#every input")
+    if every.is_visible():
+        every.check()
+        page.wait_for_timeout(500)
+
+
 def shown(page: Any, text: str | re.Pattern[str]) -> None:
     """Wait until it is seen; tables keep hidden copies of their cells."""
     page.get_by_text(text).locator("visible=true").first.wait_for()

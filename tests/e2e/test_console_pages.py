@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from tests.e2e.conftest import CHROMIUM, PAGES, TITLES, Site, choose, on_screen, settled, shown
+from tests.e2e.conftest import CHROMIUM, PAGES, TITLES, Site, choose, list_every_task, on_screen, settled, shown
 
 BROKEN = """[...document.querySelectorAll("th, h1, nav a")].filter(element => {
     const range = document.createRange();
@@ -97,6 +97,7 @@ def test_what_was_taught_stands_first_and_the_rest_apart(site: Site) -> None:
 def test_everything_is_reached_by_keys_and_enter_asks(site: Site) -> None:
     page = site.open()
     page.locator("#ask").wait_for()
+    list_every_task(page)
     choose(page, "Task", TITLES["text_continuation"])
     page.locator("#form-text_continuation").wait_for()
     settled(page)
@@ -120,6 +121,7 @@ def test_on_a_phone_the_answer_and_errors_are_on_the_screen(site: Site, tmp_path
     (tmp_path / "cup.png").write_bytes(b"no picture")
     page = site.open(width=390)
     page.locator("#ask").wait_for()
+    list_every_task(page)
     choose(page, "Task", TITLES["vqa"])
     page.locator("#form-vqa").wait_for()
     page.locator("input[type=file]").first.set_input_files(tmp_path / "cup.png")
