@@ -416,8 +416,8 @@ def test_a_model_learns_what_people_accept(bundle: Bundle, tmp_path: Path) -> No
     weights = {"relevance": 0, "fidelity": 0, "quality": 1, "seed": 1}
     made(learned, tmp_path, keep=16, decoding={**QUICK, **weights})
     found = reviewed()
-    assert found["accepted"] < 0.6  # about half of what it draws fits the rule
-    assert found["by_rank"][1]["accepted"] > 0.75
+    # How much of what it draws fits the rule is chance, of the pictures that it was taught with.
+    assert found["by_rank"][1]["accepted"] > 0.75 and found["by_rank"][16]["accepted"] < 0.25
 
 
 @pytest.mark.slow

@@ -147,6 +147,8 @@ def _quicker(given: list[str]) -> list[str]:
             return SMALL[:3]
         case ["jobs", "work"]:
             return ["--until-empty"]
+        case ["eval", *words] if "--against" in words:  # vectors
+            return ["--limit", "4"]
         case ["eval", *_]:
             return ["--limit", "4", "-o", "max_new_tokens=2"]
         case ["images", "measure", *_]:
