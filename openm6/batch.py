@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openm6.atomic import lock_output, sync, write_failed, write_file
+from openm6.atomic import sync, write_file
 from openm6.bundle import Bundle
 from openm6.candidates import Painting
 from openm6.data.columns import SlotView
@@ -37,7 +37,7 @@ from openm6.review import (
     SETTINGS,
     acceptance,
     as_line,
-    begin,
+    batch_folder,
     content_of,
     go_on,
     groups,
@@ -91,25 +91,14 @@ def make_batch(
     UsageError for a folder that was begun with other prompts, another model or options, or that another process is
     writing.
     """
-    with lock_output(output):
-        return _make_batch(
-            bundle, task, prompts, output, candidates, keep, columns or {}, dict(decoding or {}), resume, data_format,
-            truncate,
-        )  # fmt: skip
-
-
-def _make_batch(
-    bundle: Bundle, task: str | Task, prompts: str | Path, output: Path, candidates: int, keep: int | None,
-    columns: Mapping[str, str], decoding: dict[str, Any], resume: bool, data_format: str | None, truncate: str | None,
-) -> dict[str, Any]:  # fmt: skip
     chosen, source = bundle.task(task), open_source(prompts, data_format)
     chosen.check_draws()
-    keep = kept_of(keep, candidates, 4)
+    keep, decoding = kept_of(keep, candidates, 4), dict(decoding or {})
     if "seed" not in {**chosen.decode, **decoding}:
         decoding["seed"] = settings_of(output)["seed"] if (output / SETTINGS).is_file() else fresh_seed()
     list(bundle.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for
     options = Drawing.of(**{**chosen.decode, **decoding})
-    view = _wishing(chosen, source, columns)
+    view = _wishing(chosen, source, columns or {})
     settings = {
         "model": str(bundle.path.resolve()) if bundle.path else "", "task": chosen.name, "prompts": str(prompts),
         CONTENT: content_of(bundle, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
@@ -118,12 +107,13 @@ def _make_batch(
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
 
     def asks(record: Record) -> dict[str, Any]:
-        return _words(chosen, _wish(view, record))
+        return _without_pictures(chosen, _wish(view, record))
 
-    begin(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures")
-    try:
+    with batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
         begun = go_on(output / CANDIDATES)
-        require_same(output, settings, source, {n: _words(chosen, row["asked"]) for n, row in begun.items()}, asks)
+        require_same(
+            output, settings, source, {n: _without_pictures(chosen, row["asked"]) for n, row in begun.items()}, asks
+        )
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
         rejects = open_rejects(output / REJECTS, source)
         with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
@@ -145,8 +135,6 @@ def _make_batch(
                             pictures += len(lines)
                 bar.update(row, completed=group.stop)
         page = write_review(output)
-    except OSError as error:
-        raise write_failed(output, error) from None
     uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in rows_of(output))
     return {
         "prompts": len(done), "bad": rejects.bad, "uncertain": uncertain, "pictures": pictures, "seed": options.seed,
@@ -215,9 +203,9 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _words(task: Task, wish: Record) -> dict[str, Any]:
-    """What is asked for, without pictures."""
-    return {name: value for name, value in wish.items() if task.slots[name].type != "image"}
+def _without_pictures(task: Task, asked: Record) -> dict[str, Any]:
+    """The slots of a prompt that are no pictures."""
+    return {name: value for name, value in asked.items() if task.slots[name].type != "image"}
 
 
 def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Painting]) -> list[str]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import sync, whole_lines, write_failed, write_file
+from openm6.atomic import sync, whole_lines, write_file
 from openm6.bundle import LIMITS, Bundle
 from openm6.copy_items import BROKEN, TABLE, goods_pictures, items_of, page_items, write_table
 from openm6.data.columns import SlotView, require_columns
@@ -37,7 +37,7 @@ from openm6.review import (
     REJECTS,
     acceptance,
     as_line,
-    begin,
+    batch_folder,
     content_of,
     go_on,
     groups,
@@ -156,10 +156,9 @@ def make_copy(
         **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
-    begin(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume)
     repeated = repeated_rows(source, id_column)
     explain = partial(explain_refusal, chosen, view, id_column)
-    try:
+    with batch_folder(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume):
         before = go_on(output / CANDIDATES)
         given = {number: row["given"] for number, row in before.items()}
         require_same(output, settings, source, given, lambda record: _plain(asked_of(chosen, view, record), chosen))
@@ -201,8 +200,6 @@ def make_copy(
         found = list(items_of(output, source, id_column))
         write_file(output / TABLE, lambda draft: write_table(draft, found, id_column, shown))
         page = write_review(output, page_items(output, found, goods, id_column), id_column or "item", most)
-    except OSError as error:
-        raise write_failed(output, error) from None
     reasons = Counter(_kind(one["reason"]) for one in whole_lines(output / BROKEN))
     kept = Counter(row["prompt"] for row in rows_of(output) if row["rank"])
     return {

@@ -10,6 +10,7 @@ import html
 import json
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -19,7 +20,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from openm6.atomic import cut_torn_line, require_new, whole_lines, write_failed, write_file, write_whole
+from openm6.atomic import (
+    cut_torn_line,
+    lock_output,
+    require_new,
+    whole_lines,
+    write_failed,
+    write_file,
+    write_whole,
+)
 from openm6.bases import directory_hash
 from openm6.bundle import TRUNCATE, Bundle
 from openm6.data.rejects import Reject, Rejects
@@ -141,19 +150,33 @@ def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
     return {**told(every), "by_rank": {rank: told(some) for rank, some in sorted(verdicts.items())}}
 
 
-def begin(output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str) -> None:
-    """Make the folder of a new batch, with these in it, or see that the one there was begun with the same settings."""
-    if not (resume and (output / SETTINGS).is_file()):
-        require_new(output)
-        content = {**settings, **more, "id": uuid.uuid4().hex}
+@contextmanager
+def batch_folder(
+    output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str
+) -> Iterator[None]:
+    """The folder of a batch, written by this process alone: a new one, with these folders in it, or one that was begun
+    with the same settings. Raises UsageError for one that was begun with others, or that another process is writing;
+    OpenM6Error where it cannot be written."""
+    with lock_output(output):
+        if resume and (output / SETTINGS).is_file():
+            _check_settings(output, settings)
+        else:
+            require_new(output)
+            content = {**settings, **more, "id": uuid.uuid4().hex}
 
-        def fill(folder: Path) -> None:
-            for name in folders:
-                (folder / name).mkdir()
-            (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+            def fill(folder: Path) -> None:
+                for name in folders:
+                    (folder / name).mkdir()
+                (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
-        write_whole(output, fill)
-        return
+            write_whole(output, fill)
+        try:
+            yield
+        except OSError as error:
+            raise write_failed(output, error) from None
+
+
+def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
     before = settings_of(output)
     for key, now in settings.items():
         if key != CONTENT and before.get(key) != now:  # require_same looks at the content

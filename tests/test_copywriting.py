@@ -19,7 +19,7 @@ from openm6.copywriting import make_copy, write_labelled_copy
 from openm6.data.market import open_market
 from openm6.decode import Generated
 from openm6.errors import DataError, UsageError
-from openm6.review import begin
+from openm6.review import batch_folder
 from openm6.train.trainer import train
 from tests.conftest import command as run
 from tests.train.conftest import tiny_recipe
@@ -233,8 +233,10 @@ def test_labels_of_texts_speak_of_texts_and_those_of_pictures_of_pictures(tmp_pa
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"file": "x", "accepted": true}', "utf-8")
     about: dict[str, Any] = {"slots": {}, "picture": "copy"}
-    begin(tmp_path / "texts", {}, {**about, "kind": "texts"}, resume=False)
-    begin(tmp_path / "pictures", {}, about, resume=False)
+    with batch_folder(tmp_path / "texts", {}, {**about, "kind": "texts"}, resume=False):
+        pass
+    with batch_folder(tmp_path / "pictures", {}, about, resume=False):
+        pass
     for command, own, other in (("copy", "texts", "images"), ("images", "pictures", "copy")):
         there = {"texts": "pictures", "pictures": "texts"}[own]
         for folder, said in (

@@ -66,18 +66,16 @@ def batch(
             words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
-    from openm6.atomic import lock_output
     from openm6.bundle import Bundle
     from openm6.copywriting import make_copy
     from openm6.data.readers import with_options
 
-    with lock_output(output):
-        made = make_copy(
-            Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
-            decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-            lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
-            table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
-        )  # fmt: skip
+    made = make_copy(
+        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
+        decoding=decoding, forbid=words, least=least, most=most, facts=facts,
+        lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
+        table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
+    )  # fmt: skip
     if json:
         emit(made)
         return

@@ -15,7 +15,7 @@ from openm6.batch import make_batch, write_labelled
 from openm6.copy_items import goods_pictures, items_of, page_items
 from openm6.copywriting import write_labelled_copy
 from openm6.data.source import open_source
-from openm6.review import as_line, begin, write, write_review
+from openm6.review import as_line, batch_folder, write, write_review
 from openm6.tasks.library import get
 from tests.conftest import drawing_bundle
 from tests.e2e.conftest import CHROMIUM, EVIL
@@ -44,7 +44,8 @@ def texts(tmp_path: Path) -> Path:
         table.writerows(GOODS)
     output = tmp_path / "copy"
     about = {"kind": "texts", "slots": {"attributes": "table"}, "picture": "copy"}
-    begin(output, {"task": "product_copy"}, about, resume=False)
+    with batch_folder(output, {"task": "product_copy"}, about, resume=False):
+        pass
     lines, broken = [], [{"prompt": 2, "said": "蓝色的", "reason": "says 蓝色"}]
     for number, some in SAID.items():
         base = {"prompt": number, "of": len(some), "given": {"attributes": GOODS[number]}}
