@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,27 +43,21 @@ def run(
         raise UsageError(f"{model} is not there: run `make demo` first.")
     requests = requests or _openm6(_mixed())
     found: dict[str, list[Measured]] = {side: [] for side in SIDES}
-    answers: dict[str, int] = {}
-    alone, _, harmed = SIDES
+    answers = Counter[str]()
     with _served(model)() as url, _sink() as sink:
         uvloop.run(_load(url, requests, 8, min(2.0, seconds)))  # warm
         peak, *_ = uvloop.run(_load(url, requests, 64, seconds))
         for _ in range(turns):
-            for side in SIDES:
-                load = None
-                if side != alone:
-                    load = _harm(url if side == harmed else sink, OFFERED * HARMFUL * peak, seconds, large, targets)
+            for side, harmed in zip(SIDES, (None, sink, url), strict=True):
+                load = _harm(harmed, OFFERED * HARMFUL * peak, seconds, large, targets) if harmed else None
                 found[side].append(uvloop.run(_arriving(url, requests, OFFERED * (1 - HARMFUL) * peak, seconds)))
-                if load is None:
-                    continue
-                counts = json.loads(load.communicate(timeout=120)[0])
-                for status, count in counts.items() if side == harmed else ():
-                    answers[status] = answers.get(status, 0) + count
+                counts = json.loads(load.communicate(timeout=120)[0]) if load else {}
+                if harmed == url:
+                    answers.update(counts)
     rows = [_row(side, measured, peak) for side, measured in found.items()]
-    for before, row in zip(SIDES, rows[1:], strict=False):
-        first = rows[SIDES.index(before)]
+    for before, row in pairwise(rows):
         for name, what in {"answers of": "small answers/s", "p99 times": "answer ms p99"}.items():
-            row[f"{name} the side before"] = round(row[what] / first[what], 2) if first[what] else None
+            row[f"{name} the side before"] = round(row[what] / before[what], 2) if before[what] else None
     rows[-1]["answers to the harmful"] = ", ".join(f"{count} x {status}" for status, count in sorted(answers.items()))
     note = (
         f"The peak is {peak:.0f} requests a second (64 clients, closed loop). Small requests, the demo's tasks mixed, "
@@ -77,8 +73,10 @@ def _sink() -> Iterator[str]:
     words = [sys.executable, "-m", "benchmarks._overload_sink"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.terminate()
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
 
 
 def _row(side: str, turns: list[Measured], peak: float) -> dict[str, Any]:
