@@ -97,7 +97,8 @@ class Limits:
                 banned.add(self._tokenizer.class_ids[word.encode()[-1]])
         if self.most:
             room = self.most - len(text)
-            banned.update(i for i, word in self._texts.items() if len(word) > room)
+            lengths = _by_length(self._tokenizer).items()
+            banned.update(token for length, tokens in lengths if length > room for token in tokens)
             if room * TURN <= self.most and len(text) >= self.least:
                 if text == whole_sentences(text) != "":
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
@@ -186,6 +187,15 @@ def _texts(tokenizer: Tokenizer) -> dict[int, str]:
     """The text of every token that has one by itself, as the bytes of ASCII have."""
     found = {i: tokenizer.decode([i]) for i in range(tokenizer.code_start)}
     return {i: text for i, text in found.items() if text and (text.isascii() or not tokenizer.is_part(i))}
+
+
+@lru_cache(maxsize=8)
+def _by_length(tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """The tokens with a text, by its number of characters."""
+    found: dict[int, list[int]] = {}
+    for token, text in _texts(tokenizer).items():
+        found.setdefault(len(text), []).append(token)
+    return found
 
 
 @lru_cache(maxsize=8)
