@@ -262,9 +262,8 @@ def _written(
     prompts = [
         bundle.prompt(task, {**record, LIMITS: None if task.sketch else limits[number]})
         for number, record in asked.items()
-        for _ in range(candidates)
     ]
-    made = bundle.generate(task, prompts, decoding=own)
+    made = bundle.generate(task, [one for one in prompts for _ in range(candidates)], decoding=own)
     return {n: made[i * candidates : (i + 1) * candidates] for i, n in enumerate(asked)}
 
 
