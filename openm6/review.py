@@ -124,10 +124,11 @@ def require_same(
         except (DataError, IndexError):
             return True
 
-    changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
-    where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
     if before.get("source") == now["source"]:
         where = f"The model {settings['model']}"
+    else:
+        changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
+        where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
     raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
 
 
