@@ -104,10 +104,11 @@ class Limits:
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
                 if not text[-1:].isdigit():  # 1,299 is a number
                     banned |= self._breaks
+        begun = self._tokenizer.begun(prefix)
         for rule in self.rules:
             tail = rule.tail(text)
             banned |= self._broken_after(rule, tail)
-            banned |= self._broken_by_bytes(rule, tail, self._tokenizer.begun(prefix))
+            banned |= self._broken_by_bytes(rule, tail, begun)
         if len(text) < self.least:
             banned.add(self._tokenizer.end_id)
         whole = self._characters.next(prefix) if self._characters else Banned()
