@@ -42,7 +42,7 @@ class Rule(Protocol):
         """The plain characters that change how the tail is read."""
 
     def holds(self, word: str) -> bool:
-        """Whether the rule has anything to say about a word that follows no tail."""
+        """Whether a word that follows no tail may break the rule."""
 
 
 _SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
@@ -210,7 +210,7 @@ def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=8)
 def _mattering(tokenizer: Tokenizer, holds: Callable[[str], bool]) -> tuple[int, ...]:
-    """The tokens about whose text a rule has anything to say."""
+    """The tokens whose text may break a rule by itself."""
     return tuple(token for token, text in _texts(tokenizer).items() if holds(text))
 
 
