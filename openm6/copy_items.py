@@ -59,7 +59,7 @@ def items_of(output: Path, source: Source, id_column: str) -> Iterator[Item]:
             yield Item(-1, "", {}, (), record.reason)
             continue
         reason = refused.get(place_of(source, number, record)) or "; ".join(dict.fromkeys(broken[number]))
-        known = _plain(record.get(id_column) if id_column else number + 1)
+        known = text_of(record.get(id_column) if id_column else number + 1)
         yield Item(number, known, record, texts[number], "" if texts[number] else reason)
         number += 1
 
@@ -93,7 +93,7 @@ def page_items(output: Path, items: Sequence[Item], pictures: SlotView, id_colum
     for item in items:
         yield {
             "id": item.id,
-            "shown": {k: _plain(v) for k, v in item.record.items() if k not in hidden and not isinstance(v, bytes)},
+            "shown": {k: text_of(v) for k, v in item.record.items() if k not in hidden and not isinstance(v, bytes)},
             "pictures": _saved_picture(output / "pictures" / f"{item.number:06d}.jpg", item.record, pictures),
             "candidates": [{"file": row["file"], "said": row["said"]} for row in item.texts],
             "reason": item.reason,
@@ -112,10 +112,10 @@ def _saved_picture(file: Path, record: Record, view: SlotView) -> list[str]:
     return [f"{file.parent.name}/{file.name}"]
 
 
-def _plain(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A cell as people read it; of a table or a list its parts, one after the other."""
     if isinstance(value, Mapping):
-        return " ".join(f"{name}:{_plain(one)}" for name, one in value.items())
+        return " ".join(f"{name}:{text_of(one)}" for name, one in value.items())
     if isinstance(value, list):
-        return " · ".join(map(_plain, value))
+        return " · ".join(map(text_of, value))
     return "" if value is None else str(value)

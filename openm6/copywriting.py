@@ -21,7 +21,7 @@ from typing import Any
 
 from openm6.atomic import sync, whole_lines, write_file
 from openm6.bundle import LIMITS, Bundle
-from openm6.copy_items import BROKEN, TABLE, goods_pictures, items_of, page_items, write_table
+from openm6.copy_items import BROKEN, TABLE, goods_pictures, items_of, page_items, text_of, write_table
 from openm6.data.columns import SlotView, require_columns
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
@@ -157,11 +157,11 @@ def make_copy(
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
     repeated = repeated_rows(source, id_column)
-    explain = partial(explain_refusal, chosen, view, id_column)
+    ask, explain = partial(asked_of, chosen, view), partial(explain_refusal, chosen, view, id_column)
     with batch_folder(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume):
         before = go_on(output / CANDIDATES)
         given = {number: row["given"] for number, row in before.items()}
-        require_same(output, settings, source, given, lambda record: _plain(asked_of(chosen, view, record), chosen))
+        require_same(output, settings, source, given, lambda record: _as_json(ask(record), chosen))
         done = set(before)
         # Texts of an item that is written anew are counted once.
         write(output / BROKEN, map(as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]))
@@ -177,7 +177,6 @@ def make_copy(
                 for number in sorted(repeated.keys() & set(group)):
                     rejects.count(place_of(source, number, source[number]), repeated[number], source.name)
                 alone = [number for number in group if number not in repeated]
-                ask = partial(asked_of, chosen, view)
                 asked = dict(usable(bundle, chosen, ask, source, alone, rejects, explain=explain))
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
@@ -189,7 +188,7 @@ def make_copy(
                         if number in done:
                             continue
                         good, bad = _judge(bundle, chosen, written[number], limits[number], seen, number)
-                        lines = list(_lines(number, _plain(asked[number], chosen), good[:keep]))
+                        lines = list(_lines(number, _as_json(asked[number], chosen), good[:keep]))
                         broken.writelines(as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
                         sync(broken)
                         file.writelines(lines)
@@ -259,9 +258,8 @@ def _written(
     prompts = [
         bundle.prompt(task, {**record, LIMITS: None if task.sketch else limits[number]})
         for number, record in asked.items()
-        for _ in range(candidates)
     ]
-    made = bundle.generate(task, prompts, decoding=own)
+    made = bundle.generate(task, [one for one in prompts for _ in range(candidates)], decoding=own)
     return {n: made[i * candidates : (i + 1) * candidates] for i, n in enumerate(asked)}
 
 
@@ -299,7 +297,7 @@ def _alike(first: str, second: str) -> bool:
     return len(one & other) >= ALIKE * len(one | other)
 
 
-def _plain(record: Record, task: Task) -> dict[str, Any]:
+def _as_json(record: Record, task: Task) -> dict[str, Any]:
     """What an item gave, as JSON; pictures by their paths alone."""
     return {
         name: value if task.slots[name].type != "image" or isinstance(value, str) else None
@@ -310,9 +308,7 @@ def _plain(record: Record, task: Task) -> dict[str, Any]:
 def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]]) -> Iterator[str]:
     """A line for each kept text; for an item without any one of rank 0, so that it is known to be done."""
     shown = {
-        name: " ".join(f"{k}:{v}" for row in (value if isinstance(value, list) else [value]) for k, v in row.items())
-        if isinstance(value, (dict, list))
-        else value
+        name: text_of(value) if isinstance(value, (dict, list)) else value
         for name, value in given.items()
         if value is not None
     }

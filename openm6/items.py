@@ -24,7 +24,7 @@ View = Callable[[Record], Record]
 EMPTY = frozenset(
     ("", "-", "--", "—", "——", "/", "\\", "无", "暂无", "没有", "未知", "不详", "待定", "none", "null", "nan", "n/a")
 )
-"""What stands in a cell that has no value, in plain characters."""
+"""Spellings of a missing value in a cell, in plain characters."""
 
 
 def is_empty(cell: Any) -> bool:
@@ -32,7 +32,7 @@ def is_empty(cell: Any) -> bool:
 
 
 def asked_of(task: Task, view: View, record: Record) -> dict[str, Any]:
-    """What an item gives, by slot: texts and cells without HTML entities, with their numbers in plain characters."""
+    """The input of the task that an item gives, by slot: HTML entities decoded, numbers in plain characters."""
     given: dict[str, Any] = {}
     for name, value in view(record).items():
         if name not in task.inputs or value is None or value == "":

@@ -44,13 +44,13 @@ SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
 )  # fmt: skip
 
 COMMANDS = {"texts": "copy", "pictures": "images"}
-"""What a batch is of, and the command that makes it."""
+"""The kinds of batches, each with the group of commands that makes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What people say of a candidate. `text`: the text as they have edited it, "" where it stayed as it was; `where`:
-    the place of the line."""
+    """A reviewer's verdict on a candidate. `text`: the edited text, "" for one that was not edited; `where`: the file
+    and line of the verdict."""
 
     accepted: bool
     text: str
@@ -74,8 +74,8 @@ def seed_of(seed: int, start: int) -> int:
 
 
 def kept_of(keep: int | None, candidates: int, usual: int) -> int:
-    """How many candidates are kept: where nothing is said the usual number, or all of fewer. Raises UsageError for a
-    number that cannot be."""
+    """Number of candidates to keep: without `keep` the usual number, or all of fewer. Raises UsageError for a `keep`
+    below 1 or above the number of candidates."""
     if keep is None:
         return min(usual, candidates)
     if not 1 <= keep <= candidates:
@@ -133,10 +133,11 @@ def require_same(
         except (DataError, IndexError):
             return True
 
-    changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
-    where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
     if before.get("source") == now["source"]:
         where = f"The model {settings['model']}"
+    else:
+        changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
+        where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
     raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
 
 

@@ -42,7 +42,7 @@ class Rule(Protocol):
         """The plain characters that change how the tail is read."""
 
     def holds(self, word: str) -> bool:
-        """Whether the rule has anything to say about a word that follows no tail."""
+        """Whether a word that follows no tail may break the rule."""
 
 
 _SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
@@ -97,16 +97,18 @@ class Limits:
                 banned.add(self._tokenizer.class_ids[word.encode()[-1]])
         if self.most:
             room = self.most - len(text)
-            banned.update(i for i, word in self._texts.items() if len(word) > room)
+            lengths = _by_length(self._tokenizer).items()
+            banned.update(token for length, tokens in lengths if length > room for token in tokens)
             if room * TURN <= self.most and len(text) >= self.least:
                 if text == whole_sentences(text) != "":
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
                 if not text[-1:].isdigit():  # 1,299 is a number
                     banned |= self._breaks
+        begun = self._tokenizer.begun(prefix)
         for rule in self.rules:
             tail = rule.tail(text)
             banned |= self._broken_after(rule, tail)
-            banned |= self._broken_by_bytes(rule, tail, self._tokenizer.begun(prefix))
+            banned |= self._broken_by_bytes(rule, tail, begun)
         if len(text) < self.least:
             banned.add(self._tokenizer.end_id)
         whole = self._characters.next(prefix) if self._characters else Banned()
@@ -189,6 +191,15 @@ def _texts(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 @lru_cache(maxsize=8)
+def _by_length(tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """The tokens with a text, by its number of characters."""
+    found: dict[int, list[int]] = {}
+    for token, text in _texts(tokenizer).items():
+        found.setdefault(len(text), []).append(token)
+    return found
+
+
+@lru_cache(maxsize=8)
 def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
     """The tokens with a text, by its first character in its plain form."""
     found: dict[str, list[int]] = {}
@@ -199,7 +210,7 @@ def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=8)
 def _mattering(tokenizer: Tokenizer, holds: Callable[[str], bool]) -> tuple[int, ...]:
-    """The tokens about whose text a rule has anything to say."""
+    """The tokens whose text may break a rule by itself."""
     return tuple(token for token, text in _texts(tokenizer).items() if holds(text))
 
 

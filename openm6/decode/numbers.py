@@ -181,7 +181,7 @@ class GivenNumbers:
 
     @cached_property
     def _spellings(self) -> tuple[str, ...]:
-        """What is written of the values: as they are given, and in digits."""
+        """The spellings that the text may use for the values: those given, and those in digits."""
         found = set(self._given)
         for kind, value in self.values:
             if isinstance(value, str):
@@ -200,7 +200,7 @@ class GivenNumbers:
         return re.search(f"[{_STARTS}]", plain(word)) is not None
 
     def tail(self, text: str) -> str:
-        """The end of a text on which it depends what may follow."""
+        """The end of a text that looks like a number begun; "" for none."""
         found = _TAIL.search(plain(text))
         return found[0] if found else ""
 
