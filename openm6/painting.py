@@ -98,6 +98,7 @@ def options_of(
 
 
 def fresh_seed() -> int:
+    """A random seed for a request that has none, below 2**31."""
     return secrets.randbelow(2**31)
 
 
