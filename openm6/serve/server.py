@@ -279,7 +279,7 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 
 
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
-    """What an answer tells of a source that was truncated: the positions that were left out; nothing of others."""
+    """The field `truncated` of an answer: how many positions of its source were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
 
 
