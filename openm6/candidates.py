@@ -31,7 +31,7 @@ class Painting:
 
 
 def paintings_of(candidates: Iterable[Mapping[str, Any]]) -> list[Painting]:
-    """Candidates as a server tells them, with images in base64; what a newer server tells beside is left out."""
+    """Candidates out of a server's JSON, with images in base64. Fields that only a newer server knows are ignored."""
     names = {field.name for field in fields(Painting)}
     found = []
     for candidate in candidates:

@@ -272,7 +272,7 @@ UNCERTAIN = (
     "The model does not find in the best picture what was asked for: the wish may lie outside of what it was trained "
     "on, or contradict itself."
 )
-"""What is said to people of a drawing whose best picture is uncertain (painting.Painting)."""
+"""What is said to people of a drawing whose best picture is uncertain (candidates.Painting)."""
 
 
 def save(image: Image.Image, target: Path | io.BytesIO, format: str | None = None) -> None:

@@ -98,6 +98,7 @@ def options_of(
 
 
 def fresh_seed() -> int:
+    """A random seed for a request that has none, below 2**31."""
     return secrets.randbelow(2**31)
 
 
@@ -132,7 +133,7 @@ def paint_steps(
     asked = [r for r in records for _ in range(candidates)]
     kept = kept_codes([r.get(KEPT) for r in asked], codes)
     own = [(seed + number) % SEEDS for seed in seeds for number in range(candidates)]
-    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, [0] * len(own), own)
+    steps = draw_steps(bundle.model, prompts, free, codes, options, kept, own)
     drawn = yield from recounted(steps, lambda counts: [sum(part) for part in in_parts(counts)])
     yield [0] * len(records)
     rows = zip(drawn.codes.cpu().numpy(), drawn.estimates.tolist(), drawn.score(options).tolist(), strict=True)

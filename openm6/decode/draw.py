@@ -40,7 +40,7 @@ class Drawing:
     noise         Gumbel noise on how sure a code is, falling to nothing in the last pass
     guidance      how much further than the prompt says, away from what would be drawn without its droppable parts
                   (classifier-free guidance, Ho and Salimans 2022): logits c + guidance (c - u)
-    seed          of the random numbers; row i draws from seed and i
+    seed          of the random numbers of the first row; each further row has the next number
     branches      pictures drawn in every pass, of which the best by the estimates goes on; 1 asks for no estimates
     relevance     weight of the estimate of that name (log-odds), and likewise:
     fidelity
@@ -113,14 +113,13 @@ def draw_steps(
     codes: Codes,
     drawing: Drawing | None = None,
     kept: Tensor | None = None,
-    numbers: Items[int] | None = None,
     seeds: Items[int] | None = None,
 ) -> Steps[Drawn]:
     """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
 
     `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
-    OPEN where one has to be drawn. `numbers` of the rows, and `seeds`, for their random numbers: 0, 1, ... and the
-    drawing's seed by default. A step is a pass, or a code; it costs a row the codes that are computed: of all branches,
+    OPEN where one has to be drawn. `seeds` of the rows' random numbers: by default the drawing's seed, and from there
+    each the next number. A step is a pass, or a code; it costs a row the codes that are computed: of all branches,
     twice with guidance.
     """
     drawing = drawing or Drawing()
@@ -134,9 +133,9 @@ def draw_steps(
     )
     found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
     found = found.repeat_interleave(branches, 0).to(device)
-    rows = numbers or range(len(prompts) // branches)
-    pairs = zip(seeds or [drawing.seed] * len(rows), rows, strict=True)
-    own = [hash((*pair, branch)) & 0x7FFFFFFF for pair in pairs for branch in range(branches)]
+    rows = range(len(prompts) // branches)
+    each = zip(rows, seeds or [drawing.seed + row for row in rows], strict=True)
+    own = [hash((seed, 0, branch)) & 0x7FFFFFFF for _, seed in each for branch in range(branches)]
     chance = _Chance([torch.Generator().manual_seed(seed) for seed in own], device)
     painter = _Painter(model, cache, codes, drawing, chance)
     if branches > 1:

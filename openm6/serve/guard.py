@@ -131,7 +131,7 @@ def response(
 
 
 def response_to(error: OpenM6Error | BodyError) -> JSONResponse:
-    """The response that an error is told with."""
+    """The HTTP response that reports an error."""
     if isinstance(error, BodyError):
         return response(error.status_code, error.code, str(error.detail))
     status, kind = status_and_type(error)

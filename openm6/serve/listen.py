@@ -20,9 +20,9 @@ HEAD = 15.0
 """Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
 
 BEHIND = 0.25
-"""Seconds from which on a lag is long: what comes to a busy server then is refused, before it waits to be read."""
+"""Seconds above which a lag is long: a busy server then refuses new requests before it reads them."""
 LOOK = 0.05
-"""Seconds between two looks at how far the event loop is behind."""
+"""Seconds between two measurements of the lag of the event loop."""
 
 
 class Connection(HttpToolsProtocol):
@@ -69,13 +69,13 @@ class Connection(HttpToolsProtocol):
 
 
 class Lag:
-    """How far the event loop is behind what it has to do."""
+    """The lag of the event loop: how much later than scheduled it wakes a task."""
 
     def __init__(self) -> None:
         self._due, self._last = math.inf, 0.0
 
     async def follow(self) -> None:
-        """Until it is cancelled."""
+        """Measure the lag, again and again, until the task is cancelled."""
         while True:
             self._due = time.monotonic() + LOOK
             await asyncio.sleep(LOOK)
@@ -83,7 +83,7 @@ class Lag:
 
     @property
     def is_long(self) -> bool:
-        """Of its last round, or of this one."""
+        """Whether the last measured lag, or the one under way, exceeds BEHIND."""
         return max(self._last, time.monotonic() - self._due) > BEHIND
 
 

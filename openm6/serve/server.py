@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -18,6 +17,7 @@ from pydantic import Field
 from openm6.decode import Decoding
 from openm6.decode.draw import Drawing
 from openm6.errors import UsageError, suggest
+from openm6.painting import fresh_seed
 from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
@@ -146,7 +146,7 @@ class Server:
             raise untrained(deployment, task)
         decoding = dict(asked.decoding)
         if samples(told, decoding):
-            decoding.setdefault("seed", secrets.randbelow(2**31))
+            decoding.setdefault("seed", fresh_seed())
         slots = told["slots"]
         read = partial(
             record_of, slots=slots, pictures=self.pictures, positions=deployment.about["positions"],
@@ -279,7 +279,7 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 
 
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
-    """What an answer tells of a source that was truncated: the positions that were left out; nothing of others."""
+    """The field `truncated` of an answer: how many positions of its source were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
 
 

@@ -133,7 +133,7 @@ def test_kept_codes_are_kept_and_seeds_and_company_change_nothing_else(passes: i
     assert ((found >= 0) & (found < 20)).all()
     assert found[1, 2:6].tolist() == [7, 0, 19, 3]
     assert torch.equal(found, draw(network, prompts, free, CODES, options, kept).codes)
-    alone = draw(network, prompts[1:2], free[:1], CODES, options, kept[1:2], numbers=[1]).codes
+    alone = draw(network, prompts[1:2], free[:1], CODES, options, kept[1:2], seeds=[6]).codes
     assert torch.equal(alone[0], found[1])
     other = draw(network, prompts, free, CODES, Drawing(passes=passes, guidance=1.0, seed=6), kept).codes
     assert not torch.equal(other, found)
@@ -205,7 +205,7 @@ def test_progressive_drawing_of_a_row_depends_on_that_row_alone() -> None:
     together = draw(network, prompts, free, CODES, options)
     assert together.codes.shape == (3, 9)
     for row in range(3):
-        alone = draw(network, prompts[row : row + 1], free[:1], CODES, options, numbers=[row])
+        alone = draw(network, prompts[row : row + 1], free[:1], CODES, options, seeds=[row])
         assert torch.equal(alone.codes[0], together.codes[row])
 
 
