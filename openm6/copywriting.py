@@ -308,7 +308,9 @@ def _as_json(record: Record, task: Task) -> dict[str, Any]:
 def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]]) -> Iterator[str]:
     """A line for each kept text; for an item without any one of rank 0, so that it is known to be done."""
     shown = {
-        name: text_of(value) if isinstance(value, (dict, list)) else value
+        name: " ".join(map(text_of, value if isinstance(value, list) else [value]))
+        if isinstance(value, (dict, list))
+        else value
         for name, value in given.items()
         if value is not None
     }
