@@ -114,7 +114,7 @@ def lock_output(target: Path) -> Iterator[None]:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     break
-            os.close(handle)  # whoever held it has removed the file in the meantime
+            os.close(handle)  # the process that held the lock has removed its file in the meantime
     except OSError as error:
         raise write_failed(target, error) from None
     try:

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -134,3 +135,11 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
     yield make
     for one in opened:
         one.close()
+
+
+def wait_until(what: Callable[[], bool], seconds: float) -> None:
+    for _ in range(round(seconds / 0.05)):
+        if what():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to that")

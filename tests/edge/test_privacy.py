@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from PIL import Image
 
 from openm6.edge.box import Settings, written
 from openm6.edge.cascade import CLOUD, EDGE
-from tests.edge.conftest import CloudServer, Make
+from tests.edge.conftest import CloudServer, Make, wait_until
 from tests.edge.test_edge import _in_fp32, bundle, model
 from tests.tasks.conftest import picture
 
@@ -148,10 +148,11 @@ class Load:
     def answered(self, count: int) -> None:
         """Wait until each client has been answered so many more times in this stage."""
         before = list(self._done[self.stage])
-        _wait(
+        wait_until(
             lambda: (
                 bool(self.failures) or all(n >= b + count for n, b in zip(self._done[self.stage], before, strict=True))
-            )
+            ),
+            60,
         )
         assert not self.failures, self.failures
 
@@ -159,14 +160,6 @@ class Load:
         self._stopped = True
         for thread in self._threads:
             thread.join()
-
-
-def _wait(what: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if what():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come to that")
 
 
 def _on_disk(folders: tuple[Path, ...], process: int | None = None) -> bytes:
@@ -250,7 +243,7 @@ def test_nothing_leaves_or_stays_that_the_mode_forbids(
                 assert not any(_any(before.text_patterns(), disk) for before in secrets), number
                 assert b"__base64__" not in disk, number  # of features, too
             if not number:
-                _wait(lambda: b"/v1/edges/" in recorder.sent)  # counts are reported, in this mode
+                wait_until(lambda: b"/v1/edges/" in recorder.sent, 60)  # counts are reported, in this mode
         load.stop()
         assert not load.failures
     finally:

@@ -103,20 +103,19 @@ def _project(line: str) -> str:
     return re.split(r"[<>=;\[ ]", line)[0].lower()
 
 
-def _python(version: str) -> str | None:
-    """A Python of this version that is on this machine."""
+def _python(version: str) -> str:
+    """A Python of this version; the test is skipped on a machine without one."""
     folders = (Path.home() / ".pyenv/versions", Path.home() / ".local/share/uv/python")
     found = [str(file) for folder in folders for file in folder.glob(f"*{version}[.-]*/bin/python")]
     for place in (shutil.which(f"python{version}"), *found):
         if place and subprocess.run([place, "--version"], capture_output=True).returncode == 0:
             return place
-    return None
+    pytest.skip(f"There is no Python {version} here.")
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.10"])
 def test_an_old_python_is_told_what_the_program_needs(version: str, tmp_path: Path) -> None:
-    if (python := _python(version)) is None:
-        pytest.skip(f"There is no Python {version} here.")
+    python = _python(version)
     write_program(tmp_path / "openm6-edge")
     told = subprocess.run([python, tmp_path / "openm6-edge", "tasks"], capture_output=True, text=True)
     assert told.returncode == 2
@@ -139,8 +138,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
 def test_a_package_starts_in_an_environment_of_its_own_requirements(
     version: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    if (python := _python(version)) is None:
-        pytest.skip(f"There is no Python {version} here.")
+    python = _python(version)
     config = tiny_config(vocab_size=tokenizer.vocab_size)
     Bundle(M6(config), Processor(tokenizer, ImageGrid(8, 16), 96), [get("vqa")]).save(tmp_path / "model")
     package = tmp_path / "package"

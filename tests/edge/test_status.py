@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from openm6.edge.program import main
 from openm6.edge.service import _Guard
 from openm6.errors import UsageError
 from tests.conftest import command
+from tests.edge.conftest import wait_until
 from tests.edge.test_edge import ASKED, bundle, model
 
 __all__ = ["bundle", "model"]
@@ -115,14 +115,6 @@ def _parsed(unit: str) -> RawConfigParser:
     return parser
 
 
-def _wait(what: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if what():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not come to that")
-
-
 def _asked(url: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     data = None if body is None else json.dumps(body).encode()
@@ -145,9 +137,9 @@ def test_what_serves_is_told_and_logged(place: Path, served: Serve, capsys: pyte
     assert code == 200 and answer["by"] == "edge"
     # Nobody asks any more, and the settings are taken up all the same.
     _write(place, privacy="nothing")
-    _wait(lambda: _told(place, capsys)["serving"]["settings"]["privacy"] == "nothing")
+    wait_until(lambda: _told(place, capsys)["serving"]["settings"]["privacy"] == "nothing", 10)
     (place / "box.toml").write_text("privacy = some\n", "utf-8")
-    _wait(lambda: "box.toml" in _told(place, capsys)["serving"]["problem"])
+    wait_until(lambda: "box.toml" in _told(place, capsys)["serving"]["problem"], 10)
     _write(place, privacy="nothing")
     second = subprocess.run(
         [sys.executable, str(place / "openm6-edge"), "serve", "--port", "0"], capture_output=True, text=True
