@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from openm6.atomic import write_text
-from openm6.edge.kept import MODES
+from openm6.edge.kept import MODES, NOTHING
 from openm6.errors import OpenM6Error, UsageError, suggest
 
 FILE, CURRENT, VERSIONS, EYES = "box.toml", "current", "versions", "eyes"
@@ -77,6 +78,16 @@ class Settings:
     def least_sure(self) -> float:
         """Share of what comes in that is asked for being the least sure; 0: by the threshold."""
         return self.share - self.audit if self.share else 0.0
+
+    @property
+    def asks_cloud(self) -> bool:
+        """Whether anything may be sent."""
+        return bool(self.cloud) and not self.offline and self.privacy != NOTHING
+
+    @property
+    def cloud_key(self) -> str:
+        """The value of the variable `key`; "" where none is named, or it is not set."""
+        return os.environ.get(self.key, "") if self.key else ""
 
 
 COMMENTS = {

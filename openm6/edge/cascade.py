@@ -18,10 +18,10 @@ import numpy as np
 from openm6.edge.box import Box, Settings
 from openm6.edge.check import Finding, check_cloud
 from openm6.edge.cloud import CHOSEN, Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError
+from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError, is_empty
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
-from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, confidence_of
+from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, calibrations, confidence_of
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import as_file, open_image
 from openm6.tasks.processor import Processor
@@ -64,8 +64,7 @@ class _Version:
         self.sure: dict[str, Sureness] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
-        for file in folder.glob("sureness-*.npz"):
-            task = file.stem.removeprefix("sureness-")
+        for task, file in calibrations(folder).items():
             self.sure[task] = found = Sureness.load(file, self.model.about["sha256"])
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
@@ -74,8 +73,8 @@ class _Version:
 
 
 def _calibrated(box: Box, number: str) -> dict[str, int]:
-    """Files of a version's calibration, and when they were written (ns)."""
-    return {file.name: file.stat().st_mtime_ns for file in (box.folder(number) / "package").glob("sureness-*.npz")}
+    """When each task of a version was calibrated (ns)."""
+    return {task: file.stat().st_mtime_ns for task, file in calibrations(box.folder(number) / "package").items()}
 
 
 class Cascade:
@@ -206,8 +205,8 @@ class Cascade:
             task.name, inputs, min(deadline, seconds or deadline), late, lambda: self._spend(task.name)
         )
 
-    def _take(self, count: int) -> None:
-        """Take so many of the hour's requests. Raises Failed where they are used up."""
+    def _take(self, count: int) -> int:
+        """Take so many of the hour's requests. Returns the hour. Raises Failed where they are used up."""
         hour = int(self._clock() // 3600)
         with self._lock:
             known, used = self._spent
@@ -220,14 +219,15 @@ class Cascade:
             if used >= self.settings.requests_per_hour:
                 raise Failed("budget")
             self._spent = hour, used + count
+        return hour
 
     def _spend(self, task: str) -> None:
         """A request is about to leave. Raises Failed where the hour's requests are used up. On a full disk they are
         counted in memory alone."""
-        self._take(1)
+        hour = self._take(1)
         self._count(task, "sent")
         with self._storing(""):
-            self.kept.spend(int(self._clock() // 3600))
+            self.kept.spend(hour)
 
     def _keep(
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
@@ -346,7 +346,7 @@ def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
     values = {name: outputs[name] for name in task.outputs if name in outputs}
     for name in task.outputs:
         known, value = task.labels.get(name), values.get(name)
-        if value in ("", [], {}) or (isinstance(value, str) and not value.strip()):
+        if is_empty(value):
             raise Failed("empty")
         if value is None or (known and str(value) not in known):
             raise Failed("unexpected")

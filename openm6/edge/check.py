@@ -18,10 +18,10 @@ from urllib.parse import quote, urlencode
 from openm6._version import __version__
 from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import FEATURES, NOTHING, STORE, open_kept
+from openm6.edge.kept import FEATURES, STORE, open_kept
 from openm6.edge.opening import check_set_aside
 from openm6.edge.runner import EdgeModel, Eyes
-from openm6.edge.sureness import Sureness
+from openm6.edge.sureness import Sureness, calibrations
 from openm6.errors import OpenM6Error
 
 CLOCK_MINUTES = 5
@@ -47,7 +47,9 @@ def check_box(path: Path) -> Iterator[Finding]:
         box = Box(path)
         folder = box.folder() / "package"
         model = EdgeModel(folder, 1)
-        calibrated = [_task_of(file, model.about["sha256"]) for file in sorted(folder.glob("sureness-*.npz"))]
+        calibrated = calibrations(folder)
+        for file in calibrated.values():
+            Sureness.load(file, model.about["sha256"])
     except OpenM6Error as error:
         yield Finding("package", True, str(error))
         return
@@ -66,12 +68,12 @@ def check_box(path: Path) -> Iterator[Finding]:
 def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
     """The checks that ask the cloud. `tasks`: outputs of the tasks that it will be asked, by name."""
     settings = box.settings
-    if not settings.cloud or settings.offline or settings.privacy == NOTHING:
+    if not settings.asks_cloud:
         why = "none is named" if not settings.cloud else "offline" if settings.offline else "privacy = nothing"
         yield Finding("cloud", False, f"it is not asked ({why}).")
         yield _clock(box, "")
         return
-    key = os.environ.get(settings.key, "") if settings.key else ""
+    key = settings.cloud_key
     if settings.key:
         yield Finding("key", not key, f"${settings.key} is {'set' if key else 'not set: it has to hold the key'}.")
     with closing(Cloud(settings.cloud, key, settings.model)) as cloud:
@@ -86,12 +88,6 @@ def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]]) -> Iterator[Finding
         yield Finding("cloud", False, f"{settings.cloud} accepts the key and answers in {taken:.0f} ms.")
         yield _model(box, cloud, models, tasks)
         yield _clock(box, date)
-
-
-def _task_of(file: Path, package: str) -> str:
-    """The task of a calibration. Raises OpenM6Error where it is damaged, or of another package."""
-    Sureness.load(file, package)
-    return file.stem.removeprefix("sureness-")
 
 
 def _store(box: Box) -> Finding:

@@ -367,6 +367,11 @@ def set_aside(file: Path) -> list[Path]:
     return sorted(one for one in file.parent.glob(f"{file.name}.damaged-*") if one.name.rpartition("-")[2].isdigit())
 
 
+def is_empty(value: Any) -> bool:
+    """Whether an answer is there, but says nothing."""
+    return value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
 def is_held_out(row: Mapping[str, Any]) -> bool:
     """By what was asked: the same question about the same picture is never on both sides."""
     digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()

@@ -9,7 +9,6 @@ and the other settings stay as they were.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from openm6.edge.box import EYES, FILE, Box, Settings, read_content, settings_in, values_in
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import FEATURES, NOTHING, Kept
+from openm6.edge.kept import FEATURES, Kept
 from openm6.edge.opening import open_store
 from openm6.edge.runner import Eyes
 from openm6.errors import OpenM6Error, UsageError
@@ -108,15 +107,14 @@ class LiveSettings:
             log.error("Nothing is sent or kept until %s can be used: %s", FILE, problem)
 
     def _cloud(self, settings: Settings) -> Cloud | None:
-        if not settings.cloud or settings.offline or settings.privacy == NOTHING:
+        if not settings.asks_cloud:
             return None
 
         def check() -> None:
             if self.follow().cloud is not made:
                 raise Failed("changed")
 
-        key = os.environ.get(settings.key, "") if settings.key else ""
-        made = Cloud(settings.cloud, key, settings.model, check=check)
+        made = Cloud(settings.cloud, settings.cloud_key, settings.model, check=check)
         return made
 
     def _eyes(self, settings: Settings, opened: Eyes | None) -> Eyes | None:

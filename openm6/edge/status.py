@@ -21,6 +21,7 @@ from urllib.parse import quote
 from openm6.atomic import write_json
 from openm6.edge.box import FILE, Box, Settings
 from openm6.edge.kept import STORE
+from openm6.edge.sureness import calibrations
 from openm6.errors import OpenM6Error, UsageError
 
 SERVING = "serving.json"
@@ -77,7 +78,7 @@ def status_of(path: Path) -> dict[str, Any]:
         if not (path / FILE).exists():
             raise
         problem, box = str(error), Box.with_settings(path, Settings())
-    calibrated = sorted(f.stem.removeprefix("sureness-") for f in (box.folder() / "package").glob("sureness-*.npz"))
+    calibrated = sorted(calibrations(box.folder() / "package"))
     told: dict[str, Any] = {
         "answers": box.version, "versions": box.versions, "calibrated": calibrated, **_kept(path / STORE),
         "settings": {} if problem else asdict(box.settings), "problem": problem, "serving": read_state(path),

@@ -193,6 +193,11 @@ class Drift:
         return float(((now - self._before) * np.log(now / self._before)).sum())
 
 
+def calibrations(package: Path) -> dict[str, Path]:
+    """Calibration files of a package, by task."""
+    return {file.stem.removeprefix("sureness-"): file for file in sorted(package.glob("sureness-*.npz"))}
+
+
 def _shares(confidences: Array) -> Array:
     counts = np.bincount(np.searchsorted(BINS, confidences), minlength=len(BINS) + 1) + 0.5
     return counts / counts.sum()

@@ -30,7 +30,7 @@ from openm6.data.overlap import digest
 from openm6.data.source import ADDED, Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
 from openm6.edge.box import EYES, FILE, VERSIONS, Box, Settings, written
-from openm6.edge.kept import FEATURES, NOTHING, is_held_out, open_kept
+from openm6.edge.kept import FEATURES, NOTHING, is_empty, is_held_out, open_kept
 from openm6.edge.package import export, export_eyes, write_program
 from openm6.edge.runner import EdgeModel, about_of
 from openm6.edge.sureness import Sureness, agreement
@@ -184,7 +184,7 @@ def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
             values = (row["value"] or {}) if len(chosen.outputs) > 1 else {chosen.outputs[0]: row["value"]}
             if any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in record.values()):
                 passed_over["of another image encoder"] += 1
-            elif any(_is_empty(values.get(name)) for name in chosen.outputs):
+            elif any((value := values.get(name)) is None or is_empty(value) for name in chosen.outputs):
                 passed_over["without an answer"] += 1
             elif calibration and not held_out and digest(SlotView(chosen, asked), record, chosen.inputs) in calibration:
                 passed_over["in the calibration"] += 1
@@ -200,10 +200,6 @@ def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
     source = _some(entry)
     view = SlotView.of(task, source, entry["columns"])
     return {digest(view, record, task.inputs) for record in source}
-
-
-def _is_empty(value: Any) -> bool:
-    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
 
 
 def _task(box: Box, name: str) -> Task:
