@@ -195,6 +195,8 @@ class Recommender:
                 known = ", ".join(self.context) or "none"
                 raise UsageError(f"There is no context {name!r}.{suggest(name, list(self.context))} Known: {known}.")
             known_values = self.context[name]
+            if known_values is None and np.isnan(_number(value)):
+                raise UsageError(f"{name} is a number, not {value!r}.")
             if known_values is not None and str(value) not in known_values:
                 raise UsageError(f"{name} is one of {', '.join(known_values)}, not {value!r}.")
         visit = {**given, "history": list(map(str, history))}
@@ -211,9 +213,9 @@ class Recommender:
         return [self._place[name] for name in visit["history"] if name in self._place][-MOST:]
 
     def _candidates(self, visits: Sequence[Mapping[str, Any]], times: int = 1) -> Iterator[np.ndarray]:
-        """Of each visit the places of RECALLED items, or `times` as many, none of the history: the nearest to any of
-        the history or to all of it, the most bought of what is near, and the most bought. Fewer where there are not so
-        many."""
+        """The places of RECALLED items for each visit, or of `times` as many, none of the history: the nearest to any
+        of the history or to all of it, the most bought of what is near, and the most bought. Fewer where there are not
+        so many."""
         nearest, liked, total = NEAREST * times, LIKED * times, RECALLED * times
         popular = np.argsort(-self._bought, kind="stable")[: total + MOST]
         for some in (visits[i : i + CHUNK] for i in range(0, len(visits), CHUNK)):
@@ -272,8 +274,8 @@ class Recommender:
         for name, values in self.context.items():
             value = visit.get(name)
             told = np.nan
-            if value is not None and values is None:
-                told = float(value)
+            if values is None:
+                told = _number(value)
             elif values is not None and str(value) in values:
                 told = values.index(str(value))
             columns.append(np.full(len(places), told))
@@ -364,6 +366,14 @@ class Recommender:
         if any(name not in kinds or (known is None) != (kinds[name] in _NUMBERS) for name, known in columns.items()):
             raise UsageError(f"{about['index']} has other columns than when {path} was made: fit it anew.")
         return cls(index, about["context"], about["bought"], ranker, columns, learned)
+
+
+def _number(value: Any) -> float:
+    """The value of a numeric column of context; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def _columns_of(items: Items, kinds: Mapping[str, str]) -> dict[str, list[str] | None]:

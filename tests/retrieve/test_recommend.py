@@ -245,3 +245,14 @@ def test_the_command_counts_what_it_has_passed_over(index: Index, tmp_path: Path
     assert "The index does not have A1, A2." in said and "best sellers" in said
     said = command("recommend", "for", place, "season=夏季", "--history", "0-1").stdout
     assert "best sellers" not in said and "price" in said
+
+
+def test_a_context_of_numbers_takes_numbers_alone(index: Index) -> None:
+    some = [{**record, "month": number % 12} for number, record in enumerate(visits(60, 6))]
+    made = Recommender.fit(index, Source("some", ListRecords(some)), ["month"])
+    assert made.recommend(["3-0"], {"month": "6"}) == made.recommend(["3-0"], {"month": 6})
+    with pytest.raises(UsageError, match="month is a number, not 'June'"):
+        made.recommend(["3-0"], {"month": "June"})
+    # On a visit that is measured it is unknown, as an unknown word is.
+    empty, none = (Source("one", ListRecords([{**some[0], "month": month}])) for month in ("", None))
+    assert made.measure(empty) == made.measure(none)
