@@ -148,18 +148,26 @@ def check_reach(host: str, keys: Path | None) -> None:
 
 def check_origins(origins: list[str]) -> None:
     """Raises UsageError for what a browser would not send as the origin of a page."""
+    for one in origins:
+        if (sent := _origin_of(one)) != one:
+            form = sent or "https://shop.example, with a port if it has one"
+            raise UsageError(f"{one} is no origin of pages: write it as {form}.")
+
+
+def _origin_of(address: str) -> str:
+    """The origin of an address as browsers write it: no usual port, no capitals, ASCII alone; "" where it has none."""
     from urllib.parse import urlsplit
 
-    for one in origins:
-        parts = urlsplit(one)
-        if (
-            parts.scheme not in ("http", "https")
-            or one != f"{parts.scheme}://{parts.netloc}".lower()
-            or not parts.netloc
-        ):
-            raise UsageError(
-                f"{one} is no origin of pages: write it as https://shop.example, with a port if it has one."
-            )
+    ports = {"http": 80, "https": 443}
+    try:
+        parts = urlsplit(address)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError:
+        return ""
+    if parts.scheme not in ports or not host:
+        return ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}" + ("" if port in (None, ports[parts.scheme]) else f":{port}")
 
 
 keys_app = typer.Typer(help="Keys of the API.", no_args_is_help=True)
@@ -174,7 +182,7 @@ def add_key(
     per_day: Annotated[int, typer.Option(min=0, help="Tokens a day at most; 0: any number.")] = 0,
     keys: KeysFile = KEYS,
 ) -> None:
-    """A new key, shown this once."""
+    """Make a key and print it, this once."""
     from openm6.serve.keys import Keys
 
     typer.echo(Keys(keys).add(name, role, per_minute, per_day))
@@ -182,7 +190,7 @@ def add_key(
 
 @keys_app.command("remove")
 def remove_key(name: Annotated[str, typer.Argument(help="Whose it is.")], keys: KeysFile = KEYS) -> None:
-    """A key that is valid no more."""
+    """Remove a key: the server refuses it at once."""
     from openm6.serve.keys import Keys
 
     Keys(keys).remove(name)
@@ -191,7 +199,7 @@ def remove_key(name: Annotated[str, typer.Argument(help="Whose it is.")], keys: 
 
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
-    """Whose keys there are, what each has spent today (UTC), and what it has left."""
+    """List the keys, what each has spent today (UTC), and what it has left."""
     from openm6.serve.keys import Keys
     from openm6.serve.meter import Meter
 

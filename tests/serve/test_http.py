@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
+from openm6.cli.serve import check_origins
 from openm6.errors import UsageError
 from openm6.serve import guard
 from openm6.serve.api import create_app
@@ -378,6 +379,10 @@ def test_pages_about_the_api_are_behind_the_key(tmp_path: Any) -> None:
     # Nobody's body is read before it is known who asks.
     assert client.post("/v1/tasks/write", content=b"{").status_code == 401
     assert TestClient(create_app(Fleet(), Options())).get("/docs").status_code == 200
+
+
+def test_origins_are_taken_as_browsers_write_them() -> None:
+    check_origins(["https://shop.example", "https://shop.example:8443", "http://localhost:3000", "http://[::1]:443"])
 
 
 def test_pages_of_listed_origins_may_ask_the_api_alone() -> None:
