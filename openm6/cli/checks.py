@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import typer
+
     from openm6.tasks.task import Task
     from openm6.train.recipe import AnyRecipe
 
@@ -75,6 +77,17 @@ def check_output(file: Path, endings: Sequence[str] = ()) -> None:
     if file.is_dir():
         raise UsageError(f"{file} is a folder: name a file.")
     require_writable(file.parent)
+
+
+def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> None:
+    """Raises UsageError for an option on the command line that would do nothing: one that is none of the `heeded`
+    parameters of the command."""
+    from openm6.errors import UsageError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in heeded and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]} does nothing here: {reason}")
 
 
 def check_parts(recipe: AnyRecipe) -> None:

@@ -9,13 +9,14 @@ import typer
 
 from openm6.atomic import require_writable
 from openm6.cli import app
-from openm6.cli.checks import check_inputs, find
+from openm6.cli.checks import check_inputs, find, refuse_idle
 from openm6.cli.output import Json, emit, pairs, share, table
 from openm6.errors import UsageError
 
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Annotated[
         Path,
         typer.Argument(
@@ -44,8 +45,7 @@ def compress(
 
     say = lambda text: typer.echo(text, err=True)  # noqa: E731
     if model.suffix in (".yaml", ".yml"):
-        if target:
-            raise UsageError("A chain is done as it is written; a target is searched for a model directory.")
+        refuse_idle(context, ("model", "json"), f"a chain is done as it is written; change {model} itself.")
         try:
             values = yaml.safe_load(model.read_text("utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def compress(
         if not isinstance(values, dict):
             raise UsageError(f"{model} is no chain: it has to hold model, output, tasks and steps.")
         if "model" in values:
-            find(str(values["model"]))
+            values["model"] = str(find(str(values["model"])))
 
         from openm6.train.compress import check_chain, compress as run
 

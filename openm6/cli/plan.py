@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from openm6.cli import app
+from openm6.cli.checks import refuse_idle
 from openm6.cli.output import Json, emit, pairs, table
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def plan(
+    context: typer.Context,
     preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or a recipe by name or path.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.steps=500, as `openm6 train` takes.")
@@ -85,6 +87,10 @@ def plan(
     else:
         recipe = load_recipe(preset, overrides or [])
         if gpus is None and hardware is None:
+            refuse_idle(
+                context, ("preset", "overrides", "json"),
+                "a recipe alone is timed on this machine; give --gpus or --hardware too.",
+            )  # fmt: skip
             _time(recipe, json)
             return
     gpus, hardware = gpus or 8, hardware or "a100-80g"

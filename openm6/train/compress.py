@@ -99,7 +99,7 @@ class BitsStep(_Strict):
 
 
 class Step(_Strict):
-    """One of them."""
+    """A step of a chain: one of its fields is set."""
 
     prune: PruneStep | None = None
     distill: DistillStep | None = None
@@ -239,7 +239,7 @@ class _Work:
         return self._row("0-model", self.chain.model)
 
     def step(self, name: str, step: Step, before: Path) -> dict[str, Any]:
-        """Do it, unless it is done, and measure what it made."""
+        """Do a step, unless it is done, and measure what it made."""
         place = self.chain.output / name
         if step.distill:
             made = place / "model"
@@ -318,7 +318,7 @@ def _content(chain: Chain) -> list[str]:
 
 
 def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
-    """Of each task its metrics on the validation records."""
+    """The metrics of each task on its validation records."""
     package = EdgeModel(made) if (made / "edge.json").is_file() else None
     bundle = None if package else Bundle.load(made)
     found = {}

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from openm6.bundle import Bundle
 from openm6.edge.runner import EdgeModel
 from openm6.errors import UsageError
-from openm6.train.compress import DistillStep, check_chain, compress, search
+from openm6.train.compress import Chain, DistillStep, check_chain, compress, search
 from openm6.train.compressed import Target, draw_pareto, front, lost, nearest, table_of
 from openm6.train.trainer import train
 from tests.conftest import command
@@ -174,6 +174,16 @@ def test_no_targets(text: str) -> None:
         Target.of(text)
 
 
+def test_the_model_of_a_chain_may_be_one_of_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chains: list[Chain] = []
+    monkeypatch.setattr("openm6.hub.find.find_model", lambda model: (tmp_path / "live", str(model)))
+    monkeypatch.setattr("openm6.train.compress.compress", lambda chain, say: chains.append(chain) or [])
+    file = tmp_path / "chain.yaml"
+    file.write_text(yaml.safe_dump(_chain(Path("goods@live"), tmp_path / "out")), "utf-8")
+    command("compress", file, "--json")
+    assert [chain.model for chain in chains] == [tmp_path / "live"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_unmeasured")
 def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
@@ -187,7 +197,7 @@ def test_what_cannot_be_is_told(model: Path, tmp_path: Path) -> None:
     run = partial(command, "compress")
     file = tmp_path / "chain.yaml"
     file.write_text(yaml.safe_dump(_chain(model, tmp_path / "out", {"quantize": {"bits": 8}})), "utf-8")
-    with pytest.raises(UsageError, match="done as it is written"):
+    with pytest.raises(UsageError, match="--target does nothing here"):
         run(file, "--target", "size=1MB")
     with pytest.raises(UsageError, match="Give --task"):
         run(model, "--target", "size=1MB")
