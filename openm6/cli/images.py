@@ -76,14 +76,22 @@ def _save_next(image: Image.Image, folder: Path) -> Path:
     from openm6.atomic import write_failed
     from openm6.images import png
 
+    content = png(image)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()), default=0)
         while True:
             number += 1
-            with suppress(FileExistsError), (folder / f"{number}.png").open("xb") as file:
-                file.write(png(image))
-                return folder / f"{number}.png"
+            file = folder / f"{number}.png"
+            with suppress(FileExistsError):
+                file.touch(exist_ok=False)
+                break
+        try:
+            file.write_bytes(content)
+        except OSError:
+            file.unlink()  # half a picture is none
+            raise
+        return file
     except OSError as error:
         raise write_failed(folder, error) from None
 

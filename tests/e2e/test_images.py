@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.cli.images import _save_next
 from openm6.errors import ContextLengthError, OpenM6Error
 from openm6.tasks.task import Task
 from tests.conftest import command, drawing_bundle
@@ -141,13 +143,14 @@ def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) ->
     some = ("--picture", picture, "-n", 2, "--output", tmp_path, *QUICK)
     call("edit", model, wish, "--mask", room / "mask.png", *some)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "1.png"))[:, :8], given[:, :8])
+    assert json.loads(Image.open(tmp_path / "1.png").text["openm6"])["kept"] > 0
     call("vary", model, wish, "--share", 0.5, *some)
     target = tmp_path / "wide.png"
     said = call(
         "extend", model, wish, "--picture", picture, "--side", "left", "--pixels", 8, "--output", target, *QUICK
     )
     assert said.strip() == str(target)
-    assert np.array_equal(np.asarray(Image.open(target))[:, 8:], given)
+    assert np.array_equal(np.asarray(Image.open(target))[:, 8:], given) and not Image.open(target).text
 
 
 def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:
@@ -184,3 +187,14 @@ def test_bad_input_is_told(room: Path, monkeypatch: pytest.MonkeyPatch, argument
     monkeypatch.chdir(room)
     with pytest.raises(OpenM6Error, match=said):
         call(*("model" if a == "MODEL" else a for a in arguments))
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OpenM6Error, match="could not be written"):
+            _save_next(Image.effect_noise((64, 64), 50), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
