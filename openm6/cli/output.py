@@ -68,7 +68,7 @@ def table(columns: list[str], rows: Iterable[Iterable[Any]], title: str | None =
     cells = [[Text(str(cell)) for cell in row] for row in rows]  # Text: no markup of a user's words takes effect
     heads = [Text(column) for column in columns]
     widths = _column_widths([heads, *cells], console.width)
-    if widths is None and len(heads) > 2:
+    if widths is None and len(heads) > 2 and cells:
         for row in cells:
             table(["", ""], zip(columns, row, strict=True), title)
         return

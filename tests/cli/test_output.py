@@ -55,3 +55,9 @@ def test_long_texts_and_paths_are_folded_and_nothing_is_lost(capsys: pytest.Capt
 def test_a_small_table_is_no_wider_than_it_has_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, shown(capsys, ["id", "score"], [["A17", "0.9"]]))) == len("┃ id  ┃ score ┃")
     assert shown(capsys, ["id", "score"], [])
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_table_without_rows_still_has_its_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "".join(shown(capsys, [f"column-{number}" for number in range(20)], [], "Nothing was found"))
+    assert "Nothing was found" in text
