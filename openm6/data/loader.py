@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
@@ -107,7 +107,7 @@ class Loader:
             for number, start in enumerate(starts)
         ]
 
-    def __iter__(self) -> Iterator[list[Sequence]]:
+    def __iter__(self) -> Generator[list[Sequence], None, None]:
         """This process's share of each step, from where the state is."""
         import grain
 

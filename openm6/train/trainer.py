@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,11 +73,12 @@ def seconds_per_step(recipe: AnyRecipe) -> float:
         trainer = Trainer(recipe.model_copy(update={"output": Path(folder) / "run"}), group)
         try:
             trainer._resume()
-            batches, times = iter(trainer.loader), []
-            for _ in range(3):
-                started = time.perf_counter()
-                trainer._one_step(next(batches))
-                times.append(time.perf_counter() - started)
+            times = []
+            with closing(iter(trainer.loader)) as batches:  # its threads write into the folder
+                for _ in range(3):
+                    started = time.perf_counter()
+                    trainer._one_step(next(batches))
+                    times.append(time.perf_counter() - started)
         finally:
             trainer.energy.stop()
     return min(times[1:])  # the first step makes buffers and optimizer states

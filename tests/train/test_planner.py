@@ -9,13 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from openm6.data.loader import Loader
 from openm6.errors import OpenM6Error, UsageError
 from openm6.model import ModelConfig
 from openm6.model.files import meta_model
@@ -339,6 +342,19 @@ def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monke
     said = run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").output
     assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, measures and checkpoints not counted", said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]  # nothing is left of the steps
+    # The threads that read ahead end before their folder goes: they would write into it.
+    monkeypatch.setattr("openm6.train.trainer.TemporaryDirectory", partial(TemporaryDirectory, dir=tmp_path))
+    ends: list[int] = []
+    steps = Loader.__iter__
+
+    def watched(loader: Loader) -> Iterator[Any]:
+        try:
+            yield from steps(loader)
+        finally:
+            ends.append(len(list(tmp_path.iterdir())))
+
+    monkeypatch.setattr(Loader, "__iter__", watched)
+    assert run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").exit_code == 0 and ends == [2]
     for words, reason in (
         (["codec_256", "--hardware", "h100"], "leave --gpus and --hardware out"),
         (["codec_256", "data=[{source: nowhere, format: folder}]"], "nowhere"),
