@@ -104,7 +104,7 @@ def calibrate_box(
 
 
 def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Iterable[Record] = ()) -> Sureness:
-    """Fitted to the records of an entry, and to `more`, by the slots' names."""
+    """The Sureness of a task, fitted to the records of an entry and to `more`, by the slots' names."""
     chosen = model.task(task)
     if chosen.embeds or chosen.head:
         raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
@@ -174,7 +174,7 @@ class _Kept(NamedTuple):
 
 def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
     chosen = _task(box, task)
-    eyes, asked = eyes_of(box.folder() / "model"), {name: name for name in chosen.inputs}
+    eyes, view = eyes_of(box.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
     calibration = _digests(chosen, _calibrations(box.folder()).get(task))
     sides: tuple[list[Record], list[Record]] = ([], [])
     passed_over: Counter[str] = Counter()
@@ -186,7 +186,7 @@ def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
                 passed_over["of another image encoder"] += 1
             elif any((value := values.get(name)) is None or is_empty(value) for name in chosen.outputs):
                 passed_over["without an answer"] += 1
-            elif calibration and not held_out and digest(SlotView(chosen, asked), record, chosen.inputs) in calibration:
+            elif calibration and not held_out and digest(view, record, chosen.inputs) in calibration:
                 passed_over["in the calibration"] += 1
             else:
                 sides[held_out].append({**record, **values, "_where": f"kept:{task}#{row['id']}"})
@@ -194,7 +194,7 @@ def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
 
 
 def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
-    """What the records of a calibration are asked with."""
+    """Digests of what the records of a calibration are asked with."""
     if entry is None:
         return set()
     source = _some(entry)
@@ -324,8 +324,9 @@ def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
         replayed = plan["data"].get(task, [])
         sections.append({"source": f"kept:{box.path}/{task}/train?until={until}", "task": task, "name": "kept"})
         sections += [{"source": one, "task": task, "weight": REPLAY / len(replayed)} for one in replayed]
-    for task in plan["data"].keys() - plan["until"].keys():
-        sections += [{"source": one, "task": task, "weight": 0.5} for one in plan["data"][task]]
+    for task, replayed in plan["data"].items():  # in the plan's order: a round that goes on has the same recipe
+        if task not in plan["until"]:
+            sections += [{"source": one, "task": task, "weight": 0.5} for one in replayed]
     steps = plan["steps"]
     recipe = check_recipe({
         "name": "cascade learn", "seed": plan["seed"], "output": str(run), "model": {"path": str(model)},

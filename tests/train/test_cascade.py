@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
 from openm6.tokenizer import Tokenizer
-from openm6.train.cascade import _kept_records, calibrate_box, init_box, learn, open_kept_source
+from openm6.train.cascade import _kept_records, _trained, calibrate_box, init_box, learn, open_kept_source
 from tests.conftest import command, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
@@ -174,6 +175,17 @@ def test_what_a_version_is_measured_on_is_not_data(box: Path, known: Path) -> No
     with pytest.raises(UsageError, match='no task vqaa. Did you mean "vqa"?'):
         command("cascade", "learn", box, "--data", f"vqaa={renamed}")
     assert not (box / "learning").exists()
+
+
+def test_a_round_that_goes_on_has_its_data_in_the_same_order(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes: list[Any] = []
+    monkeypatch.setattr("openm6.train.trainer.train", recipes.append)
+    plan = {
+        "until": {"vqa": 9}, "data": {f"task_{n}": ["some.jsonl"] for n in range(9)},
+        "steps": 5, "batch_size": 4, "learning_rate": 1e-3, "seed": 0,
+    }  # fmt: skip
+    _trained(Box(box), plan, box / "learning")
+    assert [section.task for section in recipes[0].data] == ["vqa", *plan["data"]]
 
 
 def test_a_box_without_its_model_answers_and_says_that_it_cannot_learn(box: Path) -> None:
