@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import TRUNCATE, Bundle
+from openm6.bundle import Bundle
 from openm6.data.columns import SlotView, picture_path, require_columns
 from openm6.data.files import expand
 from openm6.data.readers import format_of
@@ -107,24 +107,30 @@ def add_source(
     known = index.ids() if only_new else set()
     filled, count = Filled(), 0
     for batch in _batches(_named(records, id_column, known, filled, on_reject)):
-        seen, good = [], []
+        rows: list[Any] = []  # the kept values of each record, or the DataError of one that cannot be used
+        seen: list[Record] = []
         for name, record in batch:
             where = str(record.get("_where", name))
             try:
                 kept = {**record, **{column: _whole_path(record, column) for column in pictures}}
                 row = [convert_at(where, key, kept.get(key), kind) for key, kind in about["columns"].items()]
-                by_slot = {**view(record), TRUNCATE: truncate}
-                bundle.prompt(task, by_slot)
+                seen.append(view(record))
             except DataError as error:
-                _reject(error, where, on_reject)
-                continue
-            seen.append(by_slot)
-            good.append((name, row))
+                rows.append(error)
+            else:
+                rows.append(row)
+        vectors = bundle.vectors(task, seen, dims=index.dims, on_error="return", truncate=truncate)
+        good = []
+        for (name, record), row in zip(batch, rows, strict=True):
+            found: Any = row if isinstance(row, DataError) else next(vectors)
+            if isinstance(found, DataError):
+                _reject(found, str(record.get("_where", name)), on_reject)
+            else:
+                good.append((name, row, found))
         if not good:
             continue
-        vectors = np.stack(list(bundle.vectors(task, seen, dims=index.dims)))
-        columns = {key: [row[place] for _, row in good] for place, key in enumerate(about["columns"])}
-        added = index.add([name for name, _ in good], vectors, columns)
+        columns = {key: [row[place] for _, row, _ in good] for place, key in enumerate(about["columns"])}
+        added = index.add([name for name, *_ in good], np.stack([vector for *_, vector in good]), columns)
         filled.new += added.new
         filled.replaced += added.replaced
         count += len(good)

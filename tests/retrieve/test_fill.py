@@ -239,3 +239,16 @@ def test_an_item_that_is_too_long_costs_itself_or_is_truncated(model: Path, tmp_
         call("index", "search", tmp_path / "index", "text=" + "蓝" * 1000)
     hits = call("index", "search", tmp_path / "index", "text=" + "蓝" * 1000, "--truncate", "start")
     assert hits[0]["id"].endswith("a.csv:3")
+
+
+def test_each_record_is_read_once(model: Path, goods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    prompt = Bundle.prompt
+
+    def counted(bundle: Bundle, task: Any, record: Any, *more: Any, **named: Any) -> Any:
+        read.append(record["sku"])
+        return prompt(bundle, task, record, *more, **named)
+
+    monkeypatch.setattr(Bundle, "prompt", counted)
+    built(model, goods, tmp_path / "index")
+    assert sorted(read) == sorted(f"A{number}" for number in range(24))
