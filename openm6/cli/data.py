@@ -119,7 +119,7 @@ def list_data(json: Json = False) -> None:
 
 @data.command()
 def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: Json = False) -> None:
-    """One of them: columns, records, hash, where it is."""
+    """Show a data set of the catalogue: columns, records, hash, where it is."""
     from openm6.hub.catalogue import DATA, Catalogue
 
     version = Catalogue().named(name, DATA)

@@ -66,7 +66,7 @@ app.add_typer(deployments, name="deployments")
 
 @deployments.command("list")
 def list_deployments(json: Json = False) -> None:
-    """What is served."""
+    """List the models that are served here in the background."""
     from openm6.hub.deployments import Deployments
 
     rows = [
@@ -81,7 +81,7 @@ def list_deployments(json: Json = False) -> None:
 
 @deployments.command()
 def stop(name: Annotated[str, typer.Argument(help="Which.")]) -> None:
-    """End one, after what it works at."""
+    """End a deployment, after the requests that it works at."""
     from openm6.hub.deployments import Deployments
 
     Deployments().stop(name)

@@ -228,7 +228,7 @@ def list_models(json: Json = False) -> None:
 
 @models.command()
 def show(name: Named, json: Json = False) -> None:
-    """One of them, and what it was made of."""
+    """Show a model of the catalogue, and what it was made of."""
     from openm6.hub.catalogue import Catalogue
 
     version = Catalogue().named(name)

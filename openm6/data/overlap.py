@@ -122,8 +122,8 @@ class Twins:
 
 
 def digest(view: SlotView, record: Record, names: Iterable[str], content: bool = True) -> bytes:
-    """16 bytes that agree where these slots of two records agree; without `content` pictures by their size alone. None
-    at all for a record without any of them."""
+    """A hash of 16 bytes that agrees where these slots of two records agree; without `content` pictures count by their
+    size alone. It is empty for a record without any of the slots."""
     hashed, parts = hashlib.blake2b(digest_size=16), 0
     for name in names:
         value, kind = record.get(view.mapping.get(name, "")), view.task.slots[name].type

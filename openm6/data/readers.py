@@ -18,8 +18,8 @@ from urllib.parse import parse_qsl, urlencode
 from openm6.data import annotated, bundled, sheets, tables
 from openm6.data.bundled import plain_picture
 from openm6.data.files import absolute, expand, folder_of, is_folder, list_folder
+from openm6.data.rejects import OnReject
 from openm6.data.store import HIDDEN, Record
-from openm6.data.tables import OnReject
 from openm6.errors import DataError, UsageError, suggest
 
 Reader = Callable[..., Iterator[Record]]

@@ -16,8 +16,6 @@ from openm6.errors import DataError, cut
 from openm6.images import held_picture
 from openm6.json_lines import fault_of, parse
 
-__all__ = ["OnReject", "load_json", "read_csv", "read_json", "read_jsonl", "read_lines", "read_tsv"]
-
 
 def load_json(path: str, encoding: str | None = None) -> Any:
     """The value of a JSON file; what `json_lines.fault_of` tells may still be in it.
@@ -92,7 +90,7 @@ def read_csv(
     encoding: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """Quoted by \", the first line names the columns unless `names` does.
+    """The rows of a CSV, quoted by \"; the first line names the columns unless `names` does.
 
     Separated by commas, or by semicolons, bars or tabs where the first lines show that surely. `_where` is the first
     line of a row.
@@ -109,7 +107,7 @@ def read_tsv(
     encoding: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """Tab-separated, nothing quoted, the first line names the columns unless `names` does."""
+    """The rows of a tab-separated table, nothing quoted; the first line names the columns unless `names` does."""
     lines = numbered_lines(path, on_reject, encoding)
     yield from _rows(path, lines, on_reject, names, delimiter="\t", quoting=csv.QUOTE_NONE)
 

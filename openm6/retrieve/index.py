@@ -160,7 +160,7 @@ class Index:
         return set(self._table.search().select(["id"]).limit(ALL).to_arrow()["id"].to_pylist())
 
     def items(self, columns: Sequence[str] = ()) -> Items:
-        """All of them, in the order in which they came."""
+        """All items, in the order in which they came."""
         self._latest()
         rows = self._table.search().select(["key", "id", "vector", *columns]).limit(ALL).to_arrow()
         rows = rows.sort_by("key").combine_chunks()
@@ -252,7 +252,7 @@ class Index:
             self._followed = False
 
     def _follow(self) -> None:
-        """Have all of it in memory, as it is now."""
+        """Read the table as it is now into memory."""
         self._latest()
         if not self._followed:
             self._memory.follow(self._table)

@@ -148,7 +148,7 @@ class Lists:
         return self.lists.search(queries, k, params=params)  # type: ignore[no-any-return]
 
     def save(self, path: Path) -> None:
-        """The lists first, then the file that says they are there."""
+        """Write the lists first, then the file that says they are there."""
         import faiss
 
         file = f"ann-{self.about['stamp']}.faiss"
@@ -167,7 +167,7 @@ class Lists:
 
     @classmethod
     def load(cls, path: Path) -> Lists | None:
-        """None where they cannot be read: searches are then exact."""
+        """The lists of an index; None where they cannot be read: searches are then exact."""
         import faiss
 
         try:

@@ -15,8 +15,8 @@ RANKS = (1, 5, 10)
 
 
 def rank_scores(likeness: np.ndarray, right: np.ndarray) -> dict[str, Score]:
-    """Of queries [N, M] how near each key is, and bool [N, M] which are right (at least one a query). Of equally near
-    ones the wrong come first."""
+    """Recall, MRR and NDCG of N queries among M keys. `likeness` [N, M]: how near each key is; `right`, bool [N, M]:
+    which keys are right (at least one a query). Of equally near ones the wrong come first."""
     order = np.lexsort((right, -likeness), axis=-1)
     hits = np.take_along_axis(right, order, -1)
     first = hits.argmax(-1)
@@ -27,8 +27,8 @@ def rank_scores(likeness: np.ndarray, right: np.ndarray) -> dict[str, Score]:
 
 
 def scores_of_ranks(first: np.ndarray, gained: np.ndarray | None = None) -> dict[str, Score]:
-    """Of the place, from 0, of the first right one for each query; `gained`, the NDCG@10 of each, where more than one
-    is right."""
+    """Recall, MRR and NDCG by the place, from 0, of the `first` right key of each query. `gained`: the NDCG@10 of each,
+    where more than one key is right."""
     if gained is None:
         gained = np.where(first < 10, 1 / np.log2(first + 2.0), 0.0)
     values = {

@@ -161,7 +161,7 @@ def _file(name: str) -> str:
 
 
 def _training_flops(config: CodecConfig) -> float:
-    """Of the forward and backward pass of one picture, counted on tensors without memory."""
+    """FLOPs of the forward and backward pass of one picture, counted on tensors without memory."""
     with torch.device("meta"):
         model = Codec(config).eval()
         with FlopCounterMode(display=False) as counter:

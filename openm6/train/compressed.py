@@ -49,7 +49,7 @@ class Target:
 
 
 def lost(parent: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """Of the first metric of each task, the most that any has lost."""
+    """The most that the first metric of any task has lost."""
     return max(first_of(parent, task) - first_of(row, task) for task in parent["metrics"])
 
 
@@ -113,7 +113,7 @@ def report_of(
 
 
 def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """Those that no other one beats, smaller in `what` and no worse in the first metric; the smallest first."""
+    """The rows that no other one beats, smaller in `what` and no worse in the first metric; the smallest first."""
     best, found = -math.inf, []
     task = next(iter(rows[0]["metrics"]))
     for row in sorted(rows, key=lambda row: (row[what], -first_of(row, task))):

@@ -17,7 +17,7 @@ from openm6.tasks.task import Task
 SIGNIFICANCE = 0.05
 """Level of the exact McNemar test by which a version has to be better on the answers that were held out."""
 WORSE = 0.01
-"""By which a version may be worse on the calibration's records, and still be promoted for what it learned."""
+"""Fraction by which a version may be worse on the calibration's records, and still be promoted for what it learned."""
 
 
 def check_apart(task: Task, calibration: Source, columns: Mapping[str, str], names: Iterable[str]) -> None:
@@ -34,7 +34,7 @@ def check_apart(task: Task, calibration: Source, columns: Mapping[str, str], nam
 
 
 def not_trained_on(task: Task, held_out: ListRecords, names: Iterable[str]) -> ListRecords:
-    """Of the records that are held out those that no source of `names`, which is trained on, has too."""
+    """The held-out records that no source of `names`, which is trained on, has too."""
     if not len(held_out):
         return held_out
     known = Source("kept", held_out)

@@ -94,7 +94,7 @@ def _fitting(codec: PictureCodec, bundle: Bundle, section: ModelSection) -> Pict
 
 
 def _tokenizer(recipe: Recipe, group: Group, codec: PictureCodec | None) -> Tokenizer:
-    """With a codec it has the ids of its codes."""
+    """The tokenizer of a run; with a codec it has the ids of its codes."""
     section = recipe.tokenizer
     num_codes = codec.num_codes if codec else section.num_codes
     path = section.path or (recipe.distill.teacher if recipe.distill else None)
@@ -212,7 +212,7 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
 
 
 def _task(name: str, bundle: Bundle) -> Task:
-    """The library's, or one that only the model has."""
+    """The task of this name: the library's, or one that only the model has."""
     own = name in bundle.tasks and name not in library_names()
     return bundle.tasks[name] if own else get_task(name)
 
