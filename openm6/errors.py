@@ -74,6 +74,12 @@ def suggest_path(path: str | Path) -> str:
     return "" if here == wanted else f' Did you mean "{here}"?'
 
 
+def set_once(values: dict[str, str], name: str, value: str) -> None:
+    """Add what a command line says of a name to `values`. Raises UsageError where they have another value of it."""
+    if values.setdefault(name, value) != value:
+        raise UsageError(f'{name} is given twice: "{values[name]}" and "{value}".')
+
+
 def cut(name: object, length: int = 40) -> str:
     """A name or value of the user's as a message shows it: on one line, its first 40 characters."""
     text = " ".join(str(name)[: 100 * length].split())

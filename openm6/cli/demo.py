@@ -64,7 +64,7 @@ def demo_images(
         spent.append(f"{what} {(time.monotonic() - started) / 60:.1f}")
         return made
 
-    def trained(name: str, folder: Path, *changes: str) -> Path:
+    def trained(name: str, folder: Path, *changes: str, seed: int = seed) -> Path:
         every = [f"output={folder}", f"seed={seed}", *changes]
         model = folder / "model"
         if not model.is_dir():
@@ -72,7 +72,7 @@ def demo_images(
         return model
 
     base = trained("demo", start)
-    judge = trained("judge", output / "judge", f"seed={seed + 1000}")
+    judge = trained("judge", output / "judge", seed=seed + 1000)
     codec = trained("codec_64", output / "codec", f"codec.eyes={base}")
     painter = trained("demo_images", output / "drawing", f"model.path={base}", f"model.codec={codec}")
     own = timed("own pictures", lambda: draw_own(painter, "demo:studio/train", output / "own"))

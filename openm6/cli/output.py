@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -150,21 +150,21 @@ def share(text: str, option: str) -> float:
     """`0.5%`, or `0.005`."""
     from openm6.errors import UsageError
 
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise UsageError(f"{option} is {text!r}: give a share such as 0.5% or 0.005.") from None
+    with suppress(ValueError):
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if found >= 0:  # nan is not
+            return found
+    raise UsageError(f"{option} is {text!r}: give a share such as 0.5% or 0.005.")
 
 
 def pairs(values: list[str]) -> dict[str, str]:
     """`["a=b"]` to `{"a": "b"}`. Raises UsageError for another form, and for a name with two values."""
-    from openm6.errors import UsageError
+    from openm6.errors import UsageError, set_once
 
     found: dict[str, str] = {}
     for value in values:
         key, equals, rest = value.partition("=")
         if not equals or not key:
             raise UsageError(f'"{value}" is not of the form name=value.')
-        if found.setdefault(key, rest) != rest:
-            raise UsageError(f'{key} is given twice: "{found[key]}" and "{rest}".')
+        set_once(found, key, rest)
     return found

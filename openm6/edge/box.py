@@ -25,8 +25,11 @@ from urllib.parse import urlsplit
 
 from openm6.atomic import write_text
 from openm6.edge.kept import MODES, NOTHING
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.errors import OpenM6Error, UsageError, cut, suggest
 
+DAY_MS = 86_400_000
+NEEDED = ("privacy", "offline", "encrypt")
+"""Keys without which box.toml is not used: they say what may leave the box, and how it lies on the disk."""
 FILE, CURRENT, VERSIONS, EYES = "box.toml", "current", "versions", "eyes"
 
 
@@ -59,11 +62,15 @@ class Settings:
                 raise UsageError(f"{one.name} is {value}: it has to be a number.")
         if self.privacy not in MODES:
             raise UsageError(f"privacy is {self.privacy!r}: it can be {', '.join(MODES)}.")
+        if "@" in self.cloud:  # the address stands in log and status, which no password may
+            raise UsageError("cloud has a name in front of its host: give the address alone, and a key by `key`.")
         if self.cloud and not _is_address(self.cloud):
             raise UsageError(f"cloud is {self.cloud!r}: give an address such as https://m6.example:8000.")
         for name in ("key", "encrypt"):
             if not re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?", getattr(self, name)):  # a key itself is not repeated here
                 raise UsageError(f"{name} has to be the name of an environment variable, such as M6_KEY, not a key.")
+        if len(self.name) > 64 or not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", self.name):  # the cloud takes no other one
+            raise UsageError(f"name is {cut(self.name)!r}: it has letters, digits, - _ and . alone, at most 64.")
         if not 0 < self.audit <= 1:
             raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
         if self.share and not self.audit < self.share < 1:
@@ -71,6 +78,8 @@ class Settings:
         for name in ("deadline_ms", "keep_mb"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it has to be above 0.")
+        if self.deadline_ms > DAY_MS:
+            raise UsageError(f"deadline_ms is {self.deadline_ms}: it can be a day at most ({DAY_MS}).")
         if self.requests_per_hour < 0 or self.statistics_minutes < 0:
             raise UsageError("requests_per_hour and statistics_minutes cannot be below 0.")
 
@@ -170,11 +179,15 @@ def values_in(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def settings_in(file: Path, values: Mapping[str, Any]) -> Settings:
-    """As `settings_of`, with the file's name in its errors."""
+    """As `settings_of`, with the file's name in its errors. A file without one of NEEDED may have been cut: it is
+    refused, for the default may allow what the file forbade."""
     try:
-        return settings_of(values)
+        settings = settings_of(values)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
+    if missing := [name for name in NEEDED if name not in values]:
+        raise UsageError(f"{file} does not say {', '.join(missing)}: write what may leave the box and lie on its disk.")
+    return settings
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
@@ -202,8 +215,13 @@ def _as_toml(text: str) -> str:
 
 
 def _is_address(text: str) -> bool:
+    """Whether a server can be asked at this address, with all that is in it: a query would be left out."""
     try:
         parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # of a port that is none
+        (parts.hostname or "").encode("idna")
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            and parts.path.isascii() and " " not in parts.path and not parts.query and not parts.fragment
+        )  # fmt: skip
+    except ValueError:  # of a port that is none, or a host
         return False

@@ -75,6 +75,7 @@ class Cloud:
         parts = urlsplit(address)
         self._secure, self._host = parts.scheme == "https", parts.hostname or ""
         self._port, self._prefix = parts.port or (443 if self._secure else 80), parts.path.rstrip("/")
+        self._is_key_sendable = is_sendable(key)
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._model, self._clock, self._check = model, clock, check
         self._pool = ThreadPoolExecutor(AT_ONCE, "cloud")
@@ -170,6 +171,8 @@ class Cloud:
     ) -> tuple[Any, str]:
         """What an answer holds, and its date; over a connection that is open already, if there is one. Raises Failed
         for every status but 200."""
+        if not self._is_key_sendable:  # http.client would raise an error that repeats the key
+            raise Failed("key", "the key has characters that cannot be sent, such as the end of a line")
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         for fresh in (False, True):
             connection = None if fresh else self._still_open()
@@ -219,6 +222,11 @@ class Cloud:
         return connection
 
 
+def is_sendable(key: str) -> bool:
+    """Whether a header can hold the key."""
+    return key.isascii() and key.isprintable()
+
+
 def _failure(status: int, content: Any) -> Failed:
     """Why there is no answer, by the status and the code of the error; the words of its message are not looked at."""
     error = content.get("error") if isinstance(content, dict) else None
@@ -241,7 +249,7 @@ def _failure(status: int, content: Any) -> Failed:
 def _read(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.errors import OpenM6Error, UsageError, set_once
 from openm6.json_lines import dumps, plain
 from openm6.tasks.lengths import TRUNCATE
 
@@ -147,13 +147,13 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
         cascade.close()
 
 
-def _record(slots: Sequence[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
+def _record(slots: Sequence[str]) -> dict[str, str]:
+    record: dict[str, str] = {}
     for word in slots:
         name, equals, value = word.partition("=")
-        if not equals:
-            raise UsageError(f'"{word}" is no slot: write slot=value.')
-        record[name] = value
+        if not equals or not name:
+            raise UsageError(f'"{word}" is not of the form slot=value.')
+        set_once(record, name, value)
     return record
 
 

@@ -31,7 +31,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
-from openm6.edge.cloud import Failed
+from openm6.edge.cloud import Failed, is_sendable
 from openm6.edge.status import SERVING, ServiceLock
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import MAX_BYTES, Features, from_base64
@@ -301,7 +301,10 @@ def _refused(_: Request, error: OpenM6Error) -> Response:
 
 
 def key_of(variable: str) -> str:
-    """Raises UsageError for one that is not set."""
+    """Raises UsageError for one that is not set, or that nobody could give."""
     if variable and not os.environ.get(variable):
         raise UsageError(f"${variable} is not set: it has to hold the key.")
-    return os.environ.get(variable, "") if variable else ""
+    key = os.environ.get(variable, "") if variable else ""
+    if not is_sendable(key):
+        raise UsageError(f"${variable} has characters that no request can hold, such as the end of a line.")
+    return key

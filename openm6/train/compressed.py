@@ -33,7 +33,7 @@ class Target:
         try:
             if text.startswith("size="):
                 return cls("bytes", size_of(text.removeprefix("size=")))
-            if latency:
+            if latency and float(latency[1]) > 0:
                 return cls("latency_1_ms", float(latency[1]))
         except ValueError:
             pass

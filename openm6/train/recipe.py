@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from openm6.errors import UsageError, suggest
+from openm6.errors import UsageError, set_once, suggest
 from openm6.train.explain import explain
 
 
@@ -333,17 +333,19 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def override_recipe(values: Any, overrides: list[str] | tuple[str, ...] = (), where: str = "recipe") -> AnyRecipe:
     """A recipe from plain values, with `key.path=value` overrides applied and everything checked."""
+    given: dict[str, str] = {}
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise UsageError(f'"{override}" is no override; write key=value, e.g. train.steps=100.')
+        set_once(given, key, value)
     try:
         content = OmegaConf.create(values)
-        for override in overrides:  # one by one: a merge knows no places in lists, such as data.0.source
-            key, _, value = override.partition("=")
+        for key, value in given.items():  # one by one: a merge knows no places in lists, such as data.0.source
             try:
                 OmegaConf.update(content, key, OmegaConf.from_dotlist([f"value={value}"]).value)
             except (IndexError, TypeError):
-                raise UsageError(f'"{override}": {where} has no place {key}.') from None
+                raise UsageError(f'"{key}={value}": {where} has no place {key}.') from None
         found = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:
         raise UsageError(f"{where}: {str(error).splitlines()[0]}") from None

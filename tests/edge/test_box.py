@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from openm6.edge.box import Box, Settings, settings_of, written
 from openm6.edge.cascade import CLOUD, EDGE
-from openm6.edge.service import make_app, serve
+from openm6.edge.service import key_of, make_app, serve
 from openm6.errors import UsageError
 from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
@@ -25,6 +25,10 @@ QUESTION = "图中的商品是什么颜色？"
     ("line", "sentence"),
     [
         ('privacy = "some"', "all, features, nothing"), ('cloud = "m6.example"', "give an address"),
+        ('cloud = "http://a..b"', "give an address"), ('cloud = "http://m6/路"', "give an address"),
+        ('cloud = "http://m6/?token=x"', "give an address"), ('cloud = "http://m6:pass@m6"', "a name in front"),
+        ('name = "shop 1"', "letters, digits"), ('name = ""', "letters, digits"), ('name = ".."', "letters, digits"),
+        ("deadline_ms = 10000000000000", "a day at most"),
         ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
         ("share = 1", "below 1"), ("share = 0.01", "above audit"),
         ('cloud = "https://m6.example:x"', "give an address"), ("statistics_minutes = inf", "has to be a number"),
@@ -36,6 +40,23 @@ def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path)
     (tmp_path / "box.toml").write_text(line + "\n", "utf-8")
     with pytest.raises(UsageError, match=sentence):
         Box(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["privacy", "offline", "encrypt"])
+def test_a_file_that_was_cut_allows_nothing_by_default(name: str, tmp_path: Path) -> None:
+    text = written(Settings(cloud="http://m6", privacy="nothing"))
+    (tmp_path / "box.toml").write_text(text[: text.index(f"\n{name} =")], "utf-8")
+    with pytest.raises(UsageError, match=f"does not say .*{name}"):
+        Box(tmp_path)
+
+
+def test_a_key_that_no_request_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASK_KEY", "secret\n")
+    with pytest.raises(UsageError, match=r"\$ASK_KEY has characters") as refused:
+        key_of("ASK_KEY")
+    assert "secret" not in str(refused.value)
+    monkeypatch.setenv("ASK_KEY", "secret")
+    assert key_of("ASK_KEY") == "secret" and key_of("") == ""
 
 
 def test_no_box(tmp_path: Path) -> None:

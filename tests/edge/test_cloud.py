@@ -34,6 +34,7 @@ __all__ = ["_in_fp32", "bundle", "model"]
         (lambda path, body: (200, {"outputs": {"answer": ["x"]}}), "otherwise than expected"),
         (lambda path, body: (200, b"<html>"), "otherwise than expected"),
         (lambda path, body: (200, []), "otherwise than expected"),
+        (lambda path, body: (200, b"[" * 100_000), "otherwise than expected"),
         (lambda path, body: (200, {"outputs": {"answer": ""}}), "answer is empty"),
         (lambda path, body: (200, {"outputs": {"answer": " \n"}, "finished": False}), "answer is empty"),
         (lambda path, body: (_ for _ in ()).throw(ConnectionAbortedError()), "cannot be reached"),
@@ -75,6 +76,20 @@ def test_one_request_that_is_too_long_stops_no_other(server: CloudServer) -> Non
             cloud.ask("vqa", {"question": "红" * 99}, 5.0)
     assert cloud.ask("vqa", {}, 5.0)["outputs"] == {"answer": "云"}
     cloud.close()
+
+
+@pytest.mark.parametrize("key", ["m6-secret\n", "钥匙"])
+def test_a_key_that_cannot_be_sent_costs_no_answer(
+    key: str, box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M6_KEY", key)
+    cascade = box(cloud=server.url, key="M6_KEY")
+    reply = _ask(cascade)
+    assert reply.by == EDGE and "the key has characters that cannot be sent" in reply.reason
+    counts = cascade.statistics()["tasks"]["vqa"]
+    assert counts["unanswered_key"] == 1 and "sent" not in counts
+    assert any(one.fails and "cannot be sent" in one.message for one in cascade.check_cloud())
+    assert not server.seen and not server.read
 
 
 def test_a_wrong_key_is_told_every_time(box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -156,6 +156,21 @@ def test_a_question_that_is_too_long_is_refused_as_the_model_refuses_it(
     assert capsys.readouterr().out.strip() == edge.run("vqa", truncate="start", **long)
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("question=什么商品？", 'question is given twice: "什么颜色？" and "什么商品？"'),
+        ("=红色", '"=红色" is not of the form slot=value'), ("红色", '"红色" is not of the form slot=value'),
+    ],
+)  # fmt: skip
+def test_a_slot_of_the_program_has_one_value(
+    word: str, sentence: str, package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--package", str(package), "run", "vqa", "question=什么颜色？", word])
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_in_few_bits_it_is_smaller_and_nearly_the_same(
     bits: int, model: Path, package: Path, caplog: pytest.LogCaptureFixture

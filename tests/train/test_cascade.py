@@ -266,10 +266,10 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
 
 def test_what_is_set_holds_and_an_option_goes_before_it(model: Path, tmp_path: Path) -> None:
     place, run = tmp_path / "box", partial(command, "cascade", "init")
-    words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'name=a"\\b', "--set", "model=007"]
+    words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'model=a"\\b', "--set", "name=007"]
     run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit=0.5", "--set", 'key="M6_KEY"')
     assert Box(place).settings == Settings(
-        privacy="nothing", name='a"\\b', model="007", offline=True, audit=0.5, key="M6_KEY"
+        privacy="nothing", name="007", model='a"\\b', offline=True, audit=0.5, key="M6_KEY"
     )
     words = ["--set", "privacy=nothing", "--set", "cloud=http://a:1", "--privacy", "all", "--cloud", "http://b:1"]
     run(tmp_path / "other", "--model", model, "--bits", "32", *words)

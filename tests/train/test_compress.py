@@ -168,7 +168,7 @@ def test_targets(text: str, what: str, most: float) -> None:
     assert target.met({what: most}) and not target.met({what: most * 1.01})
 
 
-@pytest.mark.parametrize("text", ["size=2", "size=xMB", "speed=2ms", "latency=5", "latency=1.2.3ms", ""])
+@pytest.mark.parametrize("text", ["size=2", "size=xMB", "speed=2ms", "latency=5", "latency=1.2.3ms", "latency=0ms", ""])
 def test_no_targets(text: str) -> None:
     with pytest.raises(UsageError, match="write size=2MB or latency=5ms"):
         Target.of(text)
