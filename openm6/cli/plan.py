@@ -94,7 +94,13 @@ def plan(
             _time(recipe, json)
             return
     gpus, hardware = gpus or 8, hardware or "a100-80g"
-    known(hardware)
+    speed = None if interconnect is None else _figure("--interconnect", "link", interconnect, 1e9)
+    changes = {
+        "memory": None if gpu_memory is None else _figure("--gpu-memory", "memory", gpu_memory),
+        "host_memory": None if host_memory is None else _figure("--host-memory", "host_memory", host_memory),
+        "link": speed, "network": speed,
+    }  # fmt: skip
+    figures = _changed(known(hardware), changes, machine or [])
 
     from openm6.model import ModelConfig
     from openm6.train.footprint import Work
@@ -111,13 +117,6 @@ def plan(
         config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
     given = {"rows": rows, "length": length, "parts": accumulate, "images": images or None}
     work = replace(work, **{key: value for key, value in given.items() if value is not None})
-    speed = None if interconnect is None else _figure("--interconnect", "link", interconnect, 1e9)
-    changes = {
-        "memory": None if gpu_memory is None else _figure("--gpu-memory", "memory", gpu_memory),
-        "host_memory": None if host_memory is None else _figure("--host-memory", "host_memory", host_memory),
-        "link": speed, "network": speed,
-    }  # fmt: skip
-    figures = _changed(known(hardware), changes, machine or [])
     found = make_plan(
         config,
         Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country),

@@ -148,6 +148,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
         else:
             on_reject(Reject(row["_where"], f"{row['_where']} has no text or no image_ids."))
     met: dict[str, str] = {}
+    unreadable: set[str] = set()
     with open_file(images) as file:
         for number, line in enumerate(file, 1):
             where = f"{images}:{number}"
@@ -162,6 +163,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
                     Reject(where, f"{where} has one field; it has to be an id, a tab, and the picture in base64.")
                 )
             elif not image:
+                unreadable.add(name)
                 on_reject(Reject(where, f"{where}: what stands after the tab is not base64."))
             elif name in met:
                 on_reject(
@@ -173,7 +175,8 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
                 met[name] = where
                 yield {"image": image, "text": texts.pop(name), "image_id": name, "_where": where}
     for name in texts:
-        on_reject(Reject(f"{path}#{name}", f"{path}: the picture {cut(name)} of its image_ids is not in {images}."))
+        if name not in unreadable:
+            on_reject(Reject(f"{path}#{name}", f"{path}: the picture {cut(name)} of its image_ids is not in {images}."))
 
 
 def muge_images(path: str) -> str | None:

@@ -54,8 +54,14 @@ _KEY = re.compile(r"(id|ids|key|keys|index|idx|uuid|hash|md5|sha1|url|path|编�
 _TURN = {"role", "from"}
 """Keys that say who speaks in a turn of a conversation."""
 
-_CODE = re.compile(r"(?=.*\d)[\w./:\\#+-]{1,80}|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}", re.IGNORECASE | re.ASCII)
-"""A number, a code with digits in it, a hexadecimal number, the name of a file."""
+_CODE = re.compile(
+    r"(?=.*\d)[\w./:\\#+-]{1,80}|\d{4}\D\d\d?\D\d\d? [\d:.]+|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}",
+    re.IGNORECASE | re.ASCII,
+)
+"""A number, a code with digits in it, a date with its time, a hexadecimal number, the name of a file."""
+
+_ORIGINS = ("split", "subset", "source", "dataset", "lang", "language", "来源", "数据集", "语言")
+"""Names of columns that say where a record is from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +187,15 @@ class _Choice:
 
     def only_of_type(self, slot: str) -> list[str]:
         """The one free column, keys aside, whose values look like the slot's type, if the slot is the only open one of
-        that type and the column is not known as something else."""
+        that type and the column is not known as something else. One text for all records is no answer to them."""
         kind = self.task.slots[slot].type
         found = self.fitting(slot)
         alone = sum(self.task.slots[s].type == kind for s in self.open()) == 1 and len(found) == 1
-        return found if alone and not _foreign(found[0], slot, kind) else []
+        if not alone or _foreign(found[0], slot, kind):
+            return []
+        values = [str(row.get(found[0])) for row in self.rows]
+        constant = len(values) > 1 and len(set(values)) == 1
+        return [] if constant and kind == "text" and slot in self.task.outputs else found
 
     def fitting(self, slot: str, keys: bool = False) -> list[str]:
         """The free columns whose values look like the slot's type, with those that are `keys` or without."""
@@ -199,7 +209,7 @@ class _Choice:
 
 def _foreign(column: str, slot: str, kind: str) -> bool:
     """Whether a column's name is known as that of something other than the slot."""
-    known = [group for group in _SYNONYMS if column.strip().casefold() in group]
+    known = [group for group in (*_SYNONYMS, _ORIGINS) if column.strip().casefold() in group]
     return bool(known) and not any(slot in group or kind in group for group in known)
 
 

@@ -132,6 +132,32 @@ def test_a_column_of_unique_codes_is_not_guessed(values: list[str]) -> None:
     assert map_columns(CAPTION, ["image", "甲"], {}, rows)["caption"] == "甲"
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("split", ["train", "validation", "train"]),
+        ("语言", ["zh", "en", "zh"]),
+        ("来源", ["淘宝", "微博", "淘宝"]),
+        ("时间", ["2026-01-02 10:30:00", "2026-01-02T10:31:00", "2026-01-03 08:00"]),
+    ],
+)
+def test_what_says_where_a_record_is_from_is_not_guessed(name: str, values: list[str]) -> None:
+    rows = [{"image": f"{i}.jpg", "text": f"好{i}", name: value} for i, value in enumerate(values)]
+    with pytest.raises(UsageError, match=rf"needs caption .*none of .*{name}"):
+        map_columns(CAPTION, ["image", name], {}, rows)
+    with pytest.raises(UsageError, match=rf"needs label .*none of .*{name}"):
+        map_columns(REVIEW, ["text", name], {}, rows)
+    assert map_columns(CAPTION, ["image", name], {"caption": name}, rows)["caption"] == name
+
+
+def test_a_text_that_is_the_same_in_all_records_is_not_guessed_as_their_answer() -> None:
+    rows = [{"image": f"{i}.jpg", "甲": "coco"} for i in range(3)]
+    with pytest.raises(UsageError, match=r"needs caption .*甲 is the likeliest.*-c 'caption=甲'"):
+        map_columns(CAPTION, ["image", "甲"], {}, rows)
+    # Classes may stand in the data one after the other.
+    assert map_columns(REVIEW, ["text", "sentiment"], {}, [{"text": i, "sentiment": "好"} for i in "甲乙"])
+
+
 def test_beside_a_key_the_only_text_is_taken() -> None:
     rows = [{"image": "a.jpg", "编号": "0001", "说明": "一只猫"}]
     assert map_columns(CAPTION, ["编号", "image", "说明"], {}, rows)["caption"] == "说明"

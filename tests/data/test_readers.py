@@ -454,6 +454,19 @@ def test_an_id_twice_among_the_pictures_of_muge_is_told_as_that(tmp_path: Path) 
     assert f"{images}:6: the picture 7 stands in {images}:1 already, which is used." in [r.reason for r in rejected]
 
 
+def test_a_picture_of_muge_that_cannot_be_read_is_not_told_as_missing(tmp_path: Path) -> None:
+    path = muge(tmp_path)
+    lines = [{"text": "坏的图", "image_ids": [9]}, {"text": "先坏后好", "image_ids": [12]}]
+    path.write_text(path.read_text("utf-8") + "".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    images = tmp_path / "train_imgs.tsv"
+    images.write_text(images.read_text() + f"12\t???\n12\t{base64.b64encode(picture_bytes(2)).decode()}\n")
+    records, rejected = load(path)
+    assert [(r["image_id"], r["text"]) for r in records][2:] == [("12", ["先坏后好"])]
+    missing = [r.reason for r in rejected if "is not in" in r.reason]
+    assert missing == [f"{path}: the picture 99 of its image_ids is not in {images}."]
+    assert [r.where for r in rejected if "not base64" in r.reason] == [f"{images}:3", f"{images}:6"]
+
+
 def test_the_layout_of_muge_for_captions(tmp_path: Path) -> None:
     code = base64.urlsafe_b64encode(picture_bytes(251)).decode()
     write(tmp_path / "IC_train.tsv", f"ab1\t{code}\n")
