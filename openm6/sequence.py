@@ -6,7 +6,7 @@ Nothing here, nor in the tasks that make sequences, needs PyTorch. Laid out for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,9 +30,14 @@ class Picture:
 
 
 class Banned(tuple[int, ...]):
-    """Ids that may not follow; all others may."""
+    """Ids that may not follow; all others may. `instead`: of some of them the id that takes their probability."""
 
-    __slots__ = ()
+    instead: Mapping[int, int]
+
+    def __new__(cls, ids: Iterable[int] = (), instead: Mapping[int, int] | None = None) -> Banned:
+        banned = super().__new__(cls, ids)
+        banned.instead = instead or {}
+        return banned
 
 
 class Constraint(Protocol):

@@ -115,6 +115,8 @@ def test_a_damaged_line_with_others_behind_it_is_refused(
     options = {**OPTIONS, "lexicon": None, "candidates": 2, "keep": 1}
     make_copy(bundle, "product_copy", items, tmp_path / "out", **options)
     lines = (tmp_path / "out" / name).read_text("utf-8").splitlines(keepends=True)
+    if name == "broken.jsonl":  # a line for a text that was not kept
+        lines = [json.dumps({"prompt": 0, "said": said}) + "\n" for said in "abc"]
     (tmp_path / "out" / name).write_text("".join([lines[0], lines[1][:9] + "\n", *lines[2:]]), "utf-8")
     with pytest.raises(DataError, match=f"{name}:2 is damaged"):
         make_copy(bundle, "product_copy", items, tmp_path / "out", **options)

@@ -5,8 +5,8 @@
     values     the only values that are named, of all that are known (values.py)
     least, most   characters, counted as they are written
 
-As `most` comes near, the text is led to its end: a clause does not end in a comma there, and after a sentence nothing
-else begins.
+As `most` comes near, the text is led to its end: a clause ends in a full stop where it would end in a comma, and after
+a sentence nothing else begins.
 
 A word or number is told by its characters, however the tokenizer cuts them, into bytes too. A character that is begun
 in bytes counts when it is whole: `Limits.broken_by` looks at the whole text.
@@ -46,10 +46,10 @@ class Rule(Protocol):
 
 
 _SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
-_CLOSERS, _BREAKS = "”』」）)", "，；、,;"
+_CLOSERS, _BREAKS, _STOP = "”』」）)", "，；,;", "。"
 
-TURN = 4
-"""The last quarter of `most` is where a text is led to its end."""
+NEAR = 10
+"""Characters before `most` within which a text is led to its end: there is room for one more clause."""
 
 
 class Limits:
@@ -76,9 +76,9 @@ class Limits:
         self._reach = max(map(len, self.forbid), default=1) - 1
         self._texts, self._characters = _texts(tokenizer), characters(tokenizer)
         self._always = frozenset(token for word in self.forbid for token in _holding(tokenizer, word))
-        self._closers, self._breaks = (
-            {token for mark in marks for token in _holding(tokenizer, mark)} for marks in (_CLOSERS, _BREAKS)
-        )
+        self._closers = {token for mark in _CLOSERS for token in _holding(tokenizer, mark)}
+        stop = next((token for token in _starting(tokenizer, _STOP) if self._texts[token] == _STOP), None)
+        self._stops = {} if stop is None else {i: stop for mark in _BREAKS for i in _starting(tokenizer, mark)}
         self._rests: dict[str, list[str]] = {}  # of a word that is begun: what is missing
         for word in self.forbid:
             for cut in range(1, len(word)):
@@ -88,7 +88,7 @@ class Limits:
         text = self._tokenizer.decode(list(prefix))
         if self.most and len(text) >= self.most:
             return (self._tokenizer.end_id,)
-        banned = set(self._always)
+        banned, stops = set(self._always), dict[int, int]()
         for length in range(1, min(self._reach, len(text)) + 1):
             for rest in self._rests.get(text[-length:], ()):
                 banned.update(_starting(self._tokenizer, rest))
@@ -99,11 +99,11 @@ class Limits:
             room = self.most - len(text)
             lengths = _by_length(self._tokenizer).items()
             banned.update(token for length, tokens in lengths if length > room for token in tokens)
-            if room * TURN <= self.most and len(text) >= self.least:
+            if room <= NEAR and len(text) >= self.least:
                 if text == whole_sentences(text) != "":
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
-                if not text[-1:].isdigit():  # 1,299 is a number
-                    banned |= self._breaks
+                if not text[-1:].isascii():  # a comma in 1,299 ends nothing, and one in Latin letters no Chinese clause
+                    stops = self._stops
         begun = self._tokenizer.begun(prefix)
         for rule in self.rules:
             tail = rule.tail(text)
@@ -113,7 +113,9 @@ class Limits:
             banned.add(self._tokenizer.end_id)
         whole = self._characters.next(prefix) if self._characters else Banned()
         if isinstance(whole, Banned):
-            return Banned(banned.union(whole))
+            banned.update(whole)
+            stops = {} if banned.intersection(stops.values()) else stops
+            return Banned(banned.union(stops), stops)
         return [token for token in whole if token not in banned]
 
     def _spelled(self, prefix: Sequence[int], word: str) -> bool:

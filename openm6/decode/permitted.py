@@ -48,7 +48,10 @@ def repeating_tokens(written: Items[int], size: int) -> list[int]:
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
     """Logits [B, V] with everything but the allowed ids of each row at -inf, in place; None allows all, Banned all but
-    those."""
+    those, whose probability may go to another id."""
+    for row, ids in enumerate(allowed):
+        for banned, other in ids.instead.items() if isinstance(ids, Banned) else ():
+            logits[row, other] = torch.logaddexp(logits[row, other], logits[row, banned])
     alike: dict[int, list[int]] = {}  # most rows have the very same ids, and are masked at once
     for row, ids in enumerate(allowed):
         if ids is not None:

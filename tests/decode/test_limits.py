@@ -6,15 +6,19 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.bundle import Bundle
+from openm6.decode import Decoding
 from openm6.decode.limits import Limits, whole_sentences
+from openm6.decode.permitted import permitted
 from openm6.decode.values import OwnValues, Values
 from openm6.errors import UsageError
 from openm6.model import M6
-from openm6.sequence import Banned
+from openm6.sequence import Banned, Sequence
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.tokenizer import Tokenizer
@@ -75,21 +79,35 @@ def test_whatever_is_written_keeps_them(
 
 
 def test_near_its_end_a_text_goes_on_to_no_other_sentence_or_clause(merged: Tokenizer) -> None:
-    limits = Limits(merged, least=2, most=12)
-    end, comma = merged.end_id, merged.encode("，")[0]
+    limits, begun = (
+        Limits(merged, least=2, most=24),
+        "红黄蓝绿，红黄蓝绿",
+    )  # ten of its characters are left behind five more
+    end, [comma], [stop] = merged.end_id, merged.encode("，"), merged.encode("。")
 
-    def follows(text: str) -> Any:
+    def likeliest(text: str, wanted: int, limits: Limits = limits) -> int:
+        """The token that is written by a network that wants one, and a full stop less than any other."""
+        logits = torch.zeros(1, merged.vocab_size)
+        logits[0, wanted], logits[0, stop] = 9, -1
+        prompt = Sequence(*[np.zeros(1, np.int32)] * 3, constraint=limits)
+        return int(permitted(logits, [prompt], [merged.encode(text)], [Decoding()], end).argmax())
+
+    assert likeliest(f"{begun}红黄蓝绿", comma) == comma
+    for near in (f"{begun}红黄蓝绿色", f"{begun * 2}红黄蓝绿色"):
+        assert likeliest(near, comma) == stop and likeliest(near, merged.encode("红")[0]) != stop
+    assert likeliest(f"{begun}红黄蓝12", comma) == comma  # a number may have one inside
+    for other in (Limits(merged, least=20, most=24), Limits(merged, ["。"], most=24), Limits(merged)):
+        assert likeliest(f"{begun}红黄蓝绿色", comma, other) == comma
+
+    def follows(text: str, limits: Limits = limits) -> Any:
         return limits.next(merged.encode(text))
 
-    first, *others = follows("红黄蓝绿，红黄蓝。")
+    first, *others = follows(f"{begun}红黄蓝绿。")
     assert first == end and all(merged.decode([token]) in "”』」）)" for token in others)
-    assert list(follows("红黄蓝绿，红黄蓝绿色条红")) == [end]  # no room is left
-    assert comma in follows("红黄蓝绿，红黄蓝绿") and end not in follows("红黄蓝绿，红黄蓝绿")
-    for early in ("红黄蓝绿，红黄。", "红黄蓝绿，红黄蓝"):
-        assert isinstance(follows(early), Banned) and comma not in follows(early)
-    assert comma not in follows("红黄蓝绿红黄蓝绿12")  # a number may have one inside
-    assert isinstance(Limits(merged, least=11, most=12).next(merged.encode("红黄蓝绿，红黄蓝绿。")), Banned)
-    assert isinstance(Limits(merged).next(merged.encode("红黄蓝绿。" * 9)), Banned)
+    assert list(follows(f"{begun * 2}红黄蓝绿色条")) == [end]  # no room is left
+    assert isinstance(follows(f"{begun}红黄蓝。"), Banned) and end not in follows(f"{begun}红黄蓝。")
+    assert isinstance(follows(f"{begun}红黄蓝绿。", Limits(merged, least=20, most=24)), Banned)
+    assert isinstance(follows("红黄蓝绿。" * 9, Limits(merged)), Banned)
 
 
 @pytest.mark.parametrize(
