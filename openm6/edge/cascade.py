@@ -315,10 +315,10 @@ class Cascade:
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
     def check_cloud(self) -> Iterator[Finding]:
-        """Try the key and the cloud, without a record."""
-        version = self._version
-        box = Box.with_settings(self.box.path, self.settings)
-        return check_cloud(box, {task: version.model.tasks[task].outputs for task in version.sure})
+        """Try the key and the cloud, without a record; not any further once box.toml is changed."""
+        now, version = self.live.follow(), self._version
+        tasks = {task: version.model.tasks[task].outputs for task in version.sure}
+        return check_cloud(Box.with_settings(self.box.path, now.settings), tasks, now.cloud)
 
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""
