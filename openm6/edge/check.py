@@ -18,8 +18,8 @@ from urllib.parse import quote, urlencode
 from openm6._version import __version__
 from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import CHOSEN, Cloud, Failed
-from openm6.edge.kept import FEATURES, NOTHING, STORE, open_kept
-from openm6.edge.opening import check_set_aside
+from openm6.edge.kept import FEATURES, NOTHING, STORE, InterruptedWriteError, open_kept
+from openm6.edge.opening import check_set_aside, store_summary
 from openm6.edge.runner import EdgeModel, Eyes
 from openm6.edge.sureness import Sureness, calibrations
 from openm6.errors import OpenM6Error
@@ -102,7 +102,9 @@ def _store(box: Box) -> Finding:
         check_set_aside(box.path, box.settings)
         with closing(open_kept(box.path, box.settings, read_only=True)) as kept:
             forbidden, plain = kept.pending()
-            told = kept.summary()
+            told = store_summary(box.path, kept)
+    except InterruptedWriteError as error:
+        return Finding("store", False, str(error))
     except OpenM6Error as error:
         return Finding("store", True, str(error))
     message = f"{sum(told['answers'].values())} kept answers, {told['bytes'] / 2**20:.1f} MB"

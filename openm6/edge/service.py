@@ -32,6 +32,7 @@ from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed
+from openm6.edge.opening import store_summary
 from openm6.edge.status import SERVING, ServiceLock
 from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.images import MAX_BYTES, Features, from_base64
@@ -136,7 +137,10 @@ class _Watcher(threading.Thread):
 
     def _write_state(self) -> None:
         now, version = self._cascade.live.follow(), self._cascade.version
-        state = {**self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem}
+        state = {
+            **self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem,
+            "trouble": now.kept.trouble,
+        }  # fmt: skip
         if state != self._told:
             self._told = state
             try:
@@ -157,7 +161,7 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
     async def status(_: Request) -> Response:
         now = cascade.live.follow()
         return _json({
-            **cascade.statistics(), "kept": now.kept.summary(), "drifting": cascade.drifting(),
+            **cascade.statistics(), "kept": store_summary(cascade.box.path, now.kept), "drifting": cascade.drifting(),
             "settings": asdict(now.settings), "problem": now.problem,
         })  # fmt: skip
 
@@ -284,7 +288,7 @@ def _exposition(cascade: Cascade) -> str:
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    kept = cascade.kept.summary()
+    kept = store_summary(cascade.box.path, cascade.kept)
     lines += [
         f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
         f"openm6_edge_store_set_aside {len(kept['set_aside'])}",

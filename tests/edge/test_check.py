@@ -22,7 +22,7 @@ from openm6.edge.status import read_state
 from openm6.serve.fleet import Place
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from tests.edge.conftest import CloudServer, Make, wait_until
+from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
 from tests.serve.test_api import Served
 
@@ -186,6 +186,22 @@ def test_what_a_start_would_do_to_the_kept_answers_is_said_before(
     assert code == 1 and "their key is another one" in found["store"]["message"]
     monkeypatch.delenv("BOX_KEY")
     assert "not set" in _check(cascade, capsys)[1]["store"]["message"]
+
+
+def test_an_interrupted_write_is_told_and_left_to_a_start(
+    box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    for number in range(9):
+        cascade.kept.keep("vqa", {"photo": bytes(9000), "question": str(number)}, "红色", "蓝色")
+    cascade.close()
+    interrupt_write(cascade.box.path / "kept.sqlite")
+    before = {file: file.read_bytes() for file in cascade.box.path.glob("kept*")}
+    code, found = _check(cascade, capsys)
+    assert code == 0 and "was interrupted. A start undoes it" in found["store"]["message"]
+    assert {file: file.read_bytes() for file in cascade.box.path.glob("kept*")} == before
+    Cascade(cascade.box.path, 1).close()
+    assert "9 kept answers" in _check(cascade, capsys)[1]["store"]["message"]
 
 
 def test_a_damaged_store_is_told(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:
