@@ -156,8 +156,9 @@ def status(box: Place, json: Json = False) -> None:
     if json:
         emit(told)
         return
-    settings = told.pop("settings")
-    table(["", ""], [[name, str(value)] for name, value in {**told, **settings}.items()], str(box))
+    kept, settings = told.pop("kept"), told.pop("settings")
+    rows = {**told, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
+    table(["", ""], [[name, str(value)] for name, value in rows.items()], str(box))
 
 
 @cascade.command()

@@ -44,13 +44,14 @@ Record = Mapping[str, Any]
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A value, who gave it (edge or cloud), how probably the edge's own answer is right (None: it was not calibrated),
-    and, where an answer that is not sure was given all the same, why."""
+    where an answer that is not sure was given all the same, why, and how many positions of the prompt were left out."""
 
     value: Any
     by: str
     probability: float | None = None
     reason: str = ""
     finished: bool = True
+    truncated: int = 0
 
 
 class _Version:
@@ -118,19 +119,20 @@ class Cascade:
     def model(self) -> EdgeModel:
         return self._newest().model
 
-    def answer(self, task: str, record: Record, seconds: float | None = None) -> Reply:
-        """One answer, whatever becomes of the cloud. `seconds`: a deadline that is shorter than the settings'.
+    def answer(self, task: str, record: Record, seconds: float | None = None, truncate: str | None = None) -> Reply:
+        """One answer, whatever becomes of the cloud. `seconds`: a deadline that is shorter than the settings';
+        `truncate`: see `EdgeModel.answer`.
 
         Raises UsageError or DataError for a record that cannot be used.
         """
         version = self._newest()
         chosen = version.model.task(task)
         record = _whole(chosen, record)
-        own = version.model.answer(task, record)
+        own = version.model.answer(task, record, truncate=truncate)
         sure = version.sure.get(task)
         if sure is None or own.state is None:
             self._count(task, "asked", "uncalibrated")
-            return Reply(own.value, EDGE, None, "", own.finished)
+            return Reply(own.value, EDGE, None, "", own.finished, own.truncated)
         seen, settings = sure.seen(own.state, own.confidence), self.settings
         with self._lock:
             version.drift[task].see(own.confidence)
@@ -148,7 +150,7 @@ class Cascade:
         self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
         reason = "" if confident else f"no more than {settings.share:.0%} may be asked"
         if given and not audited:
-            return Reply(own.value, EDGE, probability, reason, own.finished)
+            return Reply(own.value, EDGE, probability, reason, own.finished, own.truncated)
 
         def learn(value: Any) -> None:
             right = agreement(own.value, value)
@@ -167,18 +169,21 @@ class Cascade:
             return value
 
         try:
-            answer = self._ask(chosen, record, seconds, receive)
-            return Reply(receive(answer), CLOUD, probability, "", bool(answer.get("finished", True)))
+            answer = self._ask(chosen, record, seconds, truncate, receive)
+            cut, finished = answer.get("truncated"), bool(answer.get("finished", True))
+            return Reply(receive(answer), CLOUD, probability, "", finished, cut if isinstance(cut, int) else 0)
         except Failed as error:
             self._count(task, "unanswered", f"unanswered_{error.kind}")
             if error.kind not in CHOSEN:
                 self._warn(error.kind, str(error))
             # An answer that was merely to be checked needs no other excuse.
-            return Reply(own.value, EDGE, probability, reason if given or confident else str(error), own.finished)
+            reason = reason if given or confident else str(error)
+            return Reply(own.value, EDGE, probability, reason, own.finished, own.truncated)
 
     def _ask(
-        self, task: Task, record: Record, seconds: float | None, receive: Callable[[Mapping[str, Any]], Any]
-    ) -> Mapping[str, Any]:
+        self, task: Task, record: Record, seconds: float | None, truncate: str | None,
+        receive: Callable[[Mapping[str, Any]], Any],
+    ) -> Mapping[str, Any]:  # fmt: skip
         """The cloud's answer; `receive` gets one that comes too late. Raises Failed with the reason for none."""
         now = self.live.follow()
         settings = now.settings
@@ -201,9 +206,8 @@ class Cascade:
             with suppress(Failed):
                 receive(answer)
 
-        return now.cloud.ask(
-            task.name, inputs, min(deadline, seconds or deadline), late, lambda: self._spend(task.name)
-        )
+        seconds = min(deadline, seconds or deadline)
+        return now.cloud.ask(task.name, inputs, seconds, late, lambda: self._spend(task.name), truncate)
 
     def _take(self, count: int) -> int:
         """Take so many of the hour's requests. Returns the hour. Raises Failed where they are used up."""
@@ -245,7 +249,8 @@ class Cascade:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            if forgotten := store.keep(task.name, kept, value, own.value):
+            # Training shortens a text at its end: it would learn the answer without the part that was answered.
+            if not own.truncated and (forgotten := store.keep(task.name, kept, value, own.value)):
                 self._count(task.name, *["forgotten"] * forgotten)
             store.saw(task.name, version.number, seen, right, weight, WINDOW)
 
@@ -315,10 +320,10 @@ class Cascade:
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
     def check_cloud(self) -> Iterator[Finding]:
-        """Try the key and the cloud, without a record."""
-        version = self._version
-        box = Box.with_settings(self.box.path, self.settings)
-        return check_cloud(box, {task: version.model.tasks[task].outputs for task in version.sure})
+        """Try the key and the cloud, without a record; not any further once box.toml is changed."""
+        now, version = self.live.follow(), self._version
+        tasks = {task: version.model.tasks[task].outputs for task in version.sure}
+        return check_cloud(Box.with_settings(self.box.path, now.settings), tasks, now.cloud)
 
     def report(self) -> None:
         """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""

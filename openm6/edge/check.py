@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,9 +17,9 @@ from urllib.parse import quote, urlencode
 
 from openm6._version import __version__
 from openm6.edge.box import EYES, Box
-from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import FEATURES, STORE, open_kept
-from openm6.edge.opening import check_set_aside
+from openm6.edge.cloud import CHOSEN, Cloud, Failed
+from openm6.edge.kept import FEATURES, NOTHING, STORE, InterruptedWriteError, open_kept
+from openm6.edge.opening import check_set_aside, store_summary
 from openm6.edge.runner import EdgeModel, Eyes
 from openm6.edge.sureness import Sureness, calibrations
 from openm6.errors import OpenM6Error
@@ -62,32 +62,38 @@ def check_box(path: Path) -> Iterator[Finding]:
     )
     yield _store(box)
     yield _disk(box)
-    yield from check_cloud(box, {name: model.tasks[name].outputs for name in calibrated if name in model.tasks})
+    tasks, settings = {name: model.tasks[name].outputs for name in calibrated if name in model.tasks}, box.settings
+    cloud = Cloud(settings.cloud, settings.cloud_key, settings.model) if settings.asks_cloud else None
+    with closing(cloud) if cloud else nullcontext():
+        yield from check_cloud(box, tasks, cloud)
 
 
-def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
-    """The checks that ask the cloud. `tasks`: outputs of the tasks that it will be asked, by name."""
+def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]], cloud: Cloud | None) -> Iterator[Finding]:
+    """The checks that ask the cloud. `tasks`: outputs of the tasks that it will be asked, by name; `cloud`: None where
+    nothing may be sent."""
     settings = box.settings
-    if not settings.asks_cloud:
-        why = "none is named" if not settings.cloud else "offline" if settings.offline else "privacy = nothing"
+    if cloud is None:
+        why = (
+            "none is named" if not settings.cloud else "offline" if settings.offline
+            else "privacy = nothing" if settings.privacy == NOTHING else "box.toml cannot be used"
+        )  # fmt: skip
         yield Finding("cloud", False, f"it is not asked ({why}).")
         yield _clock(box, "")
         return
     key = settings.cloud_key
     if settings.key:
         yield Finding("key", not key, f"${settings.key} is {'set' if key else 'not set: it has to hold the key'}.")
-    with closing(Cloud(settings.cloud, key, settings.model)) as cloud:
-        began = time.perf_counter()
-        try:
-            models, date = cloud.read("/v1/models", settings.deadline_ms / 1000)
-        except Failed as error:
-            yield Finding("cloud", True, f"{settings.cloud}: {error}.")
-            yield _clock(box, "")
-            return
-        taken = 1000 * (time.perf_counter() - began)
-        yield Finding("cloud", False, f"{settings.cloud} accepts the key and answers in {taken:.0f} ms.")
-        yield _model(box, cloud, models, tasks)
-        yield _clock(box, date)
+    began = time.perf_counter()
+    try:
+        models, date = cloud.read("/v1/models", settings.deadline_ms / 1000)
+    except Failed as error:
+        yield Finding("cloud", error.kind not in CHOSEN, f"{settings.cloud}: {error}.")
+        yield _clock(box, "")
+        return
+    taken = 1000 * (time.perf_counter() - began)
+    yield Finding("cloud", False, f"{settings.cloud} accepts the key and answers in {taken:.0f} ms.")
+    yield _model(box, cloud, models, tasks)
+    yield _clock(box, date)
 
 
 def _store(box: Box) -> Finding:
@@ -96,7 +102,9 @@ def _store(box: Box) -> Finding:
         check_set_aside(box.path, box.settings)
         with closing(open_kept(box.path, box.settings, read_only=True)) as kept:
             forbidden, plain = kept.pending()
-            told = kept.summary()
+            told = store_summary(box.path, kept)
+    except InterruptedWriteError as error:
+        return Finding("store", False, str(error))
     except OpenM6Error as error:
         return Finding("store", True, str(error))
     message = f"{sum(told['answers'].values())} kept answers, {told['bytes'] / 2**20:.1f} MB"
@@ -140,7 +148,7 @@ def _model(box: Box, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]
             if sorted(about["outputs"]) != sorted(outputs):
                 return Finding("model", True, f"the task {task} of {name} gives other outputs than the box's.")
     except Failed as error:
-        return Finding("model", True, f"{task}: {error}.")
+        return Finding("model", error.kind not in CHOSEN, f"{task}: {error}.")
     except OpenM6Error as error:
         return Finding("model", True, str(error))
     except (KeyError, TypeError):

@@ -96,8 +96,9 @@ class Cloud:
         seconds: float,
         late: Callable[[dict[str, Any]], None] | None = None,
         before: Callable[[], None] | None = None,
+        truncate: str | None = None,
     ) -> dict[str, Any]:
-        """The cloud's answer to a task: `outputs`, and whether it is `finished`.
+        """The cloud's answer to a task: `outputs`, and whether it is `finished`. `truncate`: see `EdgeModel.answer`.
 
         `late` gets an answer that came after the deadline; `before` is called once a connection is there, right before
         the request leaves, and may raise Failed. Raises Failed when there is no answer within so many seconds, or
@@ -111,7 +112,8 @@ class Cloud:
                     raise Failed(why.kind, str(why))
         if not self._free.acquire(blocking=False):
             raise Failed("crowded")
-        body = {"inputs": _outgoing(inputs), "seconds": seconds, **({"model": self._model} if self._model else {})}
+        body = {"inputs": _outgoing(inputs), "seconds": seconds}
+        body |= {name: one for name, one in (("model", self._model), ("truncate", truncate)) if one}
         try:
             asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds, before)
         except RuntimeError:  # it was closed

@@ -52,6 +52,10 @@ class StoreError(OpenM6Error):
         self.is_damaged = is_damaged
 
 
+class InterruptedWriteError(StoreError):
+    """A store that is opened to be read, beside which lies the journal of a write that was interrupted."""
+
+
 class Kept:
     """An answer store. Several threads may use it. Every method raises StoreError where the disk refuses."""
 
@@ -59,30 +63,51 @@ class Kept:
         """Open the file, and make it what mode and key ask for: forbidden answers are deleted, plain ones encrypted.
 
         `file` None: in memory; `limit`: bytes of answers, before encryption; `key`: of the encryption, as `new_key`
-        makes it; `read_only`: the file stays as it is.
+        makes it; `read_only`: file and journal stay as they are, and are read as they are at this moment.
 
-        Raises UsageError for a key that is none, or not the one that the file's answers were encrypted with.
+        Raises UsageError for a key that is none, or not the one that the file's answers were encrypted with, and
+        InterruptedWriteError where a file to be read has to be repaired first.
         """
         self.file, self.mode, self.limit, self.trouble = file, mode, limit, ""
         self._lock, self._cipher = Lock(), Cipher(key) if key is not None else None
-        self._read_only = read_only
         if file is not None and not read_only:
             _make_private(file)
+        name = f"{file.absolute().as_uri()}?mode=ro" if file and read_only else file or ":memory:"
         with _named(file):
-            self._file = sqlite3.connect(file or ":memory:", check_same_thread=False, timeout=10, isolation_level=None)
+            self._file = sqlite3.connect(name, 10, isolation_level=None, check_same_thread=False, uri=read_only)
         try:
             with _named(file):
-                self._open()
+                if read_only and file is not None:
+                    self._begin_reading()
+                else:
+                    self._open()
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self) -> None:
+    def _begin_reading(self) -> None:
+        """Begin the one transaction of a store that is only read. Raises InterruptedWriteError."""
+        self._file.execute("BEGIN")
+        for seconds in (0.1, 0):
+            try:
+                self._file.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                    raise
+            # For a moment the journal that another process begins looks like one that was left.
+            time.sleep(seconds)
+        raise InterruptedWriteError(
+            f"A write to {self.file} was interrupted. A start undoes it; what is kept can be counted, and tried with "
+            "its key, only after that."
+        )
+
+    def _check_pages(self) -> None:
         if self._file.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             raise StoreError(f"{self.file} is damaged.", is_damaged=True)
-        if self._read_only and self.file is not None:
-            self._file.execute("PRAGMA query_only=ON")
-            return
+
+    def _open(self) -> None:
+        self._check_pages()
         for rule in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON"):
             self._file.execute(f"PRAGMA {rule}")
         if not self._file.execute("PRAGMA auto_vacuum").fetchone()[0]:  # to set it writes, which a full disk refuses
@@ -168,21 +193,12 @@ class Kept:
         with self._used():
             return int(self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0])
 
-    def summary(self) -> dict[str, Any]:
-        """State of the store for people and programs; it raises nothing, and says what is wrong in `trouble`."""
-        told: dict[str, Any] = {"bytes": 0, "answers": {}, "trouble": self.trouble, "set_aside": []}
-        try:
-            told |= {"bytes": self.size(), "answers": self.counts()}
-        except StoreError as error:
-            told["trouble"] = str(error)
-        if self.file is not None:
-            told["set_aside"] = [one.name for one in set_aside(self.file)]
-        return told
-
     def pending(self) -> tuple[int, int]:
         """How many answers the mode forbids, and how many are not encrypted though there is a key: of a file that is
-        read only, what a start of the box would delete and encrypt. Raises UsageError for another key."""
+        read only, what a start of the box would delete and encrypt. Raises UsageError for another key, StoreError
+        for a damaged file."""
         with self._used():
+            self._check_pages()
             forbidden, plain = self._count_forbidden(), self._count(0) if self._cipher else 0
             self._check_key()
         return forbidden, plain
@@ -310,9 +326,10 @@ class Kept:
 
 
 def open_kept(folder: Path, settings: Settings, read_only: bool = False) -> Kept:
-    """The answer store of a box. `read_only`: as it lies there, nothing is made, deleted or encrypted.
+    """The answer store of a box. `read_only`: as it lies there, nothing is made, repaired, deleted or encrypted.
 
-    Raises UsageError where the key of its encryption is missing, StoreError where the disk refuses.
+    Raises UsageError where the key of its encryption is missing, StoreError where the disk refuses, as
+    InterruptedWriteError for a file to be read that has to be repaired first.
     """
     key, file = None, folder / STORE
     if settings.encrypt and settings.privacy != NOTHING:
@@ -322,8 +339,8 @@ def open_kept(folder: Path, settings: Settings, read_only: bool = False) -> Kept
                 f"The box encrypts what it keeps with the key in ${settings.encrypt}, which is not set. "
                 "`openm6-edge new-key` makes one."
             )
-    there = not read_only or (file.is_file() and file.stat().st_size)
-    return Kept(file if there else None, settings.privacy, settings.keep_mb * 2**20, key, read_only)
+    is_none = read_only and (not file.exists() or (file.is_file() and not file.stat().st_size))
+    return Kept(None if is_none else file, settings.privacy, settings.keep_mb * 2**20, key, read_only)
 
 
 def _make_private(file: Path) -> None:

@@ -7,7 +7,9 @@ holds at most is said in its header, which outlives most damage.
 from __future__ import annotations
 
 import logging
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 from openm6.edge.box import Settings
 from openm6.edge.kept import (
@@ -51,6 +53,21 @@ def open_store(folder: Path, settings: Settings) -> Kept:
     found.trouble = f"Nothing is kept: {failure}"
     log.error("%s", found.trouble)
     return found
+
+
+def store_summary(folder: Path, kept: Kept | None = None) -> dict[str, Any]:
+    """State of a box's answer store for people and programs: of `kept`, or of the file as it lies there, which takes no
+    key. It raises nothing; `trouble` says what is wrong."""
+    told: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
+    try:
+        with (
+            closing(open_kept(folder, Settings(privacy=NOTHING), read_only=True)) if kept is None else nullcontext(kept)
+        ) as store:
+            told["trouble"] = store.trouble
+            told |= {"answers": store.counts(), "bytes": store.size()}
+    except StoreError as error:
+        told["trouble"] = str(error)
+    return {**told, "set_aside": [one.name for one in set_aside(folder / STORE)]}
 
 
 def check_set_aside(folder: Path, settings: Settings) -> None:

@@ -49,9 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
-    asking.add_argument(
-        "--truncate", choices=TRUNCATE, help="of a package: leaves out the beginning of a text that is too long"
-    )
+    asking.add_argument("--truncate", choices=TRUNCATE, help="leaves out the beginning of a text that is too long")
     for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
         serving = commands.add_parser(name, help=told)
         serving.add_argument("--host", default="127.0.0.1")
@@ -86,7 +84,8 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
         return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
     return dumps({
         "value": answer.value, "confidence": round(answer.confidence, 4), "finished": answer.finished,
-        "start_ms": round(1000 * (ready - started), 1), "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
+        "truncated": answer.truncated, "start_ms": round(1000 * (ready - started), 1),
+        "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
     }, plain)  # fmt: skip
 
 
@@ -132,15 +131,13 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             return "\n".join(_lines(cascade.model.tasks))
         if given.command == "about":
             return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
-        if given.truncate:
-            raise UsageError("--truncate is for a package: a box refuses what is too long for its model.")
         ready = time.perf_counter()
-        reply = cascade.answer(given.task, _record(given.slots))
+        reply = cascade.answer(given.task, _record(given.slots), truncate=given.truncate)
         if not given.json:
             return reply.value if isinstance(reply.value, str) else dumps(reply.value, plain)
         return dumps({
             "value": reply.value, "by": reply.by, "probability": reply.probability, "reason": reply.reason,
-            "finished": reply.finished, "start_ms": round(1000 * (ready - started), 1),
+            "finished": reply.finished, "truncated": reply.truncated, "start_ms": round(1000 * (ready - started), 1),
             "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
         }, plain)  # fmt: skip
     finally:

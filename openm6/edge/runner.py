@@ -30,12 +30,13 @@ Record = Mapping[str, Any]
 class Answer:
     """A value, and how sure the model is of it: the mean probability that it gave to what it wrote (1 for a vector and
     what a head says); `finished`: whether it came to an end by itself; `state` [D]: the network's at the end of the
-    prompt of a text."""
+    prompt of a text; `truncated`: how many positions of the prompt were left out."""
 
     value: Any
     confidence: float
     finished: bool
     state: np.ndarray | None = None
+    truncated: int = 0
 
 
 class Eyes:
@@ -176,12 +177,12 @@ class EdgeModel:
         prompt = chosen.encode(record, self.processor, None, with_target=False, truncate=truncate)
         if chosen.embeds:
             state = self._read(prompt)[1]
-            return Answer(state / np.linalg.norm(state), 1.0, True)
+            return Answer(state / np.linalg.norm(state), 1.0, True, truncated=prompt.cut)
         if chosen.head:
             from openm6.tasks.heads import HEADS
 
             outputs = self._read(prompt)[3 + self.about["heads"].index(chosen.head)]
-            return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True)
+            return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True, truncated=prompt.cut)
         most = max_new_tokens or int(chosen.decode.get("max_new_tokens", 64))
         ids, chances, finished = [], [], False
         first = self._begin(prompt, most)
@@ -191,7 +192,7 @@ class EdgeModel:
             if not finished:
                 ids.append(token)
         confidence = float(np.exp(np.log(np.maximum(chances, 1e-12)).mean()))
-        return Answer(chosen.value(ids, self.processor), confidence, finished, first[1])
+        return Answer(chosen.value(ids, self.processor), confidence, finished, first[1], prompt.cut)
 
     def run_many(self, task: str, records: Iterable[Record], *, truncate: str | None = None) -> Iterator[Any]:
         for record in records:

@@ -1,7 +1,7 @@
 """A box over HTTP: what `openm6 serve` answers to a task, it answers too, and says who answered.
 
 GET  /healthz /readyz /metrics /v1/status /v1/tasks /v1/tasks/{task}
-POST /v1/tasks/{task}     {"inputs": {...}, "seconds": 1.5}
+POST /v1/tasks/{task}     {"inputs": {...}, "seconds": 1.5, "truncate": "start"}
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from starlette.routing import Route
 
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed, is_sendable
+from openm6.edge.opening import store_summary
 from openm6.edge.status import SERVING, ServiceLock
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.errors import DataError, OpenM6Error, UsageError, cut, suggest
 from openm6.images import MAX_BYTES, Features, from_base64
 from openm6.json_lines import dumps, plain
 from openm6.sites import LOOPBACK, from_another_site, from_here
@@ -43,6 +44,8 @@ LOG, LOG_BYTES, LOGS = "box.log", 2**20, 5
 STOPPING = 10
 """Seconds for the answers that are being given when the box is stopped."""
 LARGEST = MAX_BYTES * 4 // 3 + 2**20
+TAKEN = ("inputs", "seconds", "truncate", "allow_untrained")
+"""Fields of a request. A box asks every task of its model, so that the last one changes nothing."""
 log = logging.getLogger("openm6.edge")
 
 
@@ -136,7 +139,10 @@ class _Watcher(threading.Thread):
 
     def _write_state(self) -> None:
         now, version = self._cascade.live.follow(), self._cascade.version
-        state = {**self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem}
+        state = {
+            **self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem,
+            "trouble": now.kept.trouble,
+        }  # fmt: skip
         if state != self._told:
             self._told = state
             try:
@@ -157,7 +163,7 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
     async def status(_: Request) -> Response:
         now = cascade.live.follow()
         return _json({
-            **cascade.statistics(), "kept": now.kept.summary(), "drifting": cascade.drifting(),
+            **cascade.statistics(), "kept": store_summary(cascade.box.path, now.kept), "drifting": cascade.drifting(),
             "settings": asdict(now.settings), "problem": now.problem,
         })  # fmt: skip
 
@@ -175,13 +181,13 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         seconds = asked.get("seconds")
         if seconds is not None and (not isinstance(seconds, (int, float)) or seconds <= 0):
             raise UsageError("seconds has to be a number above 0.")
-        reply = await anyio.to_thread.run_sync(cascade.answer, task, record, seconds)
+        reply = await anyio.to_thread.run_sync(cascade.answer, task, record, seconds, asked.get("truncate"))
         outputs = cascade.model.task(task).outputs
         value = reply.value
         return _json({
             "outputs": value if len(outputs) > 1 else {next(iter(outputs)): value}, "finished": reply.finished,
             "by": reply.by, "probability": None if reply.probability is None else round(reply.probability, 4),
-            "reason": reply.reason,
+            "reason": reply.reason, **({"truncated": reply.truncated} if reply.truncated else {}),
         })  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -244,6 +250,12 @@ async def _asked(request: Request) -> dict[str, Any]:
         raise UsageError("The body has to be JSON.") from None
     if not isinstance(found, dict) or not isinstance(found.get("inputs", {}), dict):
         raise UsageError('The body has to be an object with "inputs", an object too.')
+    for name, value in found.items():
+        if value and name not in TAKEN:
+            raise UsageError(
+                f"A box takes no {cut(name)}.{suggest(name, TAKEN)} It takes: {', '.join(TAKEN)}.",
+                code="unknown_parameter", param=cut(name),
+            )  # fmt: skip
     return found
 
 
@@ -284,7 +296,7 @@ def _exposition(cascade: Cascade) -> str:
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    kept = cascade.kept.summary()
+    kept = store_summary(cascade.box.path, cascade.kept)
     lines += [
         f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
         f"openm6_edge_store_set_aside {len(kept['set_aside'])}",

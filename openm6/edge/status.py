@@ -9,18 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sqlite3
 import time
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from openm6.atomic import write_json
 from openm6.edge.box import FILE, Box, Settings
-from openm6.edge.kept import STORE
+from openm6.edge.opening import store_summary
 from openm6.edge.sureness import calibrations
 from openm6.errors import OpenM6Error, UsageError
 
@@ -80,22 +78,10 @@ def status_of(path: Path) -> dict[str, Any]:
         problem, box = str(error), Box.with_settings(path, Settings())
     calibrated = sorted(calibrations(box.folder() / "package"))
     told: dict[str, Any] = {
-        "answers": box.version, "versions": box.versions, "calibrated": calibrated, **_kept(path / STORE),
+        "version": box.version, "versions": box.versions, "calibrated": calibrated, "kept": store_summary(path),
         "settings": {} if problem else asdict(box.settings), "problem": problem, "serving": read_state(path),
     }  # fmt: skip
     return told
-
-
-def _kept(file: Path) -> dict[str, Any]:
-    """Counts of what is kept, without its key."""
-    if not file.is_file():
-        return {"kept": {}, "kept_bytes": 0}
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True, timeout=10)) as opened:
-            rows = opened.execute("SELECT task, COUNT(*), SUM(size) FROM answers GROUP BY task").fetchall()
-    except sqlite3.Error as error:
-        return {"kept": {}, "kept_bytes": 0, "kept_problem": f"{file} cannot be read ({error})."}
-    return {"kept": {task: count for task, count, _ in rows}, "kept_bytes": sum(size for _, _, size in rows)}
 
 
 def _locked(handle: int, kind: int) -> bool:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -135,6 +138,19 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
     yield make
     for one in opened:
         one.close()
+
+
+def interrupt_write(store: Path) -> None:
+    """Kill a process in the middle of a write to the kept answers, some pages of which are on the disk already."""
+    code = (
+        "import os, signal, sqlite3, sys\n"
+        "file = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "for line in ('PRAGMA journal_mode=TRUNCATE', 'PRAGMA cache_size=1', 'BEGIN', 'DELETE FROM answers'):\n"
+        "    file.execute(line)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(store)]).returncode == -signal.SIGKILL
+    assert store.with_name(f"{store.name}-journal").stat().st_size
 
 
 def wait_until(what: Callable[[], bool], seconds: float) -> None:

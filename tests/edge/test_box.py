@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from openm6.bundle import Bundle
 from openm6.edge.box import Box, Settings, settings_of, written
 from openm6.edge.cascade import CLOUD, EDGE
 from openm6.edge.service import key_of, make_app, serve
@@ -90,6 +91,9 @@ def test_over_http(box: Make, server: CloudServer) -> None:
             ({"inputs": {"photo": photo}}, 400, "question is missing"), ({"inputs": []}, 400, "an object too"),
             ({"inputs": {"photo": {"path": "x"}, "question": "x"}}, 400, "base64"),
             ({**asked, "seconds": -1}, 400, "seconds"), ([], 400, "an object"),
+            ({**asked, "truncate": "end"}, 400, 'truncate is "end"'), ({**asked, "truncate": []}, 400, "truncate is"),
+            ({**asked, "decoding": {"temperature": 1}}, 400, "takes no decoding"),
+            ({**asked, "truncat": "start"}, 400, 'Did you mean "truncate"'),
             ({"inputs": {"photo": base64.b64encode(b"no picture").decode(), "question": "x"}}, 400, "picture"),
         ):  # fmt: skip
             found = client.post("/v1/tasks/vqa", json=body)
@@ -127,5 +131,28 @@ def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: 
         half = client.post("/v1/tasks/vqa", content='{"inputs": {"photo": "' + photo + '", "question": "\\ud800"}}')
         assert half.status_code == 400 and "question: is no text" in half.json()["error"]["message"]
     assert not server.seen
-    long = {**ASKED["vqa"], "question": "红" * 500 + QUESTION}
-    assert isinstance(cascade.model.run("vqa", truncate="start", **long), str)
+
+
+@pytest.mark.parametrize("cloud_cuts", [False, True])
+def test_a_question_that_is_too_long_may_lose_its_beginning(
+    cloud_cuts: bool, box: Make, server: CloudServer, bundle: Bundle
+) -> None:
+    """Here and at the cloud. What was left out is told, and the shortened question is not learned from."""
+    cascade = box(cloud=server.url)
+    server.act = lambda path, body: (200, {"outputs": {"answer": "云"}, **({"truncated": 7} if cloud_cuts else {})})
+    photo, long = base64.b64encode(ASKED["vqa"]["photo"]).decode(), "红" * 500 + QUESTION
+    asked = {"inputs": {"photo": photo, "question": long}, "truncate": "start"}
+    with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
+        found = client.post("/v1/tasks/vqa", json=asked).json()
+        assert found["by"] == CLOUD and found.get("truncated") == (7 if cloud_cuts else None)
+        _, body, _ = server.seen[0]
+        assert body["truncate"] == "start" and body["inputs"]["question"] == long
+        assert not cascade.kept.counts() and len(cascade.kept.seen("vqa", "0001")) == 1
+        server.act = lambda path, body: (500, {})
+        found = client.post("/v1/tasks/vqa", json=asked).json()
+        assert found["by"] == EDGE and found["truncated"] > 0
+        assert found["outputs"] == {"answer": bundle.run("vqa", truncate="start", **{**ASKED["vqa"], "question": long})}
+        short = {**asked, "inputs": {"photo": photo, "question": QUESTION}}
+        assert "truncated" not in client.post("/v1/tasks/vqa", json=short).json()
+        client.post("/v1/tasks/vqa", json={**short, "truncate": None, "decoding": {}, "allow_untrained": True})
+    assert [("truncate" in body) for _, body, _ in server.seen] == [True, True, True, False]

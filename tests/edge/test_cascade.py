@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.kept import Kept, StoreError
+from openm6.edge.opening import store_summary
 from openm6.edge.service import make_app
 from openm6.errors import DataError, OpenM6Error, UsageError
 from tests.edge.conftest import CloudServer, Make
@@ -176,7 +177,7 @@ def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer, monkeypatch
     for number in range(6):
         assert _ask(cascade, f"问题{number}" * 300).by == CLOUD
     assert cascade.statistics()["tasks"]["vqa"]["unwritten"] >= 5
-    assert "database or disk is full" in cascade.kept.summary()["trouble"]
+    assert "database or disk is full" in cascade.kept.trouble
 
     def full(*_: Any) -> None:
         raise StoreError("kept.sqlite cannot be used (database or disk is full).")
@@ -220,7 +221,7 @@ def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(box: Make, ser
     path = cascade.box.path
     cascade.close()
     again = Cascade(path, 1)
-    assert again.kept.summary()["set_aside"] == ["kept.sqlite.damaged-1"] and _ask(again).by == CLOUD
+    assert store_summary(path, again.kept)["set_aside"] == ["kept.sqlite.damaged-1"] and _ask(again).by == CLOUD
     assert again.kept.counts() == {"vqa": 1}
     again.close()
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,11 @@ import pytest
 from openm6.edge.cascade import Cascade
 from openm6.edge.cipher import new_key
 from openm6.edge.program import main
+from openm6.edge.status import read_state
 from openm6.serve.fleet import Place
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from tests.edge.conftest import CloudServer, Make
+from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
 from tests.serve.test_api import Served
 
@@ -33,6 +37,26 @@ def cloud(server: CloudServer, monkeypatch: pytest.MonkeyPatch) -> CloudServer:
     monkeypatch.setenv("M6_KEY", "secret")
     server.pages = lambda path: (200, PAGES[path]) if path in PAGES else (404, {"error": {"code": "task_not_found"}})
     return server
+
+
+Serve = Callable[[Path], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def served() -> Iterator[Serve]:
+    """Serves a box in a process of its own, which answers when this returns."""
+    running: list[subprocess.Popen[str]] = []
+
+    def serve(path: Path) -> subprocess.Popen[str]:
+        words = [sys.executable, str(path / "openm6-edge"), "serve", "--port", "0"]
+        running.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        assert running[-1].stdout is not None and "answers at" in running[-1].stdout.readline()
+        return running[-1]
+
+    yield serve
+    for process in running:
+        process.kill()
+        process.communicate()
 
 
 def _check(cascade: Cascade, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -97,6 +121,41 @@ def test_the_clock_is_compared_with_the_clouds(
 
 
 @pytest.mark.parametrize("settings", [{"privacy": "nothing"}, {"offline": True}])
+@pytest.mark.slow
+def test_a_start_tries_the_cloud_until_box_toml_is_changed(box: Make, cloud: CloudServer, served: Serve) -> None:
+    """A key that is refused is logged; once privacy is stricter, nothing more is asked."""
+    path = box(cloud=cloud.url, key="M6_KEY", keep_mb=1).box.path
+    stricter = (path / "box.toml").read_text("utf-8").replace('privacy = "all"', 'privacy = "nothing"')
+    pages, log = cloud.pages, path / "box.log"
+    cloud.pages = lambda path: (401, {})
+    process = served(path)
+    wait_until(lambda: "FAILS  cloud" in log.read_text("utf-8"), 30)
+    assert "refuses the key" in log.read_text("utf-8") and "secret" not in log.read_text("utf-8")
+    [(page, headers)] = cloud.read
+    assert page == "/v1/models" and headers["Authorization"] == "Bearer secret"
+    process.terminate()
+    assert process.wait(20) == 0
+    log.unlink()
+
+    def change(page: str) -> tuple[int, Any]:
+        (path / "box.toml").write_text(stricter, "utf-8")
+        return pages(page)
+
+    cloud.pages = change
+    served(path)
+    wait_until(lambda: "privacy 'all' -> 'nothing'" in log.read_text("utf-8"), 30)
+    wait_until(lambda: (read_state(path) or {}).get("settings", {}).get("privacy") == "nothing", 30)
+    assert [page for page, _ in cloud.read] == ["/v1/models"] * 2
+    assert "FAILS" not in log.read_text("utf-8") and not cloud.seen
+
+
+def test_a_box_toml_that_cannot_be_used_tries_no_cloud(box: Make, cloud: CloudServer) -> None:
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    (cascade.box.path / "box.toml").write_text("privacy = some", "utf-8")
+    assert "it is not asked (box.toml cannot be used)" in next(cascade.check_cloud()).message
+    assert not cloud.read
+
+
 def test_where_nothing_may_be_sent_nothing_is(
     settings: dict[str, Any], box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +186,22 @@ def test_what_a_start_would_do_to_the_kept_answers_is_said_before(
     assert code == 1 and "their key is another one" in found["store"]["message"]
     monkeypatch.delenv("BOX_KEY")
     assert "not set" in _check(cascade, capsys)[1]["store"]["message"]
+
+
+def test_an_interrupted_write_is_told_and_left_to_a_start(
+    box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cascade = box(cloud=cloud.url, keep_mb=1)
+    for number in range(9):
+        cascade.kept.keep("vqa", {"photo": bytes(9000), "question": str(number)}, "红色", "蓝色")
+    cascade.close()
+    interrupt_write(cascade.box.path / "kept.sqlite")
+    before = {file: file.read_bytes() for file in cascade.box.path.glob("kept*")}
+    code, found = _check(cascade, capsys)
+    assert code == 0 and "was interrupted. A start undoes it" in found["store"]["message"]
+    assert {file: file.read_bytes() for file in cascade.box.path.glob("kept*")} == before
+    Cascade(cascade.box.path, 1).close()
+    assert "9 kept answers" in _check(cascade, capsys)[1]["store"]["message"]
 
 
 def test_a_damaged_store_is_told(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:

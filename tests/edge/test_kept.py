@@ -15,8 +15,18 @@ import pytest
 
 from openm6.edge.box import Settings
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError, is_held_out, open_kept
+from openm6.edge.kept import (
+    ALL,
+    FEATURES,
+    NOTHING,
+    InterruptedWriteError,
+    Kept,
+    StoreError,
+    is_held_out,
+    open_kept,
+)
 from openm6.errors import UsageError
+from tests.edge.conftest import interrupt_write
 
 PICTURE = bytes(range(256)) * 8
 
@@ -254,6 +264,27 @@ def test_a_damaged_answer_is_passed_over(tmp_path: Path) -> None:
     kept.close()
 
 
+def test_a_write_that_has_just_begun_is_not_taken_for_an_interrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = open_kept(tmp_path, Settings())
+    _keep(kept, 9)
+    kept.close()
+    before = (tmp_path / "kept.sqlite").read_bytes()
+    interrupt_write(tmp_path / "kept.sqlite")
+    with pytest.raises(InterruptedWriteError, match=r"A write to .*kept\.sqlite was interrupted"):
+        open_kept(tmp_path, Settings(), read_only=True)
+
+    def finish_write(seconds: float) -> None:
+        (tmp_path / "kept.sqlite").write_bytes(before)
+        (tmp_path / "kept.sqlite-journal").unlink()
+
+    monkeypatch.setattr("openm6.edge.kept.time.sleep", finish_write)
+    kept = open_kept(tmp_path, Settings(), read_only=True)
+    assert kept.counts() == {"vqa": 9}
+    kept.close()
+
+
 def test_opened_to_be_read_it_stays_as_it_is(tmp_path: Path) -> None:
     kept = open_kept(tmp_path, Settings())
     _keep(kept, 3)
@@ -267,6 +298,6 @@ def test_opened_to_be_read_it_stays_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "kept.sqlite").read_bytes() == before
     (tmp_path / "other").mkdir()
     kept = open_kept(tmp_path / "other", Settings(), read_only=True)
-    assert kept.summary() == {"bytes": 0, "answers": {}, "trouble": "", "set_aside": []}
+    assert kept.counts() == {} and kept.pending() == (0, 0)
     kept.close()
     assert not list((tmp_path / "other").iterdir())

@@ -25,11 +25,12 @@ from starlette.testclient import TestClient
 
 from openm6.edge.box import Box, Settings, written
 from openm6.edge.kept import open_kept
+from openm6.edge.opening import open_store
 from openm6.edge.program import main
 from openm6.edge.service import _Guard
 from openm6.errors import UsageError
 from tests.conftest import command
-from tests.edge.conftest import wait_until
+from tests.edge.conftest import interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, bundle, model
 
 __all__ = ["bundle", "model"]
@@ -62,19 +63,36 @@ def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str])
     _write(place, privacy="nothing", encrypt="NO_SUCH_VARIABLE")
     before = _all_files(place)
     told = _told(place, capsys)
-    assert told["kept"] == {"vqa": 1} and told["kept_bytes"] > 0 and told["serving"] is None and not told["problem"]
-    assert told["settings"]["privacy"] == "nothing" and told["answers"] == "0001" and told["calibrated"] == []
+    assert told["kept"]["answers"] == {"vqa": 1} and told["kept"]["bytes"] > 0
+    assert told["serving"] is None and not told["problem"]
+    assert told["settings"]["privacy"] == "nothing" and told["version"] == "0001" and told["calibrated"] == []
     assert json.loads(command("cascade", "status", place, "--json").output) == told
     assert "privacy" in command("cascade", "status", place).output
     assert _all_files(place) == before
 
 
+def test_status_leaves_an_interrupted_write_to_a_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(open_kept(place, Settings())) as kept:
+        for number in range(9):
+            kept.keep("vqa", {"photo": bytes(9000), "question": str(number)}, "红色", "蓝色")
+    interrupt_write(place / "kept.sqlite")
+    before = _all_files(place)
+    assert "was interrupted. A start undoes it" in _told(place, capsys)["kept"]["trouble"]
+    assert _all_files(place) == before
+    open_store(place, Settings()).close()
+    assert _told(place, capsys)["kept"] | {"bytes": 0} == {
+        "answers": {"vqa": 9}, "bytes": 0, "trouble": "", "set_aside": [],
+    }  # fmt: skip
+
+
 def test_status_of_a_box_that_is_not_whole(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "box.toml").write_text('privacy = "some"\n')
     (place / "kept.sqlite").write_bytes(os.urandom(5000))
+    (place / "kept.sqlite.damaged-1").touch()
     told = _told(place, capsys)
-    assert "all, features, nothing" in told["problem"] and "cannot be read" in told["kept_problem"]
-    assert told["settings"] == {}
+    assert "all, features, nothing" in told["problem"] and told["settings"] == {}
+    assert "is not a database" in told["kept"].pop("trouble")
+    assert told["kept"] == {"answers": {}, "bytes": 0, "set_aside": ["kept.sqlite.damaged-1"]}
     (place / "box.toml").unlink()
     with pytest.raises(SystemExit) as end:
         main(["--package", str(place), "status"])
@@ -152,6 +170,14 @@ def test_what_serves_is_told_and_logged(place: Path, served: Serve, capsys: pyte
     for line in ("serves at http", "privacy 'all' -> 'nothing'", "Nothing is sent or kept", "stopped"):
         assert line in log
     assert not any(secret in log for secret in ("机密", asked["inputs"]["photo"][:60], "s3cret"))
+
+
+@pytest.mark.slow
+def test_what_serves_says_that_it_has_no_store(place: Path, served: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "kept.sqlite").mkdir()
+    served()
+    told = _told(place, capsys)
+    assert "Nothing is kept" in told["serving"]["trouble"] and "cannot be used" in told["kept"]["trouble"]
 
 
 @pytest.mark.slow

@@ -285,9 +285,13 @@ def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
         return subprocess.run([*start, *words], capture_output=True, text=True, cwd=tmp_path)
 
     told = json.loads(call("--json", "run", "vqa", "photo=a.jpg", "question=什么颜色").stdout)
-    assert told["by"] == "edge" and told["probability"] is None
+    assert told["by"] == "edge" and told["probability"] is None and told["truncated"] == 0
+    long = ("run", "vqa", "photo=a.jpg", f"question={'什么颜色' * 99}")
+    assert "positions; the model takes" in call(*long).stderr
+    assert json.loads(call("--json", *long, "--truncate", "start").stdout)["truncated"] > 0
     told = json.loads(call("status").stdout)
-    assert (told["versions"], told["answers"], told["kept"], told["kept_bytes"]) == (["0001"], "0001", {}, 0)
+    assert (told["versions"], told["version"]) == (["0001"], "0001")
+    assert told["kept"] == {"answers": {}, "bytes": 0, "trouble": "", "set_aside": []}
     assert json.loads(call("about").stdout)["version"] == "0001"
     assert "vqa: photo, question -> answer" in call("tasks").stdout
     assert len(call("new-key").stdout.strip()) == 44
