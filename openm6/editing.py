@@ -22,7 +22,8 @@ from openm6.bundle import Bundle
 from openm6.candidates import Painting
 from openm6.decode.draw import OPEN
 from openm6.errors import DataError, UsageError
-from openm6.images import Source, open_image, read_square
+from openm6.images import ORIGIN, Source, open_image, read_square
+from openm6.json_lines import dumps, loads
 from openm6.painting import fresh_seed
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.task import Task
@@ -92,7 +93,8 @@ class Cut:
             given = found.getchannel("A").crop((left, top, left + width, top + height))
             patch.putalpha(255 if self.is_filled else given)
         found.paste(patch, self.corner, self.weights)
-        found.info.update(drawn.info)
+        if ORIGIN in drawn.info:  # what was drawn is a part of this picture alone
+            found.info[ORIGIN] = dumps({**loads(drawn.info[ORIGIN]), "edited": True})
         return found
 
 
@@ -220,8 +222,9 @@ def extend(
 ) -> Image.Image:
     """The picture, at its own size, continued beyond one side by `pixels`.
 
-    At a time at most half as much is drawn as the side is long, each part after what stands before it. The given pixels
-    stay as they are; the new ones are opaque.
+    At a time at most half as much is drawn as the side is long, each part after what stands before it, by the next
+    seed. The given pixels stay as they are; the new ones are opaque. `seed_of_drawn` tells the seed of the first part,
+    by which the picture is continued likewise.
     """
     if side not in SIDES:
         raise UsageError(f"side is {side}; it can be {', '.join(SIDES)}.")
@@ -229,12 +232,15 @@ def extend(
         raise UsageError(f"pixels is {pixels}; it has to be 1 or more.")
     codec, options = bundle.codec, {"seed": fresh_seed(), **(decoding or {})}
     found, left = open_image(picture, alpha=True), pixels
+    seed = int(options["seed"])
     most = max(1, (found.height if side in ("left", "right") else found.width) // 2)
     while left:
         step = min(most, left)
         cut = cut_of(codec.size, codec.side, *_continued(found, side, step))
         found, left = _redraw(bundle, task, cut, 1, options, slots)[0].image, left - step
         options["seed"] = int(options["seed"]) + 1
+    told = loads(found.info[ORIGIN])
+    found.info[ORIGIN] = dumps({**told, "options": {**told["options"], "seed": seed}})
     return found
 
 

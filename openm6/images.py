@@ -21,6 +21,7 @@ from PIL import Image, ImageChops, ImageFilter, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from openm6.errors import DataError
+from openm6.json_lines import loads
 
 MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
@@ -273,6 +274,11 @@ UNCERTAIN = (
     "on, or contradict itself."
 )
 """What is said to people of a drawing whose best picture is uncertain (candidates.Painting)."""
+
+
+def seed_of_drawn(image: Image.Image) -> int:
+    """The seed of a picture that was drawn, out of its ORIGIN."""
+    return int(loads(image.info[ORIGIN])["options"]["seed"])
 
 
 def save(image: Image.Image, target: Path | io.BytesIO, format: str | None = None) -> None:

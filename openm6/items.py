@@ -22,13 +22,15 @@ View = Callable[[Record], Record]
 """Gives the values of a record by the slots of a task."""
 
 EMPTY = frozenset(
-    ("", "-", "--", "—", "——", "/", "\\", "无", "暂无", "没有", "未知", "不详", "待定", "none", "null", "nan", "n/a")
-)
-"""Spellings of a missing value in a cell, in plain characters."""
+    ("无", "暂无", "没有", "未知", "不详", "待定", "待补充", "待确认", "暂缺", "缺失", "空", "未填", "未填写",
+     "none", "null", "nil", "nan", "n/a", "#n/a", "n.a.", "tbd", "#value!", "#ref!")
+)  # fmt: skip
+"""Spellings of a missing value in a cell, in plain characters, beside those without a letter or digit (-, /, ?)."""
 
 
 def is_empty(cell: Any) -> bool:
-    return cell is None or plain(str(cell)).strip() in EMPTY
+    said = plain(str(cell)).strip()
+    return cell is None or said in EMPTY or not any(map(str.isalnum, said))
 
 
 def asked_of(task: Task, view: View, record: Record) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image
 from openm6.bundle import Bundle
 from openm6.editing import COVERS_ALL, blend, cut_of, edit, extend, marked_by, vary
 from openm6.errors import DataError, UsageError
-from openm6.images import png
+from openm6.images import png, seed_of_drawn
 from openm6.tasks.processor import Processor
 from tests.conftest import drawing_bundle
 
@@ -247,6 +248,22 @@ def test_a_photo_is_continued_at_its_own_size(side: str, mode: str) -> None:
     own, new = (values[:, 50:], values[:, :50]) if side == "left" else (values[:48], values[48:])
     assert np.array_equal(own, np.asarray(given_photo))
     assert len(np.unique(new)) > 8 and (not mode.endswith("A") or (new[..., -1] == 255).all())
+
+
+def test_a_changed_picture_says_that_more_than_its_values_draw_it_again() -> None:
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 10:40] = True
+    for changed, again in (
+        (edit(BUNDLE, TASK, photo("RGB"), mask, decoding=QUICK, caption="杯子")[0].image,
+         lambda options: edit(BUNDLE, TASK, photo("RGB"), mask, decoding=options, caption="杯子")[0].image),
+        (extend(BUNDLE, TASK, photo("RGB"), "left", 50, decoding=QUICK, caption="杯子"),
+         lambda options: extend(BUNDLE, TASK, photo("RGB"), "left", 50, decoding=options, caption="杯子")),
+    ):  # fmt: skip
+        told = json.loads(Image.open(io.BytesIO(png(changed))).info["openm6"])
+        assert told["edited"] is True and told["slots"] == {"caption": "杯子"}
+        assert seed_of_drawn(changed) == told["options"]["seed"]
+        assert np.array_equal(np.asarray(again(told["options"])), np.asarray(changed))
+    assert "edited" not in json.loads(BUNDLE.draw(TASK, decoding=QUICK, caption="杯子")[0].image.info["openm6"])
 
 
 def test_what_cannot_be_continued_is_refused() -> None:

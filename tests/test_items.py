@@ -18,7 +18,7 @@ from openm6.bundle import Bundle
 from openm6.copywriting import make_copy
 from openm6.data.source import open_source
 from openm6.errors import UsageError
-from openm6.items import asked_of, facts_of, repeated_rows
+from openm6.items import asked_of, facts_of, is_empty, repeated_rows
 from openm6.tasks.library import get
 from openm6.train.trainer import train
 from tests.train.conftest import tiny_recipe
@@ -159,6 +159,29 @@ def test_an_item_gives_plain_numbers_and_no_entities(tmp_path: Path) -> None:
         assert texts == [] and [(name, cell.strip()) for name, cell in cells] == [
             ("颜色", "红色"), ("价格", "1,299元"), ("说明", "宽（大）")
         ]  # fmt: skip
+
+
+def test_what_people_and_spreadsheets_write_into_an_empty_cell_gives_nothing() -> None:
+    for cell in (
+        None,
+        "",
+        "　",
+        "-",
+        "——",
+        "／",
+        "？",
+        "...",
+        "***",
+        "#N/A",
+        "N.A.",
+        "None",
+        "待补充",
+        "未填写",
+        "TBD",
+    ):
+        assert is_empty(cell), cell
+    for cell in ("无袖", "红", "0", 0, "S", "NANA", "Ⅲ"):
+        assert not is_empty(cell), cell
 
 
 def test_the_lexicon_is_named_and_must_be_one(liar: Bundle, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def extend(
     option: Options = None,
 ) -> None:
     """Continue a picture, at its own size, beyond one of its sides."""
-    from openm6.images import open_image
+    from openm6.images import open_image, save, seed_of_drawn
 
     place, asked = _checked(model, task, slots, picture)
     check_output(output, PICTURES)
@@ -219,7 +219,8 @@ def extend(
 
     found = extend_picture(Bundle.load(place), task, picture, side, pixels, decoding=options, **asked)
     output.parent.mkdir(parents=True, exist_ok=True)
-    found.save(output)
+    save(found, output)
+    typer.echo(f"Seed: {seed_of_drawn(found)}.", err=True)
     typer.echo(str(output))
 
 

@@ -39,8 +39,7 @@ def run(
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
     from openm6.decode.labels import closed_labels
-    from openm6.images import ORIGIN, save
-    from openm6.json_lines import loads
+    from openm6.images import save, seed_of_drawn
 
     bundle = Bundle.load(place)
     shown: list[Any] = []
@@ -51,7 +50,8 @@ def run(
     if bundle.task(task).draws:
         output.parent.mkdir(parents=True, exist_ok=True)
         save(answer, output)
-        beside = {"seed": loads(answer.info[ORIGIN])["options"]["seed"]}
+        beside = {"seed": seed_of_drawn(answer)}
+        typer.echo(f"Seed: {beside['seed']}.", err=True)
         answer = str(output)
     elif bundle.task(task).embeds:
         answer = [round(float(number), 6) for number in answer]

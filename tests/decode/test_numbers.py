@@ -27,6 +27,9 @@ RMB299         299         | CNY 1,088.80   1088.8      | $19.99         19.99  
 85折           8.5折       | ９折           9折         | 半价           5折         | 对折            5折
 50%            50%         | ５０％         50%         | 百分之五十     50%         | 百分百          100%
 2.5‰           2.5‰        | 两斤半         2.5         | 2斤半          2.5         | 半斤            0.5
+1'299元        1299        | 1’099.50       1099.5      | 1, 299         1299        | 99。5          99.5
+9。9折         9.9折       | ２。５万       25000       | 3万五          35000       | 1万两千八      12800
+3千五百        3500        | 1.2w           1.2w        | 3K             3k          | 一块钱          1
 """
 """What stands in a cell, and its value."""
 
@@ -49,7 +52,7 @@ def test_a_price_is_read_whole_and_said_whole(cell: str, value: str) -> None:
     digits = "".join(re.findall(r"\d", unicodedata.normalize("NFKC", cell)))
     parts = {digits[a:b] for a in range(len(digits)) for b in range(a + 1, len(digits) + 1)}
     for part in parts:
-        for said in (f"只要{part}元。", f"{part}折。", f"省{part}%。", f"{part}万。"):
+        for said in (f"只要{part}元。", f"{part}折。", f"省{part}%。", f"{part}万。", f"{part}k。"):
             if value_of(said) != value:
                 assert rule.wrong(said), said
 
@@ -63,7 +66,13 @@ def test_the_table_has_sixty_prices_and_more() -> None:
     [
         ("38,39,40", ["38", "39", "40"]),
         ("99元，299元", ["99", "299"]),
-        ("8.8-9.5折", ["8.8", "9.5折"]),
+        ("8.8-9.5折", ["8.8折", "9.5折"]),
+        ("8.98-12.98万", ["89800.00", "129800.00"]),
+        ("2～3千元", ["2000", "3000"]),
+        ("3千一件，三千一件，一百两件", ["3000", "3000", "100", "2"]),
+        ("38, 39, 40", ["38", "39", "40"]),
+        ("5kg，60W，4K屏", ["5", "60w", "4k"]),
+        ("2024.11。11", ["2024.11.11"]),
         ("两块一件", ["2"]),
         ("满300减50", ["300", "50"]),
         ("2件8折，3件7折", ["2", "8折", "3", "7折"]),
@@ -108,8 +117,23 @@ def test_a_part_of_a_price_is_told(said: str) -> None:
     assert "which is not given" in GivenNumbers(["1,299元"]).wrong(said)
 
 
+@pytest.mark.parametrize(
+    ("cell", "said", "is_right"),
+    [
+        ("便携500ml", "现价500元。", False), ("便携500ml", "现价500。", False), ("便携500ml", "装500ml。", True),
+        ("UPF50+", "只要50元。", False), ("第二件半价", "2元。", False), ("两斤半", "￥2.5。", False),
+        ("续航40小时，199", "199元，续航40小时。", True), ("续航40小时，199", "40块。", False),
+        ("9.9包邮", "9.9元。", True), ("1,299元", "到手只要一块。", False), ("1,299元", "送一块布。", True),
+        ("RMB88，3件", "88元，3件。", True), ("299元3件", "3元。", False), ("两块五，2.5m", "2.5元。", True),
+    ],
+)  # fmt: skip
+def test_a_measure_is_no_price(cell: str, said: str, is_right: bool) -> None:
+    assert (not GivenNumbers([cell]).wrong(said)) is is_right
+
+
 def test_numbers_alone_are_narrowed() -> None:
     assert narrow("全角，１，２９９．００元；Ａ款：红（大）") == "全角，1,299.00元；Ａ款：红（大）"
+    assert narrow("只要９。９元。好。") == "只要9.9元。好。"
 
 
 def in_chinese(number: int) -> str:
@@ -135,8 +159,17 @@ def test_every_spelling_of_a_number_is_the_number(number: int, form: str, is_wid
     assert value_of(text) == value_of(f"{in_chinese(number)}元") == str(number)
 
 
-@given(st.text(st.sampled_from("0123456789,. ，．１千万百十零一二两点折%元半件价x"), max_size=14))
+@given(st.text(st.sampled_from("0123456789,. ，．。'１千万百十零一二两点折%元块钱半件价xkg-"), max_size=14))
 def test_what_is_said_as_it_is_given_is_right(text: str) -> None:
     assert not GivenNumbers([text]).wrong(text)
     for number in read_numbers(text):
         assert 0 <= number.start < number.end <= len(text)
+
+
+@pytest.mark.parametrize("text", ["5kg的米", "60W灯", "8.98-12.98万的车", "9.9折，38, 39", "3万五，1,299元一块钱"])
+def test_what_is_given_can_be_written_letter_by_letter(text: str) -> None:
+    rule = GivenNumbers([text])
+    for end in range(1, len(text)):
+        assert not rule.wrong(text[:end], ended=False)
+        if rule.wrong(text[:end]):
+            assert text[end].casefold() in rule.follows(rule.tail(text[:end]))

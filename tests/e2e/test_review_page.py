@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from openm6.batch import make_batch, write_labelled
 from openm6.copy_items import goods_pictures, items_of, page_items
 from openm6.copywriting import write_labelled_copy
 from openm6.data.source import open_source
+from openm6.errors import ContextLengthError
+from openm6.items import explain_refusal, repeated_rows
 from openm6.review import as_line, batch_folder, write, write_review
 from openm6.tasks.library import get
 from tests.conftest import drawing_bundle
@@ -194,3 +197,19 @@ def test_pictures_are_judged_over_several_pages(opened: Any, tmp_path: Path, mon
     rows = list(csv.reader(downloaded(page, "#table").decode("utf-8-sig").splitlines()))
     assert rows[24][:3] == ["24", "pictures/000023-1.png", "accepted"] and rows[25][:3] == ["25", "", "rejected"]
     assert rows[26][2] == "open" and rows[27][2] == "none" and "prompts.jsonl:27" in rows[27][3]
+
+
+def test_why_an_item_cannot_be_used_is_told_in_chinese_too(texts: Path, opened: Any, tmp_path: Path) -> None:
+    rows = [GOODS[0], {**GOODS[0], "品类": "帽子"}, GOODS[1], GOODS[1]]
+    with (tmp_path / "twice.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(GOODS[0]))
+        table.writeheader()
+        table.writerows(rows)
+    source, task = open_source(tmp_path / "twice.csv"), get("product_copy")
+    error = ContextLengthError("it is too long")
+    too_long = explain_refusal(task, lambda row: {"attributes": row}, "sku", error, "twice.csv:2", GOODS[0])
+    reasons = [*repeated_rows(source, "sku").values(), too_long]
+    page = opened(texts / "review.html", "zh-CN")
+    told = [page.evaluate("one => reason(one)", reason.replace(str(tmp_path), "")) for reason in reasons]
+    assert len(told) == 3 and not [one for one in told if re.search("[a-z]+ [a-z]+", one)]
+    assert all("twice.csv" in one and "sku A-" in one for one in told) and "太长" in told[2]
