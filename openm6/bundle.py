@@ -25,7 +25,7 @@ from openm6.decode.pieces import Pieces
 from openm6.decode.refine import refine
 from openm6.decode.steps import each_inside
 from openm6.directory import Adapters, describe, open_directory
-from openm6.errors import DataError, UsageError, suggest
+from openm6.errors import DataError, UsageError, cut, suggest
 from openm6.images import UNCERTAIN, check_features
 from openm6.model import M6
 from openm6.model.files import quietly
@@ -114,7 +114,9 @@ class Bundle:
         known = self._adapters.tasks if self._adapters else {}
         if name is not None and name not in known:
             there = f"It has: {', '.join(known)}." if known else "It was opened without any (adapters={...})."
-            raise UsageError(f"The model has no adapter {name}.{suggest(name, list(known))} {there}")
+            raise UsageError(
+                f"The model has no adapter {cut(name)}.{suggest(name, list(known))} {there}", param="adapter"
+            )
         tasks = [*self.tasks.values(), *(known[name] if name else [])]
         view = Bundle(self.model, self.processor, tasks, self.path, self._adapters)
         view.active_adapter, view._checked = name or "", self._checked
@@ -388,5 +390,7 @@ def check_dims(model: M6, dims: Any) -> int | None:
         return None
     is_number = isinstance(dims, Real)
     if not is_number or not 1 <= dims <= model.config.hidden_size or dims != dims // 1:
-        raise UsageError(f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.")
+        raise UsageError(
+            f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.", param="dims"
+        )
     return int(dims)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 _ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
@@ -55,7 +56,7 @@ DEPTH = 100
 """Levels of lists and objects inside each other that are read at most."""
 
 _DEEP = f"nests more than {DEPTH} levels"
-_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},]', re.S)
+_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S)  # a text that does not end is one too
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -87,6 +88,14 @@ def parse(text: str) -> Any:
         except json.JSONDecodeError as error:
             raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
     return found
+
+
+def has_more_values(text: str, most: int) -> bool:
+    """Whether JSON holds more values than `most`, as far as commas and brackets tell; it is not read for that."""
+    if sum(map(text.count, ",[{")) <= most:
+        return False
+    marks = (mark for mark in _MARK.finditer(text) if mark[0] in (",", "[", "{"))
+    return next(islice(marks, most, None), None) is not None
 
 
 def _read(text: str) -> Any:

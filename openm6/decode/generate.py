@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openm6.batches import by_length, pad
 from openm6.decode.permitted import permitted
-from openm6.errors import ContextLengthError, UsageError, suggest
+from openm6.errors import ContextLengthError, UsageError, cut, suggest
 from openm6.model import M6
 from openm6.sequence import Sequence
 
@@ -57,7 +57,9 @@ class Decoding:
             no_repeat_ngram_size=(0, 2**31), seed=(-(2**63), 2**64),
         )  # fmt: skip
         if self.num_beams > 1 and self.temperature > 0:
-            raise UsageError("num_beams and temperature exclude each other: beam search does not sample.")
+            raise UsageError(
+                "num_beams and temperature exclude each other: beam search does not sample.", param="num_beams"
+            )
 
     @classmethod
     def of(cls, **values: Any) -> Decoding:
@@ -70,7 +72,7 @@ def options(cls: type[T], values: Mapping[str, Any]) -> T:
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise UsageError(f"{cls.__name__} has no option {key}.{suggest(key, known)}")
+            raise UsageError(f"{cls.__name__} has no option {cut(key)}.{suggest(key, known)}", param=cut(key))
     return cls(**values)
 
 
@@ -81,9 +83,9 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
         value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
         is_number = isinstance(value, Real)
         if not is_number or (whole and value != value // 1):
-            raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.")
+            raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.", param=name)
         if not low <= value <= high:
-            raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.")
+            raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.", param=name)
         if whole:
             object.__setattr__(options, name, int(value))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.bases import base_of, changed_base, directory_hash
 from openm6.environment import ARTIFACTS, CATALOGUE
-from openm6.errors import OpenM6Error, UsageError, suggest, suggest_path
+from openm6.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
 from openm6.hub.jobs import home, last_step
 from openm6.json_lines import lines_of
 
@@ -196,12 +196,12 @@ class Catalogue:
         name, _, which = text.partition("@")
         every = self.versions(kind, name)
         if not every:
-            raise UsageError(f"There is no {kind} {name}.{suggest(name, self.names(kind))}")
+            raise UsageError(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
             aliases = [alias for version in every for alias in version.aliases]
             raise UsageError(
-                f"{name} has no version {which}; it has {every[0].number} to {every[-1].number}."
+                f"{name} has no version {cut(which)}; it has {every[0].number} to {every[-1].number}."
                 f"{suggest(which, aliases)}"
             )
         return found[-1]
@@ -361,7 +361,7 @@ class Catalogue:
 
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name anything: take letters, digits, - and _, at most 100.")
+        raise UsageError(f"{cut(name)!r} cannot name anything: take letters, digits, - and _, at most 100.")
 
 
 def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:

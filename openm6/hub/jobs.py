@@ -26,7 +26,7 @@ from typing import Any
 
 from openm6.atomic import write_json
 from openm6.environment import HOME
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.errors import OpenM6Error, UsageError, cut, suggest
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 HERE, RAY = "here", "ray"
@@ -110,10 +110,10 @@ class Jobs:
     def get(self, identity: str) -> Job:
         """One, by its id or the beginning of it. Raises UsageError where there is none, or several."""
         if not identity or not all(c.isalnum() or c == "-" for c in identity):
-            raise UsageError(f"There is no job {identity}.")
+            raise UsageError(f"There is no job {cut(identity)}.")
         found = [job for job in self.list() if job.id.startswith(identity)]
         if len(found) != 1:
-            told = f"{identity} begins the ids of {len(found)} jobs." if found else f"There is no job {identity}."
+            told = f"{identity} begins the ids of {len(found)} jobs." if found else f"There is no job {cut(identity)}."
             raise UsageError(told + " `openm6 jobs list` shows them.")
         return found[0]
 

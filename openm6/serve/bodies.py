@@ -16,17 +16,21 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 
-from openm6.json_lines import fault_of, parse
+from openm6.json_lines import fault_of, has_more_values, parse
 from openm6.serve.guard import LARGE, Refusal
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+VALUES = 2**16
+"""Values of a body, or of a line of one, at most: reading millions, however small, holds up everybody for seconds."""
 
 _READER = ThreadPoolExecutor(1, "large-json")
 """Reads large bodies, one after the other, beside the event loop."""
 
 
 async def json_of(body: bytes, what: str = "The body") -> Any:
-    """The value that a body, or a line of one, holds. Raises Refusal (400) with the place where it is not JSON."""
+    """The value that a body, or a line of one, holds. Raises Refusal: with the place where it is not JSON (400), or
+    where it has too many values (413)."""
     if len(body) <= LARGE:
         return _parsed(body, what)
     return await asyncio.get_running_loop().run_in_executor(_READER, _parsed, body, what)
@@ -38,6 +42,8 @@ def _parsed(body: bytes, what: str) -> Any:
         text = body.decode("utf-8-sig")
         if text.lstrip().startswith("["):  # no request is a list, and deep ones take long
             raise Refusal(400, f"{what} has to be a JSON object, not a list.", "invalid_type")
+        if has_more_values(text, VALUES):
+            raise Refusal(413, f"{what} has more than {VALUES:,} values.", "too_large")
         value = parse(text)
     except UnicodeDecodeError as error:
         fault: str | None = f"is not UTF-8 (byte {error.start})"

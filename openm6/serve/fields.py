@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from openm6.errors import cut, suggest
+from openm6.json_lines import dumps
 from openm6.serve.guard import Refusal
 
 Passing = tuple[Any, ...] | None
@@ -52,6 +53,7 @@ class Fields(BaseModel):
         passing = cls.others[name]
         if value is None or passing is None or value in passing:
             return
-        send = f", or send {' or '.join(map(repr, passing))}" if passing else ""
-        message = f"The field {param} is not supported with the value {cut(value)}: leave it out{send}."
+        send = f", or send {' or '.join(map(dumps, passing))}" if passing else ""
+        shown = cut(value if isinstance(value, str) else dumps(value, default=lambda _: "a file"))
+        message = f"The field {param} is not supported with the value {shown}: leave it out{send}."
         raise Refusal(400, message, "unsupported_parameter", param=param)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError, suggest
+from openm6.errors import OpenM6Error, UsageError, cut, suggest
 from openm6.serve.engine import Settings
 from openm6.serve.pending import Heard, PendingRequest, PendingRequests
 from openm6.serve.process import Worker
@@ -236,7 +236,7 @@ class Fleet:
             return next(iter(self.deployments.values()))
         if name not in self.deployments:
             known = list(self.deployments)
-            raise UsageError(f"There is no model {name}.{suggest(name, known)} There are: {', '.join(known)}.")
+            raise UsageError(f"There is no model {cut(name)}.{suggest(name, known)} There are: {', '.join(known)}.")
         return self.deployments[name]
 
     @property

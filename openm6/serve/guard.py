@@ -141,7 +141,9 @@ def response_to(error: OpenM6Error | BodyError) -> JSONResponse:
 
 def add_errors(app: FastAPI) -> None:
     @app.exception_handler(OpenM6Error)
-    async def refused(_: Request, error: OpenM6Error) -> JSONResponse:
+    async def refused(request: Request, error: OpenM6Error) -> JSONResponse:
+        fields = getattr(request.state, "fields", {})
+        error.param = fields.get(error.param, error.param)
         return response_to(error)
 
     @app.exception_handler(HTTPException)
@@ -223,7 +225,7 @@ class Guard:
         current.set(entry)
         body = _Body(headers, min(self.most, LARGE) if self.texts_only(path) else self.most)
         complete = gone = False
-        if entry.method == "HEAD" and path.startswith((API, "/healthz", "/readyz", "/metrics")):
+        if entry.method == "HEAD":
             scope = {**scope, "method": "GET"}  # the server that sends the answer leaves out its body
 
         async def counted() -> Any:

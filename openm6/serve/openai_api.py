@@ -58,7 +58,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
     ) -> dict[str, Any] | StreamingResponse:
         """A conversation goes on."""
         text, pictures = _conversation(asked.messages)
-        chosen = _chosen(server, asked, LOOK if pictures else CHAT, WRITTEN, text, pictures)
+        chosen = _chosen(server, asked, request, LOOK if pictures else CHAT, WRITTEN, text, pictures)
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
         one = asked.task_request(inputs=chosen.inputs, decoding=asked.decoding(), stop=stop)
         messages = _several(await server.message(chosen.deployment, chosen.task, one), asked.n, chosen)
@@ -81,7 +81,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/images/generations")
     async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """Pictures for a text, the best first."""
-        deployment, message = await _drawing(server, asked, PAINT)
+        deployment, message = await _drawing(server, asked, request, PAINT)
         side = deployment.about["picture"]
         _check_size(asked, (side, side))
         return _pictures(message, await server.whole(key, deployment, message, request))
@@ -94,7 +94,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         names = Counter(name for name, _ in (await request.form()).multi_items())
         if twice := next((name for name, count in names.items() if count > 1), ""):
             raise UsageError(f"{cut(twice)} was sent {names[twice]} times: send it once.", param=cut(twice))
-        deployment, message = await _drawing(server, asked, EDIT)
+        deployment, message = await _drawing(server, asked, request, EDIT)
         mask = await asked.mask.read() if asked.mask else None
         region = await asyncio.to_thread(cut_for, deployment, await asked.image.read(), mask)
         _check_size(asked, region.picture.size)
@@ -109,7 +109,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if len(texts) > 2048:
             raise UsageError("At most 2048 texts at once.", param="input")
         decoding = {"dims": asked.dimensions} if asked.dimensions else {}
-        chosen = _chosen(server, asked, EMBED, VECTORS, texts[0], [])
+        chosen = _chosen(server, asked, request, EMBED, VECTORS, texts[0], [])
         every = [_filled(chosen.task, chosen.told, text, [], asked.source) for text in texts]
 
         turn = asyncio.Semaphore(AT_ONCE)
@@ -133,10 +133,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
 
 def _chosen(
-    server: Server, asked: Asked, usual: str, kinds: Sequence[str], text: str, pictures: Sequence[Any]
+    server: Server, asked: Asked, request: Request, usual: str, kinds: Sequence[str], text: str, pictures: Sequence[Any]
 ) -> _Chosen:
     """The task that is named, else the usual one; where that does not fit, or the model was not trained on it, the only
-    trained one that fits. Raises UsageError where the task does not fit, and Refusal (404) where there is none."""
+    trained one that fits. Errors of the request then name its own fields. Raises UsageError where the task does not
+    fit, and Refusal (404) where there is none."""
     name, _, own = (asked.model or "").partition(":")
     deployment = known(server.fleet.get, name or None, "model_not_found")
     tasks = deployment.about["tasks"]
@@ -158,7 +159,9 @@ def _chosen(
     if not own and not fits(usual) and len(fitting := [one for one in tasks if fits(one)]) == 1:
         task = fitting[0]
         model = f"{deployment.name}:{task}"
-    return _Chosen(deployment, task, tasks.get(task, {}), inputs_of(task), model)
+    inputs = inputs_of(task)
+    request.state.fields = {**dict.fromkeys(inputs, asked.source), **asked.fields_of_options()}
+    return _Chosen(deployment, task, tasks.get(task, {}), inputs, model)
 
 
 def _filled(task: str, told: Mapping[str, Any], text: str, pictures: Sequence[Any], source: str) -> dict[str, Any]:
@@ -211,7 +214,8 @@ def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str,
             f"n is {n}, but all answers would be the same: the task {chosen.task} takes the likeliest one. Send a "
             "temperature above 0, or n = 1.", code="unsupported_value", param="n",
         )  # fmt: skip
-    return [{**message, "decoding": {**decoding, "seed": decoding["seed"] + number}} for number in range(n)]
+    seeds = ((decoding["seed"] + number) % 2**63 for number in range(n))  # each can be sent again
+    return [{**message, "decoding": {**decoding, "seed": seed}} for seed in seeds]
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -306,9 +310,11 @@ async def _chunks(
         yield {**about, "choices": [], "usage": _usage(charge)}
 
 
-async def _drawing(server: Server, asked: ImageRequest, usual: str) -> tuple[Deployment, dict[str, Any]]:
+async def _drawing(
+    server: Server, asked: ImageRequest, request: Request, usual: str
+) -> tuple[Deployment, dict[str, Any]]:
     """The model and the message of a request for pictures."""
-    chosen = _chosen(server, asked, usual, DRAWN, asked.prompt, [])
+    chosen = _chosen(server, asked, request, usual, DRAWN, asked.prompt, [])
     decoding = {} if asked.seed is None else {"seed": asked.seed}
     one = asked.task_request(inputs=chosen.inputs, candidates=asked.n, decoding=decoding)
     return chosen.deployment, await server.message(chosen.deployment, chosen.task, one)

@@ -64,6 +64,10 @@ class Asked(Fields):
         own = {name: getattr(self, name) for name in ("adapter", "truncate", "allow_untrained")}
         return TaskRequest(**own, **more)
 
+    def fields_of_options(self) -> dict[str, str]:
+        """The fields that stand for options of decoding by another name."""
+        return {}
+
 
 class Message(Fields):
     others: ClassVar = _MESSAGE
@@ -108,6 +112,9 @@ class ChatRequest(Asked):
             raise UsageError("max_tokens and max_completion_tokens differ: send one of them.", param="max_tokens")
         return {**found, "max_new_tokens": lengths.pop()} if lengths else found
 
+    def fields_of_options(self) -> dict[str, str]:
+        return {"max_new_tokens": "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"}
+
 
 class ImageRequest(Asked):
     others: ClassVar = _IMAGE
@@ -131,6 +138,9 @@ class EmbeddingRequest(Asked):
     input: str | list[str] = Field(min_length=1)
     dimensions: int | None = Field(None, ge=1)
     encoding_format: Literal["float", "base64"] = "float"
+
+    def fields_of_options(self) -> dict[str, str]:
+        return {"dims": "dimensions"}
 
     @field_validator("input", mode="before")
     @classmethod

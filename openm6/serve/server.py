@@ -16,7 +16,7 @@ from pydantic import Field
 
 from openm6.decode import Decoding
 from openm6.decode.draw import Drawing
-from openm6.errors import UsageError, suggest
+from openm6.errors import UsageError, cut, suggest
 from openm6.painting import fresh_seed
 from openm6.serve.access import note
 from openm6.serve.fields import Fields
@@ -101,9 +101,9 @@ class Server:
         key = self.find_key(request.headers.get("authorization", ""))
         if key is LOCAL:
             return key
+        request.state.key = key.name
         if not key.may(role):
             raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
-        request.state.key = key.name
         request.state.limits = partial(self.meter.headers, key)
         _refuse(self.meter.count(key))
         return key
@@ -132,7 +132,7 @@ class Server:
         """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
         tasks: dict[str, dict[str, Any]] = deployment.about["tasks"]
         if name not in tasks:
-            raise UsageError(f"The model {deployment.name} has no task {name}.{suggest(name, list(tasks))}")
+            raise UsageError(f"The model {deployment.name} has no task {cut(name)}.{suggest(name, list(tasks))}")
         return tasks[name]
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:

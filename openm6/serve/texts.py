@@ -156,7 +156,8 @@ class Texts:
             needed = _positions(request)
             if needed > slots.limit:
                 error = ContextLengthError(
-                    f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text."
+                    f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text.",
+                    param="max_new_tokens",
                 )
                 told.append(Told(self.waiting.popleft().id, error=error, done=True))
                 continue

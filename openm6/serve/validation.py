@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.datastructures import FormData
 
 from openm6.errors import cut, suggest
 
@@ -15,7 +17,7 @@ def fault_of_request(request: Request, error: RequestValidationError) -> tuple[s
     """Code, message and field of the first error: `missing_required_parameter`, `unknown_parameter`, `invalid_type` or
     `invalid_value`."""
     first = error.errors()[0]
-    place = [str(part) for part in first.get("loc", ())[1:]]
+    place = _place(first, error.body)
     kind, param, message = first["type"], ".".join(place), str(first.get("msg"))
     if kind == "missing":
         return "missing_required_parameter", f"{param or 'The body'} is missing.", param or None
@@ -23,8 +25,26 @@ def fault_of_request(request: Request, error: RequestValidationError) -> tuple[s
         fields = _fields(request, place[:-1])
         nearest = suggest(place[-1], fields) or (f" It takes {', '.join(fields)}." if fields else "")
         return "unknown_parameter", f"There is no field {cut(param)}.{nearest}", param
+    if kind in ("model_attributes_type", "model_type", "dict_type"):
+        return "invalid_type", f"{param or 'The body'} has to be a JSON object.", param or None
+    if isinstance(error.body, FormData) and kind == "value_error":
+        return "invalid_type", f"{param} has to be sent as a file.", param
     code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     return code, f"{param}: {message}" if param else message, param or None
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in a request an error is, without pydantic's names for the types of which one was tried."""
+    source, *parts = error.get("loc", ("",))
+    if source != "body":
+        return [str(part) for part in parts]
+    place, value = [], body
+    for number, part in enumerate(parts, 1):
+        is_there = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
+        if is_there or (number == len(parts) and error["type"] == "missing"):
+            place.append(str(part))
+            value = value[part] if is_there else None
+    return place
 
 
 def _fields(request: Request, place: list[str]) -> list[str]:

@@ -228,7 +228,7 @@ def test_what_cannot_be_answered_is_told(http: httpx2.Client, path: str, body: A
         assert found.json()["error"]["message"] and "Traceback" not in found.text
 
 
-def test_who_may_what(served: Served, secrets: Any) -> None:
+def test_who_may_what(served: Served, secrets: Any, caplog: pytest.LogCaptureFixture) -> None:
     def post(key: str | None, path: str, body: Any) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx2.post(served.url + path, json=body, headers=headers, timeout=60)
@@ -239,13 +239,26 @@ def test_who_may_what(served: Served, secrets: Any) -> None:
     assert httpx2.get(served.url + "/healthz").text == "ok" and httpx2.get(served.url + "/readyz").status_code == 200
     keys = secrets[1]
     swap = "/v1/models/m6/promote", {"path": "/nowhere"}
-    assert post(keys["user"], *swap).status_code == 403 and post(keys["manager"], *swap).status_code == 400
+    with caplog.at_level(logging.INFO, "openm6.access"):
+        assert post(keys["user"], *swap).status_code == 403
+    assert '"key": "user"' in caplog.text
+    assert post(keys["manager"], *swap).status_code == 400
     answers = [post(keys["slow"], *ask) for _ in range(3)]
     assert [one.status_code for one in answers] == [200, 200, 429]
     assert 1 <= int(answers[2].headers["retry-after"]) <= 60
     assert [post(keys["poor"], *ask).status_code for _ in range(3)][-1] == 429
     assert not any(secret in secrets[0].read_text() for secret in keys.values())
     assert secrets[0].stat().st_mode & 0o077 == 0
+
+
+def test_a_long_name_is_cut_in_the_error(http: httpx2.Client) -> None:
+    name = "x" * 50_000
+    for path in ("models/{}", "tasks/{}", "jobs/{}", "catalogue/models/{}", "models/{}/lineage"):
+        found = http.get(f"/v1/{path.format(name)}")
+        assert found.status_code == 404 and len(found.text) < 1000, path
+    asked = {"model": name, "messages": [{"role": "user", "content": "红"}]}
+    for body in (asked, {**asked, "model": f"m6:{name}"}):
+        assert len(http.post("/v1/chat/completions", json=body).text) < 1000
 
 
 def test_a_body_that_is_too_large_is_not_read(http: httpx2.Client) -> None:

@@ -89,6 +89,10 @@ class Site:
         async def file(image: UploadFile) -> dict[str, Any]:
             return {"length": len(await image.read())}
 
+        @app.get("/")
+        async def page() -> str:
+            return "page"
+
         @app.get("/v1/things/{name}")
         async def thing(name: str) -> dict[str, Any]:
             return {"name": name}
@@ -159,7 +163,8 @@ def received(connection: socket.socket) -> bytes:
         (b'{"text": "a", "text": "b"}', "invalid_json", "'text' twice"),
         (b'{"text": ' + b"[" * 5000, "invalid_json", "levels"), (b"[1]", "invalid_type", "not a list"),
         (b"", "missing_required_parameter", "The body is missing"), (b"{}", "missing_required_parameter", "text is"),
-        (b'{"text": 1}', "invalid_type", "text: .*string"), (b'"text"', "invalid_type", "dictionary"),
+        (b'{"text": 1}', "invalid_type", "text: .*string"), (b'"text"', "invalid_type", "has to be a JSON object"),
+        (b'{"text": "a", "parts": ["b"]}', "invalid_type", "parts.0 has to be a JSON object"),
         (b'{"text": "a", "nummber": 1}', "unknown_parameter", 'no field nummber. Did you mean "number"'),
         (b'{"text": "a", "zzz": 1}', "unknown_parameter", "It takes text, number, parts"),
         (b'{"text": "a", "parts": [{"rol": "x"}]}', "unknown_parameter", 'parts.0.rol. Did you mean "role"'),
@@ -201,6 +206,8 @@ def test_a_body_of_another_type_is_refused(site: Site, path: str, headers: dict[
         accepted = site.http.post("/v1/tasks/echo", content=b'{"text": "a"}', headers={"content-type": kind})
         assert accepted.status_code == 200
     assert site.http.post("/v1/tasks/file", files={"image": b"abc"}).json() == {"length": 3}
+    error = error_in(site.http.post("/v1/tasks/file", data={"image": "abc"}), 400)
+    assert (error["message"], error["param"]) == ("image has to be sent as a file.", "image")
 
 
 @pytest.mark.parametrize("how", ["broken", "nan", "half", "internal"])
@@ -237,6 +244,7 @@ def test_methods_of_a_path(site: Site) -> None:
     assert asked.status_code == 204 and asked.headers["allow"] == answer.headers["allow"]
     head = site.http.head("/v1/things/a")
     assert head.status_code == 200 and head.content == b"" and head.headers["content-length"] == "12"
+    assert site.http.head("/").status_code == site.http.get("/").status_code == 200
     assert "GET /v1/nothing" in error_in(site.http.get("/v1/nothing"), 404)["message"]
     assert site.http.options("/v1/nothing").status_code == 404 and site.http.head("/v1/nothing").status_code == 404
 
