@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from openm6.batches import pack
+from openm6.core.batch import pack
+from openm6.core.sequence import CAUSAL, Sequence
 from openm6.model import M6, ModelConfig
 from openm6.model.precision import fast_dtype
-from openm6.sequence import CAUSAL, Sequence
 from openm6.train.distributed import process_group
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection

@@ -1,4 +1,4 @@
-"""A side of benchmarks/serve.py, in a process of its own: a bundle, its requests batched by LitServe.
+"""A side of benchmarks/serve.py, in a process of its own: a session, its requests batched by LitServe.
 
 python -m benchmarks._serve_litserve MODEL PORT
 """
@@ -20,9 +20,9 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
     path = Path()
 
     def setup(self, device: str) -> None:
-        from openm6.bundle import Bundle
+        from openm6.inference.session import Session
 
-        self.bundle = Bundle.load(self.path)
+        self.session = Session.load(self.path)
 
     def decode_request(self, request):  # LitServe reads the signature: an annotation makes it a query parameter
         return request
@@ -34,7 +34,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
             alike[one["task"], str(one.get("decoding"))].append(number)
         for (task, _), numbers in alike.items():
             records = [{k: _value(k, v) for k, v in x[i]["inputs"].items()} for i in numbers]
-            answers = self.bundle.run_many(task, records, decoding=x[numbers[0]].get("decoding"))
+            answers = self.session.run_many(task, records, decoding=x[numbers[0]].get("decoding"))
             for number, answer in zip(numbers, answers, strict=True):
                 found[number] = answer
         return found

@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from openm6.bundle import Bundle
 from openm6.evaluate.command import measure
+from openm6.inference.session import Session
+from openm6.model.count import count_parameters
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
@@ -24,9 +25,9 @@ def main(output: Path, pruned: Path, seed: int, rate: float, steps: int, teacher
         )
         values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "checkpoint_every": steps}
         train(check_recipe(values))
-    bundle = Bundle.load(output / "model" if steps else pruned)
-    accuracy = next(iter(measure(bundle, "vqa", TEST, {}, limit=RECORDS).values().values()))
-    print(json.dumps({"parameters": sum(bundle.model.config.count_parameters().values()), "accuracy": accuracy}))
+    session = Session.load(output / "model" if steps else pruned)
+    accuracy = next(iter(measure(session, "vqa", TEST, {}, limit=RECORDS).values().values()))
+    print(json.dumps({"parameters": sum(count_parameters(session.model.config).values()), "accuracy": accuracy}))
 
 
 if __name__ == "__main__":

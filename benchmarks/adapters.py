@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.evaluate.command import measure
+from openm6.inference.session import Session
 from openm6.model.adapters import WEIGHTS
 from openm6.train.finetune import FULL, RATES, finetune_recipe
 from openm6.train.recipe import check_recipe
@@ -35,7 +35,7 @@ def run(
     base = root / "market" / "model"
     if not base.is_dir():
         raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
-    total = sum(p.numel() for p in Bundle.load(base, "meta", trainable=True).model.parameters())
+    total = sum(p.numel() for p in Session.load(base, "meta", trainable=True).model.parameters())
     rows: list[dict[str, Any]] = []
     for task, data, metric, columns in tasks:
         full = 0.0
@@ -44,8 +44,8 @@ def run(
             figures, trained = [], 0
             for seed in range(seeds if method in (FULL, "lora") else 1):
                 model = _learned(root / "bench-adapters", base, task, data, columns, method, seed, steps)
-                bundle, trained = Bundle.load(model), total if method == FULL else _weights(model)
-                found = measure(bundle, task, f"{data}/test", columns, limit=asked)
+                session, trained = Session.load(model), total if method == FULL else _weights(model)
+                found = measure(session, task, f"{data}/test", columns, limit=asked)
                 figures.append(found.scores[metric].value)
             full = full or median(figures)
             rows.append(

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 
 from openm6 import Client
-from openm6.data.catalogue import open_catalogue
+from openm6.compress.cascade import calibrate_box, init_box, learn
 from openm6.data.store import Record
-from openm6.edge.box import FILE, Box, settings_of, written
+from openm6.edge.box import FILE, Box
 from openm6.edge.cascade import CLOUD, Cascade
-from openm6.train.cascade import calibrate_box, init_box, learn
+from openm6.edge.settings import settings_of, written
+from openm6.worlds.catalogue import open_catalogue
 
 CLOUD_MODEL, EDGE_MODEL = Path("runs/small/model8"), Path("runs/edge-seven/model")
 WORK = Path("runs/bench-cascade")

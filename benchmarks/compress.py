@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from openm6.compress.compress import check_chain, compress
 from openm6.edge.package import export
-from openm6.train.compress import check_chain, compress
 
 TEACHER, STUDENT = Path("runs/small/model"), Path("runs/small/pruned-2-taught-0/model")
 DEMO = Path("runs/demo/model")

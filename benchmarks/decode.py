@@ -18,11 +18,11 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common import race
-from openm6.decode import Decoding, generate
+from openm6.core.sequence import CAUSAL, IGNORE, Sequence
+from openm6.inference import Decoding, generate
 from openm6.model import M6
-from openm6.model.imports import import_qwen3
 from openm6.model.precision import fast_dtype
-from openm6.sequence import CAUSAL, IGNORE, Sequence
+from openm6.weights.import_qwen3 import import_qwen3
 
 TITLE = "Greedy decoding against transformers' generate"
 PROMPT, NEW, VOCABULARY = 64, 64, 4096

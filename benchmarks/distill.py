@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks._student import RECORDS, TRAIN
-from openm6.convert import prune_bundle
+from openm6.compress.convert import prune_model
 
 TEACHER = Path("runs/small/model")
 PRUNED: dict[str, dict[str, int]] = {
@@ -42,7 +42,7 @@ def run() -> tuple[list[Row], str]:
     for name, sizes in PRUNED.items():
         pruned = TEACHER.parent / f"pruned-{sizes['layers']}"
         if not pruned.is_dir():
-            prune_bundle(TEACHER, pruned, "vqa", TRAIN, {}, 96, **sizes)
+            prune_model(TEACHER, pruned, "vqa", TRAIN, {}, 96, **sizes)
         waiting.append((name, "pruned alone", "", pruned))
         waiting += [(name, side, str(seed), pruned) for seed in SEEDS for side in (TAUGHT, ALONE)]
     found = [(name, side, seed, told) for (name, side, seed, _), told in zip(waiting, _students(waiting), strict=True)]

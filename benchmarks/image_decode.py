@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import race
-from openm6.decode.draw import Codes, Drawing, draw
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.inference.draw import Codes, Drawing, draw
 from openm6.model import M6, ModelConfig
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 
 TITLE = "A picture's codes in 8 passes against one after the other"
 PROMPT, PASSES, ASKED = 24, 8, 200
@@ -65,12 +65,12 @@ def accuracy(passes: int) -> float | str:
     """Share of the pictures in which the demo's judge reads all that was asked for."""
     if not (DEMO / "model").is_dir():
         return ""
-    from openm6.bundle import Bundle
     from openm6.evaluate.demo_images import DATA, TASK
     from openm6.evaluate.pictures import Judge, judged, read_wishes
+    from openm6.inference.session import Session
 
-    bundle, judge = Bundle.load(DEMO / "model"), Judge(Bundle.load(DEMO / "judge" / "model"))
-    records, wanted = read_wishes(bundle, TASK, judge, DATA, ASKED)
+    session, judge = Session.load(DEMO / "model"), Judge(Session.load(DEMO / "judge" / "model"))
+    records, wanted = read_wishes(session, TASK, judge, DATA, ASKED)
     asked = [{"caption": record["caption"]} for record in records]
-    pictures = list(bundle.run_many(TASK, asked, decoding={"passes": passes, "seed": 0}))
+    pictures = list(session.run_many(TASK, asked, decoding={"passes": passes, "seed": 0}))
     return float(np.mean([row["all"] for row in judged(judge, pictures, wanted)]))

@@ -22,7 +22,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.serve import ROOT, Measured, Requests, _arriving, _load, _mixed, _openm6, _served
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 TITLE = "Serving: large and half-sent bodies beside small requests"
 OFFERED = 2.0

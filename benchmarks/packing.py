@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from benchmarks.common import race
-from openm6.batches import Batch, pack, pad
+from openm6.core.batch import Batch, pack, pad
+from openm6.core.sequence import Sequence
 from openm6.data.loader import Loader
 from openm6.model import M6
 from openm6.model.precision import fast_dtype
-from openm6.sequence import Sequence
 from openm6.train.distributed import Group
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, Recipe, load_recipe
-from openm6.train.setup import build_bundle, build_entries
+from openm6.train.setup import build_entries, build_session
 from openm6.train.start import start_at_random
 
 TITLE = "Packing against padding, on the demo catalogue's own mixture of lengths"
@@ -79,10 +79,10 @@ def _race(recipe: Recipe, preset: str, device: torch.device, steps: int, count: 
 
 def _examples(recipe: Recipe, steps: int, count: int, device: torch.device) -> tuple[list[Sequence], M6]:
     group = Group(0, 1, device)
-    bundle = build_bundle(recipe, group)
-    entries, _ = build_entries(recipe, bundle, group)
-    loader = Loader(entries, bundle.processor, count, threads=0)
-    model = bundle.model.train()
+    session = build_session(recipe, group)
+    entries, _ = build_entries(recipe, session, group)
+    loader = Loader(entries, session.processor, count, threads=0)
+    model = session.model.train()
     Parallel(model, ParallelSection(), group, fast_dtype(device.type)).allocate()
     start_at_random(model, 0)
     return [s for step in islice(loader, steps) for s in step], model

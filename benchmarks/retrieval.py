@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
 from openm6.data.source import Source, open_source
-from openm6.errors import UsageError
 from openm6.evaluate.command import measure_retrieval
 from openm6.evaluate.retrieval import evaluate_retrieval
+from openm6.inference.session import Session
 from openm6.retrieve.fill import create_for
 from openm6.retrieve.recommend import Recommender
 from openm6.tasks.metrics import Score, Values, score_of
@@ -46,9 +46,9 @@ def run() -> tuple[list[dict[str, Any]], str]:
         ).scores),
     ]  # fmt: skip
     for number, (name, (task, seen)) in enumerate(SIDES.items()):
-        bundle = _trained("vectors-images", pictures_alone=True) if task == "image_vector" else both
-        rows += _rows("goods of one look among the nearest 10", name, {"precision@10": _looks(bundle, task, seen)})
-        found = _recommended(bundle, task, seen, ROOT / f"bench-retrieval-{number}")
+        session = _trained("vectors-images", pictures_alone=True) if task == "image_vector" else both
+        rows += _rows("goods of one look among the nearest 10", name, {"precision@10": _looks(session, task, seen)})
+        found = _recommended(session, task, seen, ROOT / f"bench-retrieval-{number}")
         rows += _rows("next purchase, among 4,000", f"{name}: recalled", found["recalled"])
         rows += _rows("next purchase, among 4,000", f"{name}: ranked", found["ranked"])
         rows += _rows("next purchase, among 4,000", f"{name}: nearest", found["near"])
@@ -62,7 +62,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
     return rows, note
 
 
-def _trained(name: str, pictures_alone: bool = False) -> Bundle:
+def _trained(name: str, pictures_alone: bool = False) -> Session:
     folder = ROOT / name
     if not (folder / "model").is_dir():
         recipe = load_recipe("vectors", [f"output={folder}", f"model.path={ROOT / 'demo' / 'model'}"])
@@ -71,7 +71,7 @@ def _trained(name: str, pictures_alone: bool = False) -> Bundle:
             style.task = style.against = "image_vector"
             style.against_columns = {"photo": "other_photo"}
         train(recipe)
-    return Bundle.load(folder / "model")
+    return Session.load(folder / "model")
 
 
 def _rows(what: str, name: str, scores: Mapping[str, Score]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def _rows(what: str, name: str, scores: Mapping[str, Score]) -> list[dict[str, A
     return rows
 
 
-def _texts(bundle: Bundle) -> Mapping[str, Score]:
+def _texts(session: Session) -> Mapping[str, Score]:
     """Scenes of which no two hold the same goods."""
     distinct: dict[str, Mapping[str, Any]] = {}
     for record in open_source(f"scenes/test?pictures={2 * AMONG}"):
@@ -95,17 +95,17 @@ def _texts(bundle: Bundle) -> Mapping[str, Score]:
     some = list(distinct.values())[:AMONG]
     assert len(some) == AMONG
     queries, keys = [{"text": r["description"]} for r in some], [{"photo": r["image"]} for r in some]
-    return evaluate_retrieval(bundle, bundle.task("text_vector"), bundle.task("image_vector"), queries, keys).scores
+    return evaluate_retrieval(session, session.task("text_vector"), session.task("image_vector"), queries, keys).scores
 
 
 def _seen(source: Source, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     return [{name: record[name] for name in columns} for record in source]
 
 
-def _looks(bundle: Bundle, task: str, columns: tuple[str, ...]) -> Score:
+def _looks(session: Session, task: str, columns: tuple[str, ...]) -> Score:
     """The share, among the ten nearest of each of the items never seen, of those of its look."""
     source = open_source("shop:items/test")
-    vectors = np.stack(list(bundle.vectors(task, _seen(source, columns))))
+    vectors = np.stack(list(session.vectors(task, _seen(source, columns))))
     looks = np.array([record["look"] for record in source])
     likeness = vectors @ vectors.T
     np.fill_diagonal(likeness, -np.inf)
@@ -113,12 +113,12 @@ def _looks(bundle: Bundle, task: str, columns: tuple[str, ...]) -> Score:
     return score_of(Values.mean((looks[nearest] == looks[:, None]).mean(1).tolist()))
 
 
-def _recommended(bundle: Bundle, task: str, columns: tuple[str, ...], folder: Path) -> dict[str, dict[str, Score]]:
+def _recommended(session: Session, task: str, columns: tuple[str, ...], folder: Path) -> dict[str, dict[str, Score]]:
     shutil.rmtree(folder, ignore_errors=True)
     keep = ("category", "season", "price")
-    index = create_for(folder, bundle, task, "shop:items/train", id_column="id", keep=keep)
+    index = create_for(folder, session, task, "shop:items/train", id_column="id", keep=keep)
     source = open_source("shop:items/train")
-    vectors = np.stack(list(bundle.vectors(task, _seen(source, columns), dims=index.dims)))
+    vectors = np.stack(list(session.vectors(task, _seen(source, columns), dims=index.dims)))
     index.add([r["id"] for r in source], vectors, {name: [r[name] for r in source] for name in keep})
     made = Recommender.fit(index, open_source("shop:visits/train"), ["season", "festival"])
     found = made.measure(open_source("shop:visits/test"))["all"]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from openm6.model import ModelConfig
+from openm6.model.count import count_parameters
 from openm6.model.precision import fast_dtype
 
 TITLE = "Scaling over processes"
@@ -97,7 +98,7 @@ def _least_bytes(processes: int, parallel: dict[str, Any], rows: float, sizes: M
     """Over all processes: (N - 1) times each tensor for a scatter or a gather, twice for an all-reduce."""
     if processes == 1:
         return 0.0
-    parts = ModelConfig(**sizes).count_parameters()
+    parts = count_parameters(ModelConfig(**sizes))
     low = 2 if fast_dtype("cuda" if torch.cuda.is_available() else "cpu") == torch.bfloat16 else 4
     everything = sum(parts.values())
     if not parallel:

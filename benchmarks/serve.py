@@ -29,9 +29,9 @@ import torch
 import uvloop
 
 from benchmarks._client import Client
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
 from openm6.data.source import open_source
-from openm6.errors import UsageError
+from openm6.inference.session import Session
 from openm6.tasks.library import get
 
 TITLE = "Serving: clients at once"
@@ -184,7 +184,7 @@ async def _arriving(url: str, requests: Requests, rate: float, seconds: float) -
 def _overhead(load: Load, model: Path, mixed: Items) -> dict[str, Any]:
     """One client: milliseconds a request over HTTP, and by the decoder alone with as many threads, taken in turn; the
     median of several servers, and the least and most of them."""
-    bundle, mixed = Bundle.load(model), mixed[: load.asked]
+    session, mixed = Session.load(model), mixed[: load.asked]
     records = [(task, {k: base64.b64decode(v) if k == "photo" else v for k, v in r.items()}) for task, r in mixed]
 
     async def asked(url: str) -> tuple[list[float], list[float]]:
@@ -194,7 +194,7 @@ def _overhead(load: Load, model: Path, mixed: Items) -> dict[str, Any]:
             for number, (request, (task, record)) in enumerate(zip(_openm6(mixed, stream=False), records, strict=True)):
                 took = await http.ask(*request)
                 started = time.perf_counter()
-                bundle.run(task, **record)
+                session.run(task, **record)
                 if number >= 40 and took:  # before that is warm-up
                     by_http.append(took[1])
                     alone.append(time.perf_counter() - started)
@@ -305,8 +305,8 @@ def _checkpoint(folder: Path) -> tuple[Path, Path]:
     """A Qwen3 checkpoint with random weights, and the model directory imported from it."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from openm6.convert import import_bundle
-    from openm6.tokenizer import Tokenizer
+    from openm6.compress.convert import import_model
+    from openm6.core.tokenizer import Tokenizer
 
     shutil.rmtree(folder, ignore_errors=True)
     texts = [record["passage"] for record in open_source("market:passages/train?records=2000")]
@@ -321,7 +321,7 @@ def _checkpoint(folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "qwen")
     (folder / "qwen" / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    bundle = import_bundle(folder / "qwen", folder / "imported", "stem", num_codes=0, max_length=256)
+    session = import_model(folder / "qwen", folder / "imported", "stem", num_codes=0, max_length=256)
     # The server answers tasks that a model has learned.
-    Bundle(bundle.model, bundle.processor, [get("text_continuation")]).save(folder / "model")
+    Session(session.model, session.processor, [get("text_continuation")]).save(folder / "model")
     return folder / "qwen", folder / "model"

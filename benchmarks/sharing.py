@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from openm6.batches import pack
+from openm6.core.batch import pack
+from openm6.core.sequence import CAUSAL, Sequence
 from openm6.model import ModelConfig
 from openm6.model.files import meta_model
 from openm6.model.precision import fast_dtype
-from openm6.sequence import CAUSAL, Sequence
+from openm6.plan.footprint import Layout, States, states_by_layer, weights_of
 from openm6.train.distributed import Group
-from openm6.train.footprint import Layout, States, states_by_layer, weights_of
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import race
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.errors import UsageError
+from openm6.inference.session import Session
 from openm6.tasks.faithful import facts_kept, parent
 from openm6.tasks.metrics import bleu
 from openm6.train.recipe import check_recipe
@@ -47,10 +47,12 @@ def run(
         plain, edited, slot = PAIRS[part]
         figures: dict[str, list[dict[str, float]]] = {plain: [], edited: []}
         for seed in range(seeds):
-            bundles = {task: _learned(root / "bench-sketch", base, part, task, seed, steps) for task in (plain, edited)}
-            for task, bundle in bundles.items():
-                figures[task].append(_measured(bundle, part, task, slot, asked))
-            times = _timed(bundles, part)
+            sessions = {
+                task: _learned(root / "bench-sketch", base, part, task, seed, steps) for task in (plain, edited)
+            }
+            for task, session in sessions.items():
+                figures[task].append(_measured(session, part, task, slot, asked))
+            times = _timed(sessions, part)
             for task, ms in times.items():
                 figures[task][-1]["ms"] = ms
         for task, found in figures.items():
@@ -72,7 +74,7 @@ def run(
     return rows, note
 
 
-def _learned(place: Path, base: Path, part: str, task: str, seed: int, steps: int) -> Bundle:
+def _learned(place: Path, base: Path, part: str, task: str, seed: int, steps: int) -> Session:
     folder = place / f"{task}-{seed}"
     if not (folder / "model").is_dir():
         shutil.rmtree(folder, ignore_errors=True)
@@ -85,18 +87,18 @@ def _learned(place: Path, base: Path, part: str, task: str, seed: int, steps: in
             },
         }  # fmt: skip
         train(check_recipe(values))
-    return Bundle.load(folder / "model")
+    return Session.load(folder / "model")
 
 
-def _records(bundle: Bundle, part: str, task: str, asked: int) -> list[Mapping[str, Any]]:
+def _records(session: Session, part: str, task: str, asked: int) -> list[Mapping[str, Any]]:
     source = open_source(f"market:{part}/test")
-    view = SlotView.of(bundle.task(task), source)
+    view = SlotView.of(session.task(task), source)
     return [{**view(source[i]), "attributes": source[i]["attributes"]} for i in range(asked)]
 
 
-def _measured(bundle: Bundle, part: str, task: str, slot: str, asked: int) -> dict[str, float]:
-    records = _records(bundle, part, task, asked)
-    said = list(bundle.run_many(task, records))
+def _measured(session: Session, part: str, task: str, slot: str, asked: int) -> dict[str, float]:
+    records = _records(session, part, task, asked)
+    said = list(session.run_many(task, records))
     wanted = [r[slot] if isinstance(r[slot], list) else [r[slot]] for r in records]
     # Of the table, what the true text tells: a host does not speak of everything.
     tables = [
@@ -110,10 +112,10 @@ def _measured(bundle: Bundle, part: str, task: str, slot: str, asked: int) -> di
     }
 
 
-def _timed(bundles: Mapping[str, Bundle], part: str) -> dict[str, float]:
-    asked = {task: _records(bundle, part, task, 10) for task, bundle in bundles.items()}
+def _timed(sessions: Mapping[str, Session], part: str) -> dict[str, float]:
+    asked = {task: _records(session, part, task, 10) for task, session in sessions.items()}
     sides = {
-        task: (lambda task=task, bundle=bundle: [list(bundle.run_many(task, [r])) for r in asked[task]])
-        for task, bundle in bundles.items()
+        task: (lambda task=task, session=session: [list(session.run_many(task, [r])) for r in asked[task]])
+        for task, session in sessions.items()
     }
     return {task: 1000 * timing.median / 10 for task, timing in race(sides, repeats=5, warmup=1).items()}

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
+from openm6.core.sequence import IGNORE
 from openm6.data.columns import SlotView
-from openm6.data.shop import AMONG
 from openm6.data.source import open_source
-from openm6.errors import UsageError
 from openm6.evaluate.command import measure, measure_retrieval
 from openm6.evaluate.measure import references
-from openm6.sequence import IGNORE
+from openm6.inference.session import Session
 from openm6.tasks.library import get
 from openm6.tasks.metrics import score
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
+from openm6.worlds.shop import AMONG
 
 TITLE = "Every task, from the demo's model after unlabelled texts, and from nothing"
 ROOT = Path(__file__).parents[1] / "runs"
@@ -183,15 +183,15 @@ def _learned(side: Side, base: Path, folder: Path, steps: int, count: int, pretr
             "matrix_learning_rate": 2e-3, "warmup": 10, "checkpoint_every": steps, "log_every": 20, "workers": 0,
         },
     }  # fmt: skip
-    bundle = Bundle.load(train(check_recipe(values)))
+    session = Session.load(train(check_recipe(values)))
     test = f"{side.data}/test"
     if side.against:
         found = measure_retrieval(
-            bundle, side.task, side.against, test, side.columns, side.against_columns, limit=count,
+            session, side.task, side.against, test, side.columns, side.against_columns, limit=count,
             among_negatives=side.among_negatives,
         )  # fmt: skip
     else:
-        found = measure(bundle, side.task, test, side.columns, limit=count, answers=False)
+        found = measure(session, side.task, test, side.columns, limit=count, answers=False)
     shutil.rmtree(folder)
     return found.values()[side.metric]
 
@@ -232,7 +232,7 @@ def _copied(value: Any, metric: str) -> str:
 def _bigrams(side: Side, base: Path, known: list[Any], asked: list[Any]) -> float:
     """Perplexity of the answers' tokens by bigrams of 2,000 training records, with unigrams and an even share mixed in
     (0.7, 0.25, 0.05)."""
-    processor = Bundle.load(base, "meta", trainable=True).processor
+    processor = Session.load(base, "meta", trainable=True).processor
     task = get(side.task)
 
     def tokens(record: Any) -> list[int]:

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common import race
-from openm6.batches import pack
+from openm6.core.batch import pack
+from openm6.core.sequence import CAUSAL, Sequence
 from openm6.model import M6, ModelConfig
 from openm6.model.precision import fast_dtype
-from openm6.sequence import CAUSAL, Sequence
 from openm6.train.meters import peak_flops, training_flops
 
 TITLE = "Training step against transformers (every position trained)"

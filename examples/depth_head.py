@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openm6.extend import Values, register_head, register_metric
+from openm6.tasks.extend import Values, register_head, register_metric
 from openm6.tasks.slots.box import as_box
 
 

@@ -15,13 +15,13 @@ import json
 from pathlib import Path
 from statistics import median
 
-from openm6.bundle import Bundle
-from openm6.data.pets import pet
 from openm6.data.source import open_source
 from openm6.evaluate.demo_images import DATA, TASK
 from openm6.evaluate.pictures import Judge, judged, read_wishes
+from openm6.inference.session import Session
 from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
+from openm6.worlds.pets import pet
 
 PETS, DRAWN, GOODS = 12, 100, 200
 COUNTS, SEEDS = (5, 10, 20), 3
@@ -37,7 +37,7 @@ def make_judge(output: Path) -> Judge:
     model = output / "model"
     if not model.is_dir():
         train(load_recipe("judge", [*changes, "train.steps=500"]))
-    return Judge(Bundle.load(model), "image_classification")
+    return Judge(Session.load(model), "image_classification")
 
 
 def right(judge: Judge, pictures: list[object], name: str) -> float:
@@ -45,23 +45,23 @@ def right(judge: Judge, pictures: list[object], name: str) -> float:
     return sum(row["all"] for row in rows) / len(rows)
 
 
-def drawn(bundle: Bundle, name: str) -> list[object]:
+def drawn(session: Session, name: str) -> list[object]:
     asked = [{"caption": f"{name}的照片。"}] * DRAWN
-    return list(bundle.run_many(TASK, asked, decoding={"seed": 0}))
+    return list(session.run_many(TASK, asked, decoding={"seed": 0}))
 
 
-def goods(bundle: Bundle, judge: Judge) -> float:
+def goods(session: Session, judge: Judge) -> float:
     """Share of the drawn goods that show all that was asked for."""
-    records, wanted = read_wishes(bundle, TASK, judge, DATA, GOODS)
+    records, wanted = read_wishes(session, TASK, judge, DATA, GOODS)
     asked = [{"caption": r["caption"]} for r in records]
-    rows = judged(judge, list(bundle.run_many(TASK, asked, decoding={"seed": 0})), wanted)
+    rows = judged(judge, list(session.run_many(TASK, asked, decoding={"seed": 0})), wanted)
     return sum(row["all"] for row in rows) / len(rows)
 
 
 def run(demo: Path, output: Path) -> dict[str, list[float]]:
     """{what: the share that the judge names right, by pet}."""
     judge = make_judge(output / "judge")
-    shop, base = Judge(Bundle.load(demo / "judge" / "model")), Bundle.load(demo / "model")
+    shop, base = Judge(Session.load(demo / "judge" / "model")), Session.load(demo / "model")
     found: dict[str, list[float]] = {"goods, not adapted": [goods(base, shop)]}
     for seed in range(SEEDS):
         name = pet(seed)[0]
@@ -76,7 +76,7 @@ def run(demo: Path, output: Path) -> dict[str, list[float]]:
             ]  # fmt: skip
             if not (folder / "model").is_dir():
                 train(load_recipe("few_samples", changes))
-            adapted = Bundle.load(folder / "model")
+            adapted = Session.load(folder / "model")
             pictures = drawn(adapted, name)
             for number, one in enumerate(pictures[:12]):
                 one.save(folder / f"{number}.png")  # type: ignore[attr-defined]

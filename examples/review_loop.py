@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 import openm6
-from openm6.batch import make_batch, write_labelled
 from openm6.data.source import open_source
 from openm6.evaluate.pictures import Judge, judged
+from openm6.studio.images import make_batch, write_labelled
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 

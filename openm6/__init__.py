@@ -15,36 +15,45 @@ from typing import TYPE_CHECKING, Any
 from openm6._version import __version__
 
 if TYPE_CHECKING:
-    from openm6.bundle import Bundle
-    from openm6.candidates import Painting
     from openm6.client import AsyncClient, Client
-    from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+    from openm6.core.candidates import Candidate
+    from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+    from openm6.inference.session import Session
     from openm6.tasks.task import Task
 
 __all__ = [
-    "AsyncClient", "Bundle", "Client", "ContextLengthError", "DataError", "OpenM6Error", "Painting", "Task",
-    "UsageError", "__version__", "load",
+    "AsyncClient",
+    "Candidate",
+    "Client",
+    "ContextLengthError",
+    "DataError",
+    "OpenM6Error",
+    "Session",
+    "Task",
+    "UsageError",
+    "__version__",
+    "load",
 ]  # fmt: skip
 
 _PLACES = {
     "AsyncClient": "openm6.client",
-    "Bundle": "openm6.bundle",
+    "Session": "openm6.inference.session",
     "Client": "openm6.client",
-    "ContextLengthError": "openm6.errors",
-    "DataError": "openm6.errors",
-    "OpenM6Error": "openm6.errors",
-    "Painting": "openm6.candidates",
+    "ContextLengthError": "openm6.core.errors",
+    "DataError": "openm6.core.errors",
+    "OpenM6Error": "openm6.core.errors",
+    "Candidate": "openm6.core.candidates",
     "Task": "openm6.tasks.task",
-    "UsageError": "openm6.errors",
+    "UsageError": "openm6.core.errors",
 }
 
 
-def load(path: str, device: str | None = None, adapters: Mapping[str, str] | None = None) -> Bundle:
+def load(path: str, device: str | None = None, adapters: Mapping[str, str] | None = None) -> Session:
     """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`; with `adapters` of it by
     names of your own, of which each request can take one: `.adapter("mine").run(...)`."""
-    from openm6.bundle import Bundle
+    from openm6.inference.session import Session
 
-    return Bundle.load(path, device, adapters=adapters)
+    return Session.load(path, device, adapters=adapters)
 
 
 def __getattr__(name: str) -> Any:

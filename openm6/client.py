@@ -19,13 +19,13 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
-from openm6.json_lines import fault_of
+from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+from openm6.core.files import fault_of
 
 if TYPE_CHECKING:
     import httpx2
 
-    from openm6.candidates import Painting
+    from openm6.core.candidates import Candidate
 
 Record = Mapping[str, Any]
 
@@ -78,11 +78,11 @@ class _Asking:
         found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
         return found[outputs[0]] if len(outputs) == 1 else found
 
-    def _paintings(self, answer: Mapping[str, Any]) -> list[Painting]:
-        from openm6.candidates import paintings_of
+    def _candidates(self, answer: Mapping[str, Any]) -> list[Candidate]:
+        from openm6.core.candidates import candidates_of
 
         _warn(answer)
-        return paintings_of(answer["outputs"]["candidates"])
+        return candidates_of(answer["outputs"]["candidates"])
 
     def _wait(self, tried: int, answer: httpx2.Response | None) -> float | None:
         """Seconds until the next try; None when there is none, as where the server asks for more patience than LONGEST
@@ -126,7 +126,7 @@ class Client(_Asking):
         self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
         examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
     ) -> Any:  # fmt: skip
-        """One answer, as `Bundle.run` gives it: a text, a picture (PIL), a vector (numpy), or a dict of several.
+        """One answer, as `Session.run` gives it: a text, a picture (PIL), a vector (numpy), or a dict of several.
         `truncate` as there, with a warning. Errors have the server's code."""
         self._know(task)
         body = self._body(task, slots, decoding, adapter, examples, truncate=truncate)
@@ -135,11 +135,11 @@ class Client(_Asking):
     def draw(
         self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
         truncate: str | None = None, **slots: Any,
-    ) -> list[Painting]:  # fmt: skip
-        """Pictures for one wish, the best first, as `Bundle.draw` gives them."""
+    ) -> list[Candidate]:  # fmt: skip
+        """Pictures for one wish, the best first, as `Session.draw` gives them."""
         self._know(task)
         body = self._body(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
-        return self._paintings(self._ask("POST", self._place(task), body))
+        return self._candidates(self._ask("POST", self._place(task), body))
 
     def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
@@ -243,13 +243,13 @@ class AsyncClient(_Asking):
     async def draw(
         self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
         truncate: str | None = None, **slots: Any,
-    ) -> list[Painting]:  # fmt: skip
+    ) -> list[Candidate]:  # fmt: skip
         """See Client.draw."""
         await self._know(task)
         body = await asyncio.to_thread(
             self._body, task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate
         )
-        return self._paintings(await self._ask("POST", self._place(task), body))
+        return self._candidates(await self._ask("POST", self._place(task), body))
 
     async def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
@@ -360,7 +360,7 @@ def _warn(answer: Mapping[str, Any]) -> None:
             answer["truncated"],
         )
     if answer.get("uncertain"):
-        from openm6.images import UNCERTAIN
+        from openm6.core.images import UNCERTAIN
 
         _log.warning(UNCERTAIN)
 
@@ -378,7 +378,7 @@ def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _encoded(value: Any) -> str:
-    from openm6.images import as_file
+    from openm6.core.images import as_file
 
     try:
         return base64.b64encode(as_file(value)).decode()
@@ -390,7 +390,7 @@ def _incoming(value: Any, kind: str) -> Any:
     if value is None:
         return None
     if kind == "image":
-        from openm6.candidates import image_of
+        from openm6.core.candidates import image_of
 
         return image_of(value)
     if kind == "vector":

@@ -159,15 +159,15 @@ def _train(claim: str, variant: Variant, seed: int, scale: Scale, folder: Path, 
 
 def _stack(shallow: Path, grown: Path, layers: int) -> None:
     """Repeat the whole stack of layers (G_stack, arXiv 2405.15319)."""
-    from openm6.bundle import Bundle
+    from openm6.inference.session import Session
     from openm6.model import M6, ModelConfig
     from openm6.model.files import shared_name
 
-    bundle = Bundle.load(shallow, device="cpu", trainable=True)
-    weights, had = bundle.model.state_dict(), bundle.model.config.num_hidden_layers
-    bundle.model = M6(ModelConfig(**{**bundle.model.config.to_dict(), "num_hidden_layers": layers}))
-    bundle.model.load_state_dict({name: weights[shared_name(name, had)] for name in bundle.model.state_dict()})
-    bundle.save(grown)
+    session = Session.load(shallow, device="cpu", trainable=True)
+    weights, had = session.model.state_dict(), session.model.config.num_hidden_layers
+    session.model = M6(ModelConfig(**{**session.model.config.to_dict(), "num_hidden_layers": layers}))
+    session.model.load_state_dict({name: weights[shared_name(name, had)] for name in session.model.state_dict()})
+    session.save(grown)
 
 
 def _recipe(

@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import machine
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.evaluate.command import measure
+from openm6.inference.session import Session
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
@@ -86,8 +86,8 @@ def _figure(task: str, way: str, seed: int, name: str, bases: dict[str, Path | N
         values["model"] = {"preset": "demo", "max_length": values["train"]["row_length"]}
         values["tokenizer"] = {"path": str(given)}
     shutil.rmtree(folder / "run", ignore_errors=True)
-    bundle = Bundle.load(train(check_recipe(values)))
-    figure = measure(bundle, task, f"{data}/test", columns, limit=ASKED[name], answers=True).scores[metric].value
+    session = Session.load(train(check_recipe(values)))
+    figure = measure(session, task, f"{data}/test", columns, limit=ASKED[name], answers=True).scores[metric].value
     kept.write_text(json.dumps(figure), "utf-8")
     shutil.rmtree(folder / "run")
     return figure

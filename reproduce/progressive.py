@@ -14,10 +14,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import machine
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.evaluate.demo_images import DATA, TASK
 from openm6.evaluate.pictures import Judge, as_square, frechet, judged, read_wishes
+from openm6.inference.session import Session
 from reproduce.common import ROOT, SCALES, Scale, verdict
 
 TITLE = "Progressive drawing"
@@ -48,15 +48,15 @@ def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL) -> Path:
     name = next(name for name, one in SCALES.items() if one is scale)
     if not (model / "model").is_dir():
         raise UsageError(f"{model} holds no model that draws: run `make demo-images` first.")
-    bundle, judge = Bundle.load(model / "model"), Judge(Bundle.load(model / "judge" / "model"))
-    records, wanted = read_wishes(bundle, TASK, judge, DATA, ASKED[name])
-    real = judge.features([as_square(record["picture"], bundle.codec.size) for record in records])
+    session, judge = Session.load(model / "model"), Judge(Session.load(model / "judge" / "model"))
+    records, wanted = read_wishes(session, TASK, judge, DATA, ASKED[name])
+    real = judge.features([as_square(record["picture"], session.codec.size) for record in records])
     asked = [{"caption": record["caption"]} for record in records]
 
     def drawn(options: dict[str, float], passes: int, seed: int) -> dict[str, float]:
         options = {**options, "passes": passes, "seed": seed}
         candidates, started = int(options.pop("candidates", 1)), time.perf_counter()
-        some = [s[0].image for s in bundle.draw_many(TASK, asked, candidates=candidates, decoding=options)]
+        some = [s[0].image for s in session.draw_many(TASK, asked, candidates=candidates, decoding=options)]
         seconds = time.perf_counter() - started
         right = [row["all"] for row in judged(judge, some, wanted)]
         return {

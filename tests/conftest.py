@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.images import ImageGrid
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+from openm6.core.tokenizer import Tokenizer
+from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
 from openm6.model.codec import Codec, CodecConfig
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
 from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
 
 VOCABULARY = 97
 
@@ -83,7 +83,7 @@ def example(
     return Sequence(ids, blocks, labels, images, task="t", origin="o")
 
 
-def drawing_bundle(max_length: int = 256, tasks: tuple[str, ...] = (), **sizes: object) -> Bundle:
+def drawing_session(max_length: int = 256, tasks: tuple[str, ...] = (), **sizes: object) -> Session:
     """A model that draws pictures of 16 x 16 pixels by 4 x 4 codes; it says of itself that it was trained on tasks.
     `sizes` as of `tiny_config`."""
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def drawing_bundle(max_length: int = 256, tasks: tuple[str, ...] = (), **sizes: 
     config = tiny_config(vocab_size=tokenizer.vocab_size, num_codes=16, **sizes)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     processor = Processor(tokenizer, grid, max_length, PictureCodec(codec))
-    return Bundle(M6(config).eval(), processor, map(get, tasks))
+    return Session(M6(config).eval(), processor, map(get, tasks))
 
 
 def command(*words: object) -> Any:

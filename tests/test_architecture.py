@@ -1,4 +1,4 @@
-"""The house keeps its shape: floors, sizes, what may be imported, what may be opened."""
+"""The package keeps its shape: layers, sizes, what may be imported, what may be opened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNSAFE = {
 """Calls that can run code found in a file. A user's file is safetensors, JSON, or YAML by yaml.safe_load."""
 
 
-def test_each_floor_imports_only_from_those_below() -> None:
+def test_each_layer_imports_only_from_those_below() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"],
         cwd=ROOT,
@@ -38,7 +38,7 @@ def test_each_floor_imports_only_from_those_below() -> None:
 def test_what_makes_sequences_needs_no_pytorch() -> None:
     """So that a machine without it can ask a network in another form."""
     code = (
-        "import sys; from openm6.tasks.library import get, names; from openm6.tokenizer import Tokenizer; "
+        "import sys; from openm6.tasks.library import get, names; from openm6.core.tokenizer import Tokenizer; "
         "[get(name) for name in names()]; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -74,7 +74,7 @@ def test_no_source_opens_a_file_that_can_run_code(path: Path) -> None:
         ("from torch import load as read\nread('a')", ["torch.load"]),
         ("import pickle\nwith open('a') as f:\n    pickle.load(f)", ["pickle.load"]),
         ("import json\njson.load('a')", ["json.load"]),
-        ("bundle.load('a')", ["bundle.load"]),
+        ("session.load('a')", ["session.load"]),
     ],
 )
 def test_calls_are_known_by_their_full_names(tmp_path: Path, code: str, found: list[str]) -> None:
@@ -94,7 +94,7 @@ def test_files_take_each_others_place_in_one_module() -> None:
     found = {
         path.name for path in SOURCES for name, _ in _calls(path) if name in moves or name.endswith("draft.replace")
     }
-    assert found <= {"atomic.py"}
+    assert found <= {"files.py"}
 
 
 def test_torchvision_is_neither_installed_nor_imported() -> None:

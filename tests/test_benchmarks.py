@@ -13,13 +13,13 @@ import torch
 
 from benchmarks.__main__ import NAMES
 from benchmarks.common import report, show
-from openm6.bundle import Bundle
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.data.source import open_source
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
     tasks = [get(name) for name in ("vqa", "caption", "product_attributes", "infilling")]
     for name in ("demo", "market"):
-        Bundle(model, Processor(tokenizer, grid, 128), tasks).save(folder / name / "model")
+        Session(model, Processor(tokenizer, grid, 128), tasks).save(folder / name / "model")
     recipe = {
         "name": "facts", "model": {"preset": "demo"}, "train": {"steps": 1, "row_length": 256},
         "data": [{"source": "market:facts/train?records=100", "task": "table_to_text"}],

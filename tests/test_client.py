@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6 import AsyncClient, Client, Painting, UsageError
+from openm6 import AsyncClient, Candidate, Client, UsageError
 from openm6.client import ServerError
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,7 @@ def test_answers_are_as_a_local_model_gives_them(scripted: Scripted, tmp_path: P
         np.testing.assert_allclose(m6.run("vector", text="x"), [0.6, 0.8], rtol=1e-6)
         assert m6.run("paint", caption="x").getpixel((0, 0)) == (255, 0, 0)
         best, other = m6.draw("paint", candidates=2, caption="x")
-        assert type(best) is Painting and (best.number, best.score, other.number) == (1, 0.25, 0)
+        assert type(best) is Candidate and (best.number, best.score, other.number) == (1, 0.25, 0)
         assert best.estimates == {"relevance": 0.5} and best.image.size == (4, 4)
         assert best.codes.dtype == np.int64 and best.codes.tolist() == [0, 3, 1, 2]
         assert list(m6.run_many("vqa", ({"photo": png(), "question": str(n)} for n in range(40)))) == ["红色"] * 40
@@ -138,7 +138,7 @@ def test_asyncio_has_the_same(scripted: Scripted) -> None:
             assert await m6.run("vqa", photo=png(), question="?") == "红色"
             assert [one async for one in m6.run_many("both", [{"text": "x"}] * 9)] == [{"a": "一", "b": "二"}] * 9
             assert [piece async for piece in m6.stream("vqa", photo=png(), question="?")] == ["红", "色"]
-            assert [type(one) for one in await m6.draw("paint", candidates=2, caption="x")] == [Painting] * 2
+            assert [type(one) for one in await m6.draw("paint", candidates=2, caption="x")] == [Candidate] * 2
             assert (await m6.models())[0]["id"] == "m6" and len(await m6.tasks()) == len(TASKS)
 
     asyncio.run(run())

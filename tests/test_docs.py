@@ -21,12 +21,12 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import openm6
-from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.inference.session import Session
 from openm6.tasks.file import task_of
 from openm6.tasks.grammar import parse
 from openm6.tasks.library import get as get_task, names
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,13 +150,13 @@ def test_no_page_and_no_message_installs_from_an_index_that_has_no_openm6() -> N
 
 
 @pytest.fixture(scope="module")
-def m6() -> Bundle:
+def m6() -> Session:
     """What the pages' `m6` is: what `openm6.load` gives."""
-    return drawing_bundle()
+    return drawing_session()
 
 
 @ALL
-def test_python_examples_name_what_there_is(page: Path, m6: Bundle) -> None:
+def test_python_examples_name_what_there_is(page: Path, m6: Session) -> None:
     """Names that are imported from OpenM6 exist, and so do attributes of them and of `m6`."""
     for block in blocks(page, "python"):
         known: dict[str, Any] = {"m6": m6, "openm6": openm6}
@@ -172,7 +172,7 @@ def test_python_examples_name_what_there_is(page: Path, m6: Bundle) -> None:
 
 
 def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
-    from openm6.extend import load_extension
+    from openm6.tasks.extend import load_extension
     from openm6.tasks.metrics import METRICS, score
 
     before = dict(METRICS)

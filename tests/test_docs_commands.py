@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 import openm6
-from openm6.bundle import Bundle
-from openm6.environment import CACHE, HOME
+from openm6.core.environment import CACHE, HOME
+from openm6.inference.session import Session
 from openm6.tasks.library import get as get_task
-from tests.conftest import command, drawing_bundle
+from tests.conftest import command, drawing_session
 from tests.tasks.conftest import picture
 from tests.test_docs import PAGES, ROOT, blocks, commands_in
 from tests.walk import PHOTO, Walk
@@ -44,7 +44,7 @@ NOT_RUN = {
     "train demo output": "It draws the demo's pictures for half a minute; tests/e2e/test_commands.py trains it.",
     "shop:": "The generated shop has 4,000 goods, which takes minutes; tests/retrieve/test_recommend.py has few.",
     "runs/next season": "It follows the commands on the generated shop.",
-    "from openm6.extend import": "A registration stays for the whole process: test_docs.py and test_extend.py undo it.",
+    "from openm6.tasks.extend import": "It stays for the whole process: test_docs.py and test_extend.py undo it.",
 }
 """Parts of the commands and Python examples that are not run, each with the reason."""
 
@@ -66,13 +66,13 @@ NAMES = (
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, untrained, by the names of the pages."""
     folder = tmp_path_factory.mktemp("models")
-    bundle = drawing_bundle(max_length=250, hidden_size=64)
+    session = drawing_session(max_length=250, hidden_size=64)
     tasks = [get_task(name) for name in ("vqa", "caption", "infilling", "text_to_image", "controlled_image")]
     tasks.append(get_task("text_classification").with_labels({"label": ["好评", "差评"]}))
-    Bundle(bundle.model, bundle.processor, tasks).save(folder / "model")
+    Session(session.model, session.processor, tasks).save(folder / "model")
     for name in NAMES:
         shutil.copytree(folder / "model", folder / "runs" / name / "model")
-    large = drawing_bundle(max_length=250, hidden_size=64, num_hidden_layers=7, intermediate_size=720)
+    large = drawing_session(max_length=250, hidden_size=64, num_hidden_layers=7, intermediate_size=720)
     large.save(folder / "runs/large/model")
     return folder
 
@@ -187,7 +187,7 @@ def _adapters(_: Walk) -> None:
 def _qwen3(_: Walk) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from openm6.tokenizer import Tokenizer
+    from openm6.core.tokenizer import Tokenizer
 
     Qwen3ForCausalLM(Qwen3Config(
         vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

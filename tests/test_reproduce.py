@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.train.trainer import train
 from reproduce import five_percent, progressive
 from reproduce.common import SCALES, Run, Variant, compare, train_all, verdict, write_page
 from reproduce.corpus import ENTROPY, ODDS, write_corpus
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.train.conftest import tiny_recipe
 
 
@@ -108,9 +108,9 @@ def test_a_verdict_on_shares_needs_all_seeds_too(better: list[float], worse: lis
 
 @pytest.mark.slow
 def test_ways_of_drawing_are_compared(tmp_path: Path) -> None:
-    bundle = drawing_bundle()
+    session = drawing_session()
     for place in ("model", "judge/model"):
-        bundle.save(tmp_path / place)
+        session.save(tmp_path / place)
     page = progressive.run(SCALES["tiny"], tmp_path / "work", tmp_path / "out", tmp_path)
     rows = json.loads((tmp_path / "out" / "progressive.json").read_text("utf-8"))
     assert [(r["way"], r["passes"]) for r in rows] == [

@@ -5,46 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from openm6._version import __version__
-from openm6.environment import EXTENSIONS
-from openm6.errors import OpenM6Error
-
-app = typer.Typer(
-    help="OpenM6: one model that reads images and Chinese text, answers, describes and writes.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    extension: Annotated[
-        list[Path] | None,
-        typer.Option(
-            envvar=EXTENSIONS, help="A Python file of your own, run first: slot types, heads, metrics (openm6.extend)."
-        ),
-    ] = None,
-) -> None:
-    """OpenM6."""
-    if extension:
-        from openm6.extend import load_extension
-
-        os.environ[EXTENSIONS] = os.pathsep.join(str(path.resolve()) for path in extension)  # for further processes
-        for path in extension:
-            load_extension(path)
+from openm6.cli.app import app
+from openm6.core.errors import OpenM6Error
 
 
 def commands() -> typer.Typer:

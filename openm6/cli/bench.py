@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
+from openm6.core.files import require_writable
 
 
 @app.command()
@@ -58,7 +58,7 @@ def _checkout(folder: str) -> tuple[Path, list[str]]:
 
 
 def _known(kind: str, name: str, names: list[str]) -> None:
-    from openm6.errors import UsageError, suggest
+    from openm6.core.errors import UsageError, suggest
 
     if not names:
         raise UsageError(f"A {kind} comes with the source checkout; this installation has none.")

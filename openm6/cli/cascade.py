@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from openm6.atomic import require_new
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find, find_task
 from openm6.cli.output import Json, emit, pairs, table
+from openm6.core.files import require_new
 
 cascade = typer.Typer(help="A small model on the edge that asks a large one when it is not sure.", no_args_is_help=True)
 app.add_typer(cascade, name="cascade")
@@ -36,14 +36,14 @@ def init(
     json: Json = False,
 ) -> None:
     """Make a box: a folder to copy to the edge, with a program that serves it."""
-    from openm6.edge.box import settings_of
+    from openm6.edge.settings import settings_of
 
     require_new(box)
     options = {name: value for name, value in (("cloud", cloud), ("privacy", privacy)) if value is not None}
     settings = settings_of({name: _value(name, text) for name, text in {**pairs(setting or []), **options}.items()})
     place, of_cloud = find(model), find(cloud_model) if cloud_model else None
 
-    from openm6.train.cascade import init_box
+    from openm6.compress.cascade import init_box
 
     made = init_box(box, place, settings, None if bits == 32 else bits, of_cloud)
     if json:
@@ -56,7 +56,7 @@ def _value(name: str, text: str) -> Any:
     """The value of a setting as TOML reads it; the text itself where the setting is a text, or TOML reads no value."""
     import tomllib
 
-    from openm6.edge.box import Settings
+    from openm6.edge.settings import Settings
 
     try:
         found = tomllib.loads(f"x = {text}")
@@ -87,7 +87,7 @@ def calibrate(
     find_task(opened.folder() / "package", task)
     check_source(data)
 
-    from openm6.train.cascade import calibrate_box
+    from openm6.compress.cascade import calibrate_box
 
     found = calibrate_box(opened, task, data, columns, records, most)
     if json:
@@ -122,7 +122,7 @@ def learn(
             check_source(source)
             sources.setdefault(task, []).append(source)
 
-    from openm6.train.cascade import learn as run
+    from openm6.compress.cascade import learn as run
     from openm6.train.promotion import told_counts
 
     found = run(box, sources, steps, batch_size, learning_rate, seed)
@@ -164,8 +164,8 @@ def status(box: Place, json: Json = False) -> None:
 @cascade.command()
 def rollback(box: Place, json: Json = False) -> None:
     """Let the version before answer again."""
+    from openm6.core.errors import UsageError
     from openm6.edge.box import Box
-    from openm6.errors import UsageError
 
     opened = Box(box)
     before = [number for number in opened.versions if number < opened.version]

@@ -29,7 +29,7 @@ def find(model: str | Path) -> Path:
 
 
 def find_task(model: Path | None, name: str) -> Task:
-    """A task of the model by name, else one of the library by name, YAML path or instruction, as Bundle.task finds it.
+    """A task of the model by name, else one of the library by name, YAML path or instruction, as Session.task finds it.
     Raises UsageError where there is none."""
     from openm6.tasks.card import read_card
     from openm6.tasks.library import get
@@ -59,7 +59,7 @@ def check_slots(task: Task, slots: dict[str, Any]) -> None:
 
 def check_pictures(*files: str | Path) -> None:
     """Raises DataError for a file that is not there."""
-    from openm6.errors import DataError
+    from openm6.core.errors import DataError
 
     for file in files:
         if not Path(file).is_file():
@@ -69,8 +69,8 @@ def check_pictures(*files: str | Path) -> None:
 def check_output(file: Path, endings: Sequence[str] = ()) -> None:
     """Raises UsageError for a file that could not be written after the work: of another ending than these, in a folder
     where nothing can be written, or in the place of a folder. Folders that are missing are no fault."""
-    from openm6.atomic import require_writable
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
+    from openm6.core.files import require_writable
 
     if endings and file.suffix.lower() not in endings:
         raise UsageError(f"{file} ends in {file.suffix or 'nothing'}; it has to end in {', '.join(endings)}.")
@@ -82,7 +82,7 @@ def check_output(file: Path, endings: Sequence[str] = ()) -> None:
 def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> None:
     """Raises UsageError for an option on the command line that would do nothing: one that is none of the `heeded`
     parameters of the command."""
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
 
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
@@ -92,9 +92,9 @@ def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> N
 
 def check_parts(recipe: AnyRecipe) -> None:
     """Check that the models, codec, tokenizer, tasks and data of a recipe exist. Raises as `check_inputs` does."""
-    from openm6.bases import require_model
+    from openm6.core.bases import require_model
     from openm6.data.source import check_source
-    from openm6.presets import find_preset
+    from openm6.model.presets import find_preset
     from openm6.tasks.card import read_card
     from openm6.train.recipe import Recipe
 

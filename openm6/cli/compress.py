@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import check_inputs, find, refuse_idle
 from openm6.cli.output import Json, emit, pairs, share, table
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.core.files import require_writable
 
 
 @app.command()
@@ -41,7 +41,7 @@ def compress(
     given again."""
     import yaml
 
-    from openm6.train.compressed import Target, table_of
+    from openm6.compress.compressed import Target, table_of
 
     say = lambda text: typer.echo(text, err=True)  # noqa: E731
     if model.suffix in (".yaml", ".yml"):
@@ -55,7 +55,7 @@ def compress(
         if "model" in values:
             values["model"] = str(find(str(values["model"])))
 
-        from openm6.train.compress import check_chain, compress as run
+        from openm6.compress.compress import check_chain, compress as run
 
         chain = check_chain(values, str(model))
         require_writable(chain.output)
@@ -67,7 +67,7 @@ def compress(
         place = check_inputs(model, [task], [data, validation, unlabelled])
         require_writable(output or Path("runs/compress"))
 
-        from openm6.train.compress import DistillStep, check_chain, search
+        from openm6.compress.compress import DistillStep, check_chain, search
 
         chain = check_chain({
             "model": str(place), "output": str(output or Path("runs/compress")), "seed": seed,

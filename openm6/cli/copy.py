@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from openm6.atomic import require_writable, whole_lines
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs
 from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, table
 from openm6.cli.work import decoding_options
+from openm6.core.files import require_writable, whole_lines
 
 copy = typer.Typer(help="Texts for many items, checked against their facts, reviewed by people.", no_args_is_help=True)
 app.add_typer(copy, name="copy")
@@ -55,7 +55,7 @@ def batch(
     json: Json = False,
 ) -> None:
     """The best of several texts for every item, none that breaks a rule, and a page for people's verdicts."""
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
 
     place = check_inputs(model, [task], [items, lexicon])
     require_writable(output)
@@ -66,12 +66,12 @@ def batch(
             words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
-    from openm6.bundle import Bundle
-    from openm6.copywriting import make_copy
     from openm6.data.readers import with_options
+    from openm6.inference.session import Session
+    from openm6.studio.copy import make_copy
 
     made = make_copy(
-        Bundle.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
+        Session.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
         decoding=decoding, forbid=words, least=least, most=most, facts=facts,
         lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
         table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
@@ -99,7 +99,7 @@ def labels(
 ) -> None:
     """The accepted texts as a source to train on, labelled.jsonl, edited ones as they were edited, and how much people
     accept."""
-    from openm6.copywriting import write_labelled_copy
+    from openm6.studio.copy import write_labelled_copy
 
     found = write_labelled_copy(output, labels)
     if json:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
 
@@ -49,7 +49,7 @@ def check(
     if model is not None:
         place = find(model)
 
-        from openm6.directory import open_processor
+        from openm6.weights.directory import open_processor
 
         processor, own = open_processor(place)
         known = {one.name: one for one in own}

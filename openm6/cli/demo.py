@@ -9,10 +9,10 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Json, emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+from openm6.core.files import require_writable
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Json, emit, table
 from openm6.cli.serve import KEYS, check_reach
+from openm6.core.files import require_writable
 
 
 @app.command()
@@ -42,9 +42,9 @@ def deploy(
         emit({"name": made.name, "url": made.url}) if json else typer.echo(f"{made.name} is served at {made.url}")
         return
     if to == "ray":
-        from openm6.serve.fleet import Place
         from openm6.serve.on_ray import deploy_on_ray
         from openm6.serve.server import Options
+        from openm6.serve.settings import Place
 
         check_reach(host, keys)
         url = deploy_on_ray(

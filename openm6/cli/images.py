@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import (
     CLEAR,
     MODEL,
@@ -35,11 +34,12 @@ from openm6.cli.output import (
     table,
 )
 from openm6.cli.work import decoding_options
+from openm6.core.files import require_writable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from openm6.candidates import Painting
+    from openm6.core.candidates import Candidate
 
 images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
 app.add_typer(images, name="images")
@@ -52,15 +52,15 @@ Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Optio
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
 
 
-def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, list[float]] | None = None) -> None:
+def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str, list[float]] | None = None) -> None:
     """Save pictures under the next free numbers of a folder, 1.png, 2.png, ... in an empty one, and print what the
     model thinks of them; `follows`: log-odds that they show what each of several controls says."""
     rows: list[dict[str, Any]] = []
-    for place, painting in enumerate(drawn):
-        file = _save_next(painting.image, output)
+    for place, candidate in enumerate(drawn):
+        file = _save_next(candidate.image, output)
         each = {f"follows {name}": odds[place] for name, odds in (follows or {}).items()}
-        told = {"seed": painting.seed, "uncertain": painting.uncertain, "score": painting.score}
-        rows.append({"file": str(file), **told, **painting.estimates, **each})
+        told = {"seed": candidate.seed, "uncertain": candidate.uncertain, "score": candidate.score}
+        rows.append({"file": str(file), **told, **candidate.estimates, **each})
     if json:
         emit(rows)
         return
@@ -73,8 +73,8 @@ def show(drawn: list[Painting], output: Path, json: bool, follows: Mapping[str, 
 
 def _save_next(image: Image.Image, folder: Path) -> Path:
     """Write a picture as NUMBER.png, by the number after the highest one there, and overwrite nothing."""
-    from openm6.atomic import write_failed
-    from openm6.images import png
+    from openm6.core.files import write_failed
+    from openm6.core.images import png
 
     content = png(image)
     try:
@@ -122,11 +122,11 @@ def draw(
     check_slots(find_task(place, task), asked)
     options = decoding_options(option)
 
-    from openm6.bundle import TRUNCATE, Bundle
+    from openm6.inference.session import TRUNCATE, Session
 
-    bundle = Bundle.load(place)
-    drawn = bundle.draw(task, candidates=candidates, decoding=options, truncate=truncate, **asked)
-    follows = bundle.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
+    session = Session.load(place)
+    drawn = session.draw(task, candidates=candidates, decoding=options, truncate=truncate, **asked)
+    follows = session.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
 
@@ -154,10 +154,10 @@ def edit(
     require_writable(output)
     options = decoding_options(option)
 
-    from openm6.bundle import Bundle
-    from openm6.editing import edit as edit_picture
+    from openm6.inference.edit import edit as edit_picture
+    from openm6.inference.session import Session
 
-    found = edit_picture(Bundle.load(place), task, picture, mask, candidates=candidates, decoding=options, **asked)
+    found = edit_picture(Session.load(place), task, picture, mask, candidates=candidates, decoding=options, **asked)
     show(found, output, json)
 
 
@@ -178,14 +178,14 @@ def vary(
     require_writable(output)
     options = decoding_options(option)
 
-    from openm6.bundle import Bundle
-    from openm6.editing import vary as vary_picture
-    from openm6.images import open_image
+    from openm6.core.images import open_image
+    from openm6.inference.edit import vary as vary_picture
+    from openm6.inference.session import Session
 
-    bundle, (width, height) = Bundle.load(place), open_image(picture).size
-    found = vary_picture(bundle, task, picture, share=share, candidates=candidates, decoding=options, **asked)
+    session, (width, height) = Session.load(place), open_image(picture).size
+    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=options, **asked)
     show(found, output, json)
-    side = bundle.codec.size
+    side = session.codec.size
     if (width, height) != (side, side):
         square, drawn = min(width, height), f"{side} x {side} pixels"
         taken = f"the middle square of {picture}, {square} of its {width} x {height} pixels"
@@ -206,7 +206,7 @@ def extend(
     option: Options = None,
 ) -> None:
     """Continue a picture, at its own size, beyond one of its sides."""
-    from openm6.images import open_image, save, seed_of_drawn
+    from openm6.core.images import open_image, save, seed_of_drawn
 
     place, asked = _checked(model, task, slots, picture)
     check_output(output, PICTURES)
@@ -214,10 +214,10 @@ def extend(
         check_output(output, CLEAR)
     options = decoding_options(option)
 
-    from openm6.bundle import Bundle
-    from openm6.editing import extend as extend_picture
+    from openm6.inference.edit import extend as extend_picture
+    from openm6.inference.session import Session
 
-    found = extend_picture(Bundle.load(place), task, picture, side, pixels, decoding=options, **asked)
+    found = extend_picture(Session.load(place), task, picture, side, pixels, decoding=options, **asked)
     output.parent.mkdir(parents=True, exist_ok=True)
     save(found, output)
     typer.echo(f"Seed: {seed_of_drawn(found)}.", err=True)
@@ -243,13 +243,13 @@ def measure(
         check_output(grid, PICTURES)
     options = decoding_options(option)
 
-    from openm6.bundle import Bundle
     from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_wishes
+    from openm6.inference.session import Session
 
-    bundle = Bundle.load(place)
-    judging = Judge(Bundle.load(of_judge), judge_task)
-    records, wanted = read_wishes(bundle, task, judging, data, limit)
-    rows, drawn = measure_drawing(bundle, task, judging, records, wanted, candidates, options)
+    session = Session.load(place)
+    judging = Judge(Session.load(of_judge), judge_task)
+    records, wanted = read_wishes(session, task, judging, data, limit)
+    rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, options)
     if grid:
         draw_sheet(drawn, grid)
     if json:
@@ -285,12 +285,12 @@ def batch(
     require_writable(output)
     columns, options = pairs(column or []), decoding_options(option)
 
-    from openm6.batch import make_batch
-    from openm6.bundle import Bundle
     from openm6.data.readers import with_options
+    from openm6.inference.session import Session
+    from openm6.studio.images import make_batch
 
     made = make_batch(
-        Bundle.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
+        Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
         data_format=with_options(data_format, encoding, names), truncate=truncate,
     )  # fmt: skip
     if json:
@@ -316,7 +316,7 @@ def labels(
     json: Json = False,
 ) -> None:
     """People's verdicts as a source to train on, labelled.jsonl, and how much they accept."""
-    from openm6.batch import write_labelled
+    from openm6.studio.images import write_labelled
 
     found = write_labelled(output, labels)
     if json:

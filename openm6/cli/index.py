@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
 from openm6.cli.output import (
     Column,
@@ -24,10 +24,10 @@ from openm6.cli.output import (
     table,
     write_rejects,
 )
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from openm6.bundle import Bundle
+    from openm6.inference.session import Session
     from openm6.retrieve import Index
 
 index = typer.Typer(help="Vectors of items, kept and found again.", no_args_is_help=True)
@@ -63,12 +63,12 @@ def build(
     place = check_inputs(model, [task, query_task], [data])
     columns = pairs(column or [])
 
-    from openm6.bundle import Bundle
     from openm6.data.readers import with_options
+    from openm6.inference.session import Session
     from openm6.retrieve.fill import create_for, types_given
     from openm6.retrieve.index import Index
 
-    bundle, data_format = Bundle.load(place), with_options(data_format, encoding, names)
+    session, data_format = Session.load(place), with_options(data_format, encoding, names)
     if (path / "index.json").is_file():
         made = Index.open(path)
         _require_same(
@@ -77,10 +77,10 @@ def build(
         )  # fmt: skip
     else:
         made = create_for(
-            path, bundle, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
+            path, session, task, data, query_task=query_task, id_column=id_column, keep=keep or [],
             columns=columns, dims=dims, data_format=data_format, images=images,
         )  # fmt: skip
-    _fill(made, bundle, data, data_format, images, True, truncate, json)
+    _fill(made, session, data, data_format, images, True, truncate, json)
 
 
 @index.command()
@@ -101,8 +101,8 @@ def add(
     from openm6.data.source import check_source
 
     check_source(data)
-    made, bundle = _open(path)
-    _fill(made, bundle, data, with_options(data_format, encoding, names), images, only_new, truncate, json)
+    made, session = _open(path)
+    _fill(made, session, data, with_options(data_format, encoding, names), images, only_new, truncate, json)
 
 
 @index.command()
@@ -139,8 +139,8 @@ def search(
 ) -> None:
     """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
     asked: dict[str, Any] = dict(pairs(slots))
-    made, bundle = _open(path)
-    vector = bundle.run(task or made.about["query_task"], decoding={"dims": made.dims}, truncate=truncate, **asked)
+    made, session = _open(path)
+    vector = session.run(task or made.about["query_task"], decoding={"dims": made.dims}, truncate=truncate, **asked)
     columns = list(made.about["columns"])
     hits = made.search(vector, k, where=where, columns=columns, exact=exact)[0]
     if json:
@@ -182,7 +182,7 @@ def show(path: Place, json: Json = False) -> None:
         table(["", ""], [[name, value] for name, value in told.items() if name != "versions"], str(path))
 
 
-def _open(path: Path) -> tuple[Index, Bundle]:
+def _open(path: Path) -> tuple[Index, Session]:
     from openm6.retrieve.index import Index
 
     made = Index.open(path)
@@ -190,9 +190,9 @@ def _open(path: Path) -> tuple[Index, Bundle]:
         raise UsageError(f"{path} does not say by which model its vectors were made: use openm6.retrieve.Index.")
     place = find(made.about["model"])
 
-    from openm6.bundle import Bundle
+    from openm6.inference.session import Session
 
-    return made, Bundle.load(place)
+    return made, Session.load(place)
 
 
 def _require_same(made: Index, columns: dict[str, str], dims: int | None, **asked: Any) -> None:
@@ -220,7 +220,7 @@ def _counted(ids: list[str], what: str) -> str:
 
 
 def _fill(
-    made: Index, bundle: Bundle, data: str, data_format: str | None, images: str | None, only_new: bool,
+    made: Index, session: Session, data: str, data_format: str | None, images: str | None, only_new: bool,
     truncate: str | None, json: bool,
 ) -> None:  # fmt: skip
     from rich.console import Console
@@ -235,7 +235,7 @@ def _fill(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task("items", total=len(open_source(data, data_format, images)))
         filled = add_source(
-            made, bundle, data, data_format=data_format, images=images, only_new=only_new,
+            made, session, data, data_format=data_format, images=images, only_new=only_new,
             on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append, truncate=truncate,
         )  # fmt: skip
     used = len(filled.new) + len(filled.replaced) + len(filled.passed_over)

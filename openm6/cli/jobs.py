@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Json, emit, table
 
 jobs = typer.Typer(help="Commands that wait for their turn and outlive this terminal.", no_args_is_help=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openm6.atomic import require_new
-from openm6.bases import base_of
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
 from openm6.cli.output import Json, emit, pairs, table
-from openm6.errors import UsageError
+from openm6.core.bases import base_of
+from openm6.core.errors import UsageError
+from openm6.core.files import require_new
 
 if TYPE_CHECKING:
     from openm6.hub.catalogue import Version
@@ -39,9 +39,9 @@ def import_(
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} is no checkpoint: it has no config.json.")
 
-    from openm6.convert import import_bundle
+    from openm6.compress.convert import import_model
 
-    _tell(output, import_bundle(path, output, image_embedder, num_codes, max_length).model.config, json)
+    _tell(output, import_model(path, output, image_embedder, num_codes, max_length).model.config, json)
 
 
 @models.command()
@@ -58,14 +58,14 @@ def merge(
     if base_of(place) is None:
         raise UsageError(f"{adapter} is no adapter: it has no adapter_config.json.")
 
-    from openm6.atomic import write_whole
-    from openm6.bundle import Bundle
+    from openm6.core.files import write_whole
+    from openm6.inference.session import Session
     from openm6.model.adapters import check_mergeable
 
     check_mergeable(place)
-    bundle = Bundle.load(place, "cpu", trainable=True)
-    write_whole(output, bundle.save)
-    _tell(output, bundle.model.config, json)
+    session = Session.load(place, "cpu", trainable=True)
+    write_whole(output, session.save)
+    _tell(output, session.model.config, json)
 
 
 @models.command()
@@ -82,9 +82,9 @@ def upcycle(
     require_new(output)
     place = find(model)
 
-    from openm6.convert import upcycle_bundle
+    from openm6.compress.convert import upcycle_model
 
-    made = upcycle_bundle(place, output, num_experts, experts_per_token, router, expert_interval)
+    made = upcycle_model(place, output, num_experts, experts_per_token, router, expert_interval)
     _tell(output, made.model.config, json)
 
 
@@ -109,9 +109,9 @@ def prune(
     require_new(output)
     place, columns = check_inputs(model, [task], [data]), pairs(column or [])
 
-    from openm6.convert import prune_bundle
+    from openm6.compress.convert import prune_model
 
-    made = prune_bundle(
+    made = prune_model(
         place, output, task, data, columns, records, layers=layers, key_value_heads=key_value_heads,
         width=width, experts=experts,
     )  # fmt: skip
@@ -129,9 +129,9 @@ def quantize(
     require_new(output)
     place = find(model)
 
-    from openm6.convert import quantize_bundle
+    from openm6.compress.convert import quantize_model
 
-    _tell(output, quantize_bundle(place, output, bits).model.config, json)
+    _tell(output, quantize_model(place, output, bits).model.config, json)
 
 
 @models.command()
@@ -170,11 +170,13 @@ def consolidate(
     from openm6.train.checkpoint import consolidate as write
 
     write(checkpoint, output)
-    _tell(output, ModelConfig.from_pretrained(output), json)
+    _tell(output, ModelConfig.load(output), json)
 
 
 def _tell(output: Path, config: ModelConfig, json: bool) -> None:
-    total = sum(config.count_parameters().values())
+    from openm6.model.count import count_parameters
+
+    total = sum(count_parameters(config).values())
     if json:
         emit({"model": str(output), "parameters": total, "vocab_size": config.vocab_size})
     else:
@@ -283,7 +285,7 @@ def fetch(
     name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
 ) -> None:
     """A model of the catalogue as a directory."""
-    from openm6.bases import changed_base
+    from openm6.core.bases import changed_base
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from openm6.environment import NO_CACHE
+from openm6.core.environment import NO_CACHE
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -125,7 +125,7 @@ def say_rejects(rejects: Rejects | None) -> None:
 def counted(total: int, what: str) -> Iterator[Callable[[int], None]]:
     """A function that takes how many are done and shows it with the time left: as a bar on a terminal, else as a line
     now and then. Both go to standard error."""
-    from openm6.review import progress
+    from openm6.studio.review import progress
 
     first = last = (0, time.monotonic())
 
@@ -148,7 +148,7 @@ def counted(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 def share(text: str, option: str) -> float:
     """`0.5%`, or `0.005`."""
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
 
     with suppress(ValueError):
         found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -159,7 +159,7 @@ def share(text: str, option: str) -> float:
 
 def pairs(values: list[str]) -> dict[str, str]:
     """`["a=b"]` to `{"a": "b"}`. Raises UsageError for another form, and for a name with two values."""
-    from openm6.errors import UsageError, set_once
+    from openm6.core.errors import UsageError, set_once
 
     found: dict[str, str] = {}
     for value in values:

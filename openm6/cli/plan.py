@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import refuse_idle
 from openm6.cli.output import Json, emit, pairs, table
 
 if TYPE_CHECKING:
     from openm6.model import ModelConfig
-    from openm6.train.footprint import Work
-    from openm6.train.hardware import Hardware
+    from openm6.plan.footprint import Work
+    from openm6.plan.hardware import Hardware
+    from openm6.plan.planner import Plan
     from openm6.train.offload import Offload
-    from openm6.train.planner import Plan
     from openm6.train.recipe import AnyRecipe
 
 
@@ -75,9 +75,9 @@ def plan(
     Of a recipe alone, how long it takes on this machine: `openm6 plan try_on`"""
     from dataclasses import replace
 
-    from openm6.errors import UsageError
-    from openm6.presets import find_preset
-    from openm6.train.hardware import hardware as known
+    from openm6.core.errors import UsageError
+    from openm6.model.presets import find_preset
+    from openm6.plan.hardware import hardware as known
     from openm6.train.recipe import load_recipe
 
     if not _is_recipe(preset):
@@ -103,9 +103,9 @@ def plan(
     figures = _changed(known(hardware), changes, machine or [])
 
     from openm6.model import ModelConfig
-    from openm6.train.footprint import Work
-    from openm6.train.planner import Fixed, make_plan
-    from openm6.train.steptime import Machine
+    from openm6.plan.footprint import Work
+    from openm6.plan.planner import Fixed, make_plan
+    from openm6.plan.steptime import Machine
 
     if not _is_recipe(preset):
         config = ModelConfig.preset(preset)
@@ -134,7 +134,7 @@ def plan(
 
 
 def _offload(text: str | None) -> Offload | None:
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
     from openm6.train.offload import Offload
 
     if text is None:
@@ -155,8 +155,8 @@ def _offload(text: str | None) -> Offload | None:
 
 def _is_recipe(name: str) -> bool:
     """A path, or the name of a recipe that comes with OpenM6; a name that is a size too is the size."""
-    from openm6.errors import UsageError
-    from openm6.presets import presets
+    from openm6.core.errors import UsageError
+    from openm6.model.presets import presets
     from openm6.train.recipe import find_recipe
 
     if name in presets() or Path(name).suffix in (".yaml", ".yml"):
@@ -196,10 +196,10 @@ def _time(recipe: AnyRecipe, json: bool) -> None:
 def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     """Sizes, work, optimizer and tokens of a recipe: every example is taken to fill a row, so that nothing is planned
     too small. Its vocabulary is the largest that its tokenizer can have."""
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.model.files import read_config
-    from openm6.train.footprint import Work
+    from openm6.plan.footprint import Work
     from openm6.train.recipe import Recipe
 
     if not isinstance(recipe, Recipe):
@@ -221,7 +221,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
 def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:
     from dataclasses import fields, replace
 
-    from openm6.errors import UsageError, suggest
+    from openm6.core.errors import UsageError, suggest
 
     names = [field.name for field in fields(hardware)]
     for name, value in pairs(more).items():
@@ -234,8 +234,8 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
 def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
     """A figure of the hardware in its unit: memories may be written 80GB, rates 25GB/s (`plain`: bytes a second that a
     rate without a unit counts)."""
-    from openm6.errors import UsageError
-    from openm6.train.hardware import size_of
+    from openm6.core.errors import UsageError
+    from openm6.core.units import size_of
 
     example = ""
     try:
@@ -255,7 +255,7 @@ def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
 
 
 def _checked(work: Work, config: ModelConfig) -> Work:
-    from openm6.errors import UsageError
+    from openm6.core.errors import UsageError
 
     if config.positions == "learned" and work.length > config.max_position_embeddings:
         raise UsageError(

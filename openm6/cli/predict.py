@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, check_output, find_task
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, counted, emit, pairs
 from openm6.cli.work import decoding_options
@@ -41,12 +41,12 @@ def predict(
     writer_for(output)
     check_output(output)
 
-    from openm6.bundle import Bundle
     from openm6.data.readers import with_options
     from openm6.evaluate.predict import Prediction
+    from openm6.inference.session import Session
 
     prediction = Prediction(
-        Bundle.load(place), task, data, output, columns=columns, images=images,
+        Session.load(place), task, data, output, columns=columns, images=images,
         data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
         all_probabilities=probabilities, truncate=truncate,
     )  # fmt: skip

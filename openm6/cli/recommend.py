@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Encoding, Format, Json, Names, NoCache, emit, pairs, say_rejects, table, write_rejects
 
 recommend = typer.Typer(help="What a customer may want next, from an index and past visits.", no_args_is_help=True)
@@ -36,7 +36,7 @@ def fit(
     json: Json = False,
 ) -> None:
     """Learn from visits what to put first: `openm6 recommend fit runs/next --index goods --visits visits.jsonl`"""
-    from openm6.atomic import require_new
+    from openm6.core.files import require_new
     from openm6.data.readers import with_options
     from openm6.data.rejects import Reject
     from openm6.data.source import open_source

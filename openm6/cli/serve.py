@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Json, emit, pairs, table
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -72,10 +72,10 @@ def serve(
     import uvicorn
 
     from openm6.serve.api import create_app
-    from openm6.serve.engine import Settings
-    from openm6.serve.fleet import Fleet, Place
+    from openm6.serve.fleet import Fleet
     from openm6.serve.listen import Connection, bind
     from openm6.serve.server import Options
+    from openm6.serve.settings import Place, Settings
     from openm6.serve.stopping import LingeringServer
     from openm6.serve.traces import add_traces
 
@@ -97,7 +97,9 @@ def serve(
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
     application = create_app(fleet, options, places, [tell, *beside])
     if traces:
-        add_traces(application, application.state.server)
+        answers = application.state.server
+        answers.span, end = add_traces(application)
+        answers.at_end.append(end)
     has_console = console and _mount(application, batches)
     # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -116,7 +118,7 @@ async def work_beside(at_once: int) -> None:
     """The queue of jobs, worked at for as long as the server runs; what it has started outlives it."""
     import asyncio
 
-    from openm6.errors import OpenM6Error
+    from openm6.core.errors import OpenM6Error
     from openm6.hub.jobs import Jobs
 
     every = Jobs()
@@ -140,7 +142,7 @@ def _mount(application: FastAPI, batches: Path) -> bool:
 
 def check_reach(host: str, keys: Path | None) -> None:
     """Raises UsageError where others could ask without a key."""
-    from openm6.sites import LOOPBACK
+    from openm6.core.origins import LOOPBACK
 
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.output import Json, emit, table
 
 tasks = typer.Typer(help="What the model can be asked.", invoke_without_command=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, PICTURES, check_inputs, check_output, check_slots, find_task
 from openm6.cli.output import Json, Truncate, emit, pairs
 from openm6.cli.work import decoding_options
@@ -35,33 +35,33 @@ def run(
     if chosen.draws:
         check_output(output, PICTURES)
 
-    from openm6.bundle import SHOTS, TRUNCATE, Bundle
+    from openm6.core.images import save, seed_of_drawn
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
-    from openm6.decode.labels import closed_labels
-    from openm6.images import save, seed_of_drawn
+    from openm6.inference.labels import closed_labels
+    from openm6.inference.session import SHOTS, TRUNCATE, Session
 
-    bundle = Bundle.load(place)
+    session = Session.load(place)
     shown: list[Any] = []
     if examples:
         records = open_source(examples)
-        shown = [SlotView.of(bundle.task(task), records)(record) for record in records]
-    answer, beside = bundle.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
-    if bundle.task(task).draws:
+        shown = [SlotView.of(session.task(task), records)(record) for record in records]
+    answer, beside = session.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
+    if session.task(task).draws:
         output.parent.mkdir(parents=True, exist_ok=True)
         save(answer, output)
         beside = {"seed": seed_of_drawn(answer)}
         typer.echo(f"Seed: {beside['seed']}.", err=True)
         answer = str(output)
-    elif bundle.task(task).embeds:
+    elif session.task(task).embeds:
         answer = [round(float(number), 6) for number in answer]
     if json:
-        told = {"task": task, "answer": answer, "trained": bundle.is_trained_on(bundle.task(task)), **beside}
+        told = {"task": task, "answer": answer, "trained": session.is_trained_on(session.task(task)), **beside}
         record = {**asked, SHOTS: shown, TRUNCATE: truncate}
         if truncate:
-            told["truncated"] = bundle.prompt(bundle.task(task), record, decoding).cut
-        if closed_labels(bundle.task(task)):
-            found = next(bundle.label_probabilities(task, [record]))
+            told["truncated"] = session.prompt(session.task(task), record, decoding).cut
+        if closed_labels(session.task(task)):
+            found = next(session.label_probabilities(task, [record]))
             told["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
         emit(told)
     elif isinstance(answer, dict):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openm6.atomic import require_writable
-from openm6.cli import app
+from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
 from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.core.files import require_writable
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -178,23 +178,23 @@ def evaluate(
     if report:
         require_writable(report)
 
-    from openm6.bundle import Bundle
     from openm6.data.readers import with_options
     from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_report
+    from openm6.inference.session import Session
 
-    bundle = Bundle.load(place)
+    session = Session.load(place)
     data_format = with_options(data_format, encoding, names)
     if chosen.embeds:
         dims: Any = options.get("dims")  # checked where vectors are cut
         result = measure_retrieval(
-            bundle, task, against or task, data, columns, others, same or [],
+            session, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives, truncate,
         )  # fmt: skip
     else:
         result = measure(
-            bundle, task, data, columns, data_format, images, limit, options, shots=shots,
+            session, task, data, columns, data_format, images, limit, options, shots=shots,
             shots_from=shots_from, metrics=metric or (), truncate=truncate,
         )  # fmt: skip
     if output:

@@ -21,7 +21,7 @@ from typing import NoReturn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.server import Server
 
 
@@ -80,7 +80,7 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
 
     from openm6.console.desk import Desk
     from openm6.console.site import HEAD, ICON, STYLE, build, theme
-    from openm6.images import MAX_PIXELS
+    from openm6.core.images import MAX_PIXELS
 
     # Gradio opens what is uploaded by itself: no larger than what the API takes.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS

@@ -105,8 +105,8 @@ def _look(desk: Desk, version: Version) -> list[Any]:
 
 
 def _picture(value: bytes) -> Any:
-    from openm6.errors import DataError
-    from openm6.images import open_image
+    from openm6.core.errors import DataError
+    from openm6.core.images import open_image
 
     try:
         return open_image(value)

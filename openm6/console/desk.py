@@ -18,10 +18,10 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from openm6.editing import Cut
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
+from openm6.inference.edit import Cut
 from openm6.serve.edits import put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.keys import MANAGE, Key

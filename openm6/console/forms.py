@@ -13,9 +13,9 @@ import gradio as gr
 from PIL import Image, ImageDraw
 
 from openm6.console.desk import Desk, note, plain, shortened
-from openm6.errors import DataError
-from openm6.images import open_image
-from openm6.json_lines import lines_of
+from openm6.core.errors import DataError
+from openm6.core.files import lines_of
+from openm6.core.images import open_image
 from openm6.serve.server import TaskRequest
 
 Told = Mapping[str, Any]

@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.batch import write_labelled
 from openm6.console.desk import Desk, first_step, note, plain
-from openm6.copywriting import write_labelled_copy
-from openm6.images import open_image
-from openm6.review import SETTINGS, Verdict, as_line, rows_of, settings_of, verdicts_of, write
+from openm6.core.images import open_image
+from openm6.studio.copy import write_labelled_copy
+from openm6.studio.images import write_labelled
+from openm6.studio.review import SETTINGS, Verdict, as_line, rows_of, settings_of, verdicts_of, write
 
 LABELS = "labels.jsonl"
 DEPTH = 3

@@ -1,1 +1,2 @@
-"""Data: readers of the usual formats, sources with random access, the demo data, and the loader that mixes them."""
+"""Data sets: readers and writers, columns, sources with random access and a cache, rejected records, the loader that
+mixes sources."""

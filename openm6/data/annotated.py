@@ -12,14 +12,14 @@ from typing import Any
 
 from PIL import Image
 
+from openm6.core.errors import DataError, cut
+from openm6.core.files import Fault, fault_of
+from openm6.core.images import from_base64, held_picture
 from openm6.data.files import is_folder, is_remote, list_folder, open_file
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 from openm6.data.tables import load_json, read_jsonl, read_tsv
 from openm6.data.text import numbered_lines
-from openm6.errors import DataError, cut
-from openm6.images import from_base64, held_picture
-from openm6.json_lines import Fault, fault_of
 
 
 def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:

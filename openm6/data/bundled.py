@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from openm6.core.errors import DataError
+from openm6.core.files import fault_of, parse
+from openm6.core.images import MAX_BYTES, PICTURES, held_picture
 from openm6.data.files import absolute, is_clutter, list_folder, open_file
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 from openm6.data.tables import read_csv, read_jsonl
-from openm6.errors import DataError
-from openm6.images import MAX_BYTES, PICTURES, held_picture
-from openm6.json_lines import fault_of, parse
 
 
 def plain_picture(value: Any) -> Any:

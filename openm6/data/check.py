@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from openm6.core.errors import DataError, cut
+from openm6.core.images import open_image
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
-from openm6.errors import DataError, cut
-from openm6.images import open_image
 from openm6.tasks.preview import plain_processor, preview
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES

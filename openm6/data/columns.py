@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.images import PICTURES
 from openm6.data.files import is_remote, join, read_file
 from openm6.data.store import Record, Records
-from openm6.errors import DataError, UsageError, cut, suggest
-from openm6.images import PICTURES
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:

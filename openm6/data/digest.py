@@ -15,9 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_json
+from openm6.core.files import dumps, plain, write_json
 from openm6.data.store import Record
-from openm6.json_lines import dumps, plain
 
 END = 4096
 """Bytes at either end of a picture's file that count."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from openm6.errors import DataError, UsageError, suggest_path
+from openm6.core.errors import DataError, UsageError, suggest_path
 
 ATTEMPTS = 3
 _WAIT = 0.2  # seconds before the second attempt, four times that before the third

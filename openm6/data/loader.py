@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openm6.core.errors import DataError, UsageError
+from openm6.core.sequence import Sequence
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record, Records
-from openm6.errors import DataError, UsageError
-from openm6.sequence import Sequence
 from openm6.tasks.corrupt import noised
 
 if TYPE_CHECKING:

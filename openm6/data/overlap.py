@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from openm6.core.files import plain
 from openm6.data.columns import SlotView, picture_path
 from openm6.data.files import is_remote
 from openm6.data.store import Record
-from openm6.json_lines import plain
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from openm6.core.errors import DataError, UsageError
 from openm6.data.bundled import plain_picture, rows_of
 from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
 from openm6.data.store import Record, locate
-from openm6.errors import DataError, UsageError
 
 WINDOW_ROWS = 4096
 """Rows that are mixed with each other, at most (fewer where they are large)."""

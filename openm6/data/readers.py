@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from openm6.core.errors import DataError, UsageError, suggest
 from openm6.data import annotated, bundled, sheets, tables
 from openm6.data.bundled import plain_picture
 from openm6.data.files import absolute, expand, folder_of, is_folder, list_folder
 from openm6.data.rejects import OnReject
 from openm6.data.store import HIDDEN, Record
-from openm6.errors import DataError, UsageError, suggest
 
 Reader = Callable[..., Iterator[Record]]
 """(path, images_root, on_reject, **options of `_OPTIONS`)"""

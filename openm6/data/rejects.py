@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from openm6.atomic import cut_torn_line, whole_lines
-from openm6.errors import DataError
-from openm6.json_lines import dumps
+from openm6.core.errors import DataError
+from openm6.core.files import cut_torn_line, dumps, whole_lines
 
 
 @dataclass(frozen=True, slots=True)

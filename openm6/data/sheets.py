@@ -8,10 +8,10 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+from openm6.core.errors import DataError, cut
 from openm6.data.files import read_file
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
-from openm6.errors import DataError, cut
 
 MAX_UNPACKED = 512 * 2**20
 """Bytes that a workbook may have when it is unpacked: a small file can hold gigabytes of zeros."""

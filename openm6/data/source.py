@@ -5,22 +5,22 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
-from urllib.parse import parse_qsl
 
+from openm6.core.environment import NO_CACHE
+from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.files import dumps, lines_of
 from openm6.data.digest import content_hash, json_hash
 from openm6.data.files import expand, fingerprint, is_remote
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects, place_of
 from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
-from openm6.environment import NO_CACHE
-from openm6.errors import DataError, UsageError, suggest
-from openm6.json_lines import dumps, lines_of
 
 _CACHE_VERSION = 3  # raised when the same files are read as other records
 
@@ -99,21 +99,20 @@ def open_source(
     """Open data by its name.
 
     `demo:catalogue/train`, `demo:questions/test` (options: `?pictures=500&seed=1`), `market:copy/train`
-    (`?records=500`), `scenes/train`, `shop:visits/train`, `tryon/test` and the others of `_BUILT_IN`, or a path, URL or
-    glob in a format of
-    `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`, else ~/.cache/openm6) and again only
-    when they change. With `stream` a Parquet source is read in passing and never copied.
+    (`?records=500`), `scenes/train`, `shop:visits/train`, `tryon/test` and others that have an entry point (`SOURCES`),
+    or a path, URL or glob in a format of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`,
+    else ~/.cache/openm6) and again only when they change. With `stream` a Parquet source is read in passing and never
+    copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
     Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
     """
     name = str(spec)
-    if added := ADDED.get(name.partition(":")[0]):
-        return Source(name, added(name), limit=limit)
-    if kind := _kind(name):
+    if entry := _entry_of(name):
         if stream:
             raise UsageError(f"{name} is not streamed: stream is for Parquet files.")
-        return Source(name, _built_in(kind, name), limit=limit, stamp=name)
+        source: Source = entry.load()(name, limit)
+        return source
     if stream:
         from openm6.data.parquet import ParquetRows
 
@@ -134,9 +133,9 @@ def open_source(
 def check_source(name: str) -> None:
     """Raises what `open_source` would for built-in data that do not exist and for files that are not there. No file is
     read."""
-    if _kind(name):
+    if _entry_of(name):
         open_source(name)
-    elif not is_remote(name) and name.partition(":")[0] not in ADDED:
+    elif not is_remote(name):
         _files(name)
 
 
@@ -146,52 +145,20 @@ def _files(name: str) -> list[str]:
         return expand(name)
     except DataError as error:
         kind, colon, _ = name.partition(":")
-        raise DataError(f"{error}{suggest(kind, list(_BUILT_IN)) if colon else ''}") from None
+        raise DataError(f"{error}{suggest(kind, sorted(entry_points(group=SOURCES).names)) if colon else ''}") from None
 
 
-_BUILT_IN: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "demo": ("catalogue", "open_catalogue", ("seed", "pictures", "without")),
-    "digits": ("digits", "open_digits", ()),
-    "edits": ("edits", "open_edits", ("seed", "pictures")),
-    "logos": ("logos", "open_logos", ("seed", "pictures", "side")),
-    "market": ("market", "open_market", ("seed", "records")),
-    "pets": ("pets", "open_pets", ("seed", "pictures")),
-    "scenes": ("scenes", "open_scenes", ("seed", "pictures")),
-    "shop": ("shop", "open_shop", ("seed", "records")),
-    "tryon": ("figures", "open_figures", ("seed", "pictures")),
-    "writing": ("writing", "open_writing", ("seed", "records")),
-}
-"""What is made on the spot: module of this package, function, options. Those in `_WITH_VIEWS` have parts."""
-
-ADDED: dict[str, Callable[[str], Records]] = {}
-"""By the word before the colon: what floors above this one open (`kept:...`, train/cascade.py)."""
-
-_WITH_VIEWS = ("demo", "market", "shop")
+SOURCES = "openm6.sources"
+"""Entry points of packages that open data by a name of their own (`demo:...`, `pets/...`): a function of the whole
+name and of `limit` that returns a Source."""
 
 
-def _kind(name: str) -> str | None:
-    """Which of the built-in data a name means, if any: `demo:VIEW/SPLIT` or `pets/SPLIT`, each with `?option=value`."""
-    place = name.partition("?")[0]
-    kind = place.partition(":")[0] if ":" in place else place.partition("/")[0]
-    if kind not in _BUILT_IN or (":" in place) != (kind in _WITH_VIEWS) or (":" not in place and Path(name).exists()):
+def _entry_of(name: str) -> EntryPoint | None:
+    """The entry point that opens `WORD:...`, or `WORD/...` where there is no such file; None for any other name."""
+    word = re.match(r"(\w+)[:/]", name)
+    if not word or (name[word.end(1)] == "/" and Path(name.partition("?")[0]).exists()):
         return None
-    return kind
-
-
-def _built_in(kind: str, name: str) -> Records:
-    place, _, query = name.partition("?")
-    module, function, known = _BUILT_IN[kind]
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if unknown := ", ".join(options.keys() - set(known)):
-        raise UsageError(f"{name}: unknown option {unknown}; {kind} knows {', '.join(known) or 'none'}.")
-    if any(not (value.isascii() and value.isdigit()) for value in options.values()):
-        raise UsageError(f"{name}: {', '.join(options)} have to be whole numbers, not negative.")
-    numbers = {key: int(value) for key, value in options.items()}
-    chosen = {key: value for key, value in numbers.items() if value or key == "seed"}  # 0 pictures: as many as usual
-    view, _, split = place.removeprefix(kind).lstrip(":").partition("/")
-    views = (view,) if kind in _WITH_VIEWS else ()
-    records: Records = getattr(import_module(f"openm6.data.{module}"), function)(*views, split or "train", **chosen)
-    return records
+    return next(iter(entry_points(group=SOURCES, name=word[1])), None)
 
 
 def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[ArrowRecords, tuple[Reject, ...]]:

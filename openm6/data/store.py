@@ -19,10 +19,9 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from openm6.atomic import publish
-from openm6.environment import CACHE
-from openm6.errors import DataError, UsageError, suggest
-from openm6.json_lines import loads, plain
+from openm6.core.environment import CACHE
+from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.files import loads, plain, publish
 
 Record = dict[str, Any]
 Made = TypeVar("Made")

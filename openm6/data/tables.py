@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from openm6.core.errors import DataError, cut
+from openm6.core.files import fault_of, parse
+from openm6.core.images import held_picture
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 from openm6.data.text import is_text, numbered_lines, read_text
-from openm6.errors import DataError, cut
-from openm6.images import held_picture
-from openm6.json_lines import fault_of, parse
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, cast
 
+from openm6.core.errors import DataError, UsageError
 from openm6.data.files import open_file, read_file
 from openm6.data.rejects import OnReject, Reject
-from openm6.errors import DataError, UsageError
 
 TORN = (EOFError, zlib.error, gzip.BadGzipFile)
 """What reading a .gz file that is cut off or damaged raises."""

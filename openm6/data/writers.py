@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import UsageError
-from openm6.json_lines import dumps, plain
+from openm6.core.errors import UsageError
+from openm6.core.files import dumps, plain
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
 Writer = Callable[[Path, Sequence[str], Rows], None]

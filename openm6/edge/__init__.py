@@ -1,1 +1,2 @@
-"""Models without PyTorch: written as ONNX (package.py), answering by ONNX Runtime (runner.py)."""
+"""Models without PyTorch: exported as ONNX (package.py), run by ONNX Runtime (runner.py); edge devices that defer to a
+server what they are not sure of."""

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from openm6.edge.box import Box, Settings
+from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.images import as_file, open_image
+from openm6.edge.box import Box
 from openm6.edge.check import Finding, check_cloud
 from openm6.edge.cloud import CHOSEN, Failed
-from openm6.edge.kept import ALL, FEATURES, NOTHING, Kept, StoreError, is_empty
+from openm6.edge.kept import Kept, StoreError, is_empty
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
+from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
 from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, calibrations, confidence_of
-from openm6.errors import DataError, OpenM6Error, UsageError
-from openm6.images import as_file, open_image
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task

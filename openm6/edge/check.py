@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from openm6._version import __version__
+from openm6.core.errors import OpenM6Error
 from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import CHOSEN, Cloud, Failed
-from openm6.edge.kept import FEATURES, NOTHING, STORE, InterruptedWriteError, open_kept
+from openm6.edge.kept import STORE, InterruptedWriteError, open_kept
 from openm6.edge.opening import check_set_aside, store_summary
 from openm6.edge.runner import EdgeModel, Eyes
+from openm6.edge.settings import FEATURES, NOTHING
 from openm6.edge.sureness import Sureness, calibrations
-from openm6.errors import OpenM6Error
 
 CLOCK_MINUTES = 5
 """By which the clocks of box and cloud may differ."""

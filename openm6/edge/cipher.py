@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 
 class Cipher:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.model import M6
 from openm6.model.attention import Attention, rotary_angles, rotate
 from openm6.model.block import Block

@@ -24,16 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.files import dumps, loads, plain
 from openm6.edge.cipher import Cipher
-from openm6.errors import OpenM6Error, UsageError
-from openm6.json_lines import dumps, loads, plain
+from openm6.edge.settings import ALL, FEATURES, MODES, NOTHING
 
 if TYPE_CHECKING:
-    from openm6.edge.box import Settings
+    from openm6.edge.settings import Settings
 
 log = logging.getLogger("openm6.edge")
-ALL, FEATURES, NOTHING = "all", "features", "nothing"
-MODES = (ALL, FEATURES, NOTHING)
 HELD_OUT = 5
 """Of what is kept, one in so many is held out of learning, to measure on."""
 STORE = "kept.sqlite"

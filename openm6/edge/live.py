@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from threading import RLock
 from typing import Any
 
-from openm6.edge.box import EYES, FILE, Box, Settings, read_content, settings_in, values_in
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.edge.box import EYES, FILE, Box, read_content
 from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import FEATURES, Kept
+from openm6.edge.kept import Kept
 from openm6.edge.opening import open_store
 from openm6.edge.runner import Eyes
-from openm6.errors import OpenM6Error, UsageError
+from openm6.edge.settings import FEATURES, Settings, settings_in, values_in
 
 RETRY = 1.0
 """Seconds after which it is tried again to take up a box.toml that could not be."""

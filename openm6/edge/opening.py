@@ -11,20 +11,8 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from openm6.edge.box import Settings
-from openm6.edge.kept import (
-    ALL,
-    ENCRYPTED,
-    MODES,
-    NOTHING,
-    STORE,
-    Kept,
-    StoreError,
-    open_kept,
-    parts,
-    promise,
-    set_aside,
-)
+from openm6.edge.kept import ENCRYPTED, STORE, Kept, StoreError, open_kept, parts, promise, set_aside
+from openm6.edge.settings import ALL, MODES, NOTHING, Settings
 
 log = logging.getLogger("openm6.edge")
 

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 
 import openm6
-from openm6.atomic import require_new, write_json, write_whole
-from openm6.bases import base_of
-from openm6.bundle import Bundle
+from openm6.core.bases import base_of
+from openm6.core.errors import UsageError
+from openm6.core.files import require_new, write_json, write_whole
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
 from openm6.edge.runner import FORMAT, KIND, about_of, check_files, digest_of, file_digest
-from openm6.errors import UsageError
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.adapters import check_mergeable
+from openm6.model.count import count_parameters
 from openm6.model.files import eyes_of, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
@@ -42,13 +43,13 @@ BITS = (8, 4)
 PARTS = (
     "__init__.py",
     "_version.py",
-    "errors.py",
-    "atomic.py",
-    "json_lines.py",
-    "images.py",
-    "sequence.py",
-    "sites.py",
-    "tokenizer.py",
+    "core/__init__.py",
+    "core/errors.py",
+    "core/files.py",
+    "core/images.py",
+    "core/origins.py",
+    "core/sequence.py",
+    "core/tokenizer.py",
     "tasks",
 )
 """Of this package, what the program needs besides `edge`."""
@@ -62,6 +63,7 @@ PROGRAM = (
     "opening.py",
     "check.py",
     "box.py",
+    "settings.py",
     "cloud.py",
     "live.py",
     "cascade.py",
@@ -95,20 +97,20 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     except ImportError as error:
         raise UsageError(f"An export needs {error.name}: pip install -e '.[edge]' in a clone.") from None
     check_mergeable(path)
-    bundle = Bundle.load(path, "cpu", trainable=True)
-    bundle.model.eval()
-    tasks = [task for task in bundle.tasks.values() if able(task)]
+    session = Session.load(path, "cpu", trainable=True)
+    session.model.eval()
+    tasks = [task for task in session.tasks.values() if able(task)]
     if not tasks:
-        raise UsageError(f"No task of {path} can be done by a package: {', '.join(bundle.tasks) or 'it has none'}.")
-    told = _told(bundle, path, bits)
+        raise UsageError(f"No task of {path} can be done by a package: {', '.join(session.tasks) or 'it has none'}.")
+    told = _told(session, path, bits)
 
     def write(folder: Path) -> None:
-        _write_graphs(bundle, folder)
+        _write_graphs(session, folder)
         told["graph_bytes"] = {"32": _graph_bytes(folder)}
         if bits:
             told["graph_bytes"] |= _round(folder, bits)
-        bundle.processor.tokenizer.save(folder)
-        write_card(folder, bundle.processor, tasks)
+        session.processor.tokenizer.save(folder)
+        write_card(folder, session.processor, tasks)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
         _write_about(folder, "edge.json", told)
@@ -194,11 +196,11 @@ def _write_eyes(model: M6, folder: Path) -> None:
     _export(Eyes(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
 
 
-def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
-    config = bundle.model.config
+def _told(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
+    config = session.model.config
     return {
         "kind": KIND, "version": openm6.__version__, "bits": bits,
-        "parameters": sum(config.count_parameters().values()), "layers": config.num_hidden_layers,
+        "parameters": sum(count_parameters(config).values()), "layers": config.num_hidden_layers,
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
@@ -207,8 +209,8 @@ def _told(bundle: Bundle, path: Path, bits: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_graphs(bundle: Bundle, folder: Path) -> None:
-    model = bundle.model
+def _write_graphs(session: Session, folder: Path) -> None:
+    model = session.model
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
     names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
@@ -277,6 +279,7 @@ def write_program(file: Path) -> None:
             if (source / name).is_dir():
                 copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__"))
             else:
+                (inside / name).parent.mkdir(exist_ok=True)
                 copyfile(source / name, inside / name)
         for name in PROGRAM:
             copyfile(source / "edge" / name, inside / "edge" / name)

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import OpenM6Error, UsageError, set_once
-from openm6.json_lines import dumps, plain
+from openm6.core.errors import OpenM6Error, UsageError, set_once
+from openm6.core.files import dumps, plain
 from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:

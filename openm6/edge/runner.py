@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import ContextLengthError, OpenM6Error, UsageError, suggest
-from openm6.images import Features, ImageGrid, check_features
-from openm6.sequence import Banned, Sequence, allowed_after
+from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError, suggest
+from openm6.core.images import Features, ImageGrid, check_features
+from openm6.core.sequence import Banned, Sequence, allowed_after
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.card import read_card
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 
 KIND = "openm6-edge"
 FORMAT = 2

@@ -30,14 +30,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from openm6.core.errors import DataError, OpenM6Error, UsageError, cut, suggest
+from openm6.core.files import dumps, plain
+from openm6.core.images import MAX_BYTES, Features, from_base64
+from openm6.core.origins import LOOPBACK, from_another_site, from_here
 from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import Failed, is_sendable
 from openm6.edge.opening import store_summary
 from openm6.edge.status import SERVING, ServiceLock
-from openm6.errors import DataError, OpenM6Error, UsageError, cut, suggest
-from openm6.images import MAX_BYTES, Features, from_base64
-from openm6.json_lines import dumps, plain
-from openm6.sites import LOOPBACK, from_another_site, from_here
 
 LOG, LOG_BYTES, LOGS = "box.log", 2**20, 5
 """File of the log, its size before it is rotated, and how many older ones are kept."""

@@ -16,11 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_json
-from openm6.edge.box import FILE, Box, Settings
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.files import write_json
+from openm6.edge.box import FILE, Box
 from openm6.edge.opening import store_summary
+from openm6.edge.settings import Settings
 from openm6.edge.sureness import calibrations
-from openm6.errors import OpenM6Error, UsageError
 
 SERVING = "serving.json"
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import OpenM6Error
-from openm6.json_lines import plain
+from openm6.core.errors import OpenM6Error
+from openm6.core.files import plain
 
 PARTS = 16
 WINDOW = 2000

@@ -1,4 +1,4 @@
-"""Measuring a model on data: the tasks' metrics with confidence intervals, and reports to look at."""
+"""Evaluation: answers scored on data with confidence intervals, reports, tables answered row by row."""
 
 from openm6.evaluate.measure import Evaluation, evaluate
 

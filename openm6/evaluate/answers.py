@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_failed, write_file
+from openm6.core.files import write_failed, write_file
 from openm6.data.writers import write_jsonl
 from openm6.evaluate.measure import Evaluation
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import SHOTS, Bundle
+from openm6.core.errors import DataError, UsageError
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Reject
 from openm6.data.source import open_source
-from openm6.errors import DataError, UsageError
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
+from openm6.inference.session import SHOTS, Session
 from openm6.tasks.task import Task
 
 
 def measure(
-    bundle: Bundle,
+    session: Session,
     task: str | Task,
     data: str,
     columns: Mapping[str, str] | None = None,
@@ -42,7 +42,7 @@ def measure(
     `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
     `shots` records of the source `shots_from`, with their answers.
     """
-    chosen = bundle.task(task)
+    chosen = session.task(task)
     records = open_source(data, data_format, images)
     view = SlotView.of(chosen, records, columns or {})
     told = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
@@ -63,7 +63,7 @@ def measure(
                     yield Reject(str(row.get("_where", "")), str(error))
 
     return evaluate(
-        bundle, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
+        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
     )
 
 
@@ -82,7 +82,7 @@ def _shots(
 
 
 def measure_retrieval(
-    bundle: Bundle,
+    session: Session,
     task: str,
     against: str,
     data: str,
@@ -102,7 +102,7 @@ def measure_retrieval(
     the record's own `negatives` alone.
     """
     records = open_source(data, data_format, images, limit=limit)
-    first, second = bundle.task(task), bundle.task(against)
+    first, second = session.task(task), session.task(against)
     views = SlotView.of(first, records, columns or {}), SlotView.of(second, records, against_columns or {})
     groups = ["|".join(str(record.get(name)) for name in same) for record in records] if same else None
     others = None
@@ -110,6 +110,6 @@ def measure_retrieval(
         rooted = ([{"_root": r.get("_root", ""), **one} for one in r.get("negatives") or ()] for r in records)
         others = [[views[1](one) for one in some] for some in rooted]
     return evaluate_retrieval(
-        bundle, first, second, [views[0](r) for r in records], [views[1](r) for r in records], groups, data, dims=dims,
+        session, first, second, [views[0](r) for r in records], [views[1](r) for r in records], groups, data, dims=dims,
         others=others, truncate=truncate,
     )  # fmt: skip

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
-from openm6.data.catalogue import open_catalogue, same_attributes
-from openm6.data.draw import COLOURS
+from openm6.core.images import open_image
 from openm6.data.store import iterate
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_report
-from openm6.images import open_image
+from openm6.inference.session import Session
 from openm6.tasks.metrics import Values, accuracy, bootstrap
+from openm6.worlds.catalogue import open_catalogue, same_attributes
+from openm6.worlds.draw import COLOURS
 
 Chosen = Callable[[Case], bool]
 
@@ -37,11 +37,11 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
 
     Returns {"figures": [{name, value, low, high, n}, ...], "report": path}.
     """
-    bundle = Bundle.load(model)
-    asked = measure(bundle, "vqa", "demo:questions/test")
-    told = measure(bundle, "caption", "demo:catalogue/test")
-    digits = measure(bundle, "vqa", "digits/test")
-    filled = measure(bundle, "infilling", "demo:texts/test", limit=500)
+    session = Session.load(model)
+    asked = measure(session, "vqa", "demo:questions/test")
+    told = measure(session, "caption", "demo:catalogue/test")
+    digits = measure(session, "vqa", "digits/test")
+    filled = measure(session, "infilling", "demo:texts/test", limit=500)
     right = accuracy([c.answer for c in asked.cases], [c.references for c in asked.cases])
     described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in told.cases])
 
@@ -60,7 +60,7 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
         _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
         _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
-        _shares("gap in a sentence filled, the rest kept", gaps_filled(bundle)),
+        _shares("gap in a sentence filled, the rest kept", gaps_filled(session)),
     ]
     folder = output / "report"
     page = write_report(
@@ -80,13 +80,13 @@ def _answers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     return [c.answer for c in evaluation.cases], [c.references for c in evaluation.cases]
 
 
-def gaps_filled(bundle: Bundle, limit: int = 500) -> list[float]:
+def gaps_filled(session: Session, limit: int = 500) -> list[float]:
     """For sentences about held-out goods with the colour left out: 1 where the answer has a colour there and all else
     as it was given, else 0."""
     colour = re.compile("|".join(name + "色" for name in COLOURS))
     sentences = [r["text"] for r in iterate(open_catalogue("texts", "test")) if r["kind"] == "sentence"][:limit]
     parts = [(t[: m.start()], t[m.end() :]) for t in sentences if (m := colour.search(t))]
-    answers = bundle.run_many("infilling", ({"text": f"{before}____{after}"} for before, after in parts))
+    answers = session.run_many("infilling", ({"text": f"{before}____{after}"} for before, after in parts))
     return [
         float(re.fullmatch(re.escape(before) + f"({colour.pattern})" + re.escape(after), answer) is not None)
         for (before, after), answer in zip(parts, answers, strict=True)

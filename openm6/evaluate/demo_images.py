@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import write_whole
-from openm6.bundle import Bundle
-from openm6.data.catalogue import HELD_OUT
-from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw_picture
-from openm6.data.phrases import captions
+from openm6.core.files import dumps, write_whole
+from openm6.core.images import read_square
 from openm6.data.source import open_source
-from openm6.editing import edit
 from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
 from openm6.evaluate.report import markdown_table, write_pictures
-from openm6.images import read_square
-from openm6.json_lines import dumps
+from openm6.inference.edit import edit
+from openm6.inference.session import Session
+from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Placed, draw_picture
+from openm6.worlds.phrases import captions
+from openm6.worlds.pictured import HELD_OUT
 
 TASK = "text_to_image"
 DATA = "demo:studio/test"
@@ -42,13 +41,13 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
     """
     if target.is_dir():
         return target / "own.jsonl"
-    bundle = Bundle.load(model)
+    session = Session.load(model)
     source = open_source(data)
     texts = [str(_first(source[i]["caption"], i)) for i in range(min(count, len(source)))]
 
     def lines() -> Iterator[str]:
         wishes = ({"caption": text} for text in texts)
-        drawn = bundle.draw_many(TASK, wishes, candidates=EACH, decoding={"seed": 1})
+        drawn = session.draw_many(TASK, wishes, candidates=EACH, decoding={"seed": 1})
         for text, some in zip(texts, drawn, strict=True):
             worst, *_, best = sorted(range(EACH), key=lambda number: some[number].estimates["reading"])
             for number, one in enumerate(some):
@@ -70,27 +69,27 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     Returns {"rows": {"real": {measure: value}, "reconstructed": ..., "drawn": ..., "best of 8": ...}, "edits": what
     `measure_edits` gives, "controls": what `measure_controls` gives, "report": path}.
     """
-    bundle, judging = Bundle.load(model), Judge(Bundle.load(judge))
-    records, wanted = read_wishes(bundle, TASK, judging, DATA, ASKED)
+    session, judging = Session.load(model), Judge(Session.load(judge))
+    records, wanted = read_wishes(session, TASK, judging, DATA, ASKED)
     others = {"8 passes": {"passes": 8}}
-    rows, best = measure_drawing(bundle, TASK, judging, records, wanted, CANDIDATES, others=others)
+    rows, best = measure_drawing(session, TASK, judging, records, wanted, CANDIDATES, others=others)
     folder = output / "report"
     draw_sheet(best, folder / "pictures" / "drawn.png")
     texts = [str(record["caption"]) for record in records]
     shown = list(islice(zip(texts, best, strict=True), 24))
-    edits = measure_edits(bundle, judging)
+    edits = measure_edits(session, judging)
     told = (
         f"{EDITS} edits, each of one attribute: kept pixels as they were in {edits['kept']:.1%}, the attribute changed "
         f"in {edits['changed']:.1%} (category {edits['category']:.1%}, colour {edits['colour']:.1%}, pattern "
         f"{edits['pattern']:.1%})."
     )
-    controls = measure_controls(bundle, judging)
+    controls = measure_controls(session, judging)
     intro = f"{_INTRO}\n\n{told}\n\n{_told_controls(controls)}"
     page = write_pictures(folder, "Drawn by OpenM6", intro, rows, shown)
     return {"rows": rows, "edits": edits, "controls": controls, "report": str(page)}
 
 
-def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 0) -> dict[str, float]:
+def measure_edits(session: Session, judge: Judge, count: int = EDITS, seed: int = 0) -> dict[str, float]:
     """Change one attribute of pictures with an item of known place: the box around it is drawn again after a caption
     that differs in that attribute.
 
@@ -99,7 +98,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
     attribute.
     """
     rng = np.random.default_rng(seed)
-    codec = bundle.codec
+    codec = session.codec
     held_out = sorted(HELD_OUT, key=str)
     kept, wanted, asked, results = [], [], [], []
     for number in range(count):
@@ -116,7 +115,7 @@ def measure_edits(bundle: Bundle, judge: Judge, count: int = EDITS, seed: int = 
         )
         mask[max(0, top) : bottom, max(0, left) : right] = True
         text = captions((target,), "", rng)[0]
-        edited = edit(bundle, TASK, picture, mask, candidates=4, decoding={"seed": number}, caption=text)[0].image
+        edited = edit(session, TASK, picture, mask, candidates=4, decoding={"seed": number}, caption=text)[0].image
         kept.append(bool((np.asarray(edited)[~mask] == picture[~mask]).all()))
         wanted.append({"category": target.category, "colour": target.colour + "色", "pattern": target.pattern})
         asked.append(name)
@@ -134,7 +133,7 @@ CONTRADICTIONS = {"style": ("colour", "pattern"), "sketch": ("category",), "refe
 """What a control of `controlled_image` says of an item, which a caption may contradict."""
 
 
-def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, ...]]]:
+def measure_controls(session: Session, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, ...]]]:
     """Whether pictures follow a control, and which wins where controls contradict each other: drawn by a control alone,
     and by it and a caption of another item, unlike the control's in every attribute.
 
@@ -149,14 +148,14 @@ def measure_controls(bundle: Bundle, judge: Judge, count: int = 100) -> dict[str
     for control, names in CONTRADICTIONS.items():
         alone = [{control: one[control]} for one in shown]
         against = [{"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(told, shown, strict=True)]
-        ours, both = (_read_controlled(bundle, judge, asked) for asked in (alone, against))
+        ours, both = (_read_controlled(session, judge, asked) for asked in (alone, against))
         columns = [compared(ours, shown, names), compared(both, told, names), compared(both, shown, names)]
         found[control] = {name: tuple(float(np.mean([row[name] for row in c])) for c in columns) for name in names}
     return found
 
 
-def _read_controlled(bundle: Bundle, judge: Judge, asked: list[dict[str, Any]]) -> Any:
-    return judge.read(list(bundle.run_many("controlled_image", asked, decoding={"seed": 2})))
+def _read_controlled(session: Session, judge: Judge, asked: list[dict[str, Any]]) -> Any:
+    return judge.read(list(session.run_many("controlled_image", asked, decoding={"seed": 2})))
 
 
 def _told_controls(found: dict[str, dict[str, tuple[float, ...]]]) -> str:

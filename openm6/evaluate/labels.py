@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from openm6.errors import cut
+from openm6.core.errors import cut
 from openm6.tasks.metrics import label_namer, label_pairs
 from openm6.tasks.slots.label import normalize_label
 

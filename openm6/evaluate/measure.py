@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import TRUNCATE, Bundle
+from openm6.core.errors import ContextLengthError, DataError, UsageError
+from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
-from openm6.errors import ContextLengthError, DataError, UsageError
 from openm6.evaluate.labels import LabelFigures, unknown_references
-from openm6.sequence import Sequence
+from openm6.inference.session import TRUNCATE, Session
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
@@ -77,7 +77,7 @@ def check_metrics(task: Task, metrics: Items[str] = ()) -> None:
 
 
 def evaluate(
-    bundle: Bundle,
+    session: Session,
     task: Task,
     records: Iterable[Record | Reject],
     source: str = "",
@@ -116,7 +116,7 @@ def evaluate(
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
             record = record if truncate is None else {**record, TRUNCATE: truncate}
-            prompts.append(bundle.prompt(task, record, None if task.silent or task.draws else decoding))
+            prompts.append(session.prompt(task, record, None if task.silent or task.draws else decoding))
             kept.append(record)
         except DataError as error:
             if isinstance(error, ContextLengthError):
@@ -126,19 +126,19 @@ def evaluate(
         reason = rejects[-1][1].reason if rejects else "there are no records"
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
     cases, cut = [], sum(prompt.cut > 0 for prompt in prompts)
-    bundle.model.eval()
+    session.model.eval()
     if task.draws or not (answers or set(chosen) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     if task.head:
-        found = bundle.run_many(task, kept, batch_size=batch_size)
+        found = session.run_many(task, kept, batch_size=batch_size)
         cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
-        made = bundle.generate(task, prompts[part], batch_size, decoding, range(len(prompts))[part])
+        made = session.generate(task, prompts[part], batch_size, decoding, range(len(prompts))[part])
         for record, generated in zip(kept[part], made, strict=True):
-            answer = task.read(generated.ids, bundle.processor)[output]
+            answer = task.read(generated.ids, session.processor)[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
             on_progress(len(cases))
@@ -148,7 +148,7 @@ def evaluate(
     if cut:
         notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their beginnings.")
     if long:
-        notes.append(too_long(long, len(kept) + len(rejects), bundle.processor.max_length))
+        notes.append(too_long(long, len(kept) + len(rejects), session.processor.max_length))
     if kind == "label" and cases[0].references:
         given, wanted, known = [c.answer for c in cases], [c.references for c in cases], task.labels.get(output, ())
         labels = LabelFigures.of(given, wanted, known)
@@ -157,7 +157,7 @@ def evaluate(
         if not metrics and "macro_f1" not in chosen:
             chosen.append("macro_f1")
     values = {
-        metric: _perplexity(bundle, task, kept, batch_size, truncate)
+        metric: _perplexity(session, task, kept, batch_size, truncate)
         if metric == "perplexity"
         else _values(task, metric, cases)
         for metric in chosen
@@ -204,14 +204,14 @@ def references(value: Any, kind: str = "text") -> list[str]:
 
 
 def _perplexity(
-    bundle: Bundle, task: Task, records: list[Record], batch_size: int = 64, truncate: str | None = None
+    session: Session, task: Task, records: list[Record], batch_size: int = 64, truncate: str | None = None
 ) -> Values:
     """exp of the mean negative log-probability of the target's tokens (the end token too). Of several references the
     first is scored."""
     output = task.outputs[0]
     kind = task.slots[output].type
     first = records if kind == "image" else [{**r, output: references(r[output], kind)[0]} for r in records]
-    losses, counts = (found.numpy() for found in bundle.target_losses(task, first, batch_size, truncate))
+    losses, counts = (found.numpy() for found in session.target_losses(task, first, batch_size, truncate))
     return Values(
         np.exp(losses / np.maximum(1, counts)), lambda rows: math.exp(losses[rows].sum() / max(1, counts[rows].sum()))
     )

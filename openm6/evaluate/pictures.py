@@ -24,12 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
+from openm6.core.batch import pad
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import read_square
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.errors import DataError, UsageError
-from openm6.images import read_square
+from openm6.inference.session import Session
+from openm6.model.cache import prefill
 from openm6.tasks.task import Task
 
 NEIGHBOURS = 3
@@ -44,8 +45,8 @@ class Judge:
     Its other inputs, if it has any (which garment of those that are worn), are `given`: slot values for each picture.
     """
 
-    def __init__(self, bundle: Bundle, task: str = "product_attributes", batch_size: int = 64):
-        self.bundle, self.task, self.batch_size = bundle, bundle.task(task), batch_size
+    def __init__(self, session: Session, task: str = "product_attributes", batch_size: int = 64):
+        self.session, self.task, self.batch_size = session, session.task(task), batch_size
         pictures = [name for name in self.task.inputs if self.task.slots[name].type == "image"]
         if len(pictures) != 1:
             raise UsageError(f"The task {task} has {len(pictures)} pictures: a judge looks at one.")
@@ -62,7 +63,7 @@ class Judge:
     def read(self, pictures: Items[Any], given: Items[Answer] | None = None) -> list[Answer]:
         """What the judge sees, by output slot."""
         records = self._records(pictures, given)
-        found = list(self.bundle.run_many(self.task, records, batch_size=self.batch_size))
+        found = list(self.session.run_many(self.task, records, batch_size=self.batch_size))
         only = self.task.outputs[0]
         return [answer if isinstance(answer, dict) else {only: answer} for answer in found]
 
@@ -70,18 +71,18 @@ class Judge:
     def features(self, pictures: Items[Any], given: Items[Answer] | None = None) -> Tensor:
         """The hidden state from which the judge starts its answer, fp32 [N, D]."""
         parts, records = [], self._records(pictures, given)
-        pad_id, device = self.bundle.processor.tokenizer.pad_id, self.bundle.model.embed.weight.device
+        pad_id, device = self.session.processor.tokenizer.pad_id, self.session.model.embed.weight.device
         for start in range(0, len(pictures), self.batch_size):
-            prompts = [self.bundle.prompt(self.task, record) for record in records[start : start + self.batch_size]]
+            prompts = [self.session.prompt(self.task, record) for record in records[start : start + self.batch_size]]
             batch = pad(prompts, pad_id).to(device)
-            with self.bundle.precision():
-                parts.append(self.bundle.model.prefill(batch, batch.ids.shape[1])[0].float().cpu())
+            with self.session.precision():
+                parts.append(prefill(self.session.model, batch, batch.ids.shape[1])[0].float().cpu())
         return torch.cat(parts)
 
     def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
         """Probability of the answers asked for (with them, what is given), fp32 [N]."""
         records = [{self.slot: picture, **answer} for picture, answer in zip(pictures, wanted, strict=True)]
-        return (-self.bundle.target_losses(self.task, records, self.batch_size)[0]).exp().float()
+        return (-self.session.target_losses(self.task, records, self.batch_size)[0]).exp().float()
 
 
 class Real:
@@ -159,11 +160,11 @@ def _spread(features: Tensor, labels: Items[Answer]) -> float:
 
 
 def read_wishes(
-    bundle: Bundle, task: str | Task, judge: Judge, data: str, limit: int | None = None
+    session: Session, task: str | Task, judge: Judge, data: str, limit: int | None = None
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
     """The first records of `data` by the slots of a task that draws, and the attributes that their pictures have (and
     what the judge is given beside a picture)."""
-    chosen, source = bundle.task(task), open_source(data)
+    chosen, source = session.task(task), open_source(data)
     draws, reads = SlotView.of(chosen, source), SlotView.of(judge.task, source)
     records: list[dict[str, Any]] = []
     wanted: list[Answer] = []
@@ -175,7 +176,7 @@ def read_wishes(
 
 
 def measure_drawing(
-    bundle: Bundle,
+    session: Session,
     task: str | Task,
     judge: Judge,
     records: list[dict[str, Any]],
@@ -190,15 +191,15 @@ def measure_drawing(
 
     Real and reconstructed pictures are measured against the real ones too: what a perfect drawing would get.
     """
-    chosen = bundle.task(task)
-    slot, codec = chosen.outputs[0], bundle.codec
+    chosen = session.task(task)
+    slot, codec = chosen.outputs[0], session.codec
     pictures = [as_square(record[slot], codec.size) for record in records]
     wishes = [{k: v for k, v in record.items() if k != slot} for record in records]
     same = {"seed": 0}  # two measurements give the same figures
     options = {**same, **(decoding or {})}
-    drawn = list(bundle.draw_many(chosen, wishes, candidates=candidates, decoding=options, truncate="start"))
+    drawn = list(session.draw_many(chosen, wishes, candidates=candidates, decoding=options, truncate="start"))
     # In the order in which they were drawn, the first one is as good as any.
-    any_one = [min(some, key=lambda painting: painting.number).image for some in drawn]
+    any_one = [min(some, key=lambda candidate: candidate.number).image for some in drawn]
     real = Real(judge, pictures, wanted)
     rows = {
         "real": real.measure(pictures, wanted),
@@ -206,7 +207,7 @@ def measure_drawing(
         "drawn": real.measure(any_one, wanted),
     }
     for name, other in (others or {}).items():
-        found = list(bundle.run_many(chosen, wishes, decoding={**same, **other}, truncate="start"))
+        found = list(session.run_many(chosen, wishes, decoding={**same, **other}, truncate="start"))
         rows[name] = real.measure(found, wanted)
     best = [some[0].image for some in drawn]
     if candidates > 1:

@@ -18,20 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import lock_output, write_failed, write_file, write_json, write_whole
-from openm6.bases import directory_hash
-from openm6.bundle import Bundle, check_dims
+from openm6.core.bases import directory_hash
+from openm6.core.errors import DataError, UsageError
+from openm6.core.files import dumps, lines_of, lock_output, write_failed, write_file, write_json, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.digest import json_hash
 from openm6.data.rejects import Reject, place_of
 from openm6.data.source import open_source
 from openm6.data.store import HIDDEN, Record
 from openm6.data.writers import writer_for
-from openm6.decode import Decoding
-from openm6.decode.labels import closed_labels
-from openm6.errors import DataError, UsageError
-from openm6.json_lines import dumps, lines_of
-from openm6.review import seed_of
+from openm6.inference import Decoding
+from openm6.inference.labels import closed_labels
+from openm6.inference.session import Session, check_dims
+from openm6.studio.review import seed_of
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.task import Task
 
@@ -50,7 +49,7 @@ class Prediction:
 
     def __init__(
         self,
-        bundle: Bundle,
+        session: Session,
         task: str | Task,
         data: str,
         output: Path,
@@ -63,14 +62,14 @@ class Prediction:
         all_probabilities: bool = False,
         truncate: str | None = None,
     ):
-        self.bundle, self.task, self.output = bundle, bundle.task(task), output
+        self.session, self.task, self.output = session, session.task(task), output
         self.decoding, self.batch_size, self.truncate = dict(decoding or {}), batch_size, truncate
         check_truncate(truncate)
         self.folder = output.with_name(output.name + ".parts")
         if self.task.draws:
             raise UsageError(f"The task {self.task.name} draws pictures: `openm6 images batch` does that.")
         if self.task.embeds:
-            check_dims(bundle.model, self.decoding.get("dims"))
+            check_dims(session.model, self.decoding.get("dims"))
         else:
             Decoding.of(**{**self.task.decode, **self.decoding})
         self._write = writer_for(output, holds_vectors=self.task.embeds)
@@ -85,7 +84,7 @@ class Prediction:
         self.added = {name: self._column(name) for name in names}
         settings = {
             "data": json_hash([self.source.content_hash(), [place_of(r.where)[1] for r in self.source.rejected]]),
-            "model": directory_hash(bundle.path) if bundle.path else "",
+            "model": directory_hash(session.path) if session.path else "",
             "task": self.task.to_dict(),
             "options": {"columns": dict(self.view.mapping), "decoding": self.decoding, "added": list(self.added)}
             | ({} if truncate is None else {"truncate": truncate}),
@@ -171,9 +170,9 @@ class Prediction:
         many: dict[str, Any] = {"batch_size": self.batch_size, "truncate": self.truncate}
         asked = [self._asked(row) for row in rows]
         good = [record for record in asked if not isinstance(record, DataError)]
-        found = list(self.bundle.run_many(self.task, good, decoding=options, on_error="return", **many))
+        found = list(self.session.run_many(self.task, good, decoding=options, on_error="return", **many))
         good = [record for record, answer in zip(good, found, strict=True) if not isinstance(answer, DataError)]
-        chances = iter(self.bundle.label_probabilities(self.task, good, **many) if "probability" in self.added else ())
+        chances = iter(self.session.label_probabilities(self.task, good, **many) if "probability" in self.added else ())
         answers = iter(found)
         for record in asked:
             answer = record if isinstance(record, DataError) else next(answers)

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from openm6.core.files import lines_of
+from openm6.core.images import open_image
 from openm6.evaluate.measure import Case, Evaluation
-from openm6.images import open_image
-from openm6.json_lines import lines_of
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, "Noto Sans CJK SC", "PingFang SC", sans-serif; max-width: 1000px; margin: 2em auto;

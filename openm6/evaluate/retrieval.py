@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.data.rejects import Reject
-from openm6.errors import ContextLengthError, DataError, UsageError
 from openm6.evaluate.measure import Case, Evaluation, too_long
+from openm6.inference.session import Session
 from openm6.retrieve.ranks import rank_scores, scores_of_ranks
 from openm6.tasks.metrics import Score
 from openm6.tasks.task import Task
@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 
 
 def evaluate_retrieval(
-    bundle: Bundle,
+    session: Session,
     task: Task,
     against: Task,
     queries: Sequence[Record],
@@ -34,17 +34,17 @@ def evaluate_retrieval(
     truncate: str | None = None,
 ) -> Evaluation:
     """Query i is answered by key i, and by all keys of its group; with `others` by key i alone, among key i and these
-    others of its own. A pair one of whose records cannot be used is counted and left out. `truncate`: Bundle.run."""
+    others of its own. A pair one of whose records cannot be used is counted and left out. `truncate`: Session.run."""
     started = time.perf_counter()
     for one in (task, against):
         if not one.embeds:
             raise UsageError(f"The task {one.name} gives no vector: retrieval is measured between two that do.")
     if not queries:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: there are no records.")
-    bundle.model.eval()
+    session.model.eval()
 
     def read(one: Task, records: Sequence[Record]) -> list[Any]:
-        return list(bundle.vectors(one, records, dims=dims, on_error="return", truncate=truncate))
+        return list(session.vectors(one, records, dims=dims, on_error="return", truncate=truncate))
 
     pairs = list(zip(read(task, queries), read(against, keys), strict=True))
     wrong = [next((one for one in pair if isinstance(one, DataError)), None) for pair in pairs]
@@ -57,7 +57,7 @@ def evaluate_retrieval(
             long += [where] * isinstance(error, ContextLengthError)
     if not good:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {rejects[-1][1].reason}")
-    notes = [too_long(long, len(queries), bundle.processor.max_length)] if long else []
+    notes = [too_long(long, len(queries), session.processor.max_length)] if long else []
     asked, found = (np.stack(side) for side in zip(*(pairs[number] for number in good), strict=True))
     queries = [queries[number] for number in good]
     groups = None if groups is None else [groups[number] for number in good]
@@ -66,7 +66,7 @@ def evaluate_retrieval(
         if not all(others):
             raise DataError(f"A record of {source or 'the data'} has no negatives to choose among.")
         flat = np.stack(
-            list(bundle.vectors(against, [one for some in others for one in some], dims=dims, truncate=truncate))
+            list(session.vectors(against, [one for some in others for one in some], dims=dims, truncate=truncate))
         )
         scores = _among(asked, found, np.split(flat, np.cumsum([len(some) for some in others])[:-1]))
     else:

@@ -1,1 +1,1 @@
-"""What a team keeps: jobs, deployments."""
+"""What a team keeps: jobs, deployments, and the catalogue of models, data and reports (MLflow)."""

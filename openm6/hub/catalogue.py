@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openm6.bases import base_of, changed_base, directory_hash
-from openm6.environment import ARTIFACTS, CATALOGUE
-from openm6.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.bases import base_of, changed_base, directory_hash
+from openm6.core.environment import ARTIFACTS, CATALOGUE
+from openm6.core.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.files import lines_of
 from openm6.hub.jobs import home, last_step
-from openm6.json_lines import lines_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -215,7 +215,7 @@ class Catalogue:
         """The files of a model, copied to a new directory."""
         from mlflow.artifacts import download_artifacts
 
-        from openm6.atomic import require_new, write_whole
+        from openm6.core.files import require_new, write_whole
 
         require_new(target)
         if version.kind != MODEL:

@@ -15,8 +15,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from openm6.atomic import write_json
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.files import write_json
 from openm6.hub.jobs import begun, end, home
 from openm6.hub.manifests import GRACE
 

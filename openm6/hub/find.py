@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from openm6.bases import base_of
-from openm6.errors import UsageError
+from openm6.core.bases import base_of
+from openm6.core.errors import UsageError
 from openm6.hub.catalogue import Catalogue
 from openm6.tasks.card import read_card
 

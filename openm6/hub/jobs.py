@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_json
-from openm6.environment import HOME
-from openm6.errors import OpenM6Error, UsageError, cut, suggest
+from openm6.core.environment import HOME
+from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
+from openm6.core.files import write_json
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 HERE, RAY = "here", "ray"

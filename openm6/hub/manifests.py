@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from openm6._version import __version__
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 PORT, USER = 8000, 10001
 PRESTOP = 5

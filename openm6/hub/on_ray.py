@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 
 def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str], gpus: int = 0) -> int:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from openm6.bases import CONFIG, read_adapter_config
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.bases import CONFIG, read_adapter_config
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.model.changed import ONLY, Active, Bottleneck, Changed, ChangedRows, Low, Prompt, Rows, Scaled
 
 if TYPE_CHECKING:

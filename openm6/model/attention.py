@@ -1,4 +1,4 @@
-"""Attention under the one mask rule, and the key/value cache of decoding.
+"""Attention under the one mask rule.
 
 Legend of the shape suffixes in this package: B rows, T positions, S positions of the keys, D hidden size,
 H query heads, K key/value heads, E width of a head, F width of the feed-forward, V vocabulary, N pictures.
@@ -6,7 +6,6 @@ H query heads, K key/value heads, E width of a head, F width of the feed-forward
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.batches import Batch, allowed, even_length
-from openm6.errors import OpenM6Error
+from openm6.core.batch import Batch, allowed, even_length
+from openm6.core.errors import OpenM6Error
+from openm6.core.sequence import CAUSAL
 from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
 from openm6.model.norm import RMSNorm, rms_norm
 from openm6.model.packed import Shrink
 from openm6.model.picture_mask import PictureMask
 from openm6.model.sparse import SparsePattern, block_mask
-from openm6.sequence import CAUSAL
 
 QUERY_CHUNK = 128
 """Queries a chunk of the plain attention; each chunk looks only at the keys that some query of it may see."""
@@ -232,58 +231,6 @@ def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1), sin)
 
 
-EVEN_KEYS = 16
-"""On a CPU a decoding step sees a multiple of so many keys (the last ones masked): the kernel then adds up a row in the
-same order whatever rows are beside it."""
-
-
-class Cache:
-    """Keys and values of B sequences up to `capacity` positions, for all layers.
-
-    `capacity` is rounded up to a multiple of EVEN_KEYS.
-    Row b holds `lengths[b]` positions, from 0 on; `counts` is the same on the host, so that a step need not ask the
-    device. `select` reorders rows (beam search) or drops finished ones. `rope` holds the rotary angles of all
-    positions, [1, capacity, 1, E] each. On a CPU keys and values are kept in fp32: one query against many keys is
-    there five times faster than in bf16.
-    """
-
-    def __init__(self, config: ModelConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
-        device = lengths.device
-        dtype = torch.float32 if device.type == "cpu" else dtype
-        capacity = -(-capacity // EVEN_KEYS) * EVEN_KEYS
-        self.rope = rotary_angles(config, torch.arange(capacity, device=device)[None], dtype)
-        shape = (len(lengths), config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.lengths, self.counts = lengths, lengths.tolist()
-
-    def select(self, rows: Tensor) -> None:
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
-        self.lengths = self.lengths.index_select(0, rows)
-        self.counts = self.lengths.tolist()
-
-    def first(self, rows: int) -> Cache:
-        """The first rows, which share their memory with this one's."""
-        return self if rows == len(self.counts) else self.part(slice(rows))
-
-    def part(self, rows: slice) -> Cache:
-        """Some rows, which share their memory with this one's."""
-        part = copy(self)
-        part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        part.lengths, part.counts = self.lengths[rows], self.counts[rows]
-        return part
-
-    def rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The rotary angles of positions [B, N], [B, N, 1, E] each."""
-        return self.rope and (self.rope[0][0, positions], self.rope[1][0, positions])
-
-    def grow(self) -> None:
-        """Every row is one position longer."""
-        self.lengths = self.lengths + 1
-        self.counts = [count + 1 for count in self.counts]
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with one fused projection to queries, keys and values.
 
@@ -317,7 +264,9 @@ class Attention(nn.Module):
             self.packed_scale = self._norm_scale().detach() * self.width**0.5
         return norm
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, write: Any = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, cache: Any = None, layer: int = 0
+    ) -> Tensor:
         rows, length, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(rows, length, -1, self.width)
         # Queries and keys go through norm and rotation together: half the passes over memory.
@@ -329,9 +278,9 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope)
         # Norms may widen to fp32; the products run in the precision of the values: the projection's or the cache's.
-        qk_BHTE = (qk.to(qkv.dtype) if write is None else qk).transpose(1, 2)
+        qk_BHTE = (qk.to(qkv.dtype) if cache is None else qk).transpose(1, 2)
         q_BHTE, k_BKSE, v_BKSE = qk_BHTE[:, : self.heads], qk_BHTE[:, self.heads :], v_BTKE.transpose(1, 2)
-        if write is not None:
-            k_BKSE, v_BKSE = write(k_BKSE, v_BKSE)
+        if cache is not None:
+            k_BKSE, v_BKSE = cache.update(layer, k_BKSE, v_BKSE)
         y_BHTE = attend(q_BHTE.to(v_BKSE.dtype), k_BKSE.to(v_BKSE.dtype), v_BKSE, mask).to(qkv.dtype)
         return self.out(y_BHTE.transpose(1, 2).reshape(rows, length, -1))

@@ -33,10 +33,11 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         mask: Any,
-        write: Any = None,
+        cache: Any = None,
+        layer: int = 0,
         real_BT: Tensor | None = None,
     ) -> tuple[Tensor, Load | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, write)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache, layer)
         inner_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MixtureOfExperts):
             y_BTD, load = self.feed_forward(inner_BTD, real_BT)

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedConfig
-from transformers.utils import ModelOutput
+from torch.utils._pytree import register_dataclass
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.model.embed import Residual
-from openm6.model.network import Network
+from openm6.model.network import Network, NetworkConfig
 from openm6.model.quantize import FiniteScalars, VectorCodebook
 
 
-class CodecConfig(PreTrainedConfig):
+@dataclass
+class CodecConfig(NetworkConfig):
     """The sizes of a codec, and what its loss is made of.
 
     image_size     pixels of a side
@@ -53,7 +53,7 @@ class CodecConfig(PreTrainedConfig):
     feature_loss: float = 0.1
     critic_loss: float = 0.0
 
-    def __post_init__(self, **more: object) -> None:
+    def __post_init__(self) -> None:
         self.widths, self.levels = self.widths or [48, 96], self.levels or [8, 5, 5, 5]
         if self.quantizer not in ("fsq", "vq"):
             raise UsageError(f'codec.quantizer is "{self.quantizer}"; it can be fsq or vq.')
@@ -65,7 +65,6 @@ class CodecConfig(PreTrainedConfig):
             )
         if any(width % 8 for width in self.widths):
             raise UsageError(f"codec.widths are {self.widths}; each has to be a multiple of 8.")
-        super().__post_init__(**more)
 
     @property
     def stride(self) -> int:
@@ -79,7 +78,7 @@ class CodecConfig(PreTrainedConfig):
 
 
 @dataclass
-class Reconstruction(ModelOutput):
+class Reconstruction:
     """loss fp32 [], a sum over the pictures; losses fp32 [B], each picture's own part of it, without gradient; pixels
     fp32 [B, 3, H, W], -1 to 1 but for errors; codes int64 [B, h, w]."""
 
@@ -92,11 +91,10 @@ class Reconstruction(ModelOutput):
 class Codec(Network):
     config_class = CodecConfig
     config: CodecConfig
-    base_model_prefix = "codec"
-    main_input_name = "pixels"
 
     def __init__(self, config: CodecConfig):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         width = config.widths[-1]
         self.quantizer: FiniteScalars | VectorCodebook = (
             FiniteScalars(config.levels)
@@ -109,7 +107,7 @@ class Codec(Network):
         self.decoder = _up(config.patch, config.widths, config.depth)
         self.critic = _critic(config.widths) if config.critic_loss else None
         self._eyes: tuple[nn.Sequential, ...] = ()  # in a tuple: no part of this network
-        self.post_init()
+        self.reset_parameters()
 
     def look_with(self, eyes: nn.Sequential) -> None:
         """Take the features of the loss from these layers (a `stem`), which stay as they are."""
@@ -169,6 +167,9 @@ class Codec(Network):
         assert self.critic is not None
         told = F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(made.detach())).mean()
         return len(real) * (told - self.config.critic_loss * _held(self.critic, made).mean())
+
+
+register_dataclass(Reconstruction)
 
 
 def unit(pixels: Tensor) -> Tensor:

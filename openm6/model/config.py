@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
-
-from openm6.errors import UsageError, suggest
-from openm6.presets import find_preset, presets
+from openm6.core.errors import UsageError, suggest
+from openm6.model.network import NetworkConfig
+from openm6.model.presets import find_preset, presets
 
 _CHOICES = {
     "norm": ("rms", "layer"),
@@ -18,7 +18,8 @@ _CHOICES = {
 }
 
 
-class ModelConfig(PreTrainedConfig):
+@dataclass
+class ModelConfig(NetworkConfig):
     """The sizes of an M6.
 
     The modern block (`norm="rms"`, `activation="swiglu"`, `positions="rotary"`) is the default; the papers'
@@ -91,7 +92,7 @@ class ModelConfig(PreTrainedConfig):
     router_z_loss: float = 0.0
     bias_update: float = 0.0
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -102,7 +103,6 @@ class ModelConfig(PreTrainedConfig):
         self.expert_intermediate_size = self.expert_intermediate_size or self.intermediate_size
         if self.image_embedder == "stem" and self.stem_widths is None:
             self.stem_widths = [32, 64, 128, 256]
-        super().__post_init__(**kwargs)
         self._check()
 
     def _check(self) -> None:
@@ -154,7 +154,7 @@ class ModelConfig(PreTrainedConfig):
     def preset(cls, name: str, **changes: Any) -> ModelConfig:
         """A named size, with single values changed: `ModelConfig.preset("demo", num_hidden_layers=4)`."""
         sizes = find_preset(name)
-        known = set(cls.__dataclass_fields__)
+        known = {field.name for field in fields(cls)}
         for key in changes:
             if key not in known:
                 raise UsageError(f"model has no key {key}.{suggest(key, known)}")
@@ -179,38 +179,3 @@ class ModelConfig(PreTrainedConfig):
             return []
         every = range(self.expert_interval - 1, self.num_hidden_layers, self.expert_interval)
         return [layer for layer in every if layer >= self.dense_layers]
-
-    def count_parameters(self) -> dict[str, int]:
-        """Parameters by part, by arithmetic: nothing is allocated, so any preset can be counted.
-
-        Parts: embedding, attention, feed_forward (dense layers), experts, shared_experts, router, norms, image, head.
-        """
-        d, f, layers = self.hidden_size, self.intermediate_size, self.distinct_layers or self.num_hidden_layers
-        heads, kv, width, bias = self.num_attention_heads, self.num_key_value_heads, self.head_dim, int(self.bias)
-        qkv, gates = (heads + 2 * kv) * width, 2 if self.activation == "swiglu" else 1
-        feed_forward, per_width = gates * d * f + f * d + bias * (gates * f + d), (gates + 1) * d
-        with_experts = sum(layer < layers for layer in self.expert_layers())
-        norm = d * (2 if self.norm == "layer" else 1)
-        learned = self.max_position_embeddings * d if self.positions == "learned" else 0
-        return {
-            "embedding": self.vocab_size * d + learned,
-            "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
-            "feed_forward": (layers - with_experts) * feed_forward,
-            "experts": with_experts * self.num_experts * per_width * self.expert_intermediate_size,
-            "shared_experts": with_experts * per_width * self.shared_intermediate_size,
-            "router": with_experts * self.num_experts * d,
-            "norms": (2 * layers + 1) * norm + (2 * layers * width if self.qk_norm else 0),
-            "image": self._count_image(),
-            "head": (0 if self.tie_word_embeddings else self.vocab_size * d)
-            + sum((d + 1) * outputs for outputs in (self.heads or {}).values()),
-        }
-
-    def _count_image(self) -> int:
-        if self.image_embedder == "none":
-            return 0
-        import torch
-
-        from openm6.model.embed import ImageEmbedder
-
-        with torch.device("meta"):
-            return sum(p.numel() for p in ImageEmbedder(self).parameters())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.batches import Images
+from openm6.core.batch import Images
 from openm6.model.config import ModelConfig
 
 MAX_SIDE = 128

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from openm6.model.config import ModelConfig
 from openm6.model.feed_forward import FeedForward, activate
@@ -260,7 +259,7 @@ class Experts(nn.Module):
         beyond their sum give zero."""
         if self.packed is not None:
             return self._by_packed(rows_SD, counts.tolist())
-        up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (self.up, self.down))
+        up, down = (w.to_local() if hasattr(w, "to_local") else w for w in (self.up, self.down))
         if rows_SD.device.type == "cpu":
             return _ExpertLoop.apply(rows_SD, up, down, counts.tolist(), self.gated)
         ends = counts.cumsum(0, dtype=torch.int32)

@@ -8,52 +8,65 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from openm6.bases import require_model
-from openm6.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
 from openm6.model.config import ModelConfig
 from openm6.model.lowbit import is_scale, restored, shape_of
 from openm6.model.m6 import M6
+from openm6.model.network import Network, NetworkConfig
+
+N = TypeVar("N", bound=Network)
 
 
 def load_model(path: Path) -> M6:
-    """The network of a model directory (config.json and safetensors, in one file or in shards), fp32.
+    """The network of a model directory, in fp32. Raises what `load_network` does."""
+    return load_network(M6, path)
+
+
+def load_network(kind: type[N], path: Path) -> N:
+    """The network of a directory (config.json and safetensors, in one file or in shards), fp32.
 
     Only safetensors are read: a pickled checkpoint can run code. Shapes that do not fit, and tensors that are
     missing or too many, are refused with the first of their names.
     """
-    config = check_model(path)
-    quietly()
-    if config.weight_bits is None:
-        return M6.from_pretrained(path, use_safetensors=True, local_files_only=True)
-    model = M6(config)
-    with _stored(path) as where, torch.no_grad():
+    config = check_model(path, kind)
+    with torch.device("meta"):
+        model = kind(config)
+    with _stored(path) as where:
 
         def read(name: str) -> Tensor:
             if name not in where:
                 raise OpenM6Error(f"{path} does not hold {name}, without which its weights mean nothing.")
             return where[name].get_tensor(name)  # type: ignore[no-any-return]
 
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(restored(name, read))
+        few = getattr(config, "weight_bits", None) is not None
+        state = {name: restored(name, read) if few else read(name) for name in model.state_dict()}
+    model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()}, assign=True)
     return model
 
 
+def save_network(model: Network, path: Path, max_shard_size: str = "4GB") -> None:
+    """Write config.json and the weights of a network, in several files where they are larger than that."""
+    from huggingface_hub import save_torch_state_dict
+
+    model.config.save(path)
+    save_torch_state_dict(model.state_dict(), path, max_shard_size=max_shard_size)
+
+
 def read_config(path: Path) -> ModelConfig:
-    """The config of a model directory. Raises UsageError where there is none; nothing is looked for in the network."""
-    require_model(path)
-    return ModelConfig.from_pretrained(path, local_files_only=True)
+    """The config of a model directory. Raises what `NetworkConfig.load` does."""
+    return ModelConfig.load(path)
 
 
-def check_model(path: Path) -> ModelConfig:
+def check_model(path: Path, kind: type[Network] = M6) -> Any:
     """The config of a model directory whose weights are as it asks for."""
-    config = read_config(path)
-    expected, found = shapes(config), _stored_shapes(path)
-    if config.weight_bits is not None:
+    config = kind.config_class.load(path)
+    expected, found = shapes(config, kind), _stored_shapes(path)
+    if getattr(config, "weight_bits", None) is not None:
         found = {name: shape for name, shape in found.items() if not is_scale(name)}
     for name, shape in expected.items():
         if name not in found:
@@ -127,17 +140,10 @@ def meta_model(config: ModelConfig) -> M6:
         return M6(config)
 
 
-def quietly() -> None:
-    """transformers neither draws bars nor warns while it reads or writes a network."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: NetworkConfig, kind: type[Network] = M6) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor of a network, without allocating it."""
-    return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}  # type: ignore[call-arg]
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

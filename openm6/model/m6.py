@@ -6,28 +6,22 @@ Read this file first, then block.py, attention.py and experts.py. Shapes: see th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
-from transformers.utils import ModelOutput
+from torch.utils._pytree import register_dataclass
 
-from openm6.batches import Batch, cells_of
-from openm6.errors import OpenM6Error
+from openm6.core.batch import Batch
+from openm6.core.errors import OpenM6Error
+from openm6.core.sequence import IGNORE
 from openm6.model.attention import (
-    EVEN_KEYS,
-    Cache,
-    additive,
     build_mask,
     build_picture_mask,
-    build_prompt_mask,
     rotary_angles,
-    row_mask,
 )
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
@@ -39,14 +33,11 @@ from openm6.model.lowbit import INT4, INT8, kernel_of
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.packed import Packed, kernel_dtype, packed
-from openm6.model.picture_mask import PictureMask
 from openm6.model.precision import product_dtype
-from openm6.model.sparse import SparsePattern, block_mask, cached_places
-from openm6.sequence import IGNORE
 
 
 @dataclass
-class Output(ModelOutput):
+class Output:
     """What a forward gives.
 
     loss      sum of the losses of all M trained positions, each by its example's weight (divide by the sum of those, or
@@ -73,16 +64,17 @@ class Output(ModelOutput):
         return sums, torch.bincount(rows, minlength=count)
 
 
+# FSDP has to see the tensors of an output.
+register_dataclass(Output)
+
+
 class M6(Network):
     config_class = ModelConfig
     config: ModelConfig
-    base_model_prefix = "openm6"
-    main_input_name = "batch"
-    _no_split_modules: ClassVar[list[str]] = ["Block"]  # type: ignore[misc]
-    _supports_sdpa = True
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.place = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
@@ -96,7 +88,7 @@ class M6(Network):
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
         self.packed_head: Packed | None = None
-        self.post_init()
+        self.reset_parameters()
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
         """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2),
@@ -134,18 +126,6 @@ class M6(Network):
         matrix = self.embed if self.head is None else self.head
         return matrix.changed() if isinstance(matrix, ChangedRows) else matrix.weight
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.head = value  # type: ignore[assignment]
-
     def train(self, mode: bool = True) -> M6:
         """A reader of pictures that is not trained keeps its statistics too."""
         super().train(mode)
@@ -156,15 +136,15 @@ class M6(Network):
     def forward(self, batch: Batch, teacher: Teacher | None = None) -> Output:
         """Hidden states of a packed or padded batch, and the loss where it has labels: against those alone, or against
         a `teacher` too, whose positions are the trained ones, in the flattened batch's order."""
-        x_BTD = self._embed(batch)
-        dtype = self._product_dtype(x_BTD)
+        x_BTD = self.embed_batch(batch)
+        dtype = self.product_dtype(x_BTD)
         mask: Any
         if batch.codes is not None and self.config.picture_side:
             mask = build_picture_mask(self.config, batch, dtype)
         else:
             mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, loads = self._backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
+        x_BTD, loads = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
@@ -181,6 +161,10 @@ class M6(Network):
         ends = hidden_BTD.flatten(0, 1)[batch.ends()].float()
         with torch.autocast(ends.device.type, enabled=False):
             return {name: F.linear(ends, *(p.float() for p in head.parameters())) for name, head in self.heads.items()}
+
+    def decode(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run a pass of decoding (cache.py) on this network."""
+        return run(self, *args, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to fp32 [..., V]."""
@@ -202,147 +186,8 @@ class M6(Network):
             block.pack(dtype)
         return self
 
-    # Decoding: fill the cache with a prompt, then one position at a time.
-
-    def prefill(self, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
-        """Run padded prompts (one a row, from column 0) and keep their keys and values.
-
-        Returns the hidden state at the last position of every row, [B, D], and the cache.
-        """
-        x_BTD, cache = self.prefill_all(batch, capacity)
-        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), cache.lengths - 1], cache
-
-    def prefill_all(self, batch: Batch, capacity: int) -> tuple[Tensor, Cache]:
-        """As `prefill`, with the hidden states at all positions, [B, T, D]."""
-        x_BTD = self._embed(batch)
-        dtype = self._product_dtype(x_BTD)
-        cache = Cache(self.config, (batch.segments > 0).sum(1), capacity, dtype)
-        length = min(x_BTD.shape[1], capacity)  # beyond it is padding
-
-        def write(layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-            cache.keys[layer][:, :, :length] = k_BKTE[:, :, :length]
-            cache.values[layer][:, :, :length] = v_BKTE[:, :, :length]
-            return k_BKTE, v_BKTE
-
-        if batch.ids.is_cuda:
-            mask = build_mask(batch.segments, batch.blocks, dtype)
-        else:
-            mask = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
-        rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, _ = self._backbone(x_BTD, rope, mask, write, real, batch.positions)
-        return x_BTD, cache
-
-    def step(
-        self, ids_B: Tensor, cache: Cache, code: int | None = None, codes: int = 0, reproducible: bool = False
-    ) -> Tensor:
-        """One further (causal) position for every row of the cache; hidden states [B, D]. `reproducible`: see row_mask.
-
-        `code`: it is that one of the `codes` of a picture, row by row, and the codes before it stand last in the cache;
-        of a model with `picture_side` it then looks at those alone that the pattern keeps.
-        """
-        cell = None if code is None else cells_of(codes)[code].to(ids_B.device)
-        if code is not None and self.config.picture_side:
-            return self._sparse_step(ids_B, cache, code, cell)
-        positions_B1 = cache.lengths[:, None]
-        x_B1D = self._embed_ids(ids_B[:, None], positions_B1, cell)
-        filled = max(cache.counts) + 1
-        even, on_cpu = min(cache.counts) + 1 == filled, ids_B.device.type == "cpu"
-        # On a CPU a row's sums over its keys would else depend on the longest row beside it, in the last bit.
-        keys_seen = min(-(-filled // EVEN_KEYS) * EVEN_KEYS, cache.keys[0].shape[2]) if on_cpu else filled
-        rope, mask = cache.rope, None
-        if even:
-            rope = rope and (rope[0][:, filled - 1 : filled], rope[1][:, filled - 1 : filled])
-        else:
-            rows = torch.arange(len(ids_B), device=ids_B.device)
-            rope = cache.rope_at(positions_B1)
-        if on_cpu or not even:
-            seen = torch.arange(keys_seen, device=ids_B.device) <= positions_B1
-            mask = row_mask(seen[:, None, None], cache.keys[0].dtype, reproducible)
-
-        def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = cache.keys[layer], cache.values[layer]
-            if even:
-                keys[:, :, filled - 1 : filled], values[:, :, filled - 1 : filled] = k_BK1E, v_BK1E
-            else:
-                keys[rows, :, cache.lengths] = k_BK1E[:, :, 0].to(keys.dtype)
-                values[rows, :, cache.lengths] = v_BK1E[:, :, 0].to(values.dtype)
-            return keys[:, :, :keys_seen], values[:, :, :keys_seen]
-
-        x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
-        cache.grow()
-        return x_B1D[:, 0]
-
-    def _sparse_step(self, ids_B: Tensor, cache: Cache, code: int, cell: Tensor | None) -> Tensor:
-        pattern = SparsePattern.of(self.config, causal=True)
-        positions_B1, rows = cache.lengths[:, None], torch.arange(len(ids_B), device=ids_B.device)
-        x_B1D, rope = self._embed_ids(ids_B[:, None], positions_B1, cell), cache.rope_at(positions_B1)
-        texts_B = cache.lengths - code
-        longest = max(cache.counts) - code
-        codes_S = cached_places(pattern, code, 0).to(ids_B.device)
-        text_L = torch.arange(longest, device=ids_B.device)
-        keys_BS = torch.cat((text_L.expand(len(ids_B), -1), texts_B[:, None] + codes_S), 1)
-        mask = None
-        even = min(cache.counts) == max(cache.counts)
-        if not even:
-            seen = torch.cat((text_L < texts_B[:, None], keys_BS.new_ones(len(ids_B), len(codes_S)).bool()), 1)
-            mask = additive(seen[:, None, None], cache.keys[0].dtype)
-
-        def write(layer: int, k_BK1E: Tensor, v_BK1E: Tensor) -> tuple[Tensor, Tensor]:
-            kept = []
-            for stored, new in ((cache.keys[layer], k_BK1E), (cache.values[layer], v_BK1E)):
-                stored[rows, :, cache.lengths] = new[:, :, 0].to(stored.dtype)
-                if even:
-                    kept.append(stored.index_select(2, keys_BS[0]))
-                else:
-                    kept.append(stored.transpose(1, 2)[rows[:, None], keys_BS].transpose(1, 2))
-            return kept[0], kept[1]
-
-        x_B1D, _ = self._backbone(x_B1D, rope, mask, write)
-        cache.grow()
-        return x_B1D[:, 0]
-
-    def fill(self, ids_BN: Tensor, cache: Cache, codes: int, lengths_B: Tensor | None = None) -> Tensor:
-        """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
-        The first `codes` of them are those of a picture, row by row; only the first `lengths_B` of a row are seen.
-
-        The cache stays as it is: positions to be filled in (masked codes) can be asked again and again.
-        """
-        rows, count = ids_BN.shape
-        positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
-        cells_N2 = F.pad(cells_of(codes).to(ids_BN.device), (0, 0, 0, count - codes), value=-1)
-        x_BND, rope = self._embed_ids(ids_BN, positions_BN, cells_N2), cache.rope_at(positions_BN)
-        longest, on_cpu = max(cache.counts), ids_BN.device.type == "cpu"
-        mask: Any = None
-        if self.config.picture_side:
-            mask = self._filling_mask(count, cache)
-        elif min(cache.counts) < longest or lengths_B is not None or on_cpu:
-            longest = -(-longest // EVEN_KEYS) * EVEN_KEYS if on_cpu else longest  # as in a step
-            seen = torch.arange(longest, device=ids_BN.device) < cache.lengths[:, None]
-            last = count if lengths_B is None else lengths_B[:, None]
-            own = (torch.arange(count, device=ids_BN.device) < last).expand(rows, count)
-            seen = torch.cat((seen, own), 1)
-            mask = row_mask(seen[:, None, None], cache.keys[0].dtype, reproducible=True)
-
-        def write(layer: int, k_BKNE: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = cache.keys[layer][:, :, :longest], cache.values[layer][:, :, :longest]
-            return torch.cat((keys, k_BKNE.to(keys.dtype)), 2), torch.cat((values, v_BKNE.to(values.dtype)), 2)
-
-        x_BND, _ = self._backbone(x_BND, rope, mask, write)
-        return x_BND
-
-    def _filling_mask(self, count: int, cache: Cache) -> PictureMask:
-        """For a picture's codes and what follows them, after the texts of a cache."""
-        pattern, longest, device = SparsePattern.of(self.config), max(cache.counts), cache.lengths.device
-        tail = count - pattern.codes
-        if tail < 0:
-            raise OpenM6Error(f"{count} codes; model.picture_side makes a picture of {pattern.codes}.")
-        text_BL = torch.arange(longest, device=device) < cache.lengths[:, None]
-        seen = F.pad(text_BL, (0, tail), value=True)
-        after = F.pad(text_BL, (0, count), value=True)[:, None, None].expand(-1, 1, tail, -1)
-        mask = block_mask(pattern, longest + tail, seen, device) if device.type == "cuda" else None
-        return PictureMask(pattern, longest, 0, additive(after, cache.keys[0].dtype), seen, mask)
-
-    def _embed(self, batch: Batch) -> Tensor:
+    def embed_batch(self, batch: Batch) -> Tensor:
+        """What enters the first layer, [B, T, D]: tokens, and the features of pictures in their places."""
         x_BTD = self.embed(batch.ids)
         if self.image is not None:
             x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
@@ -352,7 +197,8 @@ class M6(Network):
             x_BTD = x_BTD + self.place(batch.positions)
         return self._at(x_BTD, batch.cells)
 
-    def _embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
+    def embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
+        """The same of tokens alone; `cells`: rows and columns of a picture's codes."""
         x_BND = self.embed(ids_BN)
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
@@ -368,31 +214,28 @@ class M6(Network):
         """The blocks in the order in which they are applied; a shared one several times."""
         return [self.blocks[n % len(self.blocks)] for n in range(self.config.num_hidden_layers)]  # type: ignore[misc]
 
-    def _backbone(
+    def backbone(
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         mask: Any,
-        write: Any = None,
+        cache: Any = None,
         real_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[Load]]:
-        """All layers and the last norm. `positions_BT` where examples begin in this call: a prompt is put there."""
+        """All layers and the last norm. `cache`: in decoding, a View of it. `positions_BT` where examples begin in this
+        call: a prompt is put there."""
         loads = []
         for layer, block in enumerate(self.layers()):
             if self.prompt is not None and positions_BT is not None:
                 x_BTD = self.prompt(layer, x_BTD, positions_BT)
-            x_BTD, load = block(x_BTD, rope, mask, write and partial(write, layer), real_BT)
+            x_BTD, load = block(x_BTD, rope, mask, cache, layer, real_BT)
             if load is not None:
                 loads.append(load)
         return self.norm(x_BTD), loads
 
-    def _product_dtype(self, x: Tensor) -> torch.dtype:
+    def product_dtype(self, x: Tensor) -> torch.dtype:
         """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""
         if self.packed_head is not None:
             return self.packed_head.dtype
         return product_dtype(x)
-
-
-AutoConfig.register("openm6", ModelConfig)
-AutoModel.register(ModelConfig, M6)

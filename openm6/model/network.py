@@ -1,16 +1,70 @@
-"""What the networks of this package share: they say how each parameter starts, whoever fills it."""
+"""What the networks of this package share: a configuration in JSON, and a rule for how each parameter starts."""
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from openm6._version import __version__
+from openm6.core.bases import require_model
+from openm6.core.errors import OpenM6Error, UsageError, suggest
+from openm6.core.files import write_json
+
+FORMAT = 1
+"""Version of config.json and of the tensors' names."""
 
 
-class Network(PreTrainedModel):
+@dataclass
+class NetworkConfig:
+    """The sizes of a network, as config.json has them."""
+
+    model_type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write config.json into a directory."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        about = {"model_type": self.model_type, "format": FORMAT, "openm6": __version__}
+        write_json(path / "config.json", about | self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The sizes of a model directory. Raises UsageError where there is none, OpenM6Error where it is damaged, of
+        another kind, or of another format."""
+        require_model(Path(path))
+        file = Path(path) / "config.json"
+        try:
+            content = dict(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise OpenM6Error(f"{file} is damaged.") from None
+        if (kind := content.get("model_type")) != cls.model_type:
+            raise OpenM6Error(f"{file} is of a model of the type {kind!r}; {cls.model_type!r} is needed here.")
+        if (format := content.get("format")) != FORMAT:
+            raise OpenM6Error(f"{file} has the format {format!r}; this version of OpenM6 reads {FORMAT}.")
+        sizes = {key: value for key, value in content.items() if key not in ("model_type", "format", "openm6")}
+        known = [field.name for field in fields(cls)]
+        for key in sizes:
+            if key not in known:
+                raise OpenM6Error(f"{file}: unknown key {key}.{suggest(key, known)}")
+        try:
+            return cls(**sizes)
+        except UsageError as error:
+            raise OpenM6Error(f"{file}: {error}") from None
+
+
+class Network(nn.Module):
+    config_class: ClassVar[type[NetworkConfig]]
+    config: Any
     adapted: bool = False
     """Whether an adapter is trained in it: checkpoints then hold what is trained alone."""
 
@@ -19,11 +73,15 @@ class Network(PreTrainedModel):
         """A module's own parameters, each with the mean and the standard deviation that it starts with."""
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
+    def reset_parameters(self) -> None:
+        """Let every parameter start as `initial` says, by PyTorch's random numbers."""
+        self.apply(self._reset)
 
+    def _reset(self, module: nn.Module) -> None:
         for parameter, mean, std in self.initial(module):
+            if parameter.is_meta:
+                continue
             if std:
-                init.normal_(parameter, mean, std)
+                parameter.normal_(mean, std)
             else:
-                init.constant_(parameter, mean)
+                parameter.fill_(mean)

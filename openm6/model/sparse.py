@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
     from openm6.model.config import ModelConfig

@@ -14,8 +14,8 @@ from decimal import Decimal
 from numbers import Integral
 from typing import Any
 
+from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.data.store import Record
-from openm6.errors import DataError, UsageError, cut, suggest
 
 TYPES = {"bool": "bool", "int": "int64", "float": "float64", "text": "string"}
 """Types by the names that people use, the narrowest first, and the names that `index.json` has."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from openm6.bundle import Bundle
+from openm6.core.errors import DataError, UsageError
 from openm6.data.columns import SlotView, picture_path, require_columns
 from openm6.data.files import expand
 from openm6.data.readers import format_of
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
-from openm6.errors import DataError, UsageError
+from openm6.inference.session import Session
 from openm6.retrieve.columns import convert_at, id_of, type_of, types_of
 from openm6.retrieve.index import Index
 
@@ -38,7 +38,7 @@ class Filled:
 
 def create_for(
     path: Path,
-    bundle: Bundle,
+    session: Session,
     task: str,
     source: str,
     *,
@@ -56,19 +56,19 @@ def create_for(
     values of the whole source say it (`types_of`).
     """
     for name in (task, query_task or task):
-        if not bundle.task(name).embeds:
+        if not session.task(name).embeds:
             raise UsageError(f"The task {name} gives no vector: an index is made by one that does.")
     records = open_source(source, data_format, images)
-    SlotView.of(bundle.task(task), records, columns or {})
+    SlotView.of(session.task(task), records, columns or {})
     given = types_given(keep)
     require_columns(records.columns, [*given, *([id_column] if id_column else [])])
     types = {name: kind or ("string" if name == id_column else "") for name, kind in given.items()}
     types |= types_of(records, [n for n, kind in types.items() if not kind], _has_text_cells(source, data_format))
     about = {
-        "model": str((bundle.path or Path()).resolve()), "task": task, "query_task": query_task or task,
+        "model": str((session.path or Path()).resolve()), "task": task, "query_task": query_task or task,
         "id_column": id_column, "slots": dict(columns or {}),
     }  # fmt: skip
-    return Index.create(path, dims or bundle.model.config.hidden_size, types, about)
+    return Index.create(path, dims or session.model.config.hidden_size, types, about)
 
 
 def types_given(keep: Sequence[str]) -> dict[str, str]:
@@ -79,7 +79,7 @@ def types_given(keep: Sequence[str]) -> dict[str, str]:
 
 def add_source(
     index: Index,
-    bundle: Bundle,
+    session: Session,
     source: str,
     *,
     data_format: str | None = None,
@@ -94,10 +94,10 @@ def add_source(
 
     `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` each bad record; without it the
     first one raises DataError. A kept column with the picture of the task holds its whole path. `truncate`: of records
-    that are longer than the model takes (Bundle.run). Raises UsageError for a source without the index's columns.
+    that are longer than the model takes (Session.run). Raises UsageError for a source without the index's columns.
     """
     about, id_column = index.about, index.about["id_column"]
-    task = bundle.task(about["task"])
+    task = session.task(about["task"])
     records = open_source(source, data_format, images)
     view = SlotView.of(task, records, about["slots"])
     require_columns(records.columns, [*about["columns"], *([id_column] if id_column else [])])
@@ -119,7 +119,7 @@ def add_source(
                 rows.append(error)
             else:
                 rows.append(row)
-        vectors = bundle.vectors(task, seen, dims=index.dims, on_error="return", truncate=truncate)
+        vectors = session.vectors(task, seen, dims=index.dims, on_error="return", truncate=truncate)
         good = []
         for (name, record), row in zip(batch, rows, strict=True):
             found: Any = row if isinstance(row, DataError) else next(vectors)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import require_new, write_whole
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.files import require_new, write_whole
 from openm6.retrieve.columns import convert_at, filter_error, id_of, type_of
 from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
 

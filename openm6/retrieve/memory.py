@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import write_file, write_json
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.core.files import write_file, write_json
 
 LISTS = "ann.json"
 """The file beside the table that says which inverted lists there are."""

@@ -1,11 +1,9 @@
 """A recommender in two stages: what is near to what a customer bought is recalled from an index, and ranked by a model
-of boosted trees (LightGBM) that sees nearness, how much is sold, the items' columns and the occasion.
+of boosted trees (LightGBM) that sees nearness, how much is sold, the items' columns and the occasion (visits.py).
 
     DIR/recommender.json    the index, the columns, how often each item was bought, what was learned from
     DIR/ranker.txt          the trees, as LightGBM writes them
     DIR/rejects.jsonl       the visits that were not learned from, each with the reason (written by the command)
-
-A visit is described in visits.py.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from openm6.atomic import require_new, write_whole
+from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.files import require_new, write_whole
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
-from openm6.errors import DataError, UsageError, suggest
 from openm6.retrieve.index import Index, Items
 from openm6.retrieve.ranks import scores_of_ranks
 from openm6.retrieve.visits import usable_visits

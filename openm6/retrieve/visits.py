@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any
 
+from openm6.core.errors import DataError, cut
 from openm6.data.columns import require_columns
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
 from openm6.data.store import Record
-from openm6.errors import DataError, cut
 from openm6.retrieve.columns import id_of
 
 

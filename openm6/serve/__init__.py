@@ -1,1 +1,1 @@
-"""A model behind an API: the engine that answers many at once, and what stands in front of it."""
+"""The HTTP server: an engine that answers many requests at once, the processes around it, the API, keys and limits."""

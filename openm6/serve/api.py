@@ -27,19 +27,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.cors import CORSMiddleware
 
 from openm6._version import __version__
-from openm6.errors import DataError, OpenM6Error
+from openm6.core.errors import DataError, OpenM6Error
+from openm6.core.files import dumps
 from openm6.hub.find import find_model
-from openm6.json_lines import dumps
 from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
-from openm6.serve.fleet import Deployment, Fleet, Place
+from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.listen import Lag
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
+from openm6.serve.settings import Place
 from openm6.serve.wire import INTERNAL
 
 

@@ -1,6 +1,6 @@
 """The body of a request: of the type that its route takes, and JSON that means one thing.
 
-JSON is read by the rules that files of records are read by (json_lines.py): UTF-8, no half characters, no NaN, no key
+JSON is read by the rules that files of records are read by (core/files.py): UTF-8, no half characters, no NaN, no key
 twice. What breaks one of them is refused with its place.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 
-from openm6.json_lines import fault_of, has_more_values, parse
+from openm6.core.files import fault_of, has_more_values, parse
 from openm6.serve.guard import LARGE, Refusal
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")

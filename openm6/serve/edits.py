@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from openm6.editing import Cut, cut_of
-from openm6.errors import DataError
-from openm6.images import Source, open_image, png
+from openm6.core.errors import DataError
+from openm6.core.images import Source, open_image, png
+from openm6.inference.edit import Cut, cut_of
 from openm6.serve.fleet import Deployment
 
 

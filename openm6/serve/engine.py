@@ -2,8 +2,8 @@
 
 Two kinds of work. Texts are written together: whoever comes is read (prefill) and joins at the next step, whoever is
 done leaves, so that a step is one pass for all of them. Everything else (pictures in passes, beams, texts from a
-sketch, vectors, heads) is work in steps of its own (decode/steps.py), alike requests in one batch. Between the two the
-engine shares its time evenly: it goes on with the kind that has had less of it.
+sketch, vectors, heads) is work in steps of its own (inference/steps.py), alike requests in one batch. Between the two
+the engine shares its time evenly: it goes on with the kind that has had less of it.
 
 What a request gets is what the offline decoder gives it alone, whatever else is being done: rows do not see each other,
 and each has its own random numbers.
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from openm6.bundle import Bundle
-from openm6.decode.steps import Steps
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.inference.session import Session
+from openm6.inference.steps import Steps
 from openm6.serve.features import Features
+from openm6.serve.settings import Settings
 from openm6.serve.texts import Texts
 from openm6.serve.work import LATE, Request, Told, prepared, steps_of
 
@@ -34,24 +35,6 @@ JOBS = 2
 """That are worked at in turn, so that a short one does not wait for a long one."""
 EARLY = 1024
 """Cancellations that are remembered at most because their request is not there: it may still be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How much the engine does at once.
-
-    capacity       positions of a text with its prompt; 0: as many as the model has
-    cache_mib      memory for keys and values of texts that are written, and as much for those of pictures and beams
-    prefix_mib     for prompts that were read lately, and as much for features of pictures
-    batch          alike requests that are worked at together (pictures, vectors)
-    prefill        positions of prompts that are read at once, at most, while others write
-    """
-
-    capacity: int = 0
-    cache_mib: int = 512
-    prefix_mib: int = 64
-    batch: int = 16
-    prefill: int = 2048
 
 
 @dataclass(slots=True)
@@ -83,10 +66,10 @@ class Engine:
     is none.
     """
 
-    def __init__(self, bundle: Bundle, tell: Callable[[Told], None], settings: Settings | None = None):
-        self.bundle, self.settings, self._tell = bundle, settings or Settings(), tell
+    def __init__(self, session: Session, tell: Callable[[Told], None], settings: Settings | None = None):
+        self.session, self.settings, self._tell = session, settings or Settings(), tell
         self.counts = Counts()
-        image = bundle.model.image
+        image = session.model.image
         self.features = Features.of(image, self.settings.prefix_mib * MIB) if image is not None else None
         self._inbox: deque[Request] = deque()
         self._gone: set[str] = set()
@@ -196,11 +179,11 @@ class Engine:
             self._waiting.append(request)
             return
         if request.adapter not in self._texts:
-            self._texts[request.adapter] = Texts(self.bundle, request.adapter, self.settings)
+            self._texts[request.adapter] = Texts(self.session, request.adapter, self.settings)
         self._texts[request.adapter].waiting.append(request)
 
-    def _view(self, adapter: str | None) -> Bundle:
-        return self.bundle.adapter(adapter) if adapter else self.bundle
+    def _view(self, adapter: str | None) -> Session:
+        return self.session.adapter(adapter) if adapter else self.session
 
     def _forget(self, gone: set[str]) -> None:
         """Requests that were cancelled, and those whose time is over."""

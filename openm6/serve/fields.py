@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from openm6.errors import cut, suggest
-from openm6.json_lines import dumps
+from openm6.core.errors import cut, suggest
+from openm6.core.files import dumps
 from openm6.serve.guard import Refusal
 
 Passing = tuple[Any, ...] | None

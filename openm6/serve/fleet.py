@@ -12,14 +12,12 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError, cut, suggest
-from openm6.serve.engine import Settings
+from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
 from openm6.serve.pending import Heard, PendingRequest, PendingRequests
 from openm6.serve.process import Worker
+from openm6.serve.settings import Place, Settings
 from openm6.serve.wire import DIED, FULL, STOPPING
 
 log = logging.getLogger("openm6.serve")
@@ -44,14 +42,6 @@ class Refused(OpenM6Error):
     ):
         super().__init__(message, code=code or kind, param=param)
         self.kind, self.seconds = kind, seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What a process serves: a model directory and adapters of it by name."""
-
-    model: Path
-    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def pause_after(deaths: int) -> float:

@@ -16,13 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from openm6.errors import OpenM6Error, UsageError, cut
-from openm6.json_lines import dumps
+from openm6.core.errors import OpenM6Error, UsageError, cut
+from openm6.core.files import dumps
+from openm6.core.origins import from_another_site, from_here
 from openm6.serve.access import LogEntry, current, log, unforeseen
 from openm6.serve.fleet import Refused
 from openm6.serve.validation import fault_of_request
 from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
-from openm6.sites import from_another_site, from_here
 
 T = TypeVar("T")
 

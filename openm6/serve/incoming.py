@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from openm6.errors import DataError, UsageError, cut, suggest
-from openm6.images import MAX_BYTES, Features, from_base64
+from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.images import MAX_BYTES, Features, from_base64
 from openm6.tasks.lengths import check_value
 
 QUICK = 2**18

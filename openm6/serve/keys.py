@@ -13,8 +13,8 @@ import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from openm6.atomic import write_file
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.core.files import write_file
 
 USE, MANAGE = "use", "manage"
 ROLES = (USE, MANAGE)

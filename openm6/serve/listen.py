@@ -13,7 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.guard import body_of
 
 HEAD = 15.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.keys import Key
 
 log = logging.getLogger("openm6.serve")

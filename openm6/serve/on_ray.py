@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import UsageError
-from openm6.serve.engine import Settings
-from openm6.serve.fleet import Fleet, Place
+from openm6.core.errors import UsageError
+from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
+from openm6.serve.settings import Place, Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

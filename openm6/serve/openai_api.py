@@ -21,9 +21,9 @@ import numpy as np
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import StreamingResponse
 
-from openm6.editing import COVERS_ALL
-from openm6.errors import UsageError, cut
-from openm6.json_lines import dumps
+from openm6.core.errors import UsageError, cut
+from openm6.core.files import dumps
+from openm6.inference.edit import COVERS_ALL
 from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import known, sse, unless_gone

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import UploadFile
 from pydantic import Field, field_validator
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.fields import ANY, Fields, Passing
 from openm6.serve.guard import Refusal
 from openm6.serve.server import TaskRequest

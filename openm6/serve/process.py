@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from openm6.errors import UsageError
-from openm6.serve.engine import Settings
+from openm6.core.errors import UsageError
 from openm6.serve.pending import Heard, PendingRequest
+from openm6.serve.settings import Settings
 from openm6.serve.wire import DIED, Messages, error_of, packed
 
 if TYPE_CHECKING:
-    from openm6.serve.fleet import Place
+    from openm6.serve.settings import Place
 
 STARTING = 300.0
 """Seconds that a model may take to load."""

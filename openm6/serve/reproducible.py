@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openm6.batches import pad
+from openm6.core.batch import pad
+from openm6.core.sequence import IGNORE, Sequence
 from openm6.model import M6
-from openm6.sequence import IGNORE, Sequence
+from openm6.model.cache import prefill, step
 
 LENGTHS, STEPS = (3, 9, 16, 17, 40, 70, 130), 3
 """Positions of the prompts that are compared, and the tokens that follow each."""
@@ -34,9 +35,9 @@ def _prompt(ids: np.ndarray) -> Sequence:
 
 def _logits(model: M6, prompts: list[Sequence]) -> Tensor:
     """After the prompts and after each of the tokens that follow, [B, 1 + STEPS, V]."""
-    hidden, cache = model.prefill(pad(prompts, pad_id=0, even=True), max(map(len, prompts)) + STEPS)
+    hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True), max(map(len, prompts)) + STEPS)
     found = [model.logits(hidden)]
     for token in range(STEPS):
-        hidden = model.step(torch.full((len(prompts),), token), cache, reproducible=True)
+        hidden = step(model, torch.full((len(prompts),), token), cache, reproducible=True)
         found.append(model.logits(hidden))
     return torch.stack(found, 1)

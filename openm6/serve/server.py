@@ -14,10 +14,10 @@ from typing import Any, Literal
 from fastapi import Depends, Request
 from pydantic import Field
 
-from openm6.decode import Decoding
-from openm6.decode.draw import Drawing
-from openm6.errors import UsageError, cut, suggest
-from openm6.painting import fresh_seed
+from openm6.core.errors import UsageError, cut, suggest
+from openm6.inference import Decoding
+from openm6.inference.draw import Drawing
+from openm6.inference.rank import fresh_seed
 from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures

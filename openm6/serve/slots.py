@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openm6.core.sequence import Sequence
 from openm6.model import M6, ModelConfig
-from openm6.model.attention import Cache, rotary_angles
-from openm6.sequence import Sequence
+from openm6.model.attention import rotary_angles
+from openm6.model.cache import KVCache, step
 
 SHORTEST = 64
 """Positions of a slot at least."""
@@ -44,7 +45,7 @@ class Slots:
         config, device = model.config, model.embed.weight.device
         self.limit, self.capacity = limit, 0
         self._budget, self._config, self._dtype = budget, config, dtype
-        self._cache = Cache(config, torch.zeros(0, dtype=torch.int64, device=device), 0, dtype)
+        self._cache = KVCache(config, torch.zeros(0, dtype=torch.int64, device=device), 0, dtype)
         self._used = self._cache  # the slots in use, of the same memory
         self._size = 0  # slots there is memory for now
 
@@ -86,11 +87,11 @@ class Slots:
 
     def step(self, model: M6, tokens_B: Tensor, only: int | None = None, reproducible: bool = False) -> Tensor:
         """One further position of every slot in use, or of one of them alone; hidden states [B, D]. Where it fails, the
-        slots are as they were. `reproducible`: see M6.step."""
+        slots are as they were. `reproducible`: see cache.step."""
         if only is None:
-            return model.step(tokens_B, self._used, reproducible=reproducible)
+            return step(model, tokens_B, self._used, reproducible=reproducible)
         one = self._used.part(slice(only, only + 1))
-        hidden = model.step(tokens_B, one, reproducible=reproducible)
+        hidden = step(model, tokens_B, one, reproducible=reproducible)
         self._used.lengths[only], self._used.counts[only] = one.lengths[0], one.counts[0]
         return hidden
 
@@ -125,11 +126,11 @@ class Slots:
 
 
 def bytes_of_slot(config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> int:
-    wide = 4 if device.type == "cpu" else dtype.itemsize  # as Cache keeps them
+    wide = 4 if device.type == "cpu" else dtype.itemsize  # as KVCache keeps them
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * capacity * wide
 
 
-def prefixes_of(hidden_BD: Tensor, cache: Cache) -> list[Prefix]:
+def prefixes_of(hidden_BD: Tensor, cache: KVCache) -> list[Prefix]:
     """A prefilled cache, prompt by prompt: copies, so that one can be forgotten without the others; of a single prompt
     the cache itself."""
     found = []

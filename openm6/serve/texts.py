@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from openm6.batches import by_length, pad
-from openm6.bundle import Bundle
-from openm6.decode import Generated
-from openm6.decode.generate import chance, choose
-from openm6.decode.permitted import permitted
-from openm6.decode.pieces import Pieces, StopFilter
-from openm6.errors import ContextLengthError
+from openm6.core.batch import by_length, pad
+from openm6.core.errors import ContextLengthError
+from openm6.core.sequence import Sequence
+from openm6.inference import Generated
+from openm6.inference.generate import chance, choose
+from openm6.inference.permitted import permitted
+from openm6.inference.pieces import Pieces, StopFilter
+from openm6.inference.session import Session
+from openm6.model.cache import prefill
 from openm6.model.precision import fast_dtype
-from openm6.sequence import Sequence
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
 from openm6.serve.work import Request, Told, cut_value
 
 if TYPE_CHECKING:
-    from openm6.serve.engine import Settings
+    from openm6.serve.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,11 +59,11 @@ class _Row:
 class Texts:
     """`waiting` come in as there is room; `rows` are being written, row i in slot i."""
 
-    def __init__(self, bundle: Bundle, adapter: str | None, settings: Settings):
-        self.view, self.adapter = bundle.adapter(adapter) if adapter else bundle, adapter
+    def __init__(self, session: Session, adapter: str | None, settings: Settings):
+        self.view, self.adapter = session.adapter(adapter) if adapter else session, adapter
         self.waiting: deque[Request] = deque()
         self.rows: list[_Row] = []
-        self._settings, self._shares = settings, 1 + len(bundle.adapters)
+        self._settings, self._shares = settings, 1 + len(session.adapters)
         self._slots: Slots | None = None
         self.prefixes: Recent[Prefix] = Recent(settings.prefix_mib * 2**20 // self._shares)
 
@@ -194,7 +195,7 @@ class Texts:
     def _prefixes(self, prompts: list[Sequence]) -> list[Prefix]:
         model = self.view.model
         batch = pad(prompts, pad_id=0, even=True)
-        return prefixes_of(*model.prefill(batch.to(model.embed.weight.device), batch.shape[1]))
+        return prefixes_of(*prefill(model, batch.to(model.embed.weight.device), batch.shape[1]))
 
     def _chosen(self, rows: list[_Row], hidden: list[Tensor]) -> tuple[list[Told], set[int]]:
         """The next token of each row, what is to be told of it, and the rows that came to an end."""

@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from openm6.batches import pad
+from openm6.core.batch import pad
+from openm6.core.sequence import IGNORE, Sequence
 from openm6.model import M6
-from openm6.sequence import IGNORE, Sequence
+from openm6.model.cache import prefill, step
 
 WORTH = 1.3
 """Times as fast as with half of them, or threads are left to others."""
@@ -57,8 +58,8 @@ def _seconds(model: M6, threads: int) -> float:
     took = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
-        _, cache = model.prefill(batch, min(positions, read + WRITTEN))
+        _, cache = prefill(model, batch, min(positions, read + WRITTEN))
         for _ in range(min(WRITTEN, positions - read)):
-            model.step(written, cache)
+            step(model, written, cache)
         took.append(time.perf_counter() - started)
     return min(took)

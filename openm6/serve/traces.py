@@ -5,15 +5,14 @@ Where they go, the standard variables say (OTEL_EXPORTER_OTLP_ENDPOINT and other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from openm6._version import __version__
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from openm6.serve.server import Server
 
 
 class NoSpan:
@@ -29,8 +28,10 @@ class NoSpan:
         """Nothing more comes."""
 
 
-def add_traces(app: FastAPI, server: Server, exporter: Any = None) -> None:
-    """Trace all requests. `exporter`: in the place of OTLP over HTTP. Raises UsageError without the packages."""
+def add_traces(app: FastAPI, exporter: Any = None) -> tuple[type[NoSpan], Callable[[], None]]:
+    """Trace all requests. Returns the kind of spans for answers, and what sends off the last ones at the end.
+
+    `exporter`: in the place of OTLP over HTTP. Raises UsageError without the packages."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
@@ -58,5 +59,4 @@ def add_traces(app: FastAPI, server: Server, exporter: Any = None) -> None:
                 self._span.set_status(StatusCode.ERROR, status)
             self._span.end()
 
-    server.span = Traced
-    server.at_end.append(provider.shutdown)
+    return Traced, provider.shutdown

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.datastructures import FormData
 
-from openm6.errors import cut, suggest
+from openm6.core.errors import cut, suggest
 
 
 def fault_of_request(request: Request, error: RequestValidationError) -> tuple[str, str, str | None]:

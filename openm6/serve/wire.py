@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openm6.candidates import Painting
-from openm6.errors import DataError, OpenM6Error, UsageError
-from openm6.images import png
+from openm6.core.candidates import Candidate
+from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.images import png
 
 _LENGTH = struct.Struct(">I")
 LARGEST = 2**28
@@ -74,10 +74,10 @@ def _unpacked(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What MessagePack does not know: pictures as PNG, arrays as lists, paintings as dicts."""
+    """What MessagePack does not know: pictures as PNG, arrays as lists, candidates as dicts."""
     if isinstance(value, Image.Image):
         return png(value)
-    if isinstance(value, Painting):
+    if isinstance(value, Candidate):
         return {
             "image": value.image, "number": value.number, "seed": value.seed, "score": value.score,
             "estimates": value.estimates, "uncertain": value.uncertain, "codes": value.codes.tolist(),

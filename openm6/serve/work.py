@@ -7,22 +7,23 @@ from collections.abc import Hashable, Mapping, Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from openm6.bundle import SHOTS, TRUNCATE, Bundle, check_dims
-from openm6.candidates import Painting
-from openm6.decode import Decoding
-from openm6.decode.beam import beam_steps
-from openm6.decode.draw import Drawing
-from openm6.decode.ends import head_answers, vectors
-from openm6.decode.generate import check_room, generate
-from openm6.decode.labels import LabelTree, label_probabilities
-from openm6.decode.pieces import cut_at_stop
-from openm6.decode.refine import refine_steps
-from openm6.decode.steps import Steps
-from openm6.editing import kept_codes_of
-from openm6.errors import UsageError
+from openm6.core.candidates import Candidate
+from openm6.core.errors import UsageError
+from openm6.core.sequence import Sequence
+from openm6.inference import Decoding
+from openm6.inference.beam import beam_steps
+from openm6.inference.decoding import check_room
+from openm6.inference.draw import Drawing
+from openm6.inference.edit import kept_codes_of
+from openm6.inference.ends import head_answers, vectors
+from openm6.inference.generate import generate
+from openm6.inference.labels import LabelTree, label_probabilities
+from openm6.inference.pieces import cut_at_stop
+from openm6.inference.rank import KEPT, check_wish, in_passes, options_of, paint_steps
+from openm6.inference.refine import refine_steps
+from openm6.inference.session import SHOTS, TRUNCATE, Session, check_dims
+from openm6.inference.steps import Steps
 from openm6.model.precision import fast_dtype
-from openm6.painting import KEPT, check_wish, in_passes, options_of, paint_steps
-from openm6.sequence import Sequence
 from openm6.serve.slots import bytes_of_slot
 from openm6.tasks.task import Task
 
@@ -98,7 +99,7 @@ class Told:
     truncated: int = 0
 
 
-def prepared(request: Request, view: Bundle) -> None:
+def prepared(request: Request, view: Session) -> None:
     """Fill in what the engine works with. Raises UsageError or DataError for what cannot be done."""
     task = request.made = view.task(request.task)
     task.check(request.record)
@@ -147,12 +148,12 @@ def prepared(request: Request, view: Bundle) -> None:
     request.like = (request.adapter, task.name, *kind)
 
 
-def _bytes(view: Bundle, rows: int, positions: int) -> int:
+def _bytes(view: Session, rows: int, positions: int) -> int:
     device = view.model.embed.weight.device
     return rows * bytes_of_slot(view.model.config, positions, fast_dtype(device.type), device)
 
 
-def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
+def steps_of(view: Session, requests: list[Request]) -> Steps[list[Any]]:
     """Alike requests that are no plain texts, at once; a value for each, and the cost of each step for each."""
     first = requests[0]
     task, options = first.made, first.options
@@ -170,12 +171,14 @@ def steps_of(view: Bundle, requests: list[Request]) -> Steps[list[Any]]:
     return _texts(view, task, requests, prompts)
 
 
-def _pictures(view: Bundle, task: Task, requests: list[Request], options: Drawing) -> Steps[list[list[Painting]]]:
+def _pictures(view: Session, task: Task, requests: list[Request], options: Drawing) -> Steps[list[list[Candidate]]]:
     records, seeds = [request.record for request in requests], [request.options.seed for request in requests]
     return (yield from paint_steps(view, task, records, requests[0].candidates, options, seeds))
 
 
-def _with_probabilities(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
+def _with_probabilities(
+    view: Session, task: Task, requests: list[Request], prompts: list[Sequence]
+) -> Steps[list[Any]]:
     """The answers, then the probabilities, which cost the beginnings of labels that are read."""
     tokenizer, options = view.processor.tokenizer, requests[0].options
     if options.num_beams > 1:
@@ -197,7 +200,7 @@ def _at_once(act: Any, rows: int) -> Steps[list[Any]]:
     return act()  # type: ignore[no-any-return]
 
 
-def _texts(view: Bundle, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
+def _texts(view: Session, task: Task, requests: list[Request], prompts: list[Sequence]) -> Steps[list[Any]]:
     tokenizer, options = view.processor.tokenizer, requests[0].options
     if task.sketch:
         found = yield from refine_steps(view.model, prompts, tokenizer, options.max_new_tokens)

@@ -18,10 +18,11 @@ from dataclasses import asdict
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
+from openm6.model.count import count_parameters
 from openm6.serve.wire import error_of, kind_of, packed, read, told_of
 
 if TYPE_CHECKING:
-    from openm6.bundle import Bundle
+    from openm6.inference.session import Session
     from openm6.serve.engine import Engine
 
 POWER_EVERY = 5.0
@@ -52,7 +53,7 @@ def main(descriptor: int) -> int:
         outbox.put(None)
         writer.join()
         return 1
-    outbox.put({"ready": described(engine.bundle)})
+    outbox.put({"ready": described(engine.session)})
     gc.collect()
     gc.freeze()  # model and modules stay: no pauses to look through them
     power = _Power()
@@ -67,11 +68,12 @@ def main(descriptor: int) -> int:
 
 
 def _opened(start: dict[str, Any], outbox: Any) -> Engine:
-    from openm6.bundle import Bundle
-    from openm6.extend import load_named_extensions
-    from openm6.serve.engine import Engine, Settings
+    from openm6.inference.session import Session
+    from openm6.serve.engine import Engine
+    from openm6.serve.settings import Settings
     from openm6.serve.threads import fit_threads
     from openm6.serve.work import Told
+    from openm6.tasks.extend import load_named_extensions
 
     load_named_extensions()
 
@@ -87,30 +89,30 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
             message |= {"value": told.value, "finished": told.finished, "truncated": told.truncated}
         outbox.put(message)
 
-    bundle = Bundle.load(start["model"], adapters=start.get("adapters") or {})
+    session = Session.load(start["model"], adapters=start.get("adapters") or {})
     if "OMP_NUM_THREADS" not in os.environ:
-        with bundle.precision():
-            fit_threads(bundle.model)
-    return Engine(bundle, tell, Settings(**start.get("settings") or {}))
+        with session.precision():
+            fit_threads(session.model)
+    return Engine(session, tell, Settings(**start.get("settings") or {}))
 
 
-def described(bundle: Bundle) -> dict[str, Any]:
+def described(session: Session) -> dict[str, Any]:
     """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
     and give, its adapters, its size, and whether a seed gives the same answer whatever is answered beside it."""
     import torch
 
-    from openm6.bases import base_of
+    from openm6.core.bases import base_of
     from openm6.model.files import eyes_of
     from openm6.serve.reproducible import is_reproducible
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
-    adapters = {name: bundle.adapter(name) for name in bundle.adapters}
+    adapters = {name: session.adapter(name) for name in session.adapters}
     every = {**library, **{name: task for view in adapters.values() for name, task in view.tasks.items()}}
-    every |= bundle.tasks
-    draws = bundle.processor.codec is not None
-    with bundle.precision():
-        reproducible = is_reproducible(bundle.model)
+    every |= session.tasks
+    draws = session.processor.codec is not None
+    with session.precision():
+        reproducible = is_reproducible(session.model)
     return {
         "tasks": {
             name: {
@@ -118,17 +120,17 @@ def described(bundle: Bundle) -> dict[str, Any]:
                 "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
                 "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
                 "kind": "picture" if task.draws else "vector" if task.embeds else "value" if task.head else "text",
-                "sketch": task.sketch, "trained": bundle.is_trained_on(task), "example": dict(task.example),
+                "sketch": task.sketch, "trained": session.is_trained_on(task), "example": dict(task.example),
                 "trained_adapters": [name for name, view in adapters.items() if view.is_trained_on(task)],
             }
             for name, task in every.items()
-            if (draws or not task.draws) and (not task.head or task.head in bundle.model.heads)
+            if (draws or not task.draws) and (not task.head or task.head in session.model.heads)
         },
-        "adapters": bundle.adapters, "parameters": sum(bundle.model.config.count_parameters().values()),
-        "positions": bundle.processor.max_length, "vector": bundle.model.config.hidden_size,
-        "codes": bundle.codec.side**2 if draws else 0, "picture": bundle.codec.size if draws else None,
-        "eyes": eyes_of(base_of(bundle.path) or bundle.path) if bundle.path else "",
-        "path": str(bundle.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
+        "adapters": session.adapters, "parameters": sum(count_parameters(session.model.config).values()),
+        "positions": session.processor.max_length, "vector": session.model.config.hidden_size,
+        "codes": session.codec.side**2 if draws else 0, "picture": session.codec.size if draws else None,
+        "eyes": eyes_of(base_of(session.path) or session.path) if session.path else "",
+        "path": str(session.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
 
 
 class _Power:
-    """Energy of this process (train/meters.py), in a thread of its own: the meter takes seconds to look at the machine,
+    """Energy of this process (core/energy.py), in a thread of its own: the meter takes seconds to look at the machine,
     and no request waits for that."""
 
     def __init__(self) -> None:
@@ -193,7 +195,7 @@ class _Power:
         Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
-        from openm6.train.meters import EnergyMeter
+        from openm6.core.energy import EnergyMeter
 
         meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
         while True:

@@ -1,1 +1,2 @@
-"""Tasks: one line of instruction with typed slots says what goes in and what comes out (see `grammar`)."""
+"""The instruction grammar: typed slots, how a record becomes a sequence, constraints on answers, metrics, the task
+library. Nothing here imports PyTorch."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError, suggest_path
+from openm6.core.errors import OpenM6Error, UsageError, suggest_path
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 

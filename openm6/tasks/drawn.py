@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import DataError, cut
-from openm6.sequence import CAUSAL, IGNORE, Sequence
-from openm6.tokenizer import Tokenizer
+from openm6.core.errors import DataError, cut
+from openm6.core.sequence import CAUSAL, IGNORE, Sequence
+from openm6.core.tokenizer import Tokenizer
 
 BLOCK = 1
 

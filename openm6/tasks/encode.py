@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from openm6.errors import ContextLengthError, DataError, UsageError, cut, suggest
-from openm6.sequence import Sequence
+from openm6.core.errors import ContextLengthError, DataError, UsageError, cut, suggest
+from openm6.core.sequence import Sequence
 from openm6.tasks import corrupt, drawn, sketch, target
 from openm6.tasks.forms import characters
 from openm6.tasks.grammar import Instruction, Slot

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from openm6.errors import UsageError, suggest
+from openm6.core.errors import UsageError, suggest
 from openm6.tasks.grammar import parse
 from openm6.tasks.metrics import ELSEWHERE, METRICS
 from openm6.tasks.task import Task

@@ -7,9 +7,9 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache
 
-from openm6.errors import DataError
-from openm6.sequence import Banned
-from openm6.tokenizer import HALF, Tokenizer
+from openm6.core.errors import DataError
+from openm6.core.sequence import Banned
+from openm6.core.tokenizer import HALF, Tokenizer
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
 """Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 
-from openm6.errors import UsageError, suggest
+from openm6.core.errors import UsageError, suggest
 from openm6.tasks.slots.label import normalize_label
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
@@ -40,8 +40,8 @@ RESERVED = frozenset(
         "truncate",
     }
 )  # fmt: skip
-"""Names that no slot can have: the other parameters of the methods that take slots as keywords (`Bundle.run`,
-`Client.draw` ...). They lie on floors above this one, so a test compares the list with their signatures."""
+"""Names that no slot can have: the other parameters of the methods that take slots as keywords (`Session.run`,
+`Client.draw` ...). They lie in layers above this one, so a test compares the list with their signatures."""
 
 
 @dataclass(frozen=True, slots=True)

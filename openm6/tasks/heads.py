@@ -1,7 +1,7 @@
 """Answers that are numbers from a head of their own: a linear layer on what the network has made of the input.
 
 A head is a slot type: `register_head("depth", Depth())` makes `[image:photo] -> [depth:order]` a task. The model has
-the layer's weights; the rest is yours, and has to be registered wherever the model is used (`openm6.extend`).
+the layer's weights; the rest is yours, and has to be registered wherever the model is used (`openm6.tasks.extend`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.tasks import slots
 from openm6.tasks.grammar import ATTRIBUTES
 from openm6.tasks.processor import Processor

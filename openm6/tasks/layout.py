@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from openm6.errors import ContextLengthError
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
+from openm6.core.errors import ContextLengthError
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Picture, Sequence
 from openm6.tasks.processor import Processor
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from openm6.errors import ContextLengthError, DataError, UsageError, cut, suggest
+from openm6.core.errors import ContextLengthError, DataError, UsageError, cut, suggest
 
 CHARACTERS = 32
 """Characters of a value for each position of the model, at most. Tokens that are trained here have 8 characters at most

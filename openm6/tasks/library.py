@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from openm6.errors import UsageError, suggest
+from openm6.core.errors import UsageError, suggest
 from openm6.tasks.task import Task
 
 _FOLDER = Path(__file__).parent / "library"

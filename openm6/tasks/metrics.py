@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from openm6.errors import DataError, UsageError, cut, suggest
+from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ table that was given (faithful.py)."""
 
 
 LOWER_IS_BETTER = {"perplexity"}
-"""Metrics of which a lower value is the better one; extensions add theirs (openm6.extend)."""
+"""Metrics of which a lower value is the better one; extensions add theirs (openm6.tasks.extend)."""
 
 
 def gain(name: str, value: float) -> float:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openm6.bases import require_model
-from openm6.images import Source, read_square
+from openm6.core.images import Source, read_square
 from openm6.model.codec import Codec
-from openm6.model.files import quietly
+from openm6.model.files import load_network, save_network
 
 REMEMBERED = 2**18
 """Pictures whose codes are kept: every epoch asks for the same ones."""
@@ -32,13 +31,10 @@ class PictureCodec:
     @classmethod
     def load(cls, path: Path) -> PictureCodec:
         """Raises UsageError where there is no codec."""
-        require_model(path)
-        quietly()
-        return cls(Codec.from_pretrained(path, local_files_only=True))
+        return cls(load_network(Codec, path))
 
     def save(self, path: Path) -> None:
-        quietly()
-        self.codec.save_pretrained(path)
+        save_network(self.codec, path)
 
     def vectors(self) -> torch.Tensor:
         """Of all codes, fp32 [num_codes, dims]."""

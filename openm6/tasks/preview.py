@@ -7,12 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from openm6.images import ImageGrid, open_image
-from openm6.sequence import IGNORE, SOURCE
+from openm6.core.images import ImageGrid, open_image
+from openm6.core.sequence import IGNORE, SOURCE
+from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.tasks.grammar import Slot
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import HALF, Tokenizer
 
 _SHOWN = 160
 """Characters of a side that are shown; of a longer one the middle is left out."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openm6.images import ImageGrid
-from openm6.tokenizer import Tokenizer
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from openm6.tasks.pictures import PictureCodec

@@ -23,9 +23,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from openm6.sequence import IGNORE, Sequence
+from openm6.core.sequence import IGNORE, Sequence
+from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.tasks.drawn import BLOCK
-from openm6.tokenizer import HALF, Tokenizer
 
 DROP, BEGIN, INSIDE = 0, 1, 2
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.grammar import Part, Slot
-from openm6.tokenizer import Tokenizer
 
 SPOKEN = ("text", "label")
 """The slot types that are plain tokens, without marks of their own at their ends."""

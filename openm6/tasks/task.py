@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from openm6.errors import DataError, UsageError, cut, suggest
-from openm6.sequence import Constraint, Sequence
+from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.sequence import Constraint, Sequence
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks import target
 from openm6.tasks.encode import bad, encode, slots_of, value_of
 from openm6.tasks.forms import Digits, Verse, form_of
@@ -24,7 +25,6 @@ from openm6.tasks.slots import TYPES, box
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.trie import Trie
-from openm6.tokenizer import Tokenizer
 
 Record = Mapping[str, Any]
 

@@ -1,1 +1,1 @@
-"""Training: one recipe, one loop, on one process or many."""
+"""Training: one recipe, one loop, on one process or many; objectives, optimizers, parallelism, checkpoints."""

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from openm6.atomic import publish, write_failed, write_whole
-from openm6.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
+from openm6.core.files import publish, write_failed, write_whole
 from openm6.model import adapters
 from openm6.model.files import layer_of, shared_name
 from openm6.train.distributed import Group, local

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from openm6.bases import require_model
-from openm6.bundle import Bundle
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import read_square
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
-from openm6.errors import DataError, UsageError
-from openm6.images import read_square
+from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.tasks.grammar import Slot
 from openm6.train.distributed import Group
@@ -60,8 +59,7 @@ class Pictures:
         self.recipe, self.device = recipe, group.device
         self.path, self.notes = recipe.codec.path, list[str]()
         if self.path:
-            require_model(self.path)
-            self.config = CodecConfig.from_pretrained(self.path, local_files_only=True)
+            self.config = CodecConfig.load(self.path)
         else:
             self.config = CodecConfig(**recipe.codec.sizes)
         self.task = PictureTask(self.config.image_size)
@@ -112,7 +110,7 @@ class Pictures:
 
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
-        self.config.save_pretrained(path)
+        self.config.save(path)
 
     def _measure(self, model: Codec, pictures: list[Picture], grid: Path) -> dict[str, float]:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
@@ -139,7 +137,7 @@ class Pictures:
 
 def _eyes(path: Path) -> nn.Sequential:
     """The stem that a model reads pictures with."""
-    embedder = Bundle.load(path, device="cpu", trainable=True).model.image
+    embedder = Session.load(path, device="cpu", trainable=True).model.image
     if embedder is None or not isinstance(embedder.features, nn.Sequential):
         raise UsageError(f"codec.eyes: {path} has no stem; its image_embedder has to be stem.")
     return embedder.features.requires_grad_(False)

@@ -14,19 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openm6.atomic import sync, whole_lines, write_text
-from openm6.bases import directory_hash
-from openm6.batches import Batch
-from openm6.bundle import Bundle
+from openm6.core.bases import directory_hash
+from openm6.core.batch import Batch
+from openm6.core.errors import DataError, UsageError
+from openm6.core.files import dumps, sync, whole_lines, write_text
+from openm6.core.sequence import IGNORE
 from openm6.data.columns import SlotView
 from openm6.data.digest import json_hash
 from openm6.data.source import Source
 from openm6.data.store import Record, Records, shown
-from openm6.errors import DataError, UsageError
-from openm6.json_lines import dumps
+from openm6.inference.session import Session
 from openm6.model.loss import Teacher
-from openm6.review import seed_of
-from openm6.sequence import IGNORE
+from openm6.studio.review import seed_of
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.train.distributed import Group
@@ -39,8 +38,8 @@ class Lessons:
     def __init__(self, settings: DistillSection, student: Processor, device: torch.device):
         """Raises UsageError for a teacher that reads otherwise than the student."""
         self.settings = settings
-        self.bundle = Bundle.load(settings.teacher, device)
-        theirs = self.bundle.processor
+        self.session = Session.load(settings.teacher, device)
+        theirs = self.session.processor
         if not theirs.tokenizer.is_like(student.tokenizer):
             raise UsageError(
                 f"The teacher {settings.teacher} has another tokenizer than the student: give tokenizer.path "
@@ -58,13 +57,13 @@ class Lessons:
         """Its distribution at the trained positions, and its hidden states [B, T, E]."""
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         unlabelled = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
-        with torch.autocast(batch.ids.device.type, enabled=False), self.bundle.precision():
-            hidden_BTE = self.bundle.model(unlabelled).hidden
+        with torch.autocast(batch.ids.device.type, enabled=False), self.session.precision():
+            hidden_BTE = self.session.model(unlabelled).hidden
         chosen = hidden_BTE.flatten(0, 1)[trained]
 
         def logits(part: slice) -> Tensor:
-            with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False), self.bundle.precision():
-                return self.bundle.model.logits(chosen[part])
+            with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False), self.session.precision():
+                return self.session.model.logits(chosen[part])
 
         return Teacher(logits, self.settings.share, self.settings.temperature), hidden_BTE
 
@@ -126,7 +125,7 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
     whole = list(whole_lines(file))
     if len(whole) >= len(source):
         return
-    bundle = Bundle.load(teacher)
+    session = Session.load(teacher)
     blank = dict.fromkeys(task.outputs, "-")  # so that every slot finds a column
     view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
     # What a kill left of the last part is written anew.
@@ -138,27 +137,27 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
         for number in shown(rest, len(rest), f"{teacher} answers {source.name}"):
             part.append(number)
             if len(part) == AT_ONCE or number == rest[-1]:
-                stream.writelines(_answers(bundle, task, [view({**source[one], **blank}) for one in part], part[0]))
+                stream.writelines(_answers(session, task, [view({**source[one], **blank}) for one in part], part[0]))
                 sync(stream)
                 part = []
 
 
-def _answers(bundle: Bundle, task: Task, records: list[Record], start: int) -> Iterator[str]:
+def _answers(session: Session, task: Task, records: list[Record], start: int) -> Iterator[str]:
     """A line of JSON for each record; without a value where the teacher cannot read it. `start`: the number of the
     first record in the source, of which its random numbers are."""
-    prompts = [_readable(bundle, task, record) for record in records]
+    prompts = [_readable(session, task, record) for record in records]
     good, seed = [one for one in prompts if one is not None], seed_of(task.decode.get("seed", 0), start)
-    found = iter(bundle.run_many(task, good, decoding={"seed": seed}))
+    found = iter(session.run_many(task, good, decoding={"seed": seed}))
     for one in prompts:
         value = None if one is None else next(found)
         several = len(task.outputs) > 1 and value is not None
         yield dumps(value if several else dict.fromkeys(task.outputs, value)) + "\n"
 
 
-def _readable(bundle: Bundle, task: Task, record: Record) -> Record | None:
+def _readable(session: Session, task: Task, record: Record) -> Record | None:
     inputs = task.asked(record)
     try:
-        bundle.prompt(task, inputs)
+        session.prompt(task, inputs)
     except DataError:
         return None
     return inputs

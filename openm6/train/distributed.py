@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from openm6.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
 
 MEETING = timedelta(seconds=120)
 """Within which all processes have to have found each other; one that dies meanwhile would leave the rest waiting."""

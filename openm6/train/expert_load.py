@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.json_lines import lines_of
+from openm6.core.files import lines_of
 from openm6.model import M6
 from openm6.model.codec import Codec
 from openm6.model.experts import Load, MixtureOfExperts

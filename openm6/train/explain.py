@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from openm6.errors import suggest
+from openm6.core.errors import suggest
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from openm6.errors import UsageError, suggest
+from openm6.core.errors import UsageError, suggest
 from openm6.tasks.card import read_card
 
 FULL = "full"

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from openm6.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
 
 GRACE = 10.0
 """Seconds that the other processes have to end by themselves after one has failed."""

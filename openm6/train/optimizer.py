@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.train.adafactor import Adafactor
 from openm6.train.muon import Muon
 from openm6.train.recipe import PseudoSection, TrainSection

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openm6.batches import Batch
-from openm6.errors import UsageError
+from openm6.core.batch import Batch
+from openm6.core.errors import UsageError
 from openm6.model import M6
 from openm6.model.experts import MixtureOfExperts
 from openm6.train.distributed import Group, local
@@ -166,7 +166,7 @@ def _let_answer(model: M6, group: Group) -> None:
     the first one's logits: rounding may not let one of them stop earlier than another."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for name in ("prefill", "step", "fill", "logits"):
+    for name in ("decode", "logits"):
         register_fsdp_forward_method(model, name)
     own = model.logits
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from openm6.core.errors import UsageError
 from openm6.data.overlap import count_overlap, find_overlap
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
-from openm6.errors import UsageError
 from openm6.tasks.task import Task
 
 SIGNIFICANCE = 0.05
@@ -58,7 +58,7 @@ def gain(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
 
 
 def reason_against(found: Mapping[str, Any]) -> str:
-    """Why a version is not promoted, as a sentence; "" where it is. `found`: what was measured (train/cascade.py)."""
+    """Why a version is not promoted, as a sentence; "" where it is. `found`: the figures (compress/cascade.py)."""
     for task, told in found["tasks"].items():
         if "before" in told and told["before"] - told["after"] > WORSE + 1e-9:
             return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.train.recipe import AnyRecipe
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from openm6.errors import UsageError, set_once, suggest
+from openm6.core.errors import UsageError, set_once, suggest
 from openm6.train.explain import explain
 
 
@@ -107,7 +107,7 @@ class TrainSection(_Strict):
         "auto", description="auto: bf16 where the machine has units for it"
     )
     compile: bool = False
-    freeze_pictures: bool = Field(
+    freeze_image_encoder: bool = Field(
         False, description="leave as it is how pictures are read: data with features of pictures need that"
     )
     workers: int = Field(2, ge=0, description="threads that prepare examples")
@@ -375,7 +375,7 @@ def find_recipe(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    here = Path(__file__).parent.parent / "recipes"
+    here = Path(__file__).parent / "recipes"
     shipped = here / f"{path.stem}.yaml"
     if path.suffix in ("", ".yaml") and path.parent.name in ("", "recipes") and shipped.is_file():
         return shipped

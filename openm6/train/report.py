@@ -14,11 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from openm6.atomic import cut_torn_line, write_text
+from openm6.core.energy import EnergyMeter, EnergyUse, peak_memory
+from openm6.core.files import cut_torn_line, dumps, write_text
 from openm6.data.rejects import count_rejected
-from openm6.json_lines import dumps
 from openm6.train.expert_load import draw_loads
-from openm6.train.meters import EnergyMeter, EnergyUse, peak_memory
 from openm6.train.recipe import AnyRecipe, recipe_text
 
 Losses = list[tuple[str, str, float, int]]

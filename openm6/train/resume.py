@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.bases import directory_hash
+from openm6.core.bases import directory_hash
+from openm6.core.errors import UsageError
 from openm6.data.digest import json_hash
-from openm6.errors import UsageError
 from openm6.tasks.library import get as get_task
 from openm6.train.checkpoint import latest_checkpoint, state_of, step_of
 from openm6.train.recipe import AnyRecipe, load_recipe
@@ -30,7 +30,7 @@ FREE = (
     "train.reject_share",
 )  # fmt: skip
 WARNED = ("train.", "distill.", "vectors.")
-REFUSED = ("train.optimizer", "train.freeze_pictures")
+REFUSED = ("train.optimizer", "train.freeze_image_encoder")
 BY_CONTENT = (
     "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
 )  # fmt: skip

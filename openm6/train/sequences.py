@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.batches import Batch, pack, pad, pad_drawn
-from openm6.bundle import Bundle
+from openm6.core.batch import Batch, pack, pad, pad_drawn
+from openm6.core.errors import UsageError
+from openm6.core.sequence import CAUSAL, IGNORE, Sequence
 from openm6.data.loader import Entry
-from openm6.errors import UsageError
+from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
-from openm6.sequence import CAUSAL, IGNORE, Sequence
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
 from openm6.train.distill import Lessons, relation_loss
@@ -27,7 +27,7 @@ from openm6.train.notes import data_notes
 from openm6.train.objective import Part
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
-from openm6.train.setup import build_bundle, build_entries, check_evaluation, evaluate_entries, make_loader
+from openm6.train.setup import build_entries, build_session, check_evaluation, evaluate_entries, make_loader
 from openm6.train.start import start_codes
 from openm6.train.taught import Taught, untaught_ids
 
@@ -40,39 +40,39 @@ class Sequences:
         self.path = recipe.model.path
         self.adapter: Any = None
         self.notes: list[str] = []
-        self.bundle = build_bundle(recipe, group)
-        entries, rejects = build_entries(recipe, self.bundle, group)
-        self.taught = Taught(self.bundle.processor, recipe.output, group)
+        self.session = build_session(recipe, group)
+        entries, rejects = build_entries(recipe, self.session, group)
+        self.taught = Taught(self.session.processor, recipe.output, group)
         if recipe.adapt and self.path:
             self.adapter = self._adapter(recipe.adapt, self.path.resolve(), entries)
-            self.bundle.processor = replace(self.bundle.processor, prompt=prompt_length(self.adapter))
-        self.loader = make_loader(recipe, group, entries, self.bundle.processor, rejects)
+            self.session.processor = replace(self.session.processor, prompt=prompt_length(self.adapter))
+        self.loader = make_loader(recipe, group, entries, self.session.processor, rejects)
         self.notes += data_notes(recipe, entries) if group.first else []
         both = [task for entry in entries for task in (entry.task, entry.against) if task]
-        self.bundle.tasks |= {task.name: task for task in both}
-        check_evaluation(recipe, self.bundle)
+        self.session.tasks |= {task.name: task for task in both}
+        check_evaluation(recipe, self.session)
         self.heads = {entry.task.head: HEADS[entry.task.head].outputs for entry in entries if entry.task.head}
-        if self.adapter is not None and (new := self.heads.keys() - (self.bundle.model.config.heads or {}).keys()):
+        if self.adapter is not None and (new := self.heads.keys() - (self.session.model.config.heads or {}).keys()):
             raise UsageError(
                 f"The head {min(new)} is new to {self.path}, and an adapter holds no heads: train all weights "
                 "(leave adapt out, --method full)."
             )
         self.group, self.contrasts = group, any(entry.against for entry in entries)
-        if self.contrasts and self.bundle.model.config.picture_side:
+        if self.contrasts and self.session.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
         distill = recipe.distill
-        self.lessons = Lessons(distill, self.bundle.processor, group.device) if distill else None
-        width = self.bundle.model.config.hidden_size
+        self.lessons = Lessons(distill, self.session.processor, group.device) if distill else None
+        width = self.session.model.config.hidden_size
         self.dims = recipe.vectors.dims or [width]
         if max(self.dims) > width:
             raise UsageError(f"vectors.dims has {max(self.dims)}; vectors of this model have {width} numbers.")
 
     def _adapter(self, settings: AdaptSection, base: Path, entries: list[Entry]) -> Any:
         """The adapter's configuration; LoRA has rows of its own for ids that the model has not met."""
-        untaught, fraction = untaught_ids(entries, self.bundle.processor)
+        untaught, fraction = untaught_ids(entries, self.session.processor)
         rows = None
         if untaught and settings.method == "lora":
-            tied = self.bundle.model.config.tie_word_embeddings
+            tied = self.session.model.config.tie_word_embeddings
             rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
             self.taught.add_ids(untaught)
             end = ": their rows of the embedding and the output are trained too"
@@ -85,27 +85,27 @@ class Sequences:
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
     def network(self, shared: bool) -> M6:
-        config = self.bundle.model.config
+        config = self.session.model.config
         if self.recipe.pseudo and not shared:
             config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
         if self.heads:
             config = ModelConfig(**{**config.to_dict(), "heads": {**(config.heads or {}), **self.heads}})
-        self.bundle.model = meta_model(config)
+        self.session.model = meta_model(config)
         if self.adapter is not None:
-            add_adapter(self.bundle.model, self.adapter)
-        for name, head in self.bundle.model.heads.items():
+            add_adapter(self.session.model, self.adapter)
+        for name, head in self.session.model.heads.items():
             if name not in self.heads:
                 head.requires_grad_(False)  # it stays as it is
-        if self.settings.freeze_pictures and self.bundle.model.image is not None:
-            self.bundle.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
-        self.bundle.model.label_smoothing = self.settings.label_smoothing
-        return self.bundle.model
+        if self.settings.freeze_image_encoder and self.session.model.image is not None:
+            self.session.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
+        self.session.model.label_smoothing = self.settings.label_smoothing
+        return self.session.model
 
     def begin(self, model: M6) -> None:
         """Image codes of a codec that is new to the model."""
         if self.recipe.model.codec is None:
             return
-        vectors, first = self.bundle.codec.vectors(), self.bundle.processor.tokenizer.code_start
+        vectors, first = self.session.codec.vectors(), self.session.processor.tokenizer.code_start
         for weight in {model.embed.weight, model.head_weight}:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
@@ -123,7 +123,7 @@ class Sequences:
         pictures: there sequences without a drawn picture, with one whose codes see each other both ways, and with one
         whose codes are written one after the other are worked on apart. All processes have a kind that one has."""
         sequences = _flat(examples)
-        if self.bundle.model.config.picture_side is None:
+        if self.session.model.config.picture_side is None:
             return [sequences]
         kinds: tuple[list[Sequence], ...] = ([], [], [])
         for sequence in sequences:
@@ -133,7 +133,7 @@ class Sequences:
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
     def gather(self) -> None:
-        self.bundle.processor = replace(self.bundle.processor, taught=self.taught.everywhere())
+        self.session.processor = replace(self.session.processor, taught=self.taught.everywhere())
 
     def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
         batch = self._batch(examples)
@@ -158,7 +158,7 @@ class Sequences:
             losses += [(e.task, e.origin, v, 1) for (_, e), v in zip(answered, values.tolist(), strict=True)]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
-        flops = training_flops(self.bundle.model.config, positions, pairs, trained)
+        flops = training_flops(self.session.model.config, positions, pairs, trained)
         return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
@@ -176,15 +176,15 @@ class Sequences:
         return contrast(*found, groups, settings.temperature, self.dims, self.group), pairs
 
     def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
-        bundle = Bundle(model.eval(), self.bundle.processor, self.bundle.tasks.values())
-        yield from evaluate_entries(self.recipe, bundle)
+        session = Session(model.eval(), self.session.processor, self.session.tasks.values())
+        yield from evaluate_entries(self.recipe, session)
 
     def describe(self, path: Path) -> None:
-        self.bundle.describe(path, self.adapter)
+        self.session.describe(path, self.adapter)
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
-        pad_id = self.bundle.processor.tokenizer.pad_id
-        if self.bundle.model.config.picture_side and any(s.codes for s in sequences):
+        pad_id = self.session.processor.tokenizer.pad_id
+        if self.session.model.config.picture_side and any(s.codes for s in sequences):
             return pad_drawn(sequences, pad_id).to(self.device)
         if sequences and not self.settings.packing:
             return pad(sequences, pad_id).to(self.device)

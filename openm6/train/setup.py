@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openm6.atomic import write_whole
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
+from openm6.core.files import write_whole
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.classes import count_classes
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import Records
-from openm6.errors import UsageError
 from openm6.evaluate.command import measure, measure_retrieval
 from openm6.evaluate.measure import check_metrics
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import ModelConfig
 from openm6.model.adapters import check_whole
 from openm6.model.files import meta_model
@@ -27,7 +28,6 @@ from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer, common_characters
 from openm6.train.checkpoint import latest_checkpoint
 from openm6.train.distill import answered
 from openm6.train.distributed import Group
@@ -43,19 +43,19 @@ MAX_LABELS = 10_000
 """Labels up to which a set is taken from the data; more are no closed set."""
 
 
-def build_bundle(recipe: Recipe, group: Group) -> Bundle:
+def build_session(recipe: Recipe, group: Group) -> Session:
     """The model to start from, without weights yet, and its tokenizer. A resumed run takes that of its first start."""
     section = recipe.model
     codec = PictureCodec.load(section.codec) if section.codec else None
     if section.path is not None:
         check_whole(section.path)
-        bundle = Bundle.load(section.path, device="meta", trainable=True)
+        session = Session.load(section.path, device="meta", trainable=True)
         if section.max_length:
-            length = _longest(bundle.model.config, section.max_length, 0)
-            bundle.processor = replace(bundle.processor, max_length=length)
+            length = _longest(session.model.config, section.max_length, 0)
+            session.processor = replace(session.processor, max_length=length)
         if codec is not None:
-            bundle.processor = replace(bundle.processor, codec=_fitting(codec, bundle, section))
-        return bundle
+            session.processor = replace(session.processor, codec=_fitting(codec, session, section))
+        return session
     tokenizer = _tokenizer(recipe, group, codec)
     sizes = {**section.sizes, "vocab_size": tokenizer.vocab_size, "num_codes": tokenizer.num_codes}
     if "vocab_size" in section.sizes:
@@ -67,7 +67,7 @@ def build_bundle(recipe: Recipe, group: Group) -> Bundle:
     config = ModelConfig.preset(section.preset or "", **sizes)
     length = _longest(config, section.max_length, recipe.train.row_length)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(meta_model(config), Processor(tokenizer, grid, length, codec, taught=frozenset()))
+    return Session(meta_model(config), Processor(tokenizer, grid, length, codec, taught=frozenset()))
 
 
 def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
@@ -81,11 +81,11 @@ def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
     return asked or min(otherwise, most or otherwise)
 
 
-def _fitting(codec: PictureCodec, bundle: Bundle, section: ModelSection) -> PictureCodec:
+def _fitting(codec: PictureCodec, session: Session, section: ModelSection) -> PictureCodec:
     """The codec for a model that has none yet, but ids for its codes."""
-    if bundle.processor.codec is not None:
+    if session.processor.codec is not None:
         raise UsageError(f"{section.path} draws already, with a codec of its own: leave model.codec out.")
-    ids = bundle.processor.tokenizer.num_codes
+    ids = session.processor.tokenizer.num_codes
     if ids < codec.num_codes:
         raise UsageError(
             f"{section.path} has ids for {ids} image codes; the codec {section.codec} has {codec.num_codes}."
@@ -176,7 +176,7 @@ def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
     return Rejects(output / name, settings.reject_share)
 
 
-def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[Entry], Rejects]:
+def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[Entry], Rejects]:
     """The recipe's data, each source with its task; and where bad records go.
 
     A label slot without a set of its own gets the labels that the data have.
@@ -185,7 +185,7 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
     entries: list[Entry] = []
     labels: dict[str, dict[str, tuple[str, ...]]] = {}
     for section in recipe.data:
-        task = _task(section.task, bundle)
+        task = _task(section.task, session)
         source = open_section(section, rejects)
         if section.answers == "teacher" and recipe.distill:
             source = answered(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
@@ -194,7 +194,7 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
             if slot not in task.labels and 0 < len(values.counts) <= MAX_LABELS:
                 found = labels.setdefault(task.name, {})
                 found[slot] = tuple(dict.fromkeys((*found.get(slot, ()), *sorted(values.counts))))
-        against = _task(section.against, bundle) if section.against else None
+        against = _task(section.against, session) if section.against else None
         if (against or task).embeds != task.embeds or (task.embeds and against is None):
             raise UsageError(
                 f"{section.source}: the tasks {task.name} and {section.against or '(no against)'}: a vector is learned "
@@ -211,35 +211,35 @@ def build_entries(recipe: Recipe, bundle: Bundle, group: Group) -> tuple[list[En
     return entries, rejects
 
 
-def _task(name: str, bundle: Bundle) -> Task:
+def _task(name: str, session: Session) -> Task:
     """The task of this name: the library's, or one that only the model has."""
-    own = name in bundle.tasks and name not in library_names()
-    return bundle.tasks[name] if own else get_task(name)
+    own = name in session.tasks and name not in library_names()
+    return session.tasks[name] if own else get_task(name)
 
 
-def check_evaluation(recipe: Recipe, bundle: Bundle) -> None:
+def check_evaluation(recipe: Recipe, session: Session) -> None:
     """Raises what the first measure would, hours later, for tasks, data, columns or metrics that do not fit."""
     for section in recipe.evaluation.data:
-        task, source = bundle.task(section.task), open_section(section)
+        task, source = session.task(section.task), open_section(section)
         SlotView.of(task, source, section.columns)
         if section.against:
-            SlotView.of(bundle.task(section.against), source, section.against_columns)
+            SlotView.of(session.task(section.against), source, section.against_columns)
         else:
             check_metrics(task)
 
 
-def evaluate_entries(recipe: Recipe, bundle: Bundle) -> Iterator[tuple[str, dict[str, float]]]:
+def evaluate_entries(recipe: Recipe, session: Session) -> Iterator[tuple[str, dict[str, float]]]:
     """Each source of the recipe's evaluation, and its task's metrics on the first `limit` records."""
     for section in recipe.evaluation.data:
         limit = min(section.limit or recipe.evaluation.limit, recipe.evaluation.limit)
         if section.against:
             found = measure_retrieval(
-                bundle, section.task, section.against, section.source, section.columns, section.against_columns,
+                session, section.task, section.against, section.source, section.columns, section.against_columns,
                 section.same, section.format, section.images, limit, truncate="start",
             )  # fmt: skip
         else:
             found = measure(
-                bundle, section.task, section.source, section.columns, section.format, section.images, limit,
+                session, section.task, section.source, section.columns, section.format, section.images, limit,
                 answers=False, spread=True, truncate="start",
             )  # fmt: skip
         yield section.name or f"{found.task} {section.source}", found.values()

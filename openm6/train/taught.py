@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from openm6.core.errors import DataError
+from openm6.core.sequence import IGNORE, Sequence
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
 from openm6.data.store import Records
-from openm6.errors import DataError
-from openm6.sequence import IGNORE, Sequence
 from openm6.tasks.card import read_taught
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.keys import Keys
 from openm6.serve.meter import Meter
 from tests.conftest import command

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from openm6.tasks.library import get as get_task
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 
 EXTENSION = """
 import subprocess, sys, warnings
@@ -45,9 +45,9 @@ def test_warnings_of_libraries_are_not_shown(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_days_commands_say_nothing_of_libraries(tmp_path: Path) -> None:
-    bundle = drawing_bundle()
-    bundle.tasks = {"infilling": get_task("infilling")}
-    bundle.save(tmp_path / "model")
+    session = drawing_session()
+    session.tasks = {"infilling": get_task("infilling")}
+    session.save(tmp_path / "model")
     (tmp_path / "data.csv").write_text("text,label\n" + "红色的杯子,好\n画一张图,坏\n" * 8, "utf-8")
     task = ("--task", "text_classification", "--data", "data.csv")
     said = [

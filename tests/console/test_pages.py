@@ -31,7 +31,7 @@ from openm6.console.desk import Desk, PageError, first_step, table
 from openm6.console.forms import Answer, Form
 from openm6.console.models import drawn
 from openm6.console.site import PAGES, build
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import DATA, Lineage, Version
 from openm6.hub.jobs import DONE, FAILED, RUNNING, STOPPED, WAITING
 from openm6.serve.fleet import Fleet

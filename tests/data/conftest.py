@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6.errors import DataError
-from openm6.sequence import CAUSAL, Sequence
+from openm6.core.errors import DataError
+from openm6.core.sequence import CAUSAL, Sequence
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +64,17 @@ class NumberTask:
 
 def numbers(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"text": str(i), "_where": f"list#{i}"} for i in range(start, start + count)]
+
+
+def source_package(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An installed package that brings a source `name:...`: what stands in the `records` of its module."""
+    about = folder / f"{name}-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(f"[openm6.sources]\n{name} = source_of_{name}:open_it\n")
+    (folder / f"source_of_{name}.py").write_text(
+        "from openm6.data.source import Source\nfrom openm6.data.store import ListRecords\n\nrecords = []\n\n\n"
+        "def open_it(name, limit):\n    return Source(name, ListRecords(records), limit=limit)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    return import_module(f"source_of_{name}")

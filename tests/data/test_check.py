@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from openm6.errors import UsageError
-from tests.conftest import command, drawing_bundle
+from openm6.core.errors import UsageError
+from tests.conftest import command, drawing_session
 from tests.data.conftest import picture_bytes
 
 
@@ -88,7 +88,7 @@ def test_a_label_of_another_spelling_belongs_to_the_tasks_set(tmp_path: Path) ->
 
 
 def test_with_a_model_tokens_are_counted_and_what_is_cut(tmp_path: Path) -> None:
-    drawing_bundle(max_length=64).save(tmp_path / "model")
+    drawing_session(max_length=64).save(tmp_path / "model")
     texts = ["杯" * 20, "杯" * 100, "杯" * 200]
     file = lines(tmp_path / "a.jsonl", *[{"question": text, "answer": "红"} for text in texts])
     found = checked(file, "[text:question] -> [text:answer]", "--model", tmp_path / "model")

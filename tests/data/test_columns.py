@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openm6.core.errors import DataError, UsageError
 from openm6.data.columns import SlotView, map_columns
 from openm6.data.store import ListRecords
-from openm6.errors import DataError, UsageError
 from tests.data.conftest import NumberSlot, NumberTask
 
 VQA = NumberTask(

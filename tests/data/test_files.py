@@ -6,9 +6,9 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from openm6.core.errors import DataError, UsageError
 from openm6.data.files import ATTEMPTS, expand, join, open_file, read_file
 from openm6.data.readers import read
-from openm6.errors import DataError, UsageError
 
 
 class FlakyFileSystem(MemoryFileSystem):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import open_image
 from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
-from openm6.errors import DataError, UsageError
-from openm6.images import open_image
 from tests.data.conftest import NumberSlot, NumberTask, numbers, picture_bytes
 
 Seen = list[tuple[str, int, int]]

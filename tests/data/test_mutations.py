@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from openm6.core.errors import OpenM6Error
+from openm6.core.images import open_image
 from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.data.store import Record
-from openm6.errors import OpenM6Error
-from openm6.images import open_image
 from tests.data.conftest import picture_bytes
 
 TEXTS = ("这条连衣裙很好看,面料也舒服", '他说"还不错",就是有点贵', "颜色和图片上的一样,喜欢", "尺码偏小,建议买大一号")

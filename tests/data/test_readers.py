@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import MAX_BYTES
 from openm6.data.readers import FORMATS, format_of, read, with_options
 from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.data.store import Record
-from openm6.errors import DataError, UsageError
-from openm6.images import MAX_BYTES
 from tests.data.conftest import picture_bytes
 
 

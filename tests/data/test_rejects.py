@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from openm6.core.errors import DataError
 from openm6.data.rejects import Rejects
-from openm6.errors import DataError
 
 
 def test_every_bad_record_is_written_once_with_its_reason(tmp_path: Path) -> None:

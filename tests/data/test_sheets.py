@@ -7,10 +7,10 @@ from typing import Any
 import openpyxl
 import pytest
 
+from openm6.core.errors import DataError
 from openm6.data.rejects import Reject
 from openm6.data.sheets import MAX_UNPACKED, read_xlsx
 from openm6.data.store import Record
-from openm6.errors import DataError
 
 
 def load(path: Path) -> tuple[list[Record], list[Reject]]:

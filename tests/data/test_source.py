@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import open_image
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import open_source
-from openm6.errors import DataError, UsageError
-from openm6.images import open_image
 from openm6.tasks.library import get
-from tests.data.conftest import picture_bytes
+from tests.data.conftest import picture_bytes, source_package
 
 
 def lines(path: Path, count: int, bad: int = 0) -> Path:
@@ -146,3 +146,12 @@ def test_only_parquet_is_streamed(tmp_path: Path) -> None:
         open_source(lines(tmp_path / "a.jsonl", 3), stream=True)
     with pytest.raises(UsageError, match="not streamed"):
         open_source("digits/train", stream=True)
+
+
+def test_an_installed_package_brings_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source_package(tmp_path / "package", "mine", monkeypatch).records.extend({"text": str(n)} for n in range(5))
+    assert [record["text"] for record in open_source("mine:all", limit=3)] == ["0", "1", "2"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    lines(tmp_path / "mine" / "a.jsonl", 2)
+    assert len(open_source("mine/a.jsonl")) == 2  # a file that is there

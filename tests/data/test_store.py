@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from openm6.core.errors import DataError
 from openm6.data.store import ArrowRecords, cached, iterate, write_records
-from openm6.errors import DataError
 
 plain = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text()
 values = plain | st.binary(max_size=40) | st.lists(plain | st.binary(max_size=9), max_size=3)

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, strategies as st
 
+from openm6.core.errors import UsageError
 from openm6.data.readers import read
 from openm6.data.source import open_source
 from openm6.data.writers import writer_for
-from openm6.errors import UsageError
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8)
 mixed = st.one_of(

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from openm6.batches import pack
+from openm6.core.batch import pack
+from openm6.core.sequence import IGNORE
 from openm6.model import M6
-from openm6.sequence import IGNORE
 from openm6.train import muon
 from openm6.train.distributed import Group, process_group, whole
 from openm6.train.expert_load import ExpertLoads, balance_loss

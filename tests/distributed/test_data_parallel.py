@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig
+from openm6.model.files import save_network
 from openm6.tasks.card import read_taught
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
@@ -45,7 +46,7 @@ def test_two_processes_equal_one(tmp_path: Path, run: Callable[..., None], accum
     recipe = recipe_file(alone, tmp_path)
     run(recipe, 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    ours, theirs = (Bundle.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
+    ours, theirs = (Session.load(tmp_path / n / "model", trainable=True).model.state_dict() for n in ("one", "two"))
     assert read_taught(tmp_path / "two" / "model") == read_taught(tmp_path / "one" / "model")
     # AdamW steps by the sign of a gradient however small: a bias whose gradient is rounding noise may go either way.
     # So nearly all weights have to agree closely, and none may be further apart than the steps that were taken.
@@ -81,7 +82,7 @@ def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -
     """Texts, pictures filled in by passes and pictures written in a line are worked on apart where pictures are
     block-sparse, and each of two processes has two examples a step."""
     torch.manual_seed(0)
-    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])).save_pretrained(tmp_path / "codec")
+    save_network(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])), tmp_path / "codec")
     data = [
         {"source": "demo:catalogue/train?pictures=40", "task": "text_to_image"},
         {"source": "demo:catalogue/train?pictures=40", "task": "caption"},

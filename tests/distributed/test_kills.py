@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 from openm6.train.trainer import train
 from tests.distributed.test_data_parallel import OPENM6
 from tests.train.conftest import SIZES, cache, losses, tiny_recipe  # noqa: F401
@@ -65,7 +65,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path: Path) -> None:
     found, wanted = losses(tmp_path / "together"), losses(tmp_path / "alone")
     assert found == pytest.approx(wanted, rel=2e-3)
     assert found[max(found)] == pytest.approx(wanted[max(wanted)], rel=1e-3)
-    assert Bundle.load(tmp_path / "together" / "model").model.config.distinct_layers is None
+    assert Session.load(tmp_path / "together" / "model").model.config.distinct_layers is None
     assert not list((tmp_path / "together" / "checkpoints").glob(".*")), "no drafts are left"
 
 

@@ -14,18 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from openm6.batches import pack
+from openm6.core.batch import pack
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
+from openm6.plan.dryrun import dry_run
+from openm6.plan.footprint import Layout, States, places, states_by_layer, weights_of
 from openm6.train.distributed import local, process_group
-from openm6.train.dryrun import dry_run
-from openm6.train.footprint import Layout, States, places, states_by_layer, weights_of
 from openm6.train.offload import Offload
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
 from tests.conftest import example, tiny_config
-from tests.train.test_footprint import bytes_of
+from tests.plan.test_footprint import bytes_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.train.distributed import Group
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openm6.model import M6
-from openm6.model.files import meta_model
+from openm6.model.files import meta_model, save_network
 from openm6.train import start
 from openm6.train.distributed import process_group, whole
 from openm6.train.parallel import Parallel
@@ -52,7 +52,7 @@ def build(folder: Path) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_layout_starts_as_one_process(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = M6(tiny_config(**SIZES))
-    saved.save_pretrained(tmp_path)
+    save_network(saved, tmp_path)
     monkeypatch.setattr(start, "BLOCK", 100)
     alone = meta_model(saved.config).to_empty(device="cpu")
     start_at_random(alone, 7)

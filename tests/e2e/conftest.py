@@ -16,9 +16,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from openm6.batch import make_batch
+from openm6.studio.images import make_batch
 from openm6.tasks.library import get
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.e2e.test_serve import command, port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -64,11 +64,11 @@ class Site:
 def prepare(folder: Path) -> dict[str, str]:
     """A model, a data set with a bad line and one with evil texts, a batch of pictures. Returns the environment."""
     environment = {"OPENM6_HOME": str(folder / "home"), "OPENM6_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    bundle = drawing_bundle(200)
-    bundle.save(folder / "goods" / "model")
-    bundle.tasks = {name: get(name) for name in ("vqa", "product_copy")}
-    bundle.save(folder / "taught" / "model")
-    bundle.tasks = {}
+    session = drawing_session(200)
+    session.save(folder / "goods" / "model")
+    session.tasks = {name: get(name) for name in ("vqa", "product_copy")}
+    session.save(folder / "taught" / "model")
+    session.tasks = {}
     rows = [{"text": f"第{number}条", "label": "好评" if number % 2 else "差评"} for number in range(12)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "reviews.jsonl").write_text("\n".join([*lines, "{torn"]) + "\n", "utf-8")
@@ -76,7 +76,7 @@ def prepare(folder: Path) -> dict[str, str]:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"caption": text}) + "\n" for text in ("红色的杯子", EVIL)), "utf-8")
     options: dict[str, Any] = {"passes": 2, "guidance": 0}
-    make_batch(bundle, "text_to_image", prompts, folder / "runs" / "cups", candidates=3, keep=2, decoding=options)
+    make_batch(session, "text_to_image", prompts, folder / "runs" / "cups", candidates=3, keep=2, decoding=options)
     return {**os.environ, **environment}
 
 

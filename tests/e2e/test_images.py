@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from openm6.bundle import Bundle
 from openm6.cli import commands
 from openm6.cli.images import _save_next
-from openm6.errors import ContextLengthError, OpenM6Error
+from openm6.core.errors import ContextLengthError, OpenM6Error
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
-from tests.conftest import command, drawing_bundle
+from tests.conftest import command, drawing_session
 
 QUICK = ("-o", "passes=2", "-o", "guidance=0")
 SEEN = "[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]"
@@ -27,9 +27,9 @@ SEEN = "[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]"
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a picture, masks, and six goods."""
     folder = tmp_path_factory.mktemp("images")
-    bundle = drawing_bundle()
-    bundle.tasks["seen"] = Task.from_instruction(SEEN, "seen")
-    bundle.save(folder / "model")
+    session = drawing_session()
+    session.tasks["seen"] = Task.from_instruction(SEEN, "seen")
+    session.save(folder / "model")
     rng = np.random.default_rng(0)
     lines = []
     for number in range(6):
@@ -160,8 +160,8 @@ def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:
     assert list(rows) == ["real", "reconstructed", "drawn", "best of 2"]
     assert rows["real"]["precision"] == rows["real"]["recall"] == 1.0
     # What the table says of real pictures is what the model answers when it is asked.
-    bundle = Bundle.load(room / "model")
-    said = [bundle.run("seen", photo=str(room / f"{i}.png")) for i in range(6)]
+    session = Session.load(room / "model")
+    said = [session.run("seen", photo=str(room / f"{i}.png")) for i in range(6)]
     right = [s["colour"] == "红" and s["kind"] == "鞋包"[i % 2] for i, s in enumerate(said)]
     assert rows["real"]["all"] == pytest.approx(sum(right) / 6)
     assert Image.open(grid).size == (2 * 12 * 16, 2 * 4 * 16)

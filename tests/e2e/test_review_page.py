@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from openm6.batch import make_batch, write_labelled
-from openm6.copy_items import goods_pictures, items_of, page_items
-from openm6.copywriting import write_labelled_copy
+from openm6.core.errors import ContextLengthError
 from openm6.data.source import open_source
-from openm6.errors import ContextLengthError
-from openm6.items import explain_refusal, repeated_rows
-from openm6.review import as_line, batch_folder, write, write_review
+from openm6.studio.copy import write_labelled_copy
+from openm6.studio.copy_items import goods_pictures, items_of, page_items
+from openm6.studio.images import make_batch, write_labelled
+from openm6.studio.items import explain_refusal, repeated_rows
+from openm6.studio.review import as_line, batch_folder, write, write_review
 from openm6.tasks.library import get
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.e2e.conftest import CHROMIUM, EVIL
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
@@ -179,7 +179,7 @@ def test_pictures_are_judged_over_several_pages(opened: Any, tmp_path: Path, mon
     prompts.write_text("".join(json.dumps({"caption": f"红色的杯子第{n}个"}) + "\n" for n in range(26)) + "{torn\n")
     options: dict[str, Any] = {"passes": 1, "guidance": 0}
     output = tmp_path / "batch"
-    make_batch(drawing_bundle(), "text_to_image", prompts, output, candidates=2, keep=1, decoding=options)
+    make_batch(drawing_session(), "text_to_image", prompts, output, candidates=2, keep=1, decoding=options)
     page = opened(output / "review.html")
     assert page.locator("figure > img").count() == 24 and page.locator(".change").count() == 0
     assert page.locator("figure > img").first.evaluate("one => one.naturalWidth") == 16

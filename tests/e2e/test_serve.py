@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from openm6 import Client
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def command(*words: object) -> list[str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    drawing_bundle(tasks=("vqa", "text_to_image", "text_vector")).save(tmp_path / "goods" / "model")
+    drawing_session(tasks=("vqa", "text_to_image", "text_vector")).save(tmp_path / "goods" / "model")
     return tmp_path / "goods" / "model"
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from openm6 import Client
 from openm6.client import ServerError
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.e2e.test_console import serving
 from tests.tasks.conftest import picture
 
@@ -36,7 +36,7 @@ caches fill: prompts and features of pictures up to prefix_mib each, and oneDNN 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
-    drawing_bundle(200, tasks=("text_continuation", "caption", "text_vector", "text_to_image")).save(
+    drawing_session(200, tasks=("text_continuation", "caption", "text_vector", "text_to_image")).save(
         tmp_path / "goods" / "model"
     )
     environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.e2e.test_console import serving
 
 
@@ -24,7 +24,7 @@ def open_requests(http: httpx2.Client) -> float:
 @pytest.mark.slow
 def test_new_requests_are_refused_for_a_moment_before_the_socket_closes(tmp_path: Path) -> None:
     tasks = ("text_to_image", "text_continuation", "text_vector")
-    drawing_bundle(512, tasks, max_position_embeddings=512).save(tmp_path / "goods" / "model")
+    drawing_session(512, tasks, max_position_embeddings=512).save(tmp_path / "goods" / "model")
     environment = {**os.environ, "OPENM6_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     words = ("--no-console", "--jobs", "0", "--linger", "5")
     process, url = serving(tmp_path, environment, tmp_path / "goods" / "model", *words)

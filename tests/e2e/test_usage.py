@@ -20,20 +20,20 @@ from typing import Any
 import openai
 import pytest
 
-from openm6.bundle import Bundle
-from openm6.serve.fleet import Place
+from openm6.inference.session import Session
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from openm6.tasks.library import get
 from openm6.tasks.task import Task
 from tests.conftest import command
 from tests.e2e.test_console import serving
-from tests.serve.conftest import WORDS, bundle
+from tests.serve.conftest import WORDS, session
 from tests.serve.test_api import Served
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["bundle"]
+__all__ = ["session"]
 
 REQUESTS, CLIENTS, LEFT = 500, 8, 40
 TEXTS = ["红色", "蓝色的杯子", "条纹连衣裙，红色条纹", "图中的商品是什么？", "画"]
@@ -41,10 +41,10 @@ BEAMS = 4
 
 
 @pytest.fixture
-def model(bundle: Bundle, tmp_path: Path) -> Path:
+def model(session: Session, tmp_path: Path) -> Path:
     beams = replace(Task.from_instruction("[text:text] -> [text:answer]", name="beams"), decode={"num_beams": BEAMS})
-    tasks = [*bundle.tasks.values(), beams, get("text_vector"), get("text_to_image")]
-    Bundle(bundle.model, bundle.processor, tasks).save(tmp_path / "model")
+    tasks = [*session.tasks.values(), beams, get("text_vector"), get("text_to_image")]
+    Session(session.model, session.processor, tasks).save(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -83,7 +83,7 @@ def generated(served: Served) -> tuple[int, int]:
 class Shop:
     """Random requests of one customer, and the usage that each was told: (prompt, written, prompts that were read)."""
 
-    def __init__(self, served: Served, keys: tuple[Path, str], alone: Bundle):
+    def __init__(self, served: Served, keys: tuple[Path, str], alone: Session):
         self.client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=keys[1], max_retries=0, timeout=120)
         self.told: list[tuple[int, int, int]] = []
         self.kinds: set[str] = set()
@@ -163,7 +163,7 @@ class Shop:
 
 
 def test_usage_is_what_was_charged_and_what_was_generated(served: Served, keys: tuple[Path, str], model: Path) -> None:
-    shop = Shop(served, keys, Bundle.load(model))
+    shop = Shop(served, keys, Session.load(model))
     with ThreadPoolExecutor(CLIENTS) as clients:
         list(clients.map(shop.ask, range(REQUESTS)))
     assert len(shop.told) == REQUESTS
@@ -187,7 +187,7 @@ def test_what_was_told_is_charged_when_the_server_is_killed(
     model: Path, keys: tuple[Path, str], tmp_path: Path
 ) -> None:
     """In the midst of answers, whole ones and streams: `kill -9` loses nothing that a client has seen."""
-    alone, long = Bundle.load(model), {"max_new_tokens": 60, "temperature": 3.0}
+    alone, long = Session.load(model), {"max_new_tokens": 60, "temperature": 3.0}
     task = alone.task("write")
     prompt = alone.prompt(task, {"text": "红色"})
     seeds = (seed for seed in range(100) if len(alone.generate(task, [prompt], 1, {**long, "seed": seed})[0].ids) > 30)

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openm6.edge.box import Settings, settings_of, written
+from openm6.compress.cascade import init_box
 from openm6.edge.cascade import Cascade
+from openm6.edge.settings import Settings, settings_of, written
 from openm6.edge.sureness import Sureness
-from openm6.train.cascade import init_box
 from tests.tasks.conftest import tokenizer
 
 __all__ = ["tokenizer"]

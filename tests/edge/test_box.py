@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from openm6.bundle import Bundle
-from openm6.edge.box import Box, Settings, settings_of, written
+from openm6.core.errors import UsageError
+from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE
 from openm6.edge.service import key_of, make_app, serve
-from openm6.errors import UsageError
+from openm6.edge.settings import Settings, settings_of, written
+from openm6.inference.session import Session
 from tests.edge.conftest import CloudServer, Make
-from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.edge.test_edge import ASKED, _in_fp32, model, session
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 
@@ -135,7 +136,7 @@ def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: 
 
 @pytest.mark.parametrize("cloud_cuts", [False, True])
 def test_a_question_that_is_too_long_may_lose_its_beginning(
-    cloud_cuts: bool, box: Make, server: CloudServer, bundle: Bundle
+    cloud_cuts: bool, box: Make, server: CloudServer, session: Session
 ) -> None:
     """Here and at the cloud. What was left out is told, and the shortened question is not learned from."""
     cascade = box(cloud=server.url)
@@ -151,7 +152,9 @@ def test_a_question_that_is_too_long_may_lose_its_beginning(
         server.act = lambda path, body: (500, {})
         found = client.post("/v1/tasks/vqa", json=asked).json()
         assert found["by"] == EDGE and found["truncated"] > 0
-        assert found["outputs"] == {"answer": bundle.run("vqa", truncate="start", **{**ASKED["vqa"], "question": long})}
+        assert found["outputs"] == {
+            "answer": session.run("vqa", truncate="start", **{**ASKED["vqa"], "question": long})
+        }
         short = {**asked, "inputs": {"photo": photo, "question": QUESTION}}
         assert "truncated" not in client.post("/v1/tasks/vqa", json=short).json()
         client.post("/v1/tasks/vqa", json={**short, "truncate": None, "decoding": {}, "allow_untrained": True})

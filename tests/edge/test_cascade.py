@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.kept import Kept, StoreError
 from openm6.edge.opening import store_summary
 from openm6.edge.service import make_app
-from openm6.errors import DataError, OpenM6Error, UsageError
 from tests.edge.conftest import CloudServer, Make
-from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.edge.test_edge import ASKED, _in_fp32, model, session
 from tests.tasks.conftest import picture
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 
@@ -35,7 +35,7 @@ def _files(cascade: Cascade) -> bytes:
     return b"".join(f.read_bytes() for f in cascade.box.path.glob("kept*"))
 
 
-def test_who_answers(box: Make, server: CloudServer, bundle: Any) -> None:
+def test_who_answers(box: Make, server: CloudServer, session: Any) -> None:
     cascade = box(cloud=server.url, key="", name="shop-1")
     reply = _ask(cascade)
     assert (reply.value, reply.by, reply.reason) == ("云", CLOUD, "") and reply.probability < 0.5
@@ -45,10 +45,10 @@ def test_who_answers(box: Make, server: CloudServer, bundle: Any) -> None:
     assert headers["Content-Type"] == "application/json" and body["seconds"] == 3.0
     [row] = cascade.kept.rows()
     assert row["value"] == "云" and row["record"]["photo"] == ASKED["vqa"]["photo"]
-    assert row["edge"] == bundle.run("vqa", **ASKED["vqa"])
+    assert row["edge"] == session.run("vqa", **ASKED["vqa"])
     # A task that is not calibrated is always answered here.
     reply = cascade.answer("caption", ASKED["caption"])
-    assert (reply.by, reply.value, reply.probability) == (EDGE, bundle.run("caption", **ASKED["caption"]), None)
+    assert (reply.by, reply.value, reply.probability) == (EDGE, session.run("caption", **ASKED["caption"]), None)
     vector = cascade.answer("item_vector", ASKED["item_vector"])
     assert vector.by == EDGE and vector.value.shape == (32,)
     assert len(server.seen) == 1
@@ -119,14 +119,14 @@ def test_offline_it_says_so(box: Make, server: CloudServer) -> None:
     assert not server.seen
 
 
-def test_with_features_no_picture_leaves_or_stays(box: Make, server: CloudServer, bundle: Any) -> None:
+def test_with_features_no_picture_leaves_or_stays(box: Make, server: CloudServer, session: Any) -> None:
     cascade = box(cloud=server.url, privacy="features")
     assert _ask(cascade).by == CLOUD
     sent = server.seen[0][1]["inputs"]["photo"]
     assert set(sent) == {"features", "rows", "columns", "eyes"} and len(sent["eyes"]) == 16
     # The cloud's model answers to them what it answers to the picture.
     record = {"photo": sent, "question": QUESTION}
-    assert bundle.run("vqa", **record) == bundle.run("vqa", **ASKED["vqa"])
+    assert session.run("vqa", **record) == session.run("vqa", **ASKED["vqa"])
     [row] = cascade.kept.rows()
     assert set(row["record"]["photo"]) == {"features", "rows", "columns", "eyes"}
     told = json.dumps(server.seen) + _files(cascade).decode("latin-1")

@@ -19,14 +19,14 @@ from openm6.edge.cascade import Cascade
 from openm6.edge.cipher import new_key
 from openm6.edge.program import main
 from openm6.edge.status import read_state
-from openm6.serve.fleet import Place
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
-from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.edge.test_edge import ASKED, _in_fp32, model, session
 from tests.serve.test_api import Served
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 SUBJECTS = ["package", "store", "disk", "key", "cloud", "model", "clock"]
 PAGES = {"/v1/models": {"data": [{"id": "m6", "eyes": "0" * 16}]}, "/v1/tasks/vqa": {"outputs": ["answer"]}}

@@ -14,9 +14,9 @@ from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.cloud import REASONS, Cloud, Failed
 from tests.edge.conftest import CloudServer, Make
 from tests.edge.test_cascade import _ask
-from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.edge.test_edge import ASKED, _in_fp32, model, session
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ __all__ = ["_in_fp32", "bundle", "model"]
     ],
 )
 def test_a_cloud_that_fails_leaves_the_answer_here(
-    act: Any, reason: str, box: Make, server: CloudServer, bundle: Any
+    act: Any, reason: str, box: Make, server: CloudServer, session: Any
 ) -> None:
     cascade = box(cloud=server.url)
     server.act = act
     reply = _ask(cascade)
-    assert reply.by == EDGE and reason in reply.reason and reply.value == bundle.run("vqa", **ASKED["vqa"])
+    assert reply.by == EDGE and reason in reply.reason and reply.value == session.run("vqa", **ASKED["vqa"])
     assert not list(cascade.kept.rows())
     counts = cascade.statistics()["tasks"]["vqa"]
     [kind] = [name for name in counts if name.startswith("unanswered_")]

@@ -16,20 +16,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.core.batch import pad
+from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.edge.graph import Graph
 from openm6.edge.package import export, export_eyes, gains_nothing, round_package
 from openm6.edge.program import main
 from openm6.edge.runner import FORMAT, EdgeModel, Eyes
-from openm6.errors import ContextLengthError, OpenM6Error, UsageError
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cache import prefill, step
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
-from tests.conftest import EXPERTS, drawing_bundle, example, tiny_config, tiny_model
+from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
 from tests.tasks.conftest import picture
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -40,13 +41,13 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def bundle(tokenizer: Tokenizer) -> Bundle:
+def session(tokenizer: Tokenizer) -> Session:
     torch.manual_seed(1)
     config = tiny_config(vocab_size=tokenizer.vocab_size, image_embedder="stem", stem_widths=[8, 8, 16], qk_norm=True,
                          num_key_value_heads=2)  # fmt: skip
     tasks = [get(name) for name in ASKED if name != "text_classification"]
     tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
-    made = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
+    made = Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
     with torch.no_grad():
         for name, parameter in made.model.named_parameters():
             parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
@@ -56,13 +57,13 @@ def bundle(tokenizer: Tokenizer) -> Bundle:
 @pytest.fixture(autouse=True)
 def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a package is compared with is not rounded."""
-    monkeypatch.setattr("openm6.bundle.fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("openm6.inference.session.fast_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("edge") / "model"
-    bundle.save(place)
+    session.save(place)
     return place
 
 
@@ -100,53 +101,53 @@ def test_the_graph_is_the_network(changes: dict[str, Any]) -> None:
             torch.from_numpy(prompt.ids).long(), features, places, torch.arange(count), mask, past
         )
         batch = pad([prompt], 0)
-        hidden, cache = model.prefill(batch, count + 2)
+        hidden, cache = prefill(model, batch, count + 2)
         torch.testing.assert_close(state, hidden[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(logits, model.logits(hidden)[0], atol=1e-4, rtol=1e-4)
         if model.heads:
             torch.testing.assert_close(heads[0], model(batch).heads["number"][0], atol=1e-5, rtol=1e-4)
         none = (torch.zeros(0, config.hidden_size), torch.zeros(0, dtype=torch.int64))
         for place in (count, count + 1):
-            hidden = model.step(torch.tensor([place]), cache)
-            step = torch.tensor([place])
-            logits, _, new, *_ = graph(step, *none, step, torch.zeros(1, place + 1), past)
+            hidden = step(model, torch.tensor([place]), cache)
+            place_1 = torch.tensor([place])
+            logits, _, new, *_ = graph(place_1, *none, place_1, torch.zeros(1, place + 1), past)
             past = torch.cat((past, new))
             torch.testing.assert_close(logits, model.logits(hidden)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_package_answers_what_the_model_answers(bundle: Bundle, package: Path) -> None:
+def test_a_package_answers_what_the_model_answers(session: Session, package: Path) -> None:
     edge = EdgeModel(package)
     assert set(edge.tasks) == set(ASKED)
     for task, record in ASKED.items():
-        expected, answer = bundle.run(task, **record), edge.answer(task, record)
+        expected, answer = session.run(task, **record), edge.answer(task, record)
         if isinstance(expected, np.ndarray):
             assert expected @ answer.value > 0.9999
             continue
         assert answer.value == expected
         assert 0 < answer.confidence <= 1
-        prompt = bundle.prompt(bundle.task(task), record)
-        score = bundle.generate(bundle.task(task), [prompt])[0]
+        prompt = session.prompt(session.task(task), record)
+        score = session.generate(session.task(task), [prompt])[0]
         length = len(score.ids) + score.finished
         if prompt.constraint is None:
             assert np.log(answer.confidence) == pytest.approx(score.score / length, abs=1e-3)
-    assert list(edge.run_many("vqa", [ASKED["vqa"]] * 2)) == [bundle.run("vqa", **ASKED["vqa"])] * 2
+    assert list(edge.run_many("vqa", [ASKED["vqa"]] * 2)) == [session.run("vqa", **ASKED["vqa"])] * 2
     assert len(edge.run("caption", max_new_tokens=2, **ASKED["caption"])) <= 16
 
 
 @pytest.mark.parametrize("characters", [600, 6000])
 def test_a_question_that_is_too_long_is_refused_as_the_model_refuses_it(
-    characters: int, bundle: Bundle, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    characters: int, session: Session, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = {**ASKED["vqa"], "question": "这" * (characters - 11) + ASKED["vqa"]["question"]}
     edge, told = EdgeModel(package), []
-    for model in (bundle, edge):
+    for model in (session, edge):
         with pytest.raises(ContextLengthError) as refused:
             model.run("vqa", **long)
         told.append(str(refused.value))
     assert told[0] == told[1]
     # Both numbers: those of the question and of the model.
     assert re.search("takes 96 " if characters == 600 else "6,000 characters; a model of 96 positions", told[0])
-    assert edge.run("vqa", truncate="start", **long) == bundle.run("vqa", truncate="start", **long)
+    assert edge.run("vqa", truncate="start", **long) == session.run("vqa", truncate="start", **long)
     (tmp_path / "a.jpg").write_bytes(long["photo"])
     words = ["--package", str(package), "run", "vqa", f"photo={tmp_path / 'a.jpg'}", f"question={long['question']}"]
     with pytest.raises(SystemExit) as end:
@@ -205,7 +206,7 @@ def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> N
     torch.manual_seed(2)
     config = tiny_config(vocab_size=tokenizer.vocab_size, norm="layer", activation="gelu", positions="learned",
                          tie_word_embeddings=False)  # fmt: skip
-    other = Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("item_vector"), get("caption")])
+    other = Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("item_vector"), get("caption")])
     other.save(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "package", 8)
     edge = EdgeModel(tmp_path / "package")
@@ -213,7 +214,7 @@ def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert isinstance(edge.run("caption", max_new_tokens=3, **ASKED["caption"]), str)
 
 
-def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, session: Session, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(ASKED["caption"]["photo"])
     (tmp_path / "start.py").write_text(
         "import runpy, sys\n"
@@ -228,7 +229,7 @@ def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, bundl
 
     told = call("--json", "run", "caption", "photo=a.jpg")
     assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["value"] == bundle.run("caption", photo=ASKED["caption"]["photo"])
+    assert json.loads(told.stdout)["value"] == session.run("caption", photo=ASKED["caption"]["photo"])
     about = json.loads(call("about").stdout)
     assert about["bytes"] > 1000 and about["start_seconds"] > 0
     assert "vqa: photo, question -> answer" in call("tasks").stdout.splitlines()
@@ -309,11 +310,11 @@ def test_what_cannot_be_is_told(model: Path, package: Path, tmp_path: Path, caps
     assert isinstance(result.exception, UsageError)  # it is there already
     with pytest.raises(UsageError, match="bits is 3"):
         export(model, tmp_path / "never", 3)
-    sparse = Bundle(M6(tiny_config(vocab_size=700, **EXPERTS)), drawing_bundle().processor, [get("caption")])
+    sparse = Session(M6(tiny_config(vocab_size=700, **EXPERTS)), drawing_session().processor, [get("caption")])
     sparse.save(tmp_path / "sparse")
     with pytest.raises(UsageError, match="has experts"):
         export(tmp_path / "sparse", tmp_path / "never")
-    drawing_bundle().save(tmp_path / "draws")
+    drawing_session().save(tmp_path / "draws")
     with pytest.raises(UsageError, match="No task"):
         export(tmp_path / "draws", tmp_path / "never")
     assert not (tmp_path / "never").exists()

@@ -13,19 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openm6.edge.box import Settings
+from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import (
-    ALL,
-    FEATURES,
-    NOTHING,
-    InterruptedWriteError,
-    Kept,
-    StoreError,
-    is_held_out,
-    open_kept,
-)
-from openm6.errors import UsageError
+from openm6.edge.kept import InterruptedWriteError, Kept, StoreError, is_held_out, open_kept
+from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
 from tests.edge.conftest import interrupt_write
 
 PICTURE = bytes(range(256)) * 8

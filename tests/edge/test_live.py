@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from openm6.edge.box import Box, settings_of, written
+from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade, Reply
 from openm6.edge.cipher import new_key
 from openm6.edge.service import make_app
+from openm6.edge.settings import settings_of, written
 from tests.edge.conftest import CloudServer, Make
-from tests.edge.test_edge import ASKED, _in_fp32, bundle, model
+from tests.edge.test_edge import ASKED, _in_fp32, model, session
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 PHOTO, QUESTION = ASKED["vqa"]["photo"], "图中的商品是什么颜色？"
 

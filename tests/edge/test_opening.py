@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from openm6.edge.box import Settings
+from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
 from openm6.edge.kept import Kept, StoreError, open_kept
 from openm6.edge.opening import open_store, store_summary
-from openm6.errors import UsageError
+from openm6.edge.settings import Settings
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:

@@ -28,13 +28,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from openm6.edge.box import Settings, written
 from openm6.edge.cascade import CLOUD, EDGE
+from openm6.edge.settings import Settings, written
 from tests.edge.conftest import CloudServer, Make, wait_until
-from tests.edge.test_edge import _in_fp32, bundle, model
+from tests.edge.test_edge import _in_fp32, model, session
 from tests.tasks.conftest import picture
 
-__all__ = ["_in_fp32", "bundle", "model"]
+__all__ = ["_in_fp32", "model", "session"]
 
 pytestmark = pytest.mark.slow
 

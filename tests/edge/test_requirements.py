@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from openm6.bundle import Bundle
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.edge.package import NEEDS, export, write_program
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.library import get
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
@@ -140,7 +140,7 @@ def test_a_package_starts_in_an_environment_of_its_own_requirements(
 ) -> None:
     python = _python(version)
     config = tiny_config(vocab_size=tokenizer.vocab_size)
-    Bundle(M6(config), Processor(tokenizer, ImageGrid(8, 16), 96), [get("vqa")]).save(tmp_path / "model")
+    Session(M6(config), Processor(tokenizer, ImageGrid(8, 16), 96), [get("vqa")]).save(tmp_path / "model")
     package = tmp_path / "package"
     export(tmp_path / "model", package)
     inside = tmp_path / "environment/bin/python"

@@ -23,17 +23,18 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from openm6.edge.box import Box, Settings, written
+from openm6.core.errors import UsageError
+from openm6.edge.box import Box
 from openm6.edge.kept import open_kept
 from openm6.edge.opening import open_store
 from openm6.edge.program import main
 from openm6.edge.service import _Guard
-from openm6.errors import UsageError
+from openm6.edge.settings import Settings, written
 from tests.conftest import command
 from tests.edge.conftest import interrupt_write, wait_until
-from tests.edge.test_edge import ASKED, bundle, model
+from tests.edge.test_edge import ASKED, model, session
 
-__all__ = ["bundle", "model"]
+__all__ = ["model", "session"]
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from openm6.core.errors import OpenM6Error
 from openm6.edge.sureness import Audits, Drift, Sureness, agreement, confidence_of
-from openm6.errors import OpenM6Error
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -12,14 +12,14 @@ from typing import cast
 
 import pytest
 
-from openm6.bundle import Bundle
 from openm6.evaluate.demo import gaps_filled
+from openm6.inference.session import Session
 from tests.train.conftest import SIZES
 
 
 def test_a_filled_gap_keeps_the_rest_and_has_a_colour() -> None:
     class Answers:
-        """Stands for a Bundle: gives each sentence back with the gap filled by one of these in turn."""
+        """Stands for a Session: gives each sentence back with the gap filled by one of these in turn."""
 
         fillings = ("红色", "条纹", "红色的", "")
 
@@ -27,7 +27,7 @@ def test_a_filled_gap_keeps_the_rest_and_has_a_colour() -> None:
             for number, record in enumerate(records):
                 yield record["text"].replace("____", self.fillings[number % 4])
 
-    right = gaps_filled(cast(Bundle, Answers()), limit=40)
+    right = gaps_filled(cast(Session, Answers()), limit=40)
     assert len(right) == 40
     assert right == [1.0, 0.0, 0.0, 0.0] * 10
 

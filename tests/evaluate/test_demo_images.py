@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.data.draw import CATEGORIES, COLOURS, PATTERNS
 from openm6.evaluate import demo_images
 from openm6.evaluate.demo_images import draw_own, measure_controls, measure_edits, report_images
 from openm6.evaluate.pictures import Judge
-from tests.conftest import drawing_bundle
+from openm6.inference.session import Session
+from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS
+from tests.conftest import drawing_session
 
-BUNDLE = drawing_bundle()
+BUNDLE = drawing_session()
 
 
 class Reader(Judge):
@@ -76,9 +76,9 @@ def test_a_control_is_measured_alone_and_against_a_caption(monkeypatch: pytest.M
 
 def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
-    bundle = drawing_bundle()
-    bundle.tasks["caption"] = bundle.task("caption")  # it can read
-    bundle.save(tmp_path / "model")
+    session = drawing_session()
+    session.tasks["caption"] = session.task("caption")  # it can read
+    session.save(tmp_path / "model")
     file = draw_own(tmp_path / "model", "demo:studio/train?pictures=6", tmp_path / "own", count=5)
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert len(rows) == 5 * demo_images.EACH and all(row["verdict_fidelity"] == 0 for row in rows)
@@ -100,12 +100,12 @@ def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPa
     for name, value in {"ASKED": 14, "CANDIDATES": 2, "EDITS": 3, "DATA": "demo:studio/test?pictures=40"}.items():
         monkeypatch.setattr(demo_images, name, value)
     monkeypatch.setattr(demo_images, "measure_controls", lambda *_: {"style": {"colour": (0.9, 0.75, 0.25)}})
-    bundle = drawing_bundle()
-    task = bundle.task("product_attributes").with_labels(
+    session = drawing_session()
+    task = session.task("product_attributes").with_labels(
         {"category": CATEGORIES, "colour": tuple(c + "色" for c in COLOURS), "pattern": PATTERNS}
     )
-    judge = Bundle(bundle.model, bundle.processor, [task])
-    bundle.save(tmp_path / "model")
+    judge = Session(session.model, session.processor, [task])
+    session.save(tmp_path / "model")
     judge.save(tmp_path / "judge")
     found = report_images(tmp_path / "model", tmp_path / "judge", tmp_path / "out")
     assert found["rows"].keys() == {"real", "reconstructed", "drawn", "8 passes", "best of 2"}

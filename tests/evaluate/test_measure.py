@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.decode import Generated
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import IGNORE
+from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import evaluate
 from openm6.evaluate.answers import write_answers
 from openm6.evaluate.command import measure
@@ -23,29 +24,28 @@ from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_report
 from openm6.evaluate.retrieval import evaluate_retrieval
-from openm6.images import ImageGrid
+from openm6.inference import Generated
+from openm6.inference.session import Session
 from openm6.model import M6
-from openm6.sequence import IGNORE
 from openm6.tasks.metrics import Score
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
-from tests.conftest import drawing_bundle, tiny_config
+from tests.conftest import drawing_session, tiny_config
 from tests.tasks.conftest import picture
 
 
 @pytest.fixture
-def bundle() -> Bundle:
+def session() -> Session:
     tokenizer = Tokenizer.train(["图中是红色"], 600, num_codes=0)
     config = tiny_config(vocab_size=tokenizer.vocab_size)
-    return Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64))
+    return Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64))
 
 
-class Says(Bundle):
-    """A bundle whose model says what it is told to."""
+class Says(Session):
+    """A session whose model says what it is told to."""
 
-    def __init__(self, bundle: Bundle, answers: list[str]):
-        super().__init__(bundle.model, bundle.processor)
+    def __init__(self, session: Session, answers: list[str]):
+        super().__init__(session.model, session.processor)
         self.answers = iter(answers)
 
     def generate(self, task: Task, prompts: list[Any], *_: Any) -> list[Generated]:
@@ -57,45 +57,45 @@ VQA = Task.from_dict(
 )
 
 
-def test_some_records_of_an_ordered_file_are_the_first_ones_or_spread_over_it(bundle: Bundle, tmp_path: Path) -> None:
+def test_some_records_of_an_ordered_file_are_the_first_ones_or_spread_over_it(session: Session, tmp_path: Path) -> None:
     lines = [json.dumps({"question": str(number), "answer": "红" if number < 5 else "蓝"}) for number in range(10)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
     for spread, chosen in ((False, "0123"), (True, "0257")):
-        found = measure(bundle, VQA, str(tmp_path / "a.jsonl"), limit=4, spread=spread, decoding={"max_new_tokens": 1})
+        found = measure(session, VQA, str(tmp_path / "a.jsonl"), limit=4, spread=spread, decoding={"max_new_tokens": 1})
         assert "".join(case.record["question"] for case in found.cases) == chosen
-    whole = measure(bundle, VQA, str(tmp_path / "a.jsonl"), limit=99, spread=True, decoding={"max_new_tokens": 1})
+    whole = measure(session, VQA, str(tmp_path / "a.jsonl"), limit=99, spread=True, decoding={"max_new_tokens": 1})
     assert len(whole.cases) == 10
 
 
-def test_records_that_are_longer_than_the_model_takes_are_named_or_truncated(bundle: Bundle) -> None:
+def test_records_that_are_longer_than_the_model_takes_are_named_or_truncated(session: Session) -> None:
     records = [{"question": "红" * length, "answer": "红色", "_where": f"a.csv:{length}"} for length in (3, 300, 400)]
-    refused = evaluate(Says(bundle, ["红色"]), VQA, records)
+    refused = evaluate(Says(session, ["红色"]), VQA, records)
     assert (len(refused.cases), refused.rejected, refused.cut) == (1, 2, 0)
     (note,) = refused.notes
     assert note.startswith("2 of 3 records are longer than the 64 positions") and "(a.csv:300, a.csv:400)" in note
     for metrics in ((), ("perplexity",)):
-        found = evaluate(Says(bundle, ["红色"] * 3), VQA, records, truncate="start", metrics=metrics)
+        found = evaluate(Says(session, ["红色"] * 3), VQA, records, truncate="start", metrics=metrics)
         assert found.cut == found.to_dict()["cut"] == 2 and not found.rejected
         assert found.notes == ["2 of 3 records were longer than the model takes and lost their beginnings."]
 
 
-def test_a_pair_that_is_too_long_is_left_out_of_retrieval(bundle: Bundle) -> None:
+def test_a_pair_that_is_too_long_is_left_out_of_retrieval(session: Session) -> None:
     task = Task.from_instruction("[text:text] -> [vector:vector]", name="seen")
     records = [{"text": text, "_where": f"a.csv:{line}"} for line, text in enumerate(("红", "蓝" * 90, "色"), 1)]
-    found = evaluate_retrieval(bundle, task, task, records, records, ["a", "b", "c"])
+    found = evaluate_retrieval(session, task, task, records, records, ["a", "b", "c"])
     assert (len(found.cases), found.rejected) == (2, 1) and "(a.csv:2)" in found.notes[0]
-    whole = evaluate_retrieval(bundle, task, task, records, records, truncate="start")
+    whole = evaluate_retrieval(session, task, task, records, records, truncate="start")
     assert len(whole.cases) == 3 and not whole.notes
 
 
-def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
+def test_answers_are_scored_against_all_references(session: Session) -> None:
     records = [
         {"question": "a", "answer": "红色"},
         {"question": "b", "answer": ["蓝", "蓝色"]},
         {"question": "c", "answer": "绿色"},
         {"question": "d"},
     ]
-    result = evaluate(Says(bundle, ["红色。", "蓝色", "黄色"]), VQA, records)
+    result = evaluate(Says(session, ["红色。", "蓝色", "黄色"]), VQA, records)
     assert result.scores["accuracy"].value == pytest.approx(2 / 3)
     assert result.scores["exact_match"].value == pytest.approx(1 / 3)
     assert result.rejected == 1
@@ -104,20 +104,20 @@ def test_answers_are_scored_against_all_references(bundle: Bundle) -> None:
     assert 0 <= score.low <= score.value <= score.high <= 1
 
 
-def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(bundle: Bundle) -> None:
+def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(session: Session) -> None:
     records = [{"question": "红", "answer": "a"}] * 12
     sampled = {"temperature": 1.0, "max_new_tokens": 16}
-    one, many = (evaluate(bundle, VQA, records, batch_size=size, decoding=sampled).cases for size in (1, 64))
+    one, many = (evaluate(session, VQA, records, batch_size=size, decoding=sampled).cases for size in (1, 64))
     assert [case.answer for case in one] == [case.answer for case in many]
     assert len({case.answer for case in one}) > 6
 
 
-def test_without_answers_only_what_a_metric_asks_for_is_answered(bundle: Bundle) -> None:
+def test_without_answers_only_what_a_metric_asks_for_is_answered(session: Session) -> None:
     records = [{"question": "a", "answer": "红色"}]
-    assert evaluate(Says(bundle, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
+    assert evaluate(Says(session, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
     likely = Task.from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
-    silent = evaluate(Says(bundle, []), likely, records, answers=False)  # an answer would be a StopIteration
-    assert silent.scores == evaluate(bundle, likely, records).scores
+    silent = evaluate(Says(session, []), likely, records, answers=False)  # an answer would be a StopIteration
+    assert silent.scores == evaluate(session, likely, records).scores
     assert [case.record for case in silent.cases] == records
 
 
@@ -131,28 +131,28 @@ SENTIMENT = Task.from_dict(
 )
 
 
-def test_labels_get_figures_of_their_own_and_references_outside_are_told(bundle: Bundle) -> None:
+def test_labels_get_figures_of_their_own_and_references_outside_are_told(session: Session) -> None:
     records = [{"text": "a", "label": label} for label in ("红", "蓝", "红色", "蓝 ")]
-    result = evaluate(Says(bundle, ["红", "红", "红", "蓝"]), SENTIMENT, records)
+    result = evaluate(Says(session, ["红", "红", "红", "蓝"]), SENTIMENT, records)
     assert result.scores["accuracy"].value == 0.5
     assert result.scores["macro_f1"].value == pytest.approx((0.5 + 2 / 3 + 0) / 3)
     found = result.to_dict()
     assert found["confusion"] == {"红": {"红": 1}, "蓝": {"红": 1, "蓝": 1}, "红色": {"红": 1}}
     assert "1 of 4 references are no labels of the task sentiment" in found["notes"][0]
-    assert "confusion" not in evaluate(Says(bundle, ["a"]), VQA, [{"question": "a", "answer": "b"}]).to_dict()
+    assert "confusion" not in evaluate(Says(session, ["a"]), VQA, [{"question": "a", "answer": "b"}]).to_dict()
 
 
-def test_of_several_outputs_it_says_which_is_measured(bundle: Bundle) -> None:
+def test_of_several_outputs_it_says_which_is_measured(session: Session) -> None:
     task = Task.from_dict(
         {"name": "two", "instructions": ["[text:text] -> [label:kind] [label:colour]"], "metrics": ["accuracy"]}
     )
-    result = evaluate(Says(bundle, ["鞋"]), task, [{"text": "a", "kind": "鞋", "colour": "红"}])
+    result = evaluate(Says(session, ["鞋"]), task, [{"text": "a", "kind": "鞋", "colour": "红"}])
     assert result.notes == ["Only kind is measured, not colour."]
 
 
-def test_other_metrics_than_the_tasks_own(bundle: Bundle) -> None:
+def test_other_metrics_than_the_tasks_own(session: Session) -> None:
     records = [{"text": "a", "label": "红"}]
-    result = evaluate(Says(bundle, ["红"]), SENTIMENT, records, metrics=["exact_match", "rouge_l"])
+    result = evaluate(Says(session, ["红"]), SENTIMENT, records, metrics=["exact_match", "rouge_l"])
     assert list(result.scores) == ["exact_match", "rouge_l"]
 
 
@@ -168,18 +168,18 @@ def test_other_metrics_than_the_tasks_own(bundle: Bundle) -> None:
     ],
 )
 def test_metrics_that_do_not_suit_are_refused_before_anything_is_answered(
-    bundle: Bundle, instruction: str, metric: str, said: str
+    session: Session, instruction: str, metric: str, said: str
 ) -> None:
     task = Task.from_instruction(instruction, "t")
     with pytest.raises(UsageError, match=re.escape(said)):
-        evaluate(Says(bundle, []), task, [{"a": "红", "b": "蓝"}], metrics=[metric])
+        evaluate(Says(session, []), task, [{"a": "红", "b": "蓝"}], metrics=[metric])
 
 
-def test_answers_are_written_in_order_bad_records_marked(bundle: Bundle, tmp_path: Path) -> None:
+def test_answers_are_written_in_order_bad_records_marked(session: Session, tmp_path: Path) -> None:
     lines = ['{"question": "a", "answer": "红"}', "{", '{"question": "b"}', '{"question": "c", "answer": ["蓝"]}', "[]"]
     data, output = tmp_path / "data.jsonl", tmp_path / "new" / "answers.jsonl"
     data.write_text("\n".join(lines), "utf-8")
-    result = measure(Says(bundle, ["红", "绿"]), VQA, str(data))
+    result = measure(Says(session, ["红", "绿"]), VQA, str(data))
     assert len(result.cases) == 2 and result.rejected == 3
     write_answers(output, result)
     found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
@@ -194,17 +194,17 @@ def test_answers_are_written_in_order_bad_records_marked(bundle: Bundle, tmp_pat
         write_answers(tmp_path / "new", result)
 
 
-def test_more_examples_than_there_are_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_more_examples_than_there_are_is_refused(session: Session, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text('{"question": "a", "answer": "红"}\n', "utf-8")
     with pytest.raises(UsageError, match=r"d\.jsonl has 1 records, too few for 2 examples"):
-        measure(Says(bundle, []), VQA, str(data), shots=2, shots_from=str(data))
+        measure(Says(session, []), VQA, str(data), shots=2, shots_from=str(data))
 
 
-def test_a_task_without_metrics_is_told_to_name_some(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_task_without_metrics_is_told_to_name_some(session: Session, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"a": "b", "b": "c"}\n')
     with pytest.raises(UsageError, match="names no metrics: say by which .* --metric"):
-        measure(bundle, Task.from_instruction("[text:a] -> [text:b]", "t"), str(tmp_path / "d.jsonl"))
+        measure(session, Task.from_instruction("[text:a] -> [text:b]", "t"), str(tmp_path / "d.jsonl"))
 
 
 def test_a_report_of_labels_shows_a_matrix_and_no_markup_takes_effect(tmp_path: Path) -> None:
@@ -217,14 +217,14 @@ def test_a_report_of_labels_shows_a_matrix_and_no_markup_takes_effect(tmp_path: 
     assert "<b>" not in page and "<em>" not in page
 
 
-def test_nothing_to_measure_is_told(bundle: Bundle) -> None:
+def test_nothing_to_measure_is_told(session: Session) -> None:
     with pytest.raises(DataError, match="Nothing to evaluate in x: there are no records"):
-        evaluate(bundle, VQA, [], "x")
+        evaluate(session, VQA, [], "x")
     with pytest.raises(DataError, match="Nothing to evaluate .*has no answer to compare with"):
-        evaluate(bundle, VQA, [{"question": "a", "_where": "f:1"}])
+        evaluate(session, VQA, [{"question": "a", "_where": "f:1"}])
 
 
-def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
+def test_perplexity_is_that_of_the_single_probabilities(session: Session) -> None:
     task = Task.from_dict(
         {
             "name": "t",
@@ -234,17 +234,17 @@ def test_perplexity_is_that_of_the_single_probabilities(bundle: Bundle) -> None:
         }
     )
     records = [{"a": "图中", "b": "红色"}, {"a": "图", "b": "是红色图中"}, {"a": "色", "b": "红"}]
-    found = evaluate(bundle, task, records, batch_size=2).scores["perplexity"].value
+    found = evaluate(session, task, records, batch_size=2).scores["perplexity"].value
     losses = []
     for record in records:
-        sequence = task.encode(record, bundle.processor)
-        from openm6.batches import pad
+        sequence = task.encode(record, session.processor)
+        from openm6.core.batch import pad
 
-        with torch.no_grad(), bundle.precision():
-            logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).double()
+        with torch.no_grad(), session.precision():
+            logits = session.model.logits(session.model(pad([sequence], 0)).hidden[0]).double()
         log_probs = logits.log_softmax(-1)
         losses += [-float(log_probs[t, label]) for t, label in enumerate(sequence.labels) if label != IGNORE]
-    packed = bundle.model.packed_head
+    packed = session.model.packed_head
     tolerance = 2e-2 if packed is not None and packed.dtype == torch.bfloat16 else 1e-4
     assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=tolerance)
 
@@ -279,10 +279,10 @@ def test_a_report_shows_figures_and_pictures_and_no_markup_takes_effect(tmp_path
 
 
 def test_perplexity_of_a_picture_is_that_of_its_codes() -> None:
-    bundle, rng = drawing_bundle(), np.random.default_rng(0)
+    session, rng = drawing_session(), np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)) for _ in range(5)]
     records = [{"caption": "红色的杯子", "picture": picture} for picture in pictures]
-    found = evaluate(bundle, bundle.task("text_to_image"), records).scores["perplexity"]
-    coded = [{**record, "picture": bundle.codec.encode(record["picture"]).tolist()} for record in records]
-    losses, counts = bundle.target_losses("text_to_image", coded)
+    found = evaluate(session, session.task("text_to_image"), records).scores["perplexity"]
+    coded = [{**record, "picture": session.codec.encode(record["picture"]).tolist()} for record in records]
+    losses, counts = session.target_losses("text_to_image", coded)
     assert found.value == pytest.approx(math.exp(losses.sum() / counts.sum())) and found.n == 5

@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 from scipy import linalg
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
-from openm6.errors import DataError, UsageError
+from openm6.core.batch import pad
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import IGNORE
+from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate.pictures import Judge, Real, draw_sheet, frechet, judged, share_among
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
-from openm6.sequence import IGNORE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
 
 
@@ -30,7 +30,7 @@ def judge() -> Judge:
     config = tiny_config(vocab_size=tokenizer.vocab_size)
     task = Task.from_instruction("[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]", "seen")
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Judge(Bundle(M6(config).eval(), Processor(tokenizer, grid, 64), [task]), "seen", batch_size=4)
+    return Judge(Session(M6(config).eval(), Processor(tokenizer, grid, 64), [task]), "seen", batch_size=4)
 
 
 def pictures(count: int, seed: int = 0) -> list[Image.Image]:
@@ -53,11 +53,11 @@ def test_relevance_is_the_probability_of_the_answer(judge: Judge) -> None:
     some = pictures(5)
     wanted = [{"colour": "红", "kind": "鞋" if i % 2 else "包"} for i in range(5)]
     found = judge.relevance(some, wanted)
-    bundle = judge.bundle
+    session = judge.session
     for picture, wish, value in zip(some, wanted, found.tolist(), strict=True):
-        sequence = judge.task.encode({"photo": picture, **wish}, bundle.processor)
+        sequence = judge.task.encode({"photo": picture, **wish}, session.processor)
         with torch.inference_mode():
-            logits = bundle.model.logits(bundle.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
+            logits = session.model.logits(session.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
         labels = torch.from_numpy(sequence.labels.astype(np.int64))
         places = (labels != IGNORE).nonzero().squeeze(1)
         assert value == pytest.approx(float(logits[places, labels[places]].sum().exp()), rel=1e-3)
@@ -98,10 +98,10 @@ def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> 
 
 def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge) -> None:
     told = Task.from_instruction("[image:photo] [text:kind] -> [label:colour|set=红,蓝]", "of")
-    bundle = Bundle(judge.bundle.model, judge.bundle.processor, [told])
-    of, some = Judge(bundle, "of", batch_size=4), pictures(6)
+    session = Session(judge.session.model, judge.session.processor, [told])
+    of, some = Judge(session, "of", batch_size=4), pictures(6)
     wanted = [{"kind": "鞋" if i % 2 else "包", "colour": "红"} for i in range(6)]
-    alone = [bundle.run("of", photo=one, kind=wish["kind"]) for one, wish in zip(some, wanted, strict=True)]
+    alone = [session.run("of", photo=one, kind=wish["kind"]) for one, wish in zip(some, wanted, strict=True)]
     rows = judged(of, some, wanted)
     assert [row["colour"] for row in rows] == [answer == "红" for answer in alone]
     features = of.features(some, wanted)
@@ -113,9 +113,9 @@ def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge)
 
 
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:
-    judge.bundle.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
+    judge.session.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
     with pytest.raises(UsageError, match="The task two has 2 pictures: a judge looks at one"):
-        Judge(judge.bundle, "two")
+        Judge(judge.session, "two")
 
 
 def test_a_sheet_shows_pictures_side_by_side(tmp_path: Path) -> None:

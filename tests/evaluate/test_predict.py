@@ -18,17 +18,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from openm6.atomic import lock_output
-from openm6.bundle import Bundle
 from openm6.cli.output import counted
-from openm6.errors import ContextLengthError, DataError, UsageError
+from openm6.core.errors import ContextLengthError, DataError, UsageError
+from openm6.core.files import lock_output
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import predict
 from openm6.evaluate.predict import Prediction
-from openm6.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 from tests.conftest import command, tiny_config
 
 LABELS = Task.from_dict(
@@ -47,12 +47,12 @@ TWO = Task.from_dict(
 VECTOR = Task.from_dict({"name": "vector", "instructions": ["[text:text] -> [vector:v]"]})
 
 
-def make(seed: int = 0) -> Bundle:
+def make(seed: int = 0) -> Session:
     torch.manual_seed(seed)
     tokenizer = Tokenizer.train(["图中是红色蓝鞋"], 600, num_codes=0)
     config = tiny_config(vocab_size=tokenizer.vocab_size)
     tasks = [LABELS, WORDS, TWO, VECTOR]
-    return Bundle(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64), tasks)
+    return Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 64), tasks)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path) -> Bundle:
-    return Bundle.load(model)
+def session(model: Path) -> Session:
+    return Session.load(model)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -77,7 +77,7 @@ def table(path: Path, count: int) -> Path:
     return path
 
 
-def test_the_command_adds_answer_probability_and_error(model: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_adds_answer_probability_and_error(model: Path, session: Session, tmp_path: Path) -> None:
     data, output = tmp_path / "in.csv", tmp_path / "new" / "out.csv"
     data.write_text("id,text,label\n7,红色,蓝\n8,,红\n9\n10,蓝,红\n", "utf-8")
     done = command("predict", model, "mood", "--data", data, "--output", output)
@@ -92,13 +92,13 @@ def test_the_command_adds_answer_probability_and_error(model: Path, bundle: Bund
         "",
         "红",
     ]
-    assert rows[0]["label_predicted"] == bundle.run("mood", text="红色") and rows[0]["error"] == ""
+    assert rows[0]["label_predicted"] == session.run("mood", text="红色") and rows[0]["error"] == ""
     assert "in.csv:3 has no text" in rows[1]["error"] and rows[1]["label_predicted"] == ""
     assert "in.csv:4 has 1 fields" in rows[2]["error"]
     assert 1 / 3 <= float(rows[3]["probability"]) <= 1
     assert [path.name for path in output.parent.iterdir()] == ["out.csv"]
     with pytest.raises(UsageError, match="out.csv exists already: name another output, or delete it"):
-        Prediction(bundle, "mood", str(data), output)
+        Prediction(session, "mood", str(data), output)
 
 
 lines = st.lists(
@@ -113,12 +113,12 @@ lines = st.lists(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=lines)
 def test_rows_in_are_rows_out_in_order(
-    lines: list[str], bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    lines: list[str], session: Session, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "PART", 5)
     folder = tmp_path_factory.mktemp("p")
     (folder / "in.jsonl").write_text('{"text": "红"}\n' + "\n".join(lines), "utf-8")
-    done = Prediction(bundle, WORDS, str(folder / "in.jsonl"), folder / "out.jsonl").run()
+    done = Prediction(session, WORDS, str(folder / "in.jsonl"), folder / "out.jsonl").run()
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == len(lines) + 1 == done["records"] and done["bad"] == sum(
         row["error"] is not None for row in rows
@@ -135,14 +135,14 @@ def test_rows_in_are_rows_out_in_order(
 
 
 def test_answers_are_those_of_run_many_in_every_format(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "PART", 4)
     data = table(tmp_path / "in.csv", 11)
-    expected = list(bundle.run_many("say", rows_of(data)))
+    expected = list(session.run_many("say", rows_of(data)))
     for ending in ("csv", "jsonl", "parquet"):
         output = tmp_path / f"out.{ending}"
-        Prediction(bundle, "say", str(data), output, batch_size=3).run()
+        Prediction(session, "say", str(data), output, batch_size=3).run()
         found = (
             pq.read_table(output).to_pylist() if ending == "parquet"
             else rows_of(output) if ending == "csv"
@@ -153,29 +153,29 @@ def test_answers_are_those_of_run_many_in_every_format(
         ]
 
 
-def test_probabilities_of_all_labels_add_up_and_hold_that_of_the_answer(bundle: Bundle, tmp_path: Path) -> None:
+def test_probabilities_of_all_labels_add_up_and_hold_that_of_the_answer(session: Session, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    Prediction(bundle, "mood", str(table(tmp_path / "in.csv", 5)), output, all_probabilities=True).run()
+    Prediction(session, "mood", str(table(tmp_path / "in.csv", 5)), output, all_probabilities=True).run()
     for row in map(json.loads, output.read_text("utf-8").splitlines()):
         assert set(row["probabilities"]) == {"红", "蓝", "红蓝"}
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
         assert row["probability"] == row["probabilities"][row["label"]]
     with pytest.raises(UsageError, match="say has no probabilities"):
-        Prediction(bundle, "say", str(tmp_path / "in.csv"), tmp_path / "o.csv", all_probabilities=True)
+        Prediction(session, "say", str(tmp_path / "in.csv"), tmp_path / "o.csv", all_probabilities=True)
 
 
-def test_several_outputs_and_vectors_have_columns(bundle: Bundle, tmp_path: Path) -> None:
+def test_several_outputs_and_vectors_have_columns(session: Session, tmp_path: Path) -> None:
     data = table(tmp_path / "in.csv", 3)
-    Prediction(bundle, "two", str(data), tmp_path / "two.csv").run()
+    Prediction(session, "two", str(data), tmp_path / "two.csv").run()
     assert {(row["kind"], row["colour"] in "红蓝") for row in rows_of(tmp_path / "two.csv")} == {("鞋", True)}
-    Prediction(bundle, "vector", str(data), tmp_path / "v.parquet", decoding={"dims": 4}).run()
+    Prediction(session, "vector", str(data), tmp_path / "v.parquet", decoding={"dims": 4}).run()
     found = np.array(pq.read_table(tmp_path / "v.parquet")["v"].to_pylist())
-    np.testing.assert_allclose(found, list(bundle.vectors("vector", rows_of(data), dims=4)), atol=1e-6)
+    np.testing.assert_allclose(found, list(session.vectors("vector", rows_of(data), dims=4)), atol=1e-6)
     with pytest.raises(UsageError, match="A CSV has no cells for vectors"):
-        Prediction(bundle, "vector", str(data), tmp_path / "v.csv")
+        Prediction(session, "vector", str(data), tmp_path / "v.csv")
     drawing = Task.from_instruction("[text:text] -> [image:p]", "draw")
     with pytest.raises(UsageError, match="draw draws pictures: `openm6 images batch`"):
-        Prediction(bundle, drawing, str(data), tmp_path / "v.csv")
+        Prediction(session, drawing, str(data), tmp_path / "v.csv")
 
 
 class StoppedError(Exception):
@@ -193,7 +193,7 @@ def stop_after(prediction: Prediction, rows: int) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_resumed_run_gives_the_same_file_and_answers_nothing_twice(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     monkeypatch.setattr(predict, "PART", 4)
     data = tmp_path / "in.csv"
@@ -201,7 +201,7 @@ def test_a_resumed_run_gives_the_same_file_and_answers_nothing_twice(
 
     def prediction(name: str, batch_size: int = 64) -> Prediction:
         options = {"temperature": temperature, "max_new_tokens": 24}
-        return Prediction(bundle, "say", str(data), tmp_path / name, decoding=options, batch_size=batch_size)
+        return Prediction(session, "say", str(data), tmp_path / name, decoding=options, batch_size=batch_size)
 
     prediction("whole.csv").run()
     stop_after(prediction("out.csv"), 8)
@@ -213,48 +213,48 @@ def test_a_resumed_run_gives_the_same_file_and_answers_nothing_twice(
 
 
 def test_a_run_is_not_resumed_with_anything_else(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "PART", 4)
     data, output = table(tmp_path / "in.csv", 9), tmp_path / "out.csv"
-    stop_after(Prediction(bundle, "say", str(data), output), 4)
+    stop_after(Prediction(session, "say", str(data), output), 4)
 
-    def refused(said: str, bundle: Bundle = bundle, task: Any = "say", **options: Any) -> None:
+    def refused(said: str, session: Session = session, task: Any = "say", **options: Any) -> None:
         with pytest.raises(UsageError, match=f"out.csv was begun with other {said}.*delete the folder .*out.csv.parts"):
-            Prediction(bundle, task, str(data), output, **options)
+            Prediction(session, task, str(data), output, **options)
 
     refused("options", decoding={"max_new_tokens": 2})
     refused("task", task=Task.from_dict({**WORDS.to_dict(), "decode": {"max_new_tokens": 3}}))
     make(seed=1).save(tmp_path / "other")
-    refused("model", bundle=Bundle.load(tmp_path / "other"))
+    refused("model", session=Session.load(tmp_path / "other"))
     data.write_text(data.read_text("utf-8").replace("8,", "9,"), "utf-8")
     refused("data .*in.csv has changed")
     table(data, 9)
-    assert Prediction(bundle, "say", str(data), output).run()["resumed"] == 4
+    assert Prediction(session, "say", str(data), output).run()["resumed"] == 4
 
 
-def test_what_stands_there_is_not_written_over(bundle: Bundle, tmp_path: Path) -> None:
+def test_what_stands_there_is_not_written_over(session: Session, tmp_path: Path) -> None:
     data = table(tmp_path / "in.csv", 2)
     (tmp_path / "out.csv.parts").mkdir()
     with pytest.raises(UsageError, match="out.csv.parts exists already"):
-        Prediction(bundle, "say", str(data), tmp_path / "out.csv")
+        Prediction(session, "say", str(data), tmp_path / "out.csv")
     (tmp_path / "taken.csv").write_text("id,text,words,words_predicted\n1,红,a,b\n", "utf-8")
     with pytest.raises(UsageError, match="columns words and words_predicted already"):
-        Prediction(bundle, "say", str(tmp_path / "taken.csv"), tmp_path / "o.csv")
+        Prediction(session, "say", str(tmp_path / "taken.csv"), tmp_path / "o.csv")
 
 
-def test_options_that_cannot_be_meant_begin_nothing(bundle: Bundle, tmp_path: Path) -> None:
+def test_options_that_cannot_be_meant_begin_nothing(session: Session, tmp_path: Path) -> None:
     data = table(tmp_path / "in.csv", 2)
     for task, options in (("say", {"max_new_tokns": 3}), ("vector", {"dims": 10**6})):
         with pytest.raises(UsageError, match=next(iter(options))):
-            Prediction(bundle, task, str(data), tmp_path / "out.jsonl", decoding=options)
+            Prediction(session, task, str(data), tmp_path / "out.jsonl", decoding=options)
     assert list(tmp_path.iterdir()) == [data]
 
 
-def test_where_nothing_could_be_answered_it_fails_and_tells_why(bundle: Bundle, tmp_path: Path) -> None:
+def test_where_nothing_could_be_answered_it_fails_and_tells_why(session: Session, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('id,text\n1,""\n', "utf-8")
     with pytest.raises(DataError, match="None of the 1 records could be answered, see .*in.csv:2 has no text"):
-        Prediction(bundle, "say", str(tmp_path / "in.csv"), tmp_path / "out.csv").run()
+        Prediction(session, "say", str(tmp_path / "in.csv"), tmp_path / "out.csv").run()
     assert "has no text" in rows_of(tmp_path / "out.csv")[0]["error"]
 
 
@@ -329,9 +329,9 @@ def test_a_question_on_the_command_line_is_refused_or_truncated(model: Path) -> 
     assert command("run", model, "say", "text=蓝", "--truncate", "end").exit_code == 2
 
 
-def test_an_output_takes_one_prediction_at_a_time(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_output_takes_one_prediction_at_a_time(session: Session, tmp_path: Path) -> None:
     output = tmp_path / "out.csv"
-    prediction = Prediction(bundle, "mood", str(table(tmp_path / "in.csv", 3)), output)
+    prediction = Prediction(session, "mood", str(table(tmp_path / "in.csv", 3)), output)
     with lock_output(output), pytest.raises(UsageError, match="out.csv is being written by another process"):
         prediction.run()
     assert prediction.run()["answered"] == 3

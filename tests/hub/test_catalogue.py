@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from openm6.bases import directory_hash
-from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.core.bases import directory_hash
+from openm6.core.environment import HOME
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.data.source import open_source
-from openm6.environment import HOME
-from openm6.errors import OpenM6Error, UsageError
 from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
 from openm6.hub.find import find_model
+from openm6.inference.session import Session
 from openm6.model.adapters import OwnConfig
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow  # a database is made in seconds
@@ -36,7 +36,7 @@ def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Catalogue:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model") / "model"
-    drawing_bundle().save(place)
+    drawing_session().save(place)
     return place
 
 
@@ -77,7 +77,7 @@ def test_a_model_tells_what_it_was_made_of(catalogue: Catalogue, model: Path, tm
 
 def test_the_base_of_an_adapter_is_known_by_its_weights(catalogue: Catalogue, model: Path, tmp_path: Path) -> None:
     base, adapter = shutil.copytree(model, tmp_path / "base"), tmp_path / "adapter"
-    Bundle.load(base).describe(adapter, OwnConfig("prompt", str(base), length=2))
+    Session.load(base).describe(adapter, OwnConfig("prompt", str(base), length=2))
     version = catalogue.add_model("replies", adapter)
     assert version.about["base"] == {"path": str(base), "hash": directory_hash(base)}
     assert str(base) in catalogue.lineage(version).lines()[0]
@@ -95,7 +95,7 @@ def test_the_base_of_an_adapter_is_known_by_its_weights(catalogue: Catalogue, mo
     with pytest.raises(UsageError, match="which is not there"):
         catalogue.add_model("replies", adapter)
     of_the_catalogue = catalogue.local(catalogue.add_model("goods", model))
-    Bundle.load(of_the_catalogue).describe(tmp_path / "other", OwnConfig("prompt", str(of_the_catalogue), length=2))
+    Session.load(of_the_catalogue).describe(tmp_path / "other", OwnConfig("prompt", str(of_the_catalogue), length=2))
     told = catalogue.lineage(catalogue.add_model("other", tmp_path / "other")).lines()
     assert told[1] == "  model goods@1"
 
@@ -137,7 +137,7 @@ def test_one_version_is_live_and_the_one_before_is_told(catalogue: Catalogue, mo
         catalogue.rollback("goods", "test")
     assert catalogue.named("goods@live").number == 2 and catalogue.named("goods@live").aliases == (LIVE,)
     fetched = catalogue.fetch(catalogue.named("goods@live"), tmp_path / "copy")
-    assert Bundle.load(fetched).run("text_vector", text="红").shape == (32,)
+    assert Session.load(fetched).run("text_vector", text="红").shape == (32,)
     assert {p.name for p in fetched.iterdir()} == {p.name for p in model.iterdir()}
 
 

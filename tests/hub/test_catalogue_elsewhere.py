@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from openm6.hub.catalogue import DATA, MODEL, Catalogue
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 from tests.hub.test_catalogue import records
 
 pytest.importorskip("mlflow")
@@ -78,7 +78,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_versions_numbers_and_files(postgres: str, bucket: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    drawing_bundle().save(model)
+    drawing_session().save(model)
     catalogue = Catalogue(postgres, bucket)
     data = catalogue.add_data("goods", str(records(tmp_path / "goods.jsonl")))
     first = catalogue.add_model("goods", model, made_of=["data:goods"])

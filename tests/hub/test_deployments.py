@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from openm6 import Client
 from openm6.cli import commands
-from openm6.environment import HOME
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.environment import HOME
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.hub.deployments import Deployments
-from tests.conftest import drawing_bundle
+from tests.conftest import drawing_session
 
 
 def call(*words: object) -> Any:
@@ -28,7 +28,7 @@ def call(*words: object) -> Any:
 @pytest.mark.slow
 def test_one_command_serves_a_model_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    drawing_bundle(tasks=("text_vector",)).save(tmp_path / "goods" / "model")
+    drawing_session(tasks=("text_vector",)).save(tmp_path / "goods" / "model")
     made = call("deploy", tmp_path / "goods" / "model")
     try:
         assert made["name"] == "goods"
@@ -59,7 +59,7 @@ def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, monkeypatch: py
 
 
 def test_files_for_elsewhere(tmp_path: Path) -> None:
-    drawing_bundle().save(tmp_path / "model")
+    drawing_session().save(tmp_path / "model")
     found = call("deploy", tmp_path / "model", "--to", "k8s", "--name", "goods", "--output", tmp_path / "out")
     assert any(name.endswith("deployment.yaml") for name in found["files"])
     assert "goods" in (tmp_path / "out" / "service.yaml").read_text("utf-8")

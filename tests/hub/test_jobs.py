@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from openm6.environment import HOME
-from openm6.errors import UsageError
+from openm6.core.environment import HOME
+from openm6.core.errors import UsageError
 from openm6.hub.jobs import ATTEMPTS, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs, begun, last_step, progress
 from tests.train.conftest import losses, recipe_file, tiny_recipe
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.hub.manifests import PORT, Plan, compose, kubernetes, write
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from openm6.environment import HOME
-from openm6.errors import UsageError
+from openm6.core.environment import HOME
+from openm6.core.errors import UsageError
 from openm6.hub.jobs import DONE, FAILED, RAY, RUNNING, STOPPED, Jobs, begun
 from tests.hub.test_jobs import training, until
 from tests.train.conftest import losses

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.model.codec import Codec, CodecConfig, as_bytes, unit
+from openm6.model.files import load_network, save_network
 
 TINY = {"image_size": 16, "widths": [8, 16], "patch": 2, "levels": [4, 4], "depth": 1}
 
@@ -88,8 +89,8 @@ def test_codec_and_critic_learn_against_each_other() -> None:
 def test_it_is_saved_and_opened(tmp_path: Path) -> None:
     codec = tiny(quantizer="vq", num_codes=16).eval()
     codec.quantizer.codebook_KE.normal_()
-    codec.save_pretrained(tmp_path)
-    again = Codec.from_pretrained(tmp_path).eval()
+    save_network(codec, tmp_path)
+    again = load_network(Codec, tmp_path).eval()
     assert torch.equal(again.encode(pictures()), codec.encode(pictures()))
     assert again.config.num_codes == 16
 

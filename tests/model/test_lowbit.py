@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
-from openm6.convert import quantize_bundle
-from openm6.errors import OpenM6Error, UsageError
+from openm6.compress.convert import quantize_model
+from openm6.core.batch import pad
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.lowbit import GROUP, INT4, INT8, bits_of, restored, round4, round8, stored
 from openm6.model.packed import PackedInt4, PackedInt8, packed
-from tests.conftest import EXPERTS, drawing_bundle, example, tiny_model
+from tests.conftest import EXPERTS, drawing_session, example, tiny_model
 
 INSIDE = "blocks.0.attention.qkv.weight"
 
@@ -84,14 +84,14 @@ def test_a_network_in_few_bits_gives_nearly_what_it_gave(bits: int, changes: dic
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_directory_in_few_bits(bits: int, tmp_path: Path) -> None:
-    bundle = drawing_bundle()
-    bundle.save(tmp_path / "whole")
-    quantize_bundle(tmp_path / "whole", tmp_path / "few", bits)
+    session = drawing_session()
+    session.save(tmp_path / "whole")
+    quantize_model(tmp_path / "whole", tmp_path / "few", bits)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "few")]
     assert sizes[1] < sizes[0] / 2.5
-    few = Bundle.load(tmp_path / "few")
+    few = Session.load(tmp_path / "few")
     assert few.model.config.weight_bits == bits and isinstance(few.model.packed_head, PackedInt8)
-    whole, prompt = Bundle.load(tmp_path / "whole"), "红色的杯子"
+    whole, prompt = Session.load(tmp_path / "whole"), "红色的杯子"
     vectors = [one.run("text_vector", text=prompt) for one in (whole, few)]
     assert vectors[0] @ vectors[1] > 0.95
     assert few.draw("text_to_image", caption=prompt, decoding={"passes": 2})[0].image.size == (16, 16)
@@ -99,17 +99,17 @@ def test_a_model_directory_in_few_bits(bits: int, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
-    drawing_bundle().save(tmp_path / "whole")
+    drawing_session().save(tmp_path / "whole")
     with pytest.raises(UsageError, match="weight_bits is 3; it can be 8, 4"):
-        quantize_bundle(tmp_path / "whole", tmp_path / "few", 3)
-    few = quantize_bundle(tmp_path / "whole", tmp_path / "few", 8)
+        quantize_model(tmp_path / "whole", tmp_path / "few", 3)
+    few = quantize_model(tmp_path / "whole", tmp_path / "few", 8)
     assert isinstance(few.model, M6)
     with pytest.raises(UsageError, match="not trained on"):
-        Bundle.load(tmp_path / "few", trainable=True)
+        Session.load(tmp_path / "few", trainable=True)
     with pytest.raises(UsageError, match="not trained on"):
-        quantize_bundle(tmp_path / "few", tmp_path / "fewer", 4)
+        quantize_model(tmp_path / "few", tmp_path / "fewer", 4)
     weights = load_file(tmp_path / "few" / "model.safetensors")
     del weights["embed.weight.scale"]
     save_file(weights, tmp_path / "few" / "model.safetensors", {"format": "pt"})
     with pytest.raises(OpenM6Error, match="embed.weight.scale"):
-        Bundle.load(tmp_path / "few")
+        Session.load(tmp_path / "few")

@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+import openm6.hf
 import openm6.model.attention as attention
-from openm6.batches import pack, pad
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.batch import pack, pad
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.sequence import IGNORE
 from openm6.model import M6, ModelConfig
+from openm6.model.count import count_parameters
 from openm6.model.embed import cell_features
-from openm6.model.files import load_model
+from openm6.model.files import load_model, save_network
 from openm6.model.loss import Teacher, linear_cross_entropy
-from openm6.sequence import IGNORE
 from tests.conftest import example, tiny_config, tiny_model
 
 # Total parameters as the papers' own arithmetic gives them: attention 4 d^2 a layer, feed-forward 2 d f a layer or
@@ -36,7 +38,7 @@ PAPERS = {
 @pytest.mark.parametrize("name", PAPERS)
 def test_presets_have_the_papers_parameters(name: str) -> None:
     config = ModelConfig.preset(name)
-    parts = config.count_parameters()
+    parts = count_parameters(config)
     assert sum(parts.values()) == pytest.approx(PAPERS[name], rel=0.01)
 
 
@@ -45,13 +47,13 @@ def test_counted_parameters_are_those_of_the_network(name: str) -> None:
     config = ModelConfig.preset(name)
     with torch.device("meta"):
         model = M6(config)
-    assert sum(p.numel() for p in model.parameters()) == sum(config.count_parameters().values())
+    assert sum(p.numel() for p in model.parameters()) == sum(count_parameters(config).values())
 
 
 def test_dense_parts_of_expert_presets_are_those_of_a_dense_network() -> None:
     config = ModelConfig.preset("m6-moe-100b")
     dense = ModelConfig.preset("m6-base")
-    parts, same = config.count_parameters(), dense.count_parameters()
+    parts, same = count_parameters(config), count_parameters(dense)
     assert parts["feed_forward"] * 2 == same["feed_forward"]
     assert {k: parts[k] for k in ("embedding", "attention", "norms")} == {
         k: same[k] for k in ("embedding", "attention", "norms")
@@ -224,34 +226,31 @@ def test_saved_and_loaded_again_is_the_same_also_in_shards_and_by_auto_model(tmp
     model = tiny_model(tie_word_embeddings=False)
     batch = pad([example(np.random.default_rng(0), 5, 5, ((2, 2),))], 0)
     expected = model(batch).hidden
-    model.save_pretrained(tmp_path / "one")
-    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    save_network(model, tmp_path / "one")
+    save_network(model, tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    for loaded in (
-        load_model(tmp_path / "one"),
-        load_model(tmp_path / "many"),
-        M6.from_pretrained(tmp_path / "many"),
-        AutoModel.from_pretrained(tmp_path / "one"),
-    ):
+    theirs = [AutoModel.from_pretrained(tmp_path / name) for name in ("one", "many")]
+    assert all(isinstance(one, openm6.hf.M6Model) for one in theirs)
+    for loaded in (load_model(tmp_path / "one"), load_model(tmp_path / "many"), *theirs):
         assert torch.equal(loaded.eval()(batch).hidden, expected)
     assert AutoConfig.from_pretrained(tmp_path / "one").hidden_size == 32
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     model = tiny_model()
-    model.save_pretrained(tmp_path)
+    save_network(model, tmp_path)
     assert load_model(tmp_path).head_weight.shape == (97, 32)
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
-    tiny_config(hidden_size=64).save_pretrained(tmp_path)
+    save_network(tiny_model(), tmp_path)
+    tiny_config(hidden_size=64).save(tmp_path)
     with pytest.raises(OpenM6Error, match=r"embed.weight has the shape \[97, 32\].*asks for \[97, 64\]"):
         load_model(tmp_path)
 
 
 def test_truncated_and_missing_weights_are_refused(tmp_path: Path) -> None:
-    tiny_model().save_pretrained(tmp_path)
+    save_network(tiny_model(), tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(OpenM6Error, match="truncated or damaged"):

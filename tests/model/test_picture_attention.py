@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.batches import Batch, allowed, pad, pad_drawn
-from openm6.decode.draw import Codes, Drawing, draw, estimate
-from openm6.errors import OpenM6Error
+from openm6.core.batch import Batch, allowed, pad, pad_drawn
+from openm6.core.errors import OpenM6Error
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.inference.draw import Codes, Drawing, draw, estimate
 from openm6.model import M6
 from openm6.model.attention import additive, rotary_angles
 from openm6.model.sparse import SparsePattern
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from tests.conftest import VOCABULARY, tiny_config
 
 SIDE, COUNT = 8, 64
@@ -45,7 +45,7 @@ def by_explicit_mask(network: M6, batch: Batch) -> torch.Tensor:
     seen[:, inside, inside] &= PATTERN.allowed(numbers[:, None], numbers)
     seen |= torch.eye(seen.shape[1], dtype=torch.bool)  # padding sees itself: no row without any key
     rope = rotary_angles(network.config, batch.positions, torch.float32)
-    hidden, _ = network._backbone(network._embed(batch), rope, additive(seen[:, None], torch.float32))
+    hidden, _ = network.backbone(network.embed_batch(batch), rope, additive(seen[:, None], torch.float32))
     return hidden
 
 

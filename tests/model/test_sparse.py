@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import openm6.model.sparse as sparse
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.model.sparse import SparsePattern, block_mask, cached_places, earlier_codes, flex_attend, sparse_attend
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from openm6.errors import DataError, UsageError
+from openm6.core.errors import DataError, UsageError
 from openm6.retrieve import Index
 from openm6.retrieve.columns import convert, types_of
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.errors import ContextLengthError, UsageError
+from openm6.core.errors import ContextLengthError, UsageError
+from openm6.inference.session import Session
 from openm6.retrieve import Index, fill
 from openm6.train.trainer import train
 from tests.conftest import command
@@ -59,9 +59,9 @@ def test_goods_are_found_by_text_and_filtered(model: Path, goods: Path, tmp_path
     assert built(model, goods, place)["new"] == 24
     hits = call("index", "search", place, "text=红色的裙子", "-k", 5)
     assert len(hits) == 5 and hits[0]["id"].startswith("A") and hits[0]["score"] >= hits[1]["score"]
-    bundle = Bundle.load(model)
-    vectors = {f"A{n}": bundle.run("image_vector", photo=picture(seed=n)) for n in range(24)}
-    query = bundle.run("text_vector", text="红色的裙子")
+    session = Session.load(model)
+    vectors = {f"A{n}": session.run("image_vector", photo=picture(seed=n)) for n in range(24)}
+    query = session.run("text_vector", text="红色的裙子")
     best = max(vectors, key=lambda name: float(vectors[name] @ query))
     assert hits[0]["score"] == pytest.approx(float(vectors[best] @ query), abs=0.02)
     cheap = call("index", "search", place, "text=红色的裙子", "--where", "price < 50 AND colour = '蓝'")
@@ -243,12 +243,12 @@ def test_an_item_that_is_too_long_costs_itself_or_is_truncated(model: Path, tmp_
 
 def test_each_record_is_read_once(model: Path, goods: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    prompt = Bundle.prompt
+    prompt = Session.prompt
 
-    def counted(bundle: Bundle, task: Any, record: Any, *more: Any, **named: Any) -> Any:
+    def counted(session: Session, task: Any, record: Any, *more: Any, **named: Any) -> Any:
         read.append(record["sku"])
-        return prompt(bundle, task, record, *more, **named)
+        return prompt(session, task, record, *more, **named)
 
-    monkeypatch.setattr(Bundle, "prompt", counted)
+    monkeypatch.setattr(Session, "prompt", counted)
     built(model, goods, tmp_path / "index")
     assert sorted(read) == sorted(f"A{number}" for number in range(24))

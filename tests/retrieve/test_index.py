@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from openm6.errors import DataError, UsageError
+from openm6.core.errors import DataError, UsageError
 from openm6.retrieve import Index
 
 COLUMNS = {"colour": "string", "price": "float64", "stock": "int64", "new": "bool"}

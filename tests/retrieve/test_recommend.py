@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from openm6.cli import commands
+from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.data.rejects import Reject
 from openm6.data.source import Source
 from openm6.data.store import ListRecords
-from openm6.errors import DataError, OpenM6Error, UsageError
 from openm6.retrieve.index import Index
 from openm6.retrieve.recommend import Learned, Recommender
 from tests.conftest import command

@@ -10,24 +10,25 @@ import httpx2
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.images import ImageGrid
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.codec import Codec, CodecConfig
-from openm6.serve.engine import Engine, Settings
+from openm6.serve.engine import Engine
+from openm6.serve.settings import Settings
 from openm6.serve.work import Request, Told
 from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
 
 WORDS = "图中的商品是什么？红色条纹连衣裙，蓝色圆点杯子。画一张图: 参考 风格 草图"
 
 
 @pytest.fixture(scope="session")
-def bundle() -> Bundle:
+def session() -> Session:
     torch.manual_seed(0)
     codec = Codec(CodecConfig(image_size=16, patch=2, widths=[8, 16], levels=[4, 4]))
     tokenizer = Tokenizer.train([WORDS], 600, 16)
@@ -44,7 +45,7 @@ def bundle() -> Bundle:
                 parameter.mul_(4)
         model.norm.weight.mul_(10)
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    return Bundle(model, Processor(tokenizer, grid, 64, PictureCodec(codec)), tasks)
+    return Session(model, Processor(tokenizer, grid, 64, PictureCodec(codec)), tasks)
 
 
 @pytest.fixture
@@ -57,9 +58,9 @@ def http(served: Any) -> Iterator[httpx2.Client]:
 class Watched:
     """An engine, and all that it has told."""
 
-    def __init__(self, bundle: Bundle, **settings: Any):
+    def __init__(self, session: Session, **settings: Any):
         self.told: list[Told] = []
-        self.engine = Engine(bundle, self.told.append, Settings(**settings))
+        self.engine = Engine(session, self.told.append, Settings(**settings))
 
     def ask(self, identity: str, task: str, **more: Any) -> None:
         record = more.pop("record", None)

@@ -15,9 +15,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from openm6.bundle import Bundle
-from openm6.serve.fleet import Place
+from openm6.inference.session import Session
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from tests.serve.test_api import Served
 
 ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}}
@@ -25,9 +25,9 @@ PATHS = ("/v1/tasks/write", "/v1/chat/completions", "/v1/embeddings", "/v1/image
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder: Path = tmp_path_factory.mktemp("model") / "model"
-    bundle.save(folder)
+    session.save(folder)
     one = Served({"m6": Place(folder)}, Options(body_mib=4))
     yield one
     one.stop()

@@ -21,15 +21,15 @@ import torch
 import uvicorn
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.editing import edit
-from openm6.images import ImageGrid, png
+from openm6.core.images import ImageGrid, png
+from openm6.inference.edit import edit
+from openm6.inference.session import Session
 from openm6.model.files import eyes_of, load_model
 from openm6.serve.api import create_app
-from openm6.serve.engine import Settings
-from openm6.serve.fleet import Fleet, Place
+from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
+from openm6.serve.settings import Place, Settings
 from tests.tasks.conftest import picture
 
 
@@ -56,9 +56,9 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model") / "model"
-    bundle.save(place)
+    session.save(place)
     return place
 
 
@@ -80,9 +80,9 @@ def served(model: Path, secrets: Any) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path) -> Bundle:
+def alone(model: Path) -> Session:
     """The same model without a server."""
-    return Bundle.load(model)
+    return Session.load(model)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def encoded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def test_a_chat_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
+def test_a_chat_by_openais_client(client: openai.OpenAI, alone: Session) -> None:
     assert [one.id for one in client.models.list()] == ["m6"]
     said = client.chat.completions.create(
         model="m6:write", messages=[{"role": "user", "content": "红色条纹"}], max_tokens=12
@@ -130,7 +130,7 @@ def test_a_chat_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
     assert cut.choices[0].message.content == expected[: expected.index(stop)]
 
 
-def test_a_picture_in_a_chat(client: openai.OpenAI, alone: Bundle) -> None:
+def test_a_picture_in_a_chat(client: openai.OpenAI, alone: Session) -> None:
     url = f"data:image/jpeg;base64,{encoded(picture())}"
     content = [{"type": "text", "text": "图中的商品是什么？"}, {"type": "image_url", "image_url": {"url": url}}]
     said = client.chat.completions.create(model="m6", messages=[{"role": "user", "content": content}], max_tokens=6)
@@ -138,7 +138,7 @@ def test_a_picture_in_a_chat(client: openai.OpenAI, alone: Bundle) -> None:
     assert said.choices[0].message.content == expected
 
 
-def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Bundle) -> None:
+def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Session) -> None:
     drawn = client.images.generate(model="m6", prompt="红色的杯子", n=2)
     images = [Image.open(io.BytesIO(base64.b64decode(one.b64_json))) for one in drawn.data]
     expected = alone.draw("text_to_image", candidates=2, caption="红色的杯子", decoding={"seed": drawn.seed})
@@ -150,7 +150,7 @@ def test_pictures_and_vectors_by_openais_client(client: openai.OpenAI, alone: Bu
             np.testing.assert_allclose(one.embedding, vector, atol=2e-2)  # bf16, in a batch
 
 
-def test_an_edit_is_the_photo_with_the_mask_redrawn(client: openai.OpenAI, alone: Bundle) -> None:
+def test_an_edit_is_the_photo_with_the_mask_redrawn(client: openai.OpenAI, alone: Session) -> None:
     """The photo's size and transparency, and what the SDK gives by the same seed."""
     rng = np.random.default_rng(0)
     pixels, alpha = rng.integers(0, 256, (48, 64, 3), np.uint8), np.full((48, 64, 1), 255, np.uint8)
@@ -177,7 +177,7 @@ def test_an_edit_is_the_photo_with_the_mask_redrawn(client: openai.OpenAI, alone
         client.images.edit(model="m6", image=file(pixels), prompt="红色的杯子")
 
 
-def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Bundle) -> None:
+def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Session) -> None:
     told = http.get("/v1/tasks/kind").json()
     assert told["schema"]["outputs"]["properties"]["kind"]["enum"] == ["鞋", "包", "连衣裙"]
     assert {"kind", "vqa", "text_to_image"} <= {one["name"] for one in http.get("/v1/tasks").json()["data"]}
@@ -197,7 +197,7 @@ def test_a_task_by_its_own_slots(http: httpx2.Client, alone: Bundle) -> None:
     assert "".join(event.get("piece", "") for event in events) == events[-1]["outputs"]["answer"]
 
 
-def test_a_file_of_records(http: httpx2.Client, alone: Bundle) -> None:
+def test_a_file_of_records(http: httpx2.Client, alone: Session) -> None:
     texts = [f"红色{number}" for number in range(50)]
     body = "\n".join([*(json.dumps({"text": text}) for text in texts), "{bad", json.dumps({"wrong": 1}), ""])
     lines = [json.loads(line) for line in http.post("/v1/tasks/write/batch", content=body.encode()).text.splitlines()]

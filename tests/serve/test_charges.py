@@ -18,12 +18,13 @@ import httpx2
 import openai
 import pytest
 
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.inference.session import Session
 from openm6.serve.api import create_app
-from openm6.serve.fleet import Fleet, Place, Refused
+from openm6.serve.fleet import Fleet, Refused
 from openm6.serve.keys import Key, Keys
 from openm6.serve.server import Options, Server, TaskRequest
+from openm6.serve.settings import Place
 from openm6.tasks.library import get
 from tests.serve.test_api import Served
 
@@ -31,11 +32,11 @@ LONG = {"max_new_tokens": 60, "temperature": 3.0}
 
 
 @pytest.fixture(scope="module")
-def model(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All tasks that are asked here are its own."""
     place = tmp_path_factory.mktemp("model") / "model"
-    tasks = [*bundle.tasks.values(), get("text_to_image"), get("text_vector")]
-    Bundle(bundle.model, bundle.processor, tasks).save(place)
+    tasks = [*session.tasks.values(), get("text_to_image"), get("text_vector")]
+    Session(session.model, session.processor, tasks).save(place)
     return place
 
 

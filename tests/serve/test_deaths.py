@@ -16,10 +16,11 @@ import httpx2
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.environment import EXTENSIONS
-from openm6.serve.fleet import Deployment, Fleet, Place, Refused
+from openm6.core.environment import EXTENSIONS
+from openm6.inference.session import Session
+from openm6.serve.fleet import Deployment, Fleet, Refused
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from tests.serve.test_api import Served
 from tests.serve.test_fleet import answer, writing
 
@@ -43,8 +44,8 @@ engine.prepared = deadly
 
 
 @pytest.fixture
-def model(bundle: Bundle, tmp_path: Path) -> Path:
-    bundle.save(tmp_path / "model")
+def model(session: Session, tmp_path: Path) -> Path:
+    session.save(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -83,7 +84,7 @@ def test_sampled_texts_go_on_as_they_were_begun(model: Path) -> None:
     async def run() -> None:
         fleet, chance = Fleet(), random.Random(0)
         deployment = await fleet.deploy("m6", Place(model))
-        alone = Bundle.load(model)
+        alone = Session.load(model)
         for first in range(0, 36, 12):
             streams = [asyncio.create_task(told(fleet.ask("m6", sampled(seed)))) for seed in range(first, first + 12)]
             await asyncio.sleep(0.05 + 0.2 * chance.random())
@@ -101,10 +102,10 @@ def test_sampled_texts_go_on_as_they_were_begun(model: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(bundle: Bundle, model: Path) -> None:
+def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(session: Session, model: Path) -> None:
     """Its model was exchanged on disk meanwhile: the head of one answer and the tail of another are no answer."""
 
-    other = Bundle(copy.deepcopy(bundle.model), bundle.processor, list(bundle.tasks.values()))
+    other = Session(copy.deepcopy(session.model), session.processor, list(session.tasks.values()))
     with torch.no_grad():
         other.model.embed.weight.copy_(other.model.embed.weight.flip(0))
     other.save(model.with_name("other"))
@@ -117,7 +118,7 @@ def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(bu
         model.rename(model.with_name("before"))
         model.with_name("other").rename(model)
         kill(deployment)
-        changed, models = 0, [Bundle.load(model.with_name("before")), Bundle.load(model)]
+        changed, models = 0, [Session.load(model.with_name("before")), Session.load(model)]
         for seed, (text, end) in enumerate(await asyncio.gather(*streams)):
             answers = [one.run("write", text="红色", decoding=sampled(seed)["decoding"]) for one in models]
             if isinstance(end, Refused):
@@ -149,7 +150,7 @@ def test_a_request_that_kills_its_process_takes_nobody_along(
             await asyncio.sleep(0.2)
         _, error = await poison
         assert isinstance(error, Refused) and error.kind == "died"
-        alone = Bundle.load(model)
+        alone = Session.load(model)
         for seed, found in enumerate(await asyncio.gather(*beside)):
             assert found == (alone.run("write", text="红色", decoding=sampled(seed)["decoding"]),) * 2
         restarts = deployment.restarts

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
-from openm6.errors import OpenM6Error, UsageError
-from openm6.serve.engine import Engine, Settings
+from openm6.core.batch import pad
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.inference.session import Session
+from openm6.model.cache import prefill, step
+from openm6.serve.engine import Engine
 from openm6.serve.recent import Recent
+from openm6.serve.settings import Settings
 from openm6.serve.slots import Slots, bytes_of_slot, prefixes_of
 from openm6.serve.work import Request
 from tests.serve.conftest import Watched
@@ -23,14 +25,14 @@ from tests.tasks.conftest import picture
 TEXTS = ["红色", "蓝色的杯子", "条纹连衣裙，红色条纹", "图中的商品是什么？", "画"]
 
 
-def offline(bundle: Bundle, task: str, decoding: dict, **record: Any) -> Any:
-    return bundle.run(task, decoding=decoding, **record)
+def offline(session: Session, task: str, decoding: dict, **record: Any) -> Any:
+    return session.run(task, decoding=decoding, **record)
 
 
-def test_texts_are_those_of_the_offline_decoder(bundle: Bundle) -> None:
+def test_texts_are_those_of_the_offline_decoder(session: Session) -> None:
     """Greedy, sampled and constrained, of all lengths, joining and leaving at any time."""
     rng = random.Random(0)
-    watched = Watched(bundle, batch=3)
+    watched = Watched(session, batch=3)
     asked = {}
     for number in range(24):
         decoding = {"max_new_tokens": rng.randint(1, 20)}
@@ -49,30 +51,30 @@ def test_texts_are_those_of_the_offline_decoder(bundle: Bundle) -> None:
     assert len(found) == 24
     for identity, (task, decoding, record) in asked.items():
         assert found[identity].error is None
-        assert found[identity].value == offline(bundle, task, decoding, **record), identity
+        assert found[identity].value == offline(session, task, decoding, **record), identity
     pieces = watched.texts()
     for identity, (task, _, _) in asked.items():
         if task == "write":
             assert pieces[identity] == found[identity].value
 
 
-def test_labels_come_with_probabilities_where_they_are_asked_for(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_labels_come_with_probabilities_where_they_are_asked_for(session: Session) -> None:
+    watched = Watched(session)
     for seed in range(3):
         watched.ask(str(seed), "kind", record={"photo": picture(seed=seed)}, probabilities=True)
     found = watched.finish()
     for seed in range(3):
         record = {"photo": picture(seed=seed)}
-        assert found[str(seed)].value["value"] == bundle.run("kind", **record)
+        assert found[str(seed)].value["value"] == session.run("kind", **record)
         assert found[str(seed)].value["probabilities"] == pytest.approx(
-            next(bundle.label_probabilities("kind", [record])), abs=1e-5
+            next(session.label_probabilities("kind", [record])), abs=1e-5
         )
     with pytest.raises(UsageError, match="its one output has to be a label"):
         watched.ask("x", "write", text="红", probabilities=True)
 
 
-def test_every_other_kind_of_work_gives_what_it_gives_alone(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_every_other_kind_of_work_gives_what_it_gives_alone(session: Session) -> None:
+    watched = Watched(session)
     drawing = {"passes": 3, "guidance": 1.0, "seed": 4, "temperature": 1.0}
     for number, caption in enumerate(("红色的杯子", "蓝色条纹")):
         watched.ask(f"d{number}", "text_to_image", caption=caption, candidates=2, decoding=drawing)
@@ -85,22 +87,22 @@ def test_every_other_kind_of_work_gives_what_it_gives_alone(bundle: Bundle) -> N
     found = watched.finish()
     assert not [told for told in found.values() if told.error]
     for number, caption in enumerate(("红色的杯子", "蓝色条纹")):
-        expected = bundle.draw("text_to_image", candidates=2, decoding=drawing, caption=caption)
+        expected = session.draw("text_to_image", candidates=2, decoding=drawing, caption=caption)
         given = found[f"d{number}"].value
         assert [p.codes.tolist() for p in given] == [p.codes.tolist() for p in expected]
-    alone = bundle.draw("text_to_image", decoding={"passes": 0, "guidance": 0.0, "seed": 2}, caption="红色")
+    alone = session.draw("text_to_image", decoding={"passes": 0, "guidance": 0.0, "seed": 2}, caption="红色")
     assert found["one by one"].value[0].codes.tolist() == alone[0].codes.tolist()
     for identity, text in (("v", "红色"), ("w", "蓝色的杯子")):
         np.testing.assert_allclose(
-            found[identity].value, bundle.run("text_vector", text=text, decoding={"dims": 8}), atol=1e-5
+            found[identity].value, session.run("text_vector", text=text, decoding={"dims": 8}), atol=1e-5
         )
-    assert found["b"].value == offline(bundle, "write", {"num_beams": 3, "max_new_tokens": 6}, text="红色")
-    assert found["s"].value == offline(bundle, "live_script_edit", {"max_new_tokens": 12}, asr="红色条纹，蓝色圆点")
-    assert found["t"].value == offline(bundle, "write", {"max_new_tokens": 30}, text="红色")
+    assert found["b"].value == offline(session, "write", {"num_beams": 3, "max_new_tokens": 6}, text="红色")
+    assert found["s"].value == offline(session, "live_script_edit", {"max_new_tokens": 12}, asr="红色条纹，蓝色圆点")
+    assert found["t"].value == offline(session, "write", {"max_new_tokens": 30}, text="红色")
 
 
-def test_a_prompt_that_was_read_before_is_not_read_again(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_a_prompt_that_was_read_before_is_not_read_again(session: Session) -> None:
+    watched = Watched(session)
     for seed in range(4):
         decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": seed}
         watched.ask(str(seed), "write", text="红色条纹", decoding=decoding)
@@ -109,11 +111,11 @@ def test_a_prompt_that_was_read_before_is_not_read_again(bundle: Bundle) -> None
     assert (prefixes.hits, prefixes.misses) == (3, 1)
     for seed, told in watched.finish().items():
         decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": int(seed)}
-        assert told.value == offline(bundle, "write", decoding, text="红色条纹")
+        assert told.value == offline(session, "write", decoding, text="红色条纹")
 
 
-def test_a_picture_that_was_seen_before_is_not_read_again(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_a_picture_that_was_seen_before_is_not_read_again(session: Session) -> None:
+    watched = Watched(session)
     features = watched.engine.features
     assert features is not None
     recent = features.recent
@@ -126,8 +128,8 @@ def test_a_picture_that_was_seen_before_is_not_read_again(bundle: Bundle) -> Non
     pixels = torch.randint(0, 255, (3, 16, 8, 3), dtype=torch.uint8)
     with torch.inference_mode():
         expected = direct(pixels[[0, 1, 0, 2]])
-        torch.testing.assert_close(bundle.model.image(pixels[[0, 1, 0, 2]]), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(bundle.model.image(pixels[[2, 1]]), direct(pixels[[2, 1]]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(session.model.image(pixels[[0, 1, 0, 2]]), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(session.model.image(pixels[[2, 1]]), direct(pixels[[2, 1]]), atol=1e-5, rtol=1e-5)
 
 
 def test_what_was_used_least_lately_is_forgotten() -> None:
@@ -141,8 +143,8 @@ def test_what_was_used_least_lately_is_forgotten() -> None:
     assert recent.get(b"d") is None and len(recent) == 2
 
 
-def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_what_is_cancelled_leaves_at_once(session: Session) -> None:
+    watched = Watched(session)
     for identity in "abc":
         watched.ask(
             identity, "write", text="红色", decoding={"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
@@ -161,7 +163,7 @@ def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
     assert watched.engine.counts.cancelled == 2
     for identity in "ac":
         decoding = {"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
-        assert found[identity].value == offline(bundle, "write", decoding, text="红色")
+        assert found[identity].value == offline(session, "write", decoding, text="红色")
 
 
 @pytest.mark.parametrize(
@@ -172,16 +174,16 @@ def test_what_is_cancelled_leaves_at_once(bundle: Bundle) -> None:
         ("text_to_image", {"caption": "红"}, {"branches": 0}),
     ],
 )  # fmt: skip
-def test_a_bad_request_is_refused(bundle: Bundle, task: str, record: dict, decoding: dict) -> None:
-    watched = Watched(bundle)
+def test_a_bad_request_is_refused(session: Session, task: str, record: dict, decoding: dict) -> None:
+    watched = Watched(session)
     with pytest.raises(OpenM6Error):
         watched.ask("bad", task, record=record, decoding=decoding)
     watched.ask("good", "write", text="红色", decoding={"max_new_tokens": 4})
     assert set(watched.finish()) == {"good"}
 
 
-def test_what_has_no_room_fails_alone(bundle: Bundle) -> None:
-    watched = Watched(bundle, capacity=40)
+def test_what_has_no_room_fails_alone(session: Session) -> None:
+    watched = Watched(session, capacity=40)
     watched.ask("too long", "write", text="红色" * 20, decoding={"max_new_tokens": 30})
     watched.ask("good", "write", text="红色", decoding={"max_new_tokens": 4})
     found = watched.finish()
@@ -190,46 +192,47 @@ def test_what_has_no_room_fails_alone(bundle: Bundle) -> None:
 
 
 def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a batch with a white picture takes more memory than there is."""
-    read = type(bundle.model).prefill
 
     def scarce(model: Any, batch: Any, capacity: int) -> Any:
         if any(int(images.pixels.max()) == 255 for images in batch.images):
             raise torch.OutOfMemoryError("out of memory")
-        return read(model, batch, capacity)
+        return prefill(model, batch, capacity)
 
-    monkeypatch.setattr(type(bundle.model), "prefill", scarce)
-    watched = Watched(bundle)
+    monkeypatch.setattr("openm6.serve.texts.prefill", scarce)
+    watched = Watched(session)
     watched.ask("large", "kind", photo=np.full((8, 8, 3), 255, np.uint8))
     watched.ask("small", "kind", photo=np.zeros((8, 8, 3), np.uint8))
     found = watched.finish()
     assert isinstance(found["large"].error, torch.OutOfMemoryError) and found["small"].value in ("鞋", "包", "连衣裙")
 
 
-def test_what_breaks_a_step_fails_those_alone_that_were_in_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, broken = type(bundle.model).step, [1]
+def test_what_breaks_a_step_fails_those_alone_that_were_in_it(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = [1]
 
     def once(model: Any, *given: Any, **more: Any) -> Any:
         if broken and broken.pop():
             raise RuntimeError("a kernel fails")
         return step(model, *given, **more)
 
-    watched = Watched(bundle)
+    watched = Watched(session)
     watched.ask("first", "write", text="红色")
     watched.engine._next()
-    monkeypatch.setattr(type(bundle.model), "step", once)
+    monkeypatch.setattr("openm6.serve.slots.step", once)
     watched.engine._next()
     watched.ask("later", "write", text="红色")
     found = watched.finish()
     assert isinstance(found["first"].error, RuntimeError)
-    assert found["later"].value == offline(bundle, "write", {}, text="红色")
+    assert found["later"].value == offline(session, "write", {}, text="红色")
 
 
-def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
+def test_memory_is_kept_within_its_budget(session: Session) -> None:
     """With room for few texts the others wait, and all are answered."""
-    watched = Watched(bundle, cache_mib=1, batch=4)
+    watched = Watched(session, cache_mib=1, batch=4)
     for number in range(60):
         watched.ask(
             str(number), "write", text="红色", decoding={"max_new_tokens": 12, "temperature": 1.0, "seed": number}
@@ -243,12 +246,12 @@ def test_memory_is_kept_within_its_budget(bundle: Bundle) -> None:
     found = watched.finish()
     for number in (0, 59):
         decoding = {"max_new_tokens": 12, "temperature": 1.0, "seed": number}
-        assert found[str(number)].value == offline(bundle, "write", decoding, text="红色")
+        assert found[str(number)].value == offline(session, "write", decoding, text="红色")
 
 
-def test_long_work_does_not_keep_short_work_waiting(bundle: Bundle) -> None:
+def test_long_work_does_not_keep_short_work_waiting(session: Session) -> None:
     """Beside pictures of many passes a text of a few tokens is answered long before them, and they are not starved."""
-    watched = Watched(bundle, batch=1)
+    watched = Watched(session, batch=1)
     for number in range(3):
         watched.ask(f"picture {number}", "text_to_image", caption="红", decoding={"passes": 30, "guidance": 0.0})
     for _ in range(3):
@@ -259,8 +262,8 @@ def test_long_work_does_not_keep_short_work_waiting(bundle: Bundle) -> None:
     assert order[0] == "text" and len(order) == 4
 
 
-def test_an_engine_that_stops_takes_no_more(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_an_engine_that_stops_takes_no_more(session: Session) -> None:
+    watched = Watched(session)
     watched.ask("a", "write", text="红色")
     watched.finish()
     watched.engine.stop()
@@ -268,9 +271,9 @@ def test_an_engine_that_stops_takes_no_more(bundle: Bundle) -> None:
         watched.ask("d", "write", text="红色")
 
 
-def test_it_runs_in_a_thread_and_ends_when_all_is_answered(bundle: Bundle) -> None:
+def test_it_runs_in_a_thread_and_ends_when_all_is_answered(session: Session) -> None:
     done = []
-    engine = Engine(bundle, done.append, Settings())
+    engine = Engine(session, done.append, Settings())
     thread = Thread(target=engine.run)
     thread.start()
     for number in range(5):
@@ -281,22 +284,22 @@ def test_it_runs_in_a_thread_and_ends_when_all_is_answered(bundle: Bundle) -> No
 
 
 @torch.inference_mode()
-def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
+def test_slots_hold_what_caches_hold(session: Session) -> None:
     """Rows join and leave; the hidden states are those of each alone."""
-    model, rng = bundle.model, np.random.default_rng(0)
-    prompts = [bundle.prompt(bundle.task("write"), {"text": text}) for text in TEXTS]
+    model, rng = session.model, np.random.default_rng(0)
+    prompts = [session.prompt(session.task("write"), {"text": text}) for text in TEXTS]
     slots = Slots(model, 128, 10**7, torch.float32)
     caches = {}
     for number, prompt in enumerate(prompts):
-        hidden, cache = model.prefill(pad([prompt], 0), len(prompt))
+        hidden, cache = prefill(model, pad([prompt], 0), len(prompt))
         slots.add(prefixes_of(hidden, cache), 30 + 10 * number)  # it grows to 128 positions
-        caches[number] = model.prefill(pad([prompt], 0), 64)[1]
+        caches[number] = prefill(model, pad([prompt], 0), 64)[1]
     order = list(caches)
     for turn in range(12):
         tokens = torch.from_numpy(rng.integers(1, 90, len(order)))
         hidden = slots.step(model, tokens)
         for row, number in enumerate(order):
-            alone = model.step(tokens[row : row + 1], caches[number])[0]
+            alone = step(model, tokens[row : row + 1], caches[number])[0]
             torch.testing.assert_close(hidden[row], alone, atol=1e-4, rtol=1e-4)
         if turn in (2, 5, 8):
             slot = int(rng.integers(len(order)))
@@ -304,15 +307,15 @@ def test_slots_hold_what_caches_hold(bundle: Bundle) -> None:
             order[slot] = order[-1]
             order.pop()
         if turn == 6:
-            hidden, cache = model.prefill(pad([prompts[0]], 0), len(prompts[0]))
+            hidden, cache = prefill(model, pad([prompts[0]], 0), len(prompts[0]))
             slots.add(prefixes_of(hidden, cache), 40)
-            caches[9], order = model.prefill(pad([prompts[0]], 0), 64)[1], [*order, 9]
+            caches[9], order = prefill(model, pad([prompts[0]], 0), 64)[1], [*order, 9]
 
 
-def test_pictures_keep_to_their_memory(bundle: Bundle) -> None:
+def test_pictures_keep_to_their_memory(session: Session) -> None:
     """Of requests that need more together than there is, each is worked at alone; one that needs more is refused."""
     many = {"passes": 2, "guidance": 0.0, "branches": 32}
-    watched = Watched(bundle, cache_mib=16)
+    watched = Watched(session, cache_mib=16)
     with pytest.raises(UsageError, match="the server has 8 for a request"):
         watched.ask("large", "text_to_image", caption="红色", candidates=16, decoding={**many, "branches": 64})
     for name in "ab":
@@ -326,13 +329,13 @@ def test_pictures_keep_to_their_memory(bundle: Bundle) -> None:
     watched.finish()
 
 
-def test_a_slot_has_the_positions_that_are_needed(bundle: Bundle) -> None:
+def test_a_slot_has_the_positions_that_are_needed(session: Session) -> None:
     """A model of very many positions holds as many texts as another; a long one waits until there is room."""
-    each = bytes_of_slot(bundle.model.config, 64, torch.float32, torch.device("cpu"))
-    slots = Slots(bundle.model, 40_000, 8 * each, torch.float32)
+    each = bytes_of_slot(session.model.config, 64, torch.float32, torch.device("cpu"))
+    slots = Slots(session.model, 40_000, 8 * each, torch.float32)
     assert [slots.room(n) for n in (1, 64, 65, 500, 40_000)] == [8, 8, 4, 1, 1]
-    prompt = bundle.prompt(bundle.task("write"), {"text": "红"})
-    hidden, cache = bundle.model.prefill(pad([prompt], 0), len(prompt))
+    prompt = session.prompt(session.task("write"), {"text": "红"})
+    hidden, cache = prefill(session.model, pad([prompt], 0), len(prompt))
     slots.add(prefixes_of(hidden, cache), 60)
     assert (slots.room(60), slots.room(100), slots.room(500)) == (7, 3, 0)
     slots.drop(0)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
+from openm6.model.cache import fill, prefill, step
 from openm6.serve.engine import EARLY
 from openm6.serve.slots import Slots
 from tests.serve.conftest import Watched
@@ -19,9 +20,8 @@ TEXTS = ["红色", "蓝色的杯子", "条纹连衣裙，红色条纹"]
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
 
 
-def test_texts_that_fail_together_are_written_one_by_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_fail_together_are_written_one_by_one(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of several texts fails, always: each goes on by itself and has its answer; whose own step fails, fails."""
-    step = type(bundle.model).step
     broken: set[int] = set()
 
     def one_alone(model: Any, tokens: Any, cache: Any, **more: Any) -> Any:
@@ -29,12 +29,12 @@ def test_texts_that_fail_together_are_written_one_by_one(bundle: Bundle, monkeyp
             raise RuntimeError("a kernel fails")
         return step(model, tokens, cache, **more)
 
-    expected = [bundle.run("write", decoding=SAMPLED, text=text) for text in TEXTS]
-    watched = Watched(bundle)
+    expected = [session.run("write", decoding=SAMPLED, text=text) for text in TEXTS]
+    watched = Watched(session)
     for number, text in enumerate(TEXTS):
         watched.ask(str(number), "write", text=text, decoding=SAMPLED)
     watched.engine._next()
-    monkeypatch.setattr(type(bundle.model), "step", one_alone)
+    monkeypatch.setattr("openm6.serve.slots.step", one_alone)
     watched.engine._next()
     lane = watched.engine._texts[None]
     assert lane._slots is not None
@@ -45,10 +45,10 @@ def test_texts_that_fail_together_are_written_one_by_one(bundle: Bundle, monkeyp
 
 
 def test_an_answer_that_has_ended_is_kept_when_an_admission_fails(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one step a text ends and another has no memory to begin in."""
-    watched = Watched(bundle)
+    watched = Watched(session)
     watched.ask("ends", "write", text="红色", decoding={"max_new_tokens": 2})
     watched.ask("goes on", "write", text="蓝色", decoding={"max_new_tokens": 9})
     watched.engine._next()
@@ -63,13 +63,13 @@ def test_an_answer_that_has_ended_is_kept_when_an_admission_fails(
     monkeypatch.setattr(Slots, "add", add)
     found = watched.finish()
     assert isinstance(found["new"].error, torch.OutOfMemoryError)
-    assert found["ends"].value == bundle.run("write", decoding={"max_new_tokens": 2}, text="红色")
-    assert found["goes on"].value == bundle.run("write", decoding={"max_new_tokens": 9}, text="蓝色")
+    assert found["ends"].value == session.run("write", decoding={"max_new_tokens": 2}, text="红色")
+    assert found["goes on"].value == session.run("write", decoding={"max_new_tokens": 9}, text="蓝色")
 
 
-def test_slots_that_find_no_memory_stay_as_they_are(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_that_find_no_memory_stay_as_they_are(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that needs longer slots than there is memory for fails; those in the slots go on, exactly."""
-    watched, zeros = Watched(bundle), torch.zeros
+    watched, zeros = Watched(session), torch.zeros
     watched.ask("short", "write", text="红色", decoding=SAMPLED)
     watched.engine._next()
 
@@ -95,21 +95,19 @@ def test_slots_that_find_no_memory_stay_as_they_are(bundle: Bundle, monkeypatch:
     assert len(taken) > 1 and len(lane.rows) == 1
     found = watched.finish()
     assert isinstance(found["long"].error, MemoryError)
-    assert found["short"].value == bundle.run("write", decoding=SAMPLED, text="红色")
+    assert found["short"].value == session.run("write", decoding=SAMPLED, text="红色")
 
 
 def test_jobs_that_fail_together_are_tried_one_by_one_within_their_room(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill = type(bundle.model).fill
-
     def few(model: Any, ids: Any, *given: Any) -> Any:
         if len(ids) > 1:
             raise torch.OutOfMemoryError("out of memory")
         return fill(model, ids, *given)
 
-    monkeypatch.setattr(type(bundle.model), "fill", few)
-    watched = Watched(bundle)
+    monkeypatch.setattr("openm6.inference.draw.fill", few)
+    watched = Watched(session)
     for number in range(5):
         watched.ask(str(number), "text_to_image", caption="红色", decoding={"passes": 3, "guidance": 0.0})
     most = 0
@@ -120,9 +118,9 @@ def test_jobs_that_fail_together_are_tried_one_by_one_within_their_room(
     assert not [told for told in watched.finish().values() if told.error]
 
 
-def test_a_cancellation_that_overtakes_its_request_holds(bundle: Bundle) -> None:
+def test_a_cancellation_that_overtakes_its_request_holds(session: Session) -> None:
     """The engine has seen it, or has not yet; or it comes while the request is read."""
-    watched = Watched(bundle)
+    watched = Watched(session)
 
     class Slow(UserDict[str, Any]):
         def keys(self) -> Any:
@@ -146,8 +144,8 @@ def test_a_cancellation_that_overtakes_its_request_holds(bundle: Bundle) -> None
     assert isinstance(found["while it is read"].error, CancelledError)
 
 
-def test_cancellations_of_what_never_comes_are_forgotten(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_cancellations_of_what_never_comes_are_forgotten(session: Session) -> None:
+    watched = Watched(session)
     for number in range(EARLY + 10):
         watched.engine.cancel(str(number))
     watched.ask("other", "write", text="红色", decoding={"max_new_tokens": 2})
@@ -155,9 +153,9 @@ def test_cancellations_of_what_never_comes_are_forgotten(bundle: Bundle) -> None
     assert len(watched.engine._early) == EARLY
 
 
-def test_what_is_given_up_is_not_read(bundle: Bundle) -> None:
+def test_what_is_given_up_is_not_read(session: Session) -> None:
     """What has been cancelled is refused before its texts and pictures are read; so is what comes too late."""
-    watched = Watched(bundle)
+    watched = Watched(session)
     watched.engine.cancel("gone")
     with pytest.raises(CancelledError):
         watched.ask("gone", "kind", record={"photo": b"read, this is an error"})
@@ -166,8 +164,8 @@ def test_what_is_given_up_is_not_read(bundle: Bundle) -> None:
     assert not watched.finish() and watched.engine.counts.cancelled == 1
 
 
-def test_a_deadline_that_passes_while_a_request_waits_is_an_error(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_a_deadline_that_passes_while_a_request_waits_is_an_error(session: Session) -> None:
+    watched = Watched(session)
     watched.ask("late", "write", text="红色", deadline=time.monotonic() + 60)
     watched.ask("fine", "write", text="红色", deadline=time.monotonic() + 60, decoding={"max_new_tokens": 4})
     watched.engine._inbox[0].deadline = time.monotonic() - 1
@@ -175,8 +173,8 @@ def test_a_deadline_that_passes_while_a_request_waits_is_an_error(bundle: Bundle
     assert isinstance(found["late"].error, TimeoutError) and found["fine"].error is None
 
 
-def test_prompts_are_not_read_again_in_the_engines_thread(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(bundle)
+def test_prompts_are_not_read_again_in_the_engines_thread(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(session)
     watched.ask("vector", "text_vector", text="红色")
     watched.ask("text", "write", text="红色", decoding={"max_new_tokens": 2})
     watched.ask("label", "kind", photo=torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), probabilities=True)
@@ -184,22 +182,22 @@ def test_prompts_are_not_read_again_in_the_engines_thread(bundle: Bundle, monkey
     def encode(*given: Any, **more: Any) -> Any:
         raise AssertionError("a text is tokenized")
 
-    monkeypatch.setattr(type(bundle.processor.tokenizer), "encode", encode)
+    monkeypatch.setattr(type(session.processor.tokenizer), "encode", encode)
     assert not [told.error for told in watched.finish().values() if told.error]
 
 
 def test_requests_that_differ_in_their_seeds_alone_read_their_prompt_once(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, rows = type(bundle.model).prefill, []
+    rows: list[int] = []
 
     def counted(model: Any, batch: Any, capacity: int) -> Any:
         rows.append(len(batch.ids))
-        return read(model, batch, capacity)
+        return prefill(model, batch, capacity)
 
-    expected = [bundle.run("write", decoding={**SAMPLED, "seed": seed}, text="红色条纹") for seed in range(8)]
-    monkeypatch.setattr(type(bundle.model), "prefill", counted)
-    watched = Watched(bundle)
+    expected = [session.run("write", decoding={**SAMPLED, "seed": seed}, text="红色条纹") for seed in range(8)]
+    monkeypatch.setattr("openm6.serve.texts.prefill", counted)
+    watched = Watched(session)
     for seed in range(8):
         watched.ask(str(seed), "write", text="红色条纹", decoding={**SAMPLED, "seed": seed})
     found = watched.finish()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.images import ImageGrid
+from openm6.core.images import ImageGrid
+from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.lowbit import INT8
 from openm6.serve.reproducible import is_reproducible
@@ -23,22 +23,22 @@ from tests.tasks.conftest import picture
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def model(bundle: Bundle, request: pytest.FixtureRequest) -> Bundle:
+def model(session: Session, request: pytest.FixtureRequest) -> Session:
     """A model as it is served on a CPU, its pictures read by convolutions. Its probabilities are flat, so that a last
     bit changes many an answer."""
     torch.manual_seed(0)
-    processor = bundle.processor
+    processor = session.processor
     config = tiny_config(
         vocab_size=processor.tokenizer.vocab_size, num_codes=16, hidden_size=64, head_dim=16, intermediate_size=1536,
         image_embedder="stem", stem_widths=[16, 32, 64], image_patch=8,
     )  # fmt: skip
     grid = ImageGrid(config.image_stride, config.image_max_patches)
     network = M6(config).eval().pack_for_cpu(request.param)
-    return Bundle(network, Processor(processor.tokenizer, grid, 256, processor.codec))
+    return Session(network, Processor(processor.tokenizer, grid, 256, processor.codec))
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def served(model: Bundle, request: pytest.FixtureRequest) -> Iterator[Bundle]:
+def served(model: Session, request: pytest.FixtureRequest) -> Iterator[Session]:
     torch.set_num_threads(request.param)
     yield model
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def wishes(count: int, rng: random.Random) -> list[tuple[str, dict, dict]]:
     return found
 
 
-def test_a_sampled_answer_is_the_one_that_it_is_alone(served: Bundle) -> None:
+def test_a_sampled_answer_is_the_one_that_it_is_alone(served: Session) -> None:
     """Beside 1 to 16 others, which join and leave at any time."""
     rng = random.Random(0)
     asked = wishes(80, rng)
@@ -76,7 +76,7 @@ def test_a_sampled_answer_is_the_one_that_it_is_alone(served: Bundle) -> None:
     assert [number for number, value in enumerate(alone) if found[str(number)].value != value] == []
 
 
-def test_sampled_answers_to_many_records_do_not_depend_on_the_batch_size(served: Bundle) -> None:
+def test_sampled_answers_to_many_records_do_not_depend_on_the_batch_size(served: Session) -> None:
     records = [{"photo": picture(16 + 8 * (n % 3), 16, seed=n)} for n in range(20)]
     decoding = {"max_new_tokens": 16, "temperature": 1.0, "seed": 3}
     every = [
@@ -86,7 +86,7 @@ def test_sampled_answers_to_many_records_do_not_depend_on_the_batch_size(served:
 
 
 @pytest.mark.parametrize("decoding", [{"passes": 4}, {"passes": 4, "guidance": 1.0}, {"passes": 0}])
-def test_a_picture_that_is_drawn_is_the_one_that_it_is_alone(served: Bundle, decoding: dict) -> None:
+def test_a_picture_that_is_drawn_is_the_one_that_it_is_alone(served: Session, decoding: dict) -> None:
     decoding = {"guidance": 0.0, "temperature": 1.0, "seed": 3, **decoding}
     captions = [(WORDS * 2)[:length] for length in (1, 2, 5, 9, 17, 30, 44)]
     watched = Watched(served)
@@ -98,15 +98,15 @@ def test_a_picture_that_is_drawn_is_the_one_that_it_is_alone(served: Bundle, dec
         assert np.array_equal(found[str(number)].value[0].codes, alone.codes), caption
 
 
-def test_labels_with_probabilities_are_drawn_as_if_each_were_alone(bundle: Bundle) -> None:
+def test_labels_with_probabilities_are_drawn_as_if_each_were_alone(session: Session) -> None:
     decoding = {"temperature": 5.0, "seed": 1}
-    watched = Watched(bundle)
+    watched = Watched(session)
     for number in range(12):
         watched.ask(str(number), "kind", photo=picture(seed=3), probabilities=True, decoding=decoding)
     assert len({told.value["value"] for told in watched.finish().values()}) == 1
 
 
-def test_a_picture_has_the_same_features_beside_others(served: Bundle) -> None:
+def test_a_picture_has_the_same_features_beside_others(served: Session) -> None:
     assert served.model.image is not None
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
     with torch.inference_mode():
@@ -114,7 +114,7 @@ def test_a_picture_has_the_same_features_beside_others(served: Bundle) -> None:
         assert torch.equal(together, torch.cat([served.model.image(one[None]) for one in pixels]))
 
 
-def test_whether_a_model_is_reproducible_is_measured(model: Bundle) -> None:
+def test_whether_a_model_is_reproducible_is_measured(model: Session) -> None:
     """Weights in 8 bits round a row of inputs by the rows beside it."""
     assert is_reproducible(model.model)
     config = copy.deepcopy(model.model.config)

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
-from openm6.serve.fleet import Fleet, Place, Refused
+from openm6.core.errors import UsageError
+from openm6.inference.session import Session
+from openm6.serve.fleet import Fleet, Refused
+from openm6.serve.settings import Place
 from tests.tasks.conftest import picture
 
 
 @pytest.fixture(scope="module")
-def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("model") / "model"
-    bundle.save(place)
+    session.save(place)
     return place
 
 
@@ -38,7 +39,7 @@ def writing(text: str = "红色", **decoding: Any) -> dict[str, Any]:
     return {"task": "write", "record": {"text": text}, "decoding": {"max_new_tokens": 12, **decoding}}
 
 
-def test_a_process_answers_all_kinds(bundle: Bundle, saved: Path) -> None:
+def test_a_process_answers_all_kinds(session: Session, saved: Path) -> None:
     async def run() -> None:
         fleet = Fleet()
         await fleet.deploy("m6", Place(saved))
@@ -48,8 +49,8 @@ def test_a_process_answers_all_kinds(bundle: Bundle, saved: Path) -> None:
             {"task": "text_to_image", "record": {"caption": "红"}, "decoding": {"passes": 2, "guidance": 0.0}},
         ]  # fmt: skip
         found = await asyncio.gather(*(answer(fleet.ask("m6", kind)) for kind in kinds))
-        assert found[0] == (bundle.run("write", text="红色", decoding={"max_new_tokens": 12}),) * 2
-        assert found[1][1] == bundle.run("kind", photo=picture())
+        assert found[0] == (session.run("write", text="红色", decoding={"max_new_tokens": 12}),) * 2
+        assert found[1][1] == session.run("kind", photo=picture())
         assert len(found[2][1]) == 32 and found[3][1][0]["image"][:4] == b"\x89PNG"
         with pytest.raises(Refused, match="no slot wrong"):
             await answer(fleet.ask("m6", {"task": "write", "record": {"wrong": "x"}}))
@@ -92,7 +93,7 @@ def test_who_is_killed_is_replaced_and_nobody_is_left_without_an_answer(saved: P
 
         await asyncio.gather(killer(), *(one(number) for number in range(60)))
         assert len(outcomes) == 60 and deployment.restarts >= 1
-        alone = Bundle.load(saved)
+        alone = Session.load(saved)
         good = [(number, text, value) for number, text, value in outcomes if value is not None]
         assert len(good) > 30
         for number, text, value in good:

@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
 from openm6.cli.serve import check_origins
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve import guard
 from openm6.serve.api import create_app
 from openm6.serve.bodies import Route

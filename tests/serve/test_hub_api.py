@@ -10,13 +10,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from openm6.bundle import Bundle
-from openm6.environment import ARTIFACTS, CATALOGUE, HOME
+from openm6.core.environment import ARTIFACTS, CATALOGUE, HOME
 from openm6.hub.catalogue import Catalogue
 from openm6.hub.jobs import Jobs
-from openm6.serve.fleet import Place
+from openm6.inference.session import Session
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from tests.serve.test_api import Served
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def asked(bundle: Bundle, home: Path) -> Iterator[dict[str, httpx2.Client]]:
+def asked(session: Session, home: Path) -> Iterator[dict[str, httpx2.Client]]:
     """Clients with a key of each role, and without one, of a server whose model is of the catalogue."""
     (home / "talks.jsonl").write_text(json.dumps({"text": "红"}) + "\n", "utf-8")
-    bundle.save(home / "run" / "model")
+    session.save(home / "run" / "model")
     catalogue = Catalogue()
     catalogue.add_data("talks", str(home / "talks.jsonl"))
     version = catalogue.add_model("goods", home / "run" / "model", made_of=["data:talks@1"])

@@ -10,11 +10,11 @@ import httpx2
 import pytest
 
 from openm6 import Client
-from openm6.bundle import Bundle
-from openm6.errors import ContextLengthError, DataError, UsageError
-from openm6.serve.fleet import Place
+from openm6.core.errors import ContextLengthError, DataError, UsageError
+from openm6.inference.session import Session
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from openm6.tasks.library import get
 from tests.serve.conftest import Watched
 from tests.serve.test_api import Served
@@ -26,9 +26,9 @@ SLOTS = {"text": "text", "table": "table", "kind": "label", "answer": "text"}
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("model") / "model"
-    Bundle(bundle.model, bundle.processor, [*bundle.tasks.values(), get("text_vector")]).save(place)
+    Session(session.model, session.processor, [*session.tasks.values(), get("text_vector")]).save(place)
     one = Served({"m6": Place(place)}, Options())
     yield one
     one.stop()
@@ -104,8 +104,8 @@ def test_the_front_refuses_before_the_model_is_asked() -> None:
         record_of({"texts": "红"}, SLOTS, pictures, 10)
 
 
-def test_in_the_engine_one_that_is_too_long_fails_alone(bundle: Bundle) -> None:
-    watched = Watched(bundle)
+def test_in_the_engine_one_that_is_too_long_fails_alone(session: Session) -> None:
+    watched = Watched(session)
     for task, more in (("write", {"decoding": FEW}), ("text_vector", {})):
         with pytest.raises(ContextLengthError):
             watched.ask(f"{task} long", task, text=LONG, **more)

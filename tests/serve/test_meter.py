@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge, Meter
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 from openm6.serve.fleet import Place
 from openm6.serve.server import Options
 from tests.serve.test_api import Served
@@ -16,9 +16,9 @@ from tests.serve.test_openai import part, user
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     place = tmp_path_factory.mktemp("model") / "model"
-    bundle.save(place)
+    session.save(place)
     one = Served({"m6": Place(place)}, Options())
     yield one
     one.stop()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from openm6 import Client
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 
 pytest.importorskip("ray.serve")
 
@@ -20,7 +20,7 @@ DEPLOYING = """
 import json, os, sys
 from pathlib import Path
 from ray import serve
-from openm6.serve.fleet import Place
+from openm6.serve.settings import Place
 from openm6.serve.on_ray import deploy_on_ray
 from openm6.serve.server import Options
 
@@ -36,8 +36,8 @@ serve.shutdown()
 
 
 @pytest.mark.slow
-def test_replicas_answer_like_one_server(bundle: Bundle, tmp_path: Path) -> None:
-    bundle.save(tmp_path / "model")
+def test_replicas_answer_like_one_server(session: Session, tmp_path: Path) -> None:
+    session.save(tmp_path / "model")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -53,7 +53,7 @@ def test_replicas_answer_like_one_server(bundle: Bundle, tmp_path: Path) -> None
         assert told is not None, (tmp_path / "errors.txt").read_text()
         found = json.loads(told)
         assert found["states"] == {"RUNNING": 2}
-        alone = Bundle.load(tmp_path / "model").run("write", text="红色", decoding={"max_new_tokens": 8})
+        alone = Session.load(tmp_path / "model").run("write", text="红色", decoding={"max_new_tokens": 8})
         with Client(found["url"]) as m6, ThreadPoolExecutor(8) as pool:
             asked = pool.map(lambda _: m6.run("write", text="红色", decoding={"max_new_tokens": 8}), range(24))
             assert set(asked) == {alone}

@@ -18,11 +18,11 @@ import openai
 import pytest
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.editing import COVERS_ALL
-from openm6.serve.fleet import Place
+from openm6.inference.edit import COVERS_ALL
+from openm6.inference.session import Session
 from openm6.serve.openai_api import _side_by_side
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from openm6.tasks.task import Task
 from tests.serve.test_api import Served
 from tests.tasks.conftest import picture
@@ -33,10 +33,10 @@ SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = [Task.from_instruction(PAIR, name="pair"), Task.from_instruction(BOTH, name="both")]
     place = tmp_path_factory.mktemp("model") / "model"
-    Bundle(bundle.model, bundle.processor, [*bundle.tasks.values(), *more]).save(place)
+    Session(session.model, session.processor, [*session.tasks.values(), *more]).save(place)
     return place
 
 
@@ -48,9 +48,9 @@ def url(saved: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(saved: Path) -> Bundle:
+def alone(saved: Path) -> Session:
     """The same model without a server."""
-    return Bundle.load(saved)
+    return Session.load(saved)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def streamed(client: openai.OpenAI, *messages: dict[str, Any], **more: Any) -> t
 # Pictures
 
 
-def test_every_picture_of_a_conversation_is_given_to_the_task(client: openai.OpenAI, alone: Bundle) -> None:
+def test_every_picture_of_a_conversation_is_given_to_the_task(client: openai.OpenAI, alone: Session) -> None:
     first, second, question = picture(40, 24, seed=1), picture(24, 40, seed=2), "红色的是什么？"
     found = said(client, user(part(first), part(second), question), max_tokens=8)
     expected = alone.run("pair", first=first, second=second, question=question, decoding={"max_new_tokens": 8})
@@ -116,7 +116,7 @@ def test_more_pictures_than_the_task_takes_are_refused(client: openai.OpenAI) ->
         assert "A part of a message is" in refused(client, user(wrong)).message
 
 
-def test_a_task_without_a_text_is_asked_by_a_picture_alone(client: openai.OpenAI, alone: Bundle) -> None:
+def test_a_task_without_a_text_is_asked_by_a_picture_alone(client: openai.OpenAI, alone: Session) -> None:
     for model in ("m6:kind", "m6"):
         found = said(client, user(part(picture())), model=model)
         assert found.choices[0].message.content == alone.run("kind", photo=picture())
@@ -127,7 +127,7 @@ def test_a_task_without_a_text_is_asked_by_a_picture_alone(client: openai.OpenAI
 # What is answered
 
 
-def test_several_outputs_come_as_json(client: openai.OpenAI, alone: Bundle) -> None:
+def test_several_outputs_come_as_json(client: openai.OpenAI, alone: Session) -> None:
     expected = alone.run("both", text="红色的鞋")
     found = said(client, user("红色的鞋"), model="m6:both").choices[0].message.content
     assert json.loads(found) == expected
@@ -217,7 +217,7 @@ def test_fields_that_change_nothing_pass(client: openai.OpenAI) -> None:
     assert found.choices[0].message.content == plain
 
 
-def test_options_of_decoding_by_this_servers_names(client: openai.OpenAI, alone: Bundle) -> None:
+def test_options_of_decoding_by_this_servers_names(client: openai.OpenAI, alone: Session) -> None:
     options = {"num_beams": 3, "length_penalty": 0.5, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     found = said(client, user("红色条纹"), model="m6:write", max_tokens=8, extra_body=options)
     expected = alone.run("write", text="红色条纹", decoding={"max_new_tokens": 8, **options})
@@ -277,7 +277,7 @@ def test_empty_stops_are_ignored(client: openai.OpenAI) -> None:
         assert found.choices[0].message.content == plain != ""
 
 
-def test_a_text_ends_before_its_stop(client: openai.OpenAI, alone: Bundle) -> None:
+def test_a_text_ends_before_its_stop(client: openai.OpenAI, alone: Session) -> None:
     decodings = [{"max_new_tokens": 12, "temperature": 1.0, "seed": seed} for seed in range(8)]
     written = [alone.run("write", text="红色", decoding=decoding) for decoding in decodings]
     assert sum(map(bool, written)) >= 4
@@ -296,7 +296,7 @@ def test_a_text_ends_before_its_stop(client: openai.OpenAI, alone: Bundle) -> No
 # Seeds
 
 
-def test_a_seed_is_drawn_and_told(client: openai.OpenAI, http: httpx2.Client, alone: Bundle) -> None:
+def test_a_seed_is_drawn_and_told(client: openai.OpenAI, http: httpx2.Client, alone: Session) -> None:
     found = [said(client, user("红色"), model="m6:write", **SAMPLED).choices[0] for _ in range(3)]
     assert len({choice.seed for choice in found}) == 3
     for choice in found:
@@ -313,7 +313,7 @@ def test_a_seed_is_drawn_and_told(client: openai.OpenAI, http: httpx2.Client, al
     assert http.post("/v1/tasks/write", json=asked).json() == one
 
 
-def test_pictures_have_a_seed_of_their_own_and_are_drawn_together(client: openai.OpenAI, alone: Bundle) -> None:
+def test_pictures_have_a_seed_of_their_own_and_are_drawn_together(client: openai.OpenAI, alone: Session) -> None:
     async def both() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0) as asking:
             return await asyncio.gather(*(asking.images.generate(prompt="红色的杯子", n=2) for _ in range(3)))
@@ -348,7 +348,7 @@ def test_a_wish_that_is_too_long_or_blank_is_refused(client: openai.OpenAI, http
     assert drawn.data[0].b64_json
 
 
-def test_several_answers_differ_or_are_refused(client: openai.OpenAI, alone: Bundle) -> None:
+def test_several_answers_differ_or_are_refused(client: openai.OpenAI, alone: Session) -> None:
     choices = said(client, user("红色"), model="m6:write", n=16, **SAMPLED).choices
     assert [choice.seed for choice in choices] == list(range(choices[0].seed, choices[0].seed + 16))
     assert len({choice.message.content for choice in choices}) > 1

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from openm6 import Client
-from openm6.bundle import Bundle
-from openm6.images import UNCERTAIN
-from openm6.serve.fleet import Place
+from openm6.core.images import UNCERTAIN
+from openm6.inference.session import Session
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from openm6.tasks.library import get
 from tests.serve.test_api import Served
 
@@ -24,10 +24,10 @@ ASKED = {"inputs": {"caption": "红色的杯子"}, "candidates": 2, "decoding": 
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A model that has learned to draw, and to read what it draws, which it does badly."""
     place = tmp_path_factory.mktemp("model") / "model"
-    Bundle(bundle.model, bundle.processor, map(get, ("text_to_image", "caption"))).save(place)
+    Session(session.model, session.processor, map(get, ("text_to_image", "caption"))).save(place)
     one = Served({"m6": Place(place)}, Options())
     yield one
     one.stop()

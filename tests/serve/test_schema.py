@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from openm6.bundle import Bundle
-from openm6.environment import HOME
-from openm6.serve.fleet import Place
+from openm6.core.environment import HOME
+from openm6.inference.session import Session
 from openm6.serve.server import Options
+from openm6.serve.settings import Place
 from tests.serve.test_api import Served
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -24,9 +24,9 @@ EXAMPLES = 25
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("schema")
-    bundle.save(folder / "model")
+    session.save(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(HOME, str(folder / "home"))
         patch.chdir(folder)

@@ -22,8 +22,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import openm6
-from openm6.errors import DataError
-from openm6.images import open_image
+from openm6.core.errors import DataError
+from openm6.core.images import open_image
 from openm6.serve import guard, incoming
 from openm6.serve.guard import BodyError, Guard, sse
 from openm6.serve.incoming import Pictures, record_of

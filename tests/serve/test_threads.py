@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 from openm6.serve.threads import WORTH, fit_threads, worthwhile
 
 
@@ -30,9 +30,9 @@ def test_all_or_one(parallel: float, found: int) -> None:
     assert worthwhile(lambda threads: 1 - parallel + parallel / threads, 6) == found
 
 
-def test_a_model_is_measured_and_answers_as_before(bundle: Bundle) -> None:
+def test_a_model_is_measured_and_answers_as_before(session: Session) -> None:
     before = torch.get_num_threads()
     try:
-        assert 1 <= fit_threads(bundle.model) <= before
+        assert 1 <= fit_threads(session.model) <= before
     finally:
         torch.set_num_threads(before)

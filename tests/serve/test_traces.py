@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from openm6.bundle import Bundle
+from openm6.inference.session import Session
 from openm6.serve.api import create_app
-from openm6.serve.fleet import Fleet, Place
+from openm6.serve.fleet import Fleet
+from openm6.serve.settings import Place
 from openm6.serve.traces import add_traces
 
 pytest.importorskip("opentelemetry.instrumentation.fastapi")
 
 
 @pytest.mark.slow
-def test_a_request_is_a_span_without_its_contents(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_request_is_a_span_without_its_contents(session: Session, tmp_path: Path) -> None:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-    bundle.save(tmp_path / "model")
+    session.save(tmp_path / "model")
     app, kept = create_app(Fleet(), places={"goods": Place(tmp_path / "model")}), InMemorySpanExporter()
-    add_traces(app, app.state.server, kept)
+    app.state.server.span, end = add_traces(app, kept)
+    app.state.server.at_end.append(end)
     with TestClient(app) as client:
         assert client.post("/v1/tasks/write", json={"inputs": {"text": "红色的秘密"}}).status_code == 200
         assert client.post("/v1/tasks/write", json={"inputs": {}}).status_code == 400

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openm6.images import ImageGrid
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.library import get, names
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

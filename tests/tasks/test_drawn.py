@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.errors import DataError, UsageError
-from openm6.images import ImageGrid
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE
+from openm6.core.tokenizer import Tokenizer
 from openm6.model.codec import Codec, CodecConfig
-from openm6.sequence import CAUSAL, IGNORE, SOURCE
 from openm6.tasks.drawn import VERDICT, draw_mask
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 
 TASK = Task.from_instruction("画: [text:caption|drop=0.1] -> [image:picture]", "drawing")
 

@@ -7,11 +7,11 @@ import random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from openm6.errors import DataError
+from openm6.core.errors import DataError
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.forms import FORMS, Digits, Verse, form_of
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 
 
 def walked(constraint: Digits | Verse, tokenizer: Tokenizer, rng: random.Random) -> list[int]:

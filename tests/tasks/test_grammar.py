@@ -5,7 +5,7 @@ import inspect
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.tasks.grammar import ATTRIBUTES, RESERVED, Slot, parse, write
 
 
@@ -84,12 +84,12 @@ def test_mistakes_are_shown_at_their_column(text: str, column: int, problem: str
 
 
 def test_no_slot_is_called_as_a_parameter_of_the_methods_that_take_slots_by_keyword() -> None:
-    from openm6.bundle import Bundle
     from openm6.client import AsyncClient, Client
     from openm6.edge.runner import EdgeModel
+    from openm6.inference.session import Session
 
     found = set()
-    for kind in (Bundle, Client, AsyncClient, EdgeModel):
+    for kind in (Session, Client, AsyncClient, EdgeModel):
         for _, method in inspect.getmembers(kind, inspect.isfunction):
             parameters = inspect.signature(method).parameters
             if any(p.name == "slots" and p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import DataError, UsageError
+from openm6.core.errors import DataError, UsageError
 from openm6.tasks.grammar import parse
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import ContextLengthError, DataError
-from openm6.images import ImageGrid
-from openm6.sequence import CAUSAL, IGNORE, SOURCE
+from openm6.core.errors import ContextLengthError, DataError
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE
+from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.layout import Piece, lay_out
 from openm6.tasks.processor import Processor
-from openm6.tokenizer import Tokenizer
 
 
 def limited(tokenizer: Tokenizer, length: int) -> Processor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
 from openm6.tasks.lengths import CHARACTERS, check_value
 from openm6.tasks.library import get, names
 from openm6.tasks.processor import Processor

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openm6.decode import Decoding
-from openm6.decode.draw import Drawing
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.core.sequence import IGNORE
+from openm6.inference import Decoding
+from openm6.inference.draw import Drawing
 from openm6.model.codec import Codec, CodecConfig
-from openm6.sequence import IGNORE
 from openm6.tasks.library import get, names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from openm6.errors import UsageError
-from openm6.extend import register_metric
+from openm6.core.errors import UsageError
+from openm6.tasks.extend import register_metric
 from openm6.tasks.metrics import (
     METRICS,
     Metric,

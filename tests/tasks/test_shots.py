@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from openm6.errors import DataError, UsageError
-from openm6.sequence import IGNORE, SOURCE
+from openm6.core.errors import DataError, UsageError
+from openm6.core.sequence import IGNORE, SOURCE
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.tasks.conftest import picture

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from openm6.batches import pad
-from openm6.decode.refine import refine
-from openm6.errors import UsageError
+from openm6.core.batch import pad
+from openm6.core.errors import UsageError
+from openm6.core.sequence import IGNORE, SOURCE, Sequence
+from openm6.core.tokenizer import Tokenizer
+from openm6.inference.refine import refine
 from openm6.model import M6
-from openm6.sequence import IGNORE, SOURCE, Sequence
+from openm6.model.cache import fill, prefill_all
 from openm6.tasks import sketch
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split
 from openm6.tasks.task import Task
-from openm6.tokenizer import Tokenizer
 from tests.conftest import tiny_config
 
 words = st.lists(st.integers(0, 9), min_size=1, max_size=14)
@@ -156,7 +157,7 @@ def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model
         assert refine(model, [prompt], processor.tokenizer, 40)[0].ids == found.ids
         assert len(found.ids) <= 40 and processor.tokenizer.mask_id not in found.ids
         assert all(i < processor.tokenizer.code_start for i in found.ids)
-        hidden, _ = model.prefill_all(pad([prompt], 0), len(prompt))
+        hidden, _ = prefill_all(model, pad([prompt], 0), len(prompt))
         places = slice(prompt.sketch.start, prompt.sketch.stop)  # type: ignore[union-attr]
         classes = list(processor.tokenizer.class_ids[:3])
         log_probs = model.logits(hidden[0, places])[:, classes].log_softmax(-1).detach().numpy()
@@ -177,14 +178,14 @@ def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: P
     for row, draft in enumerate(drafts):
         width[row, : len(draft)] = torch.tensor(draft)
     with torch.inference_mode():
-        _, cache = model.prefill_all(pad(prompts, 0), max(map(len, prompts)) + 9)
-        both = model.fill(width, cache, 0, torch.tensor([5, 2]))
+        _, cache = prefill_all(model, pad(prompts, 0), max(map(len, prompts)) + 9)
+        both = fill(model, width, cache, 0, torch.tensor([5, 2]))
         for row, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
-            _, alone = model.prefill_all(pad([prompt], 0), len(prompt) + 9)
-            expected = model.fill(torch.tensor([draft]), alone, 0)
+            _, alone = prefill_all(model, pad([prompt], 0), len(prompt) + 9)
+            expected = fill(model, torch.tensor([draft]), alone, 0)
             torch.testing.assert_close(both[row, : len(draft)], expected[0], atol=1e-5, rtol=1e-4)
             whole = model(pad([sketch.draft_of(prompt, "insert", draft[1:], processor.tokenizer)], 0))
-            again = model.fill(torch.tensor([[sketch.modes(processor.tokenizer)["insert"], *draft[1:]]]), alone, 0)
+            again = fill(model, torch.tensor([[sketch.modes(processor.tokenizer)["insert"], *draft[1:]]]), alone, 0)
             torch.testing.assert_close(whole.hidden[0, len(prompt) :], again[0], atol=1e-5, rtol=1e-4)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from openm6.errors import DataError, UsageError
-from openm6.images import ImageGrid
-from openm6.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from openm6.errors import DataError
+from openm6.core.errors import DataError
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 

@@ -46,7 +46,7 @@ def test_eight_bits_train_like_thirty_two_and_go_on_after_a_stop(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.skipif(not BESIDE.is_dir(), reason="torchao is not installed beside the rest; `make` does it")
 def test_their_planned_bytes_are_those_that_they_take() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/train/test_footprint.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/plan/test_footprint.py"]
     done = subprocess.run(
         [*command, "-k", "adam8bit"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.inference.session import Session
 from openm6.model.files import load_model
 from openm6.train.recipe import Recipe
 from openm6.train.trainer import train
@@ -56,7 +56,7 @@ def test_an_adapter_is_loaded_with_the_model_beneath(base: Path, adapter: Path) 
     assert not (adapter / "model.safetensors").exists() and not (adapter / "tokenizer.json").exists()
     size = (adapter / "adapter_model.safetensors").stat().st_size
     assert size < 0.3 * (base / "model.safetensors").stat().st_size
-    loaded = Bundle.load(adapter, "cpu", trainable=True).model.state_dict()
+    loaded = Session.load(adapter, "cpu", trainable=True).model.state_dict()
     expected = by_hand(base, adapter)
     assert loaded.keys() == expected.keys()
     changed = 0
@@ -80,7 +80,7 @@ def test_what_was_trained_is_what_is_loaded(base: Path, tmp_path: Path) -> None:
     adapter = train(adapting(base, output, evaluation=evaluation, steps=12))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [line for line in lines if "evaluation" in line][-1]
-    found = measure(Bundle.load(adapter, trainable=True), "vqa", source, limit=256, answers=False).values()
+    found = measure(Session.load(adapter, trainable=True), "vqa", source, limit=256, answers=False).values()
     assert found == pytest.approx({name: trained[name] for name in found})
 
 
@@ -88,7 +88,7 @@ def test_peft_opens_it(base: Path, adapter: Path) -> None:
     from peft import PeftModel
 
     theirs = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().state_dict()
-    ours = Bundle.load(adapter, "cpu", trainable=True).model.state_dict()
+    ours = Session.load(adapter, "cpu", trainable=True).model.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
@@ -111,7 +111,7 @@ def test_merged_it_is_a_model_like_any(adapter: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     result = CliRunner().invoke(commands(), ["models", "merge", str(adapter), str(merged)])
     assert result.exit_code == 0, result.output
-    ours, theirs = (Bundle.load(p, "cpu", trainable=True) for p in (merged, adapter))
+    ours, theirs = (Session.load(p, "cpu", trainable=True) for p in (merged, adapter))
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
     assert ours.tasks.keys() == theirs.tasks.keys() >= {"vqa"}
     train(tiny_recipe(tmp_path / "on", model={"path": str(merged)}, steps=1, checkpoint_every=1))
@@ -127,19 +127,19 @@ def test_what_cannot_be_is_told(base: Path, adapter: Path, tmp_path: Path) -> No
     config = json.loads((lost / "adapter_config.json").read_text("utf-8"))
     (lost / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "nowhere"}), "utf-8")
     with pytest.raises(UsageError, match="adapter of the model nowhere"):
-        Bundle.load(lost)
+        Session.load(lost)
     (lost / "adapter_config.json").write_text("{", "utf-8")
     with pytest.raises(OpenM6Error, match="damaged"):
-        Bundle.load(lost)
+        Session.load(lost)
     cut = tmp_path / "cut"
     shutil.copytree(adapter, cut)
     content = (cut / "adapter_model.safetensors").read_bytes()
     (cut / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(OpenM6Error, match="damaged"):
-        Bundle.load(cut)
+        Session.load(cut)
     (cut / "adapter_model.safetensors").unlink()
     with pytest.raises(OpenM6Error, match="pickled"):
-        Bundle.load(cut)
+        Session.load(cut)
 
 
 def test_an_adapter_of_another_size_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -151,4 +151,4 @@ def test_an_adapter_of_another_size_is_refused(adapter: Path, tmp_path: Path) ->
     config = json.loads((moved / "adapter_config.json").read_text("utf-8"))
     (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}), "utf-8")
     with pytest.raises(OpenM6Error, match="does not fit"):
-        Bundle.load(moved)
+        Session.load(moved)

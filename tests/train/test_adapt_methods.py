@@ -12,13 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.core.batch import pad
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.edge.runner import EdgeModel
-from openm6.errors import OpenM6Error, UsageError
 from openm6.evaluate.command import measure
+from openm6.inference.session import Session
 from openm6.model.adapters import METHODS, adapter_config, add_adapter
+from openm6.model.cache import prefill
 from openm6.model.files import load_model, meta_model
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe
@@ -48,18 +49,18 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {method: train(adapting(base, tmp_path_factory.mktemp(method), method)) for method in METHODS}
 
 
-def hidden(bundle: Bundle, seed: int = 0, question: str = "图中是什么?") -> torch.Tensor:
+def hidden(session: Session, seed: int = 0, question: str = "图中是什么?") -> torch.Tensor:
     """Logits at the position that begins the answer, in fp32 where the weights are."""
-    prompt = bundle.prompt(bundle.task("vqa"), {"photo": picture(seed=seed), "question": question})
-    with torch.inference_mode(), bundle.precision(), torch.autocast("cpu", enabled=False):
-        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
-        return bundle.model.logits(found)[0]
+    prompt = session.prompt(session.task("vqa"), {"photo": picture(seed=seed), "question": question})
+    with torch.inference_mode(), session.precision(), torch.autocast("cpu", enabled=False):
+        found, _ = prefill(session.model, pad([prompt], 0), len(prompt) + 4)
+        return session.model.logits(found)[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_starts_as_the_network_beneath_and_trains_a_part_of_it(base: Path, method: str) -> None:
     config = adapter_config(base, method, rank=4, length=3)
-    plain = Bundle.load(base, "cpu", trainable=True)
+    plain = Session.load(base, "cpu", trainable=True)
     model = meta_model(plain.model.config)
     add_adapter(model, config)
     model = model.to_empty(device="cpu")
@@ -67,13 +68,13 @@ def test_it_starts_as_the_network_beneath_and_trains_a_part_of_it(base: Path, me
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0 < trained < (0.5 if method == "head" else 0.25) * sum(p.numel() for p in model.parameters())
     if method not in ("prompt", "prefix"):
-        adapted = Bundle(model.eval(), plain.processor, plain.tasks.values())
+        adapted = Session(model.eval(), plain.processor, plain.tasks.values())
         torch.testing.assert_close(hidden(adapted), hidden(plain), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_changes_answers_and_still_sees_the_whole_source(base: Path, adapters: dict[str, Path], method: str) -> None:
-    plain, adapted = (Bundle.load(path, "cpu", trainable=True) for path in (base, adapters[method]))
+    plain, adapted = (Session.load(path, "cpu", trainable=True) for path in (base, adapters[method]))
     assert not torch.allclose(hidden(adapted), hidden(plain), atol=1e-3)
     assert not torch.allclose(hidden(adapted, seed=0), hidden(adapted, seed=1), atol=1e-6)  # a pixel
     task = adapted.task("vqa")
@@ -90,9 +91,9 @@ def test_what_was_trained_is_what_is_loaded(base: Path, tmp_path: Path, method: 
     adapter = train(adapting(base, tmp_path / "run", method, evaluation=evaluation, steps=3, checkpoint_every=3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [line for line in lines if "evaluation" in line][-1]
-    found = measure(Bundle.load(adapter, "cpu", trainable=True), "vqa", source, limit=256, answers=False).values()
+    found = measure(Session.load(adapter, "cpu", trainable=True), "vqa", source, limit=256, answers=False).values()
     assert found == pytest.approx({name: trained[name] for name in found})
-    packed, unpacked = (Bundle.load(adapter, "cpu", trainable=t) for t in (False, True))
+    packed, unpacked = (Session.load(adapter, "cpu", trainable=t) for t in (False, True))
     packed.model.packed_head = None
     torch.testing.assert_close(hidden(packed), hidden(unpacked), atol=0.08, rtol=0.05)  # bf16, on some machines
 
@@ -118,7 +119,7 @@ def test_lora_on_experts_trains_them_and_is_merged(tmp_path: Path) -> None:
     model = {"path": str(base)}
     adapter = train(tiny_recipe(tmp_path / "run", model=model, adapt=adapt, data=data, learning_rate=3e-2, steps=3))
     assert any("experts" in name for name in load_file(adapter / "adapter_model.safetensors"))
-    plain, adapted = (Bundle.load(path, "cpu", trainable=True).model.state_dict() for path in (base, adapter))
+    plain, adapted = (Session.load(path, "cpu", trainable=True).model.state_dict() for path in (base, adapter))
     assert plain.keys() == adapted.keys()
     assert not torch.equal(plain["blocks.0.feed_forward.experts.up"], adapted["blocks.0.feed_forward.experts.up"])
 
@@ -127,16 +128,16 @@ def test_lora_on_experts_trains_them_and_is_merged(tmp_path: Path) -> None:
 def test_several_adapters_share_one_model(base: Path, adapters: dict[str, Path], trainable: bool) -> None:
     """Each answers as it does alone, merged, and without any the base answers; nothing is loaded in between."""
     beside = {name: adapters[name] for name in BESIDE}
-    shared = Bundle.load(base, "cpu", trainable, adapters=beside)
+    shared = Session.load(base, "cpu", trainable, adapters=beside)
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if trainable else {"atol": 0.08, "rtol": 0.05}
     weights = {id(p) for p in shared.model.parameters()}
     for name in (*BESIDE, None, *reversed(BESIDE)):
-        alone = Bundle.load(adapters[name] if name else base, "cpu", trainable)
+        alone = Session.load(adapters[name] if name else base, "cpu", trainable)
         view = shared.adapter(name)
         torch.testing.assert_close(hidden(view), hidden(alone), **tolerance)
         assert view.run("vqa", photo=picture(), question="什么?") is not None
         assert {id(p) for p in view.model.parameters()} == weights
-    torch.testing.assert_close(hidden(shared), hidden(Bundle.load(base, "cpu", trainable)), **tolerance)
+    torch.testing.assert_close(hidden(shared), hidden(Session.load(base, "cpu", trainable)), **tolerance)
     view, asked, pieces = shared.adapter(BESIDE[0]), {"photo": picture(), "question": "什么?"}, []
     for piece in view.stream("vqa", **asked):  # the text goes on as it began, whoever asks between two pieces
         pieces.append(piece)
@@ -174,15 +175,15 @@ def test_what_peft_says_of_an_adapter_holds(
 ) -> None:
     """Merged and beside a model it answers as PEFT's own network; what cannot stand beside one is refused by name."""
     theirs = by_peft(base, adapters["lora"], tmp_path / "peft", **changes)
-    plain, alone = (Bundle.load(path, "cpu", trainable=True) for path in (base, tmp_path / "peft"))
-    expected = hidden(Bundle(theirs.base_model.model.eval(), plain.processor, plain.tasks.values()))
+    plain, alone = (Session.load(path, "cpu", trainable=True) for path in (base, tmp_path / "peft"))
+    expected = hidden(Session(theirs.base_model.model.eval(), plain.processor, plain.tasks.values()))
     assert not torch.allclose(expected, hidden(plain), atol=1e-2)
     torch.testing.assert_close(hidden(alone), expected, atol=1e-4, rtol=1e-4)
     if "use_dora" in changes or "modules_to_save" in changes:
         with pytest.raises(UsageError, match=f"{next(iter(changes))}, which cannot share a model: open it alone"):
-            Bundle.load(base, "cpu", adapters={"peft": tmp_path / "peft"})
+            Session.load(base, "cpu", adapters={"peft": tmp_path / "peft"})
         return
-    beside = Bundle.load(base, "cpu", trainable=True, adapters={"peft": tmp_path / "peft"})
+    beside = Session.load(base, "cpu", trainable=True, adapters={"peft": tmp_path / "peft"})
     torch.testing.assert_close(hidden(beside.adapter("peft")), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -200,17 +201,17 @@ def test_an_adapter_with_a_tensor_more_or_less_is_refused(
             shutil.copytree(adapters[method], folder)
             save_file(changed, folder / "adapter_model.safetensors")
             with pytest.raises(OpenM6Error, match="does not fit"):
-                Bundle.load(folder, "cpu")
+                Session.load(folder, "cpu")
             if (method, name) != ("ia3", "less"):  # each of its factors stands for itself
                 with pytest.raises(OpenM6Error, match="does not fit"):
-                    Bundle.load(base, "cpu", adapters={"a": folder})
+                    Session.load(base, "cpu", adapters={"a": folder})
 
 
 def test_a_head_is_merged_and_a_prompt_is_not(adapters: dict[str, Path], tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     done = CliRunner().invoke(commands(), ["models", "merge", str(adapters["head"]), str(merged)])
     assert done.exit_code == 0, done.output
-    ours, theirs = (Bundle.load(p, "cpu", trainable=True) for p in (merged, adapters["head"]))
+    ours, theirs = (Session.load(p, "cpu", trainable=True) for p in (merged, adapters["head"]))
     torch.testing.assert_close(hidden(ours), hidden(theirs))
     done = CliRunner().invoke(commands(), ["models", "merge", str(adapters["prompt"]), str(tmp_path / "no")])
     assert isinstance(done.exception, UsageError) and "stays beside its model" in str(done.exception)
@@ -260,42 +261,42 @@ def test_an_adapter_is_exported_as_it_is_merged(adapters: dict[str, Path], tmp_p
     command("models", "export", adapters[method], tmp_path / "package")
     asked = {"photo": picture(), "question": "图中是什么?"}
     answer = EdgeModel(tmp_path / "package").answer("vqa", asked)
-    bundle = Bundle.load(adapters[method], "cpu", trainable=True)
-    prompt = bundle.prompt(bundle.task("vqa"), asked)
+    session = Session.load(adapters[method], "cpu", trainable=True)
+    prompt = session.prompt(session.task("vqa"), asked)
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
+        found, _ = prefill(session.model, pad([prompt], 0), len(prompt) + 4)
     assert answer.state is not None
     torch.testing.assert_close(torch.from_numpy(answer.state), found[0], atol=1e-3, rtol=1e-3)
 
 
 def test_what_cannot_be_is_told(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has to be|open it alone"):
-        Bundle.load(base, "cpu", adapters={"p": adapters["prompt"]})
+        Session.load(base, "cpu", adapters={"p": adapters["prompt"]})
     with pytest.raises(UsageError, match="is no adapter of .* none at all"):
-        Bundle.load(base, "cpu", adapters={"p": base})
+        Session.load(base, "cpu", adapters={"p": base})
     with pytest.raises(UsageError, match="cannot name an adapter"):
-        Bundle.load(base, "cpu", adapters={"a.b": adapters["lora"]})
-    shared = Bundle.load(base, "cpu", adapters={"copy": adapters["lora"]})
+        Session.load(base, "cpu", adapters={"a.b": adapters["lora"]})
+    shared = Session.load(base, "cpu", adapters={"copy": adapters["lora"]})
     with pytest.raises(UsageError, match='no adapter copi. Did you mean "copy"'):
         shared.adapter("copi")
     with pytest.raises(UsageError, match="opened without any"):
-        Bundle.load(base, "cpu").adapter("copy")
+        Session.load(base, "cpu").adapter("copy")
     strange = tmp_path / "strange"
     shutil.copytree(adapters["bottleneck"], strange)
     config = json.loads((strange / "adapter_config.json").read_text("utf-8"))
     (strange / "adapter_config.json").write_text(json.dumps({**config, "method": "magic"}), "utf-8")
     with pytest.raises(OpenM6Error, match="of the kind magic; known are lora"):
-        Bundle.load(strange, "cpu")
+        Session.load(strange, "cpu")
     (strange / "adapter_config.json").write_text(json.dumps({**config, "rank": 7}), "utf-8")
     with pytest.raises(OpenM6Error, match="does not fit"):
-        Bundle.load(strange, "cpu")
+        Session.load(strange, "cpu")
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(base, other)
     with pytest.raises(UsageError, match="is no adapter of .*other: it is one of"):
-        Bundle.load(other, "cpu", adapters={"copy": adapters["lora"]})
+        Session.load(other, "cpu", adapters={"copy": adapters["lora"]})
 
 
 def test_training_counts_what_it_trains(base: Path, tmp_path: Path) -> None:
@@ -303,4 +304,4 @@ def test_training_counts_what_it_trains(base: Path, tmp_path: Path) -> None:
     parts = Sequences(recipe, Group(0, 1, torch.device("cpu")))
     model = parts.network(shared=False)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompt.weight"]
-    assert parts.bundle.processor.prompt == 3 and len(model.prompt.weight) == model.config.num_hidden_layers
+    assert parts.session.processor.prompt == 3 and len(model.prompt.weight) == model.config.num_hidden_layers

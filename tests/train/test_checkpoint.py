@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from openm6.atomic import write_whole
-from openm6.errors import OpenM6Error
+from openm6.core.errors import OpenM6Error
+from openm6.core.files import write_whole
 from openm6.model.files import load_model
 from openm6.train.checkpoint import Checkpoints, all_checkpoints, consolidate
 from openm6.train.distributed import Group
@@ -133,7 +133,7 @@ def test_a_write_that_fails_is_told_and_leaves_the_older_checkpoint(
 def test_consolidated_in_several_files_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     path = save(open_at(tmp_path), 1, model, torch.optim.AdamW(model.parameters()))
-    model.config.save_pretrained(path)
+    model.config.save(path)
     for name, size in (("one", 2**30), ("many", 20_000)):
         monkeypatch.setattr("openm6.train.checkpoint.SHARD", size)
         consolidate(path, tmp_path / name)
@@ -164,8 +164,8 @@ import resource
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from openm6.atomic import write_whole
-from openm6.errors import OpenM6Error
+from openm6.core.files import write_whole
+from openm6.core.errors import OpenM6Error
 from openm6.model.files import load_model
 target = Path({str(tmp_path / "model")!r})
 write_whole(target, lambda f: save_file({{"a": torch.zeros(10)}}, f / "m.safetensors"))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.errors import DataError, UsageError
+from openm6.core.errors import DataError, UsageError
+from openm6.inference.session import Session
 from openm6.model.codec import Codec
+from openm6.model.files import load_network
 from openm6.train.codec import PictureTask
 from openm6.train.recipe import check_recipe, load_recipe
 from openm6.train.trainer import train
@@ -51,7 +52,7 @@ def test_pictures_come_back_better(tmp_path: Path, sizes: dict[str, Any]) -> Non
     assert -1 <= measured[-1]["ssim"] <= 1
     grid = np.asarray(Image.open(tmp_path / "reconstructions" / "new-goods.png"))
     assert grid.shape == (32, 8 * 16, 3)
-    codec = Codec.from_pretrained(model).eval()
+    codec = load_network(Codec, model).eval()
     picture = torch.from_numpy(grid[:16, :16].copy())[None]  # the grid shows what the saved codec makes
     made = codec.decode(codec.encode(picture))[0].numpy()
     assert np.abs(made.astype(int) - grid[16:, :16].astype(int)).mean() < 2
@@ -84,18 +85,18 @@ def test_a_codec_can_be_trained_on(tmp_path: Path) -> None:
 def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None:
     """The eyes stay as they are, are no part of the codec, and their opinion is in the loss."""
     eyes = train(tiny_recipe(tmp_path / "reader", model={"preset": "demo", "sizes": SIZES}, steps=1))
-    before = Bundle.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    before = Session.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
     values = recipe(tmp_path / "own").model_dump(mode="json", exclude_unset=True)
     model = train(
         check_recipe({**values, "codec": {**values["codec"], "eyes": str(eyes)}, "output": tmp_path / "eyes"})
     )
     train(check_recipe(values))
     assert losses(tmp_path / "eyes")[1] != losses(tmp_path / "own")[1]
-    after = Bundle.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
+    after = Session.load(eyes, trainable=True).model.image.features.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (
-        Codec.from_pretrained(model).state_dict().keys()
-        == Codec.from_pretrained(tmp_path / "own" / "model").state_dict().keys()
+        load_network(Codec, model).state_dict().keys()
+        == load_network(Codec, tmp_path / "own" / "model").state_dict().keys()
     )
     patches = {"preset": "demo", "sizes": {**SIZES, "image_embedder": "patch"}}
     plain = train(tiny_recipe(tmp_path / "plain", model=patches, steps=1))

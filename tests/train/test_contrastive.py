@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 
-from openm6.batches import pack, pad
-from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.errors import DataError, UsageError
+from openm6.core.batch import pack, pad
+from openm6.core.errors import DataError, UsageError
 from openm6.evaluate.command import measure_retrieval
+from openm6.inference.session import Session
 from openm6.retrieve.ranks import rank_scores
 from openm6.tasks.task import Task
 from openm6.train.contrastive import contrast
@@ -106,7 +106,7 @@ def model(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(model: Path, things: Path, **options: object) -> dict[str, float]:
     columns = {"columns": {"text": "first"}, "against_columns": {"text": "second"}}
     return measure_retrieval(
-        Bundle.load(model), "text_vector", "text_vector", str(things), **columns, **options
+        Session.load(model), "text_vector", "text_vector", str(things), **columns, **options
     ).values()
 
 
@@ -126,13 +126,13 @@ def test_a_pair_that_is_cut_counts_as_one_example(things: Path, tmp_path: Path) 
 
 
 def test_vectors_have_length_one_and_do_not_depend_on_the_batch(model: Path) -> None:
-    bundle = Bundle.load(model, "cpu", trainable=True)
+    session = Session.load(model, "cpu", trainable=True)
     records = [{"text": "红" * n} for n in (1, 9, 3)]
-    together = np.stack(list(bundle.vectors("text_vector", records)))
+    together = np.stack(list(session.vectors("text_vector", records)))
     assert together.shape == (3, 32) and np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
-    alone = np.stack([bundle.run("text_vector", **record) for record in records])
+    alone = np.stack([session.run("text_vector", **record) for record in records])
     np.testing.assert_allclose(together, alone, atol=2e-2)  # bf16, on some machines
-    short = np.stack(list(bundle.run_many("text_vector", records, decoding={"dims": 4})))
+    short = np.stack(list(session.run_many("text_vector", records, decoding={"dims": 4})))
     expected = together[:, :4] / np.linalg.norm(together[:, :4], axis=1, keepdims=True)
     np.testing.assert_allclose(short, expected, atol=1e-5)
 
@@ -147,8 +147,8 @@ def test_pictures_and_texts_share_a_room(tmp_path: Path) -> None:
     trained = train(tiny_recipe(tmp_path, data=data, evaluation=evaluation))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert {"recall@1", "mrr", "ndcg@10"} <= {key for line in lines for key in line}
-    bundle = Bundle.load(trained)
-    assert bundle.run("image_vector", photo=picture()).shape == (32,) and bundle.run(
+    session = Session.load(trained)
+    assert session.run("image_vector", photo=picture()).shape == (32,) and session.run(
         "vqa", photo=picture(), question="?"
     )
 
@@ -170,9 +170,9 @@ def test_the_commands_give_and_measure_vectors(model: Path, things: Path) -> Non
 
 
 def test_it_is_found_among_its_own_negatives_alone(model: Path, tmp_path: Path) -> None:
-    bundle = Bundle.load(model)
+    session = Session.load(model)
     words = ["红", "蓝", "大", "小", "圆"]
-    vectors = dict(zip(words, bundle.vectors("text_vector", [{"text": w} for w in words]), strict=True))
+    vectors = dict(zip(words, session.vectors("text_vector", [{"text": w} for w in words]), strict=True))
     records = [{"first": "红", "second": "蓝", "negatives": [{"second": w} for w in some]} for some in ("大", "小圆")]
     expected = [
         1 / (1 + sum(vectors["红"] @ vectors[other["second"]] >= vectors["红"] @ vectors["蓝"] for other in negatives))
@@ -181,7 +181,7 @@ def test_it_is_found_among_its_own_negatives_alone(model: Path, tmp_path: Path) 
     file = tmp_path / "some.jsonl"
     file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
     columns = {"text": "first"}, {"text": "second"}
-    ask = partial(measure_retrieval, bundle, "text_vector", "text_vector", str(file), *columns, among_negatives=True)
+    ask = partial(measure_retrieval, session, "text_vector", "text_vector", str(file), *columns, among_negatives=True)
     assert ask().scores["mrr"].value == pytest.approx(np.mean(expected))
     file.write_text(json.dumps({**records[0], "negatives": []}, ensure_ascii=False), "utf-8")
     with pytest.raises(DataError, match="no negatives"):
@@ -209,11 +209,11 @@ def test_ranks_are_those_of_a_naive_loop(queries: int, keys: int, data: st.DataO
 
 
 def test_what_cannot_be_is_told(model: Path, things: Path, tmp_path: Path) -> None:
-    bundle = Bundle.load(model)
+    session = Session.load(model)
     with pytest.raises(UsageError, match="dims is 33"):
-        list(bundle.vectors("text_vector", [{"text": "红"}], dims=33))
+        list(session.vectors("text_vector", [{"text": "红"}], dims=33))
     with pytest.raises(UsageError, match="gives no vector"):
-        list(bundle.vectors("caption", [{"photo": picture()}]))
+        list(session.vectors("caption", [{"photo": picture()}]))
     with pytest.raises(UsageError, match="stands alone"):
         Task.from_instruction("[text:a] -> [vector:v] [text:b]")
     with pytest.raises(UsageError, match="learned by two tasks"):
@@ -231,4 +231,4 @@ def test_what_cannot_be_is_told(model: Path, things: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="negatives has to be a list"):
         train(matching(bad, tmp_path / "c"))
     with pytest.raises(UsageError, match="do not come in pieces"):
-        list(bundle.stream("text_vector", text="红"))
+        list(session.stream("text_vector", text="红"))

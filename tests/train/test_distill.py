@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from openm6.batches import Batch, pack
-from openm6.bundle import Bundle
 from openm6.cli import commands
+from openm6.core.batch import Batch, pack
+from openm6.core.errors import UsageError
+from openm6.core.sequence import IGNORE
+from openm6.core.tokenizer import Tokenizer
 from openm6.data.source import open_source
-from openm6.errors import UsageError
+from openm6.inference.session import Session
 from openm6.model.loss import Teacher
-from openm6.sequence import IGNORE
 from openm6.tasks.library import get
-from openm6.tokenizer import Tokenizer
 from openm6.train.distill import AT_ONCE, Lessons, answered, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.finetune import finetune_recipe
@@ -41,40 +41,40 @@ def student(output: Path, teacher: Path, **changes: Any) -> Any:
     return tiny_recipe(output, model={"preset": "demo", "sizes": sizes}, distill=given, **changes)
 
 
-def asked(bundle: Bundle, pictures: int) -> Batch:
+def asked(session: Session, pictures: int) -> Batch:
     """Questions that no training record has."""
-    task = bundle.task("vqa")
+    task = session.task("vqa")
     records = ({"photo": r["image"], **r} for r in open_source(f"demo:questions/test?pictures={pictures}"))
     names = ("photo", "question", "answer")
-    examples = [task.encode({name: r[name] for name in names}, bundle.processor, None) for r in records]
-    return pack(examples, 64, bundle.processor.tokenizer.pad_id)
+    examples = [task.encode({name: r[name] for name in names}, session.processor, None) for r in records]
+    return pack(examples, 64, session.processor.tokenizer.pad_id)
 
 
 @torch.no_grad()
 def said(model: Path, batch: Batch) -> Tensor:
     """Logits at the trained positions."""
-    bundle = Bundle.load(model, trainable=True)
-    with bundle.precision():
-        return bundle.model.logits(bundle.model(batch).hidden.flatten(0, 1)[(batch.labels != IGNORE).flatten()])
+    session = Session.load(model, trainable=True)
+    with session.precision():
+        return session.model.logits(session.model(batch).hidden.flatten(0, 1)[(batch.labels != IGNORE).flatten()])
 
 
 def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(teacher: Path) -> None:
-    bundle = Bundle.load(teacher, trainable=True)
-    batch = asked(bundle, 10)
-    told, hidden = Lessons(DistillSection(teacher=teacher), bundle.processor, torch.device("cpu")).of(batch)
+    session = Session.load(teacher, trainable=True)
+    batch = asked(session, 10)
+    told, hidden = Lessons(DistillSection(teacher=teacher), session.processor, torch.device("cpu")).of(batch)
     expected = said(teacher, batch)
     torch.testing.assert_close(told.logits(slice(2, 7)), expected[2:7], atol=0.1, rtol=0.05)
     assert len(told.logits(slice(0, None))) == len(expected)
     assert hidden.shape == (*batch.shape, 32)
     # And a student that is the teacher has nothing to learn from it.
-    with torch.no_grad(), bundle.precision():
-        assert abs(bundle.model(batch, Teacher(lambda part: expected[part], share=1.0)).loss) < 0.01 * len(expected)
+    with torch.no_grad(), session.precision():
+        assert abs(session.model(batch, Teacher(lambda part: expected[part], share=1.0)).loss) < 0.01 * len(expected)
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(teacher: Path, tmp_path: Path) -> None:
     """Of two that differ in the loss alone, after as many steps."""
     way = {"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "log_every": 20}
-    batch = asked(Bundle.load(teacher), 40)
+    batch = asked(Session.load(teacher), 40)
     expected, apart = said(teacher, batch).log_softmax(1), []
     for share in (1.0, 0.0):
         settings = {"share": share, "temperature": 1.0}
@@ -122,14 +122,14 @@ def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_p
     less = ("--layers", 1, "--width", 24, "--key-value-heads", 1)
     result = call("models", "prune", teacher, tmp_path / "less", *given, *less, "--json")
     assert result.exit_code == 0, result.output
-    small = Bundle.load(tmp_path / "less", trainable=True)
+    small = Session.load(tmp_path / "less", trainable=True)
     assert json.loads(result.output)["parameters"] == sum(p.numel() for p in small.model.parameters())
     config = small.model.config
     assert (config.num_hidden_layers, config.intermediate_size, config.num_attention_heads) == (1, 24, 1)
-    assert set(small.tasks) == set(Bundle.load(teacher).tasks)
+    assert set(small.tasks) == set(Session.load(teacher).tasks)
     mended = ("--steps", 2, "--teacher", teacher, "--output", tmp_path / "mended", "train.workers=0")
     assert call("finetune", tmp_path / "less", *given, *mended).exit_code == 0
-    assert isinstance(Bundle.load(tmp_path / "mended" / "model"), Bundle)
+    assert isinstance(Session.load(tmp_path / "mended" / "model"), Session)
     for words, told in ((("--layers", 3), "layers is 3; the model has 2"), ((), "what there is to be less of")):
         with pytest.raises(UsageError, match=told):
             raise call("models", "prune", teacher, tmp_path / "never", *given, *words).exception
@@ -147,15 +147,15 @@ def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
     lines = file.read_text("utf-8").splitlines()
     source = open_source(unlabelled["source"])
     assert len(lines) == len(source) > 256
-    bundle = Bundle.load(teacher)
+    session = Session.load(teacher)
     for number in (0, 100, len(lines) - 1):
         record = source[number]
-        expected = bundle.run("vqa", photo=record["image"], question=record["question"])
+        expected = session.run("vqa", photo=record["image"], question=record["question"])
         assert json.loads(lines[number]) == {"answer": expected}
     assert sum(json.loads(line)["answer"] != "" for line in lines) > 100
     file.write_text("\n".join([*lines[: AT_ONCE - 1], '{"answer": "bro']), "utf-8")  # in the midst of a part
     group = Group(0, 1, torch.device("cpu"))
-    found = answered(source, bundle.task("vqa"), {}, teacher, tmp_path / "run", group)
+    found = answered(source, session.task("vqa"), {}, teacher, tmp_path / "run", group)
     assert file.read_text("utf-8").splitlines() == lines
     told = [(json.loads(line)["answer"], source[n]["question"]) for n, line in enumerate(lines)]
     assert [(r["answer"], r["question"]) for r in found] == [one for one in told if one[0]]

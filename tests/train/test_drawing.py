@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
+from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig
+from openm6.model.files import load_network, save_network
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, logged, tiny_recipe
@@ -68,7 +69,7 @@ def written(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", [0, 4])
 def test_what_was_learned_is_drawn(drawn: Path, passes: int) -> None:
-    m6 = Bundle.load(drawn)
+    m6 = Session.load(drawn)
     asked = [{"caption": f"{name}的布"} for name in COLOURS]
     pictures = list(m6.run_many("text_to_image", asked, decoding={"passes": passes, "temperature": 0, "noise": 0}))
     codec = m6.codec
@@ -85,7 +86,7 @@ def test_what_was_learned_is_drawn(drawn: Path, passes: int) -> None:
 
 @pytest.mark.slow
 def test_its_codec_is_part_of_the_model(drawn: Path) -> None:
-    m6, codec = Bundle.load(drawn), Codec.from_pretrained(drawn / "codec")
+    m6, codec = Session.load(drawn), load_network(Codec, drawn / "codec")
     assert m6.processor.tokenizer.num_codes == codec.config.num_codes == 125
     assert m6.model.config.vocab_size == m6.processor.tokenizer.vocab_size
     measured = [line for line in logged(drawn.parent) if "perplexity" in line]
@@ -116,9 +117,7 @@ def test_a_model_without_a_codec_says_so(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[8, 8], depth=1)).save_pretrained(
-        tmp_path / "codec"
-    )
+    save_network(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[8, 8], depth=1)), tmp_path / "codec")
     first = tiny_recipe(tmp_path / "first", steps=1)
     train(first)
     recipe = tiny_recipe(tmp_path / "second", model={"preset": "demo", "sizes": SIZES, "codec": tmp_path / "codec"})
@@ -133,7 +132,7 @@ def test_a_tokenizer_with_too_few_codes_is_refused(tmp_path: Path) -> None:
 def test_a_picture_of_one_tile_trains_as_without_tiles(tmp_path: Path, experts: dict[str, Any]) -> None:
     """Block-sparse pictures are worked on apart from texts, and apart by kind; with one tile nothing is left out."""
     torch.manual_seed(0)
-    Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])).save_pretrained(tmp_path / "codec")
+    save_network(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4])), tmp_path / "codec")
     data = [
         {"source": str(written(tmp_path)), "task": "text_to_image", "weight": 3},
         {"source": str(written(tmp_path)), "task": "caption"},

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openm6 import extend
-from openm6.errors import UsageError
+from openm6.compress.compressed import lost
+from openm6.core.errors import UsageError
+from openm6.tasks import extend
 from openm6.tasks.metrics import LOWER_IS_BETTER, METRICS
 from openm6.train import sequences
-from openm6.train.compressed import lost
 from openm6.train.recipe import Recipe
 from openm6.train.trainer import train
 from tests.train.conftest import PowerCutError, cut_at, losses, tiny_recipe

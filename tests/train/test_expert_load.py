@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.inference.session import Session
 from openm6.model.experts import Load, MixtureOfExperts
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_load import ExpertLoads
@@ -44,7 +44,7 @@ def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
             assert 0.05 < line["load_dropped"][layer] < 0.8
         assert told["load_variation"] == pytest.approx(sum(line["load_variation"]) / 2)
     assert (tmp_path / "experts.png").stat().st_size > 10_000
-    assert Bundle.load(tmp_path / "model").model.config.num_experts == 8
+    assert Session.load(tmp_path / "model").model.config.num_experts == 8
 
 
 def test_a_dense_model_has_no_loads(tmp_path: Path) -> None:

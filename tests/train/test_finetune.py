@@ -10,11 +10,11 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 
-from openm6.bundle import Bundle
+from openm6.core.errors import UsageError
+from openm6.core.sequence import IGNORE
 from openm6.data.loader import Entry, Loader
 from openm6.data.store import ListRecords
-from openm6.errors import UsageError
-from openm6.sequence import IGNORE
+from openm6.inference.session import Session
 from openm6.tasks.corrupt import noised
 from openm6.tasks.task import Task
 from openm6.train.finetune import RATES, finetune_recipe
@@ -54,8 +54,8 @@ def test_a_model_learns_a_task_from_a_file_and_stops_by_itself(base: Path, revie
     assert recipe["train"]["label_smoothing"] == 0.1 and recipe["data"][0]["noise"] == 0.1
     assert recipe["distill"]["teacher"] == str(base)
     assert recipe["evaluation"]["patience"] == 3 and recipe["train"]["row_length"] == 96
-    bundle = Bundle.load(model)
-    assert bundle.run("text_classification", text="很好") in ("好", "差")
+    session = Session.load(model)
+    assert session.run("text_classification", text="很好") in ("好", "差")
 
 
 def test_spellings_of_a_label_are_one_class_and_classes_are_told_before_training(base: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_spellings_of_a_label_are_one_class_and_classes_are_told_before_training
     words = ("--task", "text_classification", "--data", file, "--output", tmp_path / "run", "--steps", 1)
     told = finetune(base, *words, "train.workers=0")
     assert "label has 1 class: 正面 8." in told.replace("\n", " ")
-    assert Bundle.load(tmp_path / "run" / "model").tasks["text_classification"].labels == {"label": ("正面",)}
+    assert Session.load(tmp_path / "run" / "model").tasks["text_classification"].labels == {"label": ("正面",)}
 
 
 @pytest.mark.parametrize("method", RATES)
@@ -128,7 +128,7 @@ def test_so_many_characters_are_spoilt() -> None:
 
 
 def test_noise_spoils_what_is_given_and_not_what_is_asked_for(base: Path) -> None:
-    processor = Bundle.load(base, "meta", trainable=True).processor
+    processor = Session.load(base, "meta", trainable=True).processor
     records = ListRecords([{"text": "红黄蓝绿" * 6, "label": "一二三四五六"}] * 4)
     task = Task.from_instruction("[text:text] -> [text:label]")
     plain, spoilt = (

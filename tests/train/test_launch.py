@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openm6.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.train import launch as launching
 from openm6.train.launch import launch
 from openm6.train.recipe import load_recipe

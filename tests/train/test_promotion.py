@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+from openm6.core.errors import UsageError
 from openm6.data.source import open_source
 from openm6.data.store import ListRecords
-from openm6.errors import UsageError
 from openm6.tasks.library import get
 from openm6.train.promotion import check_apart, gain, not_trained_on, reason_against
 from tests.tasks.conftest import picture

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from openm6.batches import pack
-from openm6.bundle import Bundle
-from openm6.errors import UsageError
+from openm6.core.batch import pack
+from openm6.core.errors import UsageError
+from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
+from openm6.model.count import count_parameters
 from openm6.train.checkpoint import Checkpoints
 from openm6.train.distributed import Group
 from openm6.train.optimizer import make_optimizers, rate_at
@@ -49,7 +50,7 @@ def _shared_name(name: str, distinct: int) -> str:
 def test_sharing_saves_what_it_promises() -> None:
     whole = ModelConfig.preset("m6-10t")
     shared = ModelConfig.preset("m6-10t", distinct_layers=1)
-    a, b = whole.count_parameters(), shared.count_parameters()
+    a, b = count_parameters(whole), count_parameters(shared)
     assert all(b[part] * 48 == a[part] for part in ("attention", "experts", "router"))
     with torch.device("meta"):
         assert sum(p.numel() for p in M6(shared).parameters()) == sum(b.values())
@@ -69,7 +70,7 @@ def test_the_first_loss_after_parting_is_that_of_the_shared_network(
     # The loss of step 5 is measured before its update: the function is the same. That of step 6 is another network's.
     assert {s: parted[s] for s in range(1, 6)} == {s: together[s] for s in range(1, 6)}
     assert parted[6] != together[6]
-    config = Bundle.load(tmp_path / "parted" / "model").model.config
+    config = Session.load(tmp_path / "parted" / "model").model.config
     assert config.distinct_layers is None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.train.optimizer import rate_at
 from openm6.train.recipe import ParallelSection, TrainSection, check_recipe, find_recipe, load_recipe
 from tests.train.conftest import tiny_recipe

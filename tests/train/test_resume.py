@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.atomic import lock_output
-from openm6.errors import OpenM6Error, UsageError
+from openm6.compress.compress import _Work, check_chain
+from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.files import lock_output
 from openm6.tasks.library import get
-from openm6.train.compress import _Work, check_chain
 from openm6.train.distill import answered
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe, load_recipe
@@ -131,7 +131,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         ({"data.0.task": "[text:text]? -> [label:label]"}, r"data.0.task \(.*\) has another content"),
         ({"tokenizer.vocab_size": 900, "seed": 4}, "seed was 0 and is 4; tokenizer.vocab_size was 800 and is 900"),
         ({"train.optimizer": "muon"}, "train.optimizer was adamw and is muon"),
-        ({"train.freeze_pictures": True}, "train.freeze_pictures was False and is True"),
+        ({"train.freeze_image_encoder": True}, "train.freeze_image_encoder was False and is True"),
         ({"adapt": {"method": "lora"}, "model": {"path": "base"}}, "adapt.method was not given and is lora"),
     ],
 )

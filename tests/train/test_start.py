@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.model import M6
-from openm6.model.files import meta_model
+from openm6.model.files import meta_model, save_network
 from openm6.train import start
 from openm6.train.start import start_at_random, start_from
 from tests.conftest import tiny_config
@@ -89,7 +89,7 @@ def test_codes_whose_vectors_are_near_start_alike() -> None:
 
 def test_stored_weights_are_read(tmp_path: Path) -> None:
     saved = M6(tiny_config(**SIZES))
-    saved.save_pretrained(tmp_path, max_shard_size="20KB")
+    save_network(saved, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     model = empty()
     start_from(model, tmp_path, 0)

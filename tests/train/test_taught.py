@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from openm6.batches import pad
-from openm6.bundle import Bundle
 from openm6.cli import commands
-from openm6.convert import quantize_bundle
+from openm6.compress.convert import quantize_model
+from openm6.core.batch import pad
+from openm6.inference.session import Session
+from openm6.model.cache import prefill
 from openm6.model.files import load_model
 from openm6.tasks.card import read_taught
 from openm6.train.trainer import train
@@ -58,25 +59,25 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(adapting(base, folder / "run", NEW, steps=300, checkpoint_every=300))
 
 
-def ids_of(bundle: Bundle, words: str) -> set[int]:
-    return {number for word in words for number in bundle.processor.tokenizer.encode(word)}
+def ids_of(session: Session, words: str) -> set[int]:
+    return {number for word in words for number in session.processor.tokenizer.encode(word)}
 
 
-def state(bundle: Bundle, word: str) -> torch.Tensor:
+def state(session: Session, word: str) -> torch.Tensor:
     """Logits at the beginning of the answer."""
-    prompt = bundle.prompt(bundle.task("text_classification"), {"text": f"一{word}二"})
-    with torch.inference_mode(), bundle.precision(), torch.autocast("cpu", enabled=False):
-        found, _ = bundle.model.prefill(pad([prompt], 0), len(prompt) + 4)
-        return bundle.model.logits(found)[0]
+    prompt = session.prompt(session.task("text_classification"), {"text": f"一{word}二"})
+    with torch.inference_mode(), session.precision(), torch.autocast("cpu", enabled=False):
+        found, _ = prefill(session.model, pad([prompt], 0), len(prompt) + 4)
+        return session.model.logits(found)[0]
 
 
 def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp_path: Path) -> None:
-    bundle = Bundle.load(base, "cpu", trainable=True)
+    session = Session.load(base, "cpu", trainable=True)
     taught = read_taught(base)
-    assert taught is not None and ids_of(bundle, KNOWN) <= taught and not ids_of(bundle, NEW) & taught
-    assert {bundle.processor.tokenizer.answer_id, bundle.processor.tokenizer.end_id} <= taught
-    assert read_taught(adapter) == taught | ids_of(bundle, NEW)
-    quantize_bundle(adapter, tmp_path / "few", 8)
+    assert taught is not None and ids_of(session, KNOWN) <= taught and not ids_of(session, NEW) & taught
+    assert {session.processor.tokenizer.answer_id, session.processor.tokenizer.end_id} <= taught
+    assert read_taught(adapter) == taught | ids_of(session, NEW)
+    quantize_model(adapter, tmp_path / "few", 8)
     assert read_taught(tmp_path / "few") == read_taught(adapter)
     data = [{"source": written(tmp_path, NEW), "task": "text_classification"}]
     more = tiny_recipe(tmp_path / "more", data=data, model={"path": str(base)}, steps=4, checkpoint_every=2)
@@ -88,11 +89,11 @@ def test_a_model_says_what_it_has_met_in_training(base: Path, adapter: Path, tmp
 def test_words_that_are_new_to_the_model_are_learned_by_lora(base: Path, adapter: Path) -> None:
     told = losses(adapter.parent)
     assert told[max(told)] < 0.2 * told[1]
-    bundle = Bundle.load(adapter, "cpu")
-    assert sum(bundle.run("text_classification", text=f"一{word}二") == word for word in NEW) >= 3
+    session = Session.load(adapter, "cpu")
+    assert sum(session.run("text_classification", text=f"一{word}二") == word for word in NEW) >= 3
     weights = load_file(adapter / "adapter_model.safetensors")
-    rows = sorted(ids_of(bundle, NEW))
-    before, after = (Bundle.load(path, "cpu", trainable=True).model for path in (base, adapter))
+    rows = sorted(ids_of(session, NEW))
+    before, after = (Session.load(path, "cpu", trainable=True).model for path in (base, adapter))
     others = [number for number in range(before.config.vocab_size) if number not in rows]
     for name in ("embed",) if before.head is None else ("embed", "head"):
         old, new = (model.get_parameter(f"{name}.weight") for model in (before, after))
@@ -109,13 +110,13 @@ def test_marks_that_it_has_not_met_have_rows_too(base: Path, tmp_path: Path) -> 
     recipe = adapting(base, tmp_path / "run", KNOWN, steps=1)
     recipe.data[0].task = "text_denoising"
     content = json.loads((train(recipe) / "adapter_config.json").read_text("utf-8"))
-    rows, tokenizer = content["trainable_token_indices"]["embed"], Bundle.load(base, "cpu").processor.tokenizer
+    rows, tokenizer = content["trainable_token_indices"]["embed"], Session.load(base, "cpu").processor.tokenizer
     assert tokenizer.mask_id in rows and tokenizer.table_id not in rows
 
 
 def test_peft_reads_the_rows(base: Path, adapter: Path) -> None:
     theirs = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload().state_dict()
-    ours = Bundle.load(adapter, "cpu", trainable=True).model.state_dict()
+    ours = Session.load(adapter, "cpu", trainable=True).model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
@@ -124,12 +125,12 @@ def test_beside_a_model_each_adapter_has_its_own_rows(
     base: Path, adapter: Path, tmp_path: Path, trainable: bool
 ) -> None:
     other = train(adapting(base, tmp_path / "other", NEW[::-1] + "羊", steps=20, checkpoint_every=20))
-    shared = Bundle.load(base, "cpu", trainable, adapters={"one": adapter, "two": other})
+    shared = Session.load(base, "cpu", trainable, adapters={"one": adapter, "two": other})
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if trainable else {"atol": 0.1, "rtol": 0.05}
     for name, path in (("one", adapter), (None, base), ("two", other)):
         for word in (NEW[0], KNOWN[0]):
             torch.testing.assert_close(
-                state(shared.adapter(name), word), state(Bundle.load(path, "cpu", trainable), word), **tolerance
+                state(shared.adapter(name), word), state(Session.load(path, "cpu", trainable), word), **tolerance
             )
 
 
@@ -152,5 +153,5 @@ def test_merged_it_is_a_model_like_any(adapter: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(commands(), ["models", "merge", str(adapter), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
     torch.testing.assert_close(
-        state(Bundle.load(tmp_path / "merged", "cpu", True), NEW[0]), state(Bundle.load(adapter, "cpu", True), NEW[0])
+        state(Session.load(tmp_path / "merged", "cpu", True), NEW[0]), state(Session.load(adapter, "cpu", True), NEW[0])
     )

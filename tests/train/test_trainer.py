@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.bundle import Bundle
-from openm6.errors import DataError, OpenM6Error, UsageError
+from openm6.core.energy import carbon_intensity
+from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.inference.session import Session
 from openm6.train.distributed import process_group
-from openm6.train.meters import carbon_intensity
 from openm6.train.trainer import DIVERGED, Trainer, train
 from tests.tasks.conftest import picture
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
@@ -22,7 +22,7 @@ def test_the_loss_falls_and_a_usable_model_is_left(tmp_path: Path) -> None:
     model = train(tiny_recipe(tmp_path, steps=40, learning_rate=1e-2, checkpoint_every=40))
     first, last = losses(tmp_path)[1], losses(tmp_path)[40]
     assert last < 0.6 * first
-    m6 = Bundle.load(model)
+    m6 = Session.load(model)
     assert set(m6.tasks) == {"vqa", "masked_captioning"}
     assert isinstance(m6.run("vqa", photo=picture(), question="这是什么？"), str)
 
@@ -44,7 +44,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, cut: int, optimi
         log.write('{"step": 3, "lo')  # killed as it wrote
     train(tiny_recipe(broken, optimizer=optimizer))
     assert losses(broken) == losses(whole)
-    ours, theirs = (Bundle.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
+    ours, theirs = (Session.load(p / "model", trainable=True).model.state_dict() for p in (whole, broken))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -141,7 +141,7 @@ def test_a_finished_model_can_be_trained_on_with_another_task(tmp_path: Path) ->
         {"source": "demo:items/train?pictures=30", "task": "image_classification", "columns": {"label": "category"}}
     ]
     second = train(tiny_recipe(tmp_path / "second", model={"path": first}, data=data))
-    m6 = Bundle.load(second)
+    m6 = Session.load(second)
     assert set(m6.tasks) == {"vqa", "masked_captioning", "image_classification"}
     labels = m6.tasks["image_classification"].labels["label"]
     assert 1 < len(labels) <= 8
@@ -161,7 +161,7 @@ def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="max_length is 65; the model has 64 positions"):
         train(tiny_recipe(tmp_path, model={**model, "max_length": 65}))
     made = train(tiny_recipe(tmp_path, model=model, steps=3))
-    assert Bundle.load(made).processor.max_length == 64  # rows are of 96
+    assert Session.load(made).processor.max_length == 64  # rows are of 96
     with pytest.raises(UsageError, match="max_length is 65; the model has 64 positions"):
         train(tiny_recipe(tmp_path / "on", model={"path": str(made), "max_length": 65}))
 
@@ -205,7 +205,7 @@ def test_pictures_that_are_frozen_have_no_gradients(tmp_path: Path) -> None:
     """None are summed up in the norm that the others are clipped by; what is left is a whole model."""
     base = train(tiny_recipe(tmp_path / "base", steps=1))
     model = {"path": str(base)}
-    recipe = tiny_recipe(tmp_path / "run", model=model, freeze_pictures=True, clip=0.1, learning_rate=1e-2)
+    recipe = tiny_recipe(tmp_path / "run", model=model, freeze_image_encoder=True, clip=0.1, learning_rate=1e-2)
 
     def look(line: dict[str, Any]) -> None:
         assert not [n for n, p in trainer.model.named_parameters() if p.grad is not None]
@@ -213,14 +213,14 @@ def test_pictures_that_are_frozen_have_no_gradients(tmp_path: Path) -> None:
     with process_group() as group:
         trainer = Trainer(recipe, group, look)
         trainer.run()
-    start, trained = (Bundle.load(p, trainable=True).model.state_dict() for p in (base, recipe.output / "model"))
+    start, trained = (Session.load(p, trainable=True).model.state_dict() for p in (base, recipe.output / "model"))
     assert start.keys() == trained.keys()
     for name, weight in start.items():
         assert torch.equal(weight, trained[name]) == name.startswith("image."), name
     again = recipe.model_copy(update={"output": tmp_path / "cut"})
     with pytest.raises(PowerCutError):
         train(again, cut_at(4))
-    resumed = Bundle.load(train(again), trainable=True).model.state_dict()
+    resumed = Session.load(train(again), trainable=True).model.state_dict()
     assert all(torch.equal(resumed[name], weight) for name, weight in trained.items())
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from openm6.errors import DataError, UsageError
-from openm6.images import Features
+from openm6.core.errors import DataError, UsageError
+from openm6.core.images import Features
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
 

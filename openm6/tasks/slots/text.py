@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from openm6.errors import DataError
+from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
 

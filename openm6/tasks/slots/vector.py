@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from openm6.errors import UsageError
+from openm6.core.errors import UsageError
 from openm6.tasks.processor import Processor
 
 

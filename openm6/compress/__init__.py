@@ -1,0 +1,2 @@
+"""Smaller models made from larger ones: pruned, distilled, quantized, exported; what an edge device learns from a
+server."""

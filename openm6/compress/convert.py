@@ -1,0 +1,114 @@
+"""Model directories made from others: an imported Qwen3 checkpoint, a dense model with experts, a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openm6.core.batch import pack
+from openm6.core.errors import UsageError
+from openm6.core.files import require_new, write_whole
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
+from openm6.data.columns import SlotView
+from openm6.data.source import open_source
+from openm6.inference.session import Session
+from openm6.model import M6, ModelConfig
+from openm6.model.adapters import check_mergeable
+from openm6.model.block import Block
+from openm6.model.feed_forward import FeedForward
+from openm6.model.lowbit import stored
+from openm6.model.norm import RMSNorm
+from openm6.tasks.processor import Processor
+from openm6.weights.import_qwen3 import import_qwen3, read_config
+from openm6.weights.prune import prune
+from openm6.weights.upcycle import upcycle
+
+
+def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Session:
+    """A model directory whose backbone has the weights of a Qwen3 checkpoint; the image embedder starts at random.
+
+    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists.
+    """
+    require_new(output)
+    changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
+    tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
+    torch.manual_seed(0)
+    model = import_qwen3(path, vocab_size=tokenizer.vocab_size, **changes)
+    grid = ImageGrid(model.config.image_stride, model.config.image_max_patches)
+    session = Session(model, Processor(tokenizer, grid, max_length, taught=frozenset(range(tokenizer.first_new_id))))
+    write_whole(output, session.save)
+    return session
+
+
+def upcycle_model(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Session:
+    """A model directory with experts in the place of the feed-forwards of the dense one at `path`."""
+    require_new(output)
+    check_mergeable(path)
+    session = Session.load(path, device="cpu", trainable=True)
+    torch.manual_seed(0)
+    session.model = upcycle(session.model, num_experts, chosen, router, interval)
+    write_whole(output, session.save)
+    return session
+
+
+def quantize_model(path: Path, output: Path, bits: int) -> Session:
+    """A model directory whose weights are in 8 or 4 bits (model/lowbit.py); it answers by kernels for them on a CPU."""
+    require_new(output)
+    from safetensors.torch import save_file
+
+    check_mergeable(path)
+    session = Session.load(path, "cpu", trainable=True)
+    session.model.config = ModelConfig(**{**session.model.config.to_dict(), "weight_bits": bits})
+    _fold_norms(session.model)
+    weights = session.model.state_dict()
+    kept = {n: part for name, weight in weights.items() for n, part in stored(name, weight, bits).items()}
+
+    def write(folder: Path) -> None:
+        session.describe(folder)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    write_whole(output, write)
+    return session
+
+
+@torch.no_grad()
+def _fold_norms(model: M6) -> None:
+    """The weights of norms into the products behind them, where kernels would put them (packed.fold): rounded once they
+    are there, a weight needs no rounding again."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        pairs = [(block.attention_norm, block.attention.qkv)]
+        if isinstance(block.feed_forward, FeedForward):
+            pairs.append((block.feed_forward_norm, block.feed_forward.up))
+        for norm, product in pairs:
+            if isinstance(norm, RMSNorm):
+                product.weight *= norm.weight
+                norm.weight.fill_(1.0)
+
+
+def prune_model(
+    path: Path, output: Path, task: str, data: str, columns: Mapping[str, str], records: int, **sizes: int | None
+) -> Session:
+    """A model directory with fewer layers, heads, units or experts than the one at `path` (`sizes`: weights/prune.py):
+    those are left out that the first records of `data` need the least for `task`."""
+    require_new(output)
+    if not any(sizes.values()):
+        raise UsageError(f"Say what there is to be less of: {', '.join(sizes)}.")
+    check_mergeable(path)
+    session = Session.load(path, trainable=True)
+    chosen, source = session.task(task), open_source(data)
+    view = SlotView.of(chosen, source, columns)
+    examples = [
+        chosen.encode(view(source[number]), session.processor, None) for number in range(min(records, len(source)))
+    ]
+    device = session.model.embed.weight.device
+    length, pad_id = max(map(len, examples)), session.processor.tokenizer.pad_id
+    batches = [pack(examples[i : i + 8], length, pad_id).to(device) for i in range(0, len(examples), 8)]
+    with session.precision():
+        session.model = prune(session.model, batches, **sizes)
+    write_whole(output, session.save)
+    return session

@@ -1,0 +1,117 @@
+"""What a process uses: energy, by counters or by estimate, what a country's electricity emits, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from openm6.core.environment import peak_resident
+from openm6.core.errors import UsageError
+
+COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
+"""Modes in which codecarbon reads a processor's own counters; in the others it goes by nominal power and load."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyUse:
+    """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
+    from the processors' nominal power."""
+
+    kwh: float = 0.0
+    co2e_kg: float = 0.0
+    measured: float = 0.0
+
+    def __add__(self, other: EnergyUse) -> EnergyUse:
+        kwh = self.kwh + other.kwh
+        measured = self.kwh * self.measured + other.kwh * other.measured
+        return EnergyUse(kwh, self.co2e_kg + other.co2e_kg, measured / kwh if kwh else 0.0)
+
+
+class EnergyMeter:
+    """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
+
+    Processors count where codecarbon reads counters of theirs (RAPL, which may be there and closed to all but root),
+    GPUs by NVML; memory is always an estimate. `before`: what earlier pieces of the run took.
+    """
+
+    def __init__(self, country: str = "CHN"):
+        from codecarbon import OfflineEmissionsTracker
+
+        carbon_intensity(country)  # codecarbon itself would only warn of a country that it does not know
+        logging.getLogger("codecarbon").disabled = True
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=country,
+            tracking_mode="process",
+            measure_power_secs=15,
+            save_to_file=False,
+            log_level="critical",
+            allow_multiple_runs=True,
+        )
+        self.before = EnergyUse()
+        with _processor_known():
+            self._tracker.start()
+
+    def read(self) -> EnergyUse:
+        return self._use(self._tracker.flush() or 0.0)
+
+    def stop(self) -> EnergyUse:
+        return self._use(self._tracker.stop() or 0.0)
+
+    def _use(self, co2e_kg: float) -> EnergyUse:
+        tracker = self._tracker
+        kwh = float(tracker._total_energy.kWh)
+        counted = 0.0
+        if torch.cuda.is_available():
+            counted += float(tracker._total_gpu_energy.kWh)
+        if any(getattr(part, "_mode", None) in COUNTERS for part in tracker._hardware):
+            counted += float(tracker._total_cpu_energy.kWh)
+        return self.before + EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
+
+
+@contextmanager
+def _processor_known() -> Iterator[None]:
+    """codecarbon asks py-cpuinfo for the processor's name alone, which measures the clock for one or two seconds to
+    tell; Linux has it in a file."""
+    import cpuinfo
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    if not names:
+        yield
+        return
+    asked = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = lambda: {"brand_raw": names[0]}
+    try:
+        yield
+    finally:
+        cpuinfo.get_cpu_info = asked
+
+
+def carbon_intensity(country: str) -> float:
+    """kg CO2e a kWh of a country's electricity (ISO code of three letters), by codecarbon's table."""
+    table = json.loads(
+        resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
+    )
+    if country not in table:
+        raise UsageError(f'There is no country "{country}"; give an ISO code of three letters, such as CHN or DEU.')
+    return float(table[country]["carbon_intensity"]) / 1000
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most since this was last asked: of the GPU's allocator, or else resident
+    (where the system lets nobody begin anew, since its start)."""
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most
+    return peak_resident()

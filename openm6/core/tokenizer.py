@@ -1,0 +1,335 @@
+"""Text to token ids and back, with the special tokens of OpenM6 and a range of ids for image codes.
+
+    ids 0 .. n-1                    tokens of the text vocabulary and the special tokens
+    ids n .. n + num_codes - 1      image codes; they have no text, and the tokenizer files do not list them
+
+A tokenizer that is trained here reads and writes all of Unicode without loss (lone surrogates are no Unicode
+text). A wrapped one is as lossless as it was: Qwen's, for example, brings text to the form NFC.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from codecs import getincrementaldecoder
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from itertools import groupby, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from openm6.core.errors import DataError, UsageError
+
+SPECIAL = (
+    "<|pad|>", "<|answer|>", "<|end|>", "<|image|>", "<|patch|>", "<|/image|>", "<|mask|>",
+    "<|table|>", "<|/table|>", "<|row|>", "<|cell|>", *(f"<|reserved_{k}|>" for k in range(13)),
+)  # fmt: skip
+"""In the order of their ids. The reserved ones keep old models usable when later versions need a token: the first five
+are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
+
+HALF = "\ufffd"
+"""What half a character reads as in `Tokenizer.decode_torn`."""
+
+LONG = 4096
+"""Characters from which a text is cut into tokens outside of the interpreter's lock: other threads go on meanwhile."""
+
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+_SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTE_LEVEL = {chr(byte): byte for byte in _SHOWN} | {
+    chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _SHOWN)
+}
+"""The characters that stand for bytes in the names of byte-level vocabularies (GPT-2's table)."""
+
+
+class Tokenizer:
+    """A fast tokenizer (`tokenizers.Tokenizer`) whose vocabulary has our special tokens.
+
+    vocab_size      all ids, those of the image codes too: the number of the model's embedding rows
+    code_start      id of the first of `num_codes` image codes
+    estimate_ids    of the tokens that ask for a picture's relevance, fidelity and quality; answered by yes_id or no_id
+    class_ids       256 ids that stand for numbers where a position is asked for one (of the bytes, if it has them)
+    first_new_id    the lowest of our special tokens' ids: a wrapped vocabulary keeps all ids below it
+    """
+
+    def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
+        if num_codes < 0:
+            raise UsageError(f"num_codes is {num_codes}; it cannot be negative.")
+        known = fast.get_vocab(with_added_tokens=True)
+        missing = [token for token in SPECIAL if token not in known]
+        if missing:
+            raise UsageError(f"This tokenizer has no token {missing[0]}: Tokenizer.wrap adds the tokens of OpenM6.")
+        ids = [known[token] for token in SPECIAL]
+        # A special token that a user writes into a text is text.
+        fast.encode_special_tokens = True
+        fast.no_padding()
+        fast.no_truncation()
+        self._fast = fast
+        self._plain: dict[str, tuple[int, ...]] = {}
+        (
+            self.pad_id, self.answer_id, self.end_id, self.image_id, self.patch_id, self.image_end_id, self.mask_id,
+            self.table_id, self.table_end_id, self.row_id, self.cell_id,
+        ) = ids[:11]  # fmt: skip
+        self.estimate_ids, self.yes_id, self.no_id = tuple(ids[11:14]), ids[14], ids[15]
+        self.first_new_id = min(ids)
+        self.class_ids = tuple(known.get(name, number) for number, name in enumerate(_BYTES))
+        self.num_codes = num_codes
+        self.code_start = max(known.values()) + 1
+        self.vocab_size = self.code_start + num_codes
+
+    def is_like(self, other: Tokenizer) -> bool:
+        """Whether both make the same ids of every text."""
+        return self.num_codes == other.num_codes and self._fast.to_str() == other._fast.to_str()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; never those of a special token. Raises DataError for a lone surrogate."""
+        try:
+            if len(text) > LONG:
+                return list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise _unreadable(text) from None
+        return ids
+
+    def encode_often(self, text: str) -> tuple[int, ...]:
+        """`encode`, remembered: for the few texts that come again and again (instructions, labels)."""
+        ids = self._plain.get(text)
+        if ids is None:
+            if len(self._plain) > 2**16:  # somebody's labels are no closed set
+                self._plain.clear()
+            ids = self._plain[text] = tuple(self.encode(text))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; special tokens, image codes, and bytes that are no whole character have none."""
+        text = self.decode_torn(ids)
+        if HALF not in text:
+            return text
+        kept: list[int] = []
+        torn = False
+        for is_bytes, run in groupby(
+            (i for i in ids if i < self.code_start and i not in self._textless), self.parts.__contains__
+        ):
+            if not is_bytes:
+                kept += run
+                continue
+            tokens = list(run)
+            whole = iter(_in_characters(b"".join(self.parts[token] for token in tokens)))
+            for token in tokens:
+                inside = list(islice(whole, len(self.parts[token])))
+                kept += [token] * any(inside)
+                torn |= any(inside) and not all(inside)
+        text = self.decode_torn(kept)
+        return text.replace(HALF, "") if torn else text
+
+    def decode_torn(self, ids: Sequence[int]) -> str:
+        """As `decode`, but half a character reads as U+FFFD."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    @cached_property
+    def parts(self) -> dict[int, bytes]:
+        """The bytes of every token that stands for bytes: `<0x41>`, and in a byte-level vocabulary what begins or ends
+        within a character."""
+        found = {}
+        for token, (name, text) in self._each.items():
+            if re.fullmatch("<0x[0-9A-F]{2}>", name):
+                found[token] = bytes.fromhex(name[3:5])
+            elif HALF in text and all(character in _BYTE_LEVEL for character in name):
+                found[token] = bytes(_BYTE_LEVEL[character] for character in name)
+        return found
+
+    @cached_property
+    def damaged(self) -> frozenset[int]:
+        """The tokens of whole characters whose text has U+FFFD: a vocabulary learned from damaged texts has one."""
+        return frozenset(token for token, (_, text) in self._each.items() if HALF in text and token not in self.parts)
+
+    @cached_property
+    def _each(self) -> dict[int, tuple[str, str]]:
+        """The name of every token, and the text that it has alone."""
+        names = {token: name for name, token in self._fast.get_vocab(with_added_tokens=True).items()}
+        ids = sorted(names)
+        texts = self._fast.decode_batch([[i] for i in ids], skip_special_tokens=True)
+        return {token: (names[token], text) for token, text in zip(ids, texts, strict=True)}
+
+    @cached_property
+    def _textless(self) -> frozenset[int]:
+        """The special tokens."""
+        return frozenset(token for token, one in self._fast.get_added_tokens_decoder().items() if one.special)
+
+    def begun(self, ids: Sequence[int]) -> bytes:
+        """The bytes at the end of these ids that begin a character and do not end it; b"" mostly."""
+        said = (token for token in reversed(ids) if token < self.code_start and token not in self._textless)
+        run = list(islice(takewhile(self.parts.__contains__, said), 4))  # a character has four bytes at most
+        if not run:
+            return b""
+        decoder = getincrementaldecoder("utf-8")("ignore")
+        decoder.decode(b"".join(self.parts[token] for token in reversed(run)))
+        return bytes(decoder.getstate()[0])
+
+    def is_part(self, token: int) -> bool:
+        """Whether this id is no text by itself: a single byte, or a token that stands for none."""
+        name = self._fast.id_to_token(token) or ""
+        return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
+
+    # Files
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens too."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._fast.to_str(pretty=False), "utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<|pad|>",
+            "eos_token": "<|end|>",
+            "mask_token": "<|mask|>",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "num_codes": self.num_codes,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Open what `save` wrote. Raises UsageError where there is no such tokenizer."""
+        directory = Path(directory)
+        fast = _open(directory)
+        config = directory / "tokenizer_config.json"
+        try:
+            num_codes = json.loads(config.read_text("utf-8"))["num_codes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{directory} holds no tokenizer of OpenM6 ({config.name} does not tell num_codes): "
+                "wrap a foreign one by Tokenizer.wrap."
+            ) from None
+        return cls(fast, num_codes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
+        return _restore, (self._fast.to_str(), self.num_codes)
+
+    # Making
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        num_codes: int = 1024,
+        alphabet: Iterable[str] = (),
+        max_token_length: int = 8,
+    ) -> Tokenizer:
+        """Learn a BPE of at most `vocab_size` tokens from texts, the characters of `alphabet` among them.
+
+        It merges characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1 merges
+        none, as in M6, whose tokens are Chinese characters); a character it has not got is written as its UTF-8
+        bytes. Raises UsageError when `vocab_size` cannot hold the alphabet.
+        """
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+        alphabet = sorted(set(alphabet))
+        room = vocab_size - len(SPECIAL) - len(_BYTES)
+        if room < max(1, len(alphabet)):
+            raise UsageError(
+                f"A vocabulary of {vocab_size} tokens is too small: special tokens and bytes take "
+                f"{len(SPECIAL) + len(_BYTES)}, the given characters {len(alphabet)}."
+            )
+        fast = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+        # One digit is one token, so that numbers are spelt alike everywhere. Splitting `<` and `>` off also keeps
+        # a text that says "<0x41>" from being taken for the byte.
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\p{P}\p{S}\p{N}]|\s+"), "isolated")
+        fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL, *_BYTES],
+            initial_alphabet=alphabet,
+            limit_alphabet=room,
+            max_token_length=max_token_length + 1,  # the library means: shorter than this, but pairs always
+            show_progress=False,
+        )
+        fast.train_from_iterator(texts, trainer)
+        # The trainer knows the bytes as special tokens only, and decoding would leave those out.
+        content = json.loads(fast.to_str())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
+        if max_token_length == 1:  # what was merged stands at the end of the vocabulary
+            content["model"]["merges"] = []
+            kept = {*SPECIAL, *_BYTES}
+            vocabulary = content["model"]["vocab"]
+            content["model"]["vocab"] = {t: i for t, i in vocabulary.items() if len(t) == 1 or t in kept}
+        return _restore(json.dumps(content), num_codes)
+
+    @classmethod
+    def wrap(cls, path: str | Path, num_codes: int = 1024, start_at: int | None = None) -> Tokenizer:
+        """Take any fast tokenizer (a tokenizer.json or its directory) and append our tokens and codes to its ids.
+
+        `start_at` is the first id to be ours, where the embedding that belongs to the tokenizer has more rows than
+        the tokenizer has tokens (Qwen3: 151,936 rows, 151,669 tokens).
+        """
+        fast = _open(Path(path))
+        used = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if start_at is not None and start_at < used:
+            raise UsageError(f"start_at is {start_at}, but the tokenizer in {path} uses the ids up to {used - 1}.")
+        fillers = [f"<|unused_{k}|>" for k in range(used, start_at or used)]
+        fast.add_special_tokens([*fillers, *SPECIAL])
+        return cls(fast, num_codes)
+
+
+def _restore(content: str, num_codes: int) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(content), num_codes)
+
+
+def _open(path: Path) -> tokenizers.Tokenizer:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist: a tokenizer is a directory with a tokenizer.json.")
+    try:
+        return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        raise UsageError(f"{file} is damaged or no tokenizer ({type(error).__name__}).") from None
+
+
+def _in_characters(data: bytes) -> list[bool]:
+    """Of each byte whether it belongs to a whole character."""
+    found, place = [False] * len(data), 0
+    while place < len(data):
+        for end in range(place + 1, min(place + 4, len(data)) + 1):
+            try:
+                data[place:end].decode()
+            except UnicodeDecodeError:
+                continue
+            found[place:end] = [True] * (end - place)
+            break
+        place = end if found[place] else place + 1
+    return found
+
+
+def _unreadable(text: Any) -> DataError:
+    if not isinstance(text, str):
+        return DataError(f"A text is expected, not {type(text).__name__}.")
+    place = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
+    return DataError(f"The text {text[:20]!r} is broken: character {place + 1} is half of a surrogate pair.")
+
+
+@lru_cache(maxsize=1)
+def _counted_characters() -> tuple[str, ...]:
+    from importlib.resources import files
+
+    counts: Counter[str] = Counter()
+    for line in files("jieba").joinpath("dict.txt").read_text("utf-8").splitlines():
+        word, count, *_ = line.split(" ")
+        for character in word:
+            if "\u4e00" <= character <= "\u9fff":
+                counts[character] += int(count)
+    return tuple(sorted(counts, key=lambda c: (-counts[c], c)))
+
+
+def common_characters(count: int) -> list[str]:
+    """The `count` most frequent Chinese characters, the first ones first, by the word counts of jieba's dictionary.
+
+    In a small tokenizer's alphabet they keep any Chinese text near one token a character.
+    """
+    return list(_counted_characters()[:count])

@@ -1,0 +1,291 @@
+"""Drawing: the codes of a picture after a prompt, all at once in a few passes, or one after the other.
+
+In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass proposes all codes that are
+still open, which see the prompt and each other both ways; the surest stay, the others are asked again.
+What a row gets depends on that row alone: its own mask, its own random numbers.
+
+Progressive (M6-UFC, section 3.2): every pass draws several pictures from what stands; the estimates say which goes on,
+and its least sure codes are drawn again, until the estimates stop rising.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openm6.core.batch import pad
+from openm6.core.errors import DataError, UsageError
+from openm6.core.sequence import Sequence
+from openm6.inference.decoding import check_ranges, check_room, options
+from openm6.inference.generate import sample, tempered
+from openm6.inference.steps import Steps, whole
+from openm6.model import M6
+from openm6.model.cache import KVCache, fill, prefill, step
+
+OPEN = -1
+"""In the place of a code that is not decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How to draw.
+
+    passes        in which all codes are decided; 0 writes them one after the other
+    temperature   of the codes; 0 takes the likeliest
+    noise         Gumbel noise on how sure a code is, falling to nothing in the last pass
+    guidance      how much further than the prompt says, away from what would be drawn without its droppable parts
+                  (classifier-free guidance, Ho and Salimans 2022): logits c + guidance (c - u)
+    seed          of the random numbers of the first row; each further row has the next number
+    branches      pictures drawn in every pass, of which the best by the estimates goes on; 1 asks for no estimates
+    relevance     weight of the estimate of that name (log-odds), and likewise:
+    fidelity
+    quality
+    reading       weight of the log-probability that the model, reading a candidate by the task's `reader`, would write
+                  what was asked for; candidates alone are read, not branches
+    """
+
+    passes: int = 8
+    temperature: float = 1.0
+    noise: float = 4.0
+    guidance: float = 0.0
+    seed: int = 0
+    branches: int = 1
+    relevance: float = 1.0
+    fidelity: float = 1.0
+    quality: float = 0.0
+    reading: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
+            relevance=(0, 100), fidelity=(0, 100), quality=(0, 100), reading=(0, 100), seed=(-(2**63), 2**64),
+        )  # fmt: skip
+        if self.branches > 1 and not self.passes:
+            raise UsageError("branches are drawn in passes: give passes above 0.")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of the estimates, in their order."""
+        return self.relevance, self.fidelity, self.quality
+
+    @classmethod
+    def of(cls, **values: Any) -> Drawing:
+        """From keywords, e.g. a task's defaults and a user's wishes; an unknown one is a UsageError."""
+        return options(cls, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The ids of image codes: `count` a picture, of `number` different ones from the id `start` on; `mask_id` stands
+    for one that is open. `estimates` ask for the estimates; their answers are `yes_id` and `no_id`."""
+
+    start: int
+    number: int
+    count: int
+    mask_id: int
+    estimates: tuple[int, ...]
+    yes_id: int
+    no_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """codes int64 [B, count], 0 to number - 1; estimates fp32 [B, 3], log-odds of relevance, fidelity, quality."""
+
+    codes: Tensor
+    estimates: Tensor
+
+    def score(self, drawing: Drawing) -> Tensor:
+        """The estimates as one number, fp32 [B]."""
+        return _combined(self.estimates, drawing)
+
+
+@torch.inference_mode()
+def draw_steps(
+    model: M6,
+    prompts: Items[Sequence],
+    free: Items[Sequence],
+    codes: Codes,
+    drawing: Drawing | None = None,
+    kept: Tensor | None = None,
+    seeds: Items[int] | None = None,
+) -> Steps[Drawn]:
+    """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
+
+    `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
+    OPEN where one has to be drawn. `seeds` of the rows' random numbers: by default the drawing's seed, and from there
+    each the next number. A step is a pass, or a code; it costs a row the codes that are computed: of all branches,
+    twice with guidance.
+    """
+    drawing = drawing or Drawing()
+    branches = drawing.branches
+    prompts = [p for p in prompts for _ in range(branches)]
+    both = [*prompts, *(p for p in free if drawing.guidance for _ in range(branches))]
+    longest, device = max(len(p) for p in both), model.embed.weight.device
+    check_room(model, longest, codes.count + len(codes.estimates))
+    hidden, cache = prefill(
+        model, pad(both, pad_id=0, even=True).to(device), longest + codes.count + len(codes.estimates)
+    )
+    found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
+    found = found.repeat_interleave(branches, 0).to(device)
+    rows = range(len(prompts) // branches)
+    each = zip(rows, seeds or [drawing.seed + row for row in rows], strict=True)
+    own = [hash((seed, 0, branch)) & 0x7FFFFFFF for _, seed in each for branch in range(branches)]
+    chance = _Chance([torch.Generator().manual_seed(seed) for seed in own], device)
+    painter = _Painter(model, cache, codes, drawing, chance)
+    if branches > 1:
+        return (yield from painter.progressively(found))
+    found = yield from (painter.in_passes(found) if drawing.passes else painter.one_by_one(found, hidden))
+    return Drawn(found, painter.estimate(found))
+
+
+draw = whole(draw_steps)
+"""`draw_steps` from beginning to end."""
+
+
+@torch.inference_mode()
+def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -> Drawn:
+    """What the model thinks of whole pictures, int64 [B, count], as answers to these prompts."""
+    device = model.embed.weight.device
+    capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
+    _, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), capacity)
+    return Drawn(found, _Painter(model, cache, codes, Drawing(), None).estimate(found.to(device)))
+
+
+class _Chance:
+    """Uniform numbers [B, N], each row from a generator of its own."""
+
+    def __init__(self, generators: list[torch.Generator], device: torch.device):
+        self.generators, self.device = generators, device
+
+    def __call__(self, count: int) -> Tensor:
+        return torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
+
+
+class _Painter:
+    """The ways to fill in the open codes of some rows, all after one cache."""
+
+    def __init__(self, model: M6, cache: KVCache, codes: Codes, drawing: Drawing, chance: _Chance | None):
+        self.model, self.cache, self.codes, self.drawing, self.chance = model, cache, codes, drawing, chance
+        self.times = 2 if drawing.guidance else 1  # with the prompt, and without its droppable parts
+
+    def in_passes(self, found_BN: Tensor) -> Steps[Tensor]:
+        wanted_B = (found_BN == OPEN).sum(1)
+        for number in range(1, self.drawing.passes + 1):
+            drawn_BN, sure_BN = self._propose(found_BN, number)
+            sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
+            found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
+            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+            yield [self.codes.count * self.times] * len(found_BN)
+        return found_BN
+
+    def progressively(self, found_BN: Tensor) -> Steps[Drawn]:
+        """Rows come in groups of `branches`, alike; one row of each group is given back."""
+        branches, passes = self.drawing.branches, self.drawing.passes
+        given_BN, wanted_B = found_BN != OPEN, (found_BN == OPEN).sum(1)
+        groups = len(found_BN) // branches
+        sure_BN = torch.zeros(found_BN.shape, device=found_BN.device)
+        best = Drawn(found_BN[::branches].clone(), torch.zeros((groups, 3), device=found_BN.device))
+        highest_G = torch.full((groups,), -math.inf, device=found_BN.device)
+        going_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
+        cost = branches * self.codes.count * self.times
+        for number in range(1, passes + 1):
+            counts = [cost * going for going in going_G.tolist()]
+            drawn_BN, now_BN = self._propose(found_BN, number)
+            whole_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
+            sure_BN = torch.where(found_BN == OPEN, now_BN, sure_BN).masked_fill(given_BN, math.inf)
+            estimates_BE = self.estimate(whole_BN)
+            score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
+            chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
+            # What the first half gives only leads on: estimates of pictures that were guessed at once are no guide.
+            rises_G = going_G & ((score_GR.amax(1) > highest_G) | (number <= passes // 2))
+            highest_G = torch.where(rises_G, score_GR.amax(1), highest_G)
+            best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
+            # From half of the passes on, the first pass that gives nothing better is the last.
+            going_G = going_G & (rises_G | (number <= passes // 2))
+            yield counts
+            if not going_G.any():
+                break
+            every_B = chosen_G.repeat_interleave(branches)
+            found_BN, sure_BN = whole_BN[every_B], sure_BN[every_B]
+            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+        return best
+
+    def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Steps[Tensor]:
+        found_BN, times = found_BN.clone(), self.times
+        assert self.chance is not None
+        lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
+        for place in range(self.codes.count):
+            logits_BK = _guided(self.model.logits(hidden), self.codes, self.drawing)
+            drawn_B = _choose(logits_BK, self.chance(1)[:, 0], self.drawing.temperature)
+            found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
+            if place + 1 < self.codes.count:
+                ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
+                hidden = step(self.model, ids_B, self.cache, place, self.codes.count, reproducible=True)
+            yield [times] * len(found_BN)
+        self.cache.lengths, self.cache.counts = lengths, counts  # as after the prompt
+        return found_BN
+
+    def estimate(self, found_BN: Tensor) -> Tensor:
+        """Log-odds of each estimate, fp32 [B, 3]. The picture's place in the cache is after the prompts alone."""
+        asked_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
+        ids_BN = torch.cat((self.codes.start + found_BN, asked_BE), 1)
+        hidden = fill(self.model, ids_BN, self.cache.first(len(found_BN)), self.codes.count)
+        logits = self.model.logits(hidden[:, self.codes.count :])
+        return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
+
+    def _propose(self, found_BN: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """A code for every place, and how sure it is with the pass's noise, both [B, N]."""
+        codes, drawing = self.codes, self.drawing
+        assert self.chance is not None
+        ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
+        hidden = fill(self.model, ids_BN.repeat(self.times, 1), self.cache, codes.count)
+        logits_BNK = _guided(self.model.logits(hidden), codes, drawing)
+        drawn_BN = _choose(logits_BNK, self.chance(codes.count), drawing.temperature)
+        sure_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
+        gumbel_BN = -(-self.chance(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
+        return drawn_BN, sure_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
+
+    def _least(self, sure_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
+        """Which codes are asked again after a pass, bool [B, N]: a cosine of the `wanted_B` that were open at first."""
+        again_B = (math.cos(math.pi / 2 * number / self.drawing.passes) * wanted_B + 1e-6).floor()
+        return sure_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
+
+
+def _combined(estimates_BE: Tensor, drawing: Drawing) -> Tensor:
+    """Log-probability of a yes to each estimate, weighted: being sure of one does not make up for another."""
+    weights_E = torch.tensor(drawing.weights, device=estimates_BE.device)
+    return (torch.nn.functional.logsigmoid(estimates_BE) * weights_E).sum(1)
+
+
+def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:
+    """Of the codes alone, [B, ..., K]."""
+    logits = logits[..., codes.start : codes.start + codes.number]
+    if not drawing.guidance:
+        return logits
+    prompted, free = logits.chunk(2)
+    return prompted + drawing.guidance * (prompted - free)
+
+
+def _choose(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    return sample(tempered(logits.flatten(0, -2), temperature), chance.flatten()).view(chance.shape)
+
+
+def kept_codes(given: list[np.ndarray | None], codes: Codes) -> Tensor:
+    """Codes that are given, OPEN elsewhere, int64 [B, count]."""
+    kept = torch.full((len(given), codes.count), OPEN)
+    for row, one in zip(kept, given, strict=True):
+        if one is not None:
+            found = torch.as_tensor(np.asarray(one).ravel().astype(np.int64))
+            if len(found) != codes.count or found.min() < OPEN or found.max() >= codes.number:
+                raise DataError(f"What is kept of a picture has to be {codes.count} codes below {codes.number}, or -1.")
+            row[:] = found
+    return kept

@@ -1,0 +1,41 @@
+"""The parameters of a network, counted by arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from openm6.model.config import ModelConfig
+from openm6.model.embed import ImageEmbedder
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, by arithmetic: nothing is allocated, so any preset can be counted.
+
+    Parts: embedding, attention, feed_forward (dense layers), experts, shared_experts, router, norms, image, head.
+    """
+    d, f, layers = config.hidden_size, config.intermediate_size, config.distinct_layers or config.num_hidden_layers
+    heads, kv, width, bias = config.num_attention_heads, config.num_key_value_heads, config.head_dim, int(config.bias)
+    qkv, gates = (heads + 2 * kv) * width, 2 if config.activation == "swiglu" else 1
+    feed_forward, per_width = gates * d * f + f * d + bias * (gates * f + d), (gates + 1) * d
+    with_experts = sum(layer < layers for layer in config.expert_layers())
+    norm = d * (2 if config.norm == "layer" else 1)
+    learned = config.max_position_embeddings * d if config.positions == "learned" else 0
+    return {
+        "embedding": config.vocab_size * d + learned,
+        "attention": layers * (d * qkv + heads * width * d + bias * (qkv + d)),
+        "feed_forward": (layers - with_experts) * feed_forward,
+        "experts": with_experts * config.num_experts * per_width * config.expert_intermediate_size,
+        "shared_experts": with_experts * per_width * config.shared_intermediate_size,
+        "router": with_experts * config.num_experts * d,
+        "norms": (2 * layers + 1) * norm + (2 * layers * width if config.qk_norm else 0),
+        "image": _count_image(config),
+        "head": (0 if config.tie_word_embeddings else config.vocab_size * d)
+        + sum((d + 1) * outputs for outputs in (config.heads or {}).values()),
+    }
+
+
+def _count_image(config: ModelConfig) -> int:
+    if config.image_embedder == "none":
+        return 0
+    with torch.device("meta"):
+        return sum(p.numel() for p in ImageEmbedder(config).parameters())

@@ -1,0 +1,334 @@
+"""What batches of pictures and of texts share: a folder that goes on after a kill, a page to review, people's verdicts.
+
+candidates.jsonl has a line for each candidate: the name by which it is judged, the number of its prompt, its rank among
+the kept ones of that prompt, and how many those are.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import uuid
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from openm6.core.bases import directory_hash
+from openm6.core.errors import DataError, UsageError, cut
+from openm6.core.files import (
+    cut_torn_line,
+    dumps,
+    lock_output,
+    require_new,
+    whole_lines,
+    write_failed,
+    write_file,
+    write_whole,
+)
+from openm6.data.rejects import Reject, Rejects
+from openm6.data.source import Source
+from openm6.data.store import Record
+from openm6.data.tables import read_jsonl
+from openm6.inference.session import TRUNCATE, Session
+from openm6.tasks.task import Task
+
+SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
+    "batch.json", "candidates.jsonl", "rejects.jsonl", "review.html", "labelled.jsonl",
+)  # fmt: skip
+
+COMMANDS = {"texts": "copy", "pictures": "images"}
+"""The kinds of batches, each with the group of commands that makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A reviewer's verdict on a candidate. `text`: the edited text, "" for one that was not edited; `where`: the file
+    and line of the verdict."""
+
+    accepted: bool
+    text: str
+    where: str
+
+    def line(self, name: str) -> dict[str, Any]:
+        """The verdict on the candidate of this name, as labels.jsonl has it."""
+        return {"file": name, "accepted": self.accepted} | ({"text": self.text} if self.text else {})
+
+
+CONTENT = "content"
+"""In the settings of a batch: the hashes of its source and of its model (`content_of`)."""
+
+
+def groups(count: int, size: int) -> Iterator[range]:
+    return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def seed_of(seed: int, start: int) -> int:
+    return int(np.random.SeedSequence([seed & 0xFFFFFFFF, start]).generate_state(1)[0])
+
+
+def kept_of(keep: int | None, candidates: int, usual: int) -> int:
+    """Number of candidates to keep: without `keep` the usual number, or all of fewer. Raises UsageError for a `keep`
+    below 1 or above the number of candidates."""
+    if keep is None:
+        return min(usual, candidates)
+    if not 1 <= keep <= candidates:
+        raise UsageError(f"keep is {keep}; it can be 1 to the number of candidates, {candidates}.")
+    return keep
+
+
+def usable(
+    session: Session,
+    task: Task,
+    ask: Callable[[Record], dict[str, Any]],
+    source: Source,
+    numbers: Iterable[int],
+    rejects: Rejects,
+    *,
+    truncate: str | None = None,
+    explain: Callable[[DataError, str, Record], str] = lambda error, where, record: str(error),
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted, with
+    the reason that `explain` gives. `ask` makes it of a record; it may raise DataError. `truncate`: see Session.run."""
+    for number in numbers:
+        record = source[number]
+        try:
+            asked = ask(record)
+            session.prompt(task, {**asked, TRUNCATE: truncate})
+        except DataError as error:
+            where = place_of(source, number, record)
+            rejects.count(where, explain(error, where, record), source.name)
+        else:
+            yield number, asked
+
+
+def place_of(source: Source, number: int, record: Record) -> str:
+    return str(record.get("_where", f"{source.name}#{number}"))
+
+
+def content_of(session: Session, source: Source) -> dict[str, str]:
+    return {"source": source.content_hash(), "model": directory_hash(session.path) if session.path else ""}
+
+
+def require_same(
+    output: Path, settings: Mapping[str, Any], source: Source, begun: Mapping[int, Any],
+    asks: Callable[[Record], Mapping[str, Any]],
+) -> None:  # fmt: skip
+    """Refuse to go on with a batch whose source or model has changed since it was begun, a source by the name of the
+    first record that is known to have: `begun` is what those asked for whose candidates are made, and `asks` what a
+    record asks for now."""
+    before, now = settings_of(output).get(CONTENT, {}), settings[CONTENT]
+    if before == now:
+        return
+
+    def has_changed(number: int) -> bool:
+        try:
+            return dumps(begun[number]) != dumps(asks(source[number]))
+        except (DataError, IndexError):
+            return True
+
+    if before.get("source") == now["source"]:
+        where = f"The model {settings['model']}"
+    else:
+        changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
+        where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
+    raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
+
+
+def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
+    """Of verdicts, 1 or 0, by rank: {"labelled": number, "accepted": share, "by_rank": {rank: the same two}}."""
+
+    def told(some: list[int]) -> dict[str, Any]:
+        return {"labelled": len(some), "accepted": sum(some) / len(some)}
+
+    every = [verdict for some in verdicts.values() for verdict in some]
+    return {**told(every), "by_rank": {rank: told(some) for rank, some in sorted(verdicts.items())}}
+
+
+@contextmanager
+def batch_folder(
+    output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str
+) -> Iterator[None]:
+    """The folder of a batch, written by this process alone: a new one, with these folders in it, or one that was begun
+    with the same settings. Raises UsageError for one that was begun with others, or that another process is writing;
+    OpenM6Error where it cannot be written."""
+    with lock_output(output):
+        if resume and (output / SETTINGS).is_file():
+            _check_settings(output, settings)
+        else:
+            require_new(output)
+            content = {**settings, **more, "id": uuid.uuid4().hex}
+
+            def fill(folder: Path) -> None:
+                for name in folders:
+                    (folder / name).mkdir()
+                (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+            write_whole(output, fill)
+        try:
+            yield
+        except OSError as error:
+            raise write_failed(output, error) from None
+
+
+def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    before = settings_of(output)
+    for key, now in settings.items():
+        if key != CONTENT and before.get(key) != now:  # require_same looks at the content
+            raise UsageError(
+                f"{output} was begun with {key} {before.get(key)}, not {now}: name another directory to begin anew."
+            )
+
+
+def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
+    """The settings of a batch. Raises UsageError where there is none, or none of this `kind` (a key of COMMANDS)."""
+    try:
+        content = json.loads((output / SETTINGS).read_text("utf-8"))
+        found = {"kind": "pictures", **content, "id": str(content["id"]), "slots": dict(content["slots"])}
+        command = COMMANDS[found["kind"]]
+    except OSError:
+        makes = " or ".join(f"`openm6 {COMMANDS[name]} batch`" for name in ([kind] if kind else COMMANDS))
+        raise UsageError(f"{output} is no batch: it has no {SETTINGS}. {makes} makes one.") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{output / SETTINGS} is damaged: make the batch again.") from None
+    if kind and kind != found["kind"]:
+        raise UsageError(f"{output} is a batch of {found['kind']}: `openm6 {command} labels` reads its labels.")
+    return found
+
+
+def go_on(path: Path) -> dict[int, dict[str, Any]]:
+    """The last row of every prompt that is whole, by the prompt's number. What a kill has left of another is cut.
+
+    Raises DataError for a damaged line."""
+    done: dict[int, dict[str, Any]] = {}
+    place = end = 0
+    cut_torn_line(path)
+    for place, row in enumerate(whole_lines(path), 1):
+        try:
+            number, rank, of = row["prompt"], row["rank"], row["of"]
+        except (KeyError, TypeError):
+            raise DataError(f"{path}:{place} is no candidate of a batch: delete the line.") from None
+        if rank == of:
+            done[number], end = row, place
+    if end < place:
+        write(path, map(as_line, islice(whole_lines(path), end)))
+    return done
+
+
+def open_rejects(path: Path, source: Source, share: float = 0.05) -> Rejects:
+    """Counted anew by every call, those of the reading of the source too. More than `share` of all stop the work."""
+    path.unlink(missing_ok=True)
+    rejects = Rejects(path, share)
+    rejects.saw(len(source))
+    for reject in source.rejected:
+        rejects.count(reject.where, reject.reason, source.name)
+    return rejects
+
+
+def write_review(
+    output: Path, items: Iterable[Mapping[str, Any]] | None = None, id_name: str = "item", most: int = 0
+) -> Path:
+    """Write the page on which people accept, reject or edit the candidates of a batch; their verdicts stay in the
+    browser until they are downloaded as labels.jsonl, or as a CSV with a row for each item.
+
+    `items`: {"id", "shown": {name: value}, "pictures": [file], "candidates": [{"file", "said"}], "reason"}. "said" is a
+    candidate that is a text; "reason" tells why an item has no candidates. By default the items are those of
+    candidates.jsonl, and what rejects.jsonl tells. `id_name`: the name of the ids, in the CSV. `most`: characters that
+    a text may have; 0: any number.
+    """
+    settings = settings_of(output)
+    found = list(_prompts(output, settings) if items is None else items)
+    about = {"id": settings["id"], "kind": settings["kind"], "idName": id_name, "most": most, "items": found}
+    page = Path(__file__).with_name("review.html").read_text("utf-8")
+    # A text that holds </script> must not end the script.
+    data = json.dumps(about, ensure_ascii=False).replace("<", "\\u003c")
+    page = page.replace("@TITLE@", html.escape(output.resolve().name)).replace("@DATA@", data)
+    return write(output / PAGE, [page])
+
+
+def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, some in groupby(rows_of(output), key=lambda row: row["prompt"]):
+        rows = list(some)
+        pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
+        asked = rows[0]["asked"]
+        yield {
+            "id": str(number + 1),
+            "shown": {name: str(value) for name, value in asked.items() if name not in pictures},
+            "pictures": [str(value) for name, value in asked.items() if name in pictures],
+            "candidates": [{"file": row["file"]} for row in rows],
+            "reason": "",
+        }
+    for row in whole_lines(output / REJECTS):
+        yield {"id": "", "shown": {}, "pictures": [], "candidates": [], "reason": row["reason"]}
+
+
+def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, Verdict]:
+    """People's verdicts on the candidates of a batch, by name. Raises DataError for one of a candidate that it has not,
+    and as `verdicts_of` does."""
+    found = verdicts_of(labels, what)
+    for name, verdict in found.items():
+        if name not in known:
+            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
+    return found
+
+
+def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
+    """By name. Raises DataError for what is no verdict on a `what` (picture, text), and for two that differ."""
+    found: dict[str, Verdict] = {}
+    for row in read_jsonl(str(labels), None, refuse):
+        where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
+        if not isinstance(file, str):
+            raise DataError(f'{where} names no {what}: a line has to be {{"file": ..., "accepted": true or false}}.')
+        if not isinstance(accepted, bool):
+            raise DataError(f"{where}: accepted is {cut(accepted)!r}; a verdict is true or false.")
+        if "text" in row and not (accepted and what != "picture" and isinstance(text, str) and text.strip()):
+            raise DataError(f"{where}: text is {cut(text)!r}; it is the edited form of a text that was accepted.")
+        before = found.setdefault(file, Verdict(accepted, text, where))
+        if before.accepted != accepted:
+            words = ("rejected", "accepted")
+            raise DataError(
+                f"{where}: {file} is {words[accepted]} here, and {words[before.accepted]} in {before.where}: "
+                "keep one line."
+            )
+        if before.text != text:
+            raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
+    if not found:
+        raise DataError(f"{labels} holds no label.")
+    return found
+
+
+def refuse(reject: Reject) -> None:
+    raise DataError(reject.reason)
+
+
+def rows_of(output: Path) -> Iterator[dict[str, Any]]:
+    return whole_lines(output / CANDIDATES)
+
+
+def as_line(content: Mapping[str, Any]) -> str:
+    return dumps(content) + "\n"
+
+
+def write(path: Path, parts: Iterable[str]) -> Path:
+    """A file that appears whole."""
+
+    def fill(draft: Path) -> None:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(parts)
+
+    try:
+        write_file(path, fill)
+    except OSError as error:
+        raise write_failed(path, error) from None
+    return path
+
+
+def progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,109 @@
+"""Model directories: opened, and described.
+
+    config.json, model.safetensors      the network, as transformers saves it
+    tokenizer.json, tokenizer_config.json
+    codec/                              the image codec of a model that draws
+    openm6.json                         how records become sequences, and the tasks it was trained on
+    recipe.yaml                         of its training, when it was trained here
+
+A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
+Nothing in it is unpickled and no code in it is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from openm6.core.bases import base_of
+from openm6.core.errors import UsageError
+from openm6.core.images import ImageGrid
+from openm6.core.tokenizer import Tokenizer
+from openm6.model import M6
+from openm6.model.adapters import lay_beside, merge_adapter
+from openm6.model.changed import Active
+from openm6.model.files import check_model, load_model, meta_model, read_config
+from openm6.model.precision import fast_dtype
+from openm6.tasks.card import read_card, read_taught, write_card
+from openm6.tasks.pictures import PictureCodec
+from openm6.tasks.processor import Processor
+from openm6.tasks.task import Task
+
+CODEC = "codec"
+"""Folder with the image codec of a model that draws."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Several adapters beside one network: which one counts, and the tasks that each was trained on."""
+
+    active: Active
+    tasks: dict[str, list[Task]]
+
+
+class Opened(NamedTuple):
+    model: M6
+    processor: Processor
+    tasks: list[Task]
+    adapters: Adapters | None
+
+
+def open_directory(path: Path, device: torch.device, trainable: bool, adapters: Mapping[str, str | Path]) -> Opened:
+    """See Session.load."""
+    processor, tasks = open_processor(path)
+    place = base_of(path) or path
+    if trainable and read_config(place).weight_bits:
+        raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
+    model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
+    if place != path:
+        model = merge_adapter(model, path).eval()
+    beside = _beside(place, model, {name: Path(directory) for name, directory in adapters.items()})
+    model.to(device)  # type: ignore[arg-type]
+    if not trainable and device.type == "cuda":
+        model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
+    elif not trainable:
+        model.pack_for_cpu()
+    return Opened(model, processor, tasks, beside)
+
+
+def open_processor(path: Path) -> tuple[Processor, list[Task]]:
+    """How a model, or an adapter with the model beneath it, reads records, and its tasks; no weights are loaded."""
+    tasks, length, prompt = read_card(path)
+    place = base_of(path) or path
+    config = read_config(place)
+    grid = ImageGrid(config.image_stride, config.image_max_patches)
+    codec = PictureCodec.load(place / CODEC) if (place / CODEC).is_dir() else None
+    return Processor(Tokenizer.load(place), grid, length, codec, prompt, read_taught(path)), tasks
+
+
+def describe(path: Path, model: M6, processor: Processor, tasks: Iterable[Task], adapter: Any = None) -> None:
+    """Write all of a model directory but the weights; with the configuration of an `adapter`, of one that holds that
+    adapter."""
+    path.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        adapter.save_pretrained(path)
+    else:
+        model.config.save(path)
+        processor.tokenizer.save(path)
+        if processor.codec is not None:
+            processor.codec.save(path / CODEC)
+    write_card(path, processor, tasks)
+
+
+def _beside(base: Path, model: M6, directories: dict[str, Path]) -> Adapters | None:
+    """Put adapters into the network. Raises UsageError for one of another model, or that has to be opened alone."""
+    if not directories:
+        return None
+    for name, path in directories.items():
+        if not name.isidentifier():
+            raise UsageError(f"{name!r} cannot name an adapter: take letters, digits and _, a letter first.")
+        beneath = base_of(path)
+        if beneath is None or beneath.resolve() != base.resolve():
+            of = f"one of {beneath}" if beneath else "none at all"
+            raise UsageError(f"{path} is no adapter of {base}: it is {of}.")
+    tasks = {name: read_card(path)[0] for name, path in directories.items()}
+    return Adapters(lay_beside(model, directories), tasks)
