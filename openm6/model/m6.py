@@ -126,6 +126,14 @@ class M6(Network):
         matrix = self.embed if self.head is None else self.head
         return matrix.changed() if isinstance(matrix, ChangedRows) else matrix.weight
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding, by the name that PEFT asks for."""
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output matrix, by the name that PEFT asks for; None where it is the embedding."""
+        return self.head
+
     def train(self, mode: bool = True) -> M6:
         """A reader of pictures that is not trained keeps its statistics too."""
         super().train(mode)

@@ -253,7 +253,7 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
     assert Box(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
     assert "asked of the cloud" in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
     told = json.loads(run("status", place, "--json").output)
-    assert told["answers"] == "0001" and told["calibrated"] == ["vqa"] and told["kept"] == {}
+    assert (told["version"], told["calibrated"], told["kept"]["answers"]) == ("0001", ["vqa"], {})
     with pytest.raises(UsageError, match="no version before"):
         run("rollback", place)
     shutil.copytree(place / "versions/0001", place / "versions/0002")
