@@ -102,7 +102,7 @@ def _ours(model: M6, ids: np.ndarray) -> Callable[[], object]:
     rows = [
         Sequence(row[:-1].astype(np.int32), np.full(length, CAUSAL, np.int32), row[1:].astype(np.int32)) for row in ids
     ]
-    batch = pack(rows, length, 0).to(model.device)
+    batch = pack(rows, length, 0).to(model.embed.weight.device)
 
     def loss() -> torch.Tensor:
         return model(batch).loss / batch.labels.numel()
