@@ -218,7 +218,7 @@ def _run(recipe: dict[str, Any]) -> Run:
 @cache
 def _idle_bytes() -> int:
     """What a process needs for the libraries of training alone, and for nothing on a GPU."""
-    code = "import openm6.train.trainer, torch.distributed.checkpoint; from openm6.train.meters import peak_memory as p"
+    code = "import openm6.train.trainer, torch.distributed.checkpoint; from openm6.core.energy import peak_memory as p"
     done = subprocess.run([sys.executable, "-c", f"{code}; print(p())"], capture_output=True, check=True, cwd=ROOT)
     return int(done.stdout)
 

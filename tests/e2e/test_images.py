@@ -150,7 +150,8 @@ def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) ->
         "extend", model, wish, "--picture", picture, "--side", "left", "--pixels", 8, "--output", target, *QUICK
     )
     assert said.strip() == str(target)
-    assert np.array_equal(np.asarray(Image.open(target))[:, 8:], given) and not Image.open(target).text
+    assert np.array_equal(np.asarray(Image.open(target))[:, 8:], given)
+    assert json.loads(Image.open(target).text["openm6"])["edited"]
 
 
 def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_the_program_needs_neither_pytorch_nor_this_package(package: Path, sessi
     assert "vqa: photo, question -> answer" in call("tasks").stdout.splitlines()
     for code, words, sentence in (
         (2, ("run", "vqaa"), 'Did you mean "vqa"?'), (2, ("run", "vqa", "photo=a.jpg"), "question is missing"),
-        (2, ("run", "vqa", "photo"), "no slot"), (1, ("run", "caption", "photo=b.jpg"), "b.jpg"),
+        (2, ("run", "vqa", "photo"), "not of the form slot=value"), (1, ("run", "caption", "photo=b.jpg"), "b.jpg"),
         (2, ("--package", tmp_path, "tasks"), "it has no edge.json"),
     ):  # fmt: skip
         wrong = call(*words)

@@ -194,7 +194,7 @@ def test_a_killed_box_serves_no_longer(place: Path, served: Serve, capsys: pytes
 def test_the_unit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = tmp_path / 'a $HOME 100% "b'
     shutil.move(place, odd)
-    _write(odd, key="M6_KEY", encrypt="BOX_KEY", name="shop %h\n[Service]")
+    _write(odd, key="M6_KEY", encrypt="BOX_KEY", name="shop-1")
     main(["--package", str(odd), "unit", "--host", "0.0.0.0", "--key-env", "ASK_KEY"])
     unit = capsys.readouterr().out
     service = _parsed(unit)["Service"]
