@@ -120,7 +120,6 @@ def test_the_clock_is_compared_with_the_clouds(
     assert code == 1 and found["clock"]["fails"] and "before the box was made" in found["clock"]["message"]
 
 
-@pytest.mark.parametrize("settings", [{"privacy": "nothing"}, {"offline": True}])
 @pytest.mark.slow
 def test_a_start_tries_the_cloud_until_box_toml_is_changed(box: Make, cloud: CloudServer, served: Serve) -> None:
     """A key that is refused is logged; once privacy is stricter, nothing more is asked."""
@@ -156,6 +155,7 @@ def test_a_box_toml_that_cannot_be_used_tries_no_cloud(box: Make, cloud: CloudSe
     assert not cloud.read
 
 
+@pytest.mark.parametrize("settings", [{"privacy": "nothing"}, {"offline": True}])
 def test_where_nothing_may_be_sent_nothing_is(
     settings: dict[str, Any], box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
