@@ -155,7 +155,7 @@ def by_peft(base: Path, adapter: Path, output: Path, **changes: object) -> PeftM
             if parameter.requires_grad:
                 parameter.normal_(std=0.2).abs_() if "magnitude" in name else parameter.normal_(std=0.2)
     config.base_model_name_or_path = str(base)
-    theirs.save_pretrained(output)
+    theirs.save_pretrained(output, save_embedding_layers=False)
     shutil.copy(adapter / "openm6.json", output)
     return theirs
 
