@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from openm6.core.errors import OpenM6Error
 from openm6.model.config import ModelConfig
@@ -34,8 +35,7 @@ def load_network(kind: type[N], path: Path) -> N:
     missing or too many, are refused with the first of their names.
     """
     config = check_model(path, kind)
-    with torch.device("meta"):
-        model = kind(config)
+    model = meta_model(config, kind)
     with _stored(path) as where:
 
         def read(name: str) -> Tensor:
@@ -134,16 +134,25 @@ def shared_name(name: str, distinct: int) -> str:
     return _LAYER.sub(lambda found: str(int(found[0]) % distinct), name)
 
 
-def meta_model(config: ModelConfig) -> M6:
-    """A network with its shapes and without memory."""
-    with torch.device("meta"):
-        return M6(config)
+class _Unfilled(TorchFunctionMode):
+    """Modules leave their parameters as they are made. Filling one without memory would take PyTorch a second at first:
+    it imports its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(config: NetworkConfig, kind: type[Network] = M6) -> Any:
+    """A network of this kind with its shapes and without memory."""
+    with torch.device("meta"), _Unfilled():
+        return kind(config)  # type: ignore[call-arg]
 
 
 def shapes(config: NetworkConfig, kind: type[Network] = M6) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor of a network, without allocating it."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in kind(config).state_dict().items()}  # type: ignore[call-arg]
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(config, kind).state_dict().items()}
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
