@@ -17,7 +17,6 @@ from typing import Any
 
 from openm6.core.environment import peak_resident
 from openm6.core.files import loads
-from openm6.model.count import count_parameters
 
 WARM, REPEATS = 2, 9
 
@@ -31,6 +30,7 @@ def main(path: Path, task: str, records: list[Any]) -> None:
         parameters = model.about["parameters"]
     else:
         from openm6.inference.session import Session
+        from openm6.model.count import count_parameters
 
         model = Session.load(path)
         parameters = sum(count_parameters(model.model.config).values())

@@ -57,7 +57,7 @@ def test_a_chain_is_measured_step_by_step(model: Path, tmp_path: Path) -> None:
     for row in rows:
         assert row["latency_16_ms"] > row["latency_1_ms"] > 0 and set(row["metrics"]) == {"vqa"}
     # A package runs without PyTorch, and what is measured of it says so.
-    assert rows[4]["peak_mib"] < 0.9 * rows[3]["peak_mib"] < 4000
+    assert rows[4]["peak_mib"] < 0.6 * rows[3]["peak_mib"] < 4000
     assert (tmp_path / "out/2-distill/answers").is_dir()
     assert Session.load(rows[1]["path"], "cpu", trainable=True).model.config.num_hidden_layers == 2
     assert "vqa" in EdgeModel(rows[4]["path"]).tasks
