@@ -52,7 +52,7 @@ SHARES = 0.29, 0.15
 MODES = ("all", "features")
 SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
 RIGHT = 0.975
-"""Of the stand-in's answers; a model of 39.2M weights had 97.5 to 98.4% of them right."""
+"""Accuracy of the stand-in. A model of 39.2M weights had 97.5 to 98.4% of these questions right."""
 TITLE = "An edge model that asks a larger one when it is not sure"
 
 

@@ -1,4 +1,4 @@
-"""What a process uses: energy, by counters or by estimate, what a country's electricity emits, and peak memory."""
+"""Energy of a process, by counters or by estimate, carbon intensity of a country's electricity, and peak memory."""
 
 from __future__ import annotations
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder
+from openm6.model.network import without_memory
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -37,5 +36,5 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 def _count_image(config: ModelConfig) -> int:
     if config.image_embedder == "none":
         return 0
-    with torch.device("meta"):
+    with without_memory():
         return sum(p.numel() for p in ImageEmbedder(config).parameters())

@@ -12,13 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from openm6.core.errors import OpenM6Error
 from openm6.model.config import ModelConfig
 from openm6.model.lowbit import is_scale, restored, shape_of
 from openm6.model.m6 import M6
-from openm6.model.network import Network, NetworkConfig
+from openm6.model.network import Network, NetworkConfig, without_memory
 
 N = TypeVar("N", bound=Network)
 
@@ -134,19 +133,9 @@ def shared_name(name: str, distinct: int) -> str:
     return _LAYER.sub(lambda found: str(int(found[0]) % distinct), name)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Modules leave their parameters as they are made. Filling one without memory would take PyTorch a second at first:
-    it imports its compiler for it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def meta_model(config: NetworkConfig, kind: type[Network] = M6) -> Any:
     """A network of this kind with its shapes and without memory."""
-    with torch.device("meta"), _Unfilled():
+    with without_memory():
         return kind(config)  # type: ignore[call-arg]
 
 

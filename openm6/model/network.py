@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from openm6._version import __version__
 from openm6.core.bases import require_model
@@ -85,3 +87,20 @@ class Network(nn.Module):
                 parameter.normal_(mean, std)
             else:
                 parameter.fill_(mean)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules leave their parameters as they are made. Filling one without memory would take PyTorch a second at first:
+    it imports its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside have shapes, and no memory."""
+    with torch.device("meta"), _Unfilled():
+        yield

@@ -19,6 +19,7 @@ from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
+from openm6.model.files import meta_model
 from openm6.tasks.grammar import Slot
 from openm6.train.distributed import Group
 from openm6.train.objective import Part
@@ -75,8 +76,7 @@ class Pictures:
         self.flops = _training_flops(self.config)
 
     def network(self, shared: bool) -> Codec:
-        with torch.device("meta"):
-            codec = Codec(self.config)
+        codec = meta_model(self.config, Codec)
         if self.eyes is not None:
             codec.look_with(self.eyes)
         return codec
@@ -160,8 +160,7 @@ def _file(name: str) -> str:
 
 def _training_flops(config: CodecConfig) -> float:
     """FLOPs of the forward and backward pass of one picture, counted on tensors without memory."""
-    with torch.device("meta"):
-        model = Codec(config).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, config.image_size, config.image_size)).loss.backward()
+    model = meta_model(config, Codec).eval()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, config.image_size, config.image_size)).loss.backward()
     return float(counter.get_total_flops())

@@ -22,6 +22,7 @@ from openm6.core.errors import UsageError
 from openm6.model.block import Block
 from openm6.model.config import ModelConfig
 from openm6.model.experts import MixtureOfExperts, Routing
+from openm6.model.files import meta_model
 from openm6.model.m6 import M6
 
 
@@ -103,8 +104,7 @@ def _config_of(config: ModelConfig, kept: list[int]) -> ModelConfig | None:
 
 def _of_blocks(model: M6, config: ModelConfig, kept: list[int]) -> M6:
     """A network of the same modules, with these blocks alone."""
-    with torch.device("meta"):
-        made = M6(config)
+    made = meta_model(config)
     for name, module in model.named_children():
         setattr(made, name, module)
     made.blocks = nn.ModuleList(model.blocks[layer] for layer in kept)
