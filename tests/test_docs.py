@@ -199,6 +199,17 @@ def test_every_task_of_the_library_is_listed(hooks: None) -> None:
         assert any(row.startswith(f"| `{name}`<br>") for row in rows)
 
 
+def test_every_command_is_listed(hooks: None) -> None:
+    from gen_rooms import command_table
+
+    program: Any = get_command(commands())
+    rows = {row.split("`")[1]: row for row in command_table().splitlines()[2:]}
+    assert rows.keys() == {f"openm6 {name}" for name in program.commands}
+    for name, command in program.commands.items():
+        for each in getattr(command, "commands", ()):
+            assert f"`{each}`" in rows[f"openm6 {name}"]
+
+
 def test_every_key_of_a_recipe_is_listed(hooks: None) -> None:
     from gen_recipe import recipe_tables
 
