@@ -1,4 +1,4 @@
-"""mkdocs hook: tables of OpenM6's packages with their layers (`<!-- ROOMS -->`) and of its commands (`<!-- COMMANDS -->`).
+"""mkdocs hook: tables of the packages with their layers (`<!-- ROOMS -->`) and of the commands (`<!-- COMMANDS -->`).
 
 The packages are parsed; the commands are imported, which needs no PyTorch.
 """
