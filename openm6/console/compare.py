@@ -1,4 +1,4 @@
-"""Two models, or two adapters, asked the same."""
+"""The page Compare: one input, two models or adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradio as gr
 
 from openm6.console.desk import Desk, first_step
 from openm6.console.forms import Answer, Form
-from openm6.console.play import LOOK, answered, chosen, heading
+from openm6.console.play import LOOK, fill_choices, heading, stream_answer
 
 
 def page(desk: Desk) -> None:
@@ -19,12 +19,12 @@ def page(desk: Desk) -> None:
         first = gr.Dropdown(label=say("First model"), min_width=120, interactive=True)
         second = gr.Dropdown(label=say("Second model"), min_width=120, interactive=True)
         task = gr.Dropdown(label=say("Task"), min_width=240, interactive=True)
-    chosen(desk, first, task)
+    fill_choices(desk, first, task)
     alone = gr.HTML(apply_default_css=False)
 
     async def others(request: gr.Request) -> Any:
         found = desk.choices()
-        told = say("One model alone is served. Serve two to compare them:")
+        told = say("Only one model is served. Serve two to compare them:")
         return (
             gr.Dropdown(choices=found, value=found[min(1, len(found) - 1)][1] if found else None),
             "" if len(found) > 1 else first_step(told, "openm6 serve goods=runs/demo/model other=runs/other/model"),
@@ -46,7 +46,7 @@ def page(desk: Desk) -> None:
         gr.HTML(heading(desk, name, known[0][name]), apply_default_css=False)
         asking = Form(desk, name, known[0][name])
         with gr.Row(elem_classes="buttons"):
-            run = gr.Button(say("Ask both"), variant="primary", elem_id="ask", min_width=80)
+            run = gr.Button(say("Run both"), variant="primary", elem_id="ask", min_width=80)
             fill = gr.Button(say("Example"), elem_id="example", min_width=80)
         asking.notes[""].render()
         with gr.Row(elem_id="answer"):
@@ -62,7 +62,7 @@ def page(desk: Desk) -> None:
 
             async def follow(number: int) -> None:
                 try:
-                    async for one in answered(desk, request, sides[number], asking, answers[number], values):
+                    async for one in stream_answer(desk, request, sides[number], asking, answers[number], values):
                         told.put_nowait((number, one))
                     told.put_nowait((number, None))
                 except BaseException as error:
