@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def measure(
     metrics: Sequence[str] = (),
     spread: bool = False,
     truncate: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Open `data`, map its columns to the task's slots and measure on its first `limit` records, or with `spread` on
     `limit` records evenly spread over them all: in a file ordered by its labels the first ones have one label.
@@ -63,8 +64,9 @@ def measure(
                     yield Reject(str(row.get("_where", "")), str(error))
 
     return evaluate(
-        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
-    )
+        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _shots(

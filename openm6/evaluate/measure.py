@@ -86,7 +86,7 @@ def evaluate(
     decoding: Mapping[str, Any] | None = None,
     answers: bool = True,
     metrics: Items[str] = (),
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     truncate: str | None = None,
 ) -> Evaluation:
     """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`), by its own metrics and, of
@@ -141,7 +141,7 @@ def evaluate(
             answer = task.read(generated.ids, session.processor)[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
-            on_progress(len(cases))
+            on_progress(len(cases), len(prompts))
     labels, notes = None, []
     if len(task.outputs) > 1:
         notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")

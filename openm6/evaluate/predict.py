@@ -113,12 +113,12 @@ class Prediction:
                     f"{self.folder} to begin anew."
                 )
 
-    def run(self, on_progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-        """Answer what has no answer yet and write the output; `on_progress` gets the number of finished rows
-        (those that were there included) after each part.
+    def run(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+        """Answer the remaining rows and write the output; `on_progress` gets the number of finished rows (those of an
+        earlier run included) and of all rows after each part.
 
-        Returns {"output", "records", "answered", "bad", "resumed": rows that were there, "seconds"}. Raises DataError
-        where no row could be answered; the output tells why, row by row.
+        Returns {"output", "records", "answered", "bad", "resumed": rows of an earlier run, "seconds"}. Raises DataError
+        if no row could be answered; the output has the reason of each row.
         """
         started, resumed, bad, reason = time.perf_counter(), 0, 0, ""
         try:
@@ -130,7 +130,7 @@ class Prediction:
                     else:
                         text = "".join(dumps(answer) + "\n" for answer in self._answered(rows, number))
                         write_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
-                        on_progress(min((number + 1) * PART, self.total))
+                        on_progress(min((number + 1) * PART, self.total), self.total)
                     errors = [one["error"] for one in self._read(number) if one["error"]]
                     bad, reason = bad + len(errors), reason or next(iter(errors), "")
                 for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.writing-*"):

@@ -85,16 +85,16 @@ def add_source(
     data_format: str | None = None,
     images: str | None = None,
     only_new: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     on_reject: OnReject | None = None,
     truncate: str | None = None,
 ) -> Filled:
     """Add the records of a source, or replace the items whose ids are there (`only_new` passes those over). Of several
     records with one id the first counts, and the others are bad records.
 
-    `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` each bad record; without it the
-    first one raises DataError. A kept column with the picture of the task holds its whole path. `truncate`: of records
-    that are longer than the model takes (Session.run). Raises UsageError for a source without the index's columns.
+    `on_progress` gets the number of stored items and of all records after each batch, `on_reject` each bad record;
+    without it the first one raises DataError. A stored column with the picture of the task holds its full path.
+    `truncate`: see Session.run. Raises UsageError for a source without the index's columns.
     """
     about, id_column = index.about, index.about["id_column"]
     task = session.task(about["task"])
@@ -135,7 +135,7 @@ def add_source(
         filled.replaced += added.replaced
         count += len(good)
         if on_progress:
-            on_progress(count)
+            on_progress(count, len(records))
     return filled
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ from openm6.studio.review import (
     go_on,
     groups,
     kept_of,
+    no_progress,
     open_rejects,
     place_of,
-    progress,
     require_same,
     rows_of,
     seed_of,
@@ -107,6 +107,7 @@ def make_copy(
     id_column: str = "",
     table: Sequence[str] | None = None,
     data_format: str | None = None,
+    on_progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, Any]:
     """For every item of the source write `candidates` texts, keep the `keep` best (by default 2, or all of fewer
     candidates) that break no rule and are not alike, and write `output` with a page to review them. Called again after
@@ -170,9 +171,7 @@ def make_copy(
         with (
             open(output / CANDIDATES, "a", encoding="utf-8") as file,
             open(output / BROKEN, "a", encoding="utf-8") as broken,
-            progress() as bar,
         ):
-            row = bar.add_task("items", total=len(source))
             for group in groups(len(source), ITEMS):
                 for number in sorted(repeated.keys() & set(group)):
                     rejects.count(place_of(source, number, source[number]), repeated[number], source.name)
@@ -195,7 +194,7 @@ def make_copy(
                         sync(file)
                         seen |= {text: number for text, _ in good[:keep]}
                         done.add(number)
-                bar.update(row, completed=group.stop)
+                on_progress(group.stop, len(source))
         found = list(items_of(output, source, id_column))
         write_file(output / TABLE, lambda draft: write_table(draft, found, id_column, shown))
         page = write_review(output, page_items(output, found, goods, id_column), id_column or "item", most)

@@ -10,7 +10,7 @@ labelled.jsonl     the pictures that people judged, as a source to train on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,8 @@ from openm6.studio.review import (
     go_on,
     groups,
     kept_of,
+    no_progress,
     open_rejects,
-    progress,
     require_same,
     rows_of,
     seed_of,
@@ -78,6 +78,7 @@ def make_batch(
     resume: bool = True,
     data_format: str | None = None,
     truncate: str | None = None,
+    on_progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, Any]:
     """For every record of the source `prompts` draw `candidates`, keep the `keep` best (by default 4, or all of fewer
     candidates) that are not alike, and write `output` with a page to review them. Called again after a kill it goes on
@@ -116,8 +117,7 @@ def make_batch(
         )
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
         rejects = open_rejects(output / REJECTS, source)
-        with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
-            row = bar.add_task("prompts", total=len(source))
+        with open(output / CANDIDATES, "a", encoding="utf-8") as file:
             for group in groups(len(source), max(1, ROWS // candidates)):
                 wishes = dict(usable(session, chosen, partial(_wish, view), source, group, rejects, truncate=truncate))
                 if not done.issuperset(wishes):
@@ -133,7 +133,7 @@ def make_batch(
                             sync(file)
                             done.add(number)
                             pictures += len(lines)
-                bar.update(row, completed=group.stop)
+                on_progress(group.stop, len(source))
         page = write_review(output)
     uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in rows_of(output))
     return {

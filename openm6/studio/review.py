@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openm6.core.bases import directory_hash
 from openm6.core.errors import DataError, UsageError, cut
@@ -329,6 +327,5 @@ def write(path: Path, parts: Iterable[str]) -> Path:
     return path
 
 
-def progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+def no_progress(done: int, total: int) -> None:
+    """The default of `on_progress`."""

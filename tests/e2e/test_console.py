@@ -86,7 +86,7 @@ def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> N
     page.locator("#example").click()
     until(lambda: page.get_by_role("textbox", name="Text", exact=True).input_value())
     page.locator("#ask").click()
-    until(lambda: said(page).startswith("32 numbers"))
+    until(lambda: said(page).startswith("32 dimensions"))
 
 
 def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any], tmp_path: Path) -> None:

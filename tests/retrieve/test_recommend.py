@@ -234,7 +234,7 @@ def test_the_command_counts_what_it_has_passed_over(index: Index, tmp_path: Path
     file, place = tmp_path / "visits.jsonl", tmp_path / "next"
     file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
     said = command("recommend", "fit", place, "--index", index.path, "--visits", file, "--context", "season").stdout
-    assert f"learned from 40 of 240 visits to {GROUPS * EACH} items" in said
+    assert f"trained on 40 of 240 visits to {GROUPS * EACH} items" in said
     assert "200 of 240 records could not be used (most often: what was bought is not in the index)" in said
     assert "Fewer than 300 visits" in said
     lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text("utf-8").splitlines()]
