@@ -13,8 +13,8 @@ from openm6.evaluate.measure import Evaluation
 
 
 def write_answers(path: Path, evaluation: Evaluation) -> None:
-    """Write a line for each record, in order: {"where", "inputs", "answer", "references", "scores"}, or {"where",
-    "error"} for one that could not be used. The file appears whole; raises OpenM6Error where it cannot be written."""
+    """Write a line per record, in order: {"where", "inputs", "answer", "references", "scores"}, or {"where", "error"}
+    for a rejected one. The file is written atomically. Raises OpenM6Error if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda draft: write_jsonl(draft, (), lambda: _lines(evaluation)))

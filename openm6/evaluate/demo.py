@@ -1,4 +1,4 @@
-"""The demo's questions: what the small model can do on combinations and digits it has never seen."""
+"""Evaluation and report of the demo model, on unseen combinations and digits."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "PingFan
           "WenQuanYi Zen Hei")  # fmt: skip
 
 _INTRO = (
-    "Every picture below shows a combination of category, colour and pattern that no training picture and no training "
-    "text had (51 of the 256 are held out), or a handwritten digit of the test split. Figures are shares of right "
-    "answers with 95% bootstrap intervals."
+    "Every picture below shows a combination of category, colour and pattern that was in no training picture and no "
+    "training text (51 of the 256 are held out), or a handwritten digit of the test split. Figures are accuracies with "
+    "95% bootstrap intervals."
 )
 
 
 def report_demo(model: Path, output: Path) -> dict[str, Any]:
-    """Measure the demo's model and write `output/report`.
+    """Evaluate the demo's model and write `output/report`.
 
     Returns {"figures": [{name, value, low, high, n}, ...], "report": path}.
     """
@@ -60,7 +60,7 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
         _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
         _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
-        _shares("gap in a sentence filled, the rest kept", gaps_filled(session)),
+        _accuracy("gap in a sentence filled, the rest unchanged", gaps_filled(session)),
     ]
     folder = output / "report"
     page = write_report(
@@ -81,8 +81,8 @@ def _answers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 
 def gaps_filled(session: Session, limit: int = 500) -> list[float]:
-    """For sentences about held-out goods with the colour left out: 1 where the answer has a colour there and all else
-    as it was given, else 0."""
+    """For sentences about held-out goods with the colour blanked: 1 if the answer has a colour in the gap and the rest
+    unchanged, else 0."""
     colour = re.compile("|".join(name + "色" for name in COLOURS))
     sentences = [r["text"] for r in iterate(open_catalogue("texts", "test")) if r["kind"] == "sentence"][:limit]
     parts = [(t[: m.start()], t[m.end() :]) for t in sentences if (m := colour.search(t))]
@@ -94,21 +94,19 @@ def gaps_filled(session: Session, limit: int = 500) -> list[float]:
 
 
 def _figure(name: str, values: Values, evaluation: Evaluation, chosen: Chosen) -> dict[str, Any]:
-    rows = np.array([i for i, case in enumerate(evaluation.cases) if chosen(case)])
-    return _shares(name, [values.corpus(np.array([row])) for row in rows])
+    rows = [row for row, case in enumerate(evaluation.cases) if chosen(case)]
+    return _accuracy(name, [values.corpus(np.array([row])) for row in rows])
 
 
-def _shares(name: str, right: list[float]) -> dict[str, Any]:
+def _accuracy(name: str, right: list[float]) -> dict[str, Any]:
     values = Values.mean(right)
     low, high = bootstrap(len(right), values.corpus)
     return {"name": name, "value": values.corpus(np.arange(len(right))), "low": low, "high": high, "n": len(right)}
 
 
 def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
-    """A sheet of pictures, drawn at random, each with a question and the model's answer, green where it is right.
-
-    Nothing is drawn where no Chinese font is installed.
-    """
+    """Write a sheet of randomly chosen pictures with question and answer, green if right. Does nothing without an
+    installed Chinese font."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The items of a batch of texts, each with its texts or the reason why it has none: texts.csv, and the review page."""
+"""The items of a batch of texts with their texts or reasons: texts.csv and the contents of the review page."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ BROKEN, TABLE = "broken.jsonl", "texts.csv"
 OWN = ("rank", "text", "reason")
 
 PICTURE_SIDE = 320
-"""Pixels of the longer side of a picture on the review page."""
+"""Longer side of a picture on the review page, in pixels."""
 
 _PICTURE = Task.from_instruction("[image:image|drop=1] -> [text:text]").left()
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A row of the source: its number among the records (-1 for a row that could not be read), its id, its record, the
-    kept texts as lines of candidates.jsonl, and why there are none ("" where there are some)."""
+    """A row of the source.
+
+    number   among the records, -1 for an unreadable row
+    texts    the kept texts, as lines of candidates.jsonl
+    reason   why there are none, "" if there are some
+    """
 
     number: int
     id: str
@@ -44,8 +48,8 @@ class Item:
 
 
 def items_of(output: Path, source: Source, id_column: str) -> Iterator[Item]:
-    """Every row of the source in its order, rows that could not be read too. An item's id is its value in `id_column`,
-    without one its number from 1."""
+    """Every row of the source in order, unreadable rows included. The id is the value of `id_column`, or the number
+    from 1."""
     texts, broken = defaultdict(list), defaultdict(list)
     for row in rows_of(output):
         if row["rank"]:
@@ -65,7 +69,7 @@ def items_of(output: Path, source: Source, id_column: str) -> Iterator[Item]:
 
 
 def write_table(path: Path, items: Sequence[Item], id_column: str, columns: Sequence[str]) -> None:
-    """A CSV with a row for each text and one for each item without any."""
+    """Write a CSV with a row per text and one per item without any."""
     name = id_column or "item"
     shown = {column: f"item {column}" if column in OWN else column for column in columns if column != id_column}
 
@@ -81,14 +85,14 @@ def write_table(path: Path, items: Sequence[Item], id_column: str, columns: Sequ
 
 
 def goods_pictures(task: Task, mapping: Mapping[str, str], source: Source) -> SlotView:
-    """The view that finds the picture of an item: in the column that the task reads, by its `mapping` of slots, else in
-    one that is known by its name or values for pictures; in no column where there is none."""
+    """The view of an item's picture: the column that the task reads (by its `mapping` of slots), else a column
+    recognized by its name or values; without one the view is empty."""
     read = next((mapping[name] for name in task.inputs if task.slots[name].type == "image" and name in mapping), None)
     return SlotView(_PICTURE, {"image": read}) if read else SlotView.of(_PICTURE, source)
 
 
 def page_items(output: Path, items: Sequence[Item], pictures: SlotView, id_column: str) -> Iterator[dict[str, Any]]:
-    """The items as the review page takes them (see `write_review`); their pictures are saved in small."""
+    """The items in the format of `write_review`; their pictures are saved as thumbnails."""
     hidden = {id_column, pictures.mapping.get("image"), *HIDDEN}
     for item in items:
         yield {
@@ -101,7 +105,7 @@ def page_items(output: Path, items: Sequence[Item], pictures: SlotView, id_colum
 
 
 def _saved_picture(file: Path, record: Record, view: SlotView) -> list[str]:
-    """The name of the small picture; of an item without a readable one none."""
+    """The name of the saved thumbnail, in a list that is empty for an item without a readable picture."""
     try:
         image = open_image(plain_picture(view(record).get("image")), draft=(PICTURE_SIDE, PICTURE_SIDE))
     except DataError:
@@ -113,7 +117,7 @@ def _saved_picture(file: Path, record: Record, view: SlotView) -> list[str]:
 
 
 def text_of(value: Any) -> str:
-    """A cell as people read it; of a table or a list its parts, one after the other."""
+    """A cell as readable text; the parts of a table or list one after the other."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}:{text_of(one)}" for name, one in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The items of a table of goods: what each gives to a model, which facts it has, and which items cannot be used."""
+"""The items of a product table: their inputs to a task, their facts, and which of them are rejected."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
 
 View = Callable[[Record], Record]
-"""Gives the values of a record by the slots of a task."""
+"""A function from a record to its values by slot of a task."""
 
 EMPTY = frozenset(
     ("无", "暂无", "没有", "未知", "不详", "待定", "待补充", "待确认", "暂缺", "缺失", "空", "未填", "未填写",
      "none", "null", "nil", "nan", "n/a", "#n/a", "n.a.", "tbd", "#value!", "#ref!")
 )  # fmt: skip
-"""Spellings of a missing value in a cell, in plain characters, beside those without a letter or digit (-, /, ?)."""
+"""Spellings of a missing value in a cell, normalized; cells without a letter or digit (-, /, ?) are missing too."""
 
 
 def is_empty(cell: Any) -> bool:
@@ -34,13 +34,13 @@ def is_empty(cell: Any) -> bool:
 
 
 def asked_of(task: Task, view: View, record: Record) -> dict[str, Any]:
-    """The input of the task that an item gives, by slot: HTML entities decoded, numbers in plain characters."""
+    """The inputs of the task for an item, by slot: HTML entities decoded, full-width digits normalized."""
     given: dict[str, Any] = {}
     for name, value in view(record).items():
         if name not in task.inputs or value is None or value == "":
             continue
         if task.slots[name].type == "table" and isinstance(value, str):
-            with suppress(ValueError):  # what is no table is refused where it is read
+            with suppress(ValueError):  # an invalid table is rejected when it is encoded
                 value = json.loads(value)
         given[name] = _clean(value) if task.slots[name].type in ("table", "text") else value
     return given
@@ -55,7 +55,7 @@ def _clean(value: Any) -> Any:
 
 
 def facts_of(task: Task, asked: Record) -> tuple[list[tuple[str, str]], list[str]]:
-    """The cells of an item that have a value, each with its column, and its texts."""
+    """The non-empty cells of an item as (column, value), and its texts."""
     cells, texts = [], []
     for name in task.inputs:
         if task.slots[name].type == "table":
@@ -66,11 +66,10 @@ def facts_of(task: Task, asked: Record) -> tuple[list[tuple[str, str]], list[str
 
 
 def closed_values(task: Task, view: View, source: Iterable[Record], most: int) -> set[str]:
-    """All values of the tables' columns that have `most` different ones at most: of two to 40 characters, without
-    digits."""
+    """Values of two to 40 characters, without digits, of the table columns with at most `most` distinct ones."""
     found: dict[str, set[str]] = defaultdict(set)
     for record in source:
-        with suppress(DataError):  # what cannot be read is told when it is its turn
+        with suppress(DataError):  # rejected later, when the item is processed
             for column, cell in facts_of(task, asked_of(task, view, record))[0]:
                 if 2 <= len(cell.strip()) <= 40 and not any(map(str.isdigit, cell)) and len(found[column]) <= most:
                     found[column].add(cell.strip())
@@ -78,8 +77,7 @@ def closed_values(task: Task, view: View, source: Iterable[Record], most: int) -
 
 
 def repeated_rows(source: Source, id_column: str) -> dict[int, str]:
-    """The numbers of the records that are equal to an earlier one, or have its id, each with the reason why it gets no
-    text."""
+    """The numbers of the records that repeat an earlier one or its id, each with the reason for its rejection."""
     found: dict[int, str] = {}
     first: dict[Any, int] = {}
     for number, record in enumerate(source):
@@ -96,7 +94,7 @@ def repeated_rows(source: Source, id_column: str) -> dict[int, str]:
 
 
 def explain_refusal(task: Task, view: View, id_column: str, error: DataError, where: str, record: Record) -> str:
-    """Why an item cannot be used, in the words of the table's author."""
+    """The reason why an item is rejected; for a text that is too long it names the longest cell."""
     if not isinstance(error, ContextLengthError):
         return str(error)
     cells, texts = facts_of(task, asked_of(task, view, record))

@@ -114,7 +114,7 @@ def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge)
 
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:
     judge.session.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
-    with pytest.raises(UsageError, match="The task two has 2 pictures: a judge looks at one"):
+    with pytest.raises(UsageError, match="The task two has 2 picture slots: a judge needs one"):
         Judge(judge.session, "two")
 
 

@@ -220,7 +220,9 @@ def test_a_run_is_not_resumed_with_anything_else(
     stop_after(Prediction(session, "say", str(data), output), 4)
 
     def refused(said: str, session: Session = session, task: Any = "say", **options: Any) -> None:
-        with pytest.raises(UsageError, match=f"out.csv was begun with other {said}.*delete the folder .*out.csv.parts"):
+        with pytest.raises(
+            UsageError, match=f"out.csv was started with other {said}.*delete the folder .*out.csv.parts"
+        ):
             Prediction(session, task, str(data), output, **options)
 
     refused("options", decoding={"max_new_tokens": 2})
@@ -298,7 +300,7 @@ def test_the_eval_command_shows_labels_and_writes_answers(model: Path, tmp_path:
     words = ["eval", model, "--task", "mood", "--data", data]
     said = command(*words, "--output", output).stdout
     assert "macro_f1" in said and "confusion matrix" in said and "Records that could not be used: 1" in said
-    assert "1 of 3 references are no labels of the task mood (红, 蓝, 红蓝)" in said.replace("\n", " ")
+    assert "1 of 3 references are not labels of the task mood (红, 蓝, 红蓝)" in said.replace("\n", " ")
     rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [row.get("references") for row in rows] == [["红"], ["蓝"], ["绿"], None] and "error" in rows[3]
     found = json.loads(command(*words, "--metric", "exact_match", "--metric", "accuracy", "--json").stdout)

@@ -154,7 +154,7 @@ def test_a_folder_that_is_gone_is_a_reason(jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.submit(["eval", "--help"], folder=tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     jobs.step()
-    assert jobs.get(job.id).state == FAILED and "not there any more" in jobs.get(job.id).message
+    assert jobs.get(job.id).state == FAILED and "no longer exists" in jobs.get(job.id).message
 
 
 def test_how_far_a_training_is(tmp_path: Path) -> None:

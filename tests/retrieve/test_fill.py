@@ -151,7 +151,7 @@ def test_what_cannot_be_is_told(model: Path, goods: Path, tmp_path: Path) -> Non
     built(model, goods, tmp_path / "b")
     with pytest.raises(UsageError, match="was started with other settings .*task: image_vector"):
         call("index", "build", tmp_path / "b", "--model", model, "--task", "text_vector", "--data", goods)
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         call("index", "search", tmp_path / "c", "text=红")
     Index.create(tmp_path / "own", 4).add(["a"], np.ones((1, 4)))
     with pytest.raises(UsageError, match="does not say by which model"):
