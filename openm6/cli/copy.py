@@ -21,6 +21,7 @@ from openm6.cli.output import (
     counted,
     emit,
     pairs,
+    show_acceptance,
     table,
 )
 from openm6.cli.work import decoding_options
@@ -116,11 +117,6 @@ def labels(
     from openm6.studio.copy import write_labelled_copy
 
     found = write_labelled_copy(output, labels)
-    if json:
-        emit(found)
-        return
-    rows = [("all", found), *found["by_rank"].items()]
-    table(["rank", "accepted", "texts"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
-    if found["edited"]:
+    show_acceptance(found, "texts", json)
+    if found["edited"] and not json:
         typer.echo(f"{found['edited']:.1%} of the texts were edited and accepted.")
-    typer.echo(f"Training data: {found['file']}")

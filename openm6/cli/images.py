@@ -32,6 +32,7 @@ from openm6.cli.output import (
     counted,
     emit,
     pairs,
+    show_acceptance,
     show_measures,
     table,
 )
@@ -323,10 +324,4 @@ def labels(
     """Write the human labels as training data (labelled.jsonl), and print the acceptance rate."""
     from openm6.studio.images import write_labelled
 
-    found = write_labelled(output, labels)
-    if json:
-        emit(found)
-        return
-    rows = [("all", found), *found["by_rank"].items()]
-    table(["rank", "accepted", "pictures"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
-    typer.echo(f"Training data: {found['file']}")
+    show_acceptance(write_labelled(output, labels), "pictures", json)

@@ -111,6 +111,16 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
     table(["measure", *rows], [[name, *(f"{row[name]:.3f}" for row in rows.values())] for name in names], title)
 
 
+def show_acceptance(found: dict[str, Any], what: str, json: bool) -> None:
+    """Print the acceptance rates of a `labels` command (studio.review.acceptance), in all and by rank."""
+    if json:
+        emit(found)
+        return
+    rows = [("all", found), *found["by_rank"].items()]
+    table(["rank", "accepted", what], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
+    typer.echo(f"Training data: {found['file']}")
+
+
 def write_rejects(path: Path, rejects: Iterable[Reject], used: int) -> Rejects | None:
     """Replace the file by the rejected records of this call; None without any. `used`: number of other records."""
     from openm6.data.rejects import Rejects

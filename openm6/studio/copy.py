@@ -26,31 +26,20 @@ from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.inference import Decoding, Generated
 from openm6.inference.session import LIMITS, Session
-from openm6.studio.copy_items import BROKEN, TABLE, goods_pictures, items_of, page_items, text_of, write_table
-from openm6.studio.items import asked_of, closed_values, explain_refusal, facts_of, repeated_rows
-from openm6.studio.review import (
-    CANDIDATES,
-    CONTENT,
-    LABELLED,
-    REJECTS,
-    acceptance,
-    as_line,
-    batch_folder,
-    content_of,
-    go_on,
-    groups,
-    kept_of,
-    no_progress,
-    open_rejects,
-    place_of,
-    require_same,
-    rows_of,
-    seed_of,
-    settings_of,
-    usable,
-    verdicts_on,
-    write,
-    write_review,
+from openm6.studio import review
+from openm6.studio.items import (
+    BROKEN,
+    TABLE,
+    asked_of,
+    closed_values,
+    explain_refusal,
+    facts_of,
+    goods_pictures,
+    items_of,
+    page_items,
+    repeated_rows,
+    text_of,
+    write_table,
 )
 from openm6.tasks.constraints import Limits, whole_sentences
 from openm6.tasks.task import Task
@@ -107,7 +96,7 @@ def make_copy(
     id_column: str = "",
     table: Sequence[str] | None = None,
     data_format: str | None = None,
-    on_progress: Callable[[int, int], None] = no_progress,
+    on_progress: Callable[[int, int], None] = review.no_progress,
 ) -> dict[str, Any]:
     """Write `candidates` texts for every item of the source, keep the `keep` best (by default 2, at most `candidates`)
     that break no rule and are not near-duplicates, and write `output` with a review page. An interrupted batch is
@@ -129,7 +118,7 @@ def make_copy(
     chosen, source = session.task(task), open_source(items, data_format)
     if [chosen.slots[name].type for name in chosen.outputs] != ["text"]:
         raise UsageError(f"The task {chosen.name} does not write one text: it gives {', '.join(chosen.outputs)}.")
-    keep = kept_of(keep, candidates, 2)
+    keep = review.kept_of(keep, candidates, 2)
     view = _view(chosen, source, columns or {})
     goods = goods_pictures(chosen, view.mapping, source)
     shown = list(table) if table is not None else [c for c in source.columns if c not in goods.mapping.values()]
@@ -151,34 +140,36 @@ def make_copy(
     values = Values.load(words, known) if facts else None
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "items": str(items),
-        CONTENT: content_of(session, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
-        **rules,
+        review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
+        "candidates": candidates, "keep": keep, **rules,
         "words": f"{words.name} {hashlib.sha256(words.read_bytes()).hexdigest()[:12]}" if facts else "",
         **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
     repeated = repeated_rows(source, id_column)
     ask, explain = partial(asked_of, chosen, view), partial(explain_refusal, chosen, view, id_column)
-    with batch_folder(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume):
-        before = go_on(output / CANDIDATES)
+    with review.batch_folder(output, settings, {"kind": "texts", "slots": slots, "picture": chosen.outputs[0]}, resume):
+        before = review.go_on(output / review.CANDIDATES)
         given = {number: row["given"] for number, row in before.items()}
-        require_same(output, settings, source, given, lambda record: _as_json(ask(record), chosen))
+        review.require_same(output, settings, source, given, lambda record: _as_json(ask(record), chosen))
         done = set(before)
         # The rejected texts of an incomplete item are written again.
-        write(output / BROKEN, map(as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]))
-        seen = {row["said"]: row["prompt"] for row in rows_of(output)}
-        rejects = open_rejects(output / REJECTS, source, share=1)
+        review.write(
+            output / BROKEN, map(review.as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done])
+        )
+        seen = {row["said"]: row["prompt"] for row in review.rows_of(output)}
+        rejects = review.open_rejects(output / review.REJECTS, source, share=1)
         with (
-            open(output / CANDIDATES, "a", encoding="utf-8") as file,
+            open(output / review.CANDIDATES, "a", encoding="utf-8") as file,
             open(output / BROKEN, "a", encoding="utf-8") as broken,
         ):
-            for group in groups(len(source), ITEMS):
+            for group in review.groups(len(source), ITEMS):
                 for number in sorted(repeated.keys() & set(group)):
-                    rejects.count(place_of(source, number, source[number]), repeated[number], source.name)
+                    rejects.count(review.place_of(source, number, source[number]), repeated[number], source.name)
                 alone = [number for number in group if number not in repeated]
-                asked = dict(usable(session, chosen, ask, source, alone, rejects, explain=explain))
+                asked = dict(review.usable(session, chosen, ask, source, alone, rejects, explain=explain))
                 if not done.issuperset(asked):
-                    own = {**asdict(options), "seed": seed_of(options.seed, group.start)}
+                    own = {**asdict(options), "seed": review.seed_of(options.seed, group.start)}
                     limits = {
                         n: _limits(session, chosen, record, values, rules, id_column) for n, record in asked.items()
                     }
@@ -188,7 +179,7 @@ def make_copy(
                             continue
                         good, bad = judge_texts(session, chosen, written[number], limits[number], seen, number)
                         lines = list(_lines(number, _as_json(asked[number], chosen), good[:keep]))
-                        broken.writelines(as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
+                        broken.writelines(review.as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
                         sync(broken)
                         file.writelines(lines)
                         sync(file)
@@ -197,9 +188,9 @@ def make_copy(
                 on_progress(group.stop, len(source))
         found = list(items_of(output, source, id_column))
         write_file(output / TABLE, lambda draft: write_table(draft, found, id_column, shown))
-        page = write_review(output, page_items(output, found, goods, id_column), id_column or "item", most)
+        page = review.write_review(output, page_items(output, found, goods, id_column), id_column or "item", most)
     reasons = Counter(kind_of_reason(one["reason"]) for one in whole_lines(output / BROKEN))
-    kept = Counter(row["prompt"] for row in rows_of(output) if row["rank"])
+    kept = Counter(row["prompt"] for row in review.rows_of(output) if row["rank"])
     return {
         "items": len(done), "bad": rejects.bad, "texts": kept.total(), "empty": len(done) - len(kept),
         "broken": dict(reasons.most_common()), "page": str(page),
@@ -210,9 +201,9 @@ def make_copy(
 def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
     """Write the accepted texts, as edited, as records of the task. Returns {"file", "labelled": number, "accepted":
     fraction, "edited": fraction, "by_rank"}."""
-    settings = settings_of(output, "texts")
-    rows = {row["file"]: row for row in rows_of(output) if row["rank"]}
-    verdicts = verdicts_on(rows, output, "text", labels)
+    settings = review.settings_of(output, "texts")
+    rows = {row["file"]: row for row in review.rows_of(output) if row["rank"]}
+    verdicts = review.verdicts_on(rows, output, "text", labels)
     by_rank: dict[int, list[int]] = defaultdict(list)
 
     def lines() -> Iterator[str]:
@@ -220,11 +211,11 @@ def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
             if name in verdicts:
                 by_rank[row["rank"]].append(int(verdicts[name].accepted))
                 if verdicts[name].accepted:
-                    yield as_line({**row["given"], settings["picture"]: verdicts[name].text or row["said"]})
+                    yield review.as_line({**row["given"], settings["picture"]: verdicts[name].text or row["said"]})
 
-    file = write(output / LABELLED, lines())
+    file = review.write(output / review.LABELLED, lines())
     edited = sum(bool(verdict.text) for verdict in verdicts.values())
-    return {"file": str(file), "edited": edited / len(verdicts), **acceptance(by_rank)}
+    return {"file": str(file), "edited": edited / len(verdicts), **review.acceptance(by_rank)}
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
@@ -315,9 +306,9 @@ def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]])
     }
     base = {"prompt": number, "of": len(kept), "asked": shown, "given": given}
     if not kept:
-        yield as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})
+        yield review.as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})
     for rank, (text, score) in enumerate(kept, start=1):
-        yield as_line({**base, "file": f"{number:06d}-{rank}", "rank": rank, "said": text, "score": score})
+        yield review.as_line({**base, "file": f"{number:06d}-{rank}", "rank": rank, "said": text, "score": score})
 
 
 _KINDS = {

@@ -29,30 +29,7 @@ from openm6.data.store import Record
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
 from openm6.inference.session import Session
-from openm6.studio.review import (
-    CANDIDATES,
-    CONTENT,
-    LABELLED,
-    REJECTS,
-    SETTINGS,
-    acceptance,
-    as_line,
-    batch_folder,
-    content_of,
-    go_on,
-    groups,
-    kept_of,
-    no_progress,
-    open_rejects,
-    require_same,
-    rows_of,
-    seed_of,
-    settings_of,
-    usable,
-    verdicts_on,
-    write,
-    write_review,
-)
+from openm6.studio import review
 from openm6.tasks.task import Task
 
 ROWS = 64
@@ -78,7 +55,7 @@ def make_batch(
     resume: bool = True,
     data_format: str | None = None,
     truncate: str | None = None,
-    on_progress: Callable[[int, int], None] = no_progress,
+    on_progress: Callable[[int, int], None] = review.no_progress,
 ) -> dict[str, Any]:
     """Draw `candidates` pictures for every record of the source `prompts`, keep the `keep` best (by default 4, at most
     `candidates`) that are not near-duplicates, and write `output` with a review page. An interrupted batch is resumed
@@ -95,37 +72,37 @@ def make_batch(
     """
     chosen, source = session.task(task), open_source(prompts, data_format)
     chosen.check_draws()
-    keep, decoding = kept_of(keep, candidates, 4), dict(decoding or {})
+    keep, decoding = review.kept_of(keep, candidates, 4), dict(decoding or {})
     if "seed" not in {**chosen.decode, **decoding}:
-        decoding["seed"] = settings_of(output)["seed"] if (output / SETTINGS).is_file() else fresh_seed()
+        decoding["seed"] = review.settings_of(output)["seed"] if (output / review.SETTINGS).is_file() else fresh_seed()
     list(session.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # raises for invalid options
     options = Drawing.of(**{**chosen.decode, **decoding})
     view = _prompt_view(chosen, source, columns or {})
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "prompts": str(prompts),
-        CONTENT: content_of(session, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
-        "truncate": truncate, **asdict(options),
+        review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
+        "candidates": candidates, "keep": keep, "truncate": truncate, **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
 
     def asks(record: Record) -> dict[str, Any]:
         return _without_pictures(chosen, _inputs_of(view, record))
 
-    with batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
-        begun = go_on(output / CANDIDATES)
-        require_same(
+    with review.batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
+        begun = review.go_on(output / review.CANDIDATES)
+        review.require_same(
             output, settings, source, {n: _without_pictures(chosen, row["asked"]) for n, row in begun.items()}, asks
         )
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
-        rejects = open_rejects(output / REJECTS, source)
-        with open(output / CANDIDATES, "a", encoding="utf-8") as file:
-            for group in groups(len(source), max(1, ROWS // candidates)):
+        rejects = review.open_rejects(output / review.REJECTS, source)
+        with open(output / review.CANDIDATES, "a", encoding="utf-8") as file:
+            for group in review.groups(len(source), max(1, ROWS // candidates)):
                 asked = dict(
-                    usable(session, chosen, partial(_inputs_of, view), source, group, rejects, truncate=truncate)
+                    review.usable(session, chosen, partial(_inputs_of, view), source, group, rejects, truncate=truncate)
                 )
                 if not done.issuperset(asked):
                     # A group is drawn whole with its own seed, so that its pictures do not depend on interruptions.
-                    own = {**decoding, "seed": seed_of(options.seed, group.start)}
+                    own = {**decoding, "seed": review.seed_of(options.seed, group.start)}
                     drawn = session.draw_many(
                         chosen, asked.values(), candidates=candidates, batch_size=ROWS, decoding=own, truncate=truncate
                     )
@@ -137,8 +114,8 @@ def make_batch(
                             done.add(number)
                             pictures += len(lines)
                 on_progress(group.stop, len(source))
-        page = write_review(output)
-    uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in rows_of(output))
+        page = review.write_review(output)
+    uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in review.rows_of(output))
     return {
         "prompts": len(done), "bad": rejects.bad, "uncertain": uncertain, "pictures": pictures, "seed": options.seed,
         "page": str(page),
@@ -175,10 +152,10 @@ def write_labelled(output: Path, labels: str | Path) -> dict[str, Any]:
     def lines() -> Iterator[str]:
         for rank, record in _judged(output, labels):
             verdicts.setdefault(rank, []).append(record["verdict_quality"])
-            yield as_line(record)
+            yield review.as_line(record)
 
-    file = write(output / LABELLED, lines())
-    return {"file": str(file), **acceptance(verdicts)}
+    file = review.write(output / review.LABELLED, lines())
+    return {"file": str(file), **review.acceptance(verdicts)}
 
 
 def _prompt_view(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
@@ -227,7 +204,7 @@ def _save(output: Path, task: Task, number: int, inputs: Record, kept: list[Cand
             "uncertain": candidate.uncertain, "score": candidate.score, "estimates": candidate.estimates,
             "codes": candidate.codes.tolist(),
         }  # fmt: skip
-        lines.append(as_line(line))
+        lines.append(review.as_line(line))
     return lines
 
 
@@ -238,9 +215,9 @@ def _save_picture(picture: Image.Image, file: Path) -> None:
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(rank, training record) of every labelled picture."""
-    settings = settings_of(output, "pictures")
-    verdicts = verdicts_on({row["file"] for row in rows_of(output)}, output, "picture", labels)
-    for row in rows_of(output):
+    settings = review.settings_of(output, "pictures")
+    verdicts = review.verdicts_on({row["file"] for row in review.rows_of(output)}, output, "picture", labels)
+    for row in review.rows_of(output):
         if row["file"] in verdicts:
             # All slots are named, so that no other column is mapped to an empty one.
             asked = {slot: row["asked"].get(slot) for slot in settings["slots"]}
