@@ -131,14 +131,14 @@ def learn(
     if json:
         emit(found)
         return
-    rows = [[task, *(told.get(name, "") for name in _COLUMNS)] for task, told in found["tasks"].items()]
+    rows = [[task, *(figures.get(name, "") for name in _COLUMNS)] for task, figures in found["tasks"].items()]
     table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
     typer.echo(
         f"Version {found['version']} is live." if found["better"]
         else f"Version {found['from']} stays live. {found['reason']}"
     )  # fmt: skip
-    for task, told in found["tasks"].items():
-        if passed_over := told.get("passed_over"):
+    for task, figures in found["tasks"].items():
+        if passed_over := figures.get("passed_over"):
             typer.echo(f"{task}: skipped answers: {told_counts(passed_over)}.")
 
 
@@ -154,12 +154,12 @@ def status(box: Place, json: Json = False) -> None:
     """Show the settings, stored answers and serving process of an edge node, without changing it."""
     from openm6.edge.status import status_of
 
-    told = status_of(box)
+    figures = status_of(box)
     if json:
-        emit(told)
+        emit(figures)
         return
-    kept, settings = told.pop("kept"), told.pop("settings")
-    rows = {**told, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
+    kept, settings = figures.pop("kept"), figures.pop("settings")
+    rows = {**figures, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
     table(["", ""], [[name, str(value)] for name, value in rows.items()], str(box))
 
 

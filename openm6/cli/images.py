@@ -61,8 +61,8 @@ def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str,
     for place, candidate in enumerate(drawn):
         file = save_next(candidate.image, output)
         each = {f"follows {name}": odds[place] for name, odds in (follows or {}).items()}
-        told = {"seed": candidate.seed, "uncertain": candidate.uncertain, "score": candidate.score}
-        rows.append({"file": str(file), **told, **candidate.estimates, **each})
+        details = {"seed": candidate.seed, "uncertain": candidate.uncertain, "score": candidate.score}
+        rows.append({"file": str(file), **details, **candidate.estimates, **each})
     if json:
         emit(rows)
         return

@@ -176,11 +176,11 @@ def show(path: Place, json: Json = False) -> None:
     from openm6.retrieve.index import Index
 
     made = Index.open(path)
-    told: dict[str, Any] = {"items": len(made), "version": made.version, **made.about, "versions": made.versions()}
+    details: dict[str, Any] = {"items": len(made), "version": made.version, **made.about, "versions": made.versions()}
     if json:
-        emit(told)
+        emit(details)
     else:
-        table(["", ""], [[name, value] for name, value in told.items() if name != "versions"], str(path))
+        table(["", ""], [[name, value] for name, value in details.items() if name != "versions"], str(path))
 
 
 def _open(path: Path) -> tuple[Index, Session]:
@@ -210,8 +210,8 @@ def _require_same(made: Index, columns: dict[str, str], dims: int | None, **aske
     if dims not in (None, made.dims):
         found["dims"] = made.dims
     if found:
-        told = "; ".join(f"{name}: {value or 'none'}" for name, value in found.items())
-        raise UsageError(f"{made.path} was started with other settings ({told}): use them, or another directory.")
+        details = "; ".join(f"{name}: {value or 'none'}" for name, value in found.items())
+        raise UsageError(f"{made.path} was started with other settings ({details}): use them, or another directory.")
 
 
 def _counted(ids: list[str], what: str) -> str:
@@ -246,8 +246,8 @@ def _fill(
         parts = [_counted(filled.new, "new"), _counted(filled.replaced, "replaced")]
         typer.echo(f"{', '.join(parts)}; {made.path} has {len(made)} items ({describe(made.about['columns'])}).")
         if filled.passed_over:
-            told = _counted(filled.passed_over, "already in the index and skipped")
-            typer.echo(f"{told}: `openm6 index add` without --only-new replaces them.")
+            details = _counted(filled.passed_over, "already in the index and skipped")
+            typer.echo(f"{details}: `openm6 index add` without --only-new replaces them.")
         if filled.repeated:
             typer.echo(f"{_counted(filled.repeated, 'repeated')}: of several records with one id the first counts.")
         say_rejects(rejects)

@@ -35,9 +35,9 @@ def submit(
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
     """List all jobs and their progress."""
-    from openm6.hub.jobs import Jobs, told
+    from openm6.hub.jobs import Jobs, describe_job
 
-    found = [told(job) for job in Jobs().list()]
+    found = [describe_job(job) for job in Jobs().list()]
     if json:
         emit(found)
         return
@@ -48,9 +48,9 @@ def list_jobs(json: Json = False) -> None:
 @jobs.command()
 def show(identity: Identity, json: Json = False) -> None:
     """Show a job."""
-    from openm6.hub.jobs import Jobs, told
+    from openm6.hub.jobs import Jobs, describe_job
 
-    found = told(Jobs().get(identity))
+    found = describe_job(Jobs().get(identity))
     if json:
         emit(found)
     else:

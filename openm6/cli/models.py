@@ -153,10 +153,10 @@ def export(
 
     from openm6.edge.package import export as write
 
-    told = write(place, output, bits)
+    details = write(place, output, bits)
     size = sum(file.stat().st_size for file in output.iterdir())
     if json:
-        emit({**told, "bytes": size})
+        emit({**details, "bytes": size})
     else:
         typer.echo(f"{output}: {size / 2**20:.1f} MiB. Try it: python {output / 'openm6-edge'} tasks")
 
@@ -240,8 +240,8 @@ def show(name: Named, json: Json = False) -> None:
     from openm6.hub.catalogue import Catalogue
 
     version = Catalogue().named(name)
-    told = _version(version)
-    emit(told) if json else table(["", ""], list(told.items()), version.full_name)
+    details = _version(version)
+    emit(details) if json else table(["", ""], list(details.items()), version.full_name)
 
 
 @models.command()
@@ -295,8 +295,8 @@ def fetch(name: Named, output: Output, json: Json = False) -> None:
     catalogue = Catalogue()
     version = catalogue.named(name)
     place = catalogue.fetch(version, output)
-    if (base := version.about.get("base")) and (told := changed_base(place, base["hash"])):
-        typer.secho(told, err=True)
+    if (base := version.about.get("base")) and (details := changed_base(place, base["hash"])):
+        typer.secho(details, err=True)
     emit({"directory": str(place)}) if json else typer.echo(str(place))
 
 

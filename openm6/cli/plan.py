@@ -242,7 +242,7 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
     return replace(hardware, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
+def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
     """A hardware figure in its own unit: a memory may be 80GB, a rate 25GB/s (`plain`: bytes per second of one unit of
     a rate without a unit)."""
     from openm6.core.errors import UsageError
@@ -262,7 +262,7 @@ def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
             return value
     except ValueError:
         pass
-    raise UsageError(f"{told} has to be a number{example}, not {text!r}.")
+    raise UsageError(f"{label} has to be a number{example}, not {text!r}.")
 
 
 def _checked(work: Work, config: ModelConfig) -> Work:

@@ -24,10 +24,10 @@ def page(desk: Desk) -> None:
 
     async def others(request: gr.Request) -> Any:
         found = desk.choices()
-        told = say("Only one model is served. Serve two to compare them:")
+        text = say("Only one model is served. Serve two to compare them:")
         return (
             gr.Dropdown(choices=found, value=found[min(1, len(found) - 1)][1] if found else None),
-            "" if len(found) > 1 else first_step(told, "openm6 serve goods=runs/demo/model other=runs/other/model"),
+            "" if len(found) > 1 else first_step(text, "openm6 serve goods=runs/demo/model other=runs/other/model"),
         )
 
     desk.on(None, others, outputs=[second, alone])
@@ -58,23 +58,23 @@ def page(desk: Desk) -> None:
         async def ask(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
             shown = [answer.nothing() for answer in answers]
             nothing = [value for answer in shown for value in answer]
-            told: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+            updates: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
             async def follow(number: int) -> None:
                 try:
                     async for one in stream_answer(desk, request, sides[number], asking, answers[number], values):
-                        told.put_nowait((number, one))
-                    told.put_nowait((number, None))
+                        updates.put_nowait((number, one))
+                    updates.put_nowait((number, None))
                 except BaseException as error:
-                    told.put_nowait((number, error))
+                    updates.put_nowait((number, error))
 
             running = [asyncio.create_task(follow(number)) for number in range(2)]
-            told_of = desk.beside(asking.notes)
+            no_errors = desk.beside(asking.notes)
             try:
                 left = 2
                 while left:
-                    yield [*told_of, *(value for answer in shown for value in answer)]
-                    number, found = await told.get()
+                    yield [*no_errors, *(value for answer in shown for value in answer)]
+                    number, found = await updates.get()
                     if isinstance(found, Exception):
                         yield [*desk.beside(asking.notes, desk.unforeseen(found)), *nothing]
                         return

@@ -28,11 +28,11 @@ def page(desk: Desk) -> None:
 
     def names(select: str | None = None) -> Any:
         found = [one.full_name for one in desk.catalogue.every(DATA)]
-        told = say(
+        text = say(
             "The catalogue has no data set yet. Add one below or with this command; its files stay where they are."
         )
         return [
-            "" if found else first_step(told, "openm6 data add reviews reviews.jsonl"),
+            "" if found else first_step(text, "openm6 data add reviews reviews.jsonl"),
             gr.Column(visible=bool(found)),
             gr.Dropdown(choices=found, value=select or (found[-1] if found else None)),
         ]
@@ -87,9 +87,9 @@ def _look(desk: Desk, version: Version) -> list[Any]:
     ]  # fmt: skip
     columns = list(about["columns"])
     rows = [[shortened(row.get(head), 120) for head in columns] for row in desk.catalogue.sample(version)]
-    told = table([say("version"), version.full_name], facts, say("Overview"))
-    told += table([say("column"), say("type")], list(about["columns"].items()), say("Columns"))
-    told += table(columns, rows, say("The first records"))
+    text = table([say("version"), version.full_name], facts, say("Overview"))
+    text += table([say("column"), say("type")], list(about["columns"].items()), say("Columns"))
+    text += table(columns, rows, say("The first records"))
     pictures, problems, seen = [], [], set[bytes]()
     try:
         records = open_source(about["source"], about.get("format"), about.get("images"))
@@ -102,7 +102,7 @@ def _look(desk: Desk, version: Version) -> list[Any]:
     except Exception as error:  # the source may be gone; the catalogue's copy is still shown
         problems = [[about["source"], say("It can no longer be read ({why}).", why=type(error).__name__)]]
     wrong = table([say("location"), say("reason")], problems, say("Rejected records")) if problems else ""
-    return [told, gr.Gallery(pictures, visible=bool(pictures)), wrong]
+    return [text, gr.Gallery(pictures, visible=bool(pictures)), wrong]
 
 
 def _picture(value: bytes) -> Any:

@@ -45,16 +45,16 @@ class Form:
     `notes` has the notes by slot, and under "" the general one, which the page renders beside its button.
     """
 
-    def __init__(self, desk: Desk, name: str, told: Description):
-        self.desk, self.name, self.told = desk, name, told
-        self.slots = {slot: told["slots"][slot] for slot in told["inputs"]}
+    def __init__(self, desk: Desk, name: str, about: Description):
+        self.desk, self.name, self.about = desk, name, about
+        self.slots = {slot: about["slots"][slot] for slot in about["inputs"]}
         self.fields: list[Any] = []
         self.notes: dict[str, Any] = {}
         for slot, kind in self.slots.items():
             self.fields.append(self._field(slot, kind))
             self.notes[slot] = note()
         self.notes[""] = gr.HTML(elem_classes="note", apply_default_css=False, render=False)
-        say, defaults = desk.say, OPTIONS.get(told["kind"], ())
+        say, defaults = desk.say, OPTIONS.get(about["kind"], ())
         labels = {
             "passes": say("Decoding passes"), "guidance": say("Guidance scale"), "temperature": say("Temperature"),
             "seed": say("Seed"), "max_new_tokens": say("Max tokens"), "num_beams": say("Beam width"),
@@ -62,16 +62,16 @@ class Form:
         with gr.Accordion(say("Options"), open=False):
             with gr.Row():
                 self.options = [  # not gr.Number, which turns an empty field into 0
-                    gr.Textbox(_text(told["decode"].get(option, default)), label=labels[option], min_width=110)
+                    gr.Textbox(_text(about["decode"].get(option, default)), label=labels[option], min_width=110)
                     for option, default in defaults
                 ]
                 self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws)
             self.examples = gr.Textbox(
                 label=say("Few-shot examples with answers, one JSON object per line"),
                 lines=2,
-                visible=told["kind"] == "text",
+                visible=about["kind"] == "text",
             )
-            gr.Textbox(told["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
+            gr.Textbox(about["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
 
     @property
     def enters(self) -> list[Any]:
@@ -80,7 +80,7 @@ class Form:
 
     @property
     def draws(self) -> bool:
-        return bool(self.told["kind"] == "picture")
+        return bool(self.about["kind"] == "picture")
 
     @property
     def inputs(self) -> list[Any]:
@@ -88,7 +88,7 @@ class Form:
         return [*self.fields, *self.options, self.count, self.examples]
 
     def _field(self, slot: str, kind: str) -> Any:
-        example = self.told["example"].get(slot)
+        example = self.about["example"].get(slot)
         label = self.desk.slot(slot)
         if kind == "image":
             field = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=220)
@@ -120,7 +120,7 @@ class Form:
         inputs = {
             slot: self._given(slot, kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)
         }
-        names = [name for name, _ in OPTIONS.get(self.told["kind"], ())]
+        names = [name for name, _ in OPTIONS.get(self.about["kind"], ())]
         decoding = {name: self._number(value) for name, value in zip(names, options, strict=True) if value}
         try:
             records = [json.loads(line) for line in lines_of(examples or "")]
@@ -153,7 +153,7 @@ class Form:
         """Example values of the fields; for a task with a picture, from a record of the built-in data."""
         from openm6.data.source import open_source
 
-        example = dict(self.told["example"])
+        example = dict(self.about["example"])
         if "image" in self.slots.values():
             record = open_source(f"{SAMPLES.get(self.name, 'demo:items')}/test")[7]
             for slot, kind in self.slots.items():
@@ -168,12 +168,12 @@ class Form:
 class Answer:
     """The components that show an answer."""
 
-    def __init__(self, desk: Desk, told: Description, label: str | None = None):
-        self.desk, self.told = desk, told
-        self.shows_pictures = told["kind"] == "picture" or "box" in _outputs(told).values()
+    def __init__(self, desk: Desk, about: Description, label: str | None = None):
+        self.desk, self.about = desk, about
+        self.shows_pictures = about["kind"] == "picture" or "box" in _outputs(about).values()
         self.text = gr.Textbox(
             label=label or desk.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
-            placeholder=desk.say("The answer appears here."), visible=told["kind"] != "picture",
+            placeholder=desk.say("The answer appears here."), visible=about["kind"] != "picture",
         )  # fmt: skip
         self.pictures = gr.Gallery(
             label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
@@ -197,11 +197,11 @@ class Answer:
         value, say = event["value"], self.desk.say
         took, seed = say("{seconds} s", seconds=f"{seconds:.2f}"), event.get("seed")
         seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
-        if self.told["kind"] == "picture":
+        if self.about["kind"] == "picture":
             shown = [(Image.open(io.BytesIO(one["image"])), self._caption(one, one is value[0])) for one in value]
             doubt = say("The model does not recognize the prompt in the best picture.") + " "
             return "", shown, doubt * bool(value[0].get("uncertain")) + took + seed
-        if self.told["kind"] == "text" and event["tokens"]:
+        if self.about["kind"] == "text" and event["tokens"]:
             took = say(
                 "{tokens} tokens in {seconds} s, the first after {first} s", tokens=event["tokens"],
                 seconds=f"{seconds:.2f}", first=f"{first:.2f}",
@@ -219,8 +219,8 @@ class Answer:
         return " · ".join([say("best")] * is_best + found)
 
     def _said(self, value: Any) -> str:
-        outputs = _outputs(self.told)
-        if self.told["kind"] == "vector":
+        outputs = _outputs(self.about)
+        if self.about["kind"] == "vector":
             some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
             return self.desk.say("{size} dimensions: {some} ...", size=len(value), some=some)
         if len(outputs) > 1 and isinstance(value, Mapping):
@@ -229,14 +229,14 @@ class Answer:
 
     def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
         """The input picture with the answered boxes drawn on it."""
-        if "box" not in _outputs(self.told).values():
+        if "box" not in _outputs(self.about).values():
             return []
-        boxes = value if isinstance(value, Mapping) else {self.told["outputs"][0]: value}
-        given = next(asked.inputs[slot] for slot in self.told["inputs"] if self.told["slots"][slot] == "image")
+        boxes = value if isinstance(value, Mapping) else {self.about["outputs"][0]: value}
+        given = next(asked.inputs[slot] for slot in self.about["inputs"] if self.about["slots"][slot] == "image")
         picture = open_image(base64.b64decode(given))  # upright, as the model saw it
         picture = picture.resize([side * max(1, SMALL // max(picture.size)) for side in picture.size])  # type: ignore[arg-type]
         pen = ImageDraw.Draw(picture)
-        for slot, kind in _outputs(self.told).items():
+        for slot, kind in _outputs(self.about).items():
             if kind == "box" and boxes.get(slot):
                 left, top, right, bottom = boxes[slot]
                 w, h = picture.size
@@ -244,8 +244,8 @@ class Answer:
         return [(picture, "")]
 
 
-def _outputs(told: Description) -> dict[str, str]:
-    return {slot: told["slots"][slot] for slot in told["outputs"]}
+def _outputs(about: Description) -> dict[str, str]:
+    return {slot: about["slots"][slot] for slot in about["outputs"]}
 
 
 def _path(payload: Any) -> str | None:

@@ -58,7 +58,7 @@ def page(desk: Desk) -> None:
                 label=say("Name in the catalogue"), placeholder="goods", min_width=160, elem_id="kept-name"
             )
             keep = gr.Button(say("Save the model"), elem_id="keep", min_width=120)
-        told = gr.Markdown()
+        text = gr.Markdown()
         keep_wrong = {"": note()}
     shown = [state, loss, log]
 
@@ -67,9 +67,9 @@ def page(desk: Desk) -> None:
         found = [(f"{desk.time(job.created)} · {job.name} · {say(job.state)}", job.id) for job in jobs]
         known = [value for _, value in found]
         value = select if select in known else known[0] if known else None
-        told = say("There is no fine-tuning job yet. Choose the training data above and submit one.")
+        text = say("There is no fine-tuning job yet. Choose the training data above and submit one.")
         return [
-            "" if jobs else first_step(told), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
+            "" if jobs else first_step(text), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
         ]  # fmt: skip
 
     async def opened(request: gr.Request) -> Any:
@@ -120,7 +120,7 @@ def page(desk: Desk) -> None:
     desk.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
     given = [base, task, data, validation, method, steps, batch, output, more]
     desk.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong)
-    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [told], keep_wrong)
+    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [text], keep_wrong)
     for button, what in ((stop, desk.jobs.stop), (resume, desk.jobs.resume), (remove, desk.jobs.remove)):
         desk.on(button.click, acting(what), [chosen], jobs, job_wrong)
     desk.on(gr.Timer(2).tick, tick, [chosen], [*jobs, *shown], show_progress="hidden")
@@ -175,17 +175,17 @@ def _look(desk: Desk, job: Job) -> list[Any]:
     import pandas as pd
 
     say, far = desk.say, progress(job)
-    told = [f"**{say(job.state)}**"]
+    text = [f"**{say(job.state)}**"]
     if far:
-        told.append(
+        text.append(
             say("step {step} of {steps}, loss {loss}", step=far["step"], steps=far["steps"], loss=f"{far['loss']:.3f}")
         )
         if job.state == RUNNING:
-            told.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
+            text.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
     if job.state in OVER and job.message:
-        told.append(f"`{job.message.replace('`', chr(39))}`")
+        text.append(f"`{job.message.replace('`', chr(39))}`")
     command = shlex.join(job.words).replace(f"{job.folder}/", "")  # its working directory
     # A numeric dtype even without rows: otherwise Gradio keeps treating the columns as text.
     points = pd.DataFrame(curve(job), columns=["step", "loss"], dtype=float)
-    state = " · ".join(told) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
+    state = " · ".join(text) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
     return [state, points, desk.jobs.last_said(job, TAIL)]

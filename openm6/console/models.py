@@ -44,9 +44,9 @@ def page(desk: Desk) -> None:
     def listing(select: str | None = None) -> Any:
         every = desk.catalogue.every(MODEL)
         names = [one.full_name for one in every]
-        told = say("The catalogue has no model yet. Fine-tune and save one, or add one below or with this command.")
+        text = say("The catalogue has no model yet. Fine-tune and save one, or add one below or with this command.")
         return [
-            "" if every else first_step(told, "openm6 models add goods runs/demo/model"),
+            "" if every else first_step(text, "openm6 models add goods runs/demo/model"),
             gr.Column(visible=bool(every)),
             table(heads, [_row(desk, one) for one in every], say("Models")),
             gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None),
@@ -62,8 +62,8 @@ def page(desk: Desk) -> None:
             return ["", ""]
         version = await to_thread(desk.catalogue.named, which)
         text = html.escape(await to_thread(desk.catalogue.recipe, version))
-        told = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
-        return [drawn(await to_thread(desk.catalogue.lineage, version)), told]
+        text = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
+        return [drawn(await to_thread(desk.catalogue.lineage, version)), text]
 
     def going(change: Callable[[str], Version]) -> Any:
         async def act(request: gr.Request, which: str | None) -> Any:
@@ -150,11 +150,11 @@ def drawn(lineage: Lineage) -> str:
         return max(below, row + 1)
 
     put(lineage, 0, 0)
-    told = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
+    text = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
     name = html.escape(lineage.version.title, quote=True)
     return (
         f'<div class="lineage" role="region" tabindex="0" aria-label="{name}">'
-        f'<svg role="img" aria-label="{told}" width="{size[0] + 2}" height="{size[1] + 2}" '
+        f'<svg role="img" aria-label="{text}" width="{size[0] + 2}" height="{size[1] + 2}" '
         f'viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" font-size="14" xmlns="http://www.w3.org/2000/svg">'
         f"{''.join(parts)}</svg></div>"
     )

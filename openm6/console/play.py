@@ -31,18 +31,18 @@ def page(desk: Desk) -> None:
     def form(model: str | None, name: str | None) -> None:
         if not model or not name or name not in desk.deployment(model)[0].about["tasks"]:
             return
-        told = desk.deployment(model)[0].about["tasks"][name]
-        gr.HTML(heading(desk, name, told), apply_default_css=False)
+        about = desk.deployment(model)[0].about["tasks"][name]
+        gr.HTML(heading(desk, name, about), apply_default_css=False)
         with gr.Row(elem_id=f"form-{name}"):
             with gr.Column(min_width=300):
-                asking = Form(desk, name, told)
+                asking = Form(desk, name, about)
                 with gr.Row(elem_classes="buttons"):
                     run = gr.Button(say("Run"), variant="primary", elem_id="ask", min_width=80)
                     fill = gr.Button(say("Example"), elem_id="example", min_width=80)
                     stop = gr.Button(say("Stop"), elem_id="stop", min_width=80)
                 asking.notes[""].render()
             with gr.Column(min_width=300, elem_id="answer"):
-                answer = Answer(desk, told)
+                answer = Answer(desk, about)
         places = [*asking.notes.values(), *answer.outputs]
 
         async def ask(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
@@ -62,12 +62,12 @@ def page(desk: Desk) -> None:
             _edit(desk, model, asking, answer)
 
 
-def heading(desk: Desk, name: str, told: Any) -> str:
+def heading(desk: Desk, name: str, about: Any) -> str:
     """The title of a task, its name in the API, and a warning if the model was not trained on it."""
-    title, description = desk.title(name, told["description"]), told["description"]
+    title, description = desk.title(name, about["description"]), about["description"]
     rest = description.removeprefix(title).strip("： ") if desk.language == "zh" else ""
     more = f"<p>{html.escape(rest)}</p>" if rest else ""
-    if not told["trained"]:
+    if not about["trained"]:
         hint = desk.say("This model was not trained on this task: its answers are meaningless. Fine-tune it first.")
         more += f'<p class="hint"><a href="finetune">{hint}</a></p>'
     return f'<div class="task"><h2>{html.escape(title)}</h2><code>{html.escape(name)}</code>{more}</div>'

@@ -50,10 +50,10 @@ def page(desk: Desk) -> None:
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
         found = [str(path) for path in await to_thread(_batches, desk.batches)]
-        told = say("There is no batch to review in {folder}. Generate one with:", folder=desk.batches)
+        text = say("There is no batch to review in {folder}. Generate one with:", folder=desk.batches)
         command = f"openm6 copy batch runs/demo/model --items goods.csv --output {desk.batches}/copy-1"
         return [
-            "" if found else first_step(told, command),
+            "" if found else first_step(text, command),
             gr.Column(visible=bool(found)),
             gr.Dropdown(choices=found, value=found[0] if found else None),
         ]
@@ -71,10 +71,10 @@ def page(desk: Desk) -> None:
 
     async def finished(request: gr.Request, name: str | None) -> str:
         desk.key(request)
-        told = await to_thread(lambda: _finish(_known(desk, name)))
+        text = await to_thread(lambda: _finish(_known(desk, name)))
         return say(
-            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{told['accepted']:.0%}",
-            labelled=told["labelled"], file=f"`{told['file']}`",
+            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{text['accepted']:.0%}",
+            labelled=text["labelled"], file=f"`{text['file']}`",
         )  # fmt: skip
 
     desk.on(None, listed, outputs=[empty, whole, batch])
@@ -135,24 +135,24 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     rows, verdicts = _candidates(batch), _verdicts(batch)
     if number is None:
         number = next((n for n, row in enumerate(rows) if row["file"] not in verdicts), len(rows))
-    told = say(
+    text = say(
         "{done} of {all} reviewed, {accepted} accepted",
         done=len(verdicts),
         all=len(rows),
         accepted=sum(verdict.accepted for verdict in verdicts.values()),
     )
     if number >= len(rows):
-        return [number, told, *nothing[2:]]
+        return [number, text, *nothing[2:]]
     row, slots = rows[number], settings_of(batch)["slots"]
     if (before := verdicts.get(row["file"])) is not None:
-        told += " · " + (say("this one: accepted") if before.accepted else say("this one: rejected"))
+        text += " · " + (say("this one: accepted") if before.accepted else say("this one: rejected"))
     asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
     said = (before and before.text) or row.get("said", "")
     lines = "\n".join(f"{desk.slot(slot)}: {plain(value)}" for slot, value in asked.items())
     return [
-        number, f"**{number + 1}/{len(rows)}** · {told}", gr.Textbox(lines, visible=bool(lines)),
+        number, f"**{number + 1}/{len(rows)}** · {text}", gr.Textbox(lines, visible=bool(lines)),
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(said, visible="said" in row),
         gr.Gallery([] if "said" in row else [open_image(batch / row["file"])], visible="said" not in row),
     ]  # fmt: skip

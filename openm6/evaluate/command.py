@@ -46,7 +46,7 @@ def measure(
     chosen = session.task(task)
     records = open_source(data, data_format, images)
     view = SlotView.of(chosen, records, columns or {})
-    told = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
+    examples = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
 
     def rows() -> Iterator[Mapping[str, Any] | Reject]:
         left = math.inf if limit is None else limit
@@ -59,7 +59,7 @@ def measure(
             elif all(str(row.get(key)) == value for key, value in (where or {}).items()):
                 left -= 1
                 try:
-                    yield {**view(row), SHOTS: told}
+                    yield {**view(row), SHOTS: examples}
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 

@@ -39,11 +39,11 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
     """
     session = Session.load(model)
     asked = measure(session, "vqa", "demo:questions/test")
-    told = measure(session, "caption", "demo:catalogue/test")
+    captioned = measure(session, "caption", "demo:catalogue/test")
     digits = measure(session, "vqa", "digits/test")
     filled = measure(session, "infilling", "demo:texts/test", limit=500)
     right = accuracy([c.answer for c in asked.cases], [c.references for c in asked.cases])
-    described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in told.cases])
+    described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in captioned.cases])
 
     def questions(kind: str, objects: int | None = None) -> Chosen:
         return lambda c: c.record["kind"] == kind and objects in (None, c.record["objects"])
@@ -57,20 +57,20 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         _figure("category, two objects", right, asked, questions("category", 2)),
         _figure("how many objects", right, asked, questions("count")),
         _figure("relation of two objects", right, asked, questions("relation")),
-        _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
-        _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
+        _figure("caption: category, colour, pattern", described, captioned, lambda c: c.record["objects"] == 1),
+        _figure("caption of two objects: all six", described, captioned, lambda c: c.record["objects"] == 2),
         _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
         _accuracy("gap in a sentence filled, the rest unchanged", gaps_filled(session)),
     ]
     folder = output / "report"
     page = write_report(
-        folder, "OpenM6 demo", [asked, told, digits, filled], intro=_INTRO, figures=figures,
+        folder, "OpenM6 demo", [asked, captioned, digits, filled], intro=_INTRO, figures=figures,
         metrics=output / "metrics.jsonl",
     )  # fmt: skip
-    draw_answers(told.cases, asked.cases, digits.cases, folder / "demo.png")
+    draw_answers(captioned.cases, asked.cases, digits.cases, folder / "demo.png")
     samples = output / "pictures"  # to ask the model about
     samples.mkdir(exist_ok=True)
-    for number, case in enumerate(told.cases[:8], 1):
+    for number, case in enumerate(captioned.cases[:8], 1):
         (samples / f"goods-{number}.jpg").write_bytes(case.record["image"])
     (folder / "figures.json").write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return {"figures": figures, "report": str(page)}
@@ -104,7 +104,7 @@ def _accuracy(name: str, right: list[float]) -> dict[str, Any]:
     return {"name": name, "value": values.corpus(np.arange(len(right))), "low": low, "high": high, "n": len(right)}
 
 
-def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
+def draw_answers(captioned: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
     """Write a sheet of randomly chosen pictures with question and answer, green if right. Does nothing without an
     installed Chinese font."""
     import matplotlib
@@ -118,7 +118,7 @@ def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target
         return
 
     rng = np.random.default_rng(seed)
-    rows = [*_some(told, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
+    rows = [*_some(captioned, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
     pyplot.rcParams["font.sans-serif"] = [font]
     figure, axes = pyplot.subplots(4, 4, figsize=(11, 9.2))
     for axis, (case, question) in zip(axes.flat, rows, strict=False):

@@ -79,13 +79,13 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     texts = [str(record["caption"]) for record in records]
     shown = list(islice(zip(texts, best, strict=True), 24))
     edits = measure_edits(session, judging)
-    told = (
+    summary = (
         f"{EDITS} edits of one attribute: pixels outside the mask unchanged in {edits['kept']:.1%}, attribute changed "
         f"in {edits['changed']:.1%} (category {edits['category']:.1%}, colour {edits['colour']:.1%}, pattern "
         f"{edits['pattern']:.1%})."
     )
     controls = measure_controls(session, judging)
-    intro = f"{_INTRO}\n\n{told}\n\n{_told_controls(controls)}"
+    intro = f"{_INTRO}\n\n{summary}\n\n{_controls_table(controls)}"
     page = write_pictures(folder, "Drawn by OpenM6", intro, rows, shown)
     return {"rows": rows, "edits": edits, "controls": controls, "report": str(page)}
 
@@ -143,13 +143,15 @@ def measure_controls(session: Session, judge: Judge, count: int = 100) -> dict[s
     source = open_source(DATA)
     every = ((source[i], source[(i + len(source) // 2) % len(source)]) for i in range(len(source)))
     unlike = (pair for pair in every if all(pair[0][name] != pair[1][name] for name in ATTRIBUTES))
-    told, shown = zip(*islice(unlike, count), strict=True)
+    captioned, shown = zip(*islice(unlike, count), strict=True)
     found = {}
     for control, names in CONTRADICTIONS.items():
         alone = [{control: one[control]} for one in shown]
-        against = [{"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(told, shown, strict=True)]
+        against = [
+            {"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(captioned, shown, strict=True)
+        ]
         ours, both = (_read_controlled(session, judge, asked) for asked in (alone, against))
-        columns = [compared(ours, shown, names), compared(both, told, names), compared(both, shown, names)]
+        columns = [compared(ours, shown, names), compared(both, captioned, names), compared(both, shown, names)]
         found[control] = {name: tuple(float(np.mean([row[name] for row in c])) for c in columns) for name in names}
     return found
 
@@ -158,7 +160,7 @@ def _read_controlled(session: Session, judge: Judge, asked: list[dict[str, Any]]
     return judge.read(list(session.run_many("controlled_image", asked, decoding={"seed": 2})))
 
 
-def _told_controls(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
+def _controls_table(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
     rows = [
         (control, name, *(f"{share:.0%}" for share in shares))
         for control, several in found.items()

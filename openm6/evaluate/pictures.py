@@ -55,8 +55,8 @@ class Judge:
     def _records(self, pictures: Items[Any], given: Items[Answer] | None) -> list[dict[str, Any]]:
         some = given if given is not None else [{}] * len(pictures)
         return [
-            {self.slot: picture, **{name: told[name] for name in self.others if name in told}}
-            for picture, told in zip(pictures, some, strict=True)
+            {self.slot: picture, **{name: values[name] for name in self.others if name in values}}
+            for picture, values in zip(pictures, some, strict=True)
         ]
 
     def read(self, pictures: Items[Any], given: Items[Answer] | None = None) -> list[Answer]:

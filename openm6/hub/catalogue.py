@@ -78,12 +78,12 @@ class Lineage:
     def lines(self, depth: int = 0) -> list[str]:
         """The tree as text, one version per line, indented by depth."""
         v = self.version
-        told = f"{'  ' * depth}{v.kind} {v.title}"
+        line = f"{'  ' * depth}{v.kind} {v.title}"
         if source := v.about.get("source"):
-            told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
+            line += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
         if base := v.about.get("base"):
-            told += f"  adapter of {base['path']} ({base['hash'][:12]})"
-        return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
+            line += f"  adapter of {base['path']} ({base['hash'][:12]})"
+        return [line, *(line for one in self.made_of for line in one.lines(depth + 1))]
 
 
 class Catalogue:
@@ -242,8 +242,8 @@ class Catalogue:
         target = home() / "models" / version.full_name
         if not target.is_dir():
             self.fetch(version, target)
-        if (base := version.about.get("base")) and (told := changed_base(target, base["hash"])):
-            raise OpenM6Error(told)
+        if (base := version.about.get("base")) and (line := changed_base(target, base["hash"])):
+            raise OpenM6Error(line)
         return target
 
     def version_at(self, directory: Path) -> Version | None:

@@ -291,7 +291,7 @@ def progress(job: Job) -> dict[str, Any]:
     return {"step": last["step"], "steps": total, "loss": last["loss"], "seconds_left": round(left)}
 
 
-def told(job: Job) -> dict[str, Any]:
+def describe_job(job: Job) -> dict[str, Any]:
     """A job as JSON, for the command line and the HTTP API."""
     seconds = (job.ended or time.time()) - job.started if job.started else None
     return {
@@ -323,8 +323,8 @@ def curve(job: Job) -> list[tuple[int, float]]:
     found = []
     for line in lines:
         try:
-            told = json.loads(line)
-            found.append((int(told["step"]), float(told["loss"])))
+            record = json.loads(line)
+            found.append((int(record["step"]), float(record["loss"])))
         except (ValueError, KeyError, TypeError):
             continue
     return found

@@ -146,22 +146,22 @@ def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> Us
     if found := re.search(r"No field named \"?(.+?)\"?\. Valid fields", reason):
         name = found[1]
         hint = suggest(name, list(columns)) or f" A text stands in single quotes: '{name}'."
-        told = f"there is no column {name!r}.{hint}"
+        message = f"there is no column {name!r}.{hint}"
     elif found := re.search(r"literal ([A-Z][a-z]+)\d*\((.*?)\) .* of type '([A-Z][a-z]+)", reason):
         kinds = {"Utf": "text", "Boolean": "bool", "Int": "int", "Float": "float"}
         got, want = kinds.get(found[1], "number"), kinds.get(found[3], "number")
         value = found[2].replace('"', "'") if got == "text" else found[2]
-        told = f"a column of the type {want} is compared with {value}, which is of the type {got}"
+        message = f"a column of the type {want} is compared with {value}, which is of the type {got}"
     elif "does not return a boolean" in reason:
-        told = "it is not a condition that is true or false"
+        message = "it is not a condition that is true or false"
     elif found := re.search(r"Invalid function '(\w+)'", reason):
-        told = f"there is no function {found[1]!r}"
+        message = f"there is no function {found[1]!r}"
     elif found := re.search(r"parser error: ([^)]*)", reason):
-        told = f"it is not an SQL condition ({found[1].rstrip('.')})"
+        message = f"it is not an SQL condition ({found[1].rstrip('.')})"
     else:
-        told = "it fails on the items of the index"
-    told += "" if told.endswith((".", "?")) else "."
+        message = "it fails on the items of the index"
+    message += "" if message.endswith((".", "?")) else "."
     return UsageError(
-        f"The filter {where!r} cannot be used: {told} Columns: id text, {describe(columns)}. "
+        f"The filter {where!r} cannot be used: {message} Columns: id text, {describe(columns)}. "
         "Example: price < 100 AND colour = '红色'."
     )

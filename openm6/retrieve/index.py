@@ -290,9 +290,9 @@ class Index:
         if unknown:
             raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
         scores, places = self._found(vectors, k, where, exact)
-        told = self._columns_of({int(p) for p in places.flat if p >= 0}, columns) if columns else {}
+        values = self._columns_of({int(p) for p in places.flat if p >= 0}, columns) if columns else {}
         rows = zip(places.tolist(), self._memory.ids[places].tolist(), scores.tolist(), strict=True)
-        return [[Hit(i, s, told.get(p, {})) for p, i, s in zip(*row, strict=True) if p >= 0] for row in rows]
+        return [[Hit(i, s, values.get(p, {})) for p, i, s in zip(*row, strict=True) if p >= 0] for row in rows]
 
     def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and ids [Q, k] of the nearest items of many vectors; missing ones have score -inf and id None. Errors:

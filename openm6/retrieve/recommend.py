@@ -269,12 +269,12 @@ class Recommender:
             columns.append(numbers[places] - np.nanmean(numbers[history]) if history else none)
         for name, values in self.context.items():
             value = visit.get(name)
-            told = np.nan
+            code = np.nan
             if values is None:
-                told = _number(value)
+                code = _number(value)
             elif values is not None and str(value) in values:
-                told = values.index(str(value))
-            columns.append(np.full(len(places), told))
+                code = values.index(str(value))
+            columns.append(np.full(len(places), code))
         for name, texts in self._texts.items():
             if self.context.get(name) is not None:
                 columns.append((texts[places] == str(visit[name])).astype(float) if name in visit else none)

@@ -140,11 +140,11 @@ def require_same(
 def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
     """Statistics of labels (1 or 0) by rank: {"labelled": number, "accepted": fraction, "by_rank": {rank: same}}."""
 
-    def told(some: list[int]) -> dict[str, Any]:
+    def rates(some: list[int]) -> dict[str, Any]:
         return {"labelled": len(some), "accepted": sum(some) / len(some)}
 
     every = [verdict for some in verdicts.values() for verdict in some]
-    return {**told(every), "by_rank": {rank: told(some) for rank, some in sorted(verdicts.items())}}
+    return {**rates(every), "by_rank": {rank: rates(some) for rank, some in sorted(verdicts.items())}}
 
 
 @contextmanager
