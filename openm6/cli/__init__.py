@@ -27,7 +27,6 @@ def commands() -> typer.Typer:
         jobs,
         models,
         plan,
-        predict,
         recommend,
         serve,
         tasks,

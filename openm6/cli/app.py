@@ -61,7 +61,6 @@ def _root(
         ),
     ] = None,
 ) -> None:
-
     if extension:
         from openm6.tasks.extend import load_extension
 

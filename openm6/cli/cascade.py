@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find, find_task
-from openm6.cli.output import Column, Json, emit, pairs, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.files import require_new
 
 cascade = typer.Typer(help="Edge-cloud cascade: a small edge model defers to a large one.", no_args_is_help=True)

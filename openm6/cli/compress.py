@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import check_inputs, find, refuse_idle
-from openm6.cli.output import Column, Json, emit, pairs, share, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, share, table
 from openm6.core.errors import UsageError
 from openm6.core.files import require_writable
 

@@ -8,22 +8,10 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import (
-    Column,
-    DecodingOption,
-    Encoding,
-    Format,
-    Json,
-    Names,
-    NoCache,
-    counted,
-    emit,
-    pairs,
-    show_acceptance,
-    table,
-)
+from openm6.cli.output import counted, emit, pairs, show_acceptance, table
 from openm6.cli.work import decoding_options
 from openm6.core.files import require_writable, whole_lines
 
@@ -60,13 +48,13 @@ def batch(
     columns: Annotated[
         str | None, typer.Option(help="Comma-separated columns for texts.csv. Default: all but pictures.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    option: DecodingOption = None,
-    json: Json = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
     """Write several texts per item, keep the best that break no rule, and make a page to review them."""
     from openm6.core.errors import UsageError
@@ -111,7 +99,7 @@ def batch(
 def labels(
     output: Annotated[Path, typer.Argument(help="Folder of `openm6 copy batch`.")],
     labels: Annotated[Path, typer.Argument(help="labels.jsonl, downloaded from its review page.")],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write the accepted texts, as edited, as training data (labelled.jsonl), and print the acceptance rate."""
     from openm6.studio.copy import write_labelled_copy

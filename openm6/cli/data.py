@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, counted, emit, pairs, table
+from openm6.cli.output import counted, emit, pairs, table
 
 data = typer.Typer(help="Check data before training; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
@@ -18,18 +19,18 @@ app.add_typer(data, name="data")
 def check(
     source: Annotated[str, typer.Argument(help="Path, URL or glob, or built-in data such as demo:questions/test.")],
     task: Annotated[str, typer.Option(help="Task to check the data for, by name or YAML path.")],
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of records to check, the first ones.")] = None,
     model: Annotated[
         str | None, typer.Option(help=f"{MODEL} Counts tokens and records that are too long for it.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Evaluation data to count overlapping records with.")] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Open every record as training would, show three encoded examples, and report what is wrong. Exit code 1 if any
     record is rejected."""
@@ -39,8 +40,8 @@ def check(
     from openm6.tasks.library import get
 
     reading = {"--format": data_format, "--images": images, "--encoding": encoding, "--names": names}
-    options = [word for name, value in reading.items() if value for word in (name, value)]
-    command = check_command(source, task, *options)
+    reading_words = [word for name, value in reading.items() if value for word in (name, value)]
+    command = check_command(source, task, *reading_words)
     processor, known = None, {}
     if model is not None:
         place = find(model)
@@ -81,12 +82,12 @@ def check(
 def add(
     name: Annotated[str, typer.Argument(help="Name of the data set: letters, digits, - and _.")],
     source: Annotated[str, typer.Argument(help="Path, URL or glob, or built-in data such as demo:questions/test.")],
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
     """Register a data set in the catalogue with its schema and hash; the files stay in place. An unchanged data set
     gets no new version."""
@@ -101,7 +102,7 @@ def add(
 
 
 @data.command("list")
-def list_data(json: Json = False) -> None:
+def list_data(json: options.Json = False) -> None:
     """List the data sets of the catalogue, the latest version of each."""
     from openm6.hub.catalogue import DATA, Catalogue
 
@@ -116,7 +117,7 @@ def list_data(json: Json = False) -> None:
 
 
 @data.command()
-def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: Json = False) -> None:
+def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: options.Json = False) -> None:
     """Show a data set of the catalogue: columns, records, hash, source."""
     from openm6.hub.catalogue import DATA, Catalogue
 

@@ -10,7 +10,8 @@ from typing import Annotated, TypeVar
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, show_measures, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
 from openm6.core.files import require_writable
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import (
     CLEAR,
@@ -20,22 +21,7 @@ from openm6.cli.checks import (
     check_slots,
     find_task,
 )
-from openm6.cli.output import (
-    Column,
-    DecodingOption as Options,
-    Encoding,
-    Format,
-    Json,
-    Names,
-    NoCache,
-    Truncate,
-    counted,
-    emit,
-    pairs,
-    show_acceptance,
-    show_measures,
-    table,
-)
+from openm6.cli.output import counted, emit, pairs, show_acceptance, show_measures, table
 from openm6.cli.work import decoding_options
 from openm6.core.files import require_writable
 
@@ -113,21 +99,21 @@ def draw(
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    truncate: Truncate = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Draw candidates for a prompt, ranked by the model's own estimates, as N.png under the next free numbers of the
     folder. A candidate can be redrawn from its seed: -n 1 -o seed=NUMBER."""
     place, asked = _checked(model, task, slots)
     require_writable(output)
     check_slots(find_task(place, task), asked)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.inference.session import TRUNCATE, Session
 
     session = Session.load(place)
-    drawn = session.draw(task, candidates=candidates, decoding=options, truncate=truncate, **asked)
+    drawn = session.draw(task, candidates=candidates, decoding=decoding, truncate=truncate, **asked)
     follows = session.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
@@ -147,19 +133,19 @@ def edit(
     task: TaskName = "text_to_image",
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
     """Redraw a region of a picture (inpainting): size, pixels outside the mask and transparency stay. The model draws
     the square around the mask, which is scaled into place."""
     place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
     require_writable(output)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.inference.edit import edit as edit_picture
     from openm6.inference.session import Session
 
-    found = edit_picture(Session.load(place), task, picture, mask, candidates=candidates, decoding=options, **asked)
+    found = edit_picture(Session.load(place), task, picture, mask, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
 
 
@@ -172,20 +158,20 @@ def vary(
     share: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
     """Draw variations of a picture: of its central square, at the model's resolution."""
     place, asked = _checked(model, task, slots, picture)
     require_writable(output)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.core.images import open_image
     from openm6.inference.edit import vary as vary_picture
     from openm6.inference.session import Session
 
     session, (width, height) = Session.load(place), open_image(picture).size
-    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=options, **asked)
+    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
     side = session.codec.size
     if (width, height) != (side, side):
@@ -207,7 +193,7 @@ def extend(
     output: Annotated[Path, typer.Option(help="Output file; a PNG keeps the given pixels exactly.")] = Path(
         "picture.png"
     ),
-    option: Options = None,
+    option: options.DecodingOption = None,
 ) -> None:
     """Extend a picture beyond one of its sides (outpainting), at its own resolution."""
     from openm6.core.images import open_image, save, seed_of_drawn
@@ -216,12 +202,12 @@ def extend(
     check_output(output, PICTURES)
     if open_image(picture, alpha=True).mode.endswith("A"):
         check_output(output, CLEAR)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.inference.edit import extend as extend_picture
     from openm6.inference.session import Session
 
-    found = extend_picture(Session.load(place), task, picture, side, pixels, decoding=options, **asked)
+    found = extend_picture(Session.load(place), task, picture, side, pixels, decoding=decoding, **asked)
     output.parent.mkdir(parents=True, exist_ok=True)
     save(found, output)
     typer.echo(f"Seed: {seed_of_drawn(found)}.", err=True)
@@ -238,14 +224,14 @@ def measure(
     candidates: Candidates = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of records to use, the first ones.")] = None,
     grid: Annotated[Path | None, typer.Option(help="PNG file for a contact sheet of generated pictures.")] = None,
-    option: Options = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
     """Evaluate generated pictures by a judge model, beside real and reconstructed ones."""
     place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
     if grid:
         check_output(grid, PICTURES)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_wishes
     from openm6.inference.session import Session
@@ -253,7 +239,7 @@ def measure(
     session = Session.load(place)
     judging = Judge(Session.load(of_judge), judge_task)
     records, wanted = read_wishes(session, task, judging, data, limit)
-    rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, options)
+    rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, decoding)
     if grid:
         draw_sheet(drawn, grid)
     if json:
@@ -275,19 +261,19 @@ def batch(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Best candidates to keep per prompt. Default: 4, at most --candidates.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    option: Options = None,
-    truncate: Truncate = None,
-    json: Json = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Draw several candidates per prompt of a file, keep the best, and make a page to review them."""
     place = check_inputs(model, [task], [prompts])
     require_writable(output)
-    columns, options = pairs(column or []), decoding_options(option)
+    columns, decoding = pairs(column or []), decoding_options(option)
 
     from openm6.data.readers import with_options
     from openm6.inference.session import Session
@@ -296,7 +282,7 @@ def batch(
     with counted("prompts") as on_progress:
         made = make_batch(
             Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns,
-            decoding=options, data_format=with_options(data_format, encoding, names), truncate=truncate,
+            decoding=decoding, data_format=with_options(data_format, encoding, names), truncate=truncate,
             on_progress=on_progress,
         )  # fmt: skip
     if json:
@@ -319,7 +305,7 @@ def batch(
 def labels(
     output: Annotated[Path, typer.Argument(help="Folder of `openm6 images batch`.")],
     labels: Annotated[Path, typer.Argument(help="labels.jsonl, downloaded from its review page.")],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write the human labels as training data (labelled.jsonl), and print the acceptance rate."""
     from openm6.studio.images import write_labelled

@@ -7,24 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import (
-    Column,
-    Encoding,
-    Format,
-    Images,
-    Json,
-    Names,
-    NoCache,
-    Truncate,
-    counted,
-    emit,
-    pairs,
-    say_rejects,
-    table,
-    write_rejects,
-)
+from openm6.cli.output import counted, emit, pairs, say_rejects, table, write_rejects
 from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,15 +36,15 @@ def build(
         list[str] | None,
         typer.Option(help="Column to store, filter by and show, with or without a type: price:float; repeatable."),
     ] = None,
-    column: Column = None,
+    column: options.Column = None,
     dims: Annotated[int | None, typer.Option(min=1, help="Truncate vectors to this number of dimensions.")] = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    images: Images = None,
-    no_cache: NoCache = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Build an index of the items of a source. An interrupted build is resumed by the same command."""
     place = check_inputs(model, [task, query_task], [data])
@@ -89,13 +75,13 @@ def add(
     path: Place,
     data: Data,
     only_new: Annotated[bool, typer.Option("--only-new", help="Skip items whose ids are in the index.")] = False,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    images: Images = None,
-    no_cache: NoCache = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Add items; items with the same id are replaced."""
     from openm6.data.readers import with_options
@@ -111,7 +97,7 @@ def delete(
     path: Place,
     ids: Annotated[list[str] | None, typer.Argument(help="Ids of items.")] = None,
     where: Annotated[str, typer.Option(help='SQL filter instead of ids, e.g. "price > 100".')] = "",
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Delete items by id or by a filter."""
     from openm6.retrieve.index import Index
@@ -135,8 +121,8 @@ def search(
     where: Annotated[str, typer.Option(help="SQL filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
     task: Annotated[str | None, typer.Option(help="Task that embeds the query. Default: the index's.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Search all items instead of inverted lists.")] = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Find the items nearest to a query: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
     asked: dict[str, Any] = dict(pairs(slots))
@@ -158,7 +144,7 @@ def tune(
     lists: Annotated[
         int | None, typer.Option(min=1, help="Number of inverted lists. Default: 4 x square root of the items.")
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Speed up searches without a filter in a large index: build inverted lists (IVF) and tune the probes."""
     from openm6.retrieve.index import Index
@@ -171,7 +157,7 @@ def tune(
 
 
 @index.command()
-def show(path: Place, json: Json = False) -> None:
+def show(path: Place, json: options.Json = False) -> None:
     """Show the contents and settings of an index."""
     from openm6.retrieve.index import Index
 

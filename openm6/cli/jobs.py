@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, table
 
 jobs = typer.Typer(help="Job queue: commands that run in the background, one after the other.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")

@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import Column, Json, emit, pairs, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
 from openm6.core.files import require_new

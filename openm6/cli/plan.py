@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import refuse_idle
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, pairs, table
 
 if TYPE_CHECKING:
     from openm6.model import ModelConfig

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
-from openm6.cli.output import Encoding, Format, Json, Names, NoCache, emit, pairs, say_rejects, table, write_rejects
+from openm6.cli.output import emit, pairs, say_rejects, table, write_rejects
 
 recommend = typer.Typer(help="Recommender: recall from an index, ranking learned from visits.", no_args_is_help=True)
 app.add_typer(recommend, name="recommend")
@@ -30,11 +31,11 @@ def fit(
         list[str] | None, typer.Option(help="Column of the visit used as context, e.g. season; repeatable.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
     """Train the ranker on visits: `openm6 recommend fit runs/next --index goods --visits visits.jsonl`"""
     from openm6.core.files import require_new
@@ -77,11 +78,11 @@ def fit(
 def evaluate(
     path: Place,
     visits: Visits,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
     """Evaluate on held-out visits, beside ranking by similarity and by popularity."""
     from openm6.data.readers import with_options
@@ -114,7 +115,7 @@ def for_one(
     context: Annotated[list[str] | None, typer.Argument(help="Context of the visit, column=value.")] = None,
     history: Annotated[str, typer.Option(help="Comma-separated ids of past purchases, oldest first.")] = "",
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Recommend items for a visit: `openm6 recommend for runs/next season=冬季 --history A17,B3`. Without a history:
     best sellers."""

@@ -11,7 +11,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, table
 
 tasks = typer.Typer(help="List the tasks of the library; show one with its schemas.", invoke_without_command=True)
 app.add_typer(tasks, name="tasks")

@@ -1,4 +1,4 @@
-"""openm6 train, eval."""
+"""openm6 train, finetune, eval, predict."""
 
 from __future__ import annotations
 
@@ -9,23 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
-from openm6.cli.output import (
-    Column,
-    DecodingOption,
-    Encoding,
-    Format,
-    Images,
-    Json,
-    Names,
-    NoCache,
-    Truncate,
-    counted,
-    emit,
-    pairs,
-    table,
-)
+from openm6.cli.output import counted, emit, pairs, table
 from openm6.core.errors import UsageError
 from openm6.core.files import require_writable
 
@@ -48,7 +35,7 @@ def train(
     ray_workers: Annotated[
         int, typer.Option(min=0, help="Workers on the Ray cluster at $RAY_ADDRESS instead of processes; 0: none.")
     ] = 0,
-    no_cache: NoCache = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Train a model by a recipe. An interrupted run is resumed by the same command."""
     from openm6.train.recipe import load_recipe
@@ -107,17 +94,17 @@ def finetune(
     unlabelled: Annotated[
         list[str] | None, typer.Option(help="Data without answers, labelled by the teacher; repeatable.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
     seed: Annotated[int, typer.Option(help="Random seed of data order, corruption and new weights.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
     ] = None,
     processes: Processes = 1,
-    no_cache: NoCache = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Fine-tune a model on a task: all weights, or an adapter. The recipe is stored in the folder of the run; an
     interrupted run is resumed by the same command."""
@@ -144,14 +131,14 @@ def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="Task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Evaluation data: a path, or built-in data such as demo:questions/test.")],
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of records to use, the first ones.")] = None,
-    option: DecodingOption = None,
+    option: options.DecodingOption = None,
     metric: Annotated[list[str] | None, typer.Option(help="Metric instead of the task's own; repeatable.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for an HTML report with examples.")] = None,
     output: Annotated[
@@ -171,15 +158,15 @@ def evaluate(
     among_negatives: Annotated[
         bool, typer.Option("--among-negatives", help="Retrieval: rank only among the record's own `negatives`.")
     ] = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
     """Evaluate a model: the task's metrics (accuracy, perplexity, recall ...) with 95% confidence intervals."""
     from openm6.tasks.metrics import check_metric
 
     place = check_inputs(model, [task, against], [data, shots_from])
     chosen = find_task(place, task)
-    options = decoding_options(option, chosen)
+    decoding = decoding_options(option, chosen)
     columns, others = pairs(column or []), pairs(against_column or [])
     for name in metric or []:
         check_metric(name, chosen)
@@ -191,15 +178,14 @@ def evaluate(
         require_writable(report)
 
     from openm6.data.readers import with_options
-    from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
-    from openm6.evaluate.report import write_report
+    from openm6.evaluate.report import write_answers, write_report
     from openm6.inference.session import Session
 
     session = Session.load(place)
     data_format = with_options(data_format, encoding, names)
     if chosen.embeds:
-        dims: Any = options.get("dims")  # checked where vectors are cut
+        dims: Any = decoding.get("dims")  # checked where vectors are cut
         result = measure_retrieval(
             session, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives, truncate,
@@ -207,7 +193,7 @@ def evaluate(
     else:
         with counted("records") as on_progress:
             result = measure(
-                session, task, data, columns, data_format, images, limit, options, shots=shots,
+                session, task, data, columns, data_format, images, limit, decoding, shots=shots,
                 shots_from=shots_from, metrics=metric or (), truncate=truncate, on_progress=on_progress,
             )  # fmt: skip
     if output:
@@ -227,18 +213,67 @@ def evaluate(
         typer.echo(f"Records that could not be used: {result.rejected}, the first: {result.rejects[0][1].reason}")
 
 
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    task: Annotated[str, typer.Argument(help="Task by name or YAML path.")],
+    data: Annotated[str, typer.Option(help="Input records: CSV, JSON lines, Parquet, or another source.")],
+    output: Annotated[Path, typer.Option(help="Output file: .csv, .jsonl or .parquet.")],
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 64,
+    probabilities: Annotated[bool, typer.Option(help="Label tasks: add a column with all probabilities.")] = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
+) -> None:
+    """Answer every record of a table and write the answers beside its columns. An interrupted run is resumed by the
+    same command."""
+    from openm6.data.writers import writer_for
+
+    place = check_inputs(model, [task], [data])
+    columns, decoding = pairs(column or []), decoding_options(option, find_task(place, task))
+    writer_for(output)
+    check_output(output)
+
+    from openm6.data.readers import with_options
+    from openm6.evaluate.predict import Prediction
+    from openm6.inference.session import Session
+
+    prediction = Prediction(
+        Session.load(place), task, data, output, columns=columns, images=images,
+        data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
+        all_probabilities=probabilities, truncate=truncate,
+    )  # fmt: skip
+    asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
+    typer.echo(f"{prediction.total} records: {asked}; new columns: {', '.join(prediction.added.values())}.", err=True)
+    with counted("records") as on_progress:
+        done = prediction.run(on_progress)
+    if json:
+        emit(done)
+        return
+    resumed = f", {done['resumed']} of them earlier" if done["resumed"] else ""
+    typer.echo(f"{done['answered']} of {done['records']} records were answered{resumed}, in {done['seconds']:.0f} s.")
+    if done["bad"]:
+        typer.echo(f"{done['bad']} failed: see the column {prediction.added['error']} of {output}.")
+
+
 def decoding_options(values: list[str] | None, task: Task | None = None) -> dict[str, float | int]:
     """`num_beams=4` as numbers. Raises UsageError for a value that is not a number and for an option that has no effect
     on the task."""
-    options: dict[str, float | int] = {}
+    decoding: dict[str, float | int] = {}
     for name, value in pairs(values or []).items():
         try:
-            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+            decoding[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
-    if task and task.silent and (others := sorted(options.keys() - ({"dims"} if task.embeds else set()))):
+    if task and task.silent and (others := sorted(decoding.keys() - ({"dims"} if task.embeds else set()))):
         what = (
             "gives a vector: its only option is dims" if task.embeds else "is answered by a head, which has no options"
         )
         raise UsageError(f"The task {task.name} {what}; leave out {', '.join(others)}.")
-    return options
+    return decoding

@@ -1,4 +1,4 @@
-"""Reports: figures with intervals, example pictures with answers, training curves.
+"""Reports: figures with intervals, example pictures with answers, training curves; answers as JSON lines.
 
 A report is a folder: report.md, index.html (the same, made from it), report.json and the pictures.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from openm6.core.files import lines_of
+from openm6.core.files import lines_of, write_failed, write_file
 from openm6.core.images import open_image
+from openm6.data.writers import write_jsonl
 from openm6.evaluate.measure import Case, Evaluation
 
 _STYLE = """
@@ -194,3 +196,28 @@ def _escape(text: str) -> str:
     for sign in "\\`*_[]":
         text = text.replace(sign, f"\\{sign}" if sign != "\\" else "&#92;")
     return text
+
+
+def write_answers(path: Path, evaluation: Evaluation) -> None:
+    """Write a line per record, in order: {"where", "inputs", "answer", "references", "scores"}, or {"where", "error"}
+    for a rejected one. The file is written atomically. Raises OpenM6Error if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda draft: write_jsonl(draft, (), lambda: _answer_lines(evaluation)))
+    except OSError as error:
+        raise write_failed(path, error) from None
+
+
+def _answer_lines(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    rejects = list(reversed(evaluation.rejects))
+    for number, case in enumerate(evaluation.cases):
+        while rejects and rejects[-1][0] <= number:
+            reject = rejects.pop()[1]
+            yield {"where": reject.where, "error": reject.reason}
+        inputs = {n: case.record[n] for n in evaluation.inputs if not isinstance(case.record.get(n), bytes | None)}
+        scores = {name: round(float(values[number]), 6) for name, values in evaluation.examples.items()}
+        yield {
+            "where": str(case.record.get("_where", f"record {number}")), "inputs": inputs, "answer": case.answer,
+            "references": case.references, "scores": {n: s for n, s in scores.items() if not math.isnan(s)},
+        }  # fmt: skip
+    yield from ({"where": reject.where, "error": reject.reason} for _, reject in reversed(rejects))

@@ -88,7 +88,7 @@ def add_source(
     data_format: str | None = None,
     images: str | None = None,
     only_new: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_reject: OnReject | None = None,
     truncate: str | None = None,
 ) -> Filled:
@@ -137,8 +137,7 @@ def add_source(
         filled.new += added.new
         filled.replaced += added.replaced
         count += len(good)
-        if on_progress:
-            on_progress(count, len(records))
+        on_progress(count, len(records))
     return filled
 
 

@@ -96,7 +96,7 @@ def make_copy(
     id_column: str = "",
     table: Sequence[str] | None = None,
     data_format: str | None = None,
-    on_progress: Callable[[int, int], None] = review.no_progress,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write `candidates` texts for every item of the source, keep the `keep` best (by default 2, at most `candidates`)
     that break no rule and are not near-duplicates, and write `output` with a review page. An interrupted batch is

@@ -55,7 +55,7 @@ def make_batch(
     resume: bool = True,
     data_format: str | None = None,
     truncate: str | None = None,
-    on_progress: Callable[[int, int], None] = review.no_progress,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Draw `candidates` pictures for every record of the source `prompts`, keep the `keep` best (by default 4, at most
     `candidates`) that are not near-duplicates, and write `output` with a review page. An interrupted batch is resumed

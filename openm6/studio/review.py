@@ -321,7 +321,3 @@ def write(path: Path, parts: Iterable[str]) -> Path:
     except OSError as error:
         raise write_failed(path, error) from None
     return path
-
-
-def no_progress(done: int, total: int) -> None:
-    """The default of `on_progress`."""
