@@ -92,7 +92,7 @@ def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> 
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["diversity"] == pytest.approx(1)
     flat = Real(judge, some).measure([some[0]] * 12, judge.read([some[0]] * 12))
     assert flat["diversity"] < 0.01 and flat["recall"] < 0.5 and flat["frechet"] > found["frechet"]
-    with pytest.raises(DataError, match="12 pictures for 1 wishes"):
+    with pytest.raises(DataError, match="12 pictures for 1 prompts"):
         Real(judge, some).measure(some, [{}])
 
 

@@ -174,7 +174,7 @@ def test_several_outputs_and_vectors_have_columns(session: Session, tmp_path: Pa
     with pytest.raises(UsageError, match="A CSV has no cells for vectors"):
         Prediction(session, "vector", str(data), tmp_path / "v.csv")
     drawing = Task.from_instruction("[text:text] -> [image:p]", "draw")
-    with pytest.raises(UsageError, match="draw draws pictures: `openm6 images batch`"):
+    with pytest.raises(UsageError, match="draw draws pictures: use `openm6 images batch`"):
         Prediction(session, drawing, str(data), tmp_path / "v.csv")
 
 

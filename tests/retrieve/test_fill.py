@@ -154,7 +154,7 @@ def test_what_cannot_be_is_told(model: Path, goods: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="is not an index"):
         call("index", "search", tmp_path / "c", "text=红")
     Index.create(tmp_path / "own", 4).add(["a"], np.ones((1, 4)))
-    with pytest.raises(UsageError, match="does not say by which model"):
+    with pytest.raises(UsageError, match="does not name the model"):
         call("index", "search", tmp_path / "own", "text=红")
 
 

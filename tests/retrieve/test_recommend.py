@@ -93,7 +93,7 @@ def test_saved_and_loaded_it_recommends_the_same(made: Recommender, tmp_path: Pa
     assert again.recommend(["5-2"], {"season": "夏季"}) == made.recommend(["5-2"], {"season": "夏季"})
     with pytest.raises(UsageError, match="already"):
         made.save(tmp_path / "next")
-    with pytest.raises(UsageError, match="no recommender"):
+    with pytest.raises(UsageError, match="not a recommender"):
         Recommender.load(tmp_path / "other")
 
 
@@ -151,7 +151,7 @@ def test_a_visit_that_teaches_nothing_is_no_visit_learned_from(tmp_path: Path) -
     rejected: list[Reject] = []
     made = Recommender.fit(index, Source("row", ListRecords(some)), on_reject=rejected.append)
     assert [reject.where for reject in rejected] == ["row#400"]
-    assert "not among the 300 items that are recalled" in rejected[0].reason
+    assert "not among the 300 recalled items" in rejected[0].reason
     assert made.learned == Learned(visits=401, without_history=1)
 
 
