@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, PICTURES, check_inputs, check_output, check_slots, find_task
-from openm6.cli.output import Json, Truncate, emit, pairs
+from openm6.cli.options import Json, Truncate
+from openm6.cli.output import emit, pairs
 from openm6.cli.work import decoding_options
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
-from openm6.hub.jobs import ENGINES, Jobs, told
+from openm6.hub.jobs import ENGINES, Jobs, describe_job
 from openm6.serve.guard import Refusal, known
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
@@ -59,17 +59,17 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/jobs")
     def list_jobs(_: Annotated[Key, asker()]) -> dict[str, Any]:
         """All jobs, the oldest first, and how far they are."""
-        return {"object": "list", "data": [told(job) for job in jobs.list()]}
+        return {"object": "list", "data": [describe_job(job) for job in jobs.list()]}
 
     @app.post("/v1/jobs", status_code=201)
     def submit(asked: JobRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let a command of openm6 wait for its turn."""
-        return told(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
+        return describe_job(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
 
     @app.get("/v1/jobs/{identity}")
     def job(identity: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """One job."""
-        return told(known(jobs.get, identity))
+        return describe_job(known(jobs.get, identity))
 
     @app.get("/v1/jobs/{identity}/log")
     def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
@@ -80,13 +80,13 @@ def add_hub(app: FastAPI, server: Server) -> None:
     def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """End a job; it can be gone on with."""
         known(jobs.get, identity)
-        return told(jobs.stop(identity))
+        return describe_job(jobs.stop(identity))
 
     @app.post("/v1/jobs/{identity}/resume")
     def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let a job that was stopped or failed wait for its turn again."""
         known(jobs.get, identity)
-        return told(jobs.resume(identity))
+        return describe_job(jobs.resume(identity))
 
     @app.delete("/v1/jobs/{identity}", status_code=204)
     def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:

@@ -18,11 +18,10 @@ from openm6.core.images import ImageGrid
 from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import evaluate
-from openm6.evaluate.answers import write_answers
 from openm6.evaluate.command import measure
 from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
-from openm6.evaluate.report import write_report
+from openm6.evaluate.report import write_answers, write_report
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference import Generated
 from openm6.inference.session import Session
@@ -72,11 +71,13 @@ def test_records_that_are_longer_than_the_model_takes_are_named_or_truncated(ses
     refused = evaluate(Says(session, ["红色"]), VQA, records)
     assert (len(refused.cases), refused.rejected, refused.cut) == (1, 2, 0)
     (note,) = refused.notes
-    assert note.startswith("2 of 3 records are longer than the 64 positions") and "(a.csv:300, a.csv:400)" in note
+    assert (
+        note.startswith("2 of 3 records are longer than the model's 64 positions") and "(a.csv:300, a.csv:400)" in note
+    )
     for metrics in ((), ("perplexity",)):
         found = evaluate(Says(session, ["红色"] * 3), VQA, records, truncate="start", metrics=metrics)
         assert found.cut == found.to_dict()["cut"] == 2 and not found.rejected
-        assert found.notes == ["2 of 3 records were longer than the model takes and lost their beginnings."]
+        assert found.notes == ["2 of 3 records were too long for the model and were truncated at their start."]
 
 
 def test_a_pair_that_is_too_long_is_left_out_of_retrieval(session: Session) -> None:
@@ -138,7 +139,7 @@ def test_labels_get_figures_of_their_own_and_references_outside_are_told(session
     assert result.scores["macro_f1"].value == pytest.approx((0.5 + 2 / 3 + 0) / 3)
     found = result.to_dict()
     assert found["confusion"] == {"红": {"红": 1}, "蓝": {"红": 1, "蓝": 1}, "红色": {"红": 1}}
-    assert "1 of 4 references are no labels of the task sentiment" in found["notes"][0]
+    assert "1 of 4 references are not labels of the task sentiment" in found["notes"][0]
     assert "confusion" not in evaluate(Says(session, ["a"]), VQA, [{"question": "a", "answer": "b"}]).to_dict()
 
 
@@ -203,7 +204,7 @@ def test_more_examples_than_there_are_is_refused(session: Session, tmp_path: Pat
 
 def test_a_task_without_metrics_is_told_to_name_some(session: Session, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"a": "b", "b": "c"}\n')
-    with pytest.raises(UsageError, match="names no metrics: say by which .* --metric"):
+    with pytest.raises(UsageError, match="has no metrics: choose one by --metric"):
         measure(session, Task.from_instruction("[text:a] -> [text:b]", "t"), str(tmp_path / "d.jsonl"))
 
 

@@ -92,7 +92,7 @@ def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> 
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["diversity"] == pytest.approx(1)
     flat = Real(judge, some).measure([some[0]] * 12, judge.read([some[0]] * 12))
     assert flat["diversity"] < 0.01 and flat["recall"] < 0.5 and flat["frechet"] > found["frechet"]
-    with pytest.raises(DataError, match="12 pictures for 1 wishes"):
+    with pytest.raises(DataError, match="12 pictures for 1 prompts"):
         Real(judge, some).measure(some, [{}])
 
 
@@ -114,7 +114,7 @@ def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge)
 
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:
     judge.session.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
-    with pytest.raises(UsageError, match="The task two has 2 pictures: a judge looks at one"):
+    with pytest.raises(UsageError, match="The task two has 2 picture slots: a judge needs one"):
         Judge(judge.session, "two")
 
 

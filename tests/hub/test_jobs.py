@@ -129,7 +129,7 @@ def test_who_dies_again_and_again_has_failed(jobs: Jobs, tmp_path: Path) -> None
 
 def test_what_cannot_be_is_told(jobs: Jobs, tmp_path: Path) -> None:
     for words in ([], ["serve", "x"], ["jobs", "work"], ["../train"]):
-        with pytest.raises(UsageError, match="A job is a command"):
+        with pytest.raises(UsageError, match="is not a command that can be a job"):
             jobs.submit(words)
     for identity in ("", "none", "../x", "*"):
         with pytest.raises(UsageError, match="There is no job"):
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_told(jobs: Jobs, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is waiting: stop it"):
         jobs.remove(job.id)
     assert jobs.stop(job.id).state == STOPPED
-    with pytest.raises(UsageError, match="is stopped already"):
+    with pytest.raises(UsageError, match="is already stopped"):
         jobs.stop(job.id)
     jobs.remove(job.id)
     assert jobs.list() == []
@@ -154,7 +154,7 @@ def test_a_folder_that_is_gone_is_a_reason(jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.submit(["eval", "--help"], folder=tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     jobs.step()
-    assert jobs.get(job.id).state == FAILED and "not there any more" in jobs.get(job.id).message
+    assert jobs.get(job.id).state == FAILED and "no longer exists" in jobs.get(job.id).message
 
 
 def test_how_far_a_training_is(tmp_path: Path) -> None:

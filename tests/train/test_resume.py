@@ -199,7 +199,7 @@ def test_a_refused_training_leaves_no_folder(tmp_path: Path, base: Path) -> None
         ({"vectors": {"dims": [9999]}}, "vectors.dims has 9999"),
         ({"evaluation": {"data": [{"source": "DATA", "task": "nope"}]}}, 'no task "nope"'),
         ({"evaluation": {"data": [{"source": "DATA", "task": "vqa"}]}}, "image"),
-        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "names no metrics"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "has no metrics"),
         ({"evaluation": {"data": [{"source": "DATA", "task": "text_vector"}]}}, "gives a vector"),
     ],
 )
