@@ -1,4 +1,4 @@
-"""mkdocs hook: every command with its arguments and options, read from the program, where a page says `<!-- CLI -->`."""
+"""mkdocs hook: every command with its arguments and options, read from the program, for `<!-- CLI -->` on a page."""
 
 from __future__ import annotations
 

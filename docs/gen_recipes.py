@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def recipe_list(folder: Path = FOLDER) -> str:
         text = path.read_text("utf-8")
         recipe: dict[str, Any] = yaml.safe_load(text)
         lines.append(f"| [`{path.stem}`](#{path.stem}) | {' | '.join(_facts(recipe))} |")
-        head = [line for line in text.splitlines() if line.startswith("#")]
+        head = list(takewhile(lambda line: line.startswith("#"), text.splitlines()))
         body = text.split("\n", len(head))[-1].strip()
         sections.append(f"## {path.stem} {{ #{path.stem} }}\n\n{_comment(head)}\n\n```yaml\n{body}\n```")
     return "\n\n".join(["\n".join(lines), *sections])

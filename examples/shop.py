@@ -1,14 +1,14 @@
 """Write the files of a small invented shop, for the scenario pages of the documentation:
 
-    python examples/shop.py shop
+python examples/shop.py shop
 
-    copy.jsonl, copy-test.jsonl      attributes, copy
-    talks.jsonl, talks-test.jsonl    attributes, history, reply
-    live.jsonl, live-test.jsonl      asr, script
-    goods.csv                        40 goods without a text: sku, title, and their attributes
-    items.jsonl, photos/             1,500 goods with a photo: sku, photo, caption, title, price, colour
-    items-test.jsonl                 200 others
-    visits.jsonl, visits-test.jsonl  history, bought: skus of items.jsonl; a customer buys one colour
+copy.jsonl, copy-test.jsonl      attributes, copy
+talks.jsonl, talks-test.jsonl    attributes, history, reply
+live.jsonl, live-test.jsonl      asr, script
+goods.csv                        40 goods without a text: sku, title, and their attributes
+items.jsonl, photos/             1,500 goods with a photo: sku, photo, caption, title, price, colour
+items-test.jsonl                 200 others
+visits.jsonl, visits-test.jsonl  history, bought: skus of items.jsonl; a customer buys one colour
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def photos(folder: Path) -> None:
         items.append(
             {
                 "sku": f"P{number:04}", "photo": f"photos/{number:04}.jpg", "caption": record["caption"],
-                "title": f"{record['colour']}{record['pattern']}{record['category']}", "price": int(rng.integers(20, 400)),
-                "colour": record["colour"],
+                "title": f"{record['colour']}{record['pattern']}{record['category']}",
+                "price": int(rng.integers(20, 400)), "colour": record["colour"],
             }
         )  # fmt: skip
     items, held_out = items[:-TEST], items[-TEST:]

@@ -32,10 +32,12 @@ CHINESE, CONSOLE = ROOT / "README.zh-CN.md", ROOT / "docs" / "console.md"
 """Pages without a step of their own: one has those of README.md, the other the first of serving.md."""
 RUN = [page for page in PAGES if page not in (CHINESE, CONSOLE) and (blocks(page, "bash") or blocks(page, "python"))]
 
+
 def not_run(page: Path) -> list[str]:
     """Parts of the page's commands and Python examples that are not run: each is marked above its block, with the
     reason, by `<!-- not run (PART): REASON -->`."""
     return re.findall(r"^<!-- not run \((.+?)\): .+\. -->$", page.read_text("utf-8"), re.M)
+
 
 @pytest.fixture
 def walk(room: Path) -> Iterator[Walk]:
@@ -51,12 +53,16 @@ NAMES = (
 """Of the models of the pages: `runs/NAME/model`."""
 
 
+TAUGHT = ("vqa", "caption", "infilling", "text_to_image", "controlled_image", "reply", "product_copy")
+"""The tasks that these models say they were trained on."""
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, untrained, by the names of the pages."""
     folder = tmp_path_factory.mktemp("models")
     session = drawing_session(max_length=250, hidden_size=64)
-    tasks = [get_task(name) for name in ("vqa", "caption", "infilling", "text_to_image", "controlled_image")]
+    tasks = [get_task(name) for name in TAUGHT]
     tasks.append(get_task("text_classification").with_labels({"label": ["好评", "差评"]}))
     Session(session.model, session.processor, tasks).save(folder / "model")
     for name in NAMES:
@@ -279,7 +285,7 @@ def _prepare(page: Path, room: Path) -> None:
             command("models", "add", "goods", "model")
 
 
-AFTER_ITS_COMMANDS = ("edge", "serving")
+AFTER_ITS_COMMANDS = ("edge", "finetuning", "serving")
 """Pages whose Python examples need what their commands made: they are run with them, below."""
 
 
