@@ -261,6 +261,17 @@ def test_every_page_is_in_one_of_the_six_groups() -> None:
     assert sorted(listed) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
 
 
+def test_contributing_names_what_there_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert targets
+    assert set(re.findall(r"`make ([\w-]+)`", text)) == set(targets[1].split())
+    for path in re.findall(r"`((?:openm6|tests|docs|examples)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for name, path in re.findall(r"`(\w+)` of `(openm6/[\w/.]+)`", text):
+        assert re.search(rf"^(class )?{name}\b", (ROOT / path).read_text("utf-8"), re.M), (name, path)
+
+
 def test_benchmark_results_become_tables(hooks: None, tmp_path: Path) -> None:
     from gen_benchmarks import benchmark_tables
 
