@@ -6,6 +6,8 @@
 The judge, a small model of its own, has learned to tell twelve pets apart from 200 pictures of each; an adapted model
 draws 100 pictures of its own. Beside it: what the judge says of real pictures, of what the model draws before
 it is adapted, and what the demo's judge says of the adapted model's goods.
+
+Not run by the tests: it takes the model of `make demo-images`, and most of an hour.
 """
 
 from __future__ import annotations
