@@ -147,7 +147,7 @@ def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
 def pad_drawn(sequences: Items[Sequence], pad_id: int) -> Batch:
     """One example a row, each with a drawn picture of equally many codes, which stand in the same columns: padding is
     between a shorter text and its codes, and at the end."""
-    spans = [s.codes for s in sequences]
+    spans = [s.image.codes if s.image else None for s in sequences]
     assert all(span is not None for span in spans)
     start, count = max(span.start for span in spans if span), len(spans[0] or ())
     rest = max(len(s) - span.stop for s, span in zip(sequences, spans, strict=True) if span)
@@ -179,7 +179,7 @@ def _lay_out_at(
         blocks[row, columns] = sequence.blocks
         positions[row, columns] = np.arange(len(sequence))
         labels[row, columns] = sequence.labels
-    weights = [s.weight for s in sequences]
+    weights = [s.image.weight if s.image else 1.0 for s in sequences]
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(segments),
@@ -202,12 +202,13 @@ def cells_of(count: int) -> Tensor:
 
 
 def _cells(sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int]) -> Tensor | None:
-    if all(sequence.codes is None for sequence in sequences):
+    if all(sequence.image is None for sequence in sequences):
         return None
     cells = torch.full((*shape, 2), -1)
     for sequence, (row, columns) in zip(sequences, places, strict=True):
-        if sequence.codes is not None:
-            cells[row, columns[sequence.codes.start : sequence.codes.stop]] = cells_of(len(sequence.codes))
+        if sequence.image is not None:
+            codes = sequence.image.codes
+            cells[row, columns[codes.start : codes.stop]] = cells_of(len(codes))
     return cells
 
 

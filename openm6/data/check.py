@@ -14,6 +14,7 @@ from openm6.data.columns import SlotView
 from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.preview import plain_processor, preview
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
@@ -106,8 +107,9 @@ class Check:
 
     def _measure(self, seen: Record, processor: Processor) -> None:
         """Count the tokens of a record's slots, of its whole example, and of what is cut off."""
-        wanted = not self.task.draws or processor.codec is not None
-        sequence = self.task.encode(seen, processor, with_target=wanted, truncate="end")
+        can_encode_target = not self.task.draws or processor.codec is not None
+        encode = encode_example if can_encode_target else encode_prompt
+        sequence = encode(self.task, seen, processor, truncate="end")
         for name, slot in self.task.slots.items():
             if slot.type in ("text", "label", "table") and seen.get(name) is not None:
                 value = seen[name][0] if slot.type != "table" and isinstance(seen[name], list) else seen[name]

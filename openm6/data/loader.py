@@ -11,22 +11,23 @@ from __future__ import annotations
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
-from openm6.core.sequence import Sequence
+from openm6.core.sequence import ContrastTarget, Sequence
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record, Records
 from openm6.tasks.corrupt import noised
+from openm6.tasks.encode import encode_example
 
 if TYPE_CHECKING:
     from openm6.tasks.processor import Processor
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
 
 _TRIES = 64  # records tried in the place of a bad one
 _DECK = 2**16  # records up to which an order is written down instead of computed
+
+
+class Encoder(Protocol):
+    """Makes an example of a record that was seen through a task's slots; see `encode_example`."""
+
+    def __call__(
+        self,
+        task: Task,
+        record: Record,
+        processor: Processor,
+        rng: np.random.Generator | None,
+        another: Callable[[], Record],
+        shots: Items[Record],
+        /,
+    ) -> Sequence: ...
 
 
 @dataclass(slots=True)
@@ -59,6 +75,7 @@ class Entry:
     same: tuple[str, ...] = ()
     shots: int = 0
     classes: Mapping[str, Classes] = field(default_factory=dict)
+    encode: Encoder = encode_example
 
 
 class Loader:
@@ -190,9 +207,9 @@ class _Draws:
                 seen = self._noised(self._view(record, rng), rng)
                 another = partial(self._another, rng)
                 shots = [another() for _ in range(int(rng.integers(self.entry.shots + 1)))] if self.entry.shots else []
-                example = self.entry.task.encode(seen, self._processor, rng, another=another, shots=shots)
+                example = self.entry.encode(self.entry.task, seen, self._processor, rng, another, shots)
                 if self.entry.against:
-                    self._add_partner(example, record, rng)
+                    example.target = self._contrast(record, rng)
             except DataError as error:
                 if self._rejects is None:
                     raise
@@ -205,18 +222,18 @@ class _Draws:
             return example
         raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
 
-    def _add_partner(self, example: Sequence, record: Record, rng: np.random.Generator) -> None:
+    def _contrast(self, record: Record, rng: np.random.Generator) -> ContrastTarget:
         entry, view = self.entry, self._other_view
         assert entry.against is not None and view is not None
-        example.partner = entry.against.encode(view(record, rng), self._processor, rng)
+        positive = encode_example(entry.against, view(record, rng), self._processor, rng)
         negatives = record.get("negatives") or []
         if not isinstance(negatives, list) or not all(isinstance(other, Mapping) for other in negatives):
             raise DataError(f"{record.get('_where', entry.name)}: negatives has to be a list of records.")
         root = {"_root": record.get("_root", "")}
-        example.negatives = [
-            entry.against.encode(view({**root, **other}, rng), self._processor, rng) for other in negatives
+        others = [
+            encode_example(entry.against, view({**root, **other}, rng), self._processor, rng) for other in negatives
         ]
-        example.group = "|".join(str(record.get(name)) for name in entry.same)
+        return ContrastTarget(positive, others, "|".join(str(record.get(name)) for name in entry.same))
 
     def _noised(self, seen: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         entry = self.entry

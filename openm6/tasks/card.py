@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
@@ -57,7 +58,7 @@ def read_card(path: Path) -> tuple[list[Task], int, int]:
         )
     try:
         content = json.loads(card.read_text("utf-8"))
-        tasks = [Task.from_dict(d) for d in content["tasks"]]
+        tasks = [task_from_dict(d) for d in content["tasks"]]
         return tasks, int(content["max_length"]), int(content.get("prompt", 0))
     except (ValueError, KeyError, TypeError) as error:
         raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None

@@ -29,7 +29,7 @@ ESTIMATES = ("relevance", "fidelity", "quality")
 in columns `verdict_relevance` and so on: true or false, 1 or 0."""
 
 
-def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
+def open_picture(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
     """A prompt that ends where codes begin."""
     return replace(
         sequence,
@@ -39,7 +39,7 @@ def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
     )
 
 
-def by_masks(
+def mask_codes(
     sequence: Sequence, codes: np.ndarray, side: int, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> Sequence:
     """The sequence whose last positions are these codes [side * side], learned by masks instead."""
@@ -68,14 +68,15 @@ def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
 _VERDICTS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 
 
-VERDICT = 16.0
+VERDICT_WEIGHT = 16.0
 """What a verdict counts in the loss: a picture has one or two of them, and many codes (by 1, relevance was not learned
 beside them)."""
 
 
-def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
-    """The sequence whose last positions are the `count` codes of a whole picture, with its estimates after them."""
-    start = len(sequence) - count
+def append_verdicts(sequence: Sequence, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
+    """The sequence whose last positions are the codes of a whole picture, with its estimates after them."""
+    assert sequence.image is not None
+    start = sequence.image.codes.start
     blocks = np.append(sequence.blocks, [BLOCK] * len(ESTIMATES)).astype(np.int32)
     blocks[start:] = BLOCK
     labels = np.full(len(blocks), IGNORE, np.int32)
@@ -83,7 +84,8 @@ def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokeniz
         if name in verdicts:
             labels[place] = tokenizer.yes_id if verdicts[name] else tokenizer.no_id
     ids = np.append(sequence.ids, tokenizer.estimate_ids).astype(np.int32)
-    return replace(sequence, ids=ids, blocks=blocks, labels=labels, weight=VERDICT)
+    target = replace(sequence.image, weight=VERDICT_WEIGHT)
+    return replace(sequence, ids=ids, blocks=blocks, labels=labels, target=target)
 
 
 def draw_mask(side: int, rng: np.random.Generator) -> np.ndarray:

@@ -82,11 +82,11 @@ def read_task(path: str | Path) -> Task:
         raise UsageError(f"{path}{line} is no YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} has to hold keys such as `instructions`, not {type(content).__name__}.")
-    return task_of({"name": path.stem, **content}, str(path))
+    return task_from_dict({"name": path.stem, **content}, str(path))
 
 
-def task_of(content: Mapping[str, Any], where: str) -> Task:
-    """The task with these keys. Raises UsageError that names `where` and the key."""
+def task_from_dict(content: Mapping[str, Any], where: str = "The task") -> Task:
+    """The task with the keys of a file, or of `Task.to_dict`. Raises UsageError that names `where` and the key."""
     keys = dict(content)
     if "instruction" in keys and "instructions" not in keys:
         keys["instructions"] = [keys.pop("instruction")]

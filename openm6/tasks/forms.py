@@ -6,10 +6,20 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.core.sequence import Banned
+from openm6.core.sequence import Banned, Constraint
 from openm6.core.tokenizer import HALF, Tokenizer
+from openm6.tasks import target
+from openm6.tasks.grammar import slots_of
+from openm6.tasks.record import Record, slot_errors, value_of
+from openm6.tasks.slots import box
+from openm6.tasks.slots.text import as_text
+from openm6.tasks.task import Task
+from openm6.tasks.trie import Trie
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
 """Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""
@@ -124,3 +134,33 @@ def _words(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
         if text and all("\u4e00" <= character <= "\u9fff" for character in text):
             found.setdefault(len(text), []).append(token)
     return {length: tuple(tokens) for length, tokens in found.items()}
+
+
+_ANSWERS = 100_000
+"""Largest number of closed answers (combinations of labels) to which decoding is restricted."""
+
+
+def answer_constraint(task: Task, record: Record, tokenizer: Tokenizer) -> Constraint | None:
+    """The constraint of answers that are labels of known sets, one box, or one verse; else None. Raises DataError for a
+    record whose form of the verse is unknown."""
+    side = task.instructions[0].target
+    slot = task.slots[task.outputs[0]] if len(side) == 1 and len(task.outputs) == 1 else None
+    if slot and slot.type == "box":
+        return Digits(box.DIGITS, tokenizer)
+    if slot and (verse := slots_of(side)[slot.name].verse):
+        form = task.slots[verse]
+        value = value_of(task, record, form)
+        with slot_errors(record, form):
+            return Verse(*form_of(as_text(value)), tokenizer)
+    sets = tuple(task.labels.get(name, ()) for name in task.outputs)
+    return _trie(side, sets, tokenizer) if all(sets) and prod(map(len, sets)) <= _ANSWERS else None
+
+
+@lru_cache(maxsize=64)
+def _trie(side: tuple[Any, ...], sets: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> Trie:
+    names = list(slots_of(side))
+    answers = (
+        target.join(side, {n: tokenizer.encode(v) for n, v in zip(names, values, strict=True)}, tokenizer)
+        for values in product(*sets)
+    )
+    return Trie(answers, tokenizer.end_id)

@@ -15,6 +15,7 @@ A slot without a name has its type for a name. Blanks around a plain text are la
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from openm6.core.errors import UsageError, suggest
@@ -75,6 +76,11 @@ class Instruction:
     text: str
     source: tuple[Part, ...]
     target: tuple[Part, ...]
+
+
+def slots_of(side: Iterable[Part]) -> dict[str, Slot]:
+    """The slots of one side by their names, in their order."""
+    return {part.name: part for part in side if isinstance(part, Slot)}
 
 
 def parse(text: str) -> Instruction:

@@ -10,6 +10,7 @@ from typing import Any
 from openm6.core.images import ImageGrid, open_image
 from openm6.core.sequence import IGNORE, SOURCE
 from openm6.core.tokenizer import HALF, Tokenizer
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.grammar import Slot
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -27,10 +28,10 @@ def plain_processor() -> Processor:
 def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tuple[str, str]:
     """Source and target of a record, by the task's first instruction, with its corruptions: texts as they are left when
     the example is cut to the processor's `max_length`, pictures by name and size in pixels. Raises DataError as
-    `Task.encode` does."""
+    `encode_example` does."""
     tokenizer = processor.tokenizer
     plain = not (task.draws or task.silent or task.sketch)
-    sequence = task.encode(record, processor, with_target=plain, truncate="end")
+    sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
     source = _read(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)

@@ -23,7 +23,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from openm6.core.sequence import IGNORE, Sequence
+from openm6.core.sequence import IGNORE, Sequence, SketchTarget
 from openm6.core.tokenizer import HALF, Tokenizer
 from openm6.tasks.drawn import BLOCK
 
@@ -119,24 +119,25 @@ def learned(
     prompt: Sequence, answer: str, tokenizer: Tokenizer, rng: np.random.Generator, most: int, kind: str | None = None
 ) -> Sequence:
     """A prompt with its answer, of `most` tokens at most: what is kept, and one of the others that are learned."""
-    assert prompt.sketch is not None
+    assert isinstance(prompt.target, SketchTarget)
+    places = prompt.target.source
     kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
-    source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
+    source = prompt.ids[places.start : places.stop].tolist()
     text, runs = matched(source, answer, tokenizer)
     text, runs = text[:most], [(there, here, length) for there, here, length in runs if here + length <= most]
     labels = prompt.labels.copy()
-    labels[prompt.sketch.start : prompt.sketch.stop] = tokenizer.class_ids[DROP]
+    labels[places.start : places.stop] = tokenizer.class_ids[DROP]
     for there, _, length in runs:
-        start = prompt.sketch.start + there
+        start = places.start + there
         labels[start : start + length] = tokenizer.class_ids[INSIDE]
         labels[start] = tokenizer.class_ids[BEGIN]
     prompt = replace(prompt, labels=labels)
     if kind == "order":
         left = [run for run in runs if rng.random() >= LOST]
         order = sorted(range(len(left)), key=lambda n: left[n][0])  # their numbers are places in the text
-        draft, places = joined([source[left[n][0] : left[n][0] + left[n][2]] for n in order], tokenizer)
+        draft, answered = joined([source[left[n][0] : left[n][0] + left[n][2]] for n in order], tokenizer)
         asked = [IGNORE] * (1 + len(draft))
-        for place, number in zip(places, order, strict=True):
+        for place, number in zip(answered, order, strict=True):
             asked[place] = tokenizer.class_ids[number]
         return draft_of(prompt, kind, draft, tokenizer, asked)
     sketch = np.zeros(len(text), bool)

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import product
-from math import prod
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from openm6.core.errors import DataError, UsageError, cut, suggest
-from openm6.core.sequence import Constraint, Sequence
-from openm6.core.tokenizer import Tokenizer
+from openm6.core.errors import UsageError, cut, suggest
 from openm6.tasks import target
-from openm6.tasks.encode import bad, encode, slots_of, value_of
-from openm6.tasks.forms import Digits, Verse, form_of
-from openm6.tasks.grammar import Instruction, Slot, parse
+from openm6.tasks.grammar import Instruction, Slot, parse, slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import TYPES, box
+from openm6.tasks.slots import TYPES
 from openm6.tasks.slots.label import normalize_label
-from openm6.tasks.slots.text import as_text
-from openm6.tasks.trie import Trie
-
-Record = Mapping[str, Any]
-
-_ANSWERS = 100_000
-"""Closed answers (combinations of labels) up to which decoding is kept to them."""
 
 
 @dataclass(frozen=True)
@@ -141,20 +124,6 @@ class Task:
         """A task from one line: `Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包]")`."""
         return cls(name or text, (parse(text),), labels={k: tuple(v) for k, v in (labels or {}).items()})
 
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Task:
-        """A task file. Raises UsageError that names file and key."""
-        from openm6.tasks.file import read_task
-
-        return read_task(path)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = "The task") -> Task:
-        """What `to_dict` gave. Raises UsageError that names the key, after `where`."""
-        from openm6.tasks.file import task_of
-
-        return task_of(content, where)
-
     def to_dict(self) -> dict[str, Any]:
         """Everything of the task as JSON values."""
         return {
@@ -174,7 +143,7 @@ class Task:
         """The task with these closed sets, for labels that only the data tells."""
         return replace(self, labels={**self.labels, **{name: tuple(values) for name, values in labels.items()}})
 
-    # From a record to a Sequence
+    # Checking a record
 
     def check(self, given: Mapping[str, Any]) -> None:
         """Raises UsageError where a slot is unknown or one that has to be there is missing."""
@@ -198,19 +167,6 @@ class Task:
         """Of a record what the task is asked with: its inputs, where they are there."""
         return {name: record[name] for name in self.inputs if record.get(name) is not None}
 
-    def encode(
-        self,
-        record: Record,
-        processor: Processor,
-        rng: np.random.Generator | None = None,
-        with_target: bool = True,
-        another: Callable[[], Record] | None = None,
-        shots: Items[Record] = (),
-        truncate: str | None = None,
-    ) -> Sequence:
-        """The Sequence of one record whose keys are the slots' names: see `encode.encode`."""
-        return encode(self, record, processor, rng, with_target, another, shots, truncate)
-
     # From what was written to an answer
 
     def read(self, ids: Items[int], processor: Processor) -> dict[str, Any]:
@@ -222,24 +178,6 @@ class Task:
         """The value of the one output, or the dict of several, from the ids that the model wrote."""
         found = self.read(ids, processor)
         return next(iter(found.values())) if len(found) == 1 else found
-
-    def allowed(self, processor: Processor, record: Record) -> Constraint | None:
-        """What may be written, when all outputs are labels of known sets, or the one output is a box or a verse; else
-        None. Raises DataError for a form that is none."""
-        only = self.slots[self.outputs[0]] if len(self.outputs) == 1 and len(self.instructions[0].target) == 1 else None
-        if only and only.type == "box":
-            return Digits(box.DIGITS, processor.tokenizer)
-        written = next(iter(slots_of(self.instructions[0].target).values()))
-        if only and written.verse:
-            try:
-                lines, length = form_of(as_text(value_of(self, record, self.slots[written.verse], None)))
-            except DataError as error:
-                raise bad(record, self.slots[written.verse], error) from None
-            return Verse(lines, length, processor.tokenizer)
-        sets = [self.labels.get(name, ()) for name in self.outputs]
-        if not all(sets) or prod(map(len, sets)) > _ANSWERS:
-            return None
-        return _trie(self.instructions[0].target, tuple(sets), processor.tokenizer)
 
     # What the task tells about itself
 
@@ -262,13 +200,3 @@ class Task:
             yield from (part for part in (*instruction.source, *instruction.target) if isinstance(part, str))
         for labels in self.labels.values():
             yield from labels
-
-
-@lru_cache(maxsize=64)
-def _trie(side: tuple[Any, ...], sets: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> Trie:
-    names = list(slots_of(side))
-    answers = (
-        target.join(side, {n: tokenizer.encode(v) for n, v in zip(names, values, strict=True)}, tokenizer)
-        for values in product(*sets)
-    )
-    return Trie(answers, tokenizer.end_id)
