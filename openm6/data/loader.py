@@ -43,11 +43,11 @@ class Encoder(Protocol):
     def __call__(
         self,
         task: Task,
-        record: Record,
+        record: Mapping[str, Any],
         processor: Processor,
         rng: np.random.Generator | None,
-        another: Callable[[], Record],
-        shots: Items[Record],
+        another: Callable[[], Mapping[str, Any]],
+        shots: Items[Mapping[str, Any]],
         /,
     ) -> Sequence: ...
 

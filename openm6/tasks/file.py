@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from openm6.core.errors import UsageError, suggest
-from openm6.tasks.grammar import parse
+from openm6.tasks.grammar import half_width, parse
 from openm6.tasks.metrics import ELSEWHERE, METRICS
 from openm6.tasks.task import Task
 
@@ -82,6 +82,10 @@ def read_task(path: str | Path) -> Task:
         raise UsageError(f"{path}{line} is no YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} has to hold keys such as `instructions`, not {type(content).__name__}.")
+    for key in content.keys() & {"instruction", "instructions"}:
+        lines = content[key] if isinstance(content[key], list) else [content[key]]
+        lines = [half_width(line) if isinstance(line, str) else line for line in lines]
+        content[key] = lines if isinstance(content[key], list) else lines[0]
     return task_from_dict({"name": path.stem, **content}, str(path))
 
 

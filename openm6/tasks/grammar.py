@@ -78,6 +78,17 @@ class Instruction:
     target: tuple[Part, ...]
 
 
+_HALF_WIDTH = str.maketrans("？！：；（）", "?!:;()")
+
+
+def half_width(text: str) -> str:
+    """An instruction with the half-width forms of `？！：；（）`, those that the library's tasks have, so that both ways
+    to write it are one task. Commas and full stops stay as they are.
+
+    Apply it to instructions that people write, not to those of a trained model: it is asked as it was taught."""
+    return text.translate(_HALF_WIDTH)
+
+
 def slots_of(side: Iterable[Part]) -> dict[str, Slot]:
     """The slots of one side by their names, in their order."""
     return {part.name: part for part in side if isinstance(part, Slot)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from openm6.core.errors import UsageError, cut, suggest
 from openm6.tasks import target
-from openm6.tasks.grammar import Instruction, Slot, parse, slots_of
+from openm6.tasks.grammar import Instruction, Slot, half_width, parse, slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
@@ -122,6 +122,7 @@ class Task:
         cls, text: str, name: str | None = None, labels: Mapping[str, Items[str]] | None = None
     ) -> Task:
         """A task from one line: `Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包]")`."""
+        text = half_width(text)
         return cls(name or text, (parse(text),), labels={k: tuple(v) for k, v in (labels or {}).items()})
 
     def to_dict(self) -> dict[str, Any]:
