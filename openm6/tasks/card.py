@@ -1,4 +1,4 @@
-"""openm6.json of a model directory, or of a package: how records become sequences, and the tasks."""
+"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
 
 
 def read_taught(path: Path) -> frozenset[int] | None:
-    """The ids that the model of a directory has met in training; None where that was not written down."""
+    """The ids that the model of a directory has met in training; None where the card has no such list."""
     try:
         ranges = json.loads((path / NAME).read_text("utf-8")).get("taught")
         if ranges is None:
@@ -48,7 +48,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def read_card(path: Path) -> tuple[list[Task], int, int]:
-    """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
+    """The tasks of a directory's openm6.json, the maximum length of an example, and the number of prompt positions."""
     card = path / NAME
     if not path.exists():
         raise UsageError(f"{path} is no OpenM6 model: there is no such path.{suggest_path(path)}")

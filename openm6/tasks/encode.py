@@ -65,14 +65,12 @@ def encode_prompt(
 ) -> Sequence:
     """The Sequence from which a record is answered: its source by the first instruction, with the gaps written in it.
 
-    `shots`: other records, which stand before it with their answers.
-    `truncate`: what happens to a source that is longer than the model takes. None: it is refused. "start": the
-    beginning of its longest text is left out, but nothing that stands behind `shots`. "end": the ends of its texts are
-    (see lay_out). `Sequence.cut` counts the positions that were left out.
+    `shots` are other records, with their answers, to stand before it. `truncate` says how a source that is longer than
+    the model's maximum is handled. None: it is refused. "start": the longest text loses its beginning, unless there are
+    `shots`. "end": texts lose their ends (see lay_out). `Sequence.cut` counts the positions that were left out.
 
     Raises DataError, which names the slot, for a record that cannot be used; ContextLengthError, with its positions and
-    the model's, for a prompt that is too long, and says how many of the shots fit.
-    """
+    the model's, for a prompt that is too long, with the number of shots that fit."""
     record, truncate, lost = _before_truncation(task, record, processor, shots, truncate)
     encoding = _Encoding(task, task.instructions[0], processor, None, processor.max_length)
     source = _encode_source(encoding, record)
@@ -100,11 +98,11 @@ def encode_example(
     """The Sequence by which a record is learned (with `rng`: any instruction, random corruptions) or measured (without:
     the first instruction, the same corruptions each time).
 
-    A task that draws learns verdicts on whole pictures too: those of a record that has them (drawn.ESTIMATES), and
-    in training, with `another` record of the same source, whether a picture is the record's own.
+    A task that draws also learns verdicts on whole pictures: those of a record that has them (drawn.ESTIMATES), and in
+    training, with `another` record of the same source, whether a picture is the record's own.
 
-    `shots` and `truncate` as in `encode_prompt`; training leaves out the first of too many shots. Raises as it does.
-    """
+    `shots` and `truncate` as in `encode_prompt`; training leaves out the first of too many shots. Raises the same
+    errors."""
     record, truncate, lost = _before_truncation(task, record, processor, shots, truncate)
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)
@@ -127,8 +125,8 @@ def encode_example(
 def _before_truncation(
     task: Task, record: Record, processor: Processor, shots: Items[Record], truncate: str | None
 ) -> tuple[Record, str | None, int]:
-    """The record, the way in which it may be truncated, and the positions that are left out already: for "start" those
-    of texts that are too long to be tokenized at all (lengths.check_value), at least."""
+    """The record, the permitted `truncate`, and the minimum number of positions left out already: "start" first
+    shortens texts that are too long to be tokenized at all (lengths.check_value)."""
     if truncate != "start" or shots:
         return record, None if truncate == "start" else truncate, 0
     most = CHARACTERS * processor.max_length
@@ -142,10 +140,10 @@ def _before_truncation(
 
 
 def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False) -> _Source:
-    """The left side of the instruction; `corrupted` as its slots say."""
+    """Encode the left side of the instruction; `corrupted`: with the corruptions of its slots."""
     task, processor = encoding.task, encoding.processor
     source = _Source([], {}, {})
-    # A verdict is on a picture as the answer to all inputs.
+    # A verdict refers to all inputs.
     rng = None if task.draws and drawn.verdicts_of(record) else encoding.rng
     unguided = rng is not None and task.controls > 1 and rng.random() < UNGUIDED_FRACTION
     after_text = False  # two texts that touch are kept apart
@@ -176,7 +174,7 @@ def _encode_source(encoding: _Encoding, record: Record, corrupted: bool = False)
 
 
 def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str, str]) -> Items[int]:
-    """The right side of the instruction as tokens; `complements` are texts that the source has lost."""
+    """Encode the right side of the instruction; `complements` are the texts taken out of the source."""
     written = {}
     for slot in slots_of(encoding.instruction.target).values():
         value = complements.get(slot.name)
@@ -188,7 +186,7 @@ def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str
 
 
 def _encode_shot(encoding: _Encoding, record: Record) -> list[Piece]:
-    """A record with its answer, to stand before another: all of it is source, and none of it is cut."""
+    """Encode a record with its answer, to stand before another: all of it is source and is never cut."""
     task, tokenizer = encoding.task, encoding.processor.tokenizer
     if task.draws or task.silent:
         raise UsageError(f"The task {task.name} takes no examples: it does not answer in words.")
@@ -206,7 +204,7 @@ def _lay_out(
     shots: Items[Record],
     truncate: str | None,
 ) -> Sequence:
-    """The example behind its shots; in training behind as many of the last ones as fit."""
+    """Lay out the example after its shots; in training after the last of them that fit."""
     task, processor = encoding.task, encoding.processor
     every = [_encode_shot(encoding, shot) for shot in shots]
     reserve, least = int(task.decode.get("max_new_tokens", 0)), 0
@@ -234,12 +232,12 @@ def _lay_out(
 
 
 def _adapter_piece(processor: Processor) -> Piece:
-    """The positions before every example that an adapter fills (none, mostly)."""
+    """Positions before every example that an adapter fills."""
     return Piece((processor.tokenizer.pad_id,) * processor.prompt)
 
 
 def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncate: str | None, lost: int) -> Sequence:
-    """The prompt of a task that is written from a sketch. The slot that it is sketched from is never shortened."""
+    """The prompt of a task with a sketch. The slot of the sketch is never shortened."""
     task, processor = encoding.task, encoding.processor
     number = source.places[task.sketch] + 1
     pieces = [_adapter_piece(processor), *source.pieces]
@@ -260,7 +258,7 @@ def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncat
 
 
 def _sketch_example(encoding: _Encoding, prompt: Sequence, ids: Items[int]) -> Sequence:
-    """One of the steps from a sketch to the text `ids`; for measuring, what the gaps of the sketch hold."""
+    """A training step from a sketch to the text `ids`; for measuring, the fill step."""
     tokenizer, rng = encoding.processor.tokenizer, encoding.rng
     room = max(1, encoding.processor.max_length - len(prompt) - 1)
     kind = "fill" if rng is None else None
@@ -275,8 +273,8 @@ def _image_objective(
     another: Callable[[], Record] | None,
     given: Items[str],
 ) -> Sequence:
-    """The example whose last positions are the `codes` of its picture, with one of the ways to learn them: verdicts, by
-    masks, or in order. `given`: the slots of its source."""
+    """Choose how the `codes` of a picture, the last positions of the example, are learned: with verdicts, by masks, or
+    in order. `given` are the slots of its source."""
     processor, rng = encoding.processor, encoding.rng
     tokenizer, codec = processor.tokenizer, processor.codec
     assert codec is not None
@@ -305,7 +303,7 @@ def _image_objective(
 
 
 def _replace_picture(encoding: _Encoding, example: Sequence, other: Record) -> None:
-    """Put the codes of another record's picture in the place of the example's own."""
+    """Replace the codes of the example's picture by those of another record."""
     assert example.image is not None
     value = value_of(encoding.task, other, encoding.task.slots[encoding.task.outputs[0]], encoding.rng)
     example.ids[example.image.codes.start :] = image.target(value, encoding.processor)[1:]

@@ -1,4 +1,4 @@
-"""The tasks that come with OpenM6 (`library/*.yaml`), and a user's own by path or as one line of instruction."""
+"""The tasks of OpenM6 (`library/*.yaml`), and a user's own by path or as one line of instruction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _files() -> dict[str, Path]:
 
 
 def names() -> list[str]:
-    """The library's tasks, by the alphabet."""
+    """Names of the library's tasks in alphabetical order."""
     return list(_files())
 
 

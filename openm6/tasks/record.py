@@ -1,4 +1,4 @@
-"""The values that a record has for the slots of a task."""
+"""The values of a record for the slots of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
 
 Record = Mapping[str, Any]
-"""Values by the names of slots. Readers add `_where`, the record's place in its file."""
+"""Values by slot name. Readers add `_where`, the record's place in its file."""
 
 
 def value_of(
@@ -49,7 +49,7 @@ def value_of(
 
 
 def where(record: Record) -> str:
-    """The record's place as the beginning of an error message, "" where it is unknown."""
+    """The record's place as the beginning of an error message; "" if unknown."""
     return f"{record['_where']}: " if "_where" in record else ""
 
 
