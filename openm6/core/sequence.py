@@ -41,7 +41,7 @@ class Banned(tuple[int, ...]):
 
 
 class Constraint(Protocol):
-    """Which ids may follow the ids generated so far (a trie over labels, say), or, as `Banned`, which may not."""
+    """The ids allowed after those generated so far (a trie over labels, say), or the forbidden ones, as `Banned`."""
 
     def next(self, prefix: Items[int]) -> Items[int]: ...
 

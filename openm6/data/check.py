@@ -126,7 +126,7 @@ class Check:
         self._first.setdefault(reason, where)
 
     def _fitting(self, longest: int) -> dict[str, Any]:
-        """How the records fit into the `longest` example of a model."""
+        """Number of records that fit into the `longest` example of a model, and of those that do not."""
         tokens = {name: _spread(lengths) for name, lengths in self._tokens.items()}
         cut = {"records": len(self._cut), **(_spread(self._cut) if self._cut else {"median": 0, "longest": 0})}
         return {"tokens": tokens, "max_length": longest, "cut": cut}
