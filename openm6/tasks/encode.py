@@ -103,14 +103,14 @@ def encode_example(
 
     `shots` and `truncate` as in `encode_prompt`; training leaves out the first of too many shots. Raises the same
     errors."""
-    record, truncate, lost = _before_truncation(task, record, processor, shots, truncate)
+    record, permitted, lost = _before_truncation(task, record, processor, shots, truncate)
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)
     source = _encode_source(encoding, record, corrupted=True)
     ids = None if task.silent else _encode_target(encoding, record, source.complements)
     if ids is not None and task.sketch:
-        return _sketch_example(encoding, _sketch_prompt(encoding, record, source, truncate, lost), ids)
-    example = _lay_out(encoding, record, source, ids, shots, truncate)
+        return _sketch_example(encoding, _sketch_prompt(encoding, record, source, permitted, lost), ids)
+    example = _lay_out(encoding, record, source, ids, shots, permitted)
     example.cut += lost
     if task.head:
         slot = task.slots[task.outputs[0]]
@@ -316,8 +316,12 @@ def _too_long(
     sizes = {name: len(source.pieces[n].ids) for name, n in source.places.items() if source.pieces[n].cuttable}
     sizes.pop(encoding.task.sketch, None)
     longest, advice = max(sizes, key=lambda name: sizes[name], default=None), ""
-    advised = longest and is_truncatable and encoding.max_positions is not None
-    if advised and sum(len(piece.ids) for piece in source.pieces) - sizes[longest] < encoding.processor.max_length - 1:
+    is_advised = is_truncatable and encoding.max_positions is not None
+    if (
+        longest
+        and is_advised
+        and sum(len(piece.ids) for piece in source.pieces) - sizes[longest] < encoding.processor.max_length - 1
+    ):
         advice = (
             f' Shorten {longest}, its longest text ({sizes[longest]:,} positions), or let truncate="start" leave out '
             "its beginning."

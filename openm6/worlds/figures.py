@@ -36,8 +36,8 @@ PLAIN = 0.4
 """Fraction of the people in underclothes, above and below the waist independently."""
 
 MANNER = Manner(tilt=0.1, skew=0.1, period=(0.2, 0.25), least=(10.0, 10.0), noise=(2, 5))
-"""The manner of a studio; marks of a garment laid out are at least 10 pixels, so that they are 8 on a person: a cell of the
-demo's codec."""
+"""The manner of a studio; marks of a garment laid out are at least 10 pixels, so that they are 8 on a person: a cell
+of the demo's codec."""
 
 _OTHER_DRESS = 0.4  # fraction of the people who wear a dress before they try one on
 
