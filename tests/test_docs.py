@@ -23,7 +23,7 @@ from typer.main import get_command
 import openm6
 from openm6.cli import commands
 from openm6.inference.session import Session
-from openm6.tasks.file import task_of
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.grammar import parse
 from openm6.tasks.library import get as get_task, names
 from tests.conftest import drawing_session
@@ -52,7 +52,7 @@ def test_recipes_and_task_files_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
         if "instructions" in content:
-            task_of({"name": "shown", **content}, page.name)
+            task_from_dict({"name": "shown", **content}, page.name)
         else:
             # A page may show a part of a recipe.
             whole = {"name": "shown", "output": "runs/shown", "model": {"preset": "demo"}, "train": {"steps": 1}}
@@ -197,7 +197,7 @@ def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
     assert found == {"f1_of_complaints": pytest.approx(2 / 3), "no_longer": 1.0}
 
 
-def test_every_task_of_the_library_is_listed(hooks: None) -> None:
+def test_every_task_from_dict_the_library_is_listed(hooks: None) -> None:
     from gen_tasks import task_table
 
     rows = task_table().splitlines()[2:]

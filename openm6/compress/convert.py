@@ -22,6 +22,7 @@ from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward
 from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.weights.import_qwen3 import import_qwen3, read_config
 from openm6.weights.prune import prune
@@ -103,7 +104,8 @@ def prune_model(
     chosen, source = session.task(task), open_source(data)
     view = SlotView.of(chosen, source, columns)
     examples = [
-        chosen.encode(view(source[number]), session.processor, None) for number in range(min(records, len(source)))
+        encode_example(chosen, view(source[number]), session.processor, None)
+        for number in range(min(records, len(source)))
     ]
     device = session.model.embed.weight.device
     length, pad_id = max(map(len, examples)), session.processor.tokenizer.pad_id

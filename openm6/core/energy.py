@@ -16,13 +16,14 @@ from openm6.core.environment import peak_resident
 from openm6.core.errors import UsageError
 
 COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
-"""Modes in which codecarbon reads a processor's own counters; in the others it goes by nominal power and load."""
+"""Modes in which codecarbon reads hardware counters of a processor; the other modes estimate from nominal power and
+load."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyUse:
-    """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
-    from the processors' nominal power."""
+    """Energy (kWh) and emissions (kg CO2e) since the start. `measured` is the fraction of the energy from hardware
+    counters; the rest is estimated from the nominal power of the processors."""
 
     kwh: float = 0.0
     co2e_kg: float = 0.0
@@ -35,16 +36,16 @@ class EnergyUse:
 
 
 class EnergyMeter:
-    """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
+    """Energy measured by codecarbon, offline, with its table of carbon intensities (`country`: ISO code of three
+    letters).
 
-    Processors count where codecarbon reads counters of theirs (RAPL, which may be there and closed to all but root),
-    GPUs by NVML; memory is always an estimate. `before`: what earlier pieces of the run took.
-    """
+    Processors are measured where codecarbon can read their counters (RAPL, which may be present and readable by root
+    only), GPUs by NVML; memory is always estimated. `before`: use of earlier parts of the run."""
 
     def __init__(self, country: str = "CHN"):
         from codecarbon import OfflineEmissionsTracker
 
-        carbon_intensity(country)  # codecarbon itself would only warn of a country that it does not know
+        carbon_intensity(country)  # codecarbon only warns of an unknown country
         logging.getLogger("codecarbon").disabled = True
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -77,8 +78,8 @@ class EnergyMeter:
 
 @contextmanager
 def _processor_known() -> Iterator[None]:
-    """codecarbon asks py-cpuinfo for the processor's name alone, which measures the clock for one or two seconds to
-    tell; Linux has it in a file."""
+    """Give codecarbon the processor's name from /proc/cpuinfo. It asks py-cpuinfo, which measures the clock for one or
+    two seconds."""
     import cpuinfo
 
     try:
@@ -98,7 +99,8 @@ def _processor_known() -> Iterator[None]:
 
 
 def carbon_intensity(country: str) -> float:
-    """kg CO2e a kWh of a country's electricity (ISO code of three letters), by codecarbon's table."""
+    """Carbon intensity of a country's electricity (ISO code of three letters) in kg CO2e per kWh, by codecarbon's
+    table."""
     table = json.loads(
         resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
     )
@@ -108,8 +110,8 @@ def carbon_intensity(country: str) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most since this was last asked: of the GPU's allocator, or else resident
-    (where the system lets nobody begin anew, since its start)."""
+    """Peak memory of this process in bytes since the last call: of the GPU's allocator, else resident (since the start
+    of the process where the system cannot reset the peak)."""
     if torch.cuda.is_available():
         most = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()

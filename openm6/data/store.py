@@ -1,8 +1,7 @@
-"""Records on disk: a folder with a memory-mapped Arrow file, any record at once, written whole or not at all.
+"""Records on disk: a folder with a memory-mapped Arrow file, random access, written atomically.
 
-A record is kept as JSON beside its byte strings, so records of one source may differ in their keys and types
-(typed columns would refuse an answer that is 3 in one line and "three" in the next).
-"""
+A record is stored as JSON beside its byte strings, so records of one source may differ in their keys and types (typed
+columns would refuse an answer that is 3 in one line and "three" in the next)."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ Record = dict[str, Any]
 Made = TypeVar("Made")
 
 HIDDEN = ("_where", "_root", "__key__")
-"""Keys that say where a record comes from; they are no columns."""
+"""Keys of a record's place, which are not columns."""
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 8 * 2**20
 _SCHEMA = pa.schema(
@@ -36,7 +35,7 @@ _SCHEMA = pa.schema(
 
 
 def check_split(subject: str, split: str, splits: tuple[str, ...]) -> None:
-    """Raises UsageError where generated data have no such split; `subject` with its verb, "The logos have"."""
+    """Raises UsageError for an unknown split of generated data; `subject` begins the message, as "The logos have"."""
     if split not in splits:
         listed = f"{'They have' if subject.endswith('have') else 'It has'}: {', '.join(splits)}."
         raise UsageError(f"{subject} no split {split!r}.{suggest(split, splits)} {listed}")
@@ -54,7 +53,7 @@ class Records(Protocol):
 
 
 class ListRecords:
-    """Records that are in memory already."""
+    """Records in memory."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]):
         self._records = [dict(record) for record in records]
@@ -68,7 +67,7 @@ class ListRecords:
 
 
 class ArrowRecords:
-    """The records of a folder made by `write_records`. Reading from several threads is safe."""
+    """The records of a folder written by `write_records`. Thread-safe."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -103,8 +102,7 @@ class ArrowRecords:
 def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
     """(part, row in it) of a record, where part n holds the records from `ends[n]` up to `ends[n + 1]`.
 
-    Raises IndexError for a record that is not there; a negative index counts from the end.
-    """
+    Raises IndexError for a missing record; a negative index counts from the end."""
     if not -ends[-1] <= index < ends[-1]:
         raise IndexError(index)
     index %= ends[-1]
@@ -113,7 +111,7 @@ def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 
 def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records into a folder, in their order; byte strings at the top level stay bytes. Returns their number."""
+    """Write records into a folder, in order; byte strings at the top level stay bytes. Returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, None] = {}
     total = 0
@@ -155,7 +153,7 @@ def cache_folder() -> Path:
 
 
 def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
-    """With a progress bar on the terminal, where it takes more than moments."""
+    """Show a progress bar on the terminal, for work that takes more than moments."""
     from rich.console import Console
     from rich.progress import track
 
@@ -163,10 +161,9 @@ def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
 
 
 def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
-    """The folder of the cache for `key`; made by `make(folder)` when it is not there yet.
+    """The cache folder for `key`, created by `make(folder)` when it does not exist.
 
-    It appears whole or not at all, and is made once even when several processes ask at the same time.
-    """
+    It is created atomically, and only once even when several processes request it at the same time."""
     from filelock import FileLock
 
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
@@ -180,7 +177,7 @@ def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
             f"The cache folder {place.parent} cannot be made ({error.strerror}): set OPENM6_CACHE to another."
         ) from None
     with FileLock(f"{place}.lock"):
-        if place.is_dir():  # another process made it while this one waited
+        if place.is_dir():  # another process created it in the meantime
             return place
         unfinished = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -197,7 +194,7 @@ def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
 
 
 def drawn(name: str, key: Mapping[str, Any], count: int, draw: Callable[[int], Record], what: str) -> ArrowRecords:
-    """The records 0 to `count` - 1 that `draw` makes, at the first call (by several threads), then from the cache."""
+    """The records 0 to `count` - 1 generated by `draw`, in several threads, then from the cache."""
 
     def made() -> Iterator[Record]:
         with ThreadPoolExecutor() as pool:

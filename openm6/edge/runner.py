@@ -16,6 +16,7 @@ from openm6.core.images import Features, ImageGrid, check_features
 from openm6.core.sequence import Banned, Sequence, allowed_after
 from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.card import read_card
+from openm6.tasks.encode import encode_prompt
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -174,7 +175,7 @@ class EdgeModel:
         chosen = self.task(task)
         chosen.check(record)
         check_truncate(truncate)
-        prompt = chosen.encode(record, self.processor, None, with_target=False, truncate=truncate)
+        prompt = encode_prompt(chosen, record, self.processor, truncate=truncate)
         if chosen.embeds:
             state = self._read(prompt)[1]
             return Answer(state / np.linalg.norm(state), 1.0, True, truncated=prompt.cut)

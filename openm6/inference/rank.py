@@ -23,7 +23,7 @@ from openm6.inference.draw import OPEN, Codes, Drawing, draw_steps, estimate, ke
 from openm6.inference.many import answer_groups
 from openm6.inference.steps import Steps, finish, recounted
 from openm6.tasks.drawn import ESTIMATES
-from openm6.tasks.encode import where
+from openm6.tasks.record import where
 from openm6.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openm6.core.batch import by_length, pad
-from openm6.core.sequence import Sequence
+from openm6.core.sequence import Sequence, SketchTarget
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.decoding import Generated, check_room
 from openm6.inference.steps import Steps, recounted, whole
@@ -105,8 +105,8 @@ class _Asking:
         return drafts
 
     def _kept(self, prompt: Sequence, hidden_TD: Tensor) -> list[list[int]]:
-        assert prompt.sketch is not None
-        places = slice(prompt.sketch.start, prompt.sketch.stop)
+        assert isinstance(prompt.target, SketchTarget)
+        places = slice(prompt.target.source.start, prompt.target.source.stop)
         logits = self.model.logits(hidden_TD[places])[:, self.classes[: INSIDE + 1]].float()
         pieces = kept(logits.log_softmax(-1).cpu().numpy(), prompt.ids[places].tolist(), self.tokenizer)
         found, room = [], min(self.most, MOST)

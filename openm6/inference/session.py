@@ -17,7 +17,7 @@ from openm6.core.batch import pad
 from openm6.core.candidates import Candidate
 from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.core.images import UNCERTAIN, check_features
-from openm6.core.sequence import Sequence
+from openm6.core.sequence import Sequence, SketchTarget, TextTarget
 from openm6.inference import Decoding, Generated, generate, stream
 from openm6.inference.decoding import check_room
 from openm6.inference.ends import head_answers, vectors
@@ -31,6 +31,7 @@ from openm6.model import M6
 from openm6.model.files import save_network
 from openm6.model.precision import fast_dtype
 from openm6.tasks.constraints import Limits
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.forms import characters
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.library import get as get_task
@@ -300,7 +301,9 @@ class Session:
         sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
         for start in range(0, len(records), batch_size):
             some = records[start : start + batch_size]
-            batch = pad([task.encode(record, self.processor, truncate=truncate) for record in some], pad_id)
+            batch = pad(
+                [encode_example(task, record, self.processor, truncate=truncate or "end") for record in some], pad_id
+            )
             with self.precision():
                 out = self.model(batch.to(self.model.embed.weight.device))
             total, trained = out.by_example(len(some))
@@ -324,7 +327,7 @@ class Session:
             _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
         shots, truncate = record.get(SHOTS, ()), record.get(TRUNCATE)
         check_truncate(truncate)
-        prompt = task.encode(record, self.processor, with_target=False, shots=shots, truncate=truncate)
+        prompt = encode_prompt(task, record, self.processor, shots=shots, truncate=truncate)
         if self.model.place is not None and not (task.draws or task.silent):
             options = Decoding.of(**{**task.decode, **(decoding or {})})
             check_room(self.model, len(prompt), options.max_new_tokens)
@@ -333,9 +336,9 @@ class Session:
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
         if record.get(LIMITS) is not None:
-            if prompt.constraint is not characters(self.processor.tokenizer) or prompt.sketch is not None:
+            if prompt.constraint is not characters(self.processor.tokenizer) or isinstance(prompt.target, SketchTarget):
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
-            prompt.constraint = record[LIMITS]
+            prompt.target = TextTarget(record[LIMITS])
         return prompt
 
     def _is_first(self, what: str, task: Task) -> bool:

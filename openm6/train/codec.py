@@ -20,7 +20,7 @@ from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.model.files import meta_model
-from openm6.tasks.grammar import Slot
+from openm6.tasks.task import Task
 from openm6.train.distributed import Group
 from openm6.train.objective import Part
 from openm6.train.recipe import CodecRecipe
@@ -38,19 +38,15 @@ class Picture:
     origin: str = ""
 
 
-class PictureTask:
-    """Reads the picture of a record: what a Task is to the loader."""
+TASK = Task.from_instruction("[image] -> [vector:codes]", "codec")
+"""Records by the slot `image`; the codec reads it by itself."""
 
-    def __init__(self, size: int):
-        self.size = size
-        self.name, self.inputs = "codec", ("image",)
-        self.slots = {"image": Slot("image", "image")}
-        self.aliases: dict[str, tuple[str, ...]] = {}
 
-    def encode(self, record: Mapping[str, Any], *_: Any, **__: Any) -> Picture:
-        if record.get("image") is None:
-            raise DataError("There is no picture in this record.")
-        return Picture(read_square(record["image"], self.size))
+def read_picture(record: Mapping[str, Any], size: int) -> Picture:
+    """The middle square of a record's picture, `size` pixels wide. Raises DataError."""
+    if record.get("image") is None:
+        raise DataError("There is no picture in this record.")
+    return Picture(read_square(record["image"], size))
 
 
 class Pictures:
@@ -63,16 +59,24 @@ class Pictures:
             self.config = CodecConfig.load(self.path)
         else:
             self.config = CodecConfig(**recipe.codec.sizes)
-        self.task = PictureTask(self.config.image_size)
+        size = self.config.image_size
         self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
         rejects = open_rejects(recipe.output, recipe.train, group)
         entries = [
-            Entry(s.name or s.source, open_section(s, rejects), self.task, s.weight, s.columns, s.start)  # type: ignore[arg-type]
+            Entry(
+                s.name or s.source,
+                open_section(s, rejects),
+                TASK,
+                s.weight,
+                s.columns,
+                s.start,
+                encode=lambda task, record, *rest: read_picture(record, size),  # type: ignore[arg-type, return-value]
+            )
             for s in recipe.data
         ]
         self.loader = make_loader(recipe, group, entries, None, rejects)
         sources = [(s.name or s.source, open_section(s), s.columns) for s in recipe.evaluation.data]
-        self.measured = [(n, source, SlotView.of(self.task, source, columns)) for n, source, columns in sources]  # type: ignore[arg-type]
+        self.measured = [(n, source, SlotView.of(TASK, source, columns)) for n, source, columns in sources]
         self.flops = _training_flops(self.config)
 
     def network(self, shared: bool) -> Codec:
@@ -93,7 +97,7 @@ class Pictures:
     def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
         output = run(unit(_stack(examples, self.device)))
         assert output.loss is not None and output.losses is not None
-        told = [(self.task.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
+        told = [(TASK.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
         positions = len(examples) * self.config.side**2
         return Part(output.loss, told, len(examples) * self.flops, positions, positions)
 
@@ -102,7 +106,7 @@ class Pictures:
         model.eval()
         for name, source, view in self.measured:
             count = min(len(source), self.recipe.evaluation.limit)
-            pictures = [self.task.encode(view(source[i])) for i in range(count)]
+            pictures = [read_picture(view(source[i]), self.config.image_size) for i in range(count)]
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
 
     def gather(self) -> None:

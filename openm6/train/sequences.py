@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openm6.core.batch import Batch, pack, pad, pad_drawn
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, ContrastTarget, HeadTarget, Sequence
 from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
@@ -114,12 +114,14 @@ class Sequences:
         if self.adapter is None:  # its rows alone are trained
             self.taught.add(every)
         trained = sum(
-            e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
+            (e.image.weight if e.image else 1) * int((e.labels != IGNORE).sum())
+            + isinstance(e.target, (ContrastTarget, HeadTarget))
+            for e in examples
         )
         return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
 
     def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
-        """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
+        """Sequences, positives and negatives behind their example. One micro-batch, but for a network with block-sparse
         pictures: there sequences without a drawn picture, with one whose codes see each other both ways, and with one
         whose codes are written one after the other are worked on apart. All processes have a kind that one has."""
         sequences = _flat(examples)
@@ -127,8 +129,8 @@ class Sequences:
             return [sequences]
         kinds: tuple[list[Sequence], ...] = ([], [], [])
         for sequence in sequences:
-            codes = sequence.codes
-            kinds[0 if codes is None else 1 if sequence.blocks[codes.start] != CAUSAL else 2].append(sequence)
+            image = sequence.image
+            kinds[0 if image is None else 1 if sequence.blocks[image.codes.start] != CAUSAL else 2].append(sequence)
         numbers = self.group.sum(torch.tensor([len(kind) for kind in kinds], device=self.device)).tolist()
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
@@ -150,30 +152,31 @@ class Sequences:
             told = zip(contrasted, values.tolist(), strict=True)
             losses += [(pair.task, pair.origin, value, 1) for pair, value in told]
         for name in self.heads:
-            answered = [(i, e) for i, e in enumerate(examples) if e.head == name]
-            outputs = output.heads[name][[i for i, _ in answered]]
-            wanted = torch.tensor([e.values for _, e in answered], dtype=torch.float32, device=outputs.device)
+            targets = [(i, e, e.target) for i, e in enumerate(examples) if isinstance(e.target, HeadTarget)]
+            answered = [(i, e, target.values) for i, e, target in targets if target.head == name]
+            outputs = output.heads[name][[i for i, *_ in answered]]
+            wanted = torch.tensor([v for *_, v in answered], dtype=torch.float32, device=outputs.device)
             values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
             loss = loss + values.sum()
-            losses += [(e.task, e.origin, v, 1) for (_, e), v in zip(answered, values.tolist(), strict=True)]
+            losses += [(e.task, e.origin, v, 1) for (_, e, _), v in zip(answered, values.tolist(), strict=True)]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.session.model.config, positions, pairs, trained)
         return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
-        """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
-        their example."""
+        """The loss of every pair among the examples, fp32 [pairs], and those pairs; the others of a contrast stand
+        behind their example."""
         vectors = hidden_BTD.flatten(0, 1)[batch.ends()]
-        queries = [place for place, example in enumerate(examples) if example.partner is not None]
-        pairs = [examples[place] for place in queries]
+        pairs = [(place, e.target) for place, e in enumerate(examples) if isinstance(e.target, ContrastTarget)]
+        queries = [place for place, _ in pairs]
         keys = [place + 1 for place in queries]
-        negatives = [
-            place + 2 + i for place, pair in zip(queries, pairs, strict=True) for i in range(len(pair.negatives))
-        ]
-        settings, groups = self.recipe.vectors, [pair.group for pair in pairs]
-        found = vectors[queries], vectors[keys + negatives]
-        return contrast(*found, groups, settings.temperature, self.dims, self.group), pairs
+        negatives = [place + 2 + i for place, target in pairs for i in range(len(target.negatives))]
+        settings, groups = self.recipe.vectors, [target.group for _, target in pairs]
+        losses = contrast(
+            vectors[queries], vectors[keys + negatives], groups, settings.temperature, self.dims, self.group
+        )
+        return losses, [examples[place] for place in queries]
 
     def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
         session = Session(model.eval(), self.session.processor, self.session.tasks.values())
@@ -184,7 +187,7 @@ class Sequences:
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.session.processor.tokenizer.pad_id
-        if self.session.model.config.picture_side and any(s.codes for s in sequences):
+        if self.session.model.config.picture_side and any(s.image for s in sequences):
             return pad_drawn(sequences, pad_id).to(self.device)
         if sequences and not self.settings.packing:
             return pad(sequences, pad_id).to(self.device)
@@ -194,8 +197,13 @@ class Sequences:
 
 
 def _flat(examples: list[Sequence]) -> list[Sequence]:
-    """Each with its partner and negatives behind it."""
-    return [one for e in examples for one in (e, *([e.partner] if e.partner else []), *e.negatives)]
+    """Each with the positive and the negatives of its contrast behind it."""
+    flat: list[Sequence] = []
+    for example in examples:
+        flat.append(example)
+        if isinstance(example.target, ContrastTarget):
+            flat += (example.target.positive, *example.target.negatives)
+    return flat
 
 
 def _by_example(output: Any, batch: Batch) -> Losses:

@@ -21,6 +21,7 @@ from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
 from openm6.data.store import Records
 from openm6.tasks.card import read_taught
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.train.checkpoint import latest_checkpoint
@@ -88,7 +89,9 @@ def _examples(task: Task, records: Records, columns: Mapping[str, str], processo
     view, rng = SlotView.of(task, records, columns), np.random.default_rng(0)
     for number in range(min(len(records), ENCODED)):
         with suppress(DataError):  # the loader rejects the record
-            yield task.encode(view(records[number], rng), processor, rng, another=lambda: view(records[0], rng))
+            yield encode_example(
+                task, view(records[number], rng), processor, rng, another=lambda: view(records[0], rng)
+            )
 
 
 def _ids_of(examples: Iterable[Sequence]) -> np.ndarray:

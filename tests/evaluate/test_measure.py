@@ -26,6 +26,8 @@ from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference import Generated
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.encode import encode_example
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.metrics import Score
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -51,7 +53,7 @@ class Says(Session):
         return [Generated(self.processor.tokenizer.encode(next(self.answers)), 0.0, True) for _ in prompts]
 
 
-VQA = Task.from_dict(
+VQA = task_from_dict(
     {"name": "vqa", "instructions": ["[text:question] -> [text:answer]"], "metrics": ["accuracy", "exact_match"]}
 )
 
@@ -116,13 +118,13 @@ def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(session
 def test_without_answers_only_what_a_metric_asks_for_is_answered(session: Session) -> None:
     records = [{"question": "a", "answer": "红色"}]
     assert evaluate(Says(session, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
-    likely = Task.from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
+    likely = task_from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
     silent = evaluate(Says(session, []), likely, records, answers=False)  # an answer would be a StopIteration
     assert silent.scores == evaluate(session, likely, records).scores
     assert [case.record for case in silent.cases] == records
 
 
-SENTIMENT = Task.from_dict(
+SENTIMENT = task_from_dict(
     {
         "name": "sentiment",
         "instructions": ["[text:text] -> [label:label]"],
@@ -144,7 +146,7 @@ def test_labels_get_figures_of_their_own_and_references_outside_are_told(session
 
 
 def test_of_several_outputs_it_says_which_is_measured(session: Session) -> None:
-    task = Task.from_dict(
+    task = task_from_dict(
         {"name": "two", "instructions": ["[text:text] -> [label:kind] [label:colour]"], "metrics": ["accuracy"]}
     )
     result = evaluate(Says(session, ["鞋"]), task, [{"text": "a", "kind": "鞋", "colour": "红"}])
@@ -226,7 +228,7 @@ def test_nothing_to_measure_is_told(session: Session) -> None:
 
 
 def test_perplexity_is_that_of_the_single_probabilities(session: Session) -> None:
-    task = Task.from_dict(
+    task = task_from_dict(
         {
             "name": "t",
             "instructions": ["[text:a] -> [text:b]"],
@@ -238,7 +240,7 @@ def test_perplexity_is_that_of_the_single_probabilities(session: Session) -> Non
     found = evaluate(session, task, records, batch_size=2).scores["perplexity"].value
     losses = []
     for record in records:
-        sequence = task.encode(record, session.processor)
+        sequence = encode_example(task, record, session.processor)
         from openm6.core.batch import pad
 
         with torch.no_grad(), session.precision():

@@ -18,6 +18,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate.pictures import Judge, Real, draw_sheet, frechet, judged, share_among
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import tiny_config
@@ -55,7 +56,7 @@ def test_relevance_is_the_probability_of_the_answer(judge: Judge) -> None:
     found = judge.relevance(some, wanted)
     session = judge.session
     for picture, wish, value in zip(some, wanted, found.tolist(), strict=True):
-        sequence = judge.task.encode({"photo": picture, **wish}, session.processor)
+        sequence = encode_example(judge.task, {"photo": picture, **wish}, session.processor)
         with torch.inference_mode():
             logits = session.model.logits(session.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
         labels = torch.from_numpy(sequence.labels.astype(np.int64))

@@ -27,24 +27,25 @@ from openm6.evaluate import predict
 from openm6.evaluate.predict import Prediction
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import command, tiny_config
 
-LABELS = Task.from_dict(
+LABELS = task_from_dict(
     {"name": "mood", "instructions": ["[text:text] -> [label:label]"], "labels": {"label": ["红", "蓝", "红蓝"]}}
 )
-WORDS = Task.from_dict(
+WORDS = task_from_dict(
     {"name": "say", "instructions": ["[text:text] -> [text:words]"], "decode": {"max_new_tokens": 4}}
 )
-TWO = Task.from_dict(
+TWO = task_from_dict(
     {
         "name": "two",
         "instructions": ["[text:text] -> [label:kind] [label:colour]"],
         "labels": {"kind": ["鞋"], "colour": ["红", "蓝"]},
     }
 )
-VECTOR = Task.from_dict({"name": "vector", "instructions": ["[text:text] -> [vector:v]"]})
+VECTOR = task_from_dict({"name": "vector", "instructions": ["[text:text] -> [vector:v]"]})
 
 
 def make(seed: int = 0) -> Session:
@@ -226,7 +227,7 @@ def test_a_run_is_not_resumed_with_anything_else(
             Prediction(session, task, str(data), output, **options)
 
     refused("options", decoding={"max_new_tokens": 2})
-    refused("task", task=Task.from_dict({**WORDS.to_dict(), "decode": {"max_new_tokens": 3}}))
+    refused("task", task=task_from_dict({**WORDS.to_dict(), "decode": {"max_new_tokens": 3}}))
     make(seed=1).save(tmp_path / "other")
     refused("model", session=Session.load(tmp_path / "other"))
     data.write_text(data.read_text("utf-8").replace("8,", "9,"), "utf-8")

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence, TextTarget
 from openm6.inference import Decoding, generate, stream
 from openm6.inference.draw import Drawing
 from openm6.inference.generate import chance, choose, sample
@@ -163,7 +163,7 @@ class Only:
 def test_constrained_answers_are_allowed_ones(options: Decoding) -> None:
     rng, model = np.random.default_rng(6), tiny_model()
     prompts = [prompt(rng, n) for n in (1, 4, 6)]
-    prompts[0].constraint = prompts[2].constraint = Only()
+    prompts[0].target = prompts[2].target = TextTarget(Only())
     found = generate(model, prompts, END, options)
     for answer in (found[0], found[2]):
         assert answer.ids in list(Only.answers) and answer.finished
@@ -232,7 +232,7 @@ def test_a_constraint_goes_before_an_n_gram() -> None:
         answers = ([7, 7, 7],)
 
     asked = prompt(np.random.default_rng(0), 4)
-    asked.constraint = Twice()
+    asked.target = TextTarget(Twice())
     for options in (Decoding(8, no_repeat_ngram_size=1), Decoding(8, no_repeat_ngram_size=1, num_beams=2)):
         found = generate(tiny_model(), [asked], END, options)[0]
         assert found.ids == [7, 7, 7] and math.isfinite(found.score)

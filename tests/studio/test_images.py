@@ -22,6 +22,7 @@ from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.inference.session import Session
 from openm6.studio.images import distinct, make_batch, read_labels, write_labelled
+from openm6.tasks.encode import encode_example
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 from tests.conftest import drawing_session
@@ -296,7 +297,7 @@ def test_pictures_that_were_asked_with_are_kept_beside(session: Session, tmp_pat
     assert set(view(source[1])) & set(task.inputs) == {"caption"}
     assert Path(view(source[0])["sketch"]).is_file()
     for record in source:
-        task.encode(view(record), session.processor)
+        encode_example(task, view(record), session.processor)
 
 
 def candidate(shade: float, score: float) -> Candidate:
@@ -335,7 +336,7 @@ def test_verdicts_become_records_to_train_on(session: Session, tmp_path: Path) -
     source = open_source(told["file"])
     task, tokenizer = session.task(TASK), session.processor.tokenizer
     for record, seen in zip(records, map(SlotView.of(task, source), source), strict=True):
-        sequence = task.encode(seen, session.processor, np.random.default_rng(0))
+        sequence = encode_example(task, seen, session.processor, np.random.default_rng(0))
         assert sequence.ids[-3:].tolist() == list(tokenizer.estimate_ids)
         assert sequence.labels[-1] == (tokenizer.yes_id if record["verdict_quality"] else tokenizer.no_id)
         assert (sequence.ids[-19:-3] - tokenizer.code_start).tolist() == record["picture"]

@@ -15,7 +15,7 @@ from openm6.core.errors import DataError, UsageError
 from openm6.inference.session import Session
 from openm6.model.codec import Codec
 from openm6.model.files import load_network
-from openm6.train.codec import PictureTask
+from openm6.train.codec import read_picture
 from openm6.train.recipe import check_recipe, load_recipe
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
@@ -107,9 +107,9 @@ def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None
 def test_a_picture_of_any_shape_is_cut_to_a_square() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
-    assert (PictureTask(8).encode({"image": wide}).pixels > 200).mean() > 0.8
+    assert (read_picture({"image": wide}, 8).pixels > 200).mean() > 0.8
     with pytest.raises(DataError, match="no picture in this record"):
-        PictureTask(8).encode({"image": None})
+        read_picture({"image": None}, 8)
 
 
 def test_shipped_recipes_can_be_read() -> None:

@@ -19,6 +19,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.data.source import open_source
 from openm6.inference.session import Session
 from openm6.model.loss import Teacher
+from openm6.tasks.encode import encode_example
 from openm6.tasks.library import get
 from openm6.train.distill import AT_ONCE, Lessons, answered, relation_loss
 from openm6.train.distributed import Group
@@ -46,7 +47,7 @@ def asked(session: Session, pictures: int) -> Batch:
     task = session.task("vqa")
     records = ({"photo": r["image"], **r} for r in open_source(f"demo:questions/test?pictures={pictures}"))
     names = ("photo", "question", "answer")
-    examples = [task.encode({name: r[name] for name in names}, session.processor, None) for r in records]
+    examples = [encode_example(task, {name: r[name] for name in names}, session.processor, None) for r in records]
     return pack(examples, 64, session.processor.tokenizer.pad_id)
 
 
