@@ -14,7 +14,7 @@ from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
-from openm6.inference.session import SHOTS, Session
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
 
 
@@ -45,7 +45,7 @@ def measure(
     chosen = session.task(task)
     records = open_source(data, data_format, images)
     view = SlotView.of(chosen, records, columns or {})
-    told = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
+    examples = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
 
     def rows() -> Iterator[Mapping[str, Any] | Reject]:
         left = math.inf if limit is None else limit
@@ -58,13 +58,14 @@ def measure(
             elif all(str(row.get(key)) == value for key, value in (where or {}).items()):
                 left -= 1
                 try:
-                    yield {**view(row), SHOTS: told}
+                    yield view(row)
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 
     return evaluate(
-        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
-    )
+        session, chosen, rows(), data, examples=examples, decoding=decoding, answers=answers, metrics=metrics,
+        truncate=truncate,
+    )  # fmt: skip
 
 
 def _shots(

@@ -14,7 +14,8 @@ from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
-from openm6.inference.session import TRUNCATE, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
@@ -82,6 +83,7 @@ def evaluate(
     records: Iterable[Record | Reject],
     source: str = "",
     *,
+    examples: Items[Record] = (),
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
     answers: bool = True,
@@ -92,7 +94,8 @@ def evaluate(
     """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`), by its own metrics and, of
     labels, macro F1, or by `metrics`.
 
-    Without `answers` nothing is answered that no metric asks for; of a task that draws, never.
+    Without `answers` nothing is answered that no metric asks for; of a task that draws, never. `examples`: records with
+    answers that stand before every record.
 
     A list as the value of an output slot means several references, each of them right. Records that cannot be
     encoded are counted, not answered; so is a Reject in the place of a record. One that is longer than the model takes
@@ -115,8 +118,9 @@ def evaluate(
         try:
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
-            record = record if truncate is None else {**record, TRUNCATE: truncate}
-            prompts.append(session.prompt(task, record, None if task.silent or task.draws else decoding))
+            request = Request(record, examples, truncate=truncate, decoding=decoding or {})
+            # Pictures are not drawn here: a record without a slot to draw by can be measured too.
+            prompts.append(session.prompt(task, request) if task.draws else session.prepare(task, request).prompt)
             kept.append(record)
         except DataError as error:
             if isinstance(error, ContextLengthError):
@@ -131,7 +135,9 @@ def evaluate(
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     if task.head:
-        found = session.run_many(task, kept, batch_size=batch_size)
+        found = session.run_many(
+            task, [Request(one, examples, truncate=truncate) for one in kept], batch_size=batch_size
+        )
         cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
