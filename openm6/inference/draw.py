@@ -1,7 +1,8 @@
 """Drawing: the codes of a picture after a prompt, all at once in a few passes, or one after the other.
 
-In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass predicts all open codes, which
-attend to the prompt and to each other in both directions; the most confident are kept, the others predicted again.
+In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass predicts all open codes,
+which attend to the prompt and to each other in both directions; the most confident are kept, the others predicted
+again.
 The result of a row depends on that row alone: its own mask, its own random numbers.
 
 Progressive (M6-UFC, section 3.2): every pass draws several pictures from the kept codes. The estimates select the one
@@ -196,11 +197,10 @@ class _CodeDecoder:
         cost = branches * self.codes.count * self.times
         for number in range(1, passes + 1):
             costs = [cost * active for active in active_G.tolist()]
-            drawn_BN, pass_confidence_BN = self._propose(found_BN, number)
+            drawn_BN, drawn_confidence_BN = self._propose(found_BN, number)
             whole_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
-            confidence_BN = torch.where(found_BN == OPEN, pass_confidence_BN, confidence_BN).masked_fill(
-                given_BN, math.inf
-            )
+            confidence_BN = torch.where(found_BN == OPEN, drawn_confidence_BN, confidence_BN)
+            confidence_BN = confidence_BN.masked_fill(given_BN, math.inf)
             estimates_BE = self.estimate(whole_BN)
             score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
             chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
@@ -254,7 +254,7 @@ class _CodeDecoder:
         return drawn_BN, confidence_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
 
     def _reopened(self, confidence_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
-        """The codes that are open again after a pass, bool [B, N]: by a cosine schedule, of the `wanted_B` open at first."""
+        """The codes that are open again after a pass, bool [B, N]: by a cosine schedule, of `wanted_B` at first."""
         again_B = (math.cos(math.pi / 2 * number / self.drawing.passes) * wanted_B + 1e-6).floor()
         return confidence_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
 

@@ -23,9 +23,9 @@ def answer_groups(
 ) -> Iterator[Any]:
     """An answer for each record; `size` records are read at a time.
 
-    `prepare` makes a prompt of a record and its index in the call (0, 1, ...), which does not depend on `size`; `answer`
-    gets the prompts of a group. A DataError of `prepare` ends the call, or with `on_error="return"` takes the place of
-    that record's answer.
+    `prepare` makes a prompt of a record and its index in the call (0, 1, ...), which does not depend on `size`;
+    `answer` gets the prompts of a group. A DataError of `prepare` ends the call, or with `on_error="return"` takes the
+    place of that record's answer.
     """
     if on_error not in ON_ERROR:
         raise UsageError(f'on_error is "{on_error}"; it is "raise" or "return".{suggest(str(on_error), ON_ERROR)}')
