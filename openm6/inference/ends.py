@@ -10,7 +10,7 @@ import torch
 
 from openm6.core.batch import Batch, pad
 from openm6.core.errors import UsageError
-from openm6.inference.request import Answer, Context, Mode, Prepared, Request, not_streamed
+from openm6.inference.request import Answer, Context, Mode, Prepared, Request
 from openm6.inference.steps import Steps, in_batches
 from openm6.model import M6
 from openm6.tasks.heads import HEADS
@@ -70,11 +70,9 @@ VECTOR = Mode(
     "vector", "vector", applies=lambda task, request: task.embeds,
     options=lambda context, task, request: check_dims(context.model, request.decoding.get("dims")),
     steps=_vector_steps, read=lambda context, task, vector: Answer(vector),
-    stream=not_streamed("gives numbers, which do not come in pieces"),
 )  # fmt: skip
 HEAD = Mode(
     "head", "value", applies=lambda task, request: bool(task.head), options=lambda context, task, request: None,
     steps=_head_steps, read=lambda context, task, outputs: Answer(HEADS[task.head].read(outputs)), check=_check_head,
-    stream=not_streamed("gives numbers, which do not come in pieces"),
     available=lambda context, task: task.head in context.model.heads,
 )  # fmt: skip

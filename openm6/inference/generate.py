@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence as Items
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -192,16 +191,12 @@ def _pieces(context: Context, task: Task, item: Prepared) -> Iterator[str]:
         yield piece
 
 
-def _searches(num_beams: object) -> bool:
-    return isinstance(num_beams, Real) and num_beams > 1
-
-
 TEXT = Mode(
     "text", "text", applies=lambda task, request: True, options=text_options, steps=text_steps, read=read_text,
     stream=_pieces, is_exclusive=False,
 )  # fmt: skip
 BEAM = replace(
     TEXT, name="beam", is_exclusive=True,
-    applies=lambda task, request: _searches({**task.decode, **request.decoding}.get("num_beams")),
+    applies=lambda task, request: Decoding.of(**{**task.decode, **request.decoding}).num_beams > 1,
     kv_shape=lambda context, task, item: (item.options.num_beams, len(item.prompt) + item.options.max_new_tokens),
 )  # fmt: skip

@@ -22,7 +22,6 @@ from openm6.inference.request import (
     Prepared,
     Record,
     Request,
-    not_streamed,
     text_options,
 )
 from openm6.inference.steps import Steps
@@ -181,5 +180,5 @@ def _read(context: Context, task: Task, raw: Any) -> Answer:
 
 LABEL_PROBABILITIES = Mode(
     "probabilities", "text", applies=lambda task, request: request.probabilities, options=_options, steps=_steps,
-    read=_read, kv_shape=_kv_shape, stream=not_streamed("gives probabilities, which do not come in pieces"),
+    read=_read, kv_shape=_kv_shape,
 )  # fmt: skip

@@ -21,7 +21,7 @@ from openm6.core.files import dumps, plain
 from openm6.core.images import ORIGIN, UNCERTAIN, Features, as_file
 from openm6.inference.draw import OPEN, Codes, Drawing, draw_steps, estimate, kept_codes
 from openm6.inference.labels import target_losses
-from openm6.inference.request import Answer, Context, Mode, Prepared, Request, not_streamed
+from openm6.inference.request import Answer, Context, Mode, Prepared, Request
 from openm6.inference.steps import Steps, map_costs
 from openm6.tasks.drawn import ESTIMATES
 from openm6.tasks.encode import where
@@ -208,7 +208,6 @@ def relevance_by_slot(
 PICTURE = Mode(
     "picture", "picture", applies=lambda task, request: task.draws, options=_options, steps=_steps, check=_check,
     read=lambda context, task, candidates: Answer(candidates, warning=UNCERTAIN if candidates[0].uncertain else ""),
-    stream=not_streamed("draws a picture, which does not come in pieces"),
     batch_key=lambda options, request: (replace(options, seed=0), request.candidates), kv_shape=_kv_shape,
     single=lambda candidates: candidates[0].image,
     group_size=lambda batch_size, candidates: max(1, batch_size // candidates),

@@ -7,7 +7,7 @@ Tokens of the sketch are never deleted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -20,7 +20,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.inference.decoding import Generated, check_room
 from openm6.inference.generate import read_text
 from openm6.inference.request import Context, Mode, Prepared, text_options
-from openm6.inference.steps import Steps, complete, finish, in_batches
+from openm6.inference.steps import Steps, complete, in_batches
 from openm6.model import M6
 from openm6.model.cache import KVCache, fill, prefill_all
 from openm6.tasks.sketch import INSIDE, MOST, joined, kept, modes, ordered
@@ -194,15 +194,8 @@ def _steps(context: Context, task: Task, items: list[Prepared], batch_size: int)
     return refine_steps(context.model, prompts, tokenizer, items[0].options.max_new_tokens, batch_size)
 
 
-def _at_once(context: Context, task: Task, item: Prepared) -> Iterator[str]:
-    """The whole text as one piece: all of its tokens are decided together."""
-    with context.precision():
-        [generated] = finish(_steps(context, task, [item], 1))
-    yield str(read_text(context, task, generated).value)
-
-
 SKETCH = Mode(
     "sketch", "text", applies=lambda task, request: bool(task.sketch), options=text_options, steps=_steps,
-    read=read_text, stream=_at_once, batch_key=lambda options, request: options.max_new_tokens,
+    read=read_text, batch_key=lambda options, request: options.max_new_tokens,
     kv_shape=lambda context, task, item: (1, len(item.prompt) + item.options.max_new_tokens),
 )  # fmt: skip

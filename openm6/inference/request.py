@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from openm6.core.errors import UsageError
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import Decoding, check_room, kv_bytes
 from openm6.inference.steps import Steps
@@ -112,7 +111,7 @@ class Mode:
     options     decoding options of a request, checked: the task's own, overridden by the request's
     steps       work on prepared requests with one batch key, with a batch size; one raw result for each request
     read        raw result to answer
-    stream      the answer in pieces of text
+    stream      the answer in pieces of text; None: texts come as one piece, other answers cannot be streamed
     check       refuses a request that asks for nothing
     batch_key   key of options and request beside adapter and task
     kv_shape    rows and positions of the key/value cache that a prepared request needs
@@ -128,7 +127,7 @@ class Mode:
     options: Callable[[Context, Task, Request], Any]
     steps: Callable[[Context, Task, list[Prepared], int], Steps[list[Any]]]
     read: Callable[[Context, Task, Any], Answer]
-    stream: Callable[[Context, Task, Prepared], Iterator[str]]
+    stream: Callable[[Context, Task, Prepared], Iterator[str]] | None = None
     check: Callable[[Context, Task, Request], None] = lambda context, task, request: None
     batch_key: Callable[[Any, Request], Hashable] = lambda options, request: options
     kv_shape: Callable[[Context, Task, Prepared], tuple[int, int]] = lambda context, task, item: (0, 0)
@@ -155,12 +154,3 @@ class Mode:
 def text_options(context: Context, task: Task, request: Request) -> Decoding:
     """Decoding options of a task that generates tokens."""
     return Decoding.of(**{**task.decode, **request.decoding})
-
-
-def not_streamed(reason: str) -> Callable[[Context, Task, Prepared], Iterator[str]]:
-    """The `stream` of a kind whose answers come at once."""
-
-    def stream(context: Context, task: Task, item: Prepared) -> Iterator[str]:
-        raise UsageError(f"The task {task.name} {reason}: run it.")
-
-    return stream

@@ -280,7 +280,12 @@ class Session:
         """One text answer in pieces, as it is generated. `truncate`: see `run`."""
         task = self.task(task)
         item = self.prepare(task, Request(slots, decoding=decoding or {}, truncate=truncate))
-        yield from item.mode.stream(self, task, item)
+        if item.mode.stream is not None:
+            yield from item.mode.stream(self, task, item)
+        elif item.mode.result == "text":
+            yield str(next(self.run_many(task, [item.request])))
+        else:
+            raise UsageError(f"A {item.mode.result} does not come in pieces: run the task {task.name}.")
 
     def relevance_by_slot(
         self, task: str | Task, drawn: list[Candidate], *, truncate: str | None = None, **slots: Any

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition
 from typing import Any
 
@@ -48,8 +48,15 @@ class _Job:
 
 
 @dataclass(slots=True)
-class Counts:
-    """Totals since the engine started; `seconds` of work by kind."""
+class EngineState:
+    """A snapshot of the engine: totals since it started, and what it holds.
+
+    seconds               of work, by kind
+    waiting, running      requests that have not begun, and those that have
+    texts, jobs           texts that are being generated, and the number of requests of each running job
+    early_cancellations   remembered cancellations of requests that have not come
+    prompt_hits, prompt_misses   prompts that were found in the cache of read prompts, or not
+    """
 
     answered: int = 0
     failed: int = 0
@@ -58,17 +65,6 @@ class Counts:
     prompt_tokens: int = 0
     steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"texts": 0.0, "jobs": 0.0})
-
-
-@dataclass(slots=True)
-class EngineState(Counts):
-    """A snapshot of the engine: its totals, and what it holds.
-
-    waiting, running      requests that have not begun, and those that have
-    texts, jobs           texts that are being generated, and the number of requests of each running job
-    early_cancellations   remembered cancellations of requests that have not come
-    prompt_hits, prompt_misses   prompts that were found in the cache of read prompts, or not
-    """
 
     waiting: int = 0
     running: int = 0
@@ -87,7 +83,7 @@ class Engine:
 
     def __init__(self, session: Session, emit: Callable[[RequestEvent], None], settings: Settings | None = None):
         self.session, self.settings, self._emit = session, settings or Settings(), emit
-        self._counts = Counts()
+        self._counts = EngineState()
         image = session.model.image
         self.features = Features.of(image, self.settings.prefix_mib * MIB) if image is not None else None
         self._inbox: deque[EngineRequest] = deque()
@@ -151,10 +147,11 @@ class Engine:
         """What the engine has done and holds now."""
         schedulers = list(self._schedulers.values())
         admitted = len(self._waiting) + sum(len(one.waiting) for one in schedulers)
-        return EngineState(
-            **asdict(self._counts), waiting=len(self._inbox) + admitted, running=len(self._open) - admitted,
-            texts=sum(len(one.rows) for one in schedulers), jobs=tuple(len(job.requests) for job in list(self._jobs)),
-            early_cancellations=len(self._early), prompt_hits=sum(one.prefixes.hits for one in schedulers),
+        return replace(
+            self._counts, seconds=dict(self._counts.seconds), waiting=len(self._inbox) + admitted,
+            running=len(self._open) - admitted, texts=sum(len(one.rows) for one in schedulers),
+            jobs=tuple(len(job.requests) for job in list(self._jobs)), early_cancellations=len(self._early),
+            prompt_hits=sum(one.prefixes.hits for one in schedulers),
             prompt_misses=sum(one.prefixes.misses for one in schedulers),
         )  # fmt: skip
 
