@@ -110,11 +110,11 @@ def draw(
     check_slots(find_task(place, task), asked)
     decoding = decoding_options(option)
 
-    from openm6.inference.session import TRUNCATE, Session
+    from openm6.inference.session import Session
 
     session = Session.load(place)
     drawn = session.draw(task, candidates=candidates, decoding=decoding, truncate=truncate, **asked)
-    follows = session.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
+    follows = session.relevance_by_slot(task, drawn, truncate=truncate, **asked)
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
 

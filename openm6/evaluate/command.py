@@ -14,7 +14,7 @@ from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
-from openm6.inference.session import SHOTS, Session
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
 
 
@@ -59,13 +59,13 @@ def measure(
             elif all(str(row.get(key)) == value for key, value in (where or {}).items()):
                 left -= 1
                 try:
-                    yield {**view(row), SHOTS: examples}
+                    yield view(row)
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 
     return evaluate(
-        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate,
-        on_progress=on_progress,
+        session, chosen, rows(), data, examples=examples, decoding=decoding, answers=answers, metrics=metrics,
+        truncate=truncate, on_progress=on_progress,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
-from openm6.inference.session import TRUNCATE, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
@@ -86,6 +87,7 @@ def evaluate(
     records: Iterable[Record | Reject],
     source: str = "",
     *,
+    examples: Items[Record] = (),
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
     answers: bool = True,
@@ -96,8 +98,8 @@ def evaluate(
     """Evaluate `task` on records whose keys are its slots (see `openm6.data.columns`), by `metrics` or by the task's
     own ones and, for labels, macro F1.
 
-    Without `answers` nothing is generated that no metric needs; a task that draws never generates. `on_progress` gets
-    the number of answered and of all records.
+    Without `answers` nothing is generated that no metric needs; a task that draws never generates. `examples`: records
+    with answers that stand before every record. `on_progress` gets the number of answered and of all records.
 
     A list as the value of an output slot holds several references. Records that cannot be encoded are counted as
     rejected, as is a Reject in the place of a record. Records that are too long for the model are rejected and named in
@@ -120,8 +122,9 @@ def evaluate(
         try:
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
-            record = record if truncate is None else {**record, TRUNCATE: truncate}
-            prompts.append(session.prompt(task, record, None if task.silent or task.draws else decoding))
+            request = Request(record, examples, truncate=truncate, decoding=decoding or {})
+            # Pictures are not drawn here: a record without a slot to draw by can be measured too.
+            prompts.append(session.prompt(task, request) if task.draws else session.prepare(task, request).prompt)
             kept.append(record)
         except DataError as error:
             if isinstance(error, ContextLengthError):
@@ -136,7 +139,9 @@ def evaluate(
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     if task.head:
-        found = session.run_many(task, kept, batch_size=batch_size)
+        found = session.run_many(
+            task, [Request(one, examples, truncate=truncate) for one in kept], batch_size=batch_size
+        )
         cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):

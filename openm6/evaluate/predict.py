@@ -27,9 +27,10 @@ from openm6.data.rejects import Reject, place_of
 from openm6.data.source import open_source
 from openm6.data.store import HIDDEN, Record
 from openm6.data.writers import writer_for
-from openm6.inference import Decoding
 from openm6.inference.labels import closed_labels
-from openm6.inference.session import Session, check_dims
+from openm6.inference.modes import mode_of
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.studio.review import seed_of
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.task import Task
@@ -68,10 +69,7 @@ class Prediction:
         self.folder = output.with_name(output.name + ".parts")
         if self.task.draws:
             raise UsageError(f"The task {self.task.name} draws pictures: use `openm6 images batch`.")
-        if self.task.embeds:
-            check_dims(session.model, self.decoding.get("dims"))
-        else:
-            Decoding.of(**{**self.task.decode, **self.decoding})
+        mode_of(self.task).options(session, self.task, Request({}, decoding=self.decoding))
         self._write = writer_for(output, holds_vectors=self.task.embeds)
         has_labels = bool(closed_labels(self.task))
         if all_probabilities and not has_labels:

@@ -25,7 +25,8 @@ from openm6.data.columns import SlotView, require_columns
 from openm6.data.source import Source, open_source
 from openm6.data.store import Record
 from openm6.inference import Decoding, Generated
-from openm6.inference.session import LIMITS, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.studio import review
 from openm6.studio.items import (
     BROKEN,
@@ -246,7 +247,7 @@ def _written(
     session: Session, task: Task, asked: Mapping[int, Record], limits: Mapping[int, Limits], candidates: int, own: Any
 ) -> dict[int, list[Generated]]:
     prompts = [
-        session.prompt(task, {**record, LIMITS: None if task.sketch else limits[number]})
+        session.prompt(task, Request(record, limits=None if task.sketch else limits[number]))
         for number, record in asked.items()
     ]
     made = session.generate(task, [one for one in prompts for _ in range(candidates)], decoding=own)

@@ -34,7 +34,8 @@ from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record
 from openm6.data.tables import read_jsonl
-from openm6.inference.session import TRUNCATE, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
 
 SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
@@ -97,7 +98,7 @@ def usable(
         record = source[number]
         try:
             asked = ask(record)
-            session.prompt(task, {**asked, TRUNCATE: truncate})
+            session.prepare(task, Request(asked, truncate=truncate))
         except DataError as error:
             where = place_of(source, number, record)
             rejects.count(where, explain(error, where, record), source.name)

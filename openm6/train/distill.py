@@ -157,7 +157,7 @@ def _answers(session: Session, task: Task, records: list[Record], start: int) ->
 def _readable(session: Session, task: Task, record: Record) -> Record | None:
     inputs = task.asked(record)
     try:
-        session.prompt(task, inputs)
+        session.prepare(task, inputs)
     except DataError:
         return None
     return inputs

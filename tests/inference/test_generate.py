@@ -17,7 +17,7 @@ from openm6.core.errors import UsageError
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence, TextTarget
 from openm6.inference import Decoding, generate, stream
 from openm6.inference.draw import Drawing
-from openm6.inference.generate import chance, choose, sample
+from openm6.inference.generate import row_generator, sample, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.model import M6
 from tests.conftest import EXPERTS, example, tiny_model
@@ -241,8 +241,8 @@ def test_a_constraint_goes_before_an_n_gram() -> None:
 @pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-45, 1e-320])
 def test_a_temperature_near_nothing_draws_among_the_likeliest(temperature: float) -> None:
     logits = torch.tensor([[0.0, 3.0, -2.0, 3.0], [-90.0, -80.0, -torch.inf, -81.0]]).repeat(200, 1)
-    chances = [chance(Decoding(temperature=temperature), number) for number in range(400)]
-    tokens, log_probs = choose(logits, [Decoding(temperature=temperature)] * 400, chances)
+    generators = [row_generator(Decoding(temperature=temperature), number) for number in range(400)]
+    tokens, log_probs = select_tokens(logits, [Decoding(temperature=temperature)] * 400, generators)
     assert log_probs.isfinite().all()
     assert set(tokens[::2].tolist()) == {1, 3} and set(tokens[1::2].tolist()) == {1}
 

@@ -13,7 +13,7 @@ from openm6.core.sequence import Constraint, Sequence, TextTarget, allowed_after
 from openm6.core.tokenizer import HALF, SPECIAL, Tokenizer
 from openm6.edge.runner import _likeliest
 from openm6.inference import Decoding
-from openm6.inference.generate import chance, choose
+from openm6.inference.generate import row_generator, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.inference.pieces import Pieces
 from openm6.inference.session import Session
@@ -80,11 +80,11 @@ def test_no_logits_write_half_a_character(name: str, seed: int, limited: bool, o
     """In each way of choosing, with limits and without; a text that is cut anywhere tells its whole characters."""
     tokenizer = TOKENIZERS[name]
     decoding, random = Decoding(seed=seed % 1000, **options), torch.Generator().manual_seed(seed)
-    drawing, ids, pieces, told = chance(decoding), list[int](), Pieces(tokenizer), ""
+    drawing, ids, pieces, told = row_generator(decoding), list[int](), Pieces(tokenizer), ""
     prompt = prompt_of(Limits(tokenizer, ["红色"], most=20) if limited else characters(tokenizer))
     for _ in range(24):
         logits = permitted(some_logits(tokenizer, random), [prompt], [ids], [decoding], tokenizer.end_id)
-        token = int(choose(logits, [decoding], [drawing])[0])
+        token = int(select_tokens(logits, [decoding], [drawing])[0])
         if token == tokenizer.end_id:
             break
         ids.append(token)

@@ -31,14 +31,14 @@ EXTENSION = f'''
 import os, signal, threading
 import openm6.serve.engine as engine
 
-prepared = engine.prepared
+prepare = engine.prepare
 
 def deadly(request, view):
-    prepared(request, view)
-    if "{POISON}" in str(request.record):
+    prepare(request, view)
+    if "{POISON}" in str(request.request.record):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-engine.prepared = deadly
+engine.prepare = deadly
 '''
 """Kills its process a moment after a text with this character has come, when others are being written too."""
 

@@ -69,9 +69,9 @@ def test_a_sampled_answer_is_the_one_that_it_is_alone(served: Session) -> None:
     for number, (task, decoding, record) in enumerate(asked):
         watched.ask(str(number), task, record=record, decoding=decoding)
         for _ in range(rng.choice([0, 0, 0, 1, 5])):
-            watched.engine._next()
-        while len(watched.engine._open) > 16:
-            watched.engine._next()
+            watched.engine.step()
+        while (state := watched.engine.state()).waiting + state.running > 16:
+            watched.engine.step()
     found = watched.finish()
     assert [number for number, value in enumerate(alone) if found[str(number)].value != value] == []
 
