@@ -12,6 +12,7 @@ import typer
 from openm6.cli.app import app
 from openm6.cli.output import Json, emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+from openm6.core.extras import require
 from openm6.core.files import require_writable
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo import report_demo
@@ -51,6 +53,7 @@ def demo_images(
     json: Json = False,
 ) -> None:
     """Teach the demo's model to draw: an image codec, drawing, estimates; measured by a judge of its own."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo_images import draw_own, report_images

@@ -12,6 +12,7 @@ import typer
 from openm6.cli.app import app
 from openm6.cli.output import Json, emit, pairs, table
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -55,6 +56,7 @@ def serve(
     import time
 
     begun = time.monotonic()
+    require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
     from openm6.hub.find import find_model
 
     check_reach(host, keys)

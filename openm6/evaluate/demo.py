@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from openm6.core.extras import require
 from openm6.core.images import open_image
 from openm6.data.store import iterate
 from openm6.evaluate.command import measure
@@ -109,6 +110,7 @@ def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target
 
     Nothing is drawn where no Chinese font is installed.
     """
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.core.images import open_image
 from openm6.evaluate.measure import Case, Evaluation
@@ -94,6 +95,7 @@ def write_pictures(
 
 
 def _write_html(path: Path, title: str, text: str) -> Path:
+    require("eval", "markdown")
     from markdown import markdown
 
     body = markdown(text, extensions=["tables"])
@@ -157,6 +159,7 @@ def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) ->
 
 def draw_curves(metrics: Path, target: Path) -> None:
     """Loss by task and tokens a second over the steps of a metrics.jsonl, as a PNG."""
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,17 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 
 def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str], gpus: int = 0) -> int:
     """Run `openm6 WORDS` where the cluster at $RAY_ADDRESS (else one that is started here) has room, and return its
     exit code. The folder has to be on a file system that all machines share. SIGTERM ends it there too."""
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError:
-        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
+    require("ray", "ray")
+    import ray
+    from ray.exceptions import RayError
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     # A process of its own for each job: what it has loaded goes with it, and it can be killed.

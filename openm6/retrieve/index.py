@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.retrieve.columns import convert_at, filter_error, id_of, type_of
 from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
@@ -96,6 +97,7 @@ class Index:
     ) -> Index:
         """An empty index. `columns`: name to type (text, int, float or bool); `about`: what to remember of how its
         vectors are made. Raises UsageError where there is something already."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
         import pyarrow as pa
 
@@ -123,6 +125,7 @@ class Index:
     @classmethod
     def open(cls, path: str | Path, version: int | None = None) -> Index:
         """What `create` made, as it was at a `version`, or as it is. Raises UsageError where there is none."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
 
         path = Path(path)

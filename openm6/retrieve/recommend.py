@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
@@ -348,6 +349,7 @@ class Recommender:
     @classmethod
     def load(cls, path: str | Path) -> Recommender:
         """Raises UsageError where there is none, or where its index has other columns now."""
+        require("retrieve", "lightgbm")
         import lightgbm
 
         path = Path(path)
@@ -355,10 +357,8 @@ class Recommender:
             about = json.loads((path / "recommender.json").read_text("utf-8"))
             ranker = lightgbm.Booster(model_file=str(path / "ranker.txt"))
             columns, learned = dict(about["columns"]), Learned(**about["learned"])
-        except (OSError, ValueError, KeyError, lightgbm.basic.LightGBMError) as error:
-            raise UsageError(
-                f"{path} is no recommender ({type(error).__name__}): `openm6 recommend fit` makes one."
-            ) from None
+        except (OSError, ValueError, KeyError, lightgbm.basic.LightGBMError):
+            raise UsageError(f"{path} is no recommender: `openm6 recommend fit` makes one.") from None
         index = Index.open(about["index"])
         kinds = index.about["columns"]
         if any(name not in kinds or (known is None) != (kinds[name] in _NUMBERS) for name, known in columns.items()):
