@@ -16,7 +16,7 @@ def require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if not is_installed(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UsageError(f"{' and '.join(missing)} {verb} not installed: {install_command(extra)}")
+        raise UsageError(f"{', '.join(missing)} {verb} not installed: {install_command(extra)}")
 
 
 def is_installed(module: str) -> bool:

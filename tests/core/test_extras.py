@@ -45,7 +45,7 @@ OF_EXTRAS = {"pandas": "console", "sqlalchemy": "hub", "py-cpuinfo": "monitor"}
 
 def test_a_missing_library_is_named_with_the_command() -> None:
     require("edge", "json", "numpy")
-    with pytest.raises(UsageError, match=r"^not_there and nor_this\.one are not installed: .*install .*\[edge\]'?$"):
+    with pytest.raises(UsageError, match=r"^not_there, nor_this\.one are not installed: .*install .*\[edge\]'?$"):
         require("edge", "json", "not_there", "nor_this.one")
     assert is_installed("numpy.linalg") and not is_installed("numpy.nothing")
 
@@ -110,7 +110,7 @@ def test_every_import_of_the_base_is_in_the_base_and_other_libraries_come_late()
             else:
                 continue
             for root in {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"openm6"}:
-                names = {name_of(name) for name in known[root]}
+                names = {name_of(name) for name in known.get(root, [root])}
                 names |= {BROUGHT[name] for name in names & BROUGHT.keys()}
                 if node not in late and not names & BASE:
                     assert room and names & distributions(room), f"{place} imports {root} at its top"
