@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.images import read_square
@@ -155,6 +154,8 @@ def _file(name: str) -> str:
 
 def _training_flops(config: CodecConfig) -> float:
     """FLOPs of the forward and backward pass of one picture, counted on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     model = meta_model(config, Codec).eval()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, config.image_size, config.image_size)).loss.backward()

@@ -53,7 +53,7 @@ class Reporter:
         for log in (output / "metrics.jsonl", output / LOADS):
             cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = _board(output / "tensorboard")
+        self.board: Any = None  # made with its first point: it takes a third of the time of PyTorch's import
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),  # gives way, so that the figures stay whole
@@ -200,24 +200,20 @@ class Reporter:
         self.lines.close()
 
     def _plot(self, scalars: Mapping[str, float], step: int) -> None:
-        if self.board:
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+        if not is_installed("tensorboard"):
+            return
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.output / "tensorboard"))
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.write(dumps(line) + "\n")
         self.lines.flush()
         if self.on_step:
             self.on_step(line)
-
-
-def _board(folder: Path) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
-    if not is_installed("tensorboard"):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
 
 
 def _known(use: EnergyUse) -> str:
