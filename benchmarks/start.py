@@ -26,7 +26,7 @@ from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
 TITLE = "How long commands take to start"
-REPEATS = 3
+REPEATS = 7
 PATIENCE = 120.0
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
