@@ -168,7 +168,13 @@ class Reporter:
     def finish(self, step: int, use: EnergyUse | None, examples: int, cut: int) -> None:
         """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
         skipped = count_rejected(self.output)
-        line = {"step": step, "finished": True, "examples": examples, "cut": cut, "skipped_records": skipped}
+        line: dict[str, Any] = {
+            "step": step,
+            "finished": True,
+            "examples": examples,
+            "cut": cut,
+            "skipped_records": skipped,
+        }
         told = ""
         if use:
             line |= {"energy_kwh": use.kwh, "co2e_kg": use.co2e_kg, "energy_measured": use.measured}
