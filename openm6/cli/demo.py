@@ -13,6 +13,7 @@ from openm6.cli.app import app
 from openm6.cli.options import Json
 from openm6.cli.output import emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+from openm6.core.extras import require
 from openm6.core.files import require_writable
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Train a small M6 on the built-in catalogue, evaluate it on unseen combinations, write a report."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo import report_demo
@@ -54,6 +56,7 @@ def demo_images(
     json: Json = False,
 ) -> None:
     """Train the demo's model to draw: image codec, text to image, estimators; evaluated by a judge model."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo_images import draw_own, report_images

@@ -14,6 +14,7 @@ from openm6.cli.checks import MODEL
 from openm6.cli.options import Json
 from openm6.cli.output import emit, pairs, table
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -57,6 +58,7 @@ def serve(
     import time
 
     begun = time.monotonic()
+    require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
     from openm6.hub.find import find_model
 
     check_reach(host, keys)

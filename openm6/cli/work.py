@@ -14,6 +14,7 @@ from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
 from openm6.cli.output import counted, emit, pairs, table
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_writable
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def evaluate(
     if output:
         check_output(output)
     if report:
+        require("eval", "markdown", "matplotlib")
         require_writable(report)
 
     from openm6.data.readers import with_options

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.units import size_of
 from openm6.tasks.metrics import gain
 
@@ -126,6 +127,7 @@ def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 def draw_pareto(rows: list[dict[str, Any]], target: Target | None = None, max_loss: float = 0.0) -> Figure:
     """The first metric against size and against the time of one answer; the front as a line. The front and the model
     have labels in a column beside the points, so that no label covers another."""
+    require("eval", "matplotlib")
     from matplotlib import ticker
     from matplotlib.figure import Figure
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.serve.server import Server
 
 
@@ -70,12 +70,10 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(visitors_files())
-    try:
-        import gradio as gr
-        from gradio import processing_utils, routes
-        from markupsafe import Markup
-    except ImportError:
-        raise UsageError("The console needs Gradio: pip install -e '.[console]' in a clone.") from None
+    require("console", "gradio")
+    import gradio as gr
+    from gradio import processing_utils, routes
+    from markupsafe import Markup
     from PIL import Image
 
     from openm6.console.desk import Desk

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from openm6.core.environment import peak_resident
 from openm6.core.errors import UsageError
+from openm6.core.extras import is_installed, require
 
 COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
 """Modes in which codecarbon reads hardware counters of a processor; the other modes estimate from nominal power and
@@ -40,9 +42,17 @@ class EnergyMeter:
     letters).
 
     Processors are measured where codecarbon can read their counters (RAPL, which may be present and readable by root
-    only), GPUs by NVML; memory is always estimated. `before`: use of earlier parts of the run."""
+    only), GPUs by NVML; memory is always estimated. `before`: use of earlier parts of the run, None where one of them
+    was not measured.
+
+    Without codecarbon (extra monitor) nothing is measured, and `read` and `stop` return None.
+    """
 
     def __init__(self, country: str = "CHN"):
+        self.before: EnergyUse | None = EnergyUse()
+        self._tracker: Any = None
+        if not is_installed("codecarbon"):
+            return
         from codecarbon import OfflineEmissionsTracker
 
         carbon_intensity(country)  # codecarbon only warns of an unknown country
@@ -55,17 +65,20 @@ class EnergyMeter:
             log_level="critical",
             allow_multiple_runs=True,
         )
-        self.before = EnergyUse()
         with _processor_known():
             self._tracker.start()
 
-    def read(self) -> EnergyUse:
-        return self._use(self._tracker.flush() or 0.0)
+    def read(self) -> EnergyUse | None:
+        """Energy since the start of the run."""
+        return self._use(self._tracker.flush()) if self._tracker else None
 
-    def stop(self) -> EnergyUse:
-        return self._use(self._tracker.stop() or 0.0)
+    def stop(self) -> EnergyUse | None:
+        """The same, for the last time."""
+        return self._use(self._tracker.stop()) if self._tracker else None
 
-    def _use(self, co2e_kg: float) -> EnergyUse:
+    def _use(self, co2e_kg: float | None) -> EnergyUse | None:
+        if self.before is None:
+            return None
         tracker = self._tracker
         kwh = float(tracker._total_energy.kWh)
         counted = 0.0
@@ -73,7 +86,7 @@ class EnergyMeter:
             counted += float(tracker._total_gpu_energy.kWh)
         if any(getattr(part, "_mode", None) in COUNTERS for part in tracker._hardware):
             counted += float(tracker._total_cpu_energy.kWh)
-        return self.before + EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
+        return self.before + EnergyUse(kwh, co2e_kg or 0.0, counted / kwh if kwh else 0.0)
 
 
 @contextmanager
@@ -101,6 +114,7 @@ def _processor_known() -> Iterator[None]:
 def carbon_intensity(country: str) -> float:
     """Carbon intensity of a country's electricity (ISO code of three letters) in kg CO2e per kWh, by codecarbon's
     table."""
+    require("monitor", "codecarbon")
     table = json.loads(
         resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
     )

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from openm6.core.errors import DataError
+from openm6.core.extras import require
 from openm6.core.files import fault_of, parse
 from openm6.core.images import MAX_BYTES, PICTURES, held_picture
 from openm6.data.files import absolute, is_clutter, list_folder, open_file
@@ -36,6 +37,7 @@ def rows_of(table: Any) -> Iterator[Record]:
 
 def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
     """Parquet; binary columns stay bytes. `path` is a file or a folder of files."""
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

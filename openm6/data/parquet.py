@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
+from openm6.core.extras import require
 from openm6.data.bundled import plain_picture, rows_of
 from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
 from openm6.data.store import Record, locate
@@ -94,6 +95,7 @@ def _files(spec: str) -> list[str]:
 
 @contextmanager
 def _table(path: str) -> Iterator[Any]:
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -20,7 +20,7 @@ from openm6.data.digest import content_hash, json_hash
 from openm6.data.files import expand, fingerprint, is_remote
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects, place_of
-from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, write_records
 
 _CACHE_VERSION = 3  # increased when the same files give other records
 
@@ -81,7 +81,7 @@ class Source:
         if self._stamp is not None:
             return json_hash([self._stamp, self._length])
         records = self._records
-        if isinstance(records, ArrowRecords) and self._length == len(records):
+        if isinstance(records, StoredRecords) and self._length == len(records):
             return content_hash(self, records.folder)
         return content_hash(self)
 
@@ -159,7 +159,7 @@ def _entry_of(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=SOURCES, name=word[1])), None)
 
 
-def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[ArrowRecords, tuple[Reject, ...]]:
+def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[StoredRecords, tuple[Reject, ...]]:
     kinds = [format_of(path, format) for path in _files(name)]
     # The name is in the key because the records' places (`_where`) contain it.
     key = [_CACHE_VERSION, name, kinds, format, images_root, str(Path.cwd()), [fingerprint(f) for f in files_of(name)]]
@@ -177,4 +177,4 @@ def _through_cache(name: str, format: str | None, images_root: str | None) -> tu
     else:
         folder = cached("source", key, make)
     lines = lines_of((folder / "rejects.jsonl").read_text("utf-8"))
-    return ArrowRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))
+    return StoredRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))

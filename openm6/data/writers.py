@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import dumps, plain
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
@@ -52,6 +53,7 @@ def write_jsonl(path: Path, columns: Sequence[str], rows: Rows) -> None:
 
 def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
     """Write Parquet. A column whose values have several types, as in JSON, becomes a column of JSON texts."""
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -24,6 +24,7 @@ import torch
 import openm6
 from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_json, write_whole
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
@@ -45,6 +46,7 @@ PARTS = (
     "_version.py",
     "core/__init__.py",
     "core/errors.py",
+    "core/extras.py",
     "core/files.py",
     "core/images.py",
     "core/origins.py",
@@ -90,12 +92,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     require_new(output)
     if bits not in (None, *BITS):
         raise UsageError(f"bits is {bits}; it can be 8, 4, or left out.")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"An export needs {error.name}: pip install -e '.[edge]' in a clone.") from None
+    require("edge", "onnx", "onnxruntime", "onnxscript")
     check_mergeable(path)
     session = Session.load(path, "cpu", trainable=True)
     session.model.eval()

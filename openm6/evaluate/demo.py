@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from openm6.core.extras import require
 from openm6.core.images import open_image
 from openm6.data.store import iterate
 from openm6.evaluate.command import measure
@@ -107,6 +108,7 @@ def _accuracy(name: str, right: list[float]) -> dict[str, Any]:
 def draw_answers(captioned: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
     """Write a sheet of randomly chosen pictures with question and answer, green if right. Does nothing without an
     installed Chinese font."""
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -30,16 +30,18 @@ class LabelFigures:
     @classmethod
     def of(cls, answers: list[str], references: list[list[str]], known: Sequence[str]) -> LabelFigures:
         """`known`: the task's labels, listed first and in their order."""
-        from sklearn.metrics import precision_recall_fscore_support
-
         said, right = label_pairs(answers, references, known)
         there = {*said, *right}
         names = [name for name in dict.fromkeys((*known, *right, *said)) if name in there]
-        figures = precision_recall_fscore_support(right, said, labels=names, zero_division=0)
-        columns = ("precision", "recall", "f1", "records")
-        rows = zip(*(column.tolist() for column in figures), strict=True)
-        by_label = {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}
-        return cls(by_label, Counter(zip(right, said, strict=True)))
+        confusion, answered, wanted = Counter(zip(right, said, strict=True)), Counter(said), Counter(right)
+        by_label = {}
+        for name in names:
+            hits, given, records = confusion[name, name], answered[name], wanted[name]
+            by_label[name] = {
+                "precision": hits / given if given else 0.0, "recall": hits / records if records else 0.0,
+                "f1": 2 * hits / (given + records), "records": records,
+            }  # fmt: skip
+        return cls(by_label, confusion)
 
     def to_dict(self) -> dict[str, Any]:
         """`by_label`, and `confusion` as {reference: {answer: records}} without zeros."""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import ContextLengthError, DataError, UsageError
+from openm6.core.extras import require
 from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
 from openm6.inference.request import Request
 from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
-from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
+from openm6.tasks.metrics import LIBRARIES, Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
@@ -79,6 +80,8 @@ def check_metrics(task: Task, metrics: Items[str] = ()) -> None:
         raise UsageError(f"The task {task.name} has no metrics: choose one by --metric.")
     for metric in metrics or task.metrics:
         check_metric(metric, task)
+        if metric in LIBRARIES:
+            require(*LIBRARIES[metric])
 
 
 def evaluate(

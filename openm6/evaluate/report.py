@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from openm6.core.extras import require
 from openm6.core.files import lines_of, write_failed, write_file
 from openm6.core.images import open_image
 from openm6.data.writers import write_jsonl
@@ -96,6 +97,7 @@ def write_pictures(
 
 
 def _write_html(path: Path, title: str, text: str) -> Path:
+    require("eval", "markdown")
     from markdown import markdown
 
     body = markdown(text, extensions=["tables"])
@@ -158,6 +160,7 @@ def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) ->
 
 def draw_curves(metrics: Path, target: Path) -> None:
     """Plot loss by task and tokens per second over the steps of a metrics.jsonl, as a PNG."""
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

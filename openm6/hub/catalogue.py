@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from openm6.core.bases import base_of, changed_base, directory_hash
 from openm6.core.environment import ARTIFACTS, CATALOGUE
 from openm6.core.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.hub.jobs import home, last_step
 
@@ -300,10 +301,8 @@ class Catalogue:
 
     def _open(self) -> MlflowClient:
         if self._client is None:
-            try:
-                import mlflow
-            except ImportError:
-                raise UsageError("The catalogue needs MLflow: pip install -e '.[hub]' in a clone.") from None
+            require("hub", "mlflow")
+            import mlflow
             from mlflow.exceptions import MlflowException
             from sqlalchemy import create_engine
             from sqlalchemy.exc import SQLAlchemyError

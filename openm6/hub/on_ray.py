@@ -9,17 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 
 def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str], gpus: int = 0) -> int:
     """Run `openm6 WORDS` on the cluster at $RAY_ADDRESS, or on a local one started here, and return its exit code. The
     folder has to be on a file system shared by all machines. SIGTERM cancels the command on the cluster."""
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError:
-        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
+    require("ray", "ray")
+    import ray
+    from ray.exceptions import RayError
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     # One process per job: its memory is freed with it, and it can be killed.

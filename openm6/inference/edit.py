@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from openm6.core.candidates import Candidate
 from openm6.core.errors import DataError, UsageError
+from openm6.core.extras import require
 from openm6.core.files import dumps, loads
 from openm6.core.images import ORIGIN, Source, open_image, read_square
 from openm6.inference.draw import OPEN
@@ -145,6 +145,9 @@ def cut_of(size: int, side: int, picture: Source, mask: Source | np.ndarray | No
     inside = marks[1:-1, 1:-1]
     weights = 255 * inside
     if not (is_own or marks.all()):  # invisible colours of transparent pixels are not blended into others
+        require("edit", "scipy")
+        from scipy import ndimage
+
         depth = ndimage.distance_transform_edt(marks)[1:-1, 1:-1]
         weights = weights * (depth / max(1.0, min(width / side, depth.max()) / 2)).clip(0, 1)
     return Cut(
@@ -287,6 +290,9 @@ def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.n
     inside = pixels_of(open_blocks, stride)
     if inside.all():
         return drawn.copy()
+    require("edit", "scipy")
+    from scipy import ndimage
+
     distance, nearest = ndimage.distance_transform_edt(inside, return_indices=True)
     reach = max(1.0, stride / 2)
     # The differences along the seam, smoothed, so that the noise of one pixel does not draw a line.

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.retrieve.columns import convert_at, filter_error, id_of, type_of
 from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
@@ -96,6 +97,7 @@ class Index:
     ) -> Index:
         """Create an empty index. `columns`: name to type (text, int, float or bool); `about`: metadata to store, such
         as the model. Raises UsageError for an existing path."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
         import pyarrow as pa
 
@@ -123,6 +125,7 @@ class Index:
     @classmethod
     def open(cls, path: str | Path, version: int | None = None) -> Index:
         """Open an index, at an older `version` read-only. Raises UsageError for a path that is not an index."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
 
         path = Path(path)

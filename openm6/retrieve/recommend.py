@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
@@ -346,6 +347,7 @@ class Recommender:
     @classmethod
     def load(cls, path: str | Path) -> Recommender:
         """Open a recommender. Raises UsageError for another folder, or if its index has other columns now."""
+        require("retrieve", "lightgbm")
         import lightgbm
 
         path = Path(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
 from openm6.serve.settings import Place, Settings
@@ -32,11 +32,9 @@ def deploy_on_ray(
 ) -> str:
     """Serve on the cluster at `address` (one is started here where there is none). Returns the URL; the deployment
     stays when this process ends, on a cluster that does. Raises UsageError where Ray is not installed."""
-    try:
-        import ray
-        from ray import serve
-    except ImportError:
-        raise UsageError("Serving on Ray needs it: pip install -e '.[ray]' in a clone.") from None
+    require("ray", "ray")
+    import ray
+    from ray import serve
 
     if not ray.is_initialized():
         ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from openm6._version import __version__
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -32,15 +32,14 @@ def add_traces(app: FastAPI, exporter: Any = None) -> tuple[type[NoSpan], Callab
     """Trace all requests. Returns the kind of spans for answers, and what sends off the last ones at the end.
 
     `exporter`: in the place of OTLP over HTTP. Raises UsageError without the packages."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace import StatusCode
-    except ImportError:
-        raise UsageError("Traces need OpenTelemetry: pip install -e '.[traces]' in a clone.") from None
+    require("traces", "opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import StatusCode
+
     provider = TracerProvider(resource=Resource.create({"service.name": "openm6", "service.version": __version__}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics,gradio_api")

@@ -200,9 +200,11 @@ class _Power:
         meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
         while True:
             time.sleep(POWER_EVERY)
-            now, used = time.monotonic(), meter.read().kwh
-            self.last = {"energy_kwh": used, "watts": (used - kwh) * 3.6e6 / (now - before)}
-            before, kwh = now, used
+            use, now = meter.read(), time.monotonic()
+            if use is None:
+                return
+            self.last = {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
+            before, kwh = now, use.kwh
 
 
 def _state(engine: Engine, power: _Power) -> dict[str, Any]:

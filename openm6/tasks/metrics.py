@@ -8,8 +8,8 @@ it comes from the loss, not from answers.
     exact_match   fraction of the answers equal to a reference, blanks at the ends aside
     character_accuracy   mean of 1 - edits / characters of the nearest reference, 0 to 1 (of characters read)
     bleu          corpus BLEU-4, 0 to 100 (sacrebleu, tokenize="zh": each Chinese character is a word)
-    rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the best-fitting reference (rouge-chinese)
-    cider         mean CIDEr-D, 0 to 10, of characters (pycocoevalcap; papers print it times 100)
+    rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the best-fitting reference
+    cider         mean CIDEr-D, 0 to 10, of characters (papers print it times 100)
     same_form     fraction of the answers whose lines have as many characters as a reference's, one by one
     spearman      rank correlation of numbers, -1 to 1 (an answer that is not a number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
@@ -20,8 +20,10 @@ it comes from the loss, not from answers.
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,12 +31,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.extras import require
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
 
 Statistic = Callable[[np.ndarray], float]
+Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +78,26 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def character_accuracy(predictions: list[str], references: list[list[str]]) -> Values:
-    from torchmetrics.functional.text import char_error_rate
-
     def one(said: str, wanted: str) -> float:
-        return max(0.0, 1 - float(char_error_rate([said], [wanted]))) if wanted else float(not said)
+        return max(0.0, 1 - _edit_distance(said, wanted) / len(wanted)) if wanted else float(not said)
 
     return Values.mean(
         [max(one(_plain(p), _plain(w)) for w in wanted) for p, wanted in zip(predictions, references, strict=True)]
     )
 
 
+def _edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: the fewest characters to insert, delete or replace."""
+    row = list(range(len(second) + 1))
+    for number, a in enumerate(first, 1):
+        diagonal, row[0] = row[0], number
+        for place, b in enumerate(second, 1):
+            diagonal, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
 def bleu(predictions: list[str], references: list[list[str]]) -> Values:
+    require(*LIBRARIES["bleu"])
     from sacrebleu.metrics.bleu import BLEU
 
     sentence = BLEU(tokenize="zh", effective_order=True)
@@ -100,16 +113,10 @@ def bleu(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def rouge_l(predictions: list[str], references: list[list[str]]) -> Values:
-    from rouge_chinese import Rouge
-
-    rouge = Rouge(metrics=["rouge-l"], stats=["f"])
-
     def one(prediction: str, reference: str) -> float:
-        # The package refuses empty texts.
-        said, wanted = (" ".join(characters(text)) for text in (prediction, reference))
-        if not said or not wanted:
-            return float(said == wanted)
-        return float(rouge.get_scores(said, wanted)[0]["rouge-l"]["f"])
+        said, wanted = characters(prediction), characters(reference)
+        total = len(said) + len(wanted)
+        return 2 * _common_length(said, wanted) / total if total else 1.0
 
     return Values.mean([max(one(p, w) for w in wanted) for p, wanted in zip(predictions, references, strict=True)])
 
@@ -117,12 +124,45 @@ def rouge_l(predictions: list[str], references: list[list[str]]) -> Values:
 def cider(predictions: list[str], references: list[list[str]]) -> Values:
     """CIDEr-D. The weight of a character sequence depends on the number of examples whose references have it; the
     interval takes these weights as given."""
-    from pycocoevalcap.cider.cider import Cider
+    said, wanted = [_ngrams(p) for p in predictions], [[_ngrams(w) for w in texts] for texts in references]
+    occurrences = Counter(gram for grams in wanted for gram in set().union(*grams))
+    weight = {gram: math.log(len(wanted) / count) for gram, count in occurrences.items()}
+    unknown = math.log(max(1, len(wanted)))
 
-    wanted = {i: [" ".join(characters(w)) for w in texts] for i, texts in enumerate(references)}
-    said = {i: [" ".join(characters(p))] for i, p in enumerate(predictions)}
-    _, examples = Cider().compute_score(wanted, said)
-    return Values.mean([float(v) for v in examples])
+    def vector(grams: Counter[Gram]) -> tuple[dict[Gram, float], list[float], int]:
+        """TF-IDF of the n-grams, the norm of each order's, and the number of bigrams, which stands for the length."""
+        values = {gram: count * weight.get(gram, unknown) for gram, count in grams.items()}
+        norms = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in ORDERS]
+        return values, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
+
+    def similarity(answer: Counter[Gram], reference: Counter[Gram]) -> float:
+        (a, a_norms, a_length), (b, b_norms, b_length) = vector(answer), vector(reference)
+        products = {gram: min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b}
+        shared = [sum(value for gram, value in products.items() if len(gram) == n) for n in ORDERS]
+        cosines = [s / (x * y) if x and y else 0.0 for s, x, y in zip(shared, a_norms, b_norms, strict=True)]
+        return sum(cosines) / len(ORDERS) * math.exp(-((a_length - b_length) ** 2) / (2 * 6.0**2))
+
+    pairs = zip(said, wanted, strict=True)
+    return Values.mean([10 * sum(similarity(p, w) for w in grams) / len(grams) for p, grams in pairs])
+
+
+ORDERS = (1, 2, 3, 4)
+"""Lengths of the n-grams that CIDEr-D compares."""
+
+
+def _ngrams(text: str) -> Counter[Gram]:
+    units = characters(text)
+    return Counter(tuple(units[i : i + n]) for n in ORDERS for i in range(len(units) - n + 1))
+
+
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for a in first:
+        diagonal = 0
+        for place, b in enumerate(second, 1):
+            diagonal, row[place] = row[place], diagonal + 1 if a == b else max(row[place], row[place - 1])
+    return row[-1]
 
 
 def same_form(predictions: list[str], references: list[list[str]]) -> Values:
@@ -133,8 +173,6 @@ def same_form(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def spearman(predictions: list[str], references: list[list[str]]) -> Values:
-    from scipy.stats import spearmanr
-
     def number(text: str) -> float | None:
         try:
             return float(text)
@@ -151,9 +189,16 @@ def spearman(predictions: list[str], references: list[list[str]]) -> Values:
         said, right = pairs[rows].T
         if said.min() == said.max() or right.min() == right.max():  # no order to agree with
             return 0.0
-        return float(spearmanr(said, right).statistic)
+        return float(np.corrcoef(_ranks(said), _ranks(right))[0, 1])
 
     return Values(-np.abs(pairs[:, 0] - pairs[:, 1]), corpus)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal values share the mean of their ranks."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
+    return ranks
 
 
 def iou(predictions: list[str], references: list[list[str]]) -> Values:
@@ -231,6 +276,9 @@ METRICS: dict[str, Metric] = {
 
 
 BUILT_IN = frozenset(METRICS)
+
+LIBRARIES = {"bleu": ("eval", "sacrebleu")}
+"""Metrics that take a library: the extra that brings it, and its module."""
 
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
 """Metrics other than comparisons with references: of losses, of vectors (retrieve/ranks.py), and with the input table

@@ -222,7 +222,35 @@ def joined(pieces: Items[Items[int]], tokenizer: Tokenizer) -> tuple[list[int], 
 
 def ordered(log_probs_NM: np.ndarray) -> list[int]:
     """The most probable order of N pieces, from their log-probabilities to be at each of M >= N places."""
-    from scipy.optimize import linear_sum_assignment
+    places = assign(-log_probs_NM)
+    return sorted(range(len(places)), key=places.__getitem__)
 
-    pieces, places = linear_sum_assignment(-log_probs_NM)
-    return [int(piece) for _, piece in sorted(zip(places, pieces, strict=True))]
+
+def assign(cost_NM: np.ndarray) -> list[int]:
+    """A column of its own for each row of finite costs, M >= N, with the least sum: the Hungarian algorithm by shortest
+    augmenting paths, O(N² M)."""
+    rows, columns = cost_NM.shape
+    row_price, column_price = np.zeros(rows), np.zeros(columns)
+    owner = np.full(columns, -1)  # the row that has a column
+    for row in range(rows):
+        distance, before = np.full(columns, np.inf), np.full(columns, -1)
+        done = np.zeros(columns, bool)
+        current, last = row, -1  # the row that looks for a column, and the column that it would give up
+        while True:
+            reached = cost_NM[current] - row_price[current] - column_price
+            nearer = ~done & (reached < distance)
+            distance[nearer], before[nearer] = reached[nearer], last
+            last = int(np.where(done, np.inf, distance).argmin())
+            step = distance[last]
+            row_price[[row, *owner[done]]] += step
+            column_price[done] -= step
+            distance[~done] -= step
+            done[last] = True
+            if owner[last] < 0:
+                break
+            current = owner[last]
+        while last >= 0:
+            previous = before[last]
+            owner[last] = row if previous < 0 else owner[previous]
+            last = previous
+    return [int(np.flatnonzero(owner == row)[0]) for row in range(rows)]

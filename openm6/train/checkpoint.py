@@ -22,11 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,7 +31,7 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.files import publish, write_failed, write_whole
 from openm6.model import adapters
 from openm6.model.files import layer_of, shared_name
-from openm6.train.distributed import Group, local
+from openm6.train.distributed import Group, is_sharded, local
 from openm6.train.optimizer import set_rate, step_all
 
 # One process is one process; said from several threads, so no context can hold it back.
@@ -105,6 +102,8 @@ class Checkpoints:
             except OSError as error:
                 raise write_failed(target, error) from None
         self.group.wait()
+        import torch.distributed.checkpoint as dcp  # takes half as long as PyTorch
+
         tensors = {**_named(model, optimizers), f"random.{self.group.rank}": torch.get_rng_state()}
         writer = dcp.FileSystemWriter(draft / "state", sync_files=True)
         alone = self.group.world == 1
@@ -152,10 +151,7 @@ class Checkpoints:
         i mod shared, its optimizer moments by `moments` (PseudoSection).
         """
         state = state_of(path)
-        try:
-            stored = _stored(path)
-        except (Exception, CheckpointException):
-            raise _damaged(path) from None
+        stored = _stored(path)
         made = state.pop("optimizers", None)
         _compare(path, {_source(n, shared): t for n, t in _named(model, []).items()}, stored)
         if made != _names(optimizers):
@@ -178,11 +174,8 @@ class Checkpoints:
             if reading is None:
                 readings.append(reading := {})
             reading[source] = tensor
-        try:
-            for reading in readings:
-                _read(path, reading, self.group.world == 1)
-        except (Exception, CheckpointException):
-            raise _damaged(path) from None
+        for reading in readings:
+            _read(path, reading, self.group.world == 1)
         if shared and moments == "rescale":
             _rescale(tensors, len({layer_of(n) for n in tensors if layer_of(n) is not None}) / shared)
         for parameter, name, optimizer in _owned(model, optimizers):
@@ -196,10 +189,7 @@ class Checkpoints:
 def consolidate(checkpoint: Path, target: Path) -> None:
     """The network of a checkpoint, however many processes wrote it, as one model directory in safetensors; at no time
     more than a file of it is in memory."""
-    try:
-        stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
-    except (Exception, CheckpointException):
-        raise _damaged(checkpoint) from None
+    stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
 
     def fill(draft: Path) -> None:
         for file in checkpoint.iterdir():
@@ -250,13 +240,25 @@ def _damaged(path: Path) -> OpenM6Error:
 
 
 def _stored(path: Path) -> dict[str, torch.Size]:
-    """Name and whole size of every tensor of a checkpoint."""
-    metadata = dcp.FileSystemReader(path / "state").read_metadata()
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    """Name and whole size of every tensor of a checkpoint. Raises OpenM6Error for a damaged one."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        metadata = dcp.FileSystemReader(path / "state").read_metadata()
+        return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    except Exception:
+        raise _damaged(path) from None
 
 
 def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
+    """Fill tensors by their names. Raises OpenM6Error for a damaged checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
+    except (Exception, CheckpointException):
+        raise _damaged(path) from None
 
 
 def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -277,8 +279,10 @@ def _plain(moment: Tensor) -> Tensor:
     if not is_traceable_wrapper_subclass(here):
         return moment
     here = here.dequantize()
-    if not isinstance(moment, DTensor):
+    if not is_sharded(moment):
         return here
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         here, moment.device_mesh, moment.placements, run_check=False, shape=moment.shape, stride=moment.stride()
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.model import M6
 from openm6.model.codec import Codec
@@ -90,6 +91,7 @@ class ExpertLoads:
 
 def draw_loads(log: Path, target: Path) -> None:
     """A picture of a run's `experts.jsonl`: variation of each layer over the steps, and last loads of all experts."""
+    require("monitor", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

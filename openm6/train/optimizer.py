@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.train.adafactor import Adafactor
 from openm6.train.muon import Muon
 from openm6.train.recipe import PseudoSection, TrainSection
@@ -72,10 +72,9 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
     if settings.optimizer == "adam8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UsageError("train.optimizer adam8bit needs torchao: pip install -e '.[lowbit]' in a clone.") from None
+        require("lowbit", "torchao")
+        from torchao.optim import AdamW8bit
+
         optimizer = AdamW8bit(groups, lr=rate, betas=betas)
         if not torch.cuda.is_available():  # it compiles itself: minutes of a C++ compiler for a step of milliseconds
             optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)

@@ -3,6 +3,7 @@ trained on, and its gain is more than chance."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,11 +50,8 @@ def gain(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
     ones if both versions were equally good (exact McNemar test, one-sided).
     """
     improved, worsened = int((after > before).sum()), int((after < before).sum())
-    chance = 1.0
-    if improved + worsened:
-        from scipy.stats import binomtest
-
-        chance = float(binomtest(improved, improved + worsened, alternative="greater").pvalue)
+    changed = improved + worsened
+    chance = sum(math.comb(changed, k) for k in range(improved, changed + 1)) / 2**changed
     return {"improved": improved, "worsened": worsened, "chance": chance}
 
 

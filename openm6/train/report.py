@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openm6.core.energy import EnergyMeter, EnergyUse, peak_memory
+from openm6.core.extras import install_command, is_installed
 from openm6.core.files import cut_torn_line, dumps, write_text
 from openm6.data.rejects import count_rejected
 from openm6.train.expert_load import draw_loads
@@ -28,7 +29,10 @@ SCALARS = (
     "load_variation", "load_dropped",
 )  # fmt: skip
 
-
+MONITORS = {
+    "codecarbon": "energy", "tensorboard": "curves for TensorBoard", "matplotlib": "a picture of the experts' load",
+}  # fmt: skip
+"""What a run records by the libraries of the extra monitor."""
 LONG = 600
 """Seconds that a run has to take for its length to be told after its first steps, before the first line."""
 
@@ -42,8 +46,6 @@ class Reporter:
     """Gathers steps and writes a line every `log` call. One a run, on the first process."""
 
     def __init__(self, output: Path, recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = Console(stderr=True)
         self.recipe, self.output, self.on_step = recipe, output, on_step
         output.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ class Reporter:
         for log in (output / "metrics.jsonl", output / LOADS):
             cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(output / "tensorboard"))
+        self.board: Any = None  # made with its first point: it takes a third of the time of PyTorch's import
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),  # gives way, so that the figures stay whole
@@ -67,6 +69,9 @@ class Reporter:
         self.peak = math.inf
         self.taken = 0
         self._clear()
+        absent = [what for module, what in MONITORS.items() if not is_installed(module)]
+        if absent:
+            self.say(f"Not recorded, as not installed: {', '.join(absent)} ({install_command('monitor')}).")
 
     def _clear(self) -> None:
         self.losses: Losses = []
@@ -128,24 +133,24 @@ class Reporter:
             "row_fill": self.filled / self.steps,
             "waiting_for_data": max(0.0, 1 - self.seconds / elapsed),
             "peak_memory_bytes": memory,
-            "energy_kwh": use.kwh,
-            "energy_measured": use.measured,
         }
+        if use:
+            line |= {"energy_kwh": use.kwh, "energy_measured": use.measured}
         if loads:
             line |= {key: sum(loads[key]) / len(loads[key]) for key in ("load_variation", "load_dropped")}
             with (self.output / LOADS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.number, **loads}) + "\n")
         self._write(line)
-        for key in SCALARS:
-            if key in line:
-                self.board.add_scalar(key, line[key], self.number)
+        scalars = {key: line[key] for key in SCALARS if key in line}
         for kind in ("loss_by_task", "loss_by_source"):
-            for name, value in line[kind].items():
-                self.board.add_scalar(f"{kind}/{name}", value, self.number)
+            scalars |= {f"{kind}/{name}": value for name, value in line[kind].items()}
+        self._plot(scalars, self.number)
         figures = (
             f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
-            f"{memory / 2**30:.1f} GiB  {use.kwh * 1000:.1f} Wh ({_known(use)})"
+            f"{memory / 2**30:.1f} GiB"
         )
+        if use:
+            figures += f"  {use.kwh * 1000:.1f} Wh ({_known(use)})"
         self.bar.update(self.row, figures=f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
         every, steps = self.recipe.train.log_every, self.recipe.train.steps
         shown = self.number <= every or self.number % (10 * every) == 0 or self.number == steps
@@ -156,33 +161,32 @@ class Reporter:
 
     def evaluation(self, step: int, name: str, scores: Mapping[str, float]) -> None:
         self._write({"step": step, "evaluation": name, **scores})
-        for metric, value in scores.items():
-            self.board.add_scalar(f"evaluation/{name}/{metric}", value, step)
+        self._plot({f"evaluation/{name}/{metric}": value for metric, value in scores.items()}, step)
         self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         self.since = time.perf_counter()
 
-    def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
+    def finish(self, step: int, use: EnergyUse | None, examples: int, cut: int) -> None:
         """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
         skipped = count_rejected(self.output)
-        self._write(
-            {
-                "step": step,
-                "finished": True,
-                "examples": examples,
-                "cut": cut,
-                "skipped_records": skipped,
-                "energy_kwh": use.kwh,
-                "co2e_kg": use.co2e_kg,
-                "energy_measured": use.measured,
-            }
-        )
-        if (self.output / LOADS).is_file():
+        line: dict[str, Any] = {
+            "step": step,
+            "finished": True,
+            "examples": examples,
+            "cut": cut,
+            "skipped_records": skipped,
+        }
+        told = ""
+        if use:
+            line |= {"energy_kwh": use.kwh, "co2e_kg": use.co2e_kg, "energy_measured": use.measured}
+            told = (
+                f"; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
+                f"({self.recipe.train.country}; {_known(use)})"
+            )
+        self._write(line)
+        if (self.output / LOADS).is_file() and is_installed("matplotlib"):
             draw_loads(self.output / LOADS, self.output / "experts.png")
         self._stop_bar()  # which would be drawn over the last line
-        self.say(
-            f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
-            f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
-        )
+        self.say(f"Trained {step} steps{told}. Model: {self.output / 'model'}")
         if cut:
             self.say(
                 f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends: "
@@ -197,8 +201,19 @@ class Reporter:
 
     def close(self) -> None:
         self._stop_bar()
-        self.board.close()
+        if self.board:
+            self.board.close()
         self.lines.close()
+
+    def _plot(self, scalars: Mapping[str, float], step: int) -> None:
+        if not is_installed("tensorboard"):
+            return
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.output / "tensorboard"))
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.write(dumps(line) + "\n")

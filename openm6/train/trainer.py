@@ -266,11 +266,12 @@ class Trainer:
 
     def _save(self) -> None:
         self.objective.gather()
+        use = self.energy.read()
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
             "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
-            "content": self.content, "energy": asdict(self.energy.read()),
+            "content": self.content, "energy": use and asdict(use),
         }  # fmt: skip
         self.checkpoints.save(self.step, self._describe, self.model, self.optimizers, state)
 
@@ -317,7 +318,8 @@ class Trainer:
         self.smooth, self.best = state["smooth"], state["best"]
         self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
         self.checkpoints.best = state.get("best_step")
-        self.energy.before = EnergyUse(**state.get("energy", {}))
+        spent = state["energy"]
+        self.energy.before = None if spent is None else EnergyUse(**spent)
         return latest
 
     def _finish(self) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, iterate, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, check_split, iterate, shown, write_records
 from openm6.worlds import phrases
 from openm6.worlds.draw import CATEGORIES, Item, Placed, draw_picture
 from openm6.worlds.phrases import OPPOSITE, attributes_in, same_attributes
@@ -122,7 +122,7 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         write_records(folder / "texts", _text_rows(split, rows))
 
     folder = cached("catalogue", key, make)
-    views = {view: ArrowRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
+    views = {view: StoredRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
     return {
         view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
         for view, rows in views.items()

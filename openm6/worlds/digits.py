@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from openm6.core.extras import require
 from openm6.data.store import ListRecords, Record, Records, check_split
 
 SPLITS = ("train", "test")
@@ -34,6 +35,7 @@ def open_digits(split: str = "train") -> Records:
     Raises UsageError for an unknown split.
     """
     check_split("The digits have", split, SPLITS)
+    require("demo", "sklearn")
     from sklearn.datasets import load_digits
 
     data = load_digits()

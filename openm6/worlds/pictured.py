@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from openm6.data.store import ArrowRecords, Record
+from openm6.data.store import Record, StoredRecords
 from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
@@ -45,7 +45,7 @@ class Pictured:
 
     `places`: columns with a picture's number, and the names of the columns for the pictures themselves."""
 
-    def __init__(self, pictures: ArrowRecords, rows: ArrowRecords, places: Mapping[str, str]):
+    def __init__(self, pictures: StoredRecords, rows: StoredRecords, places: Mapping[str, str]):
         self._pictures, self._rows, self._places = pictures, rows, places
         self.columns = tuple(places.get(name, name) for name in rows.columns)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, check_split, shown, write_records
 from openm6.worlds import draw
 from openm6.worlds.draw import CATEGORIES, PATTERNS, STUDIO, Placed
 from openm6.worlds.market.goods import SEASONS, STYLES
@@ -171,7 +171,7 @@ class _References:
 
     columns = ("phrase", "photo", "negatives")
 
-    def __init__(self, photos: ArrowRecords, rows: ArrowRecords):
+    def __init__(self, photos: StoredRecords, rows: StoredRecords):
         self._photos, self._rows = photos, rows
 
     def __len__(self) -> int:
@@ -215,8 +215,8 @@ def _photos(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         yield from shown(made, len(goods.items), f"photographing the shop's goods ({split})")
 
 
-def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> ArrowRecords:
+def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> StoredRecords:
     def fill(folder: Path) -> None:
         write_records(folder, make())
 
-    return ArrowRecords(cached(f"shop-{view}", key, fill))
+    return StoredRecords(cached(f"shop-{view}", key, fill))

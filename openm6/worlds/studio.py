@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from openm6.core.images import sketch
-from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, shown, write_records
 from openm6.worlds import phrases
 from openm6.worlds.draw import SIDE, STUDIO, Item, Placed, draw_picture
 from openm6.worlds.pictured import SPLITS, Pictured, combinations
@@ -69,7 +69,7 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
 
     folder = cached("studio", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make)
     places = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
-    return Pictured(ArrowRecords(folder / "pictures"), ArrowRecords(folder / "records"), places)
+    return Pictured(StoredRecords(folder / "pictures"), StoredRecords(folder / "records"), places)
 
 
 class Matches:

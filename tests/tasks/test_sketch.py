@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
@@ -80,6 +81,15 @@ def test_pieces_come_in_their_likeliest_order(order: list[int], more: int) -> No
     log_probs = np.full((5, 5 + more), -9.0)
     log_probs[order, range(5)] = -0.1
     assert sketch.ordered(log_probs) == list(order)
+
+
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_assignment_costs_as_little_as_scipys(rows: int, more: int, seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(0, 3, (rows, rows + more)) * 1.0 if ties else rng.normal(size=(rows, rows + more))
+    columns = sketch.assign(cost)
+    assert len(set(columns)) == rows
+    assert cost[range(rows), columns].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum())
 
 
 def test_of_a_cell_all_is_kept_or_nothing(processor: Processor) -> None:
