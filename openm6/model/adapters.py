@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from openm6.core.bases import CONFIG, read_adapter_config
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.model.changed import ONLY, Active, Bottleneck, Changed, ChangedRows, Low, Prompt, Rows, Scaled
+from openm6.model.roles import Role
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
@@ -152,14 +154,14 @@ def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
     return f"{matrix}.weight", layer.token_indices[ONLY]
 
 
-def adapter_start(name: str, parameter: Tensor, std: float) -> tuple[float, float]:
-    """Mean and deviation that a weight of an adapter starts with: PEFT's rules, as normal distributions; the vectors of
-    a prompt with `std`, that of a token's."""
-    if ".lora_A." in name or name.endswith(".down.weight"):
-        return 0.0, 1 / math.sqrt(3 * parameter.shape[1])
-    if ".ia3_l" in name:
+def adapter_start(role: Role, shape: torch.Size, std: float) -> tuple[float, float]:
+    """Mean and standard deviation of an adapter's weight at the start: PEFT's rules, as normal distributions; the
+    vectors of a prompt have `std`, as token embeddings do."""
+    if role is Role.ADAPTER_INPUT and len(shape) > 1:
+        return 0.0, 1 / math.sqrt(3 * shape[1])
+    if role is Role.SCALE:
         return 1.0, 0.0
-    return 0.0, std if name.startswith("prompt.") else 0.0
+    return 0.0, std if role is Role.EMBEDDING else 0.0
 
 
 def stored_name(name: str) -> str:

@@ -6,13 +6,14 @@ One base can carry the changes of several adapters; which one counts is told for
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.model.packed import fold, packed, with_least_rows
+from openm6.model.roles import Role
 
 ONLY = "default"
 """The name of an adapter that is alone."""
@@ -54,6 +55,8 @@ class Scaled(nn.Module):
 
 class Bottleneck(nn.Module):
     """Houlsby et al. 2019 (arXiv 1902.00751): a narrow network after the product, added to what it gave."""
+
+    roles: ClassVar[dict[str, Role]] = {"down": Role.ADAPTER_INPUT}
 
     def __init__(self, width: int, rank: int):
         super().__init__()

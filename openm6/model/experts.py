@@ -12,7 +12,7 @@ A choice that no expert takes (above capacity, or of padding) counts as one for 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from openm6.model.config import ModelConfig
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.packed import Packed, PackedLinear, packed
 from openm6.model.precision import product_dtype
+from openm6.model.roles import Role
 
 ROUND = 16
 """Rows to whose multiples an expert's are rounded up on a CPU."""
@@ -148,6 +149,8 @@ class MixtureOfExperts(nn.Module):
     Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows, T without padding; what is above
     passes by the residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"router": Role.ROUTER, "experts": Role.EXPERT}
 
     def __init__(self, config: ModelConfig):
         super().__init__()

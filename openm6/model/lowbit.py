@@ -12,30 +12,24 @@ numbers once more: what a kernel (packed.py) makes of them is what the file hold
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from openm6.model.config import ModelConfig
+from openm6.model.roles import Role
 
 INT8, INT4 = torch.int8, torch.int4  # type: ignore[attr-defined]  # the names of kernels
 GROUP = 32
 SCALE, SCALES = ".scale", ".scales"
 
-_PRODUCT = re.compile(r"blocks\.\d+\.(attention\.(qkv|out)|feed_forward(\.shared)?\.(up|down))\.weight$")
-_EXPERTS = re.compile(r"\.experts\.(up|down)$")
 
-
-def bits_of(name: str, shape: tuple[int, ...], bits: int) -> int | None:
-    """In how many bits a tensor is kept; None: as it is."""
-    if len(shape) < 2 or "router" in name or shape[0] < 2:
+def bits_of(role: Role, shape: tuple[int, ...], bits: int) -> int | None:
+    """Number of bits in which a tensor is stored; None: as it is."""
+    if len(shape) < 2 or shape[0] < 2 or role in (Role.ROUTER, Role.PATCH_POSITION):
         return None
-    inside = bool(_PRODUCT.search(name) or _EXPERTS.search(name))
-    if not (inside or name.endswith(".weight")):
-        return None
-    return 4 if bits == 4 and inside and fits4(shape) else 8
+    return 4 if bits == 4 and role in (Role.MATRIX, Role.EXPERT) and fits4(shape) else 8
 
 
 def fits4(shape: tuple[int, ...]) -> bool:
@@ -60,9 +54,9 @@ def round4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.flatten(1), torch.cat((scale, middle), 2).transpose(0, 1).contiguous().bfloat16()
 
 
-def stored(name: str, weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """What a file holds of a tensor."""
-    kept = bits_of(name, tuple(weight.shape), bits)
+def stored(name: str, role: Role, weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """The tensors of a file for one of a network."""
+    kept = bits_of(role, tuple(weight.shape), bits)
     if kept is None:
         return {name: weight.detach().contiguous()}
     if kept == 8:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from openm6.model.network import Network
 from openm6.model.norm import make_norm
 from openm6.model.packed import Packed, kernel_dtype, packed
 from openm6.model.precision import product_dtype
+from openm6.model.roles import Role
 
 
 @dataclass
@@ -71,6 +72,10 @@ register_dataclass(Output)
 class M6(Network):
     config_class = ModelConfig
     config: ModelConfig
+    roles: ClassVar[dict[str, Role]] = {
+        "embed": Role.EMBEDDING, "place": Role.EMBEDDING, "prompt": Role.EMBEDDING, "image": Role.IMAGE_ENCODER,
+        "head": Role.HEAD, "heads": Role.HEAD,
+    }  # fmt: skip
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -17,7 +17,9 @@ from openm6.model import M6, ModelConfig
 from openm6.model.attention import PLAIN_LIMIT, QUERY_CHUNK
 from openm6.model.files import layer_of
 from openm6.model.loss import CHUNK
+from openm6.model.roles import Role, role_of
 from openm6.train.offload import Offload
+from openm6.train.optimizer import is_inner_matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,16 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter: `layer` None outside the blocks; `expert`: experts, spread over processes by themselves."""
+    """A parameter; `layer` is None outside the blocks."""
 
-    name: str
+    role: Role
     shape: tuple[int, ...]
     layer: int | None
-    expert: bool
+
+    @property
+    def expert(self) -> bool:
+        """Whether it belongs to experts, which are spread over the processes separately."""
+        return self.role is Role.EXPERT
 
     @property
     def numel(self) -> int:
@@ -93,10 +99,8 @@ class States:
 
 
 def weights_of(model: M6) -> list[Weight]:
-    found = []
-    for name, parameter in model.named_parameters():
-        found.append(Weight(name, tuple(parameter.shape), layer_of(name), ".feed_forward.experts." in name))
-    return found
+    parameters = model.named_parameters()
+    return [Weight(role_of(model, name), tuple(weight.shape), layer_of(name)) for name, weight in parameters]
 
 
 def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
@@ -110,7 +114,7 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return (math.ceil(first / (layout.data if spread else layout.world)), *rest)
 
 
-def states_of(name: str, shape: tuple[int, ...], optimizer: str) -> States:
+def states_of(role: Role, shape: tuple[int, ...], optimizer: str) -> States:
     """Of one local tensor [..., R, C]. AdamW keeps two fp32 moments and a step; torchao's in 8 bits a byte a moment, an
     fp32 scale a block of 256 and a table of 256 values, where blocks fit (Dettmers et al. 2022); Adafactor a mean of
     squares a row and a column (Shazeer and Stern 2018); Muon one fp32 moment of the matrices."""
@@ -120,24 +124,18 @@ def states_of(name: str, shape: tuple[int, ...], optimizer: str) -> States:
         kept = 4 * (count // shape[-1] + count // shape[-2] if count and len(shape) > 1 else count) + 4
     elif optimizer == "adam8bit" and count >= 4096 and count % 256 == 0:
         kept = 2 * (count + 4 * count // 256 + 1024) + 4
-    elif optimizer == "muon" and _has_muon(name, len(shape)):
+    elif optimizer == "muon" and is_inner_matrix(role, len(shape)):
         kept = 4 * count
     else:
         kept = adamw
     return States(4 * count, 4 * count, kept)
 
 
-def _has_muon(name: str, dimensions: int) -> bool:
-    """As train/optimizer.py divides them."""
-    outer = ("embed" in name, "place" in name, ".router." in name, name.endswith((".row", ".column")))
-    return dimensions >= 2 and not any(outer) and not name.startswith("head.")
-
-
 def states_by_layer(weights: list[Weight], layout: Layout, optimizer: str) -> dict[int | None, States]:
     """Of every distinct layer, and under None of what is outside."""
     found: dict[int | None, States] = {}
     for weight in weights:
-        states = states_of(weight.name, local_shape(weight, layout), optimizer)
+        states = states_of(weight.role, local_shape(weight, layout), optimizer)
         found[weight.layer] = found.get(weight.layer, States()) + states
     return found
 
@@ -191,9 +189,8 @@ def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Wo
     if layout.sharding == "none":
         # Autocast's copies; on a CPU experts are cast one by one. DistributedDataParallel reduces gradients where they
         # are.
-        fp32 = ("embed.", "place.", "norm.", "head.", "image.row", "image.column")
-        cast = [w for w in weights if not w.name.startswith(fp32) and "norm." not in w.name]
-        cast = [w for w in cast if ".router." not in w.name and (gpu or not w.expert)]
+        roles = (Role.MATRIX, Role.IMAGE_ENCODER, *((Role.EXPERT,) if gpu else ()))
+        cast = [w for w in weights if w.role in roles]
         return low * sum(w.numel for w in cast) if low < 4 else 0
     elements = gathered(weights, layout)
     rest = elements.pop(None)
@@ -201,7 +198,7 @@ def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Wo
     # zero3: a layer's weights and the next one's, on their way. zero2: all, and one in the buffer it arrives in.
     weights_held = low * (2 * largest if layout.sharding == "zero3" else sum(elements.values()) + largest)
     if low < 4:  # routers choose in fp32: a copy that is kept for the backward pass
-        routers = sum(w.numel for w in weights if ".router." in w.name)
+        routers = sum(w.numel for w in weights if w.role is Role.ROUTER)
         alone = layout.recompute != "none" and routers
         weights_held += 4 * (routers // len(config.expert_layers()) if alone else routers)
     # A layer's gradients as they come, while those of the one before are reduced in fp32. Outside of the blocks

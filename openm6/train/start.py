@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openm6.model.adapters import adapter_start, base_name, rows_beneath
 from openm6.model.files import stored_rows
 from openm6.model.network import Network
+from openm6.model.roles import Role, role_of
 from openm6.train.distributed import local, rows_of
 
 BLOCK = 2**20
@@ -53,7 +54,7 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                     if (row := read(matrix, number, number + 1)) is not None:
                         here[place] = row[0]
             elif stored is None:
-                mean, std = adapter_start(name, tensor, model.config.initializer_range)
+                mean, std = adapter_start(role_of(model, name), tensor.shape, model.config.initializer_range)
                 if std:
                     _draw(here, first, last, tensor.shape, f"{seed}/{name}", mean, std)
                 else:
@@ -62,7 +63,9 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                 rows = read(stored, first, last)
                 if rows is not None:
                     here.copy_(rows)
-                elif tensor.ndim > 1:  # a head that is new to the model
+                    continue
+                assert role_of(model, name) is Role.HEAD, f"{path} does not hold {stored}"
+                if tensor.ndim > 1:  # a head that is new to the model
                     std = model.config.initializer_range
                     _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
                 else:

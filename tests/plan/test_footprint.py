@@ -17,6 +17,7 @@ from openm6.core.sequence import IGNORE
 from openm6.model import M6, ModelConfig
 from openm6.model.count import count_parameters
 from openm6.model.files import meta_model
+from openm6.model.roles import Role
 from openm6.plan.dryrun import dry_run
 from openm6.plan.footprint import (
     Layout,
@@ -169,10 +170,10 @@ def bytes_of(tensor: Tensor) -> int:
 
 def test_smaller_optimizers_keep_less() -> None:
     """Of [64, 4096]: rows and columns; a byte a moment and two scales a block."""
-    assert states_of("a", (64, 4096), "adafactor").optimizer == 4 * (64 + 4096) + 4
-    assert states_of("a", (3, 64, 4096), "adafactor").optimizer == 3 * 4 * (64 + 4096) + 4
-    assert states_of("a", (64, 4096), "adam8bit").optimizer == 2 * 64 * 4096 + 8 * 1024 + 2 * 1024 + 4
-    assert states_of("a", (64,), "adam8bit").optimizer == 8 * 64 + 4
+    assert states_of(Role.MATRIX, (64, 4096), "adafactor").optimizer == 4 * (64 + 4096) + 4
+    assert states_of(Role.MATRIX, (3, 64, 4096), "adafactor").optimizer == 3 * 4 * (64 + 4096) + 4
+    assert states_of(Role.MATRIX, (64, 4096), "adam8bit").optimizer == 2 * 64 * 4096 + 8 * 1024 + 2 * 1024 + 4
+    assert states_of(Role.MATRIX, (64,), "adam8bit").optimizer == 8 * 64 + 4
 
 
 def states(config: ModelConfig, layout: Layout, optimizer: str = "adamw") -> States:
