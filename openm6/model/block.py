@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openm6.model.attention import Attention
@@ -22,11 +21,6 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config, config.hidden_size)
         sparse = layer in config.expert_layers()
         self.feed_forward = MixtureOfExperts(config) if sparse else FeedForward(config)
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Lay the weights out for decoding on a CPU."""
-        self.attention_norm = self.attention.pack(self.attention_norm, dtype)
-        self.feed_forward_norm = self.feed_forward.pack(self.feed_forward_norm, dtype)
 
     def forward(
         self,

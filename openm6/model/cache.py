@@ -19,9 +19,12 @@ from torch import Tensor
 
 from openm6.core.batch import Batch, cells_of
 from openm6.core.errors import OpenM6Error
-from openm6.model.attention import additive, build_mask, build_prompt_mask, rotary_angles, row_mask
+from openm6.model import cpu
+from openm6.model.attention import rotary_angles
 from openm6.model.config import ModelConfig
+from openm6.model.cpu.attention import additive, build_prompt_mask, row_mask
 from openm6.model.m6 import M6
+from openm6.model.masks import build_mask
 from openm6.model.picture_mask import PictureMask
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
 
@@ -124,10 +127,10 @@ def prefill_all(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache
         stored[:, :, :length] = new_BKTE[:, :, :length]
         return new_BKTE
 
-    if batch.ids.is_cuda:
-        mask = build_mask(batch.segments, batch.blocks, dtype)
+    if cpu.takes(batch.ids):
+        mask: Any = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
     else:
-        mask = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
+        mask = build_mask(batch.segments, batch.blocks, dtype)
     rope, real = rotary_angles(model.config, batch.positions, dtype), batch.segments > 0
     x_BTD, _ = model.backbone(x_BTD, rope, mask, View(cache, put), real, batch.positions)
     return x_BTD, cache

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.model.packed import fold, packed, with_least_rows
+from openm6.model.cpu.packed import with_least_rows
 from openm6.model.roles import Role
 
 ONLY = "default"
@@ -81,16 +81,6 @@ class Changed(nn.Module):
         if name is None or name not in self.changes:
             return self.base_layer(x)  # type: ignore[no-any-return]
         return self.changes[name](x, self.base_layer)  # type: ignore[no-any-return]
-
-    def fold(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """As `packed.fold`: what takes the place of the norm before. Its weight goes into the changes too."""
-        before, weight = norm, norm.get_parameter("weight")
-        norm, self.base_layer = fold(norm, self.base_layer, dtype)  # type: ignore[arg-type]
-        if norm is not before:
-            for change in self.changes.values():
-                if isinstance(change, Low):
-                    change.a.data = change.a.data * weight.to(change.a.dtype) * len(weight) ** 0.5
-        return norm
 
 
 class Rows(nn.Module):
@@ -161,18 +151,3 @@ class Prompt(nn.Module):
         length = self.weight.shape[1]
         own = self.weight[layer][positions_BT.clamp(max=length - 1)].to(x_BTD.dtype)
         return torch.where((positions_BT < length)[..., None], own, x_BTD)
-
-
-def fold_any(norm: nn.Module, linear: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """`packed.fold`, of a changed layer too."""
-    if isinstance(linear, Changed):
-        return linear.fold(norm, dtype), linear
-    return fold(norm, linear, dtype)  # type: ignore[arg-type]
-
-
-def pack_any(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The layer with its weights laid out for the CPU's kernels."""
-    if isinstance(linear, Changed):
-        linear.base_layer = pack_any(linear.base_layer, dtype)
-        return linear
-    return packed(linear.weight, linear.bias, dtype)  # type: ignore[arg-type]

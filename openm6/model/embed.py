@@ -35,6 +35,7 @@ class ImageEmbedder(nn.Module):
         self.project: nn.Module = nn.Identity()
         if config.image_embedder == "patch":
             self.features = nn.Conv2d(3, d, config.image_patch, config.image_patch)
+            self.features.enters_stream = True  # type: ignore[assignment]  # for the initialization
         elif config.image_embedder == "stem":
             assert config.stem_widths
             self.features = stem(config.stem_widths)

@@ -5,68 +5,30 @@ Read this file first, then block.py, attention.py and experts.py. Shapes: see th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_dataclass
 
 from openm6.core.batch import Batch
 from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import IGNORE
-from openm6.model.attention import (
-    build_mask,
-    build_picture_mask,
-    rotary_angles,
-)
+from openm6.model.attention import rotary_angles
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
-from openm6.model.experts import Experts, Load, Router
+from openm6.model.experts import Load
+from openm6.model.initial import initial_values
 from openm6.model.loss import Teacher, linear_cross_entropy
-from openm6.model.lowbit import INT4, INT8, kernel_of
+from openm6.model.masks import build_mask, build_picture_mask
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
-from openm6.model.packed import Packed, kernel_dtype, packed
+from openm6.model.output import Output
 from openm6.model.precision import product_dtype
 from openm6.model.roles import Role
-
-
-@dataclass
-class Output:
-    """What a forward gives.
-
-    loss      sum of the losses of all M trained positions, each by its example's weight (divide by the sum of those, or
-              by that of all processes)
-    losses    fp32 [M], the single losses, without gradient
-    segments  int64 [M], to which example of the batch each belongs
-    hidden    [B, T, D] after the last norm
-    heads     by name what each head gives at the end of every example, fp32 [examples, outputs]
-    loads     what each layer of experts saw
-    """
-
-    loss: Tensor | None = None
-    losses: Tensor | None = None
-    segments: Tensor | None = None
-    hidden: Tensor | None = None
-    heads: dict[str, Tensor] | None = None
-    loads: list[Load] | None = None
-
-    def by_example(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of a batch of `count` examples each one's sum of losses, fp64, and trained positions, int64: [count]."""
-        assert self.losses is not None and self.segments is not None
-        rows = self.segments - 1
-        sums = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, rows, self.losses.double())
-        return sums, torch.bincount(rows, minlength=count)
-
-
-# FSDP has to see the tensors of an output.
-register_dataclass(Output)
 
 
 class M6(Network):
@@ -92,38 +54,11 @@ class M6(Network):
         self.heads = nn.ModuleDict({n: nn.Linear(config.hidden_size, k) for n, k in (config.heads or {}).items()})
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
-        self.packed_head: Packed | None = None
+        self.packed_head: Any = None  # by cpu/pack.py
         self.reset_parameters()
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-        """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2),
-        convolutions by their inputs (He et al. 2015)."""
-        std, last = self.config.initializer_range, 1 / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            if getattr(module, "writes_to_stream", False):
-                std *= last
-            elif isinstance(module, nn.Linear) and getattr(module, "enters_stream", False):
-                # Its inputs have unit scale; its outputs get a token's.
-                std /= math.sqrt(module.in_features)
-            yield module.weight, 0.0, std
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
-            yield module.weight, 1.0, 0.0
-        elif isinstance(module, nn.Conv2d):
-            inputs = module.weight[0].numel()
-            if self.config.image_embedder == "resnet":  # transformers' rule: by its outputs
-                inputs = module.weight[:, 0].numel()
-            patches = self.image is not None and module is self.image.features  # the patch projection
-            yield module.weight, 0.0, std if patches else math.sqrt(2 / inputs)
-        elif isinstance(module, Router):
-            yield module.weight, 0.0, std
-        elif isinstance(module, Experts):
-            yield module.up, 0.0, std
-            yield module.down, 0.0, std * last
-        elif isinstance(module, ImageEmbedder):
-            yield module.row, 0.0, std
-            yield module.column, 0.0, std
-        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            yield bias, 0.0, 0.0
+        return initial_values(self.config, module)
 
     @property
     def head_weight(self) -> Tensor:
@@ -185,20 +120,6 @@ class M6(Network):
         product = hidden @ matrix.weight.to(hidden.dtype).T if self.packed_head is None else self.packed_head(hidden)
         return matrix.logits(product.float(), hidden) if isinstance(matrix, ChangedRows) else product.float()
 
-    def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:
-        """Lay the weights of all products out for the CPU's kernels, in bf16 or fp32 (the default is what this CPU
-        runs best), or in int8 or int4 (the default of a network with `weight_bits`): inference only.
-
-        Decoding is then 1.6 to 2 times as fast as by transformers (benchmarks/decode.py); the network can no longer be
-        trained or saved.
-        """
-        dtype = dtype or kernel_of(self.config) or kernel_dtype()
-        self.packed_head = packed(self.head_weight, None, INT8 if dtype == INT4 else dtype)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.pack(dtype)
-        return self
-
     def embed_batch(self, batch: Batch) -> Tensor:
         """What enters the first layer, [B, T, D]: tokens, and the features of pictures in their places."""
         x_BTD = self.embed(batch.ids)
@@ -248,7 +169,5 @@ class M6(Network):
         return self.norm(x_BTD), loads
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
-        """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""
-        if self.packed_head is not None:
-            return self.packed_head.dtype
-        return product_dtype(x)
+        """The precision in which matrix products run: packed weights', autocast's, or the weights'."""
+        return product_dtype(x) if self.packed_head is None else self.packed_head.dtype  # type: ignore[no-any-return]

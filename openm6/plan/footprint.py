@@ -1,7 +1,7 @@
 """Bytes of a training step on the fullest process, by arithmetic: nothing is allocated.
 
 What is modelled is what the code does: shards as FSDP2 cuts them (train/parallel.py), and the tensors that the autograd
-functions of model/attention.py, norm.py, experts.py and loss.py keep. Legend of sizes: that of model/attention.py and
+functions of model/cpu, experts.py and loss.py keep. Legend of sizes: that of model/attention.py and
 model/experts.py. The stream between the layers and all states are fp32; products run in `low` bytes (2 or 4).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from openm6.model import M6, ModelConfig
-from openm6.model.attention import PLAIN_LIMIT, QUERY_CHUNK
+from openm6.model.cpu.attention import PLAIN_LIMIT, QUERY_CHUNK
 from openm6.model.files import layer_of
 from openm6.model.loss import CHUNK
 from openm6.model.roles import Role, role_of
@@ -309,7 +309,7 @@ def _experts(config: ModelConfig, layout: Layout, low: int, gpu: bool) -> int:
     total = low * d + 4 * config.num_experts + chosen * (8 + 8 + 4)
     total += 4 * config.num_experts if config.router_z_loss else 0
     total += 4 * chosen + 4 if config.normalize_expert_weights else 0
-    # A row into its expert and its answer; on a CPU `_ExpertLoop` keeps no product of the gate.
+    # A row into its expert and its answer; on a CPU `ExpertLoop` keeps no product of the gate.
     inner = _wide(config, f, low) + 2 if gpu else low * f * (2 if gated else 1)
     total += chosen * (2 * low * d + inner)
     total += chosen * 16 if layout.experts > 1 else 0  # the order in which rows arrived, and back

@@ -26,6 +26,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.model import M6
 from openm6.model.adapters import lay_beside, merge_adapter
 from openm6.model.changed import Active
+from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
 from openm6.tasks.card import read_card, read_taught, write_card
@@ -66,7 +67,7 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
     if not trainable and device.type == "cuda":
         model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
     elif not trainable:
-        model.pack_for_cpu()
+        pack_for_cpu(model)
     return Opened(model, processor, tasks, beside)
 
 

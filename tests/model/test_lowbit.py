@@ -16,8 +16,9 @@ from openm6.core.batch import pad
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
+from openm6.model.cpu.packed import PackedInt4, PackedInt8, packed
 from openm6.model.lowbit import GROUP, INT4, INT8, bits_of, restored, round4, round8, stored
-from openm6.model.packed import PackedInt4, PackedInt8, packed
 from openm6.model.roles import Role
 from tests.conftest import EXPERTS, drawing_session, example, tiny_model
 
@@ -78,7 +79,7 @@ def test_a_network_in_few_bits_gives_nearly_what_it_gave(bits: int, changes: dic
     batch = pad([example(np.random.default_rng(n), 4, 6, ((2, 2),)) for n in range(3)], 0)
     with torch.inference_mode():
         expected = model(batch).hidden
-        found = copy.deepcopy(model).pack_for_cpu({4: INT4, 8: INT8}[bits])(batch).hidden.float()
+        found = pack_for_cpu(copy.deepcopy(model), {4: INT4, 8: INT8}[bits])(batch).hidden.float()
     real = batch.segments > 0
     assert (found[real] - expected[real]).norm() < {8: 0.05, 4: 0.5}[bits] * expected[real].norm()
 
