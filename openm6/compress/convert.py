@@ -80,7 +80,7 @@ def quantize_model(path: Path, output: Path, bits: int) -> Session:
 
 @torch.no_grad()
 def _fold_norms(model: M6) -> None:
-    """The weights of norms into the products behind them, where kernels would put them (packed.fold): rounded once they
+    """The weights of norms into the products behind them, where kernels would put them (cpu/pack.py): rounded once they
     are there, a weight needs no rounding again."""
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -37,15 +37,16 @@ class Routing(NamedTuple):
     norms: Tensor | None
 
 
-class Load(NamedTuple):
-    """What an expert layer saw.
+class RouterStatistics(NamedTuple):
+    """Statistics of one forward pass through an expert layer.
 
-    counts   int64 [N], choices for each expert by real positions, before capacity
-    dropped  int64 [], those above capacity
-    loss     [], auxiliary and z losses, summed over the real positions (divide by their number in the whole step)
+    tokens_per_expert  int64 [N], choices of each expert by real positions, before capacity
+    dropped            int64 [], choices above capacity
+    loss               [], auxiliary and z losses, summed over the real positions (to be divided by their number in the
+                       whole step)
     """
 
-    counts: Tensor
+    tokens_per_expert: Tensor
     dropped: Tensor
     loss: Tensor
 
@@ -155,14 +156,14 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = FeedForward(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
-        # Set from outside: the counts of a step's earlier parts, how counts are summed over the processes, and how rows
-        # reach experts that other processes hold (train/expert_parallel.py).
-        self.earlier: Tensor | None = None
-        self.everywhere: Callable[[Tensor], Tensor] = lambda counts: counts
+        # Set by train/: tokens per expert of the step's earlier micro-batches, the sum over the processes, and the
+        # exchange of rows with experts of other processes (train/expert_parallel.py).
+        self.earlier_tokens: Tensor | None = None
+        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda counts: counts
         self.exchange: Any = None
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Load]:
-        """The sum of the chosen experts' outputs, weighted, and the load. `real_BT` is False at padding."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
+        """The sum of the chosen experts' outputs, weighted, and the statistics. `real_BT` is False at padding."""
         x_TD = x_BTD.flatten(0, -2).to(product_dtype(x_BTD))
         routing = self.router(x_TD)
         chosen_TK = routing.experts_TK
@@ -176,25 +177,25 @@ class MixtureOfExperts(nn.Module):
         y_TD = _Combine.apply(y_SD, routing.weights_TK, planned)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD.view_as(x_BTD), self._load(routing, planned, real_BT)
+        return y_TD.view_as(x_BTD), self._statistics(routing, planned, real_BT)
 
-    def _load(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> Load:
+    def _statistics(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> RouterStatistics:
         counts = planned.wanted
         loss = routing.weights_TK.new_zeros(())
         if self.training and (self.auxiliary_loss or self.router_z_loss):
             scores_TN = routing.scores_TN
             real = scores_TN.new_ones(len(scores_TN)) if real_BT is None else real_BT.flatten().to(scores_TN.dtype)
             if self.auxiliary_loss:
-                # Over the whole batch of the step: balance inside each small part keeps experts from specializing
+                # Over the whole batch of the step: balance inside each micro-batch keeps experts from specializing
                 # (arXiv 2501.11873).
-                seen = self.everywhere(counts.to(loss.dtype))
-                seen = seen if self.earlier is None else seen + self.earlier
+                seen = self.sum_over_processes(counts.to(loss.dtype))
+                seen = seen if self.earlier_tokens is None else seen + self.earlier_tokens
                 share_N = seen / seen.sum().clamp(min=1)
                 width = self.number / self.router.softmaxes
                 loss = loss + self.auxiliary_loss * width * ((real @ scores_TN) @ share_N)
             if routing.norms is not None:
                 loss = loss + self.router_z_loss * (real @ routing.norms.square().mean(1))
-        return Load(counts, counts.sum() - planned.counts.sum(), loss)
+        return RouterStatistics(counts, counts.sum() - planned.counts.sum(), loss)
 
 
 class _Gather(torch.autograd.Function):

@@ -7,7 +7,7 @@
 In a file, `NAME` is int8 [N, K], or uint8 [N, K / 2] with two numbers a byte, the first in the low half, and beside it
 `NAME.scale` fp32 [N], or `NAME.scales` bf16 [K / GROUP, N, 2], scales and middles. Vectors, routers and whatever is
 small stay as they are. Read again, a weight has the values that it was rounded to, and rounding those gives the same
-numbers once more: what a kernel (packed.py) makes of them is what the file holds.
+numbers once more: what a kernel (cpu/packed.py) makes of them is what the file holds.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
-from openm6.model.experts import Load
+from openm6.model.experts import RouterStatistics
 from openm6.model.initial import initial_values
 from openm6.model.loss import Teacher, linear_cross_entropy
 from openm6.model.masks import build_mask, build_picture_mask
@@ -92,17 +92,17 @@ class M6(Network):
         else:
             mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, loads = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
+        x_BTD, router_statistics = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
-            return Output(hidden=x_BTD, heads=heads, loads=loads)
+            return Output(hidden=x_BTD, heads=heads, router_statistics=router_statistics)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]
-        shares = None if batch.weights is None else batch.weights[segments - 1]
+        weights = None if batch.weights is None else batch.weights[segments - 1]
         labels, smoothing = batch.labels.flatten()[trained], self.label_smoothing if self.training else 0.0
-        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing, teacher)
-        return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, heads=heads, loads=loads)
+        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, weights, smoothing, teacher)
+        return Output(total, losses, segments, x_BTD, heads, router_statistics)
 
     def at_ends(self, hidden_BTD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What every head gives at the last position of each example, fp32."""
@@ -156,17 +156,17 @@ class M6(Network):
         cache: Any = None,
         real_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-    ) -> tuple[Tensor, list[Load]]:
+    ) -> tuple[Tensor, list[RouterStatistics]]:
         """All layers and the last norm. `cache`: in decoding, a View of it. `positions_BT` where examples begin in this
         call: a prompt is put there."""
-        loads = []
+        router_statistics = []
         for layer, block in enumerate(self.layers()):
             if self.prompt is not None and positions_BT is not None:
                 x_BTD = self.prompt(layer, x_BTD, positions_BT)
-            x_BTD, load = block(x_BTD, rope, mask, cache, layer, real_BT)
-            if load is not None:
-                loads.append(load)
-        return self.norm(x_BTD), loads
+            x_BTD, statistics = block(x_BTD, rope, mask, cache, layer, real_BT)
+            if statistics is not None:
+                router_statistics.append(statistics)
+        return self.norm(x_BTD), router_statistics
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
         """The precision in which matrix products run: packed weights', autocast's, or the weights'."""

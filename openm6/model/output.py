@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from openm6.model.experts import Load
+from openm6.model.experts import RouterStatistics
 
 
 @dataclass
 class Output:
-    """What a forward gives.
+    """The result of a forward pass.
 
-    loss      sum of the losses of all M trained positions, each by its example's weight (divide by the sum of those, or
-              by that of all processes)
-    losses    fp32 [M], the single losses, without gradient
-    segments  int64 [M], to which example of the batch each belongs
-    hidden    [B, T, D] after the last norm
-    heads     by name what each head gives at the end of every example, fp32 [examples, outputs]
-    loads     what each layer of experts saw
+    loss               sum of the losses of all M trained positions, each times its example's weight (to be divided by
+                       the sum of the weights over all processes)
+    losses             fp32 [M], loss of each position, without gradient
+    segments           int64 [M], number of its example in the batch, from 1
+    hidden             [B, T, D] after the last norm
+    heads              by name, output of each task head at the end of every example, fp32 [examples, outputs]
+    router_statistics  of each expert layer
     """
 
     loss: Tensor | None = None
@@ -29,10 +29,10 @@ class Output:
     segments: Tensor | None = None
     hidden: Tensor | None = None
     heads: dict[str, Tensor] | None = None
-    loads: list[Load] | None = None
+    router_statistics: list[RouterStatistics] | None = None
 
     def by_example(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of a batch of `count` examples each one's sum of losses, fp64, and trained positions, int64: [count]."""
+        """Sum of losses, fp64, and number of trained positions, int64, of each of `count` examples: [count]."""
         assert self.losses is not None and self.segments is not None
         rows = self.segments - 1
         sums = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, rows, self.losses.double())

@@ -274,7 +274,8 @@ def _layer(config: ModelConfig, sparse: bool, layout: Layout, work: Work, low: i
 
 
 def _norm(config: ModelConfig, width: int, gpu: bool) -> int:
-    """LayerNorm keeps its input, mean and scale; RMSNorm (norm.py) x / rms and the scale, on a GPU its input too."""
+    """LayerNorm keeps its input, mean and scale; RMSNorm (cpu/norm.py) x / rms and the scale, on a GPU its input
+    too."""
     if config.norm == "layer":
         return 4 * width + 8
     return (8 if gpu else 4) * width + 4

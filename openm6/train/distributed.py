@@ -93,7 +93,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is cut as `like` is."""
     if not isinstance(like, DTensor):
         return tensor

@@ -185,7 +185,7 @@ class DistillSection(_Strict):
     """Learn from a larger model beside the labels (train/distill.py)."""
 
     teacher: Path
-    share: float = Field(0.5, ge=0, le=1, description="of the loss that is against the teacher, not the labels")
+    weight: float = Field(0.5, ge=0, le=1, description="of the loss against the teacher; the labels have the rest")
     temperature: float = Field(2.0, gt=0, description="by which both sides' logits are divided")
     relations: float = Field(
         0.0, ge=0, description="weight of a loss that asks for the same likeness between positions as the teacher's"

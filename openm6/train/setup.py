@@ -29,7 +29,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
 from openm6.train.checkpoint import latest_checkpoint
-from openm6.train.distill import answered
+from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
 
@@ -188,7 +188,7 @@ def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[
         task = _task(section.task, session)
         source = open_section(section, rejects)
         if section.answers == "teacher" and recipe.distill:
-            source = answered(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
+            source = teacher_answers(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
         classes = {} if section.stream else count_classes(task, source, section.columns)
         for slot, values in classes.items():
             if slot not in task.labels and 0 < len(values.counts) <= MAX_LABELS:

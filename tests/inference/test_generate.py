@@ -92,7 +92,7 @@ def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(
 ) -> None:
     model = tiny_model(**changes)
     if not onednn:
-        monkeypatch.setattr("openm6.model.packed._has_onednn", lambda: False)
+        monkeypatch.setattr("openm6.model.cpu.packed._has_onednn", lambda: False)
     packed = pack_for_cpu(copy.deepcopy(model), dtype)
     rng = np.random.default_rng(4)
     prompts = [prompt(rng, source, ((1, 2),)) for source in (1, 4, 4, 9)]
