@@ -1,6 +1,6 @@
-"""Linear layers with the changes of adapters beside them, and learned positions before an example.
+"""Linear layers with adapters beside them, and learned positions before an example.
 
-One base can carry the changes of several adapters; which one counts is told for the whole network at once (`Active`).
+A base can carry several adapters; `Active` selects one for the whole network.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from openm6.model.cpu.packed import with_least_rows
 from openm6.model.roles import Role
 
 ONLY = "default"
-"""The name of an adapter that is alone."""
+"""The name of a single adapter."""
 
 
 @dataclass(slots=True)
 class Active:
-    """Whose changes count; None: nobody's."""
+    """The name of the active adapter; None: the base alone."""
 
     name: str | None = ONLY
 
@@ -69,7 +69,7 @@ class Bottleneck(nn.Module):
 
 
 class Changed(nn.Module):
-    """A linear layer, and what adapters make of it, by the adapter's name."""
+    """A linear layer with adapters, by name."""
 
     def __init__(self, base: nn.Module, active: Active):
         super().__init__()
@@ -98,7 +98,7 @@ class Rows(nn.Module):
 
 
 class ChangedRows(nn.Module):
-    """An embedding or an output matrix, rows of which adapters replace, by the adapter's name."""
+    """An embedding or an output matrix with rows replaced by adapters, by name."""
 
     def __init__(self, base: nn.Embedding | nn.Linear, active: Active):
         super().__init__()
@@ -111,7 +111,7 @@ class ChangedRows(nn.Module):
         return self.base_layer.weight
 
     def changed(self) -> Tensor:
-        """The matrix with the rows of the adapter that counts."""
+        """The matrix with the rows of the active adapter."""
         rows = self._rows()
         return self.weight if rows is None else self.weight.index_copy(0, rows.ids, rows.weight.to(self.weight.dtype))
 
@@ -123,7 +123,7 @@ class ChangedRows(nn.Module):
         return torch.where((place >= 0)[..., None], rows.weight[place.clamp(min=0)].to(x.dtype), x)
 
     def logits(self, base: Tensor, hidden: Tensor) -> Tensor:
-        """The logits that the matrix without changes gave of `hidden`, with those of the rows that count."""
+        """The logits `base` of the unchanged matrix for `hidden`, with those of the active adapter's rows replaced."""
         if (rows := self._rows()) is None:
             return base
         own = with_least_rows(lambda x: F.linear(x, rows.weight), hidden.to(rows.weight.dtype))

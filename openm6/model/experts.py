@@ -6,7 +6,8 @@ Legend, beside that of attention.py: N experts, K experts a token, T tokens (all
     x [T, D] -> Router: K experts and weights a token -> plan: choices in the order of their experts
              -> gather [S, D] -> products of each expert with its rows -> combine: weighted sum, [T, D]
 
-A choice that no expert takes (above capacity, or of padding) counts as one for expert N: it stands last and gives zero.
+A choice that no expert takes (above capacity, or of padding) counts as one for expert N: it is last and its output is
+zero.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from openm6.model.roles import Role
 
 
 class Routing(NamedTuple):
-    """What a router decides: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts or
-    in each group); where the z-loss is asked for, the logsumexp of the logits [T, softmaxes]. All at least fp32."""
+    """The decision of a router: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts
+    or in each group); where the z-loss is asked for, the logsumexp of the logits [T, softmaxes]. All at least fp32."""
 
     experts_TK: Tensor
     weights_TK: Tensor
@@ -144,7 +145,7 @@ class MixtureOfExperts(nn.Module):
     one that all see.
 
     Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows, T without padding; what is above
-    passes by the residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
+    passes by the residual. In use nothing is dropped: an answer must not depend on its neighbors in the batch.
     """
 
     roles: ClassVar[dict[str, Role]] = {"router": Role.ROUTER, "experts": Role.EXPERT}

@@ -117,6 +117,6 @@ def linear_cross_entropy(
     hidden [M, D], weight [V, D], labels int64 [M]; `weights`, fp32 [M]: of each position in the sum, 1 by default. With
     `smoothing` the sum is against targets of which that fraction is spread over all ids (Szegedy et al. 2016); with a
     `teacher`, part of the sum is the divergence from the teacher. The single losses are not affected. Both results
-    fp32. """
+    fp32."""
     total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, weights, smoothing, teacher)
     return total, losses

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: rounded, written, read again.
+"""Weight-only quantization to 8 or 4 bits: rounding, and the form in a file.
 
     8    a scale a row, symmetric: q = round(w / s), s = max|w| / 127
     4    a scale and a middle a group of GROUP columns: w = (q - 8) s + m, q in 0 to 15, for the products inside the
@@ -33,7 +33,7 @@ def bits_of(role: Role, shape: tuple[int, ...], bits: int) -> int | None:
 
 
 def fits4(shape: tuple[int, ...]) -> bool:
-    """Whether there is a kernel of 4 bits for [..., N, K]."""
+    """True where there is an int4 kernel for [..., N, K]."""
     return shape[-1] % GROUP == 0 and shape[-2] % 16 == 0
 
 
@@ -69,7 +69,7 @@ def stored(name: str, role: Role, weight: Tensor, bits: int) -> dict[str, Tensor
 
 
 def shape_of(kept: list[int], dtype: str) -> tuple[int, ...]:
-    """The shape of a tensor by what a file says of it (a dtype as safetensors names it)."""
+    """The shape of a tensor by its entry in a file (a dtype as safetensors names it)."""
     return (*kept[:-1], 2 * kept[-1]) if dtype == "U8" else tuple(kept)
 
 
@@ -92,5 +92,5 @@ def restored(name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def kernel_of(config: ModelConfig) -> torch.dtype | None:
-    """The kernels for a network whose weights are in few bits."""
+    """The kernels for a network with quantized weights."""
     return {8: INT8, 4: INT4}[config.weight_bits] if config.weight_bits else None

@@ -67,23 +67,23 @@ class M6(Network):
         return matrix.changed() if isinstance(matrix, ChangedRows) else matrix.weight
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, by the name that PEFT asks for."""
+        """The embedding, under the name that PEFT uses."""
         return self.embed
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output matrix, by the name that PEFT asks for; None where it is the embedding."""
+        """The output matrix, under the name that PEFT uses; None where it is the embedding."""
         return self.head
 
     def train(self, mode: bool = True) -> M6:
-        """A reader of pictures that is not trained keeps its statistics too."""
+        """An image encoder that is not trained stays in evaluation mode."""
         super().train(mode)
         if self.image is not None and not any(p.requires_grad for p in self.image.parameters()):
             self.image.eval()
         return self
 
     def forward(self, batch: Batch, teacher: Teacher | None = None) -> Output:
-        """Hidden states of a packed or padded batch, and the loss where it has labels: against those alone, or against
-        a `teacher` too, whose positions are the trained ones, in the flattened batch's order."""
+        """Hidden states of a packed or padded batch, and the loss where it has labels; with a `teacher`, whose
+        positions are the trained ones in the order of the flattened batch, also against its distribution."""
         x_BTD = self.embed_batch(batch)
         dtype = self.product_dtype(x_BTD)
         mask: Any
@@ -105,13 +105,13 @@ class M6(Network):
         return Output(total, losses, segments, x_BTD, heads, router_statistics)
 
     def at_ends(self, hidden_BTD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What every head gives at the last position of each example, fp32."""
+        """Output of every task head at the last position of each example, fp32."""
         ends = hidden_BTD.flatten(0, 1)[batch.ends()].float()
         with torch.autocast(ends.device.type, enabled=False):
             return {name: F.linear(ends, *(p.float() for p in head.parameters())) for name, head in self.heads.items()}
 
     def decode(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Run a pass of decoding (cache.py) on this network."""
+        """Run a decoding pass (cache.py) on this network."""
         return run(self, *args, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -121,25 +121,25 @@ class M6(Network):
         return matrix.logits(product.float(), hidden) if isinstance(matrix, ChangedRows) else product.float()
 
     def embed_batch(self, batch: Batch) -> Tensor:
-        """What enters the first layer, [B, T, D]: tokens, and the features of pictures in their places."""
+        """Input of the first layer, [B, T, D]: token embeddings, and image features at their positions."""
         x_BTD = self.embed(batch.ids)
         if self.image is not None:
             x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
         elif batch.images:
-            raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
+            raise OpenM6Error('The batch has images, but this model has no image encoder (image_embedder is "none").')
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
         return self._at(x_BTD, batch.cells)
 
     def embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
-        """The same of tokens alone; `cells`: rows and columns of a picture's codes."""
+        """The embeddings of tokens alone; `cells`: rows and columns of an image's codes."""
         x_BND = self.embed(ids_BN)
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
         return self._at(x_BND, cells)
 
     def _at(self, x: Tensor, cells: Tensor | None) -> Tensor:
-        """With the rows and columns of a picture's codes, in the precision that x has."""
+        """Add the features of the rows and columns of an image's codes, in the precision of x."""
         if cells is None:
             return x
         return x + cell_features(cells, self.config.hidden_size, self.config.initializer_range).to(x.dtype)

@@ -1,6 +1,6 @@
 """Bytes of a training step on the fullest process, by arithmetic: nothing is allocated.
 
-What is modelled is what the code does: shards as FSDP2 cuts them (train/parallel.py), and the tensors that the autograd
+The model follows the code: shards as FSDP2 cuts them (train/parallel.py), and the tensors that the autograd
 functions of model/cpu, experts.py and loss.py keep. Legend of sizes: that of model/attention.py and
 model/experts.py. The stream between the layers and all states are fp32; products run in `low` bytes (2 or 4).
 """
@@ -24,7 +24,7 @@ from openm6.train.optimizer import is_inner_matrix
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one process works on at a time, and how many such parts make a step (train.accumulate).
+    """A micro-batch of one process, and the number of micro-batches in a step (train.accumulate).
 
     rows, length   positions, padding included
     images         positions of a row that are patches of pictures
@@ -35,7 +35,7 @@ class Work:
     length: int
     images: int = 0
     trained: int | None = None
-    parts: int = 1
+    micro_batches: int = 1
 
     @property
     def positions(self) -> int:
@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """As the section `parallel` of a recipe, over `world` processes."""
+    """The section `parallel` of a recipe, over `world` processes."""
 
     world: int
     sharding: str
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Processes that share one part of the experts."""
+        """Number of processes that share one part of the experts."""
         return self.world // self.experts
 
 
@@ -72,7 +72,7 @@ class Weight:
 
     @property
     def expert(self) -> bool:
-        """Whether it belongs to experts, which are spread over the processes separately."""
+        """True for experts, which are distributed over the processes separately."""
         return self.role is Role.EXPERT
 
     @property
@@ -115,9 +115,9 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
 
 
 def states_of(role: Role, shape: tuple[int, ...], optimizer: str) -> States:
-    """Of one local tensor [..., R, C]. AdamW keeps two fp32 moments and a step; torchao's in 8 bits a byte a moment, an
-    fp32 scale a block of 256 and a table of 256 values, where blocks fit (Dettmers et al. 2022); Adafactor a mean of
-    squares a row and a column (Shazeer and Stern 2018); Muon one fp32 moment of the matrices."""
+    """Bytes of one local tensor [..., R, C]. AdamW keeps two fp32 moments and a step; torchao's in 8 bits a byte a
+    moment, an fp32 scale a block of 256 and a table of 256 values, where blocks fit (Dettmers et al. 2022); Adafactor a
+    mean of squares a row and a column (Shazeer and Stern 2018); Muon one fp32 moment of the matrices."""
     count = math.prod(shape)
     adamw = 8 * count + 4
     if optimizer == "adafactor":
@@ -132,7 +132,7 @@ def states_of(role: Role, shape: tuple[int, ...], optimizer: str) -> States:
 
 
 def states_by_layer(weights: list[Weight], layout: Layout, optimizer: str) -> dict[int | None, States]:
-    """Of every distinct layer, and under None of what is outside."""
+    """Bytes of every distinct layer, and under None of the parameters outside the blocks."""
     found: dict[int | None, States] = {}
     for weight in weights:
         states = states_of(weight.role, local_shape(weight, layout), optimizer)
@@ -142,7 +142,7 @@ def states_by_layer(weights: list[Weight], layout: Layout, optimizer: str) -> di
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the states of a process are: on its `device` or in the memory of its host.
+    """The placement of a process's states: on its `device` or in its host's memory.
 
     resident   on the host with the parameters of their layers, and updated there
     guest      on the host, but visiting the device for their layer's update; at most `visit` bytes at a time
@@ -159,7 +159,7 @@ class Places:
 
 
 def places(by_layer: dict[int | None, States], offload: Offload) -> Places:
-    """As train/offload.py has them: the first layers leave."""
+    """The placement of train/offload.py: the first layers are offloaded."""
     device, resident, guest, visit = by_layer[None], States(), States(), 0
     for number in sorted(n for n in by_layer if n is not None):
         layer = by_layer[number]
@@ -175,17 +175,17 @@ def places(by_layer: dict[int | None, States], offload: Offload) -> Places:
 
 
 def gathered(weights: list[Weight], layout: Layout) -> dict[int | None, int]:
-    """Elements of every layer (and, under None, of the rest) that a process holds while it works on it."""
+    """Elements of every layer (under None, of the rest) that a process holds while it computes the layer."""
     found: dict[int | None, int] = {}
     for weight in weights:
-        share = layout.experts if weight.expert else 1
-        found[weight.layer] = found.get(weight.layer, 0) + weight.numel // share
+        processes = layout.experts if weight.expert else 1
+        found[weight.layer] = found.get(weight.layer, 0) + weight.numel // processes
     return found
 
 
 def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Work, low: int, gpu: bool) -> int:
-    """Bytes of what is neither state nor activation: gathered weights, gradients before they are reduced, and rows on
-    their way between experts."""
+    """Bytes that are neither state nor activation: gathered weights, gradients before their reduction, and rows in
+    transfer between experts."""
     if layout.sharding == "none":
         # Autocast's copies; on a CPU experts are cast one by one. DistributedDataParallel reduces gradients where they
         # are.
@@ -204,7 +204,7 @@ def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Wo
     # A layer's gradients as they come, while those of the one before are reduced in fp32. Outside of the blocks
     # everything is fp32, and the gradient of a tied embedding exists from the loss on.
     gradients = (low + 4) * largest + 8 * rest
-    if work.parts > 1:  # only the last part reduces: until then whole gradients add up
+    if work.micro_batches > 1:  # only the last one reduces: until then whole gradients add up
         gradients += 4 * (sum(elements.values()) + rest)
     travelling = 0
     if layout.experts > 1:  # sent and received
@@ -229,7 +229,7 @@ class Activations:
 
 
 def activations(config: ModelConfig, layout: Layout, work: Work, low: int, gpu: bool, images: int = 0) -> Activations:
-    """Of the forward and backward pass of one part; `images`: what `image_bytes` gives.
+    """Activations of the forward and backward pass of a micro-batch; `images`: the result of `image_bytes`.
 
     The peak is reached either in the loss, or in the backward pass of the last layer, when a recomputed layer stands
     beside everything that was saved. On a GPU attention is FlexAttention's, which keeps no probabilities. Experts are

@@ -105,7 +105,7 @@ def teacher_answers(
     teacher, and an interrupted run resumes there.
 
     Records that the teacher cannot read, or gives an empty answer to, are left out. Raises UsageError for a task that
-    is not answered in text. """
+    is not answered in text."""
     if task.embeds or task.head or task.draws or task.sketch:
         raise UsageError(f"{source.name}: the task {task.name} is not answered in text, which a teacher could write.")
     key = json_hash([source.content_hash(), task.to_dict(), dict(columns), directory_hash(teacher)])[:12]

@@ -1,4 +1,4 @@
-"""Processes: started by torchrun or alone, joined, and parted cleanly."""
+"""The process group: started by torchrun or a single process, joined and torn down cleanly."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from openm6.core.errors import OpenM6Error
 
 MEETING = timedelta(seconds=120)
-"""Within which all processes have to have found each other; one that dies meanwhile would leave the rest waiting."""
+"""Time limit for all processes to connect; without it, one that dies meanwhile would leave the others waiting."""
 
 WORK = timedelta(hours=2)
-"""How long one may wait for another: the first process measures and writes alone."""
+"""Longest wait for another process: the first one evaluates and writes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it; a meeting of the processes that hold it."""
+    """The full tensor; a collective call of the processes that hold it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a whole tensor that is cut as `like` is."""
+    """This process's part of a full tensor that is sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Which rows of a tensor this process holds: the first, and the one after the last."""
+    """The rows of a tensor on this process: the first, and the one after the last."""
     if not isinstance(tensor, DTensor):
         return 0, len(tensor)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -17,7 +17,7 @@ from openm6.model.precision import fast_dtype
 from openm6.train.distributed import local, shard_of, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of a x + b x^3 + c x^5, iterated: steep at 0, it takes singular values into 0.7 to 1.2 in few steps."""
+"""Coefficients of a x + b x^3 + c x^5: iterated, it moves singular values into 0.7 to 1.2 in few steps."""
 
 
 class Muon(Optimizer):

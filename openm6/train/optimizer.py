@@ -17,12 +17,12 @@ from openm6.train.recipe import PseudoSection, TrainSection
 
 
 def is_decayed(role: Role, dimensions: int) -> bool:
-    """Whether weight decay applies: to matrices and kernels, not to vectors, factors, and rows that are looked up."""
+    """True for matrices and kernels; vectors, factors and rows that are looked up have no weight decay."""
     return dimensions >= 2 and role not in (Role.EMBEDDING, Role.PATCH_POSITION, Role.SCALE)
 
 
 def is_inner_matrix(role: Role, dimensions: int) -> bool:
-    """Whether Muon takes a parameter: matrices and kernels between embeddings and output. The rows of a router are
+    """True for the parameters of Muon, matrices and kernels between embeddings and output. The rows of a router are
     choices, not a map between two spaces."""
     return is_decayed(role, dimensions) and role not in (Role.HEAD, Role.ROUTER)
 
@@ -56,7 +56,7 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
 
 
 def step_all(optimizers: list[Optimizer]) -> None:
-    """Step by the gradients that there are, and drop them."""
+    """Step by the present gradients, and clear them."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -87,8 +87,8 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
 
 
 def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = None) -> float:
-    """The share of its highest that the learning rate has at a step (from 0): linear warm-up, then cosine, or
-    constant, or warm-up-stable-decay; with `pseudo` warmed up again after the layers have parted."""
+    """The learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then cosine, constant, or
+    warm-up-stable-decay; with `pseudo`, warmed up again after delinking."""
     if pseudo and 0 <= step - pseudo.steps < pseudo.rewarm:
         return rate_at(step, settings) * (step - pseudo.steps + 1) / pseudo.rewarm
     if step < settings.warmup:
@@ -97,8 +97,8 @@ def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = No
         return 1.0
     if settings.schedule == "cosine":
         progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        fraction = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:  # wsd: flat, then linear down over the last `decay` of all steps (MiniCPM, arXiv 2404.06395)
         span = max(1, round(settings.steps * settings.decay))
-        share = min(1.0, (settings.steps - step) / span)
-    return settings.final_rate + (1 - settings.final_rate) * share
+        fraction = min(1.0, (settings.steps - step) / span)
+    return settings.final_rate + (1 - settings.final_rate) * fraction

@@ -1,4 +1,4 @@
-"""Weights to start from, each process filling the part of the network that it holds: it never exists as a whole."""
+"""Initial weights. Each process fills only its part of the network, which never exists as a whole."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BLOCK = 2**20
 
 @torch.no_grad()
 def start_at_random(model: Network, seed: int) -> None:
-    """As its `initial` says. Numbers depend on the seed, a parameter's name and their place in it alone, so that a
-    network starts the same however it is laid over however many processes."""
+    """Fill a network by its `initial`. The numbers depend only on the seed, the parameter's name and the position in
+    it, so that they are the same for any number of processes and any sharding."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         for parameter, mean, std in model.initial(module):
@@ -42,8 +42,8 @@ def start_at_random(model: Network, seed: int) -> None:
 
 @torch.no_grad()
 def start_from(model: Network, path: Path, seed: int) -> None:
-    """The weights of a model directory; of each tensor only the rows are read that this process holds. An adapter's
-    start at random."""
+    """Fill a network with the weights of a model directory; only this process's rows are read. The weights of an
+    adapter start at random."""
     with stored_rows(path) as read:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             here, (first, last) = local(tensor), rows_of(tensor)

@@ -36,16 +36,15 @@ from openm6.train.setup import TOKENIZER
 from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
-"""Nats by which the smoothed loss may rise above its best before the run is stopped."""
+"""Nats above its best at which the smoothed loss stops the run."""
 
 
 def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """Train, or go on where an interrupted run of the same output directory stopped.
+    """Train, or resume an interrupted run of the same output directory.
 
-    Returns the model directory, `output/model`; of a run that is finished already nothing is changed. `on_step` gets
-    each logged line. Raises UsageError where the run in the output directory cannot be resumed (train/resume.py), or
-    another process is training into it.
-    """
+    Returns the model directory, `output/model`; a finished run is not changed. `on_step` gets each logged line. Raises
+    UsageError where the run in the output directory cannot be resumed (train/resume.py), or another process is training
+    into it."""
     with process_group() as group, lock_output(recipe.output) if group.first else nullcontext():
         found = check_resumption(recipe) if group.first else None
         finished = group.sum(torch.tensor(float(found is not None and found.finished), device=group.device))
@@ -64,8 +63,8 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
 
 
 def seconds_per_step(recipe: AnyRecipe) -> float:
-    """Seconds that a step of the recipe takes on this machine, by its first three steps, in a folder that is deleted
-    afterwards. Measures and checkpoints are not counted.
+    """Seconds of a step of the recipe on this machine, by its first three steps, in a temporary folder. Evaluations and
+    checkpoints are not counted.
 
     Raises what a training would, and UsageError for a recipe whose teacher has to answer all records first."""
     if isinstance(recipe, Recipe) and any(section.answers == "teacher" for section in recipe.data):
@@ -86,7 +85,7 @@ def seconds_per_step(recipe: AnyRecipe) -> float:
 
 
 class Trainer:
-    """A run: its model, data, optimizer, and where it is. One instance a process."""
+    """A run: its model, data, optimizer and state. One instance per process."""
 
     def __init__(
         self,
@@ -114,8 +113,8 @@ class Trainer:
         self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
-        """The network as it is laid over the processes, its weights still to be filled, and its optimizers; `shared`:
-        in the first stage of Pseudo-to-Real."""
+        """Construct the distributed network, its weights still to be filled, and its optimizers; `shared`: in the
+        Pseudo stage of Pseudo-to-Real."""
         self.shared = shared
         self.model: Any = self.objective.network(shared).train()
         if self.settings.compile:
@@ -209,7 +208,7 @@ class Trainer:
             self._stop("the gradient is not finite (NaN or infinite)")
 
     def _track(self, losses: Losses) -> None:
-        """Keep the smoothed loss, and stop when it has run away. A source that joins may raise it: it starts anew."""
+        """Update the smoothed loss, and stop the run when it diverges. It starts anew when a source joins."""
         if self.step - 1 in {entry.start for entry in self.loader.entries}:
             self.smooth, self.best = math.nan, math.inf
         loss = sum(loss for *_, loss, _ in losses) / sum(number for *_, number in losses)
@@ -243,7 +242,7 @@ class Trainer:
             self._save()
 
     def _evaluate(self) -> bool:
-        """Measure; whether the first metric of the first source is the best so far."""
+        """Evaluate; True where the first metric of the first source is the best so far."""
         found = torch.zeros(1, dtype=torch.float64, device=self.group.device)
         if self.group.first or self.parallel.sharded:  # whose parts all have to work
             for number, (name, scores) in enumerate(self.objective.evaluate(self.model)):
@@ -280,19 +279,17 @@ class Trainer:
         (path / RECIPE).write_text(recipe_text(self.recipe), "utf-8")
 
     def _delink(self) -> None:
-        """Every layer gets its own copy of the weights it shared: what a resumed run does at this step."""
+        """Give every layer its own copy of the shared weights, as a resumed run does at this step."""
         if self.step % self.settings.checkpoint_every:
             self._save()
         self.checkpoints.wait()
         self.group.wait()
         self._load(self.checkpoints.directory / step_name(self.step))
         if self.reporter:
-            self.reporter.say(
-                f"Step {self.step}: the layers no longer share weights."
-            )
+            self.reporter.say(f"Step {self.step}: the layers no longer share weights.")
 
     def _load(self, path: Path) -> dict[str, Any]:
-        """Network and optimizers as a checkpoint has them; the last one of the first stage is delinked."""
+        """Load network and optimizers from a checkpoint; the last one of the Pseudo stage is delinked."""
         pseudo, step = self.recipe.pseudo, step_of(path)
         self._build(shared=pseudo is not None and step < pseudo.steps)
         if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint was made
@@ -304,7 +301,7 @@ class Trainer:
         return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update)
 
     def _resume(self) -> Path | None:
-        """Go to where the newest checkpoint is, which is returned, or else to the start."""
+        """Load the newest checkpoint and return its path, or initialize a new run and return None."""
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)

@@ -162,14 +162,14 @@ def test_states_of_one_process_are_exact(name: str, optimizer: str) -> None:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of a quantized tensor its parts."""
+    """Bytes of a tensor; of a quantized one, those of its parts."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 def test_smaller_optimizers_keep_less() -> None:
-    """Of [64, 4096]: rows and columns; a byte a moment and two scales a block."""
+    """[64, 4096]: rows and columns; a byte a moment and two scales a block."""
     assert states_of(Role.MATRIX, (64, 4096), "adafactor").optimizer == 4 * (64 + 4096) + 4
     assert states_of(Role.MATRIX, (3, 64, 4096), "adafactor").optimizer == 3 * 4 * (64 + 4096) + 4
     assert states_of(Role.MATRIX, (64, 4096), "adam8bit").optimizer == 2 * 64 * 4096 + 8 * 1024 + 2 * 1024 + 4

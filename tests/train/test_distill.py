@@ -74,7 +74,7 @@ def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(te
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(teacher: Path, tmp_path: Path) -> None:
-    """Of two that differ in the loss alone, after as many steps."""
+    """Two students that differ only in the loss, after the same number of steps."""
     way = {"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "log_every": 20}
     batch = asked(Session.load(teacher), 40)
     expected, apart = said(teacher, batch).log_softmax(1), []
@@ -163,7 +163,7 @@ def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
     assert [(r["answer"], r["question"]) for r in found] == [one for one in told if one[0]]
     with pytest.raises(UsageError, match="distill.teacher"):
         tiny_recipe(tmp_path / "x", data=[unlabelled])
-    with pytest.raises(UsageError, match="not answered in words"):
+    with pytest.raises(UsageError, match="not answered in text"):
         teacher_answers(source, get("item_vector"), {}, teacher, tmp_path, group)
     values = finetune_recipe(teacher, "vqa", [], teacher=teacher, unlabelled=["a.jsonl"])
     assert [section["answers"] for section in values["data"]] == ["teacher"]

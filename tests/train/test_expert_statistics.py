@@ -1,4 +1,4 @@
-"""Experts in training: what is told of their statistics, and the balance that is asked for."""
+"""Experts in training: their logged statistics, and their balance."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
 
 
 def test_recomputation_changes_no_gradient_of_the_auxiliary_loss(tmp_path: Path) -> None:
-    """What a part's backward pass makes again is what its forward pass made."""
+    """The backward pass of a micro-batch recomputes the results of its forward pass."""
     for how in ("none", "full"):
         recipe = sparse(tmp_path / how, {"router": "topk", "auxiliary_loss": 1.0}, accumulate=4, learning_rate=1e-2)
         recipe.parallel.recompute = how

@@ -1,4 +1,4 @@
-"""What a training says while it runs and at its end, on a terminal and in a file."""
+"""The output of a training while it runs and at its end, on a terminal and in a file."""
 
 from __future__ import annotations
 

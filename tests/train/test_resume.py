@@ -1,4 +1,4 @@
-"""What a run that is there means for a recipe: it is resumed, finished, or refused and left as it is."""
+"""An existing run and a recipe: it is resumed, finished, or refused and left as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels written for CPUs, behind one switch. The network is complete, and understood, without them.
+"""Kernels written for CPUs, behind one switch. The network is complete without them.
 
 norm.py        RMSNorm in fewer passes over memory
 attention.py   attention by plain products, and masks that keep a row's sums independent of its neighbours
@@ -19,5 +19,5 @@ enabled = True
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels here work on `x`."""
+    """True where these kernels process `x`."""
     return enabled and not x.is_cuda

@@ -17,8 +17,8 @@ ROWS = 16
 
 
 LEAST_ROWS, FEW_INPUTS = 4, 1024
-"""Of fewer rows some kernels add up in another order than of many, which shows in the last bit: those of `linear` in
-fp32, and oneDNN's for one row of more inputs than FEW_INPUTS."""
+"""With fewer rows some kernels sum in another order than with many, which changes the last bit: `linear` in fp32, and
+oneDNN for one row of more inputs than FEW_INPUTS."""
 
 
 def _has_onednn() -> bool:
@@ -32,7 +32,7 @@ def kernel_dtype() -> torch.dtype:
 
 def with_least_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """product(x) for x [..., in]; on a CPU with rows of zeros beside it where there are fewer than LEAST_ROWS, so that
-    a row's result does not depend on how many there are."""
+    a row's result does not depend on their number."""
     rows = x.numel() // x.shape[-1]
     if rows >= LEAST_ROWS or not rows or x.is_cuda:
         return product(x)
