@@ -224,7 +224,8 @@ def _trivial(side: Side, base: Path, folder: Path, steps: int, count: int) -> fl
 
 
 def _copied(value: Any, metric: str) -> str:
-    """What is given: a table's values in a row, a text itself, for a summary or title its first sentence."""
+    """The baseline answer from the inputs: a table's values in a row, a text itself, for a summary or title its first
+    sentence."""
     if isinstance(value, list):
         return "，".join(str(cell) for row in value for cell in row.values()) + "。"
     return str(value).split("。")[0] + "。" if metric == "rouge_l" else str(value)

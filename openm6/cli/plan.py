@@ -227,7 +227,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
     settings = recipe.train
     rows = -(-settings.batch_size // (gpus * settings.accumulate))
     budget = float(settings.steps * settings.batch_size * settings.row_length)
-    return config, Work(rows, settings.row_length, parts=settings.accumulate), settings.optimizer, budget
+    return config, Work(rows, settings.row_length, micro_batches=settings.accumulate), settings.optimizer, budget
 
 
 def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:

@@ -45,9 +45,9 @@ from openm6.train.promotion import check_apart, gain, not_trained_on, reason_aga
 LEARNING = "learning"
 CALIBRATION = "calibration.json"
 LEAST = 50
-"""Answers of the cloud from which on a round is worth it, and records from which on a task is calibrated."""
+"""Minimum of the cloud's answers for a round, and of records for a task's calibration."""
 REPLAY = 3.0
-"""Weight of what is not to be forgotten, beside the kept answers."""
+"""Weight of the replayed data, relative to the stored answers."""
 VERSIONS_KEPT = 3
 
 
@@ -91,11 +91,11 @@ def calibrate_box(
 ) -> dict[str, float]:
     """Fit a task's Sureness to records with answers, and remember them for the versions to come.
 
-    `max_loss`: share of wrong answers, of all, that may be given without asking. Returns what is to be expected.
+    `max_loss`: largest fraction of wrong answers, of all, that are given without deferral. Returns the expected rates.
     Raises UsageError for a task that the model does not write.
     """
     if not 0 < max_loss < 1:
-        raise UsageError(f"max_loss is {max_loss}: a share between 0 and 1.")
+        raise UsageError(f"max_loss is {max_loss}: a fraction between 0 and 1.")
     entry = {"data": data, "columns": dict(columns or {}), "records": records, "max_loss": max_loss}
     folder = box.folder()
     found = _calibrated(EdgeModel(folder / "package"), task, entry)
@@ -124,7 +124,7 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
 
 
 def _some(entry: Mapping[str, Any]) -> Source:
-    """The records of an entry, from all over its source, always the same ones."""
+    """The records of an entry, evenly spread over its source, the same every time."""
     source = open_source(entry["data"])
     chosen = np.random.default_rng(0).permutation(len(source))[: entry["records"]]
     return Source(entry["data"], ListRecords(source[int(number)] for number in sorted(chosen)))
@@ -195,7 +195,7 @@ def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
 
 
 def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
-    """Digests of what the records of a calibration are asked with."""
+    """Digests of the inputs of a calibration's records."""
     if entry is None:
         return set()
     source = _some(entry)
@@ -342,7 +342,7 @@ def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any]:
-    """How the new version does beside the one that answers; its calibration is written on the way."""
+    """The comparison of the new version with the current one; also writes the new calibration."""
     old, new = EdgeModel(box.folder() / "package"), EdgeModel(version / "package")
     told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
     entries = _calibrations(box.folder())
@@ -375,7 +375,7 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
 
 
 def _right(model: EdgeModel, task: str, records: ListRecords) -> np.ndarray:
-    """How right each answer is, [n], 0 to 1."""
+    """Correctness of each answer, [n], 0 to 1."""
     chosen = model.task(task)
     found = [
         agreement(model.answer(task, chosen.asked(one), truncate="start").value, _wanted(chosen.outputs, one))

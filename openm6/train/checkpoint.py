@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: whole or not there at all, for any number of processes.
+"""Checkpoints of a training run: complete or absent, and independent of the number of processes.
 
     checkpoints/step-00000500/
         state/        tensors of network and optimizers by name, in shards (PyTorch's distributed checkpoint)
@@ -6,8 +6,8 @@
         recipe.yaml   the recipe, here and in the model directory
         state.json    step, place in the data, counters, hashes of what it learns from (resume.py)
 
-Each is written beside its place while training goes on, flushed to the disk and renamed; a crash or a full disk leaves
-the older checkpoints as they were. What N processes wrote M processes read: tensors are found by name and cut anew.
+Each is written to a temporary folder while training continues, flushed to the disk and renamed; a crash or a full disk
+leaves the older checkpoints intact. M processes can read what N wrote: tensors are found by name and resharded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def step_of(path: Path) -> int:
 
 
 def all_checkpoints(directory: Path) -> list[Path]:
-    """The whole ones in a directory, from the oldest to the newest."""
+    """The complete checkpoints in a directory, from the oldest to the newest."""
     return sorted(p for p in directory.glob("step-*") if (p / "state.json").is_file())
 
 
@@ -72,7 +72,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int, group: Group):
         self.directory, self.keep, self.group = directory, keep, group
         self.best: int | None = None  # the step of a checkpoint that stays
-        # Of its own: the writing thread talks to the other processes while the training does.
+        # A separate group: the writing thread communicates while the training does.
         self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
         self.writing: Thread | None = None
         self.failure: BaseException | None = None
@@ -88,8 +88,8 @@ class Checkpoints:
         optimizers: list[Optimizer],
         state: dict[str, Any],
     ) -> None:
-        """Begin to write; the values are those of now. `state` is anything JSON can hold, `describe` writes what a
-        model directory has beside its weights. Raises what the writing before this one failed with."""
+        """Start writing the current values in the background. `state` is any JSON value, `describe` writes all files of
+        a model directory except the weights. Raises the error of the previous write, if it failed."""
         self.wait()
         target = self.directory / step_name(step)
         draft = target.with_name(f".{target.name}.writing")
@@ -127,7 +127,7 @@ class Checkpoints:
         self.writing.start()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk."""
+        """Wait until the checkpoint being written is on the disk."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
@@ -236,7 +236,7 @@ def _names(optimizers: list[Optimizer]) -> list[str]:
 
 
 def _damaged(path: Path) -> OpenM6Error:
-    return OpenM6Error(f"The checkpoint {path} is damaged; delete it to go on from the one before.")
+    return OpenM6Error(f"The checkpoint {path} is damaged; delete it to resume from the one before.")
 
 
 def _stored(path: Path) -> dict[str, torch.Size]:
@@ -297,14 +297,14 @@ def _owned(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[nn.P
 
 
 def _source(name: str, shared: int | None) -> str:
-    """The name under which a checkpoint with `shared` distinct layers has what belongs to `name`."""
+    """The name of tensor `name` in a checkpoint with `shared` distinct layers."""
     return shared_name(name, shared) if shared else name
 
 
 @torch.no_grad()
 def _prepare(model: nn.Module, optimizers: list[Optimizer], update: Callable[[list[Optimizer]], None]) -> None:
-    """Let fresh optimizers make their moments, whatever form and place these have: a step at rate 0 by gradients of 0,
-    of one layer after the other."""
+    """Let new optimizers create their moments, in whatever form and place: a step at rate 0 with zero gradients, layer
+    by layer."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [float(group["lr"]) for group in groups]
     for group in groups:
@@ -327,7 +327,7 @@ def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 _POWERS = {"exp_avg": 1, "momentum": 1, "exp_avg_sq": 2, "row_var": 2, "col_var": 2, "variance": 2}
-"""By which power of the gradient's scale each moment scales."""
+"""Power of the gradient's scale by which each moment scales."""
 
 
 def _rescale(tensors: dict[str, Tensor], layers: float) -> None:

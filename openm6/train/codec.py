@@ -21,7 +21,7 @@ from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.model.files import meta_model
 from openm6.tasks.task import Task
 from openm6.train.distributed import Group
-from openm6.train.objective import Part
+from openm6.train.objective import MicroBatchResult
 from openm6.train.recipe import CodecRecipe
 from openm6.train.setup import make_loader, open_rejects, open_section
 
@@ -48,8 +48,8 @@ def read_picture(record: Mapping[str, Any], size: int) -> Picture:
     return Picture(read_square(record["image"], size))
 
 
-class Pictures:
-    """An Objective (train/objective.py)."""
+class CodecObjective:
+    """The Objective of an image codec: images and their reconstructions."""
 
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
@@ -84,24 +84,24 @@ class Pictures:
             codec.look_with(self.eyes)
         return codec
 
-    def begin(self, model: Codec) -> None:
-        """Nothing."""
+    def initialize(self, model: Codec) -> None:
+        """Every parameter starts at random or from `path`."""
 
-    def count(self, examples: list[Picture]) -> tuple[int, int, int]:
+    def loss_weight(self, examples: list[Picture]) -> tuple[int, int, int]:
         return len(examples), len(examples), 0
 
-    def batches(self, examples: list[Picture]) -> list[list[Picture]]:
+    def micro_batches(self, examples: list[Picture]) -> list[list[Picture]]:
         return [examples]
 
-    def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
+    def micro_batch_loss(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> MicroBatchResult:
         output = run(unit(_stack(examples, self.device)))
         assert output.loss is not None and output.losses is not None
         told = [(TASK.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
         positions = len(examples) * self.config.side**2
-        return Part(output.loss, told, len(examples) * self.flops, positions, positions)
+        return MicroBatchResult(output.loss, told, len(examples) * self.flops, positions, positions)
 
     def evaluate(self, model: Codec) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """PSNR, SSIM and the share of the codes in use; a grid of pictures above their reconstructions as PNG."""
+        """PSNR, SSIM and the fraction of codes in use; a grid of pictures above their reconstructions as PNG."""
         model.eval()
         for name, source, view in self.measured:
             count = min(len(source), self.recipe.evaluation.limit)
@@ -109,7 +109,7 @@ class Pictures:
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
 
     def gather(self) -> None:
-        """Nothing."""
+        """The processes record nothing separately."""
 
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

@@ -20,20 +20,20 @@ from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
-from openm6.train.distill import Lessons, relation_loss
+from openm6.train.distill import DistillationTeacher, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.notes import data_notes
-from openm6.train.objective import Part
+from openm6.train.objective import MicroBatchResult
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
+from openm6.train.seen_tokens import SeenTokens, unseen_token_ids
 from openm6.train.setup import build_entries, build_session, check_evaluation, evaluate_entries, make_loader
 from openm6.train.start import start_codes
-from openm6.train.taught import Taught, untaught_ids
 
 
-class Sequences:
-    """An Objective (train/objective.py)."""
+class SequenceObjective:
+    """The Objective of M6: sequences of text and images, and the losses of their targets."""
 
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
@@ -42,7 +42,7 @@ class Sequences:
         self.notes: list[str] = []
         self.session = build_session(recipe, group)
         entries, rejects = build_entries(recipe, self.session, group)
-        self.taught = Taught(self.session.processor, recipe.output, group)
+        self.seen_tokens = SeenTokens(self.session.processor, recipe.output, group)
         if recipe.adapt and self.path:
             self.adapter = self._adapter(recipe.adapt, self.path.resolve(), entries)
             self.session.processor = replace(self.session.processor, prompt=prompt_length(self.adapter))
@@ -61,26 +61,26 @@ class Sequences:
         if self.contrasts and self.session.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
         distill = recipe.distill
-        self.lessons = Lessons(distill, self.session.processor, group.device) if distill else None
+        self.teacher = DistillationTeacher(distill, self.session.processor, group.device) if distill else None
         width = self.session.model.config.hidden_size
         self.dims = recipe.vectors.dims or [width]
         if max(self.dims) > width:
             raise UsageError(f"vectors.dims has {max(self.dims)}; vectors of this model have {width} numbers.")
 
     def _adapter(self, settings: AdaptSection, base: Path, entries: list[Entry]) -> Any:
-        """The adapter's configuration; LoRA has rows of its own for ids that the model has not met."""
-        untaught, fraction = untaught_ids(entries, self.session.processor)
+        """The adapter's configuration; LoRA gets embedding rows for ids that the model has not seen."""
+        untaught, fraction = unseen_token_ids(entries, self.session.processor)
         rows = None
         if untaught and settings.method == "lora":
             tied = self.session.model.config.tie_word_embeddings
             rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
-            self.taught.add_ids(untaught)
+            self.seen_tokens.add_ids(untaught)
             end = ": their rows of the embedding and the output are trained too"
         else:
             end = f", which {settings.method} leaves as they are: lora and full train them"
         if untaught:
             self.notes.append(
-                f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
+                f"The model has not seen {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
             )
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
@@ -101,18 +101,18 @@ class Sequences:
         self.session.model.label_smoothing = self.settings.label_smoothing
         return self.session.model
 
-    def begin(self, model: M6) -> None:
-        """Image codes of a codec that is new to the model."""
+    def initialize(self, model: M6) -> None:
+        """Embeddings of image codes, of a codec that is new to the model."""
         if self.recipe.model.codec is None:
             return
         vectors, first = self.session.codec.vectors(), self.session.processor.tokenizer.code_start
         for weight in {model.embed.weight, model.head_weight}:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
-    def count(self, examples: list[Sequence]) -> tuple[float, int, int]:
+    def loss_weight(self, examples: list[Sequence]) -> tuple[float, int, int]:
         every = _flat(examples)
         if self.adapter is None:  # its rows alone are trained
-            self.taught.add(every)
+            self.seen_tokens.add(every)
         trained = sum(
             (e.image.weight if e.image else 1) * int((e.labels != IGNORE).sum())
             + isinstance(e.target, (ContrastTarget, HeadTarget))
@@ -120,8 +120,8 @@ class Sequences:
         )
         return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
 
-    def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
-        """Sequences, positives and negatives behind their example. One micro-batch, but for a network with block-sparse
+    def micro_batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
+        """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
         pictures: there sequences without a drawn picture, with one whose codes see each other both ways, and with one
         whose codes are written one after the other are worked on apart. All processes have a kind that one has."""
         sequences = _flat(examples)
@@ -135,11 +135,11 @@ class Sequences:
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
     def gather(self) -> None:
-        self.session.processor = replace(self.session.processor, taught=self.taught.everywhere())
+        self.session.processor = replace(self.session.processor, taught=self.seen_tokens.from_all_processes())
 
-    def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
+    def micro_batch_loss(self, run: Callable[..., Any], examples: list[Sequence]) -> MicroBatchResult:
         batch = self._batch(examples)
-        teacher, seen = self.lessons.of(batch) if self.lessons else (None, None)
+        teacher, seen = self.teacher.outputs(batch) if self.teacher else (None, None)
         output = run(batch, teacher)
         loss, trained = output.loss, int((batch.labels != IGNORE).sum())
         if seen is not None and self.recipe.distill and self.recipe.distill.relations and trained:
@@ -162,7 +162,7 @@ class Sequences:
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.session.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        return MicroBatchResult(loss, losses, flops, positions, batch.ids.numel(), output.router_statistics)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
         """The loss of every pair among the examples, fp32 [pairs], and those pairs; the others of a contrast stand

@@ -69,7 +69,7 @@ def test_a_job_that_is_killed_goes_on_by_itself(jobs: Jobs, tmp_path: Path) -> N
     assert progress(running)["steps"] == 40 and 0 < progress(running)["step"] < 40
     os.killpg(running.process, signal.SIGKILL)
     until(lambda: jobs.get(job.id).state == DONE, jobs)
-    assert jobs.get(job.id).attempts == 1 and "Going on from step" in jobs.log(running).read_text("utf-8")
+    assert jobs.get(job.id).attempts == 1 and "Resuming from step" in jobs.log(running).read_text("utf-8")
     alone, whole = training(tmp_path / "alone", 40)
     subprocess.run([sys.executable, "-m", "openm6", "train", alone], check=True, capture_output=True)
     assert losses(output) == losses(whole)

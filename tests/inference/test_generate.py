@@ -20,6 +20,7 @@ from openm6.inference.draw import Drawing
 from openm6.inference.generate import row_generator, sample, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
 from tests.conftest import EXPERTS, example, tiny_model
 
 END = 5
@@ -91,8 +92,8 @@ def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(
 ) -> None:
     model = tiny_model(**changes)
     if not onednn:
-        monkeypatch.setattr("openm6.model.packed._has_onednn", lambda: False)
-    packed = copy.deepcopy(model).pack_for_cpu(dtype)
+        monkeypatch.setattr("openm6.model.cpu.packed._has_onednn", lambda: False)
+    packed = pack_for_cpu(copy.deepcopy(model), dtype)
     rng = np.random.default_rng(4)
     prompts = [prompt(rng, source, ((1, 2),)) for source in (1, 4, 4, 9)]
     answers = [*generate(packed, prompts, END, Decoding(6)), *generate(packed, prompts[1:3], END, Decoding(6))]

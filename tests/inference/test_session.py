@@ -21,6 +21,7 @@ from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
 from openm6.tasks.encode import encode_example
 from openm6.tasks.forms import answer_constraint
 from openm6.tasks.library import get as get_task
@@ -94,7 +95,7 @@ def test_many_at_once_equal_one_by_one(session: Session) -> None:
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])
 def test_answers_do_not_depend_on_the_batch_size(session: Session, options: dict) -> None:
     """Nor does a record draw the random numbers of another one: 30 times the same question has many answers."""
-    chosen = Session(copy.deepcopy(session.model).pack_for_cpu(torch.float32), session.processor)
+    chosen = Session(pack_for_cpu(copy.deepcopy(session.model), torch.float32), session.processor)
     asked = [{"passage": QUESTION[: 2 + n % 7]} for n in range(20)] + [{"passage": QUESTION}] * 10
     decoding = {"max_new_tokens": 8, **options}
     every = [list(chosen.run_many("summary", asked, batch_size=size, decoding=decoding)) for size in (1, 3, 64)]
@@ -113,7 +114,7 @@ def test_label_probabilities_are_those_of_the_constrained_network(session: Sessi
     tokenizer = session.processor.tokenizer
     trie = answer_constraint(task, {}, session.processor.tokenizer)
     assert trie is not None
-    plain = Session(copy.deepcopy(session.model).pack_for_cpu(torch.float32), session.processor)
+    plain = Session(pack_for_cpu(copy.deepcopy(session.model), torch.float32), session.processor)
     found = list(plain.label_probabilities(task, records, batch_size=2))
     for record, given in zip(records, found, strict=True):
         assert list(given) == LABELS and sum(given.values()) == pytest.approx(1)
