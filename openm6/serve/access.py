@@ -7,6 +7,8 @@ import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from openm6.core.errors import ErrorKind, Refusal
+
 log = logging.getLogger("openm6.access")
 
 
@@ -41,9 +43,9 @@ def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None
         entry.tokens += tokens
 
 
-def unforeseen() -> str:
-    """The sentence for an error that is not the client's. Call it where the exception is handled: it is logged."""
+def unforeseen() -> Refusal:
+    """The error to report for an unforeseen exception, which is logged; to be called where it is handled."""
     entry = current.get() or LogEntry("", "")
     entry.status = 500
     logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
-    return "The server failed at this request, and its log says why"
+    return Refusal(ErrorKind.INTERNAL, "The server failed at this request, and its log says why.")

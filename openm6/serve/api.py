@@ -17,7 +17,6 @@ import base64
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,14 +33,13 @@ from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known, sse
+from openm6.serve.guard import Guard, add_errors, body_of, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.listen import Lag
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
 from openm6.serve.settings import Place
-from openm6.serve.wire import INTERNAL
 
 
 class PromoteRequest(BaseModel):
@@ -129,40 +127,40 @@ def _routes(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models/{name}")
     async def model(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """One of them."""
-        return _model(_deployment(fleet, name))
+        return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/promote")
     async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let another model answer by this name; what is being answered is finished by the one before."""
         found = await asyncio.to_thread(find_model, asked.path)
         place = Place(found[0], {n: Path(p) for n, p in asked.adapters.items()})
-        await _deployment(fleet, name).swap(place)
+        await fleet.get(name).swap(place)
         return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/rollback")
     async def rollback(name: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Let the model before answer again."""
-        await _deployment(fleet, name).rollback()
+        await fleet.get(name).rollback()
         return _model(fleet.get(name))
 
     @app.get("/v1/tasks")
     async def tasks(_: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
         """The tasks of a model: what each takes and gives."""
-        known = _deployment(fleet, model).about["tasks"]
+        known = fleet.get(model).about["tasks"]
         return {"object": "list", "data": [{"name": name, **task} for name, task in known.items()]}
 
     @app.get("/v1/tasks/{task}")
     async def task(task: str, _: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
         """One task, with JSON schemas of its inputs and outputs."""
-        return {"name": task, **_task(server, _deployment(fleet, model), task)}
+        return {"name": task, **server.task(fleet.get(model), task)}
 
     @app.post("/v1/tasks/{task}", response_model=None)
     async def run(
         task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
     ) -> JSONResponse | StreamingResponse:
         """Ask a task by its own slots. Pictures come and go as base64."""
-        deployment = _deployment(fleet, asked.model)
-        told = _task(server, deployment, task)
+        deployment = fleet.get(asked.model)
+        told = server.task(deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
             return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
@@ -175,8 +173,8 @@ def _routes(app: FastAPI, server: Server) -> None:
     ) -> Any:  # fmt: skip
         """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
         it is there. A line that fails has an error in the place of an answer."""
-        deployment = _deployment(fleet, model)
-        told = _task(server, deployment, task)
+        deployment = fleet.get(model)
+        told = server.task(deployment, task)
         if not (allow_untrained or is_trained(told, None)):
             raise untrained(deployment, task)
         lines = (await request.body()).split(b"\n")
@@ -190,9 +188,9 @@ def _routes(app: FastAPI, server: Server) -> None:
                 message = await server.message(deployment, task, asked)
                 found = _answer(await server.in_turn(key, deployment, message), told, message)
             except OpenM6Error as error:
-                found = body_of_error(error)
+                found = body_of(error)
             except Exception:
-                found = body_of(INTERNAL, unforeseen())
+                found = body_of(unforeseen())
             return dumps({"line": number, **found}) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
@@ -213,14 +211,6 @@ async def _in_any_order(lines: list[bytes], act: Callable[[int, bytes], Awaitabl
     finally:
         for task in running:
             task.cancel()
-
-
-def _deployment(fleet: Fleet, name: str | None) -> Deployment:
-    return known(fleet.get, name, "model_not_found")
-
-
-def _task(server: Server, deployment: Deployment, name: str) -> dict[str, Any]:
-    return known(partial(server.task, deployment), name, "task_not_found")
 
 
 def _model(deployment: Deployment) -> dict[str, Any]:

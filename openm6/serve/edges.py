@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from openm6.serve.guard import Refusal
+from openm6.core.errors import UsageError
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
 
@@ -41,7 +41,9 @@ def add_edges(app: FastAPI, server: Server) -> None:
     async def tell(name: str, told: Statistics, key: Annotated[Key, asker()]) -> dict[str, Any]:
         """What a box tells of itself; the newest counts take the place of those before."""
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(name) > 64:
-            raise Refusal(400, "A box's name has letters, digits, - _ and . alone, at most 64.", "invalid")
+            raise UsageError(
+                "The name of an edge device has at most 64 characters: letters, digits, - _ and .", param="name"
+            )
         known[name] = {"name": name, "key": key.name, "heard": round(time.time()), **told.model_dump()}
         known.move_to_end(name)
         while len(known) > MOST:

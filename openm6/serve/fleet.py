@@ -14,11 +14,11 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
-from openm6.serve.pending import Heard, PendingRequest, PendingRequests
+from openm6.core.errors import ErrorKind, Refusal, UsageError, cut, suggest
+from openm6.serve.pending import Heard, PendingRequest, PendingRequests, deadly
 from openm6.serve.process import Worker
 from openm6.serve.settings import Place, Settings
-from openm6.serve.wire import DIED, FULL, STOPPING
+from openm6.serve.wire import refusal_of
 
 log = logging.getLogger("openm6.serve")
 
@@ -30,18 +30,6 @@ LONGEST_PAUSE = 60.0
 """Maximum number of seconds between a process's death and the start of the next one."""
 PATIENCE = 5.0
 """Seconds of such a pause in which new requests wait; they are refused while it is longer, or when a start failed."""
-BEING_STARTED = "starting"
-"""Code of that refusal."""
-
-
-class Refused(OpenM6Error):
-    """What the server answers with an error of this kind (wire.py). `seconds`: after which it may be asked again."""
-
-    def __init__(
-        self, kind: str, message: str, code: str | None = None, param: str | None = None, seconds: float | None = None
-    ):
-        super().__init__(message, code=code or kind, param=param)
-        self.kind, self.seconds = kind, seconds
 
 
 def pause_after(deaths: int) -> float:
@@ -134,8 +122,7 @@ class Deployment:
             log.warning("the process of %s died (exit code %s); a new one starts in %.0f s", self.name, code, pause)
             if not started or pause > PATIENCE:
                 self._next_start = time.monotonic() + pause
-                refused = self._starting()
-                self._pending.fail(refused.kind, str(refused), code=refused.code, seconds=refused.seconds)
+                self._pending.fail(self._starting())
             await asyncio.sleep(pause)
             async with self._changing:
                 if self.worker is not dead:
@@ -147,10 +134,10 @@ class Deployment:
                     log.error("%s cannot be started again: %s", self.name, error)
                     started = False
 
-    def _starting(self) -> Refused:
+    def _starting(self) -> Refusal:
         assert self._next_start is not None
         seconds = max(1.0, self._next_start - time.monotonic())
-        return Refused(DIED, f"The model {self.name} is being started again.", BEING_STARTED, seconds=seconds)
+        return Refusal(ErrorKind.STARTING, f"The model {self.name} is being restarted.", retry_after=seconds)
 
     def _admit(self) -> None:
         """Send the process all that it may work at now."""
@@ -161,13 +148,13 @@ class Deployment:
         self, identity: str, message: Mapping[str, Any], heard: Heard = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Pieces of text, then the answer: {"value", "finished"}; all with the cost so far: "tokens" and
-        "prompt_tokens". Raises Refused."""
+        "prompt_tokens". Raises Refusal."""
         if self.full:
-            raise Refused(FULL, f"{self.queue} requests are being worked at or wait already.")
+            raise Refusal(ErrorKind.FULL, f"{self.queue} requests are running or waiting already.")
         if self._next_start is not None:
             raise self._starting()
         if seconds := self._pending.refused_for(message):
-            raise Refused(DIED, "The model's process ended each time that it worked at this request.", seconds=seconds)
+            raise deadly(seconds)
         request = PendingRequest.of(identity, message, heard)
         timer = self._pending.add(request)
         self._admit()
@@ -175,9 +162,7 @@ class Deployment:
             while True:
                 event = await request.next_event()
                 if "error" in event:
-                    raise Refused(
-                        event["error"], event["message"], event.get("code"), event.get("param"), event.get("seconds")
-                    )
+                    raise refusal_of(event)
                 yield event
                 if "value" in event:
                     return
@@ -196,7 +181,7 @@ class Deployment:
             await asyncio.gather(self._restarting, return_exceptions=True)
         if self.worker is not None:
             await self.worker.stop(until - time.monotonic())
-        self._pending.fail(STOPPING, "The server is stopping.")
+        self._pending.fail(Refusal(ErrorKind.STOPPING, "The server is stopping."))
         await asyncio.gather(*self._leaving)
 
 
@@ -226,7 +211,8 @@ class Fleet:
             return next(iter(self.deployments.values()))
         if name not in self.deployments:
             known = list(self.deployments)
-            raise UsageError(f"There is no model {cut(name)}.{suggest(name, known)} There are: {', '.join(known)}.")
+            message = f"There is no model {cut(name)}.{suggest(name, known)} There are: {', '.join(known)}."
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND, code="model_not_found", param="model")
         return self.deployments[name]
 
     @property
@@ -247,9 +233,9 @@ class Fleet:
     def ask(
         self, name: str | None, message: Mapping[str, Any], heard: Heard = lambda _: None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """See Deployment.ask. Raises Refused when the fleet is stopping."""
+        """See Deployment.ask. Raises Refusal when the fleet is stopping."""
         if self._closed:
-            raise Refused(STOPPING, "The server is stopping.")
+            raise Refusal(ErrorKind.STOPPING, "The server is stopping.")
         return self.get(name).ask(str(next(self._numbers)), message, heard)
 
     async def stop(self, seconds: float = 30.0) -> None:

@@ -16,13 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from openm6.core.errors import OpenM6Error, UsageError, cut
+from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut
 from openm6.core.files import dumps
 from openm6.core.origins import from_another_site, from_here
 from openm6.serve.access import LogEntry, current, log, unforeseen
-from openm6.serve.fleet import Refused
 from openm6.serve.validation import fault_of_request
-from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
 
 T = TypeVar("T")
 
@@ -31,8 +29,6 @@ WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 """Paths below which a model is asked (POST)."""
 PAGES = ("/docs", "/redoc", "/openapi.json")
 """Pages about the API: behind the key, as the API is."""
-AGAIN = 1.0
-"""Seconds after which whoever is refused may come again."""
 
 LARGE = 2**20
 """Bytes of a body above which it is large. Where a route takes texts alone no body is; elsewhere they are the first
@@ -50,96 +46,35 @@ LINGER = 1.0
 """Seconds between an answer to a body that is not read and the end of the connection: closed at once, the client's
 system would throw the answer away."""
 
-STATUS = {
-    INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, STOPPING: 503, INTERNAL: 500, CANCELLED: 499,
-}  # fmt: skip
-
-
-class Refusal(OpenM6Error):
-    """An error of the API itself."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        seconds: float | None = None,
-        param: str | None = None,
-        kind: str | None = None,
-    ):
-        super().__init__(message, code=code, param=param)
-        self.status, self.seconds, self.kind = status, seconds, kind or type_of(status)
-
-
-def type_of(status: int) -> str:
-    """The type of an error in OpenAI's words."""
-    return "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
-
 
 class BodyError(HTTPException):
-    """A body that is not read to its end. Web frameworks let an HTTPException through while they read a body."""
+    """A refusal while a body is read. FastAPI hides every other exception that is raised there."""
 
-    def __init__(self, status: int, message: str, code: str):
-        super().__init__(status, message)
-        self.code = code
-
-
-def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
-    """What is found by a name. Raises Refusal (404) where there is no such."""
-    try:
-        return find(name)
-    except UsageError as error:
-        raise Refusal(404, str(error), code) from None
+    def __init__(self, kind: ErrorKind, message: str, code: str | None = None):
+        super().__init__(kind.status, message)
+        self.error = Refusal(kind, message, code)
 
 
-def body_of(code: str, message: str, kind: str = "server_error", param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    entry = current.get()
+def body_of(error: OpenM6Error) -> dict[str, Any]:
+    """The body that reports an error, whose code is noted in the log."""
+    body, entry = error.body(), current.get()
     if entry is not None:
-        entry.code = code
-        if code == INTERNAL:
-            message = f"{message.rstrip('.')} (request {entry.request})."
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+        entry.code = error.code
+        if error.kind is ErrorKind.INTERNAL:
+            body["error"]["message"] = f"{str(error).rstrip('.')} (request {entry.request})."
+    return body
 
 
-def status_and_type(error: OpenM6Error) -> tuple[int, str]:
-    """The HTTP status of an error, and its type in OpenAI's words."""
-    if isinstance(error, Refusal):
-        return error.status, error.kind
-    status = STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID]
-    return status, type_of(status)
-
-
-def body_of_error(error: OpenM6Error) -> dict[str, Any]:
-    """An error where the answer has begun, with the type that its status would have."""
-    return body_of(error.code, str(error), status_and_type(error)[1], error.param)
-
-
-def response(
-    status: int,
-    code: str,
-    message: str,
-    seconds: float | None = None,
-    param: str | None = None,
-    kind: str | None = None,
-) -> JSONResponse:
-    """An error, and where waiting helps, for how long (`seconds`)."""
-    kind = kind or type_of(status)
-    wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
-    headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
-    return JSONResponse(body_of(code, message, kind, param), status, headers)
-
-
-def response_to(error: OpenM6Error | BodyError) -> JSONResponse:
-    """The HTTP response that reports an error."""
-    if isinstance(error, BodyError):
-        return response(error.status_code, error.code, str(error.detail))
-    status, kind = status_and_type(error)
-    seconds = error.seconds if isinstance(error, (Refusal, Refused)) else None
-    return response(status, error.code, str(error), seconds, error.param, kind)
+def response_to(error: OpenM6Error, **headers: str) -> JSONResponse:
+    """The response that reports an error."""
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    return JSONResponse(body_of(error), error.kind.status, headers)
 
 
 def add_errors(app: FastAPI) -> None:
+    """Report every error of a route in OpenAI's form."""
+
     @app.exception_handler(OpenM6Error)
     async def refused(request: Request, error: OpenM6Error) -> JSONResponse:
         fields = getattr(request.state, "fields", {})
@@ -147,25 +82,23 @@ def add_errors(app: FastAPI) -> None:
         return response_to(error)
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
+    async def not_routed(request: Request, error: HTTPException) -> Response:
         if isinstance(error, BodyError):
-            return response_to(error)
+            return response_to(error.error)
         place = f"{request.method} {cut(request.url.path, 200)}"
         if error.status_code == 404:
-            return response(404, "not_found", f"There is no {place} here.")
+            return response_to(Refusal(ErrorKind.NOT_FOUND, f"There is no {place} here."))
         if error.status_code != 405:
-            return response(error.status_code, INVALID, str(error.detail))
+            return response_to(UsageError(str(error.detail)))
         methods = _methods(app, request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": methods})
-        told = response(405, "method_not_allowed", f"There is no {place} here: it takes {methods}.")
-        told.headers["Allow"] = methods
-        return told
+        message = f"There is no {place} here: the methods of this path are {methods}."
+        return response_to(Refusal(ErrorKind.METHOD_NOT_ALLOWED, message), Allow=methods)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        code, message, param = fault_of_request(request, error)
-        return response(STATUS[INVALID], code, message, param=param)
+        return response_to(fault_of_request(request, error))
 
 
 def _methods(app: FastAPI, request: Request) -> str:
@@ -208,11 +141,11 @@ class Guard:
         stopping: Callable[[], bool] = lambda: False, *, busy: Callable[[], bool] = lambda: False,
         texts_only: Callable[[str], bool] = lambda _: False,
         lets_in: Callable[[str], object] = lambda _: None, origins: tuple[str, ...] = (), seconds: float = 10.0,
-        count: Callable[[int], None] = lambda _: None,
+        count: Callable[[int], None] = lambda _: None, most_open: int = OPEN,
     ):  # fmt: skip
         self.app, self.most, self.full, self.loopback, self.stopping = app, most, full, loopback, stopping
         self.busy, self.texts_only, self.lets_in, self.origins = busy, texts_only, lets_in, origins
-        self.seconds, self.count = seconds, count
+        self.seconds, self.count, self.most_open = seconds, count, most_open
         self._held = 0
         self._waiting: dict[_Body, asyncio.Timeout] = {}
 
@@ -262,10 +195,8 @@ class Guard:
             gone = True
         except Exception as error:
             has_begun = bool(entry.status)
-            if isinstance(error, (Refusal, BodyError)):
-                answer = response_to(error)
-            else:
-                answer = response(500, INTERNAL, unforeseen())
+            known = error.error if isinstance(error, BodyError) else error
+            answer = response_to(known if isinstance(known, Refusal) else unforeseen())
             if not has_begun:
                 await answer(scope, receive, told)
         finally:
@@ -283,21 +214,20 @@ class Guard:
         if path.startswith(API) and headers.get(b"origin", b"").decode("latin-1") in self.origins:
             headers = {**headers, b"origin": b"", b"sec-fetch-site": b"none"}
         if from_another_site(headers, method):
-            raise Refusal(403, "Pages of other sites may not ask this server.", "forbidden")
+            raise Refusal(ErrorKind.FORBIDDEN, "Pages of other sites may not use this server.")
         if self.loopback and not from_here(headers):
-            why = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
-            raise Refusal(403, why, "forbidden")
+            why = "Without keys this server answers requests from this machine only: `openm6 serve --keys FILE`."
+            raise Refusal(ErrorKind.FORBIDDEN, why)
         if path.startswith((API, *PAGES)):
             self.lets_in(headers.get(b"authorization", b"").decode("latin-1"))
         if (encoding := headers.get(b"content-encoding", b"identity").decode("latin-1").lower()) != "identity":
-            raise Refusal(
-                415, f"The body is sent in {cut(encoding)}: send it without Content-Encoding.", "unsupported_encoding"
-            )
+            why = f"The body is encoded as {cut(encoding)}: send it without Content-Encoding."
+            raise Refusal(ErrorKind.UNSUPPORTED_MEDIA_TYPE, why, "unsupported_encoding")
         if method == "POST" and path.startswith(WORK):
             if self.stopping():
-                raise Refusal(STATUS[STOPPING], "The server is stopping.", STOPPING)
+                raise Refusal(ErrorKind.STOPPING, "The server is stopping.")
             if self.full():
-                raise Refusal(429, "Too many requests wait already.", FULL)
+                raise Refusal(ErrorKind.FULL, "Too many requests are waiting already.")
         if body.declared > body.limit:
             raise _too_large(body)
         if body.declared > LARGE:
@@ -306,12 +236,13 @@ class Guard:
     def _check_room(self, path: str) -> None:
         """Raises BodyError where there is no room for a large body."""
         if self._held > HELD * self.most or (path.startswith(WORK) and self.busy()):
-            raise BodyError(429, f"The server is busy: it takes no body of more than {LARGE / 2**20:.0f} MiB.", FULL)
+            why = f"The server is busy: it accepts no body of more than {LARGE / 2**20:.0f} MiB at the moment."
+            raise BodyError(ErrorKind.FULL, why)
 
     async def _part(self, body: _Body, path: str, receive: Any) -> Any:
         """The next part of a body. Raises BodyError for one that is too large or too slow."""
         begun = time.perf_counter()
-        if len(self._waiting) >= OPEN:
+        if len(self._waiting) >= self.most_open:
             stalest = self._waiting.pop(next(iter(self._waiting)))
             if not stalest.expired():  # else it is given up already, but has not had its turn yet
                 stalest.reschedule(0)
@@ -320,8 +251,8 @@ class Guard:
                 self._waiting[body] = timer
                 message = await receive()
         except TimeoutError:
-            why = f"The body did not come: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
-            raise BodyError(408, why, "request_timeout") from None
+            why = f"The body is incomplete: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
+            raise BodyError(ErrorKind.REQUEST_TIMEOUT, why) from None
         finally:
             self._waiting.pop(body, None)
         was_large = body.bytes > LARGE
@@ -337,7 +268,7 @@ class Guard:
 
 
 def _too_large(body: _Body) -> BodyError:
-    return BodyError(413, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.", "too_large")
+    return BodyError(ErrorKind.TOO_LARGE, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.")
 
 
 async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
@@ -346,7 +277,7 @@ async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> 
     try:
         while request is not None and not (await asyncio.wait({working}, timeout=GONE))[0]:
             if await request.is_disconnected():
-                raise Refused(CANCELLED, "Whoever asked has gone.")
+                raise Refusal(ErrorKind.CANCELLED, "The client has disconnected.")
         return await working
     finally:
         working.cancel()
@@ -370,9 +301,9 @@ async def sse(
                 async for event in events:
                     yield _event(event)
         except OpenM6Error as error:
-            yield _event(body_of_error(error))
+            yield _event(body_of(error))
         except Exception:
-            yield _event(body_of(INTERNAL, unforeseen()))
+            yield _event(body_of(unforeseen()))
         if end:
             yield f"data: {end}\n\n"
 

@@ -11,21 +11,23 @@ GET    /v1/models/{name}/lineage
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
 from openm6.hub.jobs import ENGINES, Jobs, told
-from openm6.serve.guard import Refusal, known
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
 
 TAIL = 100_000
-"""Bytes of a log that are sent."""
+"""Maximum number of bytes of a log tail."""
+T = TypeVar("T")
 
 Kind = Literal["data", "models"]
 KINDS = {"data": DATA, "models": MODEL}
@@ -117,11 +119,20 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models/{name}/lineage")
     def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """From a model that answers back to its data."""
-        place = known(server.fleet.get, name).place.model
+        place = server.fleet.get(name).place.model
         version = catalogue.version_at(place)
         if version is None:
-            raise Refusal(404, f"{name} is served from a directory that is not of the catalogue.", "not_in_catalogue")
+            message = f"{name} is served from a directory outside of the catalogue."
+            raise Refusal(ErrorKind.NOT_FOUND, message, "not_in_catalogue")
         return _lineage(catalogue.lineage(version))
+
+
+def known(find: Callable[[str], T], name: str) -> T:
+    """The job or version of this name. Raises Refusal (NOT_FOUND) where there is none."""
+    try:
+        return find(name)
+    except UsageError as error:
+        raise Refusal(ErrorKind.NOT_FOUND, str(error)) from None
 
 
 def _version(one: Version) -> dict[str, Any]:

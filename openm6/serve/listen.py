@@ -61,8 +61,8 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        told = body_of("invalid_http", "This is not a request of HTTP/1.1 that can be read.", "invalid_request_error")
-        content = json.dumps(told).encode()
+        error = UsageError("This is not a valid request of HTTP/1.1.", code="invalid_http")
+        content = json.dumps(body_of(error)).encode()
         head = b"content-type: application/json\r\nconnection: close\r\n"
         self.transport.write(STATUS_LINE[400] + head + b"content-length: %d\r\n\r\n" % len(content) + content)
         self.transport.close()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, UsageError
 from openm6.serve.keys import Key
 
 log = logging.getLogger("openm6.serve")
@@ -35,9 +35,9 @@ CREATE INDEX IF NOT EXISTS asked_by ON asked (name, at);
 
 @dataclass(frozen=True, slots=True)
 class Beyond:
-    """Why a key may not ask now: `limit` is "requests" or "tokens"; it may again after `seconds`."""
+    """Why a key may not make a request now (REQUEST_LIMIT or TOKEN_LIMIT), and the seconds after which it may."""
 
-    limit: str
+    limit: ErrorKind
     message: str
     seconds: float
 
@@ -78,7 +78,7 @@ class Meter:
             return None
         until = first + MINUTE
         message = f"The key {key.name} has asked {number} requests within a minute and may ask {key.per_minute}"
-        return Beyond("requests", f"{message}: it may ask again at {_utc(until)}.", until - now)
+        return Beyond(ErrorKind.REQUEST_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
 
     def beyond(self, key: Key) -> Beyond | None:
         """Why the key may not spend tokens now; None where it may."""
@@ -87,7 +87,7 @@ class Meter:
         now = time.time()
         until = (now // DAY + 1) * DAY
         message = f"The key {key.name} has spent {spent} tokens today and may spend {key.per_day} a day"
-        return Beyond("tokens", f"{message}: it may ask again at {_utc(until)}.", until - now)
+        return Beyond(ErrorKind.TOKEN_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
 
     def spent(self, key: Key) -> int:
         """Tokens of today (UTC), of all servers."""
@@ -102,7 +102,7 @@ class Meter:
     def reserve(self, key: Key, most: int) -> bool:
         """Whether a request that costs `most` at most may begin. It may not while those that run could use up what is
         left, so that a key spends more than it may by one request at most. Give it back by `release`."""
-        running = self._reserved[key.name]
+        running = self.reserved(key)
         if key.per_day and running and running >= key.per_day - self.spent(key):
             return False
         self._reserved[key.name] += most
@@ -110,6 +110,10 @@ class Meter:
 
     def release(self, key: Key, most: int) -> None:
         self._reserved[key.name] -= most
+
+    def reserved(self, key: Key) -> int:
+        """Tokens that are reserved for the key's running requests."""
+        return self._reserved[key.name]
 
     def spend(self, key: Key, tokens: int) -> None:
         """Add to what the key has spent. In a server, all that comes at once is written at once."""

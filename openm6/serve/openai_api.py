@@ -14,7 +14,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from openm6.core.files import dumps
 from openm6.inference.edit import COVERS_ALL
 from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
-from openm6.serve.guard import known, sse, unless_gone
+from openm6.serve.guard import sse, unless_gone
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
@@ -137,13 +136,13 @@ def _chosen(
 ) -> _Chosen:
     """The task that is named, else the usual one; where that does not fit, or the model was not trained on it, the only
     trained one that fits. Errors of the request then name its own fields. Raises UsageError where the task does not
-    fit, and Refusal (404) where there is none."""
+    fit, or there is none."""
     name, _, own = (asked.model or "").partition(":")
-    deployment = known(server.fleet.get, name or None, "model_not_found")
+    deployment = server.fleet.get(name or None)
     tasks = deployment.about["tasks"]
 
     def inputs_of(task: str) -> dict[str, Any]:
-        told = known(partial(server.task, deployment), task, "model_not_found")
+        told = server.task(deployment, task, "model_not_found")
         if told["kind"] not in kinds:
             message = f"The task {task} gives a {told['kind']}: ask it at /v1/tasks/{task}."
             raise UsageError(message, code="wrong_task", param="model")
@@ -228,7 +227,7 @@ async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             one.cancel()
 
 
-async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+async def side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """The items of all streams, as they come; the first that fails ends the others."""
     items: asyncio.Queue[T | Exception | None] = asyncio.Queue()
 
@@ -303,7 +302,7 @@ async def _chunks(
                     reason = "stop" if event["finished"] else "length"
                     yield chunk({}, reason, **_told_beside(message, event))
 
-    async with aclosing(_side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
+    async with aclosing(side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
         async for each in chunks:
             yield each
     if usage:

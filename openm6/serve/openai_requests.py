@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from openm6.core.errors import UsageError
 from openm6.serve.fields import ANY, Fields, Passing
-from openm6.serve.guard import Refusal
 from openm6.serve.server import TaskRequest
 
 _EVERYWHERE: Mapping[str, Passing] = {
@@ -145,11 +144,11 @@ class EmbeddingRequest(Asked):
     @field_validator("input", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        """Raises Refusal for token ids."""
+        """Raises UsageError for token ids."""
         if isinstance(value, list) and value and isinstance(value[0], (int, list)):
             message = (
                 "input has token ids, which are those of another tokenizer: send the texts. LangChain's "
                 "OpenAIEmbeddings does so with check_embedding_ctx_length=False."
             )
-            raise Refusal(400, message, "unsupported_parameter", param="input")
+            raise UsageError(message, code="unsupported_parameter", param="input")
         return value

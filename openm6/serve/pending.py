@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from openm6.serve.wire import DEADLINE, DIED, packed
+from openm6.core.errors import ErrorKind, Refusal
+from openm6.serve.wire import error_of, packed
 
 SUSPECTS = 8
 """Maximum number of requests in a process that were open when another one died."""
@@ -74,7 +75,7 @@ class PendingRequest:
                 known = min(len(piece), len(self.owed))
                 if piece[:known] != self.owed[:known] or (ended and known < len(self.owed)):
                     message = "The model's process died, and the next one gives another answer."
-                    return {"error": DIED, "message": message, "code": "answer_changed"}
+                    return error_of(Refusal(ErrorKind.DIED, message, "answer_changed"))
                 self.owed, piece = self.owed[known:], piece[known:]
                 if not piece and not ended:
                     continue
@@ -82,8 +83,8 @@ class PendingRequest:
             self.told += piece
             return event
 
-    def fail(self, kind: str, message: str, **more: Any) -> None:
-        self.events.put_nowait({"error": kind, "message": message, **more})
+    def fail(self, error: Exception) -> None:
+        self.events.put_nowait(error_of(error))
 
 
 class PendingRequests:
@@ -103,7 +104,7 @@ class PendingRequests:
     def _expire(self, request: PendingRequest) -> None:
         if request in self.waiting:  # else the process looks at the time
             self.waiting.remove(request)
-            request.fail(DEADLINE, "The request's deadline has passed.")
+            request.fail(Refusal(ErrorKind.DEADLINE, "The request's deadline has passed."))
 
     def drop(self, request: PendingRequest) -> None:
         """Forget a request that nobody waits for any more."""
@@ -111,10 +112,10 @@ class PendingRequests:
             self.waiting.remove(request)
         request.cancel(request)
 
-    def fail(self, kind: str, message: str, **more: Any) -> None:
-        """No request waits any more."""
+    def fail(self, error: Exception) -> None:
+        """Fail every request that waits."""
         for request in self.waiting:
-            request.fail(kind, message, **more)
+            request.fail(error)
         self.waiting.clear()
 
     def next(self, running: Collection[PendingRequest]) -> PendingRequest | None:
@@ -140,7 +141,7 @@ class PendingRequests:
                 now = time.monotonic()
                 self._deadly = {key: until for key, until in self._deadly.items() if until > now}
                 self._deadly[_content(request.message)] = now + REMEMBERED
-                request.fail(DIED, "The model's process ended each time that it worked at this request.")
+                request.fail(deadly(REMEMBERED))
             else:
                 request.events.put_nowait({"again": True})
                 self.waiting.append(request)
@@ -150,6 +151,12 @@ class PendingRequests:
         if not self._deadly:
             return 0.0
         return max(0.0, self._deadly.get(_content(message), 0.0) - time.monotonic())
+
+
+def deadly(seconds: float) -> Refusal:
+    """The error of a request that ends its process, and is refused for so many seconds."""
+    message = "The model's process ended each time that it worked at this request."
+    return Refusal(ErrorKind.DIED, message, retry_after=seconds)
 
 
 def _content(message: Mapping[str, Any]) -> bytes:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.pending import Heard, PendingRequest
 from openm6.serve.settings import Settings
-from openm6.serve.wire import DIED, Messages, error_of, packed
+from openm6.serve.wire import Messages, error_of, packed
 
 if TYPE_CHECKING:
     from openm6.serve.settings import Place
@@ -36,7 +36,7 @@ class Worker:
     ):
         self.place, self.process = place, process
         self.open: dict[str, PendingRequest] = {}
-        self._heard: dict[str, Heard] = {}
+        self.unsettled: dict[str, Heard] = {}  # requests of which more may be heard, cancelled ones too
         self._on_end, self._on_death = on_end, on_death
         self._states: list[asyncio.Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
@@ -81,10 +81,10 @@ class Worker:
 
     def _hear(self, message: dict[str, Any]) -> None:
         identity = message.get("id", "")
-        if (heard := self._heard.get(identity)) is not None:
+        if (heard := self.unsettled.get(identity)) is not None:
             heard(message)
             if "value" in message or "error" in message:
-                del self._heard[identity]
+                del self.unsettled[identity]
         if (request := self.open.get(identity)) is not None:
             request.events.put_nowait(message)
             if "value" in message or "error" in message:
@@ -103,9 +103,9 @@ class Worker:
         self.alive = False
         if not self._first.done():
             self._first.set_result({})
-        for heard in self._heard.values():
-            heard({"error": DIED, "message": "The process that worked at this ended."})
-        self._heard.clear()
+        for heard in self.unsettled.values():
+            heard(error_of(Refusal(ErrorKind.DIED, "The process that worked at this request ended.")))
+        self.unsettled.clear()
         for future in self._states:
             if not future.done():
                 future.set_result({})
@@ -117,11 +117,11 @@ class Worker:
         request.cancel = self.cancel
         try:
             self._send({"do": "ask", "id": request.identity, **request.message, "seconds": request.seconds})
-            self._heard[request.identity] = request.heard
+            self.unsettled[request.identity] = request.heard
             request.heard({})
         except Exception as error:  # of a message that is too large
             del self.open[request.identity]
-            request.events.put_nowait(error_of(error))
+            request.fail(error)
 
     def cancel(self, request: PendingRequest) -> None:
         """Nobody waits for it any more."""

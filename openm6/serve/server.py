@@ -14,21 +14,20 @@ from typing import Any, Literal
 from fastapi import Depends, Request
 from pydantic import Field
 
-from openm6.core.errors import UsageError, cut, suggest
+from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut, suggest
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
 from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
-from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal, unless_gone
+from openm6.serve.fleet import Deployment, Fleet
+from openm6.serve.guard import API, unless_gone
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Beyond, Charge, Meter
 from openm6.serve.traces import NoSpan
-from openm6.serve.wire import FULL
 
 LOCAL = Key("local", "", MANAGE)
 """Who asks where no keys are needed: a server that listens on this machine alone."""
@@ -103,7 +102,8 @@ class Server:
             return key
         request.state.key = key.name
         if not key.may(role):
-            raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
+            message = f"The key {key.name} may not do that: a key with the role {role} is needed."
+            raise Refusal(ErrorKind.FORBIDDEN, message)
         request.state.limits = partial(self.meter.headers, key)
         _refuse(self.meter.count(key))
         return key
@@ -115,7 +115,7 @@ class Server:
         kind, _, secret = authorization.partition(" ")
         key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
         if key is None:
-            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+            raise Refusal(ErrorKind.UNAUTHORIZED, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
         return key
 
     def takes_texts_only(self, path: str) -> bool:
@@ -128,11 +128,13 @@ class Server:
             return not any("image" in task.get("slots", {}).values() for task in tasks)
         return not path.startswith((f"{API}chat/", f"{API}embeddings", f"{API}images/edits"))
 
-    def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
-        """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
+    def task(self, deployment: Deployment, name: str, code: str = "task_not_found") -> dict[str, Any]:
+        """The description of a task (worker.described). Raises UsageError (NOT_FOUND, with this code) for an unknown
+        name; a path is never one."""
         tasks: dict[str, dict[str, Any]] = deployment.about["tasks"]
         if name not in tasks:
-            raise UsageError(f"The model {deployment.name} has no task {cut(name)}.{suggest(name, list(tasks))}")
+            message = f"The model {deployment.name} has no task {cut(name)}.{suggest(name, list(tasks))}"
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND, code=code)
         return tasks[name]
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
@@ -157,8 +159,9 @@ class Server:
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
         eyes = deployment.about["eyes"]
         if any(isinstance(one, Mapping) and "features" in one and one.get("eyes") != eyes for one in pictures):
-            raise Refusal(409, f"{deployment.name} reads pictures otherwise than these features say.", "other_eyes")
-        if not all(value is None or self.pictures.quick(value) for value in pictures):
+            message = f"These features were not made by the image encoder of {deployment.name}."
+            raise Refusal(ErrorKind.CONFLICT, message, "other_eyes")
+        if not all(value is None or self.pictures.is_quick(value) for value in pictures):
             record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
         else:
             record, *examples = [read(one) for one in every]
@@ -203,8 +206,8 @@ class Server:
                     if "value" in event:
                         status = "ok"
                     yield event
-        except Refused as error:
-            status = error.kind
+        except OpenM6Error as error:
+            status = str(error.kind)
             raise
         finally:
             cost.leave()
@@ -239,10 +242,12 @@ class Server:
         while True:
             try:
                 return await self.whole(key, deployment, message)
-            except Refused as error:
-                wait = WAIT if error.kind == FULL else min(error.seconds or WAIT, until - time.monotonic())
-                if error.kind != FULL and (error.code != BEING_STARTED or wait <= 0):
-                    raise
+            except Refusal as error:
+                wait = WAIT
+                if error.kind is not ErrorKind.FULL:
+                    wait = min(error.retry_after or WAIT, until - time.monotonic())
+                    if error.kind is not ErrorKind.STARTING or wait <= 0:
+                        raise
             await asyncio.sleep(wait)
 
 
@@ -285,7 +290,7 @@ def left_out(found: Mapping[str, Any]) -> dict[str, int]:
 
 def _refuse(beyond: Beyond | None) -> None:
     if beyond is not None:
-        raise Refusal(429, beyond.message, "rate_limit_exceeded", beyond.seconds, kind=beyond.limit)
+        raise Refusal(beyond.limit, beyond.message, "rate_limit_exceeded", retry_after=beyond.seconds)
 
 
 def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:
