@@ -28,7 +28,7 @@ from openm6.core.files import fault_of
 if TYPE_CHECKING:
     import httpx2
 
-    from openm6.core.candidates import Candidate  # noqa: F401  (in the types of both clients)
+    from openm6.core.candidates import Candidate
 
 Record: TypeAlias = Mapping[str, Any]
 

@@ -1,6 +1,6 @@
-"""The program of a package, and of a box: `python openm6-edge run vqa photo=a.jpg question=...`
+"""The program of an ONNX bundle and of an edge device: `python openm6-edge run vqa photo=a.jpg question=...`
 
-In a package's folder the model there answers; in a box's the cascade does.
+In the folder of an ONNX bundle its model answers, in that of an edge device the cascade.
 """
 
 from __future__ import annotations
@@ -31,34 +31,42 @@ def main(words: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except ImportError as error:
-        print(f"{error}: `pip install -r requirements.txt` in the package's folder installs it.", file=sys.stderr)
+        print(f"{error}: `pip install -r requirements.txt` in the program's folder installs it.", file=sys.stderr)
         sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="openm6-edge", description="Ask a model without PyTorch.")
+    parser = argparse.ArgumentParser(prog="openm6-edge", description="Run a model without PyTorch.")
     here = Path(sys.argv[0]).resolve().parent
     parser.add_argument(
-        "--package", type=Path, default=here, help="folder of the package or box; by default the program's own"
+        "--package",
+        type=Path,
+        default=here,
+        help="folder of the ONNX bundle or edge device; by default the program's own",
     )
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     parser.add_argument("--json", action="store_true", help="value, confidence, milliseconds")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tasks", help="what it can be asked")
-    commands.add_parser("about", help="sizes, and how long the start takes")
+    commands.add_parser("tasks", help="the tasks that it answers")
+    commands.add_parser("about", help="sizes and start time")
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
-    asking.add_argument("--truncate", choices=TRUNCATE, help="leaves out the beginning of a text that is too long")
-    for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
+    asking.add_argument("--truncate", choices=TRUNCATE, help="leave out the beginning of a text that is too long")
+    for name, told in (
+        ("serve", "serve an edge device over HTTP"),
+        ("unit", "print the systemd unit of an edge device"),
+    ):
         serving = commands.add_parser(name, help=told)
         serving.add_argument("--host", default="127.0.0.1")
         serving.add_argument("--port", type=int, default=8100)
-        serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
-        serving.add_argument("--anyone", action="store_true", help="no key, though others can reach the address")
-    commands.add_parser("status", help="of a box: its settings, what it keeps, and what serves it")
-    commands.add_parser("check", help="of a box, before it goes live: store, disk, key, cloud, model, clock")
-    commands.add_parser("new-key", help="for a box that encrypts what it keeps")
+        serving.add_argument("--key-env", default="", help="environment variable with the key that clients need")
+        serving.add_argument(
+            "--anyone", action="store_true", help="no key, although other machines can reach the address"
+        )
+    commands.add_parser("status", help="settings, stored answers and serving process of an edge device")
+    commands.add_parser("check", help="check an edge device before it goes live: store, disk, key, cloud, model, clock")
+    commands.add_parser("new-key", help="make a key for the encryption of the answer store")
     return parser
 
 
@@ -70,7 +78,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 
         return new_key()
     if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status", "check"):
-        return _of_a_box(given, started)
+        return _of_a_device(given, started)
     from openm6.edge.runner import EdgeModel
 
     model = EdgeModel(given.package, given.threads)
@@ -89,7 +97,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     }, plain)  # fmt: skip
 
 
-def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
+def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
     if given.command == "check":

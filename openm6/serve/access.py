@@ -1,4 +1,4 @@
-"""The log of requests: one line of JSON each, written by the guard; what answers a request adds to it."""
+"""The access log: one line of JSON for each request, written by the guard, with details from the routes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("openm6.access")
 
 @dataclass
 class LogEntry:
-    """What the log tells of one request: neither contents nor keys."""
+    """A line of the access log, without contents and secrets."""
 
     method: str
     path: str
@@ -32,11 +32,11 @@ class LogEntry:
 
 
 current: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
-"""The entry of the request that is being answered."""
+"""The log entry of the current request."""
 
 
 def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
-    """Tell the log which task of which model answers the current request; tokens add up."""
+    """Note model and task of the current request in its log entry; tokens add up."""
     if (entry := current.get()) is not None:
         entry.model, entry.task = model, task
         entry.prompt_tokens += prompt_tokens

@@ -1,4 +1,4 @@
-"""The HTTP API: models, tasks, what people's OpenAI clients ask for, health and figures.
+"""The HTTP API: models, tasks, routes for OpenAI's clients, health and metrics.
 
 GET  /healthz /readyz /metrics
 GET  /v1/models /v1/tasks /v1/tasks/{task}
@@ -6,7 +6,7 @@ POST /v1/tasks/{task}            any task, by its own slots; pieces as server-se
 POST /v1/tasks/{task}/batch      a file of records, answers line by line
 POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
 POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
-POST /v1/edges/{name}            what boxes on the edge tell of themselves (edges.py)
+POST /v1/edges/{name}            reports of edge devices (edges.py)
      /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
 """
 
@@ -55,7 +55,8 @@ def create_app(
     places: Mapping[str, Place] | None = None,
     beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
 ) -> FastAPI:
-    """The application; the models of `places` are loaded when it starts. What is `beside` runs as long as it does."""
+    """The application. It loads the models of `places` when it starts, and runs the coroutines `beside` until it
+    stops."""
     server = Server(fleet, options or Options())
     lag = Lag()
 
@@ -64,7 +65,7 @@ def create_app(
         for name, place in (places or {}).items():
             await fleet.deploy(name, place)
         gc.collect()
-        gc.freeze()  # what is there now stays: looking through it again and again takes a tenth of a second each time
+        gc.freeze()  # else each full collection takes a tenth of a second for objects that stay anyway
         running = [asyncio.create_task(act()) for act in (server.history.follow, lag.follow, *beside)]
         yield
         for one in running:
@@ -105,7 +106,7 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> PlainTextResponse:
-        """Whether to send requests here: not while the server starts or stops, or a model's process does."""
+        """Readiness: false while the server starts or stops, or a model's process restarts."""
         why = ""
         if fleet.closing:
             why = "the server is stopping"
@@ -121,17 +122,17 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(_: Annotated[Key, asker()]) -> dict[str, Any]:
-        """The models that answer."""
+        """All deployed models."""
         return {"object": "list", "data": [_model(one) for one in fleet.deployments.values()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """One of them."""
+        """One deployed model."""
         return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/promote")
     async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let another model answer by this name; what is being answered is finished by the one before."""
+        """Deploy another model under this name; running requests are finished by the previous one."""
         found = await asyncio.to_thread(find_model, asked.path)
         place = Place(found[0], {n: Path(p) for n, p in asked.adapters.items()})
         await fleet.get(name).swap(place)
@@ -139,13 +140,13 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/models/{name}/rollback")
     async def rollback(name: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let the model before answer again."""
+        """Deploy the previous model again."""
         await fleet.get(name).rollback()
         return _model(fleet.get(name))
 
     @app.get("/v1/tasks")
     async def tasks(_: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
-        """The tasks of a model: what each takes and gives."""
+        """The tasks of a model, with their inputs and outputs."""
         known = fleet.get(model).about["tasks"]
         return {"object": "list", "data": [{"name": name, **task} for name, task in known.items()]}
 
@@ -158,7 +159,7 @@ def _routes(app: FastAPI, server: Server) -> None:
     async def run(
         task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
     ) -> JSONResponse | StreamingResponse:
-        """Ask a task by its own slots. Pictures come and go as base64."""
+        """Run a task on its slots. Pictures are sent and returned as base64."""
         deployment = fleet.get(asked.model)
         told = server.task(deployment, task)
         message = await server.message(deployment, task, asked)
@@ -171,8 +172,8 @@ def _routes(app: FastAPI, server: Server) -> None:
         task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None,
         truncate: Literal["start"] | None = None, allow_untrained: bool = False,
     ) -> Any:  # fmt: skip
-        """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
-        it is there. A line that fails has an error in the place of an answer."""
+        """Run a task on a body of JSON lines, an object of inputs each. The response has a JSON line with the line
+        number and the answer, or the error, of each, in the order in which they are ready."""
         deployment = fleet.get(model)
         told = server.task(deployment, task)
         if not (allow_untrained or is_trained(told, None)):

@@ -1,4 +1,4 @@
-"""Around every request: what is refused before it is read, what is said of errors, a line in the log."""
+"""ASGI middleware around every request: early refusals, error responses, and the access log."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ T = TypeVar("T")
 
 API = "/v1/"
 WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
-"""Paths below which a model is asked (POST)."""
+"""Prefixes of the paths of requests to models (POST)."""
 PAGES = ("/docs", "/redoc", "/openapi.json")
-"""Pages about the API: behind the key, as the API is."""
+"""Pages about the API, which need a key as the API does."""
 
 LARGE = 2**20
-"""Bytes of a body above which it is large. Where a route takes texts alone no body is; elsewhere they are the first
-to be refused by a busy server, and are read on another thread (bodies.py)."""
+"""Size, in bytes, above which a body is large. Routes for texts alone accept no large body; elsewhere a busy server
+refuses them first, and they are parsed on another thread (bodies.py)."""
 OPEN = 512
-"""Bodies that are waited for at a time; one more, and the one of which nothing has come for longest is given up."""
+"""Maximum number of incomplete bodies; beyond it, the one that has been silent for longest is given up."""
 HELD = 8
-"""Bodies of the largest size that fit into the memory for all of them."""
+"""Memory for all bodies together, in bodies of the maximum size."""
 SLOWEST = 2**14
-"""Bytes a second: the slowest that a body may come, after its first seconds."""
+"""Minimum rate of a body, in bytes a second, after its first seconds."""
 
 GONE = 0.5
-"""Seconds between two looks whether whoever asked is still there."""
+"""Seconds between two checks whether the client is still connected."""
 LINGER = 1.0
-"""Seconds between an answer to a body that is not read and the end of the connection: closed at once, the client's
-system would throw the answer away."""
+"""Seconds between an answer to an unread body and the end of the connection: if it closed at once, the client's system
+would discard the answer."""
 
 
 class BodyError(HTTPException):
@@ -102,7 +102,7 @@ def add_errors(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, request: Request) -> str:
-    """The methods of a path, as the header Allow has them."""
+    """The methods of a path, for the header Allow."""
     found = {"OPTIONS"}
     for route in app.routes:
         if route.matches(request.scope)[0] != Match.NONE:
@@ -111,7 +111,7 @@ def _methods(app: FastAPI, request: Request) -> str:
 
 
 class _Body:
-    """A request's body as it comes: how much of it there is, and how long was waited for it."""
+    """The progress of a request's body: bytes received, and seconds waited."""
 
     def __init__(self, headers: dict[bytes, bytes], limit: int):
         length = headers.get(b"content-length", b"")
@@ -121,19 +121,20 @@ class _Body:
 
 
 class Guard:
-    """Before anything is read: who asks, the size of the body, and whether there is room for what is asked (a refusal
-    has to cost little, or a server that is asked too much answers less); afterwards a line in the log.
+    """Checks key, origin, size and load before a body is read (a refusal has to be cheap, or an overloaded server
+    answers less), and logs each request.
 
-    most        bytes of a body at most
-    full        whether no model takes another request
-    loopback    whether only this machine may ask
+    most        maximum number of bytes of a body
+    full        whether no model accepts another request
+    loopback    whether only this machine may send requests
     stopping    whether new requests are refused
-    busy        whether large bodies are refused, so that small ones are answered
-    texts_only  whether a path takes neither pictures nor files
-    lets_in     raises Refusal for an Authorization that is not valid
-    origins     of pages that may ask the API
-    seconds     that may pass between two parts of a body
-    count       is told the status of each answer
+    busy        whether large bodies are refused in favour of small ones
+    texts_only  whether a path accepts neither pictures nor files
+    lets_in     raises Refusal for an invalid Authorization
+    origins     origins of pages that may use the API
+    seconds     maximum number of seconds between two parts of a body
+    count       called with the status of each response
+    most_open   maximum number of incomplete bodies
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class Guard:
         body = _Body(headers, min(self.most, LARGE) if self.texts_only(path) else self.most)
         complete = gone = False
         if entry.method == "HEAD":
-            scope = {**scope, "method": "GET"}  # the server that sends the answer leaves out its body
+            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body of the answer
 
         async def counted() -> Any:
             nonlocal gone
@@ -170,10 +171,10 @@ class Guard:
 
         async def told(message: Any) -> None:
             nonlocal complete
-            is_left = body.incomplete and not 0 < body.declared <= LARGE  # what is left of it is not read
+            is_left = body.incomplete and not 0 < body.declared <= LARGE  # the rest of it is not read
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
-                limits = scope.get("state", {}).get("limits", dict)()  # of the key, after what it has asked
+                limits = scope.get("state", {}).get("limits", dict)()  # of the key, after this request
                 more = {"x-request-id": entry.request, **limits}
                 if is_left or entry.status == 408:
                     more["connection"] = "close"
@@ -209,7 +210,7 @@ class Guard:
             log.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **vars(entry)}))
 
     def _check(self, scope: Any, headers: dict[bytes, bytes], body: _Body) -> None:
-        """Raises Refusal or BodyError for a request that is not read."""
+        """Raises Refusal or BodyError for a request that is refused unread."""
         path, method = scope["path"], scope["method"]
         if path.startswith(API) and headers.get(b"origin", b"").decode("latin-1") in self.origins:
             headers = {**headers, b"origin": b"", b"sec-fetch-site": b"none"}
@@ -234,7 +235,7 @@ class Guard:
             self._check_room(path)
 
     def _check_room(self, path: str) -> None:
-        """Raises BodyError where there is no room for a large body."""
+        """Raises BodyError while large bodies are refused."""
         if self._held > HELD * self.most or (path.startswith(WORK) and self.busy()):
             why = f"The server is busy: it accepts no body of more than {LARGE / 2**20:.0f} MiB at the moment."
             raise BodyError(ErrorKind.FULL, why)
@@ -244,7 +245,7 @@ class Guard:
         begun = time.perf_counter()
         if len(self._waiting) >= self.most_open:
             stalest = self._waiting.pop(next(iter(self._waiting)))
-            if not stalest.expired():  # else it is given up already, but has not had its turn yet
+            if not stalest.expired():  # else it is given up already, but its task has not run yet
                 stalest.reschedule(0)
         try:
             async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
@@ -262,7 +263,7 @@ class Guard:
         body.incomplete = message.get("more_body", False)
         if body.bytes > body.limit:
             raise _too_large(body)
-        if body.bytes > LARGE >= body.declared and not was_large:  # it did not say how large it is
+        if body.bytes > LARGE >= body.declared and not was_large:  # its size was not declared
             self._check_room(path)
         return message
 
@@ -272,7 +273,7 @@ def _too_large(body: _Body) -> BodyError:
 
 
 async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives; it is cancelled when whoever sent the request has gone. Raises Refused then."""
+    """The result of the work, which is cancelled when the client has left. Raises Refusal (CANCELLED) then."""
     working = asyncio.ensure_future(work)
     try:
         while request is not None and not (await asyncio.wait({working}, timeout=GONE))[0]:
@@ -286,8 +287,8 @@ async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> 
 async def sse(
     events: AsyncIterator[dict[str, Any]], end: str = "", request: Request | None = None
 ) -> StreamingResponse:
-    """Server-sent events. What is refused before the first of them is an error of the response itself; until then
-    nobody but `unless_gone` sees whether whoever sent the request has gone."""
+    """Server-sent events. An error before the first event is one of the response itself; until then only `unless_gone`
+    notices that the client has left."""
 
     async def begin() -> dict[str, Any] | None:
         return await anext(events, None)
@@ -311,7 +312,7 @@ async def sse(
 
 
 def _event(value: Any) -> str:
-    """Raises ValueError for a value that cannot be sent."""
+    """A server-sent event. Raises ValueError for a value that cannot be sent."""
     event = f"data: {dumps(value, allow_nan=False)}\n\n"
-    event.encode()  # half characters are found here, and not when the response has begun
+    event.encode()  # lone surrogates fail here, and not after the response has begun
     return event

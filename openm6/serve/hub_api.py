@@ -1,4 +1,4 @@
-"""What a team keeps, by HTTP: jobs, the catalogue, what a live model was made of. Reading takes any key, changing one
+"""The HTTP API of the hub: jobs, the catalogue, and the lineage of deployed models. Reading needs any key, writing one
 that manages.
 
 GET    /v1/jobs /v1/jobs/{id} /v1/jobs/{id}/log
@@ -55,17 +55,18 @@ class VersionRequest(BaseModel):
 
 
 def add_hub(app: FastAPI, server: Server) -> None:
-    """The routes. They are plain functions: files and databases are waited for in threads."""
+    """Add the routes. They are plain functions, which FastAPI runs in threads, because they wait for files and
+    databases."""
     jobs, catalogue = Jobs(), Catalogue()
 
     @app.get("/v1/jobs")
     def list_jobs(_: Annotated[Key, asker()]) -> dict[str, Any]:
-        """All jobs, the oldest first, and how far they are."""
+        """All jobs with their states, the oldest first."""
         return {"object": "list", "data": [told(job) for job in jobs.list()]}
 
     @app.post("/v1/jobs", status_code=201)
     def submit(asked: JobRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let a command of openm6 wait for its turn."""
+        """Queue a command of openm6."""
         return told(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
 
     @app.get("/v1/jobs/{identity}")
@@ -75,24 +76,24 @@ def add_hub(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/jobs/{identity}/log")
     def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
-        """The end of what a job has said."""
+        """The log tail of a job."""
         return PlainTextResponse(jobs.last_said(known(jobs.get, identity), TAIL))
 
     @app.post("/v1/jobs/{identity}/stop")
     def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """End a job; it can be gone on with."""
+        """Stop a job; it can be resumed."""
         known(jobs.get, identity)
         return told(jobs.stop(identity))
 
     @app.post("/v1/jobs/{identity}/resume")
     def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let a job that was stopped or failed wait for its turn again."""
+        """Queue a stopped or failed job again."""
         known(jobs.get, identity)
         return told(jobs.resume(identity))
 
     @app.delete("/v1/jobs/{identity}", status_code=204)
     def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:
-        """Forget a job that is over."""
+        """Remove a finished job."""
         known(jobs.get, identity)
         jobs.remove(identity)
 
@@ -103,12 +104,12 @@ def add_hub(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/catalogue/{kind}/{name}")
     def one(kind: Kind, name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """A version (NAME@3, NAME@live; the last one of NAME) and, beneath it, all that it was made of."""
+        """A version (NAME@3, NAME@live, or the last one of NAME) with its whole lineage."""
         return _lineage(catalogue.lineage(known(lambda text: catalogue.named(text, KINDS[kind]), name)))
 
     @app.post("/v1/catalogue/{kind}", status_code=201)
     def add(kind: Kind, asked: VersionRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """A new version."""
+        """Add a version."""
         if kind == "data":
             return _version(catalogue.add_data(asked.name, asked.place))
         place = Path(asked.place)
@@ -118,7 +119,7 @@ def add_hub(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models/{name}/lineage")
     def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """From a model that answers back to its data."""
+        """The lineage of a deployed model, back to its data."""
         place = server.fleet.get(name).place.model
         version = catalogue.version_at(place)
         if version is None:

@@ -1,4 +1,4 @@
-"""The bodies of requests in OpenAI's API: fields that are read, and those of OpenAI's that are not."""
+"""Request bodies of OpenAI's API: supported fields, and OpenAI's fields that are ignored or refused."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ DECODING = (
     "temperature", "top_p", "top_k", "seed", "num_beams", "length_penalty", "repetition_penalty",
     "no_repeat_ngram_size",
 )  # fmt: skip
-"""Fields of a chat that are options of decoding by the same name."""
+"""Fields of a chat that are decoding options of the same name."""
 
 
 class Asked(Fields):
-    """What all requests have: OpenAI's `model`, and three fields of this server. `source` is the field that holds the
-    texts and pictures."""
+    """Fields of every request: OpenAI's `model`, and three of this server. `source` is the field with the texts and
+    pictures."""
 
     source: ClassVar[str]
 
@@ -64,7 +64,7 @@ class Asked(Fields):
         return TaskRequest(**own, **more)
 
     def fields_of_options(self) -> dict[str, str]:
-        """The fields that stand for options of decoding by another name."""
+        """Decoding options by name, with the fields that stand for them."""
         return {}
 
 
