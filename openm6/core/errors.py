@@ -66,14 +66,9 @@ class OpenM6Error(Exception):
     code = "failed"
 
     def __init__(
-        self,
-        message: str = "",
-        *,
-        kind: ErrorKind | None = None,
-        code: str | None = None,
-        param: str | None = None,
+        self, message: str = "", *, kind: ErrorKind | None = None, code: str | None = None, param: str | None = None,
         retry_after: float | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__(_printable(message))
         self.kind, self.code = kind or type(self).kind, code or type(self).code
         self.param = param if param is None else _printable(param)
@@ -109,16 +104,8 @@ class ContextLengthError(UsageError, DataError):
 class Refusal(OpenM6Error):
     """A request that a server refuses, or could not answer, for a reason of this kind. The kind is the default code."""
 
-    def __init__(
-        self,
-        kind: ErrorKind,
-        message: str,
-        code: str | None = None,
-        *,
-        param: str | None = None,
-        retry_after: float | None = None,
-    ):
-        super().__init__(message, kind=kind, code=code or str(kind), param=param, retry_after=retry_after)
+    def __init__(self, kind: ErrorKind, message: str, code: str | None = None, **more: Any):
+        super().__init__(message, kind=kind, code=code or str(kind), **more)
 
 
 def _printable(text: str) -> str:

@@ -9,7 +9,8 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from openm6.core.files import dumps, plain
 from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:
+    from openm6.edge.cascade import Cascade
+    from openm6.edge.runner import EdgeModel
     from openm6.tasks.task import Task
 
 
@@ -82,19 +85,7 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.runner import EdgeModel
 
     model = EdgeModel(given.package, given.threads)
-    if given.command == "tasks":
-        return "\n".join(_lines(model.tasks))
-    if given.command == "about":
-        return dumps({**model.about, **_size(model.path, started)})
-    ready = time.perf_counter()
-    answer = model.answer(given.task, _record(given.slots), truncate=given.truncate)
-    if not given.json:
-        return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
-    return dumps({
-        "value": answer.value, "confidence": round(answer.confidence, 4), "finished": answer.finished,
-        "truncated": answer.truncated, "start_ms": round(1000 * (ready - started), 1),
-        "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-    }, plain)  # fmt: skip
+    return _use(given, started, model, model)
 
 
 def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
@@ -133,23 +124,27 @@ def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
             log.info("not served: %s", error)
             raise
         return None
-    cascade = Cascade(given.package, given.threads)
-    try:
-        if given.command == "tasks":
-            return "\n".join(_lines(cascade.model.tasks))
-        if given.command == "about":
-            return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
-        ready = time.perf_counter()
-        reply = cascade.answer(given.task, _record(given.slots), truncate=given.truncate)
-        if not given.json:
-            return reply.value if isinstance(reply.value, str) else dumps(reply.value, plain)
-        return dumps({
-            "value": reply.value, "by": reply.by, "probability": reply.probability, "reason": reply.reason,
-            "finished": reply.finished, "truncated": reply.truncated, "start_ms": round(1000 * (ready - started), 1),
-            "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-        }, plain)  # fmt: skip
-    finally:
-        cascade.close()
+    with closing(Cascade(given.package, given.threads)) as cascade:
+        return _use(given, started, cascade.model, cascade, version=cascade.box.version)
+
+
+def _use(
+    given: argparse.Namespace, started: float, model: EdgeModel, answering: EdgeModel | Cascade, **about: str
+) -> str:  # fmt: skip
+    """The output of `tasks`, `about` and `run`; `about`: further details of the model."""
+    if given.command == "tasks":
+        return "\n".join(_lines(model.tasks))
+    if given.command == "about":
+        return dumps({**model.about, **about, **_size(model.path, started)})
+    ready = time.perf_counter()
+    answer = answering.answer(given.task, _record(given.slots), truncate=given.truncate)
+    if not given.json:
+        return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
+    told = {one.name: getattr(answer, one.name) for one in fields(answer) if one.name != "state"}
+    for name in told.keys() & {"confidence", "probability"}:
+        told[name] = told[name] if told[name] is None else round(told[name], 4)
+    times = {"start_ms": ready - started, "answer_ms": time.perf_counter() - ready}
+    return dumps({**told, **{name: round(1000 * seconds, 1) for name, seconds in times.items()}}, plain)
 
 
 def _record(slots: Sequence[str]) -> dict[str, str]:
