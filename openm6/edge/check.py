@@ -152,7 +152,7 @@ def _model(box: Box, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]
     except OpenM6Error as error:
         return Finding("model", True, str(error))
     except (KeyError, TypeError):
-        return Finding("model", True, "the cloud tells its models otherwise than expected: is it `openm6 serve`?")
+        return Finding("model", True, "the cloud's list of models is not of the expected form: is it `openm6 serve`?")
     return Finding("model", False, f"{name} at the cloud knows {', '.join(tasks) or 'no task that is asked'}.")
 
 
