@@ -78,13 +78,13 @@ def test_what_is_sure_is_answered_here(box: Make, server: CloudServer) -> None:
     cascade = box(sure=True, cloud=server.url)
     server.act = like_the_edge(cascade)
     questions = answered(cascade)
-    replies = [_ask(cascade, question) for question in questions]
+    replies = [_ask(cascade, questions[n % len(questions)]) for n in range(100)]
     told = cascade.statistics()["tasks"]["vqa"]
     # The least confident record of the calibration is the threshold itself, to the last bit.
-    assert told["confident"] >= len(questions) - 1 and "differed" not in told
+    assert told["confident"] >= 99 - 100 // len(questions) and "differed" not in told
     assert told["audited"] >= 9 and told["agreed"] == len(server.seen) == len(list(cascade.kept.rows()))
     assert [reply.by for reply in replies[:9]] == [CLOUD] * 9  # of the ninth 30 / 28
-    assert sum(reply.by == EDGE for reply in replies[40:]) > 8
+    assert sum(reply.by == EDGE for reply in replies[60:]) > 15
 
 
 def test_sure_answers_are_audited_and_it_learns(box: Make, server: CloudServer) -> None:
