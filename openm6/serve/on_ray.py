@@ -1,4 +1,4 @@
-"""The same API on a Ray cluster: replicas of the server, each with its model's process, more of them under load."""
+"""The API on a Ray cluster: replicas of the server, each with its model's process, autoscaled under load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 ONGOING = 16
-"""Requests that a replica works at before another one is wanted."""
+"""Number of requests of a replica above which another one is started."""
 
 
 def deploy_on_ray(

@@ -63,12 +63,12 @@ def test_it_learns_of_what_comes_in_anew() -> None:
 def test_the_less_sure_are_audited_the_more() -> None:
     rng, audits = np.random.default_rng(0), Audits()
     chances = 1 - 10 ** rng.uniform(-4, -0.5, 5000)
-    shares = np.array([audits.share(float(chance), 0.05) for chance in chances])
+    shares = np.array([audits.rate(float(chance), 0.05) for chance in chances])
     assert shares[1000:].mean() == pytest.approx(0.05, rel=0.25)  # a quarter at least of each: somewhat more
     assert shares[1000:].min() >= 0.05 / 4
     assert shares[chances > 0.999].max() < shares[chances < 0.9].min() / 3
     assert shares[chances < 0.8].min() > 2 * 0.05
-    assert Audits().share(0.9, 1.0) == 1.0
+    assert Audits().rate(0.9, 1.0) == 1.0
 
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_file_that_is_damaged_or_of_another_package_is_refused(tmp_path: Path)
     file = tmp_path / "sureness-vqa.npz"
     sure = Sureness.fit(*_records(60, 4), max_loss=0.01)
     sure.save(file, "one")
-    with pytest.raises(OpenM6Error, match="sureness-vqa.npz is of another package: calibrate again"):
+    with pytest.raises(OpenM6Error, match="sureness-vqa.npz was fitted to another ONNX bundle: calibrate again"):
         Sureness.load(file, "another")
     content = file.read_bytes()
     for place in range(0, len(content), 97):
