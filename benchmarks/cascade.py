@@ -48,7 +48,7 @@ KNOWN = "demo:questions/{}?without=8"
 LEARN_STEPS = 400
 MOST = 1000
 SHARES = 0.29, 0.15
-"""Fractions of requests that are deferred, audits included (`deferral_rate` of box.toml): before learning, and after."""
+"""Fractions of requests deferred, audits included (`deferral_rate` of box.toml): before learning, and after."""
 MODES = ("all", "features")
 SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
 RIGHT = 0.975
@@ -66,7 +66,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
         rows = [row for mode in modes for seed in SEEDS[mode] for row in _run(mode, seed, parts, known)]
     note = (
         f"Parts of {MOST} questions, one after the other: before learning, after a round of it ({LEARN_STEPS} steps), "
-        f"after two; the least confident are deferred, {SHARES[0]:.0%} at first, {SHARES[1]:.0%} later (`deferral_rate`). "
+        f"after two; the least confident are deferred: {SHARES[0]:.0%}, later {SHARES[1]:.0%} (`deferral_rate`). "
         + ("" if is_there else f"The cloud is a stand-in that is right in {RIGHT:.1%}. ")
         + "Medians of the seeds first; curves of accuracy by share sent are in the JSON."
     )

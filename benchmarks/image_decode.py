@@ -67,11 +67,11 @@ def accuracy(passes: int) -> float | str:
     if not (DEMO / "model").is_dir():
         return ""
     from openm6.evaluate.demo_images import DATA, TASK
-    from openm6.evaluate.pictures import Judge, judged, read_wishes
+    from openm6.evaluate.pictures import Judge, judged, read_prompts
     from openm6.inference.session import Session
 
     session, judge = Session.load(DEMO / "model"), Judge(Session.load(DEMO / "judge" / "model"))
-    records, wanted = read_wishes(session, TASK, judge, DATA, ASKED)
+    records, wanted = read_prompts(session, TASK, judge, DATA, ASKED)
     asked = [{"caption": record["caption"]} for record in records]
     pictures = list(session.run_many(TASK, asked, decoding={"passes": passes, "seed": 0}))
     return float(np.mean([row["all"] for row in judged(judge, pictures, wanted)]))

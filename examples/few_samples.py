@@ -19,7 +19,7 @@ from statistics import median
 
 from openm6.data.source import open_source
 from openm6.evaluate.demo_images import DATA, TASK
-from openm6.evaluate.pictures import Judge, judged, read_wishes
+from openm6.evaluate.pictures import Judge, judged, read_prompts
 from openm6.inference.session import Session
 from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
@@ -54,7 +54,7 @@ def drawn(session: Session, name: str) -> list[object]:
 
 def goods(session: Session, judge: Judge) -> float:
     """Share of the drawn goods that show all that was asked for."""
-    records, wanted = read_wishes(session, TASK, judge, DATA, GOODS)
+    records, wanted = read_prompts(session, TASK, judge, DATA, GOODS)
     asked = [{"caption": r["caption"]} for r in records]
     rows = judged(judge, list(session.run_many(TASK, asked, decoding={"seed": 0})), wanted)
     return sum(row["all"] for row in rows) / len(rows)

@@ -233,12 +233,12 @@ def measure(
         check_output(grid, PICTURES)
     decoding = decoding_options(option)
 
-    from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_wishes
+    from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_prompts
     from openm6.inference.session import Session
 
     session = Session.load(place)
     judging = Judge(Session.load(of_judge), judge_task)
-    records, wanted = read_wishes(session, task, judging, data, limit)
+    records, wanted = read_prompts(session, task, judging, data, limit)
     rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, decoding)
     if grid:
         draw_sheet(drawn, grid)

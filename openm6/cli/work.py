@@ -273,7 +273,7 @@ def decoding_options(values: list[str] | None, task: Task | None = None) -> dict
             decoding[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
-    if task and task.silent and (others := sorted(decoding.keys() - ({"dims"} if task.embeds else set()))):
+    if task and task.produces_no_tokens and (others := sorted(decoding.keys() - ({"dims"} if task.embeds else set()))):
         what = (
             "gives a vector: its only option is dims" if task.embeds else "is answered by a head, which has no options"
         )

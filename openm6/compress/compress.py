@@ -38,7 +38,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import dumps, plain, write_json, write_text, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.edge.package import export, round_package
+from openm6.edge.package import export, quantize_bundle
 from openm6.edge.runner import EdgeModel
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, references, scored
@@ -254,7 +254,7 @@ class _Work:
             elif step.quantize:
                 quantize_model(before, place, step.quantize.bits or 8)
             elif step.export and step.export.bits and (before / "edge.json").is_file():
-                round_package(before, place, step.export.bits)
+                quantize_bundle(before, place, step.export.bits)
             elif step.export:
                 export(before, place, step.export.bits)
         return self._row(name, place)

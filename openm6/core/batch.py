@@ -127,16 +127,16 @@ def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-def even_length(length: int) -> int:
+def padded_length(length: int) -> int:
     """The padded length of a prompt: a multiple of EVEN, at least SHORTEST."""
     return max(SHORTEST, -(-length // EVEN) * EVEN)
 
 
 def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest (`even`: to its `even_length`): the layout of decoding."""
+    """One example a row, padded on the right to the longest (`even`: to its `padded_length`): the layout of decoding."""
     width = max((len(s) for s in sequences), default=1)
     if even:
-        width = even_length(width)
+        width = padded_length(width)
     return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), width), pad_id)
 
 

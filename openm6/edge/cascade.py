@@ -25,7 +25,16 @@ from openm6.edge.kept import AnswerStore, StoreError, is_empty
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
 from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
-from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, calibrations, confidence_of
+from openm6.edge.sureness import (
+    STEADY,
+    WINDOW,
+    Audits,
+    Drift,
+    ConfidenceCalibrator,
+    agreement,
+    calibrations,
+    confidence_of,
+)
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
@@ -71,11 +80,11 @@ class _Version:
         self.calibrated = _calibrated(box, number)
         self.number, self.model = number, EdgeModel(folder, threads)
         self.eager = EAGER if int(number) == 1 else LATER
-        self.calibrators: dict[str, Sureness] = {}
+        self.calibrators: dict[str, ConfidenceCalibrator] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
         for task, file in calibrations(folder).items():
-            self.calibrators[task] = found = Sureness.load(file, self.model.about["sha256"])
+            self.calibrators[task] = found = ConfidenceCalibrator.load(file, self.model.about["sha256"])
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
             with suppress(StoreError):  # without it the version still answers, by its calibration

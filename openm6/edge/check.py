@@ -18,11 +18,11 @@ from openm6._version import __version__
 from openm6.core.errors import OpenM6Error
 from openm6.edge.box import EYES, Box
 from openm6.edge.cloud import CHOSEN, Cloud, CloudError
-from openm6.edge.kept import STORE, InterruptedWriteError, open_kept
+from openm6.edge.kept import STORE, InterruptedWriteError, open_answer_store
 from openm6.edge.opening import check_set_aside, store_summary
 from openm6.edge.runner import EdgeModel, Eyes
 from openm6.edge.settings import FEATURES, NOTHING
-from openm6.edge.sureness import Sureness, calibrations
+from openm6.edge.sureness import ConfidenceCalibrator, calibrations
 
 CLOCK_MINUTES = 5
 """Tolerated difference between the clocks of device and cloud."""
@@ -49,7 +49,7 @@ def check_box(path: Path) -> Iterator[Finding]:
         model = EdgeModel(folder, 1)
         calibrated = calibrations(folder)
         for file in calibrated.values():
-            Sureness.load(file, model.about["sha256"])
+            ConfidenceCalibrator.load(file, model.about["sha256"])
     except OpenM6Error as error:
         yield Finding("package", True, str(error))
         return
@@ -100,7 +100,7 @@ def _store(box: Box) -> Finding:
     """Check the answer store, and count what a start would change in it."""
     try:
         check_set_aside(box.path, box.settings)
-        with closing(open_kept(box.path, box.settings, read_only=True)) as kept:
+        with closing(open_answer_store(box.path, box.settings, read_only=True)) as kept:
             forbidden, plain = kept.pending()
             told = store_summary(box.path, kept)
     except InterruptedWriteError as error:

@@ -326,7 +326,7 @@ class AnswerStore:
         return int(self._file.execute(asked, _ALLOWED[self.mode]).fetchone()[0])
 
 
-def open_kept(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
+def open_answer_store(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
     """The answer store of an edge device. `read_only`: unchanged; nothing is created, repaired, deleted or encrypted.
 
     Raises UsageError for a missing key of the encryption, StoreError where the disk refuses, and InterruptedWriteError

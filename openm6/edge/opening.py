@@ -11,7 +11,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from openm6.edge.kept import ENCRYPTED, STORE, AnswerStore, StoreError, open_kept, parts, promise, set_aside
+from openm6.edge.kept import ENCRYPTED, STORE, AnswerStore, StoreError, open_answer_store, parts, promise, set_aside
 from openm6.edge.settings import ALL, MODES, NOTHING, Settings
 
 log = logging.getLogger("openm6.edge")
@@ -21,20 +21,20 @@ def open_store(folder: Path, settings: Settings) -> AnswerStore:
     """The answer store; where the disk refuses, one in memory that stores nothing (`trouble` says why). A damaged file
     is renamed.
 
-    Raises UsageError as `open_kept` does, and StoreError where a file that cannot be changed may hold what the settings
+    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the settings
     forbid.
     """
     file = folder / STORE
     check_set_aside(folder, settings)
     try:
-        return open_kept(folder, settings)
+        return open_answer_store(folder, settings)
     except StoreError as error:
         _check_promise(file, settings, str(error))
         failure = error
     try:
         if failure.is_damaged:
             log.error("%s It is now named %s", failure, _move_aside(file).name)
-            return open_kept(folder, settings)
+            return open_answer_store(folder, settings)
     except (OSError, StoreError) as error:
         failure = StoreError(f"{file} is damaged, and a new one cannot be begun ({error}).")
     found = AnswerStore(None, NOTHING, 0)
@@ -49,7 +49,9 @@ def store_summary(folder: Path, kept: AnswerStore | None = None) -> dict[str, An
     told: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
     try:
         with (
-            closing(open_kept(folder, Settings(privacy=NOTHING), read_only=True)) if kept is None else nullcontext(kept)
+            closing(open_answer_store(folder, Settings(privacy=NOTHING), read_only=True))
+            if kept is None
+            else nullcontext(kept)
         ) as store:
             told["trouble"] = store.trouble
             told |= {"answers": store.counts(), "bytes": store.size()}

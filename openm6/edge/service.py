@@ -237,8 +237,8 @@ class Guard:
             failed = True
         if failed:
             with contextlib.suppress(RuntimeError):  # where the answer had begun
-                error = OpenM6Error("The edge device failed at this request: see its log.")
-                await _response_to(error)(scope, receive, send)
+                reported = OpenM6Error("The edge device failed at this request: see its log.")
+                await _response_to(reported)(scope, receive, send)
 
 
 async def _asked(request: Request) -> dict[str, Any]:

@@ -43,7 +43,7 @@ BINS = np.array([0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999])
 Array = np.ndarray
 
 
-class Sureness:
+class ConfidenceCalibrator:
     """The confidence calibrator of one task."""
 
     def __init__(self, parts: Mapping[str, Array], max_loss: float):
@@ -55,7 +55,7 @@ class Sureness:
         self._refit()
 
     @classmethod
-    def fit(cls, states: Array, confidences: Array, right: Array, max_loss: float) -> Sureness:
+    def fit(cls, states: Array, confidences: Array, right: Array, max_loss: float) -> ConfidenceCalibrator:
         """A calibrator from records with answers: states fp32 [N, D], confidences [N], and correctness [N], 0 to 1."""
         middle = states.mean(0)
         _, sizes, axes = np.linalg.svd(states - middle, full_matrices=False)
@@ -142,7 +142,7 @@ class Sureness:
             np.savez(stream, max_loss=np.array(self.max_loss), package=np.array(package), **self.parts)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, file: Path, package: str) -> Sureness:
+    def load(cls, file: Path, package: str) -> ConfidenceCalibrator:
         """Raises OpenM6Error for a damaged file, or one that was fitted to another ONNX bundle."""
         try:
             with np.load(file, allow_pickle=False) as kept:

@@ -13,7 +13,7 @@ import numpy as np
 from openm6.core.files import dumps, write_whole
 from openm6.core.images import read_square
 from openm6.data.source import open_source
-from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
+from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_prompts
 from openm6.evaluate.report import markdown_table, write_pictures
 from openm6.inference.edit import edit
 from openm6.inference.session import Session
@@ -71,7 +71,7 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     `measure_edits`, "controls": see `measure_controls`, "report": path}.
     """
     session, judging = Session.load(model), Judge(Session.load(judge))
-    records, wanted = read_wishes(session, TASK, judging, DATA, ASKED)
+    records, wanted = read_prompts(session, TASK, judging, DATA, ASKED)
     others = {"8 passes": {"passes": 8}}
     rows, best = measure_drawing(session, TASK, judging, records, wanted, CANDIDATES, others=others)
     folder = output / "report"

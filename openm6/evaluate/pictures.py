@@ -145,7 +145,7 @@ def _spread(features: Tensor, labels: Items[Answer]) -> float:
     return sum(means) / len(means) if means else 0.0
 
 
-def read_wishes(
+def read_prompts(
     session: Session, task: str | Task, judge: Judge, data: str, limit: int | None = None
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
     """The first records of `data` by the slots of a task that draws, and the attributes of their pictures with the

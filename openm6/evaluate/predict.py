@@ -77,7 +77,7 @@ class Prediction:
         self.source = open_source(data, data_format, images)
         self.total = len(self.source) + len(self.source.rejected)
         given = {slot: column for slot, column in (columns or {}).items() if slot not in self.task.outputs}
-        self.view = SlotView.of(self.task.left(), self.source, given)
+        self.view = SlotView.of(self.task.without_target(), self.source, given)
         names = [*self.task.outputs, *["probability"] * has_labels, *["probabilities"] * all_probabilities, "error"]
         self.added = {name: self._column(name) for name in names}
         settings = {

@@ -91,7 +91,7 @@ def _stored(path: Path) -> Iterator[dict[str, Any]]:
         yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
-def eyes_of(path: Path) -> str:
+def image_encoder_id(path: Path) -> str:
     """A name for how a model directory reads pictures: alike for the same weights, and "" where it reads none."""
     digest, found = hashlib.sha256(), False
     with _stored(path) as where:

@@ -103,7 +103,7 @@ def described(session: Session) -> dict[str, Any]:
 
     from openm6.core.bases import base_of
     from openm6.inference.modes import mode_of
-    from openm6.model.files import eyes_of
+    from openm6.model.files import image_encoder_id
     from openm6.serve.reproducible import is_reproducible
     from openm6.tasks.library import get, names
 
@@ -130,7 +130,7 @@ def described(session: Session) -> dict[str, Any]:
         "adapters": session.adapters, "parameters": sum(count_parameters(session.model.config).values()),
         "positions": session.processor.max_length, "vector": session.model.config.hidden_size,
         "codes": session.codec.side**2 if draws else 0, "picture": session.codec.size if draws else None,
-        "eyes": eyes_of(base_of(session.path) or session.path) if session.path else "",
+        "eyes": image_encoder_id(base_of(session.path) or session.path) if session.path else "",
         "path": str(session.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 

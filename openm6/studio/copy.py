@@ -221,7 +221,7 @@ def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
     """A view for the task's input slots; a table slot without a column is filled from all columns."""
-    left = task.left()
+    left = task.without_target()
     tables = [name for name in task.inputs if task.slots[name].type == "table" and name not in columns]
     if len(tables) == 1 and tables[0] not in source.columns:
         sample = next(iter(source), {})

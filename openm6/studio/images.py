@@ -160,7 +160,7 @@ def write_labelled(output: Path, labels: str | Path) -> dict[str, Any]:
 
 def _prompt_view(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
     """The view of prompts for the input slots of a task."""
-    view = SlotView.of(task.left(), source, columns)
+    view = SlotView.of(task.without_target(), source, columns)
     if not view.mapping:
         raise UsageError(
             f"None of the columns of {source.name} ({', '.join(source.columns)}) matches an input slot of {task.name} "

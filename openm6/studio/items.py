@@ -34,7 +34,7 @@ OWN = ("rank", "text", "reason")
 PICTURE_SIDE = 320
 """Longer side of a picture on the review page, in pixels."""
 
-_PICTURE = Task.from_instruction("[image:image|drop=1] -> [text:text]").left()
+_PICTURE = Task.from_instruction("[image:image|drop=1] -> [text:text]").without_target()
 
 View = Callable[[Record], Record]
 """A function from a record to its values by slot of a task."""

@@ -80,7 +80,7 @@ def encode_prompt(
     prompt.cut += lost
     if task.draws:
         return drawn.open_picture(prompt, processor.tokenizer)
-    if not task.silent:
+    if not task.produces_no_tokens:
         constraint = answer_constraint(task, record, processor.tokenizer) or characters(processor.tokenizer)
         prompt.target = TextTarget(constraint)
     return prompt
@@ -107,7 +107,7 @@ def encode_example(
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)
     source = _encode_source(encoding, record, corrupted=True)
-    ids = None if task.silent else _encode_target(encoding, record, source.complements)
+    ids = None if task.produces_no_tokens else _encode_target(encoding, record, source.complements)
     if ids is not None and task.sketch:
         return _sketch_example(encoding, _sketch_prompt(encoding, record, source, permitted, lost), ids)
     example = _lay_out(encoding, record, source, ids, shots, permitted)
@@ -188,7 +188,7 @@ def _encode_target(encoding: _Encoding, record: Record, complements: Mapping[str
 def _encode_shot(encoding: _Encoding, record: Record) -> list[Piece]:
     """Encode a record with its answer, to stand before another: all of it is source and is never cut."""
     task, tokenizer = encoding.task, encoding.processor.tokenizer
-    if task.draws or task.silent:
+    if task.draws or task.produces_no_tokens:
         raise UsageError(f"The task {task.name} takes no examples: it does not answer in words.")
     source = _encode_source(encoding, record, corrupted=True)
     answer = _encode_target(encoding, record, source.complements)

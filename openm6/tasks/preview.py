@@ -29,7 +29,7 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
     """Source and target of a record, by the task's first instruction, with its corruptions: texts as truncated to the
     processor's `max_length`, pictures by name and size in pixels. Raises DataError as `encode_example` does."""
     tokenizer = processor.tokenizer
-    plain = not (task.draws or task.silent or task.sketch)
+    plain = not (task.draws or task.produces_no_tokens or task.sketch)
     sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]

@@ -63,7 +63,7 @@ class Task:
         object.__setattr__(self, "inputs", tuple(inputs))
         object.__setattr__(self, "outputs", tuple(outputs))
         every = [part for i in self.instructions for part in (*i.source, *i.target) if isinstance(part, Slot)]
-        if (self.draws or self.silent) and any(len(i.target) > 1 for i in self.instructions):
+        if (self.draws or self.produces_no_tokens) and any(len(i.target) > 1 for i in self.instructions):
             what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         if self.sketch:
@@ -106,11 +106,11 @@ class Task:
         return next((kind for name in self.outputs if (kind := self.slots[name].type) in HEADS), "")
 
     @property
-    def silent(self) -> bool:
+    def produces_no_tokens(self) -> bool:
         """Whether no tokens are generated: the answer is a vector, or a head's."""
         return self.embeds or bool(self.head)
 
-    def left(self) -> Task:
+    def without_target(self) -> Task:
         """The task without a target, for records that have no answer yet."""
         labels = {name: values for name, values in self.labels.items() if name in self.inputs}
         instructions = tuple(replace(i, target=()) for i in self.instructions)

@@ -111,7 +111,9 @@ class TrainSection(_Strict):
         False, description="do not train the image encoder: required for data with image features"
     )
     workers: int = Field(2, ge=0, description="threads that prepare examples")
-    reject_share: float = Field(0.05, ge=0, le=1, description="stop when more of the records than this are bad")
+    max_rejected_fraction: float = Field(
+        0.05, ge=0, le=1, description="stop when more of the records than this are bad"
+    )
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints that stay")
     log_every: int = Field(10, ge=1)

@@ -27,7 +27,7 @@ RECIPE = "recipe.yaml"
 FREE = (
     "name", "output", "parallel.", "evaluation.", "train.steps", "train.keep", "train.log_every",
     "train.checkpoint_every", "train.workers", "train.accumulate", "train.compile", "train.country",
-    "train.reject_share",
+    "train.max_rejected_fraction",
 )  # fmt: skip
 WARNED = ("train.", "distill.", "vectors.")
 REFUSED = ("train.optimizer", "train.freeze_image_encoder")

@@ -173,7 +173,7 @@ def make_loader(
 def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
     """The rejects file of this process."""
     name = "rejects.jsonl" if group.first else f"rejects-{group.rank}.jsonl"
-    return Rejects(output / name, settings.reject_share)
+    return Rejects(output / name, settings.max_rejected_fraction)
 
 
 def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[Entry], Rejects]:

@@ -24,7 +24,7 @@ from openm6.compress.cascade import init_box
 from openm6.edge.cascade import Cascade
 from openm6.edge.runner import EdgeModel
 from openm6.edge.settings import Settings, settings_of, written
-from openm6.edge.sureness import Sureness
+from openm6.edge.sureness import ConfidenceCalibrator
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -127,7 +127,7 @@ def calibrate(package: Path, is_sure: bool) -> None:
         answers = [model.answer("vqa", {"photo": PHOTO, "question": one}) for one in QUESTIONS]
         states, confidences = np.stack([one.state for one in answers]), np.array([one.confidence for one in answers])
     right = np.full(len(states), float(is_sure))
-    fitted = Sureness.fit(states.astype(np.float32), confidences, right, 0.01)
+    fitted = ConfidenceCalibrator.fit(states.astype(np.float32), confidences, right, 0.01)
     fitted.save(package / "sureness-vqa.npz", model.about["sha256"])
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import AnswerStore, InterruptedWriteError, StoreError, is_held_out, open_kept
+from openm6.edge.kept import AnswerStore, InterruptedWriteError, StoreError, is_held_out, open_answer_store
 from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
 from tests.edge.conftest import interrupt_write
 
@@ -104,9 +104,9 @@ def test_a_box_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("BOX_KEY", raising=False)
     settings = Settings(encrypt="BOX_KEY")
     with pytest.raises(UsageError, match="BOX_KEY"):
-        open_kept(tmp_path, settings)
+        open_answer_store(tmp_path, settings)
     monkeypatch.setenv("BOX_KEY", new_key())
-    open_kept(tmp_path, settings).close()
+    open_answer_store(tmp_path, settings).close()
 
 
 def test_numbers_are_remembered(tmp_path: Path) -> None:
@@ -260,37 +260,37 @@ def test_a_damaged_answer_is_passed_over(tmp_path: Path) -> None:
 def test_a_write_that_has_just_begun_is_not_taken_for_an_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     _keep(kept, 9)
     kept.close()
     before = (tmp_path / "kept.sqlite").read_bytes()
     interrupt_write(tmp_path / "kept.sqlite")
     with pytest.raises(InterruptedWriteError, match=r"A write to .*kept\.sqlite was interrupted"):
-        open_kept(tmp_path, Settings(), read_only=True)
+        open_answer_store(tmp_path, Settings(), read_only=True)
 
     def finish_write(seconds: float) -> None:
         (tmp_path / "kept.sqlite").write_bytes(before)
         (tmp_path / "kept.sqlite-journal").unlink()
 
     monkeypatch.setattr("openm6.edge.kept.time.sleep", finish_write)
-    kept = open_kept(tmp_path, Settings(), read_only=True)
+    kept = open_answer_store(tmp_path, Settings(), read_only=True)
     assert kept.counts() == {"vqa": 9}
     kept.close()
 
 
 def test_opened_to_be_read_it_stays_as_it_is(tmp_path: Path) -> None:
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     _keep(kept, 3)
     kept.close()
     before = (tmp_path / "kept.sqlite").read_bytes()
-    kept = open_kept(tmp_path, Settings(privacy="features"), read_only=True)
+    kept = open_answer_store(tmp_path, Settings(privacy="features"), read_only=True)
     assert kept.counts() == {"vqa": 3} and kept.pending() == (3, 0)
     with pytest.raises(StoreError, match="cannot be used"):
         _keep(kept)
     kept.close()
     assert (tmp_path / "kept.sqlite").read_bytes() == before
     (tmp_path / "other").mkdir()
-    kept = open_kept(tmp_path / "other", Settings(), read_only=True)
+    kept = open_answer_store(tmp_path / "other", Settings(), read_only=True)
     assert kept.counts() == {} and kept.pending() == (0, 0)
     kept.close()
     assert not list((tmp_path / "other").iterdir())

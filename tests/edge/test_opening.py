@@ -12,13 +12,13 @@ import pytest
 
 from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import AnswerStore, StoreError, open_kept
+from openm6.edge.kept import AnswerStore, StoreError, open_answer_store
 from openm6.edge.opening import open_store, store_summary
 from openm6.edge.settings import Settings
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:
-    kept = open_kept(folder, settings)
+    kept = open_answer_store(folder, settings)
     for number in range(count):
         kept.keep("vqa", {"question": f"{number}" * 500}, "红色", "蓝色")
     kept.close()
@@ -140,7 +140,7 @@ def test_what_cannot_be_deleted_or_encrypted_refuses(tmp_path: Path, monkeypatch
     for stricter in (Settings(privacy="nothing"), Settings(privacy="features"), Settings(encrypt="K")):
         with _full_disk(), pytest.raises(StoreError, match="forbids on the disk"):
             open_store(tmp_path, stricter)
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     assert kept.counts() == {"vqa": 20}
     kept.close()
 

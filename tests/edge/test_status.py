@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 
 from openm6.core.errors import UsageError
 from openm6.edge.box import Box
-from openm6.edge.kept import open_kept
+from openm6.edge.kept import open_answer_store
 from openm6.edge.opening import open_store
 from openm6.edge.program import main
 from openm6.edge.service import Guard
@@ -59,7 +59,7 @@ def _all_files(box: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Though box.toml forbids by now what was kept."""
-    with closing(open_kept(place, Settings())) as kept:
+    with closing(open_answer_store(place, Settings())) as kept:
         kept.keep("vqa", {"photo": b"photo", "question": "?"}, "红色", "蓝色")
     _write(place, privacy="nothing", encrypt="NO_SUCH_VARIABLE")
     before = _all_files(place)
@@ -73,7 +73,7 @@ def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_status_leaves_an_interrupted_write_to_a_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with closing(open_kept(place, Settings())) as kept:
+    with closing(open_answer_store(place, Settings())) as kept:
         for number in range(9):
             kept.keep("vqa", {"photo": bytes(9000), "question": str(number)}, "红色", "蓝色")
     interrupt_write(place / "kept.sqlite")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openm6.core.batch import allowed, even_length
+from openm6.core.batch import allowed, padded_length
 from openm6.model import cpu
 from openm6.model.attention import attend
 
@@ -97,7 +97,7 @@ def build_prompt_mask(segments_BT: Tensor, blocks_BT: Tensor, counts: list[int],
     """`counts`: the positions of each row."""
     by_length: dict[int, list[int]] = {}
     for row, count in enumerate(counts):
-        by_length.setdefault(min(even_length(count), segments_BT.shape[1]), []).append(row)
+        by_length.setdefault(min(padded_length(count), segments_BT.shape[1]), []).append(row)
     parts = []
     for length, rows in by_length.items():
         bias = additive(allowed(segments_BT[rows, :length], blocks_BT[rows, :length])[:, None], dtype)
