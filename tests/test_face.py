@@ -19,7 +19,6 @@ NAMES = {
 SIGNATURES = {
     "load": "(path, device=None, adapters=None)",
     "Task.from_instruction": "(text, name=None, labels=None)",
-    "Task.from_yaml": "(path)",
     "Task.schema": "(self)",
     "Client": "(url='http://127.0.0.1:8000', key=None, *, model=None, timeout=300.0, retries=6, allow_untrained=False)",
     "Client.run": "(self, task, *, decoding=None, adapter=None, examples=(), truncate=None, **slots)",

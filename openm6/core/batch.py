@@ -133,7 +133,7 @@ def padded_length(length: int) -> int:
 
 
 def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest (`even`: to its `padded_length`): the layout of decoding."""
+    """One example a row, padded on the right to the longest (`even`: to its `padded_length`), as for decoding."""
     width = max((len(s) for s in sequences), default=1)
     if even:
         width = padded_length(width)

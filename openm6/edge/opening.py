@@ -21,8 +21,8 @@ def open_store(folder: Path, settings: Settings) -> AnswerStore:
     """The answer store; where the disk refuses, one in memory that stores nothing (`trouble` says why). A damaged file
     is renamed.
 
-    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the settings
-    forbid.
+    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the
+    settings forbid.
     """
     file = folder / STORE
     check_set_aside(folder, settings)

@@ -22,7 +22,7 @@ from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.edge.graph import Graph
-from openm6.edge.package import export, export_image_encoder, smaller_variant_hint, quantize_bundle
+from openm6.edge.package import export, export_image_encoder, quantize_bundle, smaller_variant_hint
 from openm6.edge.program import main
 from openm6.edge.runner import FORMAT, EdgeModel, Eyes
 from openm6.inference.session import Session

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import OpenM6Error
-from openm6.edge.sureness import Audits, Drift, ConfidenceCalibrator, agreement, confidence_of
+from openm6.edge.sureness import Audits, ConfidenceCalibrator, Drift, agreement, confidence_of
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
