@@ -29,8 +29,8 @@ SIGNATURES = {
     "Client.models": "(self)",
     "model.M6": "(config)",
     "model.ModelConfig.preset": "(name, **changes)",
-    "evaluate.evaluate": "(session, task, records, source='', *, batch_size=64, decoding=None, answers=True, "
-    "metrics=(), on_progress=None, truncate=None)",
+    "evaluate.evaluate": "(session, task, records, source='', *, examples=(), batch_size=64, decoding=None, "
+    "answers=True, metrics=(), on_progress=None, truncate=None)",
 }
 """Names below `openm6`, each with its parameters."""
 
