@@ -22,7 +22,7 @@ from openm6.data.tables import load_json, read_jsonl, read_tsv
 from openm6.data.text import numbered_lines
 
 
-def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_coco(path: str, on_reject: OnReject) -> Iterator[Record]:
     """COCO captions: one record a picture, {image, caption: [...], image_id}."""
     content = load_json(path)
     images = [row for _, row in _rows(content, "images", path, on_reject)]
@@ -45,7 +45,7 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             on_reject(Reject(where, f"{where}: the picture {cut(name)} has no caption."))
 
 
-def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_vqa(path: str, on_reject: OnReject) -> Iterator[Record]:
     """VQA 2 and similar data sets: {image, question, answer, answers, question_id}.
 
     The annotations are in the same file, or in the file beside it that has `annotations` for `questions` in its name.
@@ -118,7 +118,7 @@ def _renamed(path: str) -> list[str]:
     ]
 
 
-def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_muge(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The layouts of MUGE and Chinese-CLIP: NAME_texts.jsonl ({"text_id", "text", "image_ids"}) and NAME_imgs.tsv
     (id, tab, the picture in base64), or, for captions, NAME.jsonl ({"image_id", "text": [...]}) and NAME.tsv.
     One record a picture: {image, text: [...], image_id}.
@@ -128,7 +128,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
     if is_folder(path):
         pairs = [name for name in list_folder(path) if muge_images(name)]
         for name in pairs:
-            yield from read_muge(name, images_root, on_reject)
+            yield from read_muge(name, on_reject)
         return
     images = muge_images(path)
     if images is None:
@@ -137,7 +137,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             "(or NAME.jsonl and NAME.tsv) in one folder."
         )
     texts: dict[str, list[str]] = {}
-    for row in read_jsonl(path, images_root, on_reject):
+    for row in read_jsonl(path, on_reject):
         said, keys = row.get("text"), row.get("image_ids")
         said = [said] if isinstance(said, str) else said
         keys = [row["image_id"]] if keys is None and "image_id" in row else keys
@@ -186,7 +186,7 @@ def muge_images(path: str) -> str | None:
     images = path.removesuffix(".jsonl") + ".tsv"
     if is_remote(path) or not path.endswith(".jsonl") or not Path(images).is_file():
         return None
-    first = next(read_jsonl(path, None, lambda reject: None), {})
+    first = next(read_jsonl(path, lambda reject: None), {})
     return images if {"image_id", "text"} <= first.keys() and "image" not in first else None
 
 
@@ -201,7 +201,7 @@ picture."""
 _PIXELS = re.compile(r" *\d+(\.\d*)?( *, *\d+(\.\d*)?){3} *")
 
 
-def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_ofa(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The tables of OFA, without a header, with the picture in base64: captions, questions, entailment (see `OFA`), or
     phrases with their boxes in pixels.
 
@@ -218,7 +218,7 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
         )
     if _PIXELS.fullmatch(first[3]):
         names = ("id", "image_id", "phrase", "box", "image")
-    for row in read_tsv(path, images_root, on_reject, names=names):
+    for row in read_tsv(path, on_reject, names=names):
         for name in ("objects", *(["caption"] if "label" not in row else [])):
             if name in row:
                 row[name] = [part.strip() for part in row[name].split("&&") if part.strip()]

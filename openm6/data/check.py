@@ -11,7 +11,7 @@ from openm6.core.errors import DataError, cut
 from openm6.core.images import open_image
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
-from openm6.data.overlap import Twins, count_overlap
+from openm6.data.overlap import Twins, find_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.tasks.encode import encode_example, encode_prompt
@@ -52,7 +52,7 @@ class Check:
         self._twins, self._number, self._overlap = Twins(task, self._view), 0, None
         if against is not None:
             other = open_source(against, data_format, images)
-            self._overlap = count_overlap(task, self._source, columns, other, columns)
+            self._overlap = find_overlap(task, self._source, columns, other, columns)
         self._good = 0
         self._lengths: dict[str, list[int]] = {}
         self._counts: Counter[str] = Counter()
@@ -137,7 +137,7 @@ class Check:
         for twins in found.values():
             twins["first"] = [str(self._source[number].get("_where", number)) for number in twins["first"]]
         if self._overlap is not None:
-            found["overlap"] = self._overlap._asdict()
+            found["overlap"] = {**self._overlap._asdict(), "found": len(self._overlap.found)}
         return found
 
     def sentences(self) -> list[str]:
@@ -149,8 +149,8 @@ class Check:
                 said.append(f"{what}: {found[name]['count']:,}, such as {' and '.join(found[name]['first'])}.")
         if self._overlap is not None:
             shared, total, where = self._overlap
-            first_one = f" (first: {where})" if shared else ""
-            said.append(f"{shared:,} of {total:,} records that are measured on have inputs of these data{first_one}.")
+            first = f" (first: {where})" if shared else ""
+            said.append(f"{len(shared):,} of {total:,} records that are measured on have inputs of these data{first}.")
         if self._processor and self._cut:
             most = _spread(self._cut)
             said.append(

@@ -137,10 +137,13 @@ class _Remote(io.RawIOBase):
     def __init__(self, url: str):
         self._url, self._place = url, 0
         self._system, self._path = filesystem(url)
-        self._file = self._try(lambda: self._system.open(self._path, "rb", block_size=2**20))
+        self._file = _retried(self._opened, url)
 
-    def _try(self, action: Callable[[], T]) -> T:
-        return _retried(action, self._url)
+    def _opened(self) -> Any:
+        file = self._system.open(self._path, "rb", block_size=2**20)
+        if self._place:
+            file.seek(self._place)
+        return file
 
     def readable(self) -> bool:
         return True
@@ -156,25 +159,17 @@ class _Remote(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        wanted = len(buffer)
-
         def read() -> bytes:
             try:
-                return self._file.read(wanted)
+                return self._file.read(len(buffer))
             except OSError:
-                self._reopen()
+                self._file = self._opened()
                 raise
 
-        data = self._try(read)
+        data = _retried(read, self._url)
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
-
-    def _reopen(self) -> None:
-        file = self._system.open(self._path, "rb", block_size=2**20)
-        if self._place:
-            file.seek(self._place)
-        self._file = file
 
     def close(self) -> None:
         if not self.closed:

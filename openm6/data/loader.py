@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Mapping, Sequence as Items
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,19 +36,8 @@ _TRIES = 64  # records tried to replace a bad one
 _DECK = 2**16  # largest number of records whose order is stored, not computed
 
 
-class Encoder(Protocol):
-    """A function that makes an example of a record by slots; see `encode_example`."""
-
-    def __call__(
-        self,
-        task: Task,
-        record: Mapping[str, Any],
-        processor: Processor,
-        rng: np.random.Generator | None,
-        another: Callable[[], Mapping[str, Any]],
-        shots: Items[Mapping[str, Any]],
-        /,
-    ) -> Sequence: ...
+Encoder = Callable[..., Sequence]
+"""A function that makes an example of a record by slots, with the first six parameters of `encode_example`."""
 
 
 @dataclass(slots=True)

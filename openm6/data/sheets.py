@@ -17,7 +17,7 @@ MAX_UNPACKED = 512 * 2**20
 """Maximum size of a workbook after decompression, in bytes: a small file can hold gigabytes of zeros."""
 
 
-def read_xlsx(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_xlsx(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The rows of the one sheet that has any; its first row names the columns.
 
     Whole numbers are int, others float, dates ISO text, formulas their values when the file was saved; an empty cell is

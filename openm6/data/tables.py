@@ -29,17 +29,9 @@ def load_json(path: str, encoding: str | None = None) -> Any:
         raise DataError(f"{path} is not valid JSON: it {error}.") from None
 
 
-def read_jsonl(
-    path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
-) -> Iterator[Record]:
+def read_jsonl(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """One JSON object a line."""
-    for number, line in numbered_lines(path, on_reject, encoding):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        if not is_text(line):
-            on_reject(Reject(where, f"{where} is not {encoding or 'UTF-8'} text."))
-            continue
+    for where, line in _text_lines(path, on_reject, encoding):
         try:
             row = parse(line)
         except json.JSONDecodeError as error:
@@ -50,19 +42,22 @@ def read_jsonl(
             yield from _object(row, where, "a line has to be {...}", on_reject)
 
 
-def read_lines(
-    path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
-) -> Iterator[Record]:
+def read_lines(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """One text a line, in the column `text`."""
+    return ({"text": line.strip(), "_where": where} for where, line in _text_lines(path, on_reject, encoding))
+
+
+def _text_lines(path: str, on_reject: OnReject, encoding: str | None) -> Iterator[tuple[str, str]]:
+    """Place and content of each line that is neither blank nor invalid in its encoding."""
     for number, line in numbered_lines(path, on_reject, encoding):
         where = f"{path}:{number}"
         if not is_text(line):
             on_reject(Reject(where, f"{where} is not {encoding or 'UTF-8'} text."))
-        elif text := line.strip():
-            yield {"text": text, "_where": where}
+        elif line.strip():
+            yield where, line
 
 
-def read_json(path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
+def read_json(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """A JSON list of objects."""
     content = load_json(path, encoding)
     if not isinstance(content, list):
@@ -83,11 +78,7 @@ def _object(row: Any, where: str, rule: str, on_reject: OnReject) -> Iterator[Re
 
 
 def read_csv(
-    path: str,
-    images_root: str | None,
-    on_reject: OnReject,
-    encoding: str | None = None,
-    names: Sequence[str] | None = None,
+    path: str, on_reject: OnReject, encoding: str | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Record]:
     """The rows of a CSV, quoted by "; the first line names the columns unless `names` does.
 
@@ -99,11 +90,7 @@ def read_csv(
 
 
 def read_tsv(
-    path: str,
-    images_root: str | None,
-    on_reject: OnReject,
-    encoding: str | None = None,
-    names: Sequence[str] | None = None,
+    path: str, on_reject: OnReject, encoding: str | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Record]:
     """The rows of a tab-separated table without quoting; the first line names the columns unless `names` does."""
     lines = numbered_lines(path, on_reject, encoding)

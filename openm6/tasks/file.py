@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,6 +23,9 @@ from openm6.core.errors import UsageError, suggest
 from openm6.tasks.grammar import half_width, parse
 from openm6.tasks.metrics import ELSEWHERE, METRICS
 from openm6.tasks.task import Task
+
+Label = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""A label; YAML reads 7 as a number, and `yes`, which is refused, as a truth value."""
 
 
 class TaskFile(BaseModel):
@@ -35,7 +38,7 @@ class TaskFile(BaseModel):
     instructions: list[str] = Field(min_length=1)
     metrics: list[str] = []
     decode: dict[str, int | float] = {}
-    labels: dict[str, list[str]] = {}
+    labels: dict[str, list[Label]] = {}
     example: dict[str, Any] = {}
     aliases: dict[str, list[str]] = {}
     reader: str = ""
@@ -50,20 +53,6 @@ class TaskFile(BaseModel):
         except TypeError:
             raise ValueError("a value is no text, number, list or mapping: put it in quotes") from None
         return value
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _labels_as_text(cls, value: Any) -> Any:
-        """Turn numbers back into texts: YAML reads 7 as a number. A truth value, as of `yes`, stays for validation to
-        refuse."""
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: [str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for v in labels]
-            if isinstance(labels, list)
-            else labels
-            for name, labels in value.items()
-        }
 
 
 def read_task(path: str | Path) -> Task:
@@ -103,18 +92,11 @@ def task_from_dict(content: Mapping[str, Any], where: str = "The task") -> Task:
             hint = f"{suggest(metric, set(METRICS))} There are: {', '.join((*METRICS, *ELSEWHERE))}."
             raise UsageError(f"{where}: metrics: there is no {metric}.{hint}")
     try:
-        task = Task(
-            file.name,
-            tuple(parse(text) for text in file.instructions),
-            file.description,
-            tuple(file.metrics),
-            file.decode,
-            {name: tuple(values) for name, values in file.labels.items()},
-            file.example,
-            {name: tuple(values) for name, values in file.aliases.items()},
-            file.reader,
-            file.sketch,
-        )
+        tuples = {
+            key: {name: tuple(some) for name, some in getattr(file, key).items()} for key in ("labels", "aliases")
+        }
+        instructions = tuple(map(parse, file.instructions))
+        task = Task(**{**dict(file), **tuples, "instructions": instructions, "metrics": tuple(file.metrics)})
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     for key in ("example", "aliases"):

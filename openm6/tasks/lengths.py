@@ -48,17 +48,13 @@ def check_value(value: Any, positions: int | None) -> None:
                 f"has {size}; a model of {positions:,} positions takes {most:,} at most ({CHARACTERS} a position)."
             )
         if isinstance(one, str):
-            _check_whole(one)
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"is no text: character {error.start + 1} is half of a surrogate pair (such as \\ud83d)."
+                ) from None
         elif isinstance(one, Mapping):
             waiting += (*one.keys(), *one.values())
         elif isinstance(one, (list, tuple)):
             waiting += one
-
-
-def _check_whole(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"is no text: character {error.start + 1} is half of a surrogate pair (such as \\ud83d)."
-        ) from None

@@ -193,7 +193,7 @@ class SequenceObjective:
             return pad(sequences, pad_id).to(self.device)
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         even = self.device.type == "cpu"
-        return pack(sequences, self.settings.row_length, pad_id, even=even).to(self.device)
+        return pack(sequences, self.settings.row_length, pad_id, balance_rows=even).to(self.device)
 
 
 def _flat(examples: list[Sequence]) -> list[Sequence]:

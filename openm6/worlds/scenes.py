@@ -8,20 +8,17 @@ tell); description (of all goods), caption (the same, in half of the records wro
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import combinations as choose
 
 import numpy as np
 
-from openm6.data.store import Record, Records, check_split, drawn
+from openm6.data.store import Record, Records
 from openm6.worlds import draw
 from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed
 from openm6.worlds.phrases import MEASURES
-from openm6.worlds.pictured import SPLITS, combinations
+from openm6.worlds.pictured import SPLITS, combinations, drawn
 
-VERSION = 2
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 2  # of the records: see `drawn`
 
 PICTURES = {"train": 12_000, "validation": 500, "test": 500}
 
@@ -132,7 +129,4 @@ def _told(items: list[Item], rng: np.random.Generator) -> str:
 
 def open_scenes(split: str, seed: int = 0, pictures: int | None = None) -> Records:
     """The records of a split, generated at the first call, then from the cache."""
-    check_split("The scenes have", split, SPLITS)
-    count = PICTURES[split] if pictures is None else pictures
-    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
-    return drawn("scenes", key, count, partial(picture, seed, split), f"drawing the {split} scenes")
+    return drawn("scenes", VERSION, picture, split, seed, PICTURES, pictures)

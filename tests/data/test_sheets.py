@@ -15,7 +15,7 @@ from openm6.data.store import Record
 
 def load(path: Path) -> tuple[list[Record], list[Reject]]:
     rejected: list[Reject] = []
-    return list(read_xlsx(str(path), None, rejected.append)), rejected
+    return list(read_xlsx(str(path), rejected.append)), rejected
 
 
 def workbook(path: Path, *sheets: list[list[Any]]) -> Path:

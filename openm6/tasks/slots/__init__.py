@@ -1,4 +1,4 @@
-"""The slot types, a file each. A type is a module with the functions of `SlotType`."""
+"""The slot types, a file each. A type is a module, or an object, with the functions of `SlotType`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import box, image, label, table, text, triples, vector
+from openm6.tasks.slots import box, image, label, table, text, triples
+from openm6.tasks.slots.vector import VECTOR
 
 
 class SlotType(Protocol):
@@ -28,5 +29,5 @@ class SlotType(Protocol):
 
 
 TYPES: dict[str, SlotType] = {
-    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": vector,
+    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": VECTOR,
 }  # fmt: skip

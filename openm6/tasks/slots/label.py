@@ -9,11 +9,9 @@ from typing import Any
 from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots.text import as_text
+from openm6.tasks.slots.text import as_text, read, schema
 
-
-def schema() -> dict[str, Any]:
-    return {"type": "string"}
+__all__ = ["normalize_label", "read", "schema", "source", "target"]
 
 
 def normalize_label(text: str) -> str:
@@ -31,7 +29,3 @@ def target(value: Any, processor: Processor) -> Sequence[int]:
     if not label:
         raise DataError("is empty.")
     return processor.tokenizer.encode_often(label)
-
-
-def read(ids: Sequence[int], processor: Processor) -> str:
-    return processor.tokenizer.decode(ids)

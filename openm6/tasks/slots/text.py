@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,3 +44,11 @@ def as_text(value: Any) -> str:
     if not value:
         raise DataError("is empty.")
     return value
+
+
+def from_json(value: Any, what: str) -> Any:
+    """A value, or the one that a text holds as JSON. Raises DataError for a text that is not the JSON of `what`."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise DataError(f"is a text, but not the JSON of {what}.") from None
