@@ -157,7 +157,8 @@ def publish(draft: Path, target: Path) -> None:
     """Move a complete directory to its place, instead of an older one, after it is on the disk."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
-        _flush(draft)
+        for path in (*draft.rglob("*"), draft):
+            _flush_entry(path)
         if target.exists():
             target.rename(old)
         draft.rename(target)
@@ -179,12 +180,6 @@ def _reason(error: BaseException) -> str:
     return "no space left on the device" if "No space" in str(error) else "the disk refused"
 
 
-def _flush(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _flush_entry(path)
-    _flush_entry(directory)
-
-
 def _flush_entry(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -194,8 +189,6 @@ def _flush_entry(path: Path) -> None:
 
 
 _ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
-
-
 _BYTES = "__base64__"
 
 
@@ -275,7 +268,10 @@ def has_more_values(text: str, most: int) -> bool:
 
 
 def _read_json(text: str) -> Any:
-    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique)
+    def constant(name: str) -> Fault:
+        return Fault(f"holds {name}, which JSON does not know")
+
+    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant, object_pairs_hook=_unique)
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
@@ -326,10 +322,6 @@ def _integer(digits: str) -> int | Fault:
 def _float(digits: str) -> float | Fault:
     value = float(digits)
     return value if math.isfinite(value) else Fault(f"holds a number that is too large ({digits[:40]})")
-
-
-def _constant(name: str) -> Fault:
-    return Fault(f"holds {name}, which JSON does not know")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:

@@ -291,16 +291,14 @@ def _open(path: Path) -> tokenizers.Tokenizer:
 
 def _in_characters(data: bytes) -> list[bool]:
     """For each byte, whether it belongs to a whole character."""
-    found, place = [False] * len(data), 0
+    found, place = [True] * len(data), 0
     while place < len(data):
-        for end in range(place + 1, min(place + 4, len(data)) + 1):
-            try:
-                data[place:end].decode()
-            except UnicodeDecodeError:
-                continue
-            found[place:end] = [True] * (end - place)
+        try:
+            data[place:].decode()
             break
-        place = end if found[place] else place + 1
+        except UnicodeDecodeError as error:
+            found[place + error.start : place + error.end] = [False] * (error.end - error.start)
+            place += error.end
     return found
 
 

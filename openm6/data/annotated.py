@@ -15,11 +15,10 @@ from PIL import Image
 from openm6.core.errors import DataError, cut
 from openm6.core.files import Fault, fault_of
 from openm6.core.images import from_base64, held_picture
-from openm6.data.files import is_folder, is_remote, list_folder, open_file
+from openm6.data.files import is_folder, is_remote, list_folder, numbered_lines, open_file
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 from openm6.data.tables import load_json, read_jsonl, read_tsv
-from openm6.data.text import numbered_lines
 
 
 def read_coco(path: str, on_reject: OnReject) -> Iterator[Record]:
@@ -64,10 +63,8 @@ def read_vqa(path: str, on_reject: OnReject) -> Iterator[Record]:
     names = {i.get("id"): i.get("file_name") for _, i in images}
     subtype = content.get("data_subtype") or notes.get("data_subtype")
     for where, row in _rows(content, "questions", path, on_reject):
-        note, name = (
-            answers.get(row.get("question_id")),
-            row.get("image") or row.get("file_name") or names.get(row.get("image_id")),
-        )
+        note = answers.get(row.get("question_id"))
+        name = row.get("image") or row.get("file_name") or names.get(row.get("image_id"))
         if name is None and subtype and isinstance(row.get("image_id"), int):
             name = f"COCO_{subtype}_{row['image_id']:012d}.jpg"
         if note is None:
@@ -80,11 +77,8 @@ def read_vqa(path: str, on_reject: OnReject) -> Iterator[Record]:
             listed = note.get("answers") if isinstance(note.get("answers"), list) else []
             given = [a.get("answer") if isinstance(a, dict) else a for a in listed or ()]
             given = [a for a in given if isinstance(a, (str, int, float))]
-            best = (
-                note.get("multiple_choice_answer")
-                or note.get("answer")
-                or (Counter(given).most_common(1)[0][0] if given else None)
-            )
+            common = next((answer for answer, _ in Counter(given).most_common(1)), None)
+            best = note.get("multiple_choice_answer") or note.get("answer") or common
             if best is None:
                 on_reject(Reject(where, f"{where} has an annotation without an answer."))
                 continue
@@ -109,25 +103,18 @@ def vqa_annotations(path: str) -> str | None:
 
 
 def _renamed(path: str) -> list[str]:
-    folder, _, name = path.rpartition("/")
+    folder, slash, name = path.rpartition("/")
     plain = name.replace("questions", "annotations")
     # VQA 2 calls them v2_OpenEnded_mscoco_train2014_questions.json and v2_mscoco_train2014_annotations.json.
-    return [
-        f"{folder}/{n}" if folder else n
-        for n in (plain, plain.replace("OpenEnded_", "").replace("MultipleChoice_", ""))
-    ]
+    return [folder + slash + n for n in (plain, plain.replace("OpenEnded_", "").replace("MultipleChoice_", ""))]
 
 
 def read_muge(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The layouts of MUGE and Chinese-CLIP: NAME_texts.jsonl ({"text_id", "text", "image_ids"}) and NAME_imgs.tsv
     (id, tab, the picture in base64), or, for captions, NAME.jsonl ({"image_id", "text": [...]}) and NAME.tsv.
-    One record a picture: {image, text: [...], image_id}.
-
-    `path` is the texts' file, or a folder with one pair or several.
-    """
+    One record a picture: {image, text: [...], image_id}. `path` is the texts' file, or a folder with pairs of files."""
     if is_folder(path):
-        pairs = [name for name in list_folder(path) if muge_images(name)]
-        for name in pairs:
+        for name in filter(muge_images, list_folder(path)):
             yield from read_muge(name, on_reject)
         return
     images = muge_images(path)
@@ -224,7 +211,7 @@ def read_ofa(path: str, on_reject: OnReject) -> Iterator[Record]:
                 row[name] = [part.strip() for part in row[name].split("&&") if part.strip()]
         if "answer" in row:
             told = [part.partition("|!+")[::2] for part in row["answer"].split("&&")]
-            if not all(answer and _is_number(share) for share, answer in told):
+            if not all(answer and _is_number(certainty) for certainty, answer in told):
                 on_reject(Reject(row["_where"], f"{row['_where']} has an answer that is not written as 0.6|!+no."))
                 continue
             row["answers"] = [answer for _, answer in sorted(told, key=lambda one: -float(one[0]))]

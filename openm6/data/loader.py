@@ -20,8 +20,7 @@ import numpy as np
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import ContrastTarget, Sequence
-from openm6.data.classes import Classes
-from openm6.data.columns import SlotView
+from openm6.data.columns import Classes, SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record, Records

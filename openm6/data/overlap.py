@@ -42,9 +42,8 @@ def find_overlap(
     limit: int | None = None,
     most: int | None = None,
 ) -> Overlap:
-    """Find those of the first `limit` records of `test` whose task inputs equal those of one of the first `most`
-    records of `train`. A task without inputs is compared by its outputs. No records of `train` are held in memory, and of
-    `test` a digest of each.
+    """Find those of the first `limit` records of `test` whose task inputs (outputs, of a task without inputs) equal
+    those of one of the first `most` records of `train`. Of `test` a digest of each record is held in memory.
 
     Pictures are compared by size first, so that only candidates are read. Raises UsageError where a slot has no column.
     """

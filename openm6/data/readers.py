@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from openm6.core.errors import DataError, UsageError, suggest
-from openm6.data import annotated, bundled, sheets, tables
+from openm6.data import annotated, bundled, tables
 from openm6.data.bundled import plain_picture
 from openm6.data.files import absolute, expand, folder_of, is_folder, list_folder
 from openm6.data.rejects import OnReject
@@ -141,7 +141,7 @@ FORMATS: dict[str, Reader] = {
     "csv": tables.read_csv,
     "tsv": tables.read_tsv,
     "txt": tables.read_lines,
-    "xlsx": sheets.read_xlsx,
+    "xlsx": tables.read_xlsx,
     "coco": annotated.read_coco,
     "vqa": annotated.read_vqa,
     "muge": annotated.read_muge,

@@ -152,11 +152,6 @@ def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
     return len(ends) - 1
 
 
-def cache_folder() -> Path:
-    """`$OPENM6_CACHE`, else `~/.cache/openm6`."""
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "openm6")
-
-
 def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
     """The records, with a progress bar on the terminal while they are made, if they are many."""
     from rich.console import Console
@@ -166,13 +161,12 @@ def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
 
 
 def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
-    """The cache folder for `key`, created by `make(folder)` when it does not exist.
-
-    It is created atomically, and only once even when several processes request it at the same time."""
+    """The folder for `key` in the cache (`$OPENM6_CACHE`, else `~/.cache/openm6`), created by `make(folder)` when it
+    does not exist: atomically, and only once even when several processes request it at the same time."""
     from filelock import FileLock
 
     digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True, default=str).encode()).hexdigest()[:20]
-    place = cache_folder() / f"{name}-{digest}"
+    place = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "openm6") / f"{name}-{digest}"
     if place.is_dir():
         return place
     try:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from openm6.core.errors import UsageError
 from openm6.tasks import slots
 from openm6.tasks.grammar import ATTRIBUTES
-from openm6.tasks.slots.vector import OutputSlot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,5 +44,5 @@ def register_head(name: str, head: Head) -> None:
     if head.outputs < 1:
         raise UsageError(f"The head {name} has {head.outputs} outputs; it needs at least 1.")
     HEADS[name] = head
-    slots.TYPES[name] = OutputSlot("the value of a head", head.schema)
+    slots.TYPES[name] = slots.OutputSlot("the value of a head", head.schema)
     ATTRIBUTES[name] = frozenset({"drop"})

@@ -29,8 +29,8 @@ def check_apart(task: Task, calibration: Source, columns: Mapping[str, str], nam
         if common.found:
             raise UsageError(
                 f"{name} has {len(common.found)} of the {common.total} records that {task.name} was calibrated with, "
-                f"the first at {common.first}: a version that was trained on them cannot be measured on them. Give other "
-                "records by --data, or calibrate with others first."
+                f"the first at {common.first}: a version that was trained on them cannot be measured on them. Give "
+                "other records by --data, or calibrate with others first."
             )
 
 

@@ -118,7 +118,7 @@ class SequenceObjective:
             + isinstance(e.target, (ContrastTarget, HeadTarget))
             for e in examples
         )
-        return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
+        return trained, sum(len(e) for e in every), sum(any(one.truncated for one in _flat([e])) for e in examples)
 
     def micro_batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
         """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
