@@ -96,9 +96,8 @@ def pack(sequences: Items[Sequence], row_length: int, pad_id: int, balance_rows:
     """Pack examples into as few rows of `row_length` positions as first-fit-decreasing finds.
 
     With `balance_rows` the examples are spread over that many rows, which become only as long as the fullest: less
-    padding (a few percent against an eighth for the demo), for shapes that change from batch to batch. Examples do not
-    see each other (see `allowed`); segment i + 1 is `sequences[i]`. Raises ValueError if an example is longer than a
-    row."""
+    padding (a few percent against an eighth for the demo), for shapes that change from batch to batch. Segment i + 1 is
+    `sequences[i]`; examples do not see each other. Raises ValueError if an example is longer than a row."""
     lengths = [len(s) for s in sequences]
     if max(lengths, default=0) > row_length:
         raise ValueError(f"an example of {max(lengths)} positions does not fit a row of {row_length}")

@@ -140,9 +140,8 @@ def require_new(target: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse, before any work, a folder in which no file can be created; of a folder that does not exist yet, its
-    nearest existing parent is checked. A file is created as a trial, because neither permissions nor a read-only mount
-    tell for sure."""
+    """Refuse, before any work, a folder (or its nearest existing parent) in which no file can be created. A file is
+    created as a trial: neither permissions nor a read-only mount tell for sure."""
     place = folder.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -294,10 +293,8 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
 
 
 def fault_of(value: Any) -> str | None:
-    """The reason why a parsed value cannot be used, as a verb with its object; None where it can.
-
-    Reasons are lone surrogates in texts or keys, numbers that are too large, NaN and Infinity, a duplicate key, more
-    than 100 levels."""
+    """The reason why a parsed value cannot be used, as a verb with its object; None where it can. Reasons are lone
+    surrogates, numbers that are too large, NaN and Infinity, a duplicate key, more than 100 levels."""
     rest = [(value, 0)]
     while rest:
         one, depth = rest.pop()

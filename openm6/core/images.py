@@ -50,8 +50,7 @@ def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool
     RGB or RGBA. Grey values of 16 bits are scaled by their full range (65535 is white). Values of 32 bits have no
     agreed white: integers from 0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the
     picture's smallest value (black) to its largest (white). `draft` lets the JPEG decoder stop at the nearest size not
-    below (width, height): six times faster. Raises DataError, in one sentence, for a missing, truncated, unknown or too
-    large picture."""
+    below (width, height): six times faster. Raises DataError for a missing, damaged, unknown or too large picture."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
@@ -144,10 +143,8 @@ def sketch(source: Source, size: int) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """Grid of a picture's patches: patches of `stride` pixels a side, at most `max_patches`.
-
-    Every picture is scaled to fill the budget, with the sides (multiples of `stride`) that come closest to its aspect
-    ratio."""
+    """Grid of a picture's patches: patches of `stride` pixels a side, at most `max_patches`. Every picture is scaled to
+    fill the budget, with the sides (multiples of `stride`) that come closest to its aspect ratio."""
 
     stride: int
     max_patches: int

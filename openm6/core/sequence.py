@@ -1,8 +1,7 @@
 """Sequence: one example, as the network reads it. T positions.
 
 Neither this module nor the tasks that make sequences need PyTorch. A Batch (batch.py) lays sequences out for the
-network.
-"""
+network."""
 
 from __future__ import annotations
 
@@ -100,8 +99,7 @@ class Sequence:
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source
     truncated           number of tokens of source and target that were left out because the example was too long
-    target              what the kind of its answer needs besides labels; None: nothing
-    """
+    target              what the kind of its answer needs besides labels; None: nothing"""
 
     ids: np.ndarray
     blocks: np.ndarray

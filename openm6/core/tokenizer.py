@@ -51,8 +51,7 @@ class Tokenizer:
     code_start      id of the first of `num_codes` image codes
     estimate_ids    ids of the tokens that ask for a picture's relevance, fidelity and quality; answer: yes_id or no_id
     class_ids       256 ids that stand for numbers where a position answers with one (of the bytes, if present)
-    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it
-    """
+    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it"""
 
     def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
         if num_codes < 0:
@@ -311,9 +310,6 @@ def _unreadable(text: Any) -> DataError:
 
 def common_characters(count: int) -> list[str]:
     """The `count` most frequent Chinese characters, most frequent first, of the 12,010 in characters.txt (by the word
-    counts of the dictionary of jieba 0.42.1, MIT licence).
-
-    As the alphabet of a small tokenizer they keep any Chinese text near one token a character.
-    """
+    counts of the dictionary of jieba 0.42.1, MIT licence): an alphabet for small tokenizers."""
     text = resources.files("openm6.core").joinpath("characters.txt").read_text("utf-8")
     return list(text.replace("\n", ""))[:count]

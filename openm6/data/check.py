@@ -211,9 +211,9 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
     sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
-    source = _read(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
+    source = _text_of(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
     if plain:
-        target = _read(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
+        target = _text_of(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
     else:
         value = record.get(task.outputs[0])
         value = value[0] if task.sketch and isinstance(value, list) else value
@@ -223,7 +223,7 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
     return _short(source), _short(target)
 
 
-def _read(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
+def _text_of(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
     """The text of ids, with pictures by name, gaps as `____`, and the marks of tables."""
     marks = {
         tokenizer.mask_id: "____", tokenizer.table_id: "<|table|>", tokenizer.table_end_id: "<|/table|>",

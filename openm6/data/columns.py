@@ -84,11 +84,9 @@ class SlotView:
         return cls(task, map_columns(task, records.columns, columns or {}, sample, command))
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
-        """The record by slots.
-
-        `rng` draws one of a list of texts; without it an input takes the first, and an output keeps the list (all are
-        right). A picture's path is completed by the root of its source. Raises DataError for a picture that may not be
-        read."""
+        """The record by slots. `rng` draws one of a list of texts; without it an input takes the first, and an output
+        keeps the list (all are right). A picture's path is completed by the root of its source. Raises DataError for a
+        picture that may not be read."""
         seen = dict(record)
         for name, column in self.mapping.items():
             value = record.get(column)
@@ -215,8 +213,7 @@ def _foreign(column: str, slot: str, kind: str) -> bool:
 
 
 def is_key(name: str, values: list[Any], kind: str) -> bool:
-    """Whether a column identifies records: by its name, or because its `values` are distinct codes. A picture's column
-    does not: it holds paths."""
+    """Whether a column, other than a picture's, identifies records: by its name, or by `values` of distinct codes."""
     if kind not in ("text", "label"):
         return False
     texts = [str(v) for v in values if v is not None]
@@ -320,8 +317,7 @@ _SHOWN = 20
 
 @dataclass(slots=True)
 class Classes:
-    """The classes of one label slot: `counts` by class, and `respelled`, the class of every label with another spelling
-    (see normalize_label)."""
+    """The classes of a label slot: `counts` by class, and in `respelled` the class of every label spelt otherwise."""
 
     counts: Counter[str] = field(default_factory=Counter)
     respelled: dict[str, str] = field(default_factory=dict)

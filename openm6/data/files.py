@@ -112,8 +112,7 @@ def read_file(path: str) -> bytes:
 
 
 def fingerprint(path: str) -> list[Any]:
-    """Path, size and times of change of a file, to detect changes (of its content, and of its entry, which a copy that
-    preserves the former renews)."""
+    """Path, size and times of change, of its content and of its entry, of a file, to detect changes."""
     if is_remote(path):
         system, inner = filesystem(path)
         info = _retried(lambda: system.info(inner), path)
@@ -301,11 +300,9 @@ def _decoded(sample: bytes, codec: str) -> str | None:
 
 
 def _is_chinese(text: str) -> bool:
-    """Whether text decoded as GB18030 is Chinese, not text of another encoding.
-
-    More than nine tenths of the characters of Chinese text are of GB2312's first level (lead bytes B0 to D7, by
-    pinyin), and about half of these have a pinyin after R. Big5 and Japanese decode to rarer ones, Korean to the first
-    half alone."""
+    """Whether text decoded as GB18030 is Chinese, not text of another encoding: more than nine tenths of its characters
+    are then of GB2312's first level (lead bytes B0 to D7, by pinyin), about half of these with a pinyin after R. Big5
+    and Japanese decode to rarer characters, Korean to the first half alone."""
     codes = [c.encode("gb18030", "ignore") for c in text if not c.isascii()]
     codes = [c for c in codes if not (len(c) == 2 and 0xA1 <= c[0] <= 0xA3)]  # punctuation and full-width letters
     usual = [c[0] for c in codes if len(c) == 2 and 0xB0 <= c[0] <= 0xD7 and c[1] >= 0xA1]

@@ -51,8 +51,7 @@ class Entry:
     same       columns by which records are grouped: those that agree in all are not told apart
     shots      maximum number of other records, with their answers, before each
     classes    the classes of the labels to be written, where they were counted
-    encode     makes the examples
-    """
+    encode     makes the examples"""
 
     name: str
     records: Records
@@ -74,8 +73,7 @@ class Loader:
 
     `batch_size` examples make a step over all `world` processes; this one, `rank`, takes every world-th of them.
     `threads` prepare examples ahead. Bad records are counted in `rejects` and replaced by the next good one of their
-    source; without `rejects` the first one raises its DataError. Raises UsageError where the arguments are
-    inconsistent."""
+    source; without `rejects` the first one raises its DataError. Raises UsageError for inconsistent arguments."""
 
     def __init__(
         self,

@@ -105,8 +105,7 @@ def format_of(path: str, format: str | None = None) -> str:
 
 
 def _json_format(path: str, encoding: str | None) -> str:
-    """The JSON layout of a file, by its top-level keys; JSON lines where it is not JSON as a whole and lines of it are
-    objects."""
+    """The JSON layout of a file, by its top-level keys; JSON lines where its lines, but not the whole, are JSON."""
     try:
         content = tables.load_json(path, encoding)
     except DataError:

@@ -32,8 +32,7 @@ def place_of(where: str) -> tuple[str, int]:
 
 
 def count_rejected(folder: Path) -> int:
-    """The number of records that the processes of a run could not use, from the files in its folder; a record that
-    several of them met counts once."""
+    """The number of different records that the processes of a run could not use, from the files in its folder."""
     lines = (line for path in folder.glob("rejects*.jsonl") for line in whole_lines(path))
     return len({(line.get("source"), line["where"]) for line in lines})
 
@@ -57,8 +56,7 @@ class Rejects:
             self.seen += number
 
     def count(self, where: str, reason: str, source: str = "") -> None:
-        """Count a record that cannot be used; one that was met before (in an earlier epoch, or by a resumed run) is not
-        written again."""
+        """Count a record that cannot be used; one that an earlier epoch or run met is not written again."""
         with self._lock:
             self.seen += 1
             self.bad += 1

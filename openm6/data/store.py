@@ -133,8 +133,7 @@ def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
     """Write records into a folder, in order; byte strings at the top level stay bytes. Returns their number.
 
     records.bin has for each record a line of JSON ([the record without its byte strings, their keys, their lengths]),
-    then the byte strings; ends.npy, int64 [records + 1], the end of each record, from 0.
-    """
+    then the byte strings; ends.npy, int64 [records + 1], the end of each record, from 0."""
     folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, None] = {}
     ends = array("q", [0])

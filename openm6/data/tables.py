@@ -206,7 +206,7 @@ def read_xlsx(path: str, on_reject: OnReject) -> Iterator[Record]:
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # the declared size can be less than the real one
-        sheets = [s for s in book.worksheets if any(_filled(row) for row in s.iter_sheet_rows(max_row=9))]
+        sheets = [s for s in book.worksheets if any(_filled(row) for row in s.iter_rows(max_row=9))]
         if len(sheets) > 1:
             raise DataError(
                 f"{path} has several sheets with rows ({', '.join(cut(s.title) for s in sheets)}): keep one in a file."
@@ -227,7 +227,7 @@ def _filled(row: Any) -> bool:
 
 def _sheet_rows(path: str, sheet: Any, formulas: Any, on_reject: OnReject) -> Iterator[Record]:
     header: list[str] | None = None
-    for number, (row, written) in enumerate(zip(sheet.iter_sheet_rows(), formulas.iter_sheet_rows(), strict=True), 1):
+    for number, (row, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), 1):
         where = f"{path}:{number}"
         if not _filled(written):
             continue

@@ -34,8 +34,7 @@ class Rule(Protocol):
     """A rule about the content of a text, applicable to a text that is not complete yet."""
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or, in a text that has not `ended`, if its continuation may
-        repair it."""
+        """The violation in a text; "" for none, or if the continuation of a text that has not `ended` may repair it."""
 
     def tail(self, text: str) -> str:
         """The end of a text that restricts its continuation; "" where it does not."""

@@ -34,8 +34,7 @@ def mask(text: str, fraction: float, rng: np.random.Generator) -> tuple[Pieces, 
 
 
 def prefix(text: str, rng: np.random.Generator) -> tuple[Pieces, str]:
-    """The text cut at a random place: a beginning (of one character at least, where there are two), and the rest (never
-    empty)."""
+    """The text cut at a random place: a beginning (empty for a single character), and the rest (never empty)."""
     cut = int(rng.integers(1, len(text))) if len(text) > 1 else 0
     return (text[:cut],), text[cut:]
 

@@ -1,8 +1,7 @@
 """From a record to a Sequence: the left side of an instruction as pieces, the right side as tokens.
 
 encode_prompt    in use: the source, up to `<|answer|>`
-encode_example   in training and measuring: the source, corrupted, and what is learned of its answer
-"""
+encode_example   in training and measuring: the source, corrupted, and what is learned of its answer"""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class _Encoding:
     """The setting in which the records of one example are encoded.
 
     rng              of training: draws texts, corruptions and dropped slots; None: the same each time
-    max_positions    of a request: positions of the model, by which the size of a value is checked
-    """
+    max_positions    of a request: positions of the model, by which the size of a value is checked"""
 
     task: Task
     instruction: Instruction
@@ -101,8 +99,7 @@ def encode_example(
     A task that draws also learns verdicts on whole pictures: those of a record that has them (drawn.ESTIMATES), and in
     training, with `another` record of the same source, whether a picture is the record's own.
 
-    `shots` and `truncate` as in `encode_prompt`; training leaves out the first of too many shots. Raises the same
-    errors."""
+    `shots`, `truncate` and errors as in `encode_prompt`; training leaves out the first of too many shots."""
     record, permitted, lost = _before_truncation(task, record, processor, shots, truncate)
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)

@@ -3,8 +3,7 @@ table's cells.
 
     parent       F1 of PARENT (Dhingra et al. 2019, arXiv 1906.01081), 0 to 1: n-grams of the text that the reference
                  or the table entails, and coverage of both; of characters
-    facts_kept   fraction of the table's values that occur in the text, word for word
-"""
+    facts_kept   fraction of the table's values that occur in the text, word for word"""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ class Digits:
 
 
 class Verse:
-    """Lines of `length` Chinese characters, a comma after every odd line and a full stop after every even one (and
-    after the last)."""
+    """Lines of `length` Chinese characters, with a comma after odd lines, a full stop after even ones and the last."""
 
     def __init__(self, lines: int, length: int, tokenizer: Tokenizer):
         self._lines, self._length, self._end_id = lines, length, tokenizer.end_id
@@ -118,8 +117,7 @@ def _is_beginning(data: bytes) -> bool:
 
 @lru_cache(maxsize=8)
 def characters(tokenizer: Tokenizer) -> Characters | None:
-    """The constraint of texts without a form of their own; None where every token has whole characters and none has
-    U+FFFD."""
+    """The constraint of texts without a form; None where all tokens have whole characters, none of them U+FFFD."""
     return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged else None
 
 

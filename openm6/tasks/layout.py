@@ -115,6 +115,8 @@ def _cut_ends(pieces: list[Piece], budget: int) -> list[Piece]:
 def _cut_start(pieces: list[Piece], budget: int) -> list[Piece]:
     """Take the beginning from the longest cuttable piece, so that all cuttable ones have `budget` ids together."""
     lengths = [len(piece.ids) if piece.cuttable else 0 for piece in pieces]
-    longest = lengths.index(max(lengths, default=0))
+    if not any(lengths):
+        return pieces
+    longest = lengths.index(max(lengths))
     shorter = pieces[longest]._replace(ids=pieces[longest].ids[max(0, sum(lengths) - budget) :])
     return [*pieces[:longest], shorter, *pieces[longest + 1 :]]

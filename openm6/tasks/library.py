@@ -136,10 +136,8 @@ def names() -> list[str]:
 
 
 def get(name: str | Path) -> Task:
-    """A task by its name, by the path of a YAML file, or by its instruction (`"[image] 是什么? -> [text]"`).
-
-    Raises UsageError, with a suggestion, when there is none.
-    """
+    """A task by its name, by the path of a YAML file, or by its instruction (`"[image] 是什么? -> [text]"`). Raises
+    UsageError, with a suggestion, when there is none."""
     text = str(name)
     if text in _files():
         return _library_task(text)

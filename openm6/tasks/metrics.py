@@ -14,8 +14,7 @@ it comes from the loss, not from answers.
     spearman      rank correlation of numbers, -1 to 1 (an answer that is not a number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
     found         fraction of the boxes that overlap the reference by 0.5 or more
-    macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label
-"""
+    macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label"""
 
 from __future__ import annotations
 
@@ -223,8 +222,7 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
-    """A function from a text to its label: the one of `known`, else the first of `others`, that is equal by accuracy,
-    else the normalized text itself."""
+    """A function from a text to the label of `known`, else of `others`, equal by accuracy, else to the normal text."""
     known = [normalize_label(label) for label in known]
     exact, names = set(known), dict[str, str]()
     for label in (*known, *map(normalize_label, others)):
@@ -240,8 +238,7 @@ def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[s
 def label_pairs(
     predictions: list[str], references: list[list[str]], known: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """The answered label and the right one of each record: of several references the one that was answered, else the
-    first."""
+    """The answered label and the right one of each record: of several references the answered one, else the first."""
     name = label_namer(known, (text for wanted in references for text in wanted))
     said, right = [name(text) for text in predictions], []
     for label, wanted in zip(said, references, strict=True):

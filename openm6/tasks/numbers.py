@@ -50,8 +50,7 @@ _TAIL = re.compile(rf"[{_STARTS}][{_STARTS}{re.escape(_MORE)}]{{0,63}}$")
 
 
 class _Plain(dict[int, str]):
-    """Translation of each character to its plain form: NFKC and lower case, where that is one character. Signs made of
-    digits, such as ² and ①, stay."""
+    """Each character's plain form: NFKC and lower case, where that is one character; signs such as ² and ① stay."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -241,8 +240,7 @@ class GivenNumbers:
         return self.following if tail else ()
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or if the continuation of a text that has not `ended` may
-        repair its last number."""
+        """The violation in a text; "" for none, or if the continuation of a text that has not `ended` may repair it."""
         said = plain(text)
         for number in read_numbers(text):
             if (self._prices if number.is_money else self.values).issuperset(number.values):

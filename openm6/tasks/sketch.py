@@ -248,8 +248,7 @@ def ordered(log_probs_NM: np.ndarray) -> list[int]:
 
 
 def assign(cost_NM: np.ndarray) -> list[int]:
-    """A column of its own for each row of finite costs, M >= N, with the least sum: the Hungarian algorithm by shortest
-    augmenting paths, O(N² M)."""
+    """Assign a column to each row, M >= N, at the least sum of costs: Hungarian algorithm, O(N² M)."""
     rows, columns = cost_NM.shape
     row_price, column_price = np.zeros(rows), np.zeros(columns)
     owner = np.full(columns, -1)  # the row that has a column

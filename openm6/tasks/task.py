@@ -29,8 +29,7 @@ class Task:
                    the same slot names
     sketch         the slot on the left that the text keeps much of: the text is then generated from a sketch of it, by
                    edits in parallel (see `sketch`), not one token after the other
-    slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side
-    """
+    slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side"""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -96,8 +95,7 @@ class Task:
 
     @property
     def embeds(self) -> bool:
-        """Whether the answer is a vector: the network's output where the answer would begin. It stands alone on the
-        right."""
+        """Whether the answer is a vector: the network's output where the answer would begin, alone on the right."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
 
     @property

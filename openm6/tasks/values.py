@@ -28,8 +28,7 @@ class Values:
 
     meanings    word: the values that it names
     implied     value: further words that may name it; 酒红 is 红 too
-    bare        characters that are colours in a column of colours alone: 红 in 红/黑
-    """
+    bare        characters that are colours in a column of colours alone: 红 in 红/黑"""
 
     def __init__(
         self,
@@ -160,8 +159,7 @@ class OwnValues:
         return any(len(word) > len(start) and word.startswith(start) for word in self._own)
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or if the last word of a text that has not `ended` may become
-        another."""
+        """The violation in a text; "" for none, or if the last word of one that has not `ended` may become another."""
         said = plain(text)
         for start, end, word in self.known.read(said):
             if self._has(word):

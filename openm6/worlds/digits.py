@@ -31,9 +31,7 @@ _CAPTIONS = (
 @cache
 def open_digits(split: str = "train") -> Records:
     """Records: image (PNG bytes, 64 x 64), question, answer ("7"), caption (six), label ("7"), kind ("digit").
-
-    Raises UsageError for an unknown split.
-    """
+    Raises UsageError for an unknown split."""
     check_split("The digits have", split, SPLITS)
     require("demo", "sklearn")
     from sklearn.datasets import load_digits

@@ -52,8 +52,7 @@ class Manner:
 
     tilt      maximum tilt of an item, in radians; skew: of its pattern
     period    of a pattern, as a fraction of the item; at least `least` pixels
-    noise     of the camera, in levels of 255
-    """
+    noise     of the camera, in levels of 255"""
 
     tilt: float
     skew: float

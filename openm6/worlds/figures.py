@@ -383,7 +383,5 @@ def record(seed: int, split: str, index: int) -> Record:
 
 def open_figures(split: str = "train", seed: int = 0, pictures: int | None = None) -> Records:
     """Records: person, garment, result (JPEG bytes, 64 x 64), category, pattern; all but `varied`: colour, caption.
-
-    Generated at the first call (a few milliseconds a record), then from the cache. Raises UsageError for an unknown
-    split."""
+    Generated at the first call (milliseconds a record), then from the cache. Raises UsageError for an unknown split."""
     return drawn("tryon", VERSION, record, split, seed, PICTURES, pictures)

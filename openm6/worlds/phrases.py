@@ -23,8 +23,7 @@ Attributes = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question; `kind` is the attribute asked for, `detail` the way to refer to the item: alone, named, placed, pair,
-    all."""
+    """A question; `kind`: the attribute asked for; `detail`: the reference: alone, named, placed, pair, all."""
 
     question: str
     answer: str

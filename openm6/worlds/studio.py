@@ -94,8 +94,7 @@ def open_matches(split: str, seed: int = 0, pictures: int | None = None) -> Reco
 
 @cache
 def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
-    """For each attribute the items of a split that differ in it alone, where there are any; else all others (a few
-    held-out items have none)."""
+    """For each attribute the items of a split that differ in it alone; all others for an item without any."""
     every = (
         tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
         for name in ("category", "colour", "pattern")
@@ -104,8 +103,7 @@ def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
 
 
 def _pointing(items: list[Item], rows: list[Record], seed: int) -> Iterator[Record]:
-    """The records with the numbers of their own picture, of a similar one and of one in its style (where there are
-    none, in small sets, its own)."""
+    """The records with the numbers of their own picture, of a similar one and of one in its style (else its own)."""
     rng = np.random.default_rng([seed, len(items)])
     alike: dict[Item, list[int]] = defaultdict(list)
     styled: dict[tuple[str, str], list[int]] = defaultdict(list)

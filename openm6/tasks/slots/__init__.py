@@ -12,8 +12,7 @@ from openm6.tasks.slots import box, image, label, table, text, triples
 
 
 class SlotType(Protocol):
-    """Functions of a slot type. Both encoders raise DataError for an invalid value, and UsageError for an unsupported
-    one."""
+    """Functions of a slot type. Encoders raise DataError for an invalid value, UsageError for an unsupported one."""
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of a value."""

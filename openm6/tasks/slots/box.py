@@ -13,6 +13,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.slots.text import from_json
 
 DIGITS = 8
+_FORM = "has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1."
 
 
 def schema() -> dict[str, Any]:
@@ -38,10 +39,10 @@ def read(ids: Sequence[int], processor: Processor) -> list[float]:
 
 def as_box(value: Any) -> list[float]:
     """A box as four fractions. Raises DataError for an invalid one."""
-    value = from_json(value, "a box")
+    value = from_json(value, _FORM)
     numbers = isinstance(value, (list, tuple)) and len(value) == 4
     if not numbers or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value):
-        raise DataError("has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1.")
+        raise DataError(_FORM)
     left, top, right, bottom = (float(v) for v in value)
     if left >= right or top >= bottom:
         raise DataError(

@@ -74,7 +74,7 @@ def cells_of(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
-    value = from_json(value, "a table")
+    value = from_json(value, "is a text, but not the JSON of a table.")
     rows = [value] if isinstance(value, Mapping) else value
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         raise DataError('has to be a table: {"name": value, ...}, or a list of such rows.')

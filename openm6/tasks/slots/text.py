@@ -46,9 +46,9 @@ def as_text(value: Any) -> str:
     return value
 
 
-def from_json(value: Any, what: str) -> Any:
-    """A value, or the one that a text holds as JSON. Raises DataError for a text that is not the JSON of `what`."""
+def from_json(value: Any, error: str) -> Any:
+    """A value, or the one that a text holds as JSON. Raises DataError(error) for a text that is no JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        raise DataError(f"is a text, but not the JSON of {what}.") from None
+        raise DataError(error) from None

@@ -1,7 +1,6 @@
 """Facts as triples: subject, relation, object.
 
-<|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>
-"""
+<|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>"""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ def read(ids: Sequence[int], processor: Processor) -> list[list[str]]:
 
 def as_triples(value: Any) -> list[tuple[str, str, str]]:
     """A value as a list of triples. Raises DataError for any other value."""
-    value = from_json(value, "triples")
+    value = from_json(value, "is a text, but not the JSON of triples.")
     fits = isinstance(value, (list, tuple)) and len(value) > 0 and all(
         isinstance(row, (list, tuple))
         and len(row) == 3

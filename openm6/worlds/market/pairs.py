@@ -63,8 +63,7 @@ _DESCRIBED = (
 
 
 def similar(w: Wording) -> Record:
-    """first, second: two descriptions; label: the number of category, colour, pattern and style in which they agree, 0
-    to 4."""
+    """first, second: two descriptions; label: how many of category, colour, pattern and style are the same, 0 to 4."""
     goods = make_goods(w)
     label = w.number(0, 4)
     others = {

@@ -1,5 +1,4 @@
-"""Passages about shops with a summary, a title, questions and answers; and knowledge about materials, asked without a
-passage."""
+"""Passages about shops with a summary, a title, questions and answers; and knowledge about materials, without one."""
 
 from __future__ import annotations
 

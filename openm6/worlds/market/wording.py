@@ -1,5 +1,4 @@
-"""Randomness of a generated record: choices determined by its seed, split and number, and wordings of which a fifth
-occurs in the test split only."""
+"""Choices determined by a record's seed, split and number, and wordings, a fifth of them in the test split alone."""
 
 from __future__ import annotations
 
