@@ -175,7 +175,11 @@ def _lay_out(
             cells[row, columns[codes.start : codes.stop]] = cells_of(len(codes))
     weights = [s.image.weight if s.image else 1.0 for s in sequences]
     return Batch(
-        *map(torch.from_numpy, (ids, segments, blocks, positions, labels)),
+        torch.from_numpy(ids),
+        torch.from_numpy(segments),
+        torch.from_numpy(blocks),
+        torch.from_numpy(positions),
+        torch.from_numpy(labels),
         images=list(_group_images(sequences, places, shape[1])),
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],

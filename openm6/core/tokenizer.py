@@ -173,8 +173,6 @@ class Tokenizer:
         name = self._fast.id_to_token(token) or ""
         return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
 
-    # Files
-
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, readable by transformers' AutoTokenizer."""
         directory = Path(directory)
@@ -209,8 +207,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
         return _restore, (self._fast.to_str(), self.num_codes)
-
-    # Making
 
     @classmethod
     def train(

@@ -12,7 +12,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -116,30 +116,28 @@ class Loader:
         """Examples of this process for each step, from the current state."""
         import grain
 
-        share = self.batch_size // self.world
-        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * share if self.threads else 0)
-        own = grain.MapDataset.range(sys.maxsize).map(lambda number: self._example(self._place(number)))
+        per_process = self.batch_size // self.world
+        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * per_process if self.threads else 0)
+        own = grain.MapDataset.range(sys.maxsize).map(self._example)
         examples = iter(own.to_iter_dataset(ahead))
         grain.experimental.set_next_index(examples, self._examples // self.world)
         try:
             while True:
-                step = list(islice(examples, share))
+                step = list(islice(examples, per_process))
                 self._examples += self.batch_size
                 yield step
         finally:
             examples.close()
 
-    def _example(self, place: int) -> Sequence:
-        stage = bisect_right(self._stages, place) - 1
-        example: Sequence = self._mixtures[stage][place - self._stages[stage]]
-        return example
-
-    def _place(self, number: int) -> int:
-        """The place in the whole run of this process's `number`-th example.
+    def _example(self, number: int) -> Sequence:
+        """The `number`-th example of this process.
 
         The mixture alternates evenly, so that of two sources each might fall to one of two processes: hence the places
         of a step are dealt out in random order."""
-        return self._deck[number * self.world + self.rank]
+        place = self._deck[number * self.world + self.rank]
+        stage = bisect_right(self._stages, place) - 1
+        example: Sequence = self._mixtures[stage][place - self._stages[stage]]
+        return example
 
     def get_state(self) -> dict[str, Any]:
         """The state after the completed steps, the same for every process."""
@@ -186,12 +184,15 @@ class _Draws:
 
     def encode(self, index: int, rng: np.random.Generator) -> Sequence:
         """The example of record `index` (counted through the epochs), or of the next usable one."""
+
+        def another() -> Mapping[str, Any]:
+            return self._view(self.entry.records[int(rng.integers(len(self)))], rng)
+
         reason = ""
         for other in range(min(_TRIES, len(self))):
             record = self.entry.records[(index + other) % len(self)]
             try:
                 seen = self._noised(self._view(record, rng), rng)
-                another = partial(self._another, rng)
                 shots = [another() for _ in range(int(rng.integers(self.entry.shots + 1)))] if self.entry.shots else []
                 example = self.entry.encode(self.entry.task, seen, self._processor, rng, another, shots)
                 if self.entry.against:
@@ -230,9 +231,6 @@ class _Draws:
         # Noise in the question must not change the answer.
         free = {name: text for name, text in texts.items() if name not in entry.task.outputs}
         return {**seen, **{name: noised(text, entry.noise, rng) for name, text in free.items()}}
-
-    def _another(self, rng: np.random.Generator) -> Mapping[str, Any]:
-        return self._view(self.entry.records[int(rng.integers(len(self)))], rng)
 
 
 class _Deck:

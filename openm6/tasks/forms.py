@@ -77,13 +77,11 @@ class Verse:
             return (self._end_id,)
         if inside >= self._length:
             return self._mark(line)[:1]
-        return self._fitting(self._length - inside)
+        room = self._length - inside
+        return [token for length, tokens in self._words.items() if length <= room for token in tokens]
 
     def _mark(self, line: int) -> tuple[int, ...]:
         return self._stop if line % 2 or line == self._lines - 1 else self._comma
-
-    def _fitting(self, room: int) -> Sequence[int]:
-        return [token for length, tokens in self._words.items() if length <= room for token in tokens]
 
 
 class Characters:

@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable
 from decimal import Decimal
 from functools import cached_property
+from math import prod
 from string import ascii_lowercase
 from typing import NamedTuple
 
@@ -160,8 +161,8 @@ def _in_places(text: str) -> Decimal | str:
     end = re.search(rf"[{_P}]*$", rest)
     if rest and end:
         digits = "".join(str(_NUMERALS[c]) for c in rest[: end.start()])
-        before = _in_places(whole)
-        return text if isinstance(before, str) else _times(before + Decimal(f"0.{digits}"), rest[end.start() :])
+        before, factor = _in_places(whole), prod(_PLACES[place] for place in rest[end.start() :])
+        return text if isinstance(before, str) else (before + Decimal(f"0.{digits}")) * factor
     if not any(c in _PLACES for c in text):
         return Decimal("".join(str(_NUMERALS[c]) for c in text))
     total = section = Decimal(0)
@@ -188,12 +189,6 @@ def _in_places(text: str) -> Decimal | str:
     if last is not None and place > 10 and not filled and last < 10:  # 三百五, 1万2
         last *= place // 10
     return total + section + (last or 0)
-
-
-def _times(value: Decimal, places: str) -> Decimal:
-    for place in places:
-        value *= _PLACES[place]
-    return value
 
 
 class GivenNumbers:

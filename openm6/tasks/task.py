@@ -66,11 +66,12 @@ class Task:
             what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         if self.sketch:
-            written = [slot for name, slot in outputs.items()]
             given = inputs.get(self.sketch)
             if given is None or given.type not in ("text", "table") or given.drop or given.mask or given.prefix:
                 raise UsageError(f"The task {self.name}: sketch names a text or table that is given whole.")
-            if [slot.type for slot in written] != ["text"] or any(len(i.target) > 1 for i in self.instructions):
+            if [slot.type for slot in outputs.values()] != ["text"] or any(
+                len(i.target) > 1 for i in self.instructions
+            ):
                 raise UsageError(f"The task {self.name}: what is written from a sketch is one text alone.")
         labels = {**{slot.name: slot.labels for slot in every if slot.labels}, **self.labels}
         for name, values in labels.items():
@@ -114,8 +115,6 @@ class Task:
         instructions = tuple(replace(i, target=()) for i in self.instructions)
         return replace(self, instructions=instructions, labels=labels, sketch="")
 
-    # Making
-
     @classmethod
     def from_instruction(
         cls, text: str, name: str | None = None, labels: Mapping[str, Items[str]] | None = None
@@ -143,8 +142,6 @@ class Task:
         """The task with these closed sets, for labels found in the data."""
         return replace(self, labels={**self.labels, **{name: tuple(values) for name, values in labels.items()}})
 
-    # Checking a record
-
     def check(self, given: Mapping[str, Any]) -> None:
         """Raises UsageError for an unknown slot or a missing required one."""
         for name in given:
@@ -167,8 +164,6 @@ class Task:
         """The inputs of a record that are present."""
         return {name: record[name] for name in self.inputs if record.get(name) is not None}
 
-    # Reading an answer
-
     def read(self, ids: Items[int], processor: Processor) -> dict[str, Any]:
         """The outputs by name, from the ids generated for its first instruction."""
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
@@ -178,8 +173,6 @@ class Task:
         """The value of the one output, or the dict of several, from the generated ids."""
         found = self.read(ids, processor)
         return next(iter(found.values())) if len(found) == 1 else found
-
-    # Description
 
     def schema(self) -> dict[str, Any]:
         """JSON schemas of the inputs and of the outputs: `{"inputs": {...}, "outputs": {...}}`."""

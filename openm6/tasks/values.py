@@ -150,9 +150,6 @@ class OwnValues:
                     self._allowed.add(value)
                     self._name(map(plain, self.known.implied.get(value, ())))
 
-    def _has(self, word: str) -> bool:
-        return self._allowed >= self.known.meanings[word]
-
     def _may_become(self, start: str) -> bool:
         """Whether a word may become a longer word of the item. Other longer words (红色文化) are allowed in a text, but
         do not justify beginning one: a model that begins one most often means the value."""
@@ -162,7 +159,7 @@ class OwnValues:
         """The violation in a text; "" for none, or if the last word of one that has not `ended` may become another."""
         said = plain(text)
         for start, end, word in self.known.read(said):
-            if self._has(word):
+            if self._allowed >= self.known.meanings[word]:
                 continue
             if ended or not any(self._may_become(said[n:]) for n in range(start + 1)):
                 return text[start:end]

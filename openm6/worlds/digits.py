@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from openm6.core.extras import require
-from openm6.data.store import ListRecords, Record, Records, check_split
+from openm6.data.store import ListRecords, Records, check_split
 
 SPLITS = ("train", "test")
 SIDE = 64
@@ -43,21 +43,13 @@ def open_digits(split: str = "train") -> Records:
         test = seen[digit] % 5 == 4
         seen[digit] += 1
         if test == (split == "test"):
-            records.append(_record(split, index, pixels, digit))
+            # Ink is 0 to 16 on 8 x 8 points: rendered dark on white, smoothly enlarged.
+            small = Image.fromarray((255 - pixels * (255 / 16)).clip(0, 255).astype(np.uint8))
+            buffer = io.BytesIO()
+            small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
+            records.append({
+                "_where": f"digits/{split}#{index}", "image": buffer.getvalue(),
+                "question": _QUESTIONS[index % len(_QUESTIONS)], "answer": str(digit),
+                "caption": [c.format(d=digit, n=NAMES[digit]) for c in _CAPTIONS], "label": str(digit), "kind": "digit",
+            })  # fmt: skip
     return ListRecords(records)
-
-
-def _record(split: str, index: int, pixels: np.ndarray, digit: int) -> Record:
-    # Ink is 0 to 16 on 8 x 8 points: rendered dark on white, smoothly enlarged.
-    small = Image.fromarray((255 - pixels * (255 / 16)).clip(0, 255).astype(np.uint8))
-    buffer = io.BytesIO()
-    small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)
-    return {
-        "_where": f"digits/{split}#{index}",
-        "image": buffer.getvalue(),
-        "question": _QUESTIONS[index % len(_QUESTIONS)],
-        "answer": str(digit),
-        "caption": [c.format(d=digit, n=NAMES[digit]) for c in _CAPTIONS],
-        "label": str(digit),
-        "kind": "digit",
-    }

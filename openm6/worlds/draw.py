@@ -110,6 +110,7 @@ class Look:
 
 
 CATEGORIES = tuple(GOODS)
+VALUES: dict[str, tuple[str, ...]] = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
 _OUTLINES = GOODS | PETS
 
 
@@ -209,8 +210,8 @@ def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -
     )
     part = canvas[y0:y1, x0:x1]
     part *= (1 - body - trim)[:, :, None]
-    for share, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
-        part += (share * light)[:, :, None] * colour
+    for coverage, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
+        part += (coverage * light)[:, :, None] * colour
     covered = body + trim > 0.5
     across, down = np.flatnonzero(covered.any(0)), np.flatnonzero(covered.any(1))
     return (

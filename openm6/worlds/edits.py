@@ -12,14 +12,13 @@ import numpy as np
 
 from openm6.data.store import Record, Records
 from openm6.worlds import draw
-from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Item, Placed
+from openm6.worlds.draw import COLOURS, STUDIO, VALUES, Item, Placed
 from openm6.worlds.pictured import HELD_OUT, SPLITS, drawn
 
 VERSION = 1  # of the records: see `drawn`
 
 PICTURES = {"train": 8_000, "validation": 500, "test": 500}
 
-VALUES: dict[str, tuple[str, ...]] = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
 _REQUESTS = {
     "category": ("换成{v}。", "把它改成{v}。", "改为{v}，其他不变。"),
     "colour": ("把颜色换成{v}色。", "改成{v}色的。", "颜色改为{v}色，其他不变。"),

@@ -144,6 +144,9 @@ def _back_hair(brush: _Brush) -> None:
         brush.oval((0, _HEAD - 0.105), 0.045, 0.04)
 
 
+_NECK = ((0.038, _HEAD), (0.04, _SHOULDER - 0.03), (0.075, _SHOULDER - 0.01))
+
+
 def _limbs(brush: _Brush) -> None:
     brush.halves((0.14, _SHOULDER), (0.13, _WAIST), (0.15, _HIP))
     for side in (-1, 1):
@@ -151,10 +154,6 @@ def _limbs(brush: _Brush) -> None:
         brush.limb(joint, ankle, 0.13, 0.075)
         shoulder, elbow, _ = brush.figure.arm(side)
         brush.limb(shoulder, elbow, 0.085, 0.07)
-
-
-def _neck(brush: _Brush) -> None:
-    brush.halves((0.038, _HEAD), (0.04, _SHOULDER - 0.03), (0.075, _SHOULDER - 0.01))
 
 
 def _feet(brush: _Brush) -> None:
@@ -251,8 +250,8 @@ def paint(canvas: np.ndarray, figure: Figure, outfits: list[Outfit], light: np.n
         return [(brush.share(), np.array(colour, np.float32) * np.float32(shade))]
 
     under = [
-        part(_back_hair, figure.hair, 0.8), part(_limbs, figure.skin), part(_neck, figure.skin, 0.85),
-        part(_feet, figure.shoes),
+        part(_back_hair, figure.hair, 0.8), part(_limbs, figure.skin),
+        part(lambda brush: brush.halves(*_NECK), figure.skin, 0.85), part(_feet, figure.shoes),
     ]  # fmt: skip
     over = [
         part(_forearms, figure.skin), part(lambda brush: brush.oval((0, _HEAD), 0.085, 0.1), figure.skin),

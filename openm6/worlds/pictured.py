@@ -47,14 +47,12 @@ def in_threads(draw: Callable[[int], T], count: int, what: str) -> Iterator[T]:
         yield from shown(pool.map(draw, range(count)), count, what)
 
 
+Draw = Callable[[int, str, int], Record]
+"""A function of seed, split and index."""
+
+
 def drawn(
-    name: str,
-    version: int,
-    draw: Callable[[int, str, int], Record],
-    split: str,
-    seed: int,
-    sizes: Mapping[str, int],
-    pictures: int | None,
+    name: str, version: int, draw: Draw, split: str, seed: int, sizes: Mapping[str, int], pictures: int | None
 ) -> StoredRecords:
     """The records `draw(seed, split, index)` of a split, generated at the first call, then from the cache. `sizes`: the
     default number of pictures of each split. `version` has to be increased when the same seed gives other records, so

@@ -14,7 +14,7 @@ import numpy as np
 
 from openm6.data.store import Record, Records
 from openm6.worlds import draw
-from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed
+from openm6.worlds.draw import COLOURS, VALUES, Item, Placed
 from openm6.worlds.phrases import MEASURES
 from openm6.worlds.pictured import SPLITS, combinations, drawn
 
@@ -22,7 +22,7 @@ VERSION = 2  # of the records: see `drawn`
 
 PICTURES = {"train": 12_000, "validation": 500, "test": 500}
 
-_KINDS = ("category", "colour", "pattern")
+_KINDS = tuple(VALUES)
 _CORNERS = {"左上": (0.26, 0.26), "右上": (0.74, 0.26), "左下": (0.26, 0.74), "右下": (0.74, 0.74)}
 _TRUE = ("图中有一{m}{n}。", "可以看到{n}。", "画面里有{n}。", "照片里能找到一{m}{n}。", "{n}在图里。")
 _UNSEEN = (
@@ -105,8 +105,7 @@ def _statement(items: list[Item], rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _changed(item: Item, kind: str, rng: np.random.Generator) -> Item:
-    values = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}[kind]
-    others = [value for value in values if value != getattr(item, kind)]
+    others = [value for value in VALUES[kind] if value != getattr(item, kind)]
     return replace(item, **{kind: others[rng.integers(len(others))]})
 
 

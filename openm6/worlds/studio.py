@@ -21,7 +21,7 @@ import numpy as np
 from openm6.core.images import sketch
 from openm6.data.store import ComputedRecords, Record, Records, StoredRecords, cached, write_records
 from openm6.worlds import phrases
-from openm6.worlds.draw import SIDE, STUDIO, Item, Placed, draw_picture
+from openm6.worlds.draw import SIDE, STUDIO, VALUES, Item, Placed, draw_picture
 from openm6.worlds.pictured import SPLITS, combinations, in_threads, with_pictures
 
 VERSION = 1  # of the records: see `pictured.drawn`
@@ -97,7 +97,7 @@ def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
     """For each attribute the items of a split that differ in it alone; all others for an item without any."""
     every = (
         tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
-        for name in ("category", "colour", "pattern")
+        for name in VALUES
     )
     return tuple(some for some in every if some) or (tuple(o for o in combinations(split) if o != item),)
 

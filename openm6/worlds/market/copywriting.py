@@ -54,14 +54,10 @@ def copy(w: Wording) -> Record:
     slogan, subtitle = w.one(_SLOGANS)
     return {
         "attributes": [w.shuffled(goods.row())],
-        "copy": [_copy(w, words) for _ in range(3)],
+        "copy": ["".join(w.one(part).format(**words) for part in (_OPENINGS, _LOOKS, _CLOSINGS)) for _ in range(3)],
         "slogan": slogan.format(**words),
         "subtitle": subtitle.format(**words),
     }
-
-
-def _copy(w: Wording, words: dict[str, str]) -> str:
-    return "".join(w.one(part).format(**words) for part in (_OPENINGS, _LOOKS, _CLOSINGS))
 
 
 def facts(w: Wording) -> Record:

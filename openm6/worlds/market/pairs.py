@@ -75,8 +75,5 @@ def similar(w: Wording) -> Record:
     changed = w.some(list(others), 4 - label)
     values = {name: w.one([o for o in others[name] if o != getattr(goods, name)]) for name in changed}
     other: Goods = replace(goods, **values)  # type: ignore[arg-type]
-    return {
-        "first": w.say(_DESCRIBED, **goods.words()),
-        "second": w.say(_DESCRIBED, **other.words()),
-        "label": str(label),
-    }
+    first, second = (w.say(_DESCRIBED, **described.words()) for described in (goods, other))
+    return {"first": first, "second": second, "label": str(label)}
