@@ -1,7 +1,5 @@
 """The base model of an adapter: its directory, found and compared without PyTorch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

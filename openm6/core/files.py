@@ -4,8 +4,6 @@ Only a newline ends a line of JSON lines or of server-sent events. `str.splitlin
 also end one at U+0085, U+2028 and U+2029, which JSON leaves as they are in a text: the writer escapes them, and the
 reader splits at newlines alone."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -26,7 +24,6 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a directory that appears at `target` complete, or not at all.
-
     Raises OpenM6Error when the disk is full or not writable; previous content of `target` then stays."""
     from safetensors import SafetensorError
 

@@ -236,7 +236,6 @@ def decode_base64(text: str, unpadded: bool = False) -> bytes:
 
 def held_picture(text: str) -> bytes | None:
     """The bytes of the picture that a text holds, as a data URL or as base64 of a file that begins like a picture.
-
     None for any other text, such as a path."""
     if len(text) < _SHORTEST or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
         return None

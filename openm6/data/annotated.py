@@ -1,7 +1,5 @@
 """Records from layouts with pictures and texts in different files: COCO captions, VQA, MUGE."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -29,9 +27,7 @@ def read_coco(path: str, on_reject: OnReject) -> Iterator[Record]:
     captions: dict[Any, list[str]] = {}
     for where, row in _rows(content, "annotations", path, on_reject):
         if row.get("image_id") not in names:
-            on_reject(
-                Reject(where, f"{where} speaks of picture {cut(row.get('image_id'))}, which is not under images.")
-            )
+            on_reject(Reject(where, f"{where} names picture {cut(row.get('image_id'))}, which is not under images."))
         elif not isinstance(row.get("caption"), str):
             on_reject(Reject(where, f"{where} has no caption."))
         else:
@@ -145,9 +141,7 @@ def read_muge(path: str, on_reject: OnReject) -> Iterator[Record]:
             except (DataError, UnicodeDecodeError):
                 image = b""
             if not tab:
-                on_reject(
-                    Reject(where, f"{where} has one field; it has to be an id, a tab, and the picture in base64.")
-                )
+                on_reject(Reject(where, f"{where} has one field; it has to be an id, a tab and the picture in base64."))
             elif not image:
                 unreadable.add(name)
                 on_reject(Reject(where, f"{where}: what stands after the tab is not base64."))

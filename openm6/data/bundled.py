@@ -1,7 +1,5 @@
 """Records from files and folders that contain the pictures: Parquet, WebDataset tar, folders of pictures."""
 
-from __future__ import annotations
-
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Files: local paths and fsspec URLs (`s3://`, `hdfs://`, `https://`), globs, retried reads, encodings of texts."""
 
-from __future__ import annotations
-
 import codecs
 import glob
 import gzip
@@ -35,7 +33,6 @@ def folder_of(path: str) -> str:
 
 def join(folder: str, name: str) -> str:
     """`name` inside `folder`; an absolute local name is returned unchanged.
-
     Raises DataError where a remote name leads out of its folder."""
     if not is_remote(folder):
         return str(Path(folder) / name)
@@ -93,7 +90,6 @@ def list_folder(folder: str) -> list[str]:
 
 def open_file(path: str) -> BinaryIO:
     """Open a file for reading bytes, decompressed when its name ends in .gz. Reads of remote files are retried.
-
     Raises DataError when it cannot be opened."""
     raw: BinaryIO
     if is_remote(path):

@@ -145,7 +145,6 @@ class Loader:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restore a state, from the next iteration on. The number of processes may differ.
-
         Raises UsageError when seed or data differ from those of the state: the run could not be resumed exactly."""
         now = {"seed": self.seed, "sources": self._sources()}
         for key, value in now.items():
@@ -226,11 +225,10 @@ class _Draws:
         entry = self.entry
         if not entry.noise:
             return seen
-        given = [name for name in entry.task.inputs if entry.task.slots[name].type == "text"]
-        texts = {name: seen[name] for name in given if isinstance(seen.get(name), str) and seen[name]}
         # Noise in the question must not change the answer.
-        free = {name: text for name, text in texts.items() if name not in entry.task.outputs}
-        return {**seen, **{name: noised(text, entry.noise, rng) for name, text in free.items()}}
+        free = [n for n in entry.task.inputs if entry.task.slots[n].type == "text" and n not in entry.task.outputs]
+        texts = {name: seen[name] for name in free if isinstance(seen.get(name), str) and seen[name]}
+        return {**seen, **{name: noised(text, entry.noise, rng) for name, text in texts.items()}}
 
 
 class _Deck:

@@ -5,8 +5,6 @@ neighbours are; the order of the row groups is shuffled once, so that rows with 
 data. With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
 number, a run is resumed exactly, at any number of processes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from threading import Lock
 

@@ -6,8 +6,6 @@ pictures.
 
 A row that cannot be used goes to `on_reject`; a file that cannot be read at all raises DataError."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rejected records: written down with the reason, counted, and too many of them stop the work."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sources: data that a recipe or a command can name, with random access to records."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

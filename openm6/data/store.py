@@ -3,8 +3,6 @@
 A record is stored as JSON beside its byte strings, so records of one source may differ in their keys and types (typed
 columns would refuse an answer that is 3 in one line and "three" in the next)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap
@@ -120,7 +118,6 @@ class StoredRecords:
 
 def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
     """(part, row in it) of a record, where part n holds the records from `ends[n]` up to `ends[n + 1]`.
-
     Raises IndexError for a missing record; a negative index counts from the end."""
     if not -ends[-1] <= index < ends[-1]:
         raise IndexError(index)

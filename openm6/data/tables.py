@@ -1,7 +1,5 @@
 """Records from JSON lines, JSON lists, CSV, TSV, files of one text a line, and Excel workbooks."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import io
@@ -22,7 +20,6 @@ from openm6.data.store import Record
 
 def load_json(path: str, encoding: str | None = None) -> Any:
     """The value of a JSON file, perhaps with faults that `files.fault_of` finds.
-
     Raises DataError for invalid JSON."""
     try:
         return parse(read_text(path, encoding))
@@ -159,7 +156,6 @@ def _header(path: str, cells: list[str]) -> list[str]:
 
 def _cells(lines: Iterable[tuple[int, str]], **dialect: Any) -> Iterator[tuple[int, list[str] | None, bool]]:
     """(first line, cells, whether all of it is text) of each row; no cells where a quote is not closed as CSV requires.
-
     The lines after the first one are then read again as rows of their own, so that an open quote costs one line."""
     again: deque[tuple[int, str]] = deque()
     rest = iter(lines)

@@ -1,7 +1,5 @@
 """openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -11,8 +11,6 @@ else begins.
 Words and numbers are matched by characters, independently of the tokenization, bytes included. A character spelt in
 bytes counts when it is complete: `Limits.broken_by` checks the whole text."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence

@@ -9,8 +9,6 @@ A source of a recipe can have `noise` for all its input texts.
 Spans are counted in characters, as in M6, where a Chinese character is a token (KDD 2021, section 4: about 15% masked;
 lengths from Poisson(3) as in BART). So a gap written by a person ("我喜欢____。") equals a gap made in training."""
 
-from __future__ import annotations
-
 import re
 import zlib
 

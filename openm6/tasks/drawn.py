@@ -8,8 +8,6 @@ Masked codes attend to each other in both directions (block 1), and the sequence
 is whole; its estimates belong to its block: whether it shows the prompt (relevance), looks real (fidelity; M6-UFC,
 section 3.2), and pleases people (quality)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 encode_prompt    in use: the source, up to `<|answer|>`
 encode_example   in training and measuring: the source, corrupted, and what is learned of its answer"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple

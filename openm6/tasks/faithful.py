@@ -5,8 +5,6 @@ table's cells.
                  or the table entails, and coverage of both; of characters
     facts_kept   fraction of the table's values that occur in the text, word for word"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -26,9 +24,8 @@ def parent(predictions: list[str], references: list[list[str]], tables: list[lis
 
 
 def facts_kept(predictions: list[str], references: list[list[str]], tables: list[list[str]]) -> Values:
-    return Values.mean(
-        [sum(v in said for v in table) / max(1, len(table)) for said, table in zip(predictions, tables, strict=True)]
-    )
+    rows = zip(predictions, tables, strict=True)
+    return Values.mean([sum(value in said for value in table) / max(1, len(table)) for said, table in rows])
 
 
 def _parent(said: str, wanted: str, table: list[str]) -> float:

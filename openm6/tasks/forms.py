@@ -1,7 +1,5 @@
 """Constraints on the form of an answer in decoding: digits of a box, lines of a verse, whole characters, labels."""
 
-from __future__ import annotations
-
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Sequence

@@ -11,8 +11,6 @@
 The default name of a slot is its type. Blanks around a plain text are not part of it. A literal `[` is written `[[`.
 The idea of typed slots in a line of instruction is OFASys' (arXiv 2212.04408)."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@
 
 The end token is only predicted, so it has no position of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 

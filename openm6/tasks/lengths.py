@@ -3,8 +3,6 @@
 Normalizing and tokenizing take time and memory by the character: a text that cannot fit into the model is refused by
 its length alone. The server applies the same check before a request reaches the model's process."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

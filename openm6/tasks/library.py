@@ -11,8 +11,6 @@ A task file is checked key by key.
 
 `instruction` with one line replaces `instructions` with one entry; the default name is that of the file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import lru_cache

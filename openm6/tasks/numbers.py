@@ -11,8 +11,6 @@ the second: 8.98-12.98万 begins at 89,800.
 A Chinese numeral is a number where it has a place value (十五, 三百) or a unit after it (三件, 八折, 九元), unlike
 一条, 百搭, 十分, 万能."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The values of a record for the slots of a task."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

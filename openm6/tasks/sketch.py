@@ -14,8 +14,6 @@ Numbers are answered by the tokenizer's `class_ids`, yes and no by its own token
 network that writes one token after the other; here one pass selects the pieces, and another, which sees the selection,
 orders them. (A single pass cannot: the place of each piece depends on how many others are kept.)"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import pairwise

@@ -22,8 +22,6 @@ never met it.
 
 Splits: train; validation (new pictures of trained combinations); test (held-out combinations)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any

@@ -3,8 +3,6 @@
 Source of the digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998. The split
 is fixed and stratified: every fifth record of each digit is a test record."""
 
-from __future__ import annotations
-
 import io
 from functools import cache
 

@@ -5,8 +5,6 @@ resolution, adds a pattern, shading and noise. All randomness comes from the gen
 
 `figures` shows the same goods on a person, from their `Look`."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Records: before, request (把颜色换成蓝色。), after (JPEG, 64 x 64, in th
 attribute), and the category, colour and pattern of `after`. Splits and held-out combinations are the catalogue's:
 requests of the test split are for combinations that no training picture shows, before or after."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

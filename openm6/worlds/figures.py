@@ -10,8 +10,6 @@ test, laid out or worn, is one of them. In the split `varied`, for additional tr
 those of the catalogue, and no names for them: patterns are then not learned together with a few colours. The same seed
 gives the same bytes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

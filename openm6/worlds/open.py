@@ -1,7 +1,5 @@
 """Generated data by name: `demo:VIEW/SPLIT`, `pets/SPLIT`, each with `?option=value&...`."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from urllib.parse import parse_qsl
 

@@ -3,8 +3,6 @@
 Every caption names the colour, the pattern and the category of every item, each once: `attributes_in` parses them, to
 judge whether an answer is right."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of goods: combinations of each split, records drawn in threads, and records with pictures stored apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial

@@ -5,8 +5,6 @@ fractions of the picture); statement and relation (蕴含: the picture shows it,
 tell); description (of all goods), caption (the same, in half of the records wrong in one attribute) and match (是 or
 否). The goods are the catalogue's, with its splits and held-out combinations."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import combinations as choose
 

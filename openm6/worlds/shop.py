@@ -12,8 +12,6 @@ looks, some categories and a price level, and buys goods that are popular, of th
 expensive. Customers of the test split differ from those of training, who buy the same goods (`items/train`); the goods
 of `pairs/test` and `references/test` are those of `items/test`, combinations that no training item shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise

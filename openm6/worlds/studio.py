@@ -7,8 +7,6 @@ the same colour and pattern). Splits and held-out combinations are the catalogue
 
 `open_matches` gives the same pictures, half of them with wrong captions, to learn relevance from."""
 
-from __future__ import annotations
-
 import io
 from collections import defaultdict
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ exchanged, as families of logos have a light and a dark one. They can be rendere
 same, with sharper edges. A pet is determined by its seed too: a name, a kind of animal, the colour and the pattern of
 its coat; its pictures show it like the goods of a shop. Records: image (JPEG), caption (four), name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Strokes are jittered, slanted, and of different width and colour from word to word. A fifth of the words, determined by
 their characters, occurs in the test split only. Records: image (PNG, 32 pixels high and 32 a character wide), text."""
 
-from __future__ import annotations
-
 import io
 import zlib
 

@@ -1,7 +1,5 @@
 """The slot types, a file each. A type is a module, or an object, with the functions of `SlotType`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 

@@ -2,8 +2,6 @@
 
 The last hundredth is written 99, so that a box always has eight digits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

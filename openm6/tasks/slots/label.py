@@ -1,7 +1,5 @@
 """A label: a short text of a closed set, which the task defines; decoding is restricted to it by a trie."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 
 Each cell is the name of its column and its value; rows may have different columns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

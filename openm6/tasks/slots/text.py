@@ -1,7 +1,5 @@
 """Text, with or without gaps."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 
 <|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

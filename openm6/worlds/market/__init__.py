@@ -4,8 +4,6 @@ A record is determined by view, split, seed and number, and is generated on dema
 no training record has (of goods: category, colour and material, or category, colour and pattern), and a fifth of the
 wordings occurs there alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from openm6.core.errors import UsageError, suggest

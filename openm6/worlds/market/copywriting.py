@@ -1,8 +1,6 @@
 """Texts from a table of attributes: copy, a slogan with its second line, a plain text; and speech of a live sale, as a
 speech recognizer writes it down, with the script made of it."""
 
-from __future__ import annotations
-
 from openm6.data.store import Record
 from openm6.worlds.market.goods import COLUMNS, Goods, make_goods
 from openm6.worlds.market.wording import Wording

@@ -1,7 +1,5 @@
 """Goods with eight attributes, and the combinations that no training record shows."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Pairs of texts: entailment and similarity."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from openm6.data.store import Record

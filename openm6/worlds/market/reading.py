@@ -1,7 +1,5 @@
 """Passages about shops with a summary, a title, questions and answers; and knowledge about materials, without one."""
 
-from __future__ import annotations
-
 from openm6.data.store import Record
 from openm6.worlds.market.goods import CATEGORIES, MERITS
 from openm6.worlds.market.wording import Wording

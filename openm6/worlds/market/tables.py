@@ -1,7 +1,5 @@
 """Small tables of goods, with questions and computed answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from openm6.data.store import Record

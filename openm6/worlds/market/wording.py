@@ -1,7 +1,5 @@
 """Choices determined by a record's seed, split and number, and wordings, a fifth of them in the test split alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 
