@@ -54,7 +54,7 @@ def _race(recipe: Recipe, preset: str, device: torch.device, steps: int, count: 
     by_length = sorted(sequences, key=len)
     alike = [by_length[i : i + count] for i in range(0, len(by_length), count)]
     batches = {
-        "packed": [pack(g, recipe.train.row_length, 0, even=device.type == "cpu").to(device) for g in groups],
+        "packed": [pack(g, recipe.train.row_length, 0, balance_rows=device.type == "cpu").to(device) for g in groups],
         "padded": [pad(g, 0).to(device) for g in groups],
         "padded, sorted by length": [pad(g, 0).to(device) for g in alike],
     }

@@ -23,7 +23,7 @@ from openm6.evaluate.pictures import Judge, judged, read_prompts
 from openm6.inference.session import Session
 from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
-from openm6.worlds.pets import pet
+from openm6.worlds.subjects import pet
 
 PETS, DRAWN, GOODS = 12, 100, 200
 COUNTS, SEEDS = (5, 10, 20), 3

@@ -23,9 +23,8 @@ from typer.main import get_command
 import openm6
 from openm6.cli import commands
 from openm6.inference.session import Session
-from openm6.tasks.file import task_from_dict
 from openm6.tasks.grammar import parse
-from openm6.tasks.library import get as get_task, names
+from openm6.tasks.library import get as get_task, names, task_from_dict
 from tests.conftest import drawing_session
 
 ROOT = Path(__file__).parents[1]

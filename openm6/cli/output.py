@@ -91,7 +91,7 @@ def write_rejects(path: Path, rejects: Iterable[Reject], used: int) -> Rejects |
     from openm6.data.rejects import Rejects
 
     path.unlink(missing_ok=True)
-    found = Rejects(path, share=1)
+    found = Rejects(path, max_fraction=1)
     found.saw(used)
     for reject in rejects:
         found.count(reject.where, reject.reason)

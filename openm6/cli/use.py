@@ -63,7 +63,7 @@ def run(
         fields = {"task": task, "answer": answer, "trained": session.is_trained_on(chosen), **beside}
         request = Request(asked, shown, truncate=truncate)
         if truncate:
-            fields["truncated"] = session.prompt(chosen, request).cut
+            fields["truncated"] = session.prompt(chosen, request).truncated
         if closed_labels(chosen):
             found = next(session.label_probabilities(task, [request]))
             fields["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))

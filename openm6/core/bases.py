@@ -1,7 +1,5 @@
 """The base model of an adapter: its directory, found and compared without PyTorch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -13,8 +11,7 @@ CONFIG = "adapter_config.json"
 
 
 def require_model(path: Path, file: str = "config.json") -> None:
-    """Refuse a directory that does not exist or has no `file`; otherwise libraries would look its name up on the
-    network. Raises UsageError."""
+    """Raises UsageError for a directory without `file`, whose name libraries would look up on the network."""
     if not path.exists():
         raise UsageError(f"{path} is no model directory: there is no such path.{suggest_path(path)}")
     if not (path / file).is_file():
@@ -22,8 +19,7 @@ def require_model(path: Path, file: str = "config.json") -> None:
 
 
 def base_of(path: Path) -> Path | None:
-    """The model directory of the adapter in `path`; None where `path` holds no adapter. Raises UsageError where the
-    base does not exist."""
+    """The model directory of the adapter in `path`; None without an adapter. Raises UsageError for a missing base."""
     if not (path / CONFIG).is_file():
         return None
     base = Path(str(read_adapter_config(path)["base_model_name_or_path"]))
@@ -46,8 +42,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def changed_base(adapter: Path, expected: str) -> str:
-    """An error message where the base of an adapter is missing or its `directory_hash` is not the expected one; else
-    ""."""
+    """An error message where an adapter's base is missing or its `directory_hash` is not the expected one; else ""."""
     try:
         base = base_of(adapter)
     except UsageError as error:
@@ -61,8 +56,7 @@ def changed_base(adapter: Path, expected: str) -> str:
 
 
 def directory_hash(directory: Path) -> str:
-    """SHA-256 of all safetensors and JSON files of a model directory and of an adapter's base: it changes with weights,
-    tokenizer and tasks."""
+    """SHA-256 of all safetensors and JSON files (weights, tokenizer, tasks) of a model and of an adapter's base."""
     digest = hashlib.sha256()
     for folder in dict.fromkeys((directory, base_of(directory) or directory)):
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from openm6.core.sequence import CAUSAL, IGNORE, Sequence
 
-EVEN = 8
+MULTIPLE = 8
 """Prompt lengths are padded to a multiple of this: kernels for a new shape are compiled first, which takes as long as
 reading a short prompt."""
 SHORTEST = 16
@@ -92,12 +92,12 @@ def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
     return (segments[:, :, None] == segments[:, None, :]) & (past | together)
 
 
-def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = False) -> Batch:
+def pack(sequences: Items[Sequence], row_length: int, pad_id: int, balance_rows: bool = False) -> Batch:
     """Pack examples into as few rows of `row_length` positions as first-fit-decreasing finds.
 
-    With `even` the examples are spread over that many rows, which become only as long as the fullest: less padding (a
-    few percent against an eighth for the demo), for shapes that change from batch to batch. Examples do not see each
-    other (see `allowed`); segment i + 1 is `sequences[i]`. Raises ValueError if an example is longer than a row."""
+    With `balance_rows` the examples are spread over that many rows, which become only as long as the fullest: less
+    padding (a few percent against an eighth for the demo), for shapes that change from batch to batch. Segment i + 1 is
+    `sequences[i]`; examples do not see each other. Raises ValueError if an example is longer than a row."""
     lengths = [len(s) for s in sequences]
     if max(lengths, default=0) > row_length:
         raise ValueError(f"an example of {max(lengths)} positions does not fit a row of {row_length}")
@@ -110,7 +110,7 @@ def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = 
             filled.append(0)
         places[index] = (row, filled[row])
         filled[row] += lengths[index]
-    if even and filled:
+    if balance_rows and filled:
         spread, other = [0] * len(filled), [(0, 0)] * len(lengths)
         for index in order:
             row = spread.index(min(spread))
@@ -118,7 +118,8 @@ def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = 
             spread[row] += lengths[index]
         if max(spread) < row_length:  # spreading can be worse for few and long examples
             places, row_length = other, max(spread)
-    return _lay_out(sequences, places, (max(len(filled), 1), row_length), pad_id)
+    spans = [(row, np.arange(start, start + length)) for (row, start), length in zip(places, lengths, strict=True)]
+    return _lay_out(sequences, spans, (max(len(filled), 1), row_length), pad_id)
 
 
 def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]]:
@@ -128,53 +129,50 @@ def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]
 
 
 def padded_length(length: int) -> int:
-    """The padded length of a prompt: a multiple of EVEN, at least SHORTEST."""
-    return max(SHORTEST, -(-length // EVEN) * EVEN)
+    """The padded length of a prompt: the next multiple of MULTIPLE, at least SHORTEST."""
+    return max(SHORTEST, -(-length // MULTIPLE) * MULTIPLE)
 
 
-def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest (`even`: to its `padded_length`), as for decoding."""
+def pad(sequences: Items[Sequence], pad_id: int, rounded: bool = False) -> Batch:
+    """One example a row, padded on the right to the longest (`rounded`: to its `padded_length`), as for decoding."""
     width = max((len(s) for s in sequences), default=1)
-    if even:
-        width = padded_length(width)
-    return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), width), pad_id)
+    shape = len(sequences), padded_length(width) if rounded else width
+    return _lay_out(sequences, [(row, np.arange(len(s))) for row, s in enumerate(sequences)], shape, pad_id)
 
 
 def pad_drawn(sequences: Items[Sequence], pad_id: int) -> Batch:
     """One example a row, each with a picture of equally many codes, which are aligned to the same columns: padding is
     between a shorter text and its codes, and at the end."""
-    spans = [s.image.codes if s.image else None for s in sequences]
-    assert all(span is not None for span in spans)
-    start, count = max(span.start for span in spans if span), len(spans[0] or ())
-    rest = max(len(s) - span.stop for s, span in zip(sequences, spans, strict=True) if span)
-    widths = [(span.start, count, len(s) - span.stop) for s, span in zip(sequences, spans, strict=True) if span]
-    columns = np.arange(start + count + rest)
+    spans = [s.image.codes for s in sequences if s.image]
+    tails = [len(s) - span.stop for s, span in zip(sequences, spans, strict=True)]
+    start, count = max(span.start for span in spans), len(spans[0])
+    columns = np.arange(start + count + max(tails))
     places = [
-        columns[(columns < text) | ((columns >= start) & (columns < start + count + tail))] for text, _, tail in widths
+        columns[(columns < span.start) | ((columns >= start) & (columns < start + count + tail))]
+        for span, tail in zip(spans, tails, strict=True)
     ]
-    batch = _lay_out_at(sequences, list(enumerate(places)), (len(sequences), len(columns)), pad_id)
+    batch = _lay_out(sequences, list(enumerate(places)), (len(sequences), len(columns)), pad_id)
     batch.codes = range(start, start + count)
     return batch
 
 
-def _lay_out(sequences: Items[Sequence], places: list[tuple[int, int]], shape: tuple[int, int], pad_id: int) -> Batch:
-    spans = [(row, np.arange(start, start + len(s))) for s, (row, start) in zip(sequences, places, strict=True)]
-    return _lay_out_at(sequences, spans, shape, pad_id)
-
-
-def _lay_out_at(
+def _lay_out(
     sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int], pad_id: int
 ) -> Batch:
     """Lay out sequences at `places`: the row of each, and the columns of its positions."""
     ids = np.full(shape, pad_id, np.int64)
     segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     blocks, labels = np.full(shape, CAUSAL, np.int64), np.full(shape, IGNORE, np.int64)
+    cells = torch.full((*shape, 2), -1) if any(sequence.image for sequence in sequences) else None
     for number, (sequence, (row, columns)) in enumerate(zip(sequences, places, strict=True), 1):
         ids[row, columns] = sequence.ids
         segments[row, columns] = number
         blocks[row, columns] = sequence.blocks
         positions[row, columns] = np.arange(len(sequence))
         labels[row, columns] = sequence.labels
+        if cells is not None and sequence.image:
+            codes = sequence.image.codes
+            cells[row, columns[codes.start : codes.stop]] = cells_of(len(codes))
     weights = [s.image.weight if s.image else 1.0 for s in sequences]
     return Batch(
         torch.from_numpy(ids),
@@ -186,7 +184,7 @@ def _lay_out_at(
         tasks=[s.task for s in sequences],
         origins=[s.origin for s in sequences],
         weights=None if all(weight == 1 for weight in weights) else torch.tensor(weights),
-        cells=_cells(sequences, places, shape),
+        cells=cells,
     )
 
 
@@ -195,17 +193,6 @@ def cells_of(count: int) -> Tensor:
     """Row and column of the codes of a square picture, int64 [count, 2]; cached, read-only."""
     numbers, side = torch.arange(count), math.isqrt(count)
     return torch.stack((numbers // side, numbers % side), 1)
-
-
-def _cells(sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int]) -> Tensor | None:
-    if all(sequence.image is None for sequence in sequences):
-        return None
-    cells = torch.full((*shape, 2), -1)
-    for sequence, (row, columns) in zip(sequences, places, strict=True):
-        if sequence.image is not None:
-            codes = sequence.image.codes
-            cells[row, columns[codes.start : codes.stop]] = cells_of(len(codes))
-    return cells
 
 
 def _group_images(

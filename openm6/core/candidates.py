@@ -1,7 +1,5 @@
 """A candidate: one picture generated for a prompt, as the SDK and the client return it."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable, Mapping

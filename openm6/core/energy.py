@@ -43,10 +43,7 @@ class EnergyMeter:
 
     Processors are measured where codecarbon can read their counters (RAPL, which may be present and readable by root
     only), GPUs by NVML; memory is always estimated. `before`: use of earlier parts of the run, None where one of them
-    was not measured.
-
-    Without codecarbon (extra monitor) nothing is measured, and `read` and `stop` return None.
-    """
+    was not measured. Without codecarbon (extra monitor) nothing is measured, and `read` and `stop` return None."""
 
     def __init__(self, country: str = "CHN"):
         self.before: EnergyUse | None = EnergyUse()
@@ -91,8 +88,7 @@ class EnergyMeter:
 
 @contextmanager
 def _processor_known() -> Iterator[None]:
-    """Give codecarbon the processor's name from /proc/cpuinfo. It asks py-cpuinfo, which measures the clock for one or
-    two seconds."""
+    """Give codecarbon the processor's name from /proc/cpuinfo: py-cpuinfo, which it asks, takes one or two seconds."""
     import cpuinfo
 
     try:
@@ -112,8 +108,7 @@ def _processor_known() -> Iterator[None]:
 
 
 def carbon_intensity(country: str) -> float:
-    """Carbon intensity of a country's electricity (ISO code of three letters) in kg CO2e per kWh, by codecarbon's
-    table."""
+    """Carbon intensity of a country (ISO code of three letters), by codecarbon's table, in kg CO2e per kWh."""
     require("monitor", "codecarbon")
     table = json.loads(
         resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")

@@ -24,8 +24,7 @@ ARTIFACTS = "OPENM6_ARTIFACTS"
 
 
 def peak_resident() -> int:
-    """Peak resident memory of this process in bytes since the last call (since its start where the system cannot reset
-    the peak)."""
+    """Peak resident memory of this process in bytes since the last call (since its start where it cannot be reset)."""
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

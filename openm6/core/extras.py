@@ -1,7 +1,5 @@
 """Optional libraries: the extras of this package that bring them, and the command that installs an extra."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import sys

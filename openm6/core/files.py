@@ -4,8 +4,6 @@ Only a newline ends a line of JSON lines or of server-sent events. `str.splitlin
 also end one at U+0085, U+2028 and U+2029, which JSON leaves as they are in a text: the writer escapes them, and the
 reader splits at newlines alone."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -26,7 +24,6 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a directory that appears at `target` complete, or not at all.
-
     Raises OpenM6Error when the disk is full or not writable; previous content of `target` then stays."""
     from safetensors import SafetensorError
 
@@ -140,9 +137,8 @@ def require_new(target: Path) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse, before any work, a folder in which no file can be created; of a folder that does not exist yet, its
-    nearest existing parent is checked. A file is created as a trial, because neither permissions nor a read-only mount
-    tell for sure."""
+    """Refuse, before any work, a folder (or its nearest existing parent) in which no file can be created. A file is
+    created as a trial: neither permissions nor a read-only mount tell for sure."""
     place = folder.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -157,7 +153,8 @@ def publish(draft: Path, target: Path) -> None:
     """Move a complete directory to its place, instead of an older one, after it is on the disk."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
-        _flush(draft)
+        for path in (*draft.rglob("*"), draft):
+            _flush_entry(path)
         if target.exists():
             target.rename(old)
         draft.rename(target)
@@ -179,12 +176,6 @@ def _reason(error: BaseException) -> str:
     return "no space left on the device" if "No space" in str(error) else "the disk refused"
 
 
-def _flush(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _flush_entry(path)
-    _flush_entry(directory)
-
-
 def _flush_entry(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -194,8 +185,6 @@ def _flush_entry(path: Path) -> None:
 
 
 _ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
-
-
 _BYTES = "__base64__"
 
 
@@ -275,7 +264,10 @@ def has_more_values(text: str, most: int) -> bool:
 
 
 def _read_json(text: str) -> Any:
-    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique)
+    def constant(name: str) -> Fault:
+        return Fault(f"holds {name}, which JSON does not know")
+
+    return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=constant, object_pairs_hook=_unique)
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
@@ -298,10 +290,8 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
 
 
 def fault_of(value: Any) -> str | None:
-    """The reason why a parsed value cannot be used, as a verb with its object; None where it can.
-
-    Reasons are lone surrogates in texts or keys, numbers that are too large, NaN and Infinity, a duplicate key, more
-    than 100 levels."""
+    """The reason why a parsed value cannot be used, as a verb with its object; None where it can. Reasons are lone
+    surrogates, numbers that are too large, NaN and Infinity, a duplicate key, more than 100 levels."""
     rest = [(value, 0)]
     while rest:
         one, depth = rest.pop()
@@ -326,10 +316,6 @@ def _integer(digits: str) -> int | Fault:
 def _float(digits: str) -> float | Fault:
     value = float(digits)
     return value if math.isfinite(value) else Fault(f"holds a number that is too large ({digits[:40]})")
-
-
-def _constant(name: str) -> Fault:
-    return Fault(f"holds {name}, which JSON does not know")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Fault:

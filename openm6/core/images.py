@@ -28,7 +28,6 @@ MAX_PIXELS = 50_000_000
 Source = str | Path | bytes | np.ndarray | Image.Image
 """A picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], or a PIL image."""
 
-
 PICTURES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
     ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga", ".icb", ".vda",
@@ -51,8 +50,7 @@ def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool
     RGB or RGBA. Grey values of 16 bits are scaled by their full range (65535 is white). Values of 32 bits have no
     agreed white: integers from 0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the
     picture's smallest value (black) to its largest (white). `draft` lets the JPEG decoder stop at the nearest size not
-    below (width, height): six times faster. Raises DataError, in one sentence, for a missing, truncated, unknown or too
-    large picture."""
+    below (width, height): six times faster. Raises DataError for a missing, damaged, unknown or too large picture."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
@@ -64,7 +62,10 @@ def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool
     if not isinstance(source, (str, Path, bytes)):
         raise DataError(f"A picture has to be a path or the bytes of a file, not {type(source).__name__}.")
     name = "The picture" if isinstance(source, bytes) else f"The picture {str(source)[:200]}"
-    size = len(source) if isinstance(source, bytes) else _size(Path(source), name)
+    try:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    except OSError:
+        raise DataError(f"{name} does not exist or cannot be read.") from None
     if size > MAX_BYTES:
         raise DataError(f"{name} has {size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} MiB are read.")
     Image.preinit()  # the usual formats; others are imported when needed
@@ -136,26 +137,14 @@ def sketch(source: Source, size: int) -> Image.Image:
     smooth = Image.fromarray(read_square(source, size)).filter(ImageFilter.GaussianBlur(size / 50))
     red, green, blue = smooth.filter(ImageFilter.FIND_EDGES).split()
     edges = ImageChops.lighter(ImageChops.lighter(red, green), blue)
-    edges.paste(0, (0, 0, size, 1))  # the filter leaves the picture's border as it was
-    edges.paste(0, (0, size - 1, size, size))
-    edges.paste(0, (0, 0, 1, size))
-    edges.paste(0, (size - 1, 0, size, size))
+    edges = ImageOps.expand(ImageOps.crop(edges, 1), 1)  # the filter leaves the picture's border as it was
     return edges.point([255 if value < 32 else 0 for value in range(256)])
-
-
-def _size(path: Path, name: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        raise DataError(f"{name} does not exist or cannot be read.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """Grid of a picture's patches: patches of `stride` pixels a side, at most `max_patches`.
-
-    Every picture is scaled to fill the budget, with the sides (multiples of `stride`) that come closest to its aspect
-    ratio."""
+    """Grid of a picture's patches: patches of `stride` pixels a side, at most `max_patches`. Every picture is scaled to
+    fill the budget, with the sides (multiples of `stride`) that come closest to its aspect ratio."""
 
     stride: int
     max_patches: int
@@ -247,7 +236,6 @@ def decode_base64(text: str, unpadded: bool = False) -> bytes:
 
 def held_picture(text: str) -> bytes | None:
     """The bytes of the picture that a text holds, as a data URL or as base64 of a file that begins like a picture.
-
     None for any other text, such as a path."""
     if len(text) < _SHORTEST or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
         return None
@@ -262,7 +250,6 @@ def held_picture(text: str) -> bytes | None:
 
 ORIGIN = "openm6"
 """Key in the `info` of a generated picture: JSON of how it was made; its PNG file has a text of this name."""
-
 
 UNCERTAIN = (
     "The model does not find in the best picture what was asked for: the wish may lie outside of what it was trained "
@@ -295,13 +282,12 @@ def png(image: Image.Image) -> bytes:
 class Features:
     """Image features in the place of a picture: features of its patches, row by row, fp16.
 
-    `eyes` is the id of the image encoder that made them (model/files.py): only a model with the same encoder reads
-    them."""
+    Only a model with the image encoder of this id (model/files.py) reads them; a mapping calls it `eyes`."""
 
     data: bytes
     rows: int
     columns: int
-    eyes: str
+    image_encoder_id: str
 
     @classmethod
     def of(cls, value: Any) -> Features | None:
@@ -328,7 +314,7 @@ class Features:
         return found
 
     def mapping(self) -> dict[str, Any]:
-        return {"features": self.data, "rows": self.rows, "columns": self.columns, "eyes": self.eyes}
+        return {"features": self.data, "rows": self.rows, "columns": self.columns, "eyes": self.image_encoder_id}
 
     def array(self) -> np.ndarray:
         """The features as fp32 [rows, columns, D]."""

@@ -1,13 +1,12 @@
 """Sequence: one example, as the network reads it. T positions.
 
 Neither this module nor the tasks that make sequences need PyTorch. A Batch (batch.py) lays sequences out for the
-network.
-"""
+network."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -99,9 +98,8 @@ class Sequence:
     labels  int32 [T]   the token that the output AT this position has to predict, or IGNORE
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source
-    cut                 number of tokens of source and target that were left out because the example was too long
-    target              what the kind of its answer needs besides labels; None: nothing
-    """
+    truncated           number of tokens of source and target that were left out because the example was too long
+    target              what the kind of its answer needs besides labels; None: nothing"""
 
     ids: np.ndarray
     blocks: np.ndarray
@@ -109,11 +107,18 @@ class Sequence:
     pictures: list[Picture] = field(default_factory=list)
     task: str = ""
     origin: str = ""
-    cut: int = 0
+    truncated: int = 0
     target: Target | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def extended(self, ids: Items[int], block: int, labels: Items[int] | None = None) -> Sequence:
+        """This example with further positions of one block; without `labels` nothing is predicted at them."""
+        added = (ids, [block] * len(ids), [IGNORE] * len(ids) if labels is None else labels)
+        own = (self.ids, self.blocks, self.labels)
+        joined = [np.concatenate((a, np.array(b, np.int32))) for a, b in zip(own, added, strict=True)]
+        return replace(self, ids=joined[0], blocks=joined[1], labels=joined[2])
 
     @property
     def image(self) -> ImageTarget | None:

@@ -51,8 +51,7 @@ class Tokenizer:
     code_start      id of the first of `num_codes` image codes
     estimate_ids    ids of the tokens that ask for a picture's relevance, fidelity and quality; answer: yes_id or no_id
     class_ids       256 ids that stand for numbers where a position answers with one (of the bytes, if present)
-    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it
-    """
+    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it"""
 
     def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
         if num_codes < 0:
@@ -174,8 +173,6 @@ class Tokenizer:
         name = self._fast.id_to_token(token) or ""
         return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
 
-    # Files
-
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, readable by transformers' AutoTokenizer."""
         directory = Path(directory)
@@ -210,8 +207,6 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled `tokenizers.Tokenizer` forgets encode_special_tokens.
         return _restore, (self._fast.to_str(), self.num_codes)
-
-    # Making
 
     @classmethod
     def train(
@@ -291,16 +286,14 @@ def _open(path: Path) -> tokenizers.Tokenizer:
 
 def _in_characters(data: bytes) -> list[bool]:
     """For each byte, whether it belongs to a whole character."""
-    found, place = [False] * len(data), 0
+    found, place = [True] * len(data), 0
     while place < len(data):
-        for end in range(place + 1, min(place + 4, len(data)) + 1):
-            try:
-                data[place:end].decode()
-            except UnicodeDecodeError:
-                continue
-            found[place:end] = [True] * (end - place)
+        try:
+            data[place:].decode()
             break
-        place = end if found[place] else place + 1
+        except UnicodeDecodeError as error:
+            found[place + error.start : place + error.end] = [False] * (error.end - error.start)
+            place += error.end
     return found
 
 
@@ -313,9 +306,6 @@ def _unreadable(text: Any) -> DataError:
 
 def common_characters(count: int) -> list[str]:
     """The `count` most frequent Chinese characters, most frequent first, of the 12,010 in characters.txt (by the word
-    counts of the dictionary of jieba 0.42.1, MIT licence).
-
-    As the alphabet of a small tokenizer they keep any Chinese text near one token a character.
-    """
+    counts of the dictionary of jieba 0.42.1, MIT licence): an alphabet for small tokenizers."""
     text = resources.files("openm6.core").joinpath("characters.txt").read_text("utf-8")
     return list(text.replace("\n", ""))[:count]

@@ -1,2 +1,1 @@
-"""Data sets: readers and writers, columns, sources with random access and a cache, rejected records, the loader that
-mixes sources."""
+"""Data sets: readers and writers, columns, cached sources with random access, rejects, the loader that mixes them."""

@@ -1,7 +1,5 @@
 """Records from layouts with pictures and texts in different files: COCO captions, VQA, MUGE."""
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -15,14 +13,13 @@ from PIL import Image
 from openm6.core.errors import DataError, cut
 from openm6.core.files import Fault, fault_of
 from openm6.core.images import from_base64, held_picture
-from openm6.data.files import is_folder, is_remote, list_folder, open_file
+from openm6.data.files import is_folder, is_remote, list_folder, numbered_lines, open_file
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 from openm6.data.tables import load_json, read_jsonl, read_tsv
-from openm6.data.text import numbered_lines
 
 
-def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_coco(path: str, on_reject: OnReject) -> Iterator[Record]:
     """COCO captions: one record a picture, {image, caption: [...], image_id}."""
     content = load_json(path)
     images = [row for _, row in _rows(content, "images", path, on_reject)]
@@ -30,9 +27,7 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
     captions: dict[Any, list[str]] = {}
     for where, row in _rows(content, "annotations", path, on_reject):
         if row.get("image_id") not in names:
-            on_reject(
-                Reject(where, f"{where} speaks of picture {cut(row.get('image_id'))}, which is not under images.")
-            )
+            on_reject(Reject(where, f"{where} names picture {cut(row.get('image_id'))}, which is not under images."))
         elif not isinstance(row.get("caption"), str):
             on_reject(Reject(where, f"{where} has no caption."))
         else:
@@ -45,7 +40,7 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             on_reject(Reject(where, f"{where}: the picture {cut(name)} has no caption."))
 
 
-def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_vqa(path: str, on_reject: OnReject) -> Iterator[Record]:
     """VQA 2 and similar data sets: {image, question, answer, answers, question_id}.
 
     The annotations are in the same file, or in the file beside it that has `annotations` for `questions` in its name.
@@ -64,10 +59,8 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
     names = {i.get("id"): i.get("file_name") for _, i in images}
     subtype = content.get("data_subtype") or notes.get("data_subtype")
     for where, row in _rows(content, "questions", path, on_reject):
-        note, name = (
-            answers.get(row.get("question_id")),
-            row.get("image") or row.get("file_name") or names.get(row.get("image_id")),
-        )
+        note = answers.get(row.get("question_id"))
+        name = row.get("image") or row.get("file_name") or names.get(row.get("image_id"))
         if name is None and subtype and isinstance(row.get("image_id"), int):
             name = f"COCO_{subtype}_{row['image_id']:012d}.jpg"
         if note is None:
@@ -80,11 +73,8 @@ def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
             listed = note.get("answers") if isinstance(note.get("answers"), list) else []
             given = [a.get("answer") if isinstance(a, dict) else a for a in listed or ()]
             given = [a for a in given if isinstance(a, (str, int, float))]
-            best = (
-                note.get("multiple_choice_answer")
-                or note.get("answer")
-                or (Counter(given).most_common(1)[0][0] if given else None)
-            )
+            common = next((answer for answer, _ in Counter(given).most_common(1)), None)
+            best = note.get("multiple_choice_answer") or note.get("answer") or common
             if best is None:
                 on_reject(Reject(where, f"{where} has an annotation without an answer."))
                 continue
@@ -109,26 +99,19 @@ def vqa_annotations(path: str) -> str | None:
 
 
 def _renamed(path: str) -> list[str]:
-    folder, _, name = path.rpartition("/")
+    folder, slash, name = path.rpartition("/")
     plain = name.replace("questions", "annotations")
     # VQA 2 calls them v2_OpenEnded_mscoco_train2014_questions.json and v2_mscoco_train2014_annotations.json.
-    return [
-        f"{folder}/{n}" if folder else n
-        for n in (plain, plain.replace("OpenEnded_", "").replace("MultipleChoice_", ""))
-    ]
+    return [folder + slash + n for n in (plain, plain.replace("OpenEnded_", "").replace("MultipleChoice_", ""))]
 
 
-def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_muge(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The layouts of MUGE and Chinese-CLIP: NAME_texts.jsonl ({"text_id", "text", "image_ids"}) and NAME_imgs.tsv
     (id, tab, the picture in base64), or, for captions, NAME.jsonl ({"image_id", "text": [...]}) and NAME.tsv.
-    One record a picture: {image, text: [...], image_id}.
-
-    `path` is the texts' file, or a folder with one pair or several.
-    """
+    One record a picture: {image, text: [...], image_id}. `path` is the texts' file, or a folder with pairs of files."""
     if is_folder(path):
-        pairs = [name for name in list_folder(path) if muge_images(name)]
-        for name in pairs:
-            yield from read_muge(name, images_root, on_reject)
+        for name in filter(muge_images, list_folder(path)):
+            yield from read_muge(name, on_reject)
         return
     images = muge_images(path)
     if images is None:
@@ -137,7 +120,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             "(or NAME.jsonl and NAME.tsv) in one folder."
         )
     texts: dict[str, list[str]] = {}
-    for row in read_jsonl(path, images_root, on_reject):
+    for row in read_jsonl(path, on_reject):
         said, keys = row.get("text"), row.get("image_ids")
         said = [said] if isinstance(said, str) else said
         keys = [row["image_id"]] if keys is None and "image_id" in row else keys
@@ -158,9 +141,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             except (DataError, UnicodeDecodeError):
                 image = b""
             if not tab:
-                on_reject(
-                    Reject(where, f"{where} has one field; it has to be an id, a tab, and the picture in base64.")
-                )
+                on_reject(Reject(where, f"{where} has one field; it has to be an id, a tab and the picture in base64."))
             elif not image:
                 unreadable.add(name)
                 on_reject(Reject(where, f"{where}: what stands after the tab is not base64."))
@@ -186,7 +167,7 @@ def muge_images(path: str) -> str | None:
     images = path.removesuffix(".jsonl") + ".tsv"
     if is_remote(path) or not path.endswith(".jsonl") or not Path(images).is_file():
         return None
-    first = next(read_jsonl(path, None, lambda reject: None), {})
+    first = next(read_jsonl(path, lambda reject: None), {})
     return images if {"image_id", "text"} <= first.keys() and "image" not in first else None
 
 
@@ -201,7 +182,7 @@ picture."""
 _PIXELS = re.compile(r" *\d+(\.\d*)?( *, *\d+(\.\d*)?){3} *")
 
 
-def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_ofa(path: str, on_reject: OnReject) -> Iterator[Record]:
     """The tables of OFA, without a header, with the picture in base64: captions, questions, entailment (see `OFA`), or
     phrases with their boxes in pixels.
 
@@ -218,13 +199,13 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
         )
     if _PIXELS.fullmatch(first[3]):
         names = ("id", "image_id", "phrase", "box", "image")
-    for row in read_tsv(path, images_root, on_reject, names=names):
+    for row in read_tsv(path, on_reject, names=names):
         for name in ("objects", *(["caption"] if "label" not in row else [])):
             if name in row:
                 row[name] = [part.strip() for part in row[name].split("&&") if part.strip()]
         if "answer" in row:
             told = [part.partition("|!+")[::2] for part in row["answer"].split("&&")]
-            if not all(answer and _is_number(share) for share, answer in told):
+            if not all(answer and _is_number(certainty) for certainty, answer in told):
                 on_reject(Reject(row["_where"], f"{row['_where']} has an answer that is not written as 0.6|!+no."))
                 continue
             row["answers"] = [answer for _, answer in sorted(told, key=lambda one: -float(one[0]))]

@@ -1,10 +1,9 @@
 """Records from files and folders that contain the pictures: Parquet, WebDataset tar, folders of pictures."""
 
-from __future__ import annotations
-
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -35,25 +34,29 @@ def rows_of(table: Any) -> Iterator[Record]:
     return ({k: None if v != v else v for k, v in row.items()} for row in table.to_pylist())
 
 
-def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_parquet(path: str, on_reject: OnReject) -> Iterator[Record]:
     """Parquet; binary columns stay bytes. `path` is a file or a folder of files."""
+    for name in _files(path, ".parquet"):
+        with open_parquet(name) as table:
+            rows = (row for batch in table.iter_batches(batch_size=256) for row in rows_of(batch))
+            yield from ({**row, "_where": f"{name}#{number}"} for number, row in enumerate(rows))
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile. Raises DataError for a damaged file, also when it is read later."""
     require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for name in _files(path, ".parquet"):
-        try:
-            with open_file(name) as file, pq.ParquetFile(file) as table:
-                number = 0
-                for batch in table.iter_batches(batch_size=256):
-                    for row in rows_of(batch):
-                        yield {**row, "_where": f"{name}#{number}"}
-                        number += 1
-        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise DataError(f"{name} is no Parquet file, or is damaged ({type(error).__name__}).") from None
+    try:
+        with open_file(path) as file, pq.ParquetFile(file) as table:
+            yield table
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise DataError(f"{path} is no Parquet file, or is damaged ({type(error).__name__}).") from None
 
 
-def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_tar(path: str, on_reject: OnReject) -> Iterator[Record]:
     """WebDataset: consecutive members with the same name up to the first dot make one record.
 
     A picture becomes `image`, .txt `text`, .cls `label`, the keys of .json columns of their own; any other member a
@@ -119,15 +122,15 @@ def _add_member(record: Record, ending: str, content: bytes) -> str:
     return ""
 
 
-def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
+def read_folder(path: str, on_reject: OnReject) -> Iterator[Record]:
     """Pictures with texts: metadata.jsonl or metadata.csv (`file_name` names the picture), or a .txt of the same name
     beside each picture, or one folder a label: {image, text | label | the columns of the metadata}."""
     files = list_folder(path)
     for name in files:
         if name.rsplit("/", 1)[-1].lower() in ("metadata.jsonl", "metadata.csv"):
-            for row in (read_jsonl if name.lower().endswith("l") else read_csv)(name, images_root, on_reject):
+            for row in (read_jsonl if name.lower().endswith("l") else read_csv)(name, on_reject):
                 if picture := row.pop("file_name", None) or row.pop("image", None):
-                    yield {"image": picture, **row, "_root": absolute(images_root or name.rsplit("/", 1)[0])}
+                    yield {"image": picture, **row, "_root": absolute(name.rsplit("/", 1)[0])}
                 else:
                     on_reject(Reject(row["_where"], f"{row['_where']} has no file_name."))
             return

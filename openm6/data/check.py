@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openm6.core.errors import DataError, cut
-from openm6.core.images import open_image
-from openm6.data.classes import Classes
-from openm6.data.columns import SlotView
-from openm6.data.overlap import Twins, count_overlap
+from openm6.core.images import ImageGrid, open_image
+from openm6.core.sequence import IGNORE, SOURCE
+from openm6.core.tokenizer import HALF, Tokenizer
+from openm6.data.columns import Classes, SlotView
+from openm6.data.overlap import Twins, find_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.tasks.encode import encode_example, encode_prompt
-from openm6.tasks.preview import plain_processor, preview
+from openm6.tasks.grammar import Slot
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 
@@ -52,7 +55,7 @@ class Check:
         self._twins, self._number, self._overlap = Twins(task, self._view), 0, None
         if against is not None:
             other = open_source(against, data_format, images)
-            self._overlap = count_overlap(task, self._source, columns, other, columns)
+            self._overlap = find_overlap(task, self._source, columns, other, columns)
         self._good = 0
         self._lengths: dict[str, list[int]] = {}
         self._counts: Counter[str] = Counter()
@@ -115,9 +118,9 @@ class Check:
                 self._tokens[name].append(len(TYPES[slot.type].target(value, processor)))
         if sequence.pictures:
             self._tokens["(pictures)"].append(sum(picture.patches for picture in sequence.pictures))
-        self._tokens["(example)"].append(len(sequence) + sequence.cut)
-        if sequence.cut:
-            self._cut.append(sequence.cut)
+        self._tokens["(example)"].append(len(sequence) + sequence.truncated)
+        if sequence.truncated:
+            self._cut.append(sequence.truncated)
 
     def _problem(self, where: str, reason: str) -> None:
         # The same fault has the same text at every place.
@@ -137,7 +140,7 @@ class Check:
         for twins in found.values():
             twins["first"] = [str(self._source[number].get("_where", number)) for number in twins["first"]]
         if self._overlap is not None:
-            found["overlap"] = self._overlap._asdict()
+            found["overlap"] = {**self._overlap._asdict(), "found": len(self._overlap.found)}
         return found
 
     def sentences(self) -> list[str]:
@@ -149,8 +152,8 @@ class Check:
                 said.append(f"{what}: {found[name]['count']:,}, such as {' and '.join(found[name]['first'])}.")
         if self._overlap is not None:
             shared, total, where = self._overlap
-            first_one = f" (first: {where})" if shared else ""
-            said.append(f"{shared:,} of {total:,} records that are measured on have inputs of these data{first_one}.")
+            first = f" (first: {where})" if shared else ""
+            said.append(f"{len(shared):,} of {total:,} records that are measured on have inputs of these data{first}.")
         if self._processor and self._cut:
             most = _spread(self._cut)
             said.append(
@@ -188,3 +191,62 @@ def _read(name: str, kind: str, value: Any) -> None:
 
 def _spread(lengths: list[int]) -> dict[str, int]:
     return {"median": int(statistics.median(lengths)), "longest": max(lengths)}
+
+
+_SHOWN = 160
+"""Maximum characters of a side; the middle of a longer one is left out."""
+
+
+@lru_cache(maxsize=1)
+def plain_processor() -> Processor:
+    """A processor without a model: it lays examples out whole, in bytes."""
+    return Processor(Tokenizer.train((), 300, num_codes=0), ImageGrid(16, 16), 2**31)
+
+
+def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tuple[str, str]:
+    """Source and target of a record, by the task's first instruction, with its corruptions: texts as truncated to the
+    processor's `max_length`, pictures by name and size in pixels. Raises DataError as `encode_example` does."""
+    tokenizer = processor.tokenizer
+    plain = not (task.draws or task.produces_no_tokens or task.sketch)
+    sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
+    given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
+    pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
+    source = _text_of(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
+    if plain:
+        target = _text_of(sequence.labels[sequence.labels != IGNORE].tolist(), [], tokenizer)
+    else:
+        value = record.get(task.outputs[0])
+        value = value[0] if task.sketch and isinstance(value, list) else value
+        target = "(a vector)" if task.embeds else _picture(value) if task.draws else str(value)
+    if sequence.truncated:  # perhaps within a character
+        source, target = source.replace(HALF, ""), target.replace(HALF, "")
+    return _short(source), _short(target)
+
+
+def _text_of(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
+    """The text of ids, with pictures by name, gaps as `____`, and the marks of tables."""
+    marks = {
+        tokenizer.mask_id: "____", tokenizer.table_id: "<|table|>", tokenizer.table_end_id: "<|/table|>",
+        tokenizer.row_id: "<|row|>", tokenizer.cell_id: "<|cell|>",
+    }  # fmt: skip
+    names, text = iter(pictures), ""
+    run: list[int] = []
+    for token in [*ids, tokenizer.end_id]:
+        if token in marks or token in (tokenizer.image_id, tokenizer.end_id):
+            text += tokenizer.decode(run)
+            text += marks.get(token, "") or (next(names, "") if token == tokenizer.image_id else "")
+            run = []
+        elif token not in (tokenizer.patch_id, tokenizer.image_end_id):
+            run.append(token)
+    return text
+
+
+def _picture(value: Any) -> str:
+    name = Path(value).name if isinstance(value, (str, Path)) else "picture"
+    size = "{} x {}".format(*open_image(value).size) if isinstance(value, (str, Path, bytes)) else "features or codes"
+    return f"[{name}, {size}]"
+
+
+def _short(text: str) -> str:
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

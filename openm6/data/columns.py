@@ -1,9 +1,10 @@
-"""Mapping of data columns to the slots of a task, and records by slot."""
+"""Mapping of data columns to the slots of a task, records by slot, and the classes of labels."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +19,7 @@ from openm6.data.store import Record, Records
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
+    from openm6.data.source import Source
     from openm6.tasks.task import Task
 
 _SYNONYMS = (
@@ -82,11 +84,9 @@ class SlotView:
         return cls(task, map_columns(task, records.columns, columns or {}, sample, command))
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
-        """The record by slots.
-
-        `rng` draws one of a list of texts; without it an input takes the first, and an output keeps the list (all are
-        right). A picture's path is completed by the root of its source. Raises DataError for a picture that may not be
-        read."""
+        """The record by slots. `rng` draws one of a list of texts; without it an input takes the first, and an output
+        keeps the list (all are right). A picture's path is completed by the root of its source. Raises DataError for a
+        picture that may not be read."""
         seen = dict(record)
         for name, column in self.mapping.items():
             value = record.get(column)
@@ -213,8 +213,7 @@ def _foreign(column: str, slot: str, kind: str) -> bool:
 
 
 def is_key(name: str, values: list[Any], kind: str) -> bool:
-    """Whether a column identifies records: by its name, or because its `values` are distinct codes. A picture's column
-    does not: it holds paths."""
+    """Whether a column, other than a picture's, identifies records: by its name, or by `values` of distinct codes."""
     if kind not in ("text", "label"):
         return False
     texts = [str(v) for v in values if v is not None]
@@ -310,3 +309,62 @@ def _picture(value: Any, root: str, where: str) -> Any:
         return read_file(value)
     path = picture_path(value, root)
     return read_file(path) if is_remote(path) else path
+
+
+_SHOWN = 20
+"""Maximum number of classes listed by name."""
+
+
+@dataclass(slots=True)
+class Classes:
+    """The classes of a label slot: `counts` by class, and in `respelled` the class of every label spelt otherwise."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    respelled: dict[str, str] = field(default_factory=dict)
+
+    def add(self, value: Any) -> None:
+        """Count the label of a record, or each of a list."""
+        for text in value if isinstance(value, list) else [value]:
+            label = normalize_label(str(text)) if isinstance(text, (str, int, float)) else ""
+            if label:
+                self.counts[label] += 1
+                if label != str(text):
+                    self.respelled[str(text)] = label
+
+    def alike(self) -> list[list[str]]:
+        """Classes that differ by case and blanks alone, which probably should be one."""
+        groups: dict[str, list[str]] = {}
+        for label in self.counts:
+            groups.setdefault("".join(label.casefold().split()), []).append(label)
+        return [sorted(group) for group in groups.values() if len(group) > 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts.most_common()), "respelled": self.respelled, "alike": self.alike()}
+
+    def sentences(self, name: str) -> list[str]:
+        """Sentences about the classes of the slot `name`."""
+        listed = ", ".join(f"{label} {count:,}" for label, count in self.counts.most_common(_SHOWN))
+        more = f" and {len(self.counts) - _SHOWN:,} more" if len(self.counts) > _SHOWN else ""
+        classes = f"{len(self.counts):,} class{'es' if len(self.counts) != 1 else ''}"
+        said = [f"{name} has {classes}: {listed}{more}."]
+        if self.respelled:
+            text, label = next(iter(self.respelled.items()))
+            count = len(self.respelled)
+            said.append(f"{name}: spellings that are taken for a class: {count:,}, such as {text!r} for {label!r}.")
+        said += [
+            f"{name}: {' and '.join(map(repr, group))} differ in capitals or blanks alone."
+            for group in self.alike()[:_SHOWN]
+        ]
+        return said
+
+
+def count_classes(task: Task, records: Source, columns: Mapping[str, str]) -> dict[str, Classes]:
+    """The classes of each label that the task writes, by slot, from all records."""
+    names = [name for name in task.outputs if task.slots[name].type == "label"]
+    mapping = SlotView.of(task, records, columns).mapping if names else {}
+    found = {name: Classes() for name in names}
+    some: Iterable[Record] = records if names else ()
+    for record in some:
+        for name in names:
+            found[name].add(record.get(mapping[name]))
+    return found

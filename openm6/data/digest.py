@@ -4,8 +4,6 @@ All columns of the records count, in order. A picture named by a path counts by 
 last 4 KiB of its file: an edited picture differs there, a copied or touched one does not, and a million pictures need
 not be read whole. A picture behind a URL counts by its name alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

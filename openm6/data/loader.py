@@ -10,18 +10,17 @@ from __future__ import annotations
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Mapping, Sequence as Items
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import ContrastTarget, Sequence
-from openm6.data.classes import Classes
-from openm6.data.columns import SlotView
+from openm6.data.columns import Classes, SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record, Records
@@ -36,19 +35,8 @@ _TRIES = 64  # records tried to replace a bad one
 _DECK = 2**16  # largest number of records whose order is stored, not computed
 
 
-class Encoder(Protocol):
-    """A function that makes an example of a record by slots; see `encode_example`."""
-
-    def __call__(
-        self,
-        task: Task,
-        record: Mapping[str, Any],
-        processor: Processor,
-        rng: np.random.Generator | None,
-        another: Callable[[], Mapping[str, Any]],
-        shots: Items[Mapping[str, Any]],
-        /,
-    ) -> Sequence: ...
+Encoder = Callable[..., Sequence]
+"""A function that makes an example of a record by slots, with the first six parameters of `encode_example`."""
 
 
 @dataclass(slots=True)
@@ -63,8 +51,7 @@ class Entry:
     same       columns by which records are grouped: those that agree in all are not told apart
     shots      maximum number of other records, with their answers, before each
     classes    the classes of the labels to be written, where they were counted
-    encode     makes the examples
-    """
+    encode     makes the examples"""
 
     name: str
     records: Records
@@ -86,8 +73,7 @@ class Loader:
 
     `batch_size` examples make a step over all `world` processes; this one, `rank`, takes every world-th of them.
     `threads` prepare examples ahead. Bad records are counted in `rejects` and replaced by the next good one of their
-    source; without `rejects` the first one raises its DataError. Raises UsageError where the arguments are
-    inconsistent."""
+    source; without `rejects` the first one raises its DataError. Raises UsageError for inconsistent arguments."""
 
     def __init__(
         self,
@@ -130,30 +116,28 @@ class Loader:
         """Examples of this process for each step, from the current state."""
         import grain
 
-        share = self.batch_size // self.world
-        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * share if self.threads else 0)
-        own = grain.MapDataset.range(sys.maxsize).map(lambda number: self._example(self._place(number)))
+        per_process = self.batch_size // self.world
+        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * per_process if self.threads else 0)
+        own = grain.MapDataset.range(sys.maxsize).map(self._example)
         examples = iter(own.to_iter_dataset(ahead))
         grain.experimental.set_next_index(examples, self._examples // self.world)
         try:
             while True:
-                step = list(islice(examples, share))
+                step = list(islice(examples, per_process))
                 self._examples += self.batch_size
                 yield step
         finally:
             examples.close()
 
-    def _example(self, place: int) -> Sequence:
-        stage = bisect_right(self._stages, place) - 1
-        example: Sequence = self._mixtures[stage][place - self._stages[stage]]
-        return example
-
-    def _place(self, number: int) -> int:
-        """The place in the whole run of this process's `number`-th example.
+    def _example(self, number: int) -> Sequence:
+        """The `number`-th example of this process.
 
         The mixture alternates evenly, so that of two sources each might fall to one of two processes: hence the places
         of a step are dealt out in random order."""
-        return self._deck[number * self.world + self.rank]
+        place = self._deck[number * self.world + self.rank]
+        stage = bisect_right(self._stages, place) - 1
+        example: Sequence = self._mixtures[stage][place - self._stages[stage]]
+        return example
 
     def get_state(self) -> dict[str, Any]:
         """The state after the completed steps, the same for every process."""
@@ -161,7 +145,6 @@ class Loader:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restore a state, from the next iteration on. The number of processes may differ.
-
         Raises UsageError when seed or data differ from those of the state: the run could not be resumed exactly."""
         now = {"seed": self.seed, "sources": self._sources()}
         for key, value in now.items():
@@ -200,12 +183,15 @@ class _Draws:
 
     def encode(self, index: int, rng: np.random.Generator) -> Sequence:
         """The example of record `index` (counted through the epochs), or of the next usable one."""
+
+        def another() -> Mapping[str, Any]:
+            return self._view(self.entry.records[int(rng.integers(len(self)))], rng)
+
         reason = ""
         for other in range(min(_TRIES, len(self))):
             record = self.entry.records[(index + other) % len(self)]
             try:
                 seen = self._noised(self._view(record, rng), rng)
-                another = partial(self._another, rng)
                 shots = [another() for _ in range(int(rng.integers(self.entry.shots + 1)))] if self.entry.shots else []
                 example = self.entry.encode(self.entry.task, seen, self._processor, rng, another, shots)
                 if self.entry.against:
@@ -239,14 +225,10 @@ class _Draws:
         entry = self.entry
         if not entry.noise:
             return seen
-        given = [name for name in entry.task.inputs if entry.task.slots[name].type == "text"]
-        texts = {name: seen[name] for name in given if isinstance(seen.get(name), str) and seen[name]}
         # Noise in the question must not change the answer.
-        free = {name: text for name, text in texts.items() if name not in entry.task.outputs}
-        return {**seen, **{name: noised(text, entry.noise, rng) for name, text in free.items()}}
-
-    def _another(self, rng: np.random.Generator) -> Mapping[str, Any]:
-        return self._view(self.entry.records[int(rng.integers(len(self)))], rng)
+        free = [n for n in entry.task.inputs if entry.task.slots[n].type == "text" and n not in entry.task.outputs]
+        texts = {name: seen[name] for name in free if isinstance(seen.get(name), str) and seen[name]}
+        return {**seen, **{name: noised(text, entry.noise, rng) for name, text in texts.items()}}
 
 
 class _Deck:

@@ -26,26 +26,11 @@ if TYPE_CHECKING:
 
 
 class Overlap(NamedTuple):
-    """`found` of `total` records have the inputs of a training record; `first` is the place of the first of them."""
+    """Indices of those of `total` records that have the inputs of a training record, and the place of the first."""
 
-    found: int
+    found: set[int]
     total: int
     first: str
-
-
-def count_overlap(
-    task: Task,
-    train: Source,
-    train_columns: Mapping[str, str],
-    test: Source,
-    test_columns: Mapping[str, str],
-    limit: int | None = None,
-    most: int | None = None,
-) -> Overlap:
-    """The number of records that `find_overlap` finds among the first `limit` of `test`."""
-    found = find_overlap(task, train, train_columns, test, test_columns, limit, most)
-    total = len(test) if limit is None else min(limit, len(test))
-    return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
 
 
 def find_overlap(
@@ -56,10 +41,9 @@ def find_overlap(
     test_columns: Mapping[str, str],
     limit: int | None = None,
     most: int | None = None,
-) -> set[int]:
-    """Indices of those of the first `limit` records of `test` whose task inputs equal those of one of the first `most`
-    records of `train`. A task without inputs is compared by its outputs. No records of `train` are held in memory, and
-    of `test` a digest of each.
+) -> Overlap:
+    """Find those of the first `limit` records of `test` whose task inputs (outputs, of a task without inputs) equal
+    those of one of the first `most` records of `train`. Of `test` a digest of each record is held in memory.
 
     Pictures are compared by size first, so that only candidates are read. Raises UsageError where a slot has no column.
     """
@@ -84,7 +68,7 @@ def find_overlap(
             for number in rough[key]:
                 exact[key].setdefault(digest(tested, test[number], names), []).append(number)
         found.update(exact[key].get(digest(seen, record, names), ()))
-    return found
+    return Overlap(found, total, str(test[min(found)].get("_where", min(found))) if found else "")
 
 
 class Twins:

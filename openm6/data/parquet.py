@@ -5,20 +5,14 @@ neighbours are; the order of the row groups is shuffled once, so that rows with 
 data. With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
 number, a run is resumed exactly, at any number of processes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
-from openm6.core.extras import require
-from openm6.data.bundled import plain_picture, rows_of
-from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
+from openm6.data.bundled import open_parquet, plain_picture, rows_of
+from openm6.data.files import expand, folder_of, is_folder, list_folder
 from openm6.data.store import Record, locate
 
 WINDOW_ROWS = 4096
@@ -37,7 +31,7 @@ class ParquetRows:
         groups: list[tuple[str, int, int]] = []
         size = 0
         for path in _files(spec):
-            with _table(path) as table:
+            with open_parquet(path) as table:
                 meta = table.metadata
                 self.columns = tuple(dict.fromkeys((*self.columns, *table.schema_arrow.names)))
                 for number in range(meta.num_row_groups):
@@ -72,7 +66,7 @@ class ParquetRows:
                     self._tables.move_to_end(place)
                     return self._tables[place]
             path, number, _ = self._groups[place]
-            with _table(path) as table:
+            with open_parquet(path) as table:
                 rows = [{k: plain_picture(v) for k, v in row.items()} for row in rows_of(table.read_row_group(number))]
             with self._lock:
                 self._tables[place] = rows
@@ -91,16 +85,3 @@ def _files(spec: str) -> list[str]:
     if not files:
         raise DataError(f"{spec} holds no Parquet files to stream.")
     return files
-
-
-@contextmanager
-def _table(path: str) -> Iterator[Any]:
-    require("parquet", "pyarrow")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with open_file(path) as file:
-        try:
-            yield pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no Parquet file, or is damaged ({type(error).__name__}).") from None

@@ -6,8 +6,6 @@ pictures.
 
 A row that cannot be used goes to `on_reject`; a file that cannot be read at all raises DataError."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,14 +13,14 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from openm6.core.errors import DataError, UsageError, suggest
-from openm6.data import annotated, bundled, sheets, tables
+from openm6.data import annotated, bundled, tables
 from openm6.data.bundled import plain_picture
 from openm6.data.files import absolute, expand, folder_of, is_folder, list_folder
 from openm6.data.rejects import OnReject
 from openm6.data.store import HIDDEN, Record
 
 Reader = Callable[..., Iterator[Record]]
-"""(path, images_root, on_reject, **options of `_OPTIONS`)"""
+"""(path, on_reject, **options of `_OPTIONS`)"""
 
 
 def read(
@@ -40,11 +38,10 @@ def read(
         return
     for path in expand(str(source)):
         kind = format_of(path, format)
-        root = absolute(images_root or (path if is_folder(path) else folder_of(path)))
-        for row in FORMATS[kind](path, images_root, on_reject, **_options(kind, format)):
+        root = {"_root": absolute(images_root or (path if is_folder(path) else folder_of(path)))}
+        for row in FORMATS[kind](path, on_reject, **_options(kind, format)):
             record = {key: value if key in HIDDEN else plain_picture(value) for key, value in row.items()}
-            record.setdefault("_root", root)
-            yield record
+            yield {**record, **root} if images_root else {**root, **record}
 
 
 def with_options(format: str | None, encoding: str | None = None, names: str | None = None) -> str | None:
@@ -68,9 +65,13 @@ def _options(kind: str, format: str | None) -> dict[str, Any]:
 
 def files_of(source: str) -> list[str]:
     """Every file that `read` would open (folders expanded): the dependencies of a cache."""
-    return [
-        file for path in expand(source) for file in (list_folder(path) if is_folder(path) else [path, *_partners(path)])
-    ]
+    files: list[str] = []
+    for path in expand(source):
+        if is_folder(path):
+            files += list_folder(path)
+        else:
+            files += filter(None, (path, annotated.muge_images(path) or annotated.vqa_annotations(path)))
+    return files
 
 
 def format_of(path: str, format: str | None = None) -> str:
@@ -102,13 +103,12 @@ def format_of(path: str, format: str | None = None) -> str:
 
 
 def _json_format(path: str, encoding: str | None) -> str:
-    """The JSON layout of a file, by its top-level keys; JSON lines where it is not JSON as a whole and lines of it are
-    objects."""
+    """The JSON layout of a file, by its top-level keys; JSON lines where its lines, but not the whole, are JSON."""
     try:
         content = tables.load_json(path, encoding)
     except DataError:
         with suppress(DataError):
-            if next(tables.read_jsonl(path, None, lambda reject: None, encoding), None) is not None:
+            if next(tables.read_jsonl(path, lambda reject: None, encoding), None) is not None:
                 return "jsonl"
         raise
     if isinstance(content, dict):
@@ -132,20 +132,13 @@ def _read_list(rows: Iterable[Mapping[str, Any]], images_root: str | None) -> It
         yield record
 
 
-def _partners(path: str) -> list[str]:
-    """Files that are read along with this one."""
-    if other := annotated.muge_images(path):
-        return [other]
-    return [other] if (other := annotated.vqa_annotations(path)) else []
-
-
 FORMATS: dict[str, Reader] = {
     "jsonl": tables.read_jsonl,
     "json": tables.read_json,
     "csv": tables.read_csv,
     "tsv": tables.read_tsv,
     "txt": tables.read_lines,
-    "xlsx": sheets.read_xlsx,
+    "xlsx": tables.read_xlsx,
     "coco": annotated.read_coco,
     "vqa": annotated.read_vqa,
     "muge": annotated.read_muge,

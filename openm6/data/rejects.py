@@ -1,7 +1,5 @@
 """Rejected records: written down with the reason, counted, and too many of them stop the work."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -32,8 +30,7 @@ def place_of(where: str) -> tuple[str, int]:
 
 
 def count_rejected(folder: Path) -> int:
-    """The number of records that the processes of a run could not use, from the files in its folder; a record that
-    several of them met counts once."""
+    """The number of different records that the processes of a run could not use, from the files in its folder."""
     lines = (line for path in folder.glob("rejects*.jsonl") for line in whole_lines(path))
     return len({(line.get("source"), line["where"]) for line in lines})
 
@@ -42,10 +39,10 @@ class Rejects:
     """Counts records, good and bad; every bad one becomes a line of JSON in `path` (created at the first).
 
     Raises DataError from `count` when there are at least `minimum` bad records and they are more than a fraction
-    `share` of all. Thread-safe."""
+    `max_fraction` of all. Thread-safe."""
 
-    def __init__(self, path: str | Path, share: float = 0.05, minimum: int = 20):
-        self.path, self.share, self.minimum = Path(path), share, minimum
+    def __init__(self, path: str | Path, max_fraction: float = 0.05, minimum: int = 20):
+        self.path, self.max_fraction, self.minimum = Path(path), max_fraction, minimum
         self.seen = self.bad = 0
         self._written: set[str] | None = None
         self._reasons: Counter[str] = Counter()
@@ -57,38 +54,27 @@ class Rejects:
             self.seen += number
 
     def count(self, where: str, reason: str, source: str = "") -> None:
-        """Count a record that cannot be used; one that was met before (in an earlier epoch, or by a resumed run) is not
-        written again."""
+        """Count a record that cannot be used; one that an earlier epoch or run met is not written again."""
         with self._lock:
             self.seen += 1
             self.bad += 1
             # The place is removed, so that the same fault is one entry of the tally.
             self._reasons[reason.replace(f"{where}: ", "").replace(where, "").strip()] += 1
             if self._written is None:
-                self._written = self._before()
+                cut_torn_line(self.path)
+                self._written = {str(line["where"]) for line in whole_lines(self.path)}
             if where not in self._written:
                 self._written.add(where)
-                self._write({"where": where, "reason": reason, "source": source})
-            if self.bad >= self.minimum and self.bad > self.share * self.seen:
-                raise DataError(self._verdict(source))
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(dumps({"where": where, "reason": reason, "source": source}) + "\n")
+            if self.bad >= self.minimum and self.bad > self.max_fraction * self.seen:
+                text = self.summary()
+                if source:
+                    text = text.replace(" records could", f" records (the last of {source}) could", 1)
+                raise DataError(f"{text}; at most {self.max_fraction:.0%} may be. See {self.path}.")
 
     def summary(self) -> str:
         """`3 of 400 records could not be used (most often: ...)`."""
         reason = self._reasons.most_common(1)[0][0] if self._reasons else "none"
         return f"{self.bad} of {self.seen} records could not be used (most often: {reason.rstrip('.')})"
-
-    def _verdict(self, source: str) -> str:
-        text = self.summary()
-        if source:
-            text = text.replace(" records could", f" records (the last of {source}) could", 1)
-        return f"{text}; at most {self.share:.0%} may be. See {self.path}."
-
-    def _before(self) -> set[str]:
-        """Places of the bad records that are already in the file."""
-        cut_torn_line(self.path)
-        return {str(line["where"]) for line in whole_lines(self.path)}
-
-    def _write(self, line: dict[str, str]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(dumps(line) + "\n")

@@ -1,7 +1,5 @@
 """Sources: data that a recipe or a command can name, with random access to records."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os
@@ -129,8 +127,7 @@ def open_source(
 
 
 def check_source(name: str) -> None:
-    """Raises the errors of `open_source` for built-in data that do not exist and for missing files, without reading
-    any."""
+    """Raises the errors of `open_source` for unknown built-in data and for missing files, without reading any."""
     if _entry_of(name):
         open_source(name)
     elif not is_remote(name):

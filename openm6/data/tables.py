@@ -1,9 +1,10 @@
-"""Records from text files: JSON lines, JSON lists, CSV, TSV, and one text a line."""
-
-from __future__ import annotations
+"""Records from JSON lines, JSON lists, CSV, TSV, files of one text a line, and Excel workbooks."""
 
 import csv
+import datetime
+import io
 import json
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -12,14 +13,13 @@ from typing import Any
 from openm6.core.errors import DataError, cut
 from openm6.core.files import fault_of, parse
 from openm6.core.images import held_picture
+from openm6.data.files import is_text, numbered_lines, read_file, read_text
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
-from openm6.data.text import is_text, numbered_lines, read_text
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:
     """The value of a JSON file, perhaps with faults that `files.fault_of` finds.
-
     Raises DataError for invalid JSON."""
     try:
         return parse(read_text(path, encoding))
@@ -29,17 +29,9 @@ def load_json(path: str, encoding: str | None = None) -> Any:
         raise DataError(f"{path} is not valid JSON: it {error}.") from None
 
 
-def read_jsonl(
-    path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
-) -> Iterator[Record]:
+def read_jsonl(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """One JSON object a line."""
-    for number, line in numbered_lines(path, on_reject, encoding):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        if not is_text(line):
-            on_reject(Reject(where, f"{where} is not {encoding or 'UTF-8'} text."))
-            continue
+    for where, line in _text_lines(path, on_reject, encoding):
         try:
             row = parse(line)
         except json.JSONDecodeError as error:
@@ -50,19 +42,22 @@ def read_jsonl(
             yield from _object(row, where, "a line has to be {...}", on_reject)
 
 
-def read_lines(
-    path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
-) -> Iterator[Record]:
+def read_lines(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """One text a line, in the column `text`."""
+    return ({"text": line.strip(), "_where": where} for where, line in _text_lines(path, on_reject, encoding))
+
+
+def _text_lines(path: str, on_reject: OnReject, encoding: str | None) -> Iterator[tuple[str, str]]:
+    """Place and content of each line that is neither blank nor invalid in its encoding."""
     for number, line in numbered_lines(path, on_reject, encoding):
         where = f"{path}:{number}"
         if not is_text(line):
             on_reject(Reject(where, f"{where} is not {encoding or 'UTF-8'} text."))
-        elif text := line.strip():
-            yield {"text": text, "_where": where}
+        elif line.strip():
+            yield where, line
 
 
-def read_json(path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
+def read_json(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[Record]:
     """A JSON list of objects."""
     content = load_json(path, encoding)
     if not isinstance(content, list):
@@ -83,11 +78,7 @@ def _object(row: Any, where: str, rule: str, on_reject: OnReject) -> Iterator[Re
 
 
 def read_csv(
-    path: str,
-    images_root: str | None,
-    on_reject: OnReject,
-    encoding: str | None = None,
-    names: Sequence[str] | None = None,
+    path: str, on_reject: OnReject, encoding: str | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Record]:
     """The rows of a CSV, quoted by "; the first line names the columns unless `names` does.
 
@@ -99,11 +90,7 @@ def read_csv(
 
 
 def read_tsv(
-    path: str,
-    images_root: str | None,
-    on_reject: OnReject,
-    encoding: str | None = None,
-    names: Sequence[str] | None = None,
+    path: str, on_reject: OnReject, encoding: str | None = None, names: Sequence[str] | None = None
 ) -> Iterator[Record]:
     """The rows of a tab-separated table without quoting; the first line names the columns unless `names` does."""
     lines = numbered_lines(path, on_reject, encoding)
@@ -169,7 +156,6 @@ def _header(path: str, cells: list[str]) -> list[str]:
 
 def _cells(lines: Iterable[tuple[int, str]], **dialect: Any) -> Iterator[tuple[int, list[str] | None, bool]]:
     """(first line, cells, whether all of it is text) of each row; no cells where a quote is not closed as CSV requires.
-
     The lines after the first one are then read again as rows of their own, so that an open quote costs one line."""
     again: deque[tuple[int, str]] = deque()
     rest = iter(lines)
@@ -193,3 +179,79 @@ def _cells(lines: Iterable[tuple[int, str]], **dialect: Any) -> Iterator[tuple[i
         if cells is None:
             return
         yield taken[0][0], cells, all(is_text(line) and "\0" not in line for _, line in taken)
+
+
+MAX_UNPACKED = 512 * 2**20
+"""Maximum size of a workbook after decompression, in bytes: a small file can hold gigabytes of zeros."""
+
+
+def read_xlsx(path: str, on_reject: OnReject) -> Iterator[Record]:
+    """The rows of the one sheet that has any; its first row names the columns.
+
+    Whole numbers are int, others float, dates ISO text, formulas their values when the file was saved; an empty cell is
+    None. A row with an error (#N/A) is rejected. Raises DataError for an invalid workbook or several sheets with rows.
+    """
+    import openpyxl
+
+    try:
+        content = io.BytesIO(read_file(path))
+        with zipfile.ZipFile(content) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_UNPACKED:
+            raise DataError(f"{path} has {size / 2**20:.0f} MiB unpacked; at most {MAX_UNPACKED / 2**20:.0f} are read.")
+        book = openpyxl.load_workbook(content, read_only=True, data_only=True)
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # the declared size can be less than the real one
+        sheets = [s for s in book.worksheets if any(_filled(row) for row in s.iter_rows(max_row=9))]
+        if len(sheets) > 1:
+            raise DataError(
+                f"{path} has several sheets with rows ({', '.join(cut(s.title) for s in sheets)}): keep one in a file."
+            )
+        formulas = openpyxl.load_workbook(content, read_only=True)
+        for sheet in sheets:
+            formulas[sheet.title].reset_dimensions()
+            yield from _sheet_rows(path, sheet, formulas[sheet.title], on_reject)
+    except DataError:
+        raise
+    except Exception as error:  # openpyxl raises any exception at damaged files
+        raise DataError(f"{path} is no Excel workbook, or is damaged ({type(error).__name__}).") from None
+
+
+def _filled(row: Any) -> bool:
+    return any(cell.value is not None for cell in row)
+
+
+def _sheet_rows(path: str, sheet: Any, formulas: Any, on_reject: OnReject) -> Iterator[Record]:
+    header: list[str] | None = None
+    for number, (row, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), 1):
+        where = f"{path}:{number}"
+        if not _filled(written):
+            continue
+        values = [_json_value(cell.value) for cell in row]
+        if header is None:
+            header = ["" if value is None else str(value) for value in values]
+            while header and not header[-1]:
+                header.pop()
+            if len(set(header)) < len(header) or "" in header:
+                raise DataError(
+                    f"{where} has to name every column once; it has: {', '.join(cut(name) for name in header)}."
+                )
+        elif error := next((cell.value for cell in row if cell.data_type == "e"), None):
+            on_reject(Reject(where, f"{where} has a cell with the error {error}."))
+        elif any(a.value is None and b.data_type == "f" for a, b in zip(row, written, strict=True)):
+            on_reject(Reject(where, f"{where} has a formula without a value: open the file in Excel and save it."))
+        elif any(value is not None for value in values[len(header) :]):
+            on_reject(Reject(where, f"{where} has a cell beyond the {len(header)} columns that the first row names."))
+        else:
+            values += [None] * (len(header) - len(values))
+            yield {**dict(zip(header, values, strict=False)), "_where": where}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        return value.date().isoformat()
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    return str(value) if isinstance(value, datetime.timedelta) else value

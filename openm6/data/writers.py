@@ -1,7 +1,5 @@
 """Writers of rows as CSV, JSON lines or Parquet, by file suffix."""
 
-from __future__ import annotations
-
 import base64
 import csv
 from collections.abc import Callable, Iterator, Sequence

@@ -184,12 +184,12 @@ class EdgeModel:
         prompt = encode_prompt(chosen, record, self.processor, truncate=truncate)
         if chosen.embeds:
             state = self._read(prompt)[1]
-            return Answer(state / np.linalg.norm(state), 1.0, True, truncated=prompt.cut)
+            return Answer(state / np.linalg.norm(state), 1.0, True, truncated=prompt.truncated)
         if chosen.head:
             from openm6.tasks.heads import HEADS
 
             outputs = self._read(prompt)[3 + self.about["heads"].index(chosen.head)]
-            return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True, truncated=prompt.cut)
+            return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True, truncated=prompt.truncated)
         most = max_new_tokens or int(chosen.decode.get("max_new_tokens", 64))
         ids, chances, finished = [], [], False
         first = self._begin(prompt, most)
@@ -199,7 +199,7 @@ class EdgeModel:
             if not finished:
                 ids.append(token)
         confidence = float(np.exp(np.log(np.maximum(chances, 1e-12)).mean()))
-        return Answer(chosen.value(ids, self.processor), confidence, finished, first[1], prompt.cut)
+        return Answer(chosen.value(ids, self.processor), confidence, finished, first[1], prompt.truncated)
 
     def run_many(self, task: str, records: Iterable[Record], *, truncate: str | None = None) -> Iterator[Any]:
         for record in records:

@@ -136,7 +136,7 @@ def evaluate(
     if not kept:
         reason = rejects[-1][1].reason if rejects else "there are no records"
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
-    cases, cut = [], sum(prompt.cut > 0 for prompt in prompts)
+    cases, cut = [], sum(prompt.truncated > 0 for prompt in prompts)
     session.model.eval()
     if task.draws or not (answers or set(chosen) - {"perplexity"}):
         cases = [Case(record, "", []) for record in kept]

@@ -28,7 +28,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
     longest = max(len(p) for p in prompts)
     check_room(model, longest, decoding.max_new_tokens)
     device = model.embed.weight.device
-    hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), longest + decoding.max_new_tokens)
+    hidden, cache = prefill(model, pad(prompts, pad_id=0, rounded=True).to(device), longest + decoding.max_new_tokens)
     rows = torch.arange(count, device=device).repeat_interleave(width)
     cache.select(rows)
     hidden = hidden[rows]

@@ -130,7 +130,7 @@ def draw_steps(
     longest, device = max(len(p) for p in both), model.embed.weight.device
     check_room(model, longest, codes.count + len(codes.estimates))
     hidden, cache = prefill(
-        model, pad(both, pad_id=0, even=True).to(device), longest + codes.count + len(codes.estimates)
+        model, pad(both, pad_id=0, rounded=True).to(device), longest + codes.count + len(codes.estimates)
     )
     found = torch.full((len(prompts) // branches, codes.count), OPEN) if kept is None else kept.clone()
     found = found.repeat_interleave(branches, 0).to(device)
@@ -154,7 +154,7 @@ def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -
     """The model's estimates of complete pictures, int64 [B, count], as answers to these prompts."""
     device = model.embed.weight.device
     capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
-    _, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), capacity)
+    _, cache = prefill(model, pad(prompts, pad_id=0, rounded=True).to(device), capacity)
     return Drawn(found, _CodeDecoder(model, cache, codes, Drawing(), None).estimate(found.to(device)))
 
 

@@ -37,7 +37,7 @@ def _each_batch(
 
     @torch.inference_mode()
     def batch_steps(chosen: list[int]) -> Steps[list[Any]]:
-        batch = pad([items[i].prompt for i in chosen], context.processor.tokenizer.pad_id, even=True)
+        batch = pad([items[i].prompt for i in chosen], context.processor.tokenizer.pad_id, rounded=True)
         found = results(batch.to(context.model.embed.weight.device))
         yield [0] * len(chosen)
         return found

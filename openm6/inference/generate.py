@@ -91,7 +91,7 @@ def _tokens(
     longest = max(len(p) for p in prompts)
     check_room(model, longest, decoding.max_new_tokens)
     device = model.embed.weight.device
-    hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), longest + decoding.max_new_tokens)
+    hidden, cache = prefill(model, pad(prompts, pad_id=0, rounded=True).to(device), longest + decoding.max_new_tokens)
     rows = list(range(len(prompts)))
     generators = [row_generator(decoding, number) for number in numbers]
     prefixes: list[list[int]] = [[] for _ in prompts]

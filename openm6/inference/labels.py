@@ -132,7 +132,7 @@ def _at_forks(
             last = torch.tensor([child[-1] for _, child in some], device=device)
             read(step(model, last.repeat(count), part), part, [child for _, child in some])
 
-    read(*prefill(model, pad(prompts, pad_id=0, even=True).to(device), longest + depth), [()])
+    read(*prefill(model, pad(prompts, pad_id=0, rounded=True).to(device), longest + depth), [()])
     return found
 
 

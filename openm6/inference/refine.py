@@ -64,7 +64,7 @@ def _batch_steps(
     longest = max(len(prompt) for prompt in prompts)
     check_room(model, longest, most + 1)
     device = model.embed.weight.device
-    hidden, cache = prefill_all(model, pad(prompts, pad_id=0, even=True).to(device), longest + most + 1)
+    hidden, cache = prefill_all(model, pad(prompts, pad_id=0, rounded=True).to(device), longest + most + 1)
     editor = _Editor(model, cache, tokenizer, most)
     drafts = editor.sketch(prompts, hidden)
     for number in range(rounds):

@@ -322,8 +322,8 @@ class Session:
         record, truncate = request.record, request.truncate
         check_truncate(truncate)
         prompt = encode_prompt(task, record, self.processor, shots=request.examples, truncate=truncate)
-        if prompt.cut and self._is_first("cut", task):
-            _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.cut, task.name)
+        if prompt.truncated and self._is_first("cut", task):
+            _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.truncated, task.name)
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
         if request.limits is not None:

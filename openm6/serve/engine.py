@@ -297,7 +297,7 @@ class Engine:
         event.tokens, event.prompt_tokens = request.tokens, request.prompt_tokens
         if event.done or event.error is not None:
             del self._open[event.id]
-            event.truncated = request.ready().prompt.cut
+            event.truncated = request.ready().prompt.truncated
             cancelled = isinstance(event.error, CancelledError)
             self._counts.answered += event.error is None
             self._counts.cancelled += cancelled

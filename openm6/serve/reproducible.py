@@ -35,7 +35,7 @@ def _prompt(ids: np.ndarray) -> Sequence:
 
 def _logits(model: M6, prompts: list[Sequence]) -> Tensor:
     """Logits after the prompts and after each of the tokens that follow, [B, 1 + STEPS, V]."""
-    hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True), max(map(len, prompts)) + STEPS)
+    hidden, cache = prefill(model, pad(prompts, pad_id=0, rounded=True), max(map(len, prompts)) + STEPS)
     found = [model.logits(hidden)]
     for token in range(STEPS):
         hidden = step(model, torch.full((len(prompts),), token), cache, reproducible=True)

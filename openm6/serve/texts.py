@@ -195,7 +195,7 @@ class TextScheduler:
 
     def _prefixes(self, prompts: list[Sequence]) -> list[Prefix]:
         model = self.view.model
-        batch = pad(prompts, pad_id=0, even=True)
+        batch = pad(prompts, pad_id=0, rounded=True)
         return prefixes_of(*prefill(model, batch.to(model.embed.weight.device), batch.shape[1]))
 
     def _extend(self, rows: list[_Row], hidden: list[Tensor]) -> tuple[list[RequestEvent], set[int]]:

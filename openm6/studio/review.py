@@ -276,7 +276,7 @@ def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Pa
 def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
     """Labels by name. Raises DataError for an invalid label of a `what` (picture, text) and for contradictory ones."""
     found: dict[str, Verdict] = {}
-    for row in read_jsonl(str(labels), None, refuse):
+    for row in read_jsonl(str(labels), refuse):
         where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
         if not isinstance(file, str):
             raise DataError(f'{where} names no {what}: a line is {{"file": ..., "accepted": true or false}}.')

@@ -1,14 +1,12 @@
 """openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
-from openm6.tasks.file import task_from_dict
+from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 

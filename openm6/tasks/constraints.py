@@ -11,14 +11,12 @@ else begins.
 Words and numbers are matched by characters, independently of the tokenization, bytes included. A character spelt in
 bytes counts when it is complete: `Limits.broken_by` checks the whole text."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from openm6.core.errors import UsageError
 from openm6.core.sequence import Banned
@@ -27,13 +25,14 @@ from openm6.tasks.forms import characters
 from openm6.tasks.numbers import GivenNumbers, plain
 from openm6.tasks.values import OwnValues
 
+T = TypeVar("T")
+
 
 class Rule(Protocol):
     """A rule about the content of a text, applicable to a text that is not complete yet."""
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or, in a text that has not `ended`, if its continuation may
-        repair it."""
+        """The violation in a text; "" for none, or if the continuation of a text that has not `ended` may repair it."""
 
     def tail(self, text: str) -> str:
         """The end of a text that restricts its continuation; "" where it does not."""
@@ -97,7 +96,7 @@ class Limits:
                 banned.add(self._tokenizer.class_ids[word.encode()[-1]])
         if self.most:
             room = self.most - len(text)
-            lengths = _by_length(self._tokenizer).items()
+            lengths = _grouped(self._tokenizer, len).items()
             banned.update(token for length, tokens in lengths if length > room for token in tokens)
             if room <= NEAR and len(text) >= self.least:
                 if text == whole_sentences(text) != "":
@@ -140,7 +139,7 @@ class Limits:
         if not tail:
             found.update(i for i in _mattering(self._tokenizer, rule.holds) if rule.wrong(self._texts[i], False))
         elif not rule.wrong(tail, False):
-            starting = _by_first(self._tokenizer)
+            starting = _grouped(self._tokenizer, _first)
             others = starting.keys() - (going_on := starting.keys() & set(rule.follows(tail)))
             if rule.wrong(tail):  # it has to go on
                 found.update(i for first in others for i in starting[first])
@@ -192,22 +191,18 @@ def _texts(tokenizer: Tokenizer) -> dict[int, str]:
     return {i: text for i, text in found.items() if text and (text.isascii() or not tokenizer.is_part(i))}
 
 
-@lru_cache(maxsize=8)
-def _by_length(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Tokens with a text, by its number of characters."""
-    found: dict[int, list[int]] = {}
+@lru_cache(maxsize=16)
+def _grouped(tokenizer: Tokenizer, key: Callable[[str], T]) -> dict[T, list[int]]:
+    """Tokens with a text, by a property of the text."""
+    found: dict[T, list[int]] = {}
     for token, text in _texts(tokenizer).items():
-        found.setdefault(len(text), []).append(token)
+        found.setdefault(key(text), []).append(token)
     return found
 
 
-@lru_cache(maxsize=8)
-def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Tokens with a text, by its first character in plain form."""
-    found: dict[str, list[int]] = {}
-    for token, text in _texts(tokenizer).items():
-        found.setdefault(plain(text[0]), []).append(token)
-    return found
+def _first(text: str) -> str:
+    """The first character in plain form."""
+    return plain(text[0])
 
 
 @lru_cache(maxsize=8)
@@ -230,7 +225,7 @@ def _holding(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _starting(tokenizer: Tokenizer, beginning: str) -> tuple[int, ...]:
-    """Tokens whose text starts with `mark`."""
+    """Tokens whose text starts with `beginning`."""
     texts, tokens = _sorted(tokenizer)
     first = bisect_left(texts, beginning)
     found = []

@@ -9,8 +9,6 @@ A source of a recipe can have `noise` for all its input texts.
 Spans are counted in characters, as in M6, where a Chinese character is a token (KDD 2021, section 4: about 15% masked;
 lengths from Poisson(3) as in BART). So a gap written by a person ("我喜欢____。") equals a gap made in training."""
 
-from __future__ import annotations
-
 import re
 import zlib
 
@@ -24,18 +22,17 @@ Pieces = tuple[str, ...]
 """A text with gaps: one gap between consecutive pieces. One piece is a whole text."""
 
 
-def mask(text: str, share: float, rng: np.random.Generator) -> tuple[Pieces, str]:
-    """The text with a fraction `share` of its characters (at least one) in gaps, and the whole text."""
+def mask(text: str, fraction: float, rng: np.random.Generator) -> tuple[Pieces, str]:
+    """The text with a `fraction` of its characters (at least one) in gaps, and the whole text."""
     pieces, last = [], 0
-    for start, stop in spans(len(text), share, rng):
+    for start, stop in spans(len(text), fraction, rng):
         pieces.append(text[last:start])
         last = stop
     return (*pieces, text[last:]), text
 
 
 def prefix(text: str, rng: np.random.Generator) -> tuple[Pieces, str]:
-    """The text cut at a random place: a beginning (of one character at least, where there are two), and the rest (never
-    empty)."""
+    """The text cut at a random place: a beginning (empty for a single character), and the rest (never empty)."""
     cut = int(rng.integers(1, len(text))) if len(text) > 1 else 0
     return (text[:cut],), text[cut:]
 
@@ -45,14 +42,14 @@ def written_gaps(text: str) -> Pieces:
     return tuple(_WRITTEN_GAP.split(text))
 
 
-def spans(length: int, share: float, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Disjoint (start, stop) of `round(share * length)` characters (at least 1), in order, never touching.
+def spans(length: int, fraction: float, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Disjoint (start, stop) of `round(fraction * length)` characters (at least 1), in order, never touching.
 
     Lengths are from Poisson(3), at least 1; the last is shortened to fit. Where there are too many to lie apart (a
-    large share of a short text), they are joined to fewer."""
+    large fraction of a short text), they are joined to fewer."""
     if length == 0:
         return []
-    left = max(1, round(share * length))
+    left = max(1, round(fraction * length))
     kept = length - left
     lengths: list[int] = []
     while left:
@@ -70,15 +67,15 @@ def spans(length: int, share: float, rng: np.random.Generator) -> list[tuple[int
     return found
 
 
-def noised(text: str, share: float, rng: np.random.Generator) -> str:
-    """The text with about a fraction `share` of its characters deleted or replaced by another of its own (half of
+def noised(text: str, fraction: float, rng: np.random.Generator) -> str:
+    """The text with about a `fraction` of its characters deleted or replaced by another of its own (half of
     each): data augmentation for small data sets."""
     found = []
     for character in text:
         chance = rng.random()
-        if chance >= share:
+        if chance >= fraction:
             found.append(character)
-        elif chance < share / 2:
+        elif chance < fraction / 2:
             found.append(text[int(rng.integers(len(text)))])
     return "".join(found) or text
 

@@ -8,8 +8,6 @@ Masked codes attend to each other in both directions (block 1), and the sequence
 is whole; its estimates belong to its block: whether it shows the prompt (relevance), looks real (fidelity; M6-UFC,
 section 3.2), and pleases people (quality)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,12 +28,7 @@ columns `verdict_relevance` and so on: true or false, 1 or 0."""
 
 def open_picture(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
     """Append `<|image|>` to a prompt: it then ends where codes begin."""
-    return replace(
-        sequence,
-        ids=np.append(sequence.ids, tokenizer.image_id).astype(np.int32),
-        blocks=np.append(sequence.blocks, CAUSAL).astype(np.int32),
-        labels=np.append(sequence.labels, IGNORE).astype(np.int32),
-    )
+    return sequence.extended([tokenizer.image_id], CAUSAL)
 
 
 def mask_codes(
@@ -66,7 +59,6 @@ def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
 
 _VERDICTS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 
-
 VERDICT_WEIGHT = 16.0
 """Weight of a verdict in the loss: a picture has one or two verdicts and many codes (with weight 1, relevance was not
 learned)."""
@@ -75,16 +67,12 @@ learned)."""
 def append_verdicts(sequence: Sequence, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
     """Append the estimates to a sequence that ends with the codes of a whole picture."""
     assert sequence.image is not None
-    start = sequence.image.codes.start
-    blocks = np.append(sequence.blocks, [BLOCK] * len(ESTIMATES)).astype(np.int32)
-    blocks[start:] = BLOCK
-    labels = np.full(len(blocks), IGNORE, np.int32)
-    for place, name in enumerate(ESTIMATES, start=len(sequence)):
-        if name in verdicts:
-            labels[place] = tokenizer.yes_id if verdicts[name] else tokenizer.no_id
-    ids = np.append(sequence.ids, tokenizer.estimate_ids).astype(np.int32)
-    target = replace(sequence.image, weight=VERDICT_WEIGHT)
-    return replace(sequence, ids=ids, blocks=blocks, labels=labels, target=target)
+    answers = {True: tokenizer.yes_id, False: tokenizer.no_id, None: IGNORE}
+    found = sequence.extended(tokenizer.estimate_ids, BLOCK, [answers[verdicts.get(name)] for name in ESTIMATES])
+    found.blocks[sequence.image.codes.start :] = BLOCK
+    found.labels[: len(sequence)] = IGNORE
+    found.target = replace(sequence.image, weight=VERDICT_WEIGHT)
+    return found
 
 
 def draw_mask(side: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,10 +1,7 @@
 """From a record to a Sequence: the left side of an instruction as pieces, the right side as tokens.
 
 encode_prompt    in use: the source, up to `<|answer|>`
-encode_example   in training and measuring: the source, corrupted, and what is learned of its answer
-"""
-
-from __future__ import annotations
+encode_example   in training and measuring: the source, corrupted, and what is learned of its answer"""
 
 from collections.abc import Callable, Mapping, Sequence as Items
 from dataclasses import dataclass
@@ -42,8 +39,7 @@ class _Encoding:
     """The setting in which the records of one example are encoded.
 
     rng              of training: draws texts, corruptions and dropped slots; None: the same each time
-    max_positions    of a request: positions of the model, by which the size of a value is checked
-    """
+    max_positions    of a request: positions of the model, by which the size of a value is checked"""
 
     task: Task
     instruction: Instruction
@@ -67,7 +63,7 @@ def encode_prompt(
 
     `shots` are other records, with their answers, to stand before it. `truncate` says how a source that is longer than
     the model's maximum is handled. None: it is refused. "start": the longest text loses its beginning, unless there are
-    `shots`. "end": texts lose their ends (see lay_out). `Sequence.cut` counts the positions that were left out.
+    `shots`. "end": texts lose their ends (see lay_out). `Sequence.truncated` counts the positions that were left out.
 
     Raises DataError, which names the slot, for a record that cannot be used; ContextLengthError, with its positions and
     the model's, for a prompt that is too long, with the number of shots that fit."""
@@ -77,7 +73,7 @@ def encode_prompt(
     if task.sketch:
         return _sketch_prompt(encoding, record, source, truncate, lost)
     prompt = _lay_out(encoding, record, source, None, shots, truncate)
-    prompt.cut += lost
+    prompt.truncated += lost
     if task.draws:
         return drawn.open_picture(prompt, processor.tokenizer)
     if not task.produces_no_tokens:
@@ -101,17 +97,19 @@ def encode_example(
     A task that draws also learns verdicts on whole pictures: those of a record that has them (drawn.ESTIMATES), and in
     training, with `another` record of the same source, whether a picture is the record's own.
 
-    `shots` and `truncate` as in `encode_prompt`; training leaves out the first of too many shots. Raises the same
-    errors."""
+    `shots`, `truncate` and errors as in `encode_prompt`; training leaves out the first of too many shots."""
     record, permitted, lost = _before_truncation(task, record, processor, shots, truncate)
     number = 0 if rng is None or len(task.instructions) == 1 else int(rng.integers(len(task.instructions)))
     encoding = _Encoding(task, task.instructions[number], processor, rng)
     source = _encode_source(encoding, record, corrupted=True)
     ids = None if task.produces_no_tokens else _encode_target(encoding, record, source.complements)
     if ids is not None and task.sketch:
-        return _sketch_example(encoding, _sketch_prompt(encoding, record, source, permitted, lost), ids)
+        prompt = _sketch_prompt(encoding, record, source, permitted, lost)
+        room, chance = max(1, processor.max_length - len(prompt) - 1), rng or np.random.default_rng(0)
+        text = processor.tokenizer.decode(ids)
+        return sketch.example(prompt, text, processor.tokenizer, chance, room, "fill" if rng is None else None)
     example = _lay_out(encoding, record, source, ids, shots, permitted)
-    example.cut += lost
+    example.truncated += lost
     if task.head:
         slot = task.slots[task.outputs[0]]
         value = value_of(task, record, slot, rng)
@@ -206,13 +204,14 @@ def _lay_out(
 ) -> Sequence:
     """Lay out the example after its shots; in training after the last of them that fit."""
     task, processor = encoding.task, encoding.processor
+    prefix = Piece((processor.tokenizer.pad_id,) * processor.prompt)
     every = [_encode_shot(encoding, shot) for shot in shots]
     reserve, least = int(task.decode.get("max_new_tokens", 0)), 0
     if task.draws and ids is None:
         reserve = 1 + (0 if processor.codec is None else processor.codec.side**2)
         least = 0 if truncate == "end" else reserve
     for dropped in range(len(every) + 1):
-        pieces = [_adapter_piece(processor), *(p for shot in every[dropped:] for p in shot), *source.pieces]
+        pieces = [prefix, *(piece for shot in every[dropped:] for piece in shot), *source.pieces]
         try:
             found = lay_out(pieces, ids, processor, task.name, reserve, least, truncate)
             break
@@ -231,16 +230,11 @@ def _lay_out(
     return found
 
 
-def _adapter_piece(processor: Processor) -> Piece:
-    """Positions before every example that an adapter fills."""
-    return Piece((processor.tokenizer.pad_id,) * processor.prompt)
-
-
 def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncate: str | None, lost: int) -> Sequence:
     """The prompt of a task with a sketch. The slot of the sketch is never shortened."""
     task, processor = encoding.task, encoding.processor
     number = source.places[task.sketch] + 1
-    pieces = [_adapter_piece(processor), *source.pieces]
+    pieces = [Piece((processor.tokenizer.pad_id,) * processor.prompt), *source.pieces]
     pieces[number] = pieces[number]._replace(cuttable=False)
     start = sum(len(piece.ids) for piece in pieces[:number])
     place = range(start, start + len(pieces[number].ids))
@@ -255,14 +249,6 @@ def _sketch_prompt(encoding: _Encoding, record: Record, source: _Source, truncat
         raise _too_long(encoding, record, source, error, truncate is None) from None
     prompt.target = SketchTarget(place)
     return prompt
-
-
-def _sketch_example(encoding: _Encoding, prompt: Sequence, ids: Items[int]) -> Sequence:
-    """A training step from a sketch to the text `ids`; for measuring, the fill step."""
-    tokenizer, rng = encoding.processor.tokenizer, encoding.rng
-    room = max(1, encoding.processor.max_length - len(prompt) - 1)
-    kind = "fill" if rng is None else None
-    return sketch.learned(prompt, tokenizer.decode(ids), tokenizer, rng or np.random.default_rng(0), room, kind)
 
 
 def _image_objective(
@@ -291,22 +277,15 @@ def _image_objective(
     if another is not None and rng.random() < VERDICT_FRACTION:
         verdicts = {"relevance": True, "fidelity": True}
         if rng.random() < 0.5:
-            other = another()
+            other, slot = another(), encoding.task.slots[encoding.task.outputs[0]]
             verdicts["relevance"] = all(other.get(name) == record.get(name) for name in given)
-            _replace_picture(encoding, example, other)
+            example.ids[-len(codes) :] = image.target(value_of(encoding.task, other, slot, rng), processor)[1:]
         if not given:
             del verdicts["relevance"]
         return drawn.append_verdicts(example, verdicts, tokenizer)
     if rng.random() < MASKED_FRACTION:
         return drawn.mask_codes(example, codes, codec.side, tokenizer, rng)
     return example
-
-
-def _replace_picture(encoding: _Encoding, example: Sequence, other: Record) -> None:
-    """Replace the codes of the example's picture by those of another record."""
-    assert example.image is not None
-    value = value_of(encoding.task, other, encoding.task.slots[encoding.task.outputs[0]], encoding.rng)
-    example.ids[example.image.codes.start :] = image.target(value, encoding.processor)[1:]
 
 
 def _too_long(
@@ -316,12 +295,9 @@ def _too_long(
     sizes = {name: len(source.pieces[n].ids) for name, n in source.places.items() if source.pieces[n].cuttable}
     sizes.pop(encoding.task.sketch, None)
     longest, advice = max(sizes, key=lambda name: sizes[name], default=None), ""
-    is_advised = is_truncatable and encoding.max_positions is not None
-    if (
-        longest
-        and is_advised
-        and sum(len(piece.ids) for piece in source.pieces) - sizes[longest] < encoding.processor.max_length - 1
-    ):
+    others = sum(len(piece.ids) for piece in source.pieces) - sizes.get(longest or "", 0)
+    is_request = encoding.max_positions is not None
+    if longest and is_request and is_truncatable and others < encoding.processor.max_length - 1:
         advice = (
             f' Shorten {longest}, its longest text ({sizes[longest]:,} positions), or let truncate="start" leave out '
             "its beginning."

@@ -7,8 +7,6 @@
 `openm6 --extension mine.py ...` runs such a file before any command. No other file is run: a model or a recipe from
 elsewhere cannot name one."""
 
-from __future__ import annotations
-
 import os
 import runpy
 from collections.abc import Iterable

@@ -1,10 +1,8 @@
 """Constraints on the form of an answer in decoding: digits of a box, lines of a verse, whole characters, labels."""
 
-from __future__ import annotations
-
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -19,7 +17,6 @@ from openm6.tasks.record import Record, slot_errors, value_of
 from openm6.tasks.slots import box
 from openm6.tasks.slots.text import as_text
 from openm6.tasks.task import Task
-from openm6.tasks.trie import Trie
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
 """Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""
@@ -54,8 +51,7 @@ class Digits:
 
 
 class Verse:
-    """Lines of `length` Chinese characters, a comma after every odd line and a full stop after every even one (and
-    after the last)."""
+    """Lines of `length` Chinese characters, with a comma after odd lines, a full stop after even ones and the last."""
 
     def __init__(self, lines: int, length: int, tokenizer: Tokenizer):
         self._lines, self._length, self._end_id = lines, length, tokenizer.end_id
@@ -79,13 +75,11 @@ class Verse:
             return (self._end_id,)
         if inside >= self._length:
             return self._mark(line)[:1]
-        return self._fitting(self._length - inside)
+        room = self._length - inside
+        return [token for length, tokens in self._words.items() if length <= room for token in tokens]
 
     def _mark(self, line: int) -> tuple[int, ...]:
         return self._stop if line % 2 or line == self._lines - 1 else self._comma
-
-    def _fitting(self, room: int) -> Sequence[int]:
-        return [token for length, tokens in self._words.items() if length <= room for token in tokens]
 
 
 class Characters:
@@ -119,8 +113,7 @@ def _is_beginning(data: bytes) -> bool:
 
 @lru_cache(maxsize=8)
 def characters(tokenizer: Tokenizer) -> Characters | None:
-    """The constraint of texts without a form of their own; None where every token has whole characters and none has
-    U+FFFD."""
+    """The constraint of texts without a form; None where all tokens have whole characters, none of them U+FFFD."""
     return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged else None
 
 
@@ -133,6 +126,34 @@ def _words(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
         if text and all("\u4e00" <= character <= "\u9fff" for character in text):
             found.setdefault(len(text), []).append(token)
     return {length: tuple(tokens) for length, tokens in found.items()}
+
+
+_END = -1
+
+
+class Trie:
+    """A constraint to answers of a closed set, each a list of token ids; `end_id` follows a complete one."""
+
+    def __init__(self, answers: Iterable[Sequence[int]], end_id: int):
+        self._root: dict[int, Any] = {}
+        self._end_id = end_id
+        for answer in answers:
+            node = self._root
+            for token in answer:
+                node = node.setdefault(int(token), {})
+            node[_END] = {}
+        if not self._root:
+            raise ValueError("a trie needs at least one answer")
+
+    def next(self, prefix: Sequence[int]) -> list[int]:
+        """The ids that may follow `prefix`; none when no answer begins with it."""
+        node = self._root
+        for token in prefix:
+            found = node.get(int(token)) if int(token) != _END else None
+            if found is None:
+                return []
+            node = found
+        return [self._end_id if token == _END else token for token in node]
 
 
 _ANSWERS = 100_000

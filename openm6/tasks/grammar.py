@@ -11,8 +11,6 @@
 The default name of a slot is its type. Blanks around a plain text are not part of it. A literal `[` is written `[[`.
 The idea of typed slots in a line of instruction is OFASys' (arXiv 2212.04408)."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,11 +79,8 @@ _HALF_WIDTH = str.maketrans("？！：；（）", "?!:;()")
 
 
 def half_width(text: str) -> str:
-    """An instruction with half-width forms of `？！：；（）`, as in the library's tasks: both spellings are one task.
-    Commas and full stops are kept.
-
-    Apply it to instructions that people write, not to those stored with a trained model, which keeps what it was
-    trained on."""
+    """An instruction with half-width forms of `？！：；（）`, as in the library's tasks (commas and full stops stay).
+    For instructions that people write; those stored with a trained model stay as they were in training."""
     return text.translate(_HALF_WIDTH)
 
 

@@ -5,13 +5,11 @@ the layer's weights; the rest is the user's code, registered wherever the model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from openm6.core.errors import UsageError
 from openm6.tasks import slots
 from openm6.tasks.grammar import ATTRIBUTES
-from openm6.tasks.processor import Processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,22 +37,6 @@ HEADS: dict[str, Head] = {}
 """Heads by slot type."""
 
 
-class _HeadSlot:
-    """The slot type of a head, which has no tokens."""
-
-    def __init__(self, head: Head):
-        self.schema = head.schema
-
-    def source(self, value: Any, processor: Processor) -> NoReturn:
-        raise UsageError("what a head gives cannot be given to the model.")
-
-    def target(self, value: Any, processor: Processor) -> NoReturn:
-        raise UsageError("what a head gives is not written in tokens.")
-
-    def read(self, ids: Sequence[int], processor: Processor) -> NoReturn:
-        raise UsageError("what a head gives is not written in tokens.")
-
-
 def register_head(name: str, head: Head) -> None:
     """Make `name` a slot type whose values come from a head. Raises UsageError for a name that is taken."""
     if not name.isidentifier() or (name in slots.TYPES and name not in HEADS):
@@ -62,5 +44,5 @@ def register_head(name: str, head: Head) -> None:
     if head.outputs < 1:
         raise UsageError(f"The head {name} has {head.outputs} outputs; it needs at least 1.")
     HEADS[name] = head
-    slots.TYPES[name] = _HeadSlot(head)
+    slots.TYPES[name] = slots.OutputSlot("the value of a head", head.schema)
     ATTRIBUTES[name] = frozenset({"drop"})

@@ -6,8 +6,6 @@
 
 The end token is only predicted, so it has no position of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -48,48 +46,58 @@ def lay_out(
     - None: it is refused, and also where it leaves fewer than `least` positions for the answer.
 
     Raises ContextLengthError when there is no room."""
-    tokenizer, most = processor.tokenizer, processor.max_length
-    lengths = [len(piece.ids) for piece in pieces if piece.cuttable]
-    fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
-    loose, room = sum(lengths), most - fixed
-    wanted, cut = reserve if target is None else len(target), 0
-    if truncate is None and loose + least > room:
-        answer = f" and its answer {least:,}" if least else ""
-        raise ContextLengthError(
-            f"The prompt has {fixed + loose:,} positions{answer}; the model takes {most:,} (max_length)."
-        )
-    if truncate is not None and loose + wanted > room:
-        least = least if target is None else 1
-        kept = 0 if truncate == "end" else loose - max(lengths, default=0)  # positions of texts that stay whole
-        needed = kept + (truncate == "start" and loose > 0)  # something of the longest text stays
-        if room < needed + least:
-            what = "all but its longest text" if needed else "its pictures and fixed texts"
-            raise ContextLengthError(
-                f"The example needs {fixed + kept} positions for {what} alone; the model takes {most} (max_length)."
-            )
-        wanted = min(wanted, max(least, room - loose, (room - kept + 1 - (needed > 0)) // 2))
-        shorten = _cut if truncate == "end" else _cut_start
-        pieces = shorten(pieces, room - wanted)
-        cut = fixed - 1 + loose - sum(len(piece.ids) for piece in pieces) + len((target or ())[wanted:])
+    tokenizer = processor.tokenizer
+    fitted, wanted = _fit(pieces, target, processor.max_length, reserve, least, truncate)
     ids: list[int] = []
     pictures: list[Picture] = []
-    for piece in pieces:
+    for piece in fitted:
         if piece.pixels is not None:
             pictures.append(Picture(piece.pixels, len(ids) + 1, len(piece.ids) - 2))
         ids += piece.ids
     start = len(ids)
+    truncated = sum(len(piece.ids) for piece in pieces) - start
     ids.append(tokenizer.answer_id)
     if target is not None:
         ids += target[:wanted]
+        truncated += len(target[wanted:])
     blocks = np.full(len(ids), SOURCE, np.int32)
     blocks[start:] = CAUSAL
     labels = np.full(len(ids), IGNORE, np.int32)
     if target is not None:
         labels[start:] = [*target, tokenizer.end_id][: wanted + 1]
-    return Sequence(np.array(ids, np.int32), blocks, labels, pictures, task, cut=cut)
+    return Sequence(np.array(ids, np.int32), blocks, labels, pictures, task, truncated=truncated)
 
 
-def _cut(pieces: list[Piece], budget: int) -> list[Piece]:
+def _fit(
+    pieces: list[Piece], target: Items[int] | None, most: int, reserve: int, least: int, truncate: str | None
+) -> tuple[list[Piece], int]:
+    """The pieces, shortened to fit `most` positions as `lay_out` says, and the positions of the target that fit."""
+    lengths = [len(piece.ids) for piece in pieces if piece.cuttable]
+    fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
+    loose, room = sum(lengths), most - fixed
+    wanted = reserve if target is None else len(target)
+    if truncate is None:
+        if loose + least > room:
+            answer = f" and its answer {least:,}" if least else ""
+            raise ContextLengthError(
+                f"The prompt has {fixed + loose:,} positions{answer}; the model takes {most:,} (max_length)."
+            )
+        return pieces, wanted
+    if loose + wanted <= room:
+        return pieces, wanted
+    least = least if target is None else 1
+    kept = 0 if truncate == "end" else loose - max(lengths, default=0)  # positions of texts that stay whole
+    needed = kept + (truncate == "start" and loose > 0)  # something of the longest text stays
+    if room < needed + least:
+        what = "all but its longest text" if needed else "its pictures and fixed texts"
+        raise ContextLengthError(
+            f"The example needs {fixed + kept} positions for {what} alone; the model takes {most} (max_length)."
+        )
+    wanted = min(wanted, max(least, room - loose, (room - kept + 1 - (needed > 0)) // 2))
+    return (_cut_ends if truncate == "end" else _cut_start)(pieces, room - wanted), wanted
+
+
+def _cut_ends(pieces: list[Piece], budget: int) -> list[Piece]:
     """Shorten the longest cuttable pieces to one length, so that all cuttable ones have `budget` ids together."""
     lengths = sorted(len(piece.ids) for piece in pieces if piece.cuttable)
     longest = 0
@@ -104,11 +112,9 @@ def _cut(pieces: list[Piece], budget: int) -> list[Piece]:
 
 def _cut_start(pieces: list[Piece], budget: int) -> list[Piece]:
     """Take the beginning from the longest cuttable piece, so that all cuttable ones have `budget` ids together."""
-    places = [place for place, piece in enumerate(pieces) if piece.cuttable]
-    if not places:
+    lengths = [len(piece.ids) if piece.cuttable else 0 for piece in pieces]
+    if not any(lengths):
         return pieces
-    longest = max(places, key=lambda place: len(pieces[place].ids))
-    rest = sum(len(pieces[place].ids) for place in places if place != longest)
-    ids = pieces[longest].ids
-    shorter = pieces[longest]._replace(ids=ids[max(0, len(ids) - (budget - rest)) :])
+    longest = lengths.index(max(lengths))
+    shorter = pieces[longest]._replace(ids=pieces[longest].ids[max(0, sum(lengths) - budget) :])
     return [*pieces[:longest], shorter, *pieces[longest + 1 :]]

@@ -3,8 +3,6 @@
 Normalizing and tokenizing take time and memory by the character: a text that cannot fit into the model is refused by
 its length alone. The server applies the same check before a request reaches the model's process."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,17 +46,13 @@ def check_value(value: Any, positions: int | None) -> None:
                 f"has {size}; a model of {positions:,} positions takes {most:,} at most ({CHARACTERS} a position)."
             )
         if isinstance(one, str):
-            _check_whole(one)
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"is no text: character {error.start + 1} is half of a surrogate pair (such as \\ud83d)."
+                ) from None
         elif isinstance(one, Mapping):
             waiting += (*one.keys(), *one.values())
         elif isinstance(one, (list, tuple)):
             waiting += one
-
-
-def _check_whole(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"is no text: character {error.start + 1} is half of a surrogate pair (such as \\ud83d)."
-        ) from None

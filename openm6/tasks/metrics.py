@@ -14,8 +14,7 @@ it comes from the loss, not from answers.
     spearman      rank correlation of numbers, -1 to 1 (an answer that is not a number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
     found         fraction of the boxes that overlap the reference by 0.5 or more
-    macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label
-"""
+    macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label"""
 
 from __future__ import annotations
 
@@ -65,25 +64,49 @@ class Values:
         return cls(values, lambda rows: float(values[rows].mean()))
 
 
-def accuracy(predictions: list[str], references: list[list[str]]) -> Values:
-    return Values.mean(
-        [float(_plain(p) in map(_plain, wanted)) for p, wanted in zip(predictions, references, strict=True)]
-    )
+def _nearest(one: Callable[[str, str], float]) -> Callable[[list[str], list[list[str]]], Values]:
+    """The metric of which `one` is the score of an answer against a reference: the mean over the answers, of each its
+    score against the reference that fits best."""
+
+    def metric(predictions: list[str], references: list[list[str]]) -> Values:
+        pairs = zip(predictions, references, strict=True)
+        return Values.mean([max(one(said, wanted) for wanted in some) for said, some in pairs])
+
+    return metric
 
 
-def exact_match(predictions: list[str], references: list[list[str]]) -> Values:
-    return Values.mean(
-        [float(p.strip() in (w.strip() for w in wanted)) for p, wanted in zip(predictions, references, strict=True)]
-    )
+accuracy = _nearest(lambda said, wanted: float(_plain(said) == _plain(wanted)))
+exact_match = _nearest(lambda said, wanted: float(said.strip() == wanted.strip()))
+same_form = _nearest(lambda said, wanted: float(_form(said) == _form(wanted)))
+iou = _nearest(lambda said, wanted: _overlap(json.loads(said), json.loads(wanted)))
+found = _nearest(lambda said, wanted: float(_overlap(json.loads(said), json.loads(wanted)) >= 0.5))
 
 
-def character_accuracy(predictions: list[str], references: list[list[str]]) -> Values:
-    def one(said: str, wanted: str) -> float:
-        return max(0.0, 1 - _edit_distance(said, wanted) / len(wanted)) if wanted else float(not said)
+@_nearest
+def character_accuracy(said: str, wanted: str) -> float:
+    said, wanted = _plain(said), _plain(wanted)
+    return max(0.0, 1 - _edit_distance(said, wanted) / len(wanted)) if wanted else float(not said)
 
-    return Values.mean(
-        [max(one(_plain(p), _plain(w)) for w in wanted) for p, wanted in zip(predictions, references, strict=True)]
-    )
+
+@_nearest
+def rouge_l(said: str, wanted: str) -> float:
+    answer, reference = characters(said), characters(wanted)
+    total = len(answer) + len(reference)
+    return 2 * common_length(answer, reference) / total if total else 1.0
+
+
+def _form(text: str) -> list[int]:
+    """The number of characters of each line of a verse."""
+    return [len(line) for line in re.split(r"[，。；！？,.;!?\n]+", text.strip()) if line]
+
+
+def _overlap(first: list[float], second: list[float]) -> float:
+    """Intersection over union of two boxes: left, top, right, bottom."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    both = max(0.0, width) * max(0.0, height)
+    areas = [max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (first, second)]
+    return both / (sum(areas) - both) if sum(areas) > both else 0.0
 
 
 def _edit_distance(first: str, second: str) -> int:
@@ -112,19 +135,11 @@ def bleu(predictions: list[str], references: list[list[str]]) -> Values:
     return Values(np.array([s.score for s in found]), corpus)
 
 
-def rouge_l(predictions: list[str], references: list[list[str]]) -> Values:
-    def one(prediction: str, reference: str) -> float:
-        said, wanted = characters(prediction), characters(reference)
-        total = len(said) + len(wanted)
-        return 2 * _common_length(said, wanted) / total if total else 1.0
-
-    return Values.mean([max(one(p, w) for w in wanted) for p, wanted in zip(predictions, references, strict=True)])
-
-
 def cider(predictions: list[str], references: list[list[str]]) -> Values:
     """CIDEr-D. The weight of a character sequence depends on the number of examples whose references have it; the
     interval takes these weights as given."""
-    said, wanted = [_ngrams(p) for p in predictions], [[_ngrams(w) for w in texts] for texts in references]
+    said = [ngrams(characters(text)) for text in predictions]
+    wanted = [[ngrams(characters(text)) for text in texts] for texts in references]
     occurrences = Counter(gram for grams in wanted for gram in set().union(*grams))
     weight = {gram: math.log(len(wanted) / count) for gram, count in occurrences.items()}
     unknown = math.log(max(1, len(wanted)))
@@ -150,12 +165,11 @@ ORDERS = (1, 2, 3, 4)
 """Lengths of the n-grams that CIDEr-D compares."""
 
 
-def _ngrams(text: str) -> Counter[Gram]:
-    units = characters(text)
-    return Counter(tuple(units[i : i + n]) for n in ORDERS for i in range(len(units) - n + 1))
+def ngrams(tokens: Sequence[str], orders: Iterable[int] = ORDERS) -> Counter[Gram]:
+    return Counter(tuple(tokens[i : i + n]) for n in orders for i in range(len(tokens) - n + 1))
 
 
-def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+def common_length(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for a in first:
@@ -163,13 +177,6 @@ def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
         for place, b in enumerate(second, 1):
             diagonal, row[place] = row[place], diagonal + 1 if a == b else max(row[place], row[place - 1])
     return row[-1]
-
-
-def same_form(predictions: list[str], references: list[list[str]]) -> Values:
-    def form(text: str) -> list[int]:
-        return [len(line) for line in re.split(r"[，。；！？,.;!?\n]+", text.strip()) if line]
-
-    return Values.mean([float(form(p) in map(form, wanted)) for p, wanted in zip(predictions, references, strict=True)])
 
 
 def spearman(predictions: list[str], references: list[list[str]]) -> Values:
@@ -201,30 +208,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def iou(predictions: list[str], references: list[list[str]]) -> Values:
-    return Values.mean(_overlaps(predictions, references))
-
-
-def found(predictions: list[str], references: list[list[str]]) -> Values:
-    return Values.mean([float(share >= 0.5) for share in _overlaps(predictions, references)])
-
-
-def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """Intersection over union of boxes written as JSON lists of left, top, right, bottom."""
-
-    def overlap(first: list[float], second: list[float]) -> float:
-        width = min(first[2], second[2]) - max(first[0], second[0])
-        height = min(first[3], second[3]) - max(first[1], second[1])
-        both = max(0.0, width) * max(0.0, height)
-        areas = [max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (first, second)]
-        return both / (sum(areas) - both) if sum(areas) > both else 0.0
-
-    return [
-        max(overlap(json.loads(p), json.loads(w)) for w in wanted)
-        for p, wanted in zip(predictions, references, strict=True)
-    ]
-
-
 def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
     said, right = label_pairs(predictions, references)
     names, codes = np.unique(said + right, return_inverse=True)
@@ -239,8 +222,7 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
-    """A function from a text to its label: the one of `known`, else the first of `others`, that is equal by accuracy,
-    else the normalized text itself."""
+    """A function from a text to the label of `known`, else of `others`, equal by accuracy, else to the normal text."""
     known = [normalize_label(label) for label in known]
     exact, names = set(known), dict[str, str]()
     for label in (*known, *map(normalize_label, others)):
@@ -256,8 +238,7 @@ def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[s
 def label_pairs(
     predictions: list[str], references: list[list[str]], known: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """The answered label and the right one of each record: of several references the one that was answered, else the
-    first."""
+    """The answered label and the right one of each record: of several references the answered one, else the first."""
     name = label_namer(known, (text for wanted in references for text in wanted))
     said, right = [name(text) for text in predictions], []
     for label, wanted in zip(said, references, strict=True):
@@ -274,7 +255,6 @@ METRICS: dict[str, Metric] = {
     "macro_f1": macro_f1,
 }  # fmt: skip
 
-
 BUILT_IN = frozenset(METRICS)
 
 LIBRARIES = {"bleu": ("eval", "sacrebleu")}
@@ -283,7 +263,6 @@ LIBRARIES = {"bleu": ("eval", "sacrebleu")}
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
 """Metrics other than comparisons with references: of losses, of vectors (retrieve/ranks.py), and with the input table
 (faithful.py)."""
-
 
 LOWER_IS_BETTER = {"perplexity"}
 """Metrics of which a lower value is better; extensions add theirs (openm6.tasks.extend)."""

@@ -11,13 +11,12 @@ the second: 8.98-12.98万 begins at 89,800.
 A Chinese numeral is a number where it has a place value (十五, 三百) or a unit after it (三件, 八折, 九元), unlike
 一条, 百搭, 十分, 万能."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable
 from decimal import Decimal
 from functools import cached_property
+from math import prod
 from string import ascii_lowercase
 from typing import NamedTuple
 
@@ -50,8 +49,7 @@ _TAIL = re.compile(rf"[{_STARTS}][{_STARTS}{re.escape(_MORE)}]{{0,63}}$")
 
 
 class _Plain(dict[int, str]):
-    """Translation of each character to its plain form: NFKC and lower case, where that is one character. Signs made of
-    digits, such as ² and ①, stay."""
+    """Each character's plain form: NFKC and lower case, where that is one character; signs such as ² and ① stay."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -161,8 +159,8 @@ def _in_places(text: str) -> Decimal | str:
     end = re.search(rf"[{_P}]*$", rest)
     if rest and end:
         digits = "".join(str(_NUMERALS[c]) for c in rest[: end.start()])
-        before = _in_places(whole)
-        return text if isinstance(before, str) else _times(before + Decimal(f"0.{digits}"), rest[end.start() :])
+        before, factor = _in_places(whole), prod(_PLACES[place] for place in rest[end.start() :])
+        return text if isinstance(before, str) else (before + Decimal(f"0.{digits}")) * factor
     if not any(c in _PLACES for c in text):
         return Decimal("".join(str(_NUMERALS[c]) for c in text))
     total = section = Decimal(0)
@@ -189,12 +187,6 @@ def _in_places(text: str) -> Decimal | str:
     if last is not None and place > 10 and not filled and last < 10:  # 三百五, 1万2
         last *= place // 10
     return total + section + (last or 0)
-
-
-def _times(value: Decimal, places: str) -> Decimal:
-    for place in places:
-        value *= _PLACES[place]
-    return value
 
 
 class GivenNumbers:
@@ -241,8 +233,7 @@ class GivenNumbers:
         return self.following if tail else ()
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or if the continuation of a text that has not `ended` may
-        repair its last number."""
+        """The violation in a text; "" for none, or if the continuation of a text that has not `ended` may repair it."""
         said = plain(text)
         for number in read_numbers(text):
             if (self._prices if number.is_money else self.values).issuperset(number.values):

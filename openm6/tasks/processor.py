@@ -21,8 +21,7 @@ class Processor:
     max_length   maximum length of an example, in positions
     codec        the image codec of a model that draws
     prompt       number of positions before every example that an adapter fills
-    taught       ids that the model has met in training; None: unknown
-    """
+    taught       ids that the model has met in training; None: unknown"""
 
     tokenizer: Tokenizer
     grid: ImageGrid

@@ -1,7 +1,5 @@
 """The values of a record for the slots of a task."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +19,8 @@ Record = Mapping[str, Any]
 def value_of(
     task: Task, record: Record, slot: Slot, rng: np.random.Generator | None = None, max_positions: int | None = None
 ) -> Any:
-    """The value of a slot; of a list of texts one, drawn by `rng` or the first.
-
-    `max_positions` (of a request): the positions of the model, by which the size of the value is checked first. Raises
-    DataError that names the slot."""
+    """The value of a slot; of a list of texts one, drawn by `rng` or the first. `max_positions` (of a request): the
+    positions of the model, by which the size of the value is checked first. Raises DataError that names the slot."""
     value = record.get(slot.name)
     if isinstance(value, list) and slot.type in ("text", "label") and value:
         value = value[0 if rng is None else int(rng.integers(len(value)))]

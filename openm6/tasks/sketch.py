@@ -14,8 +14,6 @@ Numbers are answered by the tokenizer's `class_ids`, yes and no by its own token
 network that writes one token after the other; here one pass selects the pieces, and another, which sees the selection,
 orders them. (A single pass cannot: the place of each piece depends on how many others are kept.)"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import pairwise
@@ -37,8 +35,15 @@ LOST = 0.1
 KEPT = 0.7
 """Fraction of pieces that a training draft keeps (the paper's beta), where it is not the sketch itself."""
 
-SHARES = {"order": 0.2, "insert": 0.25, "fill": 0.4, "delete": 0.15}
+PROBABILITIES = {"order": 0.2, "insert": 0.25, "fill": 0.4, "delete": 0.15}
 """Probabilities of the steps. "keep" is always learned: a source does not see the draft after it."""
+
+
+Draft = tuple[list[int], list[int]]
+"""The tokens of a draft, and the labels of the mode token and of each of them."""
+
+Run = tuple[int, int, int]
+"""Place in the source, place in the text, and length of tokens that both have."""
 
 
 def modes(tokenizer: Tokenizer) -> dict[str, int]:
@@ -48,7 +53,7 @@ def modes(tokenizer: Tokenizer) -> dict[str, int]:
     }  # fmt: skip
 
 
-def matched(source: Items[int], text: str, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int, int]]]:
+def matched(source: Items[int], text: str, tokenizer: Tokenizer) -> tuple[list[int], list[Run]]:
     """The text's tokens, and its runs from the source as (place in the source, place in the text, length), in the
     text's order, without overlap.
 
@@ -62,7 +67,7 @@ def matched(source: Items[int], text: str, tokenizer: Tokenizer) -> tuple[list[i
         starts.setdefault(read[:1], []).append(number)
     taken = [False] * len(known)
     ids: list[int] = []
-    found: list[tuple[int, int, int]] = []
+    found: list[Run] = []
     here = begun = 0  # the text before `begun` has its tokens
     while here < len(text):
         best, chosen = "", range(0)
@@ -113,13 +118,13 @@ def cells(source: Items[int], tokenizer: Tokenizer) -> list[range]:
     return [range(a + 1, b) for a, b in pairwise(at) if b > a + 1]
 
 
-def learned(
+def example(
     prompt: Sequence, answer: str, tokenizer: Tokenizer, rng: np.random.Generator, most: int, kind: str | None = None
 ) -> Sequence:
     """A training example from a prompt and its answer, of at most `most` tokens: "keep", and one of the other steps."""
     assert isinstance(prompt.target, SketchTarget)
     places = prompt.target.source
-    kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    kind = kind or str(rng.choice(list(PROBABILITIES), p=list(PROBABILITIES.values())))
     source = prompt.ids[places.start : places.stop].tolist()
     text, runs = matched(source, answer, tokenizer)
     text, runs = text[:most], [(there, here, length) for there, here, length in runs if here + length <= most]
@@ -129,59 +134,73 @@ def learned(
         start = places.start + there
         labels[start : start + length] = tokenizer.class_ids[INSIDE]
         labels[start] = tokenizer.class_ids[BEGIN]
-    prompt = replace(prompt, labels=labels)
     if kind == "order":
-        left = [run for run in runs if rng.random() >= LOST]
-        order = sorted(range(len(left)), key=lambda n: left[n][0])  # their numbers are places in the text
-        draft, answered = joined([source[left[n][0] : left[n][0] + left[n][2]] for n in order], tokenizer)
-        asked = [IGNORE] * (1 + len(draft))
-        for place, number in zip(answered, order, strict=True):
-            asked[place] = tokenizer.class_ids[number]
-        return draft_of(prompt, kind, draft, tokenizer, asked)
-    sketch = np.zeros(len(text), bool)
-    for _, here, length in runs:
-        sketch[here : here + length] = True
-    stays = sketch.copy()
-    if rng.random() < 0.5:  # else the sketch itself, the first draft in use
+        draft, asked = _order_draft(source, [run for run in runs if rng.random() >= LOST], tokenizer)
+    else:
+        is_sketch = np.zeros(len(text), bool)
+        for _, here, length in runs:
+            is_sketch[here : here + length] = True
+        stays = _kept_tokens(is_sketch, runs, rng)
+        if kind == "insert":
+            draft, asked = _insert_draft(text, stays, tokenizer)
+        elif kind == "fill":
+            draft, asked = _fill_draft(text, stays, tokenizer, rng)
+        else:
+            draft, asked = _delete_draft(text, is_sketch, source, tokenizer, rng)
+    return draft_of(replace(prompt, labels=labels), kind, draft, tokenizer, asked)
+
+
+def _order_draft(source: list[int], runs: list[Run], tokenizer: Tokenizer) -> Draft:
+    order = sorted(range(len(runs)), key=lambda n: runs[n][0])  # their numbers are places in the text
+    draft, answered = joined([source[runs[n][0] : runs[n][0] + runs[n][2]] for n in order], tokenizer)
+    asked = [IGNORE] * (1 + len(draft))
+    for place, number in zip(answered, order, strict=True):
+        asked[place] = tokenizer.class_ids[number]
+    return draft, asked
+
+
+def _kept_tokens(is_sketch: np.ndarray, runs: list[Run], rng: np.random.Generator) -> np.ndarray:
+    """Which tokens of the text a draft has, bool [tokens]: those of the sketch, the first draft in use, or half of the
+    time a fraction of the sketch's pieces and of the other tokens."""
+    stays = is_sketch.copy()
+    if rng.random() < 0.5:
         for _, here, length in runs:
             stays[here : here + length] = rng.random() < KEPT
-        stays |= ~sketch & (rng.random(len(text)) < rng.random())
-    tokens = np.array(text, np.int64)
-    if kind == "insert":
-        kept = np.flatnonzero(stays)
-        gaps = np.diff(np.concatenate(([-1], kept, [len(text)]))) - 1
-        answers = [tokenizer.class_ids[min(int(gap), MOST)] for gap in gaps]
-        return draft_of(prompt, kind, tokens[kept].tolist(), tokenizer, answers)
-    if kind == "fill":
-        if stays.all():
-            stays[rng.integers(len(text))] = False
-        shown = np.where(stays, tokens, tokenizer.mask_id)
-        answers = [IGNORE, *np.where(stays, IGNORE, tokens).tolist()]
-        return draft_of(prompt, kind, shown.tolist(), tokenizer, answers)
-    # Wrong tokens are tokens of the text or the source at wrong places.
-    others = [*text, *source]
-    shown_, answers = [], [IGNORE]
-    for token, own in zip(text, sketch.tolist(), strict=True):
+        stays |= ~is_sketch & (rng.random(len(stays)) < rng.random())
+    return stays
+
+
+def _insert_draft(text: list[int], stays: np.ndarray, tokenizer: Tokenizer) -> Draft:
+    places = np.flatnonzero(stays)
+    gaps = np.diff(np.concatenate(([-1], places, [len(text)]))) - 1
+    return [text[place] for place in places], [tokenizer.class_ids[min(int(gap), MOST)] for gap in gaps]
+
+
+def _fill_draft(text: list[int], stays: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Draft:
+    if stays.all():
+        stays[rng.integers(len(text))] = False
+    return np.where(stays, text, tokenizer.mask_id).tolist(), [IGNORE, *np.where(stays, IGNORE, text).tolist()]
+
+
+def _delete_draft(
+    text: list[int], is_sketch: np.ndarray, source: list[int], tokenizer: Tokenizer, rng: np.random.Generator
+) -> Draft:
+    """The text with wrong tokens: tokens of the text or the source at wrong places."""
+    others, draft, asked = [*text, *source], list[int](), [IGNORE]
+    for token, is_kept in zip(text, is_sketch.tolist(), strict=True):
         while rng.random() < 0.1:
-            shown_.append(others[int(rng.integers(len(others)))])
-            answers.append(tokenizer.yes_id)
-        shown_.append(token)
-        answers.append(IGNORE if own else tokenizer.no_id)
-    return draft_of(prompt, kind, shown_, tokenizer, answers)
+            draft.append(others[int(rng.integers(len(others)))])
+            asked.append(tokenizer.yes_id)
+        draft.append(token)
+        asked.append(IGNORE if is_kept else tokenizer.no_id)
+    return draft, asked
 
 
 def draft_of(
     prompt: Sequence, kind: str, draft: Items[int], tokenizer: Tokenizer, answers: Items[int] | None = None
 ) -> Sequence:
     """The prompt followed by a draft; `answers`: labels of the mode token and of each token of the draft."""
-    added = [modes(tokenizer)[kind], *draft]
-    labels = [IGNORE] * len(added) if answers is None else list(answers)
-    return replace(
-        prompt,
-        ids=np.concatenate((prompt.ids, added)).astype(np.int32),
-        blocks=np.concatenate((prompt.blocks, [BLOCK] * len(added))).astype(np.int32),
-        labels=np.concatenate((prompt.labels, labels)).astype(np.int32),
-    )
+    return prompt.extended([modes(tokenizer)[kind], *draft], BLOCK, answers)
 
 
 def kept(log_probs_SC: np.ndarray, source: Items[int], tokenizer: Tokenizer) -> list[list[int]]:
@@ -227,8 +246,7 @@ def ordered(log_probs_NM: np.ndarray) -> list[int]:
 
 
 def assign(cost_NM: np.ndarray) -> list[int]:
-    """A column of its own for each row of finite costs, M >= N, with the least sum: the Hungarian algorithm by shortest
-    augmenting paths, O(N² M)."""
+    """Assign a column to each row, M >= N, at the least sum of costs: Hungarian algorithm, O(N² M)."""
     rows, columns = cost_NM.shape
     row_price, column_price = np.zeros(rows), np.zeros(columns)
     owner = np.full(columns, -1)  # the row that has a column

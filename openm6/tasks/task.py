@@ -29,8 +29,7 @@ class Task:
                    the same slot names
     sketch         the slot on the left that the text keeps much of: the text is then generated from a sketch of it, by
                    edits in parallel (see `sketch`), not one token after the other
-    slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side
-    """
+    slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side"""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -67,11 +66,12 @@ class Task:
             what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         if self.sketch:
-            written = [slot for name, slot in outputs.items()]
             given = inputs.get(self.sketch)
             if given is None or given.type not in ("text", "table") or given.drop or given.mask or given.prefix:
                 raise UsageError(f"The task {self.name}: sketch names a text or table that is given whole.")
-            if [slot.type for slot in written] != ["text"] or any(len(i.target) > 1 for i in self.instructions):
+            if [slot.type for slot in outputs.values()] != ["text"] or any(
+                len(i.target) > 1 for i in self.instructions
+            ):
                 raise UsageError(f"The task {self.name}: what is written from a sketch is one text alone.")
         labels = {**{slot.name: slot.labels for slot in every if slot.labels}, **self.labels}
         for name, values in labels.items():
@@ -96,8 +96,7 @@ class Task:
 
     @property
     def embeds(self) -> bool:
-        """Whether the answer is a vector: the network's output where the answer would begin. It stands alone on the
-        right."""
+        """Whether the answer is a vector: the network's output where the answer would begin, alone on the right."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
 
     @property
@@ -115,8 +114,6 @@ class Task:
         labels = {name: values for name, values in self.labels.items() if name in self.inputs}
         instructions = tuple(replace(i, target=()) for i in self.instructions)
         return replace(self, instructions=instructions, labels=labels, sketch="")
-
-    # Making
 
     @classmethod
     def from_instruction(
@@ -145,8 +142,6 @@ class Task:
         """The task with these closed sets, for labels found in the data."""
         return replace(self, labels={**self.labels, **{name: tuple(values) for name, values in labels.items()}})
 
-    # Checking a record
-
     def check(self, given: Mapping[str, Any]) -> None:
         """Raises UsageError for an unknown slot or a missing required one."""
         for name in given:
@@ -169,8 +164,6 @@ class Task:
         """The inputs of a record that are present."""
         return {name: record[name] for name in self.inputs if record.get(name) is not None}
 
-    # Reading an answer
-
     def read(self, ids: Items[int], processor: Processor) -> dict[str, Any]:
         """The outputs by name, from the ids generated for its first instruction."""
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
@@ -180,8 +173,6 @@ class Task:
         """The value of the one output, or the dict of several, from the generated ids."""
         found = self.read(ids, processor)
         return next(iter(found.values())) if len(found) == 1 else found
-
-    # Description
 
     def schema(self) -> dict[str, Any]:
         """JSON schemas of the inputs and of the outputs: `{"inputs": {...}, "outputs": {...}}`."""

@@ -28,8 +28,7 @@ class Values:
 
     meanings    word: the values that it names
     implied     value: further words that may name it; 酒红 is 红 too
-    bare        characters that are colours in a column of colours alone: 红 in 红/黑
-    """
+    bare        characters that are colours in a column of colours alone: 红 in 红/黑"""
 
     def __init__(
         self,
@@ -151,20 +150,16 @@ class OwnValues:
                     self._allowed.add(value)
                     self._name(map(plain, self.known.implied.get(value, ())))
 
-    def _has(self, word: str) -> bool:
-        return self._allowed >= self.known.meanings[word]
-
     def _may_become(self, start: str) -> bool:
         """Whether a word may become a longer word of the item. Other longer words (红色文化) are allowed in a text, but
         do not justify beginning one: a model that begins one most often means the value."""
         return any(len(word) > len(start) and word.startswith(start) for word in self._own)
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """The violation in a text; "" if there is none, or if the last word of a text that has not `ended` may become
-        another."""
+        """The violation in a text; "" for none, or if the last word of one that has not `ended` may become another."""
         said = plain(text)
         for start, end, word in self.known.read(said):
-            if self._has(word):
+            if self._allowed >= self.known.meanings[word]:
                 continue
             if ended or not any(self._may_become(said[n:]) for n in range(start + 1)):
                 return text[start:end]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from openm6.data.loader import Entry
-from openm6.data.overlap import count_overlap
+from openm6.data.overlap import find_overlap
 from openm6.data.source import Source
 from openm6.train.recipe import Recipe
 from openm6.train.setup import open_section
@@ -34,9 +34,9 @@ def _overlaps(recipe: Recipe, entries: list[Entry]) -> Iterator[str]:
             if section.task != measured.task or section.stream or not isinstance(entry.records, Source):
                 continue
             test = open_section(measured)
-            found = count_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit, MOST)
+            found = find_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit, MOST)
             if found.found:
                 yield (
-                    f"Warning: {found.found:,} of the {found.total:,} records of {test.name} that are measured on have "
-                    f"inputs that are trained on, in {entry.name} (first: {found.first})."
+                    f"Warning: {len(found.found):,} of the {found.total:,} records of {test.name} that are measured on "
+                    f"have inputs that are trained on, in {entry.name} (first: {found.first})."
                 )

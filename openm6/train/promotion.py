@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import UsageError
-from openm6.data.overlap import count_overlap, find_overlap
+from openm6.data.overlap import find_overlap
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
 from openm6.tasks.task import Task
@@ -25,12 +25,12 @@ def check_apart(task: Task, calibration: Source, columns: Mapping[str, str], nam
     """Refuse to train on records that the versions are measured on. `names`: sources that are to be trained on;
     `columns`: of the calibration's records. Raises UsageError that counts the records they have in common."""
     for name in names:
-        common = count_overlap(task, open_source(name), {}, calibration, columns)
+        common = find_overlap(task, open_source(name), {}, calibration, columns)
         if common.found:
             raise UsageError(
-                f"{name} has {common.found} of the {common.total} records that {task.name} was calibrated with, the "
-                f"first at {common.first}: a version that was trained on them cannot be measured on them. Give other "
-                "records by --data, or calibrate with others first."
+                f"{name} has {len(common.found)} of the {common.total} records that {task.name} was calibrated with, "
+                f"the first at {common.first}: a version that was trained on them cannot be measured on them. Give "
+                "other records by --data, or calibrate with others first."
             )
 
 
@@ -39,7 +39,7 @@ def not_trained_on(task: Task, held_out: ListRecords, names: Iterable[str]) -> L
     if not len(held_out):
         return held_out
     known = Source("kept", held_out)
-    seen = {number for name in names for number in find_overlap(task, open_source(name), {}, known, {})}
+    seen = {number for name in names for number in find_overlap(task, open_source(name), {}, known, {}).found}
     return ListRecords(record for number, record in enumerate(known) if number not in seen)
 
 

@@ -118,7 +118,7 @@ class SequenceObjective:
             + isinstance(e.target, (ContrastTarget, HeadTarget))
             for e in examples
         )
-        return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
+        return trained, sum(len(e) for e in every), sum(any(one.truncated for one in _flat([e])) for e in examples)
 
     def micro_batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
         """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
@@ -193,7 +193,7 @@ class SequenceObjective:
             return pad(sequences, pad_id).to(self.device)
         # A GPU wants few shapes: its kernels are compiled and its memory is cut for each.
         even = self.device.type == "cpu"
-        return pack(sequences, self.settings.row_length, pad_id, even=even).to(self.device)
+        return pack(sequences, self.settings.row_length, pad_id, balance_rows=even).to(self.device)
 
 
 def _flat(examples: list[Sequence]) -> list[Sequence]:

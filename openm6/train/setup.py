@@ -11,8 +11,7 @@ from openm6.core.errors import UsageError
 from openm6.core.files import write_whole
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer, common_characters
-from openm6.data.classes import count_classes
-from openm6.data.columns import SlotView
+from openm6.data.columns import SlotView, count_classes
 from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source

@@ -22,30 +22,33 @@ never met it.
 
 Splits: train; validation (new pictures of trained combinations); test (held-out combinations)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import Record, Records, StoredRecords, cached, check_split, iterate, shown, write_records
+from openm6.data.store import (
+    ComputedRecords,
+    Record,
+    Records,
+    StoredRecords,
+    cached,
+    check_split,
+    iterate,
+    write_records,
+)
 from openm6.worlds import phrases
 from openm6.worlds.draw import CATEGORIES, Item, Placed, draw_picture
 from openm6.worlds.phrases import OPPOSITE, attributes_in, same_attributes
-from openm6.worlds.pictured import HELD_OUT, PICTURES, SPLITS, Pictured, combinations
+from openm6.worlds.pictured import HELD_OUT, PICTURES, SPLITS, combinations, in_threads, with_pictures
 
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
 
-VERSION = 5
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 5  # of the records: see `pictured.drawn`
 
 VIEWS = ("catalogue", "items", "matches", "pairs", "questions", "relations", "studio", "texts")
-
 
 TWO_OBJECTS = 0.3
 """Fraction of the pictures with two items."""
@@ -107,11 +110,9 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         rows: list[Record] = []
 
         def drawn() -> Iterator[Record]:
-            with ThreadPoolExecutor() as pool:
-                records = pool.map(partial(picture, seed, split), range(count))
-                for record in shown(records, count, f"drawing the {split} pictures"):
-                    rows.append({k: v for k, v in record.items() if k != "image"})
-                    yield {k: v for k, v in record.items() if k not in ("questions", "sentences")}
+            for record in in_threads(partial(picture, seed, split), count, f"drawing the {split} pictures"):
+                rows.append({k: v for k, v in record.items() if k != "image"})
+                yield {k: v for k, v in record.items() if k not in ("questions", "sentences")}
 
         write_records(folder / "catalogue", drawn())
         write_records(folder / "items", _item_rows(split, rows))
@@ -124,7 +125,7 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
     folder = cached("catalogue", key, make)
     views = {view: StoredRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
     return {
-        view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
+        view: with_pictures(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
         for view, rows in views.items()
     }
 
@@ -167,31 +168,17 @@ def _text_rows(split: str, rows: list[Record]) -> Iterator[Record]:
                 seen.add(text)
 
 
-class _Some:
-    """The records at the given places."""
-
-    def __init__(self, records: Records, places: list[int]):
-        self._records, self._places = records, places
-        self.columns = records.columns
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[self._places[index]]
-
-
 def _without(views: Mapping[str, Records], view: str, category: str) -> Records:
     """The records of a view that neither show nor name a category."""
-
-    def shows(record: Record) -> bool:
-        return any(row["品类"] == category for row in record["attributes"])
-
+    records = views[view]
     if view == "texts":
-        return _Some(views[view], [i for i, r in enumerate(iterate(views[view])) if category not in r["text"]])
-    left_out = {number for number, record in enumerate(iterate(views["catalogue"])) if shows(record)}
-    numbers = (int(r["_where"].partition("#")[2].partition(".")[0]) for r in iterate(views[view]))
-    return _Some(views[view], [i for i, number in enumerate(numbers) if number not in left_out])
+        places = [i for i, record in enumerate(iterate(records)) if category not in record["text"]]
+    else:
+        shown = enumerate([row["品类"] for row in record["attributes"]] for record in iterate(views["catalogue"]))
+        left_out = {number for number, categories in shown if category in categories}
+        numbers = (int(record["_where"].partition("#")[2].partition(".")[0]) for record in iterate(records))
+        places = [i for i, number in enumerate(numbers) if number not in left_out]
+    return ComputedRecords(len(places), records.columns, lambda index: records[places[index]])
 
 
 def open_catalogue(
@@ -206,12 +193,11 @@ def open_catalogue(
         raise UsageError(f"The demo data has no part {view!r}.{suggest(view, VIEWS)} It has: {', '.join(VIEWS)}.")
     check_split("The demo data has", split, SPLITS)
     if view in ("studio", "matches"):
-        from openm6.worlds.studio import Matches, open_studio
+        from openm6.worlds.studio import open_matches, open_studio
 
         if without:
             raise UsageError(f"without is not for {view}.")
-        studio = open_studio(split, seed, pictures)
-        return studio if view == "studio" else Matches(studio, split, seed)
+        return (open_studio if view == "studio" else open_matches)(split, seed, pictures)
     views = build(split, seed, pictures)
     if not without:
         return views[view]

@@ -5,8 +5,6 @@ resolution, adds a pattern, shading and noise. All randomness comes from the gen
 
 `figures` shows the same goods on a person, from their `Look`."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -52,8 +50,7 @@ class Manner:
 
     tilt      maximum tilt of an item, in radians; skew: of its pattern
     period    of a pattern, as a fraction of the item; at least `least` pixels
-    noise     of the camera, in levels of 255
-    """
+    noise     of the camera, in levels of 255"""
 
     tilt: float
     skew: float
@@ -111,6 +108,7 @@ class Look:
 
 
 CATEGORIES = tuple(GOODS)
+VALUES: dict[str, tuple[str, ...]] = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
 _OUTLINES = GOODS | PETS
 
 
@@ -210,8 +208,8 @@ def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -
     )
     part = canvas[y0:y1, x0:x1]
     part *= (1 - body - trim)[:, :, None]
-    for share, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
-        part += (share * light)[:, :, None] * colour
+    for coverage, colour in ((body - marks, look.base), (marks, look.tone), (trim, look.edge)):
+        part += (coverage * light)[:, :, None] * colour
     covered = body + trim > 0.5
     across, down = np.flatnonzero(covered.any(0)), np.flatnonzero(covered.any(1))
     return (

@@ -4,25 +4,19 @@ Records: before, request (把颜色换成蓝色。), after (JPEG, 64 x 64, in th
 attribute), and the category, colour and pattern of `after`. Splits and held-out combinations are the catalogue's:
 requests of the test split are for combinations that no training picture shows, before or after."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
-from openm6.data.store import Record, Records, check_split, drawn
+from openm6.data.store import Record, Records
 from openm6.worlds import draw
-from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Item, Placed
-from openm6.worlds.pictured import HELD_OUT, SPLITS
+from openm6.worlds.draw import COLOURS, STUDIO, VALUES, Item, Placed
+from openm6.worlds.pictured import HELD_OUT, SPLITS, drawn
 
-VERSION = 1
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 1  # of the records: see `drawn`
 
 PICTURES = {"train": 8_000, "validation": 500, "test": 500}
 
-VALUES: dict[str, tuple[str, ...]] = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
 _REQUESTS = {
     "category": ("换成{v}。", "把它改成{v}。", "改为{v}，其他不变。"),
     "colour": ("把颜色换成{v}色。", "改成{v}色的。", "颜色改为{v}色，其他不变。"),
@@ -64,7 +58,4 @@ def record(seed: int, split: str, index: int) -> Record:
 
 def open_edits(split: str = "train", seed: int = 0, pictures: int | None = None) -> Records:
     """The records of a split, generated at the first call, then from the cache."""
-    check_split("The edits have", split, SPLITS)
-    count = PICTURES[split] if pictures is None else pictures
-    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
-    return drawn("edits", key, count, partial(record, seed, split), f"drawing the {split} edits")
+    return drawn("edits", VERSION, record, split, seed, PICTURES, pictures)

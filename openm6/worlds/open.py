@@ -1,7 +1,5 @@
 """Generated data by name: `demo:VIEW/SPLIT`, `pets/SPLIT`, each with `?option=value&...`."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from urllib.parse import parse_qsl
 
@@ -13,9 +11,9 @@ _WORLDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "demo": ("catalogue", "open_catalogue", ("seed", "pictures", "without")),
     "digits": ("digits", "open_digits", ()),
     "edits": ("edits", "open_edits", ("seed", "pictures")),
-    "logos": ("logos", "open_logos", ("seed", "pictures", "side")),
+    "logos": ("subjects", "open_logos", ("seed", "pictures", "side")),
     "market": ("market", "open_market", ("seed", "records")),
-    "pets": ("pets", "open_pets", ("seed", "pictures")),
+    "pets": ("subjects", "open_pets", ("seed", "pictures")),
     "scenes": ("scenes", "open_scenes", ("seed", "pictures")),
     "shop": ("shop", "open_shop", ("seed", "records")),
     "tryon": ("figures", "open_figures", ("seed", "pictures")),

@@ -3,8 +3,6 @@
 Unit square, y down; t in [0, 1] changes the cut. Each function draws a body (with the pattern) and a trim (straps,
 soles, ears: a darker tone of the same colour)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from PIL import Image, ImageDraw

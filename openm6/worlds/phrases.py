@@ -3,8 +3,6 @@
 Every caption names the colour, the pattern and the category of every item, each once: `attributes_in` parses them, to
 judge whether an answer is right."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ Attributes = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question; `kind` is the attribute asked for, `detail` the way to refer to the item: alone, named, placed, pair,
-    all."""
+    """A question; `kind`: the attribute asked for; `detail`: the reference: alone, named, placed, pair, all."""
 
     question: str
     answer: str

@@ -1,19 +1,19 @@
-"""Pictures of goods: combinations of each split, and records whose pictures are stored apart."""
+"""Pictures of goods: combinations of each split, records drawn in threads, and records with pictures stored apart."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
 
-from openm6.data.store import Record, StoredRecords
+from openm6.data.store import ComputedRecords, Record, StoredRecords, cached, check_split, shown, write_records
 from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
-
-
 SPLITS = tuple(PICTURES)
+
+T = TypeVar("T")
 
 
 def _held_out() -> frozenset[Item]:
@@ -31,7 +31,6 @@ def _held_out() -> frozenset[Item]:
 
 HELD_OUT = _held_out()
 
-
 _ALL = [Item(k, c, p) for k in CATEGORIES for c in COLOURS for p in PATTERNS]
 
 
@@ -40,18 +39,34 @@ def combinations(split: str) -> tuple[Item, ...]:
     return tuple(item for item in _ALL if (item in HELD_OUT) == (split == "test"))
 
 
-class Pictured:
-    """Records that refer to pictures by number; the pictures are read from their own store.
+def in_threads(draw: Callable[[int], T], count: int, what: str) -> Iterator[T]:
+    """`draw(0)` to `draw(count - 1)`, in order, computed in several threads, with a progress bar called `what`."""
+    with ThreadPoolExecutor() as pool:
+        yield from shown(pool.map(draw, range(count)), count, what)
 
-    `places`: columns with a picture's number, and the names of the columns for the pictures themselves."""
 
-    def __init__(self, pictures: StoredRecords, rows: StoredRecords, places: Mapping[str, str]):
-        self._pictures, self._rows, self._places = pictures, rows, places
-        self.columns = tuple(places.get(name, name) for name in rows.columns)
+Draw = Callable[[int, str, int], Record]
+"""A function of seed, split and index."""
 
-    def __len__(self) -> int:
-        return len(self._rows)
 
-    def __getitem__(self, index: int) -> Record:
-        record = self._rows[index]
-        return {self._places.get(k, k): self._pictures.blob(v) if k in self._places else v for k, v in record.items()}
+def drawn(
+    name: str, version: int, draw: Draw, split: str, seed: int, sizes: Mapping[str, int], pictures: int | None
+) -> StoredRecords:
+    """The records `draw(seed, split, index)` of a split, generated at the first call, then from the cache. `sizes`: the
+    default number of pictures of each split. `version` has to be increased when the same seed gives other records, so
+    that old caches are not used. Raises UsageError for an unknown split."""
+    check_split(f"The data of {name} have", split, tuple(sizes))
+    count = sizes[split] if pictures is None else pictures
+    key = {"version": version, "split": split, "seed": seed, "pictures": count}
+    records = in_threads(partial(draw, seed, split), count, f"drawing the {split} pictures of {name}")
+    return StoredRecords(cached(name, key, lambda folder: write_records(folder, records)))
+
+
+def with_pictures(pictures: StoredRecords, rows: StoredRecords, places: Mapping[str, str]) -> ComputedRecords:
+    """Rows that refer to pictures by number, with the pictures. `places`: columns with a picture's number, and the
+    names of the columns for the pictures themselves."""
+
+    def row(index: int) -> Record:
+        return {places.get(k, k): pictures.blob(v) if k in places else v for k, v in rows[index].items()}
+
+    return ComputedRecords(len(rows), (places.get(name, name) for name in rows.columns), row)

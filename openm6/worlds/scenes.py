@@ -5,27 +5,22 @@ fractions of the picture); statement and relation (蕴含: the picture shows it,
 tell); description (of all goods), caption (the same, in half of the records wrong in one attribute) and match (是 or
 否). The goods are the catalogue's, with its splits and held-out combinations."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from functools import partial
 from itertools import combinations as choose
 
 import numpy as np
 
-from openm6.data.store import Record, Records, check_split, drawn
+from openm6.data.store import Record, Records
 from openm6.worlds import draw
-from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item, Placed
+from openm6.worlds.draw import COLOURS, VALUES, Item, Placed
 from openm6.worlds.phrases import MEASURES
-from openm6.worlds.pictured import SPLITS, combinations
+from openm6.worlds.pictured import SPLITS, combinations, drawn
 
-VERSION = 2
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 2  # of the records: see `drawn`
 
 PICTURES = {"train": 12_000, "validation": 500, "test": 500}
 
-_KINDS = ("category", "colour", "pattern")
+_KINDS = tuple(VALUES)
 _CORNERS = {"左上": (0.26, 0.26), "右上": (0.74, 0.26), "左下": (0.26, 0.74), "右下": (0.74, 0.74)}
 _TRUE = ("图中有一{m}{n}。", "可以看到{n}。", "画面里有{n}。", "照片里能找到一{m}{n}。", "{n}在图里。")
 _UNSEEN = (
@@ -108,8 +103,7 @@ def _statement(items: list[Item], rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _changed(item: Item, kind: str, rng: np.random.Generator) -> Item:
-    values = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}[kind]
-    others = [value for value in values if value != getattr(item, kind)]
+    others = [value for value in VALUES[kind] if value != getattr(item, kind)]
     return replace(item, **{kind: others[rng.integers(len(others))]})
 
 
@@ -132,7 +126,4 @@ def _told(items: list[Item], rng: np.random.Generator) -> str:
 
 def open_scenes(split: str, seed: int = 0, pictures: int | None = None) -> Records:
     """The records of a split, generated at the first call, then from the cache."""
-    check_split("The scenes have", split, SPLITS)
-    count = PICTURES[split] if pictures is None else pictures
-    key = {"version": VERSION, "split": split, "seed": seed, "pictures": count}
-    return drawn("scenes", key, count, partial(picture, seed, split), f"drawing the {split} scenes")
+    return drawn("scenes", VERSION, picture, split, seed, PICTURES, pictures)

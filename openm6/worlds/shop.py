@@ -12,27 +12,21 @@ looks, some categories and a price level, and buys goods that are popular, of th
 expensive. Customers of the test split differ from those of training, who buy the same goods (`items/train`); the goods
 of `pairs/test` and `references/test` are those of `items/test`, combinations that no training item shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import Record, Records, StoredRecords, cached, check_split, shown, write_records
+from openm6.data.store import ComputedRecords, Record, Records, StoredRecords, cached, check_split, shown, write_records
 from openm6.worlds import draw
 from openm6.worlds.draw import CATEGORIES, PATTERNS, STUDIO, Placed
 from openm6.worlds.market.goods import SEASONS, STYLES
-from openm6.worlds.pictured import SPLITS, Pictured, combinations
+from openm6.worlds.pictured import SPLITS, combinations, in_threads, with_pictures
 from openm6.worlds.scenes import pointed
 
-VERSION = 1
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 1  # of the records: see `pictured.drawn`
 
 VIEWS = ("items", "pairs", "visits", "references")
 ITEMS = {"train": 4_000, "validation": 500, "test": 1_000}
@@ -99,9 +93,7 @@ class _Customer:
         near = [(goods.look == look) * 1.6 + (goods.style == look // 4) * 1.0 for look in liked]
         sides = [(goods.warm == look // 2 % 2) * 0.6 + (goods.bold == look % 2) * 0.6 for look in liked]
         looks = np.maximum(near[0] + sides[0], near[1] + sides[1])
-        self._base = (
-            1.3 * looks + 0.8 * np.isin(goods.category, categories) - 0.8 * np.log(goods.popular)
-        )  # fmt: skip
+        self._base = 1.3 * looks + 0.8 * np.isin(goods.category, categories) - 0.8 * np.log(goods.popular)
         self._goods, self._height, self._rng = goods, height, rng
         self._bought: list[int] = []
 
@@ -166,27 +158,6 @@ def _references(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         }  # fmt: skip
 
 
-class _References:
-    """References with the photos of the others."""
-
-    columns = ("phrase", "photo", "negatives")
-
-    def __init__(self, photos: StoredRecords, rows: StoredRecords):
-        self._photos, self._rows = photos, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Record:
-        row = self._rows[index]
-        photo, others = row.pop("photo_number"), row.pop("others")
-        return {
-            **row,
-            "photo": self._photos.blob(photo),
-            "negatives": [{"photo": self._photos.blob(i)} for i in others],
-        }
-
-
 def open_shop(view: str, split: str = "train", seed: int = 0, records: int | None = None) -> Records:
     """The records of a view; `records` of its visits. Raises UsageError for an unknown view or split."""
     if view not in VIEWS:
@@ -200,23 +171,26 @@ def open_shop(view: str, split: str = "train", seed: int = 0, records: int | Non
         rows = (record for _, record in _visits(goods(), split, seed, count))
         return _kept(view, {**key, "count": count}, lambda: shown(rows, count, f"customers of the shop ({split})"))
     photos = _kept("photos", key, lambda: _photos(goods(), split, seed))
-    if view == "references":
-        return _References(photos, _kept(view, key, lambda: _references(goods(), split, seed)))
     if view == "items":
-        kept = _kept(view, key, lambda: iter(goods().rows))
-    else:
+        kept = _kept(view, key, lambda: goods().rows)
+    elif view == "pairs":
         kept = _kept(view, {**key, "count": count}, lambda: _pairs(goods(), split, seed, count))
-    return Pictured(photos, kept, {"photo_number": "photo", "other_photo_number": "other_photo"})
+    else:
+        references = _kept(view, key, lambda: _references(goods(), split, seed))
+
+        def reference(index: int) -> Record:
+            row = references[index]
+            photo, *others = (photos.blob(number) for number in (row.pop("photo_number"), *row.pop("others")))
+            return {**row, "photo": photo, "negatives": [{"photo": other} for other in others]}
+
+        return ComputedRecords(len(references), ("phrase", "photo", "negatives"), reference)
+    return with_pictures(photos, kept, {"photo_number": "photo", "other_photo_number": "other_photo"})
 
 
 def _photos(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
-    with ThreadPoolExecutor() as pool:
-        made = pool.map(partial(goods.photo, seed, split), range(len(goods.items)))
-        yield from shown(made, len(goods.items), f"photographing the shop's goods ({split})")
+    draw = partial(goods.photo, seed, split)
+    return in_threads(draw, len(goods.items), f"photographing the shop's goods ({split})")
 
 
 def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> StoredRecords:
-    def fill(folder: Path) -> None:
-        write_records(folder, make())
-
-    return StoredRecords(cached(f"shop-{view}", key, fill))
+    return StoredRecords(cached(f"shop-{view}", key, lambda folder: write_records(folder, make())))

@@ -5,14 +5,11 @@ Each record has image, caption (six), category, colour, pattern, and conditions 
 the picture), reference (another picture of the same category, colour and pattern) and style (one of another category in
 the same colour and pattern). Splits and held-out combinations are the catalogue's.
 
-`Matches` are the same pictures, half of them with wrong captions, to learn relevance from."""
-
-from __future__ import annotations
+`open_matches` gives the same pictures, half of them with wrong captions, to learn relevance from."""
 
 import io
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,14 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from openm6.core.images import sketch
-from openm6.data.store import Record, Records, StoredRecords, cached, shown, write_records
+from openm6.data.store import ComputedRecords, Record, Records, StoredRecords, cached, write_records
 from openm6.worlds import phrases
-from openm6.worlds.draw import SIDE, STUDIO, Item, Placed, draw_picture
-from openm6.worlds.pictured import SPLITS, Pictured, combinations
+from openm6.worlds.draw import SIDE, STUDIO, VALUES, Item, Placed, draw_picture
+from openm6.worlds.pictured import SPLITS, combinations, in_threads, with_pictures
 
-VERSION = 1
-"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
-used."""
+VERSION = 1  # of the records: see `pictured.drawn`
 
 PICTURES = {"train": 16_000, "validation": 1_000, "test": 1_000}
 
@@ -54,69 +49,59 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
 
     def make(folder: Path) -> None:
         items: list[Item] = []
+        rows: list[Record] = []
 
         def drawn() -> Iterator[Record]:
-            with ThreadPoolExecutor() as pool:
-                made = pool.map(partial(picture, seed, split), range(count))
-                for item, record in shown(made, count, f"drawing the {split} pictures of the studio"):
-                    items.append(item)
-                    yield {"image": record.pop("image")}
-                    rows.append(record)
+            draw = partial(picture, seed, split)
+            for item, record in in_threads(draw, count, f"drawing the {split} pictures of the studio"):
+                items.append(item)
+                yield {"image": record.pop("image")}
+                rows.append(record)
 
-        rows: list[Record] = []
         write_records(folder / "pictures", drawn())
         write_records(folder / "records", _pointing(items, rows, seed))
 
     folder = cached("studio", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make)
     places = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
-    return Pictured(StoredRecords(folder / "pictures"), StoredRecords(folder / "records"), places)
+    return with_pictures(StoredRecords(folder / "pictures"), StoredRecords(folder / "records"), places)
 
 
-class Matches:
+def open_matches(split: str, seed: int = 0, pictures: int | None = None) -> Records:
     """Studio pictures with a right caption, or one that is wrong in a single attribute: image, caption (six),
     verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name combinations of the
     split alone, as right ones do."""
+    studio = open_studio(split, seed, pictures)
 
-    columns = ("image", "caption", "verdict_relevance", "match")
-
-    def __init__(self, studio: Records, split: str, seed: int = 0):
-        self._studio, self._split, self._seed = studio, split, seed
-
-    def __len__(self) -> int:
-        return len(self._studio)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._studio[index]
-        told = {name: record[name] for name in self.columns[:2]}
-        rng = np.random.default_rng([self._seed, SPLITS.index(self._split), index, 2])
+    def match(index: int) -> Record:
+        record = studio[index]
+        caption = record["caption"]
+        rng = np.random.default_rng([seed, SPLITS.index(split), index, 2])
         right = bool(rng.random() < 0.5)
         if not right:
             item = Item(record["category"], record["colour"].removesuffix("色"), record["pattern"])
-            groups = _near(item, self._split)
+            groups = _near(item, split)
             others = groups[rng.integers(len(groups))]
-            told["caption"] = phrases.captions((others[rng.integers(len(others))],), "", rng)
+            caption = phrases.captions((others[rng.integers(len(others))],), "", rng)
         return {
-            "_where": f"demo:matches/{self._split}#{index}",
-            **told,
-            "verdict_relevance": int(right),
-            "match": "是" if right else "否",
-        }
+            "_where": f"demo:matches/{split}#{index}", "image": record["image"], "caption": caption,
+            "verdict_relevance": int(right), "match": "是" if right else "否",
+        }  # fmt: skip
+
+    return ComputedRecords(len(studio), ("image", "caption", "verdict_relevance", "match"), match)
 
 
 @cache
 def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
-    """For each attribute the items of a split that differ in it alone, where there are any; else all others (a few
-    held-out items have none)."""
+    """For each attribute the items of a split that differ in it alone; all others for an item without any."""
     every = (
         tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
-        for name in ("category", "colour", "pattern")
+        for name in VALUES
     )
     return tuple(some for some in every if some) or (tuple(o for o in combinations(split) if o != item),)
 
 
 def _pointing(items: list[Item], rows: list[Record], seed: int) -> Iterator[Record]:
-    """The records with the numbers of their own picture, of a similar one and of one in its style (where there are
-    none, in small sets, its own)."""
+    """The records with the numbers of their own picture, of a similar one and of one in its style (else its own)."""
     rng = np.random.default_rng([seed, len(items)])
     alike: dict[Item, list[int]] = defaultdict(list)
     styled: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -3,15 +3,13 @@
 Strokes are jittered, slanted, and of different width and colour from word to word. A fifth of the words, determined by
 their characters, occurs in the test split only. Records: image (PNG, 32 pixels high and 32 a character wide), text."""
 
-from __future__ import annotations
-
 import io
 import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from openm6.data.store import Record, check_split
+from openm6.data.store import ComputedRecords, Record, Records, check_split
 from openm6.worlds.draw import apart
 
 HEIGHT = 32
@@ -42,32 +40,20 @@ _INKS = ((24, 24, 28), (150, 30, 30), (28, 60, 140), (24, 96, 52), (240, 236, 22
 _PAPERS = ((244, 240, 230), (226, 232, 240), (236, 220, 200), (70, 74, 84), (110, 60, 56))
 
 
-def open_writing(split: str = "train", seed: int = 0, records: int | None = None) -> Writing:
-    """The records of a split. Raises UsageError for an unknown one."""
+def open_writing(split: str = "train", seed: int = 0, records: int | None = None) -> Records:
+    """The records of a split, each determined by seed, split and number. Raises UsageError for an unknown split."""
     check_split("The writing has", split, SPLITS)
-    return Writing(split, seed, records)
+    known = list(STROKES)
 
-
-class Writing:
-    """The records of a split; each is determined by seed, split and number."""
-
-    columns = ("image", "text")
-
-    def __init__(self, split: str, seed: int = 0, records: int | None = None):
-        self._split, self._seed = split, seed
-        self._count = RECORDS[split] if records is None else records
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Record:
-        rng = np.random.default_rng([self._seed, SPLITS.index(self._split), index])
-        known = list(STROKES)
+    def record(index: int) -> Record:
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
         while True:
             text = "".join(known[i] for i in rng.integers(len(known), size=rng.integers(2, 5)))
-            if (zlib.crc32(text.encode()) % 5 == 0) == (self._split == "test"):
+            if (zlib.crc32(text.encode()) % 5 == 0) == (split == "test"):
                 break
-        return {"_where": f"writing/{self._split}#{index}", "image": write(text, rng), "text": text}
+        return {"_where": f"writing/{split}#{index}", "image": write(text, rng), "text": text}
+
+    return ComputedRecords(RECORDS[split] if records is None else records, ("image", "text"), record)
 
 
 def write(text: str, rng: np.random.Generator) -> bytes:

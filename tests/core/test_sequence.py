@@ -37,7 +37,7 @@ def test_mask_is_the_written_rule(positions: list[tuple[int, int]]) -> None:
 @given(shapes, st.booleans())
 def test_every_example_is_packed_once_and_unchanged(parts: list, even: bool) -> None:
     sequences = examples(parts)
-    batch = pack(sequences, row_length=32, pad_id=0, even=even)
+    batch = pack(sequences, row_length=32, pad_id=0, balance_rows=even)
     assert batch.shape[1] <= 32
     for number, sequence in enumerate(sequences, 1):
         where = batch.segments == number
@@ -54,7 +54,7 @@ def test_every_example_is_packed_once_and_unchanged(parts: list, even: bool) -> 
 @given(shapes, st.booleans())
 def test_patches_are_placed_where_the_sequence_says(parts: list, even: bool) -> None:
     sequences = examples(parts)
-    batch = pack(sequences, row_length=32, pad_id=0, even=even)
+    batch = pack(sequences, row_length=32, pad_id=0, balance_rows=even)
     marked = torch.zeros(batch.ids.numel(), dtype=torch.int64)
     for group in batch.images:
         marked[group.places] += 1
@@ -85,7 +85,7 @@ def test_rows_are_filled_first_fit_decreasing() -> None:
     rng = np.random.default_rng(0)
     batch = pack([example(rng, 0, n) for n in (5, 6, 4, 5)], row_length=10, pad_id=0)
     assert batch.shape == (2, 10)
-    even = pack([example(rng, 0, n) for n in (5, 4, 4, 4, 3, 2)], row_length=12, pad_id=0, even=True)
+    even = pack([example(rng, 0, n) for n in (5, 4, 4, 4, 3, 2)], row_length=12, pad_id=0, balance_rows=True)
     assert even.shape == (2, 11)
 
 

@@ -159,11 +159,11 @@ def test_a_bad_record_is_replaced_by_the_same_one_every_time_and_written_down(tm
         rows[4]["text"] = rows[5]["text"] = "no number"
         return [Entry("a", ListRecords(rows), NumberTask(), encode=number_example)]  # type: ignore[arg-type, list-item]
 
-    rejects = Rejects(tmp_path / "r.jsonl", share=0.2)
+    rejects = Rejects(tmp_path / "r.jsonl", max_fraction=0.2)
     seen = [s for step in steps(loader(spoiled(), rejects=rejects, batch_size=6), 5) for s in step]
     counts = Counter(number for _, number, _ in seen)
     assert counts == {**dict.fromkeys([i for i in range(30) if i not in (4, 5)], 1), 6: 3}
-    again = Rejects(tmp_path / "again.jsonl", share=0.2)
+    again = Rejects(tmp_path / "again.jsonl", max_fraction=0.2)
     assert seen == [s for step in steps(loader(spoiled(), rejects=again, batch_size=6, threads=2), 5) for s in step]
     written = [json.loads(line)["where"] for line in (tmp_path / "r.jsonl").read_text("utf-8").splitlines()]
     assert sorted(written) == ["list#4", "list#5"]
@@ -196,7 +196,7 @@ def test_missing_truncated_and_huge_pictures_are_skipped_and_named(tmp_path: Pat
     Image.new("1", (50_000, 1_200)).save(tmp_path / "huge.png")
     names = ["good.jpg"] * 40 + ["cut.jpg", "missing.jpg", "text.png", "huge.png"]
     (tmp_path / "a.csv").write_text("image,text\n" + "".join(f"{n},{i}\n" for i, n in enumerate(names)))
-    rejects = Rejects(tmp_path / "r.jsonl", share=0.2)
+    rejects = Rejects(tmp_path / "r.jsonl", max_fraction=0.2)
     task = NumberTask(slots={s.name: s for s in (NumberSlot("photo", "image"), NumberSlot("text", "text"))})
     source = [Entry("a", open_source(tmp_path / "a.csv"), task, encode=picture_example)]  # type: ignore[arg-type]
     seen = {n for step in steps(loader(source, batch_size=11, rejects=rejects), 4) for _, n, _ in step}

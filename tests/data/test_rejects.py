@@ -27,7 +27,7 @@ def test_every_bad_record_is_written_once_with_its_reason(tmp_path: Path) -> Non
 
 
 def test_too_large_a_share_stops_the_work_and_says_why(tmp_path: Path) -> None:
-    rejects = Rejects(tmp_path / "r.jsonl", share=0.1, minimum=5)
+    rejects = Rejects(tmp_path / "r.jsonl", max_fraction=0.1, minimum=5)
     rejects.saw(20)
     for number in range(4):
         rejects.count(f"a:{number}", "is truncated.")  # 4 of 24 is above the share, but too few to judge by
@@ -36,7 +36,7 @@ def test_too_large_a_share_stops_the_work_and_says_why(tmp_path: Path) -> None:
 
 
 def test_a_share_below_the_limit_goes_on(tmp_path: Path) -> None:
-    rejects = Rejects(tmp_path / "r.jsonl", share=0.1, minimum=5)
+    rejects = Rejects(tmp_path / "r.jsonl", max_fraction=0.1, minimum=5)
     for number in range(100):
         rejects.saw(9)
         rejects.count(f"a:{number}", "is bad.")

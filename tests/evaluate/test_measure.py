@@ -27,7 +27,7 @@ from openm6.inference import Generated
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.encode import encode_example
-from openm6.tasks.file import task_from_dict
+from openm6.tasks.library import task_from_dict
 from openm6.tasks.metrics import Score
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task

@@ -27,7 +27,7 @@ from openm6.evaluate import predict
 from openm6.evaluate.predict import Prediction
 from openm6.inference.session import Session
 from openm6.model import M6
-from openm6.tasks.file import task_from_dict
+from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import command, tiny_config

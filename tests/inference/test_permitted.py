@@ -19,8 +19,8 @@ from openm6.inference.pieces import Pieces
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.constraints import Limits
-from openm6.tasks.file import task_from_dict
 from openm6.tasks.forms import characters
+from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import tiny_config

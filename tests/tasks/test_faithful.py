@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from openm6.tasks.faithful import _common, facts_kept, parent
+from openm6.tasks.faithful import facts_kept, parent
+from openm6.tasks.metrics import common_length
 
 TABLE = ["红色", "真丝", "围巾", "199元"]
 text = st.text(st.sampled_from("红色真丝围巾的199元，。"), min_size=1, max_size=20)
@@ -46,8 +47,8 @@ def test_it_lies_between_0_and_1_and_takes_the_best_reference(said: str, wanted:
 @given(text, text)
 def test_the_common_subsequence_is_symmetric_and_bounded(first: str, second: str) -> None:
     one, other = list(first), list(second)
-    assert _common(one, other) == _common(other, one) <= min(len(one), len(other))
-    assert _common(one, one) == len(one)
+    assert common_length(one, other) == common_length(other, one) <= min(len(one), len(other))
+    assert common_length(one, one) == len(one)
 
 
 def test_facts_are_kept_word_for_word() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 
 from openm6.core.errors import UsageError
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.file import read_task, task_from_dict
 from openm6.tasks.grammar import ATTRIBUTES, RESERVED, Slot, parse, write
+from openm6.tasks.library import read_task, task_from_dict
 from openm6.tasks.task import Task
 
 

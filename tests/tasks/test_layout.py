@@ -54,7 +54,7 @@ def test_what_is_too_long_is_cut_at_its_end(tokenizer, parts: list, size: int, l
             lay_out(pieces, target, limited(tokenizer, longest), "t")
         return
     found = lay_out(pieces, target, limited(tokenizer, longest), "t")
-    assert len(found) <= longest and (whole > longest or len(found) == whole) and found.cut == whole - len(found)
+    assert len(found) <= longest and (whole > longest or len(found) == whole) and found.truncated == whole - len(found)
     start = found.ids.tolist().index(tokenizer.answer_id)
     kept = [int((found.ids[:start] == 100 + i).sum()) for i in range(len(parts))]
     assert all(k == n or (cuttable and k < n) for k, (n, cuttable) in zip(kept, parts, strict=True))
@@ -89,11 +89,12 @@ def test_at_the_start_the_longest_text_alone_loses_something(
             lay_out(pieces, None, limited(tokenizer, longest), "t", reserve, least, "start")
         return
     found = lay_out(pieces, None, limited(tokenizer, longest), "t", reserve, least, "start")
-    assert len(found) + least <= longest and found.cut == whole - len(found)
-    assert found.cut == 0 or whole + reserve > longest
+    assert len(found) + least <= longest and found.truncated == whole - len(found)
+    assert found.truncated == 0 or whole + reserve > longest
     start = next((i for i, (n, cuttable) in enumerate(parts) if cuttable and n == sized), 0)
     kept = [
-        list(piece.ids)[found.cut :] if i == start and found.cut else list(piece.ids) for i, piece in enumerate(pieces)
+        list(piece.ids)[found.truncated :] if i == start and found.truncated else list(piece.ids)
+        for i, piece in enumerate(pieces)
     ]
     assert found.ids.tolist() == [*(token for ids in kept for token in ids), tokenizer.answer_id]
 
@@ -107,4 +108,4 @@ def test_without_a_word_nothing_is_cut(tokenizer, parts: list, least: int, longe
             lay_out(pieces, None, limited(tokenizer, longest), "t", 10, least, None)
         return
     found = lay_out(pieces, None, limited(tokenizer, longest), "t", 10, least, None)
-    assert len(found) == whole and not found.cut
+    assert len(found) == whole and not found.truncated

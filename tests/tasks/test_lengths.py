@@ -54,8 +54,8 @@ def test_truncated_the_passage_loses_its_beginning_and_the_question_nothing(orde
     passage = "".join("红黄蓝绿"[i % 4] for i in range(203))
     found = use(task, {"passage": passage, "question": ENDING}, processor, truncate="start")
     said = processor.tokenizer.decode(found.ids)
-    kept = passage[found.cut :]
-    assert len(found) <= 64 and found.cut > 0 and kept
+    kept = passage[found.truncated :]
+    assert len(found) <= 64 and found.truncated > 0 and kept
     assert said == task.instructions[0].text.split(" -> ")[0].replace("[text:passage]", kept).replace(
         "[text:question]", ENDING
     ).replace(" ", "")
@@ -93,13 +93,14 @@ def test_no_prompt_is_longer_than_the_model(
         reserve = int(task.decode.get("max_new_tokens", 0)) if truncate else 0
         assert len(whole) + reserve > longest and f"{longest} " in str(error)
         return
-    assert len(found) <= longest and len(found) + found.cut == len(whole)
-    if found.cut:
+    assert len(found) <= longest and len(found) + found.truncated == len(whole)
+    if found.truncated:
         assert truncate == "start"
         lost = next(i for i in range(len(found) + 1) if i == len(found) or found.ids[i] != whole.ids[i])
         # One run of tokens is gone: it begins where a slot's text began, and nothing else is missing.
         assert any(
-            (found.ids == [*whole.ids[:start], *whole.ids[start + found.cut :]]).all() for start in range(lost + 1)
+            (found.ids == [*whole.ids[:start], *whole.ids[start + found.truncated :]]).all()
+            for start in range(lost + 1)
         )
 
 
@@ -119,14 +120,14 @@ def test_examples_that_do_not_fit_are_told(processor: Processor) -> None:
         error = refusal(task, {"question": ENDING}, processor, shots=shots, truncate=truncate)
         assert "4 examples and the record do not fit: they have " in str(error) and "takes 64" in str(error)
         assert "the last 2 of them fit" in str(error) and error.param == "examples"
-    assert not use(task, {"question": ENDING}, processor, shots=shots[:2]).cut
+    assert not use(task, {"question": ENDING}, processor, shots=shots[:2]).truncated
 
 
 def test_a_sketch_is_never_shortened(processor: Processor) -> None:
     task = get("live_script_edit")
     for truncate in (None, "start"):
         assert "takes 64" in str(refusal(task, {"asr": "红" * 100}, processor, truncate=truncate))
-    assert not use(task, {"asr": "红" * 30}, processor).cut
+    assert not use(task, {"asr": "红" * 30}, processor).truncated
 
 
 # Before anything is cut into tokens
@@ -164,7 +165,7 @@ def test_a_much_too_long_text_can_be_truncated(processor: Processor) -> None:
     task, long = get("question_answering"), "红黄" * 10**6 + ENDING
     found = use(task, {"question": long}, processor, truncate="start")
     assert found.ids.tolist() == use(task, {"question": long[-1000:]}, processor, truncate="start").ids.tolist()
-    assert 10**6 / CHARACTERS < found.cut < 2 * 10**6
+    assert 10**6 / CHARACTERS < found.truncated < 2 * 10**6
 
 
 def test_training_takes_what_it_took(processor: Processor) -> None:

@@ -11,8 +11,7 @@ from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.model.codec import Codec, CodecConfig
 from openm6.tasks.encode import encode_example, encode_prompt
-from openm6.tasks.file import task_from_dict
-from openm6.tasks.library import get, names
+from openm6.tasks.library import get, names, task_from_dict
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task

@@ -18,7 +18,7 @@ from openm6.model import M6
 from openm6.model.cache import fill, prefill_all
 from openm6.tasks import sketch
 from openm6.tasks.encode import encode_prompt
-from openm6.tasks.file import task_from_dict
+from openm6.tasks.library import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split
 from openm6.tasks.task import Task
@@ -118,7 +118,7 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
         rng = np.random.default_rng(seed)
 
         def as_learned(kind: str, rng: np.random.Generator = rng) -> tuple[list[int], list[int], Sequence]:
-            found = sketch.learned(prompt, record["text"], tokenizer, rng, 99, kind)
+            found = sketch.example(prompt, record["text"], tokenizer, rng, 99, kind)
             return found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) :].tolist(), found
 
         found = as_learned("order")[2]

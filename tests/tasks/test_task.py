@@ -12,8 +12,8 @@ from openm6.core.errors import DataError, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from openm6.tasks.encode import encode_example, encode_prompt
-from openm6.tasks.file import read_task, task_from_dict
 from openm6.tasks.forms import answer_constraint
+from openm6.tasks.library import read_task, task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task

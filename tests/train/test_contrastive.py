@@ -72,7 +72,7 @@ def test_the_last_position_of_every_example_is_found_wherever_it_was_packed() ->
     examples = [example(rng, 2 + i % 4, 1 + i % 5) for i in range(9)]
     for number, one in enumerate(examples):
         one.ids[-1] = 900 + number
-    for batch in (pack(examples, 24, 0), pack(examples, 24, 0, even=True), pad(examples, 0)):
+    for batch in (pack(examples, 24, 0), pack(examples, 24, 0, balance_rows=True), pad(examples, 0)):
         assert batch.ids.flatten()[batch.ends()].tolist() == list(range(900, 909))
 
 

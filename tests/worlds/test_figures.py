@@ -12,8 +12,7 @@ from openm6.data.source import open_source
 from openm6.data.store import iterate
 from openm6.tasks.library import get
 from openm6.worlds.draw import COLOURS, PATTERNS, SIDE, Item, Placed, look_of
-from openm6.worlds.figures import GARMENTS, PICTURES, clothes_for, figure_of, open_figures, record
-from openm6.worlds.people import paint, worn
+from openm6.worlds.figures import GARMENTS, PICTURES, clothes_for, figure_of, open_figures, paint, record, worn
 from openm6.worlds.phrases import attributes_in
 from openm6.worlds.pictured import HELD_OUT
 

@@ -8,7 +8,7 @@ import pytest
 
 from openm6.core.errors import UsageError
 from openm6.data.source import open_source
-from openm6.worlds.market import VIEWS, Market, open_market
+from openm6.worlds.market import VIEWS, open_market
 from openm6.worlds.market.goods import COLUMNS, MERITS, Goods, is_held_out
 from openm6.worlds.market.poems import FORMS, RHYMES, form_kept
 
@@ -198,6 +198,6 @@ def test_what_there_is_not_is_refused(name: str, told: str) -> None:
 
 def test_a_market_ends() -> None:
     market = open_market("copy", "test", records=3)
-    assert isinstance(market, Market) and len(market) == 3 and len(list(open_source("market:copy/test?records=3"))) == 3
+    assert len(market) == 3 and len(list(open_source("market:copy/test?records=3"))) == 3
     with pytest.raises(IndexError):
         open_source("market:copy/test?records=3")[3]

@@ -1,18 +1,16 @@
-"""The slot types, a file each. A type is a module with the functions of `SlotType`."""
+"""The slot types, a file each. A type is a module, or an object, with the functions of `SlotType`."""
 
-from __future__ import annotations
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
+from openm6.core.errors import UsageError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import box, image, label, table, text, triples, vector
+from openm6.tasks.slots import box, image, label, table, text, triples
 
 
 class SlotType(Protocol):
-    """Functions of a slot type. Both encoders raise DataError for an invalid value, and UsageError for an unsupported
-    one."""
+    """Functions of a slot type. Encoders raise DataError for an invalid value, UsageError for an unsupported one."""
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of a value."""
@@ -27,6 +25,25 @@ class SlotType(Protocol):
         """The value that the model wrote."""
 
 
+class OutputSlot:
+    """A slot type whose values are read from the network's output: without tokens, neither generated nor an input."""
+
+    def __init__(self, name: str, schema: Callable[[], dict[str, Any]]):
+        self._name, self.schema = name, schema
+
+    def source(self, value: Any, processor: Processor) -> NoReturn:
+        raise UsageError(f"{self._name} is what a model gives, and cannot be given to it.")
+
+    def target(self, value: Any, processor: Processor) -> NoReturn:
+        raise UsageError(f"{self._name} is not written in tokens.")
+
+    def read(self, ids: Sequence[int], processor: Processor) -> NoReturn:
+        raise UsageError(f"{self._name} is not written in tokens.")
+
+
+VECTOR = OutputSlot("a vector", lambda: {"type": "array", "items": {"type": "number"}})
+"""A vector that represents the input: the network's output where the answer would begin, at length 1."""
+
 TYPES: dict[str, SlotType] = {
-    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": vector,
+    "text": text, "image": image, "label": label, "table": table, "triples": triples, "box": box, "vector": VECTOR,
 }  # fmt: skip

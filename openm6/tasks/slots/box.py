@@ -2,17 +2,16 @@
 
 The last hundredth is written 99, so that a box always has eight digits."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
+from openm6.tasks.slots.text import from_json
 
 DIGITS = 8
+_FORM = "has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1."
 
 
 def schema() -> dict[str, Any]:
@@ -26,7 +25,7 @@ def source(value: Any, processor: Processor) -> Piece:
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
     """Encode four fractions, or JSON of them."""
-    return processor.tokenizer.encode("".join(f"{min(99, round(100 * share)):02d}" for share in as_box(value)))
+    return processor.tokenizer.encode("".join(f"{min(99, round(100 * place)):02d}" for place in as_box(value)))
 
 
 def read(ids: Sequence[int], processor: Processor) -> list[float]:
@@ -38,14 +37,10 @@ def read(ids: Sequence[int], processor: Processor) -> list[float]:
 
 def as_box(value: Any) -> list[float]:
     """A box as four fractions. Raises DataError for an invalid one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = None
+    value = from_json(value, _FORM)
     numbers = isinstance(value, (list, tuple)) and len(value) == 4
     if not numbers or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value):
-        raise DataError("has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1.")
+        raise DataError(_FORM)
     left, top, right, bottom = (float(v) for v in value)
     if left >= right or top >= bottom:
         raise DataError(

@@ -1,7 +1,5 @@
 """A label: a short text of a closed set, which the task defines; decoding is restricted to it by a trie."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +7,9 @@ from typing import Any
 from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots.text import as_text
+from openm6.tasks.slots.text import as_text, read, schema
 
-
-def schema() -> dict[str, Any]:
-    return {"type": "string"}
+__all__ = ["normalize_label", "read", "schema", "source", "target"]
 
 
 def normalize_label(text: str) -> str:
@@ -31,7 +27,3 @@ def target(value: Any, processor: Processor) -> Sequence[int]:
     if not label:
         raise DataError("is empty.")
     return processor.tokenizer.encode_often(label)
-
-
-def read(ids: Sequence[int], processor: Processor) -> str:
-    return processor.tokenizer.decode(ids)

@@ -4,15 +4,13 @@
 
 Each cell is the name of its column and its value; rows may have different columns."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
+from openm6.tasks.slots.text import from_json
 
 
 def schema() -> dict[str, Any]:
@@ -74,11 +72,7 @@ def cells_of(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _rows(value: Any) -> list[Mapping[str, Any]]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise DataError("is a text, but not the JSON of a table.") from None
+    value = from_json(value, "is a text, but not the JSON of a table.")
     rows = [value] if isinstance(value, Mapping) else value
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, Mapping) for row in rows):
         raise DataError('has to be a table: {"name": value, ...}, or a list of such rows.')

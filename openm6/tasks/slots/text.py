@@ -1,7 +1,6 @@
 """Text, with or without gaps."""
 
-from __future__ import annotations
-
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,3 +42,11 @@ def as_text(value: Any) -> str:
     if not value:
         raise DataError("is empty.")
     return value
+
+
+def from_json(value: Any, error: str) -> Any:
+    """A value, or the one that a text holds as JSON. Raises DataError(error) for a text that is no JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise DataError(error) from None

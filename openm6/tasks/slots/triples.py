@@ -1,11 +1,7 @@
 """Facts as triples: subject, relation, object.
 
-<|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>
-"""
+<|table|> <|row|> 云帆连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>"""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +9,7 @@ from openm6.core.errors import DataError
 from openm6.tasks.layout import Piece
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split
+from openm6.tasks.slots.text import from_json
 
 
 def schema() -> dict[str, Any]:
@@ -46,11 +43,7 @@ def read(ids: Sequence[int], processor: Processor) -> list[list[str]]:
 
 def as_triples(value: Any) -> list[tuple[str, str, str]]:
     """A value as a list of triples. Raises DataError for any other value."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise DataError("is a text, but not the JSON of triples.") from None
+    value = from_json(value, "is a text, but not the JSON of triples.")
     fits = isinstance(value, (list, tuple)) and len(value) > 0 and all(
         isinstance(row, (list, tuple))
         and len(row) == 3

@@ -4,12 +4,10 @@ A record is determined by view, split, seed and number, and is generated on dema
 no training record has (of goods: category, colour and material, or category, colour and pattern), and a fifth of the
 wordings occurs there alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import Record, check_split
+from openm6.data.store import ComputedRecords, Record, Records, check_split
 from openm6.worlds.market import copywriting, pairs, poems, reading, tables, talks
 from openm6.worlds.market.wording import SPLITS, Wording
 
@@ -21,25 +19,15 @@ VIEWS: dict[str, Callable[[Wording], Record]] = {
 RECORDS = {"train": 8_000, "validation": 500, "test": 500}
 
 
-class Market:
-    """The records of a view."""
-
-    def __init__(self, view: str, split: str, seed: int = 0, records: int | None = None):
-        self._view, self._split, self._seed = view, split, seed
-        self._count = RECORDS[split] if records is None else records
-        self.columns = tuple(key for key in self[0] if key != "_where") if self._count else ()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Record:
-        made = VIEWS[self._view](Wording(list(VIEWS).index(self._view), self._split, self._seed, index))
-        return {"_where": f"market:{self._view}/{self._split}#{index}", **made}
-
-
-def open_market(view: str, split: str = "train", seed: int = 0, records: int | None = None) -> Market:
+def open_market(view: str, split: str = "train", seed: int = 0, records: int | None = None) -> Records:
     """The records of a view. Raises UsageError for an unknown view or split."""
     if view not in VIEWS:
         raise UsageError(f"The market has no part {view!r}.{suggest(view, list(VIEWS))} It has: {', '.join(VIEWS)}.")
     check_split("The market has", split, SPLITS)
-    return Market(view, split, seed, records)
+
+    def record(index: int) -> Record:
+        made = VIEWS[view](Wording(list(VIEWS).index(view), split, seed, index))
+        return {"_where": f"market:{view}/{split}#{index}", **made}
+
+    count = RECORDS[split] if records is None else records
+    return ComputedRecords(count, (key for key in record(0) if key != "_where") if count else (), record)

@@ -1,8 +1,6 @@
 """Texts from a table of attributes: copy, a slogan with its second line, a plain text; and speech of a live sale, as a
 speech recognizer writes it down, with the script made of it."""
 
-from __future__ import annotations
-
 from openm6.data.store import Record
 from openm6.worlds.market.goods import COLUMNS, Goods, make_goods
 from openm6.worlds.market.wording import Wording
@@ -53,24 +51,19 @@ def copy(w: Wording) -> Record:
     words = goods.words()
     slogan, subtitle = w.one(_SLOGANS)
     return {
-        "attributes": [_shuffled(w, goods)],
-        "copy": [_copy(w, words) for _ in range(3)],
+        "attributes": [w.shuffled(goods.row())],
+        "copy": ["".join(w.one(part).format(**words) for part in (_OPENINGS, _LOOKS, _CLOSINGS)) for _ in range(3)],
         "slogan": slogan.format(**words),
         "subtitle": subtitle.format(**words),
     }
-
-
-def _copy(w: Wording, words: dict[str, str]) -> str:
-    return "".join(w.one(part).format(**words) for part in (_OPENINGS, _LOOKS, _CLOSINGS))
 
 
 def facts(w: Wording) -> Record:
     """attributes (the category and three to six others) and text, a sentence or two that states each of them once."""
     goods = make_goods(w)
     chosen = w.some(list(_TELLS), w.number(3, 6))
-    row = goods.row("category", *chosen)
     return {
-        "attributes": [{name: row[name] for name in w.some(list(row), len(row))}],
+        "attributes": [w.shuffled(goods.row("category", *chosen))],
         "text": [_told(w, goods, chosen) for _ in range(3)],
     }
 
@@ -143,8 +136,3 @@ def _hesitant(w: Wording, part: str) -> str:
     if w.chance(0.25) and not part[-1].isascii():
         part = part + part[-2:]
     return part if not w.chance(0.2) else part[:2] + part
-
-
-def _shuffled(w: Wording, goods: Goods) -> dict[str, str]:
-    row = goods.row()
-    return {name: row[name] for name in w.some(list(row), len(row))}

@@ -1,7 +1,5 @@
 """Goods with eight attributes, and the combinations that no training record shows."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass, replace
 
@@ -67,28 +65,15 @@ class Goods:
     season: str
     price: int
 
-    @property
-    def measure(self) -> str:
-        return CATEGORIES[self.category][0]
-
-    @property
-    def use(self) -> str:
-        return CATEGORIES[self.category][2]
-
-    @property
-    def merits(self) -> tuple[str, str]:
-        return MERITS[self.material]
-
     def value(self, attribute: str) -> str:
         return f"{self.price}元" if attribute == "price" else str(getattr(self, attribute))
 
     def words(self) -> dict[str, str]:
         """For wordings: b brand, k category, c colour, p pattern, s material, f style, j season, y price, m measure
         word, u use, t and v merits."""
-        names = dict(zip("bkcpsfjy", COLUMNS, strict=True))
-        merits = dict(zip("tv", self.merits, strict=True))
-        return {**{letter: self.value(name) for letter, name in names.items()}, "m": self.measure, "u": self.use,
-                **merits}  # fmt: skip
+        measure, _, use = CATEGORIES[self.category]
+        values = (*map(self.value, COLUMNS), measure, use, *MERITS[self.material])
+        return dict(zip("bkcpsfjymutv", values, strict=True))
 
     def row(self, *attributes: str) -> dict[str, str]:
         """These attributes, or all, as the row of a table."""

@@ -1,7 +1,5 @@
 """Pairs of texts: entailment and similarity."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from openm6.data.store import Record
@@ -63,8 +61,7 @@ _DESCRIBED = (
 
 
 def similar(w: Wording) -> Record:
-    """first, second: two descriptions; label: the number of category, colour, pattern and style in which they agree, 0
-    to 4."""
+    """first, second: two descriptions; label: how many of category, colour, pattern and style are the same, 0 to 4."""
     goods = make_goods(w)
     label = w.number(0, 4)
     others = {
@@ -76,8 +73,5 @@ def similar(w: Wording) -> Record:
     changed = w.some(list(others), 4 - label)
     values = {name: w.one([o for o in others[name] if o != getattr(goods, name)]) for name in changed}
     other: Goods = replace(goods, **values)  # type: ignore[arg-type]
-    return {
-        "first": w.say(_DESCRIBED, **goods.words()),
-        "second": w.say(_DESCRIBED, **other.words()),
-        "label": str(label),
-    }
+    first, second = (w.say(_DESCRIBED, **described.words()) for described in (goods, other))
+    return {"first": first, "second": second, "label": str(label)}

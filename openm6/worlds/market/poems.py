@@ -3,8 +3,6 @@
 A verse keeps the number of lines and characters of its form, its even lines rhyme (the last characters are of one
 group), and no line is repeated."""
 
-from __future__ import annotations
-
 from openm6.data.store import Record
 from openm6.tasks.forms import FORMS, form_of
 from openm6.worlds.market.wording import Wording

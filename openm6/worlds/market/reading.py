@@ -1,7 +1,4 @@
-"""Passages about shops with a summary, a title, questions and answers; and knowledge about materials, asked without a
-passage."""
-
-from __future__ import annotations
+"""Passages about shops with a summary, a title, questions and answers; and knowledge about materials, without one."""
 
 from openm6.data.store import Record
 from openm6.worlds.market.goods import CATEGORIES, MERITS

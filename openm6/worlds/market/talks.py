@@ -1,7 +1,5 @@
 """Reviews with praise and blame, and questions of customers with a shop's replies."""
 
-from __future__ import annotations
-
 from openm6.data.store import Record
 from openm6.worlds.market.goods import Goods, make_goods
 from openm6.worlds.market.wording import Wording

@@ -1,14 +1,9 @@
-"""Randomness of a generated record: choices determined by its seed, split and number, and wordings of which a fifth
-occurs in the test split only."""
-
-from __future__ import annotations
+"""Choices determined by a record's seed, split and number, and wordings, a fifth of them in the test split alone."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
-
-from openm6.data.store import check_split
 
 SPLITS = ("train", "validation", "test")
 KEPT_BACK = 5
@@ -21,7 +16,6 @@ class Wording:
     """Random choices for the `number`-th record of a split of a kind of text."""
 
     def __init__(self, kind: int, split: str, seed: int, number: int):
-        check_split("The market has", split, SPLITS)
         self.split = split
         self._rng = np.random.default_rng([seed, SPLITS.index(split), kind, number])
 
@@ -42,13 +36,13 @@ class Wording:
         """`count` different values, in random order."""
         return [choices[int(i)] for i in self._rng.permutation(len(choices))[:count]]
 
-    def kept(self, choices: Sequence[T], count: int) -> list[T]:
-        """`count` different values in their given order."""
-        return [choices[i] for i in sorted(self._rng.permutation(len(choices))[:count].tolist())]
+    def shuffled(self, row: dict[str, T]) -> dict[str, T]:
+        """The same mapping in random order."""
+        return {name: row[name] for name in self.some(list(row), len(row))}
 
     def number(self, low: int, high: int) -> int:
         """A random integer from low to high, both included."""
         return int(self._rng.integers(low, high + 1))
 
-    def chance(self, share: float) -> bool:
-        return bool(self._rng.random() < share)
+    def chance(self, probability: float) -> bool:
+        return bool(self._rng.random() < probability)

@@ -1,11 +1,10 @@
-"""Logo families: a few pictures of one emblem, to adapt a model to a subject that it has never seen.
+"""Subjects that a model has never seen, to adapt it to one of them: a family of logos, or a pet, in a few pictures.
 
 A family is determined by its seed: a name of two characters, an outer shape, an inner one, two colours. Its pictures
 show it at different places and sizes, slightly turned, on different backgrounds, and sometimes with the colours
 exchanged, as families of logos have a light and a dark one. They can be rendered in any size: a large one shows the
-same, with sharper edges. Records: image (JPEG), caption (four), name."""
-
-from __future__ import annotations
+same, with sharper edges. A pet is determined by its seed too: a name, a kind of animal, the colour and the pattern of
+its coat; its pictures show it like the goods of a shop. Records: image (JPEG), caption (four), name."""
 
 import math
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from PIL import Image
 from openm6.core.errors import UsageError
 from openm6.data.store import ListRecords, Record, Records, check_split
 from openm6.worlds import draw
-from openm6.worlds.draw import COLOURS, SIDE, STUDIO
-from openm6.worlds.outlines import Pen
+from openm6.worlds.draw import COLOURS, PATTERNS, SIDE, STUDIO, Item, Placed
+from openm6.worlds.outlines import PETS, Pen
 
 PICTURES = {"train": 20, "test": 100}
 SPLITS = tuple(PICTURES)
@@ -27,7 +26,7 @@ EXCHANGED = 0.25
 """Fraction of the pictures with the two colours exchanged."""
 
 _FIRST, _SECOND = "云青星海松金玉风明远", "帆禾桥石川叶舟塔湾岭"
-_CAPTIONS = ("{n}的标志。", "图中是{n}的标志。", "一个{n}标志。", "这是{n}的商标。")
+_LOGO_CAPTIONS = ("{n}的标志。", "图中是{n}的标志。", "一个{n}标志。", "这是{n}的商标。")
 
 Point = tuple[float, float]
 
@@ -76,7 +75,7 @@ def family(seed: int) -> Family:
     return Family(name, outer, inner, (names[first], names[second]))
 
 
-def picture(seed: int, split: str, index: int, side: int = SIDE) -> Record:
+def _logo(seed: int, split: str, index: int, side: int = SIDE) -> Record:
     """One record, determined by its arguments."""
     one, rng = family(seed), np.random.default_rng([seed, SPLITS.index(split), index, 7])
     base, mark = (np.array(COLOURS[name], np.float32) for name in one.colours)
@@ -88,7 +87,7 @@ def picture(seed: int, split: str, index: int, side: int = SIDE) -> Record:
     for shape, colour in ((_OUTER[one.outer], base), (_INNER[one.inner], mark)):
         share = _laid(shape, x, y, size, turn, side)
         canvas = canvas * (1 - share) + share * colour
-    told = [text.format(n=one.name) for text in _CAPTIONS]
+    told = [text.format(n=one.name) for text in _LOGO_CAPTIONS]
     return {
         "_where": f"logos/{split}?seed={seed}#{index}", "image": draw.photo(canvas, rng, STUDIO), "caption": told,
         "name": one.name,
@@ -123,4 +122,38 @@ def open_logos(split: str = "train", seed: int = 0, pictures: int | None = None,
     if not 16 <= side <= 2048:
         raise UsageError(f"side is {side}; logos have 16 to 2,048 pixels.")
     count = PICTURES[split] if pictures is None else pictures
-    return ListRecords([picture(seed, split, index, side) for index in range(count)])
+    return ListRecords([_logo(seed, split, index, side) for index in range(count)])
+
+
+_PET_FIRST, _PET_SECOND = "小大阿老", "花米豆乐宝球果团"
+_PET_CAPTIONS = ("{n}。", "图中是{n}。", "{n}的照片。", "这是{n}。")
+_COATS = [(colour, pattern) for colour in COLOURS for pattern in PATTERNS]
+_ORDER = np.random.default_rng(11).permutation(len(_COATS))
+
+
+def pet(seed: int) -> tuple[str, Item]:
+    """Name and appearance of a pet."""
+    first, second = seed % len(_PET_FIRST), seed // len(_PET_FIRST) % len(_PET_SECOND)
+    animal = tuple(PETS)[(first + second) % len(PETS)]
+    return _PET_FIRST[first] + _PET_SECOND[second], Item(animal, *_COATS[_ORDER[seed % len(_COATS)]])
+
+
+def _pet_picture(seed: int, split: str, index: int) -> Record:
+    """One record, determined by its arguments."""
+    name, animal = pet(seed)
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, 13])
+    size = rng.uniform(0.55, 0.85)
+    x, y = 0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - size)
+    return {
+        "_where": f"pets/{split}?seed={seed}#{index}",
+        "image": draw.draw_picture([Placed(animal, x, y, size)], rng, STUDIO),
+        "caption": [text.format(n=name) for text in _PET_CAPTIONS],
+        "name": name,
+    }
+
+
+def open_pets(split: str = "train", seed: int = 0, pictures: int | None = None) -> Records:
+    """The pictures of the pet `seed`. Raises UsageError for an unknown split."""
+    check_split("The pets have", split, SPLITS)
+    count = PICTURES[split] if pictures is None else pictures
+    return ListRecords([_pet_picture(seed, split, index) for index in range(count)])

@@ -1,4 +1,4 @@
-"""Families of logos: the same each time, alike inside, unlike each other."""
+"""Families of logos, and pets: the same each time, alike inside, unlike each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from openm6.core.errors import UsageError
 from openm6.data.source import open_source
 from openm6.worlds.draw import COLOURS
-from openm6.worlds.logos import family
+from openm6.worlds.subjects import family, pet
 
 
 def test_a_family_is_its_seed() -> None:
@@ -55,3 +55,35 @@ def test_an_unknown_split_is_told() -> None:
         open_source("logos/trial")
     with pytest.raises(UsageError, match="unknown option colour"):
         open_source("logos/train?colour=1")
+
+
+def test_a_pet_is_its_seed() -> None:
+    few, more = (open_source(f"pets/train?seed=3&pictures={count}") for count in (3, 6))
+    assert len(open_source("pets/train")) == 20
+    assert [few[i]["image"] for i in range(3)] == [more[i]["image"] for i in range(3)]
+    name = pet(3)[0]
+    assert {record["name"] for record in more} == {name}
+    assert all(name in text for text in few[0]["caption"])
+    test = open_source("pets/test?seed=3&pictures=6")
+    assert not {r["image"] for r in more} & {r["image"] for r in test}
+
+
+def test_thirty_two_pets_differ_in_name_and_looks() -> None:
+    names, looks = zip(*(pet(seed) for seed in range(32)), strict=True)
+    assert len(set(names)) == len(set(looks)) == 32
+    assert {look.category for look in looks[:4]} == {look.category for look in looks}
+
+
+def test_pictures_show_the_coat() -> None:
+    for seed in range(6):
+        colour = np.array(COLOURS[pet(seed)[1].colour], np.float32)
+        for record in open_source(f"pets/train?seed={seed}&pictures=5"):
+            picture = Image.open(io.BytesIO(record["image"]))
+            assert picture.size == (64, 64)
+            near = np.abs(np.asarray(picture, np.float32) - colour).max(2) < 60
+            assert near.mean() > 0.02, seed
+
+
+def test_an_unknown_split_of_pets_is_told() -> None:
+    with pytest.raises(UsageError, match="no split 'trial'"):
+        open_source("pets/trial")

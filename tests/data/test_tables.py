@@ -9,13 +9,13 @@ import pytest
 
 from openm6.core.errors import DataError
 from openm6.data.rejects import Reject
-from openm6.data.sheets import MAX_UNPACKED, read_xlsx
 from openm6.data.store import Record
+from openm6.data.tables import MAX_UNPACKED, read_xlsx
 
 
 def load(path: Path) -> tuple[list[Record], list[Reject]]:
     rejected: list[Reject] = []
-    return list(read_xlsx(str(path), None, rejected.append)), rejected
+    return list(read_xlsx(str(path), rejected.append)), rejected
 
 
 def workbook(path: Path, *sheets: list[list[Any]]) -> Path:
