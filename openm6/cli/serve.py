@@ -77,10 +77,9 @@ def serve(
 
     from openm6.serve.api import create_app
     from openm6.serve.fleet import Fleet
-    from openm6.serve.listen import Connection, bind
+    from openm6.serve.listen import Connection, LingeringServer, bind
     from openm6.serve.server import Options
     from openm6.serve.settings import Place, Settings
-    from openm6.serve.stopping import LingeringServer
     from openm6.serve.traces import add_traces
 
     sockets = bind(host, port)

@@ -54,7 +54,7 @@ def _rows(desk: Desk) -> list[list[str]]:
         deployment = desk.server.fleet.deployments[name]
         rows.append([
             name, f"{deployment.about['parameters'] / 1e6:,.1f} M", str(now["waiting"]), str(now["running"]),
-            f"{now['tokens']:.0f}", str(now["answered"]), str(deployment.restarts), f"{now['wh']:.2f} Wh",
+            f"{now['tokens_per_second']:.0f}", str(now["answered"]), str(deployment.restarts), f"{1000 * now['energy_kwh']:.2f} Wh" if "energy_kwh" in now else "",
             _place(deployment.place.model),
         ])  # fmt: skip
     return rows

@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, Refusal, UsageError
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
 from openm6.inference.edit import Cut
@@ -120,8 +120,11 @@ class Desk:
         that the model was not trained on are allowed, since the page warns about them. Raises OpenM6Error.
         """
         key = self.key(request)
-        if (beyond := self.server.meter.count(key)) is not None:
-            raise self.error("Too many requests: retry in {seconds} s.", seconds=round(beyond.seconds) + 1)
+        try:
+            self.server.meter.count(key)
+        except Refusal as error:
+            seconds = round(error.retry_after or 0) + 1
+            raise self.error("Too many requests: retry in {seconds} s.", seconds=seconds) from None
         deployment, adapter = self.deployment(who)
         asked = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
         message = await self.server.message(deployment, task, asked)

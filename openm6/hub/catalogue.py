@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from openm6.core.bases import base_of, changed_base, directory_hash
 from openm6.core.environment import ARTIFACTS, CATALOGUE
-from openm6.core.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.errors import ErrorKind, OpenM6Error, UsageError, cut, suggest, suggest_path
 from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.hub.jobs import home, last_step
@@ -190,20 +190,18 @@ class Catalogue:
 
     def named(self, text: str, kind: str = MODEL) -> Version:
         """The version of NAME (the latest), NAME@3 or NAME@live; `data:` in front names a data set. Raises UsageError
-        for an unknown version."""
+        (NOT_FOUND) for an unknown version."""
         if text.startswith(("data:", "model:")):
             kind, _, text = text.partition(":")
         name, _, which = text.partition("@")
         every = self.versions(kind, name)
         if not every:
-            raise UsageError(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
+            raise _unknown(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
             aliases = [alias for version in every for alias in version.aliases]
-            raise UsageError(
-                f"{name} has no version {cut(which)}; it has {every[0].number} to {every[-1].number}."
-                f"{suggest(which, aliases)}"
-            )
+            numbers = f"{every[0].number} to {every[-1].number}"
+            raise _unknown(f"{name} has no version {cut(which)}; it has {numbers}.{suggest(which, aliases)}")
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
@@ -222,17 +220,14 @@ class Catalogue:
             raise UsageError("The catalogue stores no files of data sets: they stay in place.")
 
         def fill(folder: Path) -> None:
-            try:
-                got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
-            except Exception as error:  # each store raises its own
-                raise OpenM6Error(
-                    f"The files of {version.full_name} cannot be fetched from {version.files} ({type(error).__name__})."
-                ) from None
-            for path in Path(got).iterdir():
-                path.rename(folder / path.name)
-            Path(got).rmdir()
-            if (folder / "got").is_dir():
-                (folder / "got").rmdir()
+            with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+                try:
+                    got = download_artifacts(artifact_uri=version.files, dst_path=draft)
+                except Exception as error:  # each store raises its own
+                    source = f"{version.full_name} cannot be fetched from {version.files}"
+                    raise OpenM6Error(f"The files of {source} ({type(error).__name__}).") from None
+                for path in Path(got).iterdir():
+                    path.rename(folder / path.name)
 
         write_whole(target, fill)
         return target
@@ -360,6 +355,10 @@ class Catalogue:
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(f"{cut(name)!r} is not a valid name: use at most 100 letters, digits, - and _.")
+
+
+def _unknown(message: str) -> UsageError:
+    return UsageError(message, kind=ErrorKind.NOT_FOUND, code="not_found")
 
 
 def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:

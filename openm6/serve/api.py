@@ -6,8 +6,7 @@ POST /v1/tasks/{task}            any task, by its own slots; pieces as server-se
 POST /v1/tasks/{task}/batch      a file of records, answers line by line
 POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
 POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
-POST /v1/edges/{name}            reports of edge devices (edges.py)
-     /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
+     /v1/jobs /v1/catalogue /v1/models/{name}/lineage /v1/edges        (hub_api.py)
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ from openm6._version import __version__
 from openm6.core.errors import DataError, OpenM6Error
 from openm6.core.files import dumps
 from openm6.hub.find import find_model
-from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
-from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import Guard, add_errors, body_of, sse
+from openm6.serve.guard import Guard, add_errors, body_of, sse, unforeseen
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.listen import Lag
@@ -93,7 +90,6 @@ def create_app(
     _routes(app, server)
     add_routes(app, server)
     add_hub(app, server)
-    add_edges(app, server)
     return app
 
 

@@ -1,8 +1,10 @@
-"""Metrics for Prometheus."""
+"""Metrics for Prometheus, and the recent load of each model, for charts."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 _TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 STATE = 5.0
 """Seconds to wait for the state of a model's process."""
+EVERY = 5.0
+"""Seconds between two points without a viewer."""
+SHORTEST = 1.0
+POINTS = 720
+"""Number of points kept, of all models together; an hour of a single one."""
 
 
 class Figures:
@@ -53,7 +60,8 @@ class Figures:
             if state:
                 waiting.add_metric([name], state["waiting"])
                 running.add_metric([name], state["running"])
-                energy.add_metric([name], state["energy_kwh"])
+                if "energy_kwh" in state:
+                    energy.add_metric([name], state["energy_kwh"])
                 for work, seconds in state["seconds"].items():
                     busy.add_metric([name, work], seconds)
         yield from (waiting, running, restarts, energy, busy)
@@ -63,6 +71,44 @@ class Figures:
         states = await asyncio.gather(*map(_state, known.values()))
         self._states = {name: (known[name].restarts, state) for name, state in zip(known, states, strict=True)}
         return generate_latest(self.registry)
+
+
+class History:
+    """Points of {"time", "model", "tokens" and "requests" a second, "open", "watts" (None: not measured)}; `now` has the
+    last state of each model's process (worker.py), its "time" and "tokens_per_second"."""
+
+    def __init__(self, fleet: Fleet):
+        self.fleet = fleet
+        self.points: deque[dict[str, Any]] = deque(maxlen=POINTS)
+        self.now: dict[str, dict[str, Any]] = {}
+        self._sampled = 0.0
+
+    async def follow(self) -> None:
+        """Sample again and again, until the task is cancelled."""
+        while True:
+            await self.sample()
+            await asyncio.sleep(EVERY)
+
+    async def sample(self) -> None:
+        """Add a point of each model, unless the last one is less than a second old."""
+        now = time.time()
+        if now - self._sampled < SHORTEST:
+            return
+        self._sampled = now
+        for name, deployment in list(self.fleet.deployments.items()):
+            state = await deployment.worker.state() if deployment.worker else {}
+            if not state:
+                continue
+            before = self.now.get(name)
+            if before is None or before["answered"] > state["answered"]:  # the process is new
+                before = {**state, "time": now - EVERY}
+            passed = now - before["time"]
+            tokens, requests = ((state[what] - before[what]) / passed for what in ("tokens", "answered"))
+            self.now[name] = {**state, "time": now, "tokens_per_second": tokens}
+            self.points.append({
+                "time": now, "model": name, "tokens": tokens, "requests": requests,
+                "open": state["waiting"] + state["running"], "watts": state.get("watts"),
+            })  # fmt: skip
 
 
 async def _state(deployment: Deployment) -> dict[str, Any]:

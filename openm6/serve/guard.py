@@ -1,11 +1,16 @@
-"""ASGI middleware around every request: early refusals, error responses, and the access log."""
+"""ASGI middleware around every request: early refusals, error responses, and the access log (a line of JSON for each
+request, with details from the routes)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -19,8 +24,9 @@ from starlette.routing import Match
 from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut
 from openm6.core.files import dumps
 from openm6.core.origins import from_another_site, from_here
-from openm6.serve.access import LogEntry, current, log, unforeseen
-from openm6.serve.validation import fault_of_request
+from openm6.serve.fields import fault_of_request
+
+log = logging.getLogger("openm6.access")
 
 T = TypeVar("T")
 
@@ -45,6 +51,45 @@ GONE = 0.5
 LINGER = 1.0
 """Seconds between an answer to an unread body and the end of the connection: if it closed at once, the client's system
 would discard the answer."""
+
+
+@dataclass
+class LogEntry:
+    """A line of the access log, without contents and secrets."""
+
+    method: str
+    path: str
+    status: int = 0
+    ms: float = 0.0
+    code: str = ""
+    key: str = ""
+    model: str = ""
+    task: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    request: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+
+current: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
+"""The log entry of the current request."""
+
+
+def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
+    """Note model and task of the current request in its log entry; tokens add up."""
+    if (entry := current.get()) is not None:
+        entry.model, entry.task = model, task
+        entry.prompt_tokens += prompt_tokens
+        entry.tokens += tokens
+
+
+def unforeseen() -> Refusal:
+    """The error to report for an unforeseen exception, which is logged; to be called where it is handled."""
+    entry = current.get() or LogEntry("", "")
+    entry.status = 500
+    logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
+    return Refusal(ErrorKind.INTERNAL, "The server failed at this request, and its log says why.")
 
 
 class BodyError(HTTPException):

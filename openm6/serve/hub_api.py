@@ -1,5 +1,5 @@
-"""The HTTP API of the hub: jobs, the catalogue, and the lineage of deployed models. Reading needs any key, writing one
-that manages.
+"""The HTTP API of the platform: jobs, the catalogue, the lineage of deployed models, and reports of edge devices (counts
+and averages by task, without inputs and answers). Writing needs a key that manages, except for a device's report.
 
 GET    /v1/jobs /v1/jobs/{id} /v1/jobs/{id}/log
 POST   /v1/jobs /v1/jobs/{id}/stop /v1/jobs/{id}/resume
@@ -7,17 +7,20 @@ DELETE /v1/jobs/{id}
 GET    /v1/catalogue/{data|models} /v1/catalogue/{data|models}/{name}
 POST   /v1/catalogue/{data|models}
 GET    /v1/models/{name}/lineage
+POST   /v1/edges/{name}    a device's newest counts, in place of its previous ones (sent by openm6-edge)
+GET    /v1/edges           the reports of all devices, with a key that manages
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import OrderedDict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
@@ -27,10 +30,14 @@ from openm6.serve.server import Server, asker
 
 TAIL = 100_000
 """Maximum number of bytes of a log tail."""
-T = TypeVar("T")
+MOST_EDGES = 10_000
+"""Maximum number of edge devices that are remembered; those with the oldest reports are dropped."""
 
 Kind = Literal["data", "models"]
 KINDS = {"data": DATA, "models": MODEL}
+
+Word = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
 class JobRequest(BaseModel):
@@ -54,10 +61,20 @@ class VersionRequest(BaseModel):
     note: str = Field("", max_length=2000)
 
 
+class Statistics(BaseModel):
+    """A report: numbers alone, with no field for a text or a picture."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+    seconds: float = Field(ge=0, description="covered by the counts")
+    tasks: dict[Word, dict[Word, Number]] = Field(max_length=256)
+
+
 def add_hub(app: FastAPI, server: Server) -> None:
     """Add the routes. They are plain functions, which FastAPI runs in threads, because they wait for files and
     databases."""
-    jobs, catalogue = Jobs(), Catalogue()
+    jobs, catalogue, known = Jobs(), Catalogue(), OrderedDict[str, dict[str, Any]]()
 
     @app.get("/v1/jobs")
     def list_jobs(_: Annotated[Key, asker()]) -> dict[str, Any]:
@@ -72,29 +89,26 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/jobs/{identity}")
     def job(identity: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """One job."""
-        return describe_job(known(jobs.get, identity))
+        return describe_job(jobs.get(identity))
 
     @app.get("/v1/jobs/{identity}/log")
     def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
         """The log tail of a job."""
-        return PlainTextResponse(jobs.last_said(known(jobs.get, identity), TAIL))
+        return PlainTextResponse(jobs.last_said(jobs.get(identity), TAIL))
 
     @app.post("/v1/jobs/{identity}/stop")
     def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Stop a job; it can be resumed."""
-        known(jobs.get, identity)
         return describe_job(jobs.stop(identity))
 
     @app.post("/v1/jobs/{identity}/resume")
     def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Queue a stopped or failed job again."""
-        known(jobs.get, identity)
         return describe_job(jobs.resume(identity))
 
     @app.delete("/v1/jobs/{identity}", status_code=204)
     def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:
         """Remove a finished job."""
-        known(jobs.get, identity)
         jobs.remove(identity)
 
     @app.get("/v1/catalogue/{kind}")
@@ -105,17 +119,15 @@ def add_hub(app: FastAPI, server: Server) -> None:
     @app.get("/v1/catalogue/{kind}/{name}")
     def one(kind: Kind, name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """A version (NAME@3, NAME@live, or the last one of NAME) with its whole lineage."""
-        return _lineage(catalogue.lineage(known(lambda text: catalogue.named(text, KINDS[kind]), name)))
+        return _lineage(catalogue.lineage(catalogue.named(name, KINDS[kind])))
 
     @app.post("/v1/catalogue/{kind}", status_code=201)
     def add(kind: Kind, asked: VersionRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
         """Add a version."""
         if kind == "data":
             return _version(catalogue.add_data(asked.name, asked.place))
-        place = Path(asked.place)
-        return _version(
-            catalogue.add_model(asked.name, place, made_of=asked.made_of, metrics=asked.metrics, note=asked.note)
-        )
+        values = asked.model_dump(exclude={"place"})
+        return _version(catalogue.add_model(directory=Path(asked.place), **values))
 
     @app.get("/v1/models/{name}/lineage")
     def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
@@ -127,13 +139,23 @@ def add_hub(app: FastAPI, server: Server) -> None:
             raise Refusal(ErrorKind.NOT_FOUND, message, "not_in_catalogue")
         return _lineage(catalogue.lineage(version))
 
+    @app.post("/v1/edges/{name}")
+    async def tell(name: str, told: Statistics, key: Annotated[Key, asker()]) -> dict[str, Any]:
+        """Report the counts of an edge device, in place of its previous report."""
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(name) > 64:
+            raise UsageError(
+                "The name of an edge device has at most 64 characters: letters, digits, - _ and .", param="name"
+            )
+        known[name] = {"name": name, "key": key.name, "heard": round(time.time()), **told.model_dump()}
+        known.move_to_end(name)
+        while len(known) > MOST_EDGES:
+            known.popitem(last=False)
+        return {"object": "edge", "name": name}
 
-def known(find: Callable[[str], T], name: str) -> T:
-    """The job or version of this name. Raises Refusal (NOT_FOUND) where there is none."""
-    try:
-        return find(name)
-    except UsageError as error:
-        raise Refusal(ErrorKind.NOT_FOUND, str(error)) from None
+    @app.get("/v1/edges")
+    async def edges(_: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+        """The edge devices that have reported since this server started."""
+        return {"object": "list", "data": list(known.values())}
 
 
 def _version(one: Version) -> dict[str, Any]:

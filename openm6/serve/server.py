@@ -18,15 +18,13 @@ from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut,
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
-from openm6.serve.access import note
 from openm6.serve.fields import Fields
-from openm6.serve.figures import Figures
+from openm6.serve.figures import Figures, History
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import API, unless_gone
-from openm6.serve.history import History
+from openm6.serve.guard import API, note, unless_gone
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
-from openm6.serve.meter import Beyond, Charge, Meter
+from openm6.serve.meter import Charge, Meter
 from openm6.serve.traces import NoSpan
 
 LOCAL = Key("local", "", MANAGE)
@@ -105,7 +103,7 @@ class Server:
             message = f"The key {key.name} may not do that: a key with the role {role} is needed."
             raise Refusal(ErrorKind.FORBIDDEN, message)
         request.state.limits = partial(self.meter.headers, key)
-        _refuse(self.meter.count(key))
+        self.meter.count(key)
         return key
 
     def find_key(self, authorization: str) -> Key:
@@ -179,10 +177,10 @@ class Server:
         same `charge` pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
         labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
-        _refuse(self.meter.beyond(key))
+        self.meter.check(key)
         while not self.meter.reserve(key, most):
             await asyncio.sleep(WAIT)
-            _refuse(self.meter.beyond(key))
+            self.meter.check(key)
         charge = charge or Charge(self.meter, key)
         cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
@@ -286,11 +284,6 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
     """The field `truncated` of an answer: the positions of its source that were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
-
-
-def _refuse(beyond: Beyond | None) -> None:
-    if beyond is not None:
-        raise Refusal(beyond.limit, beyond.message, "rate_limit_exceeded", retry_after=beyond.seconds)
 
 
 def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:

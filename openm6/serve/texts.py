@@ -20,8 +20,8 @@ from openm6.inference.pieces import Pieces, StopFilter
 from openm6.inference.session import Session
 from openm6.model.cache import prefill
 from openm6.model.precision import fast_dtype
-from openm6.serve.recent import Recent
-from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
+from openm6.serve.caches import Prefix, Recent, Slots, key_of, prefixes_of
+from openm6.serve.wire import OUT_OF_MEMORY
 from openm6.serve.work import EngineRequest, RequestEvent, read
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(slots=True, eq=False)

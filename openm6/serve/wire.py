@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError
+from dataclasses import fields
 from typing import Any, BinaryIO
 
 import msgpack
@@ -21,11 +22,7 @@ _LENGTH = struct.Struct(">I")
 LARGEST = 2**28
 """Maximum number of bytes of a message."""
 
-_FOREIGN: tuple[tuple[type[Exception], ErrorKind], ...] = (
-    (TimeoutError, ErrorKind.DEADLINE), (CancelledError, ErrorKind.CANCELLED), (MemoryError, ErrorKind.MEMORY),
-    (torch.OutOfMemoryError, ErrorKind.MEMORY),
-)  # fmt: skip
-"""Kinds of exceptions that are not OpenM6Errors; all others are internal."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def packed(message: Mapping[str, Any]) -> bytes:
@@ -80,10 +77,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return png(value)
     if isinstance(value, Candidate):
-        return {
-            "image": value.image, "number": value.number, "seed": value.seed, "score": value.score,
-            "estimates": value.estimates, "uncertain": value.uncertain, "codes": value.codes.tolist(),
-        }  # fmt: skip
+        return {one.name: getattr(value, one.name) for one in fields(value)}
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, int):
@@ -91,16 +85,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent.")
 
 
-def kind_of(error: Exception) -> ErrorKind:
-    """The kind under which an exception is reported to the client."""
+def reported(error: Exception) -> OpenM6Error:
+    """The error as the client is told of it. An unforeseen exception becomes INTERNAL, with the name of its class alone;
+    its traceback is printed."""
     if isinstance(error, OpenM6Error):
-        return error.kind
-    return next((kind for foreign, kind in _FOREIGN if isinstance(error, foreign)), ErrorKind.INTERNAL)
+        return error
+    if isinstance(error, OUT_OF_MEMORY):
+        return Refusal(ErrorKind.MEMORY, "The request takes more memory than there is.")
+    traceback.print_exception(error)
+    return Refusal(ErrorKind.INTERNAL, f"The request failed ({type(error).__name__}).")
 
 
 def error_of(error: Exception) -> dict[str, Any]:
     """The message that reports an error: {"error": its kind, "message", "code", "param", "retry_after"}."""
-    known = error if isinstance(error, OpenM6Error) else Refusal(kind_of(error), told_of(error))
+    known = reported(error)
     return {
         "error": str(known.kind), "message": str(known), "code": known.code, "param": known.param,
         "retry_after": known.retry_after,
@@ -111,12 +109,3 @@ def refusal_of(message: Mapping[str, Any]) -> Refusal:
     """The error that a message reports (see error_of)."""
     kind, more = ErrorKind(message["error"]), {name: message[name] for name in ("code", "param", "retry_after")}  # type: ignore[call-arg]
     return Refusal(kind, message["message"], **more)
-
-
-def told_of(error: Exception) -> str:
-    """The sentence for the client; of an unforeseen exception the name of its class alone."""
-    if isinstance(error, (OpenM6Error, TimeoutError, CancelledError)):
-        return str(error)
-    if kind_of(error) is ErrorKind.MEMORY:
-        return "The request takes more memory than there is."
-    return f"The request failed ({type(error).__name__})."

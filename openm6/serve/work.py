@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.inference.edit import kept_codes_of
 from openm6.inference.pieces import cut_at_stop
 from openm6.inference.request import BATCH_SIZE, Answer, Prepared, Request
@@ -15,7 +15,13 @@ from openm6.inference.session import Session
 from openm6.inference.steps import Steps
 from openm6.tasks.task import Task
 
-LATE = "The request's deadline has passed."
+
+def late() -> Refusal:
+    return Refusal(ErrorKind.DEADLINE, "The request's deadline has passed.")
+
+
+def cancelled() -> Refusal:
+    return Refusal(ErrorKind.CANCELLED, "The request was cancelled.")
 
 
 @dataclass(slots=True, eq=False)

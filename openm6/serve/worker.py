@@ -13,13 +13,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from openm6.model.count import count_parameters
-from openm6.serve.wire import error_of, kind_of, packed, read, told_of
+from openm6.serve.wire import error_of, packed, read, reported
 
 if TYPE_CHECKING:
     from openm6.inference.session import Session
@@ -48,8 +47,7 @@ def main(descriptor: int) -> int:
     try:
         engine = _opened(start, outbox)
     except Exception as error:
-        traceback.print_exc()
-        outbox.put({"fatal": told_of(error)})
+        outbox.put({"fatal": str(reported(error))})
         outbox.put(None)
         writer.join()
         return 1
@@ -69,9 +67,9 @@ def main(descriptor: int) -> int:
 
 def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.inference.session import Session
+    from openm6.serve.calibrate import fit_threads
     from openm6.serve.engine import Engine
     from openm6.serve.settings import Settings
-    from openm6.serve.threads import fit_threads
     from openm6.serve.work import RequestEvent
     from openm6.tasks.extend import load_named_extensions
 
@@ -82,8 +80,6 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         if event.piece:
             message["piece"] = event.piece
         if event.error is not None:
-            if kind_of(event.error) == "internal":
-                traceback.print_exception(event.error)
             message |= error_of(event.error)
         elif event.done:
             message |= {"value": event.value, "finished": event.finished, "truncated": event.truncated}
@@ -104,7 +100,7 @@ def described(session: Session) -> dict[str, Any]:
     from openm6.core.bases import base_of
     from openm6.inference.modes import mode_of
     from openm6.model.files import image_encoder_id
-    from openm6.serve.reproducible import is_reproducible
+    from openm6.serve.calibrate import is_reproducible
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -166,8 +162,6 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
         try:
             engine.submit(request)
         except Exception as error:
-            if kind_of(error) == "internal":
-                traceback.print_exc()
             outbox.put({"id": request.id, "tokens": 0, "prompt_tokens": 0, **error_of(error)})
 
     while True:
@@ -187,11 +181,11 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
 
 
 class _Power:
-    """The energy of this process (core/energy.py), read in a thread of its own, because the meter takes seconds to
-    inspect the machine."""
+    """The energy of this process (core/energy.py): `last` has "energy_kwh" and "watts" once they are measured, and stays
+    empty without codecarbon. Read in a thread of its own, because the meter takes seconds to inspect the machine."""
 
     def __init__(self) -> None:
-        self.last = {"energy_kwh": 0.0, "watts": 0.0}
+        self.last: dict[str, float] = {}
         Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:

@@ -15,10 +15,9 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.decoding import kv_bytes
 from openm6.inference.session import Session
 from openm6.model.cache import prefill, step
+from openm6.serve.caches import Recent, Slots, prefixes_of
 from openm6.serve.engine import Engine
-from openm6.serve.recent import Recent
 from openm6.serve.settings import Settings
-from openm6.serve.slots import Slots, prefixes_of
 from openm6.serve.work import EngineRequest
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
@@ -225,7 +224,7 @@ def test_what_breaks_a_step_fails_those_alone_that_were_in_it(
     watched = Watched(session)
     watched.ask("first", "write", text="红色")
     watched.engine.step()
-    monkeypatch.setattr("openm6.serve.slots.step", once)
+    monkeypatch.setattr("openm6.serve.caches.step", once)
     watched.engine.step()
     watched.ask("later", "write", text="红色")
     found = watched.finish()
