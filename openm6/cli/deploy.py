@@ -36,9 +36,8 @@ def deploy(
     json: Json = False,
 ) -> None:
     """Serve a model in the background, or write the files to deploy it elsewhere: `openm6 deploy runs/demo/model`"""
-    from openm6.hub.deployments import Deployments
-    from openm6.hub.find import find_model
-    from openm6.hub.manifests import Plan, write
+    from openm6.hub.catalogue import find_model
+    from openm6.hub.deployments import Deployments, Plan, write
 
     directory, called = find_model(model)
     name = name or called

@@ -59,7 +59,7 @@ def serve(
 
     begun = time.monotonic()
     require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
-    from openm6.hub.find import find_model
+    from openm6.hub.catalogue import find_model
 
     check_reach(host, keys)
     check_origins(origin or [])
@@ -100,9 +100,7 @@ def serve(
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
     application = create_app(fleet, options, places, [announce, *beside])
     if traces:
-        answers = application.state.server
-        answers.span, end = add_traces(application)
-        answers.at_end.append(end)
+        add_traces(application)
     has_console = console and _mount(application, batches)
     # uvicorn drains, then raises the signal again for the previous handler.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -22,8 +22,8 @@ from openm6.core.errors import OpenM6Error, Refusal, UsageError
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
 from openm6.inference.edit import Cut
-from openm6.serve.edits import put_back, sent
 from openm6.serve.fleet import Deployment
+from openm6.serve.incoming import put_back, sent
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import LOCAL, Server, TaskRequest
 

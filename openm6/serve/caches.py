@@ -1,5 +1,5 @@
-"""Caches of the engine: keys and values of the texts in progress (a slot for each), of recently read prompts, and features
-of recent pictures."""
+"""Caches of the engine: keys and values of the texts in progress, a slot for each, and of recently read prompts; and
+features of recent pictures."""
 
 from __future__ import annotations
 

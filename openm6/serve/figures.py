@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from openm6.serve.fleet import Deployment, Fleet
+    from openm6.serve.fleet import Fleet
+    from openm6.serve.process import Worker
 
 _TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 STATE = 5.0
@@ -67,15 +69,14 @@ class Figures:
         yield from (waiting, running, restarts, energy, busy)
 
     async def page(self, fleet: Fleet) -> bytes:
-        known = dict(fleet.deployments)
-        states = await asyncio.gather(*map(_state, known.values()))
-        self._states = {name: (known[name].restarts, state) for name, state in zip(known, states, strict=True)}
+        restarts = {name: one.restarts for name, one in fleet.deployments.items()}
+        self._states = {name: (restarts.get(name, 0), state) for name, state in (await _states(fleet)).items()}
         return generate_latest(self.registry)
 
 
 class History:
-    """Points of {"time", "model", "tokens" and "requests" a second, "open", "watts" (None: not measured)}; `now` has the
-    last state of each model's process (worker.py), its "time" and "tokens_per_second"."""
+    """Points of {"time", "model", "tokens" and "requests" a second, "open", "watts" (None: not measured)}; `now` has
+    the last state of each model's process (worker.py), its "time" and "tokens_per_second"."""
 
     def __init__(self, fleet: Fleet):
         self.fleet = fleet
@@ -95,8 +96,7 @@ class History:
         if now - self._sampled < SHORTEST:
             return
         self._sampled = now
-        for name, deployment in list(self.fleet.deployments.items()):
-            state = await deployment.worker.state() if deployment.worker else {}
+        for name, state in (await _states(self.fleet)).items():
             if not state:
                 continue
             before = self.now.get(name)
@@ -111,9 +111,13 @@ class History:
             })  # fmt: skip
 
 
-async def _state(deployment: Deployment) -> dict[str, Any]:
-    """The state of a model's process; empty where it has ended or does not answer."""
-    try:
-        return await asyncio.wait_for(deployment.worker.state(), STATE) if deployment.worker else {}
-    except TimeoutError:
+async def _states(fleet: Fleet) -> dict[str, dict[str, Any]]:
+    """The state of each model's process; empty where it has ended or does not answer."""
+
+    async def state(worker: Worker | None) -> dict[str, Any]:
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(worker.state(), STATE) if worker else {}
         return {}
+
+    known = dict(fleet.deployments)
+    return dict(zip(known, await asyncio.gather(*(state(one.worker) for one in known.values())), strict=True))

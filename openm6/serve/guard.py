@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from starlette.routing import Match
 from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut
 from openm6.core.files import dumps
 from openm6.core.origins import from_another_site, from_here
-from openm6.serve.fields import fault_of_request
+from openm6.serve.bodies import LARGE, fault_of_request
 
 log = logging.getLogger("openm6.access")
 
@@ -36,9 +36,6 @@ WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 PAGES = ("/docs", "/redoc", "/openapi.json")
 """Pages about the API, which need a key as the API does."""
 
-LARGE = 2**20
-"""Size, in bytes, above which a body is large. Routes for texts alone accept no large body; elsewhere a busy server
-refuses them first, and they are parsed on another thread (bodies.py)."""
 OPEN = 512
 """Maximum number of incomplete bodies; beyond it, the one that has been silent for longest is given up."""
 HELD = 8
@@ -317,7 +314,7 @@ def _too_large(body: _Body) -> BodyError:
     return BodyError(ErrorKind.TOO_LARGE, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.")
 
 
-async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request | None, work: Awaitable[T]) -> T:
     """The result of the work, which is cancelled when the client has left. Raises Refusal (CANCELLED) then."""
     working = asyncio.ensure_future(work)
     try:
@@ -334,11 +331,7 @@ async def sse(
 ) -> StreamingResponse:
     """Server-sent events. An error before the first event is one of the response itself; until then only `unless_gone`
     notices that the client has left."""
-
-    async def begin() -> dict[str, Any] | None:
-        return await anext(events, None)
-
-    first = await unless_gone(request, begin())
+    first = await unless_gone(request, anext(events, None))
 
     async def lines() -> AsyncIterator[str]:
         try:

@@ -22,13 +22,13 @@ from fastapi.responses import StreamingResponse
 from openm6.core.errors import UsageError, cut
 from openm6.core.files import dumps
 from openm6.inference.edit import COVERS_ALL
-from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import sse, unless_gone
+from openm6.serve.incoming import cut_for, put_back, sent
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
-from openm6.serve.server import AT_ONCE, Server, asker, is_trained, left_out, samples
+from openm6.serve.server import AT_ONCE, Server, User, is_trained, left_out, samples
 
 T = TypeVar("T")
 
@@ -51,9 +51,7 @@ class _Chosen(NamedTuple):
 
 def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(
-        asked: ChatRequest, request: Request, key: Annotated[Key, asker()]
-    ) -> dict[str, Any] | StreamingResponse:
+    async def chat(asked: ChatRequest, request: Request, key: User) -> dict[str, Any] | StreamingResponse:
         """Continue a conversation."""
         text, pictures = _conversation(asked.messages)
         chosen = _chosen(server, asked, request, LOOK if pictures else CHAT, WRITTEN, text, pictures)
@@ -77,7 +75,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return {**about, "object": "chat.completion", "choices": choices, "usage": _usage(charge)}
 
     @app.post("/v1/images/generations")
-    async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def generations(asked: ImageRequest, request: Request, key: User) -> dict[str, Any]:
         """Draw pictures for a text, the best first."""
         deployment, message = await _drawing(server, asked, request, PAINT)
         side = deployment.about["picture"]
@@ -85,9 +83,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return _pictures(message, await server.whole(key, deployment, message, request))
 
     @app.post("/v1/images/edits")
-    async def edits(
-        asked: Annotated[EditRequest, Form()], request: Request, key: Annotated[Key, asker()]
-    ) -> dict[str, Any]:
+    async def edits(asked: Annotated[EditRequest, Form()], request: Request, key: User) -> dict[str, Any]:
         """Redraw a picture after a text where its mask is transparent (or white, if it has no alpha channel)."""
         names = Counter(name for name, _ in (await request.form()).multi_items())
         if twice := next((name for name, count in names.items() if count > 1), ""):
@@ -101,7 +97,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return {**_pictures(message, found), **({"warning": COVERS_ALL} if region.covers_all else {})}
 
     @app.post("/v1/embeddings")
-    async def embeddings(asked: EmbeddingRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def embeddings(asked: EmbeddingRequest, request: Request, key: User) -> dict[str, Any]:
         """Embed texts."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if len(texts) > 2048:

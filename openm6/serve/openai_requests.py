@@ -9,7 +9,7 @@ from fastapi import UploadFile
 from pydantic import Field, field_validator
 
 from openm6.core.errors import UsageError
-from openm6.serve.fields import ANY, Fields, Passing
+from openm6.serve.bodies import ANY, AskingFields, Fields, Passing
 from openm6.serve.server import TaskRequest
 
 _EVERYWHERE: Mapping[str, Passing] = {
@@ -48,16 +48,11 @@ DECODING = (
 """Fields of a chat that are decoding options of the same name."""
 
 
-class Asked(Fields):
-    """Fields of every request: OpenAI's `model`, and three of this server. `source` is the field with the texts and
+class Asked(AskingFields):
+    """A request of OpenAI's API, with three fields of this server. `source` is the field with the texts and
     pictures."""
 
     source: ClassVar[str]
-
-    model: str | None = None
-    adapter: str | None = Field(None, description="one of the model's adapters")
-    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
-    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
     def task_request(self, **more: Any) -> TaskRequest:
         own = {name: getattr(self, name) for name in ("adapter", "truncate", "allow_untrained")}

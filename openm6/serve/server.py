@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from pydantic import Field
@@ -18,14 +18,14 @@ from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut,
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
-from openm6.serve.fields import Fields
+from openm6.serve.bodies import AskingFields
 from openm6.serve.figures import Figures, History
 from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.guard import API, note, unless_gone
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Charge, Meter
-from openm6.serve.traces import NoSpan
+from openm6.serve.traces import end_span
 
 LOCAL = Key("local", "", MANAGE)
 """The key of all clients where none is needed: a server that listens on this machine alone."""
@@ -59,12 +59,10 @@ class Options:
     drain: float = 30.0
 
 
-class TaskRequest(Fields):
+class TaskRequest(AskingFields):
     """A request to a task."""
 
     inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
-    model: str | None = Field(None, description="a model's name; the first one by default")
-    adapter: str | None = Field(None, description="one of the model's adapters")
     decoding: dict[str, int | float] = Field(default_factory=dict, description="options of decoding or drawing")
     examples: list[dict[str, Any]] = Field(default_factory=list, max_length=64, description="records with answers")
     candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
@@ -72,8 +70,6 @@ class TaskRequest(Fields):
     probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
     stop: list[str] = Field(default_factory=list, max_length=64, description="a text ends before the first of these")
-    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
-    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
 
 @dataclass
@@ -83,7 +79,7 @@ class Server:
     fleet: Fleet
     options: Options
     figures: Figures = field(default_factory=Figures)
-    span: type[NoSpan] = NoSpan
+    tracer: Any = None  # of OpenTelemetry (traces.py)
     at_end: list[Callable[[], Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -184,7 +180,8 @@ class Server:
         charge = charge or Charge(self.meter, key)
         cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
-        status, span = "cancelled", self.span(deployment.name, message["task"])
+        status, about = "cancelled", {"openm6.model": deployment.name, "openm6.task": message["task"]}
+        span = self.tracer and self.tracer.start_span("answer", attributes=about)
 
         def heard(event: Mapping[str, Any]) -> None:
             nonlocal prompt_tokens
@@ -200,7 +197,8 @@ class Server:
                     if first:
                         self.figures.first.labels(*labels).observe(time.perf_counter() - started)
                         first = False
-                        span.first()
+                        if span:
+                            span.add_event("first")
                     if "value" in event:
                         status = "ok"
                     yield event
@@ -209,7 +207,8 @@ class Server:
             raise
         finally:
             cost.leave()
-            span.end(status, cost.tokens)
+            if span:
+                end_span(span, status, cost.tokens)
             note(deployment.name, message["task"], prompt_tokens, cost.tokens)
             self.figures.requests.labels(*labels, status).inc()
             self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
@@ -257,6 +256,10 @@ def asker(role: str = USE) -> Any:
         return server.key_of(request, role)
 
     return Depends(found)
+
+
+User = Annotated[Key, asker()]
+Manager = Annotated[Key, asker(MANAGE)]
 
 
 def is_trained(told: Mapping[str, Any], adapter: str | None) -> bool:

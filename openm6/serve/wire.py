@@ -1,13 +1,13 @@
-"""Messages between the server and its workers: MessagePack, each with its length before it, over a socket pair."""
+"""Messages between the server and its workers: MessagePack over a socket pair."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
+import socket
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -18,10 +18,8 @@ from openm6.core.candidates import Candidate
 from openm6.core.errors import DataError, ErrorKind, OpenM6Error, Refusal
 from openm6.core.images import png
 
-_LENGTH = struct.Struct(">I")
 LARGEST = 2**28
 """Maximum number of bytes of a message."""
-
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -33,16 +31,14 @@ def packed(message: Mapping[str, Any]) -> bytes:
         raise DataError("A text holds half a character (a lone surrogate such as \\ud83d).") from None
     if len(body) > LARGEST:
         raise DataError(f"A message of {len(body) / 2**20:.0f} MiB; {LARGEST / 2**20:.0f} are the most.")
-    return _LENGTH.pack(len(body)) + body
+    return body
 
 
-def read(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    body = stream.read(_LENGTH.unpack(head)[0])
-    return _unpacked(body)
+def received(connection: socket.socket | None = None) -> Any:
+    """An iterator over the messages that arrive on a connection, until it is closed; without one, over those in the
+    bytes that its `feed` was given."""
+    stream = connection.makefile("rb", buffering=0) if connection else None  # a read returns what has arrived
+    return msgpack.Unpacker(stream, read_size=2**18, max_buffer_size=2 * LARGEST, raw=False, strict_map_key=False)
 
 
 class Messages(asyncio.Protocol):
@@ -50,26 +46,15 @@ class Messages(asyncio.Protocol):
     pieces of text arrive at once, so that nothing is awaited for a single one."""
 
     def __init__(self, hear: Callable[[dict[str, Any]], None], end: Callable[[], None]):
-        self._hear, self._end, self._rest = hear, end, bytearray()
+        self._hear, self._end, self._received = hear, end, received()
 
     def data_received(self, data: bytes) -> None:
-        rest, place = self._rest, 0
-        rest += data
-        while len(rest) - place >= _LENGTH.size:
-            end = place + _LENGTH.size + _LENGTH.unpack_from(rest, place)[0]
-            if len(rest) < end:
-                break
-            self._hear(_unpacked(rest[place + _LENGTH.size : end]))
-            place = end
-        del rest[:place]
+        self._received.feed(data)
+        for message in self._received:
+            self._hear(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end()
-
-
-def _unpacked(body: bytes | bytearray) -> dict[str, Any]:
-    found: dict[str, Any] = msgpack.unpackb(body, raw=False, strict_map_key=False)
-    return found
 
 
 def _plain(value: Any) -> Any:
@@ -86,8 +71,8 @@ def _plain(value: Any) -> Any:
 
 
 def reported(error: Exception) -> OpenM6Error:
-    """The error as the client is told of it. An unforeseen exception becomes INTERNAL, with the name of its class alone;
-    its traceback is printed."""
+    """The error as the client is told of it. An unforeseen exception, whose traceback is printed, becomes INTERNAL with
+    the name of its class alone."""
     if isinstance(error, OpenM6Error):
         return error
     if isinstance(error, OUT_OF_MEMORY):

@@ -18,7 +18,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from openm6.model.count import count_parameters
-from openm6.serve.wire import error_of, packed, read, reported
+from openm6.serve.wire import error_of, packed, received, reported
 
 if TYPE_CHECKING:
     from openm6.inference.session import Session
@@ -37,9 +37,8 @@ def main(descriptor: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     os.nice(NICE)
-    stream = connection.makefile("rb")
-    start = read(stream)
-    if start is None:
+    incoming = received(connection)
+    if (start := next(incoming, None)) is None:
         return 1
     outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     writer = Thread(target=_write, args=(connection, outbox), daemon=True)
@@ -54,12 +53,13 @@ def main(descriptor: int) -> int:
     outbox.put({"ready": described(engine.session)})
     gc.collect()
     gc.freeze()  # model and modules stay: the collector need not pause to traverse them
-    power = _Power()
+    power: dict[str, float] = {}
+    Thread(target=_measure, args=(power,), daemon=True).start()
     turn = Lock()
     for _ in range(READERS):
-        Thread(target=_listen, args=(stream, turn, engine, power, outbox), daemon=True).start()
+        Thread(target=_listen, args=(incoming, turn, engine, power, outbox), daemon=True).start()
     engine.run()
-    outbox.put({"state": _state(engine, power)})
+    outbox.put({"state": asdict(engine.state()) | power})
     outbox.put(None)
     writer.join()
     return 0
@@ -133,13 +133,13 @@ def described(session: Session) -> dict[str, Any]:
 
 def _write(connection: socket.socket, outbox: Any) -> None:
     """Send messages until None comes. Every step brings a piece of text for many requests: they are sent together."""
-    messages: list[dict[str, Any] | None] = []
-    while None not in messages:
-        messages = [outbox.get()]
+    waiting: list[dict[str, Any] | None] = []
+    while None not in waiting:
+        waiting = [outbox.get()]
         while not outbox.empty():
-            messages.append(outbox.get())
+            waiting.append(outbox.get())
         try:
-            connection.sendall(b"".join(_sendable(message) for message in messages if message is not None))
+            connection.sendall(b"".join(_sendable(message) for message in waiting if message is not None))
         except OSError:
             os._exit(1)  # the server is gone
 
@@ -152,57 +152,43 @@ def _sendable(message: dict[str, Any]) -> bytes:
         return packed({"id": message.get("id"), **cost, **error_of(error)})
 
 
-def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
+def _listen(incoming: Any, turn: Lock, engine: Engine, power: dict[str, float], outbox: Any) -> None:
     """Receive messages until the server closes its end, which ends the process. One thread waits for a message while
     the others prepare requests: handing one over would take as long as many preparations."""
     from openm6.serve.work import EngineRequest
 
-    def submit(message: dict[str, Any]) -> None:
-        request = EngineRequest.of(message)
-        try:
-            engine.submit(request)
-        except Exception as error:
-            outbox.put({"id": request.id, "tokens": 0, "prompt_tokens": 0, **error_of(error)})
-
     while True:
         with turn:
-            message = read(stream)
+            message = next(incoming, None)
         if message is None:
             os._exit(0)
         what = message.pop("do")
         if what == "ask":
-            submit(message)
+            try:
+                engine.submit(EngineRequest.of(message))
+            except Exception as error:
+                outbox.put({"id": message["id"], "tokens": 0, "prompt_tokens": 0, **error_of(error)})
         elif what == "cancel":
             engine.cancel(message["id"])
         elif what == "state":
-            outbox.put({"state": _state(engine, power)})
+            outbox.put({"state": asdict(engine.state()) | power})
         elif what == "stop":
             engine.stop()
 
 
-class _Power:
-    """The energy of this process (core/energy.py): `last` has "energy_kwh" and "watts" once they are measured, and stays
-    empty without codecarbon. Read in a thread of its own, because the meter takes seconds to inspect the machine."""
+def _measure(power: dict[str, float]) -> None:
+    """Keep the energy of this process ("energy_kwh", "watts") in `power`, which stays empty without codecarbon. Runs in
+    a thread of its own, because the meter (core/energy.py) takes seconds to inspect the machine."""
+    from openm6.core.energy import EnergyMeter
 
-    def __init__(self) -> None:
-        self.last: dict[str, float] = {}
-        Thread(target=self._follow, daemon=True).start()
-
-    def _follow(self) -> None:
-        from openm6.core.energy import EnergyMeter
-
-        meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
-        while True:
-            time.sleep(POWER_EVERY)
-            use, now = meter.read(), time.monotonic()
-            if use is None:
-                return
-            self.last = {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
-            before, kwh = now, use.kwh
-
-
-def _state(engine: Engine, power: _Power) -> dict[str, Any]:
-    return {**asdict(engine.state()), **power.last}
+    meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
+    while True:
+        time.sleep(POWER_EVERY)
+        use, now = meter.read(), time.monotonic()
+        if use is None:
+            return
+        power |= {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
+        before, kwh = now, use.kwh
 
 
 if __name__ == "__main__":
