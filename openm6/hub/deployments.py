@@ -239,35 +239,28 @@ def kubernetes(plan: Plan) -> dict[str, str]:
             {"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}},
         ],
     }  # fmt: skip
-    deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": plan.name, "labels": labels},
-        "spec": {
+
+    def resource(version: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+        return {"apiVersion": version, "kind": kind, "metadata": {"name": plan.name, "labels": labels}, "spec": spec}
+
+    load = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}}
+    every = {
+        "deployment": resource("apps/v1", "Deployment", {
             "replicas": plan.replicas, "selector": {"matchLabels": labels},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "template": {"metadata": {"labels": labels}, "spec": pod},
-        },
-    }  # fmt: skip
-    service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": plan.name, "labels": labels},
-        "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
-    }  # fmt: skip
-    scaler = {
-        "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler",
-        "metadata": {"name": plan.name, "labels": labels},
-        "spec": {
+        }),
+        "service": resource("v1", "Service", {
+            "selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+        }),
+        "autoscaler": resource("autoscaling/v2", "HorizontalPodAutoscaler", {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": plan.name},
-            "minReplicas": plan.replicas, "maxReplicas": plan.most,
-            "metrics": [{
-                "type": "Resource",
-                "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 70}},
-            }],
-        },
+            "minReplicas": plan.replicas, "maxReplicas": plan.most, "metrics": [{"type": "Resource", "resource": load}],
+        }),
+        "disruption": resource("policy/v1", "PodDisruptionBudget", {
+            "maxUnavailable": 1, "selector": {"matchLabels": labels},
+        }),
     }  # fmt: skip
-    budget = {
-        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": plan.name, "labels": labels},
-        "spec": {"maxUnavailable": 1, "selector": {"matchLabels": labels}},
-    }  # fmt: skip
-    every = {"deployment": deployment, "service": service, "autoscaler": scaler, "disruption": budget}
     return {f"{name}.yaml": _dump(content) for name, content in every.items()}
 
 

@@ -1,13 +1,4 @@
-"""The HTTP API: models, tasks, routes for OpenAI's clients, health and metrics.
-
-GET  /healthz /readyz /metrics
-GET  /v1/models /v1/tasks /v1/tasks/{task}
-POST /v1/tasks/{task}            any task, by its own slots; pieces as server-sent events with "stream"
-POST /v1/tasks/{task}/batch      a file of records, answers line by line
-POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
-POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
-     /v1/jobs /v1/catalogue /v1/models/{name}/lineage /v1/edges        (hub_api.py)
-"""
+"""The HTTP API: models, tasks, health and metrics; with OpenAI's routes (openai_api.py) and the hub's (hub_api.py)."""
 
 from __future__ import annotations
 
@@ -35,7 +26,7 @@ from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import Key
 from openm6.serve.listen import Lag
 from openm6.serve.openai_api import add_routes
-from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, is_trained, left_out, untrained
+from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, left_out
 from openm6.serve.settings import Place
 
 
@@ -167,9 +158,7 @@ def _routes(app: FastAPI, server: Server) -> None:
         """Run a task on a body of JSON lines, an object of inputs each. The response has a JSON line with the line
         number and the answer, or the error, of each, in the order in which they are ready."""
         deployment = fleet.get(model)
-        told = server.task(deployment, task)
-        if not (allow_untrained or is_trained(told, None)):
-            raise untrained(deployment, task)
+        told = server.trained_task(deployment, task, None, allow_untrained)
         lines = (await request.body()).split(b"\n")
 
         async def one(number: int, line: bytes) -> str:

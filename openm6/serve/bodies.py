@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from fastapi import Request, Response, params
 from fastapi.exceptions import RequestValidationError
@@ -149,8 +149,8 @@ class Fields(BaseModel):
     def _check(cls, name: str, value: Any) -> None:
         param = f"{cls.place}{cut(name)}"
         if name not in cls.others:
-            known = [*cls.model_fields, *cls.others]
-            raise UsageError(f"There is no field {param}.{suggest(name, known)}", code="unknown_parameter", param=param)
+            nearest = suggest(name, [*cls.model_fields, *cls.others]) or f" It takes {', '.join(cls.model_fields)}."
+            raise UsageError(f"There is no field {param}.{nearest}", code="unknown_parameter", param=param)
         passing = cls.others[name]
         if value is None or passing is None or value in passing:
             return
@@ -169,18 +169,14 @@ class AskingFields(Fields):
     allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
 
-def fault_of_request(request: Request, error: RequestValidationError) -> UsageError:
-    """The first error of a request, with its field as `param` and the code `missing_required_parameter`,
-    `unknown_parameter`, `invalid_type` or `invalid_value`."""
+def fault_of_request(error: RequestValidationError) -> UsageError:
+    """The first error of a request whose fields are known, with its field as `param` and the code
+    `missing_required_parameter`, `invalid_type` or `invalid_value`."""
     first = error.errors()[0]
     place = _place(first, error.body)
     kind, param, message = first["type"], ".".join(place), str(first.get("msg"))
     if kind == "missing":
         code, message = "missing_required_parameter", f"{param or 'The body'} is missing."
-    elif kind == "extra_forbidden":
-        fields = _fields(request, place[:-1])
-        nearest = suggest(place[-1], fields) or (f" It takes {', '.join(fields)}." if fields else "")
-        code, message = "unknown_parameter", f"There is no field {cut(param)}.{nearest}"
     elif kind in ("model_attributes_type", "model_type", "dict_type"):
         code, message = "invalid_type", f"{param or 'The body'} has to be a JSON object."
     elif isinstance(error.body, FormData) and kind == "value_error":
@@ -203,21 +199,3 @@ def _place(error: Mapping[str, Any], body: Any) -> list[str]:
             place.append(str(part))
             value = value[part] if is_there else None
     return place
-
-
-def _fields(request: Request, place: list[str]) -> list[str]:
-    """Names of the fields of a route's body, or of an object in it."""
-    model = request.scope["route"].body_field.field_info.annotation
-    for name in place:
-        if not name.isdigit():
-            inner = model.model_fields.get(name)
-            model = inner and _model_in(inner.annotation)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for one in get_args(annotation) if (found := _model_in(one))), None)

@@ -107,7 +107,7 @@ class Engine:
                 self._counts.cancelled += 1
                 raise cancelled()
         prepare(request, self._view(request.adapter))
-        if (needed := request.ready().kv_bytes) > self._room:
+        if (needed := request.prepared.kv_bytes) > self._room:
             raise UsageError(
                 f"This takes {needed / MIB:.0f} MiB; the server has {self._room / MIB:.0f} for a request "
                 "(half of cache_mib): ask for fewer pictures or beams."
@@ -199,7 +199,7 @@ class Engine:
 
     def _admit(self, request: EngineRequest) -> None:
         self._open[request.id] = request
-        if request.ready().mode.is_exclusive:
+        if request.prepared.mode.is_exclusive:
             self._waiting.append(request)
             return
         if request.adapter not in self._schedulers:
@@ -236,7 +236,7 @@ class Engine:
                 except Exception as error:  # the state of the texts in progress is unknown; waiting ones go on
                     scheduler.clear()
                     for request in [*self._open.values()]:
-                        is_text = not request.ready().mode.is_exclusive and request.adapter == scheduler.adapter
+                        is_text = not request.prepared.mode.is_exclusive and request.adapter == scheduler.adapter
                         if is_text and request not in scheduler.waiting:
                             self._fail(request, error)
                     break
@@ -266,16 +266,16 @@ class Engine:
     def _start_job(self) -> _Job:
         """A job of the request that has waited longest, with others of its batch key that fit into memory."""
         first = self._waiting.popleft()
-        chosen, rest, needed = [first], list[EngineRequest](), first.ready().kv_bytes
+        chosen, rest, needed = [first], list[EngineRequest](), first.prepared.kv_bytes
         while self._waiting and len(chosen) < self.settings.batch:
             other = self._waiting.popleft()
-            more = other.ready().kv_bytes
+            more = other.prepared.kv_bytes
             fits = other.batch_key == first.batch_key and needed + more <= self._room
             (chosen if fits else rest).append(other)
             needed += more * fits
         self._waiting.extendleft(reversed(rest))
         for request in chosen:
-            request.prompt_tokens = len(request.ready().prompt)
+            request.prompt_tokens = len(request.prepared.prompt)
         return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
 
     def _split_failed_batch(self, job: _Job, error: Exception) -> None:
@@ -295,7 +295,7 @@ class Engine:
         event.tokens, event.prompt_tokens = request.tokens, request.prompt_tokens
         if event.done or event.error is not None:
             del self._open[event.id]
-            event.truncated = request.ready().prompt.cut
+            event.truncated = request.prepared.prompt.cut
             is_cancelled = getattr(event.error, "kind", None) is ErrorKind.CANCELLED
             self._counts.answered += event.error is None
             self._counts.cancelled += is_cancelled

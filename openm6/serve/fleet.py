@@ -1,7 +1,7 @@
 """Deployments: named models, each in a process of its own, which is restarted when it dies and can be replaced.
 
 A process that dies is restarted at once, after longer and longer pauses if it dies again and again. Its open requests
-are sent to the next one (pending.py). A text that was begun is continued only if the next process repeats its
+are sent to the next one (process.py). A text that was begun is continued only if the next process repeats its
 beginning."""
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError, cut, suggest
-from openm6.serve.pending import Heard, PendingRequest, PendingRequests, deadly
-from openm6.serve.process import Worker
+from openm6.serve.process import Heard, PendingRequest, PendingRequests, Worker, deadly
 from openm6.serve.settings import Place, Settings
 from openm6.serve.wire import refusal_of
 
@@ -154,7 +153,7 @@ class Deployment:
             raise self._starting()
         if seconds := self._pending.refused_for(message):
             raise deadly(seconds)
-        request = PendingRequest.of(identity, message, heard)
+        request = PendingRequest(identity, message, heard)
         timer = self._pending.add(request)
         self._admit()
         try:
@@ -166,8 +165,7 @@ class Deployment:
                 if "value" in event:
                     return
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
             self._pending.drop(request)
 
     async def stop(self, seconds: float = 30.0) -> None:

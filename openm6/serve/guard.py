@@ -140,7 +140,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return response_to(fault_of_request(request, error))
+        return response_to(fault_of_request(error))
 
 
 def _methods(app: FastAPI, request: Request) -> str:

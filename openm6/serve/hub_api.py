@@ -1,15 +1,5 @@
 """The HTTP API of the platform: jobs, the catalogue, the lineage of deployed models, and reports of edge devices, which
-hold counts and averages by task, no inputs and answers. Writing needs a key that manages, except for such a report.
-
-GET    /v1/jobs /v1/jobs/{id} /v1/jobs/{id}/log
-POST   /v1/jobs /v1/jobs/{id}/stop /v1/jobs/{id}/resume
-DELETE /v1/jobs/{id}
-GET    /v1/catalogue/{data|models} /v1/catalogue/{data|models}/{name}
-POST   /v1/catalogue/{data|models}
-GET    /v1/models/{name}/lineage
-POST   /v1/edges/{name}    a device's newest counts, in place of its previous ones (sent by openm6-edge)
-GET    /v1/edges           the reports of all devices, with a key that manages
-"""
+hold counts and averages by task, no inputs and answers. Writing needs a key that manages, except for such a report."""
 
 from __future__ import annotations
 

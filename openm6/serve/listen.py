@@ -64,7 +64,7 @@ class Connection(HttpToolsProtocol):
     def _end(self) -> None:
         if (
             self.cycle is None or self.cycle.response_complete
-        ):  # the next request may have arrived before the last answer
+        ):  # else the next request has arrived before the last answer
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:

@@ -223,7 +223,7 @@ class Cost:
         self._over, self._left = True, False  # no process works at it yet
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        """Take in a message about the request (pending.Heard)."""
+        """Take in a message about the request (process.Heard)."""
         self.prompt_tokens = max(self.prompt_tokens, message.get("prompt_tokens", 0))
         self.tokens = max(self.tokens, message.get("tokens", 0))
         self._over = "value" in message or "error" in message

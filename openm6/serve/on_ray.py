@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openm6.core.extras import require
 from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
 from openm6.serve.settings import Place, Settings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 ONGOING = 16
 """Number of requests of a replica above which another one is started."""
@@ -41,7 +38,7 @@ def deploy_on_ray(
     serve.start(http_options={"host": host, "port": port})
     shown = dict(places)
 
-    def app() -> FastAPI:
+    def app() -> Any:
         from openm6.serve.api import create_app
 
         return create_app(Fleet(settings), options, shown)

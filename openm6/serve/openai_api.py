@@ -116,10 +116,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
         found = await unless_gone(request, _all(map(one, every)))
         vectors = [answer["value"] for answer in found]
-        coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
+        if asked.encoding_format == "base64":
+            vectors = [base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode() for vector in vectors]
         data = [
             {"object": "embedding", "index": i, "embedding": vector, **left_out(answer)}
-            for i, (vector, answer) in enumerate(zip(coded, found, strict=True))
+            for i, (vector, answer) in enumerate(zip(vectors, found, strict=True))
         ]
         count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
@@ -330,7 +331,3 @@ def _pictures(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
     read, drawn = found["prompt_tokens"], found["tokens"]
     usage = {"input_tokens": read, "output_tokens": drawn, "total_tokens": read + drawn}
     return {"created": int(time.time()), "data": data, "seed": message["decoding"]["seed"], "usage": usage}
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

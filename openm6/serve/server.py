@@ -131,15 +131,27 @@ class Server:
             raise UsageError(message, kind=ErrorKind.NOT_FOUND, code=code)
         return tasks[name]
 
-    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as a message to the worker, with a fresh seed where it samples and none is given.
+    def trained_task(
+        self, deployment: Deployment, name: str, adapter: str | None, allow_untrained: bool
+    ) -> dict[str, Any]:
+        """As `task`. Raises UsageError too for a task that neither the model nor this adapter of it was trained on,
+        unless the request allows it."""
+        told = self.task(deployment, name)
+        if allow_untrained or is_trained(told, adapter):
+            return told
+        trained = ", ".join(one for one, other in deployment.about["tasks"].items() if other["trained"]) or "no task"
+        adapters = "".join(f" The adapter {one} was trained on it." for one in told["trained_adapters"])
+        raise UsageError(
+            f"The model {deployment.name} was not trained on the task {name}, so that its answers would mean nothing: "
+            f"it was trained on {trained}.{adapters} To ask it all the same send allow_untrained: true.",
+            code="task_not_trained", param="model",
+        )  # fmt: skip
 
-        Raises UsageError for a task that the model was not trained on, unless the request allows it.
-        """
+    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
+        """A request as a message to the worker, with a fresh seed where it samples and none is given. Raises UsageError
+        as `trained_task` does."""
         note(deployment.name, task)
-        told = self.task(deployment, task)
-        if not (asked.allow_untrained or is_trained(told, asked.adapter)):
-            raise untrained(deployment, task)
+        told = self.trained_task(deployment, task, asked.adapter, asked.allow_untrained)
         decoding = dict(asked.decoding)
         if samples(told, decoding):
             decoding.setdefault("seed", fresh_seed())
@@ -265,17 +277,6 @@ Manager = Annotated[Key, asker(MANAGE)]
 def is_trained(told: Mapping[str, Any], adapter: str | None) -> bool:
     """Whether the model, or this adapter of it, was trained on a task (worker.described)."""
     return bool(told["trained"]) or adapter in told["trained_adapters"]
-
-
-def untrained(deployment: Deployment, task: str) -> UsageError:
-    tasks = deployment.about["tasks"]
-    trained = ", ".join(name for name, told in tasks.items() if told["trained"]) or "no task"
-    adapters = "".join(f" The adapter {name} was trained on it." for name in tasks[task]["trained_adapters"])
-    return UsageError(
-        f"The model {deployment.name} was not trained on the task {task}, so that its answers would mean nothing: it "
-        f"was trained on {trained}.{adapters} To ask it all the same send allow_untrained: true.",
-        code="task_not_trained", param="model",
-    )  # fmt: skip
 
 
 def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:

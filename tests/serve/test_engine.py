@@ -321,7 +321,7 @@ def test_pictures_keep_to_their_memory(session: Session) -> None:
     with pytest.raises(UsageError, match="the server has 8 for a request"):
         watched.ask("large", "text_to_image", caption="红色", candidates=16, decoding={**many, "branches": 64})
     asked = [watched.ask(name, "text_to_image", caption="红色", candidates=14, decoding=many) for name in "ab"]
-    assert all(4 * 2**20 < one.ready().kv_bytes < 8 * 2**20 for one in asked)
+    assert all(4 * 2**20 < one.prepared.kv_bytes < 8 * 2**20 for one in asked)
     watched.engine.step()
     assert watched.engine.state().jobs == (1,)
     watched.engine.stop()

@@ -32,7 +32,7 @@ def test_texts_that_fail_together_are_written_one_by_one(session: Session, monke
     expected = [session.run("write", decoding=SAMPLED, text=text) for text in TEXTS]
     watched = Watched(session)
     asked = [watched.ask(str(number), "write", text=text, decoding=SAMPLED) for number, text in enumerate(TEXTS)]
-    lengths = [len(one.ready().prompt) for one in asked]
+    lengths = [len(one.prepared.prompt) for one in asked]
     watched.engine.step()
     monkeypatch.setattr("openm6.serve.caches.step", one_alone)
     watched.engine.step()
