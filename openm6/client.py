@@ -64,10 +64,10 @@ class _Requests(Generic[AnswerT, CandidatesT, ListT]):
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
         timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
     ):  # fmt: skip
-        self.url, self.model, self.retries = url.rstrip("/"), model, retries
-        self._allow_untrained = allow_untrained
         import httpx2
 
+        self.url, self.model, self.retries = url.rstrip("/"), model, retries
+        self._allow_untrained = allow_untrained
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = getattr(httpx2, self._transport)(base_url=self.url, headers=headers, timeout=timeout)
         self._tasks: dict[str, dict[str, Any]] = {}

@@ -49,11 +49,10 @@ def deploy(
     if to == "ray":
         from openm6.serve.on_ray import deploy_on_ray
         from openm6.serve.server import Options
-        from openm6.serve.settings import Place
 
         check_reach(host, keys)
         url = deploy_on_ray(
-            name, {name: Place(directory)}, Options(keys=keys, loopback=keys is None), replicas=replicas,
+            name, directory, Options(keys=keys, loopback=keys is None), replicas=replicas,
             most=max(most, replicas), host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
         )  # fmt: skip
         emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")

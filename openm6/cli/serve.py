@@ -77,11 +77,11 @@ def serve(
     import uvicorn
 
     from openm6.serve.api import create_app
+    from openm6.serve.figures import add_traces
     from openm6.serve.fleet import Fleet
     from openm6.serve.listen import Connection, LingeringServer, bind
     from openm6.serve.server import Options
-    from openm6.serve.settings import Place, Settings
-    from openm6.serve.traces import add_traces
+    from openm6.serve.wire import Place, Settings
 
     sockets = bind(host, port)
     places = {name: Place(place, {} if number else adapters) for number, (name, place) in enumerate(found.items())}

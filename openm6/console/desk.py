@@ -25,6 +25,7 @@ from openm6.inference.edit import Cut
 from openm6.serve.fleet import Deployment
 from openm6.serve.incoming import put_back, sent
 from openm6.serve.keys import MANAGE, Key
+from openm6.serve.meter import Charge
 from openm6.serve.server import LOCAL, Server, TaskRequest
 
 log = logging.getLogger("openm6.console")
@@ -130,7 +131,7 @@ class Desk:
         message = await self.server.message(deployment, task, asked)
         if region is not None:
             message["edit"] = sent(region)
-        async with aclosing(self.server.answer(key, deployment, message)) as events:
+        async with aclosing(self.server.answer(Charge(self.server.meter, key), deployment, message)) as events:
             async for event in events:
                 if region is not None and "value" in event:
                     event["value"] = await to_thread(put_back, region, event["value"])

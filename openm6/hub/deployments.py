@@ -87,22 +87,20 @@ class Deployments:
         there = next((one for one in self.list() if one.name == name), None)
         if there and there.lives:
             raise UsageError(f"{name} is already served at {there.url}: stop it first.")
-        port = port or _free(host)
+        if not port:
+            with socket.create_server((host, 0)) as free:
+                port = free.getsockname()[1]
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
         with log.open("wb") as file:
+            words = ["serve", f"{name}={model}", "--host", host, "--port", str(port), *more]
             process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "openm6", "serve", f"{name}={model}", "--host", host, "--port", str(port),
-                    *more,
-                ],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, "-m", "openm6", *words], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )  # fmt: skip
-        shown = "127.0.0.1" if host == "0.0.0.0" else host
-        made = Deployment(
-            name, f"http://{shown}:{port}", str(model.resolve()), process.pid, begun(process.pid), time.time()
-        )
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        made = Deployment(name, url, str(model.resolve()), process.pid, begun(process.pid), time.time())
         _await(made, process, log)
         write_json(folder / "deployment.json", asdict(made))
         return made
@@ -145,12 +143,6 @@ def _await(made: Deployment, process: subprocess.Popen[bytes], log: Path) -> Non
     end(process.pid, signal.SIGTERM, 5.0)
     words = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     raise OpenM6Error(f"The server did not start: {words[-1] if words else 'its log is empty'} ({log})")
-
-
-def _free(host: str) -> int:
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)

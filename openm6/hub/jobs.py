@@ -169,8 +169,7 @@ class Jobs:
     def step(self, at_once: int = 1) -> None:
         """One poll of a worker: requeue jobs whose process died, and start queued ones."""
         with self._locked():
-            jobs = self.list()
-            for job in jobs:
+            for job in self.list():
                 if job.state == RUNNING and not self._lives(job):
                     self._write(_died(job))
             jobs = self.list()
@@ -200,12 +199,9 @@ class Jobs:
             if job.state != RUNNING:  # it was stopped
                 return
             state = DONE if code == 0 else FAILED
-            message = "" if code == 0 else self._last_words(job)
+            said = [line.strip() for line in self.last_said(job, 4000).splitlines() if line.strip()] if code else []
+            message = said[-1][:500] if said else ""
             self._write(replace(job, state=state, ended=time.time(), code=code, message=message))
-
-    def _last_words(self, job: Job) -> str:
-        lines = self.last_said(job, 4000).splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]
 
     def _lives(self, job: Job) -> bool:
         return job.process is not None and begun(job.process) == job.begun and job.begun is not None

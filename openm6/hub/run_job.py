@@ -19,15 +19,13 @@ def main(directory: Path) -> int:
     jobs = Jobs(directory.parent)
     job = jobs.get(directory.name)
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  openm6 {' '.join(job.words)}", flush=True)
-    code = _run_on_ray(job) if job.engine == RAY else _run_here(job)
+    if job.engine == RAY:
+        code = _run_on_ray(job)
+    else:  # SIGTERM reaches the whole session: the command handles it, and this process waits for its end
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        code = subprocess.run([sys.executable, "-m", "openm6", *job.words], check=False).returncode
     jobs.finished(job.id, code)
     return code
-
-
-def _run_here(job: Job) -> int:
-    # SIGTERM reaches the whole session: the command handles it, and this process waits for its end.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    return subprocess.run([sys.executable, "-m", "openm6", *job.words], check=False).returncode
 
 
 def _run_on_ray(job: Job) -> int:

@@ -23,11 +23,11 @@ from openm6.serve.bodies import Fields, Route, json_of
 from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.guard import Guard, add_errors, body_of, sse, unforeseen
 from openm6.serve.hub_api import add_hub
-from openm6.serve.keys import Key
 from openm6.serve.listen import Lag
+from openm6.serve.meter import Charge
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, left_out
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 
 
 class PromoteRequest(Fields):
@@ -97,7 +97,7 @@ def _routes(app: FastAPI, server: Server) -> None:
             why = "the server is stopping"
         elif not fleet.deployments:
             why = "the models are being loaded"
-        elif unready := fleet.unready:
+        elif unready := [name for name, one in fleet.deployments.items() if not one.ready]:
             why = f"{', '.join(unready)} is being started again"
         return PlainTextResponse(f"not ready: {why}" if why else "ready", 503 if why else 200)
 
@@ -146,9 +146,10 @@ def _routes(app: FastAPI, server: Server) -> None:
         deployment = fleet.get(asked.model)
         told = server.task(deployment, task)
         message = await server.message(deployment, task, asked)
+        charge = Charge(server.meter, key)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
-        return JSONResponse(_answer(await server.whole(key, deployment, message, request), told, message))
+            return await sse(_told_in_pieces(server, charge, deployment, message, told), request=request)
+        return JSONResponse(_answer(await server.whole(charge, deployment, message, request), told, message))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(
@@ -232,9 +233,9 @@ def outgoing(value: Any) -> Any:
 
 
 async def _told_in_pieces(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
+    server: Server, charge: Charge, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(server.answer(key, deployment, message)) as events:
+    async with aclosing(server.answer(charge, deployment, message)) as events:
         async for event in events:
             if event.get("piece"):
                 yield {"piece": event["piece"]}

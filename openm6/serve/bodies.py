@@ -123,13 +123,13 @@ class Fields(BaseModel):
     refused by name, an unknown field with the nearest known name.
 
     others   fields of OpenAI's API that are ignored here
-    place    the field that holds these ones, with a dot
+    prefix   the field that holds these ones, with a dot
     """
 
     model_config = ConfigDict(extra="forbid")
 
     others: ClassVar[Mapping[str, Passing]] = {}
-    place: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,7 +147,7 @@ class Fields(BaseModel):
 
     @classmethod
     def _check(cls, name: str, value: Any) -> None:
-        param = f"{cls.place}{cut(name)}"
+        param = f"{cls.prefix}{cut(name)}"
         if name not in cls.others:
             nearest = suggest(name, [*cls.model_fields, *cls.others]) or f" It takes {', '.join(cls.model_fields)}."
             raise UsageError(f"There is no field {param}.{nearest}", code="unknown_parameter", param=param)

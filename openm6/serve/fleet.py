@@ -15,8 +15,7 @@ from typing import Any
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError, cut, suggest
 from openm6.serve.process import Heard, PendingRequest, PendingRequests, Worker, deadly
-from openm6.serve.settings import Place, Settings
-from openm6.serve.wire import refusal_of
+from openm6.serve.wire import Place, Settings, refusal_of
 
 log = logging.getLogger("openm6.serve")
 
@@ -211,11 +210,6 @@ class Fleet:
             message = f"There is no model {cut(name)}.{suggest(name, known)} There are: {', '.join(known)}."
             raise UsageError(message, kind=ErrorKind.NOT_FOUND, code="model_not_found", param="model")
         return self.deployments[name]
-
-    @property
-    def unready(self) -> list[str]:
-        """Names of the models whose process is being restarted."""
-        return [name for name, one in self.deployments.items() if not one.ready]
 
     @property
     def full(self) -> bool:

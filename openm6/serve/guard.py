@@ -168,13 +168,11 @@ class Guard:
 
     most        maximum number of bytes of a body
     full        whether no model accepts another request
-    loopback    whether only this machine may send requests
     stopping    whether new requests are refused
     busy        whether large bodies are refused in favour of small ones
     texts_only  whether a path accepts neither pictures nor files
     lets_in     raises Refusal for an invalid Authorization
-    origins     origins of pages that may use the API
-    seconds     maximum number of seconds between two parts of a body
+    loopback, origins, seconds   see server.Options
     count       called with the status of each response
     most_open   maximum number of incomplete bodies
     """

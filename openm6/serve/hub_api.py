@@ -127,9 +127,8 @@ def add_hub(app: FastAPI, server: Server) -> None:
     async def tell(name: str, told: Statistics, key: User) -> dict[str, Any]:
         """Report the counts of an edge device, in place of its previous report."""
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(name) > 64:
-            raise UsageError(
-                "The name of an edge device has at most 64 characters: letters, digits, - _ and .", param="name"
-            )
+            message = "The name of an edge device has at most 64 characters: letters, digits, - _ and ."
+            raise UsageError(message, param="name")
         known[name] = {"name": name, "key": key.name, "heard": round(time.time()), **told.model_dump()}
         known.move_to_end(name)
         while len(known) > MOST_EDGES:

@@ -62,9 +62,7 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
 
     def _end(self) -> None:
-        if (
-            self.cycle is None or self.cycle.response_complete
-        ):  # else the next request has arrived before the last answer
+        if self.cycle is None or self.cycle.response_complete:  # else the next request came before the last answer
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,15 @@ def _opened(path: Path | None) -> sqlite3.Connection:
     return file
 
 
+@dataclass(eq=False, slots=True)
 class Charge:
     """The charge of requests that are answered together (the choices of a chat): their prompt once, and all written
     tokens. `prompt_tokens` and `tokens` are charged to the key, and reported in `usage`."""
 
-    def __init__(self, meter: Meter, key: Key):
-        self.meter, self.key = meter, key
-        self._costs: list[Cost] = []
-        self._charged = 0
+    meter: Meter
+    key: Key
+    _costs: list[Cost] = field(default_factory=list)
+    _charged: int = 0
 
     def request(self, most: int) -> Cost:
         """Add a request, for which `most` tokens are reserved."""

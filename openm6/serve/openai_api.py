@@ -25,7 +25,6 @@ from openm6.inference.edit import COVERS_ALL
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import sse, unless_gone
 from openm6.serve.incoming import cut_for, put_back, sent
-from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
 from openm6.serve.server import AT_ONCE, Server, User, is_trained, left_out, samples
@@ -59,11 +58,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
         one = asked.task_request(inputs=chosen.inputs, decoding=asked.decoding(), stop=stop)
         messages = _several(await server.message(chosen.deployment, chosen.task, one), asked.n, chosen)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.model}
+        charge = Charge(server.meter, key)
         if asked.stream:
             usage = asked.stream_options.include_usage
-            return await sse(_chunks(server, key, chosen, messages, about, usage), "[DONE]", request)
-        charge = Charge(server.meter, key)
-        found = await _all(server.whole(key, chosen.deployment, message, request, charge) for message in messages)
+            return await sse(_chunks(server, charge, chosen, messages, about, usage), "[DONE]", request)
+        found = await _all(server.whole(charge, chosen.deployment, message, request) for message in messages)
         choices = [
             {
                 "index": index, "message": {"role": "assistant", "content": _said(one["value"])},
@@ -80,7 +79,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         deployment, message = await _drawing(server, asked, request, PAINT)
         side = deployment.about["picture"]
         _check_size(asked, (side, side))
-        return _pictures(message, await server.whole(key, deployment, message, request))
+        return _pictures(message, await server.whole(Charge(server.meter, key), deployment, message, request))
 
     @app.post("/v1/images/edits")
     async def edits(asked: Annotated[EditRequest, Form()], request: Request, key: User) -> dict[str, Any]:
@@ -92,7 +91,8 @@ def add_routes(app: FastAPI, server: Server) -> None:
         mask = await asked.mask.read() if asked.mask else None
         region = await asyncio.to_thread(cut_for, deployment, await asked.image.read(), mask)
         _check_size(asked, region.picture.size)
-        found = await server.whole(key, deployment, {**message, "edit": sent(region)}, request)
+        charge, message = Charge(server.meter, key), {**message, "edit": sent(region)}
+        found = await server.whole(charge, deployment, message, request)
         found["value"] = await asyncio.to_thread(put_back, region, found["value"])
         return {**_pictures(message, found), **({"warning": COVERS_ALL} if region.covers_all else {})}
 
@@ -270,10 +270,15 @@ def _usage(charge: Charge) -> dict[str, int]:
 
 
 async def _chunks(
-    server: Server, key: Key, chosen: _Chosen, messages: list[dict[str, Any]], about: Mapping[str, Any], usage: bool
+    server: Server,
+    charge: Charge,
+    chosen: _Chosen,
+    messages: list[dict[str, Any]],
+    about: Mapping[str, Any],
+    usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of all choices, interleaved."""
-    about, charge = {**about, "object": "chat.completion.chunk"}, Charge(server.meter, key)
+    about = {**about, "object": "chat.completion.chunk"}
     # Only an answer that is a single text is sent in pieces.
     pieces = [chosen.told["slots"][name] for name in chosen.told["outputs"]] == ["text"]
 
@@ -283,7 +288,7 @@ async def _chunks(
             return {**about, "choices": [choice]}
 
         begun = said = False
-        async with aclosing(server.answer(key, chosen.deployment, {**message, "pieces": pieces}, charge)) as events:
+        async with aclosing(server.answer(charge, chosen.deployment, {**message, "pieces": pieces})) as events:
             async for event in events:
                 if not begun:
                     yield chunk({"role": "assistant", "content": ""})

@@ -21,8 +21,7 @@ from math import inf
 from typing import Any, TypeAlias
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError
-from openm6.serve.settings import Place, Settings
-from openm6.serve.wire import Messages, error_of, packed
+from openm6.serve.wire import Messages, Place, Settings, error_of, packed
 
 STARTING = 300.0
 """Maximum number of seconds to load a model."""

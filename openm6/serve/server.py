@@ -19,13 +19,12 @@ from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
 from openm6.serve.bodies import AskingFields
-from openm6.serve.figures import Figures, History
+from openm6.serve.figures import Figures, History, end_span
 from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.guard import API, note, unless_gone
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Charge, Meter
-from openm6.serve.traces import end_span
 
 LOCAL = Key("local", "", MANAGE)
 """The key of all clients where none is needed: a server that listens on this machine alone."""
@@ -79,7 +78,7 @@ class Server:
     fleet: Fleet
     options: Options
     figures: Figures = field(default_factory=Figures)
-    tracer: Any = None  # of OpenTelemetry (traces.py)
+    tracer: Any = None  # of OpenTelemetry (figures.add_traces)
     at_end: list[Callable[[], Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,7 +88,7 @@ class Server:
         self.pictures = Pictures(self.options.hosts)
         self.history = History(self.fleet)
 
-    def key_of(self, request: Request, role: str = USE) -> Key:
+    def key_of(self, request: Request, role: str) -> Key:
         """The key of a request, which is counted. Raises Refusal where it may not make the request."""
         key = self.find_key(request.headers.get("authorization", ""))
         if key is LOCAL:
@@ -179,17 +178,17 @@ class Server:
         }  # fmt: skip
 
     async def answer(
-        self, key: Key, deployment: Deployment, message: Mapping[str, Any], charge: Charge | None = None
+        self, charge: Charge, deployment: Deployment, message: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The worker's events, charged to the key as they arrive, even after the client has left. Requests with the
-        same `charge` pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
+        """The worker's events, charged as they arrive, even after the client has left. Requests with the same `charge`
+        pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
+        key = charge.key
         labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
         self.meter.check(key)
         while not self.meter.reserve(key, most):
             await asyncio.sleep(WAIT)
             self.meter.check(key)
-        charge = charge or Charge(self.meter, key)
         cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
         status, about = "cancelled", {"openm6.model": deployment.name, "openm6.task": message["task"]}
@@ -226,19 +225,13 @@ class Server:
             self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 
     async def whole(
-        self,
-        key: Key,
-        deployment: Deployment,
-        message: Mapping[str, Any],
-        request: Request | None = None,
-        charge: Charge | None = None,
+        self, charge: Charge, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
     ) -> dict[str, Any]:
-        """The answer alone, cancelled when the client of the `request` has left. `charge`: see `answer`. Raises
-        Refusal."""
+        """The answer alone, cancelled when the client of the `request` has left. Raises Refusal."""
 
         async def last() -> dict[str, Any]:
             found: dict[str, Any] = {}
-            async for event in self.answer(key, deployment, {**message, "pieces": False}, charge):
+            async for event in self.answer(charge, deployment, {**message, "pieces": False}):
                 found = event
             return found
 
@@ -250,7 +243,7 @@ class Server:
         until = time.monotonic() + message["seconds"]
         while True:
             try:
-                return await self.whole(key, deployment, message)
+                return await self.whole(Charge(self.meter, key), deployment, message)
             except Refusal as error:
                 wait = WAIT
                 if error.kind is not ErrorKind.FULL:
@@ -260,18 +253,16 @@ class Server:
             await asyncio.sleep(wait)
 
 
-def asker(role: str = USE) -> Any:
-    """A dependency: the key of the request."""
-
-    async def found(request: Request) -> Key:  # a plain function would be called in a thread
-        server: Server = request.app.state.server
-        return server.key_of(request, role)
-
-    return Depends(found)
+async def _user(request: Request) -> Key:  # a plain function would be called in a thread
+    return request.app.state.server.key_of(request, USE)  # type: ignore[no-any-return]
 
 
-User = Annotated[Key, asker()]
-Manager = Annotated[Key, asker(MANAGE)]
+async def _manager(request: Request) -> Key:
+    return request.app.state.server.key_of(request, MANAGE)  # type: ignore[no-any-return]
+
+
+User, Manager = Annotated[Key, Depends(_user)], Annotated[Key, Depends(_manager)]
+"""The key of a request, as a parameter of a route."""
 
 
 def is_trained(told: Mapping[str, Any], adapter: str | None) -> bool:

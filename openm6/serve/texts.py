@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,8 @@ from openm6.inference.session import Session
 from openm6.model.cache import prefill
 from openm6.model.precision import fast_dtype
 from openm6.serve.caches import Prefix, Recent, Slots, key_of, prefixes_of
-from openm6.serve.wire import OUT_OF_MEMORY
+from openm6.serve.wire import OUT_OF_MEMORY, Settings
 from openm6.serve.work import EngineRequest, RequestEvent, read
-
-if TYPE_CHECKING:
-    from openm6.serve.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")

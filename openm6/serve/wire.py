@@ -1,4 +1,4 @@
-"""Messages between the server and its workers: MessagePack over a socket pair."""
+"""Messages between the server and its workers, MessagePack over a socket pair; and what a worker is started with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import asyncio
 import socket
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -21,6 +22,32 @@ from openm6.core.images import png
 LARGEST = 2**28
 """Maximum number of bytes of a message."""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits of the engine.
+
+    capacity       maximum number of positions of a text with its prompt; 0: the model's
+    cache_mib      memory for keys and values of texts in progress, and as much for those of jobs (pictures, beams)
+    prefix_mib     memory for recently read prompts, and as much for features of recent pictures
+    batch          maximum number of requests in a job, and of prompts in a prefill
+    prefill        maximum number of prompt positions that are read between two steps of the texts in progress
+    """
+
+    capacity: int = 0
+    cache_mib: int = 512
+    prefix_mib: int = 64
+    batch: int = 16
+    prefill: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The model directory that a process serves, and the directories of its adapters by name."""
+
+    model: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def packed(message: Mapping[str, Any]) -> bytes:

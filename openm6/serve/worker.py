@@ -18,7 +18,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from openm6.model.count import count_parameters
-from openm6.serve.wire import error_of, packed, received, reported
+from openm6.serve.wire import Settings, error_of, packed, received, reported
 
 if TYPE_CHECKING:
     from openm6.inference.session import Session
@@ -69,7 +69,6 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.inference.session import Session
     from openm6.serve.calibrate import fit_threads
     from openm6.serve.engine import Engine
-    from openm6.serve.settings import Settings
     from openm6.serve.work import RequestEvent
     from openm6.tasks.extend import load_named_extensions
 

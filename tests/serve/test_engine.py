@@ -17,7 +17,7 @@ from openm6.inference.session import Session
 from openm6.model.cache import prefill, step
 from openm6.serve.caches import Recent, Slots, prefixes_of
 from openm6.serve.engine import Engine
-from openm6.serve.settings import Settings
+from openm6.serve.wire import Settings
 from openm6.serve.work import EngineRequest
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture

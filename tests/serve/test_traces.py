@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 
 from openm6.inference.session import Session
 from openm6.serve.api import create_app
+from openm6.serve.figures import add_traces
 from openm6.serve.fleet import Fleet
-from openm6.serve.settings import Place
-from openm6.serve.traces import add_traces
+from openm6.serve.wire import Place
 
 pytest.importorskip("opentelemetry.instrumentation.fastapi")
 
