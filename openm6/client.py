@@ -241,10 +241,12 @@ class AsyncClient(_Requests[Awaitable[Any], Awaitable["list[Candidate]"], Awaita
 
     _transport = "AsyncClient"
     _sleep = staticmethod(asyncio.sleep)
-    _beside = staticmethod(asyncio.to_thread)
 
     def _result(self, work: Coroutine[Any, Any, Any]) -> Any:
         return work
+
+    async def _beside(self, act: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(act)
 
     async def _send(self, request: httpx2.Request, is_stream: bool) -> httpx2.Response:
         answer: httpx2.Response = await self._http.send(request, stream=is_stream)

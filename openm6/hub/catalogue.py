@@ -195,7 +195,7 @@ class Catalogue:
         if text.startswith(("data:", "model:")):
             kind, _, text = text.partition(":")
         name, _, which = text.partition("@")
-        every = self.versions(kind, name)
+        every = self.versions(kind, name) if _NAME.fullmatch(name) else []
         if not every:
             raise _unknown(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
@@ -333,7 +333,7 @@ class Catalogue:
         try:
             return self._client.create_experiment(name, f"{self.artifacts.rstrip('/')}/{kind}")
         except MlflowException:  # there is one
-            return str(self._client.get_experiment_by_name(name).experiment_id)
+            return str(self._client.get_experiment_by_name(name).experiment_id)  # type: ignore[union-attr]
 
     def _version(self, one: ModelVersion) -> Version:
         kind, _, name = one.name.partition(".")

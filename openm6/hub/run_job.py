@@ -1,5 +1,4 @@
-"""The process of one job, started by a queue worker (jobs.py): `python -m openm6.hub.run_job DIRECTORY`. It starts the
-command here, or is the driver of a Ray cluster that runs it."""
+"""The process of one job, started by a queue worker (jobs.py): `python -m openm6.hub.run_job DIRECTORY`."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ def deploy_on_ray(
     host: str = "127.0.0.1", port: int = 8000, address: str | None = None,
 ) -> str:  # fmt: skip
     """Serve a model directory on the cluster at `address` (one is started here where there is none). Returns the URL;
-    the deployment stays when this process ends, on a cluster that does. Raises UsageError where Ray is not
-    installed."""
+    the deployment stays when this process ends, on a cluster that does. Raises UsageError without Ray."""
     require("ray", "ray")
     import ray
     from ray import serve

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import Depends, Request
 from pydantic import Field
@@ -147,8 +147,7 @@ class Server:
         )  # fmt: skip
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as a message to the worker, with a fresh seed where it samples and none is given. Raises UsageError
-        as `trained_task` does."""
+        """A message to the worker, with a fresh seed where it samples and none is given. Raises as `trained_task`."""
         note(deployment.name, task)
         told = self.trained_task(deployment, task, asked.adapter, asked.allow_untrained)
         decoding = dict(asked.decoding)
@@ -261,7 +260,8 @@ async def _manager(request: Request) -> Key:
     return request.app.state.server.key_of(request, MANAGE)  # type: ignore[no-any-return]
 
 
-User, Manager = Annotated[Key, Depends(_user)], Annotated[Key, Depends(_manager)]
+User: TypeAlias = Annotated[Key, Depends(_user)]
+Manager: TypeAlias = Annotated[Key, Depends(_manager)]
 """The key of a request, as a parameter of a route."""
 
 
