@@ -98,6 +98,7 @@ def serve(
         line = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
         typer.echo(f"{line} (console: {url}/)" if pages else line)
         if pages:
+            await asyncio.sleep(1)  # requests that waited for the server come first
             await pages()
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
