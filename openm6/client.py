@@ -16,11 +16,12 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from itertools import count
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from openm6.core.errors import INVALID_REQUEST, ContextLengthError, DataError, ErrorKind, OpenM6Error, UsageError
 from openm6.core.files import fault_of
@@ -44,39 +45,31 @@ class ServerError(OpenM6Error):
     """The server could not be reached, or could not answer, after all tries."""
 
 
-class _Send(NamedTuple):
-    """A request. The answer to it is the response, or the TransportError; a stream's body is left unread."""
-
-    method: str
-    path: str
-    body: Any = None
-    is_stream: bool = False
-
-
-Step: TypeAlias = "_Send | float | Callable[[], Any]"
-"""A transport's work: send a request, wait for these seconds, or call a function that takes a while."""
-Steps: TypeAlias = Generator[Step, Any, Any]
-
 AnswerT = TypeVar("AnswerT")
 CandidatesT = TypeVar("CandidatesT")
 ListT = TypeVar("ListT")
 
 
 class _Requests(Generic[AnswerT, CandidatesT, ListT]):
-    """All of both clients but the transport: generators of steps that make requests from records, repeat them, and
-    read the answers. A client's `_follow` executes the steps, at once or as a coroutine."""
+    """All of both clients but the transport: coroutines that make requests from records, repeat them, and read the
+    answers. The coroutines of a blocking client never suspend, and its `_result` executes them at once."""
 
-    _connect: Callable[..., Any]
-    _follow: Callable[[Steps], Any]
+    _transport: str
+    _result: Callable[[Coroutine[Any, Any, Any]], Any]
+    _sleep: Callable[[float], Awaitable[None]]
+    _beside: Callable[[Callable[[], Any]], Awaitable[Any]]
+    _send: Callable[[httpx2.Request, bool], Awaitable[httpx2.Response]]
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
         timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
     ):  # fmt: skip
+        import httpx2
+
         self.url, self.model, self.retries = url.rstrip("/"), model, retries
         self._allow_untrained = allow_untrained
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = self._connect(base_url=self.url, headers=headers, timeout=timeout)
+        self._http = getattr(httpx2, self._transport)(base_url=self.url, headers=headers, timeout=timeout)
         self._tasks: dict[str, dict[str, Any]] = {}
 
     def run(
@@ -85,81 +78,87 @@ class _Requests(Generic[AnswerT, CandidatesT, ListT]):
     ) -> AnswerT:  # fmt: skip
         """One answer, as `Session.run` returns it: a text, an image (PIL), a vector (numpy), or a dict of several.
         `truncate` as there, with a warning. Errors have the server's code."""
-        steps = self._ask(task, slots, decoding, adapter, examples, truncate=truncate)
-        return self._follow(self._read(task, steps))  # type: ignore[no-any-return]
+        asking = self._ask(task, slots, decoding, adapter, examples, truncate=truncate)
+        return self._result(self._read(task, asking))  # type: ignore[no-any-return]
 
     def draw(
         self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
         truncate: str | None = None, **slots: Any,
     ) -> CandidatesT:  # fmt: skip
         """Images for one prompt, the best first, as `Session.draw` returns them."""
-        steps = self._ask(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
-        return self._follow(self._read_candidates(steps))  # type: ignore[no-any-return]
+        asking = self._ask(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
+        return self._result(self._read_candidates(asking))  # type: ignore[no-any-return]
 
     def tasks(self) -> ListT:
         """The tasks of the model, with their schemas."""
-        return self._follow(self._read_list("/v1/tasks" + self._query))  # type: ignore[no-any-return]
+        return self._result(self._read_list("/v1/tasks" + self._query))  # type: ignore[no-any-return]
 
     def models(self) -> ListT:
         """The models of the server."""
-        return self._follow(self._read_list("/v1/models"))  # type: ignore[no-any-return]
+        return self._result(self._read_list("/v1/models"))  # type: ignore[no-any-return]
 
     @property
     def _query(self) -> str:
         return f"?model={self.model}" if self.model else ""
 
-    def _ask(
+    async def _ask(
         self, task: str, record: Record, decoding: Record | None, adapter: str | None, examples: Iterable[Record],
         **more: Any,
-    ) -> Steps:  # fmt: skip
+    ) -> httpx2.Response:  # fmt: skip
         """The response to a task's request; `more`: further fields of it."""
         if "/" in task or "->" in task:
             raise UsageError(f"A server knows tasks by name, and {task!r} is not a name.")
         path = f"/v1/tasks/{task}"
         if task not in self._tasks:
-            self._tasks[task] = (yield from self._request(_Send("GET", path + self._query))).json()
+            self._tasks[task] = (await self._request("GET", path + self._query)).json()
         slots = self._tasks[task]["slots"]
-        inputs, *shots = yield partial(lambda records: [_outgoing(one, slots) for one in records], [record, *examples])
+        inputs, *shots = await self._beside(lambda: [_outgoing(one, slots) for one in (record, *examples)])
         body = {
             "inputs": inputs, "decoding": dict(decoding or {}), "adapter": adapter, "model": self.model,
             "examples": shots, "allow_untrained": self._allow_untrained or None, **more,
         }  # fmt: skip
         body = {name: value for name, value in body.items() if value not in (None, [], {})}
-        return (yield from self._request(_Send("POST", path, body, bool(more.get("stream")))))
+        return await self._request("POST", path, body, bool(more.get("stream")))
 
-    def _read(self, task: str, asking: Steps) -> Steps:
+    async def _read(self, task: str, asking: Awaitable[httpx2.Response]) -> Any:
         """The value of a task's one output, or a dict of several."""
-        answer = (yield from asking).json()
+        answer = (await asking).json()
         _warn(answer)
         slots, outputs = self._tasks[task]["slots"], self._tasks[task]["outputs"]
         found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
         return found[outputs[0]] if len(outputs) == 1 else found
 
-    def _read_candidates(self, asking: Steps) -> Steps:
+    async def _read_candidates(self, asking: Awaitable[httpx2.Response]) -> list[Candidate]:
         from openm6.core.candidates import candidates_of
 
-        answer = (yield from asking).json()
+        answer = (await asking).json()
         _warn(answer)
         return candidates_of(answer["outputs"]["candidates"])
 
-    def _read_list(self, path: str) -> Steps:
-        return (yield from self._request(_Send("GET", path))).json()["data"]
+    async def _read_list(self, path: str) -> Any:
+        return (await self._request("GET", path)).json()["data"]
 
-    def _request(self, send: _Send) -> Steps:
-        """The response to a request, which is sent again where that may help. Raises UsageError or ServerError."""
-        tried = 0
-        while True:
-            answer = yield send
-            is_response = not isinstance(answer, Exception)
-            if is_response and answer.status_code < 400:
-                return answer
-            wait = None
-            if not is_response or answer.status_code in RETRIED:
-                wait = self._wait(tried, answer.headers.get("retry-after", "") if is_response else "")
+    async def _request(self, method: str, path: str, body: Any = None, is_stream: bool = False) -> httpx2.Response:
+        """The response to a request, which is sent again where that may help; a stream's body is left unread. Raises
+        UsageError or ServerError."""
+        import httpx2
+
+        for tried in count():
+            failure: OpenM6Error
+            try:
+                answer = await self._send(self._http.build_request(method, path, json=body), is_stream)
+            except httpx2.TransportError as error:
+                failure, wait = self._unreachable(error), self._wait(tried, "")
+            else:
+                if answer.status_code < 400:
+                    return answer
+                failure, wait = _error_in(answer), None
+                if answer.status_code in RETRIED:
+                    wait = self._wait(tried, answer.headers.get("retry-after", ""))
             if wait is None:
-                raise _error_in(answer) if is_response else self._unreachable(answer)
-            tried += 1
-            yield wait
+                raise failure
+            await self._sleep(wait)
+        raise AssertionError
 
     def _wait(self, tried: int, retry_after: str) -> float | None:
         """Seconds until the next try; None where no try is left, or the server's Retry-After is longer than
@@ -177,10 +176,26 @@ class Client(_Requests[Any, "list[Candidate]", list[dict[str, Any]]]):
     """A client of a server's model, which several threads may share. With `allow_untrained` it may also use tasks that
     the model was not trained on, which the server refuses otherwise."""
 
-    def _connect(self, **options: Any) -> Any:
-        import httpx2
+    _transport = "Client"
 
-        return httpx2.Client(**options)
+    def _result(self, work: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            work.send(None)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError
+
+    async def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def _beside(self, act: Callable[[], Any]) -> Any:
+        return act()
+
+    async def _send(self, request: httpx2.Request, is_stream: bool) -> httpx2.Response:
+        answer: httpx2.Response = self._http.send(request, stream=is_stream)
+        if answer.is_error:
+            answer.read()
+        return answer
 
     def close(self) -> None:
         self._http.close()
@@ -213,45 +228,31 @@ class Client(_Requests[Any, "list[Candidate]", list[dict[str, Any]]]):
         """One text in pieces, as it is written."""
         import httpx2
 
-        answer = self._follow(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
+        answer = self._result(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
         try:
             with closing(answer):
                 yield from filter(None, map(_piece, answer.iter_lines()))
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
 
-    def _follow(self, steps: Steps) -> Any:
-        result: Any = None
-        try:
-            while True:
-                result = self._take(steps.send(result))
-        except StopIteration as end:
-            return end.value
-
-    def _take(self, step: Step) -> Any:
-        import httpx2
-
-        if isinstance(step, float):
-            return time.sleep(step)
-        if not isinstance(step, _Send):
-            return step()
-        try:
-            request = self._http.build_request(step.method, step.path, json=step.body)
-            answer = self._http.send(request, stream=step.is_stream)
-            if answer.is_error:
-                answer.read()
-            return answer
-        except httpx2.TransportError as error:
-            return error
-
 
 class AsyncClient(_Requests[Awaitable[Any], Awaitable["list[Candidate]"], Awaitable[list[dict[str, Any]]]]):
     """The client for asyncio: the methods of `Client`, to be awaited."""
 
-    def _connect(self, **options: Any) -> Any:
-        import httpx2
+    _transport = "AsyncClient"
+    _sleep = staticmethod(asyncio.sleep)
 
-        return httpx2.AsyncClient(**options)
+    def _result(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return work
+
+    async def _beside(self, act: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(act)
+
+    async def _send(self, request: httpx2.Request, is_stream: bool) -> httpx2.Response:
+        answer: httpx2.Response = await self._http.send(request, stream=is_stream)
+        if answer.is_error:
+            await answer.aread()
+        return answer
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -287,7 +288,7 @@ class AsyncClient(_Requests[Awaitable[Any], Awaitable["list[Candidate]"], Awaita
         """See Client.stream."""
         import httpx2
 
-        answer = await self._follow(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
+        answer = await self._result(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
         try:
             async with aclosing(answer):
                 async for line in answer.aiter_lines():
@@ -295,30 +296,6 @@ class AsyncClient(_Requests[Awaitable[Any], Awaitable["list[Candidate]"], Awaita
                         yield piece
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
-
-    async def _follow(self, steps: Steps) -> Any:
-        result: Any = None
-        try:
-            while True:
-                result = await self._take(steps.send(result))
-        except StopIteration as end:
-            return end.value
-
-    async def _take(self, step: Step) -> Any:
-        import httpx2
-
-        if isinstance(step, float):
-            return await asyncio.sleep(step)
-        if not isinstance(step, _Send):
-            return await asyncio.to_thread(step)
-        try:
-            request = self._http.build_request(step.method, step.path, json=step.body)
-            answer = await self._http.send(request, stream=step.is_stream)
-            if answer.is_error:
-                await answer.aread()
-            return answer
-        except httpx2.TransportError as error:
-            return error
 
 
 def _error_in(answer: httpx2.Response) -> OpenM6Error:

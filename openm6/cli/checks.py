@@ -22,7 +22,7 @@ MODEL = "Model directory, or model of the catalogue (goods@live)."
 def find(model: str | Path) -> Path:
     """The directory of a model: the given path, or the local files of a catalogue model. Raises UsageError for an
     unknown model."""
-    from openm6.hub.find import find_model
+    from openm6.hub.catalogue import find_model
 
     found, _ = find_model(model)
     return Path(model) if Path(model).exists() else found

@@ -36,9 +36,8 @@ def deploy(
     json: Json = False,
 ) -> None:
     """Serve a model in the background, or write the files to deploy it elsewhere: `openm6 deploy runs/demo/model`"""
-    from openm6.hub.deployments import Deployments
-    from openm6.hub.find import find_model
-    from openm6.hub.manifests import Plan, write
+    from openm6.hub.catalogue import find_model
+    from openm6.hub.deployments import Deployments, Plan, write
 
     directory, called = find_model(model)
     name = name or called
@@ -50,11 +49,10 @@ def deploy(
     if to == "ray":
         from openm6.serve.on_ray import deploy_on_ray
         from openm6.serve.server import Options
-        from openm6.serve.settings import Place
 
         check_reach(host, keys)
         url = deploy_on_ray(
-            name, {name: Place(directory)}, Options(keys=keys, loopback=keys is None), replicas=replicas,
+            name, directory, Options(keys=keys, loopback=keys is None), replicas=replicas,
             most=max(most, replicas), host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
         )  # fmt: skip
         emit({"name": name, "url": url}) if json else typer.echo(f"{name} is served at {url}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ def serve(
 
     begun = time.monotonic()
     require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
-    from openm6.hub.find import find_model
+    from openm6.hub.catalogue import find_model
 
     check_reach(host, keys)
     check_origins(origin or [])
@@ -76,12 +77,11 @@ def serve(
     import uvicorn
 
     from openm6.serve.api import create_app
+    from openm6.serve.figures import add_traces
     from openm6.serve.fleet import Fleet
-    from openm6.serve.listen import Connection, bind
+    from openm6.serve.listen import Connection, LingeringServer, bind
     from openm6.serve.server import Options
-    from openm6.serve.settings import Place, Settings
-    from openm6.serve.stopping import LingeringServer
-    from openm6.serve.traces import add_traces
+    from openm6.serve.wire import Place, Settings
 
     sockets = bind(host, port)
     places = {name: Place(place, {} if number else adapters) for number, (name, place) in enumerate(found.items())}
@@ -91,20 +91,21 @@ def serve(
     beside = [partial(work_beside, jobs)] if jobs else []
 
     async def announce() -> None:
-        """Print one line when the server is ready."""
+        """Print one line when the server is ready, then build the console's pages."""
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
         line = f"Serving {', '.join(found)} at {url} after {time.monotonic() - begun:.1f} s"
-        typer.echo(f"{line} (console: {url}/)" if has_console else line)
+        typer.echo(f"{line} (console: {url}/)" if pages else line)
+        if pages:
+            await asyncio.sleep(1)  # requests that waited for the server come first
+            await pages()
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
     application = create_app(fleet, options, places, [announce, *beside])
     if traces:
-        answers = application.state.server
-        answers.span, end = add_traces(application)
-        answers.at_end.append(end)
-    has_console = console and _mount(application, batches)
+        add_traces(application)
+    pages = _mount(application, batches) if console else None
     # uvicorn drains, then raises the signal again for the previous handler.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
@@ -132,16 +133,16 @@ async def work_beside(at_once: int) -> None:
         await asyncio.sleep(1)
 
 
-def _mount(application: FastAPI, batches: Path) -> bool:
-    """Add the console to the server. Returns False if it is not installed."""
+def _mount(application: FastAPI, batches: Path) -> Callable[[], Awaitable[object]] | None:
+    """Add the console to the server. Returns the coroutine function that builds its pages, None if it is not
+    installed."""
     from openm6.console import add_console
 
     try:
-        add_console(application, application.state.server, batches)
+        return add_console(application, application.state.server, batches)
     except UsageError as error:
         typer.echo(f"Without the console: {error}", err=True)
-        return False
-    return True
+        return None
 
 
 def check_reach(host: str, keys: Path | None) -> None:

@@ -7,12 +7,14 @@ changes require a key with the role manage.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import fcntl
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import NoReturn
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from openm6.core.extras import require
 from openm6.serve.server import Server
@@ -63,21 +67,60 @@ def visitors_files() -> Path:
     return folder
 
 
-def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> None:
-    """Mount the pages. `batches`: root folder of the batches of texts and pictures to review.
-
-    Raises UsageError when Gradio is not installed.
-    """
+def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> Callable[[], Awaitable[object]]:
+    """Mount the pages. They are built beside the event loop at their first request, or by the coroutine function that
+    is returned, because the import of Gradio takes longer than the rest of a server's start. `batches`: root folder of
+    the batches of texts and pictures to review. Raises UsageError when Gradio is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(visitors_files())
     require("console", "gradio")
+    building: asyncio.Task[dict[str, ASGIApp]] | None = None
+
+    async def built() -> dict[str, ASGIApp]:
+        nonlocal building
+        building = building or asyncio.create_task(_started(app, server, batches))
+        return await asyncio.shield(building)  # a visitor who leaves does not stop it
+
+    @app.get("/", include_in_schema=False)
+    async def home(request: Request) -> RedirectResponse:
+        wanted = request.headers.get("accept-language", "").lower()
+        return RedirectResponse("zh" if wanted.startswith("zh") else "en")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        await built()
+        from openm6.console.site import ICON
+
+        return Response(ICON, media_type="image/svg+xml")
+
+    def page(language: str) -> ASGIApp:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            await (await built())[language](scope, receive, send)
+
+        return answer
+
+    for language in LANGUAGES:
+        app.mount(f"/{language}", page(language))
+    return built
+
+
+async def _started(app: FastAPI, server: Server, batches: Path | None) -> dict[str, ASGIApp]:
+    """The running pages, by language."""
+    parent = await asyncio.to_thread(_built, app, server, batches)
+    app.state.console = lifespan = parent.router.lifespan_context(parent)  # it lasts as long as the application
+    await lifespan.__aenter__()
+    return {route.path.strip("/"): route.app for route in parent.routes if isinstance(route, Mount)}
+
+
+def _built(app: FastAPI, server: Server, batches: Path | None) -> FastAPI:
+    """An application with the pages of all languages."""
     import gradio as gr
     from gradio import processing_utils, routes
     from markupsafe import Markup
     from PIL import Image
 
     from openm6.console.desk import Desk
-    from openm6.console.site import HEAD, ICON, STYLE, build, theme
+    from openm6.console.site import HEAD, STYLE, build, theme
     from openm6.core.images import MAX_PIXELS
 
     # Gradio opens uploaded pictures itself; this is the limit of the API.
@@ -87,23 +130,16 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
     routes.templates.env.filters["toorjson"] = lambda value: (
         routes.toorjson(value) + Markup(IN_LANGUAGE if isinstance(value, dict) and "components" in value else "")
     )
-
-    @app.get("/", include_in_schema=False)
-    async def home(request: Request) -> RedirectResponse:
-        wanted = request.headers.get("accept-language", "").lower()
-        return RedirectResponse("zh" if wanted.startswith("zh") else "en")
-
-    @app.get("/favicon.ico", include_in_schema=False)
-    async def icon() -> Response:
-        return Response(ICON, media_type="image/svg+xml")
-
+    parent = FastAPI(openapi_url=None)
+    parent.user_middleware = app.user_middleware  # Gradio asks it for the origins that are allowed
     for language in LANGUAGES:
         desk = Desk(server, language, batches)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="SSR mode is not supported", category=UserWarning)
             gr.mount_gradio_app(
-                app, build(desk), f"/{language}", auth=desk.lets_in if server.keys else None,
+                parent, build(desk), f"/{language}", auth=desk.lets_in if server.keys else None,
                 auth_message=desk.say("Enter the key's name and the key."), footer_links=[], run_history=False,
                 allowed_paths=[], show_error=False, max_file_size=server.options.body_mib * 2**20, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, css=STYLE, head=HEAD, theme=theme(),
             )  # fmt: skip
+    return parent

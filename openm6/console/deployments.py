@@ -52,9 +52,10 @@ def _rows(desk: Desk) -> list[list[str]]:
     rows = []
     for name, now in desk.server.history.now.items():
         deployment = desk.server.fleet.deployments[name]
+        energy = f"{1000 * now['energy_kwh']:.2f} Wh" if "energy_kwh" in now else ""
         rows.append([
             name, f"{deployment.about['parameters'] / 1e6:,.1f} M", str(now["waiting"]), str(now["running"]),
-            f"{now['tokens']:.0f}", str(now["answered"]), str(deployment.restarts), f"{now['wh']:.2f} Wh",
+            f"{now['tokens_per_second']:.0f}", str(now["answered"]), str(deployment.restarts), energy,
             _place(deployment.place.model),
         ])  # fmt: skip
     return rows

@@ -18,13 +18,14 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error, Refusal, UsageError
 from openm6.hub.catalogue import Catalogue, Version
 from openm6.hub.jobs import Jobs
 from openm6.inference.edit import Cut
-from openm6.serve.edits import put_back, sent
 from openm6.serve.fleet import Deployment
+from openm6.serve.incoming import put_back, sent
 from openm6.serve.keys import MANAGE, Key
+from openm6.serve.meter import Charge
 from openm6.serve.server import LOCAL, Server, TaskRequest
 
 log = logging.getLogger("openm6.console")
@@ -120,14 +121,17 @@ class Desk:
         that the model was not trained on are allowed, since the page warns about them. Raises OpenM6Error.
         """
         key = self.key(request)
-        if (beyond := self.server.meter.count(key)) is not None:
-            raise self.error("Too many requests: retry in {seconds} s.", seconds=round(beyond.seconds) + 1)
+        try:
+            self.server.meter.count(key)
+        except Refusal as error:
+            seconds = round(error.retry_after or 0) + 1
+            raise self.error("Too many requests: retry in {seconds} s.", seconds=seconds) from None
         deployment, adapter = self.deployment(who)
         asked = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
         message = await self.server.message(deployment, task, asked)
         if region is not None:
             message["edit"] = sent(region)
-        async with aclosing(self.server.answer(key, deployment, message)) as events:
+        async with aclosing(self.server.answer(Charge(self.server.meter, key), deployment, message)) as events:
             async for event in events:
                 if region is not None and "value" in event:
                     event["value"] = await to_thread(put_back, region, event["value"])

@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 
 from openm6.console.desk import Desk, first_step, note
-from openm6.hub.catalogue import DATA, MODEL
-from openm6.hub.find import find_model
+from openm6.hub.catalogue import DATA, MODEL, find_model
 from openm6.hub.jobs import OVER, RUNNING, Job, curve, output_of, progress
 from openm6.train.finetune import RATES
 

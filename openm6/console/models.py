@@ -12,7 +12,7 @@ import gradio as gr
 
 from openm6.console.desk import Desk, first_step, note, shortened, table
 from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 
 BOX, GAP = (220, 54), (36, 18)
 """Width and height of a node of the lineage graph, and the gaps between nodes, in pixels."""

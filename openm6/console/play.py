@@ -14,7 +14,7 @@ import numpy as np
 from openm6.console.desk import Desk, notes
 from openm6.console.forms import Answer, Form
 from openm6.inference.edit import MARKED, Cut
-from openm6.serve.edits import cut_for
+from openm6.serve.incoming import cut_for
 
 LOOK = "() => document.getElementById('answer')?.scrollIntoView({block: 'nearest', behavior: 'smooth'})"
 """Script that scrolls to the answer, which may be below the screen on a phone."""

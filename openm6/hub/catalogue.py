@@ -17,15 +17,17 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openm6.core.bases import base_of, changed_base, directory_hash
 from openm6.core.environment import ARTIFACTS, CATALOGUE
-from openm6.core.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.errors import ErrorKind, OpenM6Error, UsageError, cut, suggest, suggest_path
 from openm6.core.extras import require
-from openm6.core.files import lines_of
+from openm6.core.files import lines_of, require_new, write_whole
 from openm6.hub.jobs import home, last_step
+from openm6.tasks.card import read_card
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,14 +96,12 @@ class Catalogue:
         base = home()
         self.database = database or os.environ.get(CATALOGUE) or f"sqlite:///{base / 'catalogue.db'}"
         self.artifacts = artifacts or os.environ.get(ARTIFACTS) or str(base / "artifacts")
-        self._client: MlflowClient | None = None
 
     # Adding
 
     def add_data(self, name: str, source: str, data_format: str | None = None, images: str | None = None) -> Version:
         """Add a version of a data set: source, schema, content hash, sample records. A version with the same hash is
-        returned unchanged. The files stay in place.
-        """
+        returned unchanged. The files stay in place."""
         about, sample = describe(source, data_format, images)
         for version in self.versions(DATA, name):
             if version.about.get("hash") == about["hash"]:
@@ -132,7 +132,8 @@ class Catalogue:
             parts = (known, *parts) if known and known not in parts else parts
         texts = {}
         if run is not None:
-            about |= _costs(run)
+            last = last_step(run)
+            about |= {"steps": last["step"], "loss": last["loss"], "energy_kwh": last.get("energy_kwh")} if last else {}
         for folder in filter(None, (run, directory)):  # the model's own recipe wins
             if (folder / "recipe.yaml").is_file():
                 texts["recipe.yaml"] = (folder / "recipe.yaml").read_text("utf-8")
@@ -145,7 +146,7 @@ class Catalogue:
         from mlflow.exceptions import MlflowException
 
         _check(name)
-        client = self._open()
+        client = self._client
         parts = [[v.kind, v.name, v.number] for v in made_of]
         content = {"about": about, "made_of": parts}
         run = client.create_run(self._experiment(kind), run_name=name)
@@ -170,13 +171,13 @@ class Catalogue:
 
     def names(self, kind: str) -> list[str]:
         """Names of all data sets or models."""
-        found = self._open().search_registered_models(f"name LIKE '{kind}.%'")
+        found = self._client.search_registered_models(f"name LIKE '{kind}.%'")
         return sorted(one.name.removeprefix(f"{kind}.") for one in found)
 
     def versions(self, kind: str, name: str) -> list[Version]:
         """Versions of a data set or model, oldest first; none for an unknown name."""
         _check(name)
-        client, aliases = self._open(), defaultdict(list)
+        client, aliases = self._client, defaultdict(list)
         found = client.search_model_versions(f"name = '{kind}.{name}'")
         if found:
             for alias, number in client.get_registered_model(f"{kind}.{name}").aliases.items():
@@ -190,20 +191,18 @@ class Catalogue:
 
     def named(self, text: str, kind: str = MODEL) -> Version:
         """The version of NAME (the latest), NAME@3 or NAME@live; `data:` in front names a data set. Raises UsageError
-        for an unknown version."""
+        (NOT_FOUND) for an unknown version."""
         if text.startswith(("data:", "model:")):
             kind, _, text = text.partition(":")
         name, _, which = text.partition("@")
-        every = self.versions(kind, name)
+        every = self.versions(kind, name) if _NAME.fullmatch(name) else []
         if not every:
-            raise UsageError(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
+            raise _unknown(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
             aliases = [alias for version in every for alias in version.aliases]
-            raise UsageError(
-                f"{name} has no version {cut(which)}; it has {every[0].number} to {every[-1].number}."
-                f"{suggest(which, aliases)}"
-            )
+            numbers = f"{every[0].number} to {every[-1].number}"
+            raise _unknown(f"{name} has no version {cut(which)}; it has {numbers}.{suggest(which, aliases)}")
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
@@ -215,24 +214,19 @@ class Catalogue:
         """Copy the files of a model to a new directory. Raises OpenM6Error if the store cannot be read."""
         from mlflow.artifacts import download_artifacts
 
-        from openm6.core.files import require_new, write_whole
-
         require_new(target)
         if version.kind != MODEL:
             raise UsageError("The catalogue stores no files of data sets: they stay in place.")
 
         def fill(folder: Path) -> None:
-            try:
-                got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
-            except Exception as error:  # each store raises its own
-                raise OpenM6Error(
-                    f"The files of {version.full_name} cannot be fetched from {version.files} ({type(error).__name__})."
-                ) from None
-            for path in Path(got).iterdir():
-                path.rename(folder / path.name)
-            Path(got).rmdir()
-            if (folder / "got").is_dir():
-                (folder / "got").rmdir()
+            with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+                try:
+                    got = download_artifacts(artifact_uri=version.files, dst_path=draft)
+                except Exception as error:  # each store raises its own
+                    source = f"{version.full_name} cannot be fetched from {version.files}"
+                    raise OpenM6Error(f"The files of {source} ({type(error).__name__}).") from None
+                for path in Path(got).iterdir():
+                    path.rename(folder / path.name)
 
         write_whole(target, fill)
         return target
@@ -278,7 +272,7 @@ class Catalogue:
     def promote(self, version: Version, alias: str = LIVE) -> Version | None:
         """Assign an alias to a version. Returns the version that had it before."""
         _check(alias)
-        client, name = self._open(), f"{version.kind}.{version.name}"
+        client, name = self._client, f"{version.kind}.{version.name}"
         before = next((v for v in self.versions(version.kind, version.name) if alias in v.aliases), None)
         if before is not None and before.number != version.number:
             client.set_registered_model_tag(name, f"{_TAG}before.{alias}", str(before.number))
@@ -287,10 +281,8 @@ class Catalogue:
 
     def rollback(self, name: str, alias: str = LIVE) -> Version:
         """Assign an alias to the version that had it before. Raises UsageError if there is none."""
-        _check(name)
         self.named(name)
-        tags = self._open().get_registered_model(f"{MODEL}.{name}").tags
-        number = tags.get(f"{_TAG}before.{alias}")
+        number = self._client.get_registered_model(f"{MODEL}.{name}").tags.get(f"{_TAG}before.{alias}")
         if number is None:
             raise UsageError(f"No other version of {name} was {alias} before.")
         version = self.named(f"{name}@{number}")
@@ -299,30 +291,29 @@ class Catalogue:
 
     # MLflow
 
-    def _open(self) -> MlflowClient:
-        if self._client is None:
-            require("hub", "mlflow")
-            import mlflow
-            from mlflow.exceptions import MlflowException
-            from sqlalchemy import create_engine
-            from sqlalchemy.exc import SQLAlchemyError
+    @cached_property
+    def _client(self) -> MlflowClient:
+        require("hub", "mlflow")
+        import mlflow
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy import create_engine
+        from sqlalchemy.exc import SQLAlchemyError
 
-            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            try:
-                if self.database.startswith("sqlite:///"):
-                    Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-                # Checked first: MLflow itself retries for minutes.
-                with create_engine(self.database).connect():
-                    pass
-                self._client = mlflow.MlflowClient(self.database, self.database)
-                self._client.search_experiments(max_results=1)
-            except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-                self._client = None
-                place = re.sub(r"//[^@/]*@", "//", self.database)  # not its password
-                raise OpenM6Error(f"The catalogue {place} cannot be opened ({type(error).__name__}).") from None
-        return self._client
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            if self.database.startswith("sqlite:///"):
+                Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            # Checked first: MLflow itself retries for minutes.
+            with create_engine(self.database).connect():
+                pass
+            client = mlflow.MlflowClient(self.database, self.database)
+            client.search_experiments(max_results=1)
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+            place = re.sub(r"//[^@/]*@", "//", self.database)  # not its password
+            raise OpenM6Error(f"The catalogue {place} cannot be opened ({type(error).__name__}).") from None
+        return client
 
     def _text(self, version: Version, file: str) -> str:
         """The text of a small file beside a version, "" if it is missing."""
@@ -338,15 +329,11 @@ class Catalogue:
     def _experiment(self, kind: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        client, name = self._open(), f"openm6-{kind}"
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            try:
-                return str(client.create_experiment(name, f"{self.artifacts.rstrip('/')}/{kind}"))
-            except MlflowException:  # created by another process meanwhile
-                found = client.get_experiment_by_name(name)
-                assert found is not None
-        return str(found.experiment_id)
+        name = f"openm6-{kind}"
+        try:
+            return self._client.create_experiment(name, f"{self.artifacts.rstrip('/')}/{kind}")
+        except MlflowException:  # there is one
+            return str(self._client.get_experiment_by_name(name).experiment_id)  # type: ignore[union-attr]
 
     def _version(self, one: ModelVersion) -> Version:
         kind, _, name = one.name.partition(".")
@@ -360,6 +347,10 @@ class Catalogue:
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(f"{cut(name)!r} is not a valid name: use at most 100 letters, digits, - and _.")
+
+
+def _unknown(message: str) -> UsageError:
+    return UsageError(message, kind=ErrorKind.NOT_FOUND, code="not_found")
 
 
 def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:
@@ -387,9 +378,23 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
     return about, "\n".join(sample) + "\n"
 
 
-def _costs(run: Path) -> dict[str, Any]:
-    """Steps, last loss and energy of a training, from its log."""
-    last = last_step(run)
-    if not last:
-        return {}
-    return {"steps": last["step"], "loss": last["loss"], "energy_kwh": last.get("energy_kwh")}
+def find_model(text: str | Path) -> tuple[Path, str]:
+    """The absolute directory of a model and its default name. `text` is a model directory, or a model of the catalogue
+    (NAME@3, NAME@live), whose files are fetched on first use.
+
+    PyTorch is not imported, MLflow only for a catalogue name. Raises UsageError for an unknown model, OpenM6Error if
+    the catalogue or its files cannot be reached.
+    """
+    place = Path(text)
+    if place.exists() or "@" not in str(text):
+        read_card(place)
+        base_of(place)
+        place = place.resolve()
+        return place, place.parent.name if place.name == "model" else place.name
+    catalogue = Catalogue()
+    file = catalogue.database.removeprefix("sqlite:///")
+    if file != catalogue.database and not Path(file).exists():
+        message = "is not a model directory, and the catalogue is empty: add a model by `openm6 models add`."
+        raise UsageError(f"{text} {message}")
+    version = catalogue.named(str(text))
+    return catalogue.local(version).resolve(), version.name

@@ -20,12 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from openm6.core.environment import HOME
-from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
-from openm6.core.files import write_json
+from openm6.core.errors import ErrorKind, OpenM6Error, UsageError, cut, suggest
+from openm6.core.files import whole_lines, write_json
 
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 HERE, RAY = "here", "ray"
@@ -107,13 +108,12 @@ class Jobs:
         return sorted((job for job in found if job is not None), key=lambda job: (job.created, job.id))
 
     def get(self, identity: str) -> Job:
-        """The job with this id or unique prefix. Raises UsageError for none or several."""
-        if not identity or not all(c.isalnum() or c == "-" for c in identity):
-            raise UsageError(f"There is no job {cut(identity)}.")
-        found = [job for job in self.list() if job.id.startswith(identity)]
+        """The job with this id or unique prefix. Raises UsageError (NOT_FOUND) for none or several."""
+        found = [job for job in self.list() if identity and job.id.startswith(identity)]
         if len(found) != 1:
             reason = f"{identity} is a prefix of {len(found)} jobs." if found else f"There is no job {cut(identity)}."
-            raise UsageError(reason + " `openm6 jobs list` shows all jobs.")
+            message = reason + " `openm6 jobs list` shows all jobs."
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND, code="not_found")
         return found[0]
 
     def log(self, job: Job) -> Path:
@@ -121,14 +121,7 @@ class Jobs:
 
     def last_said(self, job: Job, most: int) -> str:
         """The tail of a job's log, at most `most` bytes, from the start of a line."""
-        try:
-            with self.log(job).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - most))
-                text = file.read()
-        except OSError:
-            return ""
-        return (text if size <= most else text.partition(b"\n")[2]).decode("utf-8", "replace")
+        return _tail(self.log(job), most).decode("utf-8", "replace")
 
     def stop(self, identity: str) -> Job:
         """Stop a job by SIGTERM, then SIGKILL; it can be resumed. Raises UsageError for a finished one."""
@@ -176,8 +169,7 @@ class Jobs:
     def step(self, at_once: int = 1) -> None:
         """One poll of a worker: requeue jobs whose process died, and start queued ones."""
         with self._locked():
-            jobs = self.list()
-            for job in jobs:
+            for job in self.list():
                 if job.state == RUNNING and not self._lives(job):
                     self._write(_died(job))
             jobs = self.list()
@@ -207,12 +199,9 @@ class Jobs:
             if job.state != RUNNING:  # it was stopped
                 return
             state = DONE if code == 0 else FAILED
-            message = "" if code == 0 else self._last_words(job)
+            said = [line.strip() for line in self.last_said(job, 4000).splitlines() if line.strip()] if code else []
+            message = said[-1][:500] if said else ""
             self._write(replace(job, state=state, ended=time.time(), code=code, message=message))
-
-    def _last_words(self, job: Job) -> str:
-        lines = self.last_said(job, 4000).splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:500]
 
     def _lives(self, job: Job) -> bool:
         return job.process is not None and begun(job.process) == job.begun and job.begun is not None
@@ -303,55 +292,49 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def last_step(output: Path) -> dict[str, Any]:
     """The log record of a training's last step; {} if there is none."""
+    whole = _tail(output / "metrics.jsonl", 100_000).split(b"\n")[:-1]  # the last line may be incomplete
     try:
-        with (output / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 100_000))
-            whole = file.read().split(b"\n")[:-1]  # the last line may be incomplete
-            lines = [json.loads(line) for line in whole[-50:] if line.startswith(b"{")]
-    except (OSError, ValueError):
+        lines = [json.loads(line) for line in whole[-50:]]
+    except ValueError:
         return {}
     return next((line for line in reversed(lines) if "loss" in line), {})
 
 
 def curve(job: Job) -> list[tuple[int, float]]:
-    """(step, loss) of a training job from its log, whose last line may be incomplete."""
+    """(step, loss) of a training job from its log. Raises DataError for a damaged one."""
     output = output_of(job)
-    try:
-        lines = (output / "metrics.jsonl").read_bytes().splitlines() if output else []
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            found.append((int(record["step"]), float(record["loss"])))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+    records = whole_lines(output / "metrics.jsonl") if output else ()
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
 def output_of(job: Job) -> Path | None:
     """The run folder of a training job, from its command or its recipe; None for other jobs."""
     import yaml
 
-    words = list(job.words)
-    if words[0] == "finetune":
-        for number, word in enumerate(words):
-            if word == "--output" and number + 1 < len(words):
-                return Path(job.folder) / words[number + 1]
-            if word.startswith("--output="):
-                return Path(job.folder) / word.partition("=")[2]
+    words, option = job.words, {"finetune": "--output", "train": "output"}.get(job.words[0])
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    given += [value for word, value in pairwise(words) if word == option == "--output"]
+    if given:
+        return Path(job.folder) / given[0]
+    if option != "output" or len(words) < 2:
         return None
-    if words[0] != "train" or len(words) < 2:
-        return None
-    for word in words[2:]:
-        if word.startswith("output="):
-            return Path(job.folder) / word.partition("=")[2]
     try:
         content = yaml.safe_load((Path(job.folder) / words[1]).read_text("utf-8"))
         return Path(job.folder) / str(content.get("output") or f"runs/{content.get('name') or Path(words[1]).stem}")
     except (OSError, yaml.YAMLError, AttributeError):
         return None
+
+
+def _tail(path: Path, most: int) -> bytes:
+    """At most the last `most` bytes of a file, from the start of a line; none if it is missing."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            text = file.read()
+    except OSError:
+        return b""
+    return text if size <= most else text.partition(b"\n")[2]
 
 
 def _steps(output: Path) -> int:

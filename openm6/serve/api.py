@@ -1,14 +1,4 @@
-"""The HTTP API: models, tasks, routes for OpenAI's clients, health and metrics.
-
-GET  /healthz /readyz /metrics
-GET  /v1/models /v1/tasks /v1/tasks/{task}
-POST /v1/tasks/{task}            any task, by its own slots; pieces as server-sent events with "stream"
-POST /v1/tasks/{task}/batch      a file of records, answers line by line
-POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
-POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
-POST /v1/edges/{name}            reports of edge devices (edges.py)
-     /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
-"""
+"""The HTTP API: models, tasks, health and metrics; with OpenAI's routes (openai_api.py) and the hub's (hub_api.py)."""
 
 from __future__ import annotations
 
@@ -18,33 +8,29 @@ import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.middleware.cors import CORSMiddleware
 
 from openm6._version import __version__
 from openm6.core.errors import DataError, OpenM6Error
 from openm6.core.files import dumps
-from openm6.hub.find import find_model
-from openm6.serve.access import unforeseen
-from openm6.serve.bodies import Route, json_of
-from openm6.serve.edges import add_edges
+from openm6.hub.catalogue import find_model
+from openm6.serve.bodies import Fields, Route, json_of
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import Guard, add_errors, body_of, sse
+from openm6.serve.guard import Guard, add_errors, body_of, sse, unforeseen
 from openm6.serve.hub_api import add_hub
-from openm6.serve.keys import MANAGE, Key
 from openm6.serve.listen import Lag
+from openm6.serve.meter import Charge
 from openm6.serve.openai_api import add_routes
-from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
-from openm6.serve.settings import Place
+from openm6.serve.server import AT_ONCE, Manager, Options, Server, TaskRequest, User, left_out
+from openm6.serve.wire import Place
 
 
-class PromoteRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
+class PromoteRequest(Fields):
     path: str = Field(description="a model directory on the server, or one of the catalogue (goods@3)")
     adapters: dict[str, str] = Field(default_factory=dict)
 
@@ -93,7 +79,6 @@ def create_app(
     _routes(app, server)
     add_routes(app, server)
     add_hub(app, server)
-    add_edges(app, server)
     return app
 
 
@@ -112,26 +97,26 @@ def _routes(app: FastAPI, server: Server) -> None:
             why = "the server is stopping"
         elif not fleet.deployments:
             why = "the models are being loaded"
-        elif unready := fleet.unready:
+        elif unready := [name for name, one in fleet.deployments.items() if not one.ready]:
             why = f"{', '.join(unready)} is being started again"
         return PlainTextResponse(f"not ready: {why}" if why else "ready", 503 if why else 200)
 
     @app.get("/metrics", include_in_schema=False)
-    async def metrics(_: Annotated[Key, asker()]) -> Response:
+    async def metrics(_: User) -> Response:
         return Response(await server.figures.page(fleet), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
-    async def models(_: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def models(_: User) -> dict[str, Any]:
         """All deployed models."""
         return {"object": "list", "data": [_model(one) for one in fleet.deployments.values()]}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def model(name: str, _: User) -> dict[str, Any]:
         """One deployed model."""
         return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/promote")
-    async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+    async def promote(name: str, asked: PromoteRequest, _: Manager) -> dict[str, Any]:
         """Deploy another model under this name; running requests are finished by the previous one."""
         found = await asyncio.to_thread(find_model, asked.path)
         place = Place(found[0], {n: Path(p) for n, p in asked.adapters.items()})
@@ -139,45 +124,42 @@ def _routes(app: FastAPI, server: Server) -> None:
         return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/rollback")
-    async def rollback(name: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
+    async def rollback(name: str, _: Manager) -> dict[str, Any]:
         """Deploy the previous model again."""
         await fleet.get(name).rollback()
         return _model(fleet.get(name))
 
     @app.get("/v1/tasks")
-    async def tasks(_: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
+    async def tasks(_: User, model: str | None = None) -> dict[str, Any]:
         """The tasks of a model, with their inputs and outputs."""
         known = fleet.get(model).about["tasks"]
         return {"object": "list", "data": [{"name": name, **task} for name, task in known.items()]}
 
     @app.get("/v1/tasks/{task}")
-    async def task(task: str, _: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
+    async def task(task: str, _: User, model: str | None = None) -> dict[str, Any]:
         """One task, with JSON schemas of its inputs and outputs."""
         return {"name": task, **server.task(fleet.get(model), task)}
 
     @app.post("/v1/tasks/{task}", response_model=None)
-    async def run(
-        task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
-    ) -> JSONResponse | StreamingResponse:
+    async def run(task: str, asked: TaskRequest, request: Request, key: User) -> JSONResponse | StreamingResponse:
         """Run a task on its slots. Pictures are sent and returned as base64."""
         deployment = fleet.get(asked.model)
         told = server.task(deployment, task)
         message = await server.message(deployment, task, asked)
+        charge = Charge(server.meter, key)
         if asked.stream:
-            return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
-        return JSONResponse(_answer(await server.whole(key, deployment, message, request), told, message))
+            return await sse(_told_in_pieces(server, charge, deployment, message, told), request=request)
+        return JSONResponse(_answer(await server.whole(charge, deployment, message, request), told, message))
 
     @app.post("/v1/tasks/{task}/batch", response_model=None)
     async def batch(
-        task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None,
+        task: str, request: Request, key: User, model: str | None = None,
         truncate: Literal["start"] | None = None, allow_untrained: bool = False,
     ) -> Any:  # fmt: skip
         """Run a task on a body of JSON lines, an object of inputs each. The response has a JSON line with the line
         number and the answer, or the error, of each, in the order in which they are ready."""
         deployment = fleet.get(model)
-        told = server.task(deployment, task)
-        if not (allow_untrained or is_trained(told, None)):
-            raise untrained(deployment, task)
+        told = server.trained_task(deployment, task, None, allow_untrained)
         lines = (await request.body()).split(b"\n")
 
         async def one(number: int, line: bytes) -> str:
@@ -251,9 +233,9 @@ def outgoing(value: Any) -> Any:
 
 
 async def _told_in_pieces(
-    server: Server, key: Key, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
+    server: Server, charge: Charge, deployment: Deployment, message: Mapping[str, Any], task: Mapping[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(server.answer(key, deployment, message)) as events:
+    async with aclosing(server.answer(charge, deployment, message)) as events:
         async for event in events:
             if event.get("piece"):
                 yield {"piece": event["piece"]}

@@ -1,25 +1,31 @@
-"""Request bodies: of the type that the route accepts, and JSON without ambiguity.
+"""Request bodies: of the type that the route accepts, JSON without ambiguity, and the fields of it.
 
 JSON is read by the rules for files of records (core/files.py): UTF-8, no lone surrogates, no NaN, no duplicate keys.
-An error names the place.
+A request has fields of its own, fields of OpenAI's API that change nothing here, and fields refused by name. An error
+names the place.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from fastapi import Request, Response, params
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.datastructures import FormData
 
-from openm6.core.errors import ErrorKind, Refusal, UsageError
-from openm6.core.files import fault_of, has_more_values, parse
-from openm6.serve.guard import LARGE
+from openm6.core.errors import ErrorKind, Refusal, UsageError, cut, suggest
+from openm6.core.files import dumps, fault_of, has_more_values, parse
 
+LARGE = 2**20
+"""Size, in bytes, above which a body is large. Routes for texts alone accept no large body; elsewhere a busy server
+refuses them first, and they are parsed on another thread."""
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 VALUES = 2**16
@@ -104,3 +110,92 @@ def _check_type(given: str, is_form: bool) -> None:
 
 def _unsupported(message: str) -> Refusal:
     return Refusal(ErrorKind.UNSUPPORTED_MEDIA_TYPE, message)
+
+
+Passing = tuple[Any, ...] | None
+"""The accepted values of a field that is ignored; None: all values. A null is always accepted."""
+
+ANY: Passing = None
+
+
+class Fields(BaseModel):
+    """The body of a request. A null stands for the default. An ignored field whose value would change the answer is
+    refused by name, an unknown field with the nearest known name.
+
+    others   fields of OpenAI's API that are ignored here
+    prefix   the field that holds these ones, with a dot
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    others: ClassVar[Mapping[str, Passing]] = {}
+    prefix: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, values: Any) -> Any:
+        """The fields of this model alone. Raises UsageError for others."""
+        if not isinstance(values, Mapping):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name not in cls.model_fields:
+                cls._check(name, value)
+            elif value is not None:
+                kept[name] = value
+        return kept
+
+    @classmethod
+    def _check(cls, name: str, value: Any) -> None:
+        param = f"{cls.prefix}{cut(name)}"
+        if name not in cls.others:
+            nearest = suggest(name, [*cls.model_fields, *cls.others]) or f" It takes {', '.join(cls.model_fields)}."
+            raise UsageError(f"There is no field {param}.{nearest}", code="unknown_parameter", param=param)
+        passing = cls.others[name]
+        if value is None or passing is None or value in passing:
+            return
+        send = f", or send {' or '.join(map(dumps, passing))}" if passing else ""
+        shown = cut(value if isinstance(value, str) else dumps(value, default=lambda _: "a file"))
+        message = f"The field {param} is not supported with the value {shown}: leave it out{send}."
+        raise UsageError(message, code="unsupported_parameter", param=param)
+
+
+class AskingFields(Fields):
+    """Fields of every request to a model."""
+
+    model: str | None = Field(None, description="a model's name; the first one by default")
+    adapter: str | None = Field(None, description="one of the model's adapters")
+    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
+    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
+
+
+def fault_of_request(error: RequestValidationError) -> UsageError:
+    """The first error of a request whose fields are known, with its field as `param` and the code
+    `missing_required_parameter`, `invalid_type` or `invalid_value`."""
+    first = error.errors()[0]
+    place = _place(first, error.body)
+    kind, param, message = first["type"], ".".join(place), str(first.get("msg"))
+    if kind == "missing":
+        code, message = "missing_required_parameter", f"{param or 'The body'} is missing."
+    elif kind in ("model_attributes_type", "model_type", "dict_type"):
+        code, message = "invalid_type", f"{param or 'The body'} has to be a JSON object."
+    elif isinstance(error.body, FormData) and kind == "value_error":
+        code, message = "invalid_type", f"{param} has to be sent as a file."
+    else:
+        code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+        message = f"{param}: {message}" if param else message
+    return UsageError(message, code=code, param=param or None)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> list[str]:
+    """The path of an error in a request, without the names that pydantic adds for the types it tried."""
+    source, *parts = error.get("loc", ("",))
+    if source != "body":
+        return [str(part) for part in parts]
+    place, value = [], body
+    for number, part in enumerate(parts, 1):
+        is_there = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
+        if is_there or (number == len(parts) and error["type"] == "missing"):
+            place.append(str(part))
+            value = value[part] if is_there else None
+    return place

@@ -14,24 +14,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from threading import Condition
 from typing import Any
 
 import torch
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, UsageError
 from openm6.inference.request import Answer
 from openm6.inference.session import Session
 from openm6.inference.steps import Steps
-from openm6.serve.features import Features
-from openm6.serve.settings import Settings
+from openm6.serve.caches import Features
 from openm6.serve.texts import TextScheduler
-from openm6.serve.work import LATE, EngineRequest, RequestEvent, prepare, steps_of
+from openm6.serve.wire import Settings
+from openm6.serve.work import EngineRequest, RequestEvent, cancelled, late, prepare, steps_of
 
 MIB = 2**20
-GONE = "The request was cancelled."
 JOBS = 2
 """Maximum number of jobs that the engine interleaves, so that a short one does not wait for a long one."""
 EARLY = 1024
@@ -100,16 +98,16 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Prepare the request in the calling thread, and queue it. Raises UsageError or DataError for one that cannot
-        be answered, UsageError once the engine is stopping, TimeoutError once the request's deadline has passed, and
-        CancelledError for a request that was cancelled before."""
+        be answered, UsageError once the engine is stopping, Refusal (DEADLINE, CANCELLED) once the request's deadline
+        has passed, and for a request that was cancelled before."""
         if request.is_late():
-            raise TimeoutError(LATE)
+            raise late()
         with self._change:
             if request.id in self._cancelled or request.id in self._early:
                 self._counts.cancelled += 1
-                raise CancelledError(GONE)
+                raise cancelled()
         prepare(request, self._view(request.adapter))
-        if (needed := request.ready().kv_bytes) > self._room:
+        if (needed := request.prepared.kv_bytes) > self._room:
             raise UsageError(
                 f"This takes {needed / MIB:.0f} MiB; the server has {self._room / MIB:.0f} for a request "
                 "(half of cache_mib): ask for fewer pictures or beams."
@@ -169,16 +167,16 @@ class Engine:
                 if self._stopping:
                     return False
                 self._change.wait()
-            submitted, cancelled = list(self._inbox), self._cancelled
+            submitted, dropped = list(self._inbox), self._cancelled
             self._inbox.clear()
             self._cancelled = set()
         for request in submitted:
             if request.id in self._early:
                 self._counts.cancelled += 1
-                self._emit(RequestEvent(request.id, error=CancelledError(GONE), done=True))
+                self._emit(RequestEvent(request.id, error=cancelled(), done=True))
             else:
                 self._admit(request)
-        self._drop_cancelled(cancelled)
+        self._drop_cancelled(dropped)
         schedulers = [one for one in self._schedulers.values() if one.rows or one.waiting]
         jobs = bool(self._jobs or self._waiting)
         spent = self._counts.seconds
@@ -201,7 +199,7 @@ class Engine:
 
     def _admit(self, request: EngineRequest) -> None:
         self._open[request.id] = request
-        if request.ready().mode.is_exclusive:
+        if request.prepared.mode.is_exclusive:
             self._waiting.append(request)
             return
         if request.adapter not in self._schedulers:
@@ -211,9 +209,9 @@ class Engine:
     def _view(self, adapter: str | None) -> Session:
         return self.session.adapter(adapter) if adapter else self.session
 
-    def _drop_cancelled(self, cancelled: set[str]) -> None:
+    def _drop_cancelled(self, identities: set[str]) -> None:
         """Drop the cancelled requests, and those whose deadline has passed."""
-        for identity in cancelled | {request.id for request in self._open.values() if request.is_late()}:
+        for identity in identities | {request.id for request in self._open.values() if request.is_late()}:
             request = self._open.get(identity)
             if request is None:
                 self._early[identity] = None
@@ -228,7 +226,7 @@ class Engine:
                 job.requests = [None if one is request else one for one in job.requests]
                 if not any(job.requests):
                     self._jobs.remove(job)
-            self._fail(request, CancelledError(GONE) if identity in cancelled else TimeoutError(LATE))
+            self._fail(request, cancelled() if identity in identities else late())
 
     def _generate(self, schedulers: list[TextScheduler]) -> None:
         for scheduler in schedulers:
@@ -238,7 +236,7 @@ class Engine:
                 except Exception as error:  # the state of the texts in progress is unknown; waiting ones go on
                     scheduler.clear()
                     for request in [*self._open.values()]:
-                        is_text = not request.ready().mode.is_exclusive and request.adapter == scheduler.adapter
+                        is_text = not request.prepared.mode.is_exclusive and request.adapter == scheduler.adapter
                         if is_text and request not in scheduler.waiting:
                             self._fail(request, error)
                     break
@@ -268,16 +266,16 @@ class Engine:
     def _start_job(self) -> _Job:
         """A job of the request that has waited longest, with others of its batch key that fit into memory."""
         first = self._waiting.popleft()
-        chosen, rest, needed = [first], list[EngineRequest](), first.ready().kv_bytes
+        chosen, rest, needed = [first], list[EngineRequest](), first.prepared.kv_bytes
         while self._waiting and len(chosen) < self.settings.batch:
             other = self._waiting.popleft()
-            more = other.ready().kv_bytes
+            more = other.prepared.kv_bytes
             fits = other.batch_key == first.batch_key and needed + more <= self._room
             (chosen if fits else rest).append(other)
             needed += more * fits
         self._waiting.extendleft(reversed(rest))
         for request in chosen:
-            request.prompt_tokens = len(request.ready().prompt)
+            request.prompt_tokens = len(request.prepared.prompt)
         return _Job([*chosen], steps_of(self._view(first.adapter), chosen), first.adapter)
 
     def _split_failed_batch(self, job: _Job, error: Exception) -> None:
@@ -297,11 +295,11 @@ class Engine:
         event.tokens, event.prompt_tokens = request.tokens, request.prompt_tokens
         if event.done or event.error is not None:
             del self._open[event.id]
-            event.truncated = request.ready().prompt.truncated
-            cancelled = isinstance(event.error, CancelledError)
+            event.truncated = request.prepared.prompt.truncated
+            is_cancelled = getattr(event.error, "kind", None) is ErrorKind.CANCELLED
             self._counts.answered += event.error is None
-            self._counts.cancelled += cancelled
-            self._counts.failed += event.error is not None and not cancelled
+            self._counts.cancelled += is_cancelled
+            self._counts.failed += event.error is not None and not is_cancelled
             self._counts.tokens += event.tokens
             self._counts.prompt_tokens += event.prompt_tokens
         self._emit(event)

@@ -1,7 +1,7 @@
 """Deployments: named models, each in a process of its own, which is restarted when it dies and can be replaced.
 
 A process that dies is restarted at once, after longer and longer pauses if it dies again and again. Its open requests
-are sent to the next one (pending.py). A text that was begun is continued only if the next process repeats its
+are sent to the next one (process.py). A text that was begun is continued only if the next process repeats its
 beginning."""
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError, cut, suggest
-from openm6.serve.pending import Heard, PendingRequest, PendingRequests, deadly
-from openm6.serve.process import Worker
-from openm6.serve.settings import Place, Settings
-from openm6.serve.wire import refusal_of
+from openm6.serve.process import Heard, PendingRequest, PendingRequests, Worker, deadly
+from openm6.serve.wire import Place, Settings, refusal_of
 
 log = logging.getLogger("openm6.serve")
 
@@ -154,7 +152,7 @@ class Deployment:
             raise self._starting()
         if seconds := self._pending.refused_for(message):
             raise deadly(seconds)
-        request = PendingRequest.of(identity, message, heard)
+        request = PendingRequest(identity, message, heard)
         timer = self._pending.add(request)
         self._admit()
         try:
@@ -166,8 +164,7 @@ class Deployment:
                 if "value" in event:
                     return
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
             self._pending.drop(request)
 
     async def stop(self, seconds: float = 30.0) -> None:
@@ -213,11 +210,6 @@ class Fleet:
             message = f"There is no model {cut(name)}.{suggest(name, known)} There are: {', '.join(known)}."
             raise UsageError(message, kind=ErrorKind.NOT_FOUND, code="model_not_found", param="model")
         return self.deployments[name]
-
-    @property
-    def unready(self) -> list[str]:
-        """Names of the models whose process is being restarted."""
-        return [name for name, one in self.deployments.items() if not one.ready]
 
     @property
     def full(self) -> bool:

@@ -1,11 +1,16 @@
-"""ASGI middleware around every request: early refusals, error responses, and the access log."""
+"""ASGI middleware around every request: early refusals, error responses, and the access log (a line of JSON for each
+request, with details from the routes)."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -19,8 +24,9 @@ from starlette.routing import Match
 from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut
 from openm6.core.files import dumps
 from openm6.core.origins import from_another_site, from_here
-from openm6.serve.access import LogEntry, current, log, unforeseen
-from openm6.serve.validation import fault_of_request
+from openm6.serve.bodies import LARGE, fault_of_request
+
+log = logging.getLogger("openm6.access")
 
 T = TypeVar("T")
 
@@ -30,9 +36,6 @@ WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
 PAGES = ("/docs", "/redoc", "/openapi.json")
 """Pages about the API, which need a key as the API does."""
 
-LARGE = 2**20
-"""Size, in bytes, above which a body is large. Routes for texts alone accept no large body; elsewhere a busy server
-refuses them first, and they are parsed on another thread (bodies.py)."""
 OPEN = 512
 """Maximum number of incomplete bodies; beyond it, the one that has been silent for longest is given up."""
 HELD = 8
@@ -45,6 +48,45 @@ GONE = 0.5
 LINGER = 1.0
 """Seconds between an answer to an unread body and the end of the connection: if it closed at once, the client's system
 would discard the answer."""
+
+
+@dataclass
+class LogEntry:
+    """A line of the access log, without contents and secrets."""
+
+    method: str
+    path: str
+    status: int = 0
+    ms: float = 0.0
+    code: str = ""
+    key: str = ""
+    model: str = ""
+    task: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    request: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+
+current: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
+"""The log entry of the current request."""
+
+
+def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
+    """Note model and task of the current request in its log entry; tokens add up."""
+    if (entry := current.get()) is not None:
+        entry.model, entry.task = model, task
+        entry.prompt_tokens += prompt_tokens
+        entry.tokens += tokens
+
+
+def unforeseen() -> Refusal:
+    """The error to report for an unforeseen exception, which is logged; to be called where it is handled."""
+    entry = current.get() or LogEntry("", "")
+    entry.status = 500
+    logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
+    return Refusal(ErrorKind.INTERNAL, "The server failed at this request, and its log says why.")
 
 
 class BodyError(HTTPException):
@@ -98,7 +140,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return response_to(fault_of_request(request, error))
+        return response_to(fault_of_request(error))
 
 
 def _methods(app: FastAPI, request: Request) -> str:
@@ -126,13 +168,11 @@ class Guard:
 
     most        maximum number of bytes of a body
     full        whether no model accepts another request
-    loopback    whether only this machine may send requests
     stopping    whether new requests are refused
     busy        whether large bodies are refused in favour of small ones
     texts_only  whether a path accepts neither pictures nor files
     lets_in     raises Refusal for an invalid Authorization
-    origins     origins of pages that may use the API
-    seconds     maximum number of seconds between two parts of a body
+    loopback, origins, seconds   see server.Options
     count       called with the status of each response
     most_open   maximum number of incomplete bodies
     """
@@ -272,7 +312,7 @@ def _too_large(body: _Body) -> BodyError:
     return BodyError(ErrorKind.TOO_LARGE, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.")
 
 
-async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request | None, work: Awaitable[T]) -> T:
     """The result of the work, which is cancelled when the client has left. Raises Refusal (CANCELLED) then."""
     working = asyncio.ensure_future(work)
     try:
@@ -289,11 +329,7 @@ async def sse(
 ) -> StreamingResponse:
     """Server-sent events. An error before the first event is one of the response itself; until then only `unless_gone`
     notices that the client has left."""
-
-    async def begin() -> dict[str, Any] | None:
-        return await anext(events, None)
-
-    first = await unless_gone(request, begin())
+    first = await unless_gone(request, anext(events, None))
 
     async def lines() -> AsyncIterator[str]:
         try:

@@ -1,6 +1,9 @@
 """Inputs of requests, from JSON to the values that tasks take. Pictures come from the request itself, or from hosts
 that the operator has listed.
 
+For an edit, a worker is sent the square of the picture that is redrawn, and its result is pasted into the whole picture
+here, so that large pictures delay no other request.
+
 A text in the place of a picture is never taken for a path. A URL is fetched from a listed host alone, and only if all
 of its addresses are public: the connection goes to the very address that was checked, at every redirect again.
 """
@@ -8,15 +11,22 @@ of its addresses are public: the connection goes to the very address that was ch
 from __future__ import annotations
 
 import asyncio
+import io
 import ipaddress
+import math
 import re
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 from openm6.core.errors import DataError, UsageError, cut, suggest
-from openm6.core.images import MAX_BYTES, Features, from_base64
+from openm6.core.images import MAX_BYTES, Features, Source, from_base64, open_image, png
+from openm6.inference.edit import Cut, cut_of
+from openm6.serve.fleet import Deployment
 from openm6.tasks.lengths import check_value
 
 if TYPE_CHECKING:
@@ -181,3 +191,29 @@ def record_of(
             raise DataError(f"{name} has to be a text, not {type(value).__name__}.", param=name)
         record[name] = value
     return record
+
+
+def cut_for(deployment: Deployment, picture: Source, mask: Source | np.ndarray | None) -> Cut:
+    """The region of a picture that a model redraws (see inference/edit.cut_of). Raises DataError and UsageError with
+    the field, `image` or `mask`, as their param."""
+    if mask is not None and not isinstance(mask, np.ndarray):
+        mask = _opened("mask", mask)
+    about = deployment.about
+    return cut_of(about["picture"], math.isqrt(about["codes"]), _opened("image", picture), mask)
+
+
+def sent(cut: Cut) -> dict[str, Any]:
+    """The `edit` of a message to a worker."""
+    return {"pixels": png(Image.fromarray(cut.pixels)), "open_blocks": cut.open_blocks.ravel().tolist()}
+
+
+def put_back(cut: Cut, candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A worker's candidates with the whole picture (PNG) as their `image`."""
+    return [{**one, "image": png(cut.put_back(Image.open(io.BytesIO(one["image"]))))} for one in candidates]
+
+
+def _opened(field: str, picture: Source) -> Image.Image:
+    try:
+        return open_image(picture, alpha=True)
+    except DataError as error:
+        raise DataError(str(error), param=field) from None

@@ -1,4 +1,4 @@
-"""The server's sockets, bound before a model is loaded, and connections that are closed when idle."""
+"""The server's sockets, bound before a model is loaded, connections that are closed when idle, and the shutdown."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import asyncio
 import errno
 import json
 import math
+import signal
 import socket
 import time
 from asyncio import TimerHandle
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from openm6.core.errors import UsageError
 from openm6.serve.guard import body_of
+
+if TYPE_CHECKING:
+    from openm6.serve.fleet import Fleet
 
 HEAD = 15.0
 """Seconds from the opening of a connection, or its last answer, to the end of the next request's head."""
@@ -56,9 +62,7 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
 
     def _end(self) -> None:
-        if (
-            self.cycle is None or self.cycle.response_complete
-        ):  # the next request may have arrived before the last answer
+        if self.cycle is None or self.cycle.response_complete:  # else the next request came before the last answer
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
@@ -86,6 +90,27 @@ class Lag:
     def is_long(self) -> bool:
         """Whether the last measured lag, or the one under way, exceeds BEHIND."""
         return max(self._last, time.monotonic() - self._due) > BEHIND
+
+
+class LingeringServer(uvicorn.Server):
+    """Answers new requests with 503 for `linger` seconds after SIGTERM before its socket closes, so that a load
+    balancer learns from /readyz to send requests elsewhere. A second signal, or Ctrl-C, closes the socket at once."""
+
+    def __init__(self, config: uvicorn.Config, fleet: Fleet, linger: float):
+        super().__init__(config)
+        self._fleet, self._linger = fleet, linger
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGTERM or self._fleet.closing:
+            self._linger = 0.0
+        self._fleet.closing = True
+        super().handle_exit(sig, frame)
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        began = time.monotonic()
+        while time.monotonic() - began < self._linger:
+            await asyncio.sleep(0.05)
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

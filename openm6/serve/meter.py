@@ -14,11 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openm6.core.errors import ErrorKind, UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.keys import Key
 
 log = logging.getLogger("openm6.serve")
@@ -31,15 +31,6 @@ CREATE TABLE IF NOT EXISTS spent (name TEXT, day INTEGER, tokens INTEGER, PRIMAR
 CREATE TABLE IF NOT EXISTS asked (name TEXT, at REAL);
 CREATE INDEX IF NOT EXISTS asked_by ON asked (name, at);
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Beyond:
-    """Why a key may not make a request now (REQUEST_LIMIT or TOKEN_LIMIT), and the seconds after which it may."""
-
-    limit: ErrorKind
-    message: str
-    seconds: float
 
 
 class Meter:
@@ -59,11 +50,12 @@ class Meter:
             log.warning("What keys spend is counted in memory alone: %s cannot be written (%s).", path, error)
             self._file = _opened(None)
 
-    def count(self, key: Key) -> Beyond | None:
-        """Count a request; None where the key may make it, else the reason why not (then nothing is counted)."""
-        beyond = self.beyond(key)
-        if beyond is not None or not key.per_minute:
-            return beyond
+    def count(self, key: Key) -> None:
+        """Count a request. Raises Refusal (REQUEST_LIMIT, TOKEN_LIMIT), and counts nothing, where the key may not make
+        it."""
+        self.check(key)
+        if not key.per_minute:
+            return
         now = time.time()
         try:
             with self._file:
@@ -72,22 +64,18 @@ class Meter:
                 number, first = self._asked(key)
                 if number < key.per_minute:
                     self._file.execute("INSERT INTO asked VALUES (?, ?)", (key.name, now))
-                    return None
+                    return
         except sqlite3.Error as error:
             self._tell(error)
-            return None
-        until = first + MINUTE
-        message = f"The key {key.name} has asked {number} requests within a minute and may ask {key.per_minute}"
-        return Beyond(ErrorKind.REQUEST_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
+            return
+        done = f"asked {number} requests within a minute and may ask {key.per_minute}"
+        raise _beyond(ErrorKind.REQUEST_LIMIT, key, done, first + MINUTE)
 
-    def beyond(self, key: Key) -> Beyond | None:
-        """The reason why the key may not spend tokens now; None where it may."""
-        if not key.per_day or (spent := self.spent(key)) < key.per_day:
-            return None
-        now = time.time()
-        until = (now // DAY + 1) * DAY
-        message = f"The key {key.name} has spent {spent} tokens today and may spend {key.per_day} a day"
-        return Beyond(ErrorKind.TOKEN_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
+    def check(self, key: Key) -> None:
+        """Raises Refusal (TOKEN_LIMIT) where the key may not spend tokens now."""
+        if key.per_day and (spent := self.spent(key)) >= key.per_day:
+            done = f"spent {spent} tokens today and may spend {key.per_day} a day"
+            raise _beyond(ErrorKind.TOKEN_LIMIT, key, done, (time.time() // DAY + 1) * DAY)
 
     def spent(self, key: Key) -> int:
         """Tokens that the key has spent today (UTC), at all servers."""
@@ -195,14 +183,15 @@ def _opened(path: Path | None) -> sqlite3.Connection:
     return file
 
 
+@dataclass(eq=False, slots=True)
 class Charge:
     """The charge of requests that are answered together (the choices of a chat): their prompt once, and all written
     tokens. `prompt_tokens` and `tokens` are charged to the key, and reported in `usage`."""
 
-    def __init__(self, meter: Meter, key: Key):
-        self._meter, self.key = meter, key
-        self._costs: list[Cost] = []
-        self._charged = 0
+    meter: Meter
+    key: Key
+    _costs: list[Cost] = field(default_factory=list)
+    _charged: int = 0
 
     def request(self, most: int) -> Cost:
         """Add a request, for which `most` tokens are reserved."""
@@ -222,11 +211,8 @@ class Charge:
         """Charge the tokens that are not charged yet."""
         total = self.prompt_tokens + self.tokens
         if total > self._charged:
-            self._meter.spend(self.key, total - self._charged)
+            self.meter.spend(self.key, total - self._charged)
             self._charged = total
-
-    def release(self, most: int) -> None:
-        self._meter.release(self.key, most)
 
 
 class Cost:
@@ -239,7 +225,7 @@ class Cost:
         self._over, self._left = True, False  # no process works at it yet
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        """Take in a message about the request (pending.Heard)."""
+        """Take in a message about the request (process.Heard)."""
         self.prompt_tokens = max(self.prompt_tokens, message.get("prompt_tokens", 0))
         self.tokens = max(self.tokens, message.get("tokens", 0))
         self._over = "value" in message or "error" in message
@@ -253,12 +239,15 @@ class Cost:
 
     def _release(self) -> None:
         if self._over and self._left:
-            self._charge.release(self._most)
+            self._charge.meter.release(self._charge.key, self._most)
             self._most = 0
 
 
-def _utc(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+def _beyond(limit: ErrorKind, key: Key, done: str, until: float) -> Refusal:
+    """The error of a key that is beyond a limit until this time."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(until))
+    message = f"The key {key.name} has {done}: it may ask again at {at}."
+    return Refusal(limit, message, "rate_limit_exceeded", retry_after=until - time.time())
 
 
 def _duration(seconds: float) -> str:

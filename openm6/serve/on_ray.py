@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from openm6.core.extras import require
 from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
-from openm6.serve.settings import Place, Settings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from openm6.serve.wire import Place
 
 ONGOING = 16
 """Number of requests of a replica above which another one is started."""
 
 
 def deploy_on_ray(
-    name: str,
-    places: Mapping[str, Place],
-    options: Options,
-    settings: Settings | None = None,
-    *,
-    replicas: int = 1,
-    most: int = 4,
-    cpus: float = 1.0,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    address: str | None = None,
-) -> str:
-    """Serve on the cluster at `address` (one is started here where there is none). Returns the URL; the deployment
-    stays when this process ends, on a cluster that does. Raises UsageError where Ray is not installed."""
+    name: str, model: Path, options: Options, *, replicas: int = 1, most: int = 4, cpus: float = 1.0,
+    host: str = "127.0.0.1", port: int = 8000, address: str | None = None,
+) -> str:  # fmt: skip
+    """Serve a model directory on the cluster at `address` (one is started here where there is none). Returns the URL;
+    the deployment stays when this process ends, on a cluster that does. Raises UsageError without Ray."""
     require("ray", "ray")
     import ray
     from ray import serve
@@ -39,12 +27,11 @@ def deploy_on_ray(
     if not ray.is_initialized():
         ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
-    shown = dict(places)
 
-    def app() -> FastAPI:
+    def app() -> Any:
         from openm6.serve.api import create_app
 
-        return create_app(Fleet(settings), options, shown)
+        return create_app(Fleet(), options, {name: Place(model)})
 
     scaling: dict[str, Any] = {
         "min_replicas": replicas, "max_replicas": max(replicas, most), "target_ongoing_requests": ONGOING,

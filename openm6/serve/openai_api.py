@@ -22,13 +22,12 @@ from fastapi.responses import StreamingResponse
 from openm6.core.errors import UsageError, cut
 from openm6.core.files import dumps
 from openm6.inference.edit import COVERS_ALL
-from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
 from openm6.serve.guard import sse, unless_gone
-from openm6.serve.keys import Key
+from openm6.serve.incoming import cut_for, put_back, sent
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
-from openm6.serve.server import AT_ONCE, Server, asker, is_trained, left_out, samples
+from openm6.serve.server import AT_ONCE, Server, User, is_trained, left_out, samples
 
 T = TypeVar("T")
 
@@ -51,9 +50,7 @@ class _Chosen(NamedTuple):
 
 def add_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(
-        asked: ChatRequest, request: Request, key: Annotated[Key, asker()]
-    ) -> dict[str, Any] | StreamingResponse:
+    async def chat(asked: ChatRequest, request: Request, key: User) -> dict[str, Any] | StreamingResponse:
         """Continue a conversation."""
         text, pictures = _conversation(asked.messages)
         chosen = _chosen(server, asked, request, LOOK if pictures else CHAT, WRITTEN, text, pictures)
@@ -61,11 +58,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
         one = asked.task_request(inputs=chosen.inputs, decoding=asked.decoding(), stop=stop)
         messages = _several(await server.message(chosen.deployment, chosen.task, one), asked.n, chosen)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.model}
+        charge = Charge(server.meter, key)
         if asked.stream:
             usage = asked.stream_options.include_usage
-            return await sse(_chunks(server, key, chosen, messages, about, usage), "[DONE]", request)
-        charge = Charge(server.meter, key)
-        found = await _all(server.whole(key, chosen.deployment, message, request, charge) for message in messages)
+            return await sse(_chunks(server, charge, chosen, messages, about, usage), "[DONE]", request)
+        found = await _all(server.whole(charge, chosen.deployment, message, request) for message in messages)
         choices = [
             {
                 "index": index, "message": {"role": "assistant", "content": _said(one["value"])},
@@ -77,17 +74,15 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return {**about, "object": "chat.completion", "choices": choices, "usage": _usage(charge)}
 
     @app.post("/v1/images/generations")
-    async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def generations(asked: ImageRequest, request: Request, key: User) -> dict[str, Any]:
         """Draw pictures for a text, the best first."""
         deployment, message = await _drawing(server, asked, request, PAINT)
         side = deployment.about["picture"]
         _check_size(asked, (side, side))
-        return _pictures(message, await server.whole(key, deployment, message, request))
+        return _pictures(message, await server.whole(Charge(server.meter, key), deployment, message, request))
 
     @app.post("/v1/images/edits")
-    async def edits(
-        asked: Annotated[EditRequest, Form()], request: Request, key: Annotated[Key, asker()]
-    ) -> dict[str, Any]:
+    async def edits(asked: Annotated[EditRequest, Form()], request: Request, key: User) -> dict[str, Any]:
         """Redraw a picture after a text where its mask is transparent (or white, if it has no alpha channel)."""
         names = Counter(name for name, _ in (await request.form()).multi_items())
         if twice := next((name for name, count in names.items() if count > 1), ""):
@@ -96,12 +91,13 @@ def add_routes(app: FastAPI, server: Server) -> None:
         mask = await asked.mask.read() if asked.mask else None
         region = await asyncio.to_thread(cut_for, deployment, await asked.image.read(), mask)
         _check_size(asked, region.picture.size)
-        found = await server.whole(key, deployment, {**message, "edit": sent(region)}, request)
+        charge, message = Charge(server.meter, key), {**message, "edit": sent(region)}
+        found = await server.whole(charge, deployment, message, request)
         found["value"] = await asyncio.to_thread(put_back, region, found["value"])
         return {**_pictures(message, found), **({"warning": COVERS_ALL} if region.covers_all else {})}
 
     @app.post("/v1/embeddings")
-    async def embeddings(asked: EmbeddingRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
+    async def embeddings(asked: EmbeddingRequest, request: Request, key: User) -> dict[str, Any]:
         """Embed texts."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if len(texts) > 2048:
@@ -120,10 +116,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
         found = await unless_gone(request, _all(map(one, every)))
         vectors = [answer["value"] for answer in found]
-        coded = [v if asked.encoding_format == "float" else _base64(v) for v in vectors]
+        if asked.encoding_format == "base64":
+            vectors = [base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode() for vector in vectors]
         data = [
             {"object": "embedding", "index": i, "embedding": vector, **left_out(answer)}
-            for i, (vector, answer) in enumerate(zip(coded, found, strict=True))
+            for i, (vector, answer) in enumerate(zip(vectors, found, strict=True))
         ]
         count = sum(answer["prompt_tokens"] for answer in found)
         usage = {"prompt_tokens": count, "total_tokens": count}
@@ -273,10 +270,15 @@ def _usage(charge: Charge) -> dict[str, int]:
 
 
 async def _chunks(
-    server: Server, key: Key, chosen: _Chosen, messages: list[dict[str, Any]], about: Mapping[str, Any], usage: bool
+    server: Server,
+    charge: Charge,
+    chosen: _Chosen,
+    messages: list[dict[str, Any]],
+    about: Mapping[str, Any],
+    usage: bool,
 ) -> AsyncIterator[dict[str, Any]]:
     """The chunks of all choices, interleaved."""
-    about, charge = {**about, "object": "chat.completion.chunk"}, Charge(server.meter, key)
+    about = {**about, "object": "chat.completion.chunk"}
     # Only an answer that is a single text is sent in pieces.
     pieces = [chosen.told["slots"][name] for name in chosen.told["outputs"]] == ["text"]
 
@@ -286,7 +288,7 @@ async def _chunks(
             return {**about, "choices": [choice]}
 
         begun = said = False
-        async with aclosing(server.answer(key, chosen.deployment, {**message, "pieces": pieces}, charge)) as events:
+        async with aclosing(server.answer(charge, chosen.deployment, {**message, "pieces": pieces})) as events:
             async for event in events:
                 if not begun:
                     yield chunk({"role": "assistant", "content": ""})
@@ -334,7 +336,3 @@ def _pictures(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str,
     read, drawn = found["prompt_tokens"], found["tokens"]
     usage = {"input_tokens": read, "output_tokens": drawn, "total_tokens": read + drawn}
     return {"created": int(time.time()), "data": data, "seed": message["decoding"]["seed"], "usage": usage}
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

@@ -9,37 +9,13 @@ from fastapi import UploadFile
 from pydantic import Field, field_validator
 
 from openm6.core.errors import UsageError
-from openm6.serve.fields import ANY, Fields, Passing
+from openm6.serve.bodies import ANY, AskingFields, Fields, Passing
 from openm6.serve.server import TaskRequest
 
 _EVERYWHERE: Mapping[str, Passing] = {
     "user": ANY, "metadata": ANY, "service_tier": ANY, "safety_identifier": ANY, "prompt_cache_key": ANY,
     "prompt_cache_options": ANY, "prompt_cache_retention": ANY, "store": (False,),
 }  # fmt: skip
-
-_CHAT: Mapping[str, Passing] = {
-    **_EVERYWHERE, "moderation": (), "parallel_tool_calls": ANY, "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "frequency_penalty": (0,),
-    "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",),
-    "verbosity": (), "web_search_options": (), "best_of": (1,), "echo": (False,), "suffix": ("",),
-}  # fmt: skip
-"""Of POST /v1/chat/completions, and of OpenAI's older requests for texts."""
-
-_MESSAGE: Mapping[str, Passing] = {
-    "name": ANY, "refusal": ("",), "annotations": ANY, "audio": (), "tool_calls": ([],), "function_call": (),
-    "tool_call_id": (),
-}  # fmt: skip
-
-_STREAM_OPTIONS: Mapping[str, Passing] = {"include_obfuscation": ANY}
-
-_IMAGE: Mapping[str, Passing] = {
-    **_EVERYWHERE, "moderation": ANY, "quality": ("auto", "standard"), "style": (), "background": ("auto", "opaque"),
-    "output_format": ("png",), "output_compression": (100, "100"), "partial_images": (0, "0"),
-    "stream": (False, "false"), "response_format": ("b64_json",), "input_fidelity": (), "complexity": (),
-    "frame_count": (), "frame_duration_ms": (), "markup": (), "svg": (), "image[]": (), "images": (),
-}  # fmt: skip
-"""Of POST /v1/images/generations and /v1/images/edits; the fields of a form are texts."""
 
 DECODING = (
     "temperature", "top_p", "top_k", "seed", "num_beams", "length_penalty", "repetition_penalty",
@@ -48,16 +24,11 @@ DECODING = (
 """Fields of a chat that are decoding options of the same name."""
 
 
-class Asked(Fields):
-    """Fields of every request: OpenAI's `model`, and three of this server. `source` is the field with the texts and
+class Asked(AskingFields):
+    """A request of OpenAI's API, with three fields of this server. `source` is the field with the texts and
     pictures."""
 
     source: ClassVar[str]
-
-    model: str | None = None
-    adapter: str | None = Field(None, description="one of the model's adapters")
-    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
-    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
     def task_request(self, **more: Any) -> TaskRequest:
         own = {name: getattr(self, name) for name in ("adapter", "truncate", "allow_untrained")}
@@ -69,22 +40,32 @@ class Asked(Fields):
 
 
 class Message(Fields):
-    others: ClassVar = _MESSAGE
-    place: ClassVar = "messages."
+    others: ClassVar[Mapping[str, Passing]] = {
+        "name": ANY, "refusal": ("",), "annotations": ANY, "audio": (), "tool_calls": ([],), "function_call": (),
+        "tool_call_id": (),
+    }  # fmt: skip
+    prefix: ClassVar = "messages."
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[dict[str, Any]] | None = None
 
 
 class StreamOptions(Fields):
-    others: ClassVar = _STREAM_OPTIONS
-    place: ClassVar = "stream_options."
+    others: ClassVar[Mapping[str, Passing]] = {"include_obfuscation": ANY}
+    prefix: ClassVar = "stream_options."
 
     include_usage: bool = False
 
 
 class ChatRequest(Asked):
-    others: ClassVar = _CHAT
+    others: ClassVar[Mapping[str, Passing]] = {
+        **_EVERYWHERE, "moderation": (), "parallel_tool_calls": ANY, "tools": ([],), "functions": ([],),
+        "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
+        "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "frequency_penalty": (0,),
+        "presence_penalty": (0,), "modalities": (["text"],), "audio": (), "prediction": (),
+        "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (), "best_of": (1,), "echo": (False,),
+        "suffix": ("",),
+    }  # fmt: skip
     source: ClassVar = "messages"
 
     messages: list[Message] = Field(min_length=1, max_length=256)
@@ -116,7 +97,15 @@ class ChatRequest(Asked):
 
 
 class ImageRequest(Asked):
-    others: ClassVar = _IMAGE
+    """Also the fields of a form, which are texts."""
+
+    others: ClassVar[Mapping[str, Passing]] = {
+        **_EVERYWHERE, "moderation": ANY, "quality": ("auto", "standard"), "style": (),
+        "background": ("auto", "opaque"), "output_format": ("png",), "output_compression": (100, "100"),
+        "partial_images": (0, "0"), "stream": (False, "false"), "response_format": ("b64_json",),
+        "input_fidelity": (), "complexity": (), "frame_count": (), "frame_duration_ms": (), "markup": (), "svg": (),
+        "image[]": (), "images": (),
+    }  # fmt: skip
     source: ClassVar = "prompt"
 
     prompt: str = Field(min_length=1, max_length=4_000)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import Depends, Request
 from pydantic import Field
@@ -18,16 +18,13 @@ from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut,
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
-from openm6.serve.access import note
-from openm6.serve.fields import Fields
-from openm6.serve.figures import Figures
+from openm6.serve.bodies import AskingFields
+from openm6.serve.figures import Figures, History, end_span
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import API, unless_gone
-from openm6.serve.history import History
+from openm6.serve.guard import API, note, unless_gone
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
-from openm6.serve.meter import Beyond, Charge, Meter
-from openm6.serve.traces import NoSpan
+from openm6.serve.meter import Charge, Meter
 
 LOCAL = Key("local", "", MANAGE)
 """The key of all clients where none is needed: a server that listens on this machine alone."""
@@ -61,12 +58,10 @@ class Options:
     drain: float = 30.0
 
 
-class TaskRequest(Fields):
+class TaskRequest(AskingFields):
     """A request to a task."""
 
     inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
-    model: str | None = Field(None, description="a model's name; the first one by default")
-    adapter: str | None = Field(None, description="one of the model's adapters")
     decoding: dict[str, int | float] = Field(default_factory=dict, description="options of decoding or drawing")
     examples: list[dict[str, Any]] = Field(default_factory=list, max_length=64, description="records with answers")
     candidates: int = Field(1, ge=1, le=16, description="pictures, the best first")
@@ -74,8 +69,6 @@ class TaskRequest(Fields):
     probabilities: bool = Field(False, description="of all labels, of a task whose output is one")
     seconds: float | None = Field(None, gt=0, le=3600, description="after which the request fails")
     stop: list[str] = Field(default_factory=list, max_length=64, description="a text ends before the first of these")
-    truncate: Literal["start"] | None = Field(None, description="leave out the beginning of a source that is too long")
-    allow_untrained: bool = Field(False, description="ask a task that the model was not trained on, too")
 
 
 @dataclass
@@ -85,7 +78,7 @@ class Server:
     fleet: Fleet
     options: Options
     figures: Figures = field(default_factory=Figures)
-    span: type[NoSpan] = NoSpan
+    tracer: Any = None  # of OpenTelemetry (figures.add_traces)
     at_end: list[Callable[[], Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,7 +88,7 @@ class Server:
         self.pictures = Pictures(self.options.hosts)
         self.history = History(self.fleet)
 
-    def key_of(self, request: Request, role: str = USE) -> Key:
+    def key_of(self, request: Request, role: str) -> Key:
         """The key of a request, which is counted. Raises Refusal where it may not make the request."""
         key = self.find_key(request.headers.get("authorization", ""))
         if key is LOCAL:
@@ -105,7 +98,7 @@ class Server:
             message = f"The key {key.name} may not do that: a key with the role {role} is needed."
             raise Refusal(ErrorKind.FORBIDDEN, message)
         request.state.limits = partial(self.meter.headers, key)
-        _refuse(self.meter.count(key))
+        self.meter.count(key)
         return key
 
     def find_key(self, authorization: str) -> Key:
@@ -137,15 +130,26 @@ class Server:
             raise UsageError(message, kind=ErrorKind.NOT_FOUND, code=code)
         return tasks[name]
 
-    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as a message to the worker, with a fresh seed where it samples and none is given.
+    def trained_task(
+        self, deployment: Deployment, name: str, adapter: str | None, allow_untrained: bool
+    ) -> dict[str, Any]:
+        """As `task`. Raises UsageError too for a task that neither the model nor this adapter of it was trained on,
+        unless the request allows it."""
+        told = self.task(deployment, name)
+        if allow_untrained or is_trained(told, adapter):
+            return told
+        trained = ", ".join(one for one, other in deployment.about["tasks"].items() if other["trained"]) or "no task"
+        adapters = "".join(f" The adapter {one} was trained on it." for one in told["trained_adapters"])
+        raise UsageError(
+            f"The model {deployment.name} was not trained on the task {name}, so that its answers would mean nothing: "
+            f"it was trained on {trained}.{adapters} To ask it all the same send allow_untrained: true.",
+            code="task_not_trained", param="model",
+        )  # fmt: skip
 
-        Raises UsageError for a task that the model was not trained on, unless the request allows it.
-        """
+    async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
+        """A message to the worker, with a fresh seed where it samples and none is given. Raises as `trained_task`."""
         note(deployment.name, task)
-        told = self.task(deployment, task)
-        if not (asked.allow_untrained or is_trained(told, asked.adapter)):
-            raise untrained(deployment, task)
+        told = self.trained_task(deployment, task, asked.adapter, asked.allow_untrained)
         decoding = dict(asked.decoding)
         if samples(told, decoding):
             decoding.setdefault("seed", fresh_seed())
@@ -173,20 +177,21 @@ class Server:
         }  # fmt: skip
 
     async def answer(
-        self, key: Key, deployment: Deployment, message: Mapping[str, Any], charge: Charge | None = None
+        self, charge: Charge, deployment: Deployment, message: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The worker's events, charged to the key as they arrive, even after the client has left. Requests with the
-        same `charge` pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
+        """The worker's events, charged as they arrive, even after the client has left. Requests with the same `charge`
+        pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
+        key = charge.key
         labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
-        _refuse(self.meter.beyond(key))
+        self.meter.check(key)
         while not self.meter.reserve(key, most):
             await asyncio.sleep(WAIT)
-            _refuse(self.meter.beyond(key))
-        charge = charge or Charge(self.meter, key)
+            self.meter.check(key)
         cost, prompt_tokens = charge.request(most), 0
         started, first = time.perf_counter(), True
-        status, span = "cancelled", self.span(deployment.name, message["task"])
+        status, about = "cancelled", {"openm6.model": deployment.name, "openm6.task": message["task"]}
+        span = self.tracer and self.tracer.start_span("answer", attributes=about)
 
         def heard(event: Mapping[str, Any]) -> None:
             nonlocal prompt_tokens
@@ -202,7 +207,8 @@ class Server:
                     if first:
                         self.figures.first.labels(*labels).observe(time.perf_counter() - started)
                         first = False
-                        span.first()
+                        if span:
+                            span.add_event("first")
                     if "value" in event:
                         status = "ok"
                     yield event
@@ -211,25 +217,20 @@ class Server:
             raise
         finally:
             cost.leave()
-            span.end(status, cost.tokens)
+            if span:
+                end_span(span, status, cost.tokens)
             note(deployment.name, message["task"], prompt_tokens, cost.tokens)
             self.figures.requests.labels(*labels, status).inc()
             self.figures.seconds.labels(*labels).observe(time.perf_counter() - started)
 
     async def whole(
-        self,
-        key: Key,
-        deployment: Deployment,
-        message: Mapping[str, Any],
-        request: Request | None = None,
-        charge: Charge | None = None,
+        self, charge: Charge, deployment: Deployment, message: Mapping[str, Any], request: Request | None = None
     ) -> dict[str, Any]:
-        """The answer alone, cancelled when the client of the `request` has left. `charge`: see `answer`. Raises
-        Refusal."""
+        """The answer alone, cancelled when the client of the `request` has left. Raises Refusal."""
 
         async def last() -> dict[str, Any]:
             found: dict[str, Any] = {}
-            async for event in self.answer(key, deployment, {**message, "pieces": False}, charge):
+            async for event in self.answer(charge, deployment, {**message, "pieces": False}):
                 found = event
             return found
 
@@ -241,7 +242,7 @@ class Server:
         until = time.monotonic() + message["seconds"]
         while True:
             try:
-                return await self.whole(key, deployment, message)
+                return await self.whole(Charge(self.meter, key), deployment, message)
             except Refusal as error:
                 wait = WAIT
                 if error.kind is not ErrorKind.FULL:
@@ -251,30 +252,22 @@ class Server:
             await asyncio.sleep(wait)
 
 
-def asker(role: str = USE) -> Any:
-    """A dependency: the key of the request."""
+async def _user(request: Request) -> Key:  # a plain function would be called in a thread
+    return request.app.state.server.key_of(request, USE)  # type: ignore[no-any-return]
 
-    async def found(request: Request) -> Key:  # a plain function would be called in a thread
-        server: Server = request.app.state.server
-        return server.key_of(request, role)
 
-    return Depends(found)
+async def _manager(request: Request) -> Key:
+    return request.app.state.server.key_of(request, MANAGE)  # type: ignore[no-any-return]
+
+
+User: TypeAlias = Annotated[Key, Depends(_user)]
+Manager: TypeAlias = Annotated[Key, Depends(_manager)]
+"""The key of a request, as a parameter of a route."""
 
 
 def is_trained(told: Mapping[str, Any], adapter: str | None) -> bool:
     """Whether the model, or this adapter of it, was trained on a task (worker.described)."""
     return bool(told["trained"]) or adapter in told["trained_adapters"]
-
-
-def untrained(deployment: Deployment, task: str) -> UsageError:
-    tasks = deployment.about["tasks"]
-    trained = ", ".join(name for name, told in tasks.items() if told["trained"]) or "no task"
-    adapters = "".join(f" The adapter {name} was trained on it." for name in tasks[task]["trained_adapters"])
-    return UsageError(
-        f"The model {deployment.name} was not trained on the task {task}, so that its answers would mean nothing: it "
-        f"was trained on {trained}.{adapters} To ask it all the same send allow_untrained: true.",
-        code="task_not_trained", param="model",
-    )  # fmt: skip
 
 
 def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
@@ -286,11 +279,6 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
     """The field `truncated` of an answer: the positions of its source that were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
-
-
-def _refuse(beyond: Beyond | None) -> None:
-    if beyond is not None:
-        raise Refusal(beyond.limit, beyond.message, "rate_limit_exceeded", retry_after=beyond.seconds)
 
 
 def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:

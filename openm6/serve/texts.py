@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence as Items
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +20,12 @@ from openm6.inference.pieces import Pieces, StopFilter
 from openm6.inference.session import Session
 from openm6.model.cache import prefill
 from openm6.model.precision import fast_dtype
-from openm6.serve.recent import Recent
-from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
+from openm6.serve.caches import Prefix, Recent, Slots, key_of, prefixes_of
+from openm6.serve.wire import OUT_OF_MEMORY, Settings
 from openm6.serve.work import EngineRequest, RequestEvent, read
-
-if TYPE_CHECKING:
-    from openm6.serve.settings import Settings
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(slots=True, eq=False)
@@ -64,10 +59,9 @@ class TextScheduler:
     def __init__(self, session: Session, adapter: str | None, settings: Settings):
         self.view, self.adapter = session.adapter(adapter) if adapter else session, adapter
         self.waiting: deque[EngineRequest] = deque()
-        self.rows: list[_Row] = []
         self._settings, self._shares = settings, 1 + len(session.adapters)  # the adapters share the memory
-        self._slots: Slots | None = None
         self.prefixes: Recent[Prefix] = Recent(settings.prefix_mib * 2**20 // self._shares)
+        self.clear()
 
     def remove(self, request: EngineRequest) -> None:
         """Drop a request, if it is here."""
@@ -80,10 +74,13 @@ class TextScheduler:
 
     def clear(self) -> None:
         """Drop all texts in progress."""
-        self.rows, self._slots = [], None
+        model, settings = self.view.model, self._settings
+        limit, budget = settings.capacity or model.config.max_position_embeddings, settings.cache_mib * 2**20
+        dtype = fast_dtype(model.embed.weight.device.type)
+        self.rows: list[_Row] = []
+        self._slots = Slots(model, limit, budget // self._shares, dtype)
 
     def _leave(self, slot: int) -> None:
-        assert self._slots is not None
         self._slots.drop(slot)
         self.rows[slot] = self.rows[-1]
         self.rows.pop()
@@ -109,7 +106,6 @@ class TextScheduler:
 
     def _step(self, slots: list[int]) -> list[Tensor]:
         """Hidden states [D] of the next position of these slots: of all, or of one."""
-        assert self._slots is not None
         device = self.view.model.embed.weight.device
         tokens = torch.tensor([self.rows[slot].last for slot in slots], device=device)
         only = slots[0] if len(slots) < len(self.rows) else None
@@ -131,41 +127,31 @@ class TextScheduler:
         return events + more
 
     def _row(self, request: EngineRequest) -> _Row:
-        item = request.ready()
+        item = request.prepared
         pieces = Pieces(self.view.processor.tokenizer) if request.pieces or request.stop else None
         return _Row(request, item.prompt, item.options, pieces, StopFilter(request.stop), row_generator(item.options))
 
     def _join(self, staying: list[tuple[_Row, Prefix]]) -> list[None]:
-        slots = self._opened()
-        slots.add([prefix for _, prefix in staying], max(_positions(row.request) for row, _ in staying))
+        self._slots.add([prefix for _, prefix in staying], max(_positions(row.request) for row, _ in staying))
         self.rows += [row for row, _ in staying]
         return [None] * len(staying)
 
-    def _opened(self) -> Slots:
-        if self._slots is None:
-            model = self.view.model
-            limit = self._settings.capacity or model.config.max_position_embeddings
-            budget = self._settings.cache_mib * 2**20 // self._shares
-            self._slots = Slots(model, limit, budget, fast_dtype(model.embed.weight.device.type))
-        return self._slots
-
     def _read(self) -> tuple[list[EngineRequest], list[Prefix], list[RequestEvent]]:
         """As many waiting requests as fit, with their prompts read; recently read prompts cost nothing."""
-        slots = self._opened()
         taken: list[tuple[EngineRequest, bytes, Prefix | None]] = []
         events, positions, longest = list[RequestEvent](), 0, 0
         while self.waiting:
             request = self.waiting[0]
-            prompt, needed = request.ready().prompt, _positions(request)
-            if needed > slots.limit:
+            prompt, needed = request.prepared.prompt, _positions(request)
+            if needed > self._slots.limit:
                 error = ContextLengthError(
-                    f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text.",
+                    f"A prompt and its answer take {needed} positions; the server has {self._slots.limit} for a text.",
                     param="max_new_tokens",
                 )
                 events.append(RequestEvent(self.waiting.popleft().id, error=error, done=True))
                 continue
             longest = max(longest, needed)
-            if len(taken) >= slots.room(longest):
+            if len(taken) >= self._slots.room(longest):
                 break
             key = key_of(prompt)
             known = self.prefixes.get(key)
@@ -174,7 +160,7 @@ class TextScheduler:
                 break
             taken.append((self.waiting.popleft(), key, known))
         new = {key: request for request, key, known in taken if known is None}
-        found = dict(zip(new, self._prefill([request.ready().prompt for request in new.values()]), strict=True))
+        found = dict(zip(new, self._prefill([request.prepared.prompt for request in new.values()]), strict=True))
         ready: list[tuple[EngineRequest, Prefix]] = []
         for request, key, known in taken:
             prefix = known or found[key]
@@ -254,5 +240,5 @@ def each_or_error(act: Callable[[list[T]], Items[R]], items: list[T]) -> list[R 
 
 def _positions(request: EngineRequest) -> int:
     """Maximum number of positions of a prompt with its text."""
-    item = request.ready()
+    item = request.prepared
     return len(item.prompt) + int(item.options.max_new_tokens)

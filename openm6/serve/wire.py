@@ -1,12 +1,14 @@
-"""Messages between the server and its workers: MessagePack, each with its length before it, over a socket pair."""
+"""Messages between the server and its workers, MessagePack over a socket pair; and what a worker is started with."""
 
 from __future__ import annotations
 
 import asyncio
-import struct
+import socket
+import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -17,15 +19,35 @@ from openm6.core.candidates import Candidate
 from openm6.core.errors import DataError, ErrorKind, OpenM6Error, Refusal
 from openm6.core.images import png
 
-_LENGTH = struct.Struct(">I")
 LARGEST = 2**28
 """Maximum number of bytes of a message."""
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
-_FOREIGN: tuple[tuple[type[Exception], ErrorKind], ...] = (
-    (TimeoutError, ErrorKind.DEADLINE), (CancelledError, ErrorKind.CANCELLED), (MemoryError, ErrorKind.MEMORY),
-    (torch.OutOfMemoryError, ErrorKind.MEMORY),
-)  # fmt: skip
-"""Kinds of exceptions that are not OpenM6Errors; all others are internal."""
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits of the engine.
+
+    capacity       maximum number of positions of a text with its prompt; 0: the model's
+    cache_mib      memory for keys and values of texts in progress, and as much for those of jobs (pictures, beams)
+    prefix_mib     memory for recently read prompts, and as much for features of recent pictures
+    batch          maximum number of requests in a job, and of prompts in a prefill
+    prefill        maximum number of prompt positions that are read between two steps of the texts in progress
+    """
+
+    capacity: int = 0
+    cache_mib: int = 512
+    prefix_mib: int = 64
+    batch: int = 16
+    prefill: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The model directory that a process serves, and the directories of its adapters by name."""
+
+    model: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def packed(message: Mapping[str, Any]) -> bytes:
@@ -36,16 +58,14 @@ def packed(message: Mapping[str, Any]) -> bytes:
         raise DataError("A text holds half a character (a lone surrogate such as \\ud83d).") from None
     if len(body) > LARGEST:
         raise DataError(f"A message of {len(body) / 2**20:.0f} MiB; {LARGEST / 2**20:.0f} are the most.")
-    return _LENGTH.pack(len(body)) + body
+    return body
 
 
-def read(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    body = stream.read(_LENGTH.unpack(head)[0])
-    return _unpacked(body)
+def received(connection: socket.socket | None = None) -> Any:
+    """An iterator over the messages that arrive on a connection, until it is closed; without one, over those in the
+    bytes that its `feed` was given."""
+    stream = connection.makefile("rb", buffering=0) if connection else None  # a read returns what has arrived
+    return msgpack.Unpacker(stream, read_size=2**18, max_buffer_size=2 * LARGEST, raw=False, strict_map_key=False)
 
 
 class Messages(asyncio.Protocol):
@@ -53,26 +73,15 @@ class Messages(asyncio.Protocol):
     pieces of text arrive at once, so that nothing is awaited for a single one."""
 
     def __init__(self, hear: Callable[[dict[str, Any]], None], end: Callable[[], None]):
-        self._hear, self._end, self._rest = hear, end, bytearray()
+        self._hear, self._end, self._received = hear, end, received()
 
     def data_received(self, data: bytes) -> None:
-        rest, place = self._rest, 0
-        rest += data
-        while len(rest) - place >= _LENGTH.size:
-            end = place + _LENGTH.size + _LENGTH.unpack_from(rest, place)[0]
-            if len(rest) < end:
-                break
-            self._hear(_unpacked(rest[place + _LENGTH.size : end]))
-            place = end
-        del rest[:place]
+        self._received.feed(data)
+        for message in self._received:
+            self._hear(message)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end()
-
-
-def _unpacked(body: bytes | bytearray) -> dict[str, Any]:
-    found: dict[str, Any] = msgpack.unpackb(body, raw=False, strict_map_key=False)
-    return found
 
 
 def _plain(value: Any) -> Any:
@@ -80,10 +89,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Image.Image):
         return png(value)
     if isinstance(value, Candidate):
-        return {
-            "image": value.image, "number": value.number, "seed": value.seed, "score": value.score,
-            "estimates": value.estimates, "uncertain": value.uncertain, "codes": value.codes.tolist(),
-        }  # fmt: skip
+        return {one.name: getattr(value, one.name) for one in fields(value)}
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, int):
@@ -91,16 +97,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent.")
 
 
-def kind_of(error: Exception) -> ErrorKind:
-    """The kind under which an exception is reported to the client."""
+def reported(error: Exception) -> OpenM6Error:
+    """The error as the client is told of it. An unforeseen exception, whose traceback is printed, becomes INTERNAL with
+    the name of its class alone."""
     if isinstance(error, OpenM6Error):
-        return error.kind
-    return next((kind for foreign, kind in _FOREIGN if isinstance(error, foreign)), ErrorKind.INTERNAL)
+        return error
+    if isinstance(error, OUT_OF_MEMORY):
+        return Refusal(ErrorKind.MEMORY, "The request takes more memory than there is.")
+    traceback.print_exception(error)
+    return Refusal(ErrorKind.INTERNAL, f"The request failed ({type(error).__name__}).")
 
 
 def error_of(error: Exception) -> dict[str, Any]:
     """The message that reports an error: {"error": its kind, "message", "code", "param", "retry_after"}."""
-    known = error if isinstance(error, OpenM6Error) else Refusal(kind_of(error), told_of(error))
+    known = reported(error)
     return {
         "error": str(known.kind), "message": str(known), "code": known.code, "param": known.param,
         "retry_after": known.retry_after,
@@ -111,12 +121,3 @@ def refusal_of(message: Mapping[str, Any]) -> Refusal:
     """The error that a message reports (see error_of)."""
     kind, more = ErrorKind(message["error"]), {name: message[name] for name in ("code", "param", "retry_after")}  # type: ignore[call-arg]
     return Refusal(kind, message["message"], **more)
-
-
-def told_of(error: Exception) -> str:
-    """The sentence for the client; of an unforeseen exception the name of its class alone."""
-    if isinstance(error, (OpenM6Error, TimeoutError, CancelledError)):
-        return str(error)
-    if kind_of(error) is ErrorKind.MEMORY:
-        return "The request takes more memory than there is."
-    return f"The request failed ({type(error).__name__})."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping, Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.inference.edit import kept_codes_of
 from openm6.inference.pieces import cut_at_stop
 from openm6.inference.request import BATCH_SIZE, Answer, Prepared, Request
@@ -15,7 +16,13 @@ from openm6.inference.session import Session
 from openm6.inference.steps import Steps
 from openm6.tasks.task import Task
 
-LATE = "The request's deadline has passed."
+
+def late() -> Refusal:
+    return Refusal(ErrorKind.DEADLINE, "The request's deadline has passed.")
+
+
+def cancelled() -> Refusal:
+    return Refusal(ErrorKind.CANCELLED, "The request was cancelled.")
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +32,7 @@ class EngineRequest:
     task_name     of a task of the model or of the library
     adapter       name of the adapter that answers it; None: the base model
     edit_region   "pixels" and "open_blocks" of the square that is redrawn (inference.edit.Cut); None: no edit
-    deadline      by time.monotonic(): the request fails after it
+    deadline      by time.monotonic(): the request fails after it; inf: none
     pieces        whether a text is emitted in pieces while it is generated
     stop          strings; a text ends before the first of them. Only for tasks whose outputs are all texts
     tokens, prompt_tokens   cost so far: tokens that were computed for the answer, and positions of the prompt once the
@@ -39,13 +46,13 @@ class EngineRequest:
     request: Request
     adapter: str | None = None
     edit_region: Mapping[str, Any] | None = None
-    deadline: float | None = None
+    deadline: float = inf
     pieces: bool = True
     stop: Items[str] = ()
     tokens: int = 0
     prompt_tokens: int = 0
-    task: Task | None = None
-    prepared: Prepared | None = None
+    task: Task = field(init=False)
+    prepared: Prepared = field(init=False)
     batch_key: Hashable = None
 
     @classmethod
@@ -55,18 +62,13 @@ class EngineRequest:
         rest = dict(message)
         names = ("record", "examples", "truncate", "decoding", "candidates", "probabilities")
         request = Request(**{name: rest.pop(name) for name in names if name in rest})
-        task_name, edit_region, seconds = rest.pop("task"), rest.pop("edit", None), rest.pop("seconds", None)
-        deadline = None if seconds is None else time.monotonic() + seconds
+        task_name, edit_region = rest.pop("task"), rest.pop("edit", None)
+        deadline = time.monotonic() + rest.pop("seconds", inf)
         return cls(request=request, task_name=task_name, edit_region=edit_region, deadline=deadline, **rest)
 
     def is_late(self) -> bool:
         """Whether its deadline has passed."""
-        return self.deadline is not None and self.deadline < time.monotonic()
-
-    def ready(self) -> Prepared:
-        """What `prepare` has made of it."""
-        assert self.prepared is not None
-        return self.prepared
+        return self.deadline < time.monotonic()
 
 
 @dataclass(slots=True)
@@ -105,17 +107,14 @@ def prepare(request: EngineRequest, view: Session) -> None:
 
 def steps_of(view: Session, requests: list[EngineRequest]) -> Steps[list[Answer]]:
     """The answers to requests that share a batch key, and the cost of each step for each of them."""
-    items = [request.ready() for request in requests]
-    mode, task = items[0].mode, requests[0].task
-    assert task is not None
-    results = yield from mode.steps(view, task, items, BATCH_SIZE)
+    items = [request.prepared for request in requests]
+    results = yield from items[0].mode.steps(view, requests[0].task, items, BATCH_SIZE)
     return [read(view, request, result) for request, result in zip(requests, results, strict=True)]
 
 
 def read(view: Session, request: EngineRequest, result: Any) -> Answer:
     """The answer of a raw result (see Mode), cut at the first stop string; a text that was cut has finished."""
-    assert request.task is not None
-    answer = request.ready().mode.read(view, request.task, result)
+    answer = request.prepared.mode.read(view, request.task, result)
     if not request.stop:
         return answer
     value = answer.value

@@ -13,13 +13,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from openm6.model.count import count_parameters
-from openm6.serve.wire import error_of, kind_of, packed, read, told_of
+from openm6.serve.wire import Settings, error_of, packed, received, reported
 
 if TYPE_CHECKING:
     from openm6.inference.session import Session
@@ -38,9 +37,8 @@ def main(descriptor: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     os.nice(NICE)
-    stream = connection.makefile("rb")
-    start = read(stream)
-    if start is None:
+    incoming = received(connection)
+    if (start := next(incoming, None)) is None:
         return 1
     outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     writer = Thread(target=_write, args=(connection, outbox), daemon=True)
@@ -48,20 +46,20 @@ def main(descriptor: int) -> int:
     try:
         engine = _opened(start, outbox)
     except Exception as error:
-        traceback.print_exc()
-        outbox.put({"fatal": told_of(error)})
+        outbox.put({"fatal": str(reported(error))})
         outbox.put(None)
         writer.join()
         return 1
     outbox.put({"ready": described(engine.session)})
     gc.collect()
     gc.freeze()  # model and modules stay: the collector need not pause to traverse them
-    power = _Power()
+    power: dict[str, float] = {}
+    Thread(target=_measure, args=(power,), daemon=True).start()
     turn = Lock()
     for _ in range(READERS):
-        Thread(target=_listen, args=(stream, turn, engine, power, outbox), daemon=True).start()
+        Thread(target=_listen, args=(incoming, turn, engine, power, outbox), daemon=True).start()
     engine.run()
-    outbox.put({"state": _state(engine, power)})
+    outbox.put({"state": asdict(engine.state()) | power})
     outbox.put(None)
     writer.join()
     return 0
@@ -69,9 +67,8 @@ def main(descriptor: int) -> int:
 
 def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.inference.session import Session
+    from openm6.serve.calibrate import fit_threads
     from openm6.serve.engine import Engine
-    from openm6.serve.settings import Settings
-    from openm6.serve.threads import fit_threads
     from openm6.serve.work import RequestEvent
     from openm6.tasks.extend import load_named_extensions
 
@@ -82,8 +79,6 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
         if event.piece:
             message["piece"] = event.piece
         if event.error is not None:
-            if kind_of(event.error) == "internal":
-                traceback.print_exception(event.error)
             message |= error_of(event.error)
         elif event.done:
             message |= {"value": event.value, "finished": event.finished, "truncated": event.truncated}
@@ -104,7 +99,7 @@ def described(session: Session) -> dict[str, Any]:
     from openm6.core.bases import base_of
     from openm6.inference.modes import mode_of
     from openm6.model.files import image_encoder_id
-    from openm6.serve.reproducible import is_reproducible
+    from openm6.serve.calibrate import is_reproducible
     from openm6.tasks.library import get, names
 
     library = {name: get(name) for name in names()}
@@ -137,13 +132,13 @@ def described(session: Session) -> dict[str, Any]:
 
 def _write(connection: socket.socket, outbox: Any) -> None:
     """Send messages until None comes. Every step brings a piece of text for many requests: they are sent together."""
-    messages: list[dict[str, Any] | None] = []
-    while None not in messages:
-        messages = [outbox.get()]
+    waiting: list[dict[str, Any] | None] = []
+    while None not in waiting:
+        waiting = [outbox.get()]
         while not outbox.empty():
-            messages.append(outbox.get())
+            waiting.append(outbox.get())
         try:
-            connection.sendall(b"".join(_sendable(message) for message in messages if message is not None))
+            connection.sendall(b"".join(_sendable(message) for message in waiting if message is not None))
         except OSError:
             os._exit(1)  # the server is gone
 
@@ -156,59 +151,43 @@ def _sendable(message: dict[str, Any]) -> bytes:
         return packed({"id": message.get("id"), **cost, **error_of(error)})
 
 
-def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
+def _listen(incoming: Any, turn: Lock, engine: Engine, power: dict[str, float], outbox: Any) -> None:
     """Receive messages until the server closes its end, which ends the process. One thread waits for a message while
     the others prepare requests: handing one over would take as long as many preparations."""
     from openm6.serve.work import EngineRequest
 
-    def submit(message: dict[str, Any]) -> None:
-        request = EngineRequest.of(message)
-        try:
-            engine.submit(request)
-        except Exception as error:
-            if kind_of(error) == "internal":
-                traceback.print_exc()
-            outbox.put({"id": request.id, "tokens": 0, "prompt_tokens": 0, **error_of(error)})
-
     while True:
         with turn:
-            message = read(stream)
+            message = next(incoming, None)
         if message is None:
             os._exit(0)
         what = message.pop("do")
         if what == "ask":
-            submit(message)
+            try:
+                engine.submit(EngineRequest.of(message))
+            except Exception as error:
+                outbox.put({"id": message["id"], "tokens": 0, "prompt_tokens": 0, **error_of(error)})
         elif what == "cancel":
             engine.cancel(message["id"])
         elif what == "state":
-            outbox.put({"state": _state(engine, power)})
+            outbox.put({"state": asdict(engine.state()) | power})
         elif what == "stop":
             engine.stop()
 
 
-class _Power:
-    """The energy of this process (core/energy.py), read in a thread of its own, because the meter takes seconds to
-    inspect the machine."""
+def _measure(power: dict[str, float]) -> None:
+    """Keep the energy of this process ("energy_kwh", "watts") in `power`, which stays empty without codecarbon. Runs in
+    a thread of its own, because the meter (core/energy.py) takes seconds to inspect the machine."""
+    from openm6.core.energy import EnergyMeter
 
-    def __init__(self) -> None:
-        self.last = {"energy_kwh": 0.0, "watts": 0.0}
-        Thread(target=self._follow, daemon=True).start()
-
-    def _follow(self) -> None:
-        from openm6.core.energy import EnergyMeter
-
-        meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
-        while True:
-            time.sleep(POWER_EVERY)
-            use, now = meter.read(), time.monotonic()
-            if use is None:
-                return
-            self.last = {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
-            before, kwh = now, use.kwh
-
-
-def _state(engine: Engine, power: _Power) -> dict[str, Any]:
-    return {**asdict(engine.state()), **power.last}
+    meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
+    while True:
+        time.sleep(POWER_EVERY)
+        use, now = meter.read(), time.monotonic()
+        if use is None:
+            return
+        power |= {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
+        before, kwh = now, use.kwh
 
 
 if __name__ == "__main__":

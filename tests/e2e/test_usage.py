@@ -23,7 +23,7 @@ import pytest
 from openm6.inference.session import Session
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from openm6.tasks.library import get
 from openm6.tasks.task import Task
 from tests.conftest import command

@@ -21,7 +21,7 @@ from openm6.edge.program import main
 from openm6.edge.status import read_state
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, _in_fp32, model, session
 from tests.serve.test_api import Served

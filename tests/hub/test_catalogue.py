@@ -17,8 +17,7 @@ from openm6.core.bases import directory_hash
 from openm6.core.environment import HOME
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.data.source import open_source
-from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue
-from openm6.hub.find import find_model
+from openm6.hub.catalogue import DATA, LIVE, MODEL, Catalogue, find_model
 from openm6.inference.session import Session
 from openm6.model.adapters import OwnConfig
 from tests.conftest import drawing_session

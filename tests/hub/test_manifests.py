@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from openm6.core.errors import UsageError
-from openm6.hub.manifests import PORT, Plan, compose, kubernetes, write
+from openm6.hub.deployments import PORT, Plan, compose, kubernetes, write
 
 
 def test_kubernetes_takes_them() -> None:

@@ -16,7 +16,7 @@ from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.codec import Codec, CodecConfig
 from openm6.serve.engine import Engine
-from openm6.serve.settings import Settings
+from openm6.serve.wire import Settings
 from openm6.serve.work import EngineRequest, RequestEvent
 from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec

@@ -17,7 +17,7 @@ import pytest
 
 from openm6.inference.session import Session
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.serve.test_api import Served
 
 ASK = {"inputs": {"text": "红色"}, "decoding": {"max_new_tokens": 3}}

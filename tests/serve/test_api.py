@@ -29,7 +29,7 @@ from openm6.serve.api import create_app
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from openm6.serve.settings import Place, Settings
+from openm6.serve.wire import Place, Settings
 from tests.tasks.conftest import picture
 
 

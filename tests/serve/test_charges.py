@@ -23,8 +23,9 @@ from openm6.inference.session import Session
 from openm6.serve.api import create_app
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Key, Keys
+from openm6.serve.meter import Charge
 from openm6.serve.server import Options, Server, TaskRequest
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from openm6.tasks.library import get
 from tests.serve.test_api import Served
 
@@ -152,7 +153,9 @@ def test_a_task_that_an_exchanged_model_has_not_is_told_and_reserves_nothing(cus
     """Between a request's reading and its answer another model may take the place of the one that it was read for."""
     one = customer(per_day=1000)
     message = {"task": "gone", "decoding": {}, "candidates": 1, "probabilities": False, "seconds": 60.0}
-    events = one.server.answer(Key(one.name, "", per_day=1000), one.server.fleet.get(None), message)
+    events = one.server.answer(
+        Charge(one.server.meter, Key(one.name, "", per_day=1000)), one.server.fleet.get(None), message
+    )
     with pytest.raises(UsageError, match="has no task gone"):
         asyncio.run(anext(events))
     assert not one.server.meter.reserved(Key(one.name, ""))
@@ -216,13 +219,13 @@ def test_what_is_asked_again_after_a_death_is_charged_once(model: Path, tmp_path
         asked = TaskRequest(inputs={"text": "红色"}, decoding={**LONG, "seed": 11})
         message, key = await server.message(deployment, "write", asked), Key("shop", "")
         last: dict[str, Any] = {}
-        async for event in server.answer(key, deployment, message):
+        async for event in server.answer(Charge(server.meter, key), deployment, message):
             if not last:
                 os.kill(deployment.worker.process.pid, signal.SIGKILL)
             last = event
         assert deployment.restarts == 1 and last["tokens"] > 1
         assert server.meter.spent(key) == last["prompt_tokens"] + last["tokens"]
-        twice = server.answer(key, deployment, message)
+        twice = server.answer(Charge(server.meter, key), deployment, message)
         before = server.meter.spent(key)
         with pytest.raises(Refusal, match="ended"):
             async for _ in twice:

@@ -21,7 +21,7 @@ from openm6.core.errors import Refusal
 from openm6.inference.session import Session
 from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.serve.test_api import Served
 from tests.serve.test_fleet import answer, writing
 

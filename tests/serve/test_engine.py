@@ -15,10 +15,9 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.decoding import kv_bytes
 from openm6.inference.session import Session
 from openm6.model.cache import prefill, step
+from openm6.serve.caches import Recent, Slots, prefixes_of
 from openm6.serve.engine import Engine
-from openm6.serve.recent import Recent
-from openm6.serve.settings import Settings
-from openm6.serve.slots import Slots, prefixes_of
+from openm6.serve.wire import Settings
 from openm6.serve.work import EngineRequest
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
@@ -225,7 +224,7 @@ def test_what_breaks_a_step_fails_those_alone_that_were_in_it(
     watched = Watched(session)
     watched.ask("first", "write", text="红色")
     watched.engine.step()
-    monkeypatch.setattr("openm6.serve.slots.step", once)
+    monkeypatch.setattr("openm6.serve.caches.step", once)
     watched.engine.step()
     watched.ask("later", "write", text="红色")
     found = watched.finish()
@@ -322,7 +321,7 @@ def test_pictures_keep_to_their_memory(session: Session) -> None:
     with pytest.raises(UsageError, match="the server has 8 for a request"):
         watched.ask("large", "text_to_image", caption="红色", candidates=16, decoding={**many, "branches": 64})
     asked = [watched.ask(name, "text_to_image", caption="红色", candidates=14, decoding=many) for name in "ab"]
-    assert all(4 * 2**20 < one.ready().kv_bytes < 8 * 2**20 for one in asked)
+    assert all(4 * 2**20 < one.prepared.kv_bytes < 8 * 2**20 for one in asked)
     watched.engine.step()
     assert watched.engine.state().jobs == (1,)
     watched.engine.stop()

@@ -16,7 +16,7 @@ from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.lowbit import INT8
-from openm6.serve.reproducible import is_reproducible
+from openm6.serve.calibrate import is_reproducible
 from openm6.tasks.processor import Processor
 from tests.conftest import tiny_config
 from tests.serve.conftest import WORDS, Watched

@@ -15,7 +15,7 @@ import pytest
 from openm6.core.errors import Refusal, UsageError
 from openm6.inference.session import Session
 from openm6.serve.fleet import Fleet
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.tasks.conftest import picture
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2
 import pytest
@@ -19,12 +19,12 @@ import uvicorn
 from fastapi import FastAPI, UploadFile
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from openm6.cli.serve import check_origins
 from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.api import create_app
-from openm6.serve.bodies import Route
+from openm6.serve.bodies import Fields, Route
 from openm6.serve.fleet import Fleet
 from openm6.serve.guard import Guard, add_errors, sse
 from openm6.serve.keys import Keys
@@ -34,18 +34,16 @@ from openm6.serve.server import Options
 MIB = 2**20
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Part(Fields):
+    prefix: ClassVar = "parts."
 
     role: str = ""
 
 
-class Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Asked(Fields):
     text: str
     number: int = 0
-    parts: list[Part] = []
+    parts: list[Part] = Field(default_factory=list)
 
 
 class _Hasty(Connection):
@@ -165,7 +163,7 @@ def received(connection: socket.socket) -> bytes:
         (b'{"text": "a", "parts": ["b"]}', "invalid_type", "parts.0 has to be a JSON object"),
         (b'{"text": "a", "nummber": 1}', "unknown_parameter", 'no field nummber. Did you mean "number"'),
         (b'{"text": "a", "zzz": 1}', "unknown_parameter", "It takes text, number, parts"),
-        (b'{"text": "a", "parts": [{"rol": "x"}]}', "unknown_parameter", 'parts.0.rol. Did you mean "role"'),
+        (b'{"text": "a", "parts": [{"rol": "x"}]}', "unknown_parameter", 'parts.rol. Did you mean "role"'),
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_meant_is_refused_by_name(site: Site, body: bytes, code: str, words: str) -> None:

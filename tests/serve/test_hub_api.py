@@ -16,7 +16,7 @@ from openm6.hub.jobs import Jobs
 from openm6.inference.session import Session
 from openm6.serve.keys import Keys
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.serve.test_api import Served
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.inference.session import Session
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from openm6.tasks.library import get
 from tests.serve.conftest import Watched
 from tests.serve.test_api import Served

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge, Meter
 
@@ -46,39 +46,42 @@ def test_servers_with_one_file_add_up(tmp_path: Path) -> None:
     one.spend(Key("anna", ""), 5)
     assert one.spent(SHOP) == other.spent(SHOP) == 42
     assert (tmp_path / "spent").stat().st_mode & 0o077 == 0  # who asks how much is nobody else's affair
-    assert one.count(SHOP) is None and other.count(SHOP) is None
-    beyond = one.count(SHOP)
-    assert beyond is not None and beyond.limit == "requests"
+    one.count(SHOP)
+    other.count(SHOP)
+    with pytest.raises(Refusal, match="2 requests within a minute"):
+        one.count(SHOP)
 
 
 def test_a_new_day_begins_at_midnight_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meter, day = Meter(tmp_path / "spent"), 20_000 * 86_400
     monkeypatch.setattr(time, "time", lambda: day - 1.0)
     meter.spend(SHOP, 100)
-    beyond = meter.beyond(SHOP)
-    assert beyond is not None and beyond.limit == "tokens" and beyond.seconds == 1
-    until = "2024-10-04 00:00:00 UTC"
-    assert "spent 100 tokens today" in beyond.message and "100 a day" in beyond.message and until in beyond.message
+    with pytest.raises(Refusal) as beyond:
+        meter.check(SHOP)
+    assert (beyond.value.kind, beyond.value.retry_after) == (ErrorKind.TOKEN_LIMIT, 1)
+    message, until = str(beyond.value), "2024-10-04 00:00:00 UTC"
+    assert "spent 100 tokens today" in message and "100 a day" in message and until in message
     monkeypatch.setattr(time, "time", lambda: day + 1.0)
-    assert meter.spent(SHOP) == 0 and meter.beyond(SHOP) is None
+    assert meter.spent(SHOP) == 0
+    meter.check(SHOP)
 
 
 def test_the_refusal_says_which_limit_and_until_when(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = Meter()
     for second in (1_000_000_000, 1_000_000_030):
         monkeypatch.setattr(time, "time", lambda now=second: now)
-        assert meter.count(SHOP) is None
+        meter.count(SHOP)
     monkeypatch.setattr(time, "time", lambda: 1_000_000_045)
-    beyond = meter.count(SHOP)
-    assert beyond is not None and (beyond.limit, beyond.seconds) == ("requests", 15)
-    assert "2 requests within a minute" in beyond.message and "2001-09-09 01:47:40 UTC" in beyond.message
+    with pytest.raises(Refusal, match="2 requests within a minute.*2001-09-09 01:47:40 UTC") as beyond:
+        meter.count(SHOP)
+    assert (beyond.value.kind, beyond.value.retry_after) == (ErrorKind.REQUEST_LIMIT, 15)
     assert meter.headers(SHOP) == {
         "x-ratelimit-limit-requests": "2", "x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "15s",
         "x-ratelimit-limit-tokens": "100", "x-ratelimit-remaining-tokens": "100",
         "x-ratelimit-reset-tokens": "22h12m35s",
     }  # fmt: skip
     monkeypatch.setattr(time, "time", lambda: 1_000_000_061)
-    assert meter.count(SHOP) is None
+    meter.count(SHOP)
     assert Meter().headers(Key("free", "")) == {}
 
 
@@ -119,7 +122,7 @@ def test_a_key_overdraws_by_one_request_at_most(asked: list[tuple[int, int]], ch
     meter, running = Meter(), []
     for first, second in asked:
         most, real = max(first, second), min(first, second)
-        if meter.beyond(SHOP) is None and meter.reserve(SHOP, most):
+        if meter.spent(SHOP) < SHOP.per_day and meter.reserve(SHOP, most):
             running.append((Charge(meter, SHOP).request(most), real))
         if running and chance.random() < 0.3:  # type: ignore[attr-defined]
             cost, tokens = running.pop(chance.randrange(len(running)))  # type: ignore[attr-defined]

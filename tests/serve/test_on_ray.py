@@ -20,12 +20,11 @@ DEPLOYING = """
 import json, os, sys
 from pathlib import Path
 from ray import serve
-from openm6.serve.settings import Place
 from openm6.serve.on_ray import deploy_on_ray
 from openm6.serve.server import Options
 
 model, port = Path(sys.argv[1]), int(sys.argv[2])
-url = deploy_on_ray("goods", {"goods": Place(model)}, Options(), replicas=2, most=2, cpus=0.5, port=port)
+url = deploy_on_ray("goods", model, Options(), replicas=2, most=2, cpus=0.5, port=port)
 states = serve.status().applications["goods"].deployments["goods"].replica_states
 print(json.dumps({"url": url, "states": {str(getattr(state, "value", state)): n for state, n in states.items()}}))
 sys.stdout.flush()

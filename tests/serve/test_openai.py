@@ -22,7 +22,7 @@ from openm6.inference.edit import COVERS_ALL
 from openm6.inference.session import Session
 from openm6.serve.openai_api import side_by_side
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from openm6.tasks.task import Task
 from tests.serve.test_api import Served
 from tests.tasks.conftest import picture

@@ -9,11 +9,11 @@ from typing import Any
 from hypothesis import given, settings, strategies as st
 
 from openm6.serve.fleet import LONGEST_PAUSE, pause_after
-from openm6.serve.pending import ALONE, SUSPECTS, PendingRequest, PendingRequests
+from openm6.serve.process import ALONE, SUSPECTS, PendingRequest, PendingRequests
 
 
 def request(name: str, **message: Any) -> PendingRequest:
-    return PendingRequest.of(name, {"record": {"text": name}, **message})
+    return PendingRequest(name, {"record": {"text": name}, **message})
 
 
 def worked_at(pending: PendingRequests, deadly: Callable[[Collection[PendingRequest]], bool], most: int) -> list[str]:
@@ -88,7 +88,7 @@ def test_the_same_request_is_not_let_in_again_whatever_its_seed() -> None:
     async def run() -> None:
         pending = PendingRequests()
         asked = {"task": "write", "record": {"text": "红"}, "decoding": {"seed": 1, "temperature": 1.0}, "seconds": 9}
-        one = PendingRequest.of("a", asked)
+        one = PendingRequest("a", asked)
         assert not pending.refused_for(asked)
         pending.survive([one])
         pending.survive([one])

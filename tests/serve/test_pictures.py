@@ -16,7 +16,7 @@ from openm6 import Client
 from openm6.core.images import UNCERTAIN
 from openm6.inference.session import Session
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from openm6.tasks.library import get
 from tests.serve.test_api import Served
 

@@ -13,7 +13,7 @@ from hypothesis.errors import Unsatisfiable
 from openm6.core.environment import HOME
 from openm6.inference.session import Session
 from openm6.serve.server import Options
-from openm6.serve.settings import Place
+from openm6.serve.wire import Place
 from tests.serve.test_api import Served
 
 schemathesis = pytest.importorskip("schemathesis")

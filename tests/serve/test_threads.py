@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from openm6.inference.session import Session
-from openm6.serve.threads import WORTH, fit_threads, worthwhile
+from openm6.serve.calibrate import WORTH, fit_threads, worthwhile
 
 
 @given(st.floats(0, 1), st.integers(1, 64))

@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 
 from openm6.inference.session import Session
 from openm6.serve.api import create_app
+from openm6.serve.figures import add_traces
 from openm6.serve.fleet import Fleet
-from openm6.serve.settings import Place
-from openm6.serve.traces import add_traces
+from openm6.serve.wire import Place
 
 pytest.importorskip("opentelemetry.instrumentation.fastapi")
 
@@ -22,8 +22,7 @@ def test_a_request_is_a_span_without_its_contents(session: Session, tmp_path: Pa
 
     session.save(tmp_path / "model")
     app, kept = create_app(Fleet(), places={"goods": Place(tmp_path / "model")}), InMemorySpanExporter()
-    app.state.server.span, end = add_traces(app, kept)
-    app.state.server.at_end.append(end)
+    add_traces(app, kept)
     with TestClient(app) as client:
         assert client.post("/v1/tasks/write", json={"inputs": {"text": "红色的秘密"}}).status_code == 200
         assert client.post("/v1/tasks/write", json={"inputs": {}}).status_code == 400

@@ -1,4 +1,4 @@
-"""The number of threads of a model's process, measured when it is loaded.
+"""Measurements of a model when it is loaded: the number of threads worth using, and whether sampling is reproducible.
 
 A small network loses more by distributing its steps over threads than it gains, especially while the server and other
 models use the same cores.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openm6.core.batch import pad
 from openm6.core.sequence import IGNORE, Sequence
@@ -21,6 +22,8 @@ from openm6.model.cache import prefill, step
 WORTH = 1.3
 """Minimum speedup by twice the threads for which they are taken."""
 ROWS, PROMPT, STEPS, ROUNDS = 8, 64, 16, 3
+LENGTHS, FOLLOWING = (3, 9, 16, 17, 40, 70, 130), 3
+"""Lengths of the prompts that are compared, and the number of tokens after each."""
 
 
 def fit_threads(model: M6) -> int:
@@ -50,12 +53,7 @@ def _seconds(model: M6, threads: int) -> float:
     torch.set_num_threads(threads)
     positions = model.config.max_position_embeddings
     length = min(PROMPT, max(1, positions // 2))
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, model.config.vocab_size, (ROWS, length), dtype=np.int32)
-    blocks, labels = np.zeros(length, np.int32), np.full(length, IGNORE, np.int32)
-    batch = pad([Sequence(row, blocks, labels) for row in ids], pad_id=0)
-    tokens = torch.from_numpy(ids[:, 0].astype(np.int64))
-    took = []
+    batch, tokens, took = pad(_prompts(model, [length] * ROWS), pad_id=0), torch.arange(ROWS), []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         _, cache = prefill(model, batch, min(positions, length + STEPS))
@@ -63,3 +61,33 @@ def _seconds(model: M6, threads: int) -> float:
             step(model, tokens, cache)
         took.append(time.perf_counter() - started)
     return min(took)
+
+
+@torch.inference_mode()
+def is_reproducible(model: M6) -> bool:
+    """Whether prompts have bit-identical logits alone and in a batch, so that sampling by a seed gives the same answer.
+    False on a GPU, and for kernels that round a row by the rest of the batch (int8 weights) or change the order of its
+    sums."""
+    if model.embed.weight.device.type != "cpu":
+        return False
+    room = model.config.max_position_embeddings - FOLLOWING
+    prompts = _prompts(model, (min(length, room) for length in LENGTHS))
+    together = _logits(model, prompts)
+    return all(torch.equal(_logits(model, [one])[0], row) for one, row in zip(prompts, together, strict=True))
+
+
+def _logits(model: M6, prompts: list[Sequence]) -> Tensor:
+    """Logits after the prompts and after each of the tokens that follow, [B, 1 + FOLLOWING, V]."""
+    hidden, cache = prefill(model, pad(prompts, pad_id=0, rounded=True), max(map(len, prompts)) + FOLLOWING)
+    found = [model.logits(hidden)]
+    for token in range(FOLLOWING):
+        hidden = step(model, torch.full((len(prompts),), token), cache, reproducible=True)
+        found.append(model.logits(hidden))
+    return torch.stack(found, 1)
+
+
+def _prompts(model: M6, lengths: Iterable[int]) -> list[Sequence]:
+    """Prompts of random ids, the same ones at each call."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, model.config.vocab_size, length, dtype=np.int32) for length in lengths]
+    return [Sequence(one, np.zeros(len(one), np.int32), np.full(len(one), IGNORE, np.int32)) for one in ids]

@@ -1,19 +1,26 @@
-"""Key/value cache of the texts in progress, a slot for each."""
+"""Caches of the engine: keys and values of the texts in progress, a slot for each, and of recently read prompts; and
+features of recent pictures."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import kv_bytes
 from openm6.model import M6
 from openm6.model.attention import rotary_angles
 from openm6.model.cache import KVCache, step
+
+T = TypeVar("T")
 
 SHORTEST = 64
 """Minimum number of positions of a slot."""
@@ -144,10 +151,71 @@ def key_of(prompt: Sequence) -> bytes:
     A source attends to itself in both directions, so that the cache of its beginning depends on its end: only whole
     prompts are reused, never prefixes of them.
     """
+    shown = [
+        (repr((one.start, one.patches, one.pixels.shape)).encode(), one.pixels.tobytes()) for one in prompt.pictures
+    ]
+    return _digest(prompt.ids.tobytes(), prompt.blocks.tobytes(), *chain.from_iterable(shown))
+
+
+def _digest(*parts: bytes) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(prompt.ids.tobytes())
-    digest.update(prompt.blocks.tobytes())
-    for picture in prompt.pictures:
-        digest.update(repr((picture.start, picture.patches, picture.pixels.shape)).encode())
-        digest.update(picture.pixels.tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.digest()
+
+
+class Recent(Generic[T]):
+    """Values by key; the least recently used are evicted first."""
+
+    def __init__(self, budget: int):
+        self._budget, self._used = budget, 0
+        self._known: OrderedDict[bytes, tuple[T, int]] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def get(self, key: bytes) -> T | None:
+        found = self._known.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self._known.move_to_end(key)
+        self.hits += 1
+        return found[0]
+
+    def put(self, key: bytes, value: T, size: int) -> None:
+        if key in self._known or size > self._budget:
+            return
+        self._known[key] = value, size
+        self._used += size
+        while self._used > self._budget:
+            _, (_, oldest) = self._known.popitem(last=False)
+            self._used -= oldest
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+class Features:
+    """Replaces `forward` of a network's image embedder, for inference: uint8 [N, H, W, 3] to [N * h * w, D], cached by
+    the pixels of each picture. The parameters keep their names."""
+
+    def __init__(self, embedder: nn.Module, budget: int):
+        self.read: Callable[[Tensor], Tensor] = embedder.forward
+        self.recent: Recent[Tensor] = Recent(budget)
+        embedder.forward = self  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, embedder: nn.Module, budget: int) -> Features:
+        """The cache of an embedder, created once."""
+        return embedder.forward if isinstance(embedder.forward, Features) else cls(embedder, budget)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        keys = [_digest(repr(tuple(one.shape)).encode(), one.cpu().contiguous().numpy().tobytes()) for one in pixels]
+        found = {key: self.recent.get(key) for key in keys}
+        new = [number for number, key in enumerate(keys) if found[key] is None]
+        new = list({keys[number]: number for number in new}.values())  # each picture once
+        if new:
+            read = self.read(pixels[new]).unflatten(0, (len(new), -1))
+            for number, features in zip(new, read, strict=True):
+                found[keys[number]] = features
+                self.recent.put(keys[number], features.clone(), features.nbytes)
+        return torch.cat([features for key in keys if (features := found[key]) is not None])
