@@ -23,7 +23,7 @@ from openm6.cli.checks import (
 )
 from openm6.cli.output import counted, emit, pairs, show_acceptance, show_measures, table
 from openm6.cli.work import decoding_options
-from openm6.core.files import require_writable
+from openm6.core.files import require_writable, write_failed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,6 @@ def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str,
 
 def save_next(image: Image.Image, folder: Path) -> Path:
     """Write a picture as N.png, one above the highest number in the folder, without overwriting a file."""
-    from openm6.core.files import write_failed
     from openm6.core.images import png
 
     content = png(image)
@@ -155,7 +154,7 @@ def vary(
     picture: Annotated[Path, typer.Option(help="Picture to vary.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    share: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
+    fraction: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
     option: options.DecodingOption = None,
@@ -171,7 +170,7 @@ def vary(
     from openm6.inference.session import Session
 
     session, (width, height) = Session.load(place), open_image(picture).size
-    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=decoding, **asked)
+    found = vary_picture(session, task, picture, fraction=fraction, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
     side = session.codec.size
     if (width, height) != (side, side):
@@ -249,6 +248,7 @@ def measure(
 
 
 @images.command()
+@options.reads_data("images")
 def batch(
     model: Model,
     prompts: Annotated[
@@ -261,11 +261,7 @@ def batch(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Best candidates to keep per prompt. Default: 4, at most --candidates.")
     ] = None,
-    column: options.Column = None,
-    data_format: options.Format = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
-    no_cache: options.NoCache = False,
+    reading: options.Reading = options.AUTOMATIC,
     option: options.DecodingOption = None,
     truncate: options.Truncate = None,
     json: options.Json = False,
@@ -273,16 +269,15 @@ def batch(
     """Draw several candidates per prompt of a file, keep the best, and make a page to review them."""
     place = check_inputs(model, [task], [prompts])
     require_writable(output)
-    columns, decoding = pairs(column or []), decoding_options(option)
+    decoding = decoding_options(option)
 
-    from openm6.data.readers import with_options
     from openm6.inference.session import Session
     from openm6.studio.images import make_batch
 
     with counted("prompts") as on_progress:
         made = make_batch(
-            Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns,
-            decoding=decoding, data_format=with_options(data_format, encoding, names), truncate=truncate,
+            Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=reading.columns,
+            decoding=decoding, data_format=reading.format, truncate=truncate,
             on_progress=on_progress,
         )  # fmt: skip
     if json:

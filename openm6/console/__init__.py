@@ -76,7 +76,7 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
     from markupsafe import Markup
     from PIL import Image
 
-    from openm6.console.desk import Desk
+    from openm6.console.context import PageContext
     from openm6.console.site import HEAD, ICON, STYLE, build, theme
     from openm6.core.images import MAX_PIXELS
 
@@ -98,12 +98,12 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
         return Response(ICON, media_type="image/svg+xml")
 
     for language in LANGUAGES:
-        desk = Desk(server, language, batches)
+        ui = PageContext(server, language, batches)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="SSR mode is not supported", category=UserWarning)
             gr.mount_gradio_app(
-                app, build(desk), f"/{language}", auth=desk.lets_in if server.keys else None,
-                auth_message=desk.say("Enter the key's name and the key."), footer_links=[], run_history=False,
+                app, build(ui), f"/{language}", auth=ui.lets_in if server.keys else None,
+                auth_message=ui.say("Enter the key's name and the key."), footer_links=[], run_history=False,
                 allowed_paths=[], show_error=False, max_file_size=server.options.body_mib * 2**20, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, css=STYLE, head=HEAD, theme=theme(),
             )  # fmt: skip

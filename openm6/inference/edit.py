@@ -198,18 +198,18 @@ def vary(
     task: str | Task,
     picture: Source,
     *,
-    share: float = 0.6,
+    fraction: float = 0.6,
     candidates: int = 1,
     decoding: Mapping[str, Any] | None = None,
     **slots: Any,
 ) -> list[Candidate]:
-    """Variations of the picture's middle square, of the codec's size: a fraction `share` of its codes, at random
-    places, is drawn again, by the seed of `decoding` or a fresh one."""
-    if not 0 < share <= 1:
-        raise UsageError(f"share is {share}; it is above 0, and at most 1.")
+    """Variations of the picture's middle square, of the codec's size: a fraction of its codes, at random places, is
+    drawn again, by the seed of `decoding` or a fresh one. Raises UsageError for a fraction outside ]0, 1]."""
+    if not 0 < fraction <= 1:
+        raise UsageError(f"fraction is {fraction}; it is above 0, and at most 1.")
     codes, options = session.codec.encode(picture), {"seed": fresh_seed(), **(decoding or {})}
     places = np.random.default_rng(int(options["seed"])).permutation(len(codes))
-    kept = np.where(places < max(1, round(share * len(codes))), OPEN, codes)
+    kept = np.where(places < max(1, round(fraction * len(codes))), OPEN, codes)
     return session.draw(task, candidates=candidates, decoding=options, kept=kept, **slots)
 
 

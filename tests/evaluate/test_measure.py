@@ -18,11 +18,10 @@ from openm6.core.images import ImageGrid
 from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import evaluate
-from openm6.evaluate.command import measure
+from openm6.evaluate.command import evaluate_retrieval, measure
 from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_answers, write_report
-from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference import Generated
 from openm6.inference.session import Session
 from openm6.model import M6
