@@ -83,12 +83,15 @@ def save_next(image: Image.Image, folder: Path) -> Path:
         raise write_failed(folder, error) from None
 
 
-def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
-    """The model's directory and the values by slot, after checking that model, task and pictures exist."""
+def _checked(
+    model: str, task: str, slots: list[str] | None, option: list[str] | None, *pictures: Path | None
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The model's directory, the values by slot and the decoding options, after checking that model, task and pictures
+    exist."""
     place, asked = check_inputs(model, [task]), pairs(slots or [])
     find_task(place, task).check_draws()
-    check_pictures(*pictures)
-    return place, dict(asked)
+    check_pictures(*filter(None, pictures))
+    return place, dict(asked), decoding_options(option)
 
 
 @images.command()
@@ -104,10 +107,9 @@ def draw(
 ) -> None:
     """Draw candidates for a prompt, ranked by the model's own estimates, as N.png under the next free numbers of the
     folder. A candidate can be redrawn from its seed: -n 1 -o seed=NUMBER."""
-    place, asked = _checked(model, task, slots)
+    place, asked, decoding = _checked(model, task, slots, option)
     require_writable(output)
     check_slots(find_task(place, task), asked)
-    decoding = decoding_options(option)
 
     from openm6.inference.session import Session
 
@@ -137,9 +139,8 @@ def edit(
 ) -> None:
     """Redraw a region of a picture (inpainting): size, pixels outside the mask and transparency stay. The model draws
     the square around the mask, which is scaled into place."""
-    place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
+    place, asked, decoding = _checked(model, task, slots, option, picture, mask)
     require_writable(output)
-    decoding = decoding_options(option)
 
     from openm6.inference.edit import edit as edit_picture
     from openm6.inference.session import Session
@@ -161,9 +162,8 @@ def vary(
     json: options.Json = False,
 ) -> None:
     """Draw variations of a picture: of its central square, at the model's resolution."""
-    place, asked = _checked(model, task, slots, picture)
+    place, asked, decoding = _checked(model, task, slots, option, picture)
     require_writable(output)
-    decoding = decoding_options(option)
 
     from openm6.core.images import open_image
     from openm6.inference.edit import vary as vary_picture
@@ -174,11 +174,8 @@ def vary(
     show(found, output, json)
     side = session.codec.size
     if (width, height) != (side, side):
-        square = min(width, height)
-        typer.echo(
-            f"{picture} ({width} x {height}) was cropped to its central square of {square} pixels; the variations have "
-            f"{side} x {side}.", err=True
-        )  # fmt: skip
+        text = f"{picture} ({width} x {height}) was cropped to its central square of {min(width, height)} pixels"
+        typer.echo(f"{text}; the variations have {side} x {side}.", err=True)
 
 
 @images.command()
@@ -197,11 +194,8 @@ def extend(
     """Extend a picture beyond one of its sides (outpainting), at its own resolution."""
     from openm6.core.images import open_image, save, seed_of_drawn
 
-    place, asked = _checked(model, task, slots, picture)
-    check_output(output, PICTURES)
-    if open_image(picture, alpha=True).mode.endswith("A"):
-        check_output(output, CLEAR)
-    decoding = decoding_options(option)
+    place, asked, decoding = _checked(model, task, slots, option, picture)
+    check_output(output, CLEAR if open_image(picture, alpha=True).mode.endswith("A") else PICTURES)
 
     from openm6.inference.edit import extend as extend_picture
     from openm6.inference.session import Session
@@ -241,10 +235,7 @@ def measure(
     rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, decoding)
     if grid:
         draw_sheet(drawn, grid)
-    if json:
-        emit(rows)
-        return
-    show_measures(rows, f"{len(records)} pictures of {data}")
+    emit(rows) if json else show_measures(rows, f"{len(records)} pictures of {data}")
 
 
 @images.command()

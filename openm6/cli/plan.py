@@ -129,16 +129,14 @@ def plan(
         config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
     given = {"rows": rows, "length": length, "micro_batches": accumulate, "images": images or None}
     work = replace(work, **{key: value for key, value in given.items() if value is not None})
+    if config.positions == "learned" and work.length > config.max_position_embeddings:
+        raise UsageError(f"--length is {work.length}; this model has {config.max_position_embeddings} positions.")
+    if work.images > work.length:
+        raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
     found = make_plan(
-        config,
-        Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country),
-        _checked(work, config),
-        optimizer or usual,
-        2 if precision == "bf16" else 4,
-        Fixed(sharding, experts, recompute, _offload(offload)),
-        tokens,
-        dry_run,
-    )
+        config, Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country), work, optimizer or usual,
+        2 if precision == "bf16" else 4, Fixed(sharding, experts, recompute, _offload(offload)), tokens, dry_run,
+    )  # fmt: skip
     if json:
         content = asdict(found)
         content["memory"]["total"], content["time"]["total"] = found.memory.total, found.time.total
@@ -249,14 +247,6 @@ def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
     except ValueError:
         pass
     raise UsageError(f"{label} has to be a number{example}, not {text!r}.")
-
-
-def _checked(work: Work, config: ModelConfig) -> Work:
-    if config.positions == "learned" and work.length > config.max_position_embeddings:
-        raise UsageError(f"--length is {work.length}; this model has {config.max_position_embeddings} positions.")
-    if work.images > work.length:
-        raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
-    return work
 
 
 def _print(found: Plan, name: str, machine: str) -> None:

@@ -262,24 +262,21 @@ def fit(
     )  # fmt: skip
     made.save(path)
     rejects = write_rejects(path / "rejects.jsonl", rejected, made.learned.visits)
-    notes = []
-    if made.learned.without_history:
+    notes, visits, without = [], made.learned.visits, made.learned.without_history
+    if without:
         notes.append(
-            f"{made.learned.without_history} of these visits have no item of the index in their history: they only "
-            "teach popularity."
+            f"{without} of these visits have no item of the index in their history: they only teach popularity."
         )
-    if made.learned.visits < FEW:
+    if visits < FEW:
         notes.append(
             f"Fewer than {FEW} visits: the ranking may follow single customers; measure it by `openm6 recommend eval` "
             "on other visits."
         )
     if json:
-        counts = {"visits": made.learned.visits, "without_history": made.learned.without_history}
-        reasons = [reject.reason for reject in rejected]
-        emit({"recommender": str(path), **counts, "rejected": reasons, "items": len(made.index), "notes": notes})
+        counts = {"visits": visits, "without_history": without, "rejected": [reject.reason for reject in rejected]}
+        emit({"recommender": str(path), **counts, "items": len(made.index), "notes": notes})
         return
-    given = made.learned.visits + len(rejected)
-    typer.echo(f"{path}: trained on {made.learned.visits} of {given} visits to {len(made.index)} items.")
+    typer.echo(f"{path}: trained on {visits} of {visits + len(rejected)} visits to {len(made.index)} items.")
     say_rejects(rejects)
     for note in notes:
         typer.echo(note)
