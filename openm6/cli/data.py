@@ -35,11 +35,10 @@ def check(
     from openm6.data.check import Check
     from openm6.data.columns import check_command
 
-    format_options = {
-        "--format": reading.data_format, "--images": reading.images, "--encoding": reading.encoding,
-        "--names": reading.names,
-    }  # fmt: skip
-    command = check_command(source, task, *(word for one in format_options.items() if one[1] for word in one))
+    values = {"format": reading.data_format, "images": reading.images, "encoding": reading.encoding}
+    values["names"] = reading.names
+    words = [word for name, value in values.items() if value for word in (f"--{name}", value)]
+    command = check_command(source, task, *words)
     place, processor = find(model) if model else None, None
     chosen = find_task(place, task)
     if place:

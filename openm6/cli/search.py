@@ -262,21 +262,21 @@ def fit(
     )  # fmt: skip
     made.save(path)
     rejects = write_rejects(path / "rejects.jsonl", rejected, made.learned.visits)
-    notes, visits, without = [], made.learned.visits, made.learned.without_history
+    notes, used, without = [], made.learned.visits, made.learned.without_history
     if without:
         notes.append(
             f"{without} of these visits have no item of the index in their history: they only teach popularity."
         )
-    if visits < FEW:
+    if used < FEW:
         notes.append(
             f"Fewer than {FEW} visits: the ranking may follow single customers; measure it by `openm6 recommend eval` "
             "on other visits."
         )
     if json:
-        counts = {"visits": visits, "without_history": without, "rejected": [reject.reason for reject in rejected]}
+        counts = {"visits": used, "without_history": without, "rejected": [reject.reason for reject in rejected]}
         emit({"recommender": str(path), **counts, "items": len(made.index), "notes": notes})
         return
-    typer.echo(f"{path}: trained on {visits} of {visits + len(rejected)} visits to {len(made.index)} items.")
+    typer.echo(f"{path}: trained on {used} of {used + len(rejected)} visits to {len(made.index)} items.")
     say_rejects(rejects)
     for note in notes:
         typer.echo(note)

@@ -276,18 +276,13 @@ def _redraw(
     return [replace(candidate, image=cut.put_back(candidate.image)) for candidate in drawn]
 
 
-def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:
-    """[h, w] blocks as [h stride, w stride] pixels."""
-    return blocks.repeat(stride, 0).repeat(stride, 1)
-
-
 def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.ndarray:
     """`given` uint8 [H, W, 3] with its open blocks [h, w] from `drawn`. The difference between the two at the seam is
     added to the open blocks, fading over half a block."""
     if given.shape != drawn.shape:
         raise DataError(f"pictures of {given.shape[:2]} and {drawn.shape[:2]} pixels cannot be blended.")
     stride = given.shape[0] // open_blocks.shape[0]
-    inside = pixels_of(open_blocks, stride)
+    inside = open_blocks.repeat(stride, 0).repeat(stride, 1)
     if inside.all():
         return drawn.copy()
     require("edit", "scipy")
