@@ -13,8 +13,7 @@ import numpy as np
 
 from openm6.core.errors import UsageError
 from openm6.data.source import Source, open_source
-from openm6.evaluate.command import measure_retrieval
-from openm6.evaluate.retrieval import evaluate_retrieval
+from openm6.evaluate.command import evaluate_retrieval, measure_retrieval
 from openm6.inference.session import Session
 from openm6.retrieve.fill import create_for
 from openm6.retrieve.recommend import Recommender

@@ -14,25 +14,7 @@ from openm6.core.errors import OpenM6Error
 
 def commands() -> typer.Typer:
     """The application with all commands, which their modules register on import."""
-    from openm6.cli import (  # noqa: F401
-        bench,
-        cascade,
-        compress,
-        copy,
-        data,
-        demo,
-        deploy,
-        images,
-        index,
-        jobs,
-        models,
-        plan,
-        recommend,
-        serve,
-        tasks,
-        use,
-        work,
-    )
+    from openm6.cli import cascade, copy, data, demo, images, jobs, models, plan, search, serve, work  # noqa: F401
 
     return app
 

@@ -6,9 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import typer
+import typer
 
+from openm6.core.bases import require_model
+from openm6.core.errors import DataError, UsageError
+from openm6.core.files import require_writable
+from openm6.model.presets import find_preset
+
+if TYPE_CHECKING:
     from openm6.tasks.task import Task
     from openm6.train.recipe import AnyRecipe
 
@@ -59,8 +64,6 @@ def check_slots(task: Task, slots: dict[str, Any]) -> None:
 
 def check_pictures(*files: str | Path) -> None:
     """Raises DataError for a missing file."""
-    from openm6.core.errors import DataError
-
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"The picture {file} does not exist or cannot be read.")
@@ -69,9 +72,6 @@ def check_pictures(*files: str | Path) -> None:
 def check_output(file: Path, endings: Sequence[str] = ()) -> None:
     """Raises UsageError for a file that cannot be written: with an extension other than `endings`, in a read-only
     folder, or where a folder is. Missing folders are allowed."""
-    from openm6.core.errors import UsageError
-    from openm6.core.files import require_writable
-
     if endings and file.suffix.lower() not in endings:
         raise UsageError(f"{file} ends in {file.suffix or 'nothing'}; it has to end in {', '.join(endings)}.")
     if file.is_dir():
@@ -82,8 +82,6 @@ def check_output(file: Path, endings: Sequence[str] = ()) -> None:
 def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> None:
     """Raises UsageError for an option given on the command line that has no effect, i.e. is not among the parameters
     `heeded`."""
-    from openm6.core.errors import UsageError
-
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name not in heeded and source is not None and source.name == "COMMANDLINE":
@@ -92,9 +90,7 @@ def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> N
 
 def check_parts(recipe: AnyRecipe) -> None:
     """Check that the models, codec, tokenizer, tasks and data of a recipe exist. Errors: see `check_inputs`."""
-    from openm6.core.bases import require_model
     from openm6.data.source import check_source
-    from openm6.model.presets import find_preset
     from openm6.tasks.card import read_card
     from openm6.train.recipe import Recipe
 

@@ -11,8 +11,9 @@ import typer
 from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import counted, emit, pairs, show_acceptance, table
+from openm6.cli.output import counted, emit, show_acceptance, table
 from openm6.cli.work import decoding_options
+from openm6.core.errors import UsageError
 from openm6.core.files import require_writable, whole_lines
 
 copy = typer.Typer(help="Generate product copy in batches, check its facts, review it.", no_args_is_help=True)
@@ -23,6 +24,7 @@ SHOWN = 5
 
 
 @copy.command()
+@options.reads_data("images")
 def batch(
     model: Annotated[str, typer.Argument(help=MODEL)],
     items: Annotated[str, typer.Option(help="Table with one item per row: CSV, JSONL, Parquet ...")],
@@ -48,35 +50,29 @@ def batch(
     columns: Annotated[
         str | None, typer.Option(help="Comma-separated columns for texts.csv. Default: all but pictures.")
     ] = None,
-    column: options.Column = None,
-    data_format: options.Format = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
-    no_cache: options.NoCache = False,
+    reading: options.Reading = options.AUTOMATIC,
     option: options.DecodingOption = None,
     json: options.Json = False,
 ) -> None:
     """Write several texts per item, keep the best that break no rule, and make a page to review them."""
-    from openm6.core.errors import UsageError
-
     place = check_inputs(model, [task], [items, lexicon])
     require_writable(output)
-    mapping, decoding = pairs(column or []), decoding_options(option)
+    decoding = decoding_options(option)
     words = list(forbid or [])
     if forbid_file:
         try:
             words += [line.strip() for line in forbid_file.read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"The words in {forbid_file} cannot be read ({type(error).__name__}).") from None
-    from openm6.data.readers import with_options
+
     from openm6.inference.session import Session
     from openm6.studio.copy import make_copy
 
     with counted("items") as on_progress:
         made = make_copy(
-            Session.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
+            Session.load(place), task, items, output, candidates=candidates, keep=keep, columns=reading.columns,
             decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-            lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
+            lexicon=lexicon, id_column=id_column, data_format=reading.format,
             table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
             on_progress=on_progress,
         )  # fmt: skip

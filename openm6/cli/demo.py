@@ -1,7 +1,9 @@
-"""openm6 demo, demo-images."""
+"""openm6 demo, demo-images, bench, reproduce. The last two are for a source checkout."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
+import openm6
 from openm6.cli.app import app
 from openm6.cli.options import Json
 from openm6.cli.output import emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+from openm6.core.errors import UsageError, suggest
 from openm6.core.extras import require
 from openm6.core.files import require_writable
 
@@ -94,3 +98,42 @@ def demo_images(
     )
     typer.echo(f"Minutes: {', '.join(spent)}")
     typer.echo(f"Report: {figures['report']}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Name of a file in benchmarks/: train-step, decode, experts, serve ...")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON. Default: benchmarks/results.")] = None,
+) -> None:
+    """Run a benchmark against other libraries in one process; print a table and write JSON."""
+    _run_script("benchmarks", "benchmark", name, out)
+
+
+@app.command()
+def reproduce(
+    claim: Annotated[
+        str,
+        typer.Argument(
+            help="prototyping, auxiliary-loss, capacity, pseudo-to-real, sparse-vs-dense, progressive or five-percent."
+        ),
+    ],
+    scale: Annotated[str, typer.Option(help="small: minutes on two cores; large: needs a GPU.")] = "small",
+    out: Annotated[Path | None, typer.Option(help="Folder for the page. Default: docs/reproduce.")] = None,
+) -> None:
+    """Reproduce a claim of the papers with several seeds; write a page with curves and the verdict."""
+    _run_script("reproduce", "claim", claim, out, "--scale", scale)
+
+
+def _run_script(folder: str, kind: str, name: str, out: Path | None, *words: str) -> None:
+    """Run a script of a folder of the source checkout, and exit with its code. Raises UsageError for an unknown one."""
+    root = Path(openm6.__file__).resolve().parents[1]
+    scripts = (path.stem for path in (root / folder).glob("[!_]*.py"))
+    names = sorted(stem.replace("_", "-") for stem in scripts if stem not in ("common", "corpus"))
+    if not names:
+        raise UsageError(f"A {kind} comes with the source checkout; this installation has none.")
+    if name.replace("_", "-") not in names:
+        raise UsageError(f"There is no {kind} {name}.{suggest(name, names)} There are: {', '.join(names)}.")
+    if out:
+        require_writable(out)
+        words = (*words, "--out", str(out.resolve()))
+    raise typer.Exit(subprocess.run([sys.executable, "-m", folder, name, *words], cwd=root, check=False).returncode)

@@ -23,7 +23,7 @@ from openm6.cli.checks import (
 )
 from openm6.cli.output import counted, emit, pairs, show_acceptance, show_measures, table
 from openm6.cli.work import decoding_options
-from openm6.core.files import require_writable
+from openm6.core.files import require_writable, write_failed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,6 @@ def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str,
 
 def save_next(image: Image.Image, folder: Path) -> Path:
     """Write a picture as N.png, one above the highest number in the folder, without overwriting a file."""
-    from openm6.core.files import write_failed
     from openm6.core.images import png
 
     content = png(image)
@@ -84,12 +83,15 @@ def save_next(image: Image.Image, folder: Path) -> Path:
         raise write_failed(folder, error) from None
 
 
-def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
-    """The model's directory and the values by slot, after checking that model, task and pictures exist."""
+def _checked(
+    model: str, task: str, slots: list[str] | None, option: list[str] | None, *pictures: Path | None
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The model's directory, the values by slot and the decoding options, after checking that model, task and pictures
+    exist."""
     place, asked = check_inputs(model, [task]), pairs(slots or [])
     find_task(place, task).check_draws()
-    check_pictures(*pictures)
-    return place, dict(asked)
+    check_pictures(*filter(None, pictures))
+    return place, dict(asked), decoding_options(option)
 
 
 @images.command()
@@ -105,10 +107,9 @@ def draw(
 ) -> None:
     """Draw candidates for a prompt, ranked by the model's own estimates, as N.png under the next free numbers of the
     folder. A candidate can be redrawn from its seed: -n 1 -o seed=NUMBER."""
-    place, asked = _checked(model, task, slots)
+    place, asked, decoding = _checked(model, task, slots, option)
     require_writable(output)
     check_slots(find_task(place, task), asked)
-    decoding = decoding_options(option)
 
     from openm6.inference.session import Session
 
@@ -138,9 +139,8 @@ def edit(
 ) -> None:
     """Redraw a region of a picture (inpainting): size, pixels outside the mask and transparency stay. The model draws
     the square around the mask, which is scaled into place."""
-    place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
+    place, asked, decoding = _checked(model, task, slots, option, picture, mask)
     require_writable(output)
-    decoding = decoding_options(option)
 
     from openm6.inference.edit import edit as edit_picture
     from openm6.inference.session import Session
@@ -155,31 +155,27 @@ def vary(
     picture: Annotated[Path, typer.Option(help="Picture to vary.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    share: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
+    fraction: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
     option: options.DecodingOption = None,
     json: options.Json = False,
 ) -> None:
     """Draw variations of a picture: of its central square, at the model's resolution."""
-    place, asked = _checked(model, task, slots, picture)
+    place, asked, decoding = _checked(model, task, slots, option, picture)
     require_writable(output)
-    decoding = decoding_options(option)
 
     from openm6.core.images import open_image
     from openm6.inference.edit import vary as vary_picture
     from openm6.inference.session import Session
 
     session, (width, height) = Session.load(place), open_image(picture).size
-    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=decoding, **asked)
+    found = vary_picture(session, task, picture, fraction=fraction, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
     side = session.codec.size
     if (width, height) != (side, side):
-        square = min(width, height)
-        typer.echo(
-            f"{picture} ({width} x {height}) was cropped to its central square of {square} pixels; the variations have "
-            f"{side} x {side}.", err=True
-        )  # fmt: skip
+        text = f"{picture} ({width} x {height}) was cropped to its central square of {min(width, height)} pixels"
+        typer.echo(f"{text}; the variations have {side} x {side}.", err=True)
 
 
 @images.command()
@@ -198,11 +194,8 @@ def extend(
     """Extend a picture beyond one of its sides (outpainting), at its own resolution."""
     from openm6.core.images import open_image, save, seed_of_drawn
 
-    place, asked = _checked(model, task, slots, picture)
-    check_output(output, PICTURES)
-    if open_image(picture, alpha=True).mode.endswith("A"):
-        check_output(output, CLEAR)
-    decoding = decoding_options(option)
+    place, asked, decoding = _checked(model, task, slots, option, picture)
+    check_output(output, CLEAR if open_image(picture, alpha=True).mode.endswith("A") else PICTURES)
 
     from openm6.inference.edit import extend as extend_picture
     from openm6.inference.session import Session
@@ -242,13 +235,11 @@ def measure(
     rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, decoding)
     if grid:
         draw_sheet(drawn, grid)
-    if json:
-        emit(rows)
-        return
-    show_measures(rows, f"{len(records)} pictures of {data}")
+    emit(rows) if json else show_measures(rows, f"{len(records)} pictures of {data}")
 
 
 @images.command()
+@options.reads_data("images")
 def batch(
     model: Model,
     prompts: Annotated[
@@ -261,11 +252,7 @@ def batch(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Best candidates to keep per prompt. Default: 4, at most --candidates.")
     ] = None,
-    column: options.Column = None,
-    data_format: options.Format = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
-    no_cache: options.NoCache = False,
+    reading: options.Reading = options.AUTOMATIC,
     option: options.DecodingOption = None,
     truncate: options.Truncate = None,
     json: options.Json = False,
@@ -273,16 +260,15 @@ def batch(
     """Draw several candidates per prompt of a file, keep the best, and make a page to review them."""
     place = check_inputs(model, [task], [prompts])
     require_writable(output)
-    columns, decoding = pairs(column or []), decoding_options(option)
+    decoding = decoding_options(option)
 
-    from openm6.data.readers import with_options
     from openm6.inference.session import Session
     from openm6.studio.images import make_batch
 
     with counted("prompts") as on_progress:
         made = make_batch(
-            Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns,
-            decoding=decoding, data_format=with_options(data_format, encoding, names), truncate=truncate,
+            Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=reading.columns,
+            decoding=decoding, data_format=reading.format, truncate=truncate,
             on_progress=on_progress,
         )  # fmt: skip
     if json:

@@ -11,6 +11,7 @@ import typer
 from openm6.cli.app import app
 from openm6.cli.options import Json
 from openm6.cli.output import emit, table
+from openm6.hub.jobs import OVER, Jobs, describe_job
 
 jobs = typer.Typer(help="Job queue: commands that run in the background, one after the other.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")
@@ -26,36 +27,23 @@ def submit(
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="Number of GPUs to reserve on Ray.")] = 0,
 ) -> None:
     """Submit a command to the queue: `openm6 jobs submit train recipe.yaml train.steps=500`"""
-    from openm6.hub.jobs import Jobs
-
-    job = Jobs().submit(context.args, name, engine=engine, gpus=gpus)
-    typer.echo(job.id)
+    typer.echo(Jobs().submit(context.args, name, engine=engine, gpus=gpus).id)
     typer.echo("It is queued for `openm6 jobs work` or for a server on this machine.", err=True)
 
 
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
     """List all jobs and their progress."""
-    from openm6.hub.jobs import Jobs, describe_job
-
     found = [describe_job(job) for job in Jobs().list()]
-    if json:
-        emit(found)
-        return
     rows = [[one["id"], one["name"], one["state"], _far(one), one["message"][:60]] for one in found]
-    table(["id", "name", "state", "progress", ""], rows)
+    emit(found) if json else table(["id", "name", "state", "progress", ""], rows)
 
 
 @jobs.command()
 def show(identity: Identity, json: Json = False) -> None:
     """Show a job."""
-    from openm6.hub.jobs import Jobs, describe_job
-
     found = describe_job(Jobs().get(identity))
-    if json:
-        emit(found)
-    else:
-        table(["", ""], [[name, value] for name, value in found.items()], found["id"])
+    emit(found) if json else table(["", ""], found.items(), found["id"])
 
 
 @jobs.command()
@@ -64,11 +52,8 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the job ends.")] = False,
 ) -> None:
     """Print the log of a job."""
-    from openm6.hub.jobs import OVER, Jobs
-
     every = Jobs()
-    job = every.get(identity)
-    place = 0
+    job, place = every.get(identity), 0
     while True:
         over = every.get(job.id).state in OVER
         if every.log(job).is_file():
@@ -85,24 +70,18 @@ def logs(
 @jobs.command()
 def stop(identity: Identity) -> None:
     """Stop a job; `resume` continues it."""
-    from openm6.hub.jobs import Jobs
-
     typer.echo(f"{Jobs().stop(identity).id} is stopped.")
 
 
 @jobs.command()
 def resume(identity: Identity) -> None:
     """Queue a stopped or failed job again; it continues where it was."""
-    from openm6.hub.jobs import Jobs
-
     typer.echo(f"{Jobs().resume(identity).id} is queued.")
 
 
 @jobs.command()
 def remove(identity: Identity) -> None:
     """Remove a finished job and its log; its output stays."""
-    from openm6.hub.jobs import Jobs
-
     Jobs().remove(identity)
     typer.echo(f"{identity} is removed.")
 
@@ -113,8 +92,6 @@ def work(
     until_empty: Annotated[bool, typer.Option("--until-empty", help="Exit when the queue is empty.")] = False,
 ) -> None:
     """Run a queue worker: start queued jobs. Running jobs outlive the worker."""
-    from openm6.hub.jobs import Jobs
-
     Jobs().work(at_once, until_empty)
 
 

@@ -1,4 +1,4 @@
-"""openm6 models."""
+"""openm6 models, compress."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.checks import MODEL, check_inputs, find
+from openm6.cli.checks import MODEL, check_inputs, find, refuse_idle
 from openm6.cli.options import Column, Json
-from openm6.cli.output import emit, pairs, table
-from openm6.core.bases import base_of
+from openm6.cli.output import emit, pairs, share, table, tell
+from openm6.core.bases import base_of, changed_base
 from openm6.core.errors import UsageError
-from openm6.core.files import require_new
+from openm6.core.files import require_new, require_writable, write_whole
+from openm6.hub.catalogue import MODEL as MODEL_KIND, Catalogue, Version
 
 if TYPE_CHECKING:
-    from openm6.hub.catalogue import Version
     from openm6.model import ModelConfig
 
 models = typer.Typer(help="Convert model directories; the catalogue of models.", no_args_is_help=True)
@@ -63,7 +63,6 @@ def merge(
     if base_of(place) is None:
         raise UsageError(f"{adapter} is not an adapter: it has no adapter_config.json.")
 
-    from openm6.core.files import write_whole
     from openm6.inference.session import Session
     from openm6.model.adapters import check_mergeable
 
@@ -156,10 +155,8 @@ def export(
 
     details = write(place, output, bits)
     size = sum(file.stat().st_size for file in output.iterdir())
-    if json:
-        emit({**details, "bytes": size})
-    else:
-        typer.echo(f"{output}: {size / 2**20:.1f} MiB. Try it: python {output / 'openm6-edge'} tasks")
+    text = f"{output}: {size / 2**20:.1f} MiB. Try it: python {output / 'openm6-edge'} tasks"
+    tell(json, {**details, "bytes": size}, text)
 
 
 @models.command()
@@ -184,10 +181,8 @@ def _tell(output: Path, config: ModelConfig, json: bool) -> None:
     from openm6.model.count import count_parameters
 
     total = sum(count_parameters(config).values())
-    if json:
-        emit({"model": str(output), "parameters": total, "vocab_size": config.vocab_size})
-    else:
-        typer.echo(f"{output}: {total / 1e6:,.1f} million parameters, vocabulary of {config.vocab_size:,}.")
+    text = f"{output}: {total / 1e6:,.1f} million parameters, vocabulary of {config.vocab_size:,}."
+    tell(json, {"model": str(output), "parameters": total, "vocab_size": config.vocab_size}, text)
 
 
 Named = Annotated[str, typer.Argument(help="Version of a model: NAME (the latest), NAME@3 or NAME@live.")]
@@ -208,8 +203,6 @@ def add(
     json: Json = False,
 ) -> None:
     """Add a model to the catalogue, with its lineage."""
-    from openm6.hub.catalogue import Catalogue
-
     try:
         metrics = {key: float(value) for key, value in pairs(metric or []).items()}
     except ValueError:
@@ -217,15 +210,13 @@ def add(
     above = directory.resolve().parent
     run = run or (above if (above / "recipe.yaml").is_file() else None)
     version = Catalogue().add_model(name, directory, made_of=made_of or [], metrics=metrics, run=run, note=note)
-    emit({"name": version.name, "version": version.number}) if json else typer.echo(version.full_name)
+    tell(json, {"name": version.name, "version": version.number}, version.full_name)
 
 
 @models.command("list")
 def list_models(json: Json = False) -> None:
     """List all versions of all models of the catalogue."""
-    from openm6.hub.catalogue import MODEL, Catalogue
-
-    every = Catalogue().every(MODEL)
+    every = Catalogue().every(MODEL_KIND)
     if json:
         emit([_version(version) for version in every])
         return
@@ -238,21 +229,16 @@ def list_models(json: Json = False) -> None:
 @models.command()
 def show(name: Named, json: Json = False) -> None:
     """Show a model of the catalogue and the versions that it derives from."""
-    from openm6.hub.catalogue import Catalogue
-
     version = Catalogue().named(name)
     details = _version(version)
-    emit(details) if json else table(["", ""], list(details.items()), version.full_name)
+    emit(details) if json else table(["", ""], details.items(), version.full_name)
 
 
 @models.command()
 def lineage(name: Named, json: Json = False) -> None:
     """Show the lineage of a model down to its data: `openm6 models lineage goods@live`"""
-    from openm6.hub.catalogue import Catalogue
-
-    catalogue = Catalogue()
-    lines = catalogue.lineage(catalogue.named(name)).lines()
-    emit(lines) if json else typer.echo("\n".join(lines))
+    lines = Catalogue().lineage(Catalogue().named(name)).lines()
+    tell(json, lines, "\n".join(lines))
 
 
 @models.command()
@@ -260,15 +246,11 @@ def promote(
     name: Named, alias: Annotated[str, typer.Option(help="Alias to assign.")] = "live", json: Json = False
 ) -> None:
     """Assign an alias to a version: `openm6 models promote goods@3`"""
-    from openm6.hub.catalogue import Catalogue
-
     catalogue = Catalogue()
     version = catalogue.named(name)
     before = catalogue.promote(version, alias)
-    if json:
-        emit({"name": version.name, "version": version.number, "alias": alias, "before": before and before.number})
-    else:
-        typer.echo(f"{version.full_name} is {alias}{f' (before: {before.full_name})' if before else ''}.")
+    value = {"name": version.name, "version": version.number, "alias": alias, "before": before and before.number}
+    tell(json, value, f"{version.full_name} is {alias}{f' (before: {before.full_name})' if before else ''}.")
 
 
 @models.command()
@@ -278,27 +260,20 @@ def rollback(
     json: Json = False,
 ) -> None:
     """Assign an alias to its previous version again."""
-    from openm6.hub.catalogue import Catalogue
-
     version = Catalogue().rollback(name, alias)
-    if json:
-        emit({"name": version.name, "version": version.number, "alias": alias})
-    else:
-        typer.echo(f"{version.full_name} is {alias} again.")
+    value = {"name": version.name, "version": version.number, "alias": alias}
+    tell(json, value, f"{version.full_name} is {alias} again.")
 
 
 @models.command()
 def fetch(name: Named, output: Output, json: Json = False) -> None:
     """Copy a model of the catalogue into a directory."""
-    from openm6.core.bases import changed_base
-    from openm6.hub.catalogue import Catalogue
-
     catalogue = Catalogue()
     version = catalogue.named(name)
     place = catalogue.fetch(version, output)
     if (base := version.about.get("base")) and (details := changed_base(place, base["hash"])):
         typer.secho(details, err=True)
-    emit({"directory": str(place)}) if json else typer.echo(str(place))
+    tell(json, {"directory": str(place)}, str(place))
 
 
 def _version(version: Version) -> dict[str, Any]:
@@ -307,3 +282,77 @@ def _version(version: Version) -> dict[str, Any]:
         "name": version.name, "version": version.number, "created": version.created,
         "aliases": list(version.aliases), "made_of": made_of, "files": version.files, **version.about,
     }  # fmt: skip
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="Model directory, model of the catalogue (goods@live), or YAML file with a chain of steps."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="Task to keep the quality of.")] = "",
+    data: Annotated[str, typer.Option(help="Training records of the task.")] = "",
+    validation: Annotated[str, typer.Option(help="Held-out records to measure on.")] = "",
+    unlabelled: Annotated[str | None, typer.Option(help="Records without answers, labelled by the model.")] = None,
+    target: Annotated[str, typer.Option(help="size=2MB, or latency=5ms for one answer.")] = "",
+    max_loss: Annotated[str, typer.Option(help="Largest drop of the task's first metric: 1% or 0.01.")] = "1%",
+    form: Annotated[str, typer.Option(help="package: ONNX, without PyTorch; model: a model directory.")] = "package",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps after each pruning.")] = 300,
+    limit: Annotated[int, typer.Option(min=1, help="Number of records to measure on.")] = 500,
+    output: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/compress.")] = None,
+    column: Column = None,
+    seed: Annotated[int, typer.Option(help="Random seed of data order and new weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """Compress a model to a size or latency: prune, distil, quantize, export, measuring each step. An interrupted run
+    is resumed by the same command."""
+    import yaml
+
+    from openm6.compress.compressed import Target, table_of
+
+    say = lambda text: typer.echo(text, err=True)  # noqa: E731
+    if model.suffix in (".yaml", ".yml"):
+        refuse_idle(context, ("model", "json"), f"a chain is done as it is written; change {model} itself.")
+        try:
+            values = yaml.safe_load(model.read_text("utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"{model} is not a chain: it needs the keys model, output, tasks and steps.")
+        if "model" in values:
+            values["model"] = str(find(str(values["model"])))
+
+        from openm6.compress.compress import check_chain, compress as run
+
+        chain = check_chain(values, str(model))
+        require_writable(chain.output)
+        rows, found, wanted, near = run(chain, say), None, None, ""
+    else:
+        if not (task and data and validation and target):
+            raise UsageError("Give --task, --data, --validation and --target, or a YAML file with a chain of steps.")
+        wanted, most, columns = Target.of(target), share(max_loss, "--max-loss"), pairs(column or [])
+        place = check_inputs(model, [task], [data, validation, unlabelled])
+        require_writable(output or Path("runs/compress"))
+
+        from openm6.compress.compress import DistillStep, check_chain, search
+
+        chain = check_chain({
+            "model": str(place), "output": str(output or Path("runs/compress")), "seed": seed,
+            "tasks": [{
+                "task": task, "data": data, "validation": validation, "unlabelled": unlabelled,
+                "columns": columns, "limit": limit,
+            }],
+        })  # fmt: skip
+        rows, found, near = search(chain, wanted, most, form, DistillStep(steps=steps), say)
+    if json:
+        emit({"rows": rows, "found": found, "nearest": near or None})
+    else:
+        table(*table_of(rows))
+    if wanted is not None:
+        if found is None:
+            typer.echo(f"No chain meets {target} with a loss of at most {max_loss}. {near}", err=True)
+            raise typer.Exit(1)
+        typer.echo(f"{found['step']} meets {target}: {chain.output / 'best'}", err=True)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from openm6.core.errors import UsageError, set_once
+from openm6.data.rejects import Reject, Rejects
+
 if TYPE_CHECKING:
     from rich.text import Text
-
-    from openm6.data.rejects import Reject, Rejects
 
 EVERY = 30.0
 """Seconds between two progress lines without a terminal."""
@@ -25,6 +26,11 @@ EVERY = 30.0
 def emit(value: Any) -> None:
     """Print a JSON document."""
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def tell(as_json: bool, value: Any, text: str) -> None:
+    """Print a result: `value` as JSON, or `text`."""
+    emit(value) if as_json else typer.echo(text)
 
 
 LONGEST_WORD = 24
@@ -88,8 +94,6 @@ def show_acceptance(found: dict[str, Any], what: str, json: bool) -> None:
 
 def write_rejects(path: Path, rejects: Iterable[Reject], used: int) -> Rejects | None:
     """Replace the file by the rejected records of this call; None without any. `used`: number of other records."""
-    from openm6.data.rejects import Rejects
-
     path.unlink(missing_ok=True)
     found = Rejects(path, max_fraction=1)
     found.saw(used)
@@ -133,8 +137,6 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def share(text: str, option: str) -> float:
     """`0.5%` or `0.005` as a fraction. Raises UsageError."""
-    from openm6.core.errors import UsageError
-
     with suppress(ValueError):
         found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         if found >= 0:  # nan is not
@@ -144,8 +146,6 @@ def share(text: str, option: str) -> float:
 
 def pairs(values: list[str]) -> dict[str, str]:
     """`["a=b"]` to `{"a": "b"}`. Raises UsageError for another form and for a name with two values."""
-    from openm6.core.errors import UsageError, set_once
-
     found: dict[str, str] = {}
     for value in values:
         key, equals, rest = value.partition("=")

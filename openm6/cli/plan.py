@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.checks import refuse_idle
+from openm6.cli.checks import check_parts, refuse_idle
 from openm6.cli.options import Json
-from openm6.cli.output import emit, pairs, table
+from openm6.cli.output import emit, pairs, table, tell
+from openm6.core.errors import UsageError, suggest
+from openm6.core.units import size_of
+from openm6.model.presets import find_preset, presets
+from openm6.plan.hardware import Hardware, hardware as known
 
 if TYPE_CHECKING:
     from openm6.model import ModelConfig
     from openm6.plan.footprint import Work
-    from openm6.plan.hardware import Hardware
     from openm6.plan.planner import Plan
     from openm6.train.offload import Offload
     from openm6.train.recipe import AnyRecipe
@@ -85,11 +90,6 @@ def plan(
     """Estimate memory, time, energy and cost of a training run. Exit code 1 if no layout fits.
 
     For a recipe alone, measure the training time on this machine: `openm6 plan try_on`"""
-    from dataclasses import replace
-
-    from openm6.core.errors import UsageError
-    from openm6.model.presets import find_preset
-    from openm6.plan.hardware import hardware as known
     from openm6.train.recipe import load_recipe
 
     if not _is_recipe(preset):
@@ -127,26 +127,25 @@ def plan(
         tokens = tokens or budget
     if distinct_layers:
         config = type(config)(**{**config.to_dict(), "distinct_layers": distinct_layers})
-    given = {"rows": rows, "length": length, "parts": accumulate, "images": images or None}
+    given = {"rows": rows, "length": length, "micro_batches": accumulate, "images": images or None}
     work = replace(work, **{key: value for key, value in given.items() if value is not None})
+    if config.positions == "learned" and work.length > config.max_position_embeddings:
+        raise UsageError(f"--length is {work.length}; this model has {config.max_position_embeddings} positions.")
+    if work.images > work.length:
+        raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
     found = make_plan(
-        config,
-        Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country),
-        _checked(work, config),
-        optimizer or usual,
-        2 if precision == "bf16" else 4,
-        Fixed(sharding, experts, recompute, _offload(offload)),
-        tokens,
-        dry_run,
-    )
+        config, Machine(gpus, figures, hardware != "cpu", achieved, overlap, pue, country), work, optimizer or usual,
+        2 if precision == "bf16" else 4, Fixed(sharding, experts, recompute, _offload(offload)), tokens, dry_run,
+    )  # fmt: skip
     if json:
-        emit(_to_dict(found))
+        content = asdict(found)
+        content["memory"]["total"], content["time"]["total"] = found.memory.total, found.time.total
+        emit(content)
     else:
         _print(found, preset, f"{gpus} x {hardware}")
 
 
 def _offload(text: str | None) -> Offload | None:
-    from openm6.core.errors import UsageError
     from openm6.train.offload import Offload
 
     if text is None:
@@ -167,8 +166,6 @@ def _offload(text: str | None) -> Offload | None:
 
 def _is_recipe(name: str) -> bool:
     """True for the path or name of a recipe; a name that is also a preset is the preset."""
-    from openm6.core.errors import UsageError
-    from openm6.model.presets import presets
     from openm6.train.recipe import find_recipe
 
     if name in presets() or Path(name).suffix in (".yaml", ".yml"):
@@ -182,10 +179,6 @@ def _is_recipe(name: str) -> bool:
 
 def _time(recipe: AnyRecipe, json: bool) -> None:
     """Print the training time of a recipe on this machine, extrapolated from its first steps."""
-    from datetime import timedelta
-
-    from openm6.cli.checks import check_parts
-
     check_parts(recipe)
 
     import torch
@@ -195,20 +188,15 @@ def _time(recipe: AnyRecipe, json: bool) -> None:
     steps, step = recipe.train.steps, seconds_per_step(recipe)
     cpu = f"a CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    if json:
-        figures = {"steps": steps, "seconds_per_step": step, "seconds": steps * step}
-        emit({"recipe": recipe.name, "machine": machine, **figures})
-        return
-    typer.echo(
-        f"{recipe.name} on this machine ({machine}): {steps:,} steps of {step:.2f} s, about "
-        f"{timedelta(seconds=round(steps * step))}, without evaluations and checkpoints."
-    )
+    figures = {"steps": steps, "seconds_per_step": step, "seconds": steps * step}
+    text = f"{recipe.name} on this machine ({machine}): {steps:,} steps of {step:.2f} s, about "
+    text += f"{timedelta(seconds=round(steps * step))}, without evaluations and checkpoints."
+    tell(json, {"recipe": recipe.name, "machine": machine, **figures}, text)
 
 
 def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
     """Config, work, optimizer and token budget of a recipe. An upper bound: every example fills a row, and the
     vocabulary is the largest that the tokenizer can have."""
-    from openm6.core.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.model.files import read_config
     from openm6.plan.footprint import Work
@@ -231,9 +219,6 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
 
 
 def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:
-    from dataclasses import fields, replace
-
-    from openm6.core.errors import UsageError, suggest
 
     names = [field.name for field in fields(hardware)]
     for name, value in pairs(more).items():
@@ -246,8 +231,6 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
 def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
     """A hardware figure in its own unit: a memory may be 80GB, a rate 25GB/s (`plain`: bytes per second of one unit of
     a rate without a unit)."""
-    from openm6.core.errors import UsageError
-    from openm6.core.units import size_of
 
     example = ""
     try:
@@ -264,25 +247,6 @@ def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
     except ValueError:
         pass
     raise UsageError(f"{label} has to be a number{example}, not {text!r}.")
-
-
-def _checked(work: Work, config: ModelConfig) -> Work:
-    from openm6.core.errors import UsageError
-
-    if config.positions == "learned" and work.length > config.max_position_embeddings:
-        raise UsageError(f"--length is {work.length}; this model has {config.max_position_embeddings} positions.")
-    if work.images > work.length:
-        raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
-    return work
-
-
-def _to_dict(found: Plan) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    content = asdict(found)
-    content["memory"]["total"] = found.memory.total
-    content["time"]["total"] = found.time.total
-    return content
 
 
 def _print(found: Plan, name: str, machine: str) -> None:

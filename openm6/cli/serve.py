@@ -1,21 +1,33 @@
-"""openm6 serve, keys."""
+"""openm6 serve, keys, deploy, deployments."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL
 from openm6.cli.options import Json
-from openm6.cli.output import emit, pairs, table
-from openm6.core.errors import UsageError
+from openm6.cli.output import emit, pairs, table, tell
+from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.extras import require
+from openm6.core.files import require_writable
+from openm6.core.origins import LOOPBACK
+from openm6.hub.deployments import Deployments, Plan, write
+from openm6.hub.jobs import Jobs
+from openm6.serve.keys import Keys
+from openm6.serve.meter import Meter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -53,11 +65,6 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model behind an HTTP API and a web console: `openm6 serve runs/demo/model`"""
-    import asyncio
-    import logging
-    import signal
-    import time
-
     begun = time.monotonic()
     require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
     from openm6.hub.catalogue import find_model
@@ -121,11 +128,6 @@ def serve(
 
 async def work_beside(at_once: int) -> None:
     """Run the job queue as long as the server runs; running jobs outlive it."""
-    import asyncio
-
-    from openm6.core.errors import OpenM6Error
-    from openm6.hub.jobs import Jobs
-
     every = Jobs()
     while True:
         with suppress(OpenM6Error):  # a full disk or missing folder may be temporary
@@ -147,8 +149,6 @@ def _mount(application: FastAPI, batches: Path) -> Callable[[], Awaitable[object
 
 def check_reach(host: str, keys: Path | None) -> None:
     """Raises UsageError for a server that other machines could use without a key."""
-    from openm6.core.origins import LOOPBACK
-
     if keys is None and host not in LOOPBACK:
         raise UsageError(f"{host} is reachable from other machines: give --keys FILE (made by `openm6 keys add`).")
 
@@ -163,8 +163,6 @@ def check_origins(origins: list[str]) -> None:
 
 def _origin_of(address: str) -> str:
     """The origin of a URL as browsers send it: lower case, ASCII, without the default port; "" if it has none."""
-    from urllib.parse import urlsplit
-
     ports = {"http": 80, "https": 443}
     try:
         parts = urlsplit(address)
@@ -190,16 +188,12 @@ def add_key(
     keys: KeysFile = KEYS,
 ) -> None:
     """Create a key and print it; it cannot be shown again."""
-    from openm6.serve.keys import Keys
-
     typer.echo(Keys(keys).add(name, role, per_minute, per_day))
 
 
 @keys_app.command("remove")
 def remove_key(name: Annotated[str, typer.Argument(help="Name of the key's owner.")], keys: KeysFile = KEYS) -> None:
     """Revoke a key; running servers refuse it at once."""
-    from openm6.serve.keys import Keys
-
     Keys(keys).remove(name)
     typer.echo(f"The key of {name} is revoked.")
 
@@ -207,9 +201,6 @@ def remove_key(name: Annotated[str, typer.Argument(help="Name of the key's owner
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
     """List the keys with today's usage (UTC) and what is left."""
-    from openm6.serve.keys import Keys
-    from openm6.serve.meter import Meter
-
     file = Keys(keys)
     meter = Meter(file.spent if file.spent.is_file() else None)
     rows = []
@@ -223,3 +214,71 @@ def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
     else:
         columns = ["name", "role", "requests per minute", "tokens per day", "spent today", "left today"]
         table(columns, ((*row[:5], "no limit" if row[5] is None else row[5]) for row in rows))
+
+
+@app.command()
+def deploy(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    to: Annotated[
+        str, typer.Option(help="here: a background process; compose, k8s: files to write; ray: a Ray cluster.")
+    ] = "here",
+    name: Annotated[str, typer.Option(help="Name of the service. Default: the model's directory.")] = "",
+    host: Annotated[str, typer.Option(help="here, ray: address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="here, ray: port; 0: any free port here, 8000 on Ray.")
+    ] = 0,
+    keys: Annotated[Path | None, typer.Option(help="Key file (openm6 keys).")] = None,
+    output: Annotated[Path, typer.Option(help="compose, k8s: folder for the files.")] = Path("deploy"),
+    image: Annotated[str, typer.Option(help="compose, k8s: container image. Default: openm6:VERSION.")] = "",
+    replicas: Annotated[int, typer.Option(min=1, help="k8s, ray: minimum number of servers.")] = 2,
+    most: Annotated[int, typer.Option(min=1, help="k8s, ray: maximum number of servers.")] = 8,
+    json: Json = False,
+) -> None:
+    """Serve a model in the background, or write the files to deploy it elsewhere: `openm6 deploy runs/demo/model`"""
+    from openm6.hub.catalogue import find_model
+
+    directory, called = find_model(model)
+    name = name or called
+    if to == "here":
+        more = ("--keys", str(keys)) if keys else ()
+        made = Deployments().start(name, directory, host, port, more)
+        tell(json, {"name": made.name, "url": made.url}, f"{made.name} is served at {made.url}")
+        return
+    if to == "ray":
+        from openm6.serve.on_ray import deploy_on_ray
+        from openm6.serve.server import Options
+
+        check_reach(host, keys)
+        url = deploy_on_ray(
+            name, directory, Options(keys=keys, loopback=keys is None), replicas=replicas,
+            most=max(most, replicas), host=host, port=port or 8000, address=os.environ.get("RAY_ADDRESS"),
+        )  # fmt: skip
+        tell(json, {"name": name, "url": url}, f"{name} is served at {url}")
+        return
+    require_writable(output)
+    service, chosen = name.replace("_", "-").lower(), {"image": image} if image else {}
+    plan = Plan(service, replicas=replicas, most=max(most, replicas), **chosen)  # type: ignore[arg-type]
+    files = write(to, plan, output, directory, keys or KEYS)
+    tell(json, {"files": list(map(str, files))}, "\n".join(map(str, files)))
+
+
+deployments = typer.Typer(help="Models served in the background of this machine.", no_args_is_help=True)
+app.add_typer(deployments, name="deployments")
+
+
+@deployments.command("list")
+def list_deployments(json: Json = False) -> None:
+    """List the deployments of this machine."""
+    names = ["name", "url", "model", "state", "since"]
+    rows = [
+        (one.name, one.url, one.model, "serving" if one.lives else "exited", time.ctime(one.created))
+        for one in Deployments().list()
+    ]
+    emit([dict(zip(names, row, strict=True)) for row in rows]) if json else table(names, rows)
+
+
+@deployments.command()
+def stop(name: Annotated[str, typer.Argument(help="Name of the deployment.")]) -> None:
+    """Stop a deployment after its running requests."""
+    Deployments().stop(name)
+    typer.echo(f"{name} is stopped.")

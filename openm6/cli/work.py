@@ -1,4 +1,4 @@
-"""openm6 train, finetune, eval, predict."""
+"""openm6 run, predict, train, finetune, eval."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import typer
 
 from openm6.cli import options
 from openm6.cli.app import app
-from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
+from openm6.cli.checks import MODEL, PICTURES, check_inputs, check_output, check_parts, check_slots, find, find_task
 from openm6.cli.output import counted, emit, pairs, table
 from openm6.core.errors import UsageError
 from openm6.core.extras import require
 from openm6.core.files import require_writable
+from openm6.data.writers import writer_for
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
@@ -76,6 +77,7 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
 
 
 @app.command()
+@options.reads_data()
 def finetune(
     model: Annotated[Path, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="Task by name, YAML path or instruction.")],
@@ -95,32 +97,26 @@ def finetune(
     unlabelled: Annotated[
         list[str] | None, typer.Option(help="Data without answers, labelled by the teacher; repeatable.")
     ] = None,
-    column: options.Column = None,
-    data_format: options.Format = None,
-    images: options.Images = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
+    reading: options.Reading = options.AUTOMATIC,
     seed: Annotated[int, typer.Option(help="Random seed of data order, corruption and new weights.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
     ] = None,
     processes: Processes = 1,
-    no_cache: options.NoCache = False,
 ) -> None:
     """Fine-tune a model on a task: all weights, or an adapter. The recipe is stored in the folder of the run; an
     interrupted run is resumed by the same command."""
     model = check_inputs(model, [task], [*(data or []), *(unlabelled or []), validation])
     teacher = find(teacher) if teacher else None
 
-    from openm6.data.readers import with_options
     from openm6.train.finetune import finetune_recipe
     from openm6.train.recipe import override_recipe
 
     values = finetune_recipe(
         model, task, data or [], method, output=output, validation=validation, steps=steps, batch_size=batch_size,
-        columns=pairs(column or []), noise=noise, label_smoothing=label_smoothing, teacher=teacher,
-        unlabelled=unlabelled or [], seed=seed, data_format=with_options(data_format, encoding, names),
-        images=images,
+        columns=reading.columns, noise=noise, label_smoothing=label_smoothing, teacher=teacher,
+        unlabelled=unlabelled or [], seed=seed, data_format=reading.format,
+        images=reading.images,
     )  # fmt: skip
     recipe = override_recipe(values, overrides or [])
     run_recipe(recipe, processes)
@@ -128,16 +124,12 @@ def finetune(
 
 
 @app.command("eval")
+@options.reads_data()
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Option(help="Task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Evaluation data: a path, or built-in data such as demo:questions/test.")],
-    column: options.Column = None,
-    data_format: options.Format = None,
-    images: options.Images = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
-    no_cache: options.NoCache = False,
+    reading: options.Reading = options.AUTOMATIC,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of records to use, the first ones.")] = None,
     option: options.DecodingOption = None,
     metric: Annotated[list[str] | None, typer.Option(help="Metric instead of the task's own; repeatable.")] = None,
@@ -167,8 +159,7 @@ def evaluate(
 
     place = check_inputs(model, [task, against], [data, shots_from])
     chosen = find_task(place, task)
-    decoding = decoding_options(option, chosen)
-    columns, others = pairs(column or []), pairs(against_column or [])
+    decoding, against_columns = decoding_options(option, chosen), pairs(against_column or [])
     for name in metric or []:
         check_metric(name, chosen)
     if output and (chosen.embeds or chosen.draws):
@@ -179,23 +170,21 @@ def evaluate(
         require("eval", "markdown", "matplotlib")
         require_writable(report)
 
-    from openm6.data.readers import with_options
     from openm6.evaluate.command import measure, measure_retrieval
     from openm6.evaluate.report import write_answers, write_report
     from openm6.inference.session import Session
 
     session = Session.load(place)
-    data_format = with_options(data_format, encoding, names)
     if chosen.embeds:
         dims: Any = decoding.get("dims")  # checked where vectors are cut
         result = measure_retrieval(
-            session, task, against or task, data, columns, others, same or [],
-            data_format, images, limit, dims, among_negatives, truncate,
+            session, task, against or task, data, reading.columns, against_columns, same or [],
+            reading.format, reading.images, limit, dims, among_negatives, truncate,
         )  # fmt: skip
     else:
         with counted("records") as on_progress:
             result = measure(
-                session, task, data, columns, data_format, images, limit, decoding, shots=shots,
+                session, task, data, reading.columns, reading.format, reading.images, limit, decoding, shots=shots,
                 shots_from=shots_from, metrics=metric or (), truncate=truncate, on_progress=on_progress,
             )  # fmt: skip
     if output:
@@ -216,17 +205,13 @@ def evaluate(
 
 
 @app.command()
+@options.reads_data()
 def predict(
     model: Annotated[str, typer.Argument(help=MODEL)],
     task: Annotated[str, typer.Argument(help="Task by name or YAML path.")],
     data: Annotated[str, typer.Option(help="Input records: CSV, JSON lines, Parquet, or another source.")],
     output: Annotated[Path, typer.Option(help="Output file: .csv, .jsonl or .parquet.")],
-    column: options.Column = None,
-    data_format: options.Format = None,
-    encoding: options.Encoding = None,
-    names: options.Names = None,
-    images: options.Images = None,
-    no_cache: options.NoCache = False,
+    reading: options.Reading = options.AUTOMATIC,
     option: options.DecodingOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 64,
     probabilities: Annotated[bool, typer.Option(help="Label tasks: add a column with all probabilities.")] = False,
@@ -235,20 +220,17 @@ def predict(
 ) -> None:
     """Answer every record of a table and write the answers beside its columns. An interrupted run is resumed by the
     same command."""
-    from openm6.data.writers import writer_for
-
     place = check_inputs(model, [task], [data])
-    columns, decoding = pairs(column or []), decoding_options(option, find_task(place, task))
+    decoding = decoding_options(option, find_task(place, task))
     writer_for(output)
     check_output(output)
 
-    from openm6.data.readers import with_options
     from openm6.evaluate.predict import Prediction
     from openm6.inference.session import Session
 
     prediction = Prediction(
-        Session.load(place), task, data, output, columns=columns, images=images,
-        data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
+        Session.load(place), task, data, output, columns=reading.columns, images=reading.images,
+        data_format=reading.format, decoding=decoding, batch_size=batch_size,
         all_probabilities=probabilities, truncate=truncate,
     )  # fmt: skip
     asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
@@ -279,3 +261,62 @@ def decoding_options(values: list[str] | None, task: Task | None = None) -> dict
         )
         raise UsageError(f"The task {task.name} {what}; leave out {', '.join(others)}.")
     return decoding
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
+    slots: Annotated[list[str] | None, typer.Argument(help="slot=value; a picture is a path.")] = None,
+    option: options.DecodingOption = None,
+    output: Annotated[Path, typer.Option(help="File for an answer that is a picture.")] = Path("picture.png"),
+    examples: Annotated[str | None, typer.Option(help="Data with a few records and answers, to show how.")] = None,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
+) -> None:
+    """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
+    place = check_inputs(model, [task], [examples])
+    asked: dict[str, Any] = dict(pairs(slots or []))
+    chosen = find_task(place, task)
+    check_slots(chosen, asked)
+    decoding = decoding_options(option, chosen)
+    if chosen.draws:
+        check_output(output, PICTURES)
+
+    from openm6.core.images import save, seed_of_drawn
+    from openm6.data.columns import SlotView
+    from openm6.data.source import open_source
+    from openm6.inference.labels import closed_labels
+    from openm6.inference.modes import mode_of
+    from openm6.inference.request import Request
+    from openm6.inference.session import Session
+
+    session, shown = Session.load(place), list[Any]()
+    chosen = session.task(task)
+    if examples:
+        records = open_source(examples)
+        shown = [SlotView.of(chosen, records)(record) for record in records]
+    answer, beside = session.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
+    result = mode_of(chosen).result
+    if result == "picture":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save(answer, output)
+        beside = {"seed": seed_of_drawn(answer)}
+        typer.echo(f"Seed: {beside['seed']}.", err=True)
+        answer = str(output)
+    elif result == "vector":
+        answer = [round(float(number), 6) for number in answer]
+    if json:
+        fields = {"task": task, "answer": answer, "trained": session.is_trained_on(chosen), **beside}
+        request = Request(asked, shown, truncate=truncate)
+        if truncate:
+            fields["truncated"] = session.prompt(chosen, request).truncated
+        if closed_labels(chosen):
+            found = next(session.label_probabilities(task, [request]))
+            fields["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        emit(fields)
+    elif isinstance(answer, dict):
+        for name, value in answer.items():
+            typer.echo(f"{name}: {value}")
+    else:
+        typer.echo(answer)

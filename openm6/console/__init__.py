@@ -119,7 +119,7 @@ def _built(app: FastAPI, server: Server, batches: Path | None) -> FastAPI:
     from markupsafe import Markup
     from PIL import Image
 
-    from openm6.console.desk import Desk
+    from openm6.console.context import PageContext
     from openm6.console.site import HEAD, STYLE, build, theme
     from openm6.core.images import MAX_PIXELS
 
@@ -133,12 +133,12 @@ def _built(app: FastAPI, server: Server, batches: Path | None) -> FastAPI:
     parent = FastAPI(openapi_url=None)
     parent.user_middleware = app.user_middleware  # Gradio asks it for the origins that are allowed
     for language in LANGUAGES:
-        desk = Desk(server, language, batches)
+        ui = PageContext(server, language, batches)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="SSR mode is not supported", category=UserWarning)
             gr.mount_gradio_app(
-                parent, build(desk), f"/{language}", auth=desk.lets_in if server.keys else None,
-                auth_message=desk.say("Enter the key's name and the key."), footer_links=[], run_history=False,
+                parent, build(ui), f"/{language}", auth=ui.lets_in if server.keys else None,
+                auth_message=ui.say("Enter the key's name and the key."), footer_links=[], run_history=False,
                 allowed_paths=[], show_error=False, max_file_size=server.options.body_mib * 2**20, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, css=STYLE, head=HEAD, theme=theme(),
             )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from asyncio import to_thread
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, first_step, note, shortened, table
+from openm6.console.context import PageContext, listing, note, shortened, table
 from openm6.hub.catalogue import DATA, Version
 
 SEEN = 12
@@ -16,8 +15,8 @@ PROBLEMS = 200
 """Number of rejected records that are shown."""
 
 
-def page(desk: Desk) -> None:
-    say = desk.say
+def page(ui: PageContext) -> None:
+    say = ui.say
     empty = gr.HTML(apply_default_css=False)
     with gr.Column(visible=False) as whole:
         known = gr.Dropdown(label=say("Data set"), interactive=True, elem_id="known")
@@ -26,26 +25,16 @@ def page(desk: Desk) -> None:
         problems = gr.HTML(apply_default_css=False)
     seen = note()
 
-    def names(select: str | None = None) -> Any:
-        found = [one.full_name for one in desk.catalogue.every(DATA)]
+    def names(select: str | None = None) -> list[Any]:
+        found = [one.full_name for one in ui.catalogue.every(DATA)]
         text = say(
             "The catalogue has no data set yet. Add one below or with this command; its files stay where they are."
         )
-        return [
-            "" if found else first_step(text, "openm6 data add reviews reviews.jsonl"),
-            gr.Column(visible=bool(found)),
-            gr.Dropdown(choices=found, value=select or (found[-1] if found else None)),
-        ]
+        value = select or (found[-1] if found else None)
+        return listing(found, value, text, "openm6 data add reviews reviews.jsonl")
 
-    async def listed(request: gr.Request) -> Any:
-        desk.key(request)
-        return await to_thread(names)
-
-    async def look(request: gr.Request, name: str | None) -> Any:
-        desk.key(request)
-        if not name:
-            return ["", gr.skip(), ""]
-        return await to_thread(lambda: _look(desk, desk.catalogue.named(name, DATA)))
+    def look(name: str | None) -> list[Any]:
+        return _look(ui, ui.catalogue.named(name, DATA)) if name else ["", gr.skip(), ""]
 
     with gr.Accordion(say("Add a data set"), open=False):
         with gr.Row():
@@ -60,33 +49,31 @@ def page(desk: Desk) -> None:
         add = gr.Button(say("Add"), variant="primary", elem_id="add")
         places = {"name": name_note, "source": source_note, "": note()}
 
-    async def added(request: gr.Request, called: str, place: str) -> Any:
-        desk.manager(request)
+    def added(called: str, place: str) -> list[Any]:
         if not called.strip():
-            raise desk.error("The data set needs a name.", param="name")
+            raise ui.error("The data set needs a name.", param="name")
         if not place.strip():
-            raise desk.error("Enter the data source: a file, a folder or a built-in data set.", param="source")
-        version = await to_thread(desk.catalogue.add_data, called.strip(), place.strip())
-        return await to_thread(names, version.full_name)
+            raise ui.error("Enter the data source: a file, a folder or a built-in data set.", param="source")
+        return names(ui.catalogue.add_data(called.strip(), place.strip()).full_name)
 
-    listing = [empty, whole, known]
-    desk.on(None, listed, outputs=listing, notes={"": seen})
-    desk.on(known.change, look, [known], [facts, pictures, problems], {"": seen})
-    desk.on([add.click, name.submit, source.submit], added, [name, source], listing, places)
+    shown = [empty, whole, known]
+    ui.on(None, names, outputs=shown, notes={"": seen})
+    ui.on(known.change, look, [known], [facts, pictures, problems], {"": seen})
+    ui.on([add.click, name.submit, source.submit], added, [name, source], shown, places, manage=True)
 
 
-def _look(desk: Desk, version: Version) -> list[Any]:
+def _look(ui: PageContext, version: Version) -> list[Any]:
     """Contents of a version as the catalogue stores them, and pictures and rejected records of the current data."""
     from openm6.data.source import open_source
 
-    say, about = desk.say, version.about
+    say, about = ui.say, version.about
     facts = [
         [say("records"), about["records"]], [say("rejected"), about["rejected"]],
         [say("source"), about["source"]], [say("hash"), about["hash"][:16]],
-        [say("added"), desk.time(version.created)],
+        [say("added"), ui.time(version.created)],
     ]  # fmt: skip
     columns = list(about["columns"])
-    rows = [[shortened(row.get(head), 120) for head in columns] for row in desk.catalogue.sample(version)]
+    rows = [[shortened(row.get(head), 120) for head in columns] for row in ui.catalogue.sample(version)]
     text = table([say("version"), version.full_name], facts, say("Overview"))
     text += table([say("column"), say("type")], list(about["columns"].items()), say("Columns"))
     text += table(columns, rows, say("The first records"))

@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, first_step, table
+from openm6.console.context import PageContext, first_step, table
 from openm6.hub.deployments import Deployments
 
 
-def page(desk: Desk) -> None:
-    say = desk.say
+def page(ui: PageContext) -> None:
+    say = ui.say
     heads = [
         say("model"), say("parameters"), say("waiting"), say("in progress"), say("tokens per second"), say("answered"),
         say("restarts"), say("energy"), say("directory"),
@@ -32,26 +32,25 @@ def page(desk: Desk) -> None:
         ]  # fmt: skip
     others = gr.HTML(apply_default_css=False)
 
-    async def look(request: gr.Request) -> Any:
+    async def look() -> list[Any]:
         import pandas as pd
 
-        desk.key(request)
-        history = desk.server.history
+        history = ui.server.history
         await history.sample()
         points = pd.DataFrame(history.points)
         points["time"] = pd.to_datetime(points["time"], unit="s")
-        served = table(heads, _rows(desk), say("Models of this server"))
-        return [served, *[points] * len(charts), await to_thread(_deployed, desk)]
+        served = table(heads, _rows(ui), say("Models of this server"))
+        return [served, *[points] * len(charts), await to_thread(_deployed, ui)]
 
     shown = [models, *charts, others]
-    desk.on(None, look, outputs=shown)
-    desk.on(gr.Timer(3).tick, look, outputs=shown, show_progress="hidden")
+    ui.on(None, look, outputs=shown)
+    ui.on(gr.Timer(3).tick, look, outputs=shown, show_progress="hidden")
 
 
-def _rows(desk: Desk) -> list[list[str]]:
+def _rows(ui: PageContext) -> list[list[str]]:
     rows = []
-    for name, now in desk.server.history.now.items():
-        deployment = desk.server.fleet.deployments[name]
+    for name, now in ui.server.history.now.items():
+        deployment = ui.server.fleet.deployments[name]
         energy = f"{1000 * now['energy_kwh']:.2f} Wh" if "energy_kwh" in now else ""
         rows.append([
             name, f"{deployment.about['parameters'] / 1e6:,.1f} M", str(now["waiting"]), str(now["running"]),
@@ -66,16 +65,14 @@ def _place(directory: Path) -> str:
     return str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
 
 
-def _deployed(desk: Desk) -> str:
-    say, found = desk.say, Deployments().list()
+def _deployed(ui: PageContext) -> str:
+    say, found = ui.say, Deployments().list()
     if not found:
-        return first_step(
-            say("No model is deployed on this machine. Deploy one with:"),
-            "openm6 deploy runs/demo/model",
-        )
+        text = say("No model is deployed on this machine. Deploy one with:")
+        return first_step(text, "openm6 deploy runs/demo/model")
     heads = [say("name"), say("address"), say("model"), say("state"), say("since")]
     rows = [
-        [one.name, one.url, one.model, say("serving") if one.lives else say("exited"), desk.time(one.created)]
+        [one.name, one.url, one.model, say("serving") if one.lives else say("exited"), ui.time(one.created)]
         for one in found
     ]
     return table(heads, rows, say("Deployments on this machine (openm6 deploy)"))

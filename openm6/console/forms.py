@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageDraw
 
-from openm6.console.desk import Desk, note, plain, shortened
+from openm6.console.context import PageContext, note, plain, shortened
 from openm6.core.errors import DataError
 from openm6.core.files import lines_of
 from openm6.core.images import open_image
@@ -45,8 +45,8 @@ class Form:
     `notes` has the notes by slot, and under "" the general one, which the page renders beside its button.
     """
 
-    def __init__(self, desk: Desk, name: str, about: Description):
-        self.desk, self.name, self.about = desk, name, about
+    def __init__(self, ui: PageContext, name: str, about: Description):
+        self.ui, self.name, self.about = ui, name, about
         self.slots = {slot: about["slots"][slot] for slot in about["inputs"]}
         self.fields: list[Any] = []
         self.notes: dict[str, Any] = {}
@@ -54,7 +54,7 @@ class Form:
             self.fields.append(self._field(slot, kind))
             self.notes[slot] = note()
         self.notes[""] = gr.HTML(elem_classes="note", apply_default_css=False, render=False)
-        say, defaults = desk.say, OPTIONS.get(about["kind"], ())
+        say, defaults = ui.say, OPTIONS.get(about["kind"], ())
         labels = {
             "passes": say("Decoding passes"), "guidance": say("Guidance scale"), "temperature": say("Temperature"),
             "seed": say("Seed"), "max_new_tokens": say("Max tokens"), "num_beams": say("Beam width"),
@@ -66,11 +66,8 @@ class Form:
                     for option, default in defaults
                 ]
                 self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws)
-            self.examples = gr.Textbox(
-                label=say("Few-shot examples with answers, one JSON object per line"),
-                lines=2,
-                visible=about["kind"] == "text",
-            )
+            text = say("Few-shot examples with answers, one JSON object per line")
+            self.examples = gr.Textbox(label=text, lines=2, visible=about["kind"] == "text")
             gr.Textbox(about["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
 
     @property
@@ -89,7 +86,7 @@ class Form:
 
     def _field(self, slot: str, kind: str) -> Any:
         example = self.about["example"].get(slot)
-        label = self.desk.slot(slot)
+        label = self.ui.slot(slot)
         if kind == "image":
             field = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=220)
             field.preprocess = _path  # type: ignore[method-assign]
@@ -101,10 +98,9 @@ class Form:
                 type="pandas", interactive=True,
             )  # fmt: skip
         if kind in ("table", "triples"):
-            say = self.desk.say
-            headers = (
-                [say("name"), say("value")] if kind == "table" else [say("subject"), say("relation"), say("value")]
-            )
+            say = self.ui.say
+            headers = [say("name")] if kind == "table" else [say("subject"), say("relation")]
+            headers.append(say("value"))
             rows = [list(row) for row in (example.items() if isinstance(example, dict) else example or [])]
             return gr.Dataframe(
                 rows or [[""] * len(headers)], headers=headers, label=label, type="array", interactive=True,
@@ -129,13 +125,13 @@ class Form:
                 examples=records, candidates=int(count) if self.draws else 1,
             )  # fmt: skip
         except (ValueError, RecursionError):
-            raise self.desk.error("Each example is one JSON object on its own line.") from None
+            raise self.ui.error("Each example is one JSON object on its own line.") from None
 
     def _number(self, text: str) -> int | float:
         try:
             return int(text) if text.strip().isdecimal() else float(text)
         except ValueError:
-            raise self.desk.error("An option has to be a number, not {text}.", text=shortened(text, 20)) from None
+            raise self.ui.error("An option has to be a number, not {text}.", text=shortened(text, 20)) from None
 
     def _given(self, slot: str, kind: str, value: Any) -> Any:
         if kind != "image" or value is None:
@@ -143,7 +139,7 @@ class Form:
         try:
             open_image(value)
         except DataError:
-            raise self.desk.error(
+            raise self.ui.error(
                 "This file cannot be read as a picture: use a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
                 param=slot,
             ) from None
@@ -168,15 +164,15 @@ class Form:
 class Answer:
     """The components that show an answer."""
 
-    def __init__(self, desk: Desk, about: Description, label: str | None = None):
-        self.desk, self.about = desk, about
+    def __init__(self, ui: PageContext, about: Description, label: str | None = None):
+        self.ui, self.about = ui, about
         self.shows_pictures = about["kind"] == "picture" or "box" in _outputs(about).values()
         self.text = gr.Textbox(
-            label=label or desk.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
-            placeholder=desk.say("The answer appears here."), visible=about["kind"] != "picture",
+            label=label or ui.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
+            placeholder=ui.say("The answer appears here."), visible=about["kind"] != "picture",
         )  # fmt: skip
         self.pictures = gr.Gallery(
-            label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
+            label=label or ui.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
             visible=self.shows_pictures, elem_classes="drawn",
         )  # fmt: skip
         self.caption_line = gr.Markdown(elem_classes="quiet")
@@ -194,7 +190,7 @@ class Answer:
 
     def whole(self, event: Mapping[str, Any], asked: TaskRequest, seconds: float, first: float) -> tuple[Any, ...]:
         """Values of `outputs` for the complete answer; `first`: seconds to the first token."""
-        value, say = event["value"], self.desk.say
+        value, say = event["value"], self.ui.say
         took, seed = say("{seconds} s", seconds=f"{seconds:.2f}"), event.get("seed")
         seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
         if self.about["kind"] == "picture":
@@ -210,7 +206,7 @@ class Answer:
 
     def _caption(self, one: Mapping[str, Any], is_best: bool) -> str:
         """The model's estimates of a generated picture as text; the best of several pictures comes first."""
-        say = self.desk.say
+        say = self.ui.say
         names = {
             "relevance": say("relevance"), "fidelity": say("fidelity"), "quality": say("quality"),
             "reading": say("read back"),
@@ -222,9 +218,9 @@ class Answer:
         outputs = _outputs(self.about)
         if self.about["kind"] == "vector":
             some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
-            return self.desk.say("{size} dimensions: {some} ...", size=len(value), some=some)
+            return self.ui.say("{size} dimensions: {some} ...", size=len(value), some=some)
         if len(outputs) > 1 and isinstance(value, Mapping):
-            return "\n".join(f"{self.desk.slot(slot)}: {plain(value.get(slot))}" for slot in outputs)
+            return "\n".join(f"{self.ui.slot(slot)}: {plain(value.get(slot))}" for slot in outputs)
         return plain(value)
 
     def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
@@ -260,11 +256,9 @@ def _given(kind: str, value: Any) -> Any:
     if kind == "triples":
         return [row for row in value if any(row)] or None
     if kind == "table":  # rows with names of columns, or names with values
-        return (
-            value.to_dict("records")
-            if hasattr(value, "to_dict")
-            else {row[0]: row[1] for row in value if row[0]} or None
-        )
+        if hasattr(value, "to_dict"):
+            return value.to_dict("records")
+        return {row[0]: row[1] for row in value if row[0]} or None
     return value
 
 

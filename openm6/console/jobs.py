@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from asyncio import to_thread
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, first_step, note
+from openm6.console.context import PageContext, listing, note
 from openm6.hub.catalogue import DATA, MODEL, find_model
 from openm6.hub.jobs import OVER, RUNNING, Job, curve, output_of, progress
 from openm6.train.finetune import RATES
@@ -18,8 +17,8 @@ TAIL = 4_000
 """Number of bytes of a log that are shown."""
 
 
-def page(desk: Desk) -> None:
-    say = desk.say
+def page(ui: PageContext) -> None:
+    say = ui.say
     with gr.Row():
         with gr.Column(min_width=240):
             base = gr.Dropdown(label=say("Base model"), allow_custom_value=True, elem_id="base")
@@ -61,78 +60,61 @@ def page(desk: Desk) -> None:
         keep_wrong = {"": note()}
     shown = [state, loss, log]
 
-    def names(select: str | None) -> Any:
-        jobs = desk.jobs.list()[::-1]
-        found = [(f"{desk.time(job.created)} · {job.name} · {say(job.state)}", job.id) for job in jobs]
+    def names(select: str | None = None) -> list[Any]:
+        jobs = ui.jobs.list()[::-1]
+        found = [(f"{ui.time(job.created)} · {job.name} · {say(job.state)}", job.id) for job in jobs]
         known = [value for _, value in found]
         value = select if select in known else known[0] if known else None
         text = say("There is no fine-tuning job yet. Choose the training data above and submit one.")
-        return [
-            "" if jobs else first_step(text), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
-        ]  # fmt: skip
+        return listing(found, value, text)
 
-    async def opened(request: gr.Request) -> Any:
-        desk.key(request)
-        return [*await to_thread(_choices, desk), *await to_thread(names, None)]
+    def look(identity: str | None) -> list[Any]:
+        return _look(ui, ui.jobs.get(identity)) if identity else ["", None, ""]
 
-    async def look(request: gr.Request, identity: str | None) -> Any:
-        desk.key(request)
-        if not identity:
-            return ["", None, ""]
-        return await to_thread(lambda: _look(desk, desk.jobs.get(identity)))
-
-    async def tick(request: gr.Request, identity: str | None) -> Any:
-        return [*await to_thread(names, identity), *await look(request, identity)]
-
-    async def submitted(request: gr.Request, *values: Any) -> Any:
-        desk.manager(request)
-        words = await to_thread(_words, desk, *values)
-        job = await to_thread(desk.jobs.submit, words, f"finetune {values[1]}")
-        return await to_thread(names, job.id)
+    def submitted(*values: Any) -> list[Any]:
+        return names(ui.jobs.submit(_words(ui, *values), f"finetune {values[1]}").id)
 
     def job_of(identity: str | None) -> str:
         if not identity:
-            raise desk.error("Choose a job first.")
+            raise ui.error("Choose a job first.")
         return identity
 
     def acting(what: Any) -> Any:
-        async def act(request: gr.Request, identity: str | None) -> Any:
-            desk.manager(request)
-            await to_thread(what, job_of(identity))
-            return await to_thread(names, identity)
+        def act(identity: str | None) -> list[Any]:
+            what(job_of(identity))
+            return names(identity)
 
         return act
 
-    async def keeping(request: gr.Request, identity: str | None, called: str) -> str:
-        desk.manager(request)
-        run, catalogue = output_of(desk.jobs.get(job_of(identity))), desk.catalogue
+    def keeping(identity: str | None, called: str) -> str:
+        run, catalogue = output_of(ui.jobs.get(job_of(identity))), ui.catalogue
         if run is None or not (run / "model").is_dir():
-            raise desk.error("This job has not produced a model.")
+            raise ui.error("This job has not produced a model.")
         if not called.strip():
-            raise desk.error("The model needs a name in the catalogue.")
-        made_of = await to_thread(catalogue.parents, run)
-        version = await to_thread(lambda: catalogue.add_model(called.strip(), run / "model", made_of=made_of, run=run))
+            raise ui.error("The model needs a name in the catalogue.")
+        version = catalogue.add_model(called.strip(), run / "model", made_of=catalogue.parents(run), run=run)
         return say("Saved to the catalogue as {name}.", name=version.full_name)
 
     jobs = [empty, whole, chosen]
-    desk.on(None, opened, outputs=[base, task, data, validation, *jobs])
-    desk.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
+    ui.on(None, lambda: [*_choices(ui), *names()], outputs=[base, task, data, validation, *jobs])
+    ui.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
     given = [base, task, data, validation, method, steps, batch, output, more]
-    desk.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong)
-    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [text], keep_wrong)
-    for button, what in ((stop, desk.jobs.stop), (resume, desk.jobs.resume), (remove, desk.jobs.remove)):
-        desk.on(button.click, acting(what), [chosen], jobs, job_wrong)
-    desk.on(gr.Timer(2).tick, tick, [chosen], [*jobs, *shown], show_progress="hidden")
+    ui.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong, manage=True)
+    ui.on([keep.click, kept.submit], keeping, [chosen, kept], [text], keep_wrong, manage=True)
+    for button, what in ((stop, ui.jobs.stop), (resume, ui.jobs.resume), (remove, ui.jobs.remove)):
+        ui.on(button.click, acting(what), [chosen], jobs, job_wrong, manage=True)
+    tick = gr.Timer(2).tick
+    ui.on(tick, lambda job: [*names(job), *look(job)], [chosen], [*jobs, *shown], show_progress="hidden")
 
 
-def _choices(desk: Desk) -> tuple[Any, Any, Any, Any]:
+def _choices(ui: PageContext) -> tuple[Any, Any, Any, Any]:
     """The dropdowns of base models, tasks, training and validation data: served models and the catalogue."""
     from openm6.tasks.library import get, names
 
-    served = [(name, str(one.place.model)) for name, one in desk.server.fleet.deployments.items()]
-    every = [*served, *((version.full_name, version.full_name) for version in desk.kept(MODEL))]
-    tasks = sorted((desk.title(name, get(name).description), name) for name in names())
-    data = [(version.full_name, version.about["source"]) for version in desk.kept(DATA)]
+    served = [(name, str(one.place.model)) for name, one in ui.server.fleet.deployments.items()]
+    every = [*served, *((version.full_name, version.full_name) for version in ui.kept(MODEL))]
+    tasks = sorted((ui.title(name, get(name).description), name) for name in names())
+    data = [(version.full_name, version.about["source"]) for version in ui.kept(DATA)]
     return (
         gr.Dropdown(choices=every, value=every[0][1] if every else None), gr.Dropdown(choices=tasks, value="vqa"),
         gr.Dropdown(choices=data, value=data[0][1] if data else None), gr.Dropdown(choices=[("", ""), *data], value=""),
@@ -140,7 +122,7 @@ def _choices(desk: Desk) -> tuple[Any, Any, Any, Any]:
 
 
 def _words(
-    desk: Desk,
+    ui: PageContext,
     base: str | None,
     task: str | None,
     data: str | None,
@@ -153,15 +135,15 @@ def _words(
 ) -> list[str]:
     """The words of a fine-tuning command. Raises OpenM6Error that names the field."""
     if not base:
-        raise desk.error("Choose the base model.", param="base")
+        raise ui.error("Choose the base model.", param="base")
     if not task:
-        raise desk.error("Choose the task to train.", param="task")
+        raise ui.error("Choose the task to train.", param="task")
     if not data:
-        raise desk.error("Choose the training data: a data set or the path of a file.", param="data")
+        raise ui.error("Choose the training data: a data set or the path of a file.", param="data")
     try:
         options = shlex.split(more or "")
     except ValueError:
-        raise desk.error("A quotation mark is missing in the extra options.") from None
+        raise ui.error("A quotation mark is missing in the extra options.") from None
     words = ["finetune", str(find_model(base)[0]), "--task", task, "--data", data, "--method", method]
     words += ["--steps", str(int(steps))] if steps else []
     words += ["--batch-size", str(int(batch))] if batch else []
@@ -170,10 +152,10 @@ def _words(
     return [*words, *options]
 
 
-def _look(desk: Desk, job: Job) -> list[Any]:
+def _look(ui: PageContext, job: Job) -> list[Any]:
     import pandas as pd
 
-    say, far = desk.say, progress(job)
+    say, far = ui.say, progress(job)
     text = [f"**{say(job.state)}**"]
     if far:
         text.append(
@@ -187,4 +169,4 @@ def _look(desk: Desk, job: Job) -> list[Any]:
     # A numeric dtype even without rows: otherwise Gradio keeps treating the columns as text.
     points = pd.DataFrame(curve(job), columns=["step", "loss"], dtype=float)
     state = " · ".join(text) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
-    return [state, points, desk.jobs.last_said(job, TAIL)]
+    return [state, points, ui.jobs.last_said(job, TAIL)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, first_step, note, shortened, table
+from openm6.console.context import PageContext, listing, note, shortened, table
 from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
 from openm6.serve.wire import Place
 
@@ -18,8 +18,8 @@ BOX, GAP = (220, 54), (36, 18)
 """Width and height of a node of the lineage graph, and the gaps between nodes, in pixels."""
 
 
-def page(desk: Desk) -> None:
-    say = desk.say
+def page(ui: PageContext) -> None:
+    say = ui.say
     heads = [say("version"), say("metrics"), say("energy"), say("added"), say("note")]
     empty, unreadable = gr.HTML(apply_default_css=False), {"": note()}
     with gr.Column(visible=False) as whole:
@@ -41,81 +41,71 @@ def page(desk: Desk) -> None:
         add = gr.Button(say("Add"), variant="primary", elem_id="add")
         added_wrong = {"": note()}
 
-    def listing(select: str | None = None) -> Any:
-        every = desk.catalogue.every(MODEL)
+    def all_versions(select: str | None = None) -> list[Any]:
+        every = ui.catalogue.every(MODEL)
         names = [one.full_name for one in every]
         text = say("The catalogue has no model yet. Fine-tune and save one, or add one below or with this command.")
-        return [
-            "" if every else first_step(text, "openm6 models add goods runs/demo/model"),
-            gr.Column(visible=bool(every)),
-            table(heads, [_row(desk, one) for one in every], say("Models")),
-            gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None),
-        ]
+        value = select if select in names else names[-1] if names else None
+        listed = table(heads, [_row(ui, one) for one in every], say("Models"))
+        return [*listing(names, value, text, "openm6 models add goods runs/demo/model"), listed]
 
-    async def opened(request: gr.Request) -> Any:
-        desk.key(request)
-        return await to_thread(listing)
-
-    async def look(request: gr.Request, which: str | None) -> Any:
-        desk.key(request)
+    def look(which: str | None) -> list[str]:
         if not which:
             return ["", ""]
-        version = await to_thread(desk.catalogue.named, which)
-        text = html.escape(await to_thread(desk.catalogue.recipe, version))
+        version = ui.catalogue.named(which)
+        text = html.escape(ui.catalogue.recipe(version))
         text = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
-        return [drawn(await to_thread(desk.catalogue.lineage, version)), text]
+        return [drawn(ui.catalogue.lineage(version)), text]
 
     def going(change: Callable[[str], Version]) -> Any:
-        async def act(request: gr.Request, which: str | None) -> Any:
-            desk.manager(request)
+        async def act(which: str | None) -> list[Any]:
             if not which:
-                raise desk.error("Choose a model first.")
+                raise ui.error("Choose a model first.")
             version = await to_thread(change, which)
-            return [await _go_live(desk, version), *await to_thread(listing, version.full_name)]
+            return [await _go_live(ui, version), *await to_thread(all_versions, version.full_name)]
 
         return act
 
     def promoted(which: str) -> Version:
-        version = desk.catalogue.named(which)
-        desk.catalogue.promote(version)
+        version = ui.catalogue.named(which)
+        ui.catalogue.promote(version)
         return version
 
-    async def added(request: gr.Request, called: str, path: str, parents: str) -> Any:
-        desk.manager(request)
+    def added(called: str, path: str, parents: str) -> list[Any]:
         if not called.strip() or not path.strip():
-            raise desk.error("Enter the model's name and directory.")
-        place, catalogue = Path(path.strip()), desk.catalogue
+            raise ui.error("Enter the model's name and directory.")
+        place = Path(path.strip())
         run = place.parent if (place.parent / "recipe.yaml").is_file() else None
-        version = await to_thread(lambda: catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run))
-        return await to_thread(listing, version.full_name)
+        version = ui.catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run)
+        return all_versions(version.full_name)
 
-    shown = [empty, whole, versions, chosen]
-    desk.on(None, opened, outputs=shown, notes=unreadable)
-    desk.on(chosen.change, look, [chosen], [graph, recipe], wrong)
-    desk.on(promote.click, going(promoted), [chosen], [done, *shown], wrong)
-    back = going(lambda which: desk.catalogue.rollback(which.partition("@")[0]))
-    desk.on(rollback.click, back, [chosen], [done, *shown], wrong)
+    shown = [empty, whole, chosen, versions]
+    ui.on(None, all_versions, outputs=shown, notes=unreadable)
+    ui.on(chosen.change, look, [chosen], [graph, recipe], wrong)
+    ui.on(promote.click, going(promoted), [chosen], [done, *shown], wrong, manage=True)
+    back = going(lambda which: ui.catalogue.rollback(which.partition("@")[0]))
+    ui.on(rollback.click, back, [chosen], [done, *shown], wrong, manage=True)
     fields = [name, directory, made_of]
-    desk.on([add.click, *(field.submit for field in fields)], added, fields, shown, added_wrong)
+    ui.on([add.click, *(field.submit for field in fields)], added, fields, shown, added_wrong, manage=True)
 
 
-async def _go_live(desk: Desk, version: Version) -> str:
+async def _go_live(ui: PageContext, version: Version) -> str:
     """Switch the served model of this name to the version. Returns the message to show."""
-    deployment = desk.server.fleet.deployments.get(version.name)
+    deployment = ui.server.fleet.deployments.get(version.name)
     if deployment is None:
-        return desk.say(
+        return ui.say(
             "{version} is live; this server has no model named {name}.", version=version.full_name, name=version.name
         )
-    directory = (await to_thread(desk.catalogue.local, version)).resolve()
+    directory = (await to_thread(ui.catalogue.local, version)).resolve()
     await deployment.swap(Place(directory, deployment.place.adapters))
-    return desk.say("{version} is live and now serves requests here.", version=version.full_name)
+    return ui.say("{version} is live and now serves requests here.", version=version.full_name)
 
 
-def _row(desk: Desk, one: Version) -> list[str]:
+def _row(ui: PageContext, one: Version) -> list[str]:
     energy = one.about.get("energy_kwh")
     return [
         one.title, one.measures, "" if energy is None else f"{1000 * energy:.1f} Wh",
-        desk.time(one.created), one.about.get("note", ""),
+        ui.time(one.created), one.about.get("note", ""),
     ]  # fmt: skip
 
 

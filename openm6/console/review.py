@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from asyncio import to_thread
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from openm6.console.desk import Desk, first_step, note, plain
+from openm6.console.context import PageContext, listing, note, plain
 from openm6.core.images import open_image
 from openm6.studio.copy import write_labelled_copy
 from openm6.studio.images import write_labelled
@@ -19,8 +19,8 @@ DEPTH = 3
 """Maximum depth of a batch below the root folder of batches."""
 
 
-def page(desk: Desk) -> None:
-    say = desk.say
+def page(ui: PageContext) -> None:
+    say = ui.say
     empty = gr.HTML(apply_default_css=False)
     with gr.Column(visible=False) as whole:
         batch = gr.Dropdown(label=say("Batch"), interactive=True, elem_id="batch")
@@ -47,41 +47,25 @@ def page(desk: Desk) -> None:
         made = gr.Markdown()
     shown = [place, far, given, seen, said, drawn]
 
-    async def listed(request: gr.Request) -> Any:
-        desk.key(request)
-        found = [str(path) for path in await to_thread(_batches, desk.batches)]
-        text = say("There is no batch to review in {folder}. Generate one with:", folder=desk.batches)
-        command = f"openm6 copy batch runs/demo/model --items goods.csv --output {desk.batches}/copy-1"
-        return [
-            "" if found else first_step(text, command),
-            gr.Column(visible=bool(found)),
-            gr.Dropdown(choices=found, value=found[0] if found else None),
-        ]
+    def batches() -> list[Any]:
+        found = [str(path) for path in _batches(ui.batches)]
+        text = say("There is no batch to review in {folder}. Generate one with:", folder=ui.batches)
+        command = f"openm6 copy batch runs/demo/model --items goods.csv --output {ui.batches}/copy-1"
+        return listing(found, found[0] if found else None, text, command)
 
-    async def opened(request: gr.Request, name: str | None) -> Any:
-        desk.key(request)
-        return await to_thread(_show, desk, name, None)
-
-    def judging(accepted: bool | None) -> Any:
-        async def judge(request: gr.Request, name: str | None, number: int) -> Any:
-            desk.key(request)
-            return await to_thread(_judge, desk, name, number, accepted)
-
-        return judge
-
-    async def finished(request: gr.Request, name: str | None) -> str:
-        desk.key(request)
-        text = await to_thread(lambda: _finish(_known(desk, name)))
+    def finished(name: str | None) -> str:
+        text = _finish(_known(ui, name))
         return say(
             "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{text['accepted']:.0%}",
             labelled=text["labelled"], file=f"`{text['file']}`",
         )  # fmt: skip
 
-    desk.on(None, listed, outputs=[empty, whole, batch])
-    desk.on(batch.change, opened, [batch], shown, wrong)
+    ui.on(None, batches, outputs=[empty, whole, batch])
+    ui.on(batch.change, lambda name: _show(ui, name, None), [batch], shown, wrong)
     for button, accepted in ((accept, True), (reject, False), (back, None)):
-        desk.on(button.click, judging(accepted), [batch, place], shown, wrong, show_progress="hidden")
-    desk.on(finish.click, finished, [batch], [made], wrong)
+        judge = partial(_judge, ui, accepted)
+        ui.on(button.click, judge, [batch, place], shown, wrong, show_progress="hidden")
+    ui.on(finish.click, finished, [batch], [made], wrong)
 
 
 def _batches(folder: Path) -> list[Path]:
@@ -91,13 +75,13 @@ def _batches(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -path.stat().st_mtime)
 
 
-def _known(desk: Desk, name: str | None) -> Path:
+def _known(ui: PageContext, name: str | None) -> Path:
     """The batch of this name, if it is listed: a browser may send any name. Raises PageError."""
     if not name:
-        raise desk.error("Choose a batch first.")
-    found = next((path for path in _batches(desk.batches) if str(path) == name), None)
+        raise ui.error("Choose a batch first.")
+    found = next((path for path in _batches(ui.batches) if str(path) == name), None)
     if found is None:
-        raise desk.error("This batch no longer exists.")
+        raise ui.error("This batch no longer exists.")
     return found
 
 
@@ -107,40 +91,34 @@ def _candidates(batch: Path) -> list[dict[str, Any]]:
 
 def _verdicts(batch: Path) -> dict[str, Verdict]:
     labels = batch / LABELS
-    if not labels.is_file() or not labels.stat().st_size:
-        return {}
-    return verdicts_of(labels)
+    return verdicts_of(labels) if labels.is_file() and labels.stat().st_size else {}
 
 
-def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> Any:
+def _judge(ui: PageContext, accepted: bool | None, name: str | None, number: int) -> list[Any]:
     """Store a verdict and show the next candidate; for None show the previous one."""
-    batch = _known(desk, name)
+    batch = _known(ui, name)
     if accepted is None:
-        return _show(desk, name, max(0, number - 1))
+        return _show(ui, name, max(0, number - 1))
     rows = _candidates(batch)
     if number < len(rows):
         verdicts, file = _verdicts(batch), rows[number]["file"]
         before = verdicts.get(file)
         verdicts[file] = Verdict(accepted, before.text if before and accepted else "", "")
         write(batch / LABELS, (as_line(verdict.line(file)) for file, verdict in verdicts.items()))
-    return _show(desk, name, number + 1)
+    return _show(ui, name, number + 1)
 
 
-def _show(desk: Desk, name: str | None, number: int | None) -> Any:
+def _show(ui: PageContext, name: str | None, number: int | None) -> list[Any]:
     """Show a candidate; without a number the first one without a verdict."""
     nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Gallery(visible=False)]
     if not name:
         return nothing
-    batch, say = _known(desk, name), desk.say
+    batch, say = _known(ui, name), ui.say
     rows, verdicts = _candidates(batch), _verdicts(batch)
     if number is None:
         number = next((n for n, row in enumerate(rows) if row["file"] not in verdicts), len(rows))
-    text = say(
-        "{done} of {all} reviewed, {accepted} accepted",
-        done=len(verdicts),
-        all=len(rows),
-        accepted=sum(verdict.accepted for verdict in verdicts.values()),
-    )
+    counts = {"done": len(verdicts), "all": len(rows), "accepted": sum(one.accepted for one in verdicts.values())}
+    text = say("{done} of {all} reviewed, {accepted} accepted", **counts)
     if number >= len(rows):
         return [number, text, *nothing[2:]]
     row, slots = rows[number], settings_of(batch)["slots"]
@@ -150,7 +128,7 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
     said = (before and before.text) or row.get("said", "")
-    lines = "\n".join(f"{desk.slot(slot)}: {plain(value)}" for slot, value in asked.items())
+    lines = "\n".join(f"{ui.slot(slot)}: {plain(value)}" for slot, value in asked.items())
     return [
         number, f"**{number + 1}/{len(rows)}** · {text}", gr.Textbox(lines, visible=bool(lines)),
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(said, visible="said" in row),

@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.themes.utils import colors
 
 from openm6.console import compare, data, deployments, jobs, models, play, review
-from openm6.console.desk import Desk
+from openm6.console.context import PageContext
 
 STYLE = resources.files("openm6.console").joinpath("style.css").read_text("utf-8")
 ICON = (
@@ -54,44 +54,32 @@ def theme() -> Any:
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )  # fmt: skip
     return found.set(
-        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_900",
-        body_text_color="*neutral_900", body_text_color_dark="*neutral_100",
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_900", body_text_color="*neutral_900",
         body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
         background_fill_primary_dark="*neutral_800", background_fill_secondary_dark="*neutral_800",
-        block_background_fill="white", block_background_fill_dark="*neutral_800", block_border_width="1px",
-        block_border_color="*neutral_200", block_border_color_dark="*neutral_700",
-        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
-        block_label_background_fill="white", block_label_background_fill_dark="*neutral_800",
-        block_title_text_color="*neutral_700", block_title_text_color_dark="*neutral_200",
-        block_title_text_weight="600", block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700", block_title_text_color="*neutral_700", block_title_text_weight="600",
         input_background_fill="white", input_background_fill_dark="*neutral_900", input_border_width="1px",
         input_border_color="*neutral_400", input_border_color_dark="*neutral_500",
         input_border_color_focus="*primary_700", input_border_color_focus_dark="*primary_300",
         input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
         button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
-        button_primary_text_color="white", button_primary_text_color_dark="white",
         button_secondary_background_fill="*neutral_100", button_secondary_background_fill_dark="*neutral_700",
         button_secondary_background_fill_hover="*neutral_200",
-        button_secondary_background_fill_hover_dark="*neutral_600",
-        button_secondary_text_color="*neutral_900", button_secondary_text_color_dark="*neutral_100",
-        button_secondary_border_color="*neutral_300", button_secondary_border_color_dark="*neutral_600",
-        button_border_width="1px", link_text_color="*primary_700", link_text_color_dark="*primary_300",
-        link_text_color_hover="*primary_800", link_text_color_hover_dark="*primary_200",
-        link_text_color_visited="*primary_700", link_text_color_visited_dark="*primary_300",
-        color_accent="*primary_700", color_accent_soft="*primary_50", color_accent_soft_dark="*neutral_700",
-        checkbox_background_color_selected="*primary_700", checkbox_background_color_selected_dark="*primary_700",
-        slider_color="*primary_700", slider_color_dark="*primary_400", loader_color="*primary_700",
-        accordion_text_color="*neutral_900", accordion_text_color_dark="*neutral_100",
+        button_secondary_background_fill_hover_dark="*neutral_600", button_secondary_text_color="*neutral_900",
+        button_secondary_text_color_dark="*neutral_100", button_secondary_border_color="*neutral_300",
+        link_text_color="*primary_700", link_text_color_dark="*primary_300", link_text_color_hover="*primary_800",
+        link_text_color_hover_dark="*primary_200", link_text_color_visited="*primary_700",
+        link_text_color_visited_dark="*primary_300", color_accent="*primary_700", slider_color_dark="*primary_400",
     )  # fmt: skip
 
 
-def build(desk: Desk) -> gr.Blocks:
+def build(ui: PageContext) -> gr.Blocks:
     with gr.Blocks(title="OpenM6", analytics_enabled=False, delete_cache=(SWEEP, AGE)) as site:
-        _page(desk, *PAGES[0])
+        _page(ui, *PAGES[0])
     for page in PAGES[1:]:
-        with site.route(desk.say(page[0]), page[1]):
-            _page(desk, *page)
+        with site.route(ui.say(page[0]), page[1]):
+            _page(ui, *page)
     return site
 
 
@@ -99,27 +87,26 @@ SWEEP, AGE = 600, 3600
 """Interval of the deletion of visitors' files, and the age at which they are deleted, in seconds."""
 
 
-def _page(desk: Desk, name: str, path: str, contents: Any, purpose: str) -> None:
-    gr.HTML(_top(desk, path), elem_classes="top", apply_default_css=False)
+def _page(ui: PageContext, name: str, path: str, contents: Any, purpose: str) -> None:
+    gr.HTML(_top(ui, path), elem_classes="top", apply_default_css=False)
     live = gr.HTML(elem_classes="live", apply_default_css=False)
 
-    async def look(request: gr.Request) -> str:
-        desk.key(request)
-        return _live(desk)
+    async def look() -> str:
+        return _live(ui)
 
-    desk.on(None, look, outputs=[live], show_progress="hidden")
-    desk.on(gr.Timer(5).tick, look, outputs=[live], show_progress="hidden")
-    gr.HTML(f"<h1>{desk.say(name)}</h1><p>{desk.say(purpose)}</p>", elem_classes="title", apply_default_css=False)
-    contents(desk)
+    ui.on(None, look, outputs=[live], show_progress="hidden")
+    ui.on(gr.Timer(5).tick, look, outputs=[live], show_progress="hidden")
+    gr.HTML(f"<h1>{ui.say(name)}</h1><p>{ui.say(purpose)}</p>", elem_classes="title", apply_default_css=False)
+    contents(ui)
 
 
-def _top(desk: Desk, here: str) -> str:
+def _top(ui: PageContext, here: str) -> str:
     """Brand and menu. Links are relative, so that they work behind a proxy with a path prefix."""
     links = "".join(
-        f'<a href="./{path}"{" aria-current=page" if path == here else ""}>{desk.say(name)}</a>'
+        f'<a href="./{path}"{" aria-current=page" if path == here else ""}>{ui.say(name)}</a>'
         for name, path, _, _ in PAGES
     )
-    other, shown = ("zh", "中文") if desk.language == "en" else ("en", "English")
+    other, shown = ("zh", "中文") if ui.language == "en" else ("en", "English")
     language = f'href="../{other}/{here}" lang="{CODES[other]}" hreflang="{CODES[other]}"'
     return (
         f'<header><a class="brand" href="./">{ICON}<span>OpenM6</span></a><nav aria-label="OpenM6">{links}</nav>'
@@ -127,19 +114,19 @@ def _top(desk: Desk, here: str) -> str:
     )
 
 
-def _live(desk: Desk) -> str:
+def _live(ui: PageContext) -> str:
     """The status bar: each model, the tasks it was trained on, its open requests."""
     shown = []
-    for name, deployment in desk.server.fleet.deployments.items():
+    for name, deployment in ui.server.fleet.deployments.items():
         worker = deployment.worker
         if worker is None:
             continue
-        taught = [title for title, _ in desk.tasks(name, True)]
-        what = desk.say("trained tasks: {count}", count=len(taught)) if taught else desk.say("not trained on any task")
-        open_now = desk.say("requests now: {count}", count=deployment.open_requests)
-        named = html.escape(("、" if desk.language == "zh" else ", ").join(taught), quote=True)
+        taught = [title for title, _ in ui.tasks(name, True)]
+        what = ui.say("trained tasks: {count}", count=len(taught)) if taught else ui.say("not trained on any task")
+        open_now = ui.say("requests now: {count}", count=deployment.open_requests)
+        named = html.escape(("、" if ui.language == "zh" else ", ").join(taught), quote=True)
         state = "on" if worker.alive else "off"
         shown.append(
             f'<li class="{state}"><b>{html.escape(name)}</b> <span title="{named}">{what}</span> · {open_now}</li>'
         )
-    return f"<ul>{''.join(shown)}</ul>" if shown else f"<p>{desk.say('No model is loaded yet.')}</p>"
+    return f"<ul>{''.join(shown)}</ul>" if shown else f"<p>{ui.say('No model is loaded yet.')}</p>"

@@ -12,10 +12,10 @@ import numpy as np
 
 from openm6.core.errors import ContextLengthError, DataError, UsageError
 from openm6.core.extras import require
-from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
-from openm6.inference.request import Request
+from openm6.inference.modes import mode_of
+from openm6.inference.request import Prepared, Request
 from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import LIBRARIES, Score, Values, check_metric, score_of, values_of
@@ -74,7 +74,7 @@ class Evaluation:
 
 def check_metrics(task: Task, metrics: Items[str] = ()) -> None:
     """Raises UsageError if `evaluate` cannot measure a task by these metrics, by default its own."""
-    if task.embeds:
+    if mode_of(task).result == "vector":
         raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
     if not metrics and not task.metrics and task.slots[task.outputs[0]].type != "label":
         raise UsageError(f"The task {task.name} has no metrics: choose one by --metric.")
@@ -115,9 +115,10 @@ def evaluate(
     kind = task.slots[output].type
     chosen = list(dict.fromkeys(metrics or task.metrics))
     kept: list[Record] = []
-    prompts: list[Sequence] = []
+    items: list[Prepared] = []
     rejects: list[tuple[int, Reject]] = []
     long: list[str] = []
+    cut, draws = 0, mode_of(task).result == "picture"
     for record in records:
         if isinstance(record, Reject):
             rejects.append((len(kept), record))
@@ -126,8 +127,11 @@ def evaluate(
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
             request = Request(record, examples, truncate=truncate, decoding=decoding or {})
-            # Pictures are not drawn here: a record without a slot to draw by can be measured too.
-            prompts.append(session.prompt(task, request) if task.draws else session.prepare(task, request).prompt)
+            if draws:  # nothing is drawn here: a record without a slot to draw by can be measured too
+                cut += session.prompt(task, request).truncated > 0
+            else:
+                items.append(session.prepare(task, request, len(kept)))
+                cut += items[-1].prompt.truncated > 0
             kept.append(record)
         except DataError as error:
             if isinstance(error, ContextLengthError):
@@ -136,25 +140,17 @@ def evaluate(
     if not kept:
         reason = rejects[-1][1].reason if rejects else "there are no records"
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: {reason}")
-    cases, cut = [], sum(prompt.truncated > 0 for prompt in prompts)
     session.model.eval()
-    if task.draws or not (answers or set(chosen) - {"perplexity"}):
-        cases = [Case(record, "", []) for record in kept]
-        prompts = []
-    if task.head:
-        found = session.run_many(
-            task, [Request(one, examples, truncate=truncate) for one in kept], batch_size=batch_size
-        )
-        cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
-        prompts = []
-    for start in range(0, len(prompts), 4 * batch_size):
+    cases: list[Case] = []
+    if draws or not (answers or set(chosen) - {"perplexity"}):
+        cases, items = [Case(record, "", []) for record in kept], []
+    for start in range(0, len(items), 4 * batch_size):
         part = slice(start, start + 4 * batch_size)
-        made = session.generate(task, prompts[part], batch_size, decoding, range(len(prompts))[part])
-        for record, generated in zip(kept[part], made, strict=True):
-            answer = task.read(generated.ids, session.processor)[output]
+        for record, found in zip(kept[part], session.answers(task, items[part], batch_size), strict=True):
+            answer = found.value if len(task.outputs) == 1 else found.value[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
-            on_progress(len(cases), len(prompts))
+            on_progress(len(cases), len(items))
     labels, notes = None, []
     if len(task.outputs) > 1:
         notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")
@@ -169,12 +165,12 @@ def evaluate(
             notes.append(note)
         if not metrics and "macro_f1" not in chosen:
             chosen.append("macro_f1")
-    values = {
-        metric: _perplexity(session, task, kept, batch_size, truncate)
-        if metric == "perplexity"
-        else _values(task, metric, cases)
-        for metric in chosen
-    }
+    values = {}
+    for metric in chosen:
+        is_loss = metric == "perplexity"
+        values[metric] = (
+            _perplexity(session, task, kept, batch_size, truncate) if is_loss else _values(task, metric, cases)
+        )
     return Evaluation(
         task.name, source, {name: score_of(found) for name, found in values.items()}, cases,
         time.perf_counter() - started, rejects, {name: task.slots[name].type for name in task.inputs},

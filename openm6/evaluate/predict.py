@@ -67,10 +67,11 @@ class Prediction:
         self.decoding, self.batch_size, self.truncate = dict(decoding or {}), batch_size, truncate
         check_truncate(truncate)
         self.folder = output.with_name(output.name + ".parts")
-        if self.task.draws:
+        mode = mode_of(self.task)
+        if mode.result == "picture":
             raise UsageError(f"The task {self.task.name} draws pictures: use `openm6 images batch`.")
-        mode_of(self.task).options(session, self.task, Request({}, decoding=self.decoding))
-        self._write = writer_for(output, holds_vectors=self.task.embeds)
+        mode.options(session, self.task, Request({}, decoding=self.decoding))
+        self._write = writer_for(output, holds_vectors=mode.result == "vector")
         has_labels = bool(closed_labels(self.task))
         if all_probabilities and not has_labels:
             raise UsageError(f"The task {self.task.name} has no probabilities: it has no closed set of labels.")

@@ -51,7 +51,7 @@ def write_report(
     pictures = folder / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
-    parts = [f"# {title}", intro]
+    parts = [intro]
     if figures:
         rows = [(f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} – {f['high']:.1%}", f["n"]) for f in figures]
         parts.append(markdown_table(("question", "accuracy", "95% interval", "records"), rows))
@@ -64,11 +64,8 @@ def write_report(
         parts += [_escape(heading), markdown_table(("metric", "value", "95% interval", "records"), rows)]
         parts += [*map(_escape, evaluation.notes), *_label_tables(evaluation)]
         parts.append(_examples(evaluation, pictures, examples))
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    (folder / "report.md").write_text(text, "utf-8")
-    content = {"title": title, "figures": figures or [], "evaluations": [e.to_dict() for e in evaluations]}
-    (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    return _write_html(folder / "index.html", title, text)
+    content = {"figures": figures or [], "evaluations": [e.to_dict() for e in evaluations]}
+    return _write_pages(folder, title, parts, content)
 
 
 def write_pictures(
@@ -88,18 +85,20 @@ def write_pictures(
         picture.resize((192, 192)).save(pictures / f"{number}.png")
         cells.append((f"![](pictures/{number}.png)", _escape(text)))
     pairs = [(*cells[i], *cells[i + 1]) for i in range(0, len(cells) - 1, 2)]
-    parts = [f"# {title}", intro, markdown_table(("measure", *rows), figures)]
-    text = "\n\n".join([*parts, markdown_table(("picture", "prompt") * 2, pairs)]) + "\n"
-    (folder / "report.md").write_text(text, "utf-8")
-    content = {"title": title, "rows": rows}
-    (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    return _write_html(folder / "index.html", title, text)
+    parts = [intro, markdown_table(("measure", *rows), figures), markdown_table(("picture", "prompt") * 2, pairs)]
+    return _write_pages(folder, title, parts, {"rows": rows})
 
 
-def _write_html(path: Path, title: str, text: str) -> Path:
+def _write_pages(folder: Path, title: str, parts: list[str], content: dict[str, Any]) -> Path:
+    """Write the parts as report.md and index.html, and the content as report.json. Returns the path of index.html."""
     require("eval", "markdown")
     from markdown import markdown
 
+    text = "\n\n".join(part for part in (f"# {title}", *parts) if part) + "\n"
+    (folder / "report.md").write_text(text, "utf-8")
+    content = {"title": title, **content}
+    (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    path = folder / "index.html"
     body = markdown(text, extensions=["tables"])
     path.write_text(
         f'<!doctype html><html><head><meta charset="utf-8"><title>{_escape(title)}</title>'

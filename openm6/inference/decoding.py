@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 
@@ -13,11 +12,37 @@ from openm6.core.errors import ContextLengthError, UsageError, cut, suggest
 from openm6.model import M6
 from openm6.model.precision import fast_dtype
 
-T = TypeVar("T")
+
+class Options:
+    """Base of the dataclasses of options."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Options from keywords, such as a task's defaults and a user's. Raises UsageError for an unknown one."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise UsageError(f"{cls.__name__} has no option {cut(key)}.{suggest(key, known)}", param=cut(key))
+        return cls(**values)
+
+    def check_ranges(self, **ranges: tuple[float, float]) -> None:
+        """Raises UsageError for the first option that is not a number (an integer, where the default is one) in its
+        range. Integral floats become integers."""
+        for name, (low, high) in ranges.items():
+            value, whole = getattr(self, name), isinstance(type(self).__dataclass_fields__[name].default, int)  # type: ignore[attr-defined]
+            is_number = isinstance(value, Real)
+            if not is_number or (whole and value != value // 1):
+                raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.", param=name)
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.", param=name)
+            if whole:
+                object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
+class Decoding(Options):
     """Options of text generation.
 
     max_new_tokens         maximum number of tokens of the answer
@@ -43,8 +68,8 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(0, 2**31), top_p=(1e-9, 1),
+        self.check_ranges(
+            max_new_tokens=(1, 2**31), temperature=(0, 100), top_k=(0, 2**31), top_p=(1e-9, 1),
             num_beams=(1, 2**31), length_penalty=(-10, 10), repetition_penalty=(0.01, 100),
             no_repeat_ngram_size=(0, 2**31), seed=(-(2**63), 2**64),
         )  # fmt: skip
@@ -52,34 +77,6 @@ class Decoding:
             raise UsageError(
                 "num_beams and temperature exclude each other: beam search does not sample.", param="num_beams"
             )
-
-    @classmethod
-    def of(cls, **values: Any) -> Decoding:
-        """Options from keywords, such as a task's defaults and a user's. Raises UsageError for an unknown one."""
-        return options(cls, values)
-
-
-def options(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Create a dataclass of options from keywords. Raises UsageError for an unknown one."""
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise UsageError(f"{cls.__name__} has no option {cut(key)}.{suggest(key, known)}", param=cut(key))
-    return cls(**values)
-
-
-def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
-    """Raises UsageError for the first option that is not a number (an integer, where the default is one) in its range.
-    Integral floats become integers."""
-    for name, (low, high) in ranges.items():
-        value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
-        is_number = isinstance(value, Real)
-        if not is_number or (whole and value != value // 1):
-            raise UsageError(f"{name} is {value!r}; it has to be a {'whole ' * whole}number.", param=name)
-        if not low <= value <= high:
-            raise UsageError(f"{name} is {value}; it has to be between {low:g} and {high:g}.", param=name)
-        if whole:
-            object.__setattr__(options, name, int(value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from openm6.core.batch import pad
 from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import Sequence
-from openm6.inference.decoding import check_ranges, check_room, options
+from openm6.inference.decoding import Options, check_room
 from openm6.inference.generate import sample, tempered
 from openm6.inference.steps import Steps, complete
 from openm6.model import M6
@@ -34,7 +33,7 @@ OPEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class Drawing(Options):
     """Options of drawing.
 
     passes        number of passes in which all codes are decided; 0 draws one code after the other
@@ -63,22 +62,12 @@ class Drawing:
     reading: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
+        self.check_ranges(
+            passes=(0, 1000), temperature=(0, 100), noise=(0, 1000), guidance=(0, 100), branches=(1, 64),
             relevance=(0, 100), fidelity=(0, 100), quality=(0, 100), reading=(0, 100), seed=(-(2**63), 2**64),
         )  # fmt: skip
         if self.branches > 1 and not self.passes:
             raise UsageError("branches are drawn in passes: give passes above 0.")
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of the estimates, in their order."""
-        return self.relevance, self.fidelity, self.quality
-
-    @classmethod
-    def of(cls, **values: Any) -> Drawing:
-        """Options from keywords, such as a task's defaults and a user's. Raises UsageError for an unknown one."""
-        return options(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +92,10 @@ class Drawn:
     estimates: Tensor
 
     def score(self, drawing: Drawing) -> Tensor:
-        """The weighted estimates, fp32 [B]."""
-        return _combined(self.estimates, drawing)
+        """Weighted sum of the log-probabilities of "yes" to each estimate, fp32 [B]: one near 1 does not make up for
+        another."""
+        weights_E = torch.tensor((drawing.relevance, drawing.fidelity, drawing.quality), device=self.estimates.device)
+        return (torch.nn.functional.logsigmoid(self.estimates) * weights_E).sum(1)
 
 
 @torch.inference_mode()
@@ -137,8 +128,7 @@ def draw_steps(
     rows = range(len(prompts) // branches)
     each = zip(rows, seeds or [drawing.seed + row for row in rows], strict=True)
     own = [hash((seed, 0, branch)) & 0x7FFFFFFF for _, seed in each for branch in range(branches)]
-    uniform = _UniformNumbers([torch.Generator().manual_seed(seed) for seed in own], device)
-    decoder = _CodeDecoder(model, cache, codes, drawing, uniform)
+    decoder = _CodeDecoder(model, cache, codes, drawing, own)
     if branches > 1:
         return (yield from decoder.progressively(found))
     found = yield from (decoder.in_passes(found) if drawing.passes else decoder.one_by_one(found, hidden))
@@ -155,24 +145,15 @@ def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -
     device = model.embed.weight.device
     capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
     _, cache = prefill(model, pad(prompts, pad_id=0, rounded=True).to(device), capacity)
-    return Drawn(found, _CodeDecoder(model, cache, codes, Drawing(), None).estimate(found.to(device)))
-
-
-class _UniformNumbers:
-    """Uniform numbers [B, N], each row from a generator of its own."""
-
-    def __init__(self, generators: list[torch.Generator], device: torch.device):
-        self.generators, self.device = generators, device
-
-    def __call__(self, count: int) -> Tensor:
-        return torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
+    return Drawn(found, _CodeDecoder(model, cache, codes, Drawing()).estimate(found.to(device)))
 
 
 class _CodeDecoder:
-    """Decides the open codes of rows that share one cache."""
+    """Decides the open codes of rows that share one cache, each with random numbers by its own seed."""
 
-    def __init__(self, model: M6, cache: KVCache, codes: Codes, drawing: Drawing, uniform: _UniformNumbers | None):
-        self.model, self.cache, self.codes, self.drawing, self.uniform = model, cache, codes, drawing, uniform
+    def __init__(self, model: M6, cache: KVCache, codes: Codes, drawing: Drawing, seeds: Items[int] = ()):
+        self.model, self.cache, self.codes, self.drawing = model, cache, codes, drawing
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.times = 2 if drawing.guidance else 1  # with the prompt, and without its droppable slots
 
     def in_passes(self, found_BN: Tensor) -> Steps[Tensor]:
@@ -202,7 +183,7 @@ class _CodeDecoder:
             confidence_BN = torch.where(found_BN == OPEN, drawn_confidence_BN, confidence_BN)
             confidence_BN = confidence_BN.masked_fill(given_BN, math.inf)
             estimates_BE = self.estimate(whole_BN)
-            score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
+            score_GR = Drawn(whole_BN, estimates_BE).score(self.drawing).view(groups, branches)
             chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
             # Pictures of the first half only lead on: estimates of codes that were guessed together are no guide.
             rises_G = active_G & ((score_GR.amax(1) > highest_G) | (number <= passes // 2))
@@ -220,11 +201,10 @@ class _CodeDecoder:
 
     def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Steps[Tensor]:
         found_BN, times = found_BN.clone(), self.times
-        assert self.uniform is not None
         lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
         for place in range(self.codes.count):
             logits_BK = _guided(self.model.logits(hidden), self.codes, self.drawing)
-            drawn_B = _select_codes(logits_BK, self.uniform(1)[:, 0], self.drawing.temperature)
+            drawn_B = _select_codes(logits_BK, self._uniform(1)[:, 0], self.drawing.temperature)
             found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
             if place + 1 < self.codes.count:
                 ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
@@ -241,28 +221,25 @@ class _CodeDecoder:
         logits = self.model.logits(hidden[:, self.codes.count :])
         return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
 
+    def _uniform(self, count: int) -> Tensor:
+        """Uniform numbers, fp32 [B, count]."""
+        return torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.cache.lengths.device)
+
     def _propose(self, found_BN: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """A code for every place, and its confidence with the pass's noise, both [B, N]."""
         codes, drawing = self.codes, self.drawing
-        assert self.uniform is not None
         ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
         hidden = fill(self.model, ids_BN.repeat(self.times, 1), self.cache, codes.count)
         logits_BNK = _guided(self.model.logits(hidden), codes, drawing)
-        drawn_BN = _select_codes(logits_BNK, self.uniform(codes.count), drawing.temperature)
+        drawn_BN = _select_codes(logits_BNK, self._uniform(codes.count), drawing.temperature)
         confidence_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
-        gumbel_BN = -(-self.uniform(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
+        gumbel_BN = -(-self._uniform(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
         return drawn_BN, confidence_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
 
     def _reopened(self, confidence_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
         """The codes that are open again after a pass, bool [B, N]: by a cosine schedule, of `wanted_B` at first."""
         again_B = (math.cos(math.pi / 2 * number / self.drawing.passes) * wanted_B + 1e-6).floor()
         return confidence_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
-
-
-def _combined(estimates_BE: Tensor, drawing: Drawing) -> Tensor:
-    """Weighted sum of the log-probabilities of "yes" to each estimate: one near 1 does not make up for another."""
-    weights_E = torch.tensor(drawing.weights, device=estimates_BE.device)
-    return (torch.nn.functional.logsigmoid(estimates_BE) * weights_E).sum(1)
 
 
 def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:

@@ -198,18 +198,18 @@ def vary(
     task: str | Task,
     picture: Source,
     *,
-    share: float = 0.6,
+    fraction: float = 0.6,
     candidates: int = 1,
     decoding: Mapping[str, Any] | None = None,
     **slots: Any,
 ) -> list[Candidate]:
-    """Variations of the picture's middle square, of the codec's size: a fraction `share` of its codes, at random
-    places, is drawn again, by the seed of `decoding` or a fresh one."""
-    if not 0 < share <= 1:
-        raise UsageError(f"share is {share}; it is above 0, and at most 1.")
+    """Variations of the picture's middle square, of the codec's size: a fraction of its codes, at random places, is
+    drawn again, by the seed of `decoding` or a fresh one. Raises UsageError for a fraction outside ]0, 1]."""
+    if not 0 < fraction <= 1:
+        raise UsageError(f"fraction is {fraction}; it is above 0, and at most 1.")
     codes, options = session.codec.encode(picture), {"seed": fresh_seed(), **(decoding or {})}
     places = np.random.default_rng(int(options["seed"])).permutation(len(codes))
-    kept = np.where(places < max(1, round(share * len(codes))), OPEN, codes)
+    kept = np.where(places < max(1, round(fraction * len(codes))), OPEN, codes)
     return session.draw(task, candidates=candidates, decoding=options, kept=kept, **slots)
 
 
@@ -276,18 +276,13 @@ def _redraw(
     return [replace(candidate, image=cut.put_back(candidate.image)) for candidate in drawn]
 
 
-def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:
-    """[h, w] blocks as [h stride, w stride] pixels."""
-    return blocks.repeat(stride, 0).repeat(stride, 1)
-
-
 def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.ndarray:
     """`given` uint8 [H, W, 3] with its open blocks [h, w] from `drawn`. The difference between the two at the seam is
     added to the open blocks, fading over half a block."""
     if given.shape != drawn.shape:
         raise DataError(f"pictures of {given.shape[:2]} and {drawn.shape[:2]} pixels cannot be blended.")
     stride = given.shape[0] // open_blocks.shape[0]
-    inside = pixels_of(open_blocks, stride)
+    inside = open_blocks.repeat(stride, 0).repeat(stride, 1)
     if inside.all():
         return drawn.copy()
     require("edit", "scipy")

@@ -18,10 +18,9 @@ from openm6.core.images import check_features
 from openm6.core.sequence import Sequence, SketchTarget, TextTarget
 from openm6.inference import labels, rank
 from openm6.inference.decoding import Generated, check_room
-from openm6.inference.many import answer_groups
 from openm6.inference.modes import mode_of
-from openm6.inference.request import BATCH_SIZE, Prepared, Record, Request
-from openm6.inference.steps import finish
+from openm6.inference.request import BATCH_SIZE, Answer, Prepared, Record, Request
+from openm6.inference.steps import finish, in_groups
 from openm6.model import M6
 from openm6.model.files import save_network
 from openm6.model.precision import fast_dtype
@@ -217,10 +216,9 @@ class Session:
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (by default it
         has all dimensions). `on_error`, `truncate`: see `run_many`."""
-        task = self.task(task)
-        if not task.embeds:
+        task, call = self.task(task), Request({}, decoding={"dims": dims}, truncate=truncate)
+        if mode_of(task, call).result != "vector":
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
-        call = Request({}, decoding={"dims": dims}, truncate=truncate)
         yield from self._answers(task, records, call, batch_size, on_error)
 
     def _answers(
@@ -238,22 +236,10 @@ class Session:
             return self.prepare(task, request, number)
 
         def answer(items: list[Prepared]) -> list[Any]:
-            alike: dict[Hashable, list[Prepared]] = {}
-            for item in items:
-                alike.setdefault(item.batch_key, []).append(item)
-            values: dict[int, Any] = {}
-            for some in alike.values():
-                mode = some[0].mode
-                with self.precision():
-                    results = finish(mode.steps(self, task, some, batch_size))
-                for item, result in zip(some, results, strict=True):
-                    found = mode.read(self, task, result)
-                    if found.warning and self._is_first("uncertain", task):
-                        _log.warning(found.warning)
-                    values[item.number] = mode.single(found.value) if single else found.value
-            return [values[item.number] for item in items]
+            values = zip(items, self.answers(task, items, batch_size), strict=True)
+            return [item.mode.single(found.value) if single else found.value for item, found in values]
 
-        yield from answer_groups(records, mode.group_size(batch_size, call.candidates), prepare, answer, on_error)
+        yield from in_groups(records, mode.group_size(batch_size, call.candidates), prepare, answer, on_error)
 
     def label_probabilities(
         self, task: str | Task, records: Iterable[Record | Request], *, batch_size: int = BATCH_SIZE,
@@ -273,7 +259,7 @@ class Session:
             with self.precision():
                 return labels.label_probabilities(self.model, prompts, tree, batch_size)
 
-        yield from answer_groups(records, batch_size * 4, prepare, answer, on_error)
+        yield from in_groups(records, batch_size * 4, prepare, answer, on_error)
 
     def stream(
         self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, truncate: str | None = None, **slots: Any
@@ -312,6 +298,23 @@ class Session:
         `number`: index of the request in its call, which selects its random numbers."""
         request = Request.of(request)
         return mode_of(task, request).prepare(self, task, request, number)
+
+    def answers(self, task: Task, items: Items[Prepared], batch_size: int = BATCH_SIZE) -> list[Answer]:
+        """Answers to prepared requests of one task, in their order; those with equal batch keys share batches. A
+        warning of an answer is logged once a task."""
+        alike: dict[Hashable, list[int]] = {}
+        for place, item in enumerate(items):
+            alike.setdefault(item.batch_key, []).append(place)
+        found: dict[int, Answer] = {}
+        for places in alike.values():
+            mode = items[places[0]].mode
+            with self.precision():
+                results = finish(mode.steps(self, task, [items[place] for place in places], batch_size))
+            found |= {place: mode.read(self, task, result) for place, result in zip(places, results, strict=True)}
+        for one in found.values():
+            if one.warning and self._is_first("uncertain", task):
+                _log.warning(one.warning)
+        return [found[place] for place in range(len(items))]
 
     def prompt(self, task: Task, request: Record | Request) -> Sequence:
         """The Sequence after which the answer begins. A warning is logged once a task where the model was never trained

@@ -5,15 +5,18 @@ A step yields its cost: for every row (a prompt, a request) the number of tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence as Items
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Items
 from contextlib import AbstractContextManager
 from functools import wraps
+from itertools import islice
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from openm6.core.batch import by_length
+from openm6.core.errors import DataError, UsageError, suggest
 from openm6.core.sequence import Sequence
 
 P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 Costs: TypeAlias = list[int]
@@ -78,3 +81,32 @@ def in_context(enter: Callable[[], AbstractContextManager[Any]], items: Iterator
             except StopIteration:
                 return
         yield item
+
+
+def in_groups(
+    records: Iterable[R], size: int, prepare: Callable[[R, int], T], answer: Callable[[list[T]], list[Any]],
+    on_error: str,
+) -> Iterator[Any]:  # fmt: skip
+    """An answer for each record; `size` records are read at a time.
+
+    `prepare` makes a prompt of a record and its index in the call (0, 1, ...), which does not depend on `size`;
+    `answer` gets the prompts of a group. A DataError of `prepare` ends the call, or with `on_error="return"` takes the
+    place of that record's answer.
+    """
+    if on_error not in ("raise", "return"):
+        known = suggest(str(on_error), ("raise", "return"))
+        raise UsageError(f'on_error is "{on_error}"; it is "raise" or "return".{known}')
+    numbered = enumerate(records)
+    while group := list(islice(numbered, size)):
+        found: list[Any] = [None] * len(group)
+        prompts: dict[int, T] = {}
+        for place, (number, record) in enumerate(group):
+            try:
+                prompts[place] = prepare(record, number)
+            except DataError as error:
+                if on_error == "raise":
+                    raise
+                found[place] = error
+        for place, value in zip(prompts, answer(list(prompts.values())) if prompts else (), strict=True):
+            found[place] = value
+        yield from found

@@ -27,7 +27,7 @@ from PIL import Image
 
 import openm6.console
 from openm6.console import add_console, visitors_files
-from openm6.console.desk import Desk, PageError, first_step, table
+from openm6.console.context import PageContext, PageError, first_step, table
 from openm6.console.forms import Answer, Form
 from openm6.console.models import drawn
 from openm6.console.site import PAGES, build
@@ -43,7 +43,7 @@ from tests.serve.test_security import Site
 from tests.tasks.conftest import picture
 
 FOLDER = Path(openm6.console.__file__).parent
-SAYING = {"say", *(f"{one}.{word}" for one in ("desk", "self", "self.desk") for word in ("say", "error"))}
+SAYING = {"say", *(f"{one}.{word}" for one in ("ui", "self", "self.ui") for word in ("say", "error"))}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -114,11 +114,11 @@ def test_every_text_of_the_page_has_its_chinese() -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_form_of_every_task_asks_what_its_example_says(tmp_path: Path, language: str) -> None:
     """Filled in by the button, as a browser would send it back."""
-    desk = Desk(served(tmp_path)[1], language)
+    ui = PageContext(served(tmp_path)[1], language)
     for name in names():
         task = told(name)
         with gr.Blocks():
-            form, answer = Form(desk, name, task), Answer(desk, task)
+            form, answer = Form(ui, name, task), Answer(ui, task)
         filled = form.example() if form.slots else []
         filled = filled if len(form.slots) > 1 else [filled]
         values = []
@@ -138,9 +138,9 @@ def test_a_form_of_every_task_asks_what_its_example_says(tmp_path: Path, languag
 
 
 def test_examples_are_lines_of_json(tmp_path: Path) -> None:
-    desk = Desk(served(tmp_path)[1], "en")
+    ui = PageContext(served(tmp_path)[1], "en")
     with gr.Blocks():
-        form = Form(desk, "reply", told("reply"))
+        form = Form(ui, "reply", told("reply"))
     options = [option.value for option in form.options]
     rows = [["品类", "手套"], ["", ""]]
     asked = form.request([rows, "有吗", *options, 1, '{"history": "a", "reply": "b"}\n'])
@@ -152,9 +152,9 @@ def test_examples_are_lines_of_json(tmp_path: Path) -> None:
 
 
 def test_options_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
-    desk, task = Desk(served(tmp_path)[1], "en"), told("text_to_image")
+    ui, task = PageContext(served(tmp_path)[1], "en"), told("text_to_image")
     with gr.Blocks():
-        form = Form(desk, "text_to_image", {**task, "decode": {"temperature": 0.6}})
+        form = Form(ui, "text_to_image", {**task, "decode": {"temperature": 0.6}})
     options = [option.value for option in form.options]
     assert form.request(["红色", *options, 1, ""]).decoding == {"passes": 8, "temperature": 0.6}
     assert form.request(["红色", "0", "", "", "7", 1, ""]).decoding == {"passes": 0, "seed": 7}
@@ -165,7 +165,7 @@ def test_options_that_are_left_out_are_not_sent(tmp_path: Path) -> None:
 def test_what_users_give_is_no_html(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>"
     for language in ("en", "zh"):
-        assert "<img" not in Desk(served(tmp_path)[1], language).alert(UsageError(evil))
+        assert "<img" not in PageContext(served(tmp_path)[1], language).alert(UsageError(evil))
     assert "<img" not in table([evil], [[evil]], evil) + first_step(evil, evil)
 
 
@@ -196,43 +196,43 @@ MISSING = [
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_button_says_what_is_missing(home: Path, language: str) -> None:
     """In the language of the page alone, and nothing else is done."""
-    desk = Desk(served(home)[1], language, home)
-    site = build(desk)
+    ui = PageContext(served(home)[1], language, home)
+    site = build(ui)
     for button, values, about in MISSING:
         told = alerts(press(site, button, *values))
         assert re.search(about, told) and bool(HAN.search(told)) == (language == "zh"), button
-    assert desk.jobs.list() == []
+    assert ui.jobs.list() == []
 
 
 def test_the_curve_of_a_job_that_has_just_begun_is_one_of_numbers(home: Path) -> None:
     """Gradio takes an empty column for words, and plots words from then on."""
-    desk = Desk(served(home)[1], "en", home)
-    job = desk.jobs.submit(["finetune", "runs/demo/model", "--output", str(home / "run")])
-    state, points, _ = press(build(desk), "job", job.id)[-3:]
+    ui = PageContext(served(home)[1], "en", home)
+    job = ui.jobs.submit(["finetune", "runs/demo/model", "--output", str(home / "run")])
+    state, points, _ = press(build(ui), "job", job.id)[-3:]
     assert "waiting" in state
     told = gr.LinePlot(x="step", y="loss").postprocess(points)
     assert told is not None and told.datatypes == {"step": "quantitative", "loss": "quantitative"}
 
 
 def test_an_error_stands_beside_the_field_that_it_names(home: Path) -> None:
-    desk = Desk(served(home)[1], "en", home)
+    ui = PageContext(served(home)[1], "en", home)
     notes = {"photo": None, "question": None, "": None}
-    assert [bool(one) for one in desk.beside(notes, UsageError("no", param="inputs.question"))] == [False, True, False]
-    assert [bool(one) for one in desk.beside(notes, UsageError("no", param="decoding"))] == [False, False, True]
-    assert [bool(one) for one in desk.beside(notes)] == [False, False, False]
+    assert [bool(one) for one in ui.beside(notes, UsageError("no", param="inputs.question"))] == [False, True, False]
+    assert [bool(one) for one in ui.beside(notes, UsageError("no", param="decoding"))] == [False, False, True]
+    assert [bool(one) for one in ui.beside(notes)] == [False, False, False]
 
 
 def test_an_error_that_nobody_foresaw_is_a_sentence_too(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    desk = Desk(served(home)[1], "en", home)
-    assert "the server's log" in alerts([desk.alert(desk.unforeseen(ZeroDivisionError("secret")))]).lower()
+    ui = PageContext(served(home)[1], "en", home)
+    assert "the server's log" in alerts([ui.alert(ui.unforeseen(ZeroDivisionError("secret")))]).lower()
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_file_that_is_no_picture_is_refused_with_the_reason(home: Path) -> None:
     """As the browser sends it: Gradio has put the file into its folder, and read nothing of it."""
-    desk, task = Desk(served(home)[1], "en"), told("vqa")
+    ui, task = PageContext(served(home)[1], "en"), told("vqa")
     with gr.Blocks():
-        form = Form(desk, "vqa", task)
+        form = Form(ui, "vqa", task)
     file = home / "cup.png"
     for content in (b"no picture", picture()[:100], b""):
         file.write_bytes(content)
@@ -248,13 +248,13 @@ def test_a_file_that_is_no_picture_is_refused_with_the_reason(home: Path) -> Non
 def test_tasks_and_slots_have_titles_in_words(home: Path) -> None:
     server = served(home)[1]
     for language in ("en", "zh"):
-        desk = Desk(server, language)
-        titles = [desk.title(name, get(name).description) for name in names()]
-        slots = {desk.slot(slot) for name in names() for slot in get(name).slots}
+        ui = PageContext(server, language)
+        titles = [ui.title(name, get(name).description) for name in names()]
+        slots = {ui.slot(slot) for name in names() for slot in get(name).slots}
         assert len(set(titles)) == len(titles) and not any("_" in text for text in (*titles, *slots))
         assert all(bool(HAN.search(text)) == (language == "zh") for text in (*titles, *slots))
-        assert desk.title("ours", "我们的任务：做某事") == "我们的任务" and desk.title("ours", "") == "ours"
-        assert desk.slot("ours") == "ours"
+        assert ui.title("ours", "我们的任务：做某事") == "我们的任务" and ui.title("ours", "") == "ours"
+        assert ui.slot("ours") == "ours"
 
 
 def test_a_lineage_tells_a_long_path_by_its_end() -> None:
@@ -266,7 +266,7 @@ def test_a_lineage_tells_a_long_path_by_its_end() -> None:
 def test_a_page_is_in_one_language(home: Path) -> None:
     """The link to the other one apart, and examples of a model's Chinese data."""
     server = served(home)[1]
-    english, chinese = (build(Desk(server, language, home)).get_config_file() for language in ("en", "zh"))
+    english, chinese = (build(PageContext(server, language, home)).get_config_file() for language in ("en", "zh"))
     said = [str(text) for one in english["components"] for text in texts_of(one["props"])]
     assert [text for text in said if HAN.search(text.replace("中文", ""))] == []
     said = [str(text) for one in chinese["components"] for key in ("label", "placeholder") for text in
@@ -346,9 +346,9 @@ def test_pictures_are_not_fetched_from_addresses(tmp_path: Path, site: Site) -> 
             asyncio.run(processing_utils.async_ssrf_protected_get(public))
         with pytest.raises(ValueError, match="not fetched"):
             asyncio.run(processing_utils.async_ssrf_protected_download(public, str(tmp_path)))
-    desk = Desk(served(tmp_path)[1], "en")
+    ui = PageContext(served(tmp_path)[1], "en")
     with gr.Blocks():
-        form = Form(desk, "caption", told("caption"))
+        form = Form(ui, "caption", told("caption"))
     path = form.fields[0].preprocess(ImageData(path=url, url=url))
     with pytest.raises(PageError, match="cannot be read as a picture"):
         form.request([path, *(option.value for option in form.options), 1, ""])
@@ -381,20 +381,20 @@ def test_a_key_is_asked_for_and_forgotten_when_it_is_removed(tmp_path: Path) -> 
         assert client.post("/en/login", data={"username": "anna", "password": secret}).status_code == 200
         assert client.get("/en/config").status_code == 200
 
-    desk = Desk(server, "en")
-    assert desk.key(Visitor()).name == "anna"
+    ui = PageContext(server, "en")
+    assert ui.key(Visitor()).name == "anna"
     with pytest.raises(OpenM6Error, match="the role manage"):
-        desk.manager(Visitor())
+        ui.manager(Visitor())
     keys.remove("anna")
     with pytest.raises(OpenM6Error, match="no longer valid"):
-        desk.key(Visitor())
+        ui.key(Visitor())
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_drawn_picture_says_what_the_model_thinks_of_it_in_the_pages_language(tmp_path: Path, language: str) -> None:
-    desk, task = Desk(served(tmp_path)[1], language), told("text_to_image")
+    ui, task = PageContext(served(tmp_path)[1], language), told("text_to_image")
     with gr.Blocks():
-        form, answer = Form(desk, "text_to_image", task), Answer(desk, task)
+        form, answer = Form(ui, "text_to_image", task), Answer(ui, task)
     asked = form.request(["红", *(option.value for option in form.options), 2, ""])
     estimates = dict.fromkeys((*ESTIMATES, "reading"), 0.25)
     drawn = [{"image": picture(), "estimates": estimates, "score": score} for score in (0.5, 0.1)]
@@ -406,9 +406,9 @@ def test_a_drawn_picture_says_what_the_model_thinks_of_it_in_the_pages_language(
 
 
 def test_a_box_is_drawn_into_the_picture(tmp_path: Path) -> None:
-    desk, task = Desk(served(tmp_path)[1], "en"), told("grounding")
+    ui, task = PageContext(served(tmp_path)[1], "en"), told("grounding")
     with gr.Blocks():
-        form, answer = Form(desk, "grounding", task), Answer(desk, task)
+        form, answer = Form(ui, "grounding", task), Answer(ui, task)
     white = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
     white.save(tmp_path / "white.png")
     asked = form.request([str(tmp_path / "white.png"), "杯子", *(option.value for option in form.options), 1, ""])

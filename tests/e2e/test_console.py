@@ -217,7 +217,7 @@ def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
 def test_verdicts_become_data(site: Site) -> None:
     page = site.open("en/review")
     page.get_by_text("0 of", exact=False).first.wait_for()
-    total = int(re.search(r"of (\d+) judged", page.locator("#far").inner_text())[1])  # type: ignore[index]
+    total = int(re.search(r"of (\d+) reviewed", page.locator("#far").inner_text())[1])  # type: ignore[index]
     page.locator("body").press("a")
     page.get_by_text(f"1 of {total} reviewed, 1 accepted").wait_for()
     page.locator("#reject").click()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ from openm6.core.images import ImageGrid
 from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import evaluate
-from openm6.evaluate.command import measure
+from openm6.evaluate.command import evaluate_retrieval, measure
 from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
 from openm6.evaluate.report import write_answers, write_report
-from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference import Generated
+from openm6.inference.request import Answer, Prepared
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.encode import encode_example
@@ -43,14 +43,15 @@ def session() -> Session:
 
 
 class Says(Session):
-    """A session whose model says what it is told to."""
+    """A session whose model gives fixed answers."""
 
-    def __init__(self, session: Session, answers: list[str]):
+    def __init__(self, session: Session, texts: list[str]):
         super().__init__(session.model, session.processor)
-        self.answers = iter(answers)
+        self.texts = iter(texts)
 
-    def generate(self, task: Task, prompts: list[Any], *_: Any) -> list[Generated]:
-        return [Generated(self.processor.tokenizer.encode(next(self.answers)), 0.0, True) for _ in prompts]
+    def answers(self, task: Task, items: Sequence[Prepared], batch_size: int = 64) -> list[Answer]:
+        made = (Generated(self.processor.tokenizer.encode(next(self.texts)), 0.0, True) for _ in items)
+        return [item.mode.read(self, task, one) for item, one in zip(items, made, strict=True)]
 
 
 VQA = task_from_dict(

@@ -11,7 +11,7 @@ import torch
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
 from openm6.inference.draw import OPEN, Codes, Drawing, draw, estimate
 from openm6.inference.generate import sample
 from openm6.model import M6
@@ -40,7 +40,7 @@ def extended(start: Sequence, ids: list[int], block: int) -> Sequence:
         np.append(start.ids, ids).astype(np.int32),
         np.append(start.blocks, [block] * count).astype(np.int32),
         np.append(start.labels, [IGNORE] * count).astype(np.int32),
-        codes=range(len(start), len(start) + CODES.count),
+        target=ImageTarget(range(len(start), len(start) + CODES.count)),
     )
 
 

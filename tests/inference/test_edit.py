@@ -218,11 +218,11 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 def test_a_variation_keeps_the_rest_of_the_codes() -> None:
     picture = noise()
     codes = BUNDLE.codec.encode(picture)
-    varied = vary(BUNDLE, TASK, picture, share=0.25, candidates=2, decoding=QUICK, caption="杯子")
+    varied = vary(BUNDLE, TASK, picture, fraction=0.25, candidates=2, decoding=QUICK, caption="杯子")
     assert all((candidate.codes == codes).sum() >= 12 for candidate in varied)
     assert {candidate.image.size for candidate in vary(BUNDLE, TASK, photo("RGB"), decoding=QUICK)} == {(16, 16)}
-    with pytest.raises(UsageError, match=r"share is 1.5; it is above 0, and at most 1\."):
-        vary(BUNDLE, TASK, picture, share=1.5, caption="杯子")
+    with pytest.raises(UsageError, match=r"fraction is 1.5; it is above 0, and at most 1\."):
+        vary(BUNDLE, TASK, picture, fraction=1.5, caption="杯子")
 
 
 @pytest.mark.parametrize("side", ["left", "right", "top", "bottom"])

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
 from importlib import resources
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def _file(name: str) -> dict[str, Any]:
     return found
 
 
-class Desk:
-    """The state shared by all pages of one language."""
+class PageContext:
+    """The state and helpers shared by all pages of one language; the pages call it `ui`."""
 
     def __init__(self, server: Server, language: str, batches: Path | None = None):
         self.server, self.language = server, language
@@ -179,15 +180,18 @@ class Desk:
         inputs: Sequence[Any] = (),
         outputs: Sequence[Any] = (),
         notes: Mapping[str, Any] | None = None,
+        manage: bool = False,
         **more: Any,
     ) -> Any:
-        """Fill the outputs by `await act(request, *inputs)` at these events, or at page load if `events` is None.
-        Errors are shown in `notes`, without them in a pop-up message."""
+        """Fill the outputs by `act(*inputs)` at these events, or at page load if `events` is None. The visitor's key is
+        checked first, with `manage` also its role. A function that is no coroutine runs in a thread. Errors are shown
+        in `notes`, without them in a pop-up message."""
         notes = notes or {}
 
         async def acting(request: gr.Request, *values: Any) -> Any:
             try:
-                found = await act(request, *values)
+                (self.manager if manage else self.key)(request)
+                found = await (act(*values) if iscoroutinefunction(act) else to_thread(act, *values))
                 shown = [*self.beside(notes), *(found if len(outputs) > 1 else [found][: len(outputs)])]
             except Exception as failed:
                 error = self.unforeseen(failed)
@@ -223,6 +227,13 @@ def first_step(sentence: str, command: str = "") -> str:
     """HTML for an empty page: what to do first, and the command for it."""
     code = f"<code>{html.escape(command)}</code>" if command else ""
     return f'<div class="first"><p>{html.escape(sentence)}</p>{code}</div>'
+
+
+def listing(choices: Sequence[Any], value: Any, sentence: str, command: str = "") -> list[Any]:
+    """Updates of a page that lists something: what to do first if there is nothing, the visibility of the rest of the
+    page, and the dropdown with its value."""
+    first = "" if choices else first_step(sentence, command)
+    return [first, gr.Column(visible=bool(choices)), gr.Dropdown(choices=choices, value=value)]
 
 
 def plain(value: Any) -> str:
