@@ -25,7 +25,6 @@ from typer.main import get_command
 import openm6
 from openm6.cli import commands
 from openm6.inference.session import Session
-from openm6.model.config import ModelConfig
 from openm6.tasks.file import task_from_dict
 from openm6.tasks.grammar import parse
 from openm6.tasks.library import get as get_task, names
@@ -164,6 +163,7 @@ def inline_code(page: Path) -> list[str]:
 def known() -> tuple[set[str], set[str], set[str]]:
     """Identifiers of the sources, keys of recipes with their sections, options of both programs."""
     from openm6.edge.program import make_parser
+    from openm6.model.config import ModelConfig
 
     files = [path for kind in ("py", "yaml", "html") for path in (ROOT / "openm6").rglob(f"*.{kind}")]
     files += [
