@@ -209,6 +209,8 @@ def test_names_in_sentences_exist(page: Path, hooks: None) -> None:
     for code in inline_code(page):
         for path in re.findall(r"(?<![\w./-])(?:openm6|tests|docs|examples|benchmarks)/[\w./-]*\w", code):
             assert (ROOT / path).exists() or "NAME" in path, (code, path)
+        for path in re.findall(r"(?<![\w./-])[a-z]\w*/[\w/]+\.py\b", code):
+            assert (ROOT / path).exists() or (ROOT / "openm6" / path).exists() or "NAME" in path, (code, path)
         for name in re.findall(r"(?<![\w/])openm6(?:\.\w+)+", code):
             assert name in ("openm6.json", "openm6.sources") or resolves(name), (code, name)
         code = re.sub(r"[\w./-]+/[\w./-]+", "", code)
@@ -237,7 +239,15 @@ def resolves(name: str) -> bool:
 
 @pytest.mark.parametrize(
     "code",
-    ["openm6/model/rooter.py", "openm6.model.rooter", "row_lenght", "--truncat", "train.stepss=5", "openm6_wait"],
+    [
+        "openm6/model/rooter",
+        "model/rooter.py",
+        "openm6.model.rooter",
+        "row_lenght",
+        "--truncat",
+        "train.stepss=5",
+        "openm6_wait",
+    ],
 )
 def test_the_check_of_names_finds_mistakes(code: str, hooks: None, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"Set `{code}`.", "utf-8")
