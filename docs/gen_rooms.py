@@ -1,11 +1,13 @@
 """mkdocs hook: tables of the packages with their layers (`<!-- ROOMS -->`) and of the commands (`<!-- COMMANDS -->`).
 
-The packages are parsed; the commands are imported, which needs no PyTorch.
+The packages are parsed; the commands are imported, which needs no PyTorch. `python docs/gen_rooms.py` writes the first
+table into CONTRIBUTING.md, between `<!-- ROOMS -->` and `<!-- END OF ROOMS -->`.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from html import escape
 from pathlib import Path
@@ -50,3 +52,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if mark in markdown:
             markdown = markdown.replace(mark, table())
     return markdown
+
+
+def with_rooms(text: str) -> str:
+    """A text with the table of the packages between its marks."""
+    table = f"{ROOMS}\n\n{rooms()}\n\n<!-- END OF ROOMS -->"
+    return re.sub(f"{ROOMS}.*<!-- END OF ROOMS -->", lambda _: table, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    page = ROOT / "CONTRIBUTING.md"
+    page.write_text(with_rooms(page.read_text("utf-8")), "utf-8")

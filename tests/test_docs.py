@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.conftest import drawing_session
 ROOT = Path(__file__).parents[1]
 SCENARIOS = sorted((ROOT / "docs" / "scenarios").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")), *SCENARIOS]
+EVERY_PAGE = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "reproduce").glob("*.md"))]
 
 
 def page_id(page: Path) -> str:
@@ -150,6 +153,107 @@ def test_commands_named_in_sentences_exist(page: Path) -> None:
             assert {word for word in words if re.match(r"--?[a-z]", word)} <= known, line
 
 
+def inline_code(page: Path) -> list[str]:
+    """The code in sentences and tables of a page."""
+    return re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S))
+
+
+@cache
+def known() -> tuple[set[str], set[str], set[str]]:
+    """Identifiers of the sources, keys of recipes with their sections, options of both programs."""
+    from openm6.edge.program import make_parser
+    from openm6.model.config import ModelConfig
+
+    files = [path for kind in ("py", "yaml", "html") for path in (ROOT / "openm6").rglob(f"*.{kind}")]
+    files += [
+        path for folder in ("benchmarks", "docs", "examples", "reproduce") for path in (ROOT / folder).rglob("*.py")
+    ]
+    files += [ROOT / "pyproject.toml", ROOT / "Makefile"]
+    texts = [path.stem + " " + path.read_text("utf-8") for path in files]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", text)}
+
+    options: set[str] = set()
+    waiting: list[Any] = [get_command(commands())]
+    for command in waiting:
+        options.update(option for parameter in command.params for option in parameter.opts + parameter.secondary_opts)
+        waiting += getattr(command, "commands", {}).values()
+    parsers: list[Any] = [make_parser()]
+    for parser in parsers:
+        options.update(option for action in parser._actions for option in action.option_strings)
+        parsers += [inner for a in parser._actions if isinstance(a.choices, dict) for inner in a.choices.values()]
+
+    from gen_recipe import recipe_tables
+
+    keys = {field.name for field in fields(ModelConfig)}
+    keys = {f"model.{name}" for name in keys} | {f"model.sizes.{name}" for name in keys}
+    for title, table in re.findall(r"^### ([^\n]*)\n(.*?)(?=^###|\Z)", recipe_tables(), re.M | re.S):
+        section = re.match(r"`([\w.]+)`", title)
+        prefix = f"{section[1]}." if section else ""
+        keys |= {prefix + name for name in re.findall(r"^\| `(\w+)` \|", table, re.M)}
+    return words, keys, options
+
+
+ELSEWHERE = {
+    "get_total_norm", "clip_grads_with_norm_", "Qwen3MoeForCausalLM", "--from-file", "--index-url", "ASK_KEY",
+    "RENEW_DOCS", "label_predicted",
+}  # fmt: skip
+"""Names of other programs, and names that users or the tests give. coming-from.md has many more, and is not checked."""
+
+
+@pytest.mark.parametrize("page", [page for page in EVERY_PAGE if page.stem != "coming-from"], ids=page_id)
+def test_names_in_sentences_exist(page: Path, hooks: None) -> None:
+    """Identifiers (also those in /metrics), modules, files of the repository, options that stand alone, recipe keys."""
+    words, keys, options = known()
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    for code in inline_code(page):
+        for path in re.findall(r"(?<![\w./-])(?:openm6|tests|docs|examples|benchmarks)/[\w./-]*\w", code):
+            assert (ROOT / path).exists() or "NAME" in path, (code, path)
+        for path in re.findall(r"(?<![\w./-])[a-z]\w*/[\w/]+\.py\b", code):
+            assert (ROOT / path).exists() or (ROOT / "openm6" / path).exists() or "NAME" in path, (code, path)
+        for name in re.findall(r"(?<![\w/])openm6(?:\.\w+)+", code):
+            assert name in ("openm6.json", "openm6.sources") or resolves(name), (code, name)
+        code = re.sub(r"[\w./-]+/[\w./-]+", "", code)
+        for name in re.findall(r"(?<![\w.])[A-Za-z_]\w*", code):
+            if "_" in name.strip("_") or re.search("[a-z][A-Z]", name):
+                base = name.removesuffix("_total") if name.startswith("openm6_") else name
+                assert base in words | ELSEWHERE or name.startswith("unanswered_"), (code, name)
+        if option := re.match(r"--[a-z][\w-]*", code):
+            assert option[0] in options | ELSEWHERE, code
+        for key in re.findall(r"(?<![\w./-])[a-z]+(?:\.[a-z][a-z_]*)+(?=[=:`,. )]|$)", code):
+            if key.partition(".")[0] in sections and key.rpartition(".")[2] not in ("py", "json", "onnx", "yaml"):
+                assert key in keys, (code, key)
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module of OpenM6, or an attribute of one."""
+    module, *rest = name.split(".")
+    found: Any = import_module(module)
+    for part in rest:
+        try:
+            found = getattr(found, part) if hasattr(found, part) else import_module(f"{found.__name__}.{part}")
+        except (ImportError, AttributeError):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "openm6/model/rooter",
+        "model/rooter.py",
+        "openm6.model.rooter",
+        "row_lenght",
+        "--truncat",
+        "train.stepss=5",
+        "openm6_wait",
+    ],
+)
+def test_the_check_of_names_finds_mistakes(code: str, hooks: None, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"Set `{code}`.", "utf-8")
+    with pytest.raises(AssertionError):
+        test_names_in_sentences_exist(tmp_path / "page.md", None)
+
+
 def test_no_page_and_no_message_installs_from_an_index_that_has_no_openm6() -> None:
     for path in [*PAGES, *(ROOT / "openm6").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
         assert not re.search(r"pip install [^-\n]*openm6", path.read_text("utf-8")), path
@@ -214,6 +318,13 @@ def test_every_command_is_listed(hooks: None) -> None:
     for name, command in program.commands.items():
         for each in getattr(command, "commands", ()):
             assert f"`{each}`" in rows[f"openm6 {name}"]
+
+
+def test_contributing_lists_the_packages(hooks: None) -> None:
+    from gen_rooms import rooms
+
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert f"<!-- ROOMS -->\n\n{rooms()}\n\n<!-- END OF ROOMS -->" in text, "python docs/gen_rooms.py writes it"
 
 
 def test_every_key_of_a_recipe_is_listed(hooks: None) -> None:

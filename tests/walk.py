@@ -55,7 +55,9 @@ class Walk:
     def run(self, words: list[str]) -> None:
         """Run one command; raises AssertionError with what it printed where it fails."""
         if (given := openm6_words(words)) is not None:
-            given = [*given, *_quicker(given[2:] if given[0] == "--extension" else given)]
+            quicker = _quicker(given[2:] if given[0] == "--extension" else given)
+            names = {word.partition("=")[0] for word in quicker if "=" in word}
+            given = [word for word in given if word.partition("=")[0] not in names] + quicker
             if given[0] == "serve":
                 self.serve("8000", [sys.executable, "-m", "openm6", *given, "--port", str(self.port("8000"))])
             elif given[0] in ("keys", "deploy", "--extension"):

@@ -199,7 +199,7 @@ def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, 
         }  # fmt: skip
         if config.num_experts:
             number = max(config.experts_per_token, round(config.num_experts * side))
-            groups = 1 if config.router == "topk" else config.experts_per_token
+            groups = config.expert_groups
             sizes["experts"] = max(groups, number // groups * groups)
             if len(config.expert_layers()) == config.num_hidden_layers:
                 del sizes["width"]

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from openm6.core.errors import UsageError, suggest
 from openm6.model.network import NetworkConfig
 from openm6.model.presets import find_preset, presets
+from openm6.model.routers import ROUTERS
 
 _CHOICES = {
     "norm": ("rms", "layer"),
     "activation": ("swiglu", "gelu"),
     "positions": ("rotary", "learned"),
     "image_embedder": ("none", "patch", "stem", "resnet"),
-    "router": ("topk", "prototype", "grouped"),
+    "router": tuple(ROUTERS),
 }
 
 
@@ -127,7 +128,7 @@ class ModelConfig(NetworkConfig):
         number, chosen = self.num_experts, self.experts_per_token
         if not 1 <= chosen <= number:
             raise UsageError(f"model.experts_per_token is {chosen}; with {number} experts it can be 1 to {number}.")
-        if self.router != "topk" and number % chosen:
+        if number % self.expert_groups:
             raise UsageError(
                 f'The router "{self.router}" makes a group for each of model.experts_per_token ({chosen}), so '
                 f"model.num_experts ({number}) has to be a multiple of it."
@@ -172,6 +173,11 @@ class ModelConfig(NetworkConfig):
         if self.image_embedder == "resnet":
             return 32
         return self.image_patch
+
+    @property
+    def expert_groups(self) -> int:
+        """Number of groups of experts, of which the router chooses one each; 1: it chooses among all."""
+        return self.experts_per_token if ROUTERS[self.router].has_groups else 1
 
     def expert_layers(self) -> list[int]:
         """Numbers (from 0) of the layers that hold experts."""

@@ -26,6 +26,7 @@ from openm6.model.cpu.packed import PackedLinear
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.precision import product_dtype
 from openm6.model.roles import Role
+from openm6.model.routers import ROUTERS
 
 
 class Routing(NamedTuple):
@@ -53,11 +54,8 @@ class RouterStatistics(NamedTuple):
 
 
 class Router(nn.Module):
-    """Three ways to K experts a token, by one weight matrix [N, D]:
-
-    topk       one softmax over all experts, the K largest (GShard, Switch)
-    prototype  K groups of N/K experts, each with its own softmax, the best of each: "k top-1" (M6-T, section 3.3)
-    grouped    one softmax over all experts, the best of each of K groups (MoGE, arXiv 2505.21411)
+    """K experts a token by one weight matrix [N, D]: the K largest, or the best of each of K groups of N/K experts
+    (routers.py).
 
     `bias` [N] moves the choice, never the weights: balance without a loss (Wang et al. 2024, arXiv 2408.15664).
     """
@@ -66,8 +64,8 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.kind, self.chosen = config.router, config.experts_per_token
-        self.softmaxes = config.experts_per_token if config.router == "prototype" else 1
+        self.kind, self.chosen = ROUTERS[config.router], config.experts_per_token
+        self.softmaxes = config.experts_per_token if self.kind.softmax_per_group else 1
         self.normalize, self.with_norms = config.normalize_expert_weights, config.router_z_loss > 0
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.num_experts) if config.bias_update else None)
@@ -77,12 +75,7 @@ class Router(nn.Module):
         logits = logits_TN.unflatten(1, (self.softmaxes, -1))
         scores_TN = logits.softmax(-1).flatten(1)
         wanted_TN = scores_TN.detach() if self.bias is None else scores_TN.detach() + self.bias
-        if self.kind == "topk":
-            experts_TK = wanted_TN.topk(self.chosen, dim=-1).indices
-        else:
-            wanted_TKG = wanted_TN.unflatten(1, (self.chosen, -1))
-            size = wanted_TKG.shape[-1]
-            experts_TK = wanted_TKG.argmax(-1) + torch.arange(0, size * self.chosen, size, device=x_TD.device)
+        experts_TK = self.kind.choose(wanted_TN, self.chosen)
         weights_TK = scores_TN.gather(1, experts_TK)
         if self.normalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

@@ -16,16 +16,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from openm6.core.errors import UsageError, suggest
+from openm6.tasks.slots import TYPES
 from openm6.tasks.slots.label import normalize_label
 
 ATTRIBUTES: dict[str, frozenset[str]] = {
+    **dict.fromkeys(TYPES, frozenset({"drop"})),
     "text": frozenset({"mask", "prefix", "drop", "verse"}),
-    "image": frozenset({"drop"}),
     "label": frozenset({"set", "drop"}),
-    "table": frozenset({"drop"}),
-    "triples": frozenset({"drop"}),
-    "box": frozenset({"drop"}),
-    "vector": frozenset({"drop"}),
 }
 """Slot types, and the attributes of each. `mask`, `prefix` and `drop` are corruptions (see `corrupt`) and belong on the
 left; `set` lists the labels; `verse` belongs on the right, and names the slot on the left with the form of the text

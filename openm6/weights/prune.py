@@ -51,20 +51,15 @@ def prune(
             raise UsageError(f"{name} is {wanted}; the model has {there}.")
     if width is not None and len(config.expert_layers()) == config.num_hidden_layers:
         raise UsageError("width is of dense feed-forwards; this model has experts in all layers.")
-    if experts is not None and (experts < config.experts_per_token or experts % _groups(config)):
+    if experts is not None and (experts < config.experts_per_token or experts % config.expert_groups):
         raise UsageError(
             f"experts is {experts}; each token sees {config.experts_per_token}, and of each group (router "
-            f"{config.router}) as many stay: give a multiple of {_groups(config)}."
+            f"{config.router}) as many stay: give a multiple of {config.expert_groups}."
         )
     model = _fewer_layers(model, batches, layers or config.num_hidden_layers)
     if key_value_heads or width or experts:
         model = _narrower(model, _effects(model, batches), key_value_heads, width, experts)
     return model
-
-
-def _groups(config: ModelConfig) -> int:
-    """Number of groups of experts; each has to keep as many."""
-    return 1 if config.router == "topk" else config.experts_per_token
 
 
 # Layers
@@ -198,7 +193,7 @@ def _narrower(
             cut(f"{inner}.up.bias", both)
             cut(f"{inner}.down.weight", units, 1)
         elif "experts" in effect and experts:
-            some = _best(effect["experts"], experts, _groups(old))
+            some = _best(effect["experts"], experts, old.expert_groups)
             for name in ("router.weight", "router.bias", "experts.up", "experts.down"):
                 cut(f"{inner}.{name}", some)
     changes = {
