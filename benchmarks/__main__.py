@@ -11,7 +11,7 @@ from benchmarks.common import report
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
     "tasks", "sketch", "index", "adapters", "retrieval", "serve", "overload", "cascade", "compress", "quantize",
-    "distill",
+    "distill", "start",
 )  # fmt: skip
 
 

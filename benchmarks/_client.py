@@ -15,7 +15,7 @@ _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.I)
 
 
 class Client:
-    """As many connections as are needed at once; one that is free is taken again."""
+    """A pool of connections: idle ones are reused, others opened as needed."""
 
     def __init__(self, url: str):
         parts = urlsplit(url)

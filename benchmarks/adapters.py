@@ -1,4 +1,4 @@
-"""How much of full fine-tuning each adapter reaches, and with how many weights: the same model, data and steps."""
+"""Accuracy of each adapter relative to full fine-tuning, and its number of weights: the same model, data and steps."""
 
 from __future__ import annotations
 

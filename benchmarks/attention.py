@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import race
-from openm6.model.attention import attend, build_mask
+from openm6.model.attention import attend
+from openm6.model.masks import build_mask
 from openm6.model.precision import fast_dtype
 
 TITLE = "Attention on packed rows: plain products against SDPA (CPU, forward + backward)"

@@ -48,7 +48,7 @@ KNOWN = "demo:questions/{}?without=8"
 LEARN_STEPS = 400
 MOST = 1000
 SHARES = 0.29, 0.15
-"""Of requests, which are asked, the least sure and audits (`share` of box.toml): before learning, and after it."""
+"""Fractions of requests deferred, audits included (`deferral_rate` of box.toml): before learning, and after."""
 MODES = ("all", "features")
 SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
 RIGHT = 0.975
@@ -66,7 +66,7 @@ def run() -> tuple[list[dict[str, Any]], str]:
         rows = [row for mode in modes for seed in SEEDS[mode] for row in _run(mode, seed, parts, known)]
     note = (
         f"Parts of {MOST} questions, one after the other: before learning, after a round of it ({LEARN_STEPS} steps), "
-        f"after two; the least sure, {SHARES[0]:.0%} in all, are asked at first, {SHARES[1]:.0%} later (`share`). "
+        f"after two; the least confident are deferred: {SHARES[0]:.0%}, later {SHARES[1]:.0%} (`deferral_rate`). "
         + ("" if is_there else f"The cloud is a stand-in that is right in {RIGHT:.1%}. ")
         + "Medians of the seeds first; curves of accuracy by share sent are in the JSON."
     )
@@ -152,14 +152,14 @@ def _run(privacy: str, seed: int, parts: list[list[Record]], known: list[list[st
     shutil.rmtree(WORK, ignore_errors=True)
     settings = settings_of({
         "cloud": f"http://127.0.0.1:{PORT}", "privacy": privacy, "requests_per_hour": 10**6, "deadline_ms": 30_000,
-        "share": SHARES[0],
+        "deferral_rate": SHARES[0],
     })  # fmt: skip
     init_box(WORK, EDGE_MODEL, settings, 8, CLOUD_MODEL if privacy == "features" else None)
     calibrate_box(Box(WORK), "vqa", KNOWN.format("validation"))
     rows = []
     for number, (part, cloud) in enumerate(zip(parts, known, strict=True)):
         if number:
-            (WORK / FILE).write_text(written(replace(settings, share=SHARES[1])), "utf-8")
+            (WORK / FILE).write_text(written(replace(settings, deferral_rate=SHARES[1])), "utf-8")
             found = learn(WORK, {"vqa": [KNOWN.format("train")]}, steps=LEARN_STEPS, seed=seed)
             print(json.dumps(found, ensure_ascii=False), flush=True)
         box = Cascade(WORK, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), seed=seed)

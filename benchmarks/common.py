@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair timing of several sides in turn, machine facts, a table and a JSON."""
+"""Shared by the benchmarks: fair timing of several sides in turn, machine facts, a table and a JSON."""
 
 from __future__ import annotations
 

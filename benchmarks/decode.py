@@ -21,6 +21,7 @@ from benchmarks.common import race
 from openm6.core.sequence import CAUSAL, IGNORE, Sequence
 from openm6.inference import Decoding, generate
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.precision import fast_dtype
 from openm6.weights.import_qwen3 import import_qwen3
 
@@ -46,7 +47,7 @@ def run(
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             theirs = theirs.to(dtype)
             ours = copy.deepcopy(base)
-            ours = ours.to(dtype) if device == "cuda" else ours.pack_for_cpu(dtype)
+            ours = ours.to(dtype) if device == "cuda" else pack_for_cpu(ours, dtype)
             for batch in batches:
                 ids = np.random.default_rng(batch).integers(0, VOCABULARY, (batch, PROMPT))
                 sides = {"OpenM6": _ours(ours, ids, new), "transformers": _theirs(theirs, ids, new)}

@@ -17,6 +17,7 @@ from benchmarks.common import race
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
 from openm6.inference.draw import Codes, Drawing, draw
 from openm6.model import M6, ModelConfig
+from openm6.model.cpu.pack import pack_for_cpu
 
 TITLE = "A picture's codes in 8 passes against one after the other"
 PROMPT, PASSES, ASKED = 24, 8, 200
@@ -38,7 +39,7 @@ def run(shapes: Iterable[tuple[int, int]] = SHAPES) -> tuple[list[dict[str, Any]
     for side, repeats in shapes:
         count = side**2
         model = M6(ModelConfig.preset("demo", **sizes, picture_side=side if side == 64 else None)).eval().to(device)
-        model = model.to(torch.bfloat16) if device == "cuda" else model.pack_for_cpu()
+        model = model.to(torch.bfloat16) if device == "cuda" else pack_for_cpu(model)
         codes = Codes(3096, 1000, count, 6, (11, 12, 13), 14, 15)
 
         def drawn(passes: int, model: M6 = model, codes: Codes = codes) -> object:
@@ -66,11 +67,11 @@ def accuracy(passes: int) -> float | str:
     if not (DEMO / "model").is_dir():
         return ""
     from openm6.evaluate.demo_images import DATA, TASK
-    from openm6.evaluate.pictures import Judge, judged, read_wishes
+    from openm6.evaluate.pictures import Judge, judged, read_prompts
     from openm6.inference.session import Session
 
     session, judge = Session.load(DEMO / "model"), Judge(Session.load(DEMO / "judge" / "model"))
-    records, wanted = read_wishes(session, TASK, judge, DATA, ASKED)
+    records, wanted = read_prompts(session, TASK, judge, DATA, ASKED)
     asked = [{"caption": record["caption"]} for record in records]
     pictures = list(session.run_many(TASK, asked, decoding={"passes": passes, "seed": 0}))
     return float(np.mean([row["all"] for row in judged(judge, pictures, wanted)]))

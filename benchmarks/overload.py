@@ -30,7 +30,7 @@ OFFERED = 2.0
 HARMFUL = 0.2
 """Share of them that is large or sent by half, in equal parts."""
 TARGETS = ("/v1/tasks/infilling", "/v1/tasks/vqa")
-"""Where large texts are sent: to a task that takes texts alone, and to one that takes pictures."""
+"""Targets of the large texts: a task that takes text alone, and one that takes images."""
 SIDES = ("small ones alone", "large and half-sent ones sent elsewhere", "large and half-sent ones too")
 
 

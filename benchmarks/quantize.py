@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import race
 from openm6.model import lowbit
-from openm6.model.packed import packed
+from openm6.model.cpu.packed import packed
 
 TITLE = "Products in 8 and 4 bits on a CPU"
 HIDDEN, WIDTH, LAYERS = 512, 1408, 12

@@ -1,4 +1,4 @@
-"""What `openm6 train vectors` learns: pictures found by texts, the thing a sentence means, goods that go together, and
+"""Results of `openm6 train vectors`: images found by texts, the thing a sentence means, goods that go together, and
 a recommender; the last two against pictures alone, texts alone, and what is most bought.
 """
 
@@ -31,7 +31,7 @@ SIDES = {
     "picture alone": ("image_vector", ("photo",)),
     "title, table": ("style_vector", ("title", "attributes")),
 }
-"""What an item's vector is made of: its task, and the columns that it sees."""
+"""The inputs of an item's vector: its task, and the columns that the task reads."""
 
 
 def run() -> tuple[list[dict[str, Any]], str]:

@@ -41,7 +41,7 @@ NEW = 32
 
 @dataclass(frozen=True)
 class Load:
-    """How much is asked: clients at once, seconds each time, shares of the peak; for the overhead servers, and requests
+    """The load: concurrent clients, seconds each time, shares of the peak; for the overhead servers, and requests
     of each, of which the first 40 are warm-up."""
 
     clients: tuple[int, ...] = (1, 4, 16, 64)
@@ -53,9 +53,9 @@ class Load:
 
 WHOLE = Load()
 Items = list[tuple[str, dict[str, Any]]]
-"""What is asked: tasks, and their records."""
+"""The requests: tasks, and their records."""
 Requests = list[tuple[str, bytes]]
-"""Of a side: paths and bodies, taken in turn."""
+"""The requests of a side: paths and bodies, taken in turn."""
 
 
 def run(load: Load = WHOLE, root: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
@@ -156,7 +156,7 @@ def _curve(load: Load, model: Path, mixed: Items) -> list[dict[str, Any]]:
 
 
 async def _arriving(url: str, requests: Requests, rate: float, seconds: float) -> Measured:
-    """As `_load`, of requests that come `rate` a second; answers are counted within these seconds."""
+    """`_load` with an arrival rate of `rate` requests per second; answers are counted within these seconds."""
     rng = np.random.default_rng(0)
     firsts: list[float] = []
     wholes: list[float] = []

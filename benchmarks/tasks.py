@@ -31,6 +31,7 @@ from openm6.data.source import open_source
 from openm6.evaluate.command import measure, measure_retrieval
 from openm6.evaluate.measure import references
 from openm6.inference.session import Session
+from openm6.tasks.encode import encode_example
 from openm6.tasks.library import get
 from openm6.tasks.metrics import score
 from openm6.train.recipe import check_recipe
@@ -223,7 +224,8 @@ def _trivial(side: Side, base: Path, folder: Path, steps: int, count: int) -> fl
 
 
 def _copied(value: Any, metric: str) -> str:
-    """What is given: a table's values in a row, a text itself, for a summary or title its first sentence."""
+    """The baseline answer from the inputs: a table's values in a row, a text itself, for a summary or title its first
+    sentence."""
     if isinstance(value, list):
         return "，".join(str(cell) for row in value for cell in row.values()) + "。"
     return str(value).split("。")[0] + "。" if metric == "rouge_l" else str(value)
@@ -236,7 +238,7 @@ def _bigrams(side: Side, base: Path, known: list[Any], asked: list[Any]) -> floa
     task = get(side.task)
 
     def tokens(record: Any) -> list[int]:
-        found = task.encode(record, processor, rng=None)
+        found = encode_example(task, record, processor, rng=None)
         return [0, *found.labels[found.labels != IGNORE].tolist()]
 
     pairs: Counter[tuple[int, int]] = Counter()

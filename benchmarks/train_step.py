@@ -38,7 +38,7 @@ ON_GPU = (Case(1024, 24, 16, 1024, 21128),)
 
 
 def run(cases: Iterable[Case] = ()) -> tuple[list[dict[str, Any]], str]:
-    """By default the cases of this kind of machine."""
+    """`cases` defaults to those for this kind of machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = fast_dtype(device)
     rows = []

@@ -6,6 +6,8 @@
 The judge, a small model of its own, has learned to tell twelve pets apart from 200 pictures of each; an adapted model
 draws 100 pictures of its own. Beside it: what the judge says of real pictures, of what the model draws before
 it is adapted, and what the demo's judge says of the adapted model's goods.
+
+Not run by the tests: it takes the model of `make demo-images`, and most of an hour.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from statistics import median
 
 from openm6.data.source import open_source
 from openm6.evaluate.demo_images import DATA, TASK
-from openm6.evaluate.pictures import Judge, judged, read_wishes
+from openm6.evaluate.pictures import Judge, judged, read_prompts
 from openm6.inference.session import Session
 from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
@@ -52,7 +54,7 @@ def drawn(session: Session, name: str) -> list[object]:
 
 def goods(session: Session, judge: Judge) -> float:
     """Share of the drawn goods that show all that was asked for."""
-    records, wanted = read_wishes(session, TASK, judge, DATA, GOODS)
+    records, wanted = read_prompts(session, TASK, judge, DATA, GOODS)
     asked = [{"caption": r["caption"]} for r in records]
     rows = judged(judge, list(session.run_many(TASK, asked, decoding={"seed": 0})), wanted)
     return sum(row["all"] for row in rows) / len(rows)

@@ -6,6 +6,8 @@
 A round: candidates for 150 prompts, the verdicts on the best four of each, 200 steps in which the model learns to
 foresee them. Then 150 other prompts: drawn by the model that it was at first, and by the one that has learned, ranked
 without its estimate of quality and with it.
+
+Not run by the tests: it takes the model of `make demo-images` and its judge.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""OpenM6: one Transformer that reads text, images and tables and writes text, images, labels and vectors.
+"""OpenM6: a multimodal Transformer for images, text and tables.
 
     import openm6
     m6 = openm6.load("runs/demo/model")
-    m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")
+    m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色？")
 
-Names are imported when they are first used, so that `import openm6` costs milliseconds.
+Names are imported on first use, so that `import openm6` takes milliseconds.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "load",
 ]  # fmt: skip
 
+_MODULES = ("evaluate", "model")
 _PLACES = {
     "AsyncClient": "openm6.client",
     "Session": "openm6.inference.session",
@@ -49,16 +50,21 @@ _PLACES = {
 
 
 def load(path: str, device: str | None = None, adapters: Mapping[str, str] | None = None) -> Session:
-    """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`; with `adapters` of it by
-    names of your own, of which each request can take one: `.adapter("mine").run(...)`."""
+    """Open a model directory: `openm6.load("runs/demo/model").run("caption", photo="a.jpg")`.
+
+    `device`: a PyTorch device such as "cpu" or "cuda:1", by default a GPU if there is one. `adapters`: directories of
+    adapters of the model by names of your choice, used by `.adapter("name").run(...)`. Raises UsageError for a path
+    that is not a model directory."""
     from openm6.inference.session import Session
 
     return Session.load(path, device, adapters=adapters)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"openm6.{name}")
+    if name in _PLACES:
         return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module openm6 has no attribute {name}")

@@ -1,9 +1,10 @@
-"""A model behind an API, used as one that is here: the same `run`, `run_many`, `draw` and `stream`.
+"""Clients of a server (`openm6 serve`) with the methods of a local model: `run`, `run_many`, `draw` and `stream`.
 
     m6 = openm6.Client("http://127.0.0.1:8000", key="m6-...")
     m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")
 
-What is refused because too many ask, or because the server cannot answer now, is asked again, as late as it says.
+A request that the server refuses for the moment, or that does not reach it, is sent again, after the server's
+Retry-After at the earliest.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing, closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+from openm6.core.errors import INVALID_REQUEST, ContextLengthError, DataError, ErrorKind, OpenM6Error, UsageError
 from openm6.core.files import fault_of
 
 if TYPE_CHECKING:
@@ -27,91 +30,157 @@ if TYPE_CHECKING:
 
     from openm6.core.candidates import Candidate
 
-Record = Mapping[str, Any]
+Record: TypeAlias = Mapping[str, Any]
 
 _log = logging.getLogger(__name__)
 
-AGAIN = (429, 502, 503, 504)
-"""Answers after which a request is sent again."""
-LONGEST = 30.0
-"""Seconds between two tries at most."""
+RETRIED = {502, 504} | {kind.status for kind in ErrorKind if kind.retry_after is not None}
+"""HTTP statuses after which a request is sent again; 502 and 504 are those of a proxy whose server is restarting."""
+LONGEST_WAIT = 30.0
+"""Maximum number of seconds between two tries."""
 
 
 class ServerError(OpenM6Error):
-    """The server did not answer as it should, after all tries."""
-
-    exit_code = 1
+    """The server could not be reached, or could not answer, after all tries."""
 
 
-class _Asking:
-    """What both clients share: requests made of records, answers read."""
+class _Send(NamedTuple):
+    """A request. The answer to it is the response, or the TransportError; a stream's body is left unread."""
 
-    def __init__(
-        self, url: str, key: str | None, model: str | None, timeout: float, retries: int, allow_untrained: bool
-    ):
-        self.url, self.model, self.retries, self._timeout = url.rstrip("/"), model, retries, timeout
-        self._allow_untrained = allow_untrained
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._tasks: dict[str, dict[str, Any]] = {}
-
-    def _place(self, task: str) -> str:
-        if "/" in task or "->" in task:
-            raise UsageError(f"A server knows tasks by their names: {task!r} is none.")
-        return f"/v1/tasks/{task}"
-
-    def _body(
-        self, task: str, record: Record, decoding: Record | None, adapter: str | None, examples: Iterable[Record],
-        **more: Any,
-    ) -> dict[str, Any]:  # fmt: skip
-        slots = self._tasks[task]["slots"]
-        body = {
-            "inputs": _outgoing(record, slots), "decoding": dict(decoding or {}), "adapter": adapter,
-            "model": self.model, "examples": [_outgoing(one, slots) for one in examples],
-            "allow_untrained": self._allow_untrained or None, **more,
-        }  # fmt: skip
-        return {name: value for name, value in body.items() if value not in (None, [], {})}
-
-    def _read(self, task: str, answer: Mapping[str, Any]) -> Any:
-        """As the local model gives it: the value of one output, a dict of several."""
-        _warn(answer)
-        slots, outputs = self._tasks[task]["slots"], self._tasks[task]["outputs"]
-        found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
-        return found[outputs[0]] if len(outputs) == 1 else found
-
-    def _candidates(self, answer: Mapping[str, Any]) -> list[Candidate]:
-        from openm6.core.candidates import candidates_of
-
-        _warn(answer)
-        return candidates_of(answer["outputs"]["candidates"])
-
-    def _wait(self, tried: int, answer: httpx2.Response | None) -> float | None:
-        """Seconds until the next try; None when there is none, as where the server asks for more patience than LONGEST
-        (a key that has spent its day, a request that ends the model's process)."""
-        told = answer.headers.get("retry-after", "") if answer is not None else ""
-        wanted = float(told) if told.replace(".", "", 1).isdigit() else 0.0
-        if tried >= self.retries or wanted > LONGEST:
-            return None
-        return max(wanted, min(LONGEST, 0.25 * 2**tried) * random.uniform(0.5, 1))
-
-    @staticmethod
-    def _checked(answer: httpx2.Response) -> Any:
-        if answer.status_code < 400:
-            return answer.json()
-        raise _error(answer)
+    method: str
+    path: str
+    body: Any = None
+    is_stream: bool = False
 
 
-class Client(_Asking):
-    """A server's model; several threads may use one client. With `allow_untrained` tasks are asked that the model was
-    not trained on, too, which the server refuses otherwise."""
+Step: TypeAlias = "_Send | float | Callable[[], Any]"
+"""A transport's work: send a request, wait for these seconds, or call a function that takes a while."""
+Steps: TypeAlias = Generator[Step, Any, Any]
+
+AnswerT = TypeVar("AnswerT")
+CandidatesT = TypeVar("CandidatesT")
+ListT = TypeVar("ListT")
+
+
+class _Requests(Generic[AnswerT, CandidatesT, ListT]):
+    """All of both clients but the transport: generators of steps that make requests from records, repeat them, and
+    read the answers. A client's `_follow` executes the steps, at once or as a coroutine."""
+
+    _connect: Callable[..., Any]
+    _follow: Callable[[Steps], Any]
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
         timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
     ):  # fmt: skip
+        self.url, self.model, self.retries = url.rstrip("/"), model, retries
+        self._allow_untrained = allow_untrained
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = self._connect(base_url=self.url, headers=headers, timeout=timeout)
+        self._tasks: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
+        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
+    ) -> AnswerT:  # fmt: skip
+        """One answer, as `Session.run` returns it: a text, an image (PIL), a vector (numpy), or a dict of several.
+        `truncate` as there, with a warning. Errors have the server's code."""
+        steps = self._ask(task, slots, decoding, adapter, examples, truncate=truncate)
+        return self._follow(self._read(task, steps))  # type: ignore[no-any-return]
+
+    def draw(
+        self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
+        truncate: str | None = None, **slots: Any,
+    ) -> CandidatesT:  # fmt: skip
+        """Images for one prompt, the best first, as `Session.draw` returns them."""
+        steps = self._ask(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
+        return self._follow(self._read_candidates(steps))  # type: ignore[no-any-return]
+
+    def tasks(self) -> ListT:
+        """The tasks of the model, with their schemas."""
+        return self._follow(self._read_list("/v1/tasks" + self._query))  # type: ignore[no-any-return]
+
+    def models(self) -> ListT:
+        """The models of the server."""
+        return self._follow(self._read_list("/v1/models"))  # type: ignore[no-any-return]
+
+    @property
+    def _query(self) -> str:
+        return f"?model={self.model}" if self.model else ""
+
+    def _ask(
+        self, task: str, record: Record, decoding: Record | None, adapter: str | None, examples: Iterable[Record],
+        **more: Any,
+    ) -> Steps:  # fmt: skip
+        """The response to a task's request; `more`: further fields of it."""
+        if "/" in task or "->" in task:
+            raise UsageError(f"A server knows tasks by name, and {task!r} is not a name.")
+        path = f"/v1/tasks/{task}"
+        if task not in self._tasks:
+            self._tasks[task] = (yield from self._request(_Send("GET", path + self._query))).json()
+        slots = self._tasks[task]["slots"]
+        inputs, *shots = yield partial(lambda records: [_outgoing(one, slots) for one in records], [record, *examples])
+        body = {
+            "inputs": inputs, "decoding": dict(decoding or {}), "adapter": adapter, "model": self.model,
+            "examples": shots, "allow_untrained": self._allow_untrained or None, **more,
+        }  # fmt: skip
+        body = {name: value for name, value in body.items() if value not in (None, [], {})}
+        return (yield from self._request(_Send("POST", path, body, bool(more.get("stream")))))
+
+    def _read(self, task: str, asking: Steps) -> Steps:
+        """The value of a task's one output, or a dict of several."""
+        answer = (yield from asking).json()
+        _warn(answer)
+        slots, outputs = self._tasks[task]["slots"], self._tasks[task]["outputs"]
+        found = {name: _incoming(answer["outputs"].get(name), slots[name]) for name in outputs}
+        return found[outputs[0]] if len(outputs) == 1 else found
+
+    def _read_candidates(self, asking: Steps) -> Steps:
+        from openm6.core.candidates import candidates_of
+
+        answer = (yield from asking).json()
+        _warn(answer)
+        return candidates_of(answer["outputs"]["candidates"])
+
+    def _read_list(self, path: str) -> Steps:
+        return (yield from self._request(_Send("GET", path))).json()["data"]
+
+    def _request(self, send: _Send) -> Steps:
+        """The response to a request, which is sent again where that may help. Raises UsageError or ServerError."""
+        tried = 0
+        while True:
+            answer = yield send
+            is_response = not isinstance(answer, Exception)
+            if is_response and answer.status_code < 400:
+                return answer
+            wait = None
+            if not is_response or answer.status_code in RETRIED:
+                wait = self._wait(tried, answer.headers.get("retry-after", "") if is_response else "")
+            if wait is None:
+                raise _error_in(answer) if is_response else self._unreachable(answer)
+            tried += 1
+            yield wait
+
+    def _wait(self, tried: int, retry_after: str) -> float | None:
+        """Seconds until the next try; None where no try is left, or the server's Retry-After is longer than
+        LONGEST_WAIT, as for a key without tokens for the rest of the day."""
+        wanted = float(retry_after) if retry_after.replace(".", "", 1).isdigit() else 0.0
+        if tried >= self.retries or wanted > LONGEST_WAIT:
+            return None
+        return max(wanted, min(LONGEST_WAIT, 0.25 * 2**tried) * random.uniform(0.5, 1))
+
+    def _unreachable(self, error: Exception) -> ServerError:
+        return ServerError(f"{self.url} cannot be reached ({type(error).__name__}): is `openm6 serve` running there?")
+
+
+class Client(_Requests[Any, "list[Candidate]", list[dict[str, Any]]]):
+    """A client of a server's model, which several threads may share. With `allow_untrained` it may also use tasks that
+    the model was not trained on, which the server refuses otherwise."""
+
+    def _connect(self, **options: Any) -> Any:
         import httpx2
 
-        super().__init__(url, key, model, timeout, retries, allow_untrained)
-        self._http = httpx2.Client(base_url=self.url, headers=self._headers, timeout=timeout)
+        return httpx2.Client(**options)
 
     def close(self) -> None:
         self._http.close()
@@ -122,35 +191,16 @@ class Client(_Asking):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(
-        self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
-        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
-    ) -> Any:  # fmt: skip
-        """One answer, as `Session.run` gives it: a text, a picture (PIL), a vector (numpy), or a dict of several.
-        `truncate` as there, with a warning. Errors have the server's code."""
-        self._know(task)
-        body = self._body(task, slots, decoding, adapter, examples, truncate=truncate)
-        return self._read(task, self._ask("POST", self._place(task), body))
-
-    def draw(
-        self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
-        truncate: str | None = None, **slots: Any,
-    ) -> list[Candidate]:  # fmt: skip
-        """Pictures for one wish, the best first, as `Session.draw` gives them."""
-        self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate)
-        return self._candidates(self._ask("POST", self._place(task), body))
-
     def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
         at_once: int = 16, truncate: str | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """Answers to many records, in their order, so many asked at the same time."""
+        """Answers to many records, in their order; up to `at_once` requests run at the same time."""
+        ask = partial(self.run, task, decoding=decoding, adapter=adapter, truncate=truncate)
         with ThreadPoolExecutor(at_once) as pool:
             running: deque[Future[Any]] = deque()
             for record in records:
-                more = {"decoding": decoding, "adapter": adapter, "truncate": truncate, **record}
-                running.append(pool.submit(self.run, task, **more))
+                running.append(pool.submit(ask, **record))
                 if len(running) >= 2 * at_once:
                     yield running.popleft().result()
             while running:
@@ -161,66 +211,47 @@ class Client(_Asking):
         **slots: Any,
     ) -> Iterator[str]:  # fmt: skip
         """One text in pieces, as it is written."""
-        self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), stream=True, truncate=truncate)
-        for tried in range(self.retries + 1):
-            with self._http.stream("POST", self._place(task), json=body) as answer:
-                if answer.status_code < 400:
-                    yield from filter(None, map(_piece, answer.iter_lines()))
-                    return
+        import httpx2
+
+        answer = self._follow(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
+        try:
+            with closing(answer):
+                yield from filter(None, map(_piece, answer.iter_lines()))
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+
+    def _follow(self, steps: Steps) -> Any:
+        result: Any = None
+        try:
+            while True:
+                result = self._take(steps.send(result))
+        except StopIteration as end:
+            return end.value
+
+    def _take(self, step: Step) -> Any:
+        import httpx2
+
+        if isinstance(step, float):
+            return time.sleep(step)
+        if not isinstance(step, _Send):
+            return step()
+        try:
+            request = self._http.build_request(step.method, step.path, json=step.body)
+            answer = self._http.send(request, stream=step.is_stream)
+            if answer.is_error:
                 answer.read()
-                wait = self._wait(tried, answer) if answer.status_code in AGAIN else None
-                if wait is None:
-                    self._checked(answer)
-            time.sleep(wait or 0)
+            return answer
+        except httpx2.TransportError as error:
+            return error
 
-    def tasks(self) -> list[dict[str, Any]]:
-        """What the model can be asked, with schemas."""
-        found: list[dict[str, Any]] = self._ask("GET", "/v1/tasks" + self._query())["data"]
-        return found
 
-    def models(self) -> list[dict[str, Any]]:
-        """The models that the server has."""
-        found: list[dict[str, Any]] = self._ask("GET", "/v1/models")["data"]
-        return found
+class AsyncClient(_Requests[Awaitable[Any], Awaitable["list[Candidate]"], Awaitable[list[dict[str, Any]]]]):
+    """The client for asyncio: the methods of `Client`, to be awaited."""
 
-    def _query(self) -> str:
-        return f"?model={self.model}" if self.model else ""
-
-    def _know(self, task: str) -> None:
-        if task not in self._tasks:
-            self._tasks[task] = self._ask("GET", self._place(task) + self._query())
-
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+    def _connect(self, **options: Any) -> Any:
         import httpx2
 
-        tried = 0
-        while True:
-            answer, reason = None, None
-            try:
-                answer = self._http.request(method, path, json=body)
-            except httpx2.TransportError as error:
-                reason = error
-            if answer is not None and answer.status_code not in AGAIN:
-                return self._checked(answer)
-            wait = self._wait(tried, answer)
-            if wait is None:
-                raise _gone(self.url, reason) if answer is None else _error(answer)
-            tried += 1
-            time.sleep(wait)
-
-
-class AsyncClient(_Asking):
-    """The same for asyncio."""
-
-    def __init__(
-        self, url: str = "http://127.0.0.1:8000", key: str | None = None, *, model: str | None = None,
-        timeout: float = 300.0, retries: int = 6, allow_untrained: bool = False,
-    ):  # fmt: skip
-        import httpx2
-
-        super().__init__(url, key, model, timeout, retries, allow_untrained)
-        self._http = httpx2.AsyncClient(base_url=self.url, headers=self._headers, timeout=timeout)
+        return httpx2.AsyncClient(**options)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -231,37 +262,16 @@ class AsyncClient(_Asking):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def run(
-        self, task: str, *, decoding: Record | None = None, adapter: str | None = None,
-        examples: Iterable[Record] = (), truncate: str | None = None, **slots: Any,
-    ) -> Any:  # fmt: skip
-        """See Client.run."""
-        await self._know(task)
-        body = await asyncio.to_thread(self._body, task, slots, decoding, adapter, examples, truncate=truncate)
-        return self._read(task, await self._ask("POST", self._place(task), body))
-
-    async def draw(
-        self, task: str, *, candidates: int = 1, decoding: Record | None = None, adapter: str | None = None,
-        truncate: str | None = None, **slots: Any,
-    ) -> list[Candidate]:  # fmt: skip
-        """See Client.draw."""
-        await self._know(task)
-        body = await asyncio.to_thread(
-            self._body, task, slots, decoding, adapter, (), candidates=candidates, truncate=truncate
-        )
-        return self._candidates(await self._ask("POST", self._place(task), body))
-
     async def run_many(
         self, task: str, records: Iterable[Record], *, decoding: Record | None = None, adapter: str | None = None,
         at_once: int = 16, truncate: str | None = None,
     ) -> AsyncIterator[Any]:  # fmt: skip
         """See Client.run_many."""
-        running: deque[asyncio.Task[Any]] = deque()
+        ask = partial(self.run, task, decoding=decoding, adapter=adapter, truncate=truncate)
+        running: deque[asyncio.Future[Any]] = deque()
         try:
             for record in records:
-                running.append(
-                    asyncio.create_task(self.run(task, decoding=decoding, adapter=adapter, truncate=truncate, **record))
-                )
+                running.append(asyncio.ensure_future(ask(**record)))
                 if len(running) >= at_once:
                     yield await running.popleft()
             while running:
@@ -275,80 +285,67 @@ class AsyncClient(_Asking):
         **slots: Any,
     ) -> AsyncIterator[str]:  # fmt: skip
         """See Client.stream."""
-        await self._know(task)
-        body = self._body(task, slots, decoding, adapter, (), stream=True, truncate=truncate)
-        for tried in range(self.retries + 1):
-            async with self._http.stream("POST", self._place(task), json=body) as answer:
-                if answer.status_code < 400:
-                    async for line in answer.aiter_lines():
-                        if piece := _piece(line):
-                            yield piece
-                    return
-                await answer.aread()
-                wait = self._wait(tried, answer) if answer.status_code in AGAIN else None
-                if wait is None:
-                    self._checked(answer)
-            await asyncio.sleep(wait or 0)
-
-    async def tasks(self) -> list[dict[str, Any]]:
-        """See Client.tasks."""
-        query = f"?model={self.model}" if self.model else ""
-        found: list[dict[str, Any]] = (await self._ask("GET", "/v1/tasks" + query))["data"]
-        return found
-
-    async def models(self) -> list[dict[str, Any]]:
-        """See Client.models."""
-        found: list[dict[str, Any]] = (await self._ask("GET", "/v1/models"))["data"]
-        return found
-
-    async def _know(self, task: str) -> None:
-        if task not in self._tasks:
-            query = f"?model={self.model}" if self.model else ""
-            self._tasks[task] = await self._ask("GET", self._place(task) + query)
-
-    async def _ask(self, method: str, path: str, body: Any = None) -> Any:
         import httpx2
 
-        tried = 0
-        while True:
-            answer, reason = None, None
-            try:
-                answer = await self._http.request(method, path, json=body)
-            except httpx2.TransportError as error:
-                reason = error
-            if answer is not None and answer.status_code not in AGAIN:
-                return self._checked(answer)
-            wait = self._wait(tried, answer)
-            if wait is None:
-                raise _gone(self.url, reason) if answer is None else _error(answer)
-            tried += 1
-            await asyncio.sleep(wait)
+        answer = await self._follow(self._ask(task, slots, decoding, adapter, (), stream=True, truncate=truncate))
+        try:
+            async with aclosing(answer):
+                async for line in answer.aiter_lines():
+                    if piece := _piece(line):
+                        yield piece
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+
+    async def _follow(self, steps: Steps) -> Any:
+        result: Any = None
+        try:
+            while True:
+                result = await self._take(steps.send(result))
+        except StopIteration as end:
+            return end.value
+
+    async def _take(self, step: Step) -> Any:
+        import httpx2
+
+        if isinstance(step, float):
+            return await asyncio.sleep(step)
+        if not isinstance(step, _Send):
+            return await asyncio.to_thread(step)
+        try:
+            request = self._http.build_request(step.method, step.path, json=step.body)
+            answer = await self._http.send(request, stream=step.is_stream)
+            if answer.is_error:
+                await answer.aread()
+            return answer
+        except httpx2.TransportError as error:
+            return error
 
 
-def _gone(url: str, reason: Exception | None) -> ServerError:
-    return ServerError(f"{url} cannot be reached ({type(reason).__name__}): is `openm6 serve` running there?")
-
-
-def _error(answer: httpx2.Response) -> OpenM6Error:
-    """The error that a response tells, with its code and the field at fault."""
+def _error_in(answer: httpx2.Response) -> OpenM6Error:
+    """The error that a response reports."""
     try:
-        told = answer.json()["error"]
-        message, code, param = str(told["message"]), told.get("code"), told.get("param")
+        return _error(answer.json()["error"], answer.status_code)
     except (ValueError, KeyError, TypeError, AttributeError):
-        message, code, param = f"The server answered with {answer.status_code}.", None, None
-    if answer.status_code >= 500 or answer.status_code == 429:
-        return ServerError(message, code=code, param=param)
-    kind = ContextLengthError if code == ContextLengthError.code else UsageError
-    return kind(message, code=code, param=param)
+        return _error({"message": f"The server answered with {answer.status_code}."}, answer.status_code)
+
+
+def _error(body: Mapping[str, Any], status: int) -> OpenM6Error:
+    """The error of a body in OpenAI's form; by its type, or for other servers by the status, the caller's mistake
+    (UsageError) or the server's."""
+    code, is_usage = body.get("code"), status < 500 and status != ErrorKind.FULL.status
+    if "type" in body:
+        is_usage = body["type"] == INVALID_REQUEST
+    kind = ServerError if not is_usage else ContextLengthError if code == ContextLengthError.code else UsageError
+    return kind(str(body["message"]), code=code, param=body.get("param"))
 
 
 def _piece(line: str) -> str:
-    """Of a server-sent event. Raises ServerError for one that tells of an error."""
+    """The piece of text in a line of server-sent events; "" where there is none. Raises the error of an error event."""
     if not line.startswith("data: "):
         return ""
     event = json.loads(line[6:])
     if "error" in event:
-        raise ServerError(event["error"]["message"], code=event["error"].get("code"))
+        raise _error(event["error"], ErrorKind.INTERNAL.status)
     _warn(event)
     return str(event.get("piece", ""))
 
@@ -366,27 +363,25 @@ def _warn(answer: Mapping[str, Any]) -> None:
 
 
 def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
-    """Pictures as base64: paths, bytes, PIL images, arrays. Raises DataError for what is no text."""
+    """A record with its images (paths, bytes, PIL images, arrays) as base64. Raises UsageError or DataError for an
+    image or text that cannot be sent."""
+    from openm6.core.images import as_file
+
     found = {}
     for name, value in record.items():
         if slots.get(name) == "image" and value is not None:
-            value = _encoded(value)
+            try:
+                value = base64.b64encode(as_file(value)).decode()
+            except DataError as error:
+                raise UsageError(str(error)) from None
         elif fault := fault_of(value):
-            raise DataError(f"{name}: is no text: it {fault}.", param=name)
+            raise DataError(f"{name} is not a valid text: it {fault}.", param=name)
         found[name] = value
     return found
 
 
-def _encoded(value: Any) -> str:
-    from openm6.core.images import as_file
-
-    try:
-        return base64.b64encode(as_file(value)).decode()
-    except DataError as error:
-        raise UsageError(str(error)) from None
-
-
 def _incoming(value: Any, kind: str) -> Any:
+    """An output's value as a local model gives it, by the type of its slot."""
     if value is None:
         return None
     if kind == "image":

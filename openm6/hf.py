@@ -1,4 +1,4 @@
-"""M6 for transformers: after `import openm6.hf`, AutoConfig and AutoModel open a model directory of OpenM6."""
+"""M6 for transformers: after `import openm6.hf`, AutoConfig and AutoModel open model directories of OpenM6."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openm6.model.m6 import M6, Output
 
 
 class M6Config(PreTrainedConfig):
-    """A config.json of OpenM6; `sizes` are those of the network."""
+    """A config.json of OpenM6; `sizes` is the ModelConfig of the network."""
 
     model_type = ModelConfig.model_type
 
@@ -26,7 +26,7 @@ class M6Config(PreTrainedConfig):
 
 
 class M6Model(PreTrainedModel):
-    """The network of openm6.model.M6 as `network`, whose tensors have their names in files without that prefix."""
+    """openm6.model.M6 as `network`; files have the names of its tensors without that prefix."""
 
     config_class = M6Config
     base_model_prefix = "network"

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import machine
 from openm6.core.errors import UsageError
 from openm6.evaluate.demo_images import DATA, TASK
-from openm6.evaluate.pictures import Judge, as_square, frechet, judged, read_wishes
+from openm6.evaluate.pictures import Judge, as_square, frechet, judged, read_prompts
 from openm6.inference.session import Session
 from reproduce.common import ROOT, SCALES, Scale, verdict
 
@@ -49,7 +49,7 @@ def run(scale: Scale, folder: Path, out: Path, model: Path = MODEL) -> Path:
     if not (model / "model").is_dir():
         raise UsageError(f"{model} holds no model that draws: run `make demo-images` first.")
     session, judge = Session.load(model / "model"), Judge(Session.load(model / "judge" / "model"))
-    records, wanted = read_wishes(session, TASK, judge, DATA, ASKED[name])
+    records, wanted = read_prompts(session, TASK, judge, DATA, ASKED[name])
     real = judge.features([as_square(record["picture"], session.codec.size) for record in records])
     asked = [{"caption": record["caption"]} for record in records]
 

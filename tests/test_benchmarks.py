@@ -40,6 +40,7 @@ NOT_RUN = {
     "distill": "Students are trained in processes of their own, on the whole catalogue: minutes.",
     "quantize": "torchao is kept beside the environment, and compiling its kernels takes minutes.",
     "retrieval": "The generated shop has one size, 4,000 goods that three models have to see: minutes.",
+    "start": "It starts every command several times, a server with its console among them: minutes.",
 }
 """Benchmarks whose `run` is not tried here, each with the reason; their committed results are shown above."""
 

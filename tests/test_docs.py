@@ -23,14 +23,21 @@ from typer.main import get_command
 import openm6
 from openm6.cli import commands
 from openm6.inference.session import Session
-from openm6.tasks.file import task_of
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.grammar import parse
 from openm6.tasks.library import get as get_task, names
 from tests.conftest import drawing_session
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+SCENARIOS = sorted((ROOT / "docs" / "scenarios").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")), *SCENARIOS]
+
+
+def page_id(page: Path) -> str:
+    return f"scenarios-{page.stem}" if page in SCENARIOS else page.stem
+
+
+ALL = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,7 +52,7 @@ def test_recipes_and_task_files_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
         if "instructions" in content:
-            task_of({"name": "shown", **content}, page.name)
+            task_from_dict({"name": "shown", **content}, page.name)
         else:
             # A page may show a part of a recipe.
             whole = {"name": "shown", "output": "runs/shown", "model": {"preset": "demo"}, "train": {"steps": 1}}
@@ -190,13 +197,24 @@ def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
     assert found == {"f1_of_complaints": pytest.approx(2 / 3), "no_longer": 1.0}
 
 
-def test_every_task_of_the_library_is_listed(hooks: None) -> None:
+def test_every_task_from_dict_the_library_is_listed(hooks: None) -> None:
     from gen_tasks import task_table
 
     rows = task_table().splitlines()[2:]
     assert len(rows) == len(names())
     for name in names():
         assert any(row.startswith(f"| `{name}`<br>") for row in rows)
+
+
+def test_every_command_is_listed(hooks: None) -> None:
+    from gen_rooms import command_table
+
+    program: Any = get_command(commands())
+    rows = {row.split("`")[1]: row for row in command_table().splitlines()[2:]}
+    assert rows.keys() == {f"openm6 {name}" for name in program.commands}
+    for name, command in program.commands.items():
+        for each in getattr(command, "commands", ()):
+            assert f"`{each}`" in rows[f"openm6 {name}"]
 
 
 def test_every_key_of_a_recipe_is_listed(hooks: None) -> None:
@@ -206,6 +224,63 @@ def test_every_key_of_a_recipe_is_listed(hooks: None) -> None:
 
     keys = re.findall(r"^\| `(\w+)` \|", recipe_tables(), re.M)
     assert set(keys) >= {*Recipe.model_fields, *TrainSection.model_fields}
+
+
+def test_every_command_and_option_is_in_the_reference(hooks: None) -> None:
+    from gen_cli import cli_reference
+
+    reference = cli_reference()
+    sections = dict(re.findall(r"^##+ (openm6[^\n]*)\n(.*?)(?=^##|\Z)", reference, re.M | re.S))
+
+    def walk(words: str, command: Any) -> None:
+        for parameter in command.params:
+            if parameter.name not in ("help", "install_completion", "show_completion"):
+                for option in [o for o in parameter.opts if o.startswith("-")]:
+                    assert option in sections[words], (words, option)
+        for name, inner in getattr(command, "commands", {}).items():
+            walk(f"{words} {name}", inner)
+
+    walk("openm6", get_command(commands()))
+
+
+def test_every_recipe_is_listed_whole(hooks: None) -> None:
+    from gen_recipes import recipe_list
+
+    from openm6.train.recipe import check_recipe
+
+    text = recipe_list()
+    shown = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)]
+    files = sorted((ROOT / "openm6" / "train" / "recipes").glob("*.yaml"))
+    assert [yaml.safe_load(file.read_text("utf-8")) for file in files] == shown
+    for file, recipe in zip(files, shown, strict=True):
+        assert f"(#{file.stem})" in text and check_recipe(recipe, file.stem)
+
+
+def test_every_page_is_in_one_of_the_six_groups() -> None:
+    def pages(entry: Any) -> Iterator[str]:
+        for value in entry.values() if isinstance(entry, dict) else entry:
+            yield from [value] if isinstance(value, str) else pages(value)
+
+    nav = re.search(r"^nav:.*", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M | re.S)
+    assert nav
+    first, *groups = yaml.safe_load(nav[0])["nav"]
+    assert [name for group in groups for name in group] == [
+        "Start", "Scenarios", "Guides", "Reference", "Operation", "Development",
+    ]  # fmt: skip
+    listed = [*pages(first), *(page for group in groups for page in pages(group))]
+    docs = ROOT / "docs"
+    assert sorted(listed) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
+
+
+def test_contributing_names_what_there_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    assert targets
+    assert set(re.findall(r"`make ([\w-]+)`", text)) == set(targets[1].split())
+    for path in re.findall(r"`((?:openm6|tests|docs|examples)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists() or "NAME" in path, path
+    for name, path in re.findall(r"`(\w+)` of `(openm6/[\w/.]+)`", text):
+        assert re.search(rf"^(class )?{name}\b", (ROOT / path).read_text("utf-8"), re.M), (name, path)
 
 
 def test_benchmark_results_become_tables(hooks: None, tmp_path: Path) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +25,18 @@ from openm6.inference.session import Session
 from openm6.tasks.library import get as get_task
 from tests.conftest import command, drawing_session
 from tests.tasks.conftest import picture
-from tests.test_docs import PAGES, ROOT, blocks, commands_in
-from tests.walk import PHOTO, Walk
+from tests.test_docs import PAGES, ROOT, blocks, commands_in, page_id
+from tests.walk import PHOTO, SMALL, TINY, Walk
 
 CHINESE, CONSOLE = ROOT / "README.zh-CN.md", ROOT / "docs" / "console.md"
 """Pages without a step of their own: one has those of README.md, the other the first of serving.md."""
 RUN = [page for page in PAGES if page not in (CHINESE, CONSOLE) and (blocks(page, "bash") or blocks(page, "python"))]
 
-NOT_RUN = {
-    "make demo": "It trains for a quarter of an hour.",
-    "git clone": "It needs the network.",
-    "pip ": "It downloads packages.",
-    "python3 -m venv": "The packages for this environment are downloaded.",
-    "export OPENM6_": "The database and the store are examples; tests/hub uses both kinds.",
-    ".venv/bin/openm6 serve": "docs/serving.md starts the same server.",
-    "examples/ask.py": "tests/e2e/test_serve.py asks a server with it.",
-    "examples/emoji_pictures.py": "The pictures are in packages that the tests do not install.",
-    "torchrun": "It needs two machines; tests/distributed starts two processes.",
-    "--processes 4": "Four processes share one core for a minute; tests/distributed starts two.",
-    "--ray-workers": "It needs a Ray cluster; tests/distributed/test_ray.py starts one.",
-    "--engine ray": "It needs a Ray cluster; tests/hub/test_on_ray.py starts one.",
-    "--to ray": "It needs a Ray cluster; tests/serve/test_on_ray.py starts one.",
-    "--dry-run": "It lays out ten trillion parameters on 512 processes, which takes minutes.",
-    "train demo output": "It draws the demo's pictures for half a minute; tests/e2e/test_commands.py trains it.",
-    "shop:": "The generated shop has 4,000 goods, which takes minutes; tests/retrieve/test_recommend.py has few.",
-    "runs/next season": "It follows the commands on the generated shop.",
-    "from openm6.tasks.extend import": "It stays for the whole process: test_docs.py and test_extend.py undo it.",
-}
-"""Parts of the commands and Python examples that are not run, each with the reason."""
+
+def not_run(page: Path) -> list[str]:
+    """Parts of the page's commands and Python examples that are not run: each is marked above its block, with the
+    reason, by `<!-- not run (PART): REASON -->`."""
+    return re.findall(r"^<!-- not run \((.+?)\): .+\. -->$", page.read_text("utf-8"), re.M)
 
 
 @pytest.fixture
@@ -58,8 +48,13 @@ def walk(room: Path) -> Iterator[Walk]:
 
 NAMES = (
     "goods", "demo", "demo-images", "mine", "next", "little", "copy", "dense", "parts", "vectors", "replies", "reviews",
+    "shop", "search",
 )  # fmt: skip
 """Of the models of the pages: `runs/NAME/model`."""
+
+
+TAUGHT = ("vqa", "caption", "infilling", "text_to_image", "controlled_image", "reply", "product_copy")
+"""The tasks that these models say they were trained on."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models, untrained, by the names of the pages."""
     folder = tmp_path_factory.mktemp("models")
     session = drawing_session(max_length=250, hidden_size=64)
-    tasks = [get_task(name) for name in ("vqa", "caption", "infilling", "text_to_image", "controlled_image")]
+    tasks = [get_task(name) for name in TAUGHT]
     tasks.append(get_task("text_classification").with_labels({"label": ["好评", "差评"]}))
     Session(session.model, session.processor, tasks).save(folder / "model")
     for name in NAMES:
@@ -136,6 +131,7 @@ def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("pos", "neg"):
         Path(raw / f"{name}.txt").write_text("".join(f"{name} {number}\n" for number in range(200)), "utf-8")
     shutil.copytree(ROOT / "examples", "examples")
+    _shop_files(Path("shop"))
     Path("emoji").mkdir()
     for name in ("train", "validation", "test"):
         Path(f"emoji/{name}.csv").write_text("image,caption\n" + "../a.jpg,男工人\n../part.jpg,女工人\n" * 4, "utf-8")
@@ -151,6 +147,26 @@ def room(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("goods.yaml", "recipe.yaml", "runs/goods.yaml"):
         Path(name).write_text(json.dumps({**recipe, "output": f"runs/{Path(name).stem}-anew"}), "utf-8")
     return tmp_path
+
+
+def _shop_files(folder: Path) -> None:
+    """A few of the files that examples/shop.py writes, for the pages that follow its command."""
+    folder.mkdir()
+    table = {"品类": "手套", "颜色": "蓝色"}
+    for name, record in {
+        "copy": {"attributes": table, "copy": "蓝色手套，又轻又软。"},
+        "talks": {"attributes": table, "history": "有没有绿色的？", "reply": "没有绿色的。"},
+        "live": {"asr": "今天是这双手套蓝色的", "script": "今天带来一双蓝色手套。"},
+        "items": {"photo": "../a.jpg", "caption": ["蓝色的手套"], "title": "手套", "colour": "蓝色"},
+    }.items():
+        for suffix, count in (("", 40), ("-test", 8)):
+            rows = [{"sku": f"P{number:04}", "price": number, **record} for number in range(count)]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}{suffix}.jsonl").write_text(text, "utf-8")
+    (folder / "goods.csv").write_text("sku,title,颜色\nA17,杯子,红色\nA18,帽子,蓝色\n", "utf-8")
+    visits = [{"history": [f"P{n:04}"], "bought": f"P{n + 1:04}"} for n in range(30)]
+    for name in ("visits", "visits-test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(visit) + "\n" for visit in visits), "utf-8")
 
 
 def _labels(folder: str) -> Callable[[Walk], None]:
@@ -221,6 +237,7 @@ def _a_cloud(walk: Walk) -> None:
 
 BEFORE: dict[str, Callable[[Walk], Any]] = {
     "openm6 copy batch": _copywriter,
+    "copy batch runs/shop/model": lambda _: shutil.copytree("runs/copy", "runs/shop", dirs_exist_ok=True),
     "openm6 copy labels": _labels("copy/1"),
     "openm6 images labels": _labels("batches/1"),
     "openm6 models import": _qwen3,
@@ -268,13 +285,32 @@ def _prepare(page: Path, room: Path) -> None:
             command("models", "add", "goods", "model")
 
 
+AFTER_ITS_COMMANDS = ("edge", "finetuning", "serving")
+"""Pages whose Python examples need what their commands made: they are run with them, below."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page != CHINESE and blocks(page, "python") and page.stem not in AFTER_ITS_COMMANDS],
+    ids=page_id,
+)
+def test_python_examples_run(page: Path, room: Path, walk: Walk) -> None:
+    walk.names["m6"] = openm6.load("model")
+    for block in blocks(page, "python"):
+        if not any(part in block for part in not_run(page)):
+            for part, act in BEFORE.items():
+                if part in block:
+                    act(walk)
+            walk.python(walk.filled(block), page.name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=page_id)
 def test_commands_and_examples_do_what_the_page_says(page: Path, room: Path, walk: Walk) -> None:
     _prepare(page, room)
     ran = 0
     for step, words in steps_on(page):
-        if any(part in step for part in NOT_RUN):
+        if any(part in step for part in not_run(page)):
             continue
         for part, act in BEFORE.items():
             if part in step:
@@ -290,6 +326,70 @@ def test_the_pages_that_are_left_out_repeat_another() -> None:
 
 
 def test_what_is_left_out_or_prepared_is_on_a_page() -> None:
-    steps = [step for page in RUN for step, _ in steps_on(page)]
-    for part in [*NOT_RUN, *BEFORE]:
-        assert any(part in step for step in steps), part
+    steps = {page: [step for step, _ in steps_on(page)] for page in PAGES}
+    for part in BEFORE:
+        assert any(part in step for page in RUN for step in steps[page]), part
+    for page in PAGES:
+        assert page.read_text("utf-8").count("<!-- not run") == len(not_run(page)), "a mark without a reason"
+        for part in not_run(page):
+            assert any(part in step for step in steps[page]), part
+
+
+CONSOLES = [page for page in PAGES if blocks(page, "console")]
+
+
+@pytest.mark.parametrize("page", CONSOLES, ids=page_id)
+def test_messages_are_those_that_commands_print(page: Path, room: Path) -> None:
+    """`RENEW_DOCS=1` writes them into the page in the place of the comparison."""
+    _mistakes()
+    text = page.read_text("utf-8")
+    for block in blocks(page, "console"):
+        shown = "".join(f"$ {line}\n{_printed(line)}" for line in re.findall(r"^\$ (.+)$", block, re.M))
+        if os.environ.get("RENEW_DOCS") == "1":
+            text = text.replace(f"```console\n{block}```", f"```console\n{shown}```")
+        else:
+            assert block == shown
+    if os.environ.get("RENEW_DOCS") == "1":
+        page.write_text(text, "utf-8")
+
+
+def _printed(line: str) -> str:
+    """What a command line prints that is a warning, or ends in a mistake."""
+    words = shlex.split(line.replace("text=@long", f"text={'这件连衣裙很好看，' * 500}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return command(*words[1:]).output
+        except openm6.OpenM6Error as error:
+            return f"{error}\n"
+
+
+def _mistakes() -> None:
+    """Files with the mistakes of docs/troubleshooting.md."""
+    lines = ['{"text": "又轻又软", "label": "好评"}', '{"text": "线头多", "label": ', '{"label": "差评"}']
+    Path("broken.jsonl").write_text("\n".join(lines * 2) + "\n", "utf-8")
+    command("train", "goods.yaml", *SMALL, *TINY)
+    Path("big5.csv").write_bytes("text,label\n裙子很輕,好評\n".encode("big5") * 3)
+    reader = drawing_session(max_length=250)
+    Session(reader.model, replace(reader.processor, codec=None), reader.tasks.values()).save(Path("runs/reader/model"))
+
+
+def test_every_example_is_run_or_says_why_not() -> None:
+    run = " ".join(step for page in RUN for step, _ in steps_on(page))
+    run += " ".join(block for page in PAGES for block in blocks(page, "yaml"))
+    marked = [part for page in PAGES for part in not_run(page)]
+    for path in sorted((ROOT / "examples").rglob("*.*")):
+        name = str(path.relative_to(ROOT))
+        if name not in run and name not in marked:
+            assert "Not run by the tests: " in path.read_text("utf-8"), name
+
+
+def test_the_shop_s_files_are_written(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/shop.py"), str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    for task, name in (("product_copy", "copy"), ("reply", "talks"), ("live_script", "live"), ("caption", "items")):
+        first = json.loads((tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()[0])
+        assert {"photo": 0, **first}.keys() >= {*get_task(task).inputs, *get_task(task).outputs}
+    assert len((tmp_path / "goods.csv").read_text("utf-8").splitlines()) == 41

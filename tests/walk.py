@@ -139,6 +139,8 @@ def _quicker(given: list[str]) -> list[str]:
             return SMALL
         case ["plan", "codec_256", *_]:
             return ["train.batch_size=1"]
+        case ["train", "examples/search.yaml", *_]:
+            return [*SMALL, *TINY, "vectors.dims=[16]"]
         case ["train", *_]:
             return [*SMALL, *TINY]
         case ["finetune", *_]:

@@ -1,6 +1,6 @@
 #!/bin/bash
 # One recipe on several hosts under Slurm: sbatch --nodes 4 examples/cluster/slurm.sh goods.yaml [key=value ...]
-# The output directory has to be on a file system that all hosts share.
+# Not run by the tests: it takes a cluster. The output directory has to be on a file system that all hosts share.
 #SBATCH --job-name=openm6
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Heavy imports sit inside the commands."""
+"""The command line: parse, call, print. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openm6.core.errors import OpenM6Error
 
 
 def commands() -> typer.Typer:
-    """The program with all its commands, which their modules add to it."""
+    """The application with all commands, which their modules register on import."""
     from openm6.cli import (  # noqa: F401
         bench,
         cascade,
@@ -27,7 +27,6 @@ def commands() -> typer.Typer:
         jobs,
         models,
         plan,
-        predict,
         recommend,
         serve,
         tasks,
@@ -39,8 +38,7 @@ def commands() -> typer.Typer:
 
 
 def _silence_libraries() -> None:
-    """Hide what libraries warn their developers of, here and in further processes; Python's own -W and PYTHONWARNINGS
-    go before."""
+    """Hide deprecation warnings of libraries, here and in child processes, unless -W or PYTHONWARNINGS is given."""
     if not sys.warnoptions:
         hidden = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
         for kind in hidden:
@@ -50,7 +48,7 @@ def _silence_libraries() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2, failed work exit code 1."""
+    """Entry point. A user error prints one sentence and exits with code 2, failed work with code 1."""
     _silence_libraries()
     try:
         commands()()

@@ -1,4 +1,4 @@
-"""openm6 bench, openm6 reproduce: what comes with a source checkout."""
+"""openm6 bench, reproduce: benchmarks and reproductions of a source checkout."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from openm6.core.files import require_writable
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="train-step, decode, packing, attention, experts ...")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the JSON; the default is benchmarks/results.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of a file in benchmarks/: train-step, decode, experts, serve ...")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the JSON. Default: benchmarks/results.")] = None,
 ) -> None:
-    """A benchmark against peers, both sides in one run: a table, and a JSON."""
+    """Run a benchmark against other libraries in one process; print a table and write JSON."""
     root, names = _checkout("benchmarks")
     _known("benchmark", name, names)
     if out:
@@ -36,10 +36,10 @@ def reproduce(
             help="prototyping, auxiliary-loss, capacity, pseudo-to-real, sparse-vs-dense, progressive or five-percent."
         ),
     ],
-    scale: Annotated[str, typer.Option(help="small: minutes on two cores; large: a GPU's work.")] = "small",
-    out: Annotated[Path | None, typer.Option(help="Folder for the page; the default is docs/reproduce.")] = None,
+    scale: Annotated[str, typer.Option(help="small: minutes on two cores; large: needs a GPU.")] = "small",
+    out: Annotated[Path | None, typer.Option(help="Folder for the page. Default: docs/reproduce.")] = None,
 ) -> None:
-    """A claim of the papers at a small scale: several seeds, curves, and a page that says what holds."""
+    """Reproduce a claim of the papers with several seeds; write a page with curves and the verdict."""
     root, names = _checkout("reproduce")
     _known("claim", claim, [name for name in names if name != "corpus"])
     if out:
@@ -50,7 +50,7 @@ def reproduce(
 
 
 def _checkout(folder: str) -> tuple[Path, list[str]]:
-    """The root of the source checkout, and the names in one of its folders."""
+    """The root of the source checkout and the names of the scripts in one of its folders."""
     import openm6
 
     root = Path(openm6.__file__).resolve().parents[1]

@@ -9,33 +9,36 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find, find_task
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.files import require_new
 
-cascade = typer.Typer(help="A small model on the edge that asks a large one when it is not sure.", no_args_is_help=True)
+cascade = typer.Typer(help="Edge-cloud cascade: a small edge model defers to a large one.", no_args_is_help=True)
 app.add_typer(cascade, name="cascade")
 
-Place = Annotated[Path, typer.Argument(help="The box's folder.")]
+Place = Annotated[Path, typer.Argument(help="Folder of the edge node.")]
 
 
 @cascade.command()
 def init(
     box: Place,
-    model: Annotated[str, typer.Option(help=f"What answers here. {MODEL}")],
-    cloud: Annotated[str | None, typer.Option(help="Address of the server that is asked what is not sure.")] = None,
+    model: Annotated[str, typer.Option(help=f"The edge model. {MODEL}")],
+    cloud: Annotated[
+        str | None, typer.Option(help="URL of the server that uncertain requests are deferred to.")
+    ] = None,
     cloud_model: Annotated[
-        str | None, typer.Option(help="The cloud's model, as --model: features are made for it.")
+        str | None, typer.Option(help="The cloud's model, as --model, for sending features instead of pixels.")
     ] = None,
     privacy: Annotated[
-        str | None, typer.Option(help="What may be sent: all (as long as nothing else is said), features or nothing.")
+        str | None, typer.Option(help="Data that may be sent to the cloud: all, features or nothing. Default: all.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of a weight: 8, 4, or 32.")] = 8,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 8, 4 or 32.")] = 8,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of box.toml, as keep_mb=64; several times.")
+        list[str] | None, typer.Option("--set", help="key=value of box.toml, e.g. keep_mb=64; repeatable.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a box: a folder to copy to the edge, with a program that serves it."""
+    """Create an edge node: a folder to copy to the edge device, with a program that serves it."""
     from openm6.edge.settings import settings_of
 
     require_new(box)
@@ -53,7 +56,7 @@ def init(
 
 
 def _value(name: str, text: str) -> Any:
-    """The value of a setting as TOML reads it; the text itself where the setting is a text, or TOML reads no value."""
+    """The value parsed as TOML; the text itself if the setting is a string or the text is not a TOML value."""
     import tomllib
 
     from openm6.edge.settings import Settings
@@ -69,16 +72,16 @@ def _value(name: str, text: str) -> Any:
 @cascade.command()
 def calibrate(
     box: Place,
-    task: Annotated[str, typer.Option(help="A task of its model.")],
-    data: Annotated[str, typer.Option(help="Records with answers that the model was not trained on.")],
-    records: Annotated[int, typer.Option(min=50, help="Of them, so many.")] = 500,
+    task: Annotated[str, typer.Option(help="A task of the edge model.")],
+    data: Annotated[str, typer.Option(help="Held-out records with answers.")],
+    records: Annotated[int, typer.Option(min=50, help="Number of records to use.")] = 500,
     max_loss: Annotated[
-        str, typer.Option(help="Wrong answers, of all, that may be given without asking: 0.4%, or 0.004.")
+        str, typer.Option(help="Largest fraction of all requests answered locally and wrongly: 0.4% or 0.004.")
     ] = "0.4%",
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    column: Column = None,
     json: Json = False,
 ) -> None:
-    """Find out when a task's answers are sure enough."""
+    """Choose the confidence above which a task is answered locally."""
     from openm6.cli.output import share
     from openm6.data.source import check_source
     from openm6.edge.box import Box
@@ -94,8 +97,8 @@ def calibrate(
         emit(found)
     else:
         typer.echo(
-            f"{task}: {found['alone']:.1%} right alone; {found['sent']:.1%} would be asked of the cloud, "
-            f"{found['wrong']:.2%} of all be wrong all the same."
+            f"{task}: accuracy {found['alone']:.1%} without the cloud; {found['sent']:.1%} deferred, "
+            f"{found['wrong']:.2%} answered locally and wrong."
         )
 
 
@@ -103,15 +106,15 @@ def calibrate(
 def learn(
     box: Place,
     data: Annotated[
-        list[str] | None, typer.Option(help="task=SOURCE that is not to be forgotten meanwhile; several times.")
+        list[str] | None, typer.Option(help="task=SOURCE to rehearse against forgetting; repeatable.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
-    batch_size: Annotated[int, typer.Option(min=1)] = 48,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 5e-4,
-    seed: Annotated[int, typer.Option()] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 48,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: Json = False,
 ) -> None:
-    """Learn of what the cloud answered; the new version answers if it is better. Killed, it goes on the next time."""
+    """Train on the cloud's answers; the new version goes live if it is better. An interrupted run is resumed."""
     from openm6.data.source import check_source
     from openm6.edge.box import Box
 
@@ -129,15 +132,15 @@ def learn(
     if json:
         emit(found)
         return
-    rows = [[task, *(told.get(name, "") for name in _COLUMNS)] for task, told in found["tasks"].items()]
+    rows = [[task, *(figures.get(name, "") for name in _COLUMNS)] for task, figures in found["tasks"].items()]
     table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
     typer.echo(
-        f"Version {found['version']} answers now." if found["better"]
-        else f"Version {found['from']} goes on answering. {found['reason']}"
+        f"Version {found['version']} is live." if found["better"]
+        else f"Version {found['from']} stays live. {found['reason']}"
     )  # fmt: skip
-    for task, told in found["tasks"].items():
-        if passed_over := told.get("passed_over"):
-            typer.echo(f"{task}: answers that were passed over: {told_counts(passed_over)}.")
+    for task, figures in found["tasks"].items():
+        if passed_over := figures.get("passed_over"):
+            typer.echo(f"{task}: skipped answers: {told_counts(passed_over)}.")
 
 
 _COLUMNS = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")
@@ -149,21 +152,21 @@ def _told(cell: Any) -> Any:
 
 @cascade.command()
 def status(box: Place, json: Json = False) -> None:
-    """What a box is, what it has kept, and what serves it; nothing is changed by looking."""
+    """Show the settings, stored answers and serving process of an edge node, without changing it."""
     from openm6.edge.status import status_of
 
-    told = status_of(box)
+    figures = status_of(box)
     if json:
-        emit(told)
+        emit(figures)
         return
-    kept, settings = told.pop("kept"), told.pop("settings")
-    rows = {**told, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
+    kept, settings = figures.pop("kept"), figures.pop("settings")
+    rows = {**figures, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
     table(["", ""], [[name, str(value)] for name, value in rows.items()], str(box))
 
 
 @cascade.command()
 def rollback(box: Place, json: Json = False) -> None:
-    """Let the version before answer again."""
+    """Go back to the previous version."""
     from openm6.core.errors import UsageError
     from openm6.edge.box import Box
 
@@ -172,4 +175,4 @@ def rollback(box: Place, json: Json = False) -> None:
     if not before:
         raise UsageError(f"{box} has no version before {opened.version}.")
     opened.use(before[-1])
-    emit({"version": before[-1]}) if json else typer.echo(f"Version {before[-1]} answers now.")
+    emit({"version": before[-1]}) if json else typer.echo(f"Version {before[-1]} is live.")

@@ -1,4 +1,4 @@
-"""Checks of a command's arguments before PyTorch is imported: the import takes seconds, and mistakes need no model."""
+"""Checks of a command's arguments before PyTorch is imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from openm6.train.recipe import AnyRecipe
 
 CLEAR = (".png", ".webp", ".tif", ".tiff")
-"""Endings of picture files that are written with transparent places."""
+"""Extensions of picture files that can be written with transparency."""
 PICTURES = (*CLEAR, ".jpg", ".jpeg", ".bmp")
-"""Endings of all picture files that are written."""
-MODEL = "A model directory, or a model of the catalogue (goods@live)."
+"""Extensions of picture files that can be written."""
+MODEL = "Model directory, or model of the catalogue (goods@live)."
 
 
 def find(model: str | Path) -> Path:
-    """The directory of a model: a path as it was written, or where the files of one of the catalogue are. Raises
-    UsageError where there is no such model."""
+    """The directory of a model: the given path, or the local files of a catalogue model. Raises UsageError for an
+    unknown model."""
     from openm6.hub.find import find_model
 
     found, _ = find_model(model)
@@ -29,8 +29,8 @@ def find(model: str | Path) -> Path:
 
 
 def find_task(model: Path | None, name: str) -> Task:
-    """A task of the model by name, else one of the library by name, YAML path or instruction, as Session.task finds it.
-    Raises UsageError where there is none."""
+    """A task of the model by name, else of the library by name, YAML path or instruction (as Session.task). Raises
+    UsageError for an unknown task."""
     from openm6.tasks.card import read_card
     from openm6.tasks.library import get
 
@@ -39,8 +39,8 @@ def find_task(model: Path | None, name: str) -> Task:
 
 
 def check_inputs(model: str | Path, tasks: Iterable[str | None] = (), sources: Iterable[str | None] = ()) -> Path:
-    """The directory of the model (see `find`), after its tasks and the data were looked for; None and "" are passed
-    over. Raises UsageError for a model or task that does not exist, DataError for files that are not there."""
+    """The directory of the model (see `find`) after checking that tasks and sources exist; None and "" are skipped.
+    Raises UsageError for an unknown model or task, DataError for missing files."""
     from openm6.data.source import check_source
 
     place = find(model)
@@ -52,13 +52,13 @@ def check_inputs(model: str | Path, tasks: Iterable[str | None] = (), sources: I
 
 
 def check_slots(task: Task, slots: dict[str, Any]) -> None:
-    """Raises UsageError where slots are unknown or missing, DataError where the file of a picture is not there."""
+    """Raises UsageError for unknown or missing slots, DataError for a missing picture file."""
     task.check(slots)
     check_pictures(*(value for name, value in slots.items() if task.slots[name].type == "image"))
 
 
 def check_pictures(*files: str | Path) -> None:
-    """Raises DataError for a file that is not there."""
+    """Raises DataError for a missing file."""
     from openm6.core.errors import DataError
 
     for file in files:
@@ -67,8 +67,8 @@ def check_pictures(*files: str | Path) -> None:
 
 
 def check_output(file: Path, endings: Sequence[str] = ()) -> None:
-    """Raises UsageError for a file that could not be written after the work: of another ending than these, in a folder
-    where nothing can be written, or in the place of a folder. Folders that are missing are no fault."""
+    """Raises UsageError for a file that cannot be written: with an extension other than `endings`, in a read-only
+    folder, or where a folder is. Missing folders are allowed."""
     from openm6.core.errors import UsageError
     from openm6.core.files import require_writable
 
@@ -80,8 +80,8 @@ def check_output(file: Path, endings: Sequence[str] = ()) -> None:
 
 
 def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> None:
-    """Raises UsageError for an option on the command line that would do nothing: one that is none of the `heeded`
-    parameters of the command."""
+    """Raises UsageError for an option given on the command line that has no effect, i.e. is not among the parameters
+    `heeded`."""
     from openm6.core.errors import UsageError
 
     for parameter in context.command.params:
@@ -91,7 +91,7 @@ def refuse_idle(context: typer.Context, heeded: Sequence[str], reason: str) -> N
 
 
 def check_parts(recipe: AnyRecipe) -> None:
-    """Check that the models, codec, tokenizer, tasks and data of a recipe exist. Raises as `check_inputs` does."""
+    """Check that the models, codec, tokenizer, tasks and data of a recipe exist. Errors: see `check_inputs`."""
     from openm6.core.bases import require_model
     from openm6.data.source import check_source
     from openm6.model.presets import find_preset

@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import check_inputs, find, refuse_idle
-from openm6.cli.output import Json, emit, pairs, share, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, share, table
 from openm6.core.errors import UsageError
 from openm6.core.files import require_writable
 
@@ -20,25 +21,25 @@ def compress(
     model: Annotated[
         Path,
         typer.Argument(
-            help="A model directory, a model of the catalogue (goods@live), or a YAML file with a chain of steps."
+            help="Model directory, model of the catalogue (goods@live), or YAML file with a chain of steps."
         ),
     ],
-    task: Annotated[str, typer.Option(help="A task that it has to go on doing.")] = "",
-    data: Annotated[str, typer.Option(help="Records of it to learn from.")] = "",
-    validation: Annotated[str, typer.Option(help="Records to measure on, which no model was trained on.")] = "",
-    unlabelled: Annotated[str | None, typer.Option(help="Records without answers: the model gives them.")] = None,
+    task: Annotated[str, typer.Option(help="Task to keep the quality of.")] = "",
+    data: Annotated[str, typer.Option(help="Training records of the task.")] = "",
+    validation: Annotated[str, typer.Option(help="Held-out records to measure on.")] = "",
+    unlabelled: Annotated[str | None, typer.Option(help="Records without answers, labelled by the model.")] = None,
     target: Annotated[str, typer.Option(help="size=2MB, or latency=5ms for one answer.")] = "",
-    max_loss: Annotated[str, typer.Option(help="Of the task's first metric: 1%, or 0.01.")] = "1%",
+    max_loss: Annotated[str, typer.Option(help="Largest drop of the task's first metric: 1% or 0.01.")] = "1%",
     form: Annotated[str, typer.Option(help="package: ONNX, without PyTorch; model: a model directory.")] = "package",
-    steps: Annotated[int, typer.Option(min=1, help="Of training a pruned network, each time.")] = 300,
-    limit: Annotated[int, typer.Option(min=1, help="Records to measure on.")] = 500,
-    output: Annotated[Path | None, typer.Option(help="Folder; by default runs/compress.")] = None,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
-    seed: Annotated[int, typer.Option(help="Of order and new weights.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps after each pruning.")] = 300,
+    limit: Annotated[int, typer.Option(min=1, help="Number of records to measure on.")] = 500,
+    output: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/compress.")] = None,
+    column: Column = None,
+    seed: Annotated[int, typer.Option(help="Random seed of data order and new weights.")] = 0,
     json: Json = False,
 ) -> None:
-    """Make a model small enough: pruned, distilled, in few bits, exported; each step measured. Killed, it goes on when
-    given again."""
+    """Compress a model to a size or latency: prune, distil, quantize, export, measuring each step. An interrupted run
+    is resumed by the same command."""
     import yaml
 
     from openm6.compress.compressed import Target, table_of
@@ -51,7 +52,7 @@ def compress(
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UsageError(f"{model} cannot be read as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
-            raise UsageError(f"{model} is no chain: it has to hold model, output, tasks and steps.")
+            raise UsageError(f"{model} is not a chain: it needs the keys model, output, tasks and steps.")
         if "model" in values:
             values["model"] = str(find(str(values["model"])))
 
@@ -83,6 +84,6 @@ def compress(
         table(*table_of(rows))
     if wanted is not None:
         if found is None:
-            typer.echo(f"No chain meets {target} with at most {max_loss} lost. {near}", err=True)
+            typer.echo(f"No chain meets {target} with a loss of at most {max_loss}. {near}", err=True)
             raise typer.Exit(1)
         typer.echo(f"{found['step']} meets {target}: {chain.output / 'best'}", err=True)

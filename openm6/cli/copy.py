@@ -8,53 +8,55 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs
-from openm6.cli.output import Column, Encoding, Format, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.output import counted, emit, pairs, show_acceptance, table
 from openm6.cli.work import decoding_options
 from openm6.core.files import require_writable, whole_lines
 
-copy = typer.Typer(help="Texts for many items, checked against their facts, reviewed by people.", no_args_is_help=True)
+copy = typer.Typer(help="Generate product copy in batches, check its facts, review it.", no_args_is_help=True)
 app.add_typer(copy, name="copy")
 
 SHOWN = 5
-"""Items that could not be used whose reasons are printed; all are in rejects.jsonl."""
+"""Number of rejected items whose reasons are printed; rejects.jsonl has all."""
 
 
 @copy.command()
 def batch(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    items: Annotated[str, typer.Option(help="A table of items: CSV, JSONL, Parquet ...; a row is an item.")],
-    output: Annotated[Path, typer.Option(help="Folder for the texts and the page; one begun earlier goes on.")],
-    task: Annotated[str, typer.Option(help="A task that writes one text.")] = "product_copy",
-    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Texts to choose the best of.")] = 4,
+    items: Annotated[str, typer.Option(help="Table with one item per row: CSV, JSONL, Parquet ...")],
+    output: Annotated[Path, typer.Option(help="Folder for texts and review page; an interrupted batch is resumed.")],
+    task: Annotated[str, typer.Option(help="A task with one text as its output.")] = "product_copy",
+    candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Candidates per item.")] = 4,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Of them that are kept, the best ones; by default 2, or all of fewer.")
+        int | None, typer.Option(min=1, help="Best candidates to keep per item. Default: 2, at most --candidates.")
     ] = None,
-    forbid: Annotated[list[str] | None, typer.Option(help="A word that never occurs; several times.")] = None,
-    forbid_file: Annotated[Path | None, typer.Option(help="A file of such words, a line each.")] = None,
-    least: Annotated[int, typer.Option("--min", min=0, help="Characters at least.")] = 0,
-    most: Annotated[int, typer.Option("--max", min=0, help="Characters at most; 0: any number.")] = 0,
+    forbid: Annotated[list[str] | None, typer.Option(help="Forbidden word; repeatable.")] = None,
+    forbid_file: Annotated[Path | None, typer.Option(help="UTF-8 file with one forbidden word per line.")] = None,
+    least: Annotated[int, typer.Option("--min", min=0, help="Minimum length in characters.")] = 0,
+    most: Annotated[int, typer.Option("--max", min=0, help="Maximum length in characters; 0: no limit.")] = 0,
     facts: Annotated[
-        bool, typer.Option(help="Refuse numbers, colours, materials and values of other items that an item has not.")
+        bool,
+        typer.Option(help="Reject numbers, colours, materials and other items' values that the item does not have."),
     ] = True,
     lexicon: Annotated[
         str | None,
-        typer.Option(help="Other items, whose values are known too; or a YAML file for lexicon.yaml."),
+        typer.Option(help="More items whose values are checked, or a YAML file that replaces lexicon.yaml."),
     ] = None,
-    id_column: Annotated[str, typer.Option("--id", help="Column with an item's id, the first of texts.csv.")] = "",
+    id_column: Annotated[str, typer.Option("--id", help="Column with the item's id, the first of texts.csv.")] = "",
     columns: Annotated[
-        str | None, typer.Option(help="Columns of the items in texts.csv, with commas between; else all but pictures.")
+        str | None, typer.Option(help="Comma-separated columns for texts.csv. Default: all but pictures.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Decoding option.")] = None,
-    json: Json = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
-    """The best of several texts for every item, none that breaks a rule, and a page for people's verdicts."""
+    """Write several texts per item, keep the best that break no rule, and make a page to review them."""
     from openm6.core.errors import UsageError
 
     place = check_inputs(model, [task], [items, lexicon])
@@ -70,12 +72,14 @@ def batch(
     from openm6.inference.session import Session
     from openm6.studio.copy import make_copy
 
-    made = make_copy(
-        Session.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
-        decoding=decoding, forbid=words, least=least, most=most, facts=facts,
-        lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
-        table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
-    )  # fmt: skip
+    with counted("items") as on_progress:
+        made = make_copy(
+            Session.load(place), task, items, output, candidates=candidates, keep=keep, columns=mapping,
+            decoding=decoding, forbid=words, least=least, most=most, facts=facts,
+            lexicon=lexicon, id_column=id_column, data_format=with_options(data_format, encoding, names),
+            table=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
+            on_progress=on_progress,
+        )  # fmt: skip
     if json:
         emit(made)
         return
@@ -84,29 +88,23 @@ def batch(
         for row in islice(whole_lines(output / "rejects.jsonl"), SHOWN):
             typer.echo(f"  {row['reason']}")
     if made["broken"]:
-        table(["texts that broke a rule", "how many"], made["broken"].items())
-    typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} have none): {made['table']}")
+        table(["broken rule", "texts"], made["broken"].items())
+    typer.echo(f"{made['texts']} texts for {made['items']} items ({made['empty']} without text): {made['table']}")
     if made["lexicon"]:
-        typer.echo(f"Colours and materials: {made['lexicon']}")
+        typer.echo(f"Lexicon of colours and materials: {made['lexicon']}")
     typer.echo(f"Review: {made['page']}")
 
 
 @copy.command()
 def labels(
     output: Annotated[Path, typer.Argument(help="Folder of `openm6 copy batch`.")],
-    labels: Annotated[Path, typer.Argument(help="The labels.jsonl that its review page gave.")],
-    json: Json = False,
+    labels: Annotated[Path, typer.Argument(help="labels.jsonl, downloaded from its review page.")],
+    json: options.Json = False,
 ) -> None:
-    """The accepted texts as a source to train on, labelled.jsonl, edited ones as they were edited, and how much people
-    accept."""
+    """Write the accepted texts, as edited, as training data (labelled.jsonl), and print the acceptance rate."""
     from openm6.studio.copy import write_labelled_copy
 
     found = write_labelled_copy(output, labels)
-    if json:
-        emit(found)
-        return
-    rows = [("all", found), *found["by_rank"].items()]
-    table(["rank", "accepted", "texts"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
-    if found["edited"]:
+    show_acceptance(found, "texts", json)
+    if found["edited"] and not json:
         typer.echo(f"{found['edited']:.1%} of the texts were edited and accepted.")
-    typer.echo(f"To train on: {found['file']}")

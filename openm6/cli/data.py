@@ -6,45 +6,42 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, emit, pairs, table
+from openm6.cli.output import counted, emit, pairs, table
 
-data = typer.Typer(help="Look at data before they are trained on; the catalogue of data sets.", no_args_is_help=True)
+data = typer.Typer(help="Check data before training; the catalogue of data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
 @data.command()
 def check(
-    source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
-    task: Annotated[str, typer.Option(help="A task by name or YAML path: can these data be used for it?")],
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first records only.")] = None,
+    source: Annotated[str, typer.Argument(help="Path, URL or glob, or built-in data such as demo:questions/test.")],
+    task: Annotated[str, typer.Option(help="Task to check the data for, by name or YAML path.")],
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of records to check, the first ones.")] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"{MODEL} It counts tokens, and records that are too long for the model.")
+        str | None, typer.Option(help=f"{MODEL} Counts tokens and records that are too long for it.")
     ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Data to measure on: how many of its records are among these?")
-    ] = None,
-    json: Json = False,
+    against: Annotated[str | None, typer.Option(help="Evaluation data to count overlapping records with.")] = None,
+    json: options.Json = False,
 ) -> None:
-    """Open every record as training would, show three of them as they will be trained, and say what is wrong. Exit
-    code 1 when any record is bad."""
-    from rich.progress import track
-
+    """Open every record as training would, show three encoded examples, and report what is wrong. Exit code 1 if any
+    record is rejected."""
     from openm6.data.check import Check
     from openm6.data.columns import check_command
     from openm6.data.readers import with_options
     from openm6.tasks.library import get
 
     reading = {"--format": data_format, "--images": images, "--encoding": encoding, "--names": names}
-    options = [word for name, value in reading.items() if value for word in (name, value)]
-    command = check_command(source, task, *options)
+    reading_words = [word for name, value in reading.items() if value for word in (name, value)]
+    command = check_command(source, task, *reading_words)
     processor, known = None, {}
     if model is not None:
         place = find(model)
@@ -56,15 +53,17 @@ def check(
     chosen = known.get(task) or get(task)
     data_format = with_options(data_format, encoding, names)
     checked = Check(source, chosen, pairs(column or []), data_format, images, limit, command, processor, against)
-    for record in track(checked.records(), description="checking", total=checked.total, transient=True):
-        checked.look(record)
+    with counted("records") as on_progress:
+        for number, record in enumerate(checked.records(), 1):
+            checked.look(record)
+            on_progress(number, checked.total)
     result = checked.to_dict()
     if json:
         emit(result)
     else:
         typer.echo(f"{source}: {result['good']} of {result['records']} records can be used for {result['task']}.")
         for slot, name in result["columns"].items():
-            typer.echo(f"  {slot} <- {name or '(no column; it may be left out)'}")
+            typer.echo(f"  {slot} <- {name or '(no column; optional)'}")
         for example in result["examples"]:
             typer.echo(f"  {example['where']}: {example['source']} -> {example['target']}")
         for what in ("characters", "tokens"):
@@ -81,17 +80,17 @@ def check(
 
 @data.command()
 def add(
-    name: Annotated[str, typer.Argument(help="What to call it.")],
-    source: Annotated[str, typer.Argument(help="A path, URL or glob, or a built-in such as demo:questions/test.")],
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    name: Annotated[str, typer.Argument(help="Name of the data set: letters, digits, - and _.")],
+    source: Annotated[str, typer.Argument(help="Path, URL or glob, or built-in data such as demo:questions/test.")],
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
-    """Put a data set into the catalogue: what is in it and a hash; the data stay where they are. What is there already
-    is not put in again."""
+    """Register a data set in the catalogue with its schema and hash; the files stay in place. An unchanged data set
+    gets no new version."""
     from openm6.data.readers import with_options
     from openm6.hub.catalogue import Catalogue
 
@@ -103,8 +102,8 @@ def add(
 
 
 @data.command("list")
-def list_data(json: Json = False) -> None:
-    """The data sets of the catalogue, the last version of each."""
+def list_data(json: options.Json = False) -> None:
+    """List the data sets of the catalogue, the latest version of each."""
     from openm6.hub.catalogue import DATA, Catalogue
 
     catalogue = Catalogue()
@@ -118,8 +117,8 @@ def list_data(json: Json = False) -> None:
 
 
 @data.command()
-def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: Json = False) -> None:
-    """Show a data set of the catalogue: columns, records, hash, where it is."""
+def show(name: Annotated[str, typer.Argument(help="NAME, or NAME@3.")], json: options.Json = False) -> None:
+    """Show a data set of the catalogue: columns, records, hash, source."""
     from openm6.hub.catalogue import DATA, Catalogue
 
     version = Catalogue().named(name, DATA)

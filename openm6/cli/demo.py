@@ -10,8 +10,10 @@ from typing import Annotated, TypeVar
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, show_measures, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, show_measures, table
 from openm6.cli.work import Processes, run_recipe
+from openm6.core.extras import require
 from openm6.core.files import require_writable
 
 T = TypeVar("T")
@@ -19,12 +21,15 @@ T = TypeVar("T")
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the model and its report go.")] = Path("runs/demo"),
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the demo recipe.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the model and its report.")] = Path("runs/demo"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of the demo recipe, e.g. train.steps=500.")
+    ] = None,
     processes: Processes = 1,
     json: Json = False,
 ) -> None:
-    """Train a small M6 on the built-in catalogue, measure it on what it has never seen, write a report."""
+    """Train a small M6 on the built-in catalogue, evaluate it on unseen combinations, write a report."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo import report_demo
@@ -37,20 +42,21 @@ def demo(
     if json:
         emit(figures)
         return
-    table(["question", "right", "95% interval", "records"], [
+    table(["question", "accuracy", "95% interval", "records"], [
         (f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} to {f['high']:.1%}", f["n"]) for f in figures["figures"]
-    ], "On combinations and digits the model has never seen")  # fmt: skip
+    ], "On combinations and digits that the model has never seen")  # fmt: skip
     typer.echo(f"Report: {figures['report']}")
 
 
 @app.command("demo-images")
 def demo_images(
-    output: Annotated[Path, typer.Option(help="Where the models and their report go.")] = Path("runs/demo-images"),
-    start: Annotated[Path, typer.Option(help="The demo's output, made first where it is missing.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of all that is trained.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the models and their report.")] = Path("runs/demo-images"),
+    start: Annotated[Path, typer.Option(help="Output of `openm6 demo`, trained first if missing.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Random seed of all trainings.")] = 0,
     json: Json = False,
 ) -> None:
-    """Teach the demo's model to draw: an image codec, drawing, estimates; measured by a judge of its own."""
+    """Train the demo's model to draw: image codec, text to image, estimators; evaluated by a judge model."""
+    require("demo", "sklearn", "matplotlib", "markdown")
     require_writable(output)
 
     from openm6.evaluate.demo_images import draw_own, report_images
@@ -81,8 +87,10 @@ def demo_images(
     if json:
         emit(figures)
         return
-    show_measures(figures["rows"], "On combinations the models have never seen")
+    show_measures(figures["rows"], "On combinations that the models have never seen")
     edits = figures["edits"]
-    typer.echo(f"Edits: kept pixels as they were in {edits['kept']:.1%}, attribute changed in {edits['changed']:.1%}")
+    typer.echo(
+        f"Edits: pixels outside the mask unchanged {edits['kept']:.1%}, attribute changed {edits['changed']:.1%}"
+    )
     typer.echo(f"Minutes: {', '.join(spent)}")
     typer.echo(f"Report: {figures['report']}")

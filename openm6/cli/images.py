@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import (
     CLEAR,
@@ -20,19 +21,7 @@ from openm6.cli.checks import (
     check_slots,
     find_task,
 )
-from openm6.cli.output import (
-    Column,
-    Encoding,
-    Format,
-    Json,
-    Names,
-    NoCache,
-    Truncate,
-    emit,
-    pairs,
-    show_measures,
-    table,
-)
+from openm6.cli.output import counted, emit, pairs, show_acceptance, show_measures, table
 from openm6.cli.work import decoding_options
 from openm6.core.files import require_writable
 
@@ -41,26 +30,25 @@ if TYPE_CHECKING:
 
     from openm6.core.candidates import Candidate
 
-images = typer.Typer(help="Pictures out: draw candidates, measure what a model draws.", no_args_is_help=True)
+images = typer.Typer(help="Image generation: draw, edit, vary, extend, in batches; evaluate.", no_args_is_help=True)
 app.add_typer(images, name="images")
 
 Model = Annotated[str, typer.Argument(help=MODEL)]
-Slots = Annotated[list[str] | None, typer.Argument(help="slot=value of the task; a picture is a path.")]
-Candidates = Annotated[int, typer.Option("--candidates", "-n", min=1, help="Pictures to choose the best of.")]
-Folder = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the pictures.")]
-Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of drawing, e.g. passes=12.")]
+Slots = Annotated[list[str] | None, typer.Argument(help="Inputs of the task, slot=value; a picture is a path.")]
+Candidates = Annotated[int, typer.Option("--candidates", "-n", min=1, help="Number of candidates per prompt.")]
+Folder = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Output folder.")]
 TaskName = Annotated[str, typer.Option(help="A task that draws, by name or YAML path.")]
 
 
 def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str, list[float]] | None = None) -> None:
-    """Save pictures under the next free numbers of a folder, 1.png, 2.png, ... in an empty one, and print what the
-    model thinks of them; `follows`: log-odds that they show what each of several controls says."""
+    """Save pictures under the next free numbers of a folder (1.png, 2.png, ... in an empty one) and print the model's
+    estimates. `follows`: log-odds that they show what each of several controls says."""
     rows: list[dict[str, Any]] = []
     for place, candidate in enumerate(drawn):
-        file = _save_next(candidate.image, output)
+        file = save_next(candidate.image, output)
         each = {f"follows {name}": odds[place] for name, odds in (follows or {}).items()}
-        told = {"seed": candidate.seed, "uncertain": candidate.uncertain, "score": candidate.score}
-        rows.append({"file": str(file), **told, **candidate.estimates, **each})
+        details = {"seed": candidate.seed, "uncertain": candidate.uncertain, "score": candidate.score}
+        rows.append({"file": str(file), **details, **candidate.estimates, **each})
     if json:
         emit(rows)
         return
@@ -71,8 +59,8 @@ def show(drawn: list[Candidate], output: Path, json: bool, follows: Mapping[str,
         typer.echo(f"The controls contradict each other: {best} follows {', '.join(won)}, not {', '.join(lost)}.")
 
 
-def _save_next(image: Image.Image, folder: Path) -> Path:
-    """Write a picture as NUMBER.png, by the number after the highest one there, and overwrite nothing."""
+def save_next(image: Image.Image, folder: Path) -> Path:
+    """Write a picture as N.png, one above the highest number in the folder, without overwriting a file."""
     from openm6.core.files import write_failed
     from openm6.core.images import png
 
@@ -89,7 +77,7 @@ def _save_next(image: Image.Image, folder: Path) -> Path:
         try:
             file.write_bytes(content)
         except OSError:
-            file.unlink()  # half a picture is none
+            file.unlink()  # incomplete
             raise
         return file
     except OSError as error:
@@ -97,7 +85,7 @@ def _save_next(image: Image.Image, folder: Path) -> Path:
 
 
 def _checked(model: str, task: str, slots: list[str] | None, *pictures: Path) -> tuple[Path, dict[str, Any]]:
-    """The model's directory and the slots by name, after everything that was given was looked for."""
+    """The model's directory and the values by slot, after checking that model, task and pictures exist."""
     place, asked = check_inputs(model, [task]), pairs(slots or [])
     find_task(place, task).check_draws()
     check_pictures(*pictures)
@@ -111,113 +99,115 @@ def draw(
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    truncate: Truncate = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """Candidates for one wish, the best by the model's own estimates first: 1.png, 2.png, ..., or the numbers after
-    those that are in the folder. Each is drawn again alone by its seed: -n 1 -o seed=NUMBER."""
+    """Draw candidates for a prompt, ranked by the model's own estimates, as N.png under the next free numbers of the
+    folder. A candidate can be redrawn from its seed: -n 1 -o seed=NUMBER."""
     place, asked = _checked(model, task, slots)
     require_writable(output)
     check_slots(find_task(place, task), asked)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
-    from openm6.inference.session import TRUNCATE, Session
+    from openm6.inference.session import Session
 
     session = Session.load(place)
-    drawn = session.draw(task, candidates=candidates, decoding=options, truncate=truncate, **asked)
-    follows = session.relevance_by_slot(task, drawn, **{**asked, TRUNCATE: truncate})
+    drawn = session.draw(task, candidates=candidates, decoding=decoding, truncate=truncate, **asked)
+    follows = session.relevance_by_slot(task, drawn, truncate=truncate, **asked)
     show(drawn, output, json, follows if len(follows) > 1 else {})
 
 
 @images.command()
 def edit(
     model: Model,
-    picture: Annotated[Path, typer.Option(help="The picture to change.")],
+    picture: Annotated[Path, typer.Option(help="Picture to edit.")],
     mask: Annotated[
         Path | None,
         typer.Option(
-            help="Picture of the same size: what is transparent, or without an alpha channel white (grey value 128 or "
-            "above), is drawn again; by default what is transparent in the picture."
+            help="Picture of the same size whose transparent pixels (without an alpha channel: white ones, grey value "
+            "128 or above) are redrawn. Default: the transparent pixels of the picture."
         ),
     ] = None,
     slots: Slots = None,
     task: TaskName = "text_to_image",
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
-    """Draw a part of a picture again: the pictures have its size, and outside of the mask its pixels and transparency.
-    What the model draws of the square around the mask is scaled to that square."""
+    """Redraw a region of a picture (inpainting): size, pixels outside the mask and transparency stay. The model draws
+    the square around the mask, which is scaled into place."""
     place, asked = _checked(model, task, slots, *filter(None, (picture, mask)))
     require_writable(output)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.inference.edit import edit as edit_picture
     from openm6.inference.session import Session
 
-    found = edit_picture(Session.load(place), task, picture, mask, candidates=candidates, decoding=options, **asked)
+    found = edit_picture(Session.load(place), task, picture, mask, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
 
 
 @images.command()
 def vary(
     model: Model,
-    picture: Annotated[Path, typer.Option(help="The picture to vary.")],
+    picture: Annotated[Path, typer.Option(help="Picture to vary.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    share: Annotated[float, typer.Option(help="Of the picture's codes that are drawn again.")] = 0.6,
+    share: Annotated[float, typer.Option(help="Fraction of the picture's codes to redraw, 0 to 1.")] = 0.6,
     candidates: Candidates = 4,
     output: Folder = Path("pictures"),
-    option: Options = None,
-    json: Json = False,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
-    """Pictures like a given one: of its middle square, at the size that the model draws."""
+    """Draw variations of a picture: of its central square, at the model's resolution."""
     place, asked = _checked(model, task, slots, picture)
     require_writable(output)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.core.images import open_image
     from openm6.inference.edit import vary as vary_picture
     from openm6.inference.session import Session
 
     session, (width, height) = Session.load(place), open_image(picture).size
-    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=options, **asked)
+    found = vary_picture(session, task, picture, share=share, candidates=candidates, decoding=decoding, **asked)
     show(found, output, json)
     side = session.codec.size
     if (width, height) != (side, side):
-        square, drawn = min(width, height), f"{side} x {side} pixels"
-        taken = f"the middle square of {picture}, {square} of its {width} x {height} pixels"
-        typer.echo(f"The pictures have {drawn}: {taken}, was taken.", err=True)
+        square = min(width, height)
+        typer.echo(
+            f"{picture} ({width} x {height}) was cropped to its central square of {square} pixels; the variations have "
+            f"{side} x {side}.", err=True
+        )  # fmt: skip
 
 
 @images.command()
 def extend(
     model: Model,
-    picture: Annotated[Path, typer.Option(help="The picture to continue.")],
-    side: Annotated[str, typer.Option(help="left, right, top or bottom.")],
-    pixels: Annotated[int, typer.Option(help="How far beyond that side.")],
+    picture: Annotated[Path, typer.Option(help="Picture to extend.")],
+    side: Annotated[str, typer.Option(help="Side to extend: left, right, top or bottom.")],
+    pixels: Annotated[int, typer.Option(help="Width of the extension in pixels.")],
     slots: Slots = None,
     task: TaskName = "text_to_image",
-    output: Annotated[Path, typer.Option(help="File for the picture; a PNG keeps the given pixels bit by bit.")] = Path(
+    output: Annotated[Path, typer.Option(help="Output file; a PNG keeps the given pixels exactly.")] = Path(
         "picture.png"
     ),
-    option: Options = None,
+    option: options.DecodingOption = None,
 ) -> None:
-    """Continue a picture, at its own size, beyond one of its sides."""
+    """Extend a picture beyond one of its sides (outpainting), at its own resolution."""
     from openm6.core.images import open_image, save, seed_of_drawn
 
     place, asked = _checked(model, task, slots, picture)
     check_output(output, PICTURES)
     if open_image(picture, alpha=True).mode.endswith("A"):
         check_output(output, CLEAR)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
     from openm6.inference.edit import extend as extend_picture
     from openm6.inference.session import Session
 
-    found = extend_picture(Session.load(place), task, picture, side, pixels, decoding=options, **asked)
+    found = extend_picture(Session.load(place), task, picture, side, pixels, decoding=decoding, **asked)
     output.parent.mkdir(parents=True, exist_ok=True)
     save(found, output)
     typer.echo(f"Seed: {seed_of_drawn(found)}.", err=True)
@@ -227,29 +217,29 @@ def extend(
 @images.command()
 def measure(
     model: Model,
-    judge: Annotated[str, typer.Option(help="Model directory of a judge (recipes/judge.yaml).")],
-    data: Annotated[str, typer.Option(help="Real pictures, their captions and attributes.")] = "demo:studio/test",
+    judge: Annotated[str, typer.Option(help="Judge model (recipe judge): directory or model of the catalogue.")],
+    data: Annotated[str, typer.Option(help="Real pictures with captions and attributes.")] = "demo:studio/test",
     task: TaskName = "text_to_image",
-    judge_task: Annotated[str, typer.Option(help="What the judge reads in a picture.")] = "product_attributes",
+    judge_task: Annotated[str, typer.Option(help="The judge's task on a picture.")] = "product_attributes",
     candidates: Candidates = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="PNG file for a sheet of drawn pictures.")] = None,
-    option: Options = None,
-    json: Json = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of records to use, the first ones.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="PNG file for a contact sheet of generated pictures.")] = None,
+    option: options.DecodingOption = None,
+    json: options.Json = False,
 ) -> None:
-    """What a judge reads in drawn pictures, in real ones and in those that only went through the codec."""
+    """Evaluate generated pictures by a judge model, beside real and reconstructed ones."""
     place, of_judge = check_inputs(model, [task], [data]), check_inputs(judge, [judge_task])
     if grid:
         check_output(grid, PICTURES)
-    options = decoding_options(option)
+    decoding = decoding_options(option)
 
-    from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_wishes
+    from openm6.evaluate.pictures import Judge, draw_sheet, measure_drawing, read_prompts
     from openm6.inference.session import Session
 
     session = Session.load(place)
     judging = Judge(Session.load(of_judge), judge_task)
-    records, wanted = read_wishes(session, task, judging, data, limit)
-    rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, options)
+    records, wanted = read_prompts(session, task, judging, data, limit)
+    rows, drawn = measure_drawing(session, task, judging, records, wanted, candidates, decoding)
     if grid:
         draw_sheet(drawn, grid)
     if json:
@@ -263,36 +253,38 @@ def batch(
     model: Model,
     prompts: Annotated[
         str,
-        typer.Option(help="A file with a column for each slot of the task: JSONL, CSV, Parquet ..., or a text a line."),
+        typer.Option(help="Data with a column per slot of the task (JSONL, CSV, Parquet ...), or one text per line."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the pictures and the page; one begun earlier goes on.")],
+    output: Annotated[Path, typer.Option(help="Folder for pictures and review page; an interrupted batch is resumed.")],
     task: TaskName = "text_to_image",
     candidates: Candidates = 8,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Of them that are kept, the best ones; by default 4, or all of fewer.")
+        int | None, typer.Option(min=1, help="Best candidates to keep per prompt. Default: 4, at most --candidates.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    option: Options = None,
-    truncate: Truncate = None,
-    json: Json = False,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """The best of several candidates for every prompt of a file, and a page on which people accept or reject them."""
+    """Draw several candidates per prompt of a file, keep the best, and make a page to review them."""
     place = check_inputs(model, [task], [prompts])
     require_writable(output)
-    columns, options = pairs(column or []), decoding_options(option)
+    columns, decoding = pairs(column or []), decoding_options(option)
 
     from openm6.data.readers import with_options
     from openm6.inference.session import Session
     from openm6.studio.images import make_batch
 
-    made = make_batch(
-        Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns, decoding=options,
-        data_format=with_options(data_format, encoding, names), truncate=truncate,
-    )  # fmt: skip
+    with counted("prompts") as on_progress:
+        made = make_batch(
+            Session.load(place), task, prompts, output, candidates=candidates, keep=keep, columns=columns,
+            decoding=decoding, data_format=with_options(data_format, encoding, names), truncate=truncate,
+            on_progress=on_progress,
+        )  # fmt: skip
     if json:
         emit(made)
         return
@@ -301,7 +293,7 @@ def batch(
         typer.echo(f"{made['bad']} of {total} prompts could not be used: see {output / 'rejects.jsonl'}.")
     if made["uncertain"]:
         typer.echo(
-            f"Of {made['uncertain']} prompts the model does not find in the best picture what was asked for: see "
+            f"For {made['uncertain']} prompts the model does not recognize the prompt in the best picture: see "
             f"`uncertain` in {output / 'candidates.jsonl'}."
         )
     typer.echo(
@@ -312,16 +304,10 @@ def batch(
 @images.command()
 def labels(
     output: Annotated[Path, typer.Argument(help="Folder of `openm6 images batch`.")],
-    labels: Annotated[Path, typer.Argument(help="The labels.jsonl that its review page gave.")],
-    json: Json = False,
+    labels: Annotated[Path, typer.Argument(help="labels.jsonl, downloaded from its review page.")],
+    json: options.Json = False,
 ) -> None:
-    """People's verdicts as a source to train on, labelled.jsonl, and how much they accept."""
+    """Write the human labels as training data (labelled.jsonl), and print the acceptance rate."""
     from openm6.studio.images import write_labelled
 
-    found = write_labelled(output, labels)
-    if json:
-        emit(found)
-        return
-    rows = [("all", found), *found["by_rank"].items()]
-    table(["rank", "accepted", "pictures"], [[n, f"{r['accepted']:.1%}", r["labelled"]] for n, r in rows])
-    typer.echo(f"To train on: {found['file']}")
+    show_acceptance(write_labelled(output, labels), "pictures", json)

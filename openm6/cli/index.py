@@ -7,59 +7,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import (
-    Column,
-    Encoding,
-    Format,
-    Images,
-    Json,
-    Names,
-    NoCache,
-    Truncate,
-    emit,
-    pairs,
-    say_rejects,
-    table,
-    write_rejects,
-)
+from openm6.cli.output import counted, emit, pairs, say_rejects, table, write_rejects
 from openm6.core.errors import UsageError
 
 if TYPE_CHECKING:
     from openm6.inference.session import Session
     from openm6.retrieve import Index
 
-index = typer.Typer(help="Vectors of items, kept and found again.", no_args_is_help=True)
+index = typer.Typer(help="Vector index: build, update, search (two-tower retrieval).", no_args_is_help=True)
 app.add_typer(index, name="index")
 
 Place = Annotated[Path, typer.Argument(help="Directory of the index.")]
-Data = Annotated[str, typer.Option(help="Items: a path, or built-in data.")]
+Data = Annotated[str, typer.Option(help="Items: path, URL or glob, or built-in data.")]
 
 
 @index.command()
 def build(
     path: Place,
     model: Annotated[str, typer.Option(help=MODEL)],
-    task: Annotated[str, typer.Option(help="The task that gives an item's vector.")],
+    task: Annotated[str, typer.Option(help="Task that embeds an item.")],
     data: Data,
-    query_task: Annotated[str | None, typer.Option(help="The task that gives a question's vector.")] = None,
-    id_column: Annotated[str, typer.Option("--id", help="Column with an id; else an item's place in the data.")] = "",
+    query_task: Annotated[str | None, typer.Option(help="Task that embeds a query. Default: --task.")] = None,
+    id_column: Annotated[str, typer.Option("--id", help="Column with the id. Default: place in the data.")] = "",
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Column to filter by and to show, as price or with its type, price:float; several times."),
+        typer.Option(help="Column to store, filter by and show, with or without a type: price:float; repeatable."),
     ] = None,
-    column: Column = None,
-    dims: Annotated[int | None, typer.Option(min=1, help="Cut the vectors to so many numbers.")] = None,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    images: Images = None,
-    no_cache: NoCache = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    column: options.Column = None,
+    dims: Annotated[int | None, typer.Option(min=1, help="Truncate vectors to this number of dimensions.")] = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """Make an index of the items of a source. An interrupted one goes on when the same command is given again."""
+    """Build an index of the items of a source. An interrupted build is resumed by the same command."""
     place = check_inputs(model, [task, query_task], [data])
     columns = pairs(column or [])
 
@@ -87,16 +74,16 @@ def build(
 def add(
     path: Place,
     data: Data,
-    only_new: Annotated[bool, typer.Option("--only-new", help="Pass over items whose ids are there.")] = False,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    images: Images = None,
-    no_cache: NoCache = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    only_new: Annotated[bool, typer.Option("--only-new", help="Skip items whose ids are in the index.")] = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """Add items, or replace those of the same id."""
+    """Add items; items with the same id are replaced."""
     from openm6.data.readers import with_options
     from openm6.data.source import check_source
 
@@ -108,9 +95,9 @@ def add(
 @index.command()
 def delete(
     path: Place,
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids.")] = None,
-    where: Annotated[str, typer.Option(help='A filter in their place, e.g. "price > 100".')] = "",
-    json: Json = False,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items.")] = None,
+    where: Annotated[str, typer.Option(help='SQL filter instead of ids, e.g. "price > 100".')] = "",
+    json: options.Json = False,
 ) -> None:
     """Delete items by id or by a filter."""
     from openm6.retrieve.index import Index
@@ -129,15 +116,15 @@ def delete(
 @index.command()
 def search(
     path: Place,
-    slots: Annotated[list[str], typer.Argument(help="slot=value of the question's task.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Items to find.")] = 10,
-    where: Annotated[str, typer.Option(help="A filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
-    task: Annotated[str | None, typer.Option(help="Another task than the index's for the question.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Leave inverted lists aside.")] = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    slots: Annotated[list[str], typer.Argument(help="Inputs of the query task, slot=value.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
+    where: Annotated[str, typer.Option(help="SQL filter, e.g. \"price < 100 AND colour = '红色'\".")] = "",
+    task: Annotated[str | None, typer.Option(help="Task that embeds the query. Default: the index's.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Search all items instead of inverted lists.")] = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """Find the items nearest to a question: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
+    """Find the items nearest to a query: `openm6 index search goods text=红色条纹的裙子 --where "price < 100"`"""
     asked: dict[str, Any] = dict(pairs(slots))
     made, session = _open(path)
     vector = session.run(task or made.about["query_task"], decoding={"dims": made.dims}, truncate=truncate, **asked)
@@ -153,33 +140,33 @@ def search(
 @index.command()
 def tune(
     path: Place,
-    recall: Annotated[float, typer.Option(min=0.1, max=1, help="Recall@10 to reach.")] = 0.95,
+    recall: Annotated[float, typer.Option(min=0.1, max=1, help="Target recall@10.")] = 0.95,
     lists: Annotated[
-        int | None, typer.Option(min=1, help="Number of lists; by default 4 x the root of the items.")
+        int | None, typer.Option(min=1, help="Number of inverted lists. Default: 4 x square root of the items.")
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
-    """Make searches without a filter quick where there are many items: inverted lists, looked into as far as needed."""
+    """Speed up searches without a filter in a large index: build inverted lists (IVF) and tune the probes."""
     from openm6.retrieve.index import Index
 
     found = Index.open(path).tune(recall, lists)
     if json:
         emit(found)
     else:
-        typer.echo(f"{found['probes']} of {found['lists']} lists give a recall@10 of {found['recall@10']:.3f}.")
+        typer.echo(f"Probing {found['probes']} of {found['lists']} lists: recall@10 {found['recall@10']:.3f}.")
 
 
 @index.command()
-def show(path: Place, json: Json = False) -> None:
-    """What an index holds, and its versions."""
+def show(path: Place, json: options.Json = False) -> None:
+    """Show the contents and settings of an index."""
     from openm6.retrieve.index import Index
 
     made = Index.open(path)
-    told: dict[str, Any] = {"items": len(made), "version": made.version, **made.about, "versions": made.versions()}
+    details: dict[str, Any] = {"items": len(made), "version": made.version, **made.about, "versions": made.versions()}
     if json:
-        emit(told)
+        emit(details)
     else:
-        table(["", ""], [[name, value] for name, value in told.items() if name != "versions"], str(path))
+        table(["", ""], [[name, value] for name, value in details.items() if name != "versions"], str(path))
 
 
 def _open(path: Path) -> tuple[Index, Session]:
@@ -187,7 +174,7 @@ def _open(path: Path) -> tuple[Index, Session]:
 
     made = Index.open(path)
     if "model" not in made.about:
-        raise UsageError(f"{path} does not say by which model its vectors were made: use openm6.retrieve.Index.")
+        raise UsageError(f"{path} does not name the model of its vectors: use openm6.retrieve.Index.")
     place = find(made.about["model"])
 
     from openm6.inference.session import Session
@@ -196,7 +183,7 @@ def _open(path: Path) -> tuple[Index, Session]:
 
 
 def _require_same(made: Index, columns: dict[str, str], dims: int | None, **asked: Any) -> None:
-    """Refuse to go on with an index that was begun with other settings than the ones asked for."""
+    """Refuse to resume an index that was started with other settings."""
     from openm6.retrieve.columns import describe
 
     before = made.about
@@ -209,12 +196,12 @@ def _require_same(made: Index, columns: dict[str, str], dims: int | None, **aske
     if dims not in (None, made.dims):
         found["dims"] = made.dims
     if found:
-        told = "; ".join(f"{name}: {value or 'none'}" for name, value in found.items())
-        raise UsageError(f"{made.path} was begun otherwise ({told}): name another directory, or ask for the same.")
+        details = "; ".join(f"{name}: {value or 'none'}" for name, value in found.items())
+        raise UsageError(f"{made.path} was started with other settings ({details}): use them, or another directory.")
 
 
 def _counted(ids: list[str], what: str) -> str:
-    """`3 replaced (A17, A18, B2)`, with the first ids alone where there are many."""
+    """`3 replaced (A17, A18, B2)`; at most three ids are named."""
     named = f" ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})" if ids else ""
     return f"{len(ids)} {what}{named}"
 
@@ -223,20 +210,15 @@ def _fill(
     made: Index, session: Session, data: str, data_format: str | None, images: str | None, only_new: bool,
     truncate: str | None, json: bool,
 ) -> None:  # fmt: skip
-    from rich.console import Console
-    from rich.progress import Progress
-
     from openm6.data.rejects import Reject
-    from openm6.data.source import open_source
     from openm6.retrieve.columns import describe
     from openm6.retrieve.fill import add_source
 
     rejected: list[Reject] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("items", total=len(open_source(data, data_format, images)))
+    with counted("items") as on_progress:
         filled = add_source(
             made, session, data, data_format=data_format, images=images, only_new=only_new,
-            on_progress=lambda count: bar.update(row, completed=count), on_reject=rejected.append, truncate=truncate,
+            on_progress=on_progress, on_reject=rejected.append, truncate=truncate,
         )  # fmt: skip
     used = len(filled.new) + len(filled.replaced) + len(filled.passed_over)
     rejects = write_rejects(made.path / "rejects.jsonl", rejected, used)
@@ -250,8 +232,8 @@ def _fill(
         parts = [_counted(filled.new, "new"), _counted(filled.replaced, "replaced")]
         typer.echo(f"{', '.join(parts)}; {made.path} has {len(made)} items ({describe(made.about['columns'])}).")
         if filled.passed_over:
-            told = _counted(filled.passed_over, "already there and left as they are")
-            typer.echo(f"{told}: `openm6 index add` without --only-new replaces them.")
+            details = _counted(filled.passed_over, "already in the index and skipped")
+            typer.echo(f"{details}: `openm6 index add` without --only-new replaces them.")
         if filled.repeated:
             typer.echo(f"{_counted(filled.repeated, 'repeated')}: of several records with one id the first counts.")
         say_rejects(rejects)

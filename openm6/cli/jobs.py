@@ -9,35 +9,36 @@ from typing import Annotated, Any
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, table
 
-jobs = typer.Typer(help="Commands that wait for their turn and outlive this terminal.", no_args_is_help=True)
+jobs = typer.Typer(help="Job queue: commands that run in the background, one after the other.", no_args_is_help=True)
 app.add_typer(jobs, name="jobs")
 
-Identity = Annotated[str, typer.Argument(help="Its id, or the beginning of it.")]
+Identity = Annotated[str, typer.Argument(help="Id of the job, or a unique prefix.")]
 
 
 @jobs.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def submit(
     context: typer.Context,
-    name: Annotated[str, typer.Option("--name", help="What to call it; before the command.")] = "",
-    engine: Annotated[str, typer.Option("--engine", help="here, or ray: on the cluster at $RAY_ADDRESS.")] = "here",
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="On Ray: GPUs that it needs.")] = 0,
+    name: Annotated[str, typer.Option("--name", help="Name of the job. Options stand before the command.")] = "",
+    engine: Annotated[str, typer.Option("--engine", help="here, or ray: the cluster at $RAY_ADDRESS.")] = "here",
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="Number of GPUs to reserve on Ray.")] = 0,
 ) -> None:
-    """Let a command wait for its turn: `openm6 jobs submit train recipe.yaml train.steps=500`"""
+    """Submit a command to the queue: `openm6 jobs submit train recipe.yaml train.steps=500`"""
     from openm6.hub.jobs import Jobs
 
     job = Jobs().submit(context.args, name, engine=engine, gpus=gpus)
     typer.echo(job.id)
-    typer.echo("It waits for `openm6 jobs work`, or for a server here.", err=True)
+    typer.echo("It is queued for `openm6 jobs work` or for a server on this machine.", err=True)
 
 
 @jobs.command("list")
 def list_jobs(json: Json = False) -> None:
-    """All jobs and how far they are."""
-    from openm6.hub.jobs import Jobs, told
+    """List all jobs and their progress."""
+    from openm6.hub.jobs import Jobs, describe_job
 
-    found = [told(job) for job in Jobs().list()]
+    found = [describe_job(job) for job in Jobs().list()]
     if json:
         emit(found)
         return
@@ -47,10 +48,10 @@ def list_jobs(json: Json = False) -> None:
 
 @jobs.command()
 def show(identity: Identity, json: Json = False) -> None:
-    """One job."""
-    from openm6.hub.jobs import Jobs, told
+    """Show a job."""
+    from openm6.hub.jobs import Jobs, describe_job
 
-    found = told(Jobs().get(identity))
+    found = describe_job(Jobs().get(identity))
     if json:
         emit(found)
     else:
@@ -59,9 +60,10 @@ def show(identity: Identity, json: Json = False) -> None:
 
 @jobs.command()
 def logs(
-    identity: Identity, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it is over.")] = False
+    identity: Identity,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the job ends.")] = False,
 ) -> None:
-    """What a job has said."""
+    """Print the log of a job."""
     from openm6.hub.jobs import OVER, Jobs
 
     every = Jobs()
@@ -82,7 +84,7 @@ def logs(
 
 @jobs.command()
 def stop(identity: Identity) -> None:
-    """End a job; `resume` goes on with it."""
+    """Stop a job; `resume` continues it."""
     from openm6.hub.jobs import Jobs
 
     typer.echo(f"{Jobs().stop(identity).id} is stopped.")
@@ -90,27 +92,27 @@ def stop(identity: Identity) -> None:
 
 @jobs.command()
 def resume(identity: Identity) -> None:
-    """Go on with a job that was stopped or failed."""
+    """Queue a stopped or failed job again; it continues where it was."""
     from openm6.hub.jobs import Jobs
 
-    typer.echo(f"{Jobs().resume(identity).id} waits for its turn.")
+    typer.echo(f"{Jobs().resume(identity).id} is queued.")
 
 
 @jobs.command()
 def remove(identity: Identity) -> None:
-    """Forget a job that is over; what it has made stays."""
+    """Remove a finished job and its log; its output stays."""
     from openm6.hub.jobs import Jobs
 
     Jobs().remove(identity)
-    typer.echo(f"{identity} is forgotten.")
+    typer.echo(f"{identity} is removed.")
 
 
 @jobs.command()
 def work(
-    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Jobs at the same time.")] = 1,
-    until_empty: Annotated[bool, typer.Option("--until-empty", help="End when nothing is left.")] = False,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Number of jobs to run in parallel.")] = 1,
+    until_empty: Annotated[bool, typer.Option("--until-empty", help="Exit when the queue is empty.")] = False,
 ) -> None:
-    """The queue: start what waits. What it has started goes on when it ends."""
+    """Run a queue worker: start queued jobs. Running jobs outlive the worker."""
     from openm6.hub.jobs import Jobs
 
     Jobs().work(at_once, until_empty)

@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, find
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.options import Column, Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
 from openm6.core.files import require_new
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from openm6.hub.catalogue import Version
     from openm6.model import ModelConfig
 
-models = typer.Typer(help="Model directories, and the catalogue of models.", no_args_is_help=True)
+models = typer.Typer(help="Convert model directories; the catalogue of models.", no_args_is_help=True)
 app.add_typer(models, name="models")
+
+Output = Annotated[Path, typer.Argument(help="Model directory to write.")]
 
 
 @models.command("import")
@@ -28,16 +31,18 @@ def import_(
         Path,
         typer.Argument(help="Directory of a Qwen3 or Qwen3-MoE text checkpoint (config.json, safetensors, tokenizer)."),
     ],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
-    image_embedder: Annotated[str, typer.Option(help="stem, patch, resnet or none; starts at random.")] = "stem",
-    num_codes: Annotated[int, typer.Option(min=0, help="Ids reserved for image codes.")] = 1024,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest example in positions.")] = 1024,
+    output: Output,
+    image_embedder: Annotated[
+        str, typer.Option(help="Image encoder with random weights: stem, patch, resnet or none.")
+    ] = "stem",
+    num_codes: Annotated[int, typer.Option(min=0, help="Number of token ids for image codes.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=8, help="Maximum length of an example in positions.")] = 1024,
     json: Json = False,
 ) -> None:
-    """Make the backbone of a Qwen3 checkpoint: same weights, new tokens behind the old ones, pictures in."""
+    """Import a Qwen3 checkpoint as the backbone: same weights, added tokens, image input."""
     require_new(output)
     if not (path / "config.json").is_file():
-        raise UsageError(f"{path} is no checkpoint: it has no config.json.")
+        raise UsageError(f"{path} is not a checkpoint: it has no config.json.")
 
     from openm6.compress.convert import import_model
 
@@ -47,16 +52,16 @@ def import_(
 @models.command()
 def merge(
     adapter: Annotated[
-        str, typer.Argument(help="An adapter, what a recipe with `adapt` trains: its directory, or of the catalogue.")
+        str, typer.Argument(help="An adapter, trained by a recipe with `adapt`: directory or model of the catalogue.")
     ],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    output: Output,
     json: Json = False,
 ) -> None:
-    """Make an adapter and the model beneath it one model directory."""
+    """Merge an adapter into its base model."""
     require_new(output)
     place = find(adapter)
     if base_of(place) is None:
-        raise UsageError(f"{adapter} is no adapter: it has no adapter_config.json.")
+        raise UsageError(f"{adapter} is not an adapter: it has no adapter_config.json.")
 
     from openm6.core.files import write_whole
     from openm6.inference.session import Session
@@ -71,14 +76,16 @@ def merge(
 @models.command()
 def upcycle(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
-    num_experts: Annotated[int, typer.Option(min=2, help="Experts a layer, each a copy of its feed-forward.")],
-    experts_per_token: Annotated[int, typer.Option(min=2, help="Experts that see a token.")] = 2,
-    router: Annotated[str, typer.Option(help="topk, prototype or grouped.")] = "topk",
-    expert_interval: Annotated[int, typer.Option(min=1, help="Experts in every n-th layer.")] = 1,
+    output: Output,
+    num_experts: Annotated[int, typer.Option(min=2, help="Experts per layer, copies of its feed-forward.")],
+    experts_per_token: Annotated[int, typer.Option(min=2, help="Experts per token.")] = 2,
+    router: Annotated[
+        str, typer.Option(help="topk, prototype (expert prototyping: k top-1) or grouped (MoGE).")
+    ] = "topk",
+    expert_interval: Annotated[int, typer.Option(min=1, help="Use experts in every n-th layer.")] = 1,
     json: Json = False,
 ) -> None:
-    """Make a dense model one of experts that answers the same; training on lets them part."""
+    """Convert a dense model into a mixture of experts (sparse upcycling) with the same outputs, to train further."""
     require_new(output)
     place = find(model)
 
@@ -91,21 +98,21 @@ def upcycle(
 @models.command()
 def prune(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
-    task: Annotated[str, typer.Option(help="A task that it has to go on answering.")],
-    data: Annotated[str, typer.Option(help="Records of the task, with answers.")],
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers that stay.")] = None,
+    output: Output,
+    task: Annotated[str, typer.Option(help="Task to keep the quality of.")],
+    data: Annotated[str, typer.Option(help="Records of the task with answers.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers to keep.")] = None,
     key_value_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of keys and values that stay, with the queries' of each.")
+        int | None, typer.Option(min=1, help="Number of key-value heads to keep, with their query heads.")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Units of a dense feed-forward that stay.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Experts of a layer that stay.")] = None,
-    records: Annotated[int, typer.Option(min=1, help="Records to look at, the first ones.")] = 256,
-    column: Annotated[list[str] | None, typer.Option("--column", "-c", help="slot=column, when names differ.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Feed-forward units to keep per dense layer.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts to keep per layer.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Number of records to measure importance on.")] = 256,
+    column: Column = None,
     json: Json = False,
 ) -> None:
-    """Make a model smaller: what the data need the least is left out. Training on mends what that costs, from the
-    larger one as a teacher (`openm6 finetune --teacher`)."""
+    """Prune a model: remove the parts that the data depend on least. Train it afterwards with the original as the
+    teacher (`openm6 finetune --teacher`)."""
     require_new(output)
     place, columns = check_inputs(model, [task], [data]), pairs(column or [])
 
@@ -121,11 +128,11 @@ def prune(
 @models.command()
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
-    bits: Annotated[int, typer.Option(help="Of a weight: 8, or 4.")] = 8,
+    output: Output,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 8 or 4.")] = 8,
     json: Json = False,
 ) -> None:
-    """Round a model's weights to 8 or 4 bits: a smaller file, and on a CPU (8) shorter answers."""
+    """Quantize a model's weights (weight-only): a smaller file and, with 8 bits, faster answers on a CPU."""
     require_new(output)
     place = find(model)
 
@@ -137,33 +144,33 @@ def quantize(
 @models.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    output: Annotated[Path, typer.Argument(help="The folder to write.")],
-    bits: Annotated[int | None, typer.Option(help="Of a weight: 8, or 4; else 32.")] = None,
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    bits: Annotated[int | None, typer.Option(help="Bits per weight: 8 or 4. Default: 32.")] = None,
     json: Json = False,
 ) -> None:
-    """Write a model as ONNX, with a program that asks it without PyTorch."""
+    """Export a model as an ONNX bundle, with a program that runs it without PyTorch."""
     require_new(output)
     place = find(model)
 
     from openm6.edge.package import export as write
 
-    told = write(place, output, bits)
+    details = write(place, output, bits)
     size = sum(file.stat().st_size for file in output.iterdir())
     if json:
-        emit({**told, "bytes": size})
+        emit({**details, "bytes": size})
     else:
-        typer.echo(f"{output}: {size / 2**20:.1f} MiB. Ask it: python {output / 'openm6-edge'} tasks")
+        typer.echo(f"{output}: {size / 2**20:.1f} MiB. Try it: python {output / 'openm6-edge'} tasks")
 
 
 @models.command()
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(help="RUN/checkpoints/step-..., written by any number of processes.")],
-    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    output: Output,
     json: Json = False,
 ) -> None:
-    """Make a training checkpoint a model directory (safetensors), a file at a time in memory."""
+    """Convert a training checkpoint into a model directory (safetensors), with one file in memory at a time."""
     if not (checkpoint / "state.json").is_file():
-        raise UsageError(f"{checkpoint} is no checkpoint: give a step-... folder of a run's checkpoints.")
+        raise UsageError(f"{checkpoint} is not a checkpoint: give a step-... folder of a run's checkpoints.")
     require_new(output)
 
     from openm6.model import ModelConfig
@@ -180,27 +187,27 @@ def _tell(output: Path, config: ModelConfig, json: bool) -> None:
     if json:
         emit({"model": str(output), "parameters": total, "vocab_size": config.vocab_size})
     else:
-        typer.echo(f"{output}: {total / 1e6:,.1f} million parameters, {config.vocab_size:,} ids.")
+        typer.echo(f"{output}: {total / 1e6:,.1f} million parameters, vocabulary of {config.vocab_size:,}.")
 
 
-Named = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@live.")]
+Named = Annotated[str, typer.Argument(help="Version of a model: NAME (the latest), NAME@3 or NAME@live.")]
 
 
 @models.command()
 def add(
-    name: Annotated[str, typer.Argument(help="What to call it.")],
-    directory: Annotated[Path, typer.Argument(help="The model directory; it is copied.")],
+    name: Annotated[str, typer.Argument(help="Name of the model: letters, digits, - and _.")],
+    directory: Annotated[Path, typer.Argument(help="Model directory, which is copied.")],
     made_of: Annotated[
-        list[str] | None, typer.Option(help="NAME@3 or data:NAME@3 of what it was made of; several times.")
+        list[str] | None, typer.Option(help="A version that it derives from: NAME@3 or data:NAME@3; repeatable.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Folder of its training; by default the one above, if it has a recipe.")
+        Path | None, typer.Option(help="Folder of its training run. Default: the parent, if it has a recipe.")
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="name=value, measured; several times.")] = None,
-    note: Annotated[str, typer.Option(help="Anything to remember.")] = "",
+    metric: Annotated[list[str] | None, typer.Option(help="A measured metric, name=value; repeatable.")] = None,
+    note: Annotated[str, typer.Option(help="Free text.")] = "",
     json: Json = False,
 ) -> None:
-    """Put a model into the catalogue, with what it was made of."""
+    """Add a model to the catalogue, with its lineage."""
     from openm6.hub.catalogue import Catalogue
 
     try:
@@ -215,7 +222,7 @@ def add(
 
 @models.command("list")
 def list_models(json: Json = False) -> None:
-    """The models of the catalogue, all versions."""
+    """List all versions of all models of the catalogue."""
     from openm6.hub.catalogue import MODEL, Catalogue
 
     every = Catalogue().every(MODEL)
@@ -230,17 +237,17 @@ def list_models(json: Json = False) -> None:
 
 @models.command()
 def show(name: Named, json: Json = False) -> None:
-    """Show a model of the catalogue, and what it was made of."""
+    """Show a model of the catalogue and the versions that it derives from."""
     from openm6.hub.catalogue import Catalogue
 
     version = Catalogue().named(name)
-    told = _version(version)
-    emit(told) if json else table(["", ""], list(told.items()), version.full_name)
+    details = _version(version)
+    emit(details) if json else table(["", ""], list(details.items()), version.full_name)
 
 
 @models.command()
 def lineage(name: Named, json: Json = False) -> None:
-    """From a model back to its data: `openm6 models lineage goods@live`"""
+    """Show the lineage of a model down to its data: `openm6 models lineage goods@live`"""
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()
@@ -250,9 +257,9 @@ def lineage(name: Named, json: Json = False) -> None:
 
 @models.command()
 def promote(
-    name: Named, alias: Annotated[str, typer.Option(help="What it is to be from now on.")] = "live", json: Json = False
+    name: Named, alias: Annotated[str, typer.Option(help="Alias to assign.")] = "live", json: Json = False
 ) -> None:
-    """Let an alias stand for a version: `openm6 models promote goods@3`"""
+    """Assign an alias to a version: `openm6 models promote goods@3`"""
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()
@@ -261,16 +268,16 @@ def promote(
     if json:
         emit({"name": version.name, "version": version.number, "alias": alias, "before": before and before.number})
     else:
-        typer.echo(f"{version.full_name} is {alias}{f', which {before.full_name} was' if before else ''}.")
+        typer.echo(f"{version.full_name} is {alias}{f' (before: {before.full_name})' if before else ''}.")
 
 
 @models.command()
 def rollback(
-    name: Annotated[str, typer.Argument(help="NAME.")],
-    alias: Annotated[str, typer.Option(help="Of which alias.")] = "live",
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    alias: Annotated[str, typer.Option(help="Alias to roll back.")] = "live",
     json: Json = False,
 ) -> None:
-    """Let an alias stand for the version before again."""
+    """Assign an alias to its previous version again."""
     from openm6.hub.catalogue import Catalogue
 
     version = Catalogue().rollback(name, alias)
@@ -281,18 +288,16 @@ def rollback(
 
 
 @models.command()
-def fetch(
-    name: Named, output: Annotated[Path, typer.Argument(help="The model directory to write.")], json: Json = False
-) -> None:
-    """A model of the catalogue as a directory."""
+def fetch(name: Named, output: Output, json: Json = False) -> None:
+    """Copy a model of the catalogue into a directory."""
     from openm6.core.bases import changed_base
     from openm6.hub.catalogue import Catalogue
 
     catalogue = Catalogue()
     version = catalogue.named(name)
     place = catalogue.fetch(version, output)
-    if (base := version.about.get("base")) and (told := changed_base(place, base["hash"])):
-        typer.secho(told, err=True)
+    if (base := version.about.get("base")) and (details := changed_base(place, base["hash"])):
+        typer.secho(details, err=True)
     emit({"directory": str(place)}) if json else typer.echo(str(place))
 
 

@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import refuse_idle
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, pairs, table
 
 if TYPE_CHECKING:
     from openm6.model import ModelConfig
@@ -23,56 +24,67 @@ if TYPE_CHECKING:
 @app.command()
 def plan(
     context: typer.Context,
-    preset: Annotated[str, typer.Argument(help="A size by name, such as m6-10b, or a recipe by name or path.")],
+    preset: Annotated[str, typer.Argument(help="Preset, e.g. m6-10b, or recipe by name or path.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.steps=500, as `openm6 train` takes.")
+        list[str] | None, typer.Argument(help="Overrides of the recipe as for `openm6 train`, e.g. train.steps=500.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Accelerators, one a process; 8 for a size.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of accelerators. Default for a preset: 8.")] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu; a100-80g for a size. A recipe without --gpus and "
-            "--hardware is timed on this machine."
+            help="v100-32g, a100-40g, a100-80g, h100, h200 or cpu. Default for a preset: a100-80g. A recipe without "
+            "--gpus and --hardware is timed on this machine."
         ),
     ] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Memory of each: 80GB, 74.5GiB, or a number of GiB.")] = None,
-    host_memory: Annotated[
-        str | None, typer.Option(help="Memory of its host for each, for offload: 256GB, or a number of GiB.")
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory per accelerator: 80GB, 74.5GiB, or a number of GiB.")
     ] = None,
-    interconnect: Annotated[str | None, typer.Option(help="One way between them: 25GB/s, or a number of GB/s.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory per accelerator, for offload: 256GB, or a number of GiB.")
+    ] = None,
+    interconnect: Annotated[
+        str | None, typer.Option(help="One-way bandwidth between accelerators: 25GB/s, or a number of GB/s.")
+    ] = None,
     machine: Annotated[
         list[str] | None,
-        typer.Option("--machine", "-m", help="Another figure of the hardware, e.g. price=2 or power=250."),
+        typer.Option("--machine", "-m", help="Other hardware figure, e.g. price=2 or power=250; repeatable."),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows a process and part of a step; 8 for a preset.")] = None,
-    length: Annotated[int | None, typer.Option(min=1, help="Positions of a row.")] = None,
-    images: Annotated[int, typer.Option(min=0, help="Positions of a row that are patches of pictures.")] = 0,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts of a step.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows per process and micro-batch. Default for a preset: 8.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Row length in positions.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="Positions per row that hold image patches.")] = 0,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Micro-batches per step.")] = None,
     optimizer: Annotated[
-        Literal["adamw", "muon", "adafactor", "adam8bit"] | None, typer.Option(help="adamw for a preset.")
+        Literal["adamw", "muon", "adafactor", "adam8bit"] | None,
+        typer.Option(help="Optimizer. Default for a preset: adamw."),
     ] = None,
-    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the products.")] = "bf16",
-    distinct_layers: Annotated[int | None, typer.Option(min=1, help="Layers share the weights of so many.")] = None,
-    sharding: Annotated[Literal["none", "zero2", "zero3"] | None, typer.Option(help="Fix it.")] = None,
-    experts: Annotated[int | None, typer.Option(min=1, help="Fix the processes that share experts.")] = None,
-    recompute: Annotated[Literal["none", "selective", "full"] | None, typer.Option(help="Fix it.")] = None,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Precision of the matmuls.")] = "bf16",
+    distinct_layers: Annotated[
+        int | None, typer.Option(min=1, help="Distinct layers shared by all (Pseudo stage of Pseudo-to-Real).")
+    ] = None,
+    sharding: Annotated[Literal["none", "zero2", "zero3"] | None, typer.Option(help="Force this sharding.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Force this degree of expert parallelism.")] = None,
+    recompute: Annotated[
+        Literal["none", "selective", "full"] | None, typer.Option(help="Force this activation recomputation.")
+    ] = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="Fix the layers whose states are in the host's memory: 12, or optimizer=24,gradients=6."),
+        typer.Option(help="Force CPU offload of these layers' states: 12, or optimizer=24,gradients=6."),
     ] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Positions to train on, e.g. 1e11.")] = None,
-    achieved: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that products reach.")] = 0.4,
-    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of communication beside products.")] = 0.5,
-    pue: Annotated[float, typer.Option(min=1, help="Energy of the site / energy of the accelerators.")] = 1.2,
-    country: Annotated[str, typer.Option(help="Whose electricity, ISO code of three letters.")] = "CHN",
+    tokens: Annotated[float | None, typer.Option(min=1, help="Training budget in positions, e.g. 1e11.")] = None,
+    achieved: Annotated[float, typer.Option(min=0.01, max=1, help="Fraction of peak FLOP/s reached by matmuls.")] = 0.4,
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Fraction of communication hidden by compute.")] = 0.5,
+    pue: Annotated[float, typer.Option(min=1, help="Power usage effectiveness of the site.")] = 1.2,
+    country: Annotated[str, typer.Option(help="Country of the electricity mix, three-letter ISO code.")] = "CHN",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build the shards without memory, and read their bytes.")
+        bool, typer.Option("--dry-run", help="Build the shards on the meta device and count their bytes.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Memory, time, energy and cost of a training run, before a machine is rented. Exit code 1 when nothing fits.
+    """Estimate memory, time, energy and cost of a training run. Exit code 1 if no layout fits.
 
-    Of a recipe alone, how long it takes on this machine: `openm6 plan try_on`"""
+    For a recipe alone, measure the training time on this machine: `openm6 plan try_on`"""
     from dataclasses import replace
 
     from openm6.core.errors import UsageError
@@ -82,7 +94,7 @@ def plan(
 
     if not _is_recipe(preset):
         if overrides:
-            raise UsageError(f"{overrides[0]} is a change of a recipe, and {preset} is none.")
+            raise UsageError(f"{overrides[0]} overrides a recipe, and {preset} is not a recipe.")
         find_preset(preset)
     else:
         recipe = load_recipe(preset, overrides or [])
@@ -149,12 +161,12 @@ def _offload(text: str | None) -> Offload | None:
             "e.g. optimizer=24,gradients=6."
         ) from None
     if not 0 <= found.parameters <= min(found.gradients, found.optimizer):
-        raise UsageError("--offload: a layer whose parameters are on the host has its gradients and moments there too.")
+        raise UsageError("--offload: a layer with offloaded parameters needs offloaded gradients and moments too.")
     return found
 
 
 def _is_recipe(name: str) -> bool:
-    """A path, or the name of a recipe that comes with OpenM6; a name that is a size too is the size."""
+    """True for the path or name of a recipe; a name that is also a preset is the preset."""
     from openm6.core.errors import UsageError
     from openm6.model.presets import presets
     from openm6.train.recipe import find_recipe
@@ -169,7 +181,7 @@ def _is_recipe(name: str) -> bool:
 
 
 def _time(recipe: AnyRecipe, json: bool) -> None:
-    """Tell how long a recipe takes here, by its first steps."""
+    """Print the training time of a recipe on this machine, extrapolated from its first steps."""
     from datetime import timedelta
 
     from openm6.cli.checks import check_parts
@@ -189,13 +201,13 @@ def _time(recipe: AnyRecipe, json: bool) -> None:
         return
     typer.echo(
         f"{recipe.name} on this machine ({machine}): {steps:,} steps of {step:.2f} s, about "
-        f"{timedelta(seconds=round(steps * step))}, measures and checkpoints not counted."
+        f"{timedelta(seconds=round(steps * step))}, without evaluations and checkpoints."
     )
 
 
 def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Work, str, float]:
-    """Sizes, work, optimizer and tokens of a recipe: every example is taken to fill a row, so that nothing is planned
-    too small. Its vocabulary is the largest that its tokenizer can have."""
+    """Config, work, optimizer and token budget of a recipe. An upper bound: every example fills a row, and the
+    vocabulary is the largest that the tokenizer can have."""
     from openm6.core.errors import UsageError
     from openm6.model import ModelConfig
     from openm6.model.files import read_config
@@ -204,8 +216,8 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
 
     if not isinstance(recipe, Recipe):
         raise UsageError(
-            f"{path} trains an image codec, of which every process holds all: leave --gpus and --hardware out, and its "
-            "first steps are timed on this machine."
+            f"{path} trains an image codec, which is not sharded: without --gpus and --hardware its first steps are "
+            "timed on this machine."
         )
     if recipe.model.path:
         config = read_config(recipe.model.path)
@@ -215,7 +227,7 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
     settings = recipe.train
     rows = -(-settings.batch_size // (gpus * settings.accumulate))
     budget = float(settings.steps * settings.batch_size * settings.row_length)
-    return config, Work(rows, settings.row_length, parts=settings.accumulate), settings.optimizer, budget
+    return config, Work(rows, settings.row_length, micro_batches=settings.accumulate), settings.optimizer, budget
 
 
 def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:
@@ -231,9 +243,9 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
     return replace(hardware, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
-    """A figure of the hardware in its unit: memories may be written 80GB, rates 25GB/s (`plain`: bytes a second that a
-    rate without a unit counts)."""
+def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
+    """A hardware figure in its own unit: a memory may be 80GB, a rate 25GB/s (`plain`: bytes per second of one unit of
+    a rate without a unit)."""
     from openm6.core.errors import UsageError
     from openm6.core.units import size_of
 
@@ -251,16 +263,14 @@ def _figure(told: str, name: str, text: str, plain: float = 1.0) -> float:
             return value
     except ValueError:
         pass
-    raise UsageError(f"{told} has to be a number{example}, not {text!r}.")
+    raise UsageError(f"{label} has to be a number{example}, not {text!r}.")
 
 
 def _checked(work: Work, config: ModelConfig) -> Work:
     from openm6.core.errors import UsageError
 
     if config.positions == "learned" and work.length > config.max_position_embeddings:
-        raise UsageError(
-            f"--length is {work.length}; this model has places for {config.max_position_embeddings} positions."
-        )
+        raise UsageError(f"--length is {work.length}; this model has {config.max_position_embeddings} positions.")
     if work.images > work.length:
         raise UsageError(f"--images is {work.images}, more than the {work.length} positions of a row.")
     return work
@@ -279,32 +289,32 @@ def _print(found: Plan, name: str, machine: str) -> None:
     layout, memory, time, run = found.layout, found.memory, found.time, found.run
     typer.echo(f"{name}, {found.parameters:,} parameters, on {machine}")
     table(["layout", ""], [
-        ("processes, each with data of its own", layout.world),
-        ("parallel.experts", f"{layout.experts} (each part on {layout.data})"),
+        ("data-parallel processes", layout.world),
+        ("parallel.experts", f"{layout.experts} (each shard on {layout.data})"),
         ("parallel.sharding", layout.sharding), ("parallel.recompute", layout.recompute),
-        *((f"layers with {what} on the host", number) for what, number in (
+        *((f"layers with offloaded {what}", number) for what, number in (
             ("optimizer states", layout.offload.optimizer), ("gradients", layout.offload.gradients),
             ("parameters", layout.offload.parameters),
         ) if number),
     ])  # fmt: skip
-    table(["memory of the fullest process", "GiB", "bytes"], [
+    table(["peak memory per process", "GiB", "bytes"], [
         (what, f"{size / 2**30:.2f}", f"{size:,}") for what, size in (
             ("parameters", memory.states.parameters), ("gradients", memory.states.gradients),
             ("optimizer", memory.states.optimizer), ("activations", memory.activations.peak),
-            ("communication buffers", memory.buffers), ("or visiting for their update", memory.visit),
-            ("together", memory.total), ("usable", found.usable),
-            ("in the host's memory", memory.host.total),
+            ("communication buffers", memory.buffers), ("or offloaded states during their update", memory.visit),
+            ("total", memory.total), ("usable", found.usable),
+            ("host memory", memory.host.total),
         )
     ])  # fmt: skip
-    table(["a step", "seconds"], [
+    table(["time per step", "seconds"], [
         (what, f"{seconds:.4f}") for what, seconds in (
-            ("matrix products", time.products), ("memory traffic of the passes", time.traffic),
+            ("matmuls", time.products), ("memory traffic of the passes", time.traffic),
             ("all-gather", time.gather), ("reduce-scatter", time.reduce), ("all-to-all", time.exchange),
-            ("to and from the host", time.offload), ("optimizer", time.update), ("waiting for links", time.waiting),
-            ("together", time.total),
+            ("offload", time.offload), ("optimizer", time.update), ("waiting for links", time.waiting),
+            ("total", time.total),
         )
     ])  # fmt: skip
-    typer.echo(f"{found.tokens_per_step / time.total:,.0f} positions a second")
+    typer.echo(f"{found.tokens_per_step / time.total:,.0f} positions per second")
     if run:
         table(["run", ""], [
             ("positions", f"{run.tokens:.3g}"), ("steps", f"{run.steps:,}"), ("days", f"{run.days:.2f}"),

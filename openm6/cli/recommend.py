@@ -7,35 +7,37 @@ from typing import Annotated
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
-from openm6.cli.output import Encoding, Format, Json, Names, NoCache, emit, pairs, say_rejects, table, write_rejects
+from openm6.cli.output import emit, pairs, say_rejects, table, write_rejects
 
-recommend = typer.Typer(help="What a customer may want next, from an index and past visits.", no_args_is_help=True)
+recommend = typer.Typer(help="Recommender: recall from an index, ranking learned from visits.", no_args_is_help=True)
 app.add_typer(recommend, name="recommend")
 
 Place = Annotated[Path, typer.Argument(help="Folder of the recommender.")]
-Visits = Annotated[str, typer.Option(help="Visits: a path or built-in data with the columns history and bought.")]
+Visits = Annotated[str, typer.Option(help="Visits: path or built-in data with the columns history and bought.")]
 
 FEW = 300
-"""Visits below which `fit` warns. On the generated goods of tests/retrieve/test_recommend.py, what was bought is among
-the first ten on 0% of the visits after learning from 3 (34% by nearness alone), 55% to 71% after 10, 73% to 76% after
-300."""
+"""Number of visits below which `fit` warns. On the generated goods of tests/retrieve/test_recommend.py recall@10 is 0%
+after training on 3 visits (34% by similarity alone), 55% to 71% after 10, 73% to 76% after 300."""
 
 
 @recommend.command()
 def fit(
     path: Place,
-    index: Annotated[Path, typer.Option(help="The index of the items.")],
+    index: Annotated[Path, typer.Option(help="Directory of the item index.")],
     visits: Visits,
-    context: Annotated[list[str] | None, typer.Option(help="A column of the visit that is known.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Column of the visit used as context, e.g. season; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
-    """Learn from visits what to put first: `openm6 recommend fit runs/next --index goods --visits visits.jsonl`"""
+    """Train the ranker on visits: `openm6 recommend fit runs/next --index goods --visits visits.jsonl`"""
     from openm6.core.files import require_new
     from openm6.data.readers import with_options
     from openm6.data.rejects import Reject
@@ -52,13 +54,13 @@ def fit(
     notes = []
     if made.learned.without_history:
         notes.append(
-            f"{made.learned.without_history} of these visits have no item of the index in their history: they teach "
-            "what sells alone."
+            f"{made.learned.without_history} of these visits have no item of the index in their history: they only "
+            "teach popularity."
         )
     if made.learned.visits < FEW:
         notes.append(
-            f"Fewer than {FEW} visits: the order follows what single customers did; `openm6 recommend eval` on other "
-            "visits measures it."
+            f"Fewer than {FEW} visits: the ranking may follow single customers; measure it by `openm6 recommend eval` "
+            "on other visits."
         )
     if json:
         counts = {"visits": made.learned.visits, "without_history": made.learned.without_history}
@@ -66,7 +68,7 @@ def fit(
         emit({"recommender": str(path), **counts, "rejected": reasons, "items": len(made.index), "notes": notes})
         return
     given = made.learned.visits + len(rejected)
-    typer.echo(f"{path}: learned from {made.learned.visits} of {given} visits to {len(made.index)} items.")
+    typer.echo(f"{path}: trained on {made.learned.visits} of {given} visits to {len(made.index)} items.")
     say_rejects(rejects)
     for note in notes:
         typer.echo(note)
@@ -76,13 +78,13 @@ def fit(
 def evaluate(
     path: Place,
     visits: Visits,
-    data_format: Format = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    json: Json = False,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    json: options.Json = False,
 ) -> None:
-    """Measure on visits that were not learned from, beside what is near alone and what is most bought."""
+    """Evaluate on held-out visits, beside ranking by similarity and by popularity."""
     from openm6.data.readers import with_options
     from openm6.data.rejects import Reject
     from openm6.data.source import open_source
@@ -110,12 +112,13 @@ def evaluate(
 @recommend.command("for")
 def for_one(
     path: Place,
-    context: Annotated[list[str] | None, typer.Argument(help="What is known of the visit: column=value.")] = None,
-    history: Annotated[str, typer.Option(help="Ids that were bought, the oldest first, with commas between.")] = "",
-    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
-    json: Json = False,
+    context: Annotated[list[str] | None, typer.Argument(help="Context of the visit, column=value.")] = None,
+    history: Annotated[str, typer.Option(help="Comma-separated ids of past purchases, oldest first.")] = "",
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
+    json: options.Json = False,
 ) -> None:
-    """Recommend: `openm6 recommend for runs/next season=冬季 --history A17,B3`; without a history, best sellers."""
+    """Recommend items for a visit: `openm6 recommend for runs/next season=冬季 --history A17,B3`. Without a history:
+    best sellers."""
     from openm6.retrieve.recommend import Recommender
 
     ids = [name.strip() for name in history.split(",") if name.strip()]
@@ -127,7 +130,7 @@ def for_one(
     if found.unknown:
         typer.echo(f"The index does not have {', '.join(found.unknown)}.")
     if not found.from_history:
-        typer.echo("No known history was given: these are best sellers, ranked by the occasion.")
+        typer.echo("No known item in the history: these are best sellers, ranked by the context.")
     columns = list(found.items[0].columns) if found.items else []
     rows = [[one.id, f"{one.score:.3f}", *one.columns.values()] for one in found.items]
     table(["id", "score", *columns], rows)

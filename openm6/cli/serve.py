@@ -10,51 +10,55 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, pairs, table
+from openm6.cli.checks import MODEL
+from openm6.cli.options import Json
+from openm6.cli.output import emit, pairs, table
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 KEYS = Path.home() / ".config" / "openm6" / "keys.json"
 
-KeysFile = Annotated[Path, typer.Option("--keys", help="File of the keys.")]
+KeysFile = Annotated[Path, typer.Option("--keys", help="Key file.")]
 
 
 @app.command()
 def serve(
-    model: Annotated[
-        list[str], typer.Argument(help="A model directory, or one of the catalogue (goods@live); NAME=... names it.")
-    ],
+    model: Annotated[list[str], typer.Argument(help=f"{MODEL} NAME=MODEL sets the name in the API.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     adapter: Annotated[
-        list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter of the first model; several times.")
+        list[str] | None, typer.Option(help="Adapter of the first model, NAME=DIRECTORY; repeatable.")
     ] = None,
-    keys: Annotated[Path | None, typer.Option(help="File of keys (openm6 keys); without one nobody is asked.")] = None,
-    cache_mib: Annotated[int, typer.Option(min=16, help="Memory for texts that are being written.")] = 512,
-    queue: Annotated[int, typer.Option(min=1, help="Requests of a model at most, worked at or waiting.")] = 256,
-    jobs: Annotated[int, typer.Option(min=0, help="Jobs of the queue that it starts at the same time.")] = 1,
-    batches: Annotated[Path, typer.Option(help="Console: folder below which batches wait for review.")] = Path("runs"),
-    console: Annotated[bool, typer.Option(help="The web page beside the API, at the same address.")] = True,
-    traces: Annotated[bool, typer.Option(help="OpenTelemetry, to $OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
+    keys: Annotated[
+        Path | None, typer.Option(help="Key file (openm6 keys); without one requests are not authenticated.")
+    ] = None,
+    cache_mib: Annotated[int, typer.Option(min=16, help="KV cache per model in MiB.")] = 512,
+    queue: Annotated[int, typer.Option(min=1, help="Maximum running plus queued requests per model.")] = 256,
+    jobs: Annotated[int, typer.Option(min=0, help="Jobs of the queue to run in parallel; 0: none.")] = 1,
+    batches: Annotated[Path, typer.Option(help="Console: root folder of the batches to review.")] = Path("runs"),
+    console: Annotated[bool, typer.Option(help="Serve the web console at the address of the API.")] = True,
+    traces: Annotated[bool, typer.Option(help="Send OpenTelemetry traces to $OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
     linger: Annotated[
         float, typer.Option(min=0, help="Seconds after SIGTERM in which new requests get 503 before the socket closes.")
     ] = 3.0,
     image_host: Annotated[
-        list[str] | None, typer.Option(help="Host from which pictures may be fetched; none by default.")
+        list[str] | None, typer.Option(help="Host from which pictures may be fetched; repeatable. Default: none.")
     ] = None,
     origin: Annotated[
-        list[str] | None, typer.Option(help="https://shop.example: its pages may ask the API; several times.")
+        list[str] | None, typer.Option(help="Origin allowed to call the API (CORS), https://shop.example; repeatable.")
     ] = None,
 ) -> None:
-    """Put a model behind an API and a web page: `openm6 serve runs/demo/model`"""
+    """Serve a model behind an HTTP API and a web console: `openm6 serve runs/demo/model`"""
     import asyncio
     import logging
     import signal
     import time
 
     begun = time.monotonic()
+    require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
     from openm6.hub.find import find_model
 
     check_reach(host, keys)
@@ -66,7 +70,7 @@ def serve(
         place, called = find_model(path)
         name = name or called
         if name in found:
-            raise UsageError(f"Two models are called {name}: say NAME=DIRECTORY.")
+            raise UsageError(f"Two models are called {name}: name them by NAME=DIRECTORY.")
         found[name] = place
 
     import uvicorn
@@ -86,8 +90,8 @@ def serve(
     options = Options(keys=keys, hosts=tuple(image_host or ()), loopback=keys is None, origins=tuple(origin or ()))
     beside = [partial(work_beside, jobs)] if jobs else []
 
-    async def tell() -> None:
-        """One line, when the server answers."""
+    async def announce() -> None:
+        """Print one line when the server is ready."""
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
@@ -95,13 +99,13 @@ def serve(
         typer.echo(f"{line} (console: {url}/)" if has_console else line)
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
-    application = create_app(fleet, options, places, [tell, *beside])
+    application = create_app(fleet, options, places, [announce, *beside])
     if traces:
         answers = application.state.server
         answers.span, end = add_traces(application)
         answers.at_end.append(end)
     has_console = console and _mount(application, batches)
-    # uvicorn drains, then raises the signal once more, to whoever was there before: it has been seen to.
+    # uvicorn drains, then raises the signal again for the previous handler.
     signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(
         application, http=Connection, log_level="warning", access_log=False,
@@ -115,7 +119,7 @@ def serve(
 
 
 async def work_beside(at_once: int) -> None:
-    """The queue of jobs, worked at for as long as the server runs; what it has started outlives it."""
+    """Run the job queue as long as the server runs; running jobs outlive it."""
     import asyncio
 
     from openm6.core.errors import OpenM6Error
@@ -123,13 +127,13 @@ async def work_beside(at_once: int) -> None:
 
     every = Jobs()
     while True:
-        with suppress(OpenM6Error):  # a full disk, a folder that is gone: it may come back
+        with suppress(OpenM6Error):  # a full disk or missing folder may be temporary
             await asyncio.to_thread(every.step, at_once)
         await asyncio.sleep(1)
 
 
 def _mount(application: FastAPI, batches: Path) -> bool:
-    """Add the console to the server. Returns whether it could be added."""
+    """Add the console to the server. Returns False if it is not installed."""
     from openm6.console import add_console
 
     try:
@@ -141,23 +145,23 @@ def _mount(application: FastAPI, batches: Path) -> bool:
 
 
 def check_reach(host: str, keys: Path | None) -> None:
-    """Raises UsageError where others could ask without a key."""
+    """Raises UsageError for a server that other machines could use without a key."""
     from openm6.core.origins import LOOPBACK
 
     if keys is None and host not in LOOPBACK:
-        raise UsageError(f"{host} can be reached by others: give --keys FILE (`openm6 keys add` makes one).")
+        raise UsageError(f"{host} is reachable from other machines: give --keys FILE (made by `openm6 keys add`).")
 
 
 def check_origins(origins: list[str]) -> None:
-    """Raises UsageError for what a browser would not send as the origin of a page."""
+    """Raises UsageError for a text that a browser would not send as an origin."""
     for one in origins:
         if (sent := _origin_of(one)) != one:
             form = sent or "https://shop.example, with a port if it has one"
-            raise UsageError(f"{one} is no origin of pages: write it as {form}.")
+            raise UsageError(f"{one} is not an origin of web pages: write it as {form}.")
 
 
 def _origin_of(address: str) -> str:
-    """The origin of an address as browsers write it: no usual port, no capitals, ASCII alone; "" where it has none."""
+    """The origin of a URL as browsers send it: lower case, ASCII, without the default port; "" if it has none."""
     from urllib.parse import urlsplit
 
     ports = {"http": 80, "https": 443}
@@ -172,36 +176,36 @@ def _origin_of(address: str) -> str:
     return f"{parts.scheme}://{host}" + ("" if port in (None, ports[parts.scheme]) else f":{port}")
 
 
-keys_app = typer.Typer(help="Keys of the API.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys with roles and limits.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
 
 @keys_app.command("add")
 def add_key(
-    name: Annotated[str, typer.Argument(help="Whose it is.")],
-    role: Annotated[str, typer.Option(help="use, or manage: exchange models too.")] = "use",
-    per_minute: Annotated[int, typer.Option(min=0, help="Requests a minute at most; 0: any number.")] = 0,
-    per_day: Annotated[int, typer.Option(min=0, help="Tokens a day at most; 0: any number.")] = 0,
+    name: Annotated[str, typer.Argument(help="Name of the key's owner.")],
+    role: Annotated[str, typer.Option(help="use: requests; manage: also models, data and jobs.")] = "use",
+    per_minute: Annotated[int, typer.Option(min=0, help="Maximum requests per minute; 0: no limit.")] = 0,
+    per_day: Annotated[int, typer.Option(min=0, help="Maximum tokens per day; 0: no limit.")] = 0,
     keys: KeysFile = KEYS,
 ) -> None:
-    """Make a key and print it, this once."""
+    """Create a key and print it; it cannot be shown again."""
     from openm6.serve.keys import Keys
 
     typer.echo(Keys(keys).add(name, role, per_minute, per_day))
 
 
 @keys_app.command("remove")
-def remove_key(name: Annotated[str, typer.Argument(help="Whose it is.")], keys: KeysFile = KEYS) -> None:
-    """Remove a key: the server refuses it at once."""
+def remove_key(name: Annotated[str, typer.Argument(help="Name of the key's owner.")], keys: KeysFile = KEYS) -> None:
+    """Revoke a key; running servers refuse it at once."""
     from openm6.serve.keys import Keys
 
     Keys(keys).remove(name)
-    typer.echo(f"{name} has no key any more.")
+    typer.echo(f"The key of {name} is revoked.")
 
 
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
-    """List the keys, what each has spent today (UTC), and what it has left."""
+    """List the keys with today's usage (UTC) and what is left."""
     from openm6.serve.keys import Keys
     from openm6.serve.meter import Meter
 
@@ -216,5 +220,5 @@ def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
         names = ("name", "role", "per_minute", "per_day", "spent_today", "left_today")
         emit([dict(zip(names, row, strict=True)) for row in rows])
     else:
-        columns = ["name", "role", "requests a minute", "tokens a day", "spent today", "left today"]
-        table(columns, ((*row[:5], "any number" if row[5] is None else row[5]) for row in rows))
+        columns = ["name", "role", "requests per minute", "tokens per day", "spent today", "left today"]
+        table(columns, ((*row[:5], "no limit" if row[5] is None else row[5]) for row in rows))

@@ -7,15 +7,16 @@ from typing import Annotated
 import typer
 
 from openm6.cli.app import app
-from openm6.cli.output import Json, emit, table
+from openm6.cli.options import Json
+from openm6.cli.output import emit, table
 
-tasks = typer.Typer(help="What the model can be asked.", invoke_without_command=True)
+tasks = typer.Typer(help="List the tasks of the library; show one with its schemas.", invoke_without_command=True)
 app.add_typer(tasks, name="tasks")
 
 
 @tasks.callback()
 def list_tasks(context: typer.Context, json: Json = False) -> None:
-    """List the tasks that come with OpenM6."""
+    """List the tasks of the library."""
     if context.invoked_subcommand:
         return
     from openm6.tasks.library import get, names
@@ -29,8 +30,8 @@ def list_tasks(context: typer.Context, json: Json = False) -> None:
 
 
 @tasks.command()
-def show(name: Annotated[str, typer.Argument(help="A task by name or YAML path.")], json: Json = False) -> None:
-    """One task: its instructions, metrics, example, and the JSON schemas of what goes in and out."""
+def show(name: Annotated[str, typer.Argument(help="Task by name or YAML path.")], json: Json = False) -> None:
+    """Show a task: instructions, metrics, example, and the JSON schemas of inputs and outputs."""
     from openm6.tasks.library import get
 
     task = get(name)
@@ -45,5 +46,5 @@ def show(name: Annotated[str, typer.Argument(help="A task by name or YAML path."
     for side in ("inputs", "outputs"):
         typer.echo(f"{side}:")
         for slot, kind in schema[side]["properties"].items():
-            need = "" if slot in schema[side]["required"] else " (may be left out)"
+            need = "" if slot in schema[side]["required"] else " (optional)"
             typer.echo(f"  {slot}: [{task.slots[slot].type}] {kind.get('enum', '')}{need}".rstrip())

@@ -9,7 +9,8 @@ import typer
 
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, PICTURES, check_inputs, check_output, check_slots, find_task
-from openm6.cli.output import Json, Truncate, emit, pairs
+from openm6.cli.options import Json, Truncate
+from openm6.cli.output import emit, pairs
 from openm6.cli.work import decoding_options
 
 
@@ -39,31 +40,34 @@ def run(
     from openm6.data.columns import SlotView
     from openm6.data.source import open_source
     from openm6.inference.labels import closed_labels
-    from openm6.inference.session import SHOTS, TRUNCATE, Session
+    from openm6.inference.modes import mode_of
+    from openm6.inference.request import Request
+    from openm6.inference.session import Session
 
-    session = Session.load(place)
-    shown: list[Any] = []
+    session, shown = Session.load(place), list[Any]()
+    chosen = session.task(task)
     if examples:
         records = open_source(examples)
-        shown = [SlotView.of(session.task(task), records)(record) for record in records]
+        shown = [SlotView.of(chosen, records)(record) for record in records]
     answer, beside = session.run(task, decoding=decoding, examples=shown, truncate=truncate, **asked), {}
-    if session.task(task).draws:
+    result = mode_of(chosen).result
+    if result == "picture":
         output.parent.mkdir(parents=True, exist_ok=True)
         save(answer, output)
         beside = {"seed": seed_of_drawn(answer)}
         typer.echo(f"Seed: {beside['seed']}.", err=True)
         answer = str(output)
-    elif session.task(task).embeds:
+    elif result == "vector":
         answer = [round(float(number), 6) for number in answer]
     if json:
-        told = {"task": task, "answer": answer, "trained": session.is_trained_on(session.task(task)), **beside}
-        record = {**asked, SHOTS: shown, TRUNCATE: truncate}
+        fields = {"task": task, "answer": answer, "trained": session.is_trained_on(chosen), **beside}
+        request = Request(asked, shown, truncate=truncate)
         if truncate:
-            told["truncated"] = session.prompt(session.task(task), record, decoding).cut
-        if closed_labels(session.task(task)):
-            found = next(session.label_probabilities(task, [record]))
-            told["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
-        emit(told)
+            fields["truncated"] = session.prompt(chosen, request).cut
+        if closed_labels(chosen):
+            found = next(session.label_probabilities(task, [request]))
+            fields["probabilities"] = dict(sorted(found.items(), key=lambda pair: -pair[1]))
+        emit(fields)
     elif isinstance(answer, dict):
         for name, value in answer.items():
             typer.echo(f"{name}: {value}")

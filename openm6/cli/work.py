@@ -1,4 +1,4 @@
-"""openm6 train, eval."""
+"""openm6 train, finetune, eval, predict."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, check_inputs, check_output, check_parts, find, find_task
-from openm6.cli.output import Column, Encoding, Format, Images, Json, Names, NoCache, Truncate, emit, pairs, table
+from openm6.cli.output import counted, emit, pairs, table
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_writable
 
 if TYPE_CHECKING:
@@ -20,21 +22,23 @@ if TYPE_CHECKING:
     from openm6.train.recipe import AnyRecipe
 
 Processes = Annotated[
-    int, typer.Option("--processes", "-p", min=0, help="Processes on this machine; 0: one a GPU, else one a core.")
+    int, typer.Option("--processes", "-p", min=0, help="Processes on this machine; 0: one per GPU, else one per core.")
 ]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that comes with OpenM6.")],
+    recipe: Annotated[str, typer.Argument(help="YAML recipe, or name of a built-in recipe.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes, e.g. train.steps=500 train.learning_rate=3e-4.")
+        list[str] | None, typer.Argument(help="Overrides, e.g. train.steps=500 train.learning_rate=3e-4.")
     ] = None,
     processes: Processes = 1,
-    ray_workers: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster, in the place of processes.")] = 0,
-    no_cache: NoCache = False,
+    ray_workers: Annotated[
+        int, typer.Option(min=0, help="Workers on the Ray cluster at $RAY_ADDRESS instead of processes; 0: none.")
+    ] = 0,
+    no_cache: options.NoCache = False,
 ) -> None:
-    """Pretrain or continue. An interrupted run goes on by itself: run the same command again."""
+    """Train a model by a recipe. An interrupted run is resumed by the same command."""
     from openm6.train.recipe import load_recipe
 
     if ray_workers:
@@ -46,7 +50,7 @@ def train(
 
 
 def run_recipe(recipe: AnyRecipe, processes: int) -> None:
-    """Train here, or in several processes of their own."""
+    """Train in this process or, with several `processes`, in child processes."""
     from openm6.train.launch import default_processes, launch
 
     check_parts(recipe)
@@ -64,7 +68,7 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
         raise UsageError(
             f"train.batch_size ({recipe.train.batch_size}) has to be a multiple of the {processes} processes."
         )
-    check_resumption(recipe)  # refused here, before any process starts
+    check_resumption(recipe)  # before any process starts
     with TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(recipe_text(recipe), "utf-8")
@@ -74,37 +78,37 @@ def run_recipe(recipe: AnyRecipe, processes: int) -> None:
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Argument(help=MODEL)],
-    task: Annotated[str, typer.Option(help="A task by name, YAML path or instruction.")],
-    data: Annotated[list[str] | None, typer.Option(help="Data to learn from; can be given several times.")] = None,
+    task: Annotated[str, typer.Option(help="Task by name, YAML path or instruction.")],
+    data: Annotated[list[str] | None, typer.Option(help="Training data; repeatable.")] = None,
     method: Annotated[
         str, typer.Option(help="full, or an adapter: lora, ia3, bottleneck, prompt, prefix, head.")
     ] = "full",
     validation: Annotated[
-        str | None, typer.Option(help="Data to measure on: it stops when that gets no better, and keeps the best.")
+        str | None, typer.Option(help="Validation data for early stopping; the best checkpoint is kept.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/finetune-TASK.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 32,
-    noise: Annotated[float, typer.Option(min=0, max=0.9, help="Share of given texts' characters to spoil.")] = 0.0,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9, help="Of the targets.")] = 0.0,
-    teacher: Annotated[Path | None, typer.Option(help="A larger model to learn from beside the labels.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/finetune-TASK.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Maximum number of steps.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 32,
+    noise: Annotated[float, typer.Option(min=0, max=0.9, help="Fraction of input characters to corrupt.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.9, help="Label-smoothing factor.")] = 0.0,
+    teacher: Annotated[Path | None, typer.Option(help=f"Teacher for distillation. {MODEL}")] = None,
     unlabelled: Annotated[
-        list[str] | None, typer.Option(help="Data without answers, which the teacher gives; several times.")
+        list[str] | None, typer.Option(help="Data without answers, labelled by the teacher; repeatable.")
     ] = None,
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    seed: Annotated[int, typer.Option(help="Of order, corruptions and new weights.")] = 0,
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    seed: Annotated[int, typer.Option(help="Random seed of data order, corruption and new weights.")] = 0,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
+        list[str] | None, typer.Argument(help="Overrides of the recipe, e.g. train.learning_rate=1e-4 adapt.rank=16.")
     ] = None,
     processes: Processes = 1,
-    no_cache: NoCache = False,
+    no_cache: options.NoCache = False,
 ) -> None:
-    """Teach a model a task: all of its weights, or an adapter. The recipe is kept in the folder of the run; an
-    interrupted run goes on when the same command is given again."""
+    """Fine-tune a model on a task: all weights, or an adapter. The recipe is stored in the folder of the run; an
+    interrupted run is resumed by the same command."""
     model = check_inputs(model, [task], [*(data or []), *(unlabelled or []), validation])
     teacher = find(teacher) if teacher else None
 
@@ -126,77 +130,74 @@ def finetune(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    task: Annotated[str, typer.Option(help="A task by name or YAML path.")],
-    data: Annotated[str, typer.Option(help="Data to measure on: a path, or a built-in such as demo:questions/test.")],
-    column: Column = None,
-    data_format: Format = None,
-    images: Images = None,
-    encoding: Encoding = None,
-    names: Names = None,
-    no_cache: NoCache = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first records only.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="Decoding option, e.g. num_beams=4.")
-    ] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Metric to measure by in the place of the task's; several times.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for a report with examples.")] = None,
+    task: Annotated[str, typer.Option(help="Task by name or YAML path.")],
+    data: Annotated[str, typer.Option(help="Evaluation data: a path, or built-in data such as demo:questions/test.")],
+    column: options.Column = None,
+    data_format: options.Format = None,
+    images: options.Images = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    no_cache: options.NoCache = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of records to use, the first ones.")] = None,
+    option: options.DecodingOption = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric instead of the task's own; repeatable.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for an HTML report with examples.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="File for the answers: a JSON line for every record, with its scores.")
+        Path | None, typer.Option(help="File for the answers: one JSON line per record, with its scores.")
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples with answers before every record.")] = 0,
-    shots_from: Annotated[str, typer.Option(help="Data that the examples are taken from.")] = "",
+    shots: Annotated[int, typer.Option(min=0, help="Number of few-shot examples before every record.")] = 0,
+    shots_from: Annotated[str, typer.Option(help="Data to draw the few-shot examples from.")] = "",
     against: Annotated[
-        str | None, typer.Option(help="Of a task that gives a vector: the other one, whose vectors it has to find.")
+        str | None, typer.Option(help="Retrieval: task that embeds the items to find. Default: --task.")
     ] = None,
     against_column: Annotated[
-        list[str] | None, typer.Option("--against-column", help="slot=column, for the slots of --against.")
+        list[str] | None, typer.Option("--against-column", help="Column of a slot of --against: slot=column.")
     ] = None,
     same: Annotated[
-        list[str] | None, typer.Option(help="Column; records that agree in all of these are right for each other.")
+        list[str] | None, typer.Option(help="Retrieval: column whose equal values make items relevant; repeatable.")
     ] = None,
     among_negatives: Annotated[
-        bool, typer.Option("--among-negatives", help="Find it among the record's own `negatives` alone.")
+        bool, typer.Option("--among-negatives", help="Retrieval: rank only among the record's own `negatives`.")
     ] = False,
-    truncate: Truncate = None,
-    json: Json = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
 ) -> None:
-    """Measure a model: the task's metrics, each with a 95% confidence interval."""
+    """Evaluate a model: the task's metrics (accuracy, perplexity, recall ...) with 95% confidence intervals."""
     from openm6.tasks.metrics import check_metric
 
     place = check_inputs(model, [task, against], [data, shots_from])
     chosen = find_task(place, task)
-    options = decoding_options(option, chosen)
+    decoding = decoding_options(option, chosen)
     columns, others = pairs(column or []), pairs(against_column or [])
     for name in metric or []:
         check_metric(name, chosen)
     if output and (chosen.embeds or chosen.draws):
-        raise UsageError(f"--output is for answers in words: the task {chosen.name} gives none.")
+        raise UsageError(f"--output is for text answers: the task {chosen.name} gives none.")
     if output:
         check_output(output)
     if report:
+        require("eval", "markdown", "matplotlib")
         require_writable(report)
 
     from openm6.data.readers import with_options
-    from openm6.evaluate.answers import write_answers
     from openm6.evaluate.command import measure, measure_retrieval
-    from openm6.evaluate.report import write_report
+    from openm6.evaluate.report import write_answers, write_report
     from openm6.inference.session import Session
 
     session = Session.load(place)
     data_format = with_options(data_format, encoding, names)
     if chosen.embeds:
-        dims: Any = options.get("dims")  # checked where vectors are cut
+        dims: Any = decoding.get("dims")  # checked where vectors are cut
         result = measure_retrieval(
             session, task, against or task, data, columns, others, same or [],
             data_format, images, limit, dims, among_negatives, truncate,
         )  # fmt: skip
     else:
-        result = measure(
-            session, task, data, columns, data_format, images, limit, options, shots=shots,
-            shots_from=shots_from, metrics=metric or (), truncate=truncate,
-        )  # fmt: skip
+        with counted("records") as on_progress:
+            result = measure(
+                session, task, data, columns, data_format, images, limit, decoding, shots=shots,
+                shots_from=shots_from, metrics=metric or (), truncate=truncate, on_progress=on_progress,
+            )  # fmt: skip
     if output:
         write_answers(output, result)
     if report:
@@ -214,18 +215,67 @@ def evaluate(
         typer.echo(f"Records that could not be used: {result.rejected}, the first: {result.rejects[0][1].reason}")
 
 
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    task: Annotated[str, typer.Argument(help="Task by name or YAML path.")],
+    data: Annotated[str, typer.Option(help="Input records: CSV, JSON lines, Parquet, or another source.")],
+    output: Annotated[Path, typer.Option(help="Output file: .csv, .jsonl or .parquet.")],
+    column: options.Column = None,
+    data_format: options.Format = None,
+    encoding: options.Encoding = None,
+    names: options.Names = None,
+    images: options.Images = None,
+    no_cache: options.NoCache = False,
+    option: options.DecodingOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records per batch.")] = 64,
+    probabilities: Annotated[bool, typer.Option(help="Label tasks: add a column with all probabilities.")] = False,
+    truncate: options.Truncate = None,
+    json: options.Json = False,
+) -> None:
+    """Answer every record of a table and write the answers beside its columns. An interrupted run is resumed by the
+    same command."""
+    from openm6.data.writers import writer_for
+
+    place = check_inputs(model, [task], [data])
+    columns, decoding = pairs(column or []), decoding_options(option, find_task(place, task))
+    writer_for(output)
+    check_output(output)
+
+    from openm6.data.readers import with_options
+    from openm6.evaluate.predict import Prediction
+    from openm6.inference.session import Session
+
+    prediction = Prediction(
+        Session.load(place), task, data, output, columns=columns, images=images,
+        data_format=with_options(data_format, encoding, names), decoding=decoding, batch_size=batch_size,
+        all_probabilities=probabilities, truncate=truncate,
+    )  # fmt: skip
+    asked = ", ".join(f"{slot} from {name}" for slot, name in prediction.view.mapping.items())
+    typer.echo(f"{prediction.total} records: {asked}; new columns: {', '.join(prediction.added.values())}.", err=True)
+    with counted("records") as on_progress:
+        done = prediction.run(on_progress)
+    if json:
+        emit(done)
+        return
+    resumed = f", {done['resumed']} of them earlier" if done["resumed"] else ""
+    typer.echo(f"{done['answered']} of {done['records']} records were answered{resumed}, in {done['seconds']:.0f} s.")
+    if done["bad"]:
+        typer.echo(f"{done['bad']} failed: see the column {prediction.added['error']} of {output}.")
+
+
 def decoding_options(values: list[str] | None, task: Task | None = None) -> dict[str, float | int]:
-    """`num_beams=4` as numbers. Raises UsageError for what is no number, and for an option that would do nothing since
-    the task writes nothing."""
-    options: dict[str, float | int] = {}
+    """`num_beams=4` as numbers. Raises UsageError for a value that is not a number and for an option that has no effect
+    on the task."""
+    decoding: dict[str, float | int] = {}
     for name, value in pairs(values or []).items():
         try:
-            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+            decoding[name] = int(value) if value.lstrip("-").isdigit() else float(value)
         except ValueError:
             raise UsageError(f"The decoding option {name} has to be a number, not {value!r}.") from None
-    if task and task.silent and (others := sorted(options.keys() - ({"dims"} if task.embeds else set()))):
+    if task and task.produces_no_tokens and (others := sorted(decoding.keys() - ({"dims"} if task.embeds else set()))):
         what = (
-            "gives a vector: its one option is dims" if task.embeds else "is answered by a head, which has no options"
+            "gives a vector: its only option is dims" if task.embeds else "is answered by a head, which has no options"
         )
         raise UsageError(f"The task {task.name} {what}; leave out {', '.join(others)}.")
-    return options
+    return decoding

@@ -31,13 +31,13 @@ from openm6.data.overlap import digest
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
 from openm6.edge.box import EYES, FILE, VERSIONS, Box
-from openm6.edge.kept import is_empty, is_held_out, open_kept
-from openm6.edge.package import export, export_eyes, write_program
+from openm6.edge.kept import is_empty, is_held_out, open_answer_store
+from openm6.edge.package import export, export_image_encoder, write_program
 from openm6.edge.runner import EdgeModel, about_of
 from openm6.edge.settings import FEATURES, NOTHING, Settings, written
-from openm6.edge.sureness import Sureness, agreement
+from openm6.edge.sureness import ConfidenceCalibrator, agreement
 from openm6.model.adapters import check_whole
-from openm6.model.files import eyes_of
+from openm6.model.files import image_encoder_id
 from openm6.tasks.card import read_card
 from openm6.tasks.task import Task
 from openm6.train.promotion import check_apart, gain, not_trained_on, reason_against, told_counts
@@ -45,9 +45,9 @@ from openm6.train.promotion import check_apart, gain, not_trained_on, reason_aga
 LEARNING = "learning"
 CALIBRATION = "calibration.json"
 LEAST = 50
-"""Answers of the cloud from which on a round is worth it, and records from which on a task is calibrated."""
+"""Minimum of the cloud's answers for a round, and of records for a task's calibration."""
 REPLAY = 3.0
-"""Weight of what is not to be forgotten, beside the kept answers."""
+"""Weight of the replayed data, relative to the stored answers."""
 VERSIONS_KEPT = 3
 
 
@@ -69,7 +69,7 @@ def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, 
         shutil.copytree(model, first / "model")
         export(model, first / "package", bits)
         if cloud_model is not None:
-            export_eyes(cloud_model, folder / EYES)
+            export_image_encoder(cloud_model, folder / EYES)
         write_program(folder / "openm6-edge")
         (folder / FILE).write_text(written(settings), "utf-8")
         (folder / "current").write_text("0001\n", "utf-8")
@@ -89,13 +89,13 @@ def calibrate_box(
     records: int = 500,
     max_loss: float = 0.004,
 ) -> dict[str, float]:
-    """Fit a task's Sureness to records with answers, and remember them for the versions to come.
+    """Fit a task's ConfidenceCalibrator to records with answers, and remember them for the versions to come.
 
-    `max_loss`: share of wrong answers, of all, that may be given without asking. Returns what is to be expected.
+    `max_loss`: largest fraction of wrong answers, of all, that are given without deferral. Returns the expected rates.
     Raises UsageError for a task that the model does not write.
     """
     if not 0 < max_loss < 1:
-        raise UsageError(f"max_loss is {max_loss}: a share between 0 and 1.")
+        raise UsageError(f"max_loss is {max_loss}: a fraction between 0 and 1.")
     entry = {"data": data, "columns": dict(columns or {}), "records": records, "max_loss": max_loss}
     folder = box.folder()
     found = _calibrated(EdgeModel(folder / "package"), task, entry)
@@ -104,8 +104,10 @@ def calibrate_box(
     return found.expected()
 
 
-def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Iterable[Record] = ()) -> Sureness:
-    """The Sureness of a task, fitted to the records of an entry and to `more`, by the slots' names."""
+def _calibrated(
+    model: EdgeModel, task: str, entry: Mapping[str, Any], more: Iterable[Record] = ()
+) -> ConfidenceCalibrator:
+    """The ConfidenceCalibrator of a task, fitted to the records of an entry and to `more`, by the slots' names."""
     chosen = model.task(task)
     if chosen.embeds or chosen.head:
         raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
@@ -120,11 +122,11 @@ def _calibrated(model: EdgeModel, task: str, entry: Mapping[str, Any], more: Ite
         right.append(agreement(answer.value, _wanted(chosen.outputs, seen)))
     if len(states) < LEAST:
         raise UsageError(f"{entry['data']} has {len(states)} records; a calibration takes {LEAST} at least.")
-    return Sureness.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
+    return ConfidenceCalibrator.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
 
 
 def _some(entry: Mapping[str, Any]) -> Source:
-    """The records of an entry, from all over its source, always the same ones."""
+    """The records of an entry, evenly spread over its source, the same every time."""
     source = open_source(entry["data"])
     chosen = np.random.default_rng(0).permutation(len(source))[: entry["records"]]
     return Source(entry["data"], ListRecords(source[int(number)] for number in sorted(chosen)))
@@ -135,7 +137,7 @@ def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
     return values if len(values) > 1 else next(iter(values.values()))
 
 
-def _save(sureness: Sureness, package: Path, task: str) -> None:
+def _save(sureness: ConfidenceCalibrator, package: Path, task: str) -> None:
     digest = about_of(package)["sha256"]
     write_file(package / f"sureness-{task}.npz", lambda draft: sureness.save(draft, digest))
 
@@ -175,11 +177,11 @@ class _Kept(NamedTuple):
 
 def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
     chosen = _task(box, task)
-    eyes, view = eyes_of(box.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
+    eyes, view = image_encoder_id(box.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
     calibration = _digests(chosen, _calibrations(box.folder()).get(task))
     sides: tuple[list[Record], list[Record]] = ([], [])
     passed_over: Counter[str] = Counter()
-    with closing(open_kept(box.path, box.settings)) as kept:
+    with closing(open_answer_store(box.path, box.settings)) as kept:
         for row in kept.rows(task, until):
             record, held_out = row["record"], is_held_out(row)
             values = (row["value"] or {}) if len(chosen.outputs) > 1 else {chosen.outputs[0]: row["value"]}
@@ -195,7 +197,7 @@ def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
 
 
 def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
-    """Digests of what the records of a calibration are asked with."""
+    """Digests of the inputs of a calibration's records."""
     if entry is None:
         return set()
     source = _some(entry)
@@ -288,7 +290,7 @@ def _begin(
         chosen = _task(box, task)
         if task in entries:
             check_apart(chosen, _some(entries[task]), entries[task]["columns"], names)
-    with closing(open_kept(box.path, box.settings)) as kept:
+    with closing(open_answer_store(box.path, box.settings)) as kept:
         there = {task: last for task, (_, last) in kept.tasks().items()}
     kept_of = {task: _kept_records(box, task, last) for task, last in there.items()}
     usable = {task: len(one.learned) + len(one.held_out) for task, one in kept_of.items()}
@@ -342,7 +344,7 @@ def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any]:
-    """How the new version does beside the one that answers; its calibration is written on the way."""
+    """The comparison of the new version with the current one; also writes the new calibration."""
     old, new = EdgeModel(box.folder() / "package"), EdgeModel(version / "package")
     told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
     entries = _calibrations(box.folder())
@@ -375,7 +377,7 @@ def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any
 
 
 def _right(model: EdgeModel, task: str, records: ListRecords) -> np.ndarray:
-    """How right each answer is, [n], 0 to 1."""
+    """Correctness of each answer, [n], 0 to 1."""
     chosen = model.task(task)
     found = [
         agreement(model.answer(task, chosen.asked(one), truncate="start").value, _wanted(chosen.outputs, one))

@@ -1,17 +1,17 @@
 """A smaller model for a target: a chain of steps, each measured, or a search among chains.
 
-The chain of a recipe, in its order; each step takes what the one before made:
+The steps of a recipe's chain, in order, each applied to the result of the one before:
 
     prune      fewer layers, heads, units, experts (weights/prune.py)
-    distill    trained on, with the first model as the teacher (train/distill.py)
+    distill    further training with the first model as the teacher (train/distill.py)
     quantize   weights in 8 or 4 bits (model/lowbit.py); it answers by PyTorch
     export     a package (edge/package.py); it answers without PyTorch
 
 A search goes from the whole network to ever smaller ones, pruned and distilled, each in 32, 8 and 4 bits, until one
 meets the target and has lost no more than is allowed; it is then the one that was pruned the least.
 
-    OUTPUT/chain.yaml       what is being done; another chain needs another folder
-    OUTPUT/N-KIND, ...      what each step made, with what was measured of it (KIND.json beside it)
+    OUTPUT/chain.yaml       the chain; another chain needs another folder
+    OUTPUT/N-KIND, ...      the result of each step, with its measurements beside it (KIND.json)
     OUTPUT/table.json, report.md, pareto.png, best
 """
 
@@ -38,7 +38,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import dumps, plain, write_json, write_text, write_whole
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
-from openm6.edge.package import export, round_package
+from openm6.edge.package import export, quantize_bundle
 from openm6.edge.runner import EdgeModel
 from openm6.evaluate.command import measure
 from openm6.evaluate.measure import Case, references, scored
@@ -54,7 +54,7 @@ from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
 LEVELS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
-"""Shares of the blocks' parameters that a search keeps, one after the other."""
+"""Fractions of the blocks' parameters that a search keeps, in turn."""
 FORMS = ("package", "model")
 BATCH = 16
 
@@ -86,7 +86,7 @@ class DistillStep(_Strict):
     steps: int = Field(300, ge=1)
     batch_size: int = Field(32, ge=1)
     learning_rate: float | None = Field(None, gt=0, description="5e-4; 1e-3 from a preset, which knows nothing yet")
-    share: float = Field(0.5, ge=0, le=1)
+    weight: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
     relations: float = Field(0.0, ge=0)
     preset: str | None = Field(None, description="start at random from a preset, not from the model before")
@@ -138,8 +138,7 @@ def check_chain(values: dict[str, Any], where: str = "chain") -> Chain:
 
 
 def compress(chain: Chain, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
-    """Run a chain; called again after a kill, it goes on where it was. Returns a row of the table for the model itself
-    and for each step."""
+    """Run a chain, or resume an interrupted one. Returns a row of the table for the model itself and for each step."""
     work = _Work(chain, say)
     rows = [work.parent()]
     before = chain.model
@@ -161,7 +160,7 @@ def search(
     if form not in FORMS:
         raise UsageError(f"form is {form}; it can be {' or '.join(FORMS)}.")
     if not 0 <= max_loss < 1:
-        raise UsageError(f"max_loss is {max_loss}: a share from 0 to below 1.")
+        raise UsageError(f"max_loss is {max_loss}: a fraction from 0 to below 1.")
     distill = distill or DistillStep()
     work = _Work(chain, say, distill)
     parent = work.parent()
@@ -199,9 +198,9 @@ def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, 
             "key_value_heads": max(1, round(config.num_key_value_heads * side)),
         }  # fmt: skip
         if config.num_experts:
-            share = max(config.experts_per_token, round(config.num_experts * side))
+            number = max(config.experts_per_token, round(config.num_experts * side))
             groups = 1 if config.router == "topk" else config.experts_per_token
-            sizes["experts"] = max(groups, share // groups * groups)
+            sizes["experts"] = max(groups, number // groups * groups)
             if len(config.expert_layers()) == config.num_hidden_layers:
                 del sizes["width"]
         own = {"layers": config.num_hidden_layers, "width": config.intermediate_size,
@@ -214,7 +213,7 @@ def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, 
 
 
 class _Work:
-    """A folder in which steps are done, each once."""
+    """A folder in which each step runs once."""
 
     def __init__(self, chain: Chain, say: Callable[[str], None], distill: DistillStep | None = None):
         check_whole(chain.model)
@@ -238,7 +237,7 @@ class _Work:
         return self._row("0-model", self.chain.model)
 
     def step(self, name: str, step: Step, before: Path) -> dict[str, Any]:
-        """Do a step, unless it is done, and measure what it made."""
+        """Run a step, unless it is done, and measure its result."""
         place = self.chain.output / name
         if step.distill:
             made = place / "model"
@@ -255,7 +254,7 @@ class _Work:
             elif step.quantize:
                 quantize_model(before, place, step.quantize.bits or 8)
             elif step.export and step.export.bits and (before / "edge.json").is_file():
-                round_package(before, place, step.export.bits)
+                quantize_bundle(before, place, step.export.bits)
             elif step.export:
                 export(before, place, step.export.bits)
         return self._row(name, place)
@@ -274,7 +273,7 @@ class _Work:
                 values["data"].append({"source": task.unlabelled, **told, "answers": "teacher"})
         if step.preset:
             values["model"] = {"preset": step.preset, "sizes": step.sizes}
-        values["distill"] |= {"share": step.share, "temperature": step.temperature, "relations": step.relations}
+        values["distill"] |= {"weight": step.weight, "temperature": step.temperature, "relations": step.relations}
         rate = step.learning_rate or (1e-3 if step.preset else 5e-4)
         values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "workers": 0}
         return values
@@ -308,7 +307,7 @@ class _Work:
 
 
 def _content(chain: Chain) -> list[str]:
-    """Hashes of the model and of the data: what was made of others is stale."""
+    """Hashes of the model and of the data: results for others are stale."""
     sources = [s for task in chain.tasks for s in (task.data, task.validation, task.unlabelled) if s]
     return [directory_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
 

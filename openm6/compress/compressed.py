@@ -1,4 +1,4 @@
-"""What a compression is for, and how it is told: the table, the plot.
+"""The target of a compression, and its report: table and plot.
 
 A row has step, path, parameters, bytes, peak_mib, latency_1_ms, latency_16_ms, and by task its metrics.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.units import size_of
 from openm6.tasks.metrics import gain
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """At most so many bytes, or so many milliseconds for one answer."""
+    """An upper limit of bytes, or of milliseconds for one answer."""
 
     what: str
     most: float
@@ -49,7 +50,7 @@ class Target:
 
 
 def lost(parent: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """The most that the first metric of any task has lost."""
+    """The largest loss of the first metric over the tasks."""
     return max(first_of(parent, task) - first_of(row, task) for task in parent["metrics"])
 
 
@@ -113,7 +114,7 @@ def report_of(
 
 
 def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """The rows that no other one beats, smaller in `what` and no worse in the first metric; the smallest first."""
+    """The Pareto front of the rows by `what` and the first metric; the smallest first."""
     best, found = -math.inf, []
     task = next(iter(rows[0]["metrics"]))
     for row in sorted(rows, key=lambda row: (row[what], -first_of(row, task))):
@@ -126,6 +127,7 @@ def front(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
 def draw_pareto(rows: list[dict[str, Any]], target: Target | None = None, max_loss: float = 0.0) -> Figure:
     """The first metric against size and against the time of one answer; the front as a line. The front and the model
     have labels in a column beside the points, so that no label covers another."""
+    require("eval", "matplotlib")
     from matplotlib import ticker
     from matplotlib.figure import Figure
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from openm6.core.batch import pack
 from openm6.core.errors import UsageError
@@ -22,6 +23,8 @@ from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward
 from openm6.model.lowbit import stored
 from openm6.model.norm import RMSNorm
+from openm6.model.roles import role_of
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.weights.import_qwen3 import import_qwen3, read_config
 from openm6.weights.prune import prune
@@ -64,8 +67,9 @@ def quantize_model(path: Path, output: Path, bits: int) -> Session:
     session = Session.load(path, "cpu", trainable=True)
     session.model.config = ModelConfig(**{**session.model.config.to_dict(), "weight_bits": bits})
     _fold_norms(session.model)
-    weights = session.model.state_dict()
-    kept = {n: part for name, weight in weights.items() for n, part in stored(name, weight, bits).items()}
+    kept: dict[str, Tensor] = {}
+    for name, weight in session.model.state_dict().items():
+        kept |= stored(name, role_of(session.model, name), weight, bits)
 
     def write(folder: Path) -> None:
         session.describe(folder)
@@ -77,7 +81,7 @@ def quantize_model(path: Path, output: Path, bits: int) -> Session:
 
 @torch.no_grad()
 def _fold_norms(model: M6) -> None:
-    """The weights of norms into the products behind them, where kernels would put them (packed.fold): rounded once they
+    """The weights of norms into the products behind them, where kernels would put them (cpu/pack.py): rounded once they
     are there, a weight needs no rounding again."""
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -103,7 +107,8 @@ def prune_model(
     chosen, source = session.task(task), open_source(data)
     view = SlotView.of(chosen, source, columns)
     examples = [
-        chosen.encode(view(source[number]), session.processor, None) for number in range(min(records, len(source)))
+        encode_example(chosen, view(source[number]), session.processor, None)
+        for number in range(min(records, len(source)))
     ]
     device = session.model.embed.weight.device
     length, pad_id = max(map(len, examples)), session.processor.tokenizer.pad_id

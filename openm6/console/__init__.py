@@ -1,8 +1,8 @@
-"""The web page: try every task, compare models, look at data, teach, review, see what is live. Gradio, in our server.
+"""The web console (Gradio, inside the server): try tasks, compare models, inspect data, fine-tune, review, monitor.
 
-It is mounted into the API's application once for each language, at /en and /zh; / sends a browser to the one it
-prefers. It asks the fleet as the API does, in the same process; where there are keys, one is asked for here too, and
-what changes anything takes a key that manages.
+It is mounted into the API's application once per language, at /en and /zh; / redirects to the language that the browser
+prefers. It sends requests to the fleet as the API does, in the same process. A server with keys requires a login, and
+changes require a key with the role manage.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import NoReturn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.serve.server import Server
 
 
 async def _not_fetched(url: str) -> NoReturn:
-    """In the place of Gradio's own, which fetches a picture whose address a browser sends, from any public host."""
+    """Replacement of Gradio's fetcher, which downloads any public URL that a browser sends."""
     raise ValueError("Pictures are not fetched: send the picture itself.")
 
 
@@ -37,14 +37,14 @@ IN_LANGUAGE = """;
   for (const [name, value] of [["language", language], ["languages", [language]]])
     Object.defineProperty(navigator, name, {get: () => value});
 })(/\\/zh(\\/|$)/.test(location.pathname) ? "zh-CN" : "en")"""
-"""Gradio's own words are in the language of the page, whatever the browser prefers."""
+"""Script that sets the language of Gradio's own texts to that of the page, whatever the browser prefers."""
 FOLDER = "openm6-console-"
 
 
 @cache
 def visitors_files() -> Path:
-    """The folder of this process for what visitors upload and models draw. It is removed at exit, and one that a killed
-    process has left when the next one begins: a folder is in use as long as it is locked."""
+    """The folder of this process for uploads and generated pictures. It is removed at exit; the folder of a killed
+    process is removed when the next process starts. A folder in use is locked."""
     for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         with suppress(OSError):  # in use, or another user's
             lock = os.open(left, os.O_RDONLY)
@@ -64,29 +64,26 @@ def visitors_files() -> Path:
 
 
 def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> None:
-    """Mount the pages. `batches`: folder below which batches of texts and pictures wait for review.
+    """Mount the pages. `batches`: root folder of the batches of texts and pictures to review.
 
-    Raises UsageError where Gradio is not installed.
+    Raises UsageError when Gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(visitors_files())
-    try:
-        import gradio as gr
-        from gradio import processing_utils, routes
-        from markupsafe import Markup
-    except ImportError:
-        raise UsageError("The console needs Gradio: pip install -e '.[console]' in a clone.") from None
+    require("console", "gradio")
+    import gradio as gr
+    from gradio import processing_utils, routes
+    from markupsafe import Markup
     from PIL import Image
 
     from openm6.console.desk import Desk
     from openm6.console.site import HEAD, ICON, STYLE, build, theme
     from openm6.core.images import MAX_PIXELS
 
-    # Gradio opens what is uploaded by itself: no larger than what the API takes.
+    # Gradio opens uploaded pictures itself; this is the limit of the API.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     processing_utils.async_ssrf_protected_get = _not_fetched
-    # Gradio writes a page's configuration as the first script of it, and what is to come before its own scripts has no
-    # other place.
+    # The configuration is the page's first script, and the only place before Gradio's own scripts.
     routes.templates.env.filters["toorjson"] = lambda value: (
         routes.toorjson(value) + Markup(IN_LANGUAGE if isinstance(value, dict) and "components" in value else "")
     )
@@ -106,7 +103,7 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> No
             warnings.filterwarnings("ignore", message="SSR mode is not supported", category=UserWarning)
             gr.mount_gradio_app(
                 app, build(desk), f"/{language}", auth=desk.lets_in if server.keys else None,
-                auth_message=desk.say("The key's name, and the key."), footer_links=[], run_history=False,
+                auth_message=desk.say("Enter the key's name and the key."), footer_links=[], run_history=False,
                 allowed_paths=[], show_error=False, max_file_size=server.options.body_mib * 2**20, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, css=STYLE, head=HEAD, theme=theme(),
             )  # fmt: skip

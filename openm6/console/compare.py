@@ -1,4 +1,4 @@
-"""Two models, or two adapters, asked the same."""
+"""The page Compare: one input, two models or adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradio as gr
 
 from openm6.console.desk import Desk, first_step
 from openm6.console.forms import Answer, Form
-from openm6.console.play import LOOK, answered, chosen, heading
+from openm6.console.play import LOOK, fill_choices, heading, stream_answer
 
 
 def page(desk: Desk) -> None:
@@ -19,15 +19,15 @@ def page(desk: Desk) -> None:
         first = gr.Dropdown(label=say("First model"), min_width=120, interactive=True)
         second = gr.Dropdown(label=say("Second model"), min_width=120, interactive=True)
         task = gr.Dropdown(label=say("Task"), min_width=240, interactive=True)
-    chosen(desk, first, task)
+    fill_choices(desk, first, task)
     alone = gr.HTML(apply_default_css=False)
 
     async def others(request: gr.Request) -> Any:
         found = desk.choices()
-        told = say("One model alone is served. Serve two to compare them:")
+        text = say("Only one model is served. Serve two to compare them:")
         return (
             gr.Dropdown(choices=found, value=found[min(1, len(found) - 1)][1] if found else None),
-            "" if len(found) > 1 else first_step(told, "openm6 serve goods=runs/demo/model other=runs/other/model"),
+            "" if len(found) > 1 else first_step(text, "openm6 serve goods=runs/demo/model other=runs/other/model"),
         )
 
     desk.on(None, others, outputs=[second, alone])
@@ -46,7 +46,7 @@ def page(desk: Desk) -> None:
         gr.HTML(heading(desk, name, known[0][name]), apply_default_css=False)
         asking = Form(desk, name, known[0][name])
         with gr.Row(elem_classes="buttons"):
-            run = gr.Button(say("Ask both"), variant="primary", elem_id="ask", min_width=80)
+            run = gr.Button(say("Run both"), variant="primary", elem_id="ask", min_width=80)
             fill = gr.Button(say("Example"), elem_id="example", min_width=80)
         asking.notes[""].render()
         with gr.Row(elem_id="answer"):
@@ -58,23 +58,23 @@ def page(desk: Desk) -> None:
         async def ask(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
             shown = [answer.nothing() for answer in answers]
             nothing = [value for answer in shown for value in answer]
-            told: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+            updates: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
             async def follow(number: int) -> None:
                 try:
-                    async for one in answered(desk, request, sides[number], asking, answers[number], values):
-                        told.put_nowait((number, one))
-                    told.put_nowait((number, None))
+                    async for one in stream_answer(desk, request, sides[number], asking, answers[number], values):
+                        updates.put_nowait((number, one))
+                    updates.put_nowait((number, None))
                 except BaseException as error:
-                    told.put_nowait((number, error))
+                    updates.put_nowait((number, error))
 
             running = [asyncio.create_task(follow(number)) for number in range(2)]
-            told_of = desk.beside(asking.notes)
+            no_errors = desk.beside(asking.notes)
             try:
                 left = 2
                 while left:
-                    yield [*told_of, *(value for answer in shown for value in answer)]
-                    number, found = await told.get()
+                    yield [*no_errors, *(value for answer in shown for value in answer)]
+                    number, found = await updates.get()
                     if isinstance(found, Exception):
                         yield [*desk.beside(asking.notes, desk.unforeseen(found)), *nothing]
                         return

@@ -1,4 +1,4 @@
-"""The data sets of the catalogue: what is in them, what is wrong with them, and new ones."""
+"""The page Data: data sets of the catalogue, their contents and rejected records; adding one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from openm6.console.desk import Desk, first_step, note, shortened, table
 from openm6.hub.catalogue import DATA, Version
 
 SEEN = 12
-"""Records of which pictures are shown."""
+"""Number of records whose pictures are shown."""
 PROBLEMS = 200
+"""Number of rejected records that are shown."""
 
 
 def page(desk: Desk) -> None:
@@ -27,11 +28,11 @@ def page(desk: Desk) -> None:
 
     def names(select: str | None = None) -> Any:
         found = [one.full_name for one in desk.catalogue.every(DATA)]
-        told = say(
+        text = say(
             "The catalogue has no data set yet. Add one below or with this command; its files stay where they are."
         )
         return [
-            "" if found else first_step(told, "openm6 data add reviews reviews.jsonl"),
+            "" if found else first_step(text, "openm6 data add reviews reviews.jsonl"),
             gr.Column(visible=bool(found)),
             gr.Dropdown(choices=found, value=select or (found[-1] if found else None)),
         ]
@@ -53,7 +54,7 @@ def page(desk: Desk) -> None:
                 name_note = note()
             with gr.Column(min_width=240):
                 source = gr.Textbox(
-                    label=say("Where it is"), placeholder="/data/items.jsonl, demo:items/train", elem_id="data-source"
+                    label=say("Source"), placeholder="/data/items.jsonl, demo:items/train", elem_id="data-source"
                 )
                 source_note = note()
         add = gr.Button(say("Add"), variant="primary", elem_id="add")
@@ -64,7 +65,7 @@ def page(desk: Desk) -> None:
         if not called.strip():
             raise desk.error("The data set needs a name.", param="name")
         if not place.strip():
-            raise desk.error("Say where the data are: a file, a folder or a built-in data set.", param="source")
+            raise desk.error("Enter the data source: a file, a folder or a built-in data set.", param="source")
         version = await to_thread(desk.catalogue.add_data, called.strip(), place.strip())
         return await to_thread(names, version.full_name)
 
@@ -75,20 +76,20 @@ def page(desk: Desk) -> None:
 
 
 def _look(desk: Desk, version: Version) -> list[Any]:
-    """What is shown of a version: what the catalogue kept, and pictures and problems of the data as they are now."""
+    """Contents of a version as the catalogue stores them, and pictures and rejected records of the current data."""
     from openm6.data.source import open_source
 
     say, about = desk.say, version.about
     facts = [
-        [say("records"), about["records"]], [say("cannot be used"), about["rejected"]],
-        [say("where it is"), about["source"]], [say("hash"), about["hash"][:16]],
+        [say("records"), about["records"]], [say("rejected"), about["rejected"]],
+        [say("source"), about["source"]], [say("hash"), about["hash"][:16]],
         [say("added"), desk.time(version.created)],
     ]  # fmt: skip
     columns = list(about["columns"])
     rows = [[shortened(row.get(head), 120) for head in columns] for row in desk.catalogue.sample(version)]
-    told = table([say("version"), version.full_name], facts, say("Overview"))
-    told += table([say("column"), say("values")], list(about["columns"].items()), say("Columns"))
-    told += table(columns, rows, say("The first records"))
+    text = table([say("version"), version.full_name], facts, say("Overview"))
+    text += table([say("column"), say("type")], list(about["columns"].items()), say("Columns"))
+    text += table(columns, rows, say("The first records"))
     pictures, problems, seen = [], [], set[bytes]()
     try:
         records = open_source(about["source"], about.get("format"), about.get("images"))
@@ -98,10 +99,10 @@ def _look(desk: Desk, version: Version) -> list[Any]:
                     seen.add(value)
                     pictures.append((opened, name))
         problems = [[reject.where, reject.reason] for reject in records.rejected[:PROBLEMS]]
-    except Exception as error:  # what was added may have gone: the rest is shown all the same
-        problems = [[about["source"], say("It cannot be read any more ({why}).", why=type(error).__name__)]]
-    wrong = table([say("where"), say("why")], problems, say("Records that cannot be used")) if problems else ""
-    return [told, gr.Gallery(pictures, visible=bool(pictures)), wrong]
+    except Exception as error:  # the source may be gone; the catalogue's copy is still shown
+        problems = [[about["source"], say("It can no longer be read ({why}).", why=type(error).__name__)]]
+    wrong = table([say("location"), say("reason")], problems, say("Rejected records")) if problems else ""
+    return [text, gr.Gallery(pictures, visible=bool(pictures)), wrong]
 
 
 def _picture(value: bytes) -> Any:

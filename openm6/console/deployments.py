@@ -1,4 +1,4 @@
-"""What is live: the models that answer, how much they have to do and what it costs."""
+"""The page Serving: load, throughput and energy of the served models; deployments on this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def page(desk: Desk) -> None:
         await history.sample()
         points = pd.DataFrame(history.points)
         points["time"] = pd.to_datetime(points["time"], unit="s")
-        served = table(heads, _rows(desk), say("Served here"))
+        served = table(heads, _rows(desk), say("Models of this server"))
         return [served, *[points] * len(charts), await to_thread(_deployed, desk)]
 
     shown = [models, *charts, others]
@@ -61,7 +61,7 @@ def _rows(desk: Desk) -> list[list[str]]:
 
 
 def _place(directory: Path) -> str:
-    """A path as it was written: from the server's own folder where it is below it."""
+    """The path, relative to the server's working directory if it is below it."""
     return str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
 
 
@@ -69,12 +69,12 @@ def _deployed(desk: Desk) -> str:
     say, found = desk.say, Deployments().list()
     if not found:
         return first_step(
-            say("No model is served in the background of this machine. This starts one:"),
+            say("No model is deployed on this machine. Deploy one with:"),
             "openm6 deploy runs/demo/model",
         )
     heads = [say("name"), say("address"), say("model"), say("state"), say("since")]
     rows = [
-        [one.name, one.url, one.model, say("serves") if one.lives else say("has ended"), desk.time(one.created)]
+        [one.name, one.url, one.model, say("serving") if one.lives else say("exited"), desk.time(one.created)]
         for one in found
     ]
     return table(heads, rows, say("Deployments on this machine (openm6 deploy)"))

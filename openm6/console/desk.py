@@ -1,4 +1,4 @@
-"""What all pages share: the server, the catalogue and the jobs, the visitor's key, and the words of a language."""
+"""State and helpers shared by all pages: server, catalogue, jobs, the visitor's key, texts in one language, errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger("openm6.console")
 
 
 class PageError(UsageError):
-    """An error whose message is in the language of the page already."""
+    """An error whose message is already in the language of the page."""
 
 
 @cache
@@ -41,7 +41,7 @@ def _file(name: str) -> dict[str, Any]:
 
 
 class Desk:
-    """The pages of one language have one."""
+    """The state shared by all pages of one language."""
 
     def __init__(self, server: Server, language: str, batches: Path | None = None):
         self.server, self.language = server, language
@@ -52,18 +52,18 @@ class Desk:
     # Words
 
     def say(self, english: str, **values: Any) -> str:
-        """A text of the page in its language; {names} in it stand for the values."""
+        """The text in the language of the page, with `values` in the place of its {names}."""
         text = _file("zh.yaml")[english] if self.language == "zh" else english
         return text.format(**values) if values else text
 
     def title(self, task: str, description: str) -> str:
-        """A task in words. A task of the team's own is called by its description, or by its name."""
+        """The title of a task; for a task outside the library, the start of its description or its name."""
         if self.language == "en" and task in _file("words.yaml")["tasks"]:
             return str(_file("words.yaml")["tasks"][task])
         return re.split(r"：| \(", description)[0] or task
 
     def slot(self, name: str) -> str:
-        """The label of a slot; a slot of the team's own is called by its name."""
+        """The label of a slot; for a slot outside the library, its name."""
         return str(_file("words.yaml")["slots"].get(name, [name, name])[self.language == "zh"])
 
     def time(self, seconds: float) -> str:
@@ -72,58 +72,56 @@ class Desk:
     # The visitor
 
     def lets_in(self, name: str, secret: str) -> bool:
-        """Whether these are a key's name and the key."""
+        """True if `name` and `secret` belong to the same key."""
         key = self.server.keys.find(secret.strip()) if self.server.keys else LOCAL
         return key is not None and key.name == name.strip()
 
     def key(self, request: gr.Request) -> Key:
-        """The visitor's key as it is now. Raises PageError for a key that was removed."""
+        """The visitor's key, read again at each call. Raises PageError for a removed key."""
         if self.server.keys is None:
             return LOCAL
         found = next((key for key in self.server.keys.list() if key.name == request.username), None)
         if found is None:
-            raise self.error("This key is valid no more.")
+            raise self.error("This key is no longer valid.")
         return found
 
     def manager(self, request: gr.Request) -> Key:
-        """The visitor's key. Raises PageError for a key that may not change things."""
+        """The visitor's key. Raises PageError for a key without the role manage."""
         key = self.key(request)
         if not key.may(MANAGE):
-            raise self.error("This takes a key that manages.")
+            raise self.error("This action requires a key with the role manage.")
         return key
 
     # Models and tasks
 
     def choices(self) -> list[tuple[str, str]]:
-        """The models and their adapters, as (shown, value)."""
+        """The models and their adapters, as (label, value)."""
         found = []
         for name, deployment in self.server.fleet.deployments.items():
             found += [name, *(f"{name}:{adapter}" for adapter in deployment.about["adapters"])]
         return [(one.replace(":", " · "), one) for one in found]
 
     def tasks(self, who: str, trained: bool) -> list[tuple[str, str]]:
-        """The tasks that a model was taught, or those it was not, as (title, name), in the same order on every page."""
+        """The tasks that a model was trained on, or the others, as (title, name), in the same order on every page."""
         known, english = self.deployment(who)[0].about["tasks"], _file("words.yaml")["tasks"]
         found = [name for name, one in known.items() if one["trained"] == trained]
         found.sort(key=lambda name: english.get(name, name))
         return [(self.title(name, known[name]["description"]), name) for name in found]
 
     def deployment(self, who: str) -> tuple[Deployment, str | None]:
-        """The model and the adapter of a choice."""
+        """The deployment and the adapter of a value of `choices`."""
         name, _, adapter = who.partition(":")
         return self.server.fleet.get(name or None), adapter or None
 
     async def ask(
         self, request: gr.Request, who: str, task: str, asked: TaskRequest, region: Cut | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a request (Server.answer), each with the seed that it was answered with. `region` is the part
-        of a picture that is redrawn. Raises OpenM6Error.
-
-        The page says of a task that was never taught that its answers mean nothing; so it may be asked.
+        """The events of a request (Server.answer), each with its seed. `region`: the part of a picture to redraw. Tasks
+        that the model was not trained on are allowed, since the page warns about them. Raises OpenM6Error.
         """
         key = self.key(request)
         if (beyond := self.server.meter.count(key)) is not None:
-            raise self.error("Too often: again in {seconds} s.", seconds=round(beyond.seconds) + 1)
+            raise self.error("Too many requests: retry in {seconds} s.", seconds=round(beyond.seconds) + 1)
         deployment, adapter = self.deployment(who)
         asked = asked.model_copy(update={"adapter": adapter, "allow_untrained": True})
         message = await self.server.message(deployment, task, asked)
@@ -136,7 +134,7 @@ class Desk:
                 yield {**event, "seed": message["decoding"].get("seed")}
 
     def kept(self, kind: str) -> list[Version]:
-        """All versions in the catalogue; none where it cannot be opened (it needs MLflow)."""
+        """All versions in the catalogue; none if it cannot be opened (it needs MLflow)."""
         try:
             return self.catalogue.every(kind)
         except OpenM6Error:
@@ -148,7 +146,7 @@ class Desk:
         return PageError(self.say(english, **values), param=param)
 
     def alert(self, error: OpenM6Error | None) -> str:
-        """An error as HTML; nothing where there is none. What is not in the page's language stands below, in small."""
+        """An error as HTML, "" for None. On a Chinese page the English message stands below in small type."""
         if error is None:
             return ""
         text = html.escape(str(error), quote=False)
@@ -158,18 +156,17 @@ class Desk:
         return f'<p role="alert">{text}</p>'
 
     def beside(self, notes: Mapping[str, Any], error: OpenM6Error | None = None) -> list[str]:
-        """The contents of notes, each called by its field and the one for everything else by "": the error stands
-        beside the field at fault."""
+        """The contents of `notes`, which are keyed by field ("": no field): the error at its field, "" elsewhere."""
         field = (error.param or "").rpartition(".")[2] if error else ""
         place = field if field in notes else ""
         return [self.alert(error) if name == place else "" for name in notes]
 
     def unforeseen(self, error: Exception) -> OpenM6Error:
-        """The error itself, or where nobody has foreseen it a sentence for the page and the rest for the log."""
+        """The error itself if it is an OpenM6Error; otherwise a general message, and the traceback in the log."""
         if isinstance(error, OpenM6Error):
             return error
         log.error("The console failed.", exc_info=error)
-        return self.error("Something went wrong here. The server's log says more.")
+        return self.error("Internal error: see the server's log.")
 
     def on(
         self,
@@ -180,8 +177,8 @@ class Desk:
         notes: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        """`await act(request, *inputs)` fills the outputs: at events, or with None when the page is opened. Errors are
-        shown in the notes, or where there are none in a message over the page."""
+        """Fill the outputs by `await act(request, *inputs)` at these events, or at page load if `events` is None.
+        Errors are shown in `notes`, without them in a pop-up message."""
         notes = notes or {}
 
         async def acting(request: gr.Request, *values: Any) -> Any:
@@ -199,7 +196,7 @@ class Desk:
 
 
 def note() -> Any:
-    """A place for an error, seen only when there is one."""
+    """A component for an error message; hidden while it is empty."""
     return gr.HTML(elem_classes="note", apply_default_css=False)
 
 
@@ -208,7 +205,7 @@ def notes(*fields: str) -> dict[str, Any]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    """HTML of a table that scrolls by itself where the page is narrow."""
+    """HTML of a table that scrolls by itself on a narrow page."""
     head = "".join(f"<th scope='col'>{html.escape(one)}</th>" for one in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(one))}</td>" for one in row) + "</tr>" for row in rows)
     named = html.escape(caption, quote=True)
@@ -219,18 +216,18 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> 
 
 
 def first_step(sentence: str, command: str = "") -> str:
-    """HTML of an empty page: what to do first."""
+    """HTML for an empty page: what to do first, and the command for it."""
     code = f"<code>{html.escape(command)}</code>" if command else ""
     return f'<div class="first"><p>{html.escape(sentence)}</p>{code}</div>'
 
 
 def plain(value: Any) -> str:
-    """As a text: JSON of what is none."""
+    """A text as it is, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def shortened(value: Any, most: int, keep_end: bool = False) -> str:
-    """A text of at most so many characters; `keep_end` leaves out its beginning, as suits a path."""
+    """The value as text of at most `most` characters; `keep_end` cuts the beginning, as suits a path."""
     text = "" if value is None else str(value)
     if len(text) <= most:
         return text

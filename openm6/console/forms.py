@@ -1,4 +1,4 @@
-"""The form of a task, made from its slots, and its answers shown by their kinds."""
+"""The form of a task, generated from its slots, and the display of its answers."""
 
 from __future__ import annotations
 
@@ -18,67 +18,69 @@ from openm6.core.files import lines_of
 from openm6.core.images import open_image
 from openm6.serve.server import TaskRequest
 
-Told = Mapping[str, Any]
-"""What a model tells of a task (worker.described)."""
+Description = Mapping[str, Any]
+"""A task as a worker describes it (worker.described)."""
 
 SMALL = 512
-"""Pixels of a side below which a picture is enlarged before something is drawn on it."""
+"""Longer side in pixels below which a picture is enlarged before boxes are drawn on it."""
 SHOWN = 8
-"""Numbers of a vector that are shown."""
+"""Number of dimensions of a vector that are shown."""
 
 OPTIONS = {
     "picture": (("passes", 8), ("guidance", None), ("temperature", None), ("seed", None)),
     "text": (("max_new_tokens", 64), ("temperature", 0), ("num_beams", 1), ("seed", None)),
 }
-"""Of decoding, by the kind of a task, that have a field here, each with its default. Without a seed one is drawn."""
+"""Decoding options with a field here, by the kind of a task, each with its default. Without a seed one is drawn."""
 
 SAMPLES = {
     "grounding": "scenes", "visual_entailment": "scenes", "image_text_matching": "demo:matches", "ocr": "writing",
     "try_on": "tryon", "image_editing": "edits", "vqa": "demo:questions", "image_classification": "digits",
 }  # fmt: skip
-"""Built-in data whose records fill in a form with a picture; of all other tasks `demo:items`."""
+"""Built-in data that fill in the example of a form with a picture, by task; for all other tasks `demo:items`."""
 
 
 class Form:
-    """Fields for what a task takes, put where it is made, each with a note below it for what is wrong with it.
+    """The input fields of a task, rendered on construction, each with a note below it for its error.
 
-    `notes` has the notes by slot, and as "" the one for everything else, which the page puts where its button is.
+    `notes` has the notes by slot, and under "" the general one, which the page renders beside its button.
     """
 
-    def __init__(self, desk: Desk, name: str, told: Told):
-        self.desk, self.name, self.told = desk, name, told
-        self.slots = {slot: told["slots"][slot] for slot in told["inputs"]}
+    def __init__(self, desk: Desk, name: str, about: Description):
+        self.desk, self.name, self.about = desk, name, about
+        self.slots = {slot: about["slots"][slot] for slot in about["inputs"]}
         self.fields: list[Any] = []
         self.notes: dict[str, Any] = {}
         for slot, kind in self.slots.items():
             self.fields.append(self._field(slot, kind))
             self.notes[slot] = note()
         self.notes[""] = gr.HTML(elem_classes="note", apply_default_css=False, render=False)
-        say, defaults = desk.say, OPTIONS.get(told["kind"], ())
+        say, defaults = desk.say, OPTIONS.get(about["kind"], ())
         labels = {
-            "passes": say("Passes"), "guidance": say("Guidance"), "temperature": say("Temperature"),
-            "seed": say("Seed"), "max_new_tokens": say("Max tokens"), "num_beams": say("Beams"),
+            "passes": say("Decoding passes"), "guidance": say("Guidance scale"), "temperature": say("Temperature"),
+            "seed": say("Seed"), "max_new_tokens": say("Max tokens"), "num_beams": say("Beam width"),
         }  # fmt: skip
         with gr.Accordion(say("Options"), open=False):
             with gr.Row():
-                self.options = [  # no gr.Number: it makes 0 of what is left out
-                    gr.Textbox(_text(told["decode"].get(option, default)), label=labels[option], min_width=110)
+                self.options = [  # not gr.Number, which turns an empty field into 0
+                    gr.Textbox(_text(about["decode"].get(option, default)), label=labels[option], min_width=110)
                     for option, default in defaults
                 ]
                 self.count = gr.Slider(1, 16, 4, step=1, label=say("Pictures"), visible=self.draws)
             self.examples = gr.Textbox(
-                label=say("Examples with answers, a JSON object a line"), lines=2, visible=told["kind"] == "text"
+                label=say("Few-shot examples with answers, one JSON object per line"),
+                lines=2,
+                visible=about["kind"] == "text",
             )
-            gr.Textbox(told["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
+            gr.Textbox(about["instructions"][0], label=say("Instruction"), interactive=False, lines=2, max_lines=2)
 
     @property
     def enters(self) -> list[Any]:
-        """Events of the key Enter."""
+        """The events of the Enter key."""
         return [field.submit for field in self.fields if isinstance(field, gr.Textbox)]
 
     @property
     def draws(self) -> bool:
-        return bool(self.told["kind"] == "picture")
+        return bool(self.about["kind"] == "picture")
 
     @property
     def inputs(self) -> list[Any]:
@@ -86,7 +88,7 @@ class Form:
         return [*self.fields, *self.options, self.count, self.examples]
 
     def _field(self, slot: str, kind: str) -> Any:
-        example = self.told["example"].get(slot)
+        example = self.about["example"].get(slot)
         label = self.desk.slot(slot)
         if kind == "image":
             field = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=220)
@@ -100,7 +102,9 @@ class Form:
             )  # fmt: skip
         if kind in ("table", "triples"):
             say = self.desk.say
-            headers = [say("name"), say("value")] if kind == "table" else [say("about"), say("what"), say("value")]
+            headers = (
+                [say("name"), say("value")] if kind == "table" else [say("subject"), say("relation"), say("value")]
+            )
             rows = [list(row) for row in (example.items() if isinstance(example, dict) else example or [])]
             return gr.Dataframe(
                 rows or [[""] * len(headers)], headers=headers, label=label, type="array", interactive=True,
@@ -109,14 +113,14 @@ class Form:
         return gr.Textbox(label=label, lines=1, max_lines=8, placeholder=_text(example))
 
     def request(self, values: Sequence[Any]) -> TaskRequest:
-        """What is asked by these values of `inputs`. Raises PageError."""
+        """The request for these values of `inputs`. Raises PageError."""
         given = list(values)
         examples, count = given.pop(), given.pop()
         fields, options = given[: len(self.fields)], given[len(self.fields) :]
         inputs = {
             slot: self._given(slot, kind, value) for (slot, kind), value in zip(self.slots.items(), fields, strict=True)
         }
-        names = [name for name, _ in OPTIONS.get(self.told["kind"], ())]
+        names = [name for name, _ in OPTIONS.get(self.about["kind"], ())]
         decoding = {name: self._number(value) for name, value in zip(names, options, strict=True) if value}
         try:
             records = [json.loads(line) for line in lines_of(examples or "")]
@@ -125,13 +129,13 @@ class Form:
                 examples=records, candidates=int(count) if self.draws else 1,
             )  # fmt: skip
         except (ValueError, RecursionError):
-            raise self.desk.error("An example is a JSON object on a line of its own.") from None
+            raise self.desk.error("Each example is one JSON object on its own line.") from None
 
     def _number(self, text: str) -> int | float:
         try:
             return int(text) if text.strip().isdecimal() else float(text)
         except ValueError:
-            raise self.desk.error("An option is a number, not {text}.", text=shortened(text, 20)) from None
+            raise self.desk.error("An option has to be a number, not {text}.", text=shortened(text, 20)) from None
 
     def _given(self, slot: str, kind: str, value: Any) -> Any:
         if kind != "image" or value is None:
@@ -140,16 +144,16 @@ class Form:
             open_image(value)
         except DataError:
             raise self.desk.error(
-                "This file is no picture that can be read: it takes a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
+                "This file cannot be read as a picture: use a JPEG, PNG, WebP or TIFF file of at most 32 MiB.",
                 param=slot,
             ) from None
         return base64.b64encode(Path(value).read_bytes()).decode()
 
     def example(self) -> Any:
-        """Values that fill in the fields: a record of the built-in data where there is a picture."""
+        """Example values of the fields; for a task with a picture, from a record of the built-in data."""
         from openm6.data.source import open_source
 
-        example = dict(self.told["example"])
+        example = dict(self.about["example"])
         if "image" in self.slots.values():
             record = open_source(f"{SAMPLES.get(self.name, 'demo:items')}/test")[7]
             for slot, kind in self.slots.items():
@@ -162,42 +166,42 @@ class Form:
 
 
 class Answer:
-    """Where an answer is shown."""
+    """The components that show an answer."""
 
-    def __init__(self, desk: Desk, told: Told, label: str | None = None):
-        self.desk, self.told = desk, told
-        self.shows_pictures = told["kind"] == "picture" or "box" in _outputs(told).values()
+    def __init__(self, desk: Desk, about: Description, label: str | None = None):
+        self.desk, self.about = desk, about
+        self.shows_pictures = about["kind"] == "picture" or "box" in _outputs(about).values()
         self.text = gr.Textbox(
             label=label or desk.say("Answer"), lines=3, interactive=False, buttons=["copy"], elem_classes="said",
-            placeholder=desk.say("The answer appears here."), visible=told["kind"] != "picture",
+            placeholder=desk.say("The answer appears here."), visible=about["kind"] != "picture",
         )  # fmt: skip
         self.pictures = gr.Gallery(
             label=label or desk.say("Pictures"), columns=2, height="auto", object_fit="contain", format="png",
             visible=self.shows_pictures, elem_classes="drawn",
         )  # fmt: skip
-        self.told_line = gr.Markdown(elem_classes="quiet")
+        self.caption_line = gr.Markdown(elem_classes="quiet")
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.text, self.pictures, self.told_line]
+        return [self.text, self.pictures, self.caption_line]
 
     def nothing(self) -> tuple[Any, ...]:
         return "", [], ""
 
     def written(self, text: str) -> tuple[Any, ...]:
-        """While it is being written."""
+        """Values of `outputs` while the answer is being generated."""
         return text, gr.skip(), gr.skip()
 
     def whole(self, event: Mapping[str, Any], asked: TaskRequest, seconds: float, first: float) -> tuple[Any, ...]:
-        """When it is there."""
+        """Values of `outputs` for the complete answer; `first`: seconds to the first token."""
         value, say = event["value"], self.desk.say
         took, seed = say("{seconds} s", seconds=f"{seconds:.2f}"), event.get("seed")
         seed = "" if seed is None else " · " + say("seed {seed}", seed=f"{seed:.0f}")
-        if self.told["kind"] == "picture":
+        if self.about["kind"] == "picture":
             shown = [(Image.open(io.BytesIO(one["image"])), self._caption(one, one is value[0])) for one in value]
-            doubt = say("The model does not find what was asked for in the best picture.") + " "
+            doubt = say("The model does not recognize the prompt in the best picture.") + " "
             return "", shown, doubt * bool(value[0].get("uncertain")) + took + seed
-        if self.told["kind"] == "text" and event["tokens"]:
+        if self.about["kind"] == "text" and event["tokens"]:
             took = say(
                 "{tokens} tokens in {seconds} s, the first after {first} s", tokens=event["tokens"],
                 seconds=f"{seconds:.2f}", first=f"{first:.2f}",
@@ -205,7 +209,7 @@ class Answer:
         return self._said(value), self._boxes(value, asked), took + seed
 
     def _caption(self, one: Mapping[str, Any], is_best: bool) -> str:
-        """The model's estimates of a drawn picture, in words; several pictures come with the best first."""
+        """The model's estimates of a generated picture as text; the best of several pictures comes first."""
         say = self.desk.say
         names = {
             "relevance": say("relevance"), "fidelity": say("fidelity"), "quality": say("quality"),
@@ -215,24 +219,24 @@ class Answer:
         return " · ".join([say("best")] * is_best + found)
 
     def _said(self, value: Any) -> str:
-        outputs = _outputs(self.told)
-        if self.told["kind"] == "vector":
+        outputs = _outputs(self.about)
+        if self.about["kind"] == "vector":
             some = ", ".join(f"{number:.3f}" for number in value[:SHOWN])
-            return self.desk.say("{size} numbers: {some} ...", size=len(value), some=some)
+            return self.desk.say("{size} dimensions: {some} ...", size=len(value), some=some)
         if len(outputs) > 1 and isinstance(value, Mapping):
             return "\n".join(f"{self.desk.slot(slot)}: {plain(value.get(slot))}" for slot in outputs)
         return plain(value)
 
     def _boxes(self, value: Any, asked: TaskRequest) -> list[Any]:
-        """The picture that was asked about, with the box that was answered."""
-        if "box" not in _outputs(self.told).values():
+        """The input picture with the answered boxes drawn on it."""
+        if "box" not in _outputs(self.about).values():
             return []
-        boxes = value if isinstance(value, Mapping) else {self.told["outputs"][0]: value}
-        given = next(asked.inputs[slot] for slot in self.told["inputs"] if self.told["slots"][slot] == "image")
+        boxes = value if isinstance(value, Mapping) else {self.about["outputs"][0]: value}
+        given = next(asked.inputs[slot] for slot in self.about["inputs"] if self.about["slots"][slot] == "image")
         picture = open_image(base64.b64decode(given))  # upright, as the model saw it
         picture = picture.resize([side * max(1, SMALL // max(picture.size)) for side in picture.size])  # type: ignore[arg-type]
         pen = ImageDraw.Draw(picture)
-        for slot, kind in _outputs(self.told).items():
+        for slot, kind in _outputs(self.about).items():
             if kind == "box" and boxes.get(slot):
                 left, top, right, bottom = boxes[slot]
                 w, h = picture.size
@@ -240,17 +244,17 @@ class Answer:
         return [(picture, "")]
 
 
-def _outputs(told: Told) -> dict[str, str]:
-    return {slot: told["slots"][slot] for slot in told["outputs"]}
+def _outputs(about: Description) -> dict[str, str]:
+    return {slot: about["slots"][slot] for slot in about["outputs"]}
 
 
 def _path(payload: Any) -> str | None:
-    """Of a picture that was uploaded the file, whatever is in it: Gradio's own reading says "Error" where it fails."""
+    """The uploaded file, unread: Gradio's own decoding shows "Error" for an invalid picture."""
     return payload and payload.path
 
 
 def _given(kind: str, value: Any) -> Any:
-    """A field's value as the API takes it; None where nothing was filled in."""
+    """A field's value as the API takes it; None for an empty field."""
     if value is None or (isinstance(value, str) and not value):
         return None
     if kind == "triples":
@@ -265,7 +269,7 @@ def _given(kind: str, value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Of several right texts the first; of nothing the empty one."""
+    """The first of several reference texts; "" for None."""
     value = value[0] if isinstance(value, list) and value else value
     return "" if value is None else str(value)
 

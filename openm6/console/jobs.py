@@ -1,4 +1,4 @@
-"""Teach: a fine-tuning is put into the queue, watched, stopped and gone on with."""
+"""The page Fine-tune: submit, watch, stop and resume fine-tuning jobs."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from openm6.hub.jobs import OVER, RUNNING, Job, curve, output_of, progress
 from openm6.train.finetune import RATES
 
 TAIL = 4_000
-"""Bytes of a log that are shown."""
+"""Number of bytes of a log that are shown."""
 
 
 def page(desk: Desk) -> None:
     say = desk.say
     with gr.Row():
         with gr.Column(min_width=240):
-            base = gr.Dropdown(label=say("Start from"), allow_custom_value=True, elem_id="base")
+            base = gr.Dropdown(label=say("Base model"), allow_custom_value=True, elem_id="base")
             base_note = note()
-            data = gr.Dropdown(label=say("Learn from"), allow_custom_value=True, elem_id="learn-from")
+            data = gr.Dropdown(label=say("Training data"), allow_custom_value=True, elem_id="learn-from")
             data_note = note()
         with gr.Column(min_width=240):
             task = gr.Dropdown(label=say("Task"), allow_custom_value=True, elem_id="task")
             task_note = note()
-            validation = gr.Dropdown(label=say("Validation data (to stop early)"), allow_custom_value=True)
+            validation = gr.Dropdown(label=say("Validation data (for early stopping)"), allow_custom_value=True)
     with gr.Accordion(say("Options"), open=False):
         with gr.Row():
             method = gr.Dropdown(list(RATES), value="lora", label=say("Method"))
             steps = gr.Number(200, precision=0, minimum=1, label=say("Steps"), elem_id="steps")
-            batch = gr.Number(16, precision=0, minimum=1, label=say("Examples per step"))
-            output = gr.Textbox(label=say("Folder"), placeholder="runs/finetune-...", elem_id="folder")
+            batch = gr.Number(16, precision=0, minimum=1, label=say("Batch size"))
+            output = gr.Textbox(label=say("Output folder"), placeholder="runs/finetune-...", elem_id="folder")
         more = gr.Textbox(label=say("More options of openm6 finetune"), placeholder="--column text=body adapt.rank=16")
-    submit = gr.Button(say("Put into the queue"), variant="primary", elem_id="submit")
+    submit = gr.Button(say("Submit"), variant="primary", elem_id="submit")
     wrong = {"base": base_note, "data": data_note, "task": task_note, "": note()}
     empty = gr.HTML(apply_default_css=False)
     with gr.Column(visible=False) as whole:
@@ -57,8 +57,8 @@ def page(desk: Desk) -> None:
             kept = gr.Textbox(
                 label=say("Name in the catalogue"), placeholder="goods", min_width=160, elem_id="kept-name"
             )
-            keep = gr.Button(say("Keep the model"), elem_id="keep", min_width=120)
-        told = gr.Markdown()
+            keep = gr.Button(say("Save the model"), elem_id="keep", min_width=120)
+        text = gr.Markdown()
         keep_wrong = {"": note()}
     shown = [state, loss, log]
 
@@ -67,9 +67,9 @@ def page(desk: Desk) -> None:
         found = [(f"{desk.time(job.created)} · {job.name} · {say(job.state)}", job.id) for job in jobs]
         known = [value for _, value in found]
         value = select if select in known else known[0] if known else None
-        told = say("No model has been taught here yet. Choose above what to learn from, then put it into the queue.")
+        text = say("There is no fine-tuning job yet. Choose the training data above and submit one.")
         return [
-            "" if jobs else first_step(told), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
+            "" if jobs else first_step(text), gr.Column(visible=bool(jobs)), gr.Dropdown(choices=found, value=value),
         ]  # fmt: skip
 
     async def opened(request: gr.Request) -> Any:
@@ -108,26 +108,26 @@ def page(desk: Desk) -> None:
         desk.manager(request)
         run, catalogue = output_of(desk.jobs.get(job_of(identity))), desk.catalogue
         if run is None or not (run / "model").is_dir():
-            raise desk.error("This job has made no model.")
+            raise desk.error("This job has not produced a model.")
         if not called.strip():
             raise desk.error("The model needs a name in the catalogue.")
         made_of = await to_thread(catalogue.parents, run)
         version = await to_thread(lambda: catalogue.add_model(called.strip(), run / "model", made_of=made_of, run=run))
-        return say("It is {name} in the catalogue.", name=version.full_name)
+        return say("Saved to the catalogue as {name}.", name=version.full_name)
 
     jobs = [empty, whole, chosen]
     desk.on(None, opened, outputs=[base, task, data, validation, *jobs])
     desk.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
     given = [base, task, data, validation, method, steps, batch, output, more]
     desk.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong)
-    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [told], keep_wrong)
+    desk.on([keep.click, kept.submit], keeping, [chosen, kept], [text], keep_wrong)
     for button, what in ((stop, desk.jobs.stop), (resume, desk.jobs.resume), (remove, desk.jobs.remove)):
         desk.on(button.click, acting(what), [chosen], jobs, job_wrong)
     desk.on(gr.Timer(2).tick, tick, [chosen], [*jobs, *shown], show_progress="hidden")
 
 
 def _choices(desk: Desk) -> tuple[Any, Any, Any, Any]:
-    """What can be begun from, taught and learned from: what is served and what the catalogue has."""
+    """The dropdowns of base models, tasks, training and validation data: served models and the catalogue."""
     from openm6.tasks.library import get, names
 
     served = [(name, str(one.place.model)) for name, one in desk.server.fleet.deployments.items()]
@@ -152,17 +152,17 @@ def _words(
     output: str,
     more: str,
 ) -> list[str]:
-    """The command of a fine-tuning. Raises OpenM6Error that names the field."""
+    """The words of a fine-tuning command. Raises OpenM6Error that names the field."""
     if not base:
-        raise desk.error("Choose the model to start from.", param="base")
+        raise desk.error("Choose the base model.", param="base")
     if not task:
-        raise desk.error("Choose the task to teach.", param="task")
+        raise desk.error("Choose the task to train.", param="task")
     if not data:
-        raise desk.error("Choose the data to learn from: a data set, or the path of a file.", param="data")
+        raise desk.error("Choose the training data: a data set or the path of a file.", param="data")
     try:
         options = shlex.split(more or "")
     except ValueError:
-        raise desk.error("A quotation mark is missing in the further options.") from None
+        raise desk.error("A quotation mark is missing in the extra options.") from None
     words = ["finetune", str(find_model(base)[0]), "--task", task, "--data", data, "--method", method]
     words += ["--steps", str(int(steps))] if steps else []
     words += ["--batch-size", str(int(batch))] if batch else []
@@ -175,17 +175,17 @@ def _look(desk: Desk, job: Job) -> list[Any]:
     import pandas as pd
 
     say, far = desk.say, progress(job)
-    told = [f"**{say(job.state)}**"]
+    text = [f"**{say(job.state)}**"]
     if far:
-        told.append(
+        text.append(
             say("step {step} of {steps}, loss {loss}", step=far["step"], steps=far["steps"], loss=f"{far['loss']:.3f}")
         )
         if job.state == RUNNING:
-            told.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
+            text.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
     if job.state in OVER and job.message:
-        told.append(f"`{job.message.replace('`', chr(39))}`")
-    command = shlex.join(job.words).replace(f"{job.folder}/", "")  # it is read in that folder
-    # The columns are numbers even while they are empty: Gradio takes an empty column for words from then on.
+        text.append(f"`{job.message.replace('`', chr(39))}`")
+    command = shlex.join(job.words).replace(f"{job.folder}/", "")  # its working directory
+    # A numeric dtype even without rows: otherwise Gradio keeps treating the columns as text.
     points = pd.DataFrame(curve(job), columns=["step", "loss"], dtype=float)
-    state = " · ".join(told) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
+    state = " · ".join(text) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
     return [state, points, desk.jobs.last_said(job, TAIL)]

@@ -1,4 +1,4 @@
-"""The models of the catalogue: what each was made of and cost, which one is live."""
+"""The page Models: versions in the catalogue with lineage, metrics and energy; promotion and rollback."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from openm6.hub.catalogue import LIVE, MODEL, Lineage, Version
 from openm6.serve.settings import Place
 
 BOX, GAP = (220, 54), (36, 18)
-"""Of the lineage graph, in pixels."""
+"""Width and height of a node of the lineage graph, and the gaps between nodes, in pixels."""
 
 
 def page(desk: Desk) -> None:
     say = desk.say
-    heads = [say("version"), say("measures"), say("energy"), say("added"), say("note")]
+    heads = [say("version"), say("metrics"), say("energy"), say("added"), say("note")]
     empty, unreadable = gr.HTML(apply_default_css=False), {"": note()}
     with gr.Column(visible=False) as whole:
         versions = gr.HTML(apply_default_css=False)
         chosen = gr.Dropdown(label=say("Model"), interactive=True, elem_id="model")
         with gr.Row(elem_classes="buttons"):
-            promote = gr.Button(say("Make it live"), variant="primary", elem_id="promote", min_width=120)
+            promote = gr.Button(say("Promote to live"), variant="primary", elem_id="promote", min_width=120)
             rollback = gr.Button(say("Roll back"), elem_id="rollback", min_width=120)
         done = gr.Markdown(elem_id="told")
         wrong = {"": note()}
-        gr.Markdown("## " + say("What it was made of"))
+        gr.Markdown("## " + say("Lineage"))
         graph = gr.HTML(elem_id="lineage", apply_default_css=False)
         recipe = gr.HTML(elem_classes="recipe", apply_default_css=False)
     with gr.Accordion(say("Add a model"), open=False):
         with gr.Row():
             name = gr.Textbox(label=say("Name"), placeholder="goods", elem_id="model-name")
             directory = gr.Textbox(label=say("Directory"), placeholder="runs/demo/model", elem_id="model-directory")
-            made_of = gr.Textbox(label=say("Made of"), placeholder="goods@1 data:items@2")
+            made_of = gr.Textbox(label=say("Derived from"), placeholder="goods@1 data:items@2")
         add = gr.Button(say("Add"), variant="primary", elem_id="add")
         added_wrong = {"": note()}
 
     def listing(select: str | None = None) -> Any:
         every = desk.catalogue.every(MODEL)
         names = [one.full_name for one in every]
-        told = say("The catalogue has no model yet. Teach one and keep it, add one below, or with this command.")
+        text = say("The catalogue has no model yet. Fine-tune and save one, or add one below or with this command.")
         return [
-            "" if every else first_step(told, "openm6 models add goods runs/demo/model"),
+            "" if every else first_step(text, "openm6 models add goods runs/demo/model"),
             gr.Column(visible=bool(every)),
             table(heads, [_row(desk, one) for one in every], say("Models")),
             gr.Dropdown(choices=names, value=select if select in names else names[-1] if names else None),
@@ -62,8 +62,8 @@ def page(desk: Desk) -> None:
             return ["", ""]
         version = await to_thread(desk.catalogue.named, which)
         text = html.escape(await to_thread(desk.catalogue.recipe, version))
-        told = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
-        return [drawn(await to_thread(desk.catalogue.lineage, version)), told]
+        text = f'<h2>{say("Recipe")}</h2><pre tabindex="0">{text}</pre>' if text else ""
+        return [drawn(await to_thread(desk.catalogue.lineage, version)), text]
 
     def going(change: Callable[[str], Version]) -> Any:
         async def act(request: gr.Request, which: str | None) -> Any:
@@ -83,7 +83,7 @@ def page(desk: Desk) -> None:
     async def added(request: gr.Request, called: str, path: str, parents: str) -> Any:
         desk.manager(request)
         if not called.strip() or not path.strip():
-            raise desk.error("A model needs a name and the directory where it is.")
+            raise desk.error("Enter the model's name and directory.")
         place, catalogue = Path(path.strip()), desk.catalogue
         run = place.parent if (place.parent / "recipe.yaml").is_file() else None
         version = await to_thread(lambda: catalogue.add_model(called.strip(), place, made_of=parents.split(), run=run))
@@ -100,15 +100,15 @@ def page(desk: Desk) -> None:
 
 
 async def _go_live(desk: Desk, version: Version) -> str:
-    """What is served here by this name answers with this version from now on."""
+    """Switch the served model of this name to the version. Returns the message to show."""
     deployment = desk.server.fleet.deployments.get(version.name)
     if deployment is None:
         return desk.say(
-            "{version} is live; nothing is served here as {name}.", version=version.full_name, name=version.name
+            "{version} is live; this server has no model named {name}.", version=version.full_name, name=version.name
         )
     directory = (await to_thread(desk.catalogue.local, version)).resolve()
     await deployment.swap(Place(directory, deployment.place.adapters))
-    return desk.say("{version} is live, and answers here now.", version=version.full_name)
+    return desk.say("{version} is live and now serves requests here.", version=version.full_name)
 
 
 def _row(desk: Desk, one: Version) -> list[str]:
@@ -120,12 +120,12 @@ def _row(desk: Desk, one: Version) -> list[str]:
 
 
 def drawn(lineage: Lineage) -> str:
-    """A lineage as SVG: what something was made of stands to the right of it."""
+    """A lineage as SVG, each version with its parents to the right."""
     parts: list[str] = []
     size = [0, 0]
 
     def put(one: Lineage, depth: int, row: int) -> int:
-        """Returns the first row that is free beneath."""
+        """Draw a version and its parents. Returns the first free row below."""
         x, y = depth * (BOX[0] + GAP[0]), row * (BOX[1] + GAP[1])
         size[0], size[1] = max(size[0], x + BOX[0]), max(size[1], y + BOX[1])
         v, below = one.version, row
@@ -150,11 +150,11 @@ def drawn(lineage: Lineage) -> str:
         return max(below, row + 1)
 
     put(lineage, 0, 0)
-    told = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
+    text = html.escape("; ".join(line.strip() for line in lineage.lines()), quote=True)
     name = html.escape(lineage.version.title, quote=True)
     return (
         f'<div class="lineage" role="region" tabindex="0" aria-label="{name}">'
-        f'<svg role="img" aria-label="{told}" width="{size[0] + 2}" height="{size[1] + 2}" '
+        f'<svg role="img" aria-label="{text}" width="{size[0] + 2}" height="{size[1] + 2}" '
         f'viewBox="-1 -1 {size[0] + 2} {size[1] + 2}" font-size="14" xmlns="http://www.w3.org/2000/svg">'
         f"{''.join(parts)}</svg></div>"
     )

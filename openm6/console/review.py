@@ -1,4 +1,4 @@
-"""People's verdicts on batches of texts and pictures, one candidate after the other; they become data to train on."""
+"""The page Review: human labels for batches of texts and pictures, one candidate at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openm6.studio.review import SETTINGS, Verdict, as_line, rows_of, settings_o
 
 LABELS = "labels.jsonl"
 DEPTH = 3
-"""Folders between the folder of batches and a batch."""
+"""Maximum depth of a batch below the root folder of batches."""
 
 
 def page(desk: Desk) -> None:
@@ -28,9 +28,9 @@ def page(desk: Desk) -> None:
         far = gr.Markdown(elem_id="far")
         with gr.Row():
             with gr.Column(min_width=280):
-                given = gr.Textbox(label=say("Asked"), lines=2, interactive=False)
+                given = gr.Textbox(label=say("Input"), lines=2, interactive=False)
                 seen = gr.Gallery(
-                    label=say("Given pictures"), height=240, columns=2, visible=False, format="png",
+                    label=say("Input pictures"), height=240, columns=2, visible=False, format="png",
                     elem_classes="whole",
                 )  # fmt: skip
             with gr.Column(min_width=280):
@@ -43,17 +43,17 @@ def page(desk: Desk) -> None:
             reject = gr.Button(say("Reject (R)"), elem_id="reject", min_width=90)
             back = gr.Button(say("Back (U)"), elem_id="back", min_width=90)
         wrong = {"": note()}
-        finish = gr.Button(say("Make training data from the verdicts"), elem_id="finish")
+        finish = gr.Button(say("Write training data from the verdicts"), elem_id="finish")
         made = gr.Markdown()
     shown = [place, far, given, seen, said, drawn]
 
     async def listed(request: gr.Request) -> Any:
         desk.key(request)
         found = [str(path) for path in await to_thread(_batches, desk.batches)]
-        told = say("Nothing waits for review in {folder}. This command writes a batch of texts:", folder=desk.batches)
+        text = say("There is no batch to review in {folder}. Generate one with:", folder=desk.batches)
         command = f"openm6 copy batch runs/demo/model --items goods.csv --output {desk.batches}/copy-1"
         return [
-            "" if found else first_step(told, command),
+            "" if found else first_step(text, command),
             gr.Column(visible=bool(found)),
             gr.Dropdown(choices=found, value=found[0] if found else None),
         ]
@@ -71,10 +71,10 @@ def page(desk: Desk) -> None:
 
     async def finished(request: gr.Request, name: str | None) -> str:
         desk.key(request)
-        told = await to_thread(lambda: _finish(_known(desk, name)))
+        text = await to_thread(lambda: _finish(_known(desk, name)))
         return say(
-            "{accepted} of {labelled} accepted. To train on: {file}", accepted=f"{told['accepted']:.0%}",
-            labelled=told["labelled"], file=f"`{told['file']}`",
+            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{text['accepted']:.0%}",
+            labelled=text["labelled"], file=f"`{text['file']}`",
         )  # fmt: skip
 
     desk.on(None, listed, outputs=[empty, whole, batch])
@@ -92,12 +92,12 @@ def _batches(folder: Path) -> list[Path]:
 
 
 def _known(desk: Desk, name: str | None) -> Path:
-    """A batch that is listed: a browser may send any name. Raises PageError."""
+    """The batch of this name, if it is listed: a browser may send any name. Raises PageError."""
     if not name:
         raise desk.error("Choose a batch first.")
     found = next((path for path in _batches(desk.batches) if str(path) == name), None)
     if found is None:
-        raise desk.error("This batch is not there any more.")
+        raise desk.error("This batch no longer exists.")
     return found
 
 
@@ -113,7 +113,7 @@ def _verdicts(batch: Path) -> dict[str, Verdict]:
 
 
 def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> Any:
-    """Keep a verdict and go on; without one go back, to the candidate before."""
+    """Store a verdict and show the next candidate; for None show the previous one."""
     batch = _known(desk, name)
     if accepted is None:
         return _show(desk, name, max(0, number - 1))
@@ -127,7 +127,7 @@ def _judge(desk: Desk, name: str | None, number: int, accepted: bool | None) -> 
 
 
 def _show(desk: Desk, name: str | None, number: int | None) -> Any:
-    """A candidate; without a number the first that nobody has judged."""
+    """Show a candidate; without a number the first one without a verdict."""
     nothing = [0, "", "", gr.Gallery(visible=False), "", gr.Gallery(visible=False)]
     if not name:
         return nothing
@@ -135,24 +135,24 @@ def _show(desk: Desk, name: str | None, number: int | None) -> Any:
     rows, verdicts = _candidates(batch), _verdicts(batch)
     if number is None:
         number = next((n for n, row in enumerate(rows) if row["file"] not in verdicts), len(rows))
-    told = say(
-        "{done} of {all} judged, {accepted} accepted",
+    text = say(
+        "{done} of {all} reviewed, {accepted} accepted",
         done=len(verdicts),
         all=len(rows),
         accepted=sum(verdict.accepted for verdict in verdicts.values()),
     )
     if number >= len(rows):
-        return [number, told, *nothing[2:]]
+        return [number, text, *nothing[2:]]
     row, slots = rows[number], settings_of(batch)["slots"]
     if (before := verdicts.get(row["file"])) is not None:
-        told += " · " + (say("this one: accepted") if before.accepted else say("this one: rejected"))
+        text += " · " + (say("this one: accepted") if before.accepted else say("this one: rejected"))
     asked = {slot: value for slot, value in row["asked"].items() if slots.get(slot) != "image"}
     pictures = [batch / str(value) for slot, value in row["asked"].items() if slots.get(slot) == "image"]
     opened = [open_image(path) for path in pictures if path.is_file()]
     said = (before and before.text) or row.get("said", "")
     lines = "\n".join(f"{desk.slot(slot)}: {plain(value)}" for slot, value in asked.items())
     return [
-        number, f"**{number + 1}/{len(rows)}** · {told}", gr.Textbox(lines, visible=bool(lines)),
+        number, f"**{number + 1}/{len(rows)}** · {text}", gr.Textbox(lines, visible=bool(lines)),
         gr.Gallery(opened, visible=bool(opened)), gr.Textbox(said, visible="said" in row),
         gr.Gallery([] if "said" in row else [open_image(batch / row["file"])], visible="said" not in row),
     ]  # fmt: skip

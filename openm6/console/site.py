@@ -1,4 +1,4 @@
-"""All pages of one language: their frame, and what they have in common."""
+"""All pages of one language: layout, theme, menu and status bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ICON = (
     "stroke-width='1.7' stroke-linejoin='round'/><circle cx='12.2' cy='10.4' r='1.6' fill='#5eead4'/></svg>"
 )
 CODES = {"en": "en", "zh": "zh-CN"}
-"""Of the languages, for browsers."""
+"""BCP 47 codes of the languages."""
 HEAD = """<script>
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) return;
@@ -33,16 +33,16 @@ new MutationObserver(changes => {
   }
 }).observe(document, {childList: true, subtree: true});
 </script>"""
-"""On the page for review a key of the keyboard is a button. An error is scrolled to."""
+"""Keyboard shortcuts of the page Review; scrolling to an error."""
 
 PAGES = (
-    ("Try", "", play.page, "Choose a task, fill in the form, and read the answer as it is written."),
-    ("Compare", "compare", compare.page, "Ask two models or adapters the same question."),
-    ("Data", "data", data.page, "See what is in a data set, and which of its records cannot be used."),
-    ("Teach", "teach", jobs.page, "Teach a model a task from data of your own."),
-    ("Review", "review", review.page, "Accept or reject texts and pictures that were made in a batch."),
-    ("Models", "models", models.page, "See what a model was made of, and make a version live."),
-    ("Live", "live", deployments.page, "See what is served, and how much it has to do."),
+    ("Try", "", play.page, "Choose a task and fill in the form; the answer is streamed."),
+    ("Compare", "compare", compare.page, "Run the same input through two models or adapters."),
+    ("Data", "data", data.page, "Inspect data sets and their rejected records."),
+    ("Fine-tune", "finetune", jobs.page, "Fine-tune a model on your own data."),
+    ("Review", "review", review.page, "Accept or reject generated texts and pictures."),
+    ("Models", "models", models.page, "Inspect a model's lineage and promote a version."),
+    ("Serving", "serving", deployments.page, "Monitor the served models and their load."),
 )
 """Name, path, contents and purpose of each page."""
 
@@ -96,7 +96,7 @@ def build(desk: Desk) -> gr.Blocks:
 
 
 SWEEP, AGE = 600, 3600
-"""Seconds between two looks for files of visitors that are to be deleted, and their age then."""
+"""Interval of the deletion of visitors' files, and the age at which they are deleted, in seconds."""
 
 
 def _page(desk: Desk, name: str, path: str, contents: Any, purpose: str) -> None:
@@ -114,7 +114,7 @@ def _page(desk: Desk, name: str, path: str, contents: Any, purpose: str) -> None
 
 
 def _top(desk: Desk, here: str) -> str:
-    """Name and menu. Links are relative, so that they hold behind a proxy that puts a path before ours."""
+    """Brand and menu. Links are relative, so that they work behind a proxy with a path prefix."""
     links = "".join(
         f'<a href="./{path}"{" aria-current=page" if path == here else ""}>{desk.say(name)}</a>'
         for name, path, _, _ in PAGES
@@ -128,18 +128,18 @@ def _top(desk: Desk, here: str) -> str:
 
 
 def _live(desk: Desk) -> str:
-    """What answers now: each model, what it was taught, how many requests it works at."""
-    told = []
+    """The status bar: each model, the tasks it was trained on, its open requests."""
+    shown = []
     for name, deployment in desk.server.fleet.deployments.items():
         worker = deployment.worker
         if worker is None:
             continue
         taught = [title for title, _ in desk.tasks(name, True)]
-        what = desk.say("tasks taught: {count}", count=len(taught)) if taught else desk.say("taught no task yet")
+        what = desk.say("trained tasks: {count}", count=len(taught)) if taught else desk.say("not trained on any task")
         open_now = desk.say("requests now: {count}", count=deployment.open_requests)
         named = html.escape(("、" if desk.language == "zh" else ", ").join(taught), quote=True)
         state = "on" if worker.alive else "off"
-        told.append(
+        shown.append(
             f'<li class="{state}"><b>{html.escape(name)}</b> <span title="{named}">{what}</span> · {open_now}</li>'
         )
-    return f"<ul>{''.join(told)}</ul>" if told else f"<p>{desk.say('No model is loaded yet.')}</p>"
+    return f"<ul>{''.join(shown)}</ul>" if shown else f"<p>{desk.say('No model is loaded yet.')}</p>"

@@ -1,4 +1,4 @@
-"""The base of an adapter: the model directory it changes, found and compared without PyTorch."""
+"""The base model of an adapter: its directory, found and compared without PyTorch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ CONFIG = "adapter_config.json"
 
 
 def require_model(path: Path, file: str = "config.json") -> None:
-    """Refuse a directory that is not there, or has no such file. Without this check the libraries would look for its
-    name in the network. Raises UsageError."""
+    """Refuse a directory that does not exist or has no `file`; otherwise libraries would look its name up on the
+    network. Raises UsageError."""
     if not path.exists():
         raise UsageError(f"{path} is no model directory: there is no such path.{suggest_path(path)}")
     if not (path / file).is_file():
@@ -22,8 +22,8 @@ def require_model(path: Path, file: str = "config.json") -> None:
 
 
 def base_of(path: Path) -> Path | None:
-    """The model directory beneath the adapter in `path`; None where `path` holds no adapter. Raises UsageError for a
-    base that is not there."""
+    """The model directory of the adapter in `path`; None where `path` holds no adapter. Raises UsageError where the
+    base does not exist."""
     if not (path / CONFIG).is_file():
         return None
     base = Path(str(read_adapter_config(path)["base_model_name_or_path"]))
@@ -46,7 +46,7 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 
 def changed_base(adapter: Path, expected: str) -> str:
-    """A sentence for users where the base of an adapter is gone, or its `directory_hash` is not the expected one; else
+    """An error message where the base of an adapter is missing or its `directory_hash` is not the expected one; else
     ""."""
     try:
         base = base_of(adapter)
@@ -61,8 +61,8 @@ def changed_base(adapter: Path, expected: str) -> str:
 
 
 def directory_hash(directory: Path) -> str:
-    """SHA-256 of all safetensors and JSON files of a model directory, and of the base of an adapter: it changes with
-    weights, tokenizer and tasks."""
+    """SHA-256 of all safetensors and JSON files of a model directory and of an adapter's base: it changes with weights,
+    tokenizer and tasks."""
     digest = hashlib.sha256()
     for folder in dict.fromkeys((directory, base_of(directory) or directory)):
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")):

@@ -6,11 +6,10 @@ The one mask rule of OpenM6, for a query position q and a key position k of one 
 
     allowed(q, k) = segment[q] == segment[k] and (k <= q or block[q] == block[k] >= 0)
 
-`segment` says which example a position belongs to (0 is padding). `block` says which positions of an
-example see each other both ways: 0 for its source, -1 where attention is causal (the target text), and a
-further number for every picture whose codes are generated. One rule so gives the bidirectional, the prefix
-and the causal Transformer of M6 (KDD 2021, section 4), mixed freely inside one batch.
-"""
+`segment` is the number of the example that a position belongs to (0 is padding). Positions of one `block` >= 0 attend
+to each other in both directions: 0 is the source, and each picture whose codes are generated has a further number; -1
+is causal (the target text). The rule gives the bidirectional, the prefix and the causal Transformer of M6 (KDD 2021,
+section 4), mixed freely inside one batch."""
 
 from __future__ import annotations
 
@@ -27,10 +26,10 @@ from torch import Tensor
 from openm6.core.sequence import CAUSAL, IGNORE, Sequence
 
 EVEN = 8
-"""Lengths of prompts that come in are rounded up to a multiple of it: for a shape that is new, kernels are made first,
-which takes as long as reading a short prompt."""
+"""Prompt lengths are padded to a multiple of this: kernels for a new shape are compiled first, which takes as long as
+reading a short prompt."""
 SHORTEST = 16
-"""And they are at least so long: of fewer keys a CPU's kernels add up in another order."""
+"""Smallest padded length: with fewer keys the kernels of a CPU sum in another order."""
 
 
 @dataclass(slots=True)
@@ -72,7 +71,7 @@ class Batch:
         return self.ids.shape
 
     def ends(self) -> Tensor:
-        """Flat place of the last position of every example, int64 [examples]."""
+        """Flat index of the last position of every example, int64 [examples]."""
         segments = self.segments.flatten()
         last = torch.zeros(len(self.tasks) + 1, dtype=torch.int64, device=segments.device)
         return last.scatter_reduce_(0, segments, torch.arange(len(segments), device=segments.device), "amax")[1:]
@@ -96,11 +95,9 @@ def allowed(segments: Tensor, blocks: Tensor) -> Tensor:
 def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = False) -> Batch:
     """Pack examples into as few rows of `row_length` positions as first-fit-decreasing finds.
 
-    With `even` they are then spread evenly over that many rows, which become only as long as the fullest: less padding
-    (a few percent against an eighth for the demo), for shapes that change from batch to batch.
-    Examples do not see each other (see `allowed`); segment i + 1 is `sequences[i]`.
-    Raises ValueError if an example is longer than a row.
-    """
+    With `even` the examples are spread over that many rows, which become only as long as the fullest: less padding (a
+    few percent against an eighth for the demo), for shapes that change from batch to batch. Examples do not see each
+    other (see `allowed`); segment i + 1 is `sequences[i]`. Raises ValueError if an example is longer than a row."""
     lengths = [len(s) for s in sequences]
     if max(lengths, default=0) > row_length:
         raise ValueError(f"an example of {max(lengths)} positions does not fit a row of {row_length}")
@@ -119,35 +116,34 @@ def pack(sequences: Items[Sequence], row_length: int, pad_id: int, even: bool = 
             row = spread.index(min(spread))
             other[index] = (row, spread[row])
             spread[row] += lengths[index]
-        if max(spread) < row_length:  # spreading can be worse, but for few and long examples only
+        if max(spread) < row_length:  # spreading can be worse for few and long examples
             places, row_length = other, max(spread)
     return _lay_out(sequences, places, (max(len(filled), 1), row_length), pad_id)
 
 
 def by_length(sequences: Items[Sequence], batch_size: int) -> Iterator[list[int]]:
-    """The numbers of the sequences in batches of about one length, so that little is padded."""
+    """Batches of indices of sequences of similar length, to keep padding small."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-def even_length(length: int) -> int:
-    """The length to which a prompt is padded: a multiple of EVEN, at least SHORTEST."""
+def padded_length(length: int) -> int:
+    """The padded length of a prompt: a multiple of EVEN, at least SHORTEST."""
     return max(SHORTEST, -(-length // EVEN) * EVEN)
 
 
 def pad(sequences: Items[Sequence], pad_id: int, even: bool = False) -> Batch:
-    """One example a row, padded on the right to the longest (`even`: to a multiple of EVEN, and at least SHORTEST): the
-    layout of decoding."""
+    """One example a row, padded on the right to the longest (`even`: to its `padded_length`), as for decoding."""
     width = max((len(s) for s in sequences), default=1)
     if even:
-        width = even_length(width)
+        width = padded_length(width)
     return _lay_out(sequences, [(row, 0) for row in range(len(sequences))], (len(sequences), width), pad_id)
 
 
 def pad_drawn(sequences: Items[Sequence], pad_id: int) -> Batch:
-    """One example a row, each with a drawn picture of equally many codes, which stand in the same columns: padding is
+    """One example a row, each with a picture of equally many codes, which are aligned to the same columns: padding is
     between a shorter text and its codes, and at the end."""
-    spans = [s.codes for s in sequences]
+    spans = [s.image.codes if s.image else None for s in sequences]
     assert all(span is not None for span in spans)
     start, count = max(span.start for span in spans if span), len(spans[0] or ())
     rest = max(len(s) - span.stop for s, span in zip(sequences, spans, strict=True) if span)
@@ -169,7 +165,7 @@ def _lay_out(sequences: Items[Sequence], places: list[tuple[int, int]], shape: t
 def _lay_out_at(
     sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int], pad_id: int
 ) -> Batch:
-    """`places`: the row of each sequence and the columns of its positions."""
+    """Lay out sequences at `places`: the row of each, and the columns of its positions."""
     ids = np.full(shape, pad_id, np.int64)
     segments, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     blocks, labels = np.full(shape, CAUSAL, np.int64), np.full(shape, IGNORE, np.int64)
@@ -179,7 +175,7 @@ def _lay_out_at(
         blocks[row, columns] = sequence.blocks
         positions[row, columns] = np.arange(len(sequence))
         labels[row, columns] = sequence.labels
-    weights = [s.weight for s in sequences]
+    weights = [s.image.weight if s.image else 1.0 for s in sequences]
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(segments),
@@ -196,25 +192,26 @@ def _lay_out_at(
 
 @cache
 def cells_of(count: int) -> Tensor:
-    """Row and column of the codes of a square picture, int64 [count, 2]; made once, not to be written to."""
+    """Row and column of the codes of a square picture, int64 [count, 2]; cached, read-only."""
     numbers, side = torch.arange(count), math.isqrt(count)
     return torch.stack((numbers // side, numbers % side), 1)
 
 
 def _cells(sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], shape: tuple[int, int]) -> Tensor | None:
-    if all(sequence.codes is None for sequence in sequences):
+    if all(sequence.image is None for sequence in sequences):
         return None
     cells = torch.full((*shape, 2), -1)
     for sequence, (row, columns) in zip(sequences, places, strict=True):
-        if sequence.codes is not None:
-            cells[row, columns[sequence.codes.start : sequence.codes.stop]] = cells_of(len(sequence.codes))
+        if sequence.image is not None:
+            codes = sequence.image.codes
+            cells[row, columns[codes.start : codes.stop]] = cells_of(len(codes))
     return cells
 
 
 def _group_images(
     sequences: Items[Sequence], places: list[tuple[int, np.ndarray]], row_length: int
 ) -> Iterable[Images]:
-    """Pictures of one size together, each with the flat places of its patches."""
+    """Pictures grouped by size, each with the flat indices of its patches."""
     groups: dict[tuple[Any, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for sequence, (row, columns) in zip(sequences, places, strict=True):
         for picture in sequence.pictures:

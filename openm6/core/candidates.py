@@ -1,4 +1,4 @@
-"""A candidate: one picture that a model drew for a wish, as the SDK and the client give it."""
+"""A candidate: one picture generated for a prompt, as the SDK and the client return it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A drawn picture, the `number`-th of its wish, its codes int64 [side * side], and what the model thinks of it:
-    log-odds of relevance, fidelity and quality, and the score that ranks.
+    """A generated picture, the `number`-th for its prompt, its codes int64 [side * side], the model's `estimates`
+    (log-odds of relevance, fidelity and quality), and the score that ranks it.
 
-    `seed` draws this picture again, alone; `image.info["openm6"]` is JSON that says what else that takes. `uncertain`:
-    the model, which reads the picture, would hardly write what was asked for (where it can read; see rank.py).
+    `seed` generates this picture again, alone; `image.info["openm6"]` is JSON of the other settings that this takes.
+    `uncertain`: the model, which reads the picture, is unlikely to write the prompt (where it can read; see rank.py).
     """
 
     image: Image.Image
@@ -31,16 +31,16 @@ class Candidate:
 
 
 def candidates_of(candidates: Iterable[Mapping[str, Any]]) -> list[Candidate]:
-    """Candidates out of a server's JSON, with images in base64. Fields that only a newer server knows are ignored."""
+    """Candidates from a server's JSON, with images in base64. Fields of newer servers are ignored."""
     names = {field.name for field in fields(Candidate)}
     found = []
     for candidate in candidates:
-        told = {name: value for name, value in candidate.items() if name in names}
-        told |= {"image": image_of(told["image"]), "codes": np.asarray(told["codes"], np.int64)}
-        found.append(Candidate(**told))
+        values = {name: value for name, value in candidate.items() if name in names}
+        values |= {"image": image_of(values["image"]), "codes": np.asarray(values["codes"], np.int64)}
+        found.append(Candidate(**values))
     return found
 
 
 def image_of(text: str) -> Image.Image:
-    """A picture's file in base64 as RGB."""
+    """An RGB picture from its file in base64."""
     return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")

@@ -9,20 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from openm6.core.environment import peak_resident
 from openm6.core.errors import UsageError
+from openm6.core.extras import is_installed, require
 
 COUNTERS = ("intel_rapl", "intel_power_gadget", "windows_emi")
-"""Modes in which codecarbon reads a processor's own counters; in the others it goes by nominal power and load."""
+"""Modes in which codecarbon reads hardware counters of a processor; the other modes estimate from nominal power and
+load."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyUse:
-    """kWh and kg CO2e since the start; `measured` is the share of the energy that counters gave, the rest is estimated
-    from the processors' nominal power."""
+    """Energy (kWh) and emissions (kg CO2e) since the start. `measured` is the fraction of the energy from hardware
+    counters; the rest is estimated from the nominal power of the processors."""
 
     kwh: float = 0.0
     co2e_kg: float = 0.0
@@ -35,16 +38,24 @@ class EnergyUse:
 
 
 class EnergyMeter:
-    """codecarbon, offline, with its table of what a country's electricity emits (`country`: ISO code of three letters).
+    """Energy measured by codecarbon, offline, with its table of carbon intensities (`country`: ISO code of three
+    letters).
 
-    Processors count where codecarbon reads counters of theirs (RAPL, which may be there and closed to all but root),
-    GPUs by NVML; memory is always an estimate. `before`: what earlier pieces of the run took.
+    Processors are measured where codecarbon can read their counters (RAPL, which may be present and readable by root
+    only), GPUs by NVML; memory is always estimated. `before`: use of earlier parts of the run, None where one of them
+    was not measured.
+
+    Without codecarbon (extra monitor) nothing is measured, and `read` and `stop` return None.
     """
 
     def __init__(self, country: str = "CHN"):
+        self.before: EnergyUse | None = EnergyUse()
+        self._tracker: Any = None
+        if not is_installed("codecarbon"):
+            return
         from codecarbon import OfflineEmissionsTracker
 
-        carbon_intensity(country)  # codecarbon itself would only warn of a country that it does not know
+        carbon_intensity(country)  # codecarbon only warns of an unknown country
         logging.getLogger("codecarbon").disabled = True
         self._tracker = OfflineEmissionsTracker(
             country_iso_code=country,
@@ -54,17 +65,20 @@ class EnergyMeter:
             log_level="critical",
             allow_multiple_runs=True,
         )
-        self.before = EnergyUse()
         with _processor_known():
             self._tracker.start()
 
-    def read(self) -> EnergyUse:
-        return self._use(self._tracker.flush() or 0.0)
+    def read(self) -> EnergyUse | None:
+        """Energy since the start of the run."""
+        return self._use(self._tracker.flush()) if self._tracker else None
 
-    def stop(self) -> EnergyUse:
-        return self._use(self._tracker.stop() or 0.0)
+    def stop(self) -> EnergyUse | None:
+        """The same, for the last time."""
+        return self._use(self._tracker.stop()) if self._tracker else None
 
-    def _use(self, co2e_kg: float) -> EnergyUse:
+    def _use(self, co2e_kg: float | None) -> EnergyUse | None:
+        if self.before is None:
+            return None
         tracker = self._tracker
         kwh = float(tracker._total_energy.kWh)
         counted = 0.0
@@ -72,13 +86,13 @@ class EnergyMeter:
             counted += float(tracker._total_gpu_energy.kWh)
         if any(getattr(part, "_mode", None) in COUNTERS for part in tracker._hardware):
             counted += float(tracker._total_cpu_energy.kWh)
-        return self.before + EnergyUse(kwh, float(co2e_kg), counted / kwh if kwh else 0.0)
+        return self.before + EnergyUse(kwh, co2e_kg or 0.0, counted / kwh if kwh else 0.0)
 
 
 @contextmanager
 def _processor_known() -> Iterator[None]:
-    """codecarbon asks py-cpuinfo for the processor's name alone, which measures the clock for one or two seconds to
-    tell; Linux has it in a file."""
+    """Give codecarbon the processor's name from /proc/cpuinfo. It asks py-cpuinfo, which measures the clock for one or
+    two seconds."""
     import cpuinfo
 
     try:
@@ -98,7 +112,9 @@ def _processor_known() -> Iterator[None]:
 
 
 def carbon_intensity(country: str) -> float:
-    """kg CO2e a kWh of a country's electricity (ISO code of three letters), by codecarbon's table."""
+    """Carbon intensity of a country's electricity (ISO code of three letters) in kg CO2e per kWh, by codecarbon's
+    table."""
+    require("monitor", "codecarbon")
     table = json.loads(
         resources.files("codecarbon").joinpath("data/private_infra/global_energy_mix.json").read_text("utf-8")
     )
@@ -108,8 +124,8 @@ def carbon_intensity(country: str) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most since this was last asked: of the GPU's allocator, or else resident
-    (where the system lets nobody begin anew, since its start)."""
+    """Peak memory of this process in bytes since the last call: of the GPU's allocator, else resident (since the start
+    of the process where the system cannot reset the peak)."""
     if torch.cuda.is_available():
         most = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()

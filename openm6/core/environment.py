@@ -1,35 +1,35 @@
-"""Environment variables that OpenM6 reads, and what it reads of the machine."""
+"""Environment variables of OpenM6, and facts about the machine."""
 
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 EXTENSIONS = "OPENM6_EXTENSION"
-"""Python files of the user's own, run first (openm6/tasks/extend.py), with the system's path separator between."""
+"""Python files of the user, run first (openm6/tasks/extend.py), separated by the system's path separator."""
 
 CACHE = "OPENM6_CACHE"
-"""Folder of generated and converted data; else ~/.cache/openm6."""
+"""Folder of generated and converted data; by default ~/.cache/openm6."""
 
 NO_CACHE = "OPENM6_NO_CACHE"
-"""When it is set, files are read anew and their records are kept only until the program ends."""
+"""If set, files are read again and their records kept only until the program ends."""
 
 HOME = "OPENM6_HOME"
-"""Folder of jobs; else ~/.local/share/openm6."""
+"""Folder of jobs; by default ~/.local/share/openm6."""
 
 CATALOGUE = "OPENM6_CATALOGUE"
-"""Database of the catalogue; else catalogue.db in OPENM6_HOME."""
+"""Database of the catalogue; by default catalogue.db in OPENM6_HOME."""
 
 ARTIFACTS = "OPENM6_ARTIFACTS"
-"""Where the catalogue keeps files; else artifacts in OPENM6_HOME."""
+"""Folder of the catalogue's files; by default artifacts in OPENM6_HOME."""
 
 
 def peak_resident() -> int:
-    """Bytes of memory that this process has held at most since this was last asked (where the system lets nobody begin
-    anew, since its start)."""
+    """Peak resident memory of this process in bytes since the last call (since its start where the system cannot reset
+    the peak)."""
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with suppress(OSError, StopIteration):  # Linux, where the above counts what the process was forked from too
+    with suppress(OSError, StopIteration):  # Linux, where ru_maxrss includes the parent process
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
         most = 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,9 +1,8 @@
-"""Files and directories that appear whole or not at all (after a kill or on a full disk too), and JSON lines.
+"""Atomic writes of files and directories (after a kill or on a full disk too), and JSON lines.
 
-Only a newline ends a line of JSON lines or of server-sent events. `str.splitlines`, and clients that read lines by it
-(httpx), end one at U+0085, U+2028 and U+2029 too, which JSON leaves in a text as they are: what is written escapes
-them, and what is read is split at newlines alone.
-"""
+Only a newline ends a line of JSON lines or of server-sent events. `str.splitlines`, and clients that use it (httpx),
+also end one at U+0085, U+2028 and U+2029, which JSON leaves as they are in a text: the writer escapes them, and the
+reader splits at newlines alone."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a directory that appears at `target` complete, or not at all.
 
-    Raises OpenM6Error when the disk is full or not writable; what stood at `target` before stays.
-    """
+    Raises OpenM6Error when the disk is full or not writable; previous content of `target` then stays."""
     from safetensors import SafetensorError
 
     draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -46,7 +44,7 @@ def write_whole(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(target: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file that takes the place of `target` complete, or not at all."""
+    """Let `fill` write a file that replaces `target` complete, or not at all."""
     draft = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         fill(draft)
@@ -59,23 +57,23 @@ def write_file(target: Path, fill: Callable[[Path], object]) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """As `write_file`, in UTF-8."""
+    """Write a text like `write_file`, in UTF-8."""
     write_file(target, lambda draft: draft.write_text(text, "utf-8"))
 
 
 def write_json(target: Path, value: Any) -> None:
-    """As `write_file`, for people to read."""
+    """Write indented JSON like `write_file`."""
     write_text(target, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def sync(file: IO[Any]) -> None:
-    """Flush what was appended to an open file to the disk, for lines that a later start relies on."""
+    """Flush an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off the end of a file of lines that a kill has left without its newline, so that more can be appended."""
+    """Remove an incomplete last line, without its newline, from a file of lines, so that more can be appended."""
     if path.is_file():
         whole = path.read_bytes().rfind(b"\n") + 1
         if whole < path.stat().st_size:
@@ -83,10 +81,10 @@ def cut_torn_line(path: Path) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[Any]:
-    """The values of a file of JSON lines that is appended to; a last line without its newline is left out: it is being
-    written, or a kill has torn it. A missing file is empty.
+    """The values of a file of JSON lines that is appended to, without an incomplete last line, which is being written
+    or was interrupted. A missing file is empty.
 
-    Raises DataError for any other line that is no JSON."""
+    Raises DataError for any other line that is not JSON."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
@@ -102,12 +100,11 @@ def whole_lines(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def lock_output(target: Path) -> Iterator[None]:
-    """Keep other processes from writing the same file or directory, by a lock on a file beside it. The system frees the
-    lock when the process ends, however it ends.
+    """Lock a file or directory against other processes, by a lock on a file beside it. The system frees the lock when
+    the process ends.
 
-    Raises UsageError where another process holds it, OpenM6Error where the place is not writable.
-    """
-    import fcntl  # Unix alone has it
+    Raises UsageError where another process holds it, OpenM6Error where the place is not writable."""
+    import fcntl  # Unix only
 
     target = target.resolve()
     path = target.with_name(f".{target.name}.lock")
@@ -136,15 +133,16 @@ def lock_output(target: Path) -> Iterator[None]:
 
 
 def require_new(target: Path) -> None:
-    """Refuse, before any work, to write over something, or where nothing can be written."""
+    """Refuse, before any work, a target that exists or cannot be written."""
     if target.exists():
         raise UsageError(f"{target} exists already: name another directory.")
     require_writable(target)
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse, before any work, a folder in which no file can be made; one that is not there yet is looked for above.
-    A file is tried, because neither permissions nor a mount that is read-only tell all of it."""
+    """Refuse, before any work, a folder in which no file can be created; of a folder that does not exist yet, its
+    nearest existing parent is checked. A file is created as a trial, because neither permissions nor a read-only mount
+    tell for sure."""
     place = folder.absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -156,7 +154,7 @@ def require_writable(folder: Path) -> None:
 
 
 def publish(draft: Path, target: Path) -> None:
-    """Put a complete directory where it belongs, in the place of an older one, after it is on the disk."""
+    """Move a complete directory to its place, instead of an older one, after it is on the disk."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         _flush(draft)
@@ -202,21 +200,21 @@ _BYTES = "__base64__"
 
 
 def dumps(value: Any, default: Callable[[Any], Any] | None = None, allow_nan: bool = True) -> str:
-    """A value on one line, without its end; `default` (such as `plain`) for what JSON does not know. Raises ValueError
-    for NaN and Infinity where they are not allowed."""
+    """A value as JSON on one line, without the newline; `default` (such as `plain`) converts other types. Raises
+    ValueError for NaN and Infinity where they are not allowed."""
     return json.dumps(value, ensure_ascii=False, default=default, allow_nan=allow_nan).translate(_ENDS)
 
 
 def plain(value: Any) -> Any:
-    """For JSON: bytes as base64 in an object of their own, which `loads` opens; numpy's values as numbers and lists;
-    anything else, dates above all, as text."""
+    """Convert a value for JSON: bytes to an object with base64, which `loads` decodes; numpy values to numbers and
+    lists; anything else, such as dates, to text."""
     if isinstance(value, bytes):
         return {_BYTES: base64.b64encode(value).decode()}
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def loads(text: str | bytes) -> Any:
-    """What was written with `plain`, bytes as bytes again."""
+    """Read JSON that was written with `plain`, with bytes decoded."""
     held = _BYTES in text if isinstance(text, str) else _BYTES.encode() in text
     return json.loads(text, object_hook=_opened if held else None)  # a hook is slow
 
@@ -226,32 +224,32 @@ def _opened(value: dict[str, Any]) -> Any:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines that are not empty."""
+    """Non-empty lines."""
     return [line for line in text.split("\n") if line.strip()]
 
 
 DEPTH = 100
-"""Levels of lists and objects inside each other that are read at most."""
+"""Maximum nesting of lists and objects."""
 
 _DEEP = f"nests more than {DEPTH} levels"
-_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S)  # a text that does not end is one too
+_MARK = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.S)  # an unterminated text is one too
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A value that `parse` could not take, in its place."""
+    """The place of a value that `parse` could not accept."""
 
     reason: str
 
 
 def parse(text: str) -> Any:
-    """A JSON value from outside; a number, constant or object that cannot be used is a Fault, which `fault_of` finds.
+    """Parse JSON from outside; a number, constant or object that cannot be used becomes a Fault, which `fault_of`
+    finds.
 
-    Of a list, an element that nests too deeply is a Fault too. Raises json.JSONDecodeError where it is not JSON,
-    ValueError where anything else nests too deeply.
-    """
+    An element of a list that nests too deeply becomes a Fault too. Raises json.JSONDecodeError for invalid JSON,
+    ValueError where anything else nests too deeply."""
     try:
         return _read_json(text)
     except RecursionError:
@@ -269,7 +267,7 @@ def parse(text: str) -> Any:
 
 
 def has_more_values(text: str, most: int) -> bool:
-    """Whether JSON holds more values than `most`, as far as commas and brackets tell; it is not read for that."""
+    """Whether JSON holds more values than `most`, estimated from its commas and brackets without parsing."""
     if sum(map(text.count, ",[{")) <= most:
         return False
     marks = (mark for mark in _MARK.finditer(text) if mark[0] in (",", "[", "{"))
@@ -281,7 +279,7 @@ def _read_json(text: str) -> Any:
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
-    """Where the elements of a list begin and end, without recursion, whatever is inside of them."""
+    """Start and end of the elements of a list, without recursion."""
     depth = start = end = 0
     for mark in _MARK.finditer(text):
         if mark[0] in ("]", "}", ",") and depth == 1:
@@ -300,11 +298,10 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
 
 
 def fault_of(value: Any) -> str | None:
-    """Why a parsed value cannot be used, as a verb with its object; None where it can.
+    """The reason why a parsed value cannot be used, as a verb with its object; None where it can.
 
-    Half characters (lone surrogates) in texts or keys, numbers that are too large, NaN and Infinity, a key that is
-    named twice, more than 100 levels.
-    """
+    Reasons are lone surrogates in texts or keys, numbers that are too large, NaN and Infinity, a duplicate key, more
+    than 100 levels."""
     rest = [(value, 0)]
     while rest:
         one, depth = rest.pop()

@@ -1,8 +1,7 @@
-"""Pictures from the outside world: opened with limits, brought to the size that the model reads.
+"""Pictures from outside: opened with limits, scaled to the size that the model reads.
 
-A picture is refused by its header, before its pixels are decoded, when it is larger than the limits below
-(a 50,000 x 50,000 PNG of a few kilobytes would otherwise fill the memory).
-"""
+A picture larger than the limits below is refused by its header, before its pixels are decoded (a 50,000 x 50,000 PNG of
+a few kilobytes would otherwise fill the memory)."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ MAX_BYTES = 32 * 2**20
 MAX_PIXELS = 50_000_000
 
 Source = str | Path | bytes | np.ndarray | Image.Image
-"""What may stand for a picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], a PIL image."""
+"""A picture: a path, the bytes of a file, an array [H, W, 3] or [H, W], or a PIL image."""
 
 
 PICTURES = (
@@ -36,25 +35,24 @@ PICTURES = (
     ".vst", ".ico", ".cur", ".icns", ".pcx", ".dds", ".psd", ".qoi", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".xbm",
     ".xpm",
 )  # fmt: skip
-"""Endings of the picture files that are read, in lower case."""
+"""File name suffixes of pictures, in lower case."""
 
 _FORMATS = (
     "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "DIB", "TGA", "ICO", "CUR", "ICNS", "PCX",
     "DDS", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM",
 )  # fmt: skip
-"""Pillow's formats of pictures. EPS is left out: Pillow runs Ghostscript, and so the file's own program, for it."""
+"""Pillow's picture formats. EPS is left out: Pillow runs Ghostscript, and so the file's own program, for it."""
 
 
 def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool = False) -> Image.Image:
     """Open and decode a picture as RGB, turned upright by its EXIF orientation.
 
-    Transparent pixels lie on white; with `alpha` they stay transparent, and greys stay greys: the mode is L, LA, RGB or
-    RGBA. Grey values of 16 bits are scaled by their full range (65535 is white). Values of 32 bits have no agreed
-    white: whole numbers from 0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the
-    picture's smallest value (black) to its largest (white).
-    `draft` lets the JPEG decoder stop at the nearest size not below (width, height): six times faster.
-    Raises DataError, in one sentence, for a missing, truncated, unknown or too large picture.
-    """
+    Transparent pixels are laid on white; with `alpha` they stay transparent, and greys stay greys: the mode is L, LA,
+    RGB or RGBA. Grey values of 16 bits are scaled by their full range (65535 is white). Values of 32 bits have no
+    agreed white: integers from 0 to 255 and fractions from 0 to 1 are taken as such, all others are scaled from the
+    picture's smallest value (black) to its largest (white). `draft` lets the JPEG decoder stop at the nearest size not
+    below (width, height): six times faster. Raises DataError, in one sentence, for a missing, truncated, unknown or too
+    large picture."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3):
             raise DataError(f"A picture array has to be uint8 [H, W] or [H, W, 3], not {source.dtype} {source.shape}.")
@@ -69,7 +67,7 @@ def open_image(source: Source, draft: tuple[int, int] | None = None, alpha: bool
     size = len(source) if isinstance(source, bytes) else _size(Path(source), name)
     if size > MAX_BYTES:
         raise DataError(f"{name} has {size / 2**20:.0f} MiB; at most {MAX_BYTES / 2**20:.0f} MiB are read.")
-    Image.preinit()  # the usual formats alone: the others are imported when one of them is met
+    Image.preinit()  # the usual formats; others are imported when needed
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except UnidentifiedImageError:
@@ -93,20 +91,20 @@ def _decode(image: Image.Image, name: str, draft: tuple[int, int] | None, alpha:
             image.draft("RGB", draft)
         image.load()
         upright = _eight_bits(ImageOps.exif_transpose(image), image.format)
-        upright.info.pop(ORIGIN, None)  # what is made of this picture is another one
+        upright.info.pop(ORIGIN, None)  # pictures derived from it are others
         is_clear = upright.has_transparency_data
         if alpha:
             found = upright.convert(("L" if upright.mode in ("1", "L", "LA", "La") else "RGB") + "A" * is_clear)
             if upright.mode == "CMYK":
-                found.info.pop("icc_profile", None)  # it is of the inks
+                found.info.pop("icc_profile", None)  # the profile is for CMYK
             return found
         if is_clear:
             clear = upright.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
         return upright.convert("RGB")
     except Exception:
-        # Decoders raise what they like at damaged files (struct.error, IndexError ...); their texts can hold addresses
-        # and paths and are not passed on.
+        # Decoders raise any exception at damaged files (struct.error, IndexError ...); messages can hold addresses
+        # and paths and are not shown.
         raise DataError(f"{name} is truncated or damaged.") from None
 
 
@@ -128,13 +126,13 @@ def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
         low, high = 0.0, 1.0 if image.mode == "F" else 255.0
     grey = Image.fromarray(((values - low) * 255 / (high - low or 1)).round().astype(np.uint8))
     clear = image.info.get("transparency")
-    if isinstance(clear, int):  # the one value that is transparent, in the file's own range
+    if isinstance(clear, int):  # the one transparent value, in the file's own range
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
 
 
 def sketch(source: Source, size: int) -> Image.Image:
-    """The middle square of a picture as lines, black on white: where its colours change most."""
+    """An edge drawing of the middle square of a picture, black on white."""
     smooth = Image.fromarray(read_square(source, size)).filter(ImageFilter.GaussianBlur(size / 50))
     red, green, blue = smooth.filter(ImageFilter.FIND_EDGES).split()
     edges = ImageChops.lighter(ImageChops.lighter(red, green), blue)
@@ -154,11 +152,10 @@ def _size(path: Path, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ImageGrid:
-    """How a picture becomes patches: `stride` pixels a patch side, at most `max_patches` patches.
+    """Grid of a picture's patches: patches of `stride` pixels a side, at most `max_patches`.
 
-    Every picture, small or large, is scaled to fill the budget, with the sides (multiples of `stride`)
-    that come closest to its aspect ratio.
-    """
+    Every picture is scaled to fill the budget, with the sides (multiples of `stride`) that come closest to its aspect
+    ratio."""
 
     stride: int
     max_patches: int
@@ -168,7 +165,7 @@ class ImageGrid:
         scale = math.sqrt(self.max_patches * self.stride**2 / (width * height))
         rows = max(1, min(self.max_patches, round(height * scale / self.stride)))
         columns = max(1, min(self.max_patches, round(width * scale / self.stride)))
-        while rows * columns > self.max_patches:  # rounding went up on both sides
+        while rows * columns > self.max_patches:  # both sides were rounded up
             if rows / height > columns / width:
                 rows -= 1
             else:
@@ -187,7 +184,7 @@ class ImageGrid:
 
 
 def read_square(source: Source, size: int) -> np.ndarray:
-    """The middle of a picture, as large as it goes, scaled to uint8 [size, size, 3]."""
+    """The largest middle square of a picture, scaled to uint8 [size, size, 3]."""
     image = open_image(source, draft=(size, size))
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -195,13 +192,13 @@ def read_square(source: Source, size: int) -> np.ndarray:
 
 
 def check_features(pixels: np.ndarray, width: int) -> None:
-    """Raises DataError where features stand in the place of pixels, of another width than the model's."""
+    """Raises DataError for features, in the place of pixels, whose width is not the model's."""
     if pixels.dtype == np.float32 and pixels.shape[2] != width:
         raise DataError(f"Features of a picture have {pixels.shape[2]} numbers a patch, not {width}.")
 
 
 def as_file(picture: Source) -> bytes:
-    """The bytes of a picture's file; of what is none a PNG. Raises DataError for a path where nothing can be read."""
+    """The bytes of a picture's file: those given, else a PNG. Raises DataError for a path that cannot be read."""
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, (str, Path)):
@@ -216,14 +213,13 @@ _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(;base6
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\r\n-]+={0,2}\s*")
 _URL_SAFE = str.maketrans("-_", "+/")
 _SHORTEST = 40
-"""Characters of a picture's file in base64 at least; shorter texts, such as paths, are not taken for one unless they
-are padded as base64 is."""
+"""Minimum length of a picture's file in base64; shorter texts, such as paths, are taken for one only with the padding
+of base64."""
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of a picture's file out of a data URL (in base64 or percent-encoded, of any type: the bytes tell what
-    they are), or out of base64 alone. Raises DataError for what is neither.
-    """
+    """The bytes of a picture's file from a data URL (base64 or percent-encoded, of any type: the format follows from
+    the bytes) or from bare base64. Raises DataError for anything else."""
     text = text.strip()
     head = _DATA_URL.match(text)
     content = text[head.end() :] if head else text
@@ -240,8 +236,8 @@ def from_base64(text: str) -> bytes:
 
 
 def decode_base64(text: str, unpadded: bool = False) -> bytes:
-    """Bytes out of base64: also the URL-safe kind, in lines, and without padding where the text is long or `unpadded`
-    allows it. Raises ValueError for what is none."""
+    """Bytes from base64: also URL-safe, with line breaks, and without padding where the text is long or `unpadded`
+    allows it. Raises ValueError for anything else."""
     code = "".join(text.split()).translate(_URL_SAFE)
     if unpadded or len(code) >= _SHORTEST:
         code = code.rstrip("=")
@@ -250,10 +246,9 @@ def decode_base64(text: str, unpadded: bool = False) -> bytes:
 
 
 def held_picture(text: str) -> bytes | None:
-    """The picture's file that a text holds: as a data URL, or as base64 of a file that begins as a picture does.
+    """The bytes of the picture that a text holds, as a data URL or as base64 of a file that begins like a picture.
 
-    None for any other text, such as a path.
-    """
+    None for any other text, such as a path."""
     if len(text) < _SHORTEST or not (_DATA_URL.match(text) or _BASE64.fullmatch(text)):
         return None
     try:
@@ -266,23 +261,23 @@ def held_picture(text: str) -> bytes | None:
 
 
 ORIGIN = "openm6"
-"""In the `info` of a picture that was drawn: what it was made of, as JSON; a text of that name in its PNG file."""
+"""Key in the `info` of a generated picture: JSON of how it was made; its PNG file has a text of this name."""
 
 
 UNCERTAIN = (
     "The model does not find in the best picture what was asked for: the wish may lie outside of what it was trained "
     "on, or contradict itself."
 )
-"""What is said to people of a drawing whose best picture is uncertain (candidates.Candidate)."""
+"""Message about a result whose best picture is uncertain (candidates.Candidate)."""
 
 
 def seed_of_drawn(image: Image.Image) -> int:
-    """The seed of a picture that was drawn, out of its ORIGIN."""
+    """The seed of a generated picture, from its ORIGIN."""
     return int(loads(image.info[ORIGIN])["options"]["seed"])
 
 
 def save(image: Image.Image, target: Path | io.BytesIO, format: str | None = None) -> None:
-    """Write a picture in a format, else in that of its file's name; a PNG with its ORIGIN."""
+    """Write a picture in the given format or that of its file name; a PNG with its ORIGIN."""
     told = PngInfo()
     if ORIGIN in image.info:
         told.add_itxt(ORIGIN, image.info[ORIGIN])
@@ -298,10 +293,10 @@ def png(image: Image.Image) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a model sees of a picture, in the place of the picture: features of its patches, row by row, fp16.
+    """Image features in the place of a picture: features of its patches, row by row, fp16.
 
-    `eyes` says by which weights they were made (model/files.py): only a model with the same ones can read them.
-    """
+    `eyes` is the id of the image encoder that made them (model/files.py): only a model with the same encoder reads
+    them."""
 
     data: bytes
     rows: int
@@ -310,10 +305,10 @@ class Features:
 
     @classmethod
     def of(cls, value: Any) -> Features | None:
-        """Out of a mapping, as requests and records have them, `features` as bytes or base64; None: it is none.
+        """The features of a mapping, as requests and records hold them, with `features` as bytes or base64; None for
+        any other value.
 
-        Raises DataError for one that does not fit.
-        """
+        Raises DataError for features of a wrong size."""
         if isinstance(value, Features) or not isinstance(value, Mapping) or "features" not in value:
             return value if isinstance(value, Features) else None
         data, rows, columns = value["features"], value.get("rows"), value.get("columns")
@@ -336,5 +331,5 @@ class Features:
         return {"features": self.data, "rows": self.rows, "columns": self.columns, "eyes": self.eyes}
 
     def array(self) -> np.ndarray:
-        """fp32 [rows, columns, D]."""
+        """The features as fp32 [rows, columns, D]."""
         return np.frombuffer(self.data, np.float16).reshape(self.rows, self.columns, -1).astype(np.float32)

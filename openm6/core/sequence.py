@@ -1,7 +1,7 @@
 """Sequence: one example, as the network reads it. T positions.
 
-Nothing here, nor in the tasks that make sequences, needs PyTorch. Laid out for the network they are a Batch
-(batch.py).
+Neither this module nor the tasks that make sequences need PyTorch. A Batch (batch.py) lays sequences out for the
+network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Picture:
 
 
 class Banned(tuple[int, ...]):
-    """Ids that may not follow; all others may. `instead`: of some of them the id that takes their probability."""
+    """Ids that may not follow; all others may. `instead` maps some of them to the id that takes their probability."""
 
     instead: Mapping[int, int]
 
@@ -41,9 +41,53 @@ class Banned(tuple[int, ...]):
 
 
 class Constraint(Protocol):
-    """Which ids may follow the ids generated so far (a trie over labels, say), or, as `Banned`, which may not."""
+    """The ids allowed after those generated so far (a trie over labels, say), or the forbidden ones, as `Banned`."""
 
     def next(self, prefix: Items[int]) -> Items[int]: ...
+
+
+@dataclass(slots=True)
+class TextTarget:
+    """The answer to a prompt is text; `constraint` restricts the ids that may be generated, None does not."""
+
+    constraint: Constraint | None = None
+
+
+@dataclass(slots=True)
+class ImageTarget:
+    """The answer is a picture, whose codes stand at the positions `codes`; `weight` of each label in the loss."""
+
+    codes: range
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class SketchTarget:
+    """The answer is written by edits of a sketch, taken from the source text at the positions `source`."""
+
+    source: range
+
+
+@dataclass(slots=True)
+class HeadTarget:
+    """The answer is the `values` that the head of this name has to give."""
+
+    head: str
+    values: list[float]
+
+
+@dataclass(slots=True)
+class ContrastTarget:
+    """The vector at the last position is to be near to that of `positive` and far from those of `negatives`.
+
+    Pairs of one `group` are not negatives of each other; "" is no group."""
+
+    positive: Sequence
+    negatives: list[Sequence]
+    group: str = ""
+
+
+Target = TextTarget | ImageTarget | SketchTarget | HeadTarget | ContrastTarget
 
 
 @dataclass(slots=True)
@@ -55,14 +99,8 @@ class Sequence:
     labels  int32 [T]   the token that the output AT this position has to predict, or IGNORE
     pictures            in the order of their patches
     task, origin        names of the task and of the data source, for the losses by task and by source
-    codes               the places of a drawn picture's codes, if there is one
-    weight              of each of its labels in the loss
-    constraint          of a prompt: what may be written after it
-    partner             what has to get a near vector (its own last position's), and `negatives`, which must not
-    head, values        of an example that a head answers: which, and the numbers that it has to give
-    sketch              of a prompt that is answered by a sketch and edits: the places of what is sketched from
-    cut                 tokens of the source and the target that were left out, because the example was too long
-    group               pairs of one group are not negatives of each other; "" is none
+    cut                 number of tokens of source and target that were left out because the example was too long
+    target              what the kind of its answer needs besides labels; None: nothing
     """
 
     ids: np.ndarray
@@ -71,23 +109,25 @@ class Sequence:
     pictures: list[Picture] = field(default_factory=list)
     task: str = ""
     origin: str = ""
-    codes: range | None = None
-    weight: float = 1.0
-    constraint: Constraint | None = None
-    partner: Sequence | None = None
-    negatives: list[Sequence] = field(default_factory=list)
-    group: str = ""
-    sketch: range | None = None
-    head: str = ""
-    values: list[float] = field(default_factory=list)
     cut: int = 0
+    target: Target | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def image(self) -> ImageTarget | None:
+        """The target of an example whose answer is a picture."""
+        return self.target if isinstance(self.target, ImageTarget) else None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The restriction of a text that is generated after this prompt."""
+        return self.target.constraint if isinstance(self.target, TextTarget) else None
+
 
 def allowed_after(prompt: Sequence, prefix: list[int], end_id: int) -> Items[int] | None:
-    """What its constraint lets follow; None: anything. The end where nothing may."""
+    """The ids that the prompt's constraint allows after `prefix`; None: any. Where it allows none, the end."""
     if prompt.constraint is None:
         return None
     found = prompt.constraint.next(prefix)

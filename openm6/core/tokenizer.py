@@ -1,20 +1,19 @@
 """Text to token ids and back, with the special tokens of OpenM6 and a range of ids for image codes.
 
     ids 0 .. n-1                    tokens of the text vocabulary and the special tokens
-    ids n .. n + num_codes - 1      image codes; they have no text, and the tokenizer files do not list them
+    ids n .. n + num_codes - 1      image codes; they have no text and are not in the tokenizer's files
 
-A tokenizer that is trained here reads and writes all of Unicode without loss (lone surrogates are no Unicode
-text). A wrapped one is as lossless as it was: Qwen's, for example, brings text to the form NFC.
-"""
+A tokenizer that is trained here reads and writes all of Unicode without loss (lone surrogates are not Unicode text). A
+wrapped one keeps its own normalization: Qwen's, for example, brings text to the form NFC."""
 
 from __future__ import annotations
 
 import json
 import re
 from codecs import getincrementaldecoder
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
+from importlib import resources
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,14 @@ SPECIAL = (
     "<|pad|>", "<|answer|>", "<|end|>", "<|image|>", "<|patch|>", "<|/image|>", "<|mask|>",
     "<|table|>", "<|/table|>", "<|row|>", "<|cell|>", *(f"<|reserved_{k}|>" for k in range(13)),
 )  # fmt: skip
-"""In the order of their ids. The reserved ones keep old models usable when later versions need a token: the first five
-are what a drawn picture is judged by (`estimate_ids`) and the two verdicts."""
+"""Special tokens in the order of their ids. Reserved tokens keep old models usable when later versions need one: the
+first five are the questions about a generated picture (`estimate_ids`) and the two verdicts."""
 
 HALF = "\ufffd"
-"""What half a character reads as in `Tokenizer.decode_torn`."""
+"""An incomplete character in the text of `Tokenizer.decode_torn`."""
 
 LONG = 4096
-"""Characters from which a text is cut into tokens outside of the interpreter's lock: other threads go on meanwhile."""
+"""Length in characters from which a text is tokenized without holding the interpreter's lock."""
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -42,17 +41,17 @@ _SHOWN = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTE_LEVEL = {chr(byte): byte for byte in _SHOWN} | {
     chr(256 + number): byte for number, byte in enumerate(byte for byte in range(256) if byte not in _SHOWN)
 }
-"""The characters that stand for bytes in the names of byte-level vocabularies (GPT-2's table)."""
+"""Characters that stand for bytes in byte-level vocabularies (GPT-2's table)."""
 
 
 class Tokenizer:
     """A fast tokenizer (`tokenizers.Tokenizer`) whose vocabulary has our special tokens.
 
-    vocab_size      all ids, those of the image codes too: the number of the model's embedding rows
+    vocab_size      number of all ids, with those of image codes: rows of the model's embedding
     code_start      id of the first of `num_codes` image codes
-    estimate_ids    of the tokens that ask for a picture's relevance, fidelity and quality; answered by yes_id or no_id
-    class_ids       256 ids that stand for numbers where a position is asked for one (of the bytes, if it has them)
-    first_new_id    the lowest of our special tokens' ids: a wrapped vocabulary keeps all ids below it
+    estimate_ids    ids of the tokens that ask for a picture's relevance, fidelity and quality; answer: yes_id or no_id
+    class_ids       256 ids that stand for numbers where a position answers with one (of the bytes, if present)
+    first_new_id    lowest id of our special tokens: a wrapped vocabulary keeps all ids below it
     """
 
     def __init__(self, fast: tokenizers.Tokenizer, num_codes: int = 0):
@@ -63,7 +62,7 @@ class Tokenizer:
         if missing:
             raise UsageError(f"This tokenizer has no token {missing[0]}: Tokenizer.wrap adds the tokens of OpenM6.")
         ids = [known[token] for token in SPECIAL]
-        # A special token that a user writes into a text is text.
+        # A special token in a user's text is text.
         fast.encode_special_tokens = True
         fast.no_padding()
         fast.no_truncation()
@@ -81,11 +80,11 @@ class Tokenizer:
         self.vocab_size = self.code_start + num_codes
 
     def is_like(self, other: Tokenizer) -> bool:
-        """Whether both make the same ids of every text."""
+        """Whether both give the same ids for every text."""
         return self.num_codes == other.num_codes and self._fast.to_str() == other._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; never those of a special token. Raises DataError for a lone surrogate."""
+        """The ids of a text, never those of a special token. Raises DataError for a lone surrogate."""
         try:
             if len(text) > LONG:
                 return list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
@@ -95,16 +94,16 @@ class Tokenizer:
         return ids
 
     def encode_often(self, text: str) -> tuple[int, ...]:
-        """`encode`, remembered: for the few texts that come again and again (instructions, labels)."""
+        """`encode` with a cache, for the few texts that recur (instructions, labels)."""
         ids = self._plain.get(text)
         if ids is None:
-            if len(self._plain) > 2**16:  # somebody's labels are no closed set
+            if len(self._plain) > 2**16:  # labels of an open set
                 self._plain.clear()
             ids = self._plain[text] = tuple(self.encode(text))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; special tokens, image codes, and bytes that are no whole character have none."""
+        """The text of ids, without special tokens, image codes, and bytes of incomplete characters."""
         text = self.decode_torn(ids)
         if HALF not in text:
             return text
@@ -126,14 +125,14 @@ class Tokenizer:
         return text.replace(HALF, "") if torn else text
 
     def decode_torn(self, ids: Sequence[int]) -> str:
-        """As `decode`, but half a character reads as U+FFFD."""
+        """`decode` with incomplete characters as U+FFFD."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
     @cached_property
     def parts(self) -> dict[int, bytes]:
-        """The bytes of every token that stands for bytes: `<0x41>`, and in a byte-level vocabulary what begins or ends
-        within a character."""
+        """The bytes of every token that stands for bytes: `<0x41>`, and in a byte-level vocabulary tokens that begin or
+        end within a character."""
         found = {}
         for token, (name, text) in self._each.items():
             if re.fullmatch("<0x[0-9A-F]{2}>", name):
@@ -144,12 +143,12 @@ class Tokenizer:
 
     @cached_property
     def damaged(self) -> frozenset[int]:
-        """The tokens of whole characters whose text has U+FFFD: a vocabulary learned from damaged texts has one."""
+        """Tokens of whole characters whose text has U+FFFD: a vocabulary trained on damaged texts has them."""
         return frozenset(token for token, (_, text) in self._each.items() if HALF in text and token not in self.parts)
 
     @cached_property
     def _each(self) -> dict[int, tuple[str, str]]:
-        """The name of every token, and the text that it has alone."""
+        """Name and text of every token."""
         names = {token: name for name, token in self._fast.get_vocab(with_added_tokens=True).items()}
         ids = sorted(names)
         texts = self._fast.decode_batch([[i] for i in ids], skip_special_tokens=True)
@@ -161,7 +160,7 @@ class Tokenizer:
         return frozenset(token for token, one in self._fast.get_added_tokens_decoder().items() if one.special)
 
     def begun(self, ids: Sequence[int]) -> bytes:
-        """The bytes at the end of these ids that begin a character and do not end it; b"" mostly."""
+        """The bytes at the end of `ids` that begin a character without completing it; b"" if there are none."""
         said = (token for token in reversed(ids) if token < self.code_start and token not in self._textless)
         run = list(islice(takewhile(self.parts.__contains__, said), 4))  # a character has four bytes at most
         if not run:
@@ -171,14 +170,14 @@ class Tokenizer:
         return bytes(decoder.getstate()[0])
 
     def is_part(self, token: int) -> bool:
-        """Whether this id is no text by itself: a single byte, or a token that stands for none."""
+        """Whether this id has no text by itself: a single byte, or a token without one."""
         name = self._fast.id_to_token(token) or ""
         return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
 
     # Files
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens too."""
+        """Write tokenizer.json and tokenizer_config.json, readable by transformers' AutoTokenizer."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self._fast.to_str(pretty=False), "utf-8")
@@ -195,7 +194,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Open what `save` wrote. Raises UsageError where there is no such tokenizer."""
+        """Open a tokenizer written by `save`. Raises UsageError where there is none."""
         directory = Path(directory)
         fast = _open(directory)
         config = directory / "tokenizer_config.json"
@@ -223,12 +222,11 @@ class Tokenizer:
         alphabet: Iterable[str] = (),
         max_token_length: int = 8,
     ) -> Tokenizer:
-        """Learn a BPE of at most `vocab_size` tokens from texts, the characters of `alphabet` among them.
+        """Train a BPE of at most `vocab_size` tokens on texts, with all characters of `alphabet`.
 
-        It merges characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1 merges
-        none, as in M6, whose tokens are Chinese characters); a character it has not got is written as its UTF-8
-        bytes. Raises UsageError when `vocab_size` cannot hold the alphabet.
-        """
+        Merges are of characters (never over punctuation, blanks or digits, at most `max_token_length` together; 1
+        merges none, as in M6, whose tokens are Chinese characters); an unknown character is encoded as its UTF-8 bytes.
+        Raises UsageError when `vocab_size` cannot hold the alphabet."""
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
         alphabet = sorted(set(alphabet))
@@ -248,14 +246,14 @@ class Tokenizer:
             special_tokens=[*SPECIAL, *_BYTES],
             initial_alphabet=alphabet,
             limit_alphabet=room,
-            max_token_length=max_token_length + 1,  # the library means: shorter than this, but pairs always
+            max_token_length=max_token_length + 1,  # the library's limit is exclusive, and pairs are always merged
             show_progress=False,
         )
         fast.train_from_iterator(texts, trainer)
-        # The trainer knows the bytes as special tokens only, and decoding would leave those out.
+        # The trainer takes the bytes as special tokens, which decoding would leave out.
         content = json.loads(fast.to_str())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL]
-        if max_token_length == 1:  # what was merged stands at the end of the vocabulary
+        if max_token_length == 1:  # merged tokens are at the end of the vocabulary
             content["model"]["merges"] = []
             kept = {*SPECIAL, *_BYTES}
             vocabulary = content["model"]["vocab"]
@@ -264,11 +262,10 @@ class Tokenizer:
 
     @classmethod
     def wrap(cls, path: str | Path, num_codes: int = 1024, start_at: int | None = None) -> Tokenizer:
-        """Take any fast tokenizer (a tokenizer.json or its directory) and append our tokens and codes to its ids.
+        """Append our tokens and codes to the ids of any fast tokenizer (a tokenizer.json or its directory).
 
-        `start_at` is the first id to be ours, where the embedding that belongs to the tokenizer has more rows than
-        the tokenizer has tokens (Qwen3: 151,936 rows, 151,669 tokens).
-        """
+        `start_at` is the first id to be ours, where the embedding of the model has more rows than the tokenizer has
+        tokens (Qwen3: 151,936 rows, 151,669 tokens)."""
         fast = _open(Path(path))
         used = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if start_at is not None and start_at < used:
@@ -288,12 +285,12 @@ def _open(path: Path) -> tokenizers.Tokenizer:
         raise UsageError(f"{file} does not exist: a tokenizer is a directory with a tokenizer.json.")
     try:
         return tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
-    except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+    except Exception as error:  # the library raises plain Exception for any fault of the file
         raise UsageError(f"{file} is damaged or no tokenizer ({type(error).__name__}).") from None
 
 
 def _in_characters(data: bytes) -> list[bool]:
-    """Of each byte whether it belongs to a whole character."""
+    """For each byte, whether it belongs to a whole character."""
     found, place = [False] * len(data), 0
     while place < len(data):
         for end in range(place + 1, min(place + 4, len(data)) + 1):
@@ -314,22 +311,11 @@ def _unreadable(text: Any) -> DataError:
     return DataError(f"The text {text[:20]!r} is broken: character {place + 1} is half of a surrogate pair.")
 
 
-@lru_cache(maxsize=1)
-def _counted_characters() -> tuple[str, ...]:
-    from importlib.resources import files
-
-    counts: Counter[str] = Counter()
-    for line in files("jieba").joinpath("dict.txt").read_text("utf-8").splitlines():
-        word, count, *_ = line.split(" ")
-        for character in word:
-            if "\u4e00" <= character <= "\u9fff":
-                counts[character] += int(count)
-    return tuple(sorted(counts, key=lambda c: (-counts[c], c)))
-
-
 def common_characters(count: int) -> list[str]:
-    """The `count` most frequent Chinese characters, the first ones first, by the word counts of jieba's dictionary.
+    """The `count` most frequent Chinese characters, most frequent first, of the 12,010 in characters.txt (by the word
+    counts of the dictionary of jieba 0.42.1, MIT licence).
 
-    In a small tokenizer's alphabet they keep any Chinese text near one token a character.
+    As the alphabet of a small tokenizer they keep any Chinese text near one token a character.
     """
-    return list(_counted_characters()[:count])
+    text = resources.files("openm6.core").joinpath("characters.txt").read_text("utf-8")
+    return list(text.replace("\n", ""))[:count]

@@ -1,4 +1,4 @@
-"""Records from layouts in which pictures and texts lie in different files: COCO captions, VQA, MUGE."""
+"""Records from layouts with pictures and texts in different files: COCO captions, VQA, MUGE."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def read_coco(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
 
 
 def read_vqa(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """VQA 2 and its kin: {image, question, answer, answers, question_id}.
+    """VQA 2 and similar data sets: {image, question, answer, answers, question_id}.
 
-    The annotations stand in the same file, or in the file beside it that has `annotations` for `questions` in
-    its name. `answer` is the most frequent one. Pictures are named in the question (`image`, `file_name`), under
-    `images`, or by COCO's rule from `data_subtype` and `image_id`.
-    """
+    The annotations are in the same file, or in the file beside it that has `annotations` for `questions` in its name.
+    `answer` is the most frequent one. Pictures are named in the question (`image`, `file_name`), under `images`, or by
+    COCO's rule from `data_subtype` and `image_id`."""
     content = notes = _object(path)
     if "annotations" not in content:
         other = vqa_annotations(path)
@@ -103,7 +102,7 @@ def _object(path: str) -> dict[str, Any]:
 
 
 def vqa_annotations(path: str) -> str | None:
-    """The annotations that belong to a file of questions, when they lie beside it."""
+    """The annotations file of a file of questions, if it exists beside it."""
     if is_remote(path):
         return _renamed(path)[0] if "questions" in path.rsplit("/", 1)[-1] and path.endswith(".json") else None
     return next((name for name in _renamed(path) if name != path and Path(name).is_file()), None)
@@ -180,7 +179,7 @@ def read_muge(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
 
 
 def muge_images(path: str) -> str | None:
-    """The pictures that belong to a file of texts in MUGE's layout, when they lie beside it."""
+    """The pictures file of a file of texts in MUGE's layout, if it exists beside it."""
     if path.endswith("_texts.jsonl"):
         images = path.removesuffix("_texts.jsonl") + "_imgs.tsv"
         return images if is_remote(path) or Path(images).is_file() else None
@@ -196,7 +195,8 @@ OFA = {
     (6, 5): ("id", "image_id", "question", "answer", "objects", "image"),
     (6, 2): ("id", "image_id", "image", "hypothesis", "caption", "label"),
 }
-"""Columns of OFA's files for captions, questions and entailment, by their number and the place of the picture."""
+"""Columns of OFA's files for captions, questions and entailment, by the number of columns, and the index of the
+picture."""
 
 _PIXELS = re.compile(r" *\d+(\.\d*)?( *, *\d+(\.\d*)?){3} *")
 
@@ -205,9 +205,8 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
     """The tables of OFA, without a header, with the picture in base64: captions, questions, entailment (see `OFA`), or
     phrases with their boxes in pixels.
 
-    `caption` and `objects` are lists (OFA writes && between); `answer` is the surest one and `answers` are all; `box`
-    is in fractions of the picture's width and height.
-    """
+    `caption` and `objects` are lists (OFA separates them by &&); `answer` is the most certain one and `answers` are
+    all; `box` is in fractions of the picture's width and height."""
     first = next((line for _, line in numbered_lines(path, on_reject)), "").rstrip("\r\n").split("\t")
     place = next((number for number, cell in enumerate(first) if held_picture(cell)), -1)
     names = OFA.get((len(first), place))
@@ -240,8 +239,8 @@ def read_ofa(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
 
 
 def _fractions(pixels: str, picture: bytes | None) -> list[float] | None:
-    """Left, top, right and bottom, in pixels with commas between, as fractions of the picture's width and height; None
-    where they do not lie in the picture."""
+    """Left, top, right and bottom, from pixels separated by commas, as fractions of the picture's width and height;
+    None for a box outside the picture."""
     if picture is None or not _PIXELS.fullmatch(pixels):
         return None
     with Image.open(io.BytesIO(picture)) as image:

@@ -1,4 +1,4 @@
-"""Records from files and folders that hold the pictures themselves: Parquet, WebDataset tar, folders of pictures."""
+"""Records from files and folders that contain the pictures: Parquet, WebDataset tar, folders of pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from openm6.core.errors import DataError
+from openm6.core.extras import require
 from openm6.core.files import fault_of, parse
 from openm6.core.images import MAX_BYTES, PICTURES, held_picture
 from openm6.data.files import absolute, is_clutter, list_folder, open_file
@@ -18,8 +19,8 @@ from openm6.data.tables import read_csv, read_jsonl
 
 
 def plain_picture(value: Any) -> Any:
-    """The bytes of a picture that is kept in base64, in a data URL, or as {"bytes": ..., "path": ...} (Hugging Face's
-    way; the path where there are no bytes). Any other value as it is."""
+    """The bytes of a picture stored in base64, in a data URL, or as {"bytes": ..., "path": ...} (the format of Hugging
+    Face; the path where there are no bytes). Other values are returned unchanged."""
     if isinstance(value, str):
         return held_picture(value) or value
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
@@ -30,12 +31,13 @@ def plain_picture(value: Any) -> Any:
 
 
 def rows_of(table: Any) -> Iterator[Record]:
-    """The rows of an Arrow table; NaN, by which pandas writes that a number is missing, is None."""
+    """The rows of an Arrow table; NaN, by which pandas writes a missing number, becomes None."""
     return ({k: None if v != v else v for k, v in row.items()} for row in table.to_pylist())
 
 
 def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
     """Parquet; binary columns stay bytes. `path` is a file or a folder of files."""
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,13 +54,12 @@ def read_parquet(path: str, images_root: str | None, on_reject: OnReject) -> Ite
 
 
 def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """WebDataset: neighbouring members with the same name up to the first dot make one record.
+    """WebDataset: consecutive members with the same name up to the first dot make one record.
 
-    A picture becomes `image`, .txt `text`, .cls `label`, the keys of .json columns of their own; anything else a
-    column named by its ending. Members are read in passing: nothing is written to disk, whatever they are called.
-    """
+    A picture becomes `image`, .txt `text`, .cls `label`, the keys of .json columns of their own; any other member a
+    column named by its suffix. Members are read from the stream: nothing is written to disk, whatever their names."""
     for name in _files(path, ".tar", ".tar.gz"):
-        record: Record | None = None  # also where a member cannot be used: half a record is none
+        record: Record | None = None  # also where a member cannot be used: the record is incomplete
         key = ""
         try:
             with open_file(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
@@ -92,12 +93,12 @@ def read_tar(path: str, images_root: str | None, on_reject: OnReject) -> Iterato
 
 
 def _files(path: str, *endings: str) -> list[str]:
-    """The file itself, or those of a folder that have one of the endings."""
+    """The file itself, or the files of a folder with one of the suffixes."""
     return [path] if path.lower().endswith(endings) else [n for n in list_folder(path) if n.lower().endswith(endings)]
 
 
 def _add_member(record: Record, ending: str, content: bytes) -> str:
-    """Add a member to its record. Returns why it cannot be used, as a verb with its object, else ""."""
+    """Add a member to its record. Returns the reason why it cannot be used, as a verb with its object, else ""."""
     try:
         if "." + ending.rpartition(".")[2] in PICTURES:
             # The usual `name.jpg` is the record's picture; `name.mask.png` is a column of its own.
@@ -119,8 +120,8 @@ def _add_member(record: Record, ending: str, content: bytes) -> str:
 
 
 def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
-    """Pictures with texts: metadata.jsonl or metadata.csv (`file_name` names the picture), or a .txt of the same
-    name beside each picture, or one folder a label: {image, text | label | the columns of the metadata}."""
+    """Pictures with texts: metadata.jsonl or metadata.csv (`file_name` names the picture), or a .txt of the same name
+    beside each picture, or one folder a label: {image, text | label | the columns of the metadata}."""
     files = list_folder(path)
     for name in files:
         if name.rsplit("/", 1)[-1].lower() in ("metadata.jsonl", "metadata.csv"):
@@ -135,7 +136,7 @@ def read_folder(path: str, images_root: str | None, on_reject: OnReject) -> Iter
         raise DataError(f"{path} holds no pictures (.jpg, .png, .webp ...), no Parquet and no tar files.")
     texts = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".txt")}
     for name in pictures:
-        image = absolute(name)  # whatever folder relative paths start from
+        image = absolute(name)  # independent of the folder that relative paths start from
         if beside := texts.get(name.rpartition(".")[0]):
             with open_file(beside) as file:
                 try:

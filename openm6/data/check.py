@@ -1,4 +1,4 @@
-"""Whether data can be used for a task: every record opened as training would open it."""
+"""Check of data for a task: every record is opened as in training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from openm6.data.columns import SlotView
 from openm6.data.overlap import Twins, count_overlap
 from openm6.data.source import open_source
 from openm6.data.store import Record
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.preview import plain_processor, preview
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
@@ -22,15 +23,14 @@ if TYPE_CHECKING:
     from openm6.tasks.task import Task
 
 EXAMPLES = 3
-"""Records that are shown as they will be trained."""
+"""Number of records shown as training examples."""
 
 
 class Check:
-    """`for record in check.records(): check.look(record)`, then `to_dict()`. `command` is what a user
-    types to check these data.
+    """`for record in check.records(): check.look(record)`, then `to_dict()`. `command` is the command with which a user
+    checks these data.
 
-    Raises UsageError where a slot has no column, DataError for data that cannot be opened at all.
-    """
+    Raises UsageError where a slot has no column, DataError for data that cannot be opened at all."""
 
     def __init__(
         self,
@@ -105,9 +105,10 @@ class Check:
             self._lengths.setdefault(name, []).append(len(text))
 
     def _measure(self, seen: Record, processor: Processor) -> None:
-        """Count the tokens of a record's slots, of its whole example, and of what is cut off."""
-        wanted = not self.task.draws or processor.codec is not None
-        sequence = self.task.encode(seen, processor, with_target=wanted, truncate="end")
+        """Count the tokens of a record's slots, of its whole example, and of the part that is cut off."""
+        can_encode_target = not self.task.draws or processor.codec is not None
+        encode = encode_example if can_encode_target else encode_prompt
+        sequence = encode(self.task, seen, processor, truncate="end")
         for name, slot in self.task.slots.items():
             if slot.type in ("text", "label", "table") and seen.get(name) is not None:
                 value = seen[name][0] if slot.type != "table" and isinstance(seen[name], list) else seen[name]
@@ -119,19 +120,19 @@ class Check:
             self._cut.append(sequence.cut)
 
     def _problem(self, where: str, reason: str) -> None:
-        # The same fault reads alike wherever it is.
+        # The same fault has the same text at every place.
         reason = reason.replace(where, "").removeprefix(where.rsplit(":", 1)[0]).strip(" :")
         self._counts[reason] += 1
         self._first.setdefault(reason, where)
 
     def _fitting(self, longest: int) -> dict[str, Any]:
-        """How the records fit into the `longest` example that a model takes."""
+        """Number of records that fit into the `longest` example of a model, and of those that do not."""
         tokens = {name: _spread(lengths) for name, lengths in self._tokens.items()}
         cut = {"records": len(self._cut), **(_spread(self._cut) if self._cut else {"median": 0, "longest": 0})}
         return {"tokens": tokens, "max_length": longest, "cut": cut}
 
     def _agreeing(self) -> dict[str, Any]:
-        """Records that agree with each other, and with those of the other source."""
+        """Duplicate and conflicting records, and overlap with the other source."""
         found: dict[str, Any] = self._twins.count()
         for twins in found.values():
             twins["first"] = [str(self._source[number].get("_where", number)) for number in twins["first"]]
@@ -140,7 +141,7 @@ class Check:
         return found
 
     def sentences(self) -> list[str]:
-        """Sentences on the labels, on records that agree, and on examples that do not fit."""
+        """Sentences about the labels, duplicate records, and examples that do not fit."""
         said = [text for name, classes in self._classes.items() for text in classes.sentences(name)]
         found = self._agreeing()
         for name, what in (("duplicates", "Records that repeat another"), ("conflicts", "Inputs with several answers")):
@@ -178,7 +179,7 @@ class Check:
 
 
 def _read(name: str, kind: str, value: Any) -> None:
-    """Raises DataError, with the slot's name, for a value that is none of its type."""
+    """Check a value of a slot. Raises DataError, with the slot's name, for a value of another type."""
     try:
         TYPES[kind].target(value, plain_processor())
     except DataError as error:

@@ -1,4 +1,4 @@
-"""The classes of a label: how often each occurs, and how it is written."""
+"""The classes of a label: frequency and spellings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from openm6.tasks.task import Task
 
 _SHOWN = 20
-"""Classes that are listed by name."""
+"""Maximum number of classes listed by name."""
 
 
 @dataclass(slots=True)
 class Classes:
-    """The classes of one label slot: `counts` by class, and `respelled`, the class of every label that is written
-    otherwise than its class (see normalize_label)."""
+    """The classes of one label slot: `counts` by class, and `respelled`, the class of every label with another spelling
+    (see normalize_label)."""
 
     counts: Counter[str] = field(default_factory=Counter)
     respelled: dict[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Classes:
                     self.respelled[str(text)] = label
 
     def alike(self) -> list[list[str]]:
-        """Classes that differ by capitals and blanks alone, which are likely to be meant as one."""
+        """Classes that differ by case and blanks alone, which probably should be one."""
         groups: dict[str, list[str]] = {}
         for label in self.counts:
             groups.setdefault("".join(label.casefold().split()), []).append(label)
@@ -47,7 +47,7 @@ class Classes:
         return {"counts": dict(self.counts.most_common()), "respelled": self.respelled, "alike": self.alike()}
 
     def sentences(self, name: str) -> list[str]:
-        """Sentences on the classes of the slot `name`."""
+        """Sentences about the classes of the slot `name`."""
         listed = ", ".join(f"{label} {count:,}" for label, count in self.counts.most_common(_SHOWN))
         more = f" and {len(self.counts) - _SHOWN:,} more" if len(self.counts) > _SHOWN else ""
         classes = f"{len(self.counts):,} class{'es' if len(self.counts) != 1 else ''}"
@@ -64,7 +64,7 @@ class Classes:
 
 
 def count_classes(task: Task, records: Source, columns: Mapping[str, str]) -> dict[str, Classes]:
-    """The classes of each label that the task writes, by slot; every record is read."""
+    """The classes of each label that the task writes, by slot, from all records."""
     names = [name for name in task.outputs if task.slots[name].type == "label"]
     mapping = SlotView.of(task, records, columns).mapping if names else {}
     found = {name: Classes() for name in names}

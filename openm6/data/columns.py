@@ -1,4 +1,4 @@
-"""Which column of the data fills which slot of a task, and a record seen through that."""
+"""Mapping of data columns to the slots of a task, and records by slot."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _SYNONYMS = (
     ("passage", "文章", "正文"),
     ("table", "attributes", "属性"),
 )  # fmt: skip
-"""Names of one meaning, the most usual first; a task's own `aliases` go before them. A slot of another name takes those
-of its type."""
+"""Column names of one meaning, the most usual first; a task's own `aliases` take precedence. A slot of another name
+takes those of its type."""
 
 _POSSIBLE = {
     "caption": ("text", "texts", "文本", "内容", "title", "标题", "name", "名称"),
@@ -43,30 +43,30 @@ _POSSIBLE = {
     "title": ("name", "名称"),
     "passage": ("text", "content", "文本", "内容"),
 }
-"""Names that may mean a slot or something else: one is taken only where no other column and no other slot competes."""
+"""Ambiguous column names: one is taken only where no other column and no other slot competes."""
 
 _SAMPLE = 32
-"""Records that tell what a column holds."""
+"""Number of records from which the content of a column is determined."""
 
 _KEY = re.compile(r"(id|ids|key|keys|index|idx|uuid|hash|md5|sha1|url|path|编号|序号|编码|网址|链接)$", re.IGNORECASE)
 """Names of columns that identify a record."""
 
 _TURN = {"role", "from"}
-"""Keys that say who speaks in a turn of a conversation."""
+"""Keys of the speaker in a turn of a conversation."""
 
 _CODE = re.compile(
     r"(?=.*\d)[\w./:\\#+-]{1,80}|\d{4}\D\d\d?\D\d\d? [\d:.]+|[0-9a-f]{6,64}|\S+\.[a-z0-9]{2,5}",
     re.IGNORECASE | re.ASCII,
 )
-"""A number, a code with digits in it, a date with its time, a hexadecimal number, the name of a file."""
+"""A number, a code with digits, a date with a time, a hexadecimal number, a file name."""
 
 _ORIGINS = ("split", "subset", "source", "dataset", "lang", "language", "来源", "数据集", "语言")
-"""Names of columns that say where a record is from."""
+"""Names of columns with the origin of a record."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotView:
-    """Turns a record of the data into one whose keys are the task's slots (other columns stay as they are)."""
+    """Converts a record of the data to one with the task's slots as keys (other columns stay as they are)."""
 
     task: Task
     mapping: Mapping[str, str]
@@ -84,9 +84,9 @@ class SlotView:
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """The record by slots.
 
-        Of a list of texts `rng` draws one; without it an input takes the first, and an output keeps the list (all
-        are right). A picture's path is completed. Raises DataError for one that may not be read.
-        """
+        `rng` draws one of a list of texts; without it an input takes the first, and an output keeps the list (all are
+        right). A picture's path is completed by the root of its source. Raises DataError for a picture that may not be
+        read."""
         seen = dict(record)
         for name, column in self.mapping.items():
             value = record.get(column)
@@ -111,13 +111,11 @@ def map_columns(
     sample: Iterable[Record] = (),
     command: str = "openm6 data check FILE",
 ) -> dict[str, str]:
-    """The column for every slot of the task: as `mapping` says, else the same name, else an alias, else a usual name,
-    else the only column of the slot's type (told from `sample` records) that is neither a key nor known as something
-    else.
+    """The column for every slot of the task: by `mapping`, else the same name, else an alias, else a usual name, else
+    the only column of the slot's type (by `sample` records) that is neither a key nor known to be something else.
 
-    Raises UsageError that names the slot, the columns there are, the likeliest of them and how to map it: `command`
-    with the options that are missing.
-    """
+    Raises UsageError that names the slot, the columns, the most probable of them and the option that maps it: `command`
+    with the missing options."""
     columns, rows = list(columns), list(islice(sample, _SAMPLE))
     for slot, column in mapping.items():
         if slot not in task.slots:
@@ -139,7 +137,7 @@ def map_columns(
 
 
 def require_columns(columns: Iterable[str], names: Iterable[str], subject: str = "The data") -> None:
-    """Raises UsageError for a name that is none of the `columns` of the data."""
+    """Raises UsageError for a name that is not one of the `columns` of the data."""
     has = list(columns)
     for name in names:
         if name not in has:
@@ -147,13 +145,13 @@ def require_columns(columns: Iterable[str], names: Iterable[str], subject: str =
 
 
 def check_command(source: str, task: str, *options: str) -> str:
-    """The command that checks data, as a shell takes it."""
+    """The shell command that checks data."""
     return shlex.join(["openm6", "data", "check", source, "--task", task, *options])
 
 
 @dataclass(slots=True)
 class _Choice:
-    """Columns that are chosen step by step; `unclear` are slots for which several were as likely."""
+    """Columns chosen step by step; `unclear` are slots with several equally probable columns."""
 
     task: Task
     columns: list[str]
@@ -182,12 +180,13 @@ class _Choice:
                 self.unclear[slot] = found
 
     def named(self, names: Iterable[str]) -> list[str]:
-        """The free columns of these names, in their order; capitals and blanks at the ends make no difference."""
+        """The free columns with these names, in their order, ignoring case and blanks at the ends."""
         return [c for name in dict.fromkeys(names) for c in self.free() if c.strip().casefold() == name.casefold()]
 
     def only_of_type(self, slot: str) -> list[str]:
         """The one free column, keys aside, whose values look like the slot's type, if the slot is the only open one of
-        that type and the column is not known as something else. One text for all records is no answer to them."""
+        that type and the column is not known to be something else. A text that is constant over all records is no
+        output."""
         kind = self.task.slots[slot].type
         found = self.fitting(slot)
         alone = sum(self.task.slots[s].type == kind for s in self.open()) == 1 and len(found) == 1
@@ -198,7 +197,7 @@ class _Choice:
         return [] if constant and kind == "text" and slot in self.task.outputs else found
 
     def fitting(self, slot: str, keys: bool = False) -> list[str]:
-        """The free columns whose values look like the slot's type, with those that are `keys` or without."""
+        """The free columns whose values look like the slot's type, with or without `keys`."""
         kind = self.task.slots[slot].type
         values = {c: [row.get(c) for row in self.rows] for c in self.free()}
         return [c for c, some in values.items() if _looks_like(some, kind) and (keys or not is_key(c, some, kind))]
@@ -208,14 +207,14 @@ class _Choice:
 
 
 def _foreign(column: str, slot: str, kind: str) -> bool:
-    """Whether a column's name is known as that of something other than the slot."""
+    """Whether a column's name is known to mean something other than the slot."""
     known = [group for group in (*_SYNONYMS, _ORIGINS) if column.strip().casefold() in group]
     return bool(known) and not any(slot in group or kind in group for group in known)
 
 
 def is_key(name: str, values: list[Any], kind: str) -> bool:
-    """Whether a column identifies records: by its name, or because no two of its `values` agree and all are codes. A
-    picture is named by a path."""
+    """Whether a column identifies records: by its name, or because its `values` are distinct codes. A picture's column
+    does not: it holds paths."""
     if kind not in ("text", "label"):
         return False
     texts = [str(v) for v in values if v is not None]
@@ -249,7 +248,7 @@ def _advice(choice: _Choice, slot: str, mapping: Mapping[str, str], command: str
 
 
 def conversation_key(record: Record) -> str | None:
-    """The key under which a record holds a conversation, in the ways of OpenAI (`messages`), ShareGPT and LLaVA
+    """The key of a conversation in a record, in the layouts of OpenAI (`messages`), ShareGPT and LLaVA
     (`conversations`) or Alpaca (`instruction`, with `output`); None for any other record."""
     for key in ("messages", "conversations", "conversation"):
         turns = record.get(key)
@@ -277,21 +276,21 @@ def _looks_like(values: list[Any], kind: str) -> bool:
 
 
 def _text(value: Any) -> Any:
-    """Numbers as text; an empty list is no value."""
+    """Convert numbers to text, and an empty list to None."""
     if isinstance(value, list):
         return [_text(v) for v in value] or None
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _label(value: Any) -> Any:
-    """Labels by their one spelling; a label of blanks is no value."""
+    """Normalize labels; an empty label becomes None."""
     if isinstance(value, list):
         return [label for label in map(_label, value) if label is not None] or None
     return (normalize_label(value) or None) if isinstance(value, str) else value
 
 
 def picture_path(value: str, root: str) -> str:
-    """A picture's path, completed by the root of its source; an address stays as it is."""
+    """A picture's path, completed by the root of its source; a URL stays as it is."""
     return join(root, value) if root and not is_remote(value) else value
 
 

@@ -1,9 +1,8 @@
-"""The content of data as one hash: equal records and pictures give equal hashes, whatever the file is called.
+"""The content of data as one hash: equal records and pictures give equal hashes, independently of file names.
 
-Records count with all their columns and in their order. A picture that is named by a path counts by its name, its size
-and the first and last 4 KiB of its file: an edited picture differs there, a copied or touched one does not, and a
-million pictures need not be read whole. A picture behind a URL counts by its name alone.
-"""
+All columns of the records count, in order. A picture named by a path counts by its name, its size and the first and
+last 4 KiB of its file: an edited picture differs there, a copied or touched one does not, and a million pictures need
+not be read whole. A picture behind a URL counts by its name alone."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ END = 4096
 """Bytes at either end of a picture's file that count."""
 
 KEPT = "content.json"
-"""The hash of the records of a folder of the cache, beside them."""
+"""File with the hash of the records of a cache folder, beside them."""
 
 _FILE_NAME = re.compile(r"[^\n]{1,250}\.[A-Za-z0-9]{2,5}")
 
 
 def content_hash(records: Iterable[Record], folder: Path | None = None) -> str:
-    """The hash of records, in hexadecimal. With `folder`, that of the cache which holds exactly them, their own part is
-    computed once and kept there; pictures that they name are looked at every time."""
+    """The hash of records, in hexadecimal. With `folder`, the cache that holds exactly these records, the hash of the
+    records is computed once and stored there; pictures that they name are checked every time."""
     kept = _kept(folder)
     if kept and not kept["names_files"]:
         return str(kept["records"])
@@ -42,13 +41,13 @@ def content_hash(records: Iterable[Record], folder: Path | None = None) -> str:
             files.update(_ends(Path(str(record.get("_root") or "")) / name))
     whole = kept["records"] if kept else own.hexdigest()
     if folder is not None and kept is None:
-        with suppress(OSError):  # a cache that may only be read costs time, not the answer
+        with suppress(OSError):  # a read-only cache costs time only
             write_json(folder / KEPT, {"records": whole, "names_files": names_files})
     return hashlib.sha256(f"{whole} {files.hexdigest()}".encode()).hexdigest() if names_files else str(whole)
 
 
 def json_hash(value: Any) -> str:
-    """The hash of a value that JSON can hold, in hexadecimal."""
+    """The hash of a JSON value, in hexadecimal."""
     return hashlib.sha256(dumps(value).encode()).hexdigest()
 
 
@@ -60,7 +59,7 @@ def _kept(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _add(digest: Any, record: Record) -> None:
-    """Every column with its name; keys that begin with _ say where a record lies, not what it is."""
+    """Add every column with its name, except keys that begin with _ (the place of a record)."""
     for name in sorted(name for name in record if not name.startswith("_")):
         value = record[name]
         if isinstance(value, bytes):
@@ -71,7 +70,7 @@ def _add(digest: Any, record: Record) -> None:
 
 
 def _file_names(value: Any) -> Iterator[str]:
-    """The texts inside a record that could name a file here."""
+    """The texts in a record that could name a local file."""
     if isinstance(value, dict):
         value = [inner for name, inner in value.items() if not name.startswith("_")]
     if isinstance(value, list):
@@ -82,7 +81,7 @@ def _file_names(value: Any) -> Iterator[str]:
 
 
 def _ends(path: Path) -> bytes:
-    """Size, beginning and end of a file; nothing of one that is not there."""
+    """Size, beginning and end of a file; b"" for a missing one."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

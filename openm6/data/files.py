@@ -1,4 +1,4 @@
-"""Files here and elsewhere: local paths and fsspec URLs (`s3://`, `hdfs://`, `https://`), globs, retried reads."""
+"""Local and remote files: local paths and fsspec URLs (`s3://`, `hdfs://`, `https://`), globs, retried reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from openm6.core.errors import DataError, UsageError, suggest_path
 
 ATTEMPTS = 3
-_WAIT = 0.2  # seconds before the second attempt, four times that before the third
+_WAIT = 0.2  # seconds before the second attempt; four times as long before the third
 
 T = TypeVar("T")
 
@@ -23,15 +23,14 @@ def is_remote(path: str) -> bool:
 
 
 def folder_of(path: str) -> str:
-    """The folder that a file lies in: what its relative picture paths start from."""
+    """The folder of a file, from which its relative picture paths start."""
     return path.rsplit("/", 1)[0] if is_remote(path) else str(Path(path).parent)
 
 
 def join(folder: str, name: str) -> str:
-    """`name` inside `folder`; a local absolute name stands for itself.
+    """`name` inside `folder`; an absolute local name is returned unchanged.
 
-    Raises DataError where a remote name leads out of its folder.
-    """
+    Raises DataError where a remote name leads out of its folder."""
     if not is_remote(folder):
         return str(Path(folder) / name)
     if name.startswith("/") or ".." in name.split("/"):
@@ -40,7 +39,7 @@ def join(folder: str, name: str) -> str:
 
 
 def expand(spec: str) -> list[str]:
-    """The files that a path, URL or glob stands for, sorted. Raises DataError when there is none."""
+    """The files of a path, URL or glob, sorted. Raises DataError when there is none."""
     if is_remote(spec):
         found = [spec]
         if any(c in spec for c in "*["):
@@ -56,12 +55,12 @@ def expand(spec: str) -> list[str]:
 
 
 def absolute(path: str) -> str:
-    """A local path from the root of the file system, so that it means the same wherever a command is run."""
+    """An absolute local path, which is the same wherever a command is run."""
     return path if is_remote(path) else str(Path(path).absolute())
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file below a folder or in an archive is none of the user's: hidden, or left by macOS or by tar."""
+    """Whether a file in a folder or archive is not the user's: hidden, or made by macOS or tar."""
     parts = name.split("/")
     return any((part.startswith(".") and part.strip(".") != "") or part == "__MACOSX" for part in parts) or any(
         part.startswith("PaxHeader") for part in parts[:-1]
@@ -76,7 +75,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(folder: str) -> list[str]:
-    """All files below a folder, sorted; hidden ones and those of `is_clutter` are left out."""
+    """All files below a folder, sorted, without hidden files and those of `is_clutter`."""
     if is_remote(folder):
         system, inner = filesystem(folder)
         names = [str(system.unstrip_protocol(p)) for p in _retried(lambda: system.find(inner), folder)]
@@ -87,10 +86,9 @@ def list_folder(folder: str) -> list[str]:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file for reading bytes, unpacked when its name ends in .gz. Reads of remote files are retried.
+    """Open a file for reading bytes, decompressed when its name ends in .gz. Reads of remote files are retried.
 
-    Raises DataError when it cannot be opened.
-    """
+    Raises DataError when it cannot be opened."""
     raw: BinaryIO
     if is_remote(path):
         raw = cast(BinaryIO, io.BufferedReader(_Remote(path), 2**20))
@@ -108,8 +106,8 @@ def read_file(path: str) -> bytes:
 
 
 def fingerprint(path: str) -> list[Any]:
-    """What tells a changed file from an unchanged one: path, size, times of change (its content's, and its entry's,
-    which a copy that keeps the former renews)."""
+    """Path, size and times of change of a file, to detect changes (of its content, and of its entry, which a copy that
+    preserves the former renews)."""
     if is_remote(path):
         system, inner = filesystem(path)
         info = _retried(lambda: system.info(inner), path)
@@ -120,7 +118,7 @@ def fingerprint(path: str) -> list[Any]:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path on it. Raises UsageError for one that is not known here."""
+    """The fsspec file system of a URL, and the path on it. Raises UsageError for an unknown one."""
     import fsspec
 
     try:
@@ -134,7 +132,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class _Remote(io.RawIOBase):
-    """A remote file that is opened again, at the same place, when reading it fails."""
+    """A remote file that is opened again at the same position when reading fails."""
 
     def __init__(self, url: str):
         self._url, self._place = url, 0

@@ -1,51 +1,70 @@
 """The loader: several sources mixed by weight, shuffled, spread over processes, resumed to the record.
 
-Every draw depends on the seed and on its number in the run alone, not on the number of processes or threads:
-source s gives its i-th draw from its shuffle (a new one each epoch), the mixture says which draw of which source
-stands at place g of the whole run, and step k takes the places k * N to (k + 1) * N - 1, dealt out to the
-processes in turn. So the state is one number, and going on from it is the same as never having stopped.
-"""
+Every draw depends only on the seed and on its number in the run, not on the number of processes or threads: source s
+gives its i-th draw from its shuffle (a new one each epoch), the mixture determines the draw at place g of the whole
+run, and step k takes the places k * N to (k + 1) * N - 1, dealt out to the processes in turn. So the state is one
+number, and a resumed run equals one that was never interrupted."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from bisect import bisect_right
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence as Items
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
-from openm6.core.sequence import Sequence
+from openm6.core.sequence import ContrastTarget, Sequence
 from openm6.data.classes import Classes
 from openm6.data.columns import SlotView
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record, Records
 from openm6.tasks.corrupt import noised
+from openm6.tasks.encode import encode_example
 
 if TYPE_CHECKING:
     from openm6.tasks.processor import Processor
     from openm6.tasks.task import Task
 
-_TRIES = 64  # records tried in the place of a bad one
-_DECK = 2**16  # records up to which an order is written down instead of computed
+_TRIES = 64  # records tried to replace a bad one
+_DECK = 2**16  # largest number of records whose order is stored, not computed
+
+
+class Encoder(Protocol):
+    """A function that makes an example of a record by slots; see `encode_example`."""
+
+    def __call__(
+        self,
+        task: Task,
+        record: Mapping[str, Any],
+        processor: Processor,
+        rng: np.random.Generator | None,
+        another: Callable[[], Mapping[str, Any]],
+        shots: Items[Mapping[str, Any]],
+        /,
+    ) -> Sequence: ...
 
 
 @dataclass(slots=True)
 class Entry:
-    """One source for one task: `columns` maps the task's slots to the data's columns where names differ; it is drawn
-    from step `start` on (a curriculum), with so much `noise` in the texts that its task is given (see corrupt).
+    """One source for one task.
 
-    `against`: the task that sees the same record from another side, and has to give it the same vector; records that
-    agree in the columns `same` are not told apart. A record's column `negatives` may have others, as records.
-
-    `shots`: up to so many other records stand before each, with their answers. `classes`: of the labels that are
-    written, where they were counted."""
+    columns    the data's columns of the task's slots, where names differ
+    start      first step at which the source is drawn (a curriculum)
+    noise      fraction of noise in the input texts (see corrupt)
+    against    the task that encodes the same record from another side, whose vector has to be near; a record's column
+               `negatives` may hold other records as negatives
+    same       columns by which records are grouped: those that agree in all are not told apart
+    shots      maximum number of other records, with their answers, before each
+    classes    the classes of the labels to be written, where they were counted
+    encode     makes the examples
+    """
 
     name: str
     records: Records
@@ -59,16 +78,16 @@ class Entry:
     same: tuple[str, ...] = ()
     shots: int = 0
     classes: Mapping[str, Classes] = field(default_factory=dict)
+    encode: Encoder = encode_example
 
 
 class Loader:
     """Endless steps of training examples.
 
     `batch_size` examples make a step over all `world` processes; this one, `rank`, takes every world-th of them.
-    `threads` prepare examples ahead. Bad records are counted in `rejects` and replaced by the next good one of
-    their source; without `rejects` the first one raises its DataError.
-    Raises UsageError where the parts do not fit together.
-    """
+    `threads` prepare examples ahead. Bad records are counted in `rejects` and replaced by the next good one of their
+    source; without `rejects` the first one raises its DataError. Raises UsageError where the arguments are
+    inconsistent."""
 
     def __init__(
         self,
@@ -108,7 +127,7 @@ class Loader:
         ]
 
     def __iter__(self) -> Generator[list[Sequence], None, None]:
-        """This process's share of each step, from where the state is."""
+        """Examples of this process for each step, from the current state."""
         import grain
 
         share = self.batch_size // self.world
@@ -130,22 +149,20 @@ class Loader:
         return example
 
     def _place(self, number: int) -> int:
-        """Where the whole run has this process's `number`-th example.
+        """The place in the whole run of this process's `number`-th example.
 
-        The mixture alternates evenly, so that of two sources each might fall to one of two processes: hence the
-        places of a step are dealt out in a random order.
-        """
+        The mixture alternates evenly, so that of two sources each might fall to one of two processes: hence the places
+        of a step are dealt out in random order."""
         return self._deck[number * self.world + self.rank]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the run is, after the steps that were taken: the same for every process."""
+        """The state after the completed steps, the same for every process."""
         return {"examples": self._examples, "seed": self.seed, "sources": self._sources()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; takes effect for the next iteration. The number of processes may differ.
+        """Restore a state, from the next iteration on. The number of processes may differ.
 
-        Raises UsageError when seed or data are not those of the state: the run could not be continued exactly.
-        """
+        Raises UsageError when seed or data differ from those of the state: the run could not be resumed exactly."""
         now = {"seed": self.seed, "sources": self._sources()}
         for key, value in now.items():
             if state[key] != value:
@@ -165,7 +182,7 @@ class Loader:
 
 
 class _Draws:
-    """The examples of one entry: the i-th draw is the record that the shuffle puts there, encoded."""
+    """The examples of one entry: the i-th draw is the i-th record of the shuffle, encoded."""
 
     def __init__(self, entry: Entry, processor: Processor, rejects: Rejects | None):
         self.entry, self._processor, self._rejects = entry, processor, rejects
@@ -182,7 +199,7 @@ class _Draws:
         return self.entry.records.window if isinstance(self.entry.records, Source) else 0
 
     def encode(self, index: int, rng: np.random.Generator) -> Sequence:
-        """The example of record `index` (counted on through the epochs), or of the next one that can be used."""
+        """The example of record `index` (counted through the epochs), or of the next usable one."""
         reason = ""
         for other in range(min(_TRIES, len(self))):
             record = self.entry.records[(index + other) % len(self)]
@@ -190,9 +207,9 @@ class _Draws:
                 seen = self._noised(self._view(record, rng), rng)
                 another = partial(self._another, rng)
                 shots = [another() for _ in range(int(rng.integers(self.entry.shots + 1)))] if self.entry.shots else []
-                example = self.entry.task.encode(seen, self._processor, rng, another=another, shots=shots)
+                example = self.entry.encode(self.entry.task, seen, self._processor, rng, another, shots)
                 if self.entry.against:
-                    self._add_partner(example, record, rng)
+                    example.target = self._contrast(record, rng)
             except DataError as error:
                 if self._rejects is None:
                     raise
@@ -205,18 +222,18 @@ class _Draws:
             return example
         raise DataError(f"{self.entry.name}: {other + 1} records in a row could not be used (the last: {reason})")
 
-    def _add_partner(self, example: Sequence, record: Record, rng: np.random.Generator) -> None:
+    def _contrast(self, record: Record, rng: np.random.Generator) -> ContrastTarget:
         entry, view = self.entry, self._other_view
         assert entry.against is not None and view is not None
-        example.partner = entry.against.encode(view(record, rng), self._processor, rng)
+        positive = encode_example(entry.against, view(record, rng), self._processor, rng)
         negatives = record.get("negatives") or []
         if not isinstance(negatives, list) or not all(isinstance(other, Mapping) for other in negatives):
             raise DataError(f"{record.get('_where', entry.name)}: negatives has to be a list of records.")
         root = {"_root": record.get("_root", "")}
-        example.negatives = [
-            entry.against.encode(view({**root, **other}, rng), self._processor, rng) for other in negatives
+        others = [
+            encode_example(entry.against, view({**root, **other}, rng), self._processor, rng) for other in negatives
         ]
-        example.group = "|".join(str(record.get(name)) for name in entry.same)
+        return ContrastTarget(positive, others, "|".join(str(record.get(name)) for name in entry.same))
 
     def _noised(self, seen: Mapping[str, Any], rng: np.random.Generator) -> Mapping[str, Any]:
         entry = self.entry
@@ -224,7 +241,7 @@ class _Draws:
             return seen
         given = [name for name in entry.task.inputs if entry.task.slots[name].type == "text"]
         texts = {name: seen[name] for name in given if isinstance(seen.get(name), str) and seen[name]}
-        # What is asked for must not change by what spoils the question.
+        # Noise in the question must not change the answer.
         free = {name: text for name, text in texts.items() if name not in entry.task.outputs}
         return {**seen, **{name: noised(text, entry.noise, rng) for name, text in free.items()}}
 
@@ -233,24 +250,23 @@ class _Draws:
 
 
 class _Deck:
-    """Random orders of 0 to size - 1, one for each round, the last few remembered.
+    """Random orders of 0 to size - 1, one for each round, the last few cached.
 
-    grain's own shuffle needs no memory, but its cipher works on at least 16 bits and so takes 65,536 / size rounds
-    a draw: milliseconds where there are few records.
-    """
+    grain's own shuffle needs no memory, but its cipher works on at least 16 bits and so takes 65,536 / size rounds a
+    draw: milliseconds where there are few records."""
 
     def __init__(self, size: int, seed: int):
         self.size = size
         self._order = lru_cache(maxsize=16)(lambda turn: np.random.default_rng([seed, turn]).permutation(size))
 
     def __getitem__(self, number: int) -> int:
-        """The `number`-th of the endless sequence, counted through all rounds: round * size + the place dealt."""
+        """The `number`-th element of the endless sequence, counted through all rounds: round * size + the element."""
         turn, place = divmod(number, self.size)
         return turn * self.size + int(self._order(turn)[place])
 
 
 def _mixture(draws: list[_Draws], seed: int) -> Any:
-    """grain's data set of the whole run: place g gives an encoded example."""
+    """grain's data set of the whole run, with an encoded example at each place."""
     noisy = logging.getLogger("absl")
     level, noisy.level = noisy.level, logging.ERROR  # grain warns that JAX, which it does not need, is absent
     try:
@@ -269,5 +285,5 @@ def _mixture(draws: list[_Draws], seed: int) -> Any:
 
 
 def _derived(seed: int, number: int) -> int:
-    """A seed of its own for each part, in the 32 bits that grain takes."""
+    """A seed for each part, in the 32 bits that grain takes."""
     return int(np.random.SeedSequence([seed, number & 0xFFFFFFFF]).generate_state(1)[0])

@@ -1,7 +1,6 @@
-"""Records that agree: two of one source, and those of data that are measured on with those of data that are trained on.
+"""Duplicate records: within one source, and between evaluation and training data.
 
-Texts agree by their normal form (as labels do), pictures by the content of their files, all else by its JSON.
-"""
+Texts are compared in normal form (as labels are), pictures by the content of their files, all else as JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Overlap(NamedTuple):
-    """`found` of `total` records have the inputs of a training record; `first` says where the first of them stands."""
+    """`found` of `total` records have the inputs of a training record; `first` is the place of the first of them."""
 
     found: int
     total: int
@@ -43,7 +42,7 @@ def count_overlap(
     limit: int | None = None,
     most: int | None = None,
 ) -> Overlap:
-    """How many records `find_overlap` finds among the first `limit` of `test`."""
+    """The number of records that `find_overlap` finds among the first `limit` of `test`."""
     found = find_overlap(task, train, train_columns, test, test_columns, limit, most)
     total = len(test) if limit is None else min(limit, len(test))
     return Overlap(len(found), total, str(test[min(found)].get("_where", min(found))) if found else "")
@@ -58,12 +57,11 @@ def find_overlap(
     limit: int | None = None,
     most: int | None = None,
 ) -> set[int]:
-    """Places of those of the first `limit` records of `test` that have the task's inputs in common with one of the
-    first `most` records of `train`. A task without inputs is compared by its outputs. Of `train` nothing is kept in
-    memory, of `test` a digest of each record.
+    """Indices of those of the first `limit` records of `test` whose task inputs equal those of one of the first `most`
+    records of `train`. A task without inputs is compared by its outputs. No records of `train` are held in memory, and
+    of `test` a digest of each.
 
-    Pictures are compared by their size first, so that only those that may agree are read. Raises UsageError where a
-    slot has no column.
+    Pictures are compared by size first, so that only candidates are read. Raises UsageError where a slot has no column.
     """
     names = task.inputs or task.outputs
     pictures = any(task.slots[name].type == "image" for name in names)
@@ -90,7 +88,7 @@ def find_overlap(
 
 
 class Twins:
-    """Counts records of one source that agree, in 16 bytes a record."""
+    """Counts duplicate records of one source, in 16 bytes a record."""
 
     def __init__(self, task: Task, view: SlotView):
         self._view, self._outputs = view, [n for n in task.outputs if task.slots[n].type != "vector"]
@@ -98,14 +96,14 @@ class Twins:
         self._given, self._wanted, self._places = array("Q"), array("Q"), array("Q")
 
     def add(self, number: int, record: Record) -> None:
-        """Record `number` of the source."""
+        """Add record `number` of the source."""
         for names, numbers in ((self._inputs, self._given), (self._outputs, self._wanted)):
             numbers.append(int.from_bytes(digest(self._view, record, names)[:8]))
         self._places.append(number)
 
     def count(self) -> dict[str, dict[str, Any]]:
-        """`duplicates`: records that agree with an earlier one in everything; `conflicts`: inputs that have several
-        answers; each with the numbers of the first two records."""
+        """`duplicates`: records equal to an earlier one; `conflicts`: inputs with several answers; each with the
+        numbers of the first two records."""
         given, wanted, places = (np.array(a, np.uint64) for a in (self._given, self._wanted, self._places))
         order = np.lexsort((places, wanted, given))
         given, wanted, places = given[order], wanted[order], places[order]
@@ -122,8 +120,8 @@ class Twins:
 
 
 def digest(view: SlotView, record: Record, names: Iterable[str], content: bool = True) -> bytes:
-    """A hash of 16 bytes that agrees where these slots of two records agree; without `content` pictures count by their
-    size alone. It is empty for a record without any of the slots."""
+    """A hash of 16 bytes, equal where these slots of two records are; without `content` pictures count by size alone.
+    Empty for a record without any of the slots."""
     hashed, parts = hashlib.blake2b(digest_size=16), 0
     for name in names:
         value, kind = record.get(view.mapping.get(name, "")), view.task.slots[name].type
@@ -144,7 +142,7 @@ def digest(view: SlotView, record: Record, names: Iterable[str], content: bool =
 
 
 def _picture(value: Any, record: Record, content: bool) -> bytes:
-    """A picture's content or size; what is not on this machine, or not there, by its name."""
+    """Content or size of a picture; the name of a remote or missing one."""
     if isinstance(value, str):
         path = picture_path(value, str(record.get("_root") or ""))
         if is_remote(path):

@@ -1,10 +1,9 @@
-"""Very large Parquet data, read where it lies: any row by its number, cheaply where neighbouring rows are asked for.
+"""Very large Parquet data, read in place: random access to rows, cheap for neighbouring ones.
 
-Only the footers are read at first. A row group is decoded when one of its rows is wanted and kept while its
-neighbours are; the order of the row groups is mixed once, so that rows near in number come from all over the data.
-With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
-number, a run is resumed exactly, at any number of processes.
-"""
+Only the footers are read at first. A row group is decoded when one of its rows is requested and held while its
+neighbours are; the order of the row groups is shuffled once, so that rows with near numbers come from all over the
+data. With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
+number, a run is resumed exactly, at any number of processes."""
 
 from __future__ import annotations
 
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError
+from openm6.core.extras import require
 from openm6.data.bundled import plain_picture, rows_of
 from openm6.data.files import expand, folder_of, is_folder, list_folder, open_file
 from openm6.data.store import Record, locate
 
 WINDOW_ROWS = 4096
-"""Rows that are mixed with each other, at most (fewer where they are large)."""
+"""Maximum number of rows that are shuffled together (fewer where they are large)."""
 
 WINDOW_BYTES = 512 * 2**20
 
@@ -30,8 +30,7 @@ WINDOW_BYTES = 512 * 2**20
 class ParquetRows:
     """The rows of Parquet files, by number. `window` neighbouring rows are held in memory at a time.
 
-    Raises UsageError when there is another file among them, DataError for a damaged or an empty one.
-    """
+    Raises UsageError when there is another file among them, DataError for a damaged or empty one."""
 
     def __init__(self, spec: str):
         self.columns: tuple[str, ...] = ()
@@ -51,7 +50,7 @@ class ParquetRows:
         if len(self) == 0:
             raise DataError(f"{spec} holds no usable record.")
         self.window = max(1, min(WINDOW_ROWS, int(WINDOW_BYTES * len(self) / max(size, 1)), len(self)))
-        # A window and what is read ahead of it touch this many groups.
+        # A window and its read-ahead touch this many groups.
         smallest = max(1, min(rows for _, _, rows in self._groups if rows))
         self._kept = min(len(groups), 2 * (self.window // smallest + 2))
         self._tables: OrderedDict[int, list[Record]] = OrderedDict()
@@ -96,6 +95,7 @@ def _files(spec: str) -> list[str]:
 
 @contextmanager
 def _table(path: str) -> Iterator[Any]:
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,11 +1,10 @@
-"""From files in the usual formats to records.
+"""Readers: records from files in the usual formats.
 
-A record is a dict of the columns that the file has, with `_where` (file:line or file#member) and `_root` (the
-folder that its relative picture paths start from). A picture is a path, a URL or the bytes of a file; pictures are
-not opened here.
+A record is a dict of the columns of the file, with `_where` (file:line or file#member) and `_root` (the folder from
+which its relative picture paths start). A picture is a path, a URL or the bytes of a file; readers do not open
+pictures.
 
-A row that cannot be used goes to `on_reject`; a file that cannot be read at all raises DataError.
-"""
+A row that cannot be used goes to `on_reject`; a file that cannot be read at all raises DataError."""
 
 from __future__ import annotations
 
@@ -32,11 +31,10 @@ def read(
     images_root: str | None = None,
     on_reject: OnReject = lambda reject: None,
 ) -> Iterator[Record]:
-    """All records of a path, URL, glob or list. The format is told by the name and content unless it is given.
+    """All records of a path, URL, glob or list. The format is detected from name and content unless it is given.
 
-    A format may have options: `csv?encoding=gb18030&names=image,text`, or `?encoding=gb18030` where the name tells it.
-    Raises UsageError for an unknown format, DataError for files that are missing or damaged.
-    """
+    A format may have options: `csv?encoding=gb18030&names=image,text`, or `?encoding=gb18030` for the detected format.
+    Raises UsageError for an unknown format, DataError for files that are missing or damaged."""
     if not isinstance(source, (str, Path)):
         yield from _read_list(source, images_root)
         return
@@ -69,7 +67,7 @@ def _options(kind: str, format: str | None) -> dict[str, Any]:
 
 
 def files_of(source: str) -> list[str]:
-    """Every file that `read` would open (folders opened up): what a cache has to watch."""
+    """Every file that `read` would open (folders expanded): the dependencies of a cache."""
     return [
         file for path in expand(source) for file in (list_folder(path) if is_folder(path) else [path, *_partners(path)])
     ]
@@ -104,8 +102,8 @@ def format_of(path: str, format: str | None = None) -> str:
 
 
 def _json_format(path: str, encoding: str | None) -> str:
-    """Which of the JSON layouts a file has, by the keys at its top; JSON lines where it is no JSON as a whole, and
-    lines of it are objects."""
+    """The JSON layout of a file, by its top-level keys; JSON lines where it is not JSON as a whole and lines of it are
+    objects."""
     try:
         content = tables.load_json(path, encoding)
     except DataError:

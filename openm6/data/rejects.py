@@ -1,4 +1,4 @@
-"""Records that cannot be used: written down with the reason, counted, and too many of them stop the work."""
+"""Rejected records: written down with the reason, counted, and too many of them stop the work."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ from openm6.core.files import cut_torn_line, dumps, whole_lines
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A record that cannot be used: where it stands (file:line, file#member) and why."""
+    """A record that cannot be used: its place (file:line, file#member) and the reason."""
 
     where: str
     reason: str
 
 
 OnReject = Callable[[Reject], None]
-"""A function that gets each record that cannot be used."""
+"""A function called with each record that cannot be used."""
 
 
 def place_of(where: str) -> tuple[str, int]:
-    """File and number of a place such as file:line or file#row; 0 where it has none."""
+    """File and number of a place such as file:line or file#row; 0 where it has no number."""
     found = re.fullmatch(r"(.*)[:#](\d+)", where, re.S)
     return (found[1], int(found[2])) if found else (where, 0)
 
 
 def count_rejected(folder: Path) -> int:
-    """How many records the processes of a run could not use, by the files that they wrote into its folder; a record
-    that several of them met counts once."""
+    """The number of records that the processes of a run could not use, from the files in its folder; a record that
+    several of them met counts once."""
     lines = (line for path in folder.glob("rejects*.jsonl") for line in whole_lines(path))
     return len({(line.get("source"), line["where"]) for line in lines})
 
 
 class Rejects:
-    """Counts records, good and bad; every bad one becomes a line of JSON in `path` (made at the first).
+    """Counts records, good and bad; every bad one becomes a line of JSON in `path` (created at the first).
 
-    Raises DataError from `count` when, of at least `minimum` bad records, more than `share` of all were bad.
-    May be used from several threads.
-    """
+    Raises DataError from `count` when there are at least `minimum` bad records and they are more than a fraction
+    `share` of all. Thread-safe."""
 
     def __init__(self, path: str | Path, share: float = 0.05, minimum: int = 20):
         self.path, self.share, self.minimum = Path(path), share, minimum
@@ -53,17 +52,17 @@ class Rejects:
         self._lock = Lock()
 
     def saw(self, number: int = 1) -> None:
-        """Records that could be used."""
+        """Count usable records."""
         with self._lock:
             self.seen += number
 
     def count(self, where: str, reason: str, source: str = "") -> None:
-        """One record that could not be used; one met again (in the next epoch, or by a resumed run) is counted but not
-        written."""
+        """Count a record that cannot be used; one that was met before (in an earlier epoch, or by a resumed run) is not
+        written again."""
         with self._lock:
             self.seen += 1
             self.bad += 1
-            # The same fault reads alike wherever it is: the place is left out of the tally.
+            # The place is removed, so that the same fault is one entry of the tally.
             self._reasons[reason.replace(f"{where}: ", "").replace(where, "").strip()] += 1
             if self._written is None:
                 self._written = self._before()
@@ -85,7 +84,7 @@ class Rejects:
         return f"{text}; at most {self.share:.0%} may be. See {self.path}."
 
     def _before(self) -> set[str]:
-        """Where the bad records stand that the file tells of already."""
+        """Places of the bad records that are already in the file."""
         cut_torn_line(self.path)
         return {str(line["where"]) for line in whole_lines(self.path)}
 

@@ -14,15 +14,14 @@ from openm6.data.rejects import OnReject, Reject
 from openm6.data.store import Record
 
 MAX_UNPACKED = 512 * 2**20
-"""Bytes that a workbook may have when it is unpacked: a small file can hold gigabytes of zeros."""
+"""Maximum size of a workbook after decompression, in bytes: a small file can hold gigabytes of zeros."""
 
 
 def read_xlsx(path: str, images_root: str | None, on_reject: OnReject) -> Iterator[Record]:
     """The rows of the one sheet that has any; its first row names the columns.
 
-    Whole numbers are int, others float, dates ISO text, formulas what Excel computed when it saved the file; an empty
-    cell is None. A row with an error (#N/A) is rejected. Raises DataError for what is no workbook or has several sheets
-    with rows.
+    Whole numbers are int, others float, dates ISO text, formulas their values when the file was saved; an empty cell is
+    None. A row with an error (#N/A) is rejected. Raises DataError for an invalid workbook or several sheets with rows.
     """
     import openpyxl
 
@@ -34,7 +33,7 @@ def read_xlsx(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             raise DataError(f"{path} has {size / 2**20:.0f} MiB unpacked; at most {MAX_UNPACKED / 2**20:.0f} are read.")
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
         for sheet in book.worksheets:
-            sheet.reset_dimensions()  # what a file says of its size can be less than it holds
+            sheet.reset_dimensions()  # the declared size can be less than the real one
         sheets = [s for s in book.worksheets if any(_filled(row) for row in s.iter_rows(max_row=9))]
         if len(sheets) > 1:
             raise DataError(
@@ -46,7 +45,7 @@ def read_xlsx(path: str, images_root: str | None, on_reject: OnReject) -> Iterat
             yield from _rows(path, sheet, formulas[sheet.title], on_reject)
     except DataError:
         raise
-    except Exception as error:  # openpyxl raises what it likes at damaged files
+    except Exception as error:  # openpyxl raises any exception at damaged files
         raise DataError(f"{path} is no Excel workbook, or is damaged ({type(error).__name__}).") from None
 
 

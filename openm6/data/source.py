@@ -1,4 +1,4 @@
-"""Sources: everything a recipe or a command may name as data, with random access to its records."""
+"""Sources: data that a recipe or a command can name, with random access to records."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from openm6.data.digest import content_hash, json_hash
 from openm6.data.files import expand, fingerprint, is_remote
 from openm6.data.readers import files_of, format_of, read
 from openm6.data.rejects import Reject, Rejects, place_of
-from openm6.data.store import ArrowRecords, Record, Records, cached, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, write_records
 
-_CACHE_VERSION = 3  # raised when the same files are read as other records
+_CACHE_VERSION = 3  # increased when the same files give other records
 
 
 class Source:
     """Named records: `len`, `[i]`, iteration, `columns`; `rejected` are the rows that reading left out.
 
-    `window` is 0 where any record is equally near, else the number of neighbouring records among which order may be
-    mixed without reading everything (see `openm6.data.parquet`). `stamp` is what the content follows from, where that
-    is known without reading the records.
-    """
+    `window` is 0 where access to any record costs the same, else the number of neighbouring records that can be
+    shuffled without reading everything (see `openm6.data.parquet`). `stamp` determines the content, where it is known
+    without reading the records."""
 
     def __init__(
         self, name: str, records: Records, rejected: tuple[Reject, ...] = (), limit: int | None = None,
@@ -57,8 +56,8 @@ class Source:
         return (self._records[i] for i in range(self._length))
 
     def rows(self) -> Iterator[Record | Reject]:
-        """The records, and between them the rows that reading left out, where their places (file:line, file#row) tell
-        the order; other rejects come last."""
+        """The records and, in order of their places (file:line, file#row), the rows that reading left out; rejects
+        without a place come last."""
         waiting: dict[str, list[tuple[int, Reject]]] = {}
         for reject in self.rejected:
             file, number = place_of(reject.where)
@@ -77,12 +76,12 @@ class Source:
             yield from (reject for _, reject in waiting.pop(file, ()))
 
     def content_hash(self) -> str:
-        """The hash of the records and of the pictures that they name (`openm6.data.digest`). Data that are made here
-        are known by their name, streamed files by their names, sizes and times of change."""
+        """The hash of the records and of the pictures that they name (`openm6.data.digest`). Generated data are
+        identified by name, streamed files by name, size and time of change."""
         if self._stamp is not None:
             return json_hash([self._stamp, self._length])
         records = self._records
-        if isinstance(records, ArrowRecords) and self._length == len(records):
+        if isinstance(records, StoredRecords) and self._length == len(records):
             return content_hash(self, records.folder)
         return content_hash(self)
 
@@ -96,17 +95,16 @@ def open_source(
     limit: int | None = None,
     rejects: Rejects | None = None,
 ) -> Source:
-    """Open data by its name.
+    """Open data by name.
 
     `demo:catalogue/train`, `demo:questions/test` (options: `?pictures=500&seed=1`), `market:copy/train`
     (`?records=500`), `scenes/train`, `shop:visits/train`, `tryon/test` and others that have an entry point (`SOURCES`),
     or a path, URL or glob in a format of `openm6.data.readers`. Files are read once into the cache (`$OPENM6_CACHE`,
-    else ~/.cache/openm6) and again only when they change. With `stream` a Parquet source is read in passing and never
+    else ~/.cache/openm6) and again only when they change. With `stream` a Parquet source is read in place and never
     copied.
 
     Rows that cannot be used are counted in `rejects` when it is given, which raises DataError when they are too many.
-    Raises UsageError for an unknown name, DataError for missing, damaged or empty data.
-    """
+    Raises UsageError for an unknown name, DataError for missing, damaged or empty data."""
     name = str(spec)
     if entry := _entry_of(name):
         if stream:
@@ -131,8 +129,8 @@ def open_source(
 
 
 def check_source(name: str) -> None:
-    """Raises what `open_source` would for built-in data that do not exist and for files that are not there. No file is
-    read."""
+    """Raises the errors of `open_source` for built-in data that do not exist and for missing files, without reading
+    any."""
     if _entry_of(name):
         open_source(name)
     elif not is_remote(name):
@@ -140,7 +138,7 @@ def check_source(name: str) -> None:
 
 
 def _files(name: str) -> list[str]:
-    """The files of a source. Raises DataError where there is none, with the nearest of what is built in."""
+    """The files of a source. Raises DataError where there is none, with the most similar built-in name."""
     try:
         return expand(name)
     except DataError as error:
@@ -149,8 +147,8 @@ def _files(name: str) -> list[str]:
 
 
 SOURCES = "openm6.sources"
-"""Entry points of packages that open data by a name of their own (`demo:...`, `pets/...`): a function of the whole
-name and of `limit` that returns a Source."""
+"""Group of entry points of packages that open data by a name of their own (`demo:...`, `pets/...`): a function of the
+whole name and of `limit` that returns a Source."""
 
 
 def _entry_of(name: str) -> EntryPoint | None:
@@ -161,9 +159,9 @@ def _entry_of(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=SOURCES, name=word[1])), None)
 
 
-def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[ArrowRecords, tuple[Reject, ...]]:
+def _through_cache(name: str, format: str | None, images_root: str | None) -> tuple[StoredRecords, tuple[Reject, ...]]:
     kinds = [format_of(path, format) for path in _files(name)]
-    # The name is in the key because the places of the records (`_where`) are written as it is.
+    # The name is in the key because the records' places (`_where`) contain it.
     key = [_CACHE_VERSION, name, kinds, format, images_root, str(Path.cwd()), [fingerprint(f) for f in files_of(name)]]
 
     def make(folder: Path) -> None:
@@ -179,4 +177,4 @@ def _through_cache(name: str, format: str | None, images_root: str | None) -> tu
     else:
         folder = cached("source", key, make)
     lines = lines_of((folder / "rejects.jsonl").read_text("utf-8"))
-    return ArrowRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))
+    return StoredRecords(folder), tuple(Reject(where, reason) for where, reason in map(json.loads, lines))

@@ -1,42 +1,41 @@
-"""Records on disk: a folder with a memory-mapped Arrow file, any record at once, written whole or not at all.
+"""Records on disk: a folder with a memory-mapped file, random access, written atomically.
 
-A record is kept as JSON beside its byte strings, so records of one source may differ in their keys and types
-(typed columns would refuse an answer that is 3 in one line and "three" in the next).
-"""
+A record is stored as JSON beside its byte strings, so records of one source may differ in their keys and types (typed
+columns would refuse an answer that is 3 in one line and "three" in the next)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import uuid
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
+import numpy as np
 
 from openm6.core.environment import CACHE
 from openm6.core.errors import DataError, UsageError, suggest
-from openm6.core.files import loads, plain, publish
+from openm6.core.files import dumps, loads, plain, publish
 
 Record = dict[str, Any]
 Made = TypeVar("Made")
 
 HIDDEN = ("_where", "_root", "__key__")
-"""Keys that say where a record comes from; they are no columns."""
+"""Keys of a record's place, which are not columns."""
 
-_BATCH_ROWS, _BATCH_BYTES = 1024, 8 * 2**20
-_SCHEMA = pa.schema(
-    [("json", pa.large_string()), ("keys", pa.list_(pa.string())), ("blobs", pa.list_(pa.large_binary()))]
-)
+_FORMAT = 1  # of what `write_records` writes
 
 
 def check_split(subject: str, split: str, splits: tuple[str, ...]) -> None:
-    """Raises UsageError where generated data have no such split; `subject` with its verb, "The logos have"."""
+    """Raises UsageError for an unknown split of generated data; `subject` begins the message, as "The logos have"."""
     if split not in splits:
         listed = f"{'They have' if subject.endswith('have') else 'It has'}: {', '.join(splits)}."
         raise UsageError(f"{subject} no split {split!r}.{suggest(split, splits)} {listed}")
@@ -54,7 +53,7 @@ class Records(Protocol):
 
 
 class ListRecords:
-    """Records that are in memory already."""
+    """Records in memory."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]):
         self._records = [dict(record) for record in records]
@@ -67,44 +66,50 @@ class ListRecords:
         return dict(self._records[index])
 
 
-class ArrowRecords:
-    """The records of a folder made by `write_records`. Reading from several threads is safe."""
+class StoredRecords:
+    """The records of a folder written by `write_records`. Thread-safe."""
 
     def __init__(self, folder: Path):
+        """Raises DataError for files that do not fit together."""
         self.folder = folder
         try:
             self.columns: tuple[str, ...] = tuple(json.loads((folder / "columns.json").read_text("utf-8")))
-            reader = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self._ends = np.load(folder / "ends.npy", mmap_mode="r")
+            with open(folder / "records.bin", "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         except (OSError, ValueError, TypeError):
-            raise DataError(
-                f"The cached records in {folder} are damaged: delete that folder and start again."
-            ) from None
-        self._ends = [0]
-        for batch in self._batches:
-            self._ends.append(self._ends[-1] + batch.num_rows)
+            size = -1
+        if size < 0 or size != self._ends[-1]:
+            raise DataError(f"The cached records in {folder} are damaged: delete that folder and start again.")
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Record:
-        number, row = locate(self._ends, index)
-        texts, keys, blobs = (column[row].as_py() for column in self._batches[number].columns)
-        record: Record = loads(texts)
+        record, keys, blobs = self._read(index)
         record.update(zip(keys, blobs, strict=True))
         return record
 
     def blob(self, index: int) -> bytes:
-        """The first byte string of a record, without the rest of it."""
-        number, row = locate(self._ends, index)
-        return self._batches[number].column(2)[row][0].as_py()
+        """The first byte string of a record."""
+        return next(self._read(index)[2])
+
+    def _read(self, index: int) -> tuple[Record, list[str], Iterator[bytes]]:
+        """The JSON part of a record, the keys of its byte strings, and those."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start, end = self._ends[index % len(self) :][:2].tolist()
+        head = self._bytes[start:end].partition(b"\n")[0]
+        record, keys, sizes = loads(head)
+        ends = accumulate(sizes, initial=start + len(head) + 1)
+        return record, keys, (self._bytes[a:b] for a, b in pairwise(ends))
 
 
 def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
     """(part, row in it) of a record, where part n holds the records from `ends[n]` up to `ends[n + 1]`.
 
-    Raises IndexError for a record that is not there; a negative index counts from the end.
-    """
+    Raises IndexError for a missing record; a negative index counts from the end."""
     if not -ends[-1] <= index < ends[-1]:
         raise IndexError(index)
     index %= ends[-1]
@@ -113,40 +118,26 @@ def locate(ends: Sequence[int], index: int) -> tuple[int, int]:
 
 
 def write_records(folder: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write records into a folder, in their order; byte strings at the top level stay bytes. Returns their number."""
+    """Write records into a folder, in order; byte strings at the top level stay bytes. Returns their number.
+
+    records.bin has for each record a line of JSON ([the record without its byte strings, their keys, their lengths]),
+    then the byte strings; ends.npy, int64 [records + 1], the end of each record, from 0.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, None] = {}
-    total = 0
-    with pa.OSFile(str(folder / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        texts: list[str] = []
-        keys: list[list[str]] = []
-        blobs: list[list[bytes]] = []
-        weight = 0
+    ends = array("q", [0])
+    with open(folder / "records.bin", "wb") as file:
         for record in records:
             raw = {k: bytes(v) for k, v in record.items() if isinstance(v, (bytes, bytearray, memoryview))}
-            text = json.dumps({k: v for k, v in record.items() if k not in raw}, ensure_ascii=False, default=plain)
+            rest = {k: v for k, v in record.items() if k not in raw}
+            head = dumps([rest, list(raw), [len(v) for v in raw.values()]], plain) + "\n"
             columns.update(dict.fromkeys(record))
-            texts.append(text)
-            keys.append(list(raw))
-            blobs.append(list(raw.values()))
-            weight += len(text) + sum(map(len, raw.values()))
-            if len(texts) >= _BATCH_ROWS or weight >= _BATCH_BYTES:
-                total += _flush(writer, texts, keys, blobs)
-                weight = 0
-        total += _flush(writer, texts, keys, blobs)
+            file.writelines([head.encode(), *raw.values()])
+            ends.append(file.tell())
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
     shown = [name for name in columns if name not in HIDDEN]
     (folder / "columns.json").write_text(json.dumps(shown, ensure_ascii=False), "utf-8")
-    return total
-
-
-def _flush(writer: pa.RecordBatchWriter, *parts: list[Any]) -> int:
-    count = len(parts[0])
-    if count:
-        arrays = [pa.array(part, field.type) for part, field in zip(parts, _SCHEMA, strict=True)]
-        writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
-        for part in parts:
-            part.clear()
-    return count
+    return len(ends) - 1
 
 
 def cache_folder() -> Path:
@@ -155,7 +146,7 @@ def cache_folder() -> Path:
 
 
 def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
-    """With a progress bar on the terminal, where it takes more than moments."""
+    """Show a progress bar on the terminal, for work that takes more than moments."""
     from rich.console import Console
     from rich.progress import track
 
@@ -163,13 +154,12 @@ def shown(records: Iterable[Made], count: int, what: str) -> Iterable[Made]:
 
 
 def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
-    """The folder of the cache for `key`; made by `make(folder)` when it is not there yet.
+    """The cache folder for `key`, created by `make(folder)` when it does not exist.
 
-    It appears whole or not at all, and is made once even when several processes ask at the same time.
-    """
+    It is created atomically, and only once even when several processes request it at the same time."""
     from filelock import FileLock
 
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(json.dumps([_FORMAT, key], sort_keys=True, default=str).encode()).hexdigest()[:20]
     place = cache_folder() / f"{name}-{digest}"
     if place.is_dir():
         return place
@@ -180,7 +170,7 @@ def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
             f"The cache folder {place.parent} cannot be made ({error.strerror}): set OPENM6_CACHE to another."
         ) from None
     with FileLock(f"{place}.lock"):
-        if place.is_dir():  # another process made it while this one waited
+        if place.is_dir():  # another process created it in the meantime
             return place
         unfinished = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -196,14 +186,14 @@ def cached(name: str, key: object, make: Callable[[Path], object]) -> Path:
     return place
 
 
-def drawn(name: str, key: Mapping[str, Any], count: int, draw: Callable[[int], Record], what: str) -> ArrowRecords:
-    """The records 0 to `count` - 1 that `draw` makes, at the first call (by several threads), then from the cache."""
+def drawn(name: str, key: Mapping[str, Any], count: int, draw: Callable[[int], Record], what: str) -> StoredRecords:
+    """The records 0 to `count` - 1 generated by `draw`, in several threads, then from the cache."""
 
     def made() -> Iterator[Record]:
         with ThreadPoolExecutor() as pool:
             yield from shown(pool.map(draw, range(count)), count, what)
 
-    return ArrowRecords(cached(name, key, lambda folder: write_records(folder, made())))
+    return StoredRecords(cached(name, key, lambda folder: write_records(folder, made())))
 
 
 def iterate(records: Records) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Records from text files: JSON lines, JSON lists, CSV, TSV, and a text a line."""
+"""Records from text files: JSON lines, JSON lists, CSV, TSV, and one text a line."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from openm6.data.text import is_text, numbered_lines, read_text
 
 
 def load_json(path: str, encoding: str | None = None) -> Any:
-    """The value of a JSON file; what `json_lines.fault_of` tells may still be in it.
+    """The value of a JSON file, perhaps with faults that `files.fault_of` finds.
 
-    Raises DataError where it is not valid.
-    """
+    Raises DataError for invalid JSON."""
     try:
         return parse(read_text(path, encoding))
     except json.JSONDecodeError as error:
@@ -54,7 +53,7 @@ def read_jsonl(
 def read_lines(
     path: str, images_root: str | None, on_reject: OnReject, encoding: str | None = None
 ) -> Iterator[Record]:
-    """A text a line, in the column `text`."""
+    """One text a line, in the column `text`."""
     for number, line in numbered_lines(path, on_reject, encoding):
         where = f"{path}:{number}"
         if not is_text(line):
@@ -90,11 +89,10 @@ def read_csv(
     encoding: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """The rows of a CSV, quoted by \"; the first line names the columns unless `names` does.
+    """The rows of a CSV, quoted by "; the first line names the columns unless `names` does.
 
-    Separated by commas, or by semicolons, bars or tabs where the first lines show that surely. `_where` is the first
-    line of a row.
-    """
+    Separated by commas, or by semicolons, bars or tabs where the first lines are unambiguous. `_where` is the first
+    line of a row."""
     lines = numbered_lines(path, on_reject, encoding)
     head = list(islice(lines, 21))
     yield from _rows(path, chain(head, lines), on_reject, names, delimiter=_separator([line for _, line in head]))
@@ -107,7 +105,7 @@ def read_tsv(
     encoding: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Iterator[Record]:
-    """The rows of a tab-separated table, nothing quoted; the first line names the columns unless `names` does."""
+    """The rows of a tab-separated table without quoting; the first line names the columns unless `names` does."""
     lines = numbered_lines(path, on_reject, encoding)
     yield from _rows(path, lines, on_reject, names, delimiter="\t", quoting=csv.QUOTE_NONE)
 
@@ -117,7 +115,7 @@ def _separator(head: list[str]) -> str:
 
     def fits(separator: str) -> bool:
         rows = [row for row in csv.reader(head, delimiter=separator) if row]
-        if len(head) > 20:  # the last row may go on in further lines
+        if len(head) > 20:  # the last row may continue
             rows.pop()
         return len(rows) > 0 and len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows)
 
@@ -170,10 +168,9 @@ def _header(path: str, cells: list[str]) -> list[str]:
 
 
 def _cells(lines: Iterable[tuple[int, str]], **dialect: Any) -> Iterator[tuple[int, list[str] | None, bool]]:
-    """(first line, cells, whether all of it is text) of each row; no cells where a quote is not closed as CSV wants it.
+    """(first line, cells, whether all of it is text) of each row; no cells where a quote is not closed as CSV requires.
 
-    Then the lines after the first one are read again as rows of their own, so that an open quote costs one line.
-    """
+    The lines after the first one are then read again as rows of their own, so that an open quote costs one line."""
     again: deque[tuple[int, str]] = deque()
     rest = iter(lines)
     taken: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""Text files: their encoding, and their lines whatever ends them."""
+"""Text files: encodings and line ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openm6.data.files import open_file, read_file
 from openm6.data.rejects import OnReject, Reject
 
 TORN = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a .gz file that is cut off or damaged raises."""
+"""Exceptions from reading a truncated or damaged .gz file."""
 
 _SAMPLE = 2**20
 _MARKS = (
@@ -26,15 +26,14 @@ _MARKS = (
 )  # fmt: skip
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _HANZI = 20
-"""Chinese characters that a sample needs before it is taken for GB18030."""
+"""Minimum number of Chinese characters in a sample to take it for GB18030."""
 
 
 def numbered_lines(path: str, on_reject: OnReject, encoding: str | None = None) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers from 1, each with its end (newline, carriage return, or both).
 
-    Bytes that are no text become lone surrogates, which `is_text` tells. A .gz file that is cut off gives its whole
-    lines, then a reject. Raises DataError where the encoding cannot be told.
-    """
+    Invalid bytes become lone surrogates, which `is_text` detects. A truncated .gz file gives its complete lines, then a
+    reject. Raises DataError where the encoding is unclear."""
     codec, number = encoding_of(path, encoding), 0
     try:
         with open_file(path) as file:
@@ -50,12 +49,12 @@ def numbered_lines(path: str, on_reject: OnReject, encoding: str | None = None) 
 
 
 def is_text(line: str) -> bool:
-    """Whether all bytes of a line were text in the file's encoding."""
+    """Whether all bytes of a line are valid in the file's encoding."""
     return line.isascii() or not _UNDECODED.search(line)
 
 
 def read_text(path: str, encoding: str | None = None) -> str:
-    """A whole text file. Raises DataError where it is no text, or is torn."""
+    """A whole text file. Raises DataError for invalid or truncated text."""
     try:
         return read_file(path).decode(encoding_of(path, encoding)).removeprefix("\ufeff")
     except UnicodeDecodeError:
@@ -65,12 +64,11 @@ def read_text(path: str, encoding: str | None = None) -> str:
 
 
 def encoding_of(path: str, encoding: str | None = None) -> str:
-    """The codec of a text file: `encoding` if it is given, else as its beginning surely tells.
+    """The codec of a text file: `encoding` if it is given, else detected from its beginning.
 
-    A mark (BOM) decides, then whether the first MiB is UTF-8, then whether it is Chinese text in GB18030, which is
-    logged. A file with lines in UTF-8 and others in something else is UTF-8 with bad lines.
-    Raises UsageError for an unknown encoding, DataError where none is sure.
-    """
+    A byte order mark decides, then whether the first MiB is UTF-8, then whether it is Chinese text in GB18030, which is
+    logged. A file with lines in UTF-8 and others in another encoding is UTF-8 with bad lines. Raises UsageError for an
+    unknown encoding, DataError where none is certain."""
     if encoding is not None:
         try:
             "".encode(encoding)
@@ -112,7 +110,7 @@ def _unknown(path: str) -> str:
 
 
 def _decoded(sample: bytes, codec: str) -> str | None:
-    """The text of a sample, whose last character may be cut off."""
+    """The text of a sample, whose last character may be incomplete."""
     try:
         return codecs.getincrementaldecoder(codec)().decode(sample)
     except UnicodeDecodeError:
@@ -120,11 +118,11 @@ def _decoded(sample: bytes, codec: str) -> str | None:
 
 
 def _is_chinese(text: str) -> bool:
-    """Whether what was decoded as GB18030 is Chinese, not another encoding that decodes too.
+    """Whether text decoded as GB18030 is Chinese, not text of another encoding.
 
-    Of Chinese text more than nine tenths are characters of GB2312's first level (lead bytes B0 to D7, by pinyin), and
-    about half of these have a pinyin after R. Big5 and Japanese decode to rarer ones, Korean to the first half alone.
-    """
+    More than nine tenths of the characters of Chinese text are of GB2312's first level (lead bytes B0 to D7, by
+    pinyin), and about half of these have a pinyin after R. Big5 and Japanese decode to rarer ones, Korean to the first
+    half alone."""
     codes = [c.encode("gb18030", "ignore") for c in text if not c.isascii()]
     codes = [c for c in codes if not (len(c) == 2 and 0xA1 <= c[0] <= 0xA3)]  # punctuation and full-width letters
     usual = [c[0] for c in codes if len(c) == 2 and 0xB0 <= c[0] <= 0xD7 and c[1] >= 0xA1]

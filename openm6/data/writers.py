@@ -1,4 +1,4 @@
-"""Rows written as CSV, JSON lines or Parquet, as the name of the file says."""
+"""Writers of rows as CSV, JSON lines or Parquet, by file suffix."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import dumps, plain
 
 Rows = Callable[[], Iterator[dict[str, Any]]]
@@ -19,7 +20,7 @@ _ROWS = 1024  # of a row group of Parquet
 
 
 def writer_for(path: Path, holds_vectors: bool = False) -> Writer:
-    """The writer of a file with this ending. Raises UsageError for another, and for vectors in a CSV."""
+    """The writer for a file suffix. Raises UsageError for an unknown one, and for vectors in a CSV."""
     ending = path.suffix.lower()
     if ending not in _WRITERS:
         raise UsageError(f"{path} ends in {ending or 'nothing'}: answers are written as {', '.join(_WRITERS)}.")
@@ -29,7 +30,7 @@ def writer_for(path: Path, holds_vectors: bool = False) -> Writer:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    """UTF-8 with a byte order mark, by which Excel tells it from GBK; lists and objects as JSON, bytes in base64."""
+    """Write UTF-8 with a byte order mark, by which Excel tells it from GBK; lists as JSON, bytes in base64."""
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(columns)
@@ -45,13 +46,14 @@ def _cell(value: Any) -> str:
 
 
 def write_jsonl(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    """Each row with the keys that it has."""
+    """Write each row with its own keys."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(dumps(row, plain) + "\n" for row in rows())
 
 
 def write_parquet(path: Path, columns: Sequence[str], rows: Rows) -> None:
-    """A column whose values are of no one type, as JSON may hold them, becomes a column of JSON texts."""
+    """Write Parquet. A column whose values have several types, as in JSON, becomes a column of JSON texts."""
+    require("parquet", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,2 +1,2 @@
-"""Models without PyTorch: exported as ONNX (package.py), run by ONNX Runtime (runner.py); edge devices that defer to a
-server what they are not sure of."""
+"""Models without PyTorch, exported as ONNX (package.py) and run by ONNX Runtime (runner.py); edge devices that defer
+uncertain requests to a server (cascade.py)."""

@@ -1,4 +1,4 @@
-"""Start of a package's program. Any Python has to be able to read this file: an old one is told what it needs."""
+"""Start of the edge program. Every version of Python has to be able to parse this file, to say which one is needed."""
 
 import sys
 

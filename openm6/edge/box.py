@@ -1,12 +1,12 @@
-"""The folder of a cascade on the edge.
+"""The folder of an edge device.
 
-box.toml                what may be asked of the cloud and kept (Settings); written once, to be edited (live.py)
-versions/0001/package   what answers (package.py), and sureness-TASK.npz of each calibrated task
-versions/0001/model     what it was made of, to learn on from; a box that only answers does without
-current                 the number of the version that answers; replaced whole, so it is the old one or the new
-eyes/                   how the cloud's model reads pictures, to send features in their place
-kept.sqlite             what the cloud answered (kept.py)
-serving.json, box.log   what the process that serves the box says of itself (status.py), and its log
+box.toml                settings (settings.py), written once, to be edited (live.py)
+versions/0001/package   the ONNX bundle that answers (package.py), and sureness-TASK.npz of each calibrated task
+versions/0001/model     the model it was exported from, to learn on; not needed by a device that only answers
+current                 the number of the version that answers; replaced atomically
+eyes/                   the image encoder of the cloud's model, to send features in place of pictures
+kept.sqlite             the answer store (kept.py)
+serving.json, box.log   the state of the serving process (status.py), and its log
 openm6-edge             the program: `python openm6-edge serve`
 """
 
@@ -22,17 +22,17 @@ FILE, CURRENT, VERSIONS, EYES = "box.toml", "current", "versions", "eyes"
 
 
 class Box:
-    """A box's folder."""
+    """An edge device's folder."""
 
     def __init__(self, path: str | Path):
-        """Raises UsageError where there is no box, or box.toml cannot be meant."""
+        """Raises UsageError for another folder, or an invalid box.toml."""
         self.path = Path(path)
         self.content = read_content(self.path)
         self.settings = settings_in(self.path / FILE, values_in(self.path / FILE, self.content))
 
     @classmethod
     def with_settings(cls, path: Path, settings: Settings) -> Box:
-        """A box of which box.toml is not read."""
+        """An edge device with these settings in place of its box.toml."""
         made = cls.__new__(cls)
         made.path, made.content, made.settings = path, b"", settings
         return made
@@ -49,7 +49,7 @@ class Box:
 
     @property
     def versions(self) -> list[str]:
-        """All, the oldest first."""
+        """Numbers of all versions, the oldest first."""
         return sorted(p.name for p in (self.path / VERSIONS).glob("[0-9]*") if (p / "package").is_dir())
 
     def folder(self, version: str | None = None) -> Path:
@@ -59,7 +59,7 @@ class Box:
         return f"{int(max(self.versions, default='0')) + 1:04}"
 
     def use(self, version: str) -> None:
-        """Let a version answer from now on. Raises UsageError where there is none."""
+        """Let a version answer from now on. Raises UsageError for an unknown one."""
         if version not in self.versions:
             raise UsageError(f"{self.path} has no version {version}. It has: {', '.join(self.versions)}.")
         write_text(self.path / CURRENT, version + "\n")
@@ -70,6 +70,6 @@ def read_content(path: Path) -> bytes:
     try:
         return (path / FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path} is no box: it has no {FILE}. `openm6 cascade init` makes one.") from None
+        raise UsageError(f"{path} is not an edge device: it has no {FILE}. `openm6 cascade init` makes one.") from None
     except OSError as error:
         raise UsageError(f"{path / FILE} cannot be read ({error.strerror}).") from None

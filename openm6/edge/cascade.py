@@ -1,4 +1,5 @@
-"""An answer from here where it is sure enough, else from the cloud: within a budget, a deadline, what may be sent."""
+"""The cascade of an edge device: it answers locally where its model is confident enough, and defers the rest to the
+cloud, within a budget, a deadline and a privacy mode."""
 
 from __future__ import annotations
 
@@ -19,12 +20,21 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.core.images import as_file, open_image
 from openm6.edge.box import Box
 from openm6.edge.check import Finding, check_cloud
-from openm6.edge.cloud import CHOSEN, Failed
-from openm6.edge.kept import Kept, StoreError, is_empty
+from openm6.edge.cloud import CHOSEN, CloudError
+from openm6.edge.kept import AnswerStore, StoreError, is_empty
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
 from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
-from openm6.edge.sureness import STEADY, WINDOW, Audits, Drift, Sureness, agreement, calibrations, confidence_of
+from openm6.edge.sureness import (
+    STEADY,
+    WINDOW,
+    Audits,
+    ConfidenceCalibrator,
+    Drift,
+    agreement,
+    calibrations,
+    confidence_of,
+)
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
@@ -32,20 +42,27 @@ from openm6.tasks.task import Task
 log = logging.getLogger("openm6.edge")
 EDGE, CLOUD = "edge", "cloud"
 EAGER, LATER = 30.0, 12.0
-"""Of the first requests of a task more are audited, EAGER / (20 + n) of the n-th, until that is less than the settings'
-share: what comes in may be other than what was calibrated on. LATER for a version that learned here: it was calibrated
-on what came in too."""
+"""Audit rate of a task's first requests, EAGER / (20 + n) for the n-th, while that is above the settings' rate:
+requests may differ from the calibration records. LATER for a version that learned on this device, and was calibrated on
+its requests too."""
 
 SELDOM = 600.0
-"""Seconds between two lines of the log about one kind of failure."""
+"""Seconds between two log lines about one kind of failure."""
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A value, who gave it (edge or cloud), how probably the edge's own answer is right (None: it was not calibrated),
-    where an answer that is not sure was given all the same, why, and how many positions of the prompt were left out."""
+    """An answer of the cascade.
+
+    value         the task's value
+    by            EDGE or CLOUD
+    probability   that the edge model's own answer is right; None without a calibration
+    reason        why an answer below the threshold was given locally, else ""
+    finished      whether a text came to its end by itself
+    truncated     positions of the prompt that were left out
+    """
 
     value: Any
     by: str
@@ -56,18 +73,18 @@ class Reply:
 
 
 class _Version:
-    """A version of a box, opened."""
+    """An open version of an edge device's model."""
 
-    def __init__(self, box: Box, number: str, kept: Kept, threads: int):
+    def __init__(self, box: Box, number: str, kept: AnswerStore, threads: int):
         folder = box.folder(number) / "package"
         self.calibrated = _calibrated(box, number)
         self.number, self.model = number, EdgeModel(folder, threads)
         self.eager = EAGER if int(number) == 1 else LATER
-        self.sure: dict[str, Sureness] = {}
+        self.calibrators: dict[str, ConfidenceCalibrator] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
         for task, file in calibrations(folder).items():
-            self.sure[task] = found = Sureness.load(file, self.model.about["sha256"])
+            self.calibrators[task] = found = ConfidenceCalibrator.load(file, self.model.about["sha256"])
             self.drift[task] = Drift(confidence_of(found.parts["seen"]))
             self.audits[task] = Audits()
             with suppress(StoreError):  # without it the version still answers, by its calibration
@@ -75,12 +92,12 @@ class _Version:
 
 
 def _calibrated(box: Box, number: str) -> dict[str, int]:
-    """When each task of a version was calibrated (ns)."""
+    """Time of each task's calibration, in ns."""
     return {task: file.stat().st_mtime_ns for task, file in calibrations(box.folder(number) / "package").items()}
 
 
 class Cascade:
-    """A box in use. Several threads may ask; a version that is promoted meanwhile answers from then on."""
+    """An edge device in use, by several threads; a version that is promoted meanwhile answers from then on."""
 
     def __init__(
         self,
@@ -89,7 +106,8 @@ class Cascade:
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        """Raises UsageError or OpenM6Error for a box that cannot be used."""
+        """`seed`: of the audits; `clock`: of the hourly budget. Raises UsageError or OpenM6Error for a device that
+        cannot be used."""
         self.box, self._threads, self._clock = Box(path), threads, clock
         self.live = LiveSettings(self.box, threads)
         self._version = _Version(self.box, self.box.version, self.kept, threads)
@@ -108,7 +126,7 @@ class Cascade:
         return self.live.follow().settings
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> AnswerStore:
         return self.live.follow().kept
 
     @property
@@ -121,47 +139,44 @@ class Cascade:
         return self._newest().model
 
     def answer(self, task: str, record: Record, seconds: float | None = None, truncate: str | None = None) -> Reply:
-        """One answer, whatever becomes of the cloud. `seconds`: a deadline that is shorter than the settings';
-        `truncate`: see `EdgeModel.answer`.
-
-        Raises UsageError or DataError for a record that cannot be used.
-        """
+        """One answer, whatever happens to the cloud. `seconds`: a shorter deadline than the settings'; `truncate`: see
+        `EdgeModel.answer`. Raises UsageError or DataError for a record that cannot be used."""
         version = self._newest()
         chosen = version.model.task(task)
         record = _whole(chosen, record)
         own = version.model.answer(task, record, truncate=truncate)
-        sure = version.sure.get(task)
-        if sure is None or own.state is None:
-            self._count(task, "asked", "uncalibrated")
+        calibrator = version.calibrators.get(task)
+        if calibrator is None or own.state is None:
+            self._count(task, "requests", "uncalibrated")
             return Reply(own.value, EDGE, None, "", own.finished, own.truncated)
-        seen, settings = sure.seen(own.state, own.confidence), self.settings
+        seen, settings = calibrator.seen(own.state, own.confidence), self.settings
         with self._lock:
             version.drift[task].see(own.confidence)
-            probability = sure.probability(seen)
-            confident = probability >= sure.threshold
-            given = probability >= sure.bound(seen, settings.least_sure)
-            asked = self.counts.get(task, Counter())["asked"]
-            # Only a threshold has to be found out early.
-            eager = 0.0 if settings.share else version.eager
-            share = max(settings.audit, min(1.0, eager / (20 + asked)))
-            if given:
-                share = version.audits[task].share(probability, share)
-            audited = given and self._random.random() < share
-        weight = 1 / share if audited else 1.0  # requests that it stands for
-        self._count(task, "asked", *(["sure"] if confident else ["spared"] if given else []))
-        reason = "" if confident else f"no more than {settings.share:.0%} may be asked"
-        if given and not audited:
+            probability = calibrator.probability(seen)
+            is_confident = probability >= calibrator.threshold
+            is_local = probability >= calibrator.bound(seen, settings.uncertain_rate)
+            number = self.counts.get(task, Counter())["requests"]
+            # Only a threshold has to be tested early.
+            eager = 0.0 if settings.deferral_rate else version.eager
+            rate = max(settings.audit_rate, min(1.0, eager / (20 + number)))
+            if is_local:
+                rate = version.audits[task].rate(probability, rate)
+            is_audited = is_local and self._random.random() < rate
+        weight = 1 / rate if is_audited else 1.0  # requests that an audited one stands for
+        self._count(task, "requests", *(["confident"] if is_confident else ["spared"] if is_local else []))
+        reason = "" if is_confident else f"no more than {settings.deferral_rate:.0%} may be deferred"
+        if is_local and not is_audited:
             return Reply(own.value, EDGE, probability, reason, own.finished, own.truncated)
 
         def learn(value: Any) -> None:
             right = agreement(own.value, value)
-            self._count(task, *(["agreed"] if right >= 0.5 else ["differed"]), *(["audited"] if audited else []))
+            self._count(task, *(["agreed"] if right >= 0.5 else ["differed"]), *(["audited"] if is_audited else []))
             with self._lock:
-                sure.learn(seen, right, weight)
+                calibrator.learn(seen, right, weight)
             self._keep(version, chosen, record, value, own, seen, right, weight)
 
         def receive(answer: Mapping[str, Any]) -> Any:
-            """The cloud's value, from which this box learns unless it was cut off. Raises Failed."""
+            """The cloud's value, from which the device learns unless it was cut off. Raises CloudError."""
             value = _value(chosen, answer["outputs"], version.model.processor)
             if answer.get("finished", True):
                 learn(value)
@@ -173,45 +188,45 @@ class Cascade:
             answer = self._ask(chosen, record, seconds, truncate, receive)
             cut, finished = answer.get("truncated"), bool(answer.get("finished", True))
             return Reply(receive(answer), CLOUD, probability, "", finished, cut if isinstance(cut, int) else 0)
-        except Failed as error:
+        except CloudError as error:
             self._count(task, "unanswered", f"unanswered_{error.kind}")
-            if error.kind not in CHOSEN:
+            if error.concerns != CHOSEN:
                 self._warn(error.kind, str(error))
-            # An answer that was merely to be checked needs no other excuse.
-            reason = reason if given or confident else str(error)
+            # An audit that failed is no reason for a local answer.
+            reason = reason if is_local or is_confident else str(error)
             return Reply(own.value, EDGE, probability, reason, own.finished, own.truncated)
 
     def _ask(
         self, task: Task, record: Record, seconds: float | None, truncate: str | None,
         receive: Callable[[Mapping[str, Any]], Any],
     ) -> Mapping[str, Any]:  # fmt: skip
-        """The cloud's answer; `receive` gets one that comes too late. Raises Failed with the reason for none."""
+        """The cloud's answer; `receive` is also called with one that arrives too late. Raises CloudError."""
         now = self.live.follow()
         settings = now.settings
         if now.problem:
-            raise Failed("settings")
+            raise CloudError("settings")
         if settings.privacy == NOTHING:
-            raise Failed("privacy")
+            raise CloudError("privacy")
         if now.cloud is None:
-            raise Failed("offline")
+            raise CloudError("offline")
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
             if now.eyes is None:
-                raise Failed("no_eyes")
+                raise CloudError("no_eyes")
             inputs |= {name: now.eyes.features(inputs[name]).mapping() for name in pictures}
         deadline = settings.deadline_ms / 1000
         self._take(0)
 
         def late(answer: Mapping[str, Any]) -> None:
-            with suppress(Failed):
+            with suppress(CloudError):
                 receive(answer)
 
         seconds = min(deadline, seconds or deadline)
         return now.cloud.ask(task.name, inputs, seconds, late, lambda: self._spend(task.name), truncate)
 
     def _take(self, count: int) -> int:
-        """Take so many of the hour's requests. Returns the hour. Raises Failed where they are used up."""
+        """Take so many of the hour's requests; return the hour. Raises CloudError where they are used up."""
         hour = int(self._clock() // 3600)
         with self._lock:
             known, used = self._spent
@@ -222,15 +237,15 @@ class Cascade:
                     used = 0
             self._spent = hour, used
             if used >= self.settings.requests_per_hour:
-                raise Failed("budget")
+                raise CloudError("budget")
             self._spent = hour, used + count
         return hour
 
     def _spend(self, task: str) -> None:
-        """A request is about to leave. Raises Failed where the hour's requests are used up. On a full disk they are
-        counted in memory alone."""
+        """Count a request that is about to be sent; on a full disk in memory alone. Raises CloudError where the hour's
+        requests are used up."""
         hour = self._take(1)
-        self._count(task, "sent")
+        self._count(task, "deferred")
         with self._storing(""):
             self.kept.spend(hour)
 
@@ -238,7 +253,7 @@ class Cascade:
         self, version: _Version, task: Task, record: Record, value: Any, own: Answer, seen: np.ndarray, right: float,
         weight: float,
     ) -> None:  # fmt: skip
-        """What is kept is never worth a request: where the disk is full, or damaged, it is counted, and that is all."""
+        """Store the cloud's answer. A full or damaged disk is counted, and never fails the request."""
         kept = task.asked(record)
         with self._storing(task.name):
             store = self.kept
@@ -250,7 +265,7 @@ class Cascade:
                 for name in kept:
                     if task.slots[name].type == "image":
                         kept[name] = version.model.eyes.features(record[name]).mapping()
-            # Training shortens a text at its end: it would learn the answer without the part that was answered.
+            # Training truncates a text at its end: it would learn the answer without the part that was answered.
             if not own.truncated and (forgotten := store.keep(task.name, kept, value, own.value)):
                 self._count(task.name, *["forgotten"] * forgotten)
             store.saw(task.name, version.number, seen, right, weight, WINDOW)
@@ -264,7 +279,7 @@ class Cascade:
             self._warn("unwritten", str(error))
 
     def _warn(self, kind: str, message: str) -> None:
-        """Write a message into the log, of each kind once in a while."""
+        """Log a message, one of each kind every SELDOM seconds."""
         now = time.monotonic()
         with self._lock:
             again = now - self._warned.get(kind, -SELDOM) >= SELDOM
@@ -274,7 +289,7 @@ class Cascade:
             log.warning("%s", message)
 
     def _newest(self) -> _Version:
-        """The version that is to answer, and its calibration, looked up every second."""
+        """The version that answers; it and its calibration are looked up every second."""
         now = time.monotonic()
         if now - self._looked <= 1.0 or not self._opening.acquire(blocking=False):
             return self._version
@@ -301,40 +316,39 @@ class Cascade:
     # Telling
 
     def statistics(self) -> dict[str, Any]:
-        """Counts and averages, nothing of what was asked or answered."""
+        """Counts and averages by task; no inputs and no answers."""
         version = self._version
         with self._lock:
             tasks = {}
             for task, counts in self.counts.items():
                 told: dict[str, Any] = dict(counts)
-                if task in version.sure:
-                    index = version.drift[task].index
+                if (calibrator := version.calibrators.get(task)) is not None:
                     told |= {
-                        "threshold": round(version.sure[task].threshold, 4), "drift": round(index, 4),
-                        **{f"expected_{n}": round(v, 4) for n, v in version.sure[task].expected().items()},
+                        "threshold": round(calibrator.threshold, 4), "drift": round(version.drift[task].index, 4),
+                        **{f"expected_{n}": round(v, 4) for n, v in calibrator.expected().items()},
                     }  # fmt: skip
-                tasks[task or "box"] = told
+                tasks[task or "device"] = told
         return {"version": version.number, "seconds": round(self._clock() - self.started), "tasks": tasks}
 
     def drifting(self) -> list[str]:
-        """Tasks whose requests come otherwise than in calibration."""
+        """Tasks whose confidences are distributed otherwise than in calibration."""
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
     def check_cloud(self) -> Iterator[Finding]:
-        """Try the key and the cloud, without a record; not any further once box.toml is changed."""
+        """Check the key and the cloud, without sending a record, until box.toml changes."""
         now, version = self.live.follow(), self._version
-        tasks = {task: version.model.tasks[task].outputs for task in version.sure}
+        tasks = {task: version.model.tasks[task].outputs for task in version.calibrators}
         return check_cloud(Box.with_settings(self.box.path, now.settings), tasks, now.cloud)
 
     def report(self) -> None:
-        """Tell the cloud the counts. Raises Failed; nothing is sent where nothing may be."""
+        """Report the counts to the cloud, if anything may be sent. Raises CloudError."""
         now = self.live.follow()
         if now.cloud is not None:
             now.cloud.tell(now.settings.name, self.statistics())
 
 
 def _whole(task: Task, record: Record) -> dict[str, Any]:
-    """With the pictures of paths read: they are looked at, sent and kept as they are now. Raises DataError."""
+    """The record with each picture's file read once, so that it cannot change meanwhile. Raises DataError."""
     found = dict(record)
     for name, slot in task.slots.items():
         value = found.get(name)
@@ -347,19 +361,19 @@ def _whole(task: Task, record: Record) -> dict[str, Any]:
 
 
 def _value(task: Task, outputs: Mapping[str, Any], processor: Processor) -> Any:
-    """A task's value as the edge's model gives it. Raises Failed for outputs of another task by that name, and for what
-    could not be learned."""
+    """A task's value in the form of the edge model's. Raises CloudError for outputs of another task of that name, and
+    for a value that could not be learned."""
     values = {name: outputs[name] for name in task.outputs if name in outputs}
     for name in task.outputs:
         known, value = task.labels.get(name), values.get(name)
         if is_empty(value):
-            raise Failed("empty")
+            raise CloudError("empty")
         if value is None or (known and str(value) not in known):
-            raise Failed("unexpected")
+            raise CloudError("unexpected")
         try:
             written = TYPES[task.slots[name].type].target(value, processor)
         except (DataError, UsageError):
-            raise Failed("unexpected") from None
+            raise CloudError("unexpected") from None
         if not written:
-            raise Failed("empty")
+            raise CloudError("empty")
     return values if len(values) > 1 else next(iter(values.values()))

@@ -1,5 +1,4 @@
-"""What a box needs before it goes live, tried one by one: `openm6-edge check`. Nothing of the box is changed, and no
-record is sent."""
+"""Checks of an edge device before it goes live (`openm6-edge check`). They change nothing on it, and send no record."""
 
 from __future__ import annotations
 
@@ -18,21 +17,21 @@ from urllib.parse import quote, urlencode
 from openm6._version import __version__
 from openm6.core.errors import OpenM6Error
 from openm6.edge.box import EYES, Box
-from openm6.edge.cloud import CHOSEN, Cloud, Failed
-from openm6.edge.kept import STORE, InterruptedWriteError, open_kept
+from openm6.edge.cloud import CHOSEN, Cloud, CloudError
+from openm6.edge.kept import STORE, InterruptedWriteError, open_answer_store
 from openm6.edge.opening import check_set_aside, store_summary
 from openm6.edge.runner import EdgeModel, Eyes
 from openm6.edge.settings import FEATURES, NOTHING
-from openm6.edge.sureness import Sureness, calibrations
+from openm6.edge.sureness import ConfidenceCalibrator, calibrations
 
 CLOCK_MINUTES = 5
-"""By which the clocks of box and cloud may differ."""
+"""Tolerated difference between the clocks of device and cloud."""
 TRIED_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of one check: its subject, whether a box in use would fail there, and a sentence."""
+    """The result of one check: its subject, whether the device in use would fail there, and a sentence."""
 
     subject: str
     fails: bool
@@ -43,14 +42,14 @@ class Finding:
 
 
 def check_box(path: Path) -> Iterator[Finding]:
-    """All checks of a box, in the order in which a start needs them."""
+    """All checks of an edge device, in the order of a start."""
     try:
         box = Box(path)
         folder = box.folder() / "package"
         model = EdgeModel(folder, 1)
         calibrated = calibrations(folder)
         for file in calibrated.values():
-            Sureness.load(file, model.about["sha256"])
+            ConfidenceCalibrator.load(file, model.about["sha256"])
     except OpenM6Error as error:
         yield Finding("package", True, str(error))
         return
@@ -59,7 +58,7 @@ def check_box(path: Path) -> Iterator[Finding]:
         False,
         f"version {box.version}, format {model.about['format']}, made by OpenM6 {model.about['version']} (the "
         f"program is {__version__}); it answers "
-        f"{', '.join(model.tasks)}; calibrated: {', '.join(calibrated) or 'none, so that the cloud is never asked'}.",
+        f"{', '.join(model.tasks)}; calibrated: {', '.join(calibrated) or 'none, so that nothing is deferred'}.",
     )
     yield _store(box)
     yield _disk(box)
@@ -70,7 +69,7 @@ def check_box(path: Path) -> Iterator[Finding]:
 
 
 def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]], cloud: Cloud | None) -> Iterator[Finding]:
-    """The checks that ask the cloud. `tasks`: outputs of the tasks that it will be asked, by name; `cloud`: None where
+    """The checks of the cloud. `tasks`: the outputs of the tasks that may be deferred, by name; `cloud`: None where
     nothing may be sent."""
     settings = box.settings
     if cloud is None:
@@ -87,8 +86,8 @@ def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]], cloud: Cloud | None
     began = time.perf_counter()
     try:
         models, date = cloud.read("/v1/models", settings.deadline_ms / 1000)
-    except Failed as error:
-        yield Finding("cloud", error.kind not in CHOSEN, f"{settings.cloud}: {error}.")
+    except CloudError as error:
+        yield Finding("cloud", error.concerns != CHOSEN, f"{settings.cloud}: {error}.")
         yield _clock(box, "")
         return
     taken = 1000 * (time.perf_counter() - began)
@@ -98,17 +97,17 @@ def check_cloud(box: Box, tasks: dict[str, tuple[str, ...]], cloud: Cloud | None
 
 
 def _store(box: Box) -> Finding:
-    """The answer store, and what a start would change in it."""
+    """Check the answer store, and count what a start would change in it."""
     try:
         check_set_aside(box.path, box.settings)
-        with closing(open_kept(box.path, box.settings, read_only=True)) as kept:
+        with closing(open_answer_store(box.path, box.settings, read_only=True)) as kept:
             forbidden, plain = kept.pending()
             told = store_summary(box.path, kept)
     except InterruptedWriteError as error:
         return Finding("store", False, str(error))
     except OpenM6Error as error:
         return Finding("store", True, str(error))
-    message = f"{sum(told['answers'].values())} kept answers, {told['bytes'] / 2**20:.1f} MB"
+    message = f"{sum(told['answers'].values())} stored answers, {told['bytes'] / 2**20:.1f} MB"
     if forbidden:
         message += f"; a start deletes {forbidden}, which privacy = {box.settings.privacy} forbids"
     if plain:
@@ -130,11 +129,11 @@ def _disk(box: Box) -> Finding:
     store = box.path / STORE
     taken = store.stat().st_size / 2**20 if store.is_file() else 0
     needed = max(0, box.settings.keep_mb - taken)
-    return Finding("disk", free < needed, f"{free:,.0f} MB are free; the kept answers may take {needed:,.0f} more.")
+    return Finding("disk", free < needed, f"{free:,.0f} MB are free; the stored answers may take {needed:,.0f} more.")
 
 
 def _model(box: Box, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]]) -> Finding:
-    """Whether the cloud's model knows the tasks, and reads pictures as the box's features are made."""
+    """Check that the cloud's model knows the tasks, and has the image encoder of the device's features."""
     settings = box.settings
     try:
         found = {str(one["id"]): one for one in models["data"]}
@@ -142,23 +141,23 @@ def _model(box: Box, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]
         if name not in found:
             return Finding("model", True, f"the cloud has no model {name!r}; it has: {', '.join(found) or 'none'}.")
         if settings.privacy == FEATURES and Eyes(box.path / EYES, 1).name != found[name].get("eyes"):
-            return Finding("model", True, f"{name} reads pictures otherwise than the features that this box sends.")
+            return Finding("model", True, f"{name} has another image encoder than the features that this device sends.")
         query = f"?{urlencode({'model': name})}" if settings.model else ""
         for task, outputs in tasks.items():
             about, _ = cloud.read(f"/v1/tasks/{quote(task, safe='')}{query}", settings.deadline_ms / 1000)
             if sorted(about["outputs"]) != sorted(outputs):
                 return Finding("model", True, f"the task {task} of {name} gives other outputs than the box's.")
-    except Failed as error:
-        return Finding("model", error.kind not in CHOSEN, f"{task}: {error}.")
+    except CloudError as error:
+        return Finding("model", error.concerns != CHOSEN, f"{task}: {error}.")
     except OpenM6Error as error:
         return Finding("model", True, str(error))
     except (KeyError, TypeError):
-        return Finding("model", True, "the cloud tells its models otherwise than expected: is it `openm6 serve`?")
+        return Finding("model", True, "the cloud's list of models is not of the expected form: is it `openm6 serve`?")
     return Finding("model", False, f"{name} at the cloud knows {', '.join(tasks) or 'no task that is asked'}.")
 
 
 def _clock(box: Box, date: str) -> Finding:
-    """Against the cloud's clock; without it, against the time at which the box was made."""
+    """Compare the clock with the cloud's, or without it with the time at which the device was made."""
     now = time.time()
     try:
         ahead = (now - parsedate_to_datetime(date).timestamp()) / 60

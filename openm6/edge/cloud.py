@@ -1,4 +1,4 @@
-"""The server that a box asks (`openm6 serve`), within a deadline that holds whatever happens on the way."""
+"""The server to which an edge device defers (`openm6 serve`), within a deadline that holds whatever happens."""
 
 from __future__ import annotations
 
@@ -11,57 +11,76 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError as Late
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from openm6.core.errors import ContextLengthError
+
 AT_ONCE = 8
-"""Requests to the cloud that are open at a time; a further one is not made."""
+"""Maximum number of open requests to the cloud; a further one is not made."""
 FAILURES = 3
-"""Failures one after the other after which the cloud is left alone for a while."""
+"""Consecutive failures after which requests to the cloud are paused."""
 PAUSES = (2.0, 60.0)
-"""Seconds for which it is left alone: at first, and at most (each time twice as long)."""
+"""Seconds of the first pause and of the longest; each pause is twice as long as the one before."""
 LARGEST = 64 * 2**20
 
+CHOSEN, BUSY, CLOUD, TASK = "chosen", "busy", "cloud", "task"
+
+
+class Reason(NamedTuple):
+    """Why the cloud gave no answer, in a few words, and what it concerns:
+
+    CHOSEN    box.toml, a change of which the log reports
+    BUSY      this request alone
+    CLOUD     every request: after a few of them all requests are paused
+    TASK      the task, whose requests are paused: the cloud has another version or another model
+    """
+
+    message: str
+    concerns: str = BUSY
+
+
 REASONS = {
-    "offline": "offline",
-    "privacy": "nothing may be sent",
-    "settings": "box.toml cannot be used, so that nothing is sent",
-    "changed": "box.toml was changed meanwhile",
-    "no_eyes": "the box has not the cloud's eyes, to send features",
-    "budget": "this hour's requests to the cloud are used up",
-    "crowded": "too much is asked of the cloud already",
-    "unreachable": "the cloud cannot be reached",
-    "late": "the cloud took too long",
-    "key": "the cloud refuses the key",
-    "busy": "the cloud has too much to do",
-    "error": "the cloud answered with an error",
-    "unknown_task": "the cloud does not know the task",
-    "other_eyes": "the cloud's model reads pictures otherwise",
-    "too_long": "the request is too long for the cloud's model",
-    "unexpected": "the cloud answers otherwise than expected",
-    "empty": "the cloud's answer is empty",
+    "offline": Reason("offline", CHOSEN),
+    "privacy": Reason("nothing may be sent", CHOSEN),
+    "settings": Reason("box.toml cannot be used, so that nothing is sent", CHOSEN),
+    "changed": Reason("box.toml was changed meanwhile", CHOSEN),
+    "no_eyes": Reason("the device lacks the cloud's image encoder, to send features"),
+    "budget": Reason("this hour's requests to the cloud are used up"),
+    "crowded": Reason("too many requests to the cloud are open already"),
+    "too_long": Reason("the request is too long for the cloud's model"),
+    "empty": Reason("the cloud's answer is empty"),
+    "unreachable": Reason("the cloud cannot be reached", CLOUD),
+    "late": Reason("the cloud took too long", CLOUD),
+    "key": Reason("the cloud refuses the key", CLOUD),
+    "busy": Reason("the cloud has too much to do", CLOUD),
+    "error": Reason("the cloud answered with an error", CLOUD),
+    "unknown_task": Reason("the cloud does not know the task", TASK),
+    "other_eyes": Reason("the cloud's model has another image encoder", TASK),
+    "unexpected": Reason("the cloud's answer is not of the expected form", TASK),
 }
-"""Kinds of reasons why the cloud gave no answer, and what people are told. Programs and counts depend on the kind."""
-OF_THE_CLOUD = ("unreachable", "late", "key", "busy", "error")
-"""Kinds after which all requests wait for a while."""
-CHOSEN = ("offline", "privacy", "settings", "changed")
-"""Kinds that come from box.toml, of which the log tells when it is taken up."""
-OF_A_TASK = ("unknown_task", "other_eyes", "unexpected")
-"""Kinds after which the task waits: the cloud is another version, or has another model."""
+"""By kind; counts and pauses depend on the kind."""
+
+_BY_CODE = {
+    "other_eyes": "other_eyes", "task_not_found": "unknown_task", "model_not_found": "unknown_task",
+    ContextLengthError.code: "too_long",
+}  # fmt: skip
+_BY_STATUS = {413: "too_long", 401: "key", 403: "key", 408: "late", 504: "late", 429: "busy", 503: "busy"}
+"""Kinds of failures by the code of the cloud's error, else by its HTTP status, which a proxy may have given."""
 
 
-class Failed(Exception):
+class CloudError(Exception):
     """The cloud gave no answer. `kind` is a key of REASONS; the message says why in a few words."""
 
     def __init__(self, kind: str, message: str = ""):
-        super().__init__(message or REASONS[kind])
-        self.kind = kind
+        super().__init__(message or REASONS[kind].message)
+        self.kind, self.concerns = kind, REASONS[kind].concerns
 
 
 class Cloud:
-    """A server at an address. Several threads may ask."""
+    """A server at an address. Several threads may use it."""
 
     def __init__(
         self,
@@ -71,7 +90,7 @@ class Cloud:
         clock: Callable[[], float] = time.monotonic,
         check: Callable[[], object] = lambda: None,
     ):
-        """`check` is called right before a request leaves; it raises Failed where that may not be any more."""
+        """`check` is called right before a request is sent; it raises CloudError where that is no longer allowed."""
         parts = urlsplit(address)
         self._secure, self._host = parts.scheme == "https", parts.hostname or ""
         self._port, self._prefix = parts.port or (443 if self._secure else 80), parts.path.rstrip("/")
@@ -83,10 +102,10 @@ class Cloud:
         self._open = threading.local()
         self._lock = threading.Lock()
         self._failures = 0
-        self._pauses: dict[str, tuple[float, Failed]] = {}  # by task, "" for all: until when, and why
+        self._pauses: dict[str, tuple[float, CloudError]] = {}  # by task, "" for all: until when, and why
 
     def close(self) -> None:
-        """Answers to what has left still come; nothing more leaves."""
+        """Send nothing more; requests that were sent are still answered."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(
@@ -100,39 +119,39 @@ class Cloud:
     ) -> dict[str, Any]:
         """The cloud's answer to a task: `outputs`, and whether it is `finished`. `truncate`: see `EdgeModel.answer`.
 
-        `late` gets an answer that came after the deadline; `before` is called once a connection is there, right before
-        the request leaves, and may raise Failed. Raises Failed when there is no answer within so many seconds, or
-        the cloud is left alone for now: then with the reason of its last failure.
+        `late` receives an answer that arrives after the deadline; `before` is called once the connection is open, right
+        before the request is sent, and may raise CloudError. Raises CloudError when there is no answer within so many
+        seconds, and during a pause: then with the reason of the last failure.
         """
         now = self._clock()
         with self._lock:
             for name in ("", task):
                 until, why = self._pauses.get(name, (0.0, None))
                 if why is not None and now < until:
-                    raise Failed(why.kind, str(why))
+                    raise CloudError(why.kind, str(why))
         if not self._free.acquire(blocking=False):
-            raise Failed("crowded")
+            raise CloudError("crowded")
         body = {"inputs": _outgoing(inputs), "seconds": seconds}
         body |= {name: one for name, one in (("model", self._model), ("truncate", truncate)) if one}
         try:
             asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds, before)
         except RuntimeError:  # it was closed
             self._free.release()
-            raise Failed("changed") from None
+            raise CloudError("changed") from None
         asking.add_done_callback(lambda _: self._free.release())
         try:
             found = asking.result(timeout=seconds)
         except CancelledError:
-            raise Failed("changed") from None
+            raise CloudError("changed") from None
         except Late:
             if late is not None:
                 asking.add_done_callback(
                     lambda done: None if done.cancelled() or done.exception() else late(done.result())
                 )
-            failure = Failed("late")
+            failure = CloudError("late")
             self._failed(task, now, failure)
             raise failure from None
-        except Failed as failure:
+        except CloudError as failure:
             self._failed(task, now, failure)
             raise
         with self._lock:
@@ -141,18 +160,18 @@ class Cloud:
         return found
 
     def tell(self, name: str, statistics: Mapping[str, Any], seconds: float = 10.0) -> None:
-        """Counts of this box, for whoever runs the cloud. Raises Failed."""
+        """Report the counts of this device to the cloud's operator. Raises CloudError."""
         self._request("POST", f"/v1/edges/{quote(name, safe='')}", dict(statistics), seconds)
 
     def read(self, path: str, seconds: float) -> tuple[Any, str]:
-        """What is at a path such as /v1/models, and the cloud's date. Raises Failed."""
+        """The answer at a path such as /v1/models, and the cloud's date. Raises CloudError."""
         return self._request("GET", path, None, seconds)
 
-    def _failed(self, task: str, now: float, failure: Failed) -> None:
+    def _failed(self, task: str, now: float, failure: CloudError) -> None:
         with self._lock:
-            if failure.kind in OF_A_TASK:
+            if failure.concerns == TASK:
                 self._pauses[task] = now + PAUSES[1], failure
-            elif failure.kind in OF_THE_CLOUD:
+            elif failure.concerns == CLOUD:
                 self._failures += 1
                 if failure.kind == "key":  # asking again does not help soon
                     self._pauses[""] = now + PAUSES[1], failure
@@ -165,16 +184,16 @@ class Cloud:
     ) -> dict[str, Any]:
         answer, _ = self._request("POST", f"/v1/tasks/{quote(task, safe='')}", body, seconds, before)
         if not isinstance(answer, dict) or not isinstance(answer.get("outputs"), dict):
-            raise Failed("unexpected")
+            raise CloudError("unexpected")
         return answer
 
     def _request(
         self, method: str, path: str, body: Any, seconds: float, before: Callable[[], None] | None = None
     ) -> tuple[Any, str]:
-        """What an answer holds, and its date; over a connection that is open already, if there is one. Raises Failed
-        for every status but 200."""
+        """An answer's content and its date, over an open connection if there is one. Raises CloudError for every status
+        but 200."""
         if not self._is_key_sendable:  # http.client would raise an error that repeats the key
-            raise Failed("key", "the key has characters that cannot be sent, such as the end of a line")
+            raise CloudError("key", "the key has characters that cannot be sent, such as the end of a line")
         data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
         for fresh in (False, True):
             connection = None if fresh else self._still_open()
@@ -194,17 +213,17 @@ class Cloud:
                 break
             except TimeoutError:
                 self._open.connection = None
-                raise Failed("late") from None
+                raise CloudError("late") from None
             except (OSError, http.client.HTTPException, ssl.SSLError):
                 self._open.connection = None
                 if not reused:  # one that was open may have been closed by the other side just now
-                    raise Failed("unreachable") from None
+                    raise CloudError("unreachable") from None
         if answer.status != 200:
             raise _failure(answer.status, content)
         return content, answer.getheader("Date", "")
 
     def _still_open(self) -> http.client.HTTPConnection | None:
-        """This thread's connection. One that has something to read before it was asked was closed by the other side."""
+        """This thread's connection, unless the cloud has closed it: then it is readable before a request is sent."""
         connection: http.client.HTTPConnection | None = getattr(self._open, "connection", None)
         if connection is None:
             return None
@@ -225,27 +244,16 @@ class Cloud:
 
 
 def is_sendable(key: str) -> bool:
-    """Whether a header can hold the key."""
+    """Whether the key can be sent in a header."""
     return key.isascii() and key.isprintable()
 
 
-def _failure(status: int, content: Any) -> Failed:
-    """Why there is no answer, by the status and the code of the error; the words of its message are not looked at."""
+def _failure(status: int, content: Any) -> CloudError:
+    """Why there is no answer, by the code of the error and the status; the message is not looked at."""
     error = content.get("error") if isinstance(content, dict) else None
     code = error.get("code") if isinstance(error, dict) else None
-    if code == "other_eyes":
-        return Failed("other_eyes")
-    if code in ("task_not_found", "model_not_found"):
-        return Failed("unknown_task")
-    if code == "context_length_exceeded" or status == 413:
-        return Failed("too_long")
-    if status in (401, 403):
-        return Failed("key")
-    if status in (408, 504):
-        return Failed("late")
-    if status in (429, 503):
-        return Failed("busy")
-    return Failed("unexpected") if status < 500 else Failed("error", f"the cloud answered with {status}")
+    kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status) or ("unexpected" if status < 500 else "error")
+    return CloudError(kind, f"the cloud answered with {status}" if kind == "error" else "")
 
 
 def _read(content: bytes) -> Any:
@@ -256,7 +264,7 @@ def _read(content: bytes) -> Any:
 
 
 def _outgoing(value: Any) -> Any:
-    """Bytes as base64."""
+    """The value with bytes as base64 and arrays as lists."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):

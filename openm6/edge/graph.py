@@ -77,7 +77,7 @@ class Graph(nn.Module):
         qkv = qkv.view(-1, heads + 2 * keys, width)
         qk, v_NKE = qkv[:, :-keys], qkv[:, -keys:]
         if attention.q_norm is not None:
-            qk = _scaled(qk, attention._norm_scale(), attention.q_norm.eps)
+            qk = _scaled(qk, attention.head_scale(), attention.q_norm.eps)
         if rope is not None:
             qk = rotate(qk[None], rope)[0]
         own_N2KE = torch.stack((qk[:, heads:], v_NKE), 1)

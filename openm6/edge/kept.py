@@ -1,12 +1,13 @@
-"""The answer store of a box: what the cloud answered, kept on the edge to learn from. It is a SQLite file that only its
-owner can read, within a size, encrypted if that is asked for, and never holds more than the privacy mode allows.
+"""The answer store of an edge device: the cloud's answers, stored to learn from (a replay buffer). It is a SQLite file
+that only its owner can read, of a limited size, encrypted on request, and never holds more than the privacy mode
+allows.
 
-    all         what was asked, pictures too, and the answer
-    features    the same, of a picture the edge's own features in its place
+    all         the record, pictures included, and the answer
+    features    the same, with the edge model's own features in place of a picture
     nothing     nothing
 
 Answers are deleted in two cases: a stricter mode forbids them (they are overwritten when the file is opened, and the
-log says how many), or the size is used up (the oldest go, and are counted).
+log reports their number), or the size is used up (the oldest are deleted and counted).
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("openm6.edge")
 HELD_OUT = 5
-"""Of what is kept, one in so many is held out of learning, to measure on."""
+"""One of so many stored answers is held out of learning, to evaluate on."""
 STORE = "kept.sqlite"
 _BESIDE = ("", "-journal", "-wal", "-shm")
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 ENCRYPTED = 4
 _ALLOWED = {ALL: (ALL, FEATURES), FEATURES: (FEATURES,), NOTHING: ()}
-"""Modes under which an answer may have been kept, to stay."""
+"""By the present mode, the modes of the answers that may stay."""
 
 
 class StoreError(OpenM6Error):
-    """An answer store that cannot be opened, read or written. `is_damaged`: its content is no database any more."""
+    """An answer store that cannot be opened, read or written. `is_damaged`: the file is no valid database."""
 
     def __init__(self, message: str, is_damaged: bool = False):
         super().__init__(message)
@@ -52,19 +53,19 @@ class StoreError(OpenM6Error):
 
 
 class InterruptedWriteError(StoreError):
-    """A store that is opened to be read, beside which lies the journal of a write that was interrupted."""
+    """A store opened read-only beside the journal of an interrupted write."""
 
 
-class Kept:
+class AnswerStore:
     """An answer store. Several threads may use it. Every method raises StoreError where the disk refuses."""
 
     def __init__(self, file: Path | None, mode: str, limit: int, key: str | None = None, read_only: bool = False):
-        """Open the file, and make it what mode and key ask for: forbidden answers are deleted, plain ones encrypted.
+        """Open the file and apply mode and key: delete forbidden answers, encrypt plain ones.
 
-        `file` None: in memory; `limit`: bytes of answers, before encryption; `key`: of the encryption, as `new_key`
-        makes it; `read_only`: file and journal stay as they are, and are read as they are at this moment.
+        `file` None: in memory; `limit`: bytes of answers, before encryption; `key`: of the encryption (`new_key`);
+        `read_only`: a snapshot is read, and file and journal stay unchanged.
 
-        Raises UsageError for a key that is none, or not the one that the file's answers were encrypted with, and
+        Raises UsageError for an invalid key, or one with which the file's answers were not encrypted, and
         InterruptedWriteError where a file to be read has to be repaired first.
         """
         self.file, self.mode, self.limit, self.trouble = file, mode, limit, ""
@@ -85,7 +86,7 @@ class Kept:
             raise
 
     def _begin_reading(self) -> None:
-        """Begin the one transaction of a store that is only read. Raises InterruptedWriteError."""
+        """Begin the only transaction of a read-only store. Raises InterruptedWriteError."""
         self._file.execute("BEGIN")
         for seconds in (0.1, 0):
             try:
@@ -109,7 +110,7 @@ class Kept:
         self._check_pages()
         for rule in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON"):
             self._file.execute(f"PRAGMA {rule}")
-        if not self._file.execute("PRAGMA auto_vacuum").fetchone()[0]:  # to set it writes, which a full disk refuses
+        if not self._file.execute("PRAGMA auto_vacuum").fetchone()[0]:  # setting it writes, which a full disk refuses
             self._file.execute("PRAGMA auto_vacuum=FULL")
         self._file.execute(
             "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, task TEXT, "
@@ -128,7 +129,7 @@ class Kept:
         except sqlite3.OperationalError as error:
             if self._file.execute("PRAGMA user_version").fetchone()[0] != promised:
                 raise
-            # It cannot be written for now, but it holds nothing that it may not, and what was learned can be read.
+            # The file cannot be written for now, but holds nothing forbidden, and what was learned can be read.
             self.trouble = f"{self.file} cannot be written ({error})."
             log.error("%s", self.trouble)
 
@@ -136,12 +137,12 @@ class Kept:
         self._file.close()
 
     def revoke(self) -> None:
-        """From now on nothing is written by this handle, and what is in it can still be read."""
+        """Write nothing more with this handle; reading still works."""
         with self._lock:
             self.mode = NOTHING
 
     def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> int:
-        """Keep a record (by the mode, with features in the place of pictures), the cloud's answer, and the edge's own.
+        """Store a record (by the mode, with features in place of pictures), the cloud's answer and the edge model's.
 
         Returns the number of older answers that were deleted to make room.
         """
@@ -149,7 +150,7 @@ class Kept:
             return 0
         asked = {name: one for name, one in record.items() if not name.startswith("_")}
         body = dumps({"record": asked, "value": value, "edge": edge}, plain).encode()
-        size = len(body)  # before encryption: with a key as much is kept as without
+        size = len(body)  # before encryption: a key does not reduce the number of answers
         if size > self.limit:
             raise StoreError(f"An answer of {size:,} bytes is larger than all that may be kept ({self.limit:,}).")
         if self._cipher:
@@ -164,7 +165,7 @@ class Kept:
             return self._forget_oldest()
 
     def rows(self, task: str | None = None, until: int | None = None) -> Iterator[dict[str, Any]]:
-        """What is kept, the oldest first: id, task, record, value, edge; up to the row `until`."""
+        """Stored answers, the oldest first, as {id, task, record, value, edge}; up to the id `until`."""
         with self._used():
             self._check_key()
             found = self._file.execute(
@@ -175,12 +176,12 @@ class Kept:
             try:
                 content = loads(self._cipher.decrypt(body) if secret and self._cipher else body)
             except (ValueError, UsageError):
-                log.error("the kept answer %d is damaged, and is passed over", number)
+                log.error("the stored answer %d is damaged and is skipped", number)
                 continue
             yield {"id": number, "task": name, **content}
 
     def tasks(self) -> dict[str, tuple[int, int]]:
-        """How many of each task are kept, and the number of the last."""
+        """Number of stored answers of each task, and the id of its last one."""
         with self._used():
             rows = self._file.execute("SELECT task, COUNT(*), MAX(id) FROM answers GROUP BY task").fetchall()
         return {task: (count, last) for task, count, last in rows}
@@ -193,16 +194,16 @@ class Kept:
             return int(self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0])
 
     def pending(self) -> tuple[int, int]:
-        """How many answers the mode forbids, and how many are not encrypted though there is a key: of a file that is
-        read only, what a start of the box would delete and encrypt. Raises UsageError for another key, StoreError
-        for a damaged file."""
+        """Numbers of answers that the mode forbids, and that are not encrypted though there is a key: those that a
+        start of the device would delete and encrypt. Raises UsageError for another key, StoreError for a damaged
+        file."""
         with self._used():
             self._check_pages()
             forbidden, plain = self._count_forbidden(), self._count(0) if self._cipher else 0
             self._check_key()
         return forbidden, plain
 
-    # What a Sureness has learned, and what was asked of the cloud: numbers alone
+    # Numbers alone: what a calibrator has learned, and the requests to the cloud
 
     def saw(self, task: str, version: str, seen: np.ndarray, right: float, weight: float, most: int) -> None:
         if self.mode == NOTHING:
@@ -247,7 +248,7 @@ class Kept:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """All that is written inside, or nothing of it."""
+        """A transaction: all or nothing that is written inside takes effect."""
         with self._used():
             try:
                 self._file.execute("BEGIN IMMEDIATE")
@@ -280,11 +281,12 @@ class Kept:
             if self.mode == NOTHING:
                 self._file.execute("DELETE FROM seen")
         if forbidden:
-            log.warning("%d kept answers were deleted: privacy = %s forbids them", forbidden, self.mode)
+            log.warning("%d stored answers were deleted: privacy = %s forbids them", forbidden, self.mode)
         return forbidden
 
     def _encrypt_plain(self) -> int:
-        """Encrypt in place what was kept before there was a key: all of it, or nothing where that is interrupted."""
+        """Encrypt in place the answers that were stored without a key: all of them, or none where that is
+        interrupted."""
         self._check_key()
         if not self._cipher or not self._count(0):
             return 0
@@ -295,11 +297,11 @@ class Kept:
                 self._file.execute(
                     "UPDATE answers SET secret = 1, body = ? WHERE id = ?", (self._cipher.encrypt(body), number)
                 )
-        log.warning("%d kept answers were encrypted in place", len(numbers))
+        log.warning("%d stored answers were encrypted in place", len(numbers))
         return len(numbers)
 
     def _check_key(self) -> None:
-        """Raises UsageError where answers are encrypted, and not with this key."""
+        """Raises UsageError where answers are encrypted with another key."""
         if count := self._count(1):
             where = f"{self.file} has {count} encrypted answers"
             if self._cipher is None:
@@ -319,31 +321,31 @@ class Kept:
         return int(self._file.execute("SELECT COUNT(*) FROM answers WHERE secret = ?", (secret,)).fetchone()[0])
 
     def _count_forbidden(self) -> int:
-        """Answers that the mode does not allow on the disk."""
+        """Number of answers that the mode forbids."""
         asked = f"SELECT COUNT(*) FROM answers WHERE mode NOT IN ({_marks(self.mode)})"
         return int(self._file.execute(asked, _ALLOWED[self.mode]).fetchone()[0])
 
 
-def open_kept(folder: Path, settings: Settings, read_only: bool = False) -> Kept:
-    """The answer store of a box. `read_only`: as it lies there, nothing is made, repaired, deleted or encrypted.
+def open_answer_store(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
+    """The answer store of an edge device. `read_only`: unchanged; nothing is created, repaired, deleted or encrypted.
 
-    Raises UsageError where the key of its encryption is missing, StoreError where the disk refuses, as
-    InterruptedWriteError for a file to be read that has to be repaired first.
+    Raises UsageError for a missing key of the encryption, StoreError where the disk refuses, and InterruptedWriteError
+    for a file to be read that has to be repaired first.
     """
     key, file = None, folder / STORE
     if settings.encrypt and settings.privacy != NOTHING:
         key = os.environ.get(settings.encrypt)
         if not key:
             raise UsageError(
-                f"The box encrypts what it keeps with the key in ${settings.encrypt}, which is not set. "
+                f"The answer store is encrypted with the key in ${settings.encrypt}, which is not set. "
                 "`openm6-edge new-key` makes one."
             )
     is_none = read_only and (not file.exists() or (file.is_file() and not file.stat().st_size))
-    return Kept(None if is_none else file, settings.privacy, settings.keep_mb * 2**20, key, read_only)
+    return AnswerStore(None if is_none else file, settings.privacy, settings.keep_mb * 2**20, key, read_only)
 
 
 def _make_private(file: Path) -> None:
-    """Only the file's owner may read it, and what SQLite writes beside it. Raises StoreError."""
+    """Let only its owner read the file and those that SQLite writes beside it. Raises StoreError."""
     try:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
@@ -356,7 +358,7 @@ def _make_private(file: Path) -> None:
 
 @contextlib.contextmanager
 def _named(file: Path | None) -> Iterator[None]:
-    """What SQLite says of a file, as StoreError."""
+    """SQLite's errors as StoreError, with the file's name."""
     try:
         yield
     except sqlite3.Error as error:
@@ -369,12 +371,12 @@ def _marks(mode: str) -> str:
 
 
 def promise(mode: str, is_encrypted: bool) -> int:
-    """What is written into the file's header (user_version) once it holds nothing that these forbid."""
+    """The number in the file's header (user_version) once it holds nothing that mode and encryption forbid."""
     return 1 + MODES.index(mode) + ENCRYPTED * is_encrypted
 
 
 def parts(file: Path) -> list[Path]:
-    """The file, and what SQLite may have left beside it."""
+    """The file, and those that SQLite may have left beside it."""
     return [one for end in _BESIDE if (one := file.with_name(file.name + end)).exists()]
 
 
@@ -384,11 +386,11 @@ def set_aside(file: Path) -> list[Path]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether an answer is there, but says nothing."""
+    """Whether an answer is empty."""
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
-    """By what was asked: the same question about the same picture is never on both sides."""
+    """Whether a stored answer is held out; by its record, so that equal records are always on the same side."""
     digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()
     return digest[0] % HELD_OUT == 0

@@ -1,9 +1,9 @@
-"""The settings of a box in use. box.toml is read again for every request, which takes microseconds, so that a change
-holds from the next request on; what the old settings opened sends and writes nothing more, whatever it was at.
+"""The settings of an edge device in use. box.toml is read again for every request, which takes microseconds, so that a
+change holds from the next request on; stores and connections that the old settings opened write and send nothing more.
 
-A box.toml that cannot be used (no TOML, a value that is refused, a key that is gone because the file is being written)
-may have been meant to be stricter: until it is mended nothing is sent and nothing more is kept. What was kept stays,
-and the other settings stay as they were.
+An invalid box.toml (no TOML, a refused value, a key that is missing because the file is being written) may have been
+meant to be stricter: until it is corrected nothing is sent and nothing more is stored. Stored answers and the other
+settings stay as they were.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.edge.box import EYES, FILE, Box, read_content
-from openm6.edge.cloud import Cloud, Failed
-from openm6.edge.kept import Kept
+from openm6.edge.cloud import Cloud, CloudError
+from openm6.edge.kept import AnswerStore
 from openm6.edge.opening import open_store
 from openm6.edge.runner import Eyes
 from openm6.edge.settings import FEATURES, Settings, settings_in, values_in
 
 RETRY = 1.0
-"""Seconds after which it is tried again to take up a box.toml that could not be."""
+"""Seconds between two tries to apply an invalid box.toml."""
 STORED = ("privacy", "encrypt", "keep_mb")
-"""Settings that the store is opened by."""
+"""Settings with which the answer store is opened."""
 log = logging.getLogger("openm6.edge")
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveSettings:
-    """Settings, and what was opened by them: `cloud` is None where nothing may be sent, `eyes` where no features are.
-    `problem`: why box.toml cannot be used."""
+    """Settings, and the store, cloud and image encoder opened by them. `cloud` is None where nothing may be sent,
+    `eyes` where no features are. `problem`: why box.toml cannot be used."""
 
     settings: Settings
-    kept: Kept
+    kept: AnswerStore
     cloud: Cloud | None
     eyes: Eyes | None
     problem: str = ""
 
 
 class LiveSettings:
-    """The settings of a box, as box.toml says at the moment. Several threads may ask."""
+    """The present settings of an edge device, for several threads."""
 
     def __init__(self, box: Box, threads: int = 0):
-        """Raises UsageError or OpenM6Error where the store or the eyes cannot be opened."""
+        """Raises UsageError or OpenM6Error where the store or the image encoder cannot be opened."""
         self._box, self._threads, self._lock = box, threads, RLock()
         self._content: bytes | None = box.content
         self._keys = values_in(box.path / FILE, box.content).keys()
         self._tried = 0.0
-        self._replaced: list[Kept] = []  # somebody may still be reading from them
+        self._replaced: list[AnswerStore] = []  # other threads may still read from them
         kept = open_store(box.path, box.settings)
         self._now = ActiveSettings(box.settings, kept, self._cloud(box.settings), self._eyes(box.settings, None))
 
@@ -63,7 +63,7 @@ class LiveSettings:
                 kept.close()
 
     def follow(self) -> ActiveSettings:
-        """What is in force now: box.toml is taken up where it has changed."""
+        """The settings in force, after applying box.toml if it has changed."""
         with self._lock:
             try:
                 content, problem = read_content(self._box.path), ""
@@ -81,12 +81,12 @@ class LiveSettings:
             return self._now
 
     def _take_up(self, content: bytes) -> None:
-        """Raises UsageError or OpenM6Error for what cannot be used."""
+        """Apply box.toml. Raises UsageError or OpenM6Error for one that cannot be used."""
         file, before = self._box.path / FILE, self._now
         values = values_in(file, content)
         settings = settings_in(file, values)
         if gone := sorted(self._keys - values.keys()):
-            raise UsageError(f"{file} has no longer {', '.join(gone)}: write it again, or start the box again without.")
+            raise UsageError(f"{file} no longer has {', '.join(gone)}: restore it, or restart the device without it.")
         if before.cloud is not None:
             before.cloud.close()
         eyes, kept = self._eyes(settings, before.eyes), before.kept
@@ -96,7 +96,7 @@ class LiveSettings:
             self._replaced.append(before.kept)
         self._now = ActiveSettings(settings, kept, self._cloud(settings), eyes)
         self._keys = values.keys()
-        log.info("%s is taken up: %s", FILE, _changes(before.settings, settings) or "nothing is different")
+        log.info("%s is applied: %s", FILE, _changes(before.settings, settings) or "nothing is different")
 
     def _stop_sending(self, problem: str) -> None:
         before = self._now
@@ -105,7 +105,7 @@ class LiveSettings:
         before.kept.revoke()
         self._now = replace(before, cloud=None, problem=problem)
         if problem != before.problem:
-            log.error("Nothing is sent or kept until %s can be used: %s", FILE, problem)
+            log.error("Nothing is sent or stored until %s can be used: %s", FILE, problem)
 
     def _cloud(self, settings: Settings) -> Cloud | None:
         if not settings.asks_cloud:
@@ -113,7 +113,7 @@ class LiveSettings:
 
         def check() -> None:
             if self.follow().cloud is not made:
-                raise Failed("changed")
+                raise CloudError("changed")
 
         made = Cloud(settings.cloud, settings.cloud_key, settings.model, check=check)
         return made

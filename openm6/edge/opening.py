@@ -1,8 +1,8 @@
-"""The answer store of a box that answers in any case: it is opened, or a damaged file is set aside, or nothing is kept.
+"""Opening the answer store of an edge device that answers in any case: a damaged file is set aside, and where the disk
+refuses, nothing is stored.
 
-Where the disk may hold more than the settings allow, and that cannot be changed, the box refuses to start. What a file
-holds at most is said in its header, which outlives most damage.
-"""
+Where the disk may hold more than the settings allow, and that cannot be changed, the device refuses to start. The
+header of a file says what it holds at most, and outlives most damage."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from openm6.edge.kept import ENCRYPTED, STORE, Kept, StoreError, open_kept, parts, promise, set_aside
+from openm6.edge.kept import ENCRYPTED, STORE, AnswerStore, StoreError, open_answer_store, parts, promise, set_aside
 from openm6.edge.settings import ALL, MODES, NOTHING, Settings
 
 log = logging.getLogger("openm6.edge")
 
 
-def open_store(folder: Path, settings: Settings) -> Kept:
-    """The answer store; where the disk refuses, one in memory that keeps nothing (`trouble` says why). A damaged file
+def open_store(folder: Path, settings: Settings) -> AnswerStore:
+    """The answer store; where the disk refuses, one in memory that stores nothing (`trouble` says why). A damaged file
     is renamed.
 
-    Raises UsageError as `open_kept` does, and StoreError where a file that cannot be changed may hold what the settings
-    forbid.
+    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the
+    settings forbid.
     """
     file = folder / STORE
     check_set_aside(folder, settings)
     try:
-        return open_kept(folder, settings)
+        return open_answer_store(folder, settings)
     except StoreError as error:
         _check_promise(file, settings, str(error))
         failure = error
     try:
         if failure.is_damaged:
             log.error("%s It is now named %s", failure, _move_aside(file).name)
-            return open_kept(folder, settings)
+            return open_answer_store(folder, settings)
     except (OSError, StoreError) as error:
         failure = StoreError(f"{file} is damaged, and a new one cannot be begun ({error}).")
-    found = Kept(None, NOTHING, 0)
-    found.trouble = f"Nothing is kept: {failure}"
+    found = AnswerStore(None, NOTHING, 0)
+    found.trouble = f"Nothing is stored: {failure}"
     log.error("%s", found.trouble)
     return found
 
 
-def store_summary(folder: Path, kept: Kept | None = None) -> dict[str, Any]:
-    """State of a box's answer store for people and programs: of `kept`, or of the file as it lies there, which takes no
-    key. It raises nothing; `trouble` says what is wrong."""
+def store_summary(folder: Path, kept: AnswerStore | None = None) -> dict[str, Any]:
+    """State of an edge device's answer store, of `kept` or of the file itself, which needs no key. Raises nothing:
+    `trouble` names a problem."""
     told: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
     try:
         with (
-            closing(open_kept(folder, Settings(privacy=NOTHING), read_only=True)) if kept is None else nullcontext(kept)
+            closing(open_answer_store(folder, Settings(privacy=NOTHING), read_only=True))
+            if kept is None
+            else nullcontext(kept)
         ) as store:
             told["trouble"] = store.trouble
             told |= {"answers": store.counts(), "bytes": store.size()}
@@ -65,7 +67,7 @@ def check_set_aside(folder: Path, settings: Settings) -> None:
 
 
 def _check_promise(file: Path, settings: Settings, why: str) -> None:
-    """Raises StoreError for a file that may hold what the settings forbid. A missing or empty one holds nothing."""
+    """Raises StoreError for a file that may hold what the settings forbid; a missing or empty one cannot."""
     wanted = promise(settings.privacy, bool(settings.encrypt) and settings.privacy != NOTHING)
     if wanted == promise(ALL, False):
         return
@@ -88,7 +90,7 @@ def _check_promise(file: Path, settings: Settings, why: str) -> None:
 
 
 def _move_aside(file: Path) -> Path:
-    """Rename a damaged file, and what lies beside it. Raises OSError."""
+    """Rename a damaged file and those beside it. Raises OSError."""
     number = 1
     while (place := file.with_name(f"{file.name}.damaged-{number}")).exists():
         number += 1

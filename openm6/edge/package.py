@@ -24,6 +24,7 @@ import torch
 import openm6
 from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_json, write_whole
 from openm6.edge.graph import INPUTS, Eyes, Graph, examples
 from openm6.edge.rounding import round_graph
@@ -32,7 +33,7 @@ from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.adapters import check_mergeable
 from openm6.model.count import count_parameters
-from openm6.model.files import eyes_of, load_model
+from openm6.model.files import image_encoder_id, load_model
 from openm6.tasks.card import write_card
 from openm6.tasks.task import Task
 
@@ -45,6 +46,7 @@ PARTS = (
     "_version.py",
     "core/__init__.py",
     "core/errors.py",
+    "core/extras.py",
     "core/files.py",
     "core/images.py",
     "core/origins.py",
@@ -90,12 +92,7 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     require_new(output)
     if bits not in (None, *BITS):
         raise UsageError(f"bits is {bits}; it can be 8, 4, or left out.")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"An export needs {error.name}: pip install -e '.[edge]' in a clone.") from None
+    require("edge", "onnx", "onnxruntime", "onnxscript")
     check_mergeable(path)
     session = Session.load(path, "cpu", trainable=True)
     session.model.eval()
@@ -116,12 +113,12 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
         _write_about(folder, "edge.json", told)
 
     write_whole(output, write)
-    if gainless := gains_nothing(told):
+    if gainless := smaller_variant_hint(told):
         _log.warning(gainless)
     return told
 
 
-def gains_nothing(told: Mapping[str, Any]) -> str:
+def smaller_variant_hint(told: Mapping[str, Any]) -> str:
     """A sentence where fewer bits than those of edge.json take no more bytes; else ""."""
     sizes: dict[str, int] = told["graph_bytes"]
     chosen = str(told["bits"] or 32)
@@ -134,7 +131,7 @@ def gains_nothing(told: Mapping[str, Any]) -> str:
     )
 
 
-def round_package(path: Path, output: Path, bits: int) -> dict[str, Any]:
+def quantize_bundle(path: Path, output: Path, bits: int) -> dict[str, Any]:
     """Write the package `export` gives with `bits` from the one it gives without, without exporting again. Raises
     UsageError for what is no such package."""
     require_new(output)
@@ -159,7 +156,7 @@ def able(task: Task) -> bool:
     return not task.draws and not task.sketch
 
 
-def export_eyes(path: Path, output: Path) -> dict[str, Any]:
+def export_image_encoder(path: Path, output: Path) -> dict[str, Any]:
     """Write how a model reads pictures, and no more: what a box sends features by. Raises UsageError for a model that
     reads none."""
     require_new(output)
@@ -169,7 +166,7 @@ def export_eyes(path: Path, output: Path) -> dict[str, Any]:
         raise UsageError(f"{path} reads no pictures.")
     config = model.config
     told: dict[str, Any] = {
-        "eyes": eyes_of(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
+        "eyes": image_encoder_id(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
         "width": config.hidden_size,
     }  # fmt: skip
 
@@ -204,7 +201,7 @@ def _told(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "width": config.hidden_size,
         "positions": config.max_position_embeddings if config.positions == "learned" else None,
         "stride": config.image_stride, "max_patches": config.image_max_patches,
-        "pictures": config.image_embedder != "none", "eyes": eyes_of(base_of(path) or path),
+        "pictures": config.image_embedder != "none", "eyes": image_encoder_id(base_of(path) or path),
         "heads": list(config.heads or {}),
     }  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""The program of a package, and of a box: `python openm6-edge run vqa photo=a.jpg question=...`
+"""The program of an ONNX bundle and of an edge device: `python openm6-edge run vqa photo=a.jpg question=...`
 
-In a package's folder the model there answers; in a box's the cascade does.
+In the folder of an ONNX bundle its model answers, in that of an edge device the cascade.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from openm6.core.files import dumps, plain
 from openm6.tasks.lengths import TRUNCATE
 
 if TYPE_CHECKING:
+    from openm6.edge.cascade import Cascade
+    from openm6.edge.runner import EdgeModel
     from openm6.tasks.task import Task
 
 
@@ -31,34 +34,42 @@ def main(words: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except ImportError as error:
-        print(f"{error}: `pip install -r requirements.txt` in the package's folder installs it.", file=sys.stderr)
+        print(f"{error}: `pip install -r requirements.txt` in the program's folder installs it.", file=sys.stderr)
         sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="openm6-edge", description="Ask a model without PyTorch.")
+    parser = argparse.ArgumentParser(prog="openm6-edge", description="Run a model without PyTorch.")
     here = Path(sys.argv[0]).resolve().parent
     parser.add_argument(
-        "--package", type=Path, default=here, help="folder of the package or box; by default the program's own"
+        "--package",
+        type=Path,
+        default=here,
+        help="folder of the ONNX bundle or edge device; by default the program's own",
     )
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     parser.add_argument("--json", action="store_true", help="value, confidence, milliseconds")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("tasks", help="what it can be asked")
-    commands.add_parser("about", help="sizes, and how long the start takes")
+    commands.add_parser("tasks", help="the tasks that it answers")
+    commands.add_parser("about", help="sizes and start time")
     asking = commands.add_parser("run", help="one answer: run TASK slot=value ...")
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
-    asking.add_argument("--truncate", choices=TRUNCATE, help="leaves out the beginning of a text that is too long")
-    for name, told in (("serve", "a box over HTTP"), ("unit", "of a box: the service unit that has systemd serve it")):
+    asking.add_argument("--truncate", choices=TRUNCATE, help="leave out the beginning of a text that is too long")
+    for name, told in (
+        ("serve", "serve an edge device over HTTP"),
+        ("unit", "print the systemd unit of an edge device"),
+    ):
         serving = commands.add_parser(name, help=told)
         serving.add_argument("--host", default="127.0.0.1")
         serving.add_argument("--port", type=int, default=8100)
-        serving.add_argument("--key-env", default="", help="variable with the key that whoever asks needs")
-        serving.add_argument("--anyone", action="store_true", help="no key, though others can reach the address")
-    commands.add_parser("status", help="of a box: its settings, what it keeps, and what serves it")
-    commands.add_parser("check", help="of a box, before it goes live: store, disk, key, cloud, model, clock")
-    commands.add_parser("new-key", help="for a box that encrypts what it keeps")
+        serving.add_argument("--key-env", default="", help="environment variable with the key that clients need")
+        serving.add_argument(
+            "--anyone", action="store_true", help="no key, although other machines can reach the address"
+        )
+    commands.add_parser("status", help="settings, stored answers and serving process of an edge device")
+    commands.add_parser("check", help="check an edge device before it goes live: store, disk, key, cloud, model, clock")
+    commands.add_parser("new-key", help="make a key for the encryption of the answer store")
     return parser
 
 
@@ -70,26 +81,14 @@ def _done(given: argparse.Namespace, started: float) -> str | None:
 
         return new_key()
     if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status", "check"):
-        return _of_a_box(given, started)
+        return _of_a_device(given, started)
     from openm6.edge.runner import EdgeModel
 
     model = EdgeModel(given.package, given.threads)
-    if given.command == "tasks":
-        return "\n".join(_lines(model.tasks))
-    if given.command == "about":
-        return dumps({**model.about, **_size(model.path, started)})
-    ready = time.perf_counter()
-    answer = model.answer(given.task, _record(given.slots), truncate=given.truncate)
-    if not given.json:
-        return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
-    return dumps({
-        "value": answer.value, "confidence": round(answer.confidence, 4), "finished": answer.finished,
-        "truncated": answer.truncated, "start_ms": round(1000 * (ready - started), 1),
-        "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-    }, plain)  # fmt: skip
+    return _use(given, started, model, model)
 
 
-def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
+def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
     from openm6.edge.box import FILE
 
     if given.command == "check":
@@ -125,23 +124,27 @@ def _of_a_box(given: argparse.Namespace, started: float) -> str | None:
             log.info("not served: %s", error)
             raise
         return None
-    cascade = Cascade(given.package, given.threads)
-    try:
-        if given.command == "tasks":
-            return "\n".join(_lines(cascade.model.tasks))
-        if given.command == "about":
-            return dumps({**cascade.model.about, "version": cascade.box.version, **_size(cascade.model.path, started)})
-        ready = time.perf_counter()
-        reply = cascade.answer(given.task, _record(given.slots), truncate=given.truncate)
-        if not given.json:
-            return reply.value if isinstance(reply.value, str) else dumps(reply.value, plain)
-        return dumps({
-            "value": reply.value, "by": reply.by, "probability": reply.probability, "reason": reply.reason,
-            "finished": reply.finished, "truncated": reply.truncated, "start_ms": round(1000 * (ready - started), 1),
-            "answer_ms": round(1000 * (time.perf_counter() - ready), 1),
-        }, plain)  # fmt: skip
-    finally:
-        cascade.close()
+    with closing(Cascade(given.package, given.threads)) as cascade:
+        return _use(given, started, cascade.model, cascade, version=cascade.box.version)
+
+
+def _use(
+    given: argparse.Namespace, started: float, model: EdgeModel, answering: EdgeModel | Cascade, **about: str
+) -> str:  # fmt: skip
+    """The output of `tasks`, `about` and `run`; `about`: further details of the model."""
+    if given.command == "tasks":
+        return "\n".join(_lines(model.tasks))
+    if given.command == "about":
+        return dumps({**model.about, **about, **_size(model.path, started)})
+    ready = time.perf_counter()
+    answer = answering.answer(given.task, _record(given.slots), truncate=given.truncate)
+    if not given.json:
+        return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
+    told = {one.name: getattr(answer, one.name) for one in fields(answer) if one.name != "state"}
+    for name in told.keys() & {"confidence", "probability"}:
+        told[name] = told[name] if told[name] is None else round(told[name], 4)
+    times = {"start_ms": ready - started, "answer_ms": time.perf_counter() - ready}
+    return dumps({**told, **{name: round(1000 * seconds, 1) for name, seconds in times.items()}}, plain)
 
 
 def _record(slots: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A package (package.py) opened for use. Neither PyTorch nor transformers is imported, here or below."""
+"""Inference with an ONNX bundle (package.py), without PyTorch and transformers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError, suggest
+from openm6.core.errors import ContextLengthError, ErrorKind, OpenM6Error, UsageError, suggest
 from openm6.core.images import Features, ImageGrid, check_features
 from openm6.core.sequence import Banned, Sequence, allowed_after
 from openm6.core.tokenizer import Tokenizer
 from openm6.tasks.card import read_card
+from openm6.tasks.encode import encode_prompt
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 KIND = "openm6-edge"
 FORMAT = 2
-"""Of edge.json and eyes.json. Format 1 had no digests of the files."""
+"""Version of edge.json and eyes.json. Format 1 had no digests of the files."""
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A value, and how sure the model is of it: the mean probability that it gave to what it wrote (1 for a vector and
-    what a head says); `finished`: whether it came to an end by itself; `state` [D]: the network's at the end of the
-    prompt of a text; `truncated`: how many positions of the prompt were left out."""
+    """An answer of the model.
+
+    value        the task's value
+    confidence   geometric mean of the probabilities of the written tokens; 1 for a vector and a head
+    finished     whether a text came to its end by itself
+    state        of a text: the network's last state of the prompt, fp32 [D]
+    truncated    positions of the prompt that were left out
+    """
 
     value: Any
     confidence: float
@@ -40,11 +46,11 @@ class Answer:
 
 
 class Eyes:
-    """How a model reads pictures: `picture.onnx`, and of whom, in edge.json or eyes.json."""
+    """The image encoder of a model (`picture.onnx`), described in edge.json or eyes.json."""
 
     def __init__(self, path: Path, threads: int = 0, about: Mapping[str, Any] | None = None):
-        """`about`: what edge.json says of a package whose files have been checked; without it eyes.json is read, and
-        its files are checked. Raises OpenM6Error where they are damaged."""
+        """`about`: the content of edge.json, for an ONNX bundle whose files have been checked; without it eyes.json is
+        read and its files are checked. Raises OpenM6Error for damaged files."""
         if about is None:
             about = _about(path, "eyes.json")
             check_files(path, about)
@@ -53,7 +59,7 @@ class Eyes:
         self._session = _session(path, "picture.onnx", threads)
 
     def read(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3], or features of patches themselves [rows, columns, D], to features, fp32 [P, D]."""
+        """Features fp32 [P, D] of pixels, uint8 [H, W, 3], or of features of patches, [rows, columns, D]."""
         check_features(pixels, self.width)
         if pixels.dtype == np.float32:
             return pixels.reshape(-1, self.width)
@@ -61,7 +67,7 @@ class Eyes:
         return found
 
     def features(self, picture: Any) -> Features:
-        """In the place of a picture: path, bytes, PIL image, or features already, which stay."""
+        """Features of a picture: a path, bytes, a PIL image, or features already, which are returned."""
         if (given := Features.of(picture)) is not None:
             return given
         pixels = self.grid.read(picture)
@@ -70,15 +76,15 @@ class Eyes:
 
 
 def about_of(path: Path) -> dict[str, Any]:
-    """What edge.json of a package says. Raises UsageError where there is none, or one of another format, OpenM6Error
-    where it is damaged."""
+    """The content of an ONNX bundle's edge.json. Raises UsageError where there is none, or one of another format,
+    OpenM6Error for a damaged one."""
     if not (path / "edge.json").is_file():
-        raise UsageError(f"{path} is no package: it has no edge.json. `openm6 models export` makes one.")
+        raise UsageError(f"{path} is not an ONNX bundle: it has no edge.json. `openm6 models export` makes one.")
     return _about(path, "edge.json")
 
 
 def digest_of(about: Mapping[str, Any]) -> str:
-    """SHA-256 of what edge.json or eyes.json says, in hexadecimal; its own `sha256` excepted."""
+    """SHA-256, in hexadecimal, of the content of edge.json or eyes.json without its `sha256`."""
     content = {name: value for name, value in about.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +105,7 @@ def check_files(path: Path, about: Mapping[str, Any]) -> None:
         if found != digest:
             raise OpenM6Error(
                 f"{path} is damaged: {name} is not the file that was exported. It has changed, or belongs to another "
-                "package; copy the whole folder again, or export the model again."
+                "ONNX bundle; copy the whole folder again, or export the model again."
             )
 
 
@@ -135,8 +141,8 @@ class EdgeModel:
     """`EdgeModel("package").run("vqa", photo="a.jpg", question="...")`."""
 
     def __init__(self, path: str | Path, threads: int = 0):
-        """`threads` 0: as many as ONNX Runtime takes by itself. Raises UsageError where there is no package,
-        OpenM6Error where one of its files is not the one that was exported."""
+        """`threads` 0: ONNX Runtime's default. Raises UsageError for a folder that is no ONNX bundle, OpenM6Error where
+        one of its files is not the exported one."""
         self.path = Path(path)
         self.about = about_of(self.path)
         check_files(self.path, self.about)
@@ -149,15 +155,16 @@ class EdgeModel:
 
     @property
     def eyes(self) -> Eyes:
-        """Raises UsageError for a model without."""
+        """The image encoder. Raises UsageError for a model without one."""
         if self._eyes is None:
-            raise UsageError("This package's model reads no pictures.")
+            raise UsageError("This ONNX bundle's model reads no pictures.")
         return self._eyes
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
             raise UsageError(
-                f"The package has no task {name}.{suggest(name, list(self.tasks))} It has: {', '.join(self.tasks)}.",
+                f"There is no task {name} here.{suggest(name, list(self.tasks))} There are: {', '.join(self.tasks)}.",
+                kind=ErrorKind.NOT_FOUND,
                 code="task_not_found",
             )
         return self.tasks[name]
@@ -169,12 +176,12 @@ class EdgeModel:
     def answer(
         self, task: str, record: Record, max_new_tokens: int | None = None, truncate: str | None = None
     ) -> Answer:
-        """One answer, and how sure it is. A prompt that is longer than the model takes raises ContextLengthError; with
-        `truncate="start"` its longest text loses its beginning."""
+        """One answer with its confidence. `truncate="start"` shortens the longest text of a prompt that is too long for
+        the model, which raises ContextLengthError otherwise."""
         chosen = self.task(task)
         chosen.check(record)
         check_truncate(truncate)
-        prompt = chosen.encode(record, self.processor, None, with_target=False, truncate=truncate)
+        prompt = encode_prompt(chosen, record, self.processor, truncate=truncate)
         if chosen.embeds:
             state = self._read(prompt)[1]
             return Answer(state / np.linalg.norm(state), 1.0, True, truncated=prompt.cut)
@@ -207,8 +214,8 @@ class EdgeModel:
         return self._read(prompt)
 
     def _steps(self, prompt: Sequence, first: list[np.ndarray], most: int) -> Iterator[tuple[int, float]]:
-        """The likeliest token after the other, and its probability, to the end at the latest; `first`: what the network
-        says of the prompt."""
+        """Greedy decoding: token by token with its probability, until the end token; `first`: the network's outputs for
+        the prompt."""
         end, length = self.processor.tokenizer.end_id, len(prompt)
         logits, _, present, *_ = first
         cache = np.empty((length + most, *present.shape[1:]), np.float32)
@@ -227,7 +234,7 @@ class EdgeModel:
             cache[place] = present[0]
 
     def _read(self, prompt: Sequence) -> list[np.ndarray]:
-        """What the network says of a prompt."""
+        """The network's outputs for a prompt."""
         length, blocks = len(prompt), prompt.blocks
         together = (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
         seen = np.tri(length, dtype=bool) | together

@@ -1,4 +1,4 @@
-"""A box over HTTP: what `openm6 serve` answers to a task, it answers too, and says who answered.
+"""The HTTP API of an edge device: tasks as `openm6 serve` has them, with the source of each answer.
 
 GET  /healthz /readyz /metrics /v1/status /v1/tasks /v1/tasks/{task}
 POST /v1/tasks/{task}     {"inputs": {...}, "seconds": 1.5, "truncate": "start"}
@@ -30,33 +30,33 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from openm6.core.errors import DataError, OpenM6Error, UsageError, cut, suggest
+from openm6.core.errors import DataError, ErrorKind, OpenM6Error, Refusal, UsageError, cut, suggest
 from openm6.core.files import dumps, plain
 from openm6.core.images import MAX_BYTES, Features, from_base64
 from openm6.core.origins import LOOPBACK, from_another_site, from_here
 from openm6.edge.cascade import Cascade
-from openm6.edge.cloud import Failed, is_sendable
+from openm6.edge.cloud import CloudError, is_sendable
 from openm6.edge.opening import store_summary
 from openm6.edge.status import SERVING, ServiceLock
 
 LOG, LOG_BYTES, LOGS = "box.log", 2**20, 5
 """File of the log, its size before it is rotated, and how many older ones are kept."""
 STOPPING = 10
-"""Seconds for the answers that are being given when the box is stopped."""
+"""Seconds to finish running requests when the device is stopped."""
 LARGEST = MAX_BYTES * 4 // 3 + 2**20
 TAKEN = ("inputs", "seconds", "truncate", "allow_untrained")
-"""Fields of a request. A box asks every task of its model, so that the last one changes nothing."""
+"""Fields of a request. The last one has no effect: an edge device answers every task of its model."""
 log = logging.getLogger("openm6.edge")
 
 
 def serve(cascade: Cascade, host: str, port: int, key: str = "", anyone: bool = False) -> None:
-    """Answer until a signal stops it. Raises UsageError for an address that others can reach, without a key (`anyone`:
-    they may), for one where it cannot listen, and where another process serves the box."""
+    """Serve until a signal. Raises UsageError for an address that other machines can reach, without a key (unless
+    `anyone`), for one where it cannot listen, and where another process serves the device."""
     import uvicorn
 
     if host not in LOOPBACK and not key and not anyone:
         raise UsageError(
-            f"At {host} others can ask this box: name the variable of a key that they need, --key-env NAME, or say "
+            f"Other machines can reach {host}: name the variable of a key that they need, --key-env NAME, or give "
             "--anyone."
         )
     with closing(ServiceLock(cascade.box.path)) as lock, closing(_listening(host, port)) as listener:
@@ -95,8 +95,8 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def start_log(path: Path) -> None:
-    """Write what happens to a box to box.log in its folder, which is rotated, and warnings to standard error too; never
-    what is asked or answered."""
+    """Log events to box.log in the device's folder, which is rotated, and warnings to standard error too; never a
+    request or an answer."""
     logging.raiseExceptions = False  # a full disk costs lines of the log, and nothing else
     file = RotatingFileHandler(path / LOG, maxBytes=LOG_BYTES, backupCount=LOGS, encoding="utf-8", delay=True)
     stream = logging.StreamHandler()
@@ -106,7 +106,7 @@ def start_log(path: Path) -> None:
 
 
 class _Watcher(threading.Thread):
-    """Takes up each second what has changed, though nobody asks; says what is in force; reports when it is due."""
+    """Applies changed settings each second, without requests too; writes the state; reports when that is due."""
 
     def __init__(self, cascade: Cascade, url: str, lock: ServiceLock):
         super().__init__(daemon=True)
@@ -125,8 +125,8 @@ class _Watcher(threading.Thread):
                 reported = time.monotonic()
                 try:
                     self._cascade.report()
-                except Failed as error:
-                    log.warning("the cloud was not told: %s", error)
+                except CloudError as error:
+                    log.warning("the counts were not reported to the cloud: %s", error)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -152,7 +152,7 @@ class _Watcher(threading.Thread):
 
 
 def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlette:
-    """The application. `loopback`: only this machine asks, by its own name, and no page of another site."""
+    """The application. `loopback`: only this machine may use it, by its own name, and no page of another site."""
 
     async def health(_: Request) -> Response:
         return PlainTextResponse("ok")
@@ -201,13 +201,13 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
         Route("/v1/tasks", tasks), Route("/v1/tasks/{task}", described),
         Route("/v1/tasks/{task}", ask, methods=["POST"]),
     ]  # fmt: skip
-    handlers: Mapping[Any, Callable[..., Any]] = {OpenM6Error: _refused}
-    guard = Middleware(_Guard, key=key, loopback=loopback)
+    handlers: Mapping[Any, Callable[..., Any]] = {OpenM6Error: lambda _, error: _response_to(error)}
+    guard = Middleware(Guard, key=key, loopback=loopback)
     return Starlette(routes=routes, exception_handlers=handlers, middleware=[guard], lifespan=lifespan)
 
 
-class _Guard:
-    """Who may ask."""
+class Guard:
+    """Checks origin and key of every request."""
 
     def __init__(self, app: Any, key: str, loopback: bool):
         self.app, self.key, self.loopback = app, key, loopback
@@ -219,11 +219,14 @@ class _Guard:
         if scope["path"] not in ("/healthz", "/readyz"):
             headers = dict(scope["headers"])
             if from_another_site(headers) or (self.loopback and not from_here(headers)):
-                await _error(403, "forbidden", "Pages of other sites may not ask this box.")(scope, receive, send)
+                message = "Pages of other sites may not use this edge device."
+                await _response_to(Refusal(ErrorKind.FORBIDDEN, message))(scope, receive, send)
                 return
             given = headers.get(b"authorization", b"")
             if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-                await _error(401, "invalid_api_key", "A key is needed: Authorization: Bearer ...")(scope, receive, send)
+                message = "A key is needed: Authorization: Bearer ..."
+                error = Refusal(ErrorKind.UNAUTHORIZED, message, "invalid_api_key")
+                await _response_to(error)(scope, receive, send)
                 return
         failed = False
         try:
@@ -234,11 +237,12 @@ class _Guard:
             failed = True
         if failed:
             with contextlib.suppress(RuntimeError):  # where the answer had begun
-                await _error(500, "failed", "The box failed at this request: see its log.")(scope, receive, send)
+                reported = OpenM6Error("The edge device failed at this request: see its log.")
+                await _response_to(reported)(scope, receive, send)
 
 
 async def _asked(request: Request) -> dict[str, Any]:
-    """Raises UsageError for a body that cannot be meant."""
+    """The body of a request. Raises UsageError for an invalid one."""
     body = b""
     async for part in request.stream():
         body += part
@@ -253,14 +257,14 @@ async def _asked(request: Request) -> dict[str, Any]:
     for name, value in found.items():
         if value and name not in TAKEN:
             raise UsageError(
-                f"A box takes no {cut(name)}.{suggest(name, TAKEN)} It takes: {', '.join(TAKEN)}.",
+                f"An edge device takes no {cut(name)}.{suggest(name, TAKEN)} It takes: {', '.join(TAKEN)}.",
                 code="unknown_parameter", param=cut(name),
             )  # fmt: skip
     return found
 
 
 def _record(cascade: Cascade, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pictures come as base64; a path is none. Raises DataError or UsageError."""
+    """The record of a request, with pictures as base64, never as paths. Raises DataError or UsageError."""
     record: dict[str, Any] = {}
     chosen = cascade.model.task(task)
     for name, value in inputs.items():
@@ -289,7 +293,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _exposition(cascade: Cascade) -> str:
-    """For Prometheus."""
+    """The metrics for Prometheus."""
     told = cascade.statistics()
     lines = ["# TYPE openm6_edge_requests counter", "# TYPE openm6_edge gauge"]
     for task, counts in told["tasks"].items():
@@ -304,16 +308,12 @@ def _exposition(cascade: Cascade) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _error(status: int, code: str, message: str) -> Response:
-    return _json({"error": {"message": message, "code": code}}, status)
-
-
-def _refused(_: Request, error: OpenM6Error) -> Response:
-    return _error(404 if error.code == "task_not_found" else 400, error.code, str(error))
+def _response_to(error: OpenM6Error) -> Response:
+    return _json(error.body(), error.kind.status)
 
 
 def key_of(variable: str) -> str:
-    """Raises UsageError for one that is not set, or that nobody could give."""
+    """The key in an environment variable. Raises UsageError for one that is not set, or that no header can hold."""
     if variable and not os.environ.get(variable):
         raise UsageError(f"${variable} is not set: it has to hold the key.")
     key = os.environ.get(variable, "") if variable else ""

@@ -1,4 +1,4 @@
-"""The settings of a box, as box.toml has them."""
+"""The settings of an edge device (box.toml)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from openm6.core.errors import UsageError, cut, suggest
 
 ALL, FEATURES, NOTHING = "all", "features", "nothing"
 MODES = (ALL, FEATURES, NOTHING)
-"""What may leave the box, from everything to nothing."""
+"""Data that may leave the device, from everything to nothing."""
 
 DAY_MS = 86_400_000
 NEEDED = ("privacy", "offline", "encrypt")
-"""Keys without which box.toml is not used: they say what may leave the box, and how it lies on the disk."""
+"""Keys without which box.toml is refused: they decide which data may leave the device or lie on its disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What box.toml says."""
+    """The keys of box.toml (COMMENTS)."""
 
     cloud: str = ""
     key: str = ""
@@ -36,8 +36,8 @@ class Settings:
     offline: bool = False
     deadline_ms: int = 3000
     requests_per_hour: int = 1000
-    share: float = 0.0
-    audit: float = 0.02
+    deferral_rate: float = 0.0
+    audit_rate: float = 0.02
     keep_mb: int = 256
     encrypt: str = ""
     statistics_minutes: float = 15.0
@@ -62,10 +62,13 @@ class Settings:
                 raise UsageError(f"{name} has to be the name of an environment variable, such as M6_KEY, not a key.")
         if len(self.name) > 64 or not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", self.name):  # the cloud takes no other one
             raise UsageError(f"name is {cut(self.name)!r}: it has letters, digits, - _ and . alone, at most 64.")
-        if not 0 < self.audit <= 1:
-            raise UsageError(f"audit is {self.audit}: a share above 0, up to 1.")
-        if self.share and not self.audit < self.share < 1:
-            raise UsageError(f"share is {self.share}: 0 (by the threshold), or above audit ({self.audit}) and below 1.")
+        if not 0 < self.audit_rate <= 1:
+            raise UsageError(f"audit_rate is {self.audit_rate}: a fraction above 0, up to 1.")
+        if self.deferral_rate and not self.audit_rate < self.deferral_rate < 1:
+            raise UsageError(
+                f"deferral_rate is {self.deferral_rate}: 0 (by the threshold), or above audit_rate ({self.audit_rate}) "
+                "and below 1."
+            )
         for name in ("deadline_ms", "keep_mb"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it has to be above 0.")
@@ -75,9 +78,9 @@ class Settings:
             raise UsageError("requests_per_hour and statistics_minutes cannot be below 0.")
 
     @property
-    def least_sure(self) -> float:
-        """Share of what comes in that is asked for being the least sure; 0: by the threshold."""
-        return self.share - self.audit if self.share else 0.0
+    def uncertain_rate(self) -> float:
+        """Fraction of the requests that is deferred as the least confident; 0: by the threshold."""
+        return self.deferral_rate - self.audit_rate if self.deferral_rate else 0.0
 
     @property
     def asks_cloud(self) -> bool:
@@ -86,29 +89,29 @@ class Settings:
 
     @property
     def cloud_key(self) -> str:
-        """The value of the variable `key`; "" where none is named, or it is not set."""
+        """The value of the environment variable `key`; "" without one."""
         return os.environ.get(self.key, "") if self.key else ""
 
 
 COMMENTS = {
-    "cloud": 'the server that is asked what this box is not sure of; "": none',
+    "cloud": 'the server to which uncertain requests are deferred; "": none',
     "key": 'the environment variable that holds its key; "": it takes none',
-    "model": 'a model\'s name there; "": its first',
-    "name": "of this box, in the statistics that the cloud gets",
-    "privacy": "all: what is not sure is sent; features: of pictures only the cloud model's features; nothing",
+    "model": 'a model\'s name there; "": the first one',
+    "name": "of this device, in the statistics for the cloud",
+    "privacy": "all: requests are sent as they are; features: pictures as features of the cloud's encoder; nothing",
     "offline": "true: nothing is sent for now",
-    "deadline_ms": "for an answer of the cloud; then the box answers by itself, and says so",
-    "requests_per_hour": "that the cloud is asked at most",
-    "share": "of what comes in so much is asked, the least sure and audits (0.15); 0: all that is below the threshold",
-    "audit": "share of the sure answers that are asked too, to see whether they are right",
-    "keep_mb": "of what the cloud answered, kept to learn from; the oldest goes first",
-    "encrypt": 'the variable that holds the key of what is kept (openm6-edge new-key); "": it is not encrypted',
+    "deadline_ms": "for an answer of the cloud; after that the device answers by itself, and says so",
+    "requests_per_hour": "maximum number of deferred requests an hour",
+    "deferral_rate": "fraction of the requests to defer, the least confident and audits (0.15); 0: by the threshold",
+    "audit_rate": "fraction of the confident answers that are checked by the cloud",
+    "keep_mb": "of the cloud's answers, stored to learn from; the oldest are deleted first",
+    "encrypt": 'the environment variable with the key of the answer store (openm6-edge new-key); "": no encryption',
     "statistics_minutes": "between two reports of counts to the cloud; 0: none",
 }
 
 
 def values_in(file: Path, content: bytes) -> dict[str, Any]:
-    """The values of box.toml. Raises UsageError for what is not TOML."""
+    """The values of box.toml. Raises UsageError for invalid TOML."""
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -116,19 +119,19 @@ def values_in(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def settings_in(file: Path, values: Mapping[str, Any]) -> Settings:
-    """As `settings_of`, with the file's name in its errors. A file without one of NEEDED may have been cut: it is
-    refused, for the default may allow what the file forbade."""
+    """As `settings_of`, with the file's name in errors. A file without one of NEEDED may have been cut off, and is
+    refused: the default might allow what the file forbade."""
     try:
         settings = settings_of(values)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
     if missing := [name for name in NEEDED if name not in values]:
-        raise UsageError(f"{file} does not say {', '.join(missing)}: write what may leave the box and lie on its disk.")
+        raise UsageError(f"{file} lacks {', '.join(missing)}: set which data may leave the device or lie on its disk.")
     return settings
 
 
 def settings_of(values: Mapping[str, Any]) -> Settings:
-    """Raises UsageError for what is unknown or cannot be meant."""
+    """Raises UsageError for an unknown key or an invalid value."""
     known = [one.name for one in fields(Settings)]
     for name in values:
         if name not in known:
@@ -137,7 +140,7 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
 
 
 def written(settings: Settings) -> str:
-    """box.toml, with what each key means."""
+    """The content of box.toml, with a comment on each key."""
     lines = []
     for one in fields(Settings):
         value = getattr(settings, one.name)
@@ -152,7 +155,7 @@ def _as_toml(text: str) -> str:
 
 
 def _is_address(text: str) -> bool:
-    """Whether a server can be asked at this address, with all that is in it: a query would be left out."""
+    """Whether this is the address of a server; a query or fragment, which would be ignored, is none of it."""
     try:
         parts = urlsplit(text)
         (parts.hostname or "").encode("idna")

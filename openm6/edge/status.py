@@ -1,7 +1,7 @@
-"""What a box is, what it keeps, and what the process that serves it runs with. Reading changes nothing.
+"""Status of an edge device: versions, stored answers, and the settings of the serving process. Reading changes nothing.
 
-While a process serves a box it holds a lock on the folder, and serving.json says with which settings it does; the lock
-ends with the process, however that ends.
+A process that serves an edge device holds a lock on its folder, which ends with the process in any case, and writes its
+settings into serving.json.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SERVING = "serving.json"
 
 
 class ServiceLock:
-    """The place of the one process that serves a box."""
+    """The lock of the one process that serves an edge device."""
 
     def __init__(self, path: Path):
-        """Raises UsageError where another process has it."""
+        """Raises UsageError where another process holds it."""
         self._path = path
         self._handle = os.open(path, os.O_RDONLY)
-        for _ in range(20):  # somebody who reads the status has the lock for a moment
+        for _ in range(20):  # reading the status takes the lock for a moment
             if _locked(self._handle, fcntl.LOCK_EX):
                 with suppress(OSError):  # of a process that was killed
                     (path / SERVING).unlink(missing_ok=True)
@@ -42,7 +42,7 @@ class ServiceLock:
         os.close(self._handle)
         told = read_state(path) or {}
         where = f"at {told['url']} by the process {told['process']}" if "url" in told else "by another process"
-        raise UsageError(f"{path} is served already, {where}: stop that one first.")
+        raise UsageError(f"{path} is served already, {where}: stop that process first.")
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Raises OSError where the folder cannot be written."""
@@ -53,7 +53,7 @@ class ServiceLock:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What the process that serves a box says of itself; None where no process serves it."""
+    """The state that the serving process has written; None where no process serves the device."""
     handle = os.open(path, os.O_RDONLY)
     try:
         if _locked(handle, fcntl.LOCK_SH):
@@ -68,8 +68,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def status_of(path: Path) -> dict[str, Any]:
-    """Versions, tasks that are calibrated, settings, what is kept, and what serves. Raises UsageError where there is no
-    box, OpenM6Error for one that is damaged."""
+    """Versions, calibrated tasks, settings, stored answers, and the serving process. Raises UsageError for a folder
+    that is no edge device, OpenM6Error for a damaged one."""
     problem = ""
     try:
         box = Box(path)
@@ -91,5 +91,5 @@ def _locked(handle: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise OpenM6Error(f"The box's folder cannot be locked ({error.strerror}).") from None
+        raise OpenM6Error(f"The edge device's folder cannot be locked ({error.strerror}).") from None
     return True

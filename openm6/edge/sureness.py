@@ -1,17 +1,18 @@
-"""How probable it is that an answer of the edge's model is right, and from which probability on it is given.
+"""Calibration of an edge model's confidence for selective prediction: the probability that an answer is right, and the
+threshold from which on it is given locally.
 
-A logistic function of what the model says and sees at the end of a prompt:
+A logistic function of the model's confidence and of its state at the end of a prompt:
 
     logit(confidence), log of the distance, PARTS coordinates
 
-The confidence is the mean probability of what was written. Distance and coordinates are those of the network's state
-among the states of calibration: its principal parts, each scaled to a standard deviation of 1, and what is left. A
-confident answer about something never seen shows in these (Mahalanobis distance: Lee et al. 2018, arXiv 1807.03888).
+The confidence is the geometric mean of the probabilities of the written tokens. Distance and coordinates are those of
+the network's state among the states of calibration: its principal components, each scaled to a standard deviation of 1,
+and the residual. They reveal a confident answer about an unfamiliar input (Mahalanobis distance: Lee et al. 2018,
+arXiv 1807.03888).
 
-It is fitted to records with answers, and goes on learning from what the cloud says of what it was asked. Answers that
-would have been given are audited at random (`Audits`) and count as many times as they stand for; so when what comes in
-changes, the threshold moves, where a table made once would go on trusting. Nothing here needs more than numpy.
-"""
+The function is fitted to records with answers, and goes on learning from the cloud's answers. Answers above the
+threshold are audited at random (`Audits`) and weighted by the inverse of their audit rate, so that the threshold moves
+when the requests change, where a table made once would go on trusting. Nothing here needs more than numpy."""
 
 from __future__ import annotations
 
@@ -28,25 +29,25 @@ from openm6.core.files import plain
 
 PARTS = 16
 WINDOW = 2000
-"""Answers of the cloud that are remembered, the newest."""
+"""Number of the cloud's newest answers that are remembered."""
 LATELY = 500
-"""Requests of which the least sure ones are found where only a share of them may be asked."""
+"""Number of the newest requests among which the least confident are deferred, under a deferral rate."""
 PRIOR = 200.0
-"""How many requests the records of calibration count for, beside what the cloud has said."""
+"""Total weight of the calibration records, in requests, beside the cloud's answers."""
 RIDGE = (1.0, 10.0)
-"""Pull of confidence and distance towards a weight of 1 and -1, and of coordinates towards 0."""
+"""Ridge penalties: of confidence and distance towards weights of 1 and -1, of coordinates towards 0."""
 STEADY = 0.2
-"""Population stability index up to which what comes in counts as what was calibrated on."""
+"""Population stability index up to which requests count as distributed like the calibration records."""
 BINS = np.array([0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999])
 
 Array = np.ndarray
 
 
-class Sureness:
-    """Of one task."""
+class ConfidenceCalibrator:
+    """The confidence calibrator of one task."""
 
     def __init__(self, parts: Mapping[str, Array], max_loss: float):
-        """`parts` as `fit` makes them; `max_loss`: share of wrong answers, of all, that may be given."""
+        """`parts` as `fit` makes them; `max_loss`: fraction of all answers that may be given locally and wrong."""
         self.parts, self.max_loss = dict(parts), max_loss
         self._live: list[tuple[Array, float, float]] = []
         self._lately = np.zeros((0, parts["seen"].shape[1]))
@@ -54,8 +55,8 @@ class Sureness:
         self._refit()
 
     @classmethod
-    def fit(cls, states: Array, confidences: Array, right: Array, max_loss: float) -> Sureness:
-        """From records with answers: states fp32 [N, D], confidences [N], and how right each answer was [N], 0 to 1."""
+    def fit(cls, states: Array, confidences: Array, right: Array, max_loss: float) -> ConfidenceCalibrator:
+        """A calibrator from records with answers: states fp32 [N, D], confidences [N], and correctness [N], 0 to 1."""
         middle = states.mean(0)
         _, sizes, axes = np.linalg.svd(states - middle, full_matrices=False)
         count = min(PARTS, max(1, len(states) // 8), states.shape[1])
@@ -68,45 +69,45 @@ class Sureness:
         parts["seen"] = np.stack([_seen(parts, s, c) for s, c in zip(states, confidences, strict=True)])
         return cls(parts, max_loss)
 
-    # Use
-
     def seen(self, state: Array, confidence: float) -> Array:
-        """What is looked at, [3 + PARTS]."""
+        """The inputs of the logistic function, [3 + PARTS]."""
         return _seen(self.parts, state, confidence)
 
     def probability(self, seen: Array) -> float:
+        """The probability that an answer is right."""
         return float(_logistic(seen @ self._weights))
 
     @property
     def threshold(self) -> float:
-        """Of the probability, from which on an answer is given."""
+        """The probability from which on an answer is given locally."""
         return self._threshold
 
-    def bound(self, seen: Array, share: float) -> float:
-        """Of the probability, below which a share of what came in lately lies, this one included. With a share of 0,
-        and after few, of which that cannot be told, the threshold."""
-        if not share:
+    def bound(self, seen: Array, rate: float) -> float:
+        """The probability below which this fraction of the newest requests lies, this one included. The threshold with
+        a rate of 0, and while there are too few requests."""
+        if not rate:
             return self._threshold
         self._lately = np.vstack((self._lately, seen))[-LATELY:]
         if len(self._lately) < LATELY // 10:
             return self._threshold
-        return float(_logistic(np.quantile(self._lately @ self._weights, share, method="lower")))
+        return float(_logistic(np.quantile(self._lately @ self._weights, rate, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
-        """What the cloud said of an answer that stands for `weight` requests."""
+        """Learn how right, 0 to 1, an answer was that stands for `weight` requests."""
         self._live.append((seen, right, weight))
         del self._live[:-WINDOW]
-        # At every answer while there are few, then less often: fitting takes milliseconds.
+        # At every answer at first, then less often: fitting takes milliseconds.
         if len(self._live) % max(1, min(20, len(self._live) // 10)) == 0:
             self._refit()
 
     def remember(self, live: list[tuple[Array, float, float]]) -> None:
-        """What was learned before: (seen, right, weight), the oldest first."""
+        """Restore learned answers: (seen, right, weight), the oldest first."""
         self._live = live[-WINDOW:]
         self._refit()
 
     def expected(self) -> dict[str, float]:
-        """By the pairs known now: the share that is asked of the cloud, and of all the wrong ones that are given."""
+        """Fractions of all requests, estimated from the known answers: deferred (`sent`), answered locally and wrong
+        (`wrong`), and answered right by the edge model alone (`alone`)."""
         seen, right, weight = self._pairs()
         kept = _logistic(seen @ self._weights) >= self._threshold
         whole = weight.sum()
@@ -114,8 +115,6 @@ class Sureness:
             "sent": float((weight * ~kept).sum() / whole), "wrong": float((weight * kept * (1 - right)).sum() / whole),
             "alone": float((weight * right).sum() / whole),
         }  # fmt: skip
-
-    # Inside
 
     def _pairs(self) -> tuple[Array, Array, Array]:
         seen, right = self.parts["seen"], self.parts["right"]
@@ -131,22 +130,20 @@ class Sureness:
         self._weights = _fit(seen, right, weight)
         chances = _logistic(seen @ self._weights)
         order = np.argsort(-chances)
-        # What was seen, not what the function says: of the answers near its upper end it expects more to be wrong.
+        # Counted, not estimated by the function, which expects too many errors near its upper end.
         lost = np.cumsum((weight * (1 - right))[order]) / weight.sum()
         place = int(np.searchsorted(lost, self.max_loss, "right"))
-        # Where all may be given, what is less sure than any of them is asked all the same.
+        # Even where all may be given, an answer that is less confident than any of them is deferred.
         self._threshold = float(chances[order[place - 1]]) if place else 1.01
 
-    # Files
-
     def save(self, file: Path, package: str) -> None:
-        """`package`: SHA-256 of the package (edge.json) whose answers it was fitted to."""
+        """`package`: SHA-256 of the ONNX bundle (edge.json) whose answers it was fitted to."""
         with file.open("wb") as stream:
             np.savez(stream, max_loss=np.array(self.max_loss), package=np.array(package), **self.parts)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, file: Path, package: str) -> Sureness:
-        """Raises OpenM6Error for a file that is damaged, or was fitted to another package."""
+    def load(cls, file: Path, package: str) -> ConfidenceCalibrator:
+        """Raises OpenM6Error for a damaged file, or one that was fitted to another ONNX bundle."""
         try:
             with np.load(file, allow_pickle=False) as kept:
                 parts = {name: kept[name] for name in kept.files}
@@ -155,19 +152,19 @@ class Sureness:
                 return cls(parts, max_loss)
         except Exception:  # numpy and zipfile raise many kinds of errors for a damaged file
             raise OpenM6Error(f"{file} is damaged: calibrate again (openm6 cascade calibrate).") from None
-        raise OpenM6Error(f"{file} is of another package: calibrate again (openm6 cascade calibrate).")
+        raise OpenM6Error(f"{file} was fitted to another ONNX bundle: calibrate again (openm6 cascade calibrate).")
 
 
 class Audits:
-    """How probably each sure answer is audited: the less sure it is, the likelier, by the deviation of what may come
-    out, sqrt(p (1 - p)), which tells the most with as many (Neyman 1934); none less than a quarter of the mean, so that
-    no single one counts for too much."""
+    """Audit rates of confident answers, in proportion to the standard deviation sqrt(p (1 - p)) of the outcome, which
+    is the most informative choice for a given number of audits (Neyman 1934), but at least a quarter of the mean, which
+    bounds the weight of a single answer."""
 
     def __init__(self) -> None:
         self._count, self._mean = 0, 0.0
 
-    def share(self, probability: float, mean: float) -> float:
-        """Of an answer that is right with this probability, where `mean` of all are to be audited."""
+    def rate(self, probability: float, mean: float) -> float:
+        """The audit rate of an answer that is right with this probability, where `mean` is the rate of all."""
         spread = float(np.sqrt(max(probability * (1 - probability), 1e-12)))
         self._count += 1
         self._mean += (spread - self._mean) * max(1 / self._count, 0.01)
@@ -175,7 +172,7 @@ class Audits:
 
 
 class Drift:
-    """Whether confidences come as they came in calibration: the population stability index over the newest ones."""
+    """Drift of the confidences since calibration: the population stability index of the newest ones."""
 
     def __init__(self, before: Array, window: int = 500):
         self._before = _shares(before)
@@ -186,7 +183,7 @@ class Drift:
 
     @property
     def index(self) -> float:
-        """0 where nothing has changed; 0 too before there are 50."""
+        """0 without drift, and for fewer than 50 confidences."""
         if len(self._newest) < 50:
             return 0.0
         now = _shares(self._newest)
@@ -194,7 +191,7 @@ class Drift:
 
 
 def calibrations(package: Path) -> dict[str, Path]:
-    """Calibration files of a package, by task."""
+    """Calibration files of an ONNX bundle, by task."""
     return {file.stem.removeprefix("sureness-"): file for file in sorted(package.glob("sureness-*.npz"))}
 
 
@@ -204,7 +201,7 @@ def _shares(confidences: Array) -> Array:
 
 
 def confidence_of(seen: Array) -> Array:
-    """The confidences again, of what was looked at, [..., 3 + PARTS]."""
+    """Confidences [...] from inputs of the logistic function, [..., 3 + PARTS]."""
     return _logistic(seen[..., 1])
 
 
@@ -224,7 +221,7 @@ def _logistic(x: Any) -> Any:
 
 
 def _fit(seen: Array, right: Array, weight: Array) -> Array:
-    """Weights of the logistic function, by Newton's method; each step is halved until it helps."""
+    """Weights of the logistic function by Newton's method with step halving."""
     size = seen.shape[1]
     pull = np.concatenate(([1e-6], np.full(2, RIDGE[0]), np.full(size - 3, RIDGE[1])))
     towards = np.concatenate(([0.0, 1.0, -1.0], np.zeros(size - 3)))
@@ -252,7 +249,7 @@ def _fit(seen: Array, right: Array, weight: Array) -> Array:
 
 
 def agreement(answer: Any, other: Any) -> float:
-    """How alike two answers are, 0 to 1: equal, or for longer texts the F1 of their pairs of characters."""
+    """Similarity of two answers, 0 to 1: equality, or for longer texts the F1 of their character bigrams."""
     if isinstance(other, (list, tuple)) and isinstance(answer, str):
         return max((agreement(answer, one) for one in other), default=0.0)
     if isinstance(answer, Mapping) and isinstance(other, Mapping):

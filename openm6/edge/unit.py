@@ -1,4 +1,4 @@
-"""A service unit by which systemd serves a box: started with the machine, and again when it ends."""
+"""The systemd unit of an edge device: started with the machine, and again when it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openm6.edge.box import Box
 
 
 def unit_of(path: Path, host: str, port: int, key_variable: str = "", anyone: bool = False) -> str:
-    """The unit's text, for /etc/systemd/system/openm6-edge.service. Raises UsageError where there is no box."""
+    """The text of /etc/systemd/system/openm6-edge.service. Raises UsageError for a folder that is no edge device."""
     box, place = Box(path), path.resolve()
     words = [sys.executable, str(place / "openm6-edge"), "serve", "--host", host, "--port", str(port)]
     words += ["--key-env", key_variable] * bool(key_variable) + ["--anyone"] * anyone
@@ -20,7 +20,7 @@ def unit_of(path: Path, host: str, port: int, key_variable: str = "", anyone: bo
         "EnvironmentFile=/etc/openm6-edge.env\n"
     )
     return f"""[Unit]
-Description=OpenM6 box {_plain(box.settings.name)}
+Description=OpenM6 edge device {_plain(box.settings.name)}
 After=network-online.target
 Wants=network-online.target
 
@@ -40,7 +40,7 @@ WantedBy=multi-user.target"""
 
 
 def _quoted(word: str) -> str:
-    """A word of a unit: in quotes, with what systemd would replace in it doubled."""
+    """A word of a unit: quoted, with the characters doubled that systemd would expand."""
     return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
 
 

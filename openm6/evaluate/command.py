@@ -1,9 +1,9 @@
-"""From the names a user gives (task, data, columns) to an evaluation."""
+"""Evaluations by the names of task, data and columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.evaluate.measure import Evaluation, evaluate
 from openm6.evaluate.retrieval import evaluate_retrieval
-from openm6.inference.session import SHOTS, Session
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
 
 
@@ -34,18 +34,19 @@ def measure(
     metrics: Sequence[str] = (),
     spread: bool = False,
     truncate: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Open `data`, map its columns to the task's slots and measure on its first `limit` records, or with `spread` on
-    `limit` records evenly spread over them all: in a file ordered by its labels the first ones have one label.
-    `answers`, `metrics`, `truncate`: evaluate. Rows that reading left out count among the rejected ones.
+    """Open `data`, map its columns to the task's slots and evaluate the first `limit` records, or with `spread` `limit`
+    records evenly spaced (a file may be ordered by label). `answers`, `metrics`, `truncate`, `on_progress`: see
+    `evaluate`. Unreadable rows count as rejected.
 
-    `where` keeps only records whose columns have these values, e.g. {"kind": "colour"}. Before each stand the same
-    `shots` records of the source `shots_from`, with their answers.
+    `where`: keep only records with these column values, e.g. {"kind": "colour"}. `shots`: number of few-shot examples
+    before every record, the same ones, drawn from the source `shots_from`.
     """
     chosen = session.task(task)
     records = open_source(data, data_format, images)
     view = SlotView.of(chosen, records, columns or {})
-    told = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
+    examples = _shots(chosen, shots, shots_from, columns, data_format, images) if shots else []
 
     def rows() -> Iterator[Mapping[str, Any] | Reject]:
         left = math.inf if limit is None else limit
@@ -58,21 +59,22 @@ def measure(
             elif all(str(row.get(key)) == value for key, value in (where or {}).items()):
                 left -= 1
                 try:
-                    yield {**view(row), SHOTS: told}
+                    yield view(row)
                 except DataError as error:
                     yield Reject(str(row.get("_where", "")), str(error))
 
     return evaluate(
-        session, chosen, rows(), data, decoding=decoding, answers=answers, metrics=metrics, truncate=truncate
-    )
+        session, chosen, rows(), data, examples=examples, decoding=decoding, answers=answers, metrics=metrics,
+        truncate=truncate, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _shots(
     task: Task, count: int, source: str, columns: Mapping[str, str] | None, data_format: str | None, images: str | None
 ) -> list[Mapping[str, Any]]:
-    """So many records of a source, drawn at random, always the same ones; of several references the first."""
+    """`count` random records of a source, the same at every call."""
     if not source:
-        raise UsageError("Say where the examples come from: shots needs shots_from, data other than what is measured.")
+        raise UsageError("shots needs shots_from: data, other than the evaluation data, to draw the examples from.")
     records = open_source(source, data_format, images)
     if count > len(records):
         raise UsageError(f"{source} has {len(records)} records, too few for {count} examples.")
@@ -96,10 +98,10 @@ def measure_retrieval(
     among_negatives: bool = False,
     truncate: str | None = None,
 ) -> Evaluation:
-    """Let the vector that `task` gives of each record find the one that `against` gives of it among those of all.
+    """Evaluate retrieval: the vector of `task` of each record is the query, those of `against` of all records the keys.
 
-    Records that agree in the columns `same` are right for each other. With `among_negatives` it has to be found among
-    the record's own `negatives` alone.
+    Keys of records with equal values in the columns `same` are relevant too. With `among_negatives` the key is ranked
+    only among the record's own `negatives`.
     """
     records = open_source(data, data_format, images, limit=limit)
     first, second = session.task(task), session.task(against)

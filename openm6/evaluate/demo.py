@@ -1,4 +1,4 @@
-"""The demo's questions: what the small model can do on combinations and digits it has never seen."""
+"""Evaluation and report of the demo model, on unseen combinations and digits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from openm6.core.extras import require
 from openm6.core.images import open_image
 from openm6.data.store import iterate
 from openm6.evaluate.command import measure
@@ -26,24 +27,24 @@ _FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "PingFan
           "WenQuanYi Zen Hei")  # fmt: skip
 
 _INTRO = (
-    "Every picture below shows a combination of category, colour and pattern that no training picture and no training "
-    "text had (51 of the 256 are held out), or a handwritten digit of the test split. Figures are shares of right "
-    "answers with 95% bootstrap intervals."
+    "Every picture below shows a combination of category, colour and pattern that was in no training picture and no "
+    "training text (51 of the 256 are held out), or a handwritten digit of the test split. Figures are accuracies with "
+    "95% bootstrap intervals."
 )
 
 
 def report_demo(model: Path, output: Path) -> dict[str, Any]:
-    """Measure the demo's model and write `output/report`.
+    """Evaluate the demo's model and write `output/report`.
 
     Returns {"figures": [{name, value, low, high, n}, ...], "report": path}.
     """
     session = Session.load(model)
     asked = measure(session, "vqa", "demo:questions/test")
-    told = measure(session, "caption", "demo:catalogue/test")
+    captioned = measure(session, "caption", "demo:catalogue/test")
     digits = measure(session, "vqa", "digits/test")
     filled = measure(session, "infilling", "demo:texts/test", limit=500)
     right = accuracy([c.answer for c in asked.cases], [c.references for c in asked.cases])
-    described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in told.cases])
+    described = Values.mean([float(same_attributes(c.answer, c.references[0])) for c in captioned.cases])
 
     def questions(kind: str, objects: int | None = None) -> Chosen:
         return lambda c: c.record["kind"] == kind and objects in (None, c.record["objects"])
@@ -57,20 +58,20 @@ def report_demo(model: Path, output: Path) -> dict[str, Any]:
         _figure("category, two objects", right, asked, questions("category", 2)),
         _figure("how many objects", right, asked, questions("count")),
         _figure("relation of two objects", right, asked, questions("relation")),
-        _figure("caption: category, colour, pattern", described, told, lambda c: c.record["objects"] == 1),
-        _figure("caption of two objects: all six", described, told, lambda c: c.record["objects"] == 2),
+        _figure("caption: category, colour, pattern", described, captioned, lambda c: c.record["objects"] == 1),
+        _figure("caption of two objects: all six", described, captioned, lambda c: c.record["objects"] == 2),
         _figure("handwritten digit", accuracy(*_answers(digits)), digits, lambda c: True),
-        _shares("gap in a sentence filled, the rest kept", gaps_filled(session)),
+        _accuracy("gap in a sentence filled, the rest unchanged", gaps_filled(session)),
     ]
     folder = output / "report"
     page = write_report(
-        folder, "OpenM6 demo", [asked, told, digits, filled], intro=_INTRO, figures=figures,
+        folder, "OpenM6 demo", [asked, captioned, digits, filled], intro=_INTRO, figures=figures,
         metrics=output / "metrics.jsonl",
     )  # fmt: skip
-    draw_answers(told.cases, asked.cases, digits.cases, folder / "demo.png")
+    draw_answers(captioned.cases, asked.cases, digits.cases, folder / "demo.png")
     samples = output / "pictures"  # to ask the model about
     samples.mkdir(exist_ok=True)
-    for number, case in enumerate(told.cases[:8], 1):
+    for number, case in enumerate(captioned.cases[:8], 1):
         (samples / f"goods-{number}.jpg").write_bytes(case.record["image"])
     (folder / "figures.json").write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return {"figures": figures, "report": str(page)}
@@ -81,8 +82,8 @@ def _answers(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
 
 
 def gaps_filled(session: Session, limit: int = 500) -> list[float]:
-    """For sentences about held-out goods with the colour left out: 1 where the answer has a colour there and all else
-    as it was given, else 0."""
+    """For sentences about held-out goods with the colour blanked: 1 if the answer has a colour in the gap and the rest
+    unchanged, else 0."""
     colour = re.compile("|".join(name + "色" for name in COLOURS))
     sentences = [r["text"] for r in iterate(open_catalogue("texts", "test")) if r["kind"] == "sentence"][:limit]
     parts = [(t[: m.start()], t[m.end() :]) for t in sentences if (m := colour.search(t))]
@@ -94,21 +95,20 @@ def gaps_filled(session: Session, limit: int = 500) -> list[float]:
 
 
 def _figure(name: str, values: Values, evaluation: Evaluation, chosen: Chosen) -> dict[str, Any]:
-    rows = np.array([i for i, case in enumerate(evaluation.cases) if chosen(case)])
-    return _shares(name, [values.corpus(np.array([row])) for row in rows])
+    rows = [row for row, case in enumerate(evaluation.cases) if chosen(case)]
+    return _accuracy(name, [values.corpus(np.array([row])) for row in rows])
 
 
-def _shares(name: str, right: list[float]) -> dict[str, Any]:
+def _accuracy(name: str, right: list[float]) -> dict[str, Any]:
     values = Values.mean(right)
     low, high = bootstrap(len(right), values.corpus)
     return {"name": name, "value": values.corpus(np.arange(len(right))), "low": low, "high": high, "n": len(right)}
 
 
-def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
-    """A sheet of pictures, drawn at random, each with a question and the model's answer, green where it is right.
-
-    Nothing is drawn where no Chinese font is installed.
-    """
+def draw_answers(captioned: list[Case], asked: list[Case], digits: list[Case], target: Path, seed: int = 0) -> None:
+    """Write a sheet of randomly chosen pictures with question and answer, green if right. Does nothing without an
+    installed Chinese font."""
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +120,7 @@ def draw_answers(told: list[Case], asked: list[Case], digits: list[Case], target
         return
 
     rng = np.random.default_rng(seed)
-    rows = [*_some(told, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
+    rows = [*_some(captioned, rng, 4, "描述"), *_some(asked, rng, 8), *_some(digits, rng, 4)]
     pyplot.rcParams["font.sans-serif"] = [font]
     figure, axes = pyplot.subplots(4, 4, figsize=(11, 9.2))
     for axis, (case, question) in zip(axes.flat, rows, strict=False):

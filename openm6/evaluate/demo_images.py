@@ -1,4 +1,4 @@
-"""The demo's pictures: drawn for combinations of category, colour and pattern that no training picture had."""
+"""Evaluation and report of the demo's image generation, on unseen combinations of category, colour and pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from openm6.core.files import dumps, write_whole
 from openm6.core.images import read_square
 from openm6.data.source import open_source
-from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_wishes
+from openm6.evaluate.pictures import Judge, compared, draw_sheet, judged, measure_drawing, read_prompts
 from openm6.evaluate.report import markdown_table, write_pictures
 from openm6.inference.edit import edit
 from openm6.inference.session import Session
@@ -29,15 +29,16 @@ EDITS = 200
 ATTRIBUTES = ("category", "colour", "pattern")
 VALUES = {"category": CATEGORIES, "colour": tuple(COLOURS), "pattern": PATTERNS}
 OWN, EACH = 400, 4
-"""Captions for which a model draws pictures to learn from itself, and pictures for each."""
+"""Number of captions for which a model draws its own training pictures, and of pictures per caption."""
 
 
 def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
-    """Write pictures of the model itself, as codes, with verdicts, into a folder; returns the file.
+    """Write pictures drawn by the model, as codes with verdicts, into a folder as training data for its estimators.
+    Returns the file.
 
-    None is real. Of the pictures for one caption the one from which the model itself, reading, would most likely write
-    that caption is taken to be relevant, and the one from which it would least likely is not: a model that only saw
-    real pictures judged finds all that it draws relevant.
+    All have fidelity 0. For each caption the picture from which the model would most likely write that caption is
+    labelled relevant, the least likely one irrelevant: trained on real pictures only, the estimator finds everything
+    that the model draws relevant.
     """
     if target.is_dir():
         return target / "own.jsonl"
@@ -46,8 +47,8 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
     texts = [str(_first(source[i]["caption"], i)) for i in range(min(count, len(source)))]
 
     def lines() -> Iterator[str]:
-        wishes = ({"caption": text} for text in texts)
-        drawn = session.draw_many(TASK, wishes, candidates=EACH, decoding={"seed": 1})
+        prompts = ({"caption": text} for text in texts)
+        drawn = session.draw_many(TASK, prompts, candidates=EACH, decoding={"seed": 1})
         for text, some in zip(texts, drawn, strict=True):
             worst, *_, best = sorted(range(EACH), key=lambda number: some[number].estimates["reading"])
             for number, one in enumerate(some):
@@ -64,13 +65,13 @@ def draw_own(model: Path, data: str, target: Path, count: int = OWN) -> Path:
 
 
 def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
-    """Measure what the demo's model draws, and write `output/report`.
+    """Evaluate the pictures of the demo's model and write `output/report`.
 
-    Returns {"rows": {"real": {measure: value}, "reconstructed": ..., "drawn": ..., "best of 8": ...}, "edits": what
-    `measure_edits` gives, "controls": what `measure_controls` gives, "report": path}.
+    Returns {"rows": {"real": {measure: value}, "reconstructed": ..., "drawn": ..., "best of 8": ...}, "edits": see
+    `measure_edits`, "controls": see `measure_controls`, "report": path}.
     """
     session, judging = Session.load(model), Judge(Session.load(judge))
-    records, wanted = read_wishes(session, TASK, judging, DATA, ASKED)
+    records, wanted = read_prompts(session, TASK, judging, DATA, ASKED)
     others = {"8 passes": {"passes": 8}}
     rows, best = measure_drawing(session, TASK, judging, records, wanted, CANDIDATES, others=others)
     folder = output / "report"
@@ -78,24 +79,23 @@ def report_images(model: Path, judge: Path, output: Path) -> dict[str, Any]:
     texts = [str(record["caption"]) for record in records]
     shown = list(islice(zip(texts, best, strict=True), 24))
     edits = measure_edits(session, judging)
-    told = (
-        f"{EDITS} edits, each of one attribute: kept pixels as they were in {edits['kept']:.1%}, the attribute changed "
+    summary = (
+        f"{EDITS} edits of one attribute: pixels outside the mask unchanged in {edits['kept']:.1%}, attribute changed "
         f"in {edits['changed']:.1%} (category {edits['category']:.1%}, colour {edits['colour']:.1%}, pattern "
         f"{edits['pattern']:.1%})."
     )
     controls = measure_controls(session, judging)
-    intro = f"{_INTRO}\n\n{told}\n\n{_told_controls(controls)}"
+    intro = f"{_INTRO}\n\n{summary}\n\n{_controls_table(controls)}"
     page = write_pictures(folder, "Drawn by OpenM6", intro, rows, shown)
     return {"rows": rows, "edits": edits, "controls": controls, "report": str(page)}
 
 
 def measure_edits(session: Session, judge: Judge, count: int = EDITS, seed: int = 0) -> dict[str, float]:
-    """Change one attribute of pictures with an item of known place: the box around it is drawn again after a caption
-    that differs in that attribute.
+    """Edit one attribute of pictures with an item at a known place: its bounding box is redrawn after a caption that
+    differs in that attribute.
 
-    Returns shares of the edits: `kept`, whose pixels outside of the mask are all as they were; `changed`, in
-    which the judge reads the new attribute; `all`, in which it reads the two others unchanged too; and `changed` by
-    attribute.
+    Returns fractions of the edits: `kept`, with all pixels outside the mask unchanged; `changed`, in which the judge
+    reads the new attribute; `all`, in which it also reads the two others unchanged; and `changed` by attribute.
     """
     rng = np.random.default_rng(seed)
     codec = session.codec
@@ -130,26 +130,28 @@ def measure_edits(session: Session, judge: Judge, count: int = EDITS, seed: int 
 
 
 CONTRADICTIONS = {"style": ("colour", "pattern"), "sketch": ("category",), "reference": ATTRIBUTES}
-"""What a control of `controlled_image` says of an item, which a caption may contradict."""
+"""Attributes determined by each control of `controlled_image`, which a caption may contradict."""
 
 
 def measure_controls(session: Session, judge: Judge, count: int = 100) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Whether pictures follow a control, and which wins where controls contradict each other: drawn by a control alone,
-    and by it and a caption of another item, unlike the control's in every attribute.
+    """Measure how well pictures follow a control, alone and against a caption of an item that differs in every
+    attribute.
 
-    Returns {control: {attribute: (share of the pictures that follow the control alone, that follow the caption against
-    the control, that follow the control against the caption)}} for what that control says.
+    Returns {control: {attribute: (a, b, c)}} for the attributes of each control: the fraction of pictures that follow
+    (a) the control alone, (b) the caption against the control, (c) the control against the caption.
     """
     source = open_source(DATA)
     every = ((source[i], source[(i + len(source) // 2) % len(source)]) for i in range(len(source)))
     unlike = (pair for pair in every if all(pair[0][name] != pair[1][name] for name in ATTRIBUTES))
-    told, shown = zip(*islice(unlike, count), strict=True)
+    captioned, shown = zip(*islice(unlike, count), strict=True)
     found = {}
     for control, names in CONTRADICTIONS.items():
         alone = [{control: one[control]} for one in shown]
-        against = [{"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(told, shown, strict=True)]
+        against = [
+            {"caption": _first(a["caption"], 0), control: b[control]} for a, b in zip(captioned, shown, strict=True)
+        ]
         ours, both = (_read_controlled(session, judge, asked) for asked in (alone, against))
-        columns = [compared(ours, shown, names), compared(both, told, names), compared(both, shown, names)]
+        columns = [compared(ours, shown, names), compared(both, captioned, names), compared(both, shown, names)]
         found[control] = {name: tuple(float(np.mean([row[name] for row in c])) for c in columns) for name in names}
     return found
 
@@ -158,25 +160,24 @@ def _read_controlled(session: Session, judge: Judge, asked: list[dict[str, Any]]
     return judge.read(list(session.run_many("controlled_image", asked, decoding={"seed": 2})))
 
 
-def _told_controls(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
+def _controls_table(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
     rows = [
         (control, name, *(f"{share:.0%}" for share in shares))
         for control, several in found.items()
         for name, shares in several.items()
     ]
-    said = "Pictures that follow a control alone; and, where a caption says something else, either:"
-    heads = ("control", "attribute", "alone", "the caption against it", "it against the caption")
+    said = "Pictures that follow a control alone and, given a contradicting caption, the caption or the control:"
+    heads = ("control", "attribute", "control alone", "caption against control", "control against caption")
     return f"{said}\n\n{markdown_table(heads, rows)}"
 
 
 _INTRO = (
-    f"Every picture was drawn for a combination of category, colour and pattern that no training picture had: the best "
-    f"of {CANDIDATES} by the model's own estimates. A judge, a small model of its own trained on real pictures alone, "
-    "says what it reads in them; what it reads in real pictures, and in those that only went through the codec, stands "
-    "beside."
+    f"Every picture was drawn for a combination of category, colour and pattern that was in no training picture: the "
+    f"best of {CANDIDATES} by the model's own estimates. A judge, a small model trained on real pictures only, reads "
+    "their attributes; real pictures, and those reconstructed by the codec, are listed for comparison."
 )
 
 
 def _first(captions: Any, number: int) -> Any:
-    """Another wording each time."""
+    """One of the wordings of a caption, a different one for each number."""
     return captions[number % len(captions)] if isinstance(captions, list) else captions

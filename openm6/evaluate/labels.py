@@ -1,4 +1,4 @@
-"""Label tasks: precision, recall and F1 of each label, the confusion matrix, and references outside the labels."""
+"""Label tasks: precision, recall and F1 by label, confusion matrix, references outside the label set."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ from openm6.tasks.metrics import label_namer, label_pairs
 from openm6.tasks.slots.label import normalize_label
 
 _NAMED = 5
-"""Unknown references that a note names."""
+"""Number of unknown references that a note names."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelFigures:
-    """`by_label`: {label: {"precision", "recall", "f1", "records"}}, where records counts those whose right answer it
-    is, of all labels that were right or answered. `confusion`: records by (right label, answered label)."""
+    """Figures of a label task.
+
+    by_label    {label: {"precision", "recall", "f1", "records": number of references}} of all labels that occur
+    confusion   number of records by (reference, answer)
+    """
 
     by_label: dict[str, dict[str, float]]
     confusion: Counter[tuple[str, str]]
 
     @classmethod
     def of(cls, answers: list[str], references: list[list[str]], known: Sequence[str]) -> LabelFigures:
-        """`known`: the task's labels, which come first, in their order."""
-        from sklearn.metrics import precision_recall_fscore_support
-
+        """`known`: the task's labels, listed first and in their order."""
         said, right = label_pairs(answers, references, known)
         there = {*said, *right}
         names = [name for name in dict.fromkeys((*known, *right, *said)) if name in there]
-        figures = precision_recall_fscore_support(right, said, labels=names, zero_division=0)
-        columns = ("precision", "recall", "f1", "records")
-        rows = zip(*(column.tolist() for column in figures), strict=True)
-        by_label = {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)}
-        return cls(by_label, Counter(zip(right, said, strict=True)))
+        confusion, answered, wanted = Counter(zip(right, said, strict=True)), Counter(said), Counter(right)
+        by_label = {}
+        for name in names:
+            hits, given, records = confusion[name, name], answered[name], wanted[name]
+            by_label[name] = {
+                "precision": hits / given if given else 0.0, "recall": hits / records if records else 0.0,
+                "f1": 2 * hits / (given + records), "records": records,
+            }  # fmt: skip
+        return cls(by_label, confusion)
 
     def to_dict(self) -> dict[str, Any]:
-        """`confusion` as {right label: {answered label: records}}, without zeros."""
+        """`by_label`, and `confusion` as {reference: {answer: records}} without zeros."""
         confusion: dict[str, dict[str, int]] = {}
         for (right, said), count in sorted(self.confusion.items()):
             confusion.setdefault(right, {})[said] = count
         return {"by_label": self.by_label, "confusion": confusion}
 
     def tables(self, matrix: int, rows: int) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, columns and rows: the figures of the most frequent labels, then the confusion matrix of up to `matrix`
-        labels, else the most frequent confusions; no table is longer than `rows`."""
+        """(title, columns, rows) of at most `rows` rows: the figures of the most frequent labels, then the confusion
+        matrix of up to `matrix` labels, else the most frequent confusions."""
         chosen = list(self.by_label)
         if len(chosen) > rows:
             chosen = sorted(chosen, key=lambda name: -self.by_label[name]["records"])[:rows]
@@ -74,7 +79,7 @@ class LabelFigures:
 
 
 def unknown_references(references: list[list[str]], known: Sequence[str], task: str) -> str:
-    """One or two sentences that name references outside the labels of a task; "" where every record has one inside."""
+    """A note that names references outside the labels of a task, "" if every record has one inside."""
     name, inside = label_namer(known), {*map(normalize_label, known)}
     wrong = Counter(name(wanted[0]) for wanted in references if inside.isdisjoint(map(name, wanted)))
     if not wrong:
@@ -83,8 +88,8 @@ def unknown_references(references: list[list[str]], known: Sequence[str], task: 
     more = f" and {len(wrong) - _NAMED} others" if len(wrong) > _NAMED else ""
     labels = ", ".join(map(_short, known[:10])) + (f" and {len(known) - 10} others" if len(known) > 10 else "")
     return (
-        f"{wrong.total()} of {len(references)} references are no labels of the task {task} ({labels}), and no answer "
-        f"can be right for them: {', '.join(named)}{more}. Correct the data's labels, or choose their column with -c."
+        f"{wrong.total()} of {len(references)} references are not labels of the task {task} ({labels}), so that no "
+        f"answer can be right: {', '.join(named)}{more}. Correct the data's labels, or choose their column with -c."
     )
 
 

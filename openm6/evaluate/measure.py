@@ -1,4 +1,4 @@
-"""Answer every record of a source and score the answers."""
+"""Evaluation: answer every record and score the answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import ContextLengthError, DataError, UsageError
+from openm6.core.extras import require
 from openm6.core.sequence import Sequence
 from openm6.data.rejects import Reject
 from openm6.evaluate.labels import LabelFigures, unknown_references
-from openm6.inference.session import TRUNCATE, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
-from openm6.tasks.metrics import Score, Values, check_metric, score_of, values_of
+from openm6.tasks.metrics import LIBRARIES, Score, Values, check_metric, score_of, values_of
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
@@ -26,7 +28,7 @@ Record = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Case:
-    """One evaluated record: what was asked, what came, what was wanted."""
+    """An evaluated record with its answer and references."""
 
     record: Record
     answer: str
@@ -35,8 +37,12 @@ class Case:
 
 @dataclass(slots=True)
 class Evaluation:
-    """`rejects`: what could not be used, each with the number of cases before it. `examples`: by metric the score of
-    each case [n], NaN where the metric scores only all of them. `notes`: sentences on what the figures leave out."""
+    """The result of an evaluation of n cases.
+
+    rejects    rejected records, each with the number of cases before it
+    examples   score of each case [n] by metric, NaN for metrics of the whole corpus
+    notes      sentences on what the figures leave out
+    """
 
     task: str
     source: str
@@ -44,11 +50,11 @@ class Evaluation:
     cases: list[Case] = field(repr=False)
     seconds: float = 0.0
     rejects: list[tuple[int, Reject]] = field(default_factory=list)
-    inputs: Mapping[str, str] = field(default_factory=dict)  # slot of the task's left side: its type
+    inputs: Mapping[str, str] = field(default_factory=dict)  # type of each input slot
     examples: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     labels: LabelFigures | None = None
     notes: list[str] = field(default_factory=list)
-    cut: int = 0  # records that were truncated because they are longer than the model takes
+    cut: int = 0  # number of truncated records
 
     @property
     def rejected(self) -> int:
@@ -67,13 +73,15 @@ class Evaluation:
 
 
 def check_metrics(task: Task, metrics: Items[str] = ()) -> None:
-    """Raises UsageError where `evaluate` cannot measure a task by these metrics, by default its own."""
+    """Raises UsageError if `evaluate` cannot measure a task by these metrics, by default its own."""
     if task.embeds:
         raise UsageError(f"The task {task.name} gives a vector: it is measured against another task that does.")
     if not metrics and not task.metrics and task.slots[task.outputs[0]].type != "label":
-        raise UsageError(f"The task {task.name} names no metrics: say by which it is measured, by --metric.")
+        raise UsageError(f"The task {task.name} has no metrics: choose one by --metric.")
     for metric in metrics or task.metrics:
         check_metric(metric, task)
+        if metric in LIBRARIES:
+            require(*LIBRARIES[metric])
 
 
 def evaluate(
@@ -82,22 +90,24 @@ def evaluate(
     records: Iterable[Record | Reject],
     source: str = "",
     *,
+    examples: Items[Record] = (),
     batch_size: int = 64,
     decoding: Mapping[str, Any] | None = None,
     answers: bool = True,
     metrics: Items[str] = (),
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     truncate: str | None = None,
 ) -> Evaluation:
-    """Measure `task` on records whose keys are the task's slots (see `openm6.data.columns`), by its own metrics and, of
-    labels, macro F1, or by `metrics`.
+    """Evaluate `task` on records whose keys are its slots (see `openm6.data.columns`), by `metrics` or by the task's
+    own ones and, for labels, macro F1.
 
-    Without `answers` nothing is answered that no metric asks for; of a task that draws, never.
+    Without `answers` nothing is generated that no metric needs; a task that draws never generates. `examples`: records
+    with answers that stand before every record. `on_progress` gets the number of answered and of all records.
 
-    A list as the value of an output slot means several references, each of them right. Records that cannot be
-    encoded are counted, not answered; so is a Reject in the place of a record. One that is longer than the model takes
-    is among them, and named in the notes; with `truncate="start"` it is measured without the beginning of its longest
-    text. Raises DataError when none is left, UsageError for a metric that does not suit the task.
+    A list as the value of an output slot holds several references. Records that cannot be encoded are counted as
+    rejected, as is a Reject in the place of a record. Records that are too long for the model are rejected and named in
+    the notes; with `truncate="start"` they lose the beginning of their longest text instead. Raises DataError if no
+    record is left, UsageError for a metric that does not suit the task.
     """
     started = time.perf_counter()
     check_metrics(task, metrics)
@@ -115,8 +125,9 @@ def evaluate(
         try:
             if record.get(output) in (None, "", []):
                 raise DataError(f"{record.get('_where', 'a record')} has no {output} to compare with.")
-            record = record if truncate is None else {**record, TRUNCATE: truncate}
-            prompts.append(session.prompt(task, record, None if task.silent or task.draws else decoding))
+            request = Request(record, examples, truncate=truncate, decoding=decoding or {})
+            # Pictures are not drawn here: a record without a slot to draw by can be measured too.
+            prompts.append(session.prompt(task, request) if task.draws else session.prepare(task, request).prompt)
             kept.append(record)
         except DataError as error:
             if isinstance(error, ContextLengthError):
@@ -131,7 +142,9 @@ def evaluate(
         cases = [Case(record, "", []) for record in kept]
         prompts = []
     if task.head:
-        found = session.run_many(task, kept, batch_size=batch_size)
+        found = session.run_many(
+            task, [Request(one, examples, truncate=truncate) for one in kept], batch_size=batch_size
+        )
         cases = [Case(r, str(a), references(r[output], kind)) for r, a in zip(kept, found, strict=True)]
         prompts = []
     for start in range(0, len(prompts), 4 * batch_size):
@@ -141,12 +154,12 @@ def evaluate(
             answer = task.read(generated.ids, session.processor)[output]
             cases.append(Case(record, str(answer), references(record[output], kind)))
         if on_progress:
-            on_progress(len(cases))
+            on_progress(len(cases), len(prompts))
     labels, notes = None, []
     if len(task.outputs) > 1:
         notes.append(f"Only {output} is measured, not {', '.join(task.outputs[1:])}.")
     if cut:
-        notes.append(f"{cut} of {len(kept)} records were longer than the model takes and lost their beginnings.")
+        notes.append(f"{cut} of {len(kept)} records were too long for the model and were truncated at their start.")
     if long:
         notes.append(too_long(long, len(kept) + len(rejects), session.processor.max_length))
     if kind == "label" and cases[0].references:
@@ -170,16 +183,16 @@ def evaluate(
 
 
 def too_long(places: list[str], records: int, positions: int) -> str:
-    """A sentence on records that were refused."""
+    """A note on records that were rejected for their length."""
     named = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
     return (
-        f"{len(places)} of {records} records are longer than the {positions:,} positions that the model takes and were "
-        f'not measured ({named}); truncate="start" measures them without their beginnings.'
+        f"{len(places)} of {records} records are longer than the model's {positions:,} positions and were rejected "
+        f'({named}); truncate="start" cuts their beginnings instead.'
     )
 
 
 def scored(task: Task, metric: str, cases: list[Case]) -> Score:
-    """A metric of a task, other than perplexity, by what was answered."""
+    """A metric of a task, other than perplexity, computed from its answers."""
     return score_of(_values(task, metric, cases))
 
 
@@ -191,13 +204,13 @@ def _values(task: Task, metric: str, cases: list[Case]) -> Values:
 
 
 def _cells(task: Task, record: Record) -> list[str]:
-    """The values of the tables that were given."""
+    """The cells of the input tables of a record."""
     tables = (record.get(name) for name in task.inputs if task.slots[name].type == "table")
     return [value for table in tables for _, value in cells_of(table)]
 
 
 def references(value: Any, kind: str = "text") -> list[str]:
-    """What is right: of a list of texts or labels each, of any other slot type the value itself."""
+    """The references in a value: each text or label of a list, for other slot types the value itself."""
     if isinstance(value, (list, tuple)) and kind in ("text", "label"):
         return [str(v) for v in value]
     return [str(as_box(value) if kind == "box" else value)]
@@ -206,8 +219,8 @@ def references(value: Any, kind: str = "text") -> list[str]:
 def _perplexity(
     session: Session, task: Task, records: list[Record], batch_size: int = 64, truncate: str | None = None
 ) -> Values:
-    """exp of the mean negative log-probability of the target's tokens (the end token too). Of several references the
-    first is scored."""
+    """exp of the mean negative log-probability of the target's tokens, the end token included, for the first
+    reference."""
     output = task.outputs[0]
     kind = task.slots[output].type
     first = records if kind == "image" else [{**r, output: references(r[output], kind)[0]} for r in records]

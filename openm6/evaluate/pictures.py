@@ -1,15 +1,15 @@
-"""Measures of drawn pictures without any downloaded network: what a judge reads in them, and how its features spread.
+"""Metrics of generated pictures without a downloaded network: attributes read by a judge, and its features.
 
-The judge is a small M6 of its own that has learned one task, the attributes of a picture, from real pictures alone
-(recipes/judge.yaml). Its opinion of real pictures, and of those that only went through the codec, stands beside.
+The judge is a small M6 trained on one task, the attributes of a picture, with real pictures only (recipe judge). Real
+and reconstructed pictures are measured too, for comparison.
 
-    each attribute, all   share of the pictures in which the judge reads what was asked for
-    relevance             mean probability that the judge gives to all attributes asked for
-    frechet               distance of two Gaussians fitted to the judge's features of real and drawn pictures (Heusel et
-                          al. 2017); 0 is best, and figures of different judges do not compare
-    precision, recall     share of drawn pictures that lie among the real ones, and of real ones among the drawn
-                          (Kynkaanniemi et al. 2019, arXiv 1904.06991, k = 3)
-    diversity             mean distance of the features of two pictures of the same attributes, over that of real ones
+    each attribute, all   fraction of the pictures in which the judge reads the prompted value
+    relevance             mean probability that the judge assigns to all prompted attributes
+    frechet               distance of Gaussians fitted to the judge's features of real and generated pictures (Heusel et
+                          al. 2017); 0 is best; not comparable between judges
+    precision, recall     fraction of generated pictures on the manifold of the real ones, and vice versa (Kynkaanniemi
+                          et al. 2019, arXiv 1904.06991, k = 3)
+    diversity             mean feature distance of two pictures with equal attributes, relative to real pictures
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from openm6.core.batch import pad
 from openm6.core.errors import DataError, UsageError
@@ -34,34 +34,33 @@ from openm6.model.cache import prefill
 from openm6.tasks.task import Task
 
 NEIGHBOURS = 3
-"""Whose farthest one is the radius around a picture within which others count as alike."""
+"""k of the nearest-neighbour radius around a picture (precision, recall)."""
 
 Answer = Mapping[str, str]
 
 
 class Judge:
-    """A model that answers `task`, whose one picture slot is what is judged.
-
-    Its other inputs, if it has any (which garment of those that are worn), are `given`: slot values for each picture.
+    """A model with a `task` that has one picture slot, the picture to judge. Values of other input slots are `given`
+    for each picture.
     """
 
     def __init__(self, session: Session, task: str = "product_attributes", batch_size: int = 64):
         self.session, self.task, self.batch_size = session, session.task(task), batch_size
         pictures = [name for name in self.task.inputs if self.task.slots[name].type == "image"]
         if len(pictures) != 1:
-            raise UsageError(f"The task {task} has {len(pictures)} pictures: a judge looks at one.")
+            raise UsageError(f"The task {task} has {len(pictures)} picture slots: a judge needs one.")
         self.slot = pictures[0]
         self.others = [name for name in self.task.inputs if name != self.slot]
 
     def _records(self, pictures: Items[Any], given: Items[Answer] | None) -> list[dict[str, Any]]:
         some = given if given is not None else [{}] * len(pictures)
         return [
-            {self.slot: picture, **{name: told[name] for name in self.others if name in told}}
-            for picture, told in zip(pictures, some, strict=True)
+            {self.slot: picture, **{name: values[name] for name in self.others if name in values}}
+            for picture, values in zip(pictures, some, strict=True)
         ]
 
     def read(self, pictures: Items[Any], given: Items[Answer] | None = None) -> list[Answer]:
-        """What the judge sees, by output slot."""
+        """The judge's answer for each picture, by output slot."""
         records = self._records(pictures, given)
         found = list(self.session.run_many(self.task, records, batch_size=self.batch_size))
         only = self.task.outputs[0]
@@ -69,7 +68,7 @@ class Judge:
 
     @torch.inference_mode()
     def features(self, pictures: Items[Any], given: Items[Answer] | None = None) -> Tensor:
-        """The hidden state from which the judge starts its answer, fp32 [N, D]."""
+        """The hidden state at the start of the judge's answer, fp32 [N, D]."""
         parts, records = [], self._records(pictures, given)
         pad_id, device = self.session.processor.tokenizer.pad_id, self.session.model.embed.weight.device
         for start in range(0, len(pictures), self.batch_size):
@@ -80,22 +79,22 @@ class Judge:
         return torch.cat(parts)
 
     def relevance(self, pictures: Items[Any], wanted: Items[Answer]) -> Tensor:
-        """Probability of the answers asked for (with them, what is given), fp32 [N]."""
+        """Probability of the prompted answers `wanted` (which include given inputs), fp32 [N]."""
         records = [{self.slot: picture, **answer} for picture, answer in zip(pictures, wanted, strict=True)]
         return (-self.session.target_losses(self.task, records, self.batch_size)[0]).exp().float()
 
 
 class Real:
-    """Real pictures, as a judge sees them, to measure others against."""
+    """Real pictures as the reference of the metrics, by the features of a judge."""
 
     def __init__(self, judge: Judge, pictures: Items[Any], given: Items[Answer] | None = None):
         self.judge, self.features = judge, judge.features(pictures, given)
         self.spread = _spread(self.features, judge.read(pictures, given))
 
     def measure(self, pictures: Items[Image.Image], wanted: Items[Answer]) -> dict[str, float]:
-        """The measures above of pictures which were to show what `wanted` says."""
+        """The metrics of pictures whose prompts have the attributes `wanted`."""
         if len(pictures) != len(wanted) or not pictures:
-            raise DataError(f"{len(pictures)} pictures for {len(wanted)} wishes: there has to be one for each.")
+            raise DataError(f"{len(pictures)} pictures for {len(wanted)} prompts: one picture per prompt is needed.")
         right, features = judged(self.judge, pictures, wanted), self.judge.features(pictures, wanted)
         return {
             **{name: sum(r[name] for r in right) / len(right) for name in right[0]},
@@ -108,42 +107,29 @@ class Real:
 
 
 def judged(judge: Judge, pictures: Items[Any], wanted: Items[Answer]) -> list[dict[str, bool]]:
-    """Of each picture and attribute whether the judge reads what was asked for; `all`: every one."""
+    """For each picture and attribute, True if the judge reads the prompted value; `all`: every attribute."""
     return compared(judge.read(pictures, wanted), wanted, judge.task.outputs)
 
 
 def compared(read: Items[Answer], wanted: Items[Answer], names: Items[str]) -> list[dict[str, bool]]:
-    """The same of what was read already."""
+    """`judged` for answers that were read already."""
     rows = []
-    for answer, wish in zip(read, wanted, strict=True):
-        row = {name: answer[name] == wish[name] for name in names}
+    for answer, right in zip(read, wanted, strict=True):
+        row = {name: answer[name] == right[name] for name in names}
         rows.append({**row, "all": all(row.values())})
     return rows
 
 
 def frechet(real: Tensor, drawn: Tensor) -> float:
-    """Of features [N, D] and [M, D]."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    measure = FrechetInceptionDistance(_Features(real.shape[1]))
-    measure.update(real, real=True)
-    measure.update(drawn, real=False)
-    return float(measure.compute())
-
-
-class _Features(nn.Module):
-    """Stands where torchmetrics has its Inception network: features come ready."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+    """Fréchet distance of the normal distributions with the means and covariances of features [N, D] and [M, D]."""
+    real, drawn = real.double(), drawn.double()
+    first, second = torch.cov(real.T), torch.cov(drawn.T)
+    mixed = torch.linalg.eigvals(first @ second).sqrt().real.sum()
+    return float((real.mean(0) - drawn.mean(0)).square().sum() + first.trace() + second.trace() - 2 * mixed)
 
 
 def share_among(points: Tensor, others: Tensor) -> float:
-    """Share of `points` [N, D] that lie within the radius of one of `others` [M, D], to the third nearest of them."""
+    """Fraction of `points` [N, D] within the NEIGHBOURS-nearest-neighbour radius of one of `others` [M, D]."""
     if len(others) <= NEIGHBOURS:
         raise DataError(f"{len(others)} pictures are too few: more than {NEIGHBOURS} are needed.")
     radius_M = torch.cdist(others, others).kthvalue(NEIGHBOURS + 1, dim=1).values  # itself is the nearest
@@ -151,7 +137,7 @@ def share_among(points: Tensor, others: Tensor) -> float:
 
 
 def _spread(features: Tensor, labels: Items[Answer]) -> float:
-    """Mean distance of two pictures with the same labels."""
+    """Mean feature distance of two pictures with the same labels."""
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for row, label in enumerate(labels):
         groups[tuple(str(v) for v in label.values())].append(row)
@@ -159,11 +145,11 @@ def _spread(features: Tensor, labels: Items[Answer]) -> float:
     return sum(means) / len(means) if means else 0.0
 
 
-def read_wishes(
+def read_prompts(
     session: Session, task: str | Task, judge: Judge, data: str, limit: int | None = None
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
-    """The first records of `data` by the slots of a task that draws, and the attributes that their pictures have (and
-    what the judge is given beside a picture)."""
+    """The first records of `data` by the slots of a task that draws, and the attributes of their pictures with the
+    judge's other inputs."""
     chosen, source = session.task(task), open_source(data)
     draws, reads = SlotView.of(chosen, source), SlotView.of(judge.task, source)
     records: list[dict[str, Any]] = []
@@ -185,20 +171,19 @@ def measure_drawing(
     decoding: Mapping[str, Any] | None = None,
     others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, dict[str, float]], list[Image.Image]]:
-    """The measures of real pictures, of reconstructed ones, of drawn ones, of those drawn in `others` ways (name to
-    options), and, with several candidates, of the best of each by the model's own estimates; and the pictures drawn
-    (the best ones).
+    """The metrics of real, reconstructed and generated pictures, of those drawn with `others` (name to decoding
+    options), and, with several candidates, of the best by the model's own estimates; and the (best) generated pictures.
 
-    Real and reconstructed pictures are measured against the real ones too: what a perfect drawing would get.
+    Real and reconstructed pictures are measured against the real ones, which gives the values of a perfect model.
     """
     chosen = session.task(task)
     slot, codec = chosen.outputs[0], session.codec
     pictures = [as_square(record[slot], codec.size) for record in records]
-    wishes = [{k: v for k, v in record.items() if k != slot} for record in records]
-    same = {"seed": 0}  # two measurements give the same figures
+    prompts = [{k: v for k, v in record.items() if k != slot} for record in records]
+    same = {"seed": 0}  # repeatable
     options = {**same, **(decoding or {})}
-    drawn = list(session.draw_many(chosen, wishes, candidates=candidates, decoding=options, truncate="start"))
-    # In the order in which they were drawn, the first one is as good as any.
+    drawn = list(session.draw_many(chosen, prompts, candidates=candidates, decoding=options, truncate="start"))
+    # The candidate drawn first is an unselected sample.
     any_one = [min(some, key=lambda candidate: candidate.number).image for some in drawn]
     real = Real(judge, pictures, wanted)
     rows = {
@@ -207,7 +192,7 @@ def measure_drawing(
         "drawn": real.measure(any_one, wanted),
     }
     for name, other in (others or {}).items():
-        found = list(session.run_many(chosen, wishes, decoding={**same, **other}, truncate="start"))
+        found = list(session.run_many(chosen, prompts, decoding={**same, **other}, truncate="start"))
         rows[name] = real.measure(found, wanted)
     best = [some[0].image for some in drawn]
     if candidates > 1:
@@ -220,7 +205,7 @@ def as_square(picture: Any, size: int) -> Image.Image:
 
 
 def draw_sheet(pictures: Items[Image.Image], path: Path, columns: int = 12, rows: int = 4, scale: int = 2) -> None:
-    """The first pictures side by side, as PNG."""
+    """Write the first pictures side by side as a PNG."""
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for number, picture in enumerate(pictures[: columns * rows]):

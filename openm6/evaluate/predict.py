@@ -1,7 +1,7 @@
-"""Answers for every row of a source, written beside the row's own columns; a run that was killed is resumed.
+"""Answers for every row of a source, written beside the row's columns; an interrupted run is resumed.
 
-Finished parts lie in the folder OUTPUT.parts, each written whole, with a settings.json that tells their data, model,
-task and options. The output itself appears at the end, whole, and the folder is removed.
+Finished parts are stored in the folder OUTPUT.parts, each written atomically, with a settings.json of data, model, task
+and options. At the end the output is written atomically and the folder is removed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from openm6.data.rejects import Reject, place_of
 from openm6.data.source import open_source
 from openm6.data.store import HIDDEN, Record
 from openm6.data.writers import writer_for
-from openm6.inference import Decoding
 from openm6.inference.labels import closed_labels
-from openm6.inference.session import Session, check_dims
+from openm6.inference.modes import mode_of
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.studio.review import seed_of
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.task import Task
 
 PART = 256
-"""Rows that are answered and written at once: what a kill loses at most."""
+"""Number of rows per part: what an interruption loses at most."""
 
 
 class Prediction:
-    """`total` rows of the source `data` to be answered by `task` into the file `output`.
+    """The answers of `task` to the `total` rows of the source `data`, written into the file `output`.
 
-    Every row gets a row, in order, with all of its own columns and those of `added` (by what is written there: a slot,
-    "probability", "probabilities", "error"). A column has `_predicted` after its name where the data have one of that
-    name. Raises UsageError, before anything is answered, for what cannot be written and for an output that is there, or
-    was begun with other data, another model, task or options.
+    Every row gives a row, in order, with its own columns and those of `added` (a dict from an output slot,
+    "probability", "probabilities" or "error" to the column's name, which ends in `_predicted` if the data have a column
+    of that name). Raises UsageError, before anything is answered, for an output that cannot be written, exists, or was
+    started with other data, another model, task or options.
     """
 
     def __init__(
@@ -67,19 +68,16 @@ class Prediction:
         check_truncate(truncate)
         self.folder = output.with_name(output.name + ".parts")
         if self.task.draws:
-            raise UsageError(f"The task {self.task.name} draws pictures: `openm6 images batch` does that.")
-        if self.task.embeds:
-            check_dims(session.model, self.decoding.get("dims"))
-        else:
-            Decoding.of(**{**self.task.decode, **self.decoding})
+            raise UsageError(f"The task {self.task.name} draws pictures: use `openm6 images batch`.")
+        mode_of(self.task).options(session, self.task, Request({}, decoding=self.decoding))
         self._write = writer_for(output, holds_vectors=self.task.embeds)
         has_labels = bool(closed_labels(self.task))
         if all_probabilities and not has_labels:
-            raise UsageError(f"The task {self.task.name} has no probabilities: its answer is no label of a known set.")
+            raise UsageError(f"The task {self.task.name} has no probabilities: it has no closed set of labels.")
         self.source = open_source(data, data_format, images)
         self.total = len(self.source) + len(self.source.rejected)
         given = {slot: column for slot, column in (columns or {}).items() if slot not in self.task.outputs}
-        self.view = SlotView.of(self.task.left(), self.source, given)
+        self.view = SlotView.of(self.task.without_target(), self.source, given)
         names = [*self.task.outputs, *["probability"] * has_labels, *["probabilities"] * all_probabilities, "error"]
         self.added = {name: self._column(name) for name in names}
         settings = {
@@ -109,16 +107,16 @@ class Prediction:
         for key, now in json.loads(json.dumps(settings)).items():
             if before.get(key) != now:
                 raise UsageError(
-                    f"{self.output} was begun with other {what[key]}: name another file, or delete the folder "
-                    f"{self.folder} to begin anew."
+                    f"{self.output} was started with other {what[key]}: use another file, or delete the folder "
+                    f"{self.folder} to start again."
                 )
 
-    def run(self, on_progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-        """Answer what has no answer yet and write the output; `on_progress` gets the number of finished rows
-        (those that were there included) after each part.
+    def run(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+        """Answer the remaining rows and write the output; `on_progress` gets the number of finished rows (those of an
+        earlier run included) and of all rows after each part.
 
-        Returns {"output", "records", "answered", "bad", "resumed": rows that were there, "seconds"}. Raises DataError
-        where no row could be answered; the output tells why, row by row.
+        Returns {"output", "records", "answered", "bad", "resumed": rows of an earlier run, "seconds"}. Raises DataError
+        if no row could be answered; the output has the reason of each row.
         """
         started, resumed, bad, reason = time.perf_counter(), 0, 0, ""
         try:
@@ -130,7 +128,7 @@ class Prediction:
                     else:
                         text = "".join(dumps(answer) + "\n" for answer in self._answered(rows, number))
                         write_file(file, partial(Path.write_text, data=text, encoding="utf-8"))
-                        on_progress(min((number + 1) * PART, self.total))
+                        on_progress(min((number + 1) * PART, self.total), self.total)
                     errors = [one["error"] for one in self._read(number) if one["error"]]
                     bad, reason = bad + len(errors), reason or next(iter(errors), "")
                 for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.writing-*"):
@@ -165,7 +163,7 @@ class Prediction:
     def _answered(self, rows: list[Record | Reject], number: int) -> Iterator[dict[str, Any]]:
         """The added values of each row of a part, by the names of `added`."""
         options = {**self.task.decode, **self.decoding}
-        if options.get("temperature"):  # parts would draw the same random numbers
+        if options.get("temperature"):  # otherwise all parts would draw the same random numbers
             options["seed"] = seed_of(int(options.get("seed", 0)), number)
         many: dict[str, Any] = {"batch_size": self.batch_size, "truncate": self.truncate}
         asked = [self._asked(row) for row in rows]
@@ -187,7 +185,7 @@ class Prediction:
             yield {**{name: _plain(value) for name, value in given.items()}, **more, "error": None}
 
     def _asked(self, row: Record | Reject) -> Record | DataError:
-        """A row by slots, or what is wrong with it."""
+        """The inputs of a row by slot, or the error of an invalid row."""
         if isinstance(row, Reject):
             return DataError(row.reason)
         try:

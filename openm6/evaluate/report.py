@@ -1,4 +1,4 @@
-"""Reports to look at: figures with intervals, example pictures with answers, training curves.
+"""Reports: figures with intervals, example pictures with answers, training curves; answers as JSON lines.
 
 A report is a folder: report.md, index.html (the same, made from it), report.json and the pictures.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from openm6.core.files import lines_of
+from openm6.core.extras import require
+from openm6.core.files import lines_of, write_failed, write_file
 from openm6.core.images import open_image
+from openm6.data.writers import write_jsonl
 from openm6.evaluate.measure import Case, Evaluation
 
 _STYLE = """
@@ -51,10 +54,10 @@ def write_report(
     parts = [f"# {title}", intro]
     if figures:
         rows = [(f["name"], f"{f['value']:.1%}", f"{f['low']:.1%} – {f['high']:.1%}", f["n"]) for f in figures]
-        parts.append(markdown_table(("question", "right", "95% interval", "records"), rows))
+        parts.append(markdown_table(("question", "accuracy", "95% interval", "records"), rows))
     if metrics and metrics.is_file():
         draw_curves(metrics, pictures / "curves.png")
-        parts.append("## Training\n\n![loss by task and speed](pictures/curves.png)")
+        parts.append("## Training\n\n![loss by task, throughput](pictures/curves.png)")
     for evaluation in evaluations:
         rows = [(n, f"{s.value:.4f}", f"{s.low:.4f} – {s.high:.4f}", s.n) for n, s in evaluation.scores.items()]
         heading = f"## {evaluation.task}" + (f" · {evaluation.source}" if evaluation.source else "")
@@ -75,7 +78,7 @@ def write_pictures(
     rows: Mapping[str, Mapping[str, float]],
     shown: Iterable[tuple[str, Image.Image]],
 ) -> Path:
-    """A report of drawn pictures: `rows` of measures, and pictures with what was asked for. Returns its index.html."""
+    """Write a report of generated pictures: `rows` of metrics, and pictures with prompts. Returns its index.html."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     names = list(list(rows.values())[-1])
@@ -86,7 +89,7 @@ def write_pictures(
         cells.append((f"![](pictures/{number}.png)", _escape(text)))
     pairs = [(*cells[i], *cells[i + 1]) for i in range(0, len(cells) - 1, 2)]
     parts = [f"# {title}", intro, markdown_table(("measure", *rows), figures)]
-    text = "\n\n".join([*parts, markdown_table(("drawn", "asked for") * 2, pairs)]) + "\n"
+    text = "\n\n".join([*parts, markdown_table(("picture", "prompt") * 2, pairs)]) + "\n"
     (folder / "report.md").write_text(text, "utf-8")
     content = {"title": title, "rows": rows}
     (folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -94,6 +97,7 @@ def write_pictures(
 
 
 def _write_html(path: Path, title: str, text: str) -> Path:
+    require("eval", "markdown")
     from markdown import markdown
 
     body = markdown(text, extensions=["tables"])
@@ -106,7 +110,7 @@ def _write_html(path: Path, title: str, text: str) -> Path:
 
 
 def _label_tables(evaluation: Evaluation) -> Iterator[str]:
-    """Figures by label, and the confusion matrix with right answers in bold and no zeros."""
+    """Figures by label, and the confusion matrix with the diagonal in bold and without zeros."""
     for title, columns, rows in evaluation.labels.tables(matrix=20, rows=50) if evaluation.labels else ():
         cells = [[_escape(cell) for cell in row] for row in rows]
         if title == "confusion matrix":
@@ -118,9 +122,8 @@ def _label_tables(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
-    """Answers that were wrong first to no more than half, the rest right ones: a table with pictures.
-
-    Only where answers are right or wrong: a caption in other words than the references is no mistake.
+    """A table of examples, wrong answers first and at most half. Answers count as wrong only for tasks measured by
+    accuracy or exact match: a caption in other words than the references is not a mistake.
     """
     judged = not evaluation.scores.keys().isdisjoint({"accuracy", "exact_match"})
     wrong = [c for c in evaluation.cases if judged and c.answer not in c.references]
@@ -136,11 +139,11 @@ def _examples(evaluation: Evaluation, pictures: Path, count: int) -> str:
         )
         mark = "✗ " if judged and case.answer not in case.references else ""
         rows.append((shown, asked, f"{mark}{_escape(case.answer)}", _escape(case.references[0])))
-    return markdown_table(("picture", "asked", "answer", "one right answer"), rows)
+    return markdown_table(("picture", "input", "answer", "reference"), rows)
 
 
 def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) -> tuple[str, str]:
-    """The pictures that were shown (saved beside the report) and the texts that were given, for two cells."""
+    """The input pictures, saved beside the report, and the input texts, for two cells."""
     shown, asked = "", []
     for slot, kind in inputs.items():
         value = case.record.get(slot)
@@ -156,7 +159,8 @@ def _inputs(case: Case, inputs: Mapping[str, str], pictures: Path, name: str) ->
 
 
 def draw_curves(metrics: Path, target: Path) -> None:
-    """Loss by task and tokens a second over the steps of a metrics.jsonl, as a PNG."""
+    """Plot loss by task and tokens per second over the steps of a metrics.jsonl, as a PNG."""
+    require("eval", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,10 +175,10 @@ def draw_curves(metrics: Path, target: Path) -> None:
     for task in sorted({name for line in lines for name in line["loss_by_task"]}):
         points = [(line["step"], line["loss_by_task"][task]) for line in lines if task in line["loss_by_task"]]
         left.plot(*zip(*points, strict=True), label=task, linewidth=1)
-    left.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     left.legend(fontsize=7)
     right.plot(steps, [line["tokens_per_second"] for line in lines], linewidth=1)
-    right.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    right.set(xlabel="step", ylabel="tokens per second", ylim=(0, None))
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
@@ -190,8 +194,33 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str
 
 
 def _escape(text: str) -> str:
-    """No HTML or Markdown of a model's or a record's text takes effect in the report."""
+    """Escape HTML and Markdown in the text of a model or a record."""
     text = html.escape(text)
     for sign in "\\`*_[]":
         text = text.replace(sign, f"\\{sign}" if sign != "\\" else "&#92;")
     return text
+
+
+def write_answers(path: Path, evaluation: Evaluation) -> None:
+    """Write a line per record, in order: {"where", "inputs", "answer", "references", "scores"}, or {"where", "error"}
+    for a rejected one. The file is written atomically. Raises OpenM6Error if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda draft: write_jsonl(draft, (), lambda: _answer_lines(evaluation)))
+    except OSError as error:
+        raise write_failed(path, error) from None
+
+
+def _answer_lines(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    rejects = list(reversed(evaluation.rejects))
+    for number, case in enumerate(evaluation.cases):
+        while rejects and rejects[-1][0] <= number:
+            reject = rejects.pop()[1]
+            yield {"where": reject.where, "error": reject.reason}
+        inputs = {n: case.record[n] for n in evaluation.inputs if not isinstance(case.record.get(n), bytes | None)}
+        scores = {name: round(float(values[number]), 6) for name, values in evaluation.examples.items()}
+        yield {
+            "where": str(case.record.get("_where", f"record {number}")), "inputs": inputs, "answer": case.answer,
+            "references": case.references, "scores": {n: s for n, s in scores.items() if not math.isnan(s)},
+        }  # fmt: skip
+    yield from ({"where": reject.where, "error": reject.reason} for _, reject in reversed(rejects))

@@ -1,4 +1,4 @@
-"""Do vectors find what belongs to them? The metrics are those of `openm6.retrieve.ranks`."""
+"""Evaluation of retrieval between two tasks with vectors, by the metrics of `openm6.retrieve.ranks`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def evaluate_retrieval(
     others: Sequence[Sequence[Record]] | None = None,
     truncate: str | None = None,
 ) -> Evaluation:
-    """Query i is answered by key i, and by all keys of its group; with `others` by key i alone, among key i and these
-    others of its own. A pair one of whose records cannot be used is counted and left out. `truncate`: Session.run."""
+    """Rank the keys for every query: relevant are key i and the keys of its group; with `others` key i is ranked only
+    among these records of its own. Pairs with an invalid record are counted as rejected. `truncate`: see Session.run.
+    """
     started = time.perf_counter()
     for one in (task, against):
         if not one.embeds:
-            raise UsageError(f"The task {one.name} gives no vector: retrieval is measured between two that do.")
+            raise UsageError(f"The task {one.name} gives no vector: retrieval needs two tasks with vectors.")
     if not queries:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: there are no records.")
     session.model.eval()
@@ -64,7 +65,7 @@ def evaluate_retrieval(
     if others is not None:
         others = [others[number] for number in good]
         if not all(others):
-            raise DataError(f"A record of {source or 'the data'} has no negatives to choose among.")
+            raise DataError(f"A record of {source or 'the data'} has no negatives.")
         flat = np.stack(
             list(session.vectors(against, [one for some in others for one in some], dims=dims, truncate=truncate))
         )

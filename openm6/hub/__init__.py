@@ -1,1 +1,1 @@
-"""What a team keeps: jobs, deployments, and the catalogue of models, data and reports (MLflow)."""
+"""Platform services: the job queue, deployments, and the catalogue of models and data sets (MLflow)."""

@@ -1,10 +1,10 @@
-"""One catalogue of data sets and models: versions, what they are made of, which one is live. MLflow is underneath.
+"""The catalogue of data sets and models, on MLflow: versions, lineage, aliases such as live.
 
-    $OPENM6_CATALOGUE     the database: sqlite:///... or postgresql+psycopg://...; else OPENM6_HOME/catalogue.db
-    $OPENM6_ARTIFACTS     where files go: a folder, or s3://...; else OPENM6_HOME/artifacts
+    $OPENM6_CATALOGUE     database: sqlite:///... or postgresql+psycopg://...; default OPENM6_HOME/catalogue.db
+    $OPENM6_ARTIFACTS     artifact store: a folder, or s3://...; default OPENM6_HOME/artifacts
 
-A version is there whole or not at all: its files go first, and it has a number only when they are all there. Numbers
-are given by the database, so that two processes never get the same one. Nothing of it is ever served by MLflow itself.
+Adding a version is atomic: its files are stored before it gets a number. The database assigns the numbers, so that two
+processes never get the same one. MLflow's server is not used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from openm6.core.bases import base_of, changed_base, directory_hash
 from openm6.core.environment import ARTIFACTS, CATALOGUE
 from openm6.core.errors import OpenM6Error, UsageError, cut, suggest, suggest_path
+from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.hub.jobs import home, last_step
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 DATA, MODEL = "data", "model"
 LIVE = "live"
-"""The alias of the version that answers."""
+"""The alias of the version to serve."""
 SAMPLE = 10
-"""Records that are kept of a data set to look at."""
+"""Number of records stored as a sample of a data set."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _TAG = "openm6."
@@ -42,7 +43,7 @@ _TAG = "openm6."
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a data set or a model. `made_of`: the versions that it was made of, as kind, name and number."""
+    """A version of a data set or a model. `made_of`: the versions that it derives from, as kind, name and number."""
 
     kind: str
     name: str
@@ -59,35 +60,35 @@ class Version:
 
     @property
     def title(self) -> str:
-        """With its aliases: goods@3 [live]."""
+        """The full name with aliases: goods@3 [live]."""
         return f"{self.full_name} [{', '.join(self.aliases)}]" if self.aliases else self.full_name
 
     @property
     def measures(self) -> str:
-        """Of a model, as a text."""
+        """The metrics of a model as text."""
         return ", ".join(f"{name} {value:g}" for name, value in self.about.get("metrics", {}).items())
 
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """A version and, beneath it, all that it was made of."""
+    """The tree of the versions that a version derives from."""
 
     version: Version
     made_of: list[Lineage] = field(default_factory=list)
 
     def lines(self, depth: int = 0) -> list[str]:
-        """As a text, a version a line, what it is made of further in."""
+        """The tree as text, one version per line, indented by depth."""
         v = self.version
-        told = f"{'  ' * depth}{v.kind} {v.title}"
+        line = f"{'  ' * depth}{v.kind} {v.title}"
         if source := v.about.get("source"):
-            told += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
+            line += f"  {source} ({v.about['records']} records, {v.about['hash'][:12]})"
         if base := v.about.get("base"):
-            told += f"  adapter of {base['path']} ({base['hash'][:12]})"
-        return [told, *(line for one in self.made_of for line in one.lines(depth + 1))]
+            line += f"  adapter of {base['path']} ({base['hash'][:12]})"
+        return [line, *(line for one in self.made_of for line in one.lines(depth + 1))]
 
 
 class Catalogue:
-    """Of a database and a place for files, by default those of the environment."""
+    """A catalogue in a database and an artifact store, by default those of the environment."""
 
     def __init__(self, database: str | None = None, artifacts: str | None = None):
         base = home()
@@ -95,13 +96,11 @@ class Catalogue:
         self.artifacts = artifacts or os.environ.get(ARTIFACTS) or str(base / "artifacts")
         self._client: MlflowClient | None = None
 
-    # Putting in
+    # Adding
 
     def add_data(self, name: str, source: str, data_format: str | None = None, images: str | None = None) -> Version:
-        """A version of a data set: where it is, what is in it, a hash of all of it, a few records to look at. One that
-        is there already, with the same hash, is given back as it is.
-
-        The data themselves stay where they are.
+        """Add a version of a data set: source, schema, content hash, sample records. A version with the same hash is
+        returned unchanged. The files stay in place.
         """
         about, sample = describe(source, data_format, images)
         for version in self.versions(DATA, name):
@@ -119,11 +118,12 @@ class Catalogue:
         run: Path | None = None,
         note: str = "",
     ) -> Version:
-        """A version of a model: its directory is copied. `made_of`: NAME@N or data:NAME@N of what it was made of;
-        `run`: the folder of its training, of which the energy is kept, and the recipe where the model has none. The
-        base of an adapter is kept by its path and a hash of its files."""
+        """Add a version of a model, copying its directory. `made_of`: the versions that it derives from, NAME@N or
+        data:NAME@N; `run`: the folder of its training, whose energy is stored, and whose recipe if the model has none.
+        The base of an adapter is stored as its path and a hash of its files. Raises UsageError for a directory that is
+        not a model, OSError if its files cannot be stored."""
         if not (directory / "config.json").is_file() and not (directory / "adapter_config.json").is_file():
-            raise UsageError(f"{directory} is no model directory.{suggest_path(directory)}")
+            raise UsageError(f"{directory} is not a model directory.{suggest_path(directory)}")
         parts = tuple(self.named(one) for one in made_of)
         about: dict[str, Any] = {"metrics": dict(metrics or {}), "note": note, "from": str(directory.resolve())}
         if base := base_of(directory):
@@ -133,7 +133,7 @@ class Catalogue:
         texts = {}
         if run is not None:
             about |= _costs(run)
-        for folder in filter(None, (run, directory)):  # the model's own is that of its training
+        for folder in filter(None, (run, directory)):  # the model's own recipe wins
             if (folder / "recipe.yaml").is_file():
                 texts["recipe.yaml"] = (folder / "recipe.yaml").read_text("utf-8")
         return self._add(MODEL, name, about, parts, texts, directory)
@@ -169,12 +169,12 @@ class Catalogue:
     # Finding
 
     def names(self, kind: str) -> list[str]:
-        """Of all data sets or models."""
+        """Names of all data sets or models."""
         found = self._open().search_registered_models(f"name LIKE '{kind}.%'")
         return sorted(one.name.removeprefix(f"{kind}.") for one in found)
 
     def versions(self, kind: str, name: str) -> list[Version]:
-        """Of one, the oldest first; none where there is no such."""
+        """Versions of a data set or model, oldest first; none for an unknown name."""
         _check(name)
         client, aliases = self._open(), defaultdict(list)
         found = client.search_model_versions(f"name = '{kind}.{name}'")
@@ -189,8 +189,8 @@ class Catalogue:
         return [version for name in self.names(kind) for version in self.versions(kind, name)]
 
     def named(self, text: str, kind: str = MODEL) -> Version:
-        """NAME, NAME@3 or NAME@live, with `data:` before it for a data set; without a number the last one. Raises
-        UsageError where there is none."""
+        """The version of NAME (the latest), NAME@3 or NAME@live; `data:` in front names a data set. Raises UsageError
+        for an unknown version."""
         if text.startswith(("data:", "model:")):
             kind, _, text = text.partition(":")
         name, _, which = text.partition("@")
@@ -207,24 +207,24 @@ class Catalogue:
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
-        """All that a version was made of, down to the data."""
+        """The lineage of a version, down to the data."""
         below = [self.lineage(self.named(f"{kind}:{name}@{number}")) for kind, name, number in version.made_of]
         return Lineage(version, below)
 
     def fetch(self, version: Version, target: Path) -> Path:
-        """The files of a model, copied to a new directory."""
+        """Copy the files of a model to a new directory. Raises OpenM6Error if the store cannot be read."""
         from mlflow.artifacts import download_artifacts
 
         from openm6.core.files import require_new, write_whole
 
         require_new(target)
         if version.kind != MODEL:
-            raise UsageError("Data stay where they are: the catalogue keeps what they were like.")
+            raise UsageError("The catalogue stores no files of data sets: they stay in place.")
 
         def fill(folder: Path) -> None:
             try:
                 got = download_artifacts(artifact_uri=version.files, dst_path=str(folder / "got"))
-            except Exception as error:  # of each store another one
+            except Exception as error:  # each store raises its own
                 raise OpenM6Error(
                     f"The files of {version.full_name} cannot be fetched from {version.files} ({type(error).__name__})."
                 ) from None
@@ -238,30 +238,30 @@ class Catalogue:
         return target
 
     def local(self, version: Version) -> Path:
-        """The directory of a model here, fetched when it is asked for the first time. Raises OpenM6Error for an adapter
-        whose base is gone, or is not what it was when the adapter was added."""
+        """The local directory of a model, fetched on first use. Raises OpenM6Error for an adapter whose base is missing
+        or has changed since the adapter was added."""
         target = home() / "models" / version.full_name
         if not target.is_dir():
             self.fetch(version, target)
-        if (base := version.about.get("base")) and (told := changed_base(target, base["hash"])):
-            raise OpenM6Error(told)
+        if (base := version.about.get("base")) and (line := changed_base(target, base["hash"])):
+            raise OpenM6Error(line)
         return target
 
     def version_at(self, directory: Path) -> Version | None:
-        """The version whose files `local` has put into this directory."""
+        """The version that `local` fetched into this directory, None for another directory."""
         place = directory.resolve()
         return self.named(place.name) if place.parent == (home() / "models").resolve() else None
 
     def sample(self, version: Version) -> list[dict[str, Any]]:
-        """The few records that are kept of a data set."""
+        """The sample records of a data set."""
         return [json.loads(line) for line in lines_of(self._text(version, "sample.jsonl"))]
 
     def recipe(self, version: Version) -> str:
-        """That of a model's training; empty where none was kept."""
+        """The training recipe of a model, "" if none is stored."""
         return self._text(version, "recipe.yaml")
 
     def parents(self, run: Path) -> list[str]:
-        """What a training was begun from and read, as far as it is in the catalogue: for `made_of`."""
+        """The catalogue versions of a training's base model and data, for `made_of`."""
         import yaml
 
         recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
@@ -276,7 +276,7 @@ class Catalogue:
     # Changing
 
     def promote(self, version: Version, alias: str = LIVE) -> Version | None:
-        """Let an alias stand for this version. Returns the one that it stood for before."""
+        """Assign an alias to a version. Returns the version that had it before."""
         _check(alias)
         client, name = self._open(), f"{version.kind}.{version.name}"
         before = next((v for v in self.versions(version.kind, version.name) if alias in v.aliases), None)
@@ -286,7 +286,7 @@ class Catalogue:
         return before
 
     def rollback(self, name: str, alias: str = LIVE) -> Version:
-        """Let an alias stand again for the version that it stood for before. Raises UsageError where there is none."""
+        """Assign an alias to the version that had it before. Raises UsageError if there is none."""
         _check(name)
         self.named(name)
         tags = self._open().get_registered_model(f"{MODEL}.{name}").tags
@@ -297,14 +297,12 @@ class Catalogue:
         self.promote(version, alias)
         return version
 
-    # Beneath
+    # MLflow
 
     def _open(self) -> MlflowClient:
         if self._client is None:
-            try:
-                import mlflow
-            except ImportError:
-                raise UsageError("The catalogue needs MLflow: pip install -e '.[hub]' in a clone.") from None
+            require("hub", "mlflow")
+            import mlflow
             from mlflow.exceptions import MlflowException
             from sqlalchemy import create_engine
             from sqlalchemy.exc import SQLAlchemyError
@@ -315,7 +313,7 @@ class Catalogue:
             try:
                 if self.database.startswith("sqlite:///"):
                     Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-                # Asked first: MLflow itself tries for minutes.
+                # Checked first: MLflow itself retries for minutes.
                 with create_engine(self.database).connect():
                     pass
                 self._client = mlflow.MlflowClient(self.database, self.database)
@@ -327,14 +325,14 @@ class Catalogue:
         return self._client
 
     def _text(self, version: Version, file: str) -> str:
-        """Of one of the small files beside a version; empty where it is not there."""
+        """The text of a small file beside a version, "" if it is missing."""
         from mlflow.artifacts import download_artifacts
 
         place = version.files.removesuffix("/files")
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return Path(download_artifacts(artifact_uri=f"{place}/{file}", dst_path=folder)).read_text("utf-8")
-            except Exception:  # of each store another one
+            except Exception:  # each store raises its own
                 return ""
 
     def _experiment(self, kind: str) -> str:
@@ -345,7 +343,7 @@ class Catalogue:
         if found is None:
             try:
                 return str(client.create_experiment(name, f"{self.artifacts.rstrip('/')}/{kind}"))
-            except MlflowException:  # another process was quicker
+            except MlflowException:  # created by another process meanwhile
                 found = client.get_experiment_by_name(name)
                 assert found is not None
         return str(found.experiment_id)
@@ -361,12 +359,12 @@ class Catalogue:
 
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{cut(name)!r} cannot name anything: take letters, digits, - and _, at most 100.")
+        raise UsageError(f"{cut(name)!r} is not a valid name: use at most 100 letters, digits, - and _.")
 
 
 def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:
-    """What a data set is like: columns with the kinds of their values, number of records, a hash of all records; and a
-    few of them as JSON lines, pictures told by their sizes."""
+    """A data set's columns with the types of their values, number of records and content hash; and sample records as
+    JSON lines, with the sizes of pictures."""
     from openm6.data.source import open_source
 
     records = open_source(source, data_format, images)
@@ -390,7 +388,7 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
 
 
 def _costs(run: Path) -> dict[str, Any]:
-    """Energy and the last loss of a training, as its log tells."""
+    """Steps, last loss and energy of a training, from its log."""
     last = last_step(run)
     if not last:
         return {}

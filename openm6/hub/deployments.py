@@ -1,7 +1,7 @@
-"""Models that are served here, in the background: started, listed, stopped.
+"""Deployments: models served in the background of this machine.
 
 ROOT/NAME/deployment.json     address, process, model
-ROOT/NAME/log.txt             what the server says
+ROOT/NAME/log.txt             log of the server
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from openm6.hub.jobs import begun, end, home
 from openm6.hub.manifests import GRACE
 
 STARTING = 180.0
+"""Seconds to wait for a server to become ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Deployment:
 
 
 class Deployments:
-    """Those of a folder, by default beside the jobs."""
+    """The deployments of a folder, by default beside the jobs."""
 
     def __init__(self, root: Path | None = None):
         self.root = root or home() / "deployments"
@@ -46,13 +47,13 @@ class Deployments:
     def start(
         self, name: str, model: Path, host: str = "127.0.0.1", port: int = 0, more: tuple[str, ...] = ()
     ) -> Deployment:
-        """Serve a model directory and wait until it answers; `more`: options of `openm6 serve`. Raises UsageError for a
-        name that is in use, OpenM6Error with the server's last words where it does not come up."""
+        """Serve a model directory and wait until it answers; `more`: options of `openm6 serve`. Raises UsageError for
+        a name in use, OpenM6Error with the last line of the log if the server does not start."""
         if not name.replace("-", "").replace("_", "").isalnum():
-            raise UsageError(f"{name!r} cannot name a deployment: take letters, digits, - and _.")
+            raise UsageError(f"{name!r} is not a valid name of a deployment: use letters, digits, - and _.")
         there = next((one for one in self.list() if one.name == name), None)
         if there and there.lives:
-            raise UsageError(f"{name} is served already, at {there.url}: stop it first.")
+            raise UsageError(f"{name} is already served at {there.url}: stop it first.")
         port = port or _free(host)
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ class Deployments:
         return made
 
     def list(self) -> list[Deployment]:
-        """All that were started and not stopped."""
+        """All deployments that were started and not stopped."""
         found = []
         for file in sorted(self.root.glob("*/deployment.json")):
             try:
@@ -84,10 +85,10 @@ class Deployments:
         return found
 
     def stop(self, name: str) -> None:
-        """After what it works at. Raises UsageError for one that is not there."""
+        """Stop a deployment after its running requests. Raises UsageError for an unknown name."""
         one = next((one for one in self.list() if one.name == name), None)
         if one is None:
-            raise UsageError(f"Nothing is served as {name}.")
+            raise UsageError(f"There is no deployment {name}.")
         if one.lives:
             end(one.process, signal.SIGTERM, GRACE)
         (self.root / name / "deployment.json").unlink(missing_ok=True)
@@ -110,7 +111,7 @@ def _await(made: Deployment, process: subprocess.Popen[bytes], log: Path) -> Non
         time.sleep(0.1)
     end(process.pid, signal.SIGTERM, 5.0)
     words = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    raise OpenM6Error(f"The server did not come up: {words[-1] if words else 'it has said nothing'} ({log})")
+    raise OpenM6Error(f"The server did not start: {words[-1] if words else 'its log is empty'} ({log})")
 
 
 def _free(host: str) -> int:

@@ -1,4 +1,4 @@
-"""A model by its directory or by its name in the catalogue: commands, server and console all look it up here."""
+"""Looking up a model by its directory or by its name in the catalogue."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from openm6.tasks.card import read_card
 
 
 def find_model(text: str | Path) -> tuple[Path, str]:
-    """The absolute directory of a model and what to call it. `text` is a model directory, or a model of the catalogue
-    (NAME@3, NAME@live), whose files are fetched when they are used for the first time.
+    """The absolute directory of a model and its default name. `text` is a model directory, or a model of the catalogue
+    (NAME@3, NAME@live), whose files are fetched on first use.
 
-    PyTorch is not imported, MLflow only for a name. Raises UsageError where there is no such model, OpenM6Error where
+    PyTorch is not imported, MLflow only for a catalogue name. Raises UsageError for an unknown model, OpenM6Error if
     the catalogue or its files cannot be reached.
     """
     place = Path(text)
@@ -27,7 +27,7 @@ def find_model(text: str | Path) -> tuple[Path, str]:
     file = catalogue.database.removeprefix("sqlite:///")
     if file != catalogue.database and not Path(file).exists():
         raise UsageError(
-            f"{text} is no model directory, and the catalogue holds no model yet: `openm6 models add` puts one in."
+            f"{text} is not a model directory, and the catalogue is empty: add a model by `openm6 models add`."
         )
     version = catalogue.named(str(text))
     return catalogue.local(version).resolve(), version.name

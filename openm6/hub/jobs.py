@@ -1,12 +1,11 @@
-"""Jobs: commands of `openm6` that run one after the other, outlive whoever started them, and can be stopped and gone on
-with.
+"""The job queue: `openm6` commands that run in the background and can be stopped and resumed.
 
-    ROOT/ID/job.json     what it is and how far it is; written whole
-    ROOT/ID/log.txt      what it has said
+    ROOT/ID/job.json     command and state, written atomically
+    ROOT/ID/log.txt      output
 
-A queue (`Jobs.work`) starts what waits, each in a process and session of its own (`run_job.py`), so that it goes on
-when the queue ends. Any number of queues may work at one ROOT. Every command that is meant here goes on where it was
-when it is given again; so a job whose process died waits for its turn again, a few times.
+A worker (`Jobs.work`) starts queued jobs, each in its own process and session (`run_job.py`), so that they outlive the
+worker. Any number of workers may share a ROOT. The commands allowed here resume an interrupted run; a job whose process
+died is therefore queued again, up to ATTEMPTS times.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from openm6.core.files import write_json
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 HERE, RAY = "here", "ray"
 ENGINES = (HERE, RAY)
-"""Where a job runs: in a process of this machine, or on a Ray cluster."""
+"""Execution backends: a process of this machine, or a Ray cluster."""
 OVER = (DONE, FAILED, STOPPED)
 ATTEMPTS = 3
-"""Times that a job is started again after its process died."""
+"""Number of times that a job is started while its process dies."""
 COMMANDS = (
     "train", "finetune", "eval", "images", "copy", "index", "recommend", "reproduce", "bench", "demo", "demo-images",
     "cascade", "compress",
 )  # fmt: skip
-"""What a job may be."""
+"""Commands that can be jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command and its state. Times are seconds since 1970; `process` is of the one that runs it, with the time when
-    that began (numbers of processes come again)."""
+    """A command and its state. Times are seconds since 1970; `begun`: start time of the process with the id `process`
+    (process ids are reused)."""
 
     id: str
     words: tuple[str, ...]
@@ -66,7 +65,7 @@ class Job:
 
 
 def home() -> Path:
-    """Where a team's things are kept here: `$OPENM6_HOME`, else ~/.local/share/openm6."""
+    """The data folder of the platform on this machine: `$OPENM6_HOME`, else ~/.local/share/openm6."""
     return Path(os.environ.get(HOME) or Path.home() / ".local" / "share" / "openm6")
 
 
@@ -76,19 +75,19 @@ class Jobs:
     def __init__(self, root: Path | None = None):
         self.root = root or home() / "jobs"
 
-    # Asking
+    # Submitting and querying
 
     def submit(
         self, words: Sequence[str], name: str = "", folder: Path | None = None, engine: str = HERE, gpus: int = 0
     ) -> Job:
-        """A command waits for its turn. Raises UsageError for what is no job."""
+        """Queue a command. Raises UsageError for a command that cannot be a job."""
         if engine not in ENGINES:
-            raise UsageError(f"A job runs {' or '.join(ENGINES)}, not {engine}.")
+            raise UsageError(f"The engine of a job is {' or '.join(ENGINES)}, not {engine}.")
         if not words or words[0] not in COMMANDS:
             given = words[0] if words else ""
             raise UsageError(
-                f"A job is a command of openm6, not {given!r}.{suggest(given, list(COMMANDS))} "
-                f"There are: {', '.join(COMMANDS)}."
+                f"{given!r} is not a command that can be a job.{suggest(given, list(COMMANDS))} "
+                f"Known: {', '.join(COMMANDS)}."
             )
         kept = {k: v for k, v in os.environ.items() if k.startswith("OPENM6_") or k in ("OMP_NUM_THREADS",)}
         created = time.time()
@@ -103,25 +102,25 @@ class Jobs:
         return job
 
     def list(self) -> list[Job]:
-        """All, the oldest first."""
+        """All jobs, oldest first."""
         found = (self._read(path) for path in self.root.glob("*/job.json"))
         return sorted((job for job in found if job is not None), key=lambda job: (job.created, job.id))
 
     def get(self, identity: str) -> Job:
-        """One, by its id or the beginning of it. Raises UsageError where there is none, or several."""
+        """The job with this id or unique prefix. Raises UsageError for none or several."""
         if not identity or not all(c.isalnum() or c == "-" for c in identity):
             raise UsageError(f"There is no job {cut(identity)}.")
         found = [job for job in self.list() if job.id.startswith(identity)]
         if len(found) != 1:
-            told = f"{identity} begins the ids of {len(found)} jobs." if found else f"There is no job {cut(identity)}."
-            raise UsageError(told + " `openm6 jobs list` shows them.")
+            reason = f"{identity} is a prefix of {len(found)} jobs." if found else f"There is no job {cut(identity)}."
+            raise UsageError(reason + " `openm6 jobs list` shows all jobs.")
         return found[0]
 
     def log(self, job: Job) -> Path:
         return self.root / job.id / "log.txt"
 
     def last_said(self, job: Job, most: int) -> str:
-        """The end of its log, of so many bytes at most, from the beginning of a line."""
+        """The tail of a job's log, at most `most` bytes, from the start of a line."""
         try:
             with self.log(job).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -132,11 +131,11 @@ class Jobs:
         return (text if size <= most else text.partition(b"\n")[2]).decode("utf-8", "replace")
 
     def stop(self, identity: str) -> Job:
-        """End a job, gently; it can be gone on with. Raises UsageError for one that is over."""
+        """Stop a job by SIGTERM, then SIGKILL; it can be resumed. Raises UsageError for a finished one."""
         with self._locked():
             job = self.get(identity)
             if job.state in OVER:
-                raise UsageError(f"The job {job.id} is {job.state} already.")
+                raise UsageError(f"The job {job.id} is already {job.state}.")
             process = job.process if job.state == RUNNING and self._lives(job) else None
             job = replace(job, state=STOPPED, ended=time.time())
             self._write(job)
@@ -145,17 +144,17 @@ class Jobs:
         return job
 
     def resume(self, identity: str) -> Job:
-        """Let a job that was stopped or failed wait for its turn again. Raises UsageError for any other."""
+        """Queue a stopped or failed job again. Raises UsageError for any other."""
         with self._locked():
             job = self.get(identity)
             if job.state not in (STOPPED, FAILED):
-                raise UsageError(f"The job {job.id} is {job.state}: only what was stopped or failed is gone on with.")
+                raise UsageError(f"The job {job.id} is {job.state}: only stopped and failed jobs can be resumed.")
             job = replace(job, state=WAITING, ended=None, code=None, attempts=0, message="", process=None)
             self._write(job)
         return job
 
     def remove(self, identity: str) -> None:
-        """Forget a job that is over, and its log; what it has made stays."""
+        """Remove a finished job and its log; its output stays. Raises UsageError for one that is not over."""
         import shutil
 
         with self._locked():
@@ -164,10 +163,10 @@ class Jobs:
                 raise UsageError(f"The job {job.id} is {job.state}: stop it first.")
             shutil.rmtree(self.root / job.id)
 
-    # Working
+    # Running
 
     def work(self, at_once: int = 1, until_empty: bool = False, seconds: float = 0.5) -> None:
-        """Start what waits, so many at the same time, until nothing is left or for ever."""
+        """Run queued jobs, `at_once` in parallel, for ever or until the queue is empty; poll every `seconds`."""
         while True:
             self.step(at_once)
             if until_empty and all(job.state in OVER for job in self.list()):
@@ -175,7 +174,7 @@ class Jobs:
             time.sleep(seconds)
 
     def step(self, at_once: int = 1) -> None:
-        """Look after what runs, and start what there is room for."""
+        """One poll of a worker: requeue jobs whose process died, and start queued ones."""
         with self._locked():
             jobs = self.list()
             for job in jobs:
@@ -188,7 +187,7 @@ class Jobs:
 
     def _start(self, job: Job) -> None:
         if not Path(job.folder).is_dir():
-            message = f"The folder {job.folder} is not there any more."
+            message = f"The folder {job.folder} no longer exists."
             self._write(replace(job, state=FAILED, ended=time.time(), message=message))
             return
         with self.log(job).open("ab") as log:
@@ -202,7 +201,7 @@ class Jobs:
         )
 
     def finished(self, identity: str, code: int) -> None:
-        """A job's own process says how it ended."""
+        """Record the exit code of a job; called by its own process."""
         with self._locked():
             job = self.get(identity)
             if job.state != RUNNING:  # it was stopped
@@ -243,11 +242,11 @@ class Jobs:
             values = json.loads(path.read_text("utf-8"))
             return Job(**{**values, "words": tuple(values["words"])})
         except (OSError, ValueError, KeyError, TypeError):
-            return None  # it is being removed, or is none of ours
+            return None  # being removed, or another file
 
 
 def _died(job: Job) -> Job:
-    """Its process is gone and has not said how it ended: it was killed, or the machine was."""
+    """The state of a job whose process or machine was killed."""
     if job.attempts + 1 < ATTEMPTS:
         return replace(job, state=WAITING, attempts=job.attempts + 1, process=None, begun=None)
     message = f"Its process died {ATTEMPTS} times."
@@ -255,7 +254,7 @@ def _died(job: Job) -> Job:
 
 
 def end(process: int, gently: int = signal.SIGTERM, seconds: float = 20.0) -> None:
-    """The whole session of a process, gently, then not."""
+    """End the session of a process by the signal `gently`, after `seconds` by SIGKILL."""
     since = begun(process)
     for number in (gently, signal.SIGKILL):
         try:
@@ -270,7 +269,7 @@ def end(process: int, gently: int = signal.SIGTERM, seconds: float = 20.0) -> No
 
 
 def begun(process: int) -> float | None:
-    """When a process began; None of one that is not there or only waits to be buried."""
+    """Start time of a process; None if it does not exist or is a zombie."""
     import psutil
 
     try:
@@ -281,7 +280,7 @@ def begun(process: int) -> float | None:
 
 
 def progress(job: Job) -> dict[str, Any]:
-    """Of a job that trains: step, steps, loss, seconds left, as its run tells; {} of others and before it begins."""
+    """{"step", "steps", "loss", "seconds_left"} of a training job; {} for others and before the first step."""
     output = output_of(job)
     if output is None:
         return {}
@@ -292,8 +291,8 @@ def progress(job: Job) -> dict[str, Any]:
     return {"step": last["step"], "steps": total, "loss": last["loss"], "seconds_left": round(left)}
 
 
-def told(job: Job) -> dict[str, Any]:
-    """What is said of a job, by the command line and by HTTP."""
+def describe_job(job: Job) -> dict[str, Any]:
+    """A job as JSON, for the command line and the HTTP API."""
     seconds = (job.ended or time.time()) - job.started if job.started else None
     return {
         "id": job.id, "name": job.name, "state": job.state, "command": " ".join(job.words), "folder": job.folder,
@@ -303,11 +302,11 @@ def told(job: Job) -> dict[str, Any]:
 
 
 def last_step(output: Path) -> dict[str, Any]:
-    """What the log of a training in this folder says of its last step; {} where there is none."""
+    """The log record of a training's last step; {} if there is none."""
     try:
         with (output / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 100_000))
-            whole = file.read().split(b"\n")[:-1]  # the last line may be half written
+            whole = file.read().split(b"\n")[:-1]  # the last line may be incomplete
             lines = [json.loads(line) for line in whole[-50:] if line.startswith(b"{")]
     except (OSError, ValueError):
         return {}
@@ -315,7 +314,7 @@ def last_step(output: Path) -> dict[str, Any]:
 
 
 def curve(job: Job) -> list[tuple[int, float]]:
-    """Of a job that trains: (step, loss) as its run has logged them; a log that is being written may end mid-line."""
+    """(step, loss) of a training job from its log, whose last line may be incomplete."""
     output = output_of(job)
     try:
         lines = (output / "metrics.jsonl").read_bytes().splitlines() if output else []
@@ -324,15 +323,15 @@ def curve(job: Job) -> list[tuple[int, float]]:
     found = []
     for line in lines:
         try:
-            told = json.loads(line)
-            found.append((int(told["step"]), float(told["loss"])))
+            record = json.loads(line)
+            found.append((int(record["step"]), float(record["loss"])))
         except (ValueError, KeyError, TypeError):
             continue
     return found
 
 
 def output_of(job: Job) -> Path | None:
-    """The folder of a job's run: what it says itself, else what its recipe says; None of one that does not train."""
+    """The run folder of a training job, from its command or its recipe; None for other jobs."""
     import yaml
 
     words = list(job.words)

@@ -1,8 +1,7 @@
-"""Files that put a model to work elsewhere: a Dockerfile, Docker Compose, Kubernetes.
+"""Files to deploy a model elsewhere: Dockerfile, Docker Compose, Kubernetes.
 
-Everywhere: no root, nothing written but to a temporary folder, the model mounted for reading, keys from a secret,
-probes on /healthz and /readyz, time to finish what runs before the end, and in Kubernetes a pause before that in which
-it stops to send requests.
+All run without root on a read-only file system with a temporary folder, mount the model read-only and the keys from a
+secret, probe /healthz and /readyz, and drain running requests before the end. Kubernetes stops sending requests first.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ from openm6.core.errors import UsageError
 
 PORT, USER = 8000, 10001
 PRESTOP = 5
-"""Seconds before SIGTERM in which Kubernetes stops to send requests to a pod that is to end."""
+"""Seconds before SIGTERM in which Kubernetes stops sending requests to a terminating pod."""
 GRACE = 90
-"""Seconds that a server has to end: those, some in which it refuses what is new, and twice its time to finish what runs
-(once for the connections, once for the models' processes)."""
+"""Seconds until a server is killed: PRESTOP, the time in which it refuses new requests, and twice its drain time (once
+for the connections, once for the models' processes)."""
 
 DOCKERFILE = f"""\
-# The server, without a model: it is mounted at /model. Built in the root of the project:
+# The server without a model, which is mounted at /model. Build it in the root of the project:
 #     docker build -f {{where}}Dockerfile -t openm6 .
+# Without a GPU (1.4 GB instead of 6): --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 FROM python:3.12-slim
 
-RUN pip install --no-cache-dir 'torch>=2.13,<2.14'
+ARG TORCH_INDEX=https://pypi.org/simple
+RUN pip install --no-cache-dir --index-url $TORCH_INDEX 'torch>=2.13,<2.14'
 COPY pyproject.toml README.md /openm6/
 COPY openm6 /openm6/openm6
-RUN pip install --no-cache-dir /openm6 && useradd --uid {USER} --no-create-home openm6
+RUN pip install --no-cache-dir '/openm6[serve]' && useradd --uid {USER} --no-create-home openm6
 
 USER {USER}
 ENV HOME=/tmp OPENM6_CACHE=/tmp/openm6 HF_HUB_OFFLINE=1
@@ -44,7 +45,8 @@ CMD ["serve", "model=/model", "--host", "0.0.0.0", "--port", "{PORT}", "--keys",
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is wanted: a name (of a service, a label of DNS), the image, how many there are."""
+    """A deployment: name of the service (a DNS label), container image, minimum and maximum number of servers, limits
+    of one server."""
 
     name: str
     image: str = f"openm6:{__version__}"
@@ -53,13 +55,13 @@ class Plan:
     cpus: float = 2.0
     memory_gib: float = 4.0
     claim: str = "openm6-models"
-    """Kubernetes: the volume claim that the model directory is in, under `name`."""
+    """Kubernetes: the volume claim with the model directory, under `name`."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
-            raise UsageError(f"{self.name!r} cannot name a service: small letters, digits and -, at most 52.")
+            raise UsageError(f"{self.name!r} cannot name a service: use at most 52 lower-case letters, digits and -.")
         if not 1 <= self.replicas <= self.most:
-            raise UsageError(f"{self.replicas} replicas of {self.most} at most: it has to be from 1 to that.")
+            raise UsageError(f"replicas is {self.replicas}; it has to be 1 to the maximum, {self.most}.")
 
 
 def serving(name: str) -> list[str]:
@@ -68,7 +70,7 @@ def serving(name: str) -> list[str]:
 
 
 def compose(plan: Plan, model: Path, keys: Path) -> str:
-    """A compose.yaml."""
+    """The contents of a compose.yaml."""
     probe = f"import urllib.request as u; u.urlopen('http://127.0.0.1:{PORT}/readyz', timeout=3)"
     service = {
         "image": plan.image, "command": serving(plan.name), "user": f"{USER}:{USER}", "read_only": True,
@@ -89,7 +91,7 @@ def compose(plan: Plan, model: Path, keys: Path) -> str:
 
 
 def kubernetes(plan: Plan) -> dict[str, str]:
-    """File name to content: Deployment, Service, HorizontalPodAutoscaler, PodDisruptionBudget."""
+    """Contents of the Deployment, Service, HorizontalPodAutoscaler and PodDisruptionBudget, by file name."""
     labels = {"app.kubernetes.io/name": plan.name, "app.kubernetes.io/part-of": "openm6"}
 
     def probe(path: str, **more: int) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def write(to: str, plan: Plan, output: Path, model: Path, keys: Path) -> list[Pa
     elif to == "k8s":
         files = kubernetes(plan)
     else:
-        raise UsageError(f"--to is here, compose or k8s, not {to}.")
+        raise UsageError(f"--to is here, compose, k8s or ray, not {to}.")
     files["Dockerfile"] = DOCKERFILE.format(where=f"{output}/")
     output.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():

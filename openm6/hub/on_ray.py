@@ -1,4 +1,4 @@
-"""A job's command on a Ray cluster: in a worker's own process, of which this one is the driver."""
+"""Running a job's command on a Ray cluster; this process is the driver."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 
 def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str], gpus: int = 0) -> int:
-    """Run `openm6 WORDS` where the cluster at $RAY_ADDRESS (else one that is started here) has room, and return its
-    exit code. The folder has to be on a file system that all machines share. SIGTERM ends it there too."""
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError:
-        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
+    """Run `openm6 WORDS` on the cluster at $RAY_ADDRESS, or on a local one started here, and return its exit code. The
+    folder has to be on a file system shared by all machines. SIGTERM cancels the command on the cluster."""
+    require("ray", "ray")
+    import ray
+    from ray.exceptions import RayError
+
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
-    # A process of its own for each job: what it has loaded goes with it, and it can be killed.
+    # One process per job: its memory is freed with it, and it can be killed.
     task = ray.remote(max_calls=1, max_retries=0, num_gpus=gpus)(_run)
     running = task.remote(list(words), folder, dict(environment))
     signal.signal(signal.SIGTERM, lambda *_: ray.cancel(running, force=True))
@@ -36,7 +35,7 @@ def run_on_ray(words: Sequence[str], folder: str, environment: Mapping[str, str]
 
 
 def _run(words: list[str], folder: str, environment: dict[str, Any]) -> int:
-    """In the worker."""
+    """The command, in the worker process."""
     os.chdir(folder)
     os.environ.update(environment)
     sys.argv = ["openm6", *words]

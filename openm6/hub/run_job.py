@@ -1,4 +1,4 @@
-"""The process that runs one job: `python -m openm6.hub.run_job DIRECTORY`, started by a queue (jobs.py)."""
+"""The process of one job, started by a queue worker (jobs.py): `python -m openm6.hub.run_job DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(directory: Path) -> int:
         code = run_on_ray(job.words, job.folder, job.environment, job.gpus)
         jobs.finished(job.id, code)
         return code
-    # A stop reaches the whole session: the command ends by it, and is waited for.
+    # SIGTERM reaches the whole session: the command handles it, and this process waits for its end.
     signal.signal(signal.SIGTERM, lambda *_: None)
     code = subprocess.run([sys.executable, "-m", "openm6", *job.words], check=False, env=os.environ).returncode
     jobs.finished(job.id, code)

@@ -1,5 +1,5 @@
 """A model in use: sessions, text generation (greedy, sampling, beam search), image generation and ranking, editing,
-answers refined from a sketch."""
+sketch-and-refine decoding."""
 
 from openm6.inference.decoding import Decoding, Generated
 from openm6.inference.generate import generate, stream

@@ -1,4 +1,4 @@
-"""Beam search over the cached decoder."""
+"""Beam search with the cached decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openm6.core.batch import pad
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import Decoding, Generated, check_room
 from openm6.inference.permitted import permitted
-from openm6.inference.steps import Steps, whole
+from openm6.inference.steps import Steps
 from openm6.model import M6
 from openm6.model.cache import prefill, step
 
@@ -20,8 +20,8 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
     """The best finished beam of every prompt, by log-probability / length ** length_penalty.
 
     Each prompt keeps `num_beams` open beams. Of the 2 x num_beams best continuations those that end are set
-    aside, the others go on; a prompt is done when no open beam can overtake its num_beams-th best finished one
-    at the open beam's present score (the usual early stop), or at max_new_tokens, when open beams count too.
+    aside, the others stay open. A prompt is done when no open beam can overtake its num_beams-th best finished one
+    at the open beam's present score (the usual early stop), or at max_new_tokens, where open beams count too.
     A step costs a prompt that is not done `num_beams` tokens.
     """
     width, count = decoding.num_beams, len(prompts)
@@ -33,7 +33,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
     cache.select(rows)
     hidden = hidden[rows]
     scores = torch.full((count, width), float("-inf"), device=device)
-    scores[:, 0] = 0  # all beams of a prompt are the same at first: only one counts
+    scores[:, 0] = 0  # the beams of a prompt are equal at first: one is enough
     beams: list[list[list[int]]] = [[[] for _ in range(width)] for _ in prompts]
     ended: list[list[tuple[float, Generated]]] = [[] for _ in prompts]
     done = [False] * count
@@ -52,7 +52,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
         tokens = torch.full((count, width), end_id, device=device)
         next_scores = torch.full_like(scores, float("-inf"))
         next_beams = [list(b) for b in beams]
-        counts = [0 if one else width for one in done]
+        costs = [0 if one else width for one in done]
         for p in range(count):
             if done[p]:
                 continue
@@ -73,7 +73,7 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
             best_open = final(float(next_scores[p].max()), number + 1)
             done[p] = open_beams == 0 or (len(ended[p]) == width and ended[p][-1][0] >= best_open)
         beams, scores = next_beams, next_scores
-        yield counts
+        yield costs
         if all(done):
             break
         if number + 1 < decoding.max_new_tokens:
@@ -89,7 +89,3 @@ def beam_steps(model: M6, prompts: Items[Sequence], end_id: int, decoding: Decod
                     candidates.append((final(score, len(ids)), Generated(ids, score, False)))
         answers.append(max(candidates, key=lambda pair: pair[0])[1])
     return answers
-
-
-beam_search = whole(beam_steps)
-"""`beam_steps` from beginning to end."""

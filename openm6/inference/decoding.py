@@ -1,4 +1,4 @@
-"""How a text is decoded, and what comes of it."""
+"""Decoding options, generated texts, and the room that they take."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, TypeVar
 
+import torch
+
 from openm6.core.errors import ContextLengthError, UsageError, cut, suggest
 from openm6.model import M6
+from openm6.model.precision import fast_dtype
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How to decode.
+    """Options of text generation.
 
-    max_new_tokens   stop there at the latest
-    temperature      0 takes the likeliest token (greedy); above 0 samples
-    top_k, top_p     sample among the k likeliest, or the likeliest that together have probability p
-    num_beams        beam search of that width (with temperature 0)
-    length_penalty   a beam's score is its log-probability / length ** penalty
-    repetition_penalty     above 1 makes tokens that the answer has already less likely: their logits are divided by it
-                           where positive, multiplied where negative. Those of the prompt alone are not penalized: an
-                           answer says again what it was given
-    no_repeat_ngram_size   no run of so many tokens occurs twice in an answer; 0: any may
-    seed             of the random numbers; row i of a call draws from seed and i
+    max_new_tokens         maximum number of tokens of the answer
+    temperature            0 takes the most probable token (greedy); above 0 samples
+    top_k, top_p           sample from the k most probable tokens, or from the nucleus of probability p
+    num_beams              width of beam search (with temperature 0); 1 does not search
+    length_penalty         a beam's score is its log-probability / length ** length_penalty
+    repetition_penalty     above 1 makes tokens that the answer already has less probable: positive logits are divided
+                           by it, negative ones multiplied. Tokens of the prompt alone are not penalized, because
+                           answers repeat what they were given
+    no_repeat_ngram_size   size of n-grams that an answer never repeats; 0: no restriction
+    seed                   random seed; row i of a call samples by seed and i
     """
 
     max_new_tokens: int = 64
@@ -52,12 +55,12 @@ class Decoding:
 
     @classmethod
     def of(cls, **values: Any) -> Decoding:
-        """From keywords, e.g. a task's defaults and a user's wishes; an unknown one is a UsageError."""
+        """Options from keywords, such as a task's defaults and a user's. Raises UsageError for an unknown one."""
         return options(cls, values)
 
 
 def options(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of options from keywords."""
+    """Create a dataclass of options from keywords. Raises UsageError for an unknown one."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -66,8 +69,8 @@ def options(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
-    """UsageError for the first option that is no number (of one whose default is a whole number, no whole one), or out
-    of its range."""
+    """Raises UsageError for the first option that is not a number (an integer, where the default is one) in its range.
+    Integral floats become integers."""
     for name, (low, high) in ranges.items():
         value, whole = getattr(options, name), isinstance(type(options).__dataclass_fields__[name].default, int)
         is_number = isinstance(value, Real)
@@ -81,9 +84,12 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """ids without the end token; `score`, the sum of the log-probabilities of all tokens taken (the end too), among
-    those that were permitted;
-    `finished`, whether the end token came before max_new_tokens."""
+    """A generated text.
+
+    ids        token ids, without the end token
+    score      sum of the log-probabilities of all tokens, the end token included, among the permitted tokens
+    finished   whether the end token came before max_new_tokens
+    """
 
     ids: list[int]
     score: float
@@ -91,10 +97,19 @@ class Generated:
 
 
 def check_room(model: M6, prompt: int, new: int) -> None:
-    """Refuse what learned positions have no place for (rotary positions have no such limit)."""
+    """Raises ContextLengthError for more positions than a model with learned positions has. Rotary positions have no
+    such limit."""
     limit = model.config.max_position_embeddings
     if model.place is not None and prompt + new > limit:
         raise ContextLengthError(
             f"A prompt of {prompt} positions and {new} new tokens are more than the model's {limit} positions: "
             "shorten the input or lower max_new_tokens."
         )
+
+
+def kv_bytes(model: M6, rows: int, positions: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the keys and values of a cache of [rows, positions], in `dtype` (by default the fastest of the
+    device)."""
+    config, device = model.config, model.embed.weight.device
+    size = 4 if device.type == "cpu" else (dtype or fast_dtype(device.type)).itemsize  # as KVCache stores them
+    return rows * positions * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size

@@ -1,11 +1,12 @@
 """Drawing: the codes of a picture after a prompt, all at once in a few passes, or one after the other.
 
-In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass proposes all codes that are
-still open, which see the prompt and each other both ways; the surest stay, the others are asked again.
-What a row gets depends on that row alone: its own mask, its own random numbers.
+In passes (MaskGIT, Chang et al. 2022, arXiv 2202.04200; M6-UFC, NeurIPS 2021): every pass predicts all open codes,
+which attend to the prompt and to each other in both directions; the most confident are kept, the others predicted
+again.
+The result of a row depends on that row alone: its own mask, its own random numbers.
 
-Progressive (M6-UFC, section 3.2): every pass draws several pictures from what stands; the estimates say which goes on,
-and its least sure codes are drawn again, until the estimates stop rising.
+Progressive (M6-UFC, section 3.2): every pass draws several pictures from the kept codes. The estimates select the one
+that continues, whose least confident codes are drawn again, until the estimates stop rising.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import Sequence
 from openm6.inference.decoding import check_ranges, check_room, options
 from openm6.inference.generate import sample, tempered
-from openm6.inference.steps import Steps, whole
+from openm6.inference.steps import Steps, complete
 from openm6.model import M6
 from openm6.model.cache import KVCache, fill, prefill, step
 
 OPEN = -1
-"""In the place of a code that is not decided."""
+"""Value of a code that is not decided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How to draw.
+    """Options of drawing.
 
-    passes        in which all codes are decided; 0 writes them one after the other
-    temperature   of the codes; 0 takes the likeliest
-    noise         Gumbel noise on how sure a code is, falling to nothing in the last pass
-    guidance      how much further than the prompt says, away from what would be drawn without its droppable parts
-                  (classifier-free guidance, Ho and Salimans 2022): logits c + guidance (c - u)
-    seed          of the random numbers of the first row; each further row has the next number
-    branches      pictures drawn in every pass, of which the best by the estimates goes on; 1 asks for no estimates
+    passes        number of passes in which all codes are decided; 0 draws one code after the other
+    temperature   of the codes; 0 takes the most probable
+    noise         Gumbel noise on the confidence of a code, which falls to 0 in the last pass
+    guidance      weight of classifier-free guidance (Ho and Salimans 2022): logits c + guidance (c - u), where u lacks
+                  the prompt's droppable slots
+    seed          random seed of the first row; each further row has the next number
+    branches      pictures drawn in every pass, of which the one with the best estimates continues; 1 needs no estimates
     relevance     weight of the estimate of that name (log-odds), and likewise:
     fidelity
     quality
-    reading       weight of the log-probability that the model, reading a candidate by the task's `reader`, would write
-                  what was asked for; candidates alone are read, not branches
+    reading       weight of the log-probability that the model, reading a candidate by the task's `reader`, writes the
+                  request's text; only candidates are read, not branches
     """
 
     passes: int = 8
@@ -71,19 +72,19 @@ class Drawing:
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """Of the estimates, in their order."""
+        """Weights of the estimates, in their order."""
         return self.relevance, self.fidelity, self.quality
 
     @classmethod
     def of(cls, **values: Any) -> Drawing:
-        """From keywords, e.g. a task's defaults and a user's wishes; an unknown one is a UsageError."""
+        """Options from keywords, such as a task's defaults and a user's. Raises UsageError for an unknown one."""
         return options(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """The ids of image codes: `count` a picture, of `number` different ones from the id `start` on; `mask_id` stands
-    for one that is open. `estimates` ask for the estimates; their answers are `yes_id` and `no_id`."""
+    """Token ids of image codes: `count` codes a picture, out of `number` ids from `start` on. `mask_id` stands for an
+    open code. The tokens `estimates` query the estimates; their answers are `yes_id` and `no_id`."""
 
     start: int
     number: int
@@ -102,7 +103,7 @@ class Drawn:
     estimates: Tensor
 
     def score(self, drawing: Drawing) -> Tensor:
-        """The estimates as one number, fp32 [B]."""
+        """The weighted estimates, fp32 [B]."""
         return _combined(self.estimates, drawing)
 
 
@@ -116,12 +117,11 @@ def draw_steps(
     kept: Tensor | None = None,
     seeds: Items[int] | None = None,
 ) -> Steps[Drawn]:
-    """A picture for every prompt (a Sequence that ends where the codes begin), and what the model thinks of it.
+    """A picture for every prompt (a Sequence that ends where the codes begin), with the model's estimates of it.
 
-    `free` are the prompts without their droppable parts, for guidance. `kept`, int64 [B, count]: codes that are given,
-    OPEN where one has to be drawn. `seeds` of the rows' random numbers: by default the drawing's seed, and from there
-    each the next number. A step is a pass, or a code; it costs a row the codes that are computed: of all branches,
-    twice with guidance.
+    `free`: for guidance, the prompts without their droppable slots. `kept`, int64 [B, count]: given codes, OPEN where
+    a code is drawn. `seeds`: random seed of each row; by default the drawing's seed and the numbers that follow it.
+    A step is a pass, or a code; it costs a row the codes that are computed: of all branches, twice with guidance.
     """
     drawing = drawing or Drawing()
     branches = drawing.branches
@@ -137,28 +137,28 @@ def draw_steps(
     rows = range(len(prompts) // branches)
     each = zip(rows, seeds or [drawing.seed + row for row in rows], strict=True)
     own = [hash((seed, 0, branch)) & 0x7FFFFFFF for _, seed in each for branch in range(branches)]
-    chance = _Chance([torch.Generator().manual_seed(seed) for seed in own], device)
-    painter = _Painter(model, cache, codes, drawing, chance)
+    uniform = _UniformNumbers([torch.Generator().manual_seed(seed) for seed in own], device)
+    decoder = _CodeDecoder(model, cache, codes, drawing, uniform)
     if branches > 1:
-        return (yield from painter.progressively(found))
-    found = yield from (painter.in_passes(found) if drawing.passes else painter.one_by_one(found, hidden))
-    return Drawn(found, painter.estimate(found))
+        return (yield from decoder.progressively(found))
+    found = yield from (decoder.in_passes(found) if drawing.passes else decoder.one_by_one(found, hidden))
+    return Drawn(found, decoder.estimate(found))
 
 
-draw = whole(draw_steps)
+draw = complete(draw_steps)
 """`draw_steps` from beginning to end."""
 
 
 @torch.inference_mode()
 def estimate(model: M6, prompts: Items[Sequence], found: Tensor, codes: Codes) -> Drawn:
-    """What the model thinks of whole pictures, int64 [B, count], as answers to these prompts."""
+    """The model's estimates of complete pictures, int64 [B, count], as answers to these prompts."""
     device = model.embed.weight.device
     capacity = max(len(p) for p in prompts) + codes.count + len(codes.estimates)
     _, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), capacity)
-    return Drawn(found, _Painter(model, cache, codes, Drawing(), None).estimate(found.to(device)))
+    return Drawn(found, _CodeDecoder(model, cache, codes, Drawing(), None).estimate(found.to(device)))
 
 
-class _Chance:
+class _UniformNumbers:
     """Uniform numbers [B, N], each row from a generator of its own."""
 
     def __init__(self, generators: list[torch.Generator], device: torch.device):
@@ -168,62 +168,63 @@ class _Chance:
         return torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
 
 
-class _Painter:
-    """The ways to fill in the open codes of some rows, all after one cache."""
+class _CodeDecoder:
+    """Decides the open codes of rows that share one cache."""
 
-    def __init__(self, model: M6, cache: KVCache, codes: Codes, drawing: Drawing, chance: _Chance | None):
-        self.model, self.cache, self.codes, self.drawing, self.chance = model, cache, codes, drawing, chance
-        self.times = 2 if drawing.guidance else 1  # with the prompt, and without its droppable parts
+    def __init__(self, model: M6, cache: KVCache, codes: Codes, drawing: Drawing, uniform: _UniformNumbers | None):
+        self.model, self.cache, self.codes, self.drawing, self.uniform = model, cache, codes, drawing, uniform
+        self.times = 2 if drawing.guidance else 1  # with the prompt, and without its droppable slots
 
     def in_passes(self, found_BN: Tensor) -> Steps[Tensor]:
         wanted_B = (found_BN == OPEN).sum(1)
         for number in range(1, self.drawing.passes + 1):
-            drawn_BN, sure_BN = self._propose(found_BN, number)
-            sure_BN = sure_BN.masked_fill(found_BN != OPEN, math.inf)
+            drawn_BN, confidence_BN = self._propose(found_BN, number)
+            confidence_BN = confidence_BN.masked_fill(found_BN != OPEN, math.inf)
             found_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
-            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+            found_BN = found_BN.masked_fill(self._reopened(confidence_BN, wanted_B, number), OPEN)
             yield [self.codes.count * self.times] * len(found_BN)
         return found_BN
 
     def progressively(self, found_BN: Tensor) -> Steps[Drawn]:
-        """Rows come in groups of `branches`, alike; one row of each group is given back."""
+        """Rows come in groups of `branches` with equal prompts; one row of each group is returned."""
         branches, passes = self.drawing.branches, self.drawing.passes
         given_BN, wanted_B = found_BN != OPEN, (found_BN == OPEN).sum(1)
         groups = len(found_BN) // branches
-        sure_BN = torch.zeros(found_BN.shape, device=found_BN.device)
+        confidence_BN = torch.zeros(found_BN.shape, device=found_BN.device)
         best = Drawn(found_BN[::branches].clone(), torch.zeros((groups, 3), device=found_BN.device))
         highest_G = torch.full((groups,), -math.inf, device=found_BN.device)
-        going_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
+        active_G = torch.ones(groups, dtype=torch.bool, device=found_BN.device)
         cost = branches * self.codes.count * self.times
         for number in range(1, passes + 1):
-            counts = [cost * going for going in going_G.tolist()]
-            drawn_BN, now_BN = self._propose(found_BN, number)
+            costs = [cost * active for active in active_G.tolist()]
+            drawn_BN, drawn_confidence_BN = self._propose(found_BN, number)
             whole_BN = torch.where(found_BN == OPEN, drawn_BN, found_BN)
-            sure_BN = torch.where(found_BN == OPEN, now_BN, sure_BN).masked_fill(given_BN, math.inf)
+            confidence_BN = torch.where(found_BN == OPEN, drawn_confidence_BN, confidence_BN)
+            confidence_BN = confidence_BN.masked_fill(given_BN, math.inf)
             estimates_BE = self.estimate(whole_BN)
             score_GR = _combined(estimates_BE, self.drawing).view(groups, branches)
             chosen_G = score_GR.argmax(1) + torch.arange(groups, device=found_BN.device) * branches
-            # What the first half gives only leads on: estimates of pictures that were guessed at once are no guide.
-            rises_G = going_G & ((score_GR.amax(1) > highest_G) | (number <= passes // 2))
+            # Pictures of the first half only lead on: estimates of codes that were guessed together are no guide.
+            rises_G = active_G & ((score_GR.amax(1) > highest_G) | (number <= passes // 2))
             highest_G = torch.where(rises_G, score_GR.amax(1), highest_G)
             best.codes[rises_G], best.estimates[rises_G] = whole_BN[chosen_G][rises_G], estimates_BE[chosen_G][rises_G]
-            # From half of the passes on, the first pass that gives nothing better is the last.
-            going_G = going_G & (rises_G | (number <= passes // 2))
-            yield counts
-            if not going_G.any():
+            # From half of the passes on, the first pass without an improvement is the last.
+            active_G = active_G & (rises_G | (number <= passes // 2))
+            yield costs
+            if not active_G.any():
                 break
             every_B = chosen_G.repeat_interleave(branches)
-            found_BN, sure_BN = whole_BN[every_B], sure_BN[every_B]
-            found_BN = found_BN.masked_fill(self._least(sure_BN, wanted_B, number), OPEN)
+            found_BN, confidence_BN = whole_BN[every_B], confidence_BN[every_B]
+            found_BN = found_BN.masked_fill(self._reopened(confidence_BN, wanted_B, number), OPEN)
         return best
 
     def one_by_one(self, found_BN: Tensor, hidden: Tensor) -> Steps[Tensor]:
         found_BN, times = found_BN.clone(), self.times
-        assert self.chance is not None
+        assert self.uniform is not None
         lengths, counts = self.cache.lengths.clone(), list(self.cache.counts)
         for place in range(self.codes.count):
             logits_BK = _guided(self.model.logits(hidden), self.codes, self.drawing)
-            drawn_B = _choose(logits_BK, self.chance(1)[:, 0], self.drawing.temperature)
+            drawn_B = _select_codes(logits_BK, self.uniform(1)[:, 0], self.drawing.temperature)
             found_BN[:, place] = torch.where(found_BN[:, place] == OPEN, drawn_B, found_BN[:, place])
             if place + 1 < self.codes.count:
                 ids_B = (self.codes.start + found_BN[:, place]).repeat(times)
@@ -233,39 +234,39 @@ class _Painter:
         return found_BN
 
     def estimate(self, found_BN: Tensor) -> Tensor:
-        """Log-odds of each estimate, fp32 [B, 3]. The picture's place in the cache is after the prompts alone."""
-        asked_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
-        ids_BN = torch.cat((self.codes.start + found_BN, asked_BE), 1)
+        """Log-odds of each estimate, fp32 [B, 3], of pictures after the prompts (not those without droppable slots)."""
+        queries_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
+        ids_BN = torch.cat((self.codes.start + found_BN, queries_BE), 1)
         hidden = fill(self.model, ids_BN, self.cache.first(len(found_BN)), self.codes.count)
         logits = self.model.logits(hidden[:, self.codes.count :])
         return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
 
     def _propose(self, found_BN: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """A code for every place, and how sure it is with the pass's noise, both [B, N]."""
+        """A code for every place, and its confidence with the pass's noise, both [B, N]."""
         codes, drawing = self.codes, self.drawing
-        assert self.chance is not None
+        assert self.uniform is not None
         ids_BN = torch.where(found_BN == OPEN, codes.mask_id, codes.start + found_BN)
         hidden = fill(self.model, ids_BN.repeat(self.times, 1), self.cache, codes.count)
         logits_BNK = _guided(self.model.logits(hidden), codes, drawing)
-        drawn_BN = _choose(logits_BNK, self.chance(codes.count), drawing.temperature)
-        sure_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
-        gumbel_BN = -(-self.chance(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
-        return drawn_BN, sure_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
+        drawn_BN = _select_codes(logits_BNK, self.uniform(codes.count), drawing.temperature)
+        confidence_BN = logits_BNK.log_softmax(-1).gather(2, drawn_BN[..., None]).squeeze(2)
+        gumbel_BN = -(-self.uniform(codes.count).clamp(1e-9, 1 - 1e-7).log()).log()
+        return drawn_BN, confidence_BN + drawing.noise * (1 - number / drawing.passes) * gumbel_BN
 
-    def _least(self, sure_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
-        """Which codes are asked again after a pass, bool [B, N]: a cosine of the `wanted_B` that were open at first."""
+    def _reopened(self, confidence_BN: Tensor, wanted_B: Tensor, number: int) -> Tensor:
+        """The codes that are open again after a pass, bool [B, N]: by a cosine schedule, of `wanted_B` at first."""
         again_B = (math.cos(math.pi / 2 * number / self.drawing.passes) * wanted_B + 1e-6).floor()
-        return sure_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
+        return confidence_BN.argsort(dim=1).argsort(dim=1) < again_B[:, None]
 
 
 def _combined(estimates_BE: Tensor, drawing: Drawing) -> Tensor:
-    """Log-probability of a yes to each estimate, weighted: being sure of one does not make up for another."""
+    """Weighted sum of the log-probabilities of "yes" to each estimate: one near 1 does not make up for another."""
     weights_E = torch.tensor(drawing.weights, device=estimates_BE.device)
     return (torch.nn.functional.logsigmoid(estimates_BE) * weights_E).sum(1)
 
 
 def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:
-    """Of the codes alone, [B, ..., K]."""
+    """Logits of the codes, [B, ..., K], with guidance applied."""
     logits = logits[..., codes.start : codes.start + codes.number]
     if not drawing.guidance:
         return logits
@@ -273,19 +274,19 @@ def _guided(logits: Tensor, codes: Codes, drawing: Drawing) -> Tensor:
     return prompted + drawing.guidance * (prompted - free)
 
 
-def _choose(logits: Tensor, chance: Tensor, temperature: float) -> Tensor:
+def _select_codes(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    return sample(tempered(logits.flatten(0, -2), temperature), chance.flatten()).view(chance.shape)
+    return sample(tempered(logits.flatten(0, -2), temperature), uniform.flatten()).view(uniform.shape)
 
 
 def kept_codes(given: list[np.ndarray | None], codes: Codes) -> Tensor:
-    """Codes that are given, OPEN elsewhere, int64 [B, count]."""
+    """Given codes, OPEN elsewhere, int64 [B, count]. Raises DataError for codes that the codec does not have."""
     kept = torch.full((len(given), codes.count), OPEN)
     for row, one in zip(kept, given, strict=True):
         if one is not None:
             found = torch.as_tensor(np.asarray(one).ravel().astype(np.int64))
             if len(found) != codes.count or found.min() < OPEN or found.max() >= codes.number:
-                raise DataError(f"What is kept of a picture has to be {codes.count} codes below {codes.number}, or -1.")
+                raise DataError(f"kept has to be {codes.count} codes below {codes.number}, or -1.")
             row[:] = found
     return kept

@@ -1,9 +1,9 @@
 """Pictures changed in part: redrawn inside a mask, varied, continued beyond an edge.
 
-The model draws squares of its own size. For an edit it sees the square of the picture around the mask, brought to that
-size, and draws the blocks (a block is what one code stands for) that the mask touches. What it has drawn is scaled back
-and laid into the picture at the picture's own size, inside the mask alone: every pixel outside of it, and the
-transparency, come back bit by bit.
+The model draws squares of its own size. For an edit it gets the square of the picture around the mask, scaled to that
+size, and draws the blocks (a block is the area of one code) that the mask touches. The result is scaled back and pasted
+into the picture at the picture's own size, inside the mask only: every pixel outside of it, and the transparency, are
+bit-identical.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from openm6.core.candidates import Candidate
 from openm6.core.errors import DataError, UsageError
+from openm6.core.extras import require
 from openm6.core.files import dumps, loads
 from openm6.core.images import ORIGIN, Source, open_image, read_square
 from openm6.inference.draw import OPEN
@@ -32,10 +32,10 @@ _log = logging.getLogger(__name__)
 
 SIDES = ("left", "right", "top", "bottom")
 MARKED = 128
-"""A mask with an alpha channel marks the pixels whose alpha is below this; any other mask those whose grey value is
-not."""
+"""A mask with an alpha channel marks the pixels with an alpha below this value; a mask without one marks the pixels
+with at least this grey value."""
 MARGIN = 0.25
-"""Width of what the model sees on each side of the mask, as a fraction of the mask's longer side."""
+"""Width of the context on each side of the mask, as a fraction of the mask's longer side."""
 COVERS_ALL = "The mask covers the whole picture: all of it is drawn again."
 
 
@@ -49,12 +49,12 @@ def edit(
     decoding: Mapping[str, Any] | None = None,
     **slots: Any,
 ) -> list[Candidate]:
-    """The picture redrawn where the mask marks it, by the task's slots, the best of the candidates first.
+    """Redraw the picture where the mask marks it, by the task's slots; the best candidate first.
 
-    The `image` of a candidate has the picture's width, height and channels (L, LA, RGB or RGBA; colours of a palette
-    come back as RGB, values of 16 bits with 8). Its codes are those of the square around the mask. `mask`: see
-    `marked_by`; None takes the picture's own transparency. One that covers the whole picture is warned of.
-    Raises UsageError for a mask of another size, or one that marks nothing that is seen.
+    The `image` of a candidate has the picture's width, height and channels (L, LA, RGB or RGBA; palette colours
+    become RGB, 16-bit values 8-bit). Its codes are those of the square around the mask. `mask`: see `marked_by`; None
+    takes the picture's own transparency. A warning is logged for a mask that covers the whole picture.
+    Raises UsageError for a mask of another size, or one that marks no visible pixel.
     """
     cut = cut_of(session.codec.size, session.codec.side, picture, mask)
     if cut.covers_all:
@@ -64,15 +64,15 @@ def edit(
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The part of a picture that is redrawn, and how it is put back.
+    """The square of a picture that is redrawn, and how it is put back.
 
-    picture      as it was given, upright: L, LA, RGB or RGBA
-    corner       left and upper pixel of the square that the model sees, which may reach beyond the picture
-    pixels       that square at the codec's size, uint8 [size, size, 3]
-    open_blocks  the blocks of it that are redrawn, bool [side, side]
-    weights      of what is drawn in each pixel of the square, 0 to 255, as L of the square's own size
+    picture      the whole picture, upright: L, LA, RGB or RGBA
+    corner       left and upper pixel of the square, which may reach beyond the picture
+    pixels       the square at the codec's size, uint8 [size, size, 3]
+    open_blocks  its blocks that are redrawn, bool [side, side]
+    weights      blending weight of the redrawn pixels, 0 to 255, as L of the square's own size
     is_filled    whether the redrawn pixels become opaque; otherwise they keep the picture's alpha
-    covers_all   whether the mask marks every pixel that is seen
+    covers_all   whether the mask marks every visible pixel
     """
 
     picture: Image.Image
@@ -84,7 +84,7 @@ class Cut:
     covers_all: bool
 
     def put_back(self, drawn: Image.Image) -> Image.Image:
-        """The picture with what was drawn, RGB [size, size], in its place."""
+        """The picture with the redrawn square, RGB [size, size], in its place."""
         pixels = blend(self.pixels, np.asarray(drawn), self.open_blocks)
         found, size = self.picture.copy(), self.weights.size
         patch = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(found.mode)
@@ -93,21 +93,21 @@ class Cut:
             given = found.getchannel("A").crop((left, top, left + width, top + height))
             patch.putalpha(255 if self.is_filled else given)
         found.paste(patch, self.corner, self.weights)
-        if ORIGIN in drawn.info:  # what was drawn is a part of this picture alone
+        if ORIGIN in drawn.info:  # only a part of this picture was drawn
             found.info[ORIGIN] = dumps({**loads(drawn.info[ORIGIN]), "edited": True})
         return found
 
 
 def kept_codes_of(codec: PictureCodec, pixels: Source, open_blocks: np.ndarray) -> np.ndarray:
-    """The codes of a square that stay, OPEN where one is redrawn, int64 [side * side]."""
+    """The codes of a square, OPEN where one is redrawn, int64 [side * side]."""
     return np.where(np.ravel(open_blocks), OPEN, codec.encode(pixels))
 
 
 def marked_by(mask: Source | np.ndarray) -> np.ndarray:
-    """The pixels that a mask marks as those to be redrawn, bool [H, W].
+    """The pixels that a mask marks for redrawing, bool [H, W].
 
-    Where a mask has an alpha channel, the transparent pixels (alpha below 128), as in OpenAI's images/edits; where it
-    has none, the white ones (grey value 128 or above); of a bool array the true ones.
+    A mask with an alpha channel marks its transparent pixels (alpha below 128), as in OpenAI's images/edits; one
+    without marks its white pixels (grey value 128 or above); a bool array marks its true ones.
     """
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
         return mask
@@ -118,7 +118,7 @@ def marked_by(mask: Source | np.ndarray) -> np.ndarray:
 
 
 def cut_of(size: int, side: int, picture: Source, mask: Source | np.ndarray | None = None) -> Cut:
-    """What `edit` redraws, with a codec of `size` pixels and `side` blocks a side. Raises as `edit` does."""
+    """The Cut that `edit` redraws with a codec of `size` pixels and `side` blocks a side. Raises as `edit` does."""
     whole, is_own = open_image(picture, alpha=True), mask is None
     has_alpha = whole.mode.endswith("A")
     if is_own and not has_alpha:
@@ -141,10 +141,13 @@ def cut_of(size: int, side: int, picture: Source, mask: Source | np.ndarray | No
             "and what is transparent is filled in.", param="mask",
         )  # fmt: skip
     left, top, width = square_around(marked, size)
-    marks = _view(marked, left - 1, top - 1, width + 2)  # one pixel more, so that the edge at the border is found too
+    marks = _view(marked, left - 1, top - 1, width + 2)  # one pixel more, to find edges at the border too
     inside = marks[1:-1, 1:-1]
     weights = 255 * inside
-    if not (is_own or marks.all()):  # the colours of what is transparent are not seen, and do not fade into others
+    if not (is_own or marks.all()):  # invisible colours of transparent pixels are not blended into others
+        require("edit", "scipy")
+        from scipy import ndimage
+
         depth = ndimage.distance_transform_edt(marks)[1:-1, 1:-1]
         weights = weights * (depth / max(1.0, min(width / side, depth.max()) / 2)).clip(0, 1)
     return Cut(
@@ -159,9 +162,9 @@ def cut_of(size: int, side: int, picture: Source, mask: Source | np.ndarray | No
 
 
 def square_around(marked: np.ndarray, least: int) -> tuple[int, int, int]:
-    """Left and upper pixel and width of the square that holds all marked pixels with a margin: within the picture, or
-    where its shorter side is shorter than what is marked, with as much beyond it on both sides. `least` is the least
-    width, so that nothing small is enlarged that need not be."""
+    """Left and upper pixel and width of the square that holds all marked pixels with a margin: within the picture, or,
+    where the marked pixels exceed its shorter side, equally far beyond it on both sides. `least` is the minimum width,
+    so that small masks are not enlarged without need."""
     spans = [np.flatnonzero(marked.any(axis))[[0, -1]] + (0, 1) for axis in (0, 1)]  # of columns, of rows
     needed = max(int(last - first) for first, last in spans)
     width = max(needed, min(max(least, math.ceil(needed * (1 + 2 * MARGIN))), *marked.shape))
@@ -174,7 +177,7 @@ def square_around(marked: np.ndarray, least: int) -> tuple[int, int, int]:
 
 
 def _blocks_of(marks: np.ndarray, side: int) -> np.ndarray:
-    """The blocks that the marked pixels of a square touch, bool [side, side]; an edge may lie within a pixel."""
+    """The blocks that the marked pixels of a square touch, bool [side, side]; a block edge can lie within a pixel."""
     width = len(marks)
     spans = [slice(number * width // side, -(-(number + 1) * width // side)) for number in range(side)]
     rows = np.stack([marks[span].any(0) for span in spans])
@@ -182,7 +185,7 @@ def _blocks_of(marks: np.ndarray, side: int) -> np.ndarray:
 
 
 def _view(values: np.ndarray, left: int, top: int, width: int) -> np.ndarray:
-    """A square of [H, W, ...]; beyond the border its last values are repeated."""
+    """A square of [H, W, ...]; beyond the border the edge values are repeated."""
     rows, columns = (
         np.arange(start, start + width).clip(0, extent - 1)
         for start, extent in zip((top, left), values.shape[:2], strict=True)
@@ -200,8 +203,8 @@ def vary(
     decoding: Mapping[str, Any] | None = None,
     **slots: Any,
 ) -> list[Candidate]:
-    """Pictures like the middle square of this one, of the codec's size: `share` of its codes, at random places, are
-    drawn again, by the seed of `decoding` or a fresh one."""
+    """Variations of the picture's middle square, of the codec's size: a fraction `share` of its codes, at random
+    places, is drawn again, by the seed of `decoding` or a fresh one."""
     if not 0 < share <= 1:
         raise UsageError(f"share is {share}; it is above 0, and at most 1.")
     codes, options = session.codec.encode(picture), {"seed": fresh_seed(), **(decoding or {})}
@@ -222,9 +225,9 @@ def extend(
 ) -> Image.Image:
     """The picture, at its own size, continued beyond one side by `pixels`.
 
-    At a time at most half as much is drawn as the side is long, each part after what stands before it, by the next
-    seed. The given pixels stay as they are; the new ones are opaque. `seed_of_drawn` tells the seed of the first part,
-    by which the picture is continued likewise.
+    It is drawn in strips of at most half the side's length, each next to the previous one and by the next seed. The
+    given pixels do not change; the new ones are opaque. `seed_of_drawn` returns the seed of the first strip, which
+    continues the picture in the same way again.
     """
     if side not in SIDES:
         raise UsageError(f"side is {side}; it can be {', '.join(SIDES)}.")
@@ -245,13 +248,13 @@ def extend(
 
 
 def _continued(picture: Image.Image, side: str, pixels: int) -> tuple[Image.Image, np.ndarray]:
-    """A picture whose border is repeated beyond a side, and a mask of what is new."""
+    """A picture whose border is repeated beyond a side, and a mask of the new pixels."""
     before, after = (pixels, 0) if side in ("left", "top") else (0, pixels)
     widths = [(0, 0), (before, after)] if side in ("left", "right") else [(before, after), (0, 0)]
     new = np.pad(np.zeros((picture.height, picture.width), bool), widths, constant_values=True)
     values = np.asarray(picture)
     longer = np.pad(values, widths + [(0, 0)] * (values.ndim - 2), mode="edge")
-    if picture.mode.endswith("A"):  # what is new continues what is seen: transparent places lie on white
+    if picture.mode.endswith("A"):  # new pixels continue the visible colours: transparent ones lie on white
         seen = np.asarray(open_image(picture).convert(picture.mode[:-1])).reshape(*values.shape[:2], -1)
         longer[new, :-1] = np.pad(seen, [*widths, (0, 0)], mode="edge")[new]
         longer[new, -1] = 255
@@ -279,17 +282,20 @@ def pixels_of(blocks: np.ndarray, stride: int) -> np.ndarray:
 
 
 def blend(given: np.ndarray, drawn: np.ndarray, open_blocks: np.ndarray) -> np.ndarray:
-    """`given` uint8 [H, W, 3] with the open blocks [h, w] from `drawn`, whose difference from `given` at the seam is
-    carried into them and fades over half a block."""
+    """`given` uint8 [H, W, 3] with its open blocks [h, w] from `drawn`. The difference between the two at the seam is
+    added to the open blocks, fading over half a block."""
     if given.shape != drawn.shape:
         raise DataError(f"pictures of {given.shape[:2]} and {drawn.shape[:2]} pixels cannot be blended.")
     stride = given.shape[0] // open_blocks.shape[0]
     inside = pixels_of(open_blocks, stride)
     if inside.all():
         return drawn.copy()
+    require("edit", "scipy")
+    from scipy import ndimage
+
     distance, nearest = ndimage.distance_transform_edt(inside, return_indices=True)
     reach = max(1.0, stride / 2)
-    # The differences along the seam, smoothed, so that one pixel's noise draws no line.
+    # The differences along the seam, smoothed, so that the noise of one pixel does not draw a line.
     weight = ndimage.gaussian_filter((~inside).astype(np.float32), 1.0)
     off = (given.astype(np.float32) - drawn) * ~inside[..., None]
     smooth = ndimage.gaussian_filter(off, (1.0, 1.0, 0)) / np.maximum(weight, 1e-3)[..., None]

@@ -1,104 +1,104 @@
 """Autoregressive decoding after a bidirectional source, with a key/value cache.
 
-What a row gets depends on that row alone: its own mask, its own cache length, its own random numbers. On a CPU its
-sums are added up in one order too (see PromptMask, RowMask, EVEN_KEYS and LEAST_ROWS), so that an answer, a sampled one
-too, is the same whatever else is in the batch.
+The result of a row depends on that row alone: its own mask, its own cache length, its own random numbers. On a CPU its
+sums are also added up in one order (see PromptMask, RowMask, EVEN_KEYS and LEAST_ROWS), so that an answer, sampled or
+not, is the same whatever else is in the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence as Items
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from openm6.core.batch import by_length, pad
+from openm6.core.batch import pad
 from openm6.core.errors import UsageError
 from openm6.core.sequence import Sequence
+from openm6.inference.beam import beam_steps
 from openm6.inference.decoding import Decoding, Generated, check_room
 from openm6.inference.permitted import permitted
+from openm6.inference.pieces import Pieces
+from openm6.inference.request import Answer, Context, Mode, Prepared, text_options
+from openm6.inference.steps import Steps, complete, in_batches, in_context
 from openm6.model import M6
 from openm6.model.cache import prefill, step
+from openm6.tasks.task import Task
 
 
-def generate(
+def generate_steps(
     model: M6,
     prompts: Items[Sequence],
     end_id: int,
     decoding: Decoding | None = None,
     batch_size: int = 64,
     numbers: Items[int] | None = None,
-) -> list[Generated]:
+) -> Steps[list[Generated]]:
     """Continue every prompt (a Sequence that ends where the answer begins). Results in the prompts' order.
 
-    Prompts are batched by length, so that little is padded. `numbers`: of the prompts, for their random numbers;
-    0, 1, ... by default.
+    `numbers` select the prompts' random numbers; 0, 1, ... by default. A step is one token of all beams, or without
+    beams a whole batch; it costs a prompt the tokens that were generated, the end token included.
     """
     decoding, numbers = decoding or Decoding(), numbers or range(len(prompts))
-    results: list[Generated | None] = [None] * len(prompts)
-    for chosen in by_length(prompts, batch_size):
+
+    def batch_steps(chosen: list[int]) -> Steps[list[Generated]]:
         group = [prompts[i] for i in chosen]
         if decoding.num_beams > 1:
-            from openm6.inference.beam import beam_search
+            return beam_steps(model, group, end_id, decoding)
+        return _batch_steps(model, group, [numbers[i] for i in chosen], end_id, decoding)
 
-            answers = beam_search(model, group, end_id, decoding)
-        else:
-            answers = _batch(model, group, [numbers[i] for i in chosen], end_id, decoding)
-        for index, answer in zip(chosen, answers, strict=True):
-            results[index] = answer
-    return [r for r in results if r is not None]
+    return in_batches(prompts, batch_size, batch_steps)
+
+
+generate = complete(generate_steps)
+"""`generate_steps` from beginning to end."""
 
 
 def stream(model: M6, prompt: Sequence, end_id: int, decoding: Decoding | None = None) -> Iterator[int]:
-    """The ids of one answer as they are decided (not with beams: a beam may still change its mind)."""
+    """The ids of one answer, each as soon as it is decided. Raises UsageError for beams, which can change until the
+    end."""
     decoding = decoding or Decoding()
     if decoding.num_beams > 1:
         raise UsageError("Beam search cannot stream: its first token is decided last. Use num_beams=1.")
-    for tokens, _, _ in _steps(model, [prompt], [0], end_id, decoding):
+    for tokens, _, _ in _tokens(model, [prompt], [0], end_id, decoding):
         token = int(tokens[0])
         if token != end_id:
             yield token
 
 
-def _batch(
-    model: M6,
-    prompts: Items[Sequence],
-    numbers: list[int],
-    end_id: int,
-    decoding: Decoding,
-) -> list[Generated]:
+def _batch_steps(
+    model: M6, prompts: Items[Sequence], numbers: list[int], end_id: int, decoding: Decoding
+) -> Steps[list[Generated]]:
     ids: list[list[int]] = [[] for _ in prompts]
     scores, finished = [0.0] * len(prompts), [False] * len(prompts)
-    for tokens, log_probs, rows in _steps(model, prompts, numbers, end_id, decoding):
+    for tokens, log_probs, rows in _tokens(model, prompts, numbers, end_id, decoding):
         for token, log_prob, row in zip(tokens.tolist(), log_probs.tolist(), rows, strict=True):
             scores[row] += log_prob
             if token == end_id:
                 finished[row] = True
             else:
                 ids[row].append(token)
+    yield [len(row) + ended for row, ended in zip(ids, finished, strict=True)]
     return [Generated(*parts) for parts in zip(ids, scores, finished, strict=True)]
 
 
 @torch.inference_mode()
-def _steps(
-    model: M6,
-    prompts: Items[Sequence],
-    numbers: list[int],
-    end_id: int,
-    decoding: Decoding,
+def _tokens(
+    model: M6, prompts: Items[Sequence], numbers: list[int], end_id: int, decoding: Decoding
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """Yields (tokens, log-probabilities, rows) of the rows that still run, until all have ended."""
+    """Yields (tokens, log-probabilities, rows) of the rows that have not ended, until all have."""
     longest = max(len(p) for p in prompts)
     check_room(model, longest, decoding.max_new_tokens)
     device = model.embed.weight.device
     hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True).to(device), longest + decoding.max_new_tokens)
     rows = list(range(len(prompts)))
-    chances = [chance(decoding, number) for number in numbers]
+    generators = [row_generator(decoding, number) for number in numbers]
     prefixes: list[list[int]] = [[] for _ in prompts]
     for left in range(decoding.max_new_tokens, 0, -1):
-        alike, written = [decoding] * len(rows), [prefixes[row] for row in rows]
-        logits = permitted(model.logits(hidden), [prompts[row] for row in rows], written, alike, end_id)
-        tokens, log_probs = choose(logits, alike, [chances[row] for row in rows])
+        decodings, written = [decoding] * len(rows), [prefixes[row] for row in rows]
+        logits = permitted(model.logits(hidden), [prompts[row] for row in rows], written, decodings, end_id)
+        tokens, log_probs = select_tokens(logits, decodings, [generators[row] for row in rows])
         yield tokens, log_probs, rows
         running = [i for i, token in enumerate(tokens.tolist()) if token != end_id]
         if not running or left == 1:
@@ -112,15 +112,17 @@ def _steps(
         hidden = step(model, tokens, cache, reproducible=decoding.temperature > 0)
 
 
-def chance(decoding: Decoding, number: int = 0) -> torch.Generator | None:
-    """The random numbers of row `number` of a call; None where nothing is drawn."""
+def row_generator(decoding: Decoding, number: int = 0) -> torch.Generator | None:
+    """The random number generator of row `number` of a call; None for greedy decoding."""
     if not decoding.temperature:
         return None
     return torch.Generator().manual_seed(hash((decoding.seed, number)) & 0x7FFFFFFF)
 
 
-def choose(logits: Tensor, decodings: Items[Decoding], chances: Items[torch.Generator | None]) -> tuple[Tensor, Tensor]:
-    """One token a row, greedily or sampled by the row's own options and random numbers: logits fp32 [B, V] to ids
+def select_tokens(
+    logits: Tensor, decodings: Items[Decoding], generators: Items[torch.Generator | None]
+) -> tuple[Tensor, Tensor]:
+    """One token for each row, greedy or sampled by the row's own options and generator: logits fp32 [B, V] to ids
     int64 [B] and their log-probabilities [B]."""
     log_probs = logits.log_softmax(-1)
     best = log_probs.max(-1)
@@ -132,14 +134,14 @@ def choose(logits: Tensor, decodings: Items[Decoding], chances: Items[torch.Gene
         return best.indices, best.values
     tokens = best.indices.clone()
     for (temperature, top_k, top_p), rows in alike.items():
-        draws = torch.cat([torch.rand(1, generator=chances[row]) for row in rows]).to(logits.device)
+        draws = torch.cat([torch.rand(1, generator=generators[row]) for row in rows]).to(logits.device)
         tokens[rows] = sample(tempered(logits[rows], temperature), draws, top_k, top_p)
     return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits [..., V] divided by a temperature above 0, the highest brought to 0. A temperature that fp32 cannot hold
-    gives the limit: the likeliest tokens stay, alike."""
+    """Logits [..., V] divided by a temperature above 0, the highest shifted to 0. A temperature below the smallest fp32
+    number gives the limit: equal logits for the most probable tokens."""
     highest = logits.amax(-1, keepdim=True)
     return (logits - highest) / max(temperature, torch.finfo(torch.float32).tiny)
 
@@ -147,8 +149,8 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Inverse-transform sampling: logits [B, V], uniform draws [B] in [0, 1), to ids int64 [B].
 
-    With `top_k` or `top_p`, tokens in order of probability; the first k, or those before whose predecessors add up to
-    p, stay (nucleus sampling, Holtzman et al. 2020, keeps the token that crosses p).
+    `top_k` keeps the k most probable tokens; `top_p` then the tokens whose more probable predecessors sum to less than
+    p (nucleus sampling, Holtzman et al. 2020, which keeps the token that crosses p).
     """
     probs = logits.softmax(-1)
     ids = None
@@ -157,11 +159,44 @@ def sample(logits: Tensor, draws: Tensor, top_k: int = 0, top_p: float = 1.0) ->
     if top_k:
         probs[:, top_k:] = 0
     if top_p < 1:
-        # Of what top-k left, renormalized. Several threads would share out a sum of one row, but not a running one.
+        # Renormalized after top-k. Threads would split the sum of one row, but not its running sum.
         probs = probs / probs.cumsum(-1)[:, -1:]
         probs = probs * (probs.cumsum(-1) - probs < top_p)
     heights = probs.cumsum(-1)
     place = torch.searchsorted(heights, draws[:, None] * heights[:, -1:], right=True)
-    last = (heights < heights[:, -1:]).sum(-1, keepdim=True)  # the last that has a probability
+    last = (heights < heights[:, -1:]).sum(-1, keepdim=True)  # the last token with a probability
     place = torch.minimum(place, last)
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+def text_steps(context: Context, task: Task, items: list[Prepared], batch_size: int) -> Steps[list[Generated]]:
+    """The generated texts of prepared requests that share their options."""
+    prompts, numbers = [item.prompt for item in items], [item.number for item in items]
+    end_id = context.processor.tokenizer.end_id
+    return generate_steps(context.model, prompts, end_id, items[0].options, batch_size, numbers)
+
+
+def read_text(context: Context, task: Task, generated: Generated) -> Answer:
+    """The value of the task's one output, or the dict of its outputs."""
+    return Answer(task.value(generated.ids, context.processor), generated.finished)
+
+
+def _pieces(context: Context, task: Task, item: Prepared) -> Iterator[str]:
+    pieces = Pieces(context.processor.tokenizer)
+    tokens = stream(context.model, item.prompt, context.processor.tokenizer.end_id, item.options)
+    for token in in_context(context.precision, tokens):
+        if piece := pieces.add(token):
+            yield piece
+    if piece := pieces.rest():
+        yield piece
+
+
+TEXT = Mode(
+    "text", "text", applies=lambda task, request: True, options=text_options, steps=text_steps, read=read_text,
+    stream=_pieces, is_exclusive=False,
+)  # fmt: skip
+BEAM = replace(
+    TEXT, name="beam", is_exclusive=True,
+    applies=lambda task, request: Decoding.of(**{**task.decode, **request.decoding}).num_beams > 1,
+    kv_shape=lambda context, task, item: (item.options.num_beams, len(item.prompt) + item.options.max_new_tokens),
+)  # fmt: skip

@@ -1,20 +1,34 @@
-"""The probability of each label of a closed set, the set being all that may be written."""
+"""Probabilities of given answers: of each label of a closed set, and of the outputs that records have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from copy import copy
 from itertools import groupby
+from typing import Any
 
 import torch
 
 from openm6.core.batch import by_length, pad
 from openm6.core.errors import UsageError
 from openm6.core.sequence import Sequence
-from openm6.inference.decoding import check_room
+from openm6.inference.decoding import Decoding, check_room
+from openm6.inference.generate import read_text, text_steps
+from openm6.inference.request import (
+    BATCH_SIZE,
+    Answer,
+    Context,
+    Mode,
+    Prepared,
+    Record,
+    Request,
+    text_options,
+)
+from openm6.inference.steps import Steps
 from openm6.model import M6
 from openm6.model.cache import KVCache, prefill, step
 from openm6.tasks import target
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
@@ -22,16 +36,16 @@ Prefix = tuple[int, ...]
 
 
 def closed_labels(task: Task) -> tuple[str, ...]:
-    """The labels of a task whose one output is a label of a closed set; of another task none."""
+    """The labels of a task whose only output is a label of a closed set; () for other tasks."""
     return task.labels.get(task.outputs[0], ()) if len(task.outputs) == 1 else ()
 
 
 class LabelTree:
-    """The tokens of a task's labels, each with the end token, as a tree.
+    """A prefix tree of the tokens of a task's labels, each with the end token.
 
-    paths    the tokens of each label
-    forks    the prefixes after which the labels leave a choice, and the tokens to choose from
-    levels   the prefixes that the network has to read to come to the forks, by their length from 0 on
+    paths    tokens of each label
+    forks    prefixes after which several labels continue, with the tokens that continue them
+    levels   prefixes that the network has to read to reach the forks, grouped by length from 0 on
     """
 
     def __init__(self, task: Task, processor: Processor):
@@ -53,23 +67,27 @@ class LabelTree:
 
     @property
     def width(self) -> int:
-        """Rows that one prompt takes at most."""
+        """Maximum number of rows that one prompt takes at once."""
         return max(map(len, self.levels), default=1)
 
-    def cached(self, most: int) -> int:
-        """Rows of all caches that one prompt takes, where `most` rows are read at a time."""
-        return max(1, sum(min(most, len(level)) for level in self.levels))
+    def cache_rows(self, batch_size: int) -> int:
+        """Cache rows that one prompt takes, where `batch_size` rows are read at a time."""
+        return max(1, sum(min(batch_size, len(level)) for level in self.levels))
+
+    @property
+    def cost(self) -> int:
+        """Number of tokens that are computed for one prompt besides the prompt."""
+        return sum(map(len, self.levels[1:]))
 
 
 @torch.inference_mode()
 def label_probabilities(
     model: M6, prompts: Items[Sequence], tree: LabelTree, batch_size: int = 64
 ) -> list[dict[str, float]]:
-    """For each prompt the probability of each label: the product, over the label's tokens and the end, of the
-    probability renormalized over the tokens that the labels allow there.
+    """For each prompt the probability of each label: the product, over the label's tokens and the end token, of the
+    probability renormalized over the tokens that continue a label there.
 
-    A prompt is read once; after that only beginnings that several labels have in common are read, `batch_size` at a
-    time.
+    A prompt is read once; after it only prefixes that several labels share are read, `batch_size` at a time.
     """
     found: dict[int, dict[str, float]] = {}
     for chosen in by_length(prompts, max(1, batch_size // tree.width)):
@@ -87,7 +105,7 @@ def label_probabilities(
 def _at_forks(
     model: M6, prompts: list[Sequence], tree: LabelTree, batch_size: int
 ) -> dict[tuple[Prefix, int], torch.Tensor]:
-    """The log-probabilities fp64 [B] of every token that may follow a fork."""
+    """Log-probabilities fp64 [B] of every token that can follow a fork, by (fork, token)."""
     found: dict[tuple[Prefix, int], torch.Tensor] = {}
     if not tree.forks:
         return found
@@ -99,7 +117,7 @@ def _at_forks(
         below.setdefault(prefix[:-1], []).append(prefix)
 
     def read(hidden: torch.Tensor, cache: KVCache, prefixes: list[Prefix]) -> None:
-        """Row b * len(prefixes) + n of the cache holds prompt b with the n-th of these prefixes."""
+        """Row b * len(prefixes) + n of the cache holds prompt b followed by prefix n."""
         hidden_BND = hidden.view(count, len(prefixes), -1)
         for number, prefix in enumerate(prefixes):
             if tokens := tree.forks.get(prefix):
@@ -116,3 +134,55 @@ def _at_forks(
 
     read(*prefill(model, pad(prompts, pad_id=0, even=True).to(device), longest + depth), [()])
     return found
+
+
+@torch.inference_mode()
+def target_losses(
+    model: M6, processor: Processor, task: Task, records: Items[Record], batch_size: int = BATCH_SIZE,
+    truncate: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Negative log-probability of the outputs of each record given its inputs, fp64 [N], and their numbers of tokens,
+    int64 [N]; of several references the first is measured. `truncate`: see tasks.encode.encode."""
+    sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
+    for start in range(0, len(records), batch_size):
+        some = records[start : start + batch_size]
+        batch = pad(
+            [encode_example(task, record, processor, truncate=truncate or "end") for record in some],
+            processor.tokenizer.pad_id,
+        )
+        total, trained = model(batch.to(model.embed.weight.device)).by_example(len(some))
+        sums.append(total.cpu())
+        counts.append(trained.cpu())
+    return torch.cat(sums), torch.cat(counts)
+
+
+def _options(context: Context, task: Task, request: Request) -> Decoding:
+    LabelTree(task, context.processor)  # refuses a task without a closed set
+    return text_options(context, task, request)
+
+
+def _kv_shape(context: Context, task: Task, item: Prepared) -> tuple[int, int]:
+    tree = LabelTree(task, context.processor)
+    positions = len(item.prompt) + max(item.options.max_new_tokens, len(tree.levels))
+    check_room(context.model, positions, 0)
+    return tree.cache_rows(BATCH_SIZE), positions
+
+
+def _steps(context: Context, task: Task, items: list[Prepared], batch_size: int) -> Steps[list[Any]]:
+    """The generated labels, then the probabilities, which cost the label prefixes that are read."""
+    generated = yield from text_steps(context, task, items, batch_size)
+    tree = LabelTree(task, context.processor)
+    found = label_probabilities(context.model, [item.prompt for item in items], tree, batch_size)
+    yield [tree.cost] * len(items)
+    return list(zip(generated, found, strict=True))
+
+
+def _read(context: Context, task: Task, raw: Any) -> Answer:
+    answer = read_text(context, task, raw[0])
+    return Answer({"value": answer.value, "probabilities": raw[1]}, answer.finished)
+
+
+LABEL_PROBABILITIES = Mode(
+    "probabilities", "text", applies=lambda task, request: request.probabilities, options=_options, steps=_steps,
+    read=_read, kv_shape=_kv_shape,
+)  # fmt: skip

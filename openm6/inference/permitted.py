@@ -1,4 +1,4 @@
-"""What may be written next, in every way of decoding: repetitions are penalized or banned, constraints kept."""
+"""The tokens that are permitted next, in every way of decoding: constraints, and penalties for repetitions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 def permitted(
     logits: Tensor, prompts: Items[Sequence], prefixes: Items[list[int]], decodings: Items[Decoding], end_id: int
 ) -> Tensor:
-    """Logits fp32 [B, V], changed in place: row b follows `prefixes[b]`, written after `prompts[b]`.
+    """Penalize repetitions and mask forbidden tokens in logits fp32 [B, V], in place. Row b follows `prefixes[b]`,
+    which was generated after `prompts[b]`.
 
-    Tokens already written are penalized first (CTRL, Keskar et al. 2019, arXiv 1909.05858, section 4.1: positive logits
-    divided, negative ones multiplied), then what the constraint forbids and what would repeat an n-gram gets -inf.
-    Where the constraint leaves nothing else, an n-gram is repeated.
+    Tokens that the prefix has are penalized first (CTRL, Keskar et al. 2019, arXiv 1909.05858, section 4.1: positive
+    logits divided, negative ones multiplied); then tokens that the constraint forbids, and those that would repeat an
+    n-gram, get -inf. Where the constraint leaves nothing else, an n-gram is repeated.
     """
     for row, (written, one) in enumerate(zip(prefixes, decodings, strict=True)):
         if written and one.repetition_penalty != 1:
@@ -40,19 +41,19 @@ def permitted(
 
 
 def repeating_tokens(written: Items[int], size: int) -> list[int]:
-    """The tokens that would end an n-gram of this size that has been written already."""
+    """The tokens that would complete an n-gram of this size that `written` already has."""
     last = list(written[len(written) - size + 1 :]) if size > 1 else []
     starts = range(len(written) - size + 1)
     return sorted({written[n + size - 1] for n in starts if list(written[n : n + size - 1]) == last})
 
 
 def constrain(logits: Tensor, allowed: list[Items[int] | None]) -> Tensor:
-    """Logits [B, V] with everything but the allowed ids of each row at -inf, in place; None allows all, Banned all but
-    those, whose probability may go to another id."""
+    """Set logits [B, V] to -inf in place, except at the allowed ids of each row. None allows all ids; Banned allows all
+    others, and may move the probability of a banned id to another one."""
     for row, ids in enumerate(allowed):
         for banned, other in ids.instead.items() if isinstance(ids, Banned) else ():
             logits[row, other] = torch.logaddexp(logits[row, other], logits[row, banned])
-    alike: dict[int, list[int]] = {}  # most rows have the very same ids, and are masked at once
+    alike: dict[int, list[int]] = {}  # most rows share one tuple of ids, and are masked at once
     for row, ids in enumerate(allowed):
         if ids is not None:
             alike.setdefault(id(ids), []).append(row)

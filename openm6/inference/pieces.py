@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Streaming of text: tokens to pieces of text, and stop strings."""
 
 from __future__ import annotations
 
@@ -8,37 +8,32 @@ from openm6.core.tokenizer import Tokenizer
 
 
 class Pieces:
-    """Text in pieces, token by token: `add` gives what has become certain, `rest` what is left at the end.
+    """Decodes text token by token: `add` returns the text that has become certain, `rest` the remainder at the end.
 
-    A character can be several tokens, and comes with the last of them.
+    A character of several tokens comes with the last of them.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.ids: list[int] = []
-        self._start = self._told = 0  # the last piece is of the tokens between; what is behind it is read beside it
+        self._start = self._stop = 0  # tokens of the last piece, which are decoded again as context of the next one
 
     def add(self, token: int) -> str:
         self.ids.append(token)
-        return "" if self._tokenizer.begun(self.ids) else self._tell(self._new())
+        return "" if self._tokenizer.begun(self.ids) else self.rest()
 
     def rest(self) -> str:
-        return self._tell(self._new())
-
-    def _new(self) -> str:
-        before = self._tokenizer.decode(self.ids[self._start : self._told])
-        return self._tokenizer.decode(self.ids[self._start :])[len(before) :]
-
-    def _tell(self, piece: str) -> str:
-        self._start, self._told = self._told, len(self.ids)
+        context = self._tokenizer.decode(self.ids[self._start : self._stop])
+        piece = self._tokenizer.decode(self.ids[self._start :])[len(context) :]
+        self._start, self._stop = self._stop, len(self.ids)
         return piece
 
 
 class StopFilter:
-    """Pieces of a text up to its first stop string.
+    """Passes the pieces of a text up to its first stop string.
 
-    `add` gives the part of the text that is certain to stand before a stop: a possible beginning of a stop is held back
-    until the next pieces decide. Once `is_stopped`, nothing follows. `rest` gives what is held back at the end.
+    `add` returns the text that certainly precedes a stop string: a possible beginning of one is held back until later
+    pieces decide. Once `is_stopped`, it returns nothing. `rest` returns the text that is held back at the end.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -61,11 +56,11 @@ class StopFilter:
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stop strings in it; all of it where there is none."""
+    """The text before its first stop string; the whole text if it has none."""
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def _begun(text: str, stop: str) -> int:
-    """Characters at the end of the text with which the stop string begins, at most all but its last one."""
+    """Number of characters at the end of the text that begin the stop string, at most all but its last."""
     most = min(len(stop) - 1, len(text))
     return next((count for count in range(most, 0, -1) if text.endswith(stop[:count])), 0)

@@ -1,36 +1,32 @@
-"""Session: a model directory (directory.py) and what one does with it."""
+"""Session: a model directory (weights/directory.py) in use."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence as Items
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from numbers import Real
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from openm6.core.batch import pad
 from openm6.core.candidates import Candidate
-from openm6.core.errors import DataError, UsageError, cut, suggest
-from openm6.core.images import UNCERTAIN, check_features
-from openm6.core.sequence import Sequence
-from openm6.inference import Decoding, Generated, generate, stream
-from openm6.inference.decoding import check_room
-from openm6.inference.ends import head_answers, vectors
-from openm6.inference.labels import LabelTree, label_probabilities
+from openm6.core.errors import UsageError, cut, suggest
+from openm6.core.images import check_features
+from openm6.core.sequence import Sequence, SketchTarget, TextTarget
+from openm6.inference import labels, rank
+from openm6.inference.decoding import Generated, check_room
 from openm6.inference.many import answer_groups
-from openm6.inference.pieces import Pieces
-from openm6.inference.rank import KEPT, TRUNCATE, draw_many, drawing_task, in_passes, relevance_by_slot
-from openm6.inference.refine import refine
-from openm6.inference.steps import each_inside
+from openm6.inference.modes import mode_of
+from openm6.inference.request import BATCH_SIZE, Prepared, Record, Request
+from openm6.inference.steps import finish
 from openm6.model import M6
 from openm6.model.files import save_network
 from openm6.model.precision import fast_dtype
 from openm6.tasks.constraints import Limits
+from openm6.tasks.encode import encode_prompt
 from openm6.tasks.forms import characters
 from openm6.tasks.lengths import check_truncate
 from openm6.tasks.library import get as get_task
@@ -39,8 +35,6 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.weights.directory import Adapters, describe, open_directory
 
-Record = Mapping[str, Any]
-
 _log = logging.getLogger(__name__)
 _UNTRAINED = "The model was never trained on the task %s: its answers to it mean nothing. It was trained on: %s."
 
@@ -48,12 +42,6 @@ _CUT = (
     "%s is longer than the model takes (%d positions): %d positions at the beginning of its longest text are left out. "
     "Further records of the task %s are truncated without a message."
 )
-
-SHOTS = "_shots"
-"""In a record: other records with their answers, examples of what is asked for."""
-
-LIMITS = "_limits"
-"""In a record: what its answer must not say, a Limits (tasks/constraints.py)."""
 
 
 class Session:
@@ -72,7 +60,7 @@ class Session:
         self.tasks = {task.name: task for task in tasks}
         self.path = path
         self._adapters, self.active_adapter = adapters, ""
-        self._checked: set[tuple[str, ...]] = set()  # what was warned of, shared by all views
+        self._warned: set[tuple[str, ...]] = set()  # shared by all views
 
     # Files
 
@@ -84,13 +72,14 @@ class Session:
         trainable: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> Session:
-        """Open a model directory, on the GPU when there is one. An adapter's comes with the model beneath it.
+        """Open a model directory, by default on the GPU when there is one. The directory of an adapter is opened with
+        its base model.
 
-        `adapters`, by names of your own: directories of adapters of this model, of which each request takes one or none
-        (see `adapter`).
+        `adapters`: directories of adapters of this model by names of the caller's choice; each request takes one or
+        none (see `adapter`).
 
-        For answering, weights are bf16 on a GPU and laid out for its kernels on a CPU; a `trainable` model
-        keeps fp32 weights and runs its products under autocast. On the device "meta" it has shapes, and no weights yet.
+        For inference, weights are bf16 on a GPU and packed for its kernels on a CPU; a `trainable` model
+        keeps fp32 weights and computes products under autocast. On the device "meta" it has shapes, and no weights yet.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         opened = open_directory(Path(path), device, trainable, adapters or {})
@@ -102,14 +91,14 @@ class Session:
         save_network(self.model, Path(path), max_shard_size)
 
     def describe(self, path: Path, adapter: Any = None) -> None:
-        """Write all of a model directory but the weights (see directory.describe)."""
+        """Write all files of a model directory except the weights (see directory.describe)."""
         describe(path, self.model, self.processor, self.tasks.values(), adapter)
 
     # Use
 
     def adapter(self, name: str | None) -> Session:
-        """This model as one of its adapters changes it, or without any (None); the weights are shared, and nothing is
-        loaded: `m6.adapter("copy").run("slogan", ...)`. Of all views of a model one at a time may work."""
+        """A view of this model with one of its adapters, or with none (None); it shares the weights and loads nothing:
+        `m6.adapter("copy").run("slogan", ...)`. The views of a model cannot be used at the same time."""
         known = self._adapters.tasks if self._adapters else {}
         if name is not None and name not in known:
             there = f"It has: {', '.join(known)}." if known else "It was opened without any (adapters={...})."
@@ -118,12 +107,12 @@ class Session:
             )
         tasks = [*self.tasks.values(), *(known[name] if name else [])]
         view = Session(self.model, self.processor, tasks, self.path, self._adapters)
-        view.active_adapter, view._checked = name or "", self._checked
+        view.active_adapter, view._warned = name or "", self._warned
         return view
 
     @property
     def adapters(self) -> list[str]:
-        """Names of those that were opened with the model."""
+        """Names of the adapters that were opened with the model."""
         return list(self._adapters.tasks) if self._adapters else []
 
     def task(self, name: str | Task) -> Task:
@@ -136,6 +125,11 @@ class Session:
         """Whether one of the model's own tasks has this task's instruction."""
         return any(task.instructions[0] in own.instructions for own in self.tasks.values())
 
+    @property
+    def codec(self) -> PictureCodec:
+        """The image codec. Raises UsageError for a model that does not draw."""
+        return rank.codec_of(self.processor)
+
     def run(
         self,
         task: str | Task,
@@ -146,19 +140,19 @@ class Session:
         truncate: str | None = None,
         **slots: Any,
     ) -> Any:
-        """One answer. `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
+        """One answer: `m6.run("vqa", photo="a.jpg", question="图中的商品是什么颜色?")`.
 
-        A task with one output gives its value, a task with several a dict. `decoding` overrides the task's own options
-        (see Decoding). `examples`: records with answers, to be told what is asked for (data.*.shots in training).
-        `limits`: what the text must not say, and how long it may be.
+        The value of a task with one output, a dict for a task with several. `decoding` overrides the task's own options
+        (see Decoding). `examples`: records with answers, which show what is asked for (data.*.shots in training).
+        `limits`: words that the text must not contain, and its length.
 
-        A prompt that is longer than the model takes raises ContextLengthError. With `truncate="start"` its longest text
-        loses its beginning instead, with a warning; other texts, the instruction, tables and pictures lose nothing.
+        A prompt that exceeds the context raises ContextLengthError. With `truncate="start"` its longest text loses its
+        beginning instead, with a warning; other texts, the instruction, tables and pictures lose nothing.
         """
         task = self.task(task)
         task.check(slots)
-        record = {**slots, SHOTS: examples, LIMITS: limits}
-        return next(iter(self.run_many(task, [record], decoding=decoding, truncate=truncate)))
+        request = Request(slots, examples, limits, truncate=truncate)
+        return next(self.run_many(task, [request], decoding=decoding))
 
     def draw(
         self,
@@ -170,205 +164,206 @@ class Session:
         truncate: str | None = None,
         **slots: Any,
     ) -> list[Candidate]:
-        """Candidates for one wish, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
+        """Candidates for one request, the best first: `m6.draw("text_to_image", candidates=8, caption="红裙子")`.
 
-        Without `decoding["seed"]` a fresh seed is drawn; each Candidate has its own, which draws it again alone.
-        `kept`, int [side * side]: codes that are given; -1 is drawn, in passes, so that it sees what is kept behind it.
+        Without `decoding["seed"]` a fresh seed is drawn. Each Candidate has a seed of its own, which draws it again
+        alone. `kept`, int [side * side]: given codes; -1 is drawn, in passes, so that it attends to all given codes.
         `truncate`: see `run`.
         """
-        task = drawing_task(self, task)
+        task = self.task(task)
+        task.check_draws()
         task.check(slots)
-        if kept is not None:
-            decoding = in_passes(task, decoding)
-        records = [{**slots, KEPT: kept, TRUNCATE: truncate}]
-        return next(self.draw_many(task, records, candidates=candidates, decoding=decoding))  # type: ignore[no-any-return]
+        request = Request(slots, kept_codes=kept, truncate=truncate)
+        return next(self.draw_many(task, [request], candidates=candidates, decoding=decoding))  # type: ignore[no-any-return]
 
     def run_many(
         self,
         task: str | Task,
-        records: Iterable[Record],
+        records: Iterable[Record | Request],
         *,
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         decoding: Mapping[str, Any] | None = None,
         on_error: str = "raise",
         truncate: str | None = None,
     ) -> Iterator[Any]:
-        """Answers to many records, in their order; read and answered `batch_size` x 4 at a time.
+        """Answers to many records, in their order, read and answered in groups; a Request has options of its own.
 
-        A record's random numbers are those of its number in the call, whatever `batch_size` is. A record that cannot be
+        A record's random numbers depend on its index in the call, and not on `batch_size`. A record that cannot be
         used raises its DataError, or with `on_error="return"` has it in its answer's place; a ContextLengthError is one
         (`truncate`: see `run`).
         """
-        task, records = self.task(task), _truncating(records, truncate)
-        if task.draws:
-            drawn = self.draw_many(task, records, batch_size=batch_size, decoding=decoding, on_error=on_error)
-            yield from (best if isinstance(best, DataError) else best[0].image for best in drawn)
-            return
-        if task.embeds:
-            dims = (decoding or {}).get("dims")
-            yield from self.vectors(task, records, batch_size=batch_size, dims=dims, on_error=on_error)
-            return
+        call = Request({}, decoding=decoding or {}, truncate=truncate)
+        yield from self._answers(self.task(task), records, call, batch_size, on_error, single=True)
 
-        def answer(prompts: list[Sequence], numbers: list[int]) -> list[Any]:
-            if task.head:
-                with self.precision():
-                    return head_answers(self.model, prompts, self.processor.tokenizer.pad_id, task.head, batch_size)
-            return [self.read(task, one) for one in self.generate(task, prompts, batch_size, decoding, numbers)]
-
-        prepare = partial(self.prompt, task, decoding=decoding)
-        yield from answer_groups(records, batch_size * 4, prepare, answer, on_error)
-
-    def label_probabilities(
-        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, on_error: str = "raise",
+    def draw_many(
+        self, task: str | Task, records: Iterable[Record | Request], *, candidates: int = 1,
+        batch_size: int = BATCH_SIZE, decoding: Mapping[str, Any] | None = None, on_error: str = "raise",
         truncate: str | None = None,
-    ) -> Iterator[dict[str, float]]:  # fmt: skip
-        """The probability of each label, for records of a task whose one output is a label of a closed set: over the
-        label's tokens, among those that the labels allow, so that they sum to 1. The rest: see `run_many`."""
+    ) -> Iterator[Any]:  # fmt: skip
+        """For each record a list of `candidates` pictures, the best by the model's own estimates first.
+
+        `decoding` overrides the task's options (see Drawing); without a seed a fresh one is drawn. Each picture has a
+        seed of its own: the call's for the first picture, and the numbers that follow it for the others. A warning is
+        logged once a task where the best picture is uncertain. `on_error`, `truncate`: see `run_many`.
+        """
         task = self.task(task)
-        tree = LabelTree(task, self.processor)
-
-        def answer(prompts: list[Sequence], numbers: list[int]) -> list[dict[str, float]]:
-            with self.precision():
-                return label_probabilities(self.model, prompts, tree, batch_size)
-
-        prepare = partial(self.prompt, task, decoding={"max_new_tokens": len(tree.levels)})
-        yield from answer_groups(_truncating(records, truncate), batch_size * 4, prepare, answer, on_error)
+        task.check_draws()
+        call = Request({}, decoding=decoding or {}, truncate=truncate, candidates=candidates)
+        yield from self._answers(task, records, call, batch_size, on_error)
 
     def vectors(
-        self, task: str | Task, records: Iterable[Record], *, batch_size: int = 64, dims: int | None = None,
-        on_error: str = "raise", truncate: str | None = None,
+        self, task: str | Task, records: Iterable[Record | Request], *, batch_size: int = BATCH_SIZE,
+        dims: int | None = None, on_error: str = "raise", truncate: str | None = None,
     ) -> Iterator[np.ndarray]:  # fmt: skip
-        """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (all numbers by
-        default). `on_error`, `truncate`: see `run_many`."""
+        """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (by default it
+        has all dimensions). `on_error`, `truncate`: see `run_many`."""
         task = self.task(task)
         if not task.embeds:
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
-        dims = check_dims(self.model, dims)
+        call = Request({}, decoding={"dims": dims}, truncate=truncate)
+        yield from self._answers(task, records, call, batch_size, on_error)
 
-        def answer(prompts: list[Sequence], numbers: list[int]) -> np.ndarray:
+    def _answers(
+        self, task: Task, records: Iterable[Record | Request], call: Request, batch_size: int, on_error: str,
+        single: bool = False,
+    ) -> Iterator[Any]:  # fmt: skip
+        """The values of all records; `single`: as `run` returns them. `call` has the options of all records."""
+        mode = mode_of(task, call)
+        options = mode.options(self, task, call)
+
+        def prepare(record: Record | Request, number: int) -> Prepared:
+            if not isinstance(record, Request):
+                return mode.prepare(self, task, replace(call, record=record), number, options)
+            request = replace(Request.of(record, call.decoding, call.truncate), candidates=call.candidates)
+            return self.prepare(task, request, number)
+
+        def answer(items: list[Prepared]) -> list[Any]:
+            alike: dict[Hashable, list[Prepared]] = {}
+            for item in items:
+                alike.setdefault(item.batch_key, []).append(item)
+            values: dict[int, Any] = {}
+            for some in alike.values():
+                mode = some[0].mode
+                with self.precision():
+                    results = finish(mode.steps(self, task, some, batch_size))
+                for item, result in zip(some, results, strict=True):
+                    found = mode.read(self, task, result)
+                    if found.warning and self._is_first("uncertain", task):
+                        _log.warning(found.warning)
+                    values[item.number] = mode.single(found.value) if single else found.value
+            return [values[item.number] for item in items]
+
+        yield from answer_groups(records, mode.group_size(batch_size, call.candidates), prepare, answer, on_error)
+
+    def label_probabilities(
+        self, task: str | Task, records: Iterable[Record | Request], *, batch_size: int = BATCH_SIZE,
+        on_error: str = "raise", truncate: str | None = None,
+    ) -> Iterator[dict[str, float]]:  # fmt: skip
+        """The probability of each label, for records of a task whose only output is a label of a closed set: over the
+        label's tokens, among the tokens that continue a label, so that they sum to 1. The rest: see `run_many`."""
+        task = self.task(task)
+        tree = labels.LabelTree(task, self.processor)
+
+        def prepare(record: Record | Request, number: int) -> Sequence:
+            prompt = self.prompt(task, Request.of(record, truncate=truncate))
+            check_room(self.model, len(prompt), len(tree.levels))
+            return prompt
+
+        def answer(prompts: list[Sequence]) -> list[dict[str, float]]:
             with self.precision():
-                return vectors(self.model, prompts, self.processor.tokenizer.pad_id, dims, batch_size)
+                return labels.label_probabilities(self.model, prompts, tree, batch_size)
 
-        records = _truncating(records, truncate)
-        yield from answer_groups(records, batch_size * 4, partial(self.prompt, task), answer, on_error)
+        yield from answer_groups(records, batch_size * 4, prepare, answer, on_error)
 
     def stream(
         self, task: str | Task, *, decoding: Mapping[str, Any] | None = None, truncate: str | None = None, **slots: Any
     ) -> Iterator[str]:
-        """One text answer in pieces, as it is written. `truncate`: see `run`."""
-        task, record = self.task(task), {**slots, TRUNCATE: truncate}
-        if task.draws:
-            raise UsageError(f"The task {task.name} draws a picture, which does not come in pieces: run it.")
-        if task.sketch:  # all of it is decided at once
-            yield str(next(iter(self.run_many(task, [record], decoding=decoding))))
-            return
-        if task.silent:
-            raise UsageError(f"The task {task.name} gives numbers, which do not come in pieces: run it.")
-        options = Decoding.of(**{**task.decode, **(decoding or {})})
-        pieces = Pieces(self.processor.tokenizer)
-        tokens = stream(self.model, self.prompt(task, record, decoding), self.processor.tokenizer.end_id, options)
-        for token in each_inside(self.precision, tokens):
-            if piece := pieces.add(token):
-                yield piece
-        if piece := pieces.rest():
-            yield piece
+        """One text answer in pieces, as it is generated. `truncate`: see `run`."""
+        task = self.task(task)
+        item = self.prepare(task, Request(slots, decoding=decoding or {}, truncate=truncate))
+        if item.mode.stream is not None:
+            yield from item.mode.stream(self, task, item)
+        elif item.mode.result == "text":
+            yield str(next(self.run_many(task, [item.request])))
+        else:
+            raise UsageError(f"A {item.mode.result} does not come in pieces: run the task {task.name}.")
 
-    def draw_many(
-        self, task: str | Task, records: Iterable[Record], *, candidates: int = 1, batch_size: int = 64,
-        decoding: Mapping[str, Any] | None = None, on_error: str = "raise", truncate: str | None = None,
-    ) -> Iterator[Any]:  # fmt: skip
-        """For each record `candidates` pictures, the best first: see `rank.draw_many`. `truncate`: see `run`. Of
-        each task one warning is logged where the best picture is uncertain."""
-        task, records = self.task(task), _truncating(records, truncate)
-        options: dict[str, Any] = {"candidates": candidates, "batch_size": batch_size, "on_error": on_error}
-        for drawn in draw_many(self, task, records, decoding=decoding, **options):
-            if not isinstance(drawn, DataError) and drawn[0].uncertain and self._is_first("uncertain", task):
-                _log.warning(UNCERTAIN)
-            yield drawn
+    def relevance_by_slot(
+        self, task: str | Task, drawn: list[Candidate], *, truncate: str | None = None, **slots: Any
+    ) -> dict[str, list[float]]:
+        """The relevance of pictures to each given droppable slot alone, as log-odds by slot: see
+        `rank.relevance_by_slot`. `truncate`: see `run`."""
+        task = self.task(task)
+        task.check_draws()
+        return rank.relevance_by_slot(self, task, drawn, Request(slots, truncate=truncate))
 
-    def relevance_by_slot(self, task: str | Task, drawn: list[Candidate], **slots: Any) -> dict[str, list[float]]:
-        """How well pictures follow each given slot by itself: see `rank.relevance_by_slot`."""
-        return relevance_by_slot(self, task, drawn, **slots)
-
-    @torch.inference_mode()
     def target_losses(
-        self, task: str | Task, records: Items[Record], batch_size: int = 64, truncate: str | None = None
+        self, task: str | Task, records: Items[Record], batch_size: int = BATCH_SIZE, truncate: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Negative log-probability of the outputs that records have, given their inputs, fp64 [N], and of how many
-        tokens, int64 [N]; of several references the first one's. `truncate`: see tasks.encode.encode."""
-        task, pad_id = self.task(task), self.processor.tokenizer.pad_id
-        sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
-        for start in range(0, len(records), batch_size):
-            some = records[start : start + batch_size]
-            batch = pad([task.encode(record, self.processor, truncate=truncate) for record in some], pad_id)
-            with self.precision():
-                out = self.model(batch.to(self.model.embed.weight.device))
-            total, trained = out.by_example(len(some))
-            sums.append(total.cpu())
-            counts.append(trained.cpu())
-        return torch.cat(sums), torch.cat(counts)
+        """Negative log-probability of the outputs of each record given its inputs, fp64 [N], and their numbers of
+        tokens, int64 [N]; of several references the first is measured. `truncate`: see tasks.encode.encode."""
+        with self.precision():
+            return labels.target_losses(self.model, self.processor, self.task(task), records, batch_size, truncate)
 
-    @property
-    def codec(self) -> PictureCodec:
-        """Of a model that draws; of another a UsageError."""
-        if self.processor.codec is None:
-            raise UsageError("This model does not draw: it has no image codec (model.codec in its recipe).")
-        return self.processor.codec
+    # Parts of an answer
 
-    def prompt(self, task: Task, record: Record, decoding: Mapping[str, Any] | None = None) -> Sequence:
-        """The Sequence from which a record is answered. Of each task one warning is logged where the model was never
-        trained on it, and one where a record was truncated. Raises ContextLengthError for what the model has no
-        positions for, the answer's (by `decoding`, or the task's own options) included where positions are learned.
-        """
+    def prepare(self, task: Task, request: Record | Request, number: int = 0) -> Prepared:
+        """A request as the network takes it, with its options checked and its prompt encoded (see Mode.prepare).
+        `number`: index of the request in its call, which selects its random numbers."""
+        request = Request.of(request)
+        return mode_of(task, request).prepare(self, task, request, number)
+
+    def prompt(self, task: Task, request: Record | Request) -> Sequence:
+        """The Sequence after which the answer begins. A warning is logged once a task where the model was never trained
+        on it, and where a record was truncated. Raises ContextLengthError for a prompt that exceeds the context."""
         if self._is_first("task", task) and not self.is_trained_on(task):
             _log.warning(_UNTRAINED, task.name, ", ".join(self.tasks) or "none")
-        shots, truncate = record.get(SHOTS, ()), record.get(TRUNCATE)
+        request = Request.of(request)
+        record, truncate = request.record, request.truncate
         check_truncate(truncate)
-        prompt = task.encode(record, self.processor, with_target=False, shots=shots, truncate=truncate)
-        if self.model.place is not None and not (task.draws or task.silent):
-            options = Decoding.of(**{**task.decode, **(decoding or {})})
-            check_room(self.model, len(prompt), options.max_new_tokens)
+        prompt = encode_prompt(task, record, self.processor, shots=request.examples, truncate=truncate)
         if prompt.cut and self._is_first("cut", task):
             _log.warning(_CUT, record.get("_where", "A record"), self.processor.max_length, prompt.cut, task.name)
         for picture in prompt.pictures:
             check_features(picture.pixels, self.model.config.hidden_size)
-        if record.get(LIMITS) is not None:
-            if prompt.constraint is not characters(self.processor.tokenizer) or prompt.sketch is not None:
+        if request.limits is not None:
+            if prompt.constraint is not characters(self.processor.tokenizer) or isinstance(prompt.target, SketchTarget):
                 raise UsageError(f"The task {task.name} has a form of its own: it takes no limits beside.")
-            prompt.constraint = record[LIMITS]
+            prompt.target = TextTarget(request.limits)
         return prompt
 
     def _is_first(self, what: str, task: Task) -> bool:
         """Whether the warning `what` is due for the task for the first time, with the active adapter."""
         key = (what, self.active_adapter, task.name)
-        is_first = key not in self._checked
-        self._checked.add(key)
+        is_first = key not in self._warned
+        self._warned.add(key)
         return is_first
 
     def generate(
         self,
         task: Task,
         prompts: list[Sequence],
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         decoding: Mapping[str, Any] | None = None,
         numbers: Items[int] | None = None,
     ) -> list[Generated]:
-        """Decode prompts of one task with its defaults and this model's precision. `numbers`: of the prompts, for
-        their random numbers (0, 1, ... by default)."""
-        options = Decoding.of(**{**task.decode, **(decoding or {})})
-        if task.sketch:
-            with self.precision():
-                return refine(self.model, prompts, self.processor.tokenizer, options.max_new_tokens, batch_size)
+        """Generated texts after prompts of one task, by its own options overridden by `decoding`, in this model's
+        precision. `numbers` select the prompts' random numbers (0, 1, ... by default)."""
+        request = Request({}, decoding=decoding or {})
+        mode = mode_of(task, request)
+        options = mode.options(self, task, request)
+        numbered = zip(prompts, range(len(prompts)) if numbers is None else numbers, strict=True)
+        items = [Prepared(mode, request, prompt, options, number) for prompt, number in numbered]
         with self.precision():
-            return generate(self.model, prompts, self.processor.tokenizer.end_id, options, batch_size, numbers)
+            return finish(mode.steps(self, task, items, batch_size)) if items else []
 
     def read(self, task: Task, generated: Generated) -> Any:
         """The value of a task's one output, or the dict of its outputs."""
         return task.value(generated.ids, self.processor)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """bf16 products for a model with fp32 weights, where the machine has units for them; else nothing. Everything
-        that asks the network does so inside."""
+        """The context in which the network computes: bf16 autocast for fp32 weights on a machine with bf16 units, else
+        nothing. It also activates the view's adapter."""
         if self._adapters:
             self._adapters.active.name = self.active_adapter or None
         model = self.model
@@ -377,19 +372,3 @@ class Session:
         if fp32 and fast_dtype(kind) == torch.bfloat16:
             return torch.autocast(kind, torch.bfloat16)
         return nullcontext()
-
-
-def _truncating(records: Iterable[Record], truncate: str | None) -> Iterable[Record]:
-    return records if truncate is None else ({**record, TRUNCATE: truncate} for record in records)
-
-
-def check_dims(model: M6, dims: Any) -> int | None:
-    """To how many numbers vectors are cut; None: they are not. Raises UsageError where they cannot be."""
-    if dims is None:
-        return None
-    is_number = isinstance(dims, Real)
-    if not is_number or not 1 <= dims <= model.config.hidden_size or dims != dims // 1:
-        raise UsageError(
-            f"dims is {dims}; vectors of this model have 1 to {model.config.hidden_size} numbers.", param="dims"
-        )
-    return int(dims)

@@ -1,10 +1,10 @@
-"""Adapters: a network whose own weights stay, and small ones beside them that are trained.
+"""Adapters: small trained weights beside the frozen weights of a base network.
 
     adapter_config.json, adapter_model.safetensors     LoRA and IA3 as PEFT writes and reads them
 
     lora         B A x beside the product of a linear layer (of the experts' weights too, where asked for); B starts at
-                 zero, so that an adapted network starts as the one beneath; whole rows of the embedding and the output
-                 matrix for tokens that the network beneath has not met
+                 zero, so that an adapted network starts as its base; whole rows of the embedding and the output
+                 matrix for tokens that the base has not seen
     ia3          products times learned vectors that start at one
     bottleneck   narrow networks behind what writes into the stream; they start at zero
     prompt       vectors of their own for some positions before every example; prefix: before each layer
@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from openm6.core.bases import CONFIG, read_adapter_config
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.model.changed import ONLY, Active, Bottleneck, Changed, ChangedRows, Low, Prompt, Rows, Scaled
+from openm6.model.roles import Role
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
@@ -49,15 +51,15 @@ _ALONE = (
     "use_dora", "modules_to_save", "target_parameters", "bias", "lora_bias", "use_qalora",
     "alora_invocation_tokens", "layer_replication", "arrow_config", "use_bdlora", "kasa_config",
 )  # fmt: skip
-"""Of PEFT's configuration, what changes a network by more than B A beside linear layers."""
+"""Keys of PEFT's configuration that change a network by more than B A beside linear layers."""
 _HEAD = ("norm.weight", "norm.bias", "head.weight")
 _PREFIX = "base_model.model."
-"""What PEFT puts before a network's names in its files."""
+"""Prefix of a network's names in PEFT's files."""
 
 
 @dataclass(frozen=True)
 class OwnConfig:
-    """Of an adapter that PEFT has no form of."""
+    """The configuration of an adapter that PEFT does not have."""
 
     method: str
     base_model_name_or_path: str
@@ -102,12 +104,12 @@ def adapter_config(
 
 
 def prompt_length(config: Any) -> int:
-    """Positions that an adapter puts before every example."""
+    """Number of positions that an adapter adds before every example."""
     return config.length if isinstance(config, OwnConfig) else 0
 
 
 def add_adapter(model: M6, config: Any) -> None:
-    """Put an adapter into a network in place. Only its own weights are trained; they are still to be filled."""
+    """Add an adapter to a network in place. Its weights alone are trainable, and still to be filled."""
     if not isinstance(config, OwnConfig):
         from peft import inject_adapter_in_model
 
@@ -132,19 +134,20 @@ def add_adapter(model: M6, config: Any) -> None:
 
 
 def untie(model: M6) -> None:
-    """Give a network an output matrix of its own, still to be filled."""
+    """Replace a tied output matrix by a separate one, still to be filled."""
     if model.head is None:
         model.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
         model.config.tie_word_embeddings = False
 
 
 def base_name(name: str) -> str | None:
-    """The name that a tensor of an adapted network has in the network beneath; None for the adapter's own."""
+    """The name of a tensor of an adapted network in its base; None for the adapter's own tensors."""
     return None if _NEW.search(name) else name.replace(_BASE, "").replace(_ROWS, "")
 
 
 def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
-    """Where a tensor of an adapter starts at rows of the network beneath: the name of that matrix, and the rows."""
+    """For a tensor of an adapter that starts as rows of a matrix of the base network: the matrix's name, and the
+    rows."""
     matrix, found, _ = name.partition(_ROWS)
     if not found or _NEW.search(name) is None:
         return None
@@ -152,14 +155,14 @@ def rows_beneath(model: M6, name: str) -> tuple[str, list[int]] | None:
     return f"{matrix}.weight", layer.token_indices[ONLY]
 
 
-def adapter_start(name: str, parameter: Tensor, std: float) -> tuple[float, float]:
-    """Mean and deviation that a weight of an adapter starts with: PEFT's rules, as normal distributions; the vectors of
-    a prompt with `std`, that of a token's."""
-    if ".lora_A." in name or name.endswith(".down.weight"):
-        return 0.0, 1 / math.sqrt(3 * parameter.shape[1])
-    if ".ia3_l" in name:
+def adapter_start(role: Role, shape: torch.Size, std: float) -> tuple[float, float]:
+    """Mean and standard deviation of an adapter's weight at the start: PEFT's rules, as normal distributions; the
+    vectors of a prompt have `std`, as token embeddings do."""
+    if role is Role.ADAPTER_INPUT and len(shape) > 1:
+        return 0.0, 1 / math.sqrt(3 * shape[1])
+    if role is Role.SCALE:
         return 1.0, 0.0
-    return 0.0, std if name.startswith("prompt.") else 0.0
+    return 0.0, std if role is Role.EMBEDDING else 0.0
 
 
 def stored_name(name: str) -> str:
@@ -193,7 +196,7 @@ def check_mergeable(path: Path) -> None:
 
 
 def merge_adapter(model: M6, path: Path) -> M6:
-    """The network with an adapter's change in its own weights, where it can be merged; else beside them."""
+    """The network with an adapter merged into its weights, or beside them where the method cannot be merged."""
     weights = stored_weights(path)
     if method_of(path) not in _PEFT:
         content = read_adapter_config(path)
@@ -232,12 +235,12 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _misfit(path: Path, reason: str) -> OpenM6Error:
-    return OpenM6Error(f"The adapter {path} does not fit the model beneath it, or is damaged: {reason}")
+    return OpenM6Error(f"The adapter {path} does not fit its base model, or is damaged: {reason}")
 
 
 def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
-    """Give a network the changes of several adapters, none of which is merged, before it is packed. The Active that
-    is returned says which one counts; at first none does.
+    """Add several adapters to a network, none merged, before it is packed. The returned Active selects one of them; at
+    first none is active.
 
     LoRA, IA3 and bottlenecks of linear layers; raises UsageError for others.
     """

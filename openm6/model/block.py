@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openm6.model.attention import Attention
 from openm6.model.config import ModelConfig
-from openm6.model.experts import Load, MixtureOfExperts
+from openm6.model.experts import MixtureOfExperts, RouterStatistics
 from openm6.model.feed_forward import FeedForward
 from openm6.model.norm import make_norm
 
@@ -23,11 +22,6 @@ class Block(nn.Module):
         sparse = layer in config.expert_layers()
         self.feed_forward = MixtureOfExperts(config) if sparse else FeedForward(config)
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Lay the weights out for decoding on a CPU."""
-        self.attention_norm = self.attention.pack(self.attention_norm, dtype)
-        self.feed_forward_norm = self.feed_forward.pack(self.feed_forward_norm, dtype)
-
     def forward(
         self,
         x_BTD: Tensor,
@@ -36,10 +30,10 @@ class Block(nn.Module):
         cache: Any = None,
         layer: int = 0,
         real_BT: Tensor | None = None,
-    ) -> tuple[Tensor, Load | None]:
+    ) -> tuple[Tensor, RouterStatistics | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache, layer)
         inner_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            y_BTD, load = self.feed_forward(inner_BTD, real_BT)
-            return x_BTD + y_BTD, load
+            y_BTD, statistics = self.feed_forward(inner_BTD, real_BT)
+            return x_BTD + y_BTD, statistics
         return x_BTD + self.feed_forward(inner_BTD), None

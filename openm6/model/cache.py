@@ -19,9 +19,12 @@ from torch import Tensor
 
 from openm6.core.batch import Batch, cells_of
 from openm6.core.errors import OpenM6Error
-from openm6.model.attention import additive, build_mask, build_prompt_mask, rotary_angles, row_mask
+from openm6.model import cpu
+from openm6.model.attention import rotary_angles
 from openm6.model.config import ModelConfig
+from openm6.model.cpu.attention import additive, build_prompt_mask, row_mask
 from openm6.model.m6 import M6
+from openm6.model.masks import build_mask
 from openm6.model.picture_mask import PictureMask
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
 
@@ -60,11 +63,11 @@ class KVCache:
         self.counts = self.lengths.tolist()
 
     def first(self, rows: int) -> KVCache:
-        """The first rows, which share their memory with this one's."""
+        """The first rows; they share memory with this cache."""
         return self if rows == len(self.counts) else self.part(slice(rows))
 
     def part(self, rows: slice) -> KVCache:
-        """Some rows, which share their memory with this one's."""
+        """Some of the rows; they share memory with this cache."""
         part = copy(self)
         part.keys, part.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         part.lengths, part.counts = self.lengths[rows], self.counts[rows]
@@ -75,15 +78,15 @@ class KVCache:
         return self.rope and (self.rope[0][0, positions], self.rope[1][0, positions])
 
     def grow(self) -> None:
-        """Every row is one position longer."""
+        """Count one more position in every row."""
         self.lengths = self.lengths + 1
         self.counts = [count + 1 for count in self.counts]
 
 
 @dataclass(slots=True)
 class View:
-    """The cache as the positions of one pass use it: `put(stored, new)` keeps the new keys or values of a layer,
-    [B, K, T, E], and returns those that the new positions see, [B, K, S, E]."""
+    """The cache during one pass: `put(stored, new)` keeps the new keys or values of a layer,
+    [B, K, T, E], and returns the ones that the new positions attend to, [B, K, S, E]."""
 
     cache: KVCache
     put: Callable[[Tensor, Tensor], Tensor]
@@ -93,7 +96,7 @@ class View:
 
 
 def _through_network(run: Callable[Concatenate[M6, P], R]) -> Callable[Concatenate[M6, P], R]:
-    """A pass as a call of the network's own: FSDP gathers the weights of a sharded network for the time of it."""
+    """A pass called through a method of the network, during which FSDP gathers the weights of a sharded network."""
 
     @wraps(run)
     def call(model: M6, *args: P.args, **options: P.kwargs) -> R:
@@ -114,7 +117,7 @@ def prefill(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache]:
 
 @_through_network
 def prefill_all(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache]:
-    """As `prefill`, with the hidden states at all positions, [B, T, D]."""
+    """`prefill` with the hidden states at all positions, [B, T, D]."""
     x_BTD = model.embed_batch(batch)
     dtype = model.product_dtype(x_BTD)
     cache = KVCache(model.config, (batch.segments > 0).sum(1), capacity, dtype)
@@ -124,10 +127,10 @@ def prefill_all(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache
         stored[:, :, :length] = new_BKTE[:, :, :length]
         return new_BKTE
 
-    if batch.ids.is_cuda:
-        mask = build_mask(batch.segments, batch.blocks, dtype)
+    if cpu.takes(batch.ids):
+        mask: Any = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
     else:
-        mask = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
+        mask = build_mask(batch.segments, batch.blocks, dtype)
     rope, real = rotary_angles(model.config, batch.positions, dtype), batch.segments > 0
     x_BTD, _ = model.backbone(x_BTD, rope, mask, View(cache, put), real, batch.positions)
     return x_BTD, cache
@@ -139,8 +142,8 @@ def step(
 ) -> Tensor:
     """One further (causal) position for every row of the cache; hidden states [B, D]. `reproducible`: see row_mask.
 
-    `code`: it is that one of the `codes` of a picture, row by row, and the codes before it stand last in the cache;
-    of a model with `picture_side` it then looks at those alone that the pattern keeps.
+    `code`: the position is this one of an image's `codes`, row by row, and the codes before it are the last ones in the
+    cache; in a model with `picture_side` it attends only to the codes of the pattern.
     """
     cell = None if code is None else cells_of(codes)[code].to(ids_B.device)
     if code is not None and model.config.picture_side:
@@ -204,7 +207,7 @@ def fill(model: M6, ids_BN: Tensor, cache: KVCache, codes: int, lengths_B: Tenso
     """N further positions of every row, which see the cache and, both ways, each other; hidden states [B, N, D].
     The first `codes` of them are those of a picture, row by row; only the first `lengths_B` of a row are seen.
 
-    The cache stays as it is: positions to be filled in (masked codes) can be asked again and again.
+    The cache is not changed: masked positions can be filled repeatedly.
     """
     rows, count = ids_BN.shape
     positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)

@@ -1,26 +1,27 @@
-"""Linear layers with the changes of adapters beside them, and learned positions before an example.
+"""Linear layers with adapters beside them, and learned positions before an example.
 
-One base can carry the changes of several adapters; which one counts is told for the whole network at once (`Active`).
+A base can carry several adapters; `Active` selects one for the whole network.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.model.packed import fold, packed, with_least_rows
+from openm6.model.cpu.packed import with_least_rows
+from openm6.model.roles import Role
 
 ONLY = "default"
-"""The name of an adapter that is alone."""
+"""The name of a single adapter."""
 
 
 @dataclass(slots=True)
 class Active:
-    """Whose changes count; None: nobody's."""
+    """The name of the active adapter; None: the base alone."""
 
     name: str | None = ONLY
 
@@ -55,6 +56,8 @@ class Scaled(nn.Module):
 class Bottleneck(nn.Module):
     """Houlsby et al. 2019 (arXiv 1902.00751): a narrow network after the product, added to what it gave."""
 
+    roles: ClassVar[dict[str, Role]] = {"down": Role.ADAPTER_INPUT}
+
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
@@ -66,7 +69,7 @@ class Bottleneck(nn.Module):
 
 
 class Changed(nn.Module):
-    """A linear layer, and what adapters make of it, by the adapter's name."""
+    """A linear layer with adapters, by name."""
 
     def __init__(self, base: nn.Module, active: Active):
         super().__init__()
@@ -78,16 +81,6 @@ class Changed(nn.Module):
         if name is None or name not in self.changes:
             return self.base_layer(x)  # type: ignore[no-any-return]
         return self.changes[name](x, self.base_layer)  # type: ignore[no-any-return]
-
-    def fold(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """As `packed.fold`: what takes the place of the norm before. Its weight goes into the changes too."""
-        before, weight = norm, norm.get_parameter("weight")
-        norm, self.base_layer = fold(norm, self.base_layer, dtype)  # type: ignore[arg-type]
-        if norm is not before:
-            for change in self.changes.values():
-                if isinstance(change, Low):
-                    change.a.data = change.a.data * weight.to(change.a.dtype) * len(weight) ** 0.5
-        return norm
 
 
 class Rows(nn.Module):
@@ -105,7 +98,7 @@ class Rows(nn.Module):
 
 
 class ChangedRows(nn.Module):
-    """An embedding or an output matrix, rows of which adapters replace, by the adapter's name."""
+    """An embedding or an output matrix with rows replaced by adapters, by name."""
 
     def __init__(self, base: nn.Embedding | nn.Linear, active: Active):
         super().__init__()
@@ -118,7 +111,7 @@ class ChangedRows(nn.Module):
         return self.base_layer.weight
 
     def changed(self) -> Tensor:
-        """The matrix with the rows of the adapter that counts."""
+        """The matrix with the rows of the active adapter."""
         rows = self._rows()
         return self.weight if rows is None else self.weight.index_copy(0, rows.ids, rows.weight.to(self.weight.dtype))
 
@@ -130,7 +123,7 @@ class ChangedRows(nn.Module):
         return torch.where((place >= 0)[..., None], rows.weight[place.clamp(min=0)].to(x.dtype), x)
 
     def logits(self, base: Tensor, hidden: Tensor) -> Tensor:
-        """The logits that the matrix without changes gave of `hidden`, with those of the rows that count."""
+        """The logits `base` of the unchanged matrix for `hidden`, with those of the active adapter's rows replaced."""
         if (rows := self._rows()) is None:
             return base
         own = with_least_rows(lambda x: F.linear(x, rows.weight), hidden.to(rows.weight.dtype))
@@ -158,18 +151,3 @@ class Prompt(nn.Module):
         length = self.weight.shape[1]
         own = self.weight[layer][positions_BT.clamp(max=length - 1)].to(x_BTD.dtype)
         return torch.where((positions_BT < length)[..., None], own, x_BTD)
-
-
-def fold_any(norm: nn.Module, linear: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """`packed.fold`, of a changed layer too."""
-    if isinstance(linear, Changed):
-        return linear.fold(norm, dtype), linear
-    return fold(norm, linear, dtype)  # type: ignore[arg-type]
-
-
-def pack_any(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The layer with its weights laid out for the CPU's kernels."""
-    if isinstance(linear, Changed):
-        linear.base_layer = pack_any(linear.base_layer, dtype)
-        return linear
-    return packed(linear.weight, linear.bias, dtype)  # type: ignore[arg-type]

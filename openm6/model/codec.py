@@ -1,9 +1,9 @@
-"""The image codec: pictures to a grid of codes and back, the first stage of drawing (VQGAN, Esser et al. 2021).
+"""The image codec: images to a grid of codes and back, the first stage of image generation (VQGAN, Esser et al. 2021).
 
 encoder   squares of a few pixels to channels, then a halving for each further width, a residual block after each
 middle    a quantizer (model/quantize.py)
 decoder   the same upside down: each doubling is a convolution to 4 x the channels, laid out as 2 x 2 pixels
-critic    optional: tells real squares of a picture from made ones (PatchGAN, Isola et al. 2017)
+critic    optional: tells real patches from reconstructed ones (PatchGAN, Isola et al. 2017)
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from openm6.model.quantize import FiniteScalars, VectorCodebook
 
 @dataclass
 class CodecConfig(NetworkConfig):
-    """The sizes of a codec, and what its loss is made of.
+    """The sizes of a codec, and the terms of its loss.
 
     image_size     pixels of a side
     patch          pixels of a side that the first convolution takes together
     widths         channels after it and after each halving; a code stands for a square of patch * 2^(len(widths) - 1)
     depth          residual blocks of the decoder at each size
     quantizer      `fsq` with `levels` (num_codes is their product), or `vq` with `num_codes` vectors of `code_dims`
-    feature_loss   weight of the distance between what an encoder makes of a picture and of its reconstruction: the
-                   codec's own, or the eyes of a model that has learned to read such pictures (`Codec.look_with`)
-    critic_loss    weight of the critic's opinion; 0 has no critic
+    feature_loss   weight of the distance between the features of an image and of its reconstruction, by the codec's own
+                   encoder or the image encoder of a trained model (`Codec.look_with`)
+    critic_loss    weight of the adversarial loss; 0: no critic
     """
 
     model_type: ClassVar[str] = "openm6-codec"
@@ -68,12 +68,12 @@ class CodecConfig(NetworkConfig):
 
     @property
     def stride(self) -> int:
-        """Pixels of a code's side."""
+        """Pixels of the side of a code."""
         return int(self.patch * 2 ** (len(self.widths) - 1))
 
     @property
     def side(self) -> int:
-        """Codes of a picture's side."""
+        """Codes of the side of an image."""
         return self.image_size // self.stride
 
 
@@ -110,7 +110,7 @@ class Codec(Network):
         self.reset_parameters()
 
     def look_with(self, eyes: nn.Sequential) -> None:
-        """Take the features of the loss from these layers (a `stem`), which stay as they are."""
+        """Take the features of the loss from these layers (a `stem`), which are not trained."""
         self._eyes = (eyes,)
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
@@ -122,7 +122,7 @@ class Codec(Network):
             yield bias, 0.0, 0.0
 
     def forward(self, x_B3HW: Tensor) -> Reconstruction:
-        """Pixels in -1 to 1 (`unit`) there and back, and the loss."""
+        """Reconstruct pixels in -1 to 1 (`unit`), and take the loss."""
         q_BhwE, codes, commitment = self.quantizer(self._vectors(x_B3HW))
         made = self._draw(q_BhwE)
         error = made - x_B3HW
@@ -155,15 +155,15 @@ class Codec(Network):
         return x.float()
 
     def _features(self, x_B3HW: Tensor) -> Iterator[Tensor]:
-        """What an encoder, held still, makes of pictures after each halving, every position scaled to length 1."""
+        """Features of images after each halving by a frozen encoder, every position scaled to length 1."""
         for layer in self._eyes[0] if self._eyes else self.encoder:
             x_B3HW = _held(layer, x_B3HW)
             if isinstance(layer, Residual):
                 yield F.normalize(x_B3HW.float(), dim=1)
 
     def _criticize(self, real: Tensor, made: Tensor) -> Tensor:
-        """What the critic learns from (hinge loss) and, through the critic held still, what the codec learns from it; a
-        sum over the pictures."""
+        """The critic's hinge loss, and the codec's adversarial loss through the frozen critic; a sum over the
+        images."""
         assert self.critic is not None
         told = F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(made.detach())).mean()
         return len(real) * (told - self.config.critic_loss * _held(self.critic, made).mean())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from openm6.core.batch import Images
 from openm6.model.config import ModelConfig
+from openm6.model.roles import Role
 
 MAX_SIDE = 128
 """Rows or columns of patches with a learned place of their own; longer pictures are interpolated."""
@@ -22,6 +24,8 @@ MAX_SIDE = 128
 
 class ImageEmbedder(nn.Module):
     """Pictures of one size, uint8 [N, H, W, 3], to patch features [N * h * w, D], row by row."""
+
+    roles: ClassVar[dict[str, Role]] = {"row": Role.PATCH_POSITION, "column": Role.PATCH_POSITION}
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -31,6 +35,7 @@ class ImageEmbedder(nn.Module):
         self.project: nn.Module = nn.Identity()
         if config.image_embedder == "patch":
             self.features = nn.Conv2d(3, d, config.image_patch, config.image_patch)
+            self.features.enters_stream = True  # type: ignore[assignment]  # for the initialization
         elif config.image_embedder == "stem":
             assert config.stem_widths
             self.features = stem(config.stem_widths)

@@ -6,30 +6,31 @@ Legend, beside that of attention.py: N experts, K experts a token, T tokens (all
     x [T, D] -> Router: K experts and weights a token -> plan: choices in the order of their experts
              -> gather [S, D] -> products of each expert with its rows -> combine: weighted sum, [T, D]
 
-A choice that no expert takes (above capacity, or of padding) counts as one for expert N: it stands last and gives zero.
+A choice that no expert takes (above capacity, or of padding) counts as one for expert N: it is last and its output is
+zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openm6.model import cpu
 from openm6.model.config import ModelConfig
+from openm6.model.cpu.experts import ExpertLoop
+from openm6.model.cpu.packed import PackedLinear
 from openm6.model.feed_forward import FeedForward, activate
-from openm6.model.packed import Packed, PackedLinear, packed
 from openm6.model.precision import product_dtype
-
-ROUND = 16
-"""Rows to whose multiples an expert's are rounded up on a CPU."""
+from openm6.model.roles import Role
 
 
 class Routing(NamedTuple):
-    """What a router decides: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts or
-    in each group); where the z-loss is asked for, the logsumexp of the logits [T, softmaxes]. All at least fp32."""
+    """The decision of a router: experts int64 [T, K], their weights [T, K], all scores [T, N] (softmax over all experts
+    or in each group); where the z-loss is asked for, the logsumexp of the logits [T, softmaxes]. All at least fp32."""
 
     experts_TK: Tensor
     weights_TK: Tensor
@@ -37,15 +38,16 @@ class Routing(NamedTuple):
     norms: Tensor | None
 
 
-class Load(NamedTuple):
-    """What an expert layer saw.
+class RouterStatistics(NamedTuple):
+    """Statistics of one forward pass through an expert layer.
 
-    counts   int64 [N], choices for each expert by real positions, before capacity
-    dropped  int64 [], those above capacity
-    loss     [], auxiliary and z losses, summed over the real positions (divide by their number in the whole step)
+    tokens_per_expert  int64 [N], choices of each expert by real positions, before capacity
+    dropped            int64 [], choices above capacity
+    loss               [], auxiliary and z losses, summed over the real positions (to be divided by their number in the
+                       whole step)
     """
 
-    counts: Tensor
+    tokens_per_expert: Tensor
     dropped: Tensor
     loss: Tensor
 
@@ -88,16 +90,13 @@ class Router(nn.Module):
 
 
 class _Logits(torch.autograd.Function):
-    """x W^T in at least fp32, for a rounded score can choose another expert; its gradients in the precision of x.
-
-    On a CPU by oneDNN, which for so few columns takes a third of the time.
-    """
+    """x W^T in at least fp32, for a rounded score can choose another expert; its gradients in the precision of x."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        if x_TD.device.type == "cpu" and dtype == torch.float32:
+        if cpu.takes(x_TD) and dtype == torch.float32:  # oneDNN takes a third of the time for so few columns
             return PackedLinear(weight, None, dtype)(x_TD)
         return F.linear(x_TD.to(dtype), weight.to(dtype))
 
@@ -146,8 +145,10 @@ class MixtureOfExperts(nn.Module):
     one that all see.
 
     Capacity: in training an expert takes at most ceil(capacity_factor K T / N) rows, T without padding; what is above
-    passes by the residual. In use nothing is dropped: an answer must not depend on its neighbours in the batch.
+    passes by the residual. In use nothing is dropped: an answer must not depend on its neighbors in the batch.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"router": Role.ROUTER, "experts": Role.EXPERT}
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -156,14 +157,14 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = FeedForward(config, config.shared_intermediate_size) if config.shared_intermediate_size else None
-        # Set from outside: the counts of a step's earlier parts, how counts are summed over the processes, and how rows
-        # reach experts that other processes hold (train/expert_parallel.py).
-        self.earlier: Tensor | None = None
-        self.everywhere: Callable[[Tensor], Tensor] = lambda counts: counts
+        # Set by train/: tokens per expert of the step's earlier micro-batches, the sum over the processes, and the
+        # exchange of rows with experts of other processes (train/expert_parallel.py).
+        self.earlier_tokens: Tensor | None = None
+        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda counts: counts
         self.exchange: Any = None
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, Load]:
-        """The sum of the chosen experts' outputs, weighted, and the load. `real_BT` is False at padding."""
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
+        """The sum of the chosen experts' outputs, weighted, and the statistics. `real_BT` is False at padding."""
         x_TD = x_BTD.flatten(0, -2).to(product_dtype(x_BTD))
         routing = self.router(x_TD)
         chosen_TK = routing.experts_TK
@@ -177,32 +178,25 @@ class MixtureOfExperts(nn.Module):
         y_TD = _Combine.apply(y_SD, routing.weights_TK, planned)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        return y_TD.view_as(x_BTD), self._load(routing, planned, real_BT)
+        return y_TD.view_as(x_BTD), self._statistics(routing, planned, real_BT)
 
-    def _load(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> Load:
+    def _statistics(self, routing: Routing, planned: Plan, real_BT: Tensor | None) -> RouterStatistics:
         counts = planned.wanted
         loss = routing.weights_TK.new_zeros(())
         if self.training and (self.auxiliary_loss or self.router_z_loss):
             scores_TN = routing.scores_TN
             real = scores_TN.new_ones(len(scores_TN)) if real_BT is None else real_BT.flatten().to(scores_TN.dtype)
             if self.auxiliary_loss:
-                # Over the whole batch of the step: balance inside each small part keeps experts from specializing
+                # Over the whole batch of the step: balance inside each micro-batch keeps experts from specializing
                 # (arXiv 2501.11873).
-                seen = self.everywhere(counts.to(loss.dtype))
-                seen = seen if self.earlier is None else seen + self.earlier
+                seen = self.sum_over_processes(counts.to(loss.dtype))
+                seen = seen if self.earlier_tokens is None else seen + self.earlier_tokens
                 share_N = seen / seen.sum().clamp(min=1)
                 width = self.number / self.router.softmaxes
                 loss = loss + self.auxiliary_loss * width * ((real @ scores_TN) @ share_N)
             if routing.norms is not None:
                 loss = loss + self.router_z_loss * (real @ routing.norms.square().mean(1))
-        return Load(counts, counts.sum() - planned.counts.sum(), loss)
-
-    def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """As `Attention.pack`; the norm stays, because the router reads its output too."""
-        self.experts.pack(dtype)
-        if self.shared is not None:
-            self.shared.pack(nn.Identity(), dtype)
-        return norm
+        return RouterStatistics(counts, counts.sum() - planned.counts.sum(), loss)
 
 
 class _Gather(torch.autograd.Function):
@@ -252,16 +246,13 @@ class Experts(nn.Module):
         self.gated = config.activation == "swiglu"
         self.up = nn.Parameter(torch.empty(number, width * (2 if self.gated else 1), config.hidden_size))
         self.down = nn.Parameter(torch.empty(number, config.hidden_size, width))
-        self.packed: list[tuple[Packed, Packed]] | None = None
 
     def forward(self, rows_SD: Tensor, counts: Tensor) -> Tensor:
         """down[n] activation(up[n] x) for each row x, [S, D]: the first counts[0] rows meet expert 0, and so on; rows
         beyond their sum give zero."""
-        if self.packed is not None:
-            return self._by_packed(rows_SD, counts.tolist())
         up, down = (w.to_local() if hasattr(w, "to_local") else w for w in (self.up, self.down))
-        if rows_SD.device.type == "cpu":
-            return _ExpertLoop.apply(rows_SD, up, down, counts.tolist(), self.gated)
+        if cpu.takes(rows_SD):
+            return ExpertLoop.apply(rows_SD, up, down, counts.tolist(), self.gated)
         ends = counts.cumsum(0, dtype=torch.int32)
         # What grouped_mm leaves in the rows beyond is not defined, neither here nor in its gradient.
         taken = torch.arange(len(rows_SD), device=rows_SD.device)[:, None] < ends[-1]
@@ -270,84 +261,3 @@ class Experts(nn.Module):
         inner = F.grouped_mm(rows_SD, up.to(dtype).transpose(1, 2), offs=ends)
         y_SD = F.grouped_mm(activate(inner, self.gated), down.to(dtype).transpose(1, 2), offs=ends)
         return torch.where(taken, y_SD, 0)
-
-    def pack(self, dtype: torch.dtype) -> None:
-        self.packed = [
-            (packed(up, None, dtype), packed(down, None, dtype)) for up, down in zip(self.up, self.down, strict=True)
-        ]
-        del self.up, self.down
-
-    def _by_packed(self, rows_SD: Tensor, counts: list[int]) -> Tensor:
-        assert self.packed is not None
-        *parts, rest = rows_SD.split([*counts, len(rows_SD) - sum(counts)])
-        used = [(part, pair) for part, pair in zip(parts, self.packed, strict=True) if len(part)]
-        done = [down(activate(up(part), self.gated)) for part, (up, down) in used]
-        return torch.cat([*done, torch.zeros_like(rest, dtype=self.packed[0][0].dtype)])
-
-
-class _ExpertLoop(torch.autograd.Function):
-    """One expert after the other. On a CPU its three matrices and its rows stay in the cache, each product runs at full
-    speed, and only the inner activations before the gate are kept for the backward pass.
-
-    oneDNN prepares a product for each number of rows that it has not met, which takes longer than a small product does.
-    So an expert works on its rows rounded up to ROUND: those of the next one beyond its own are overwritten when that
-    one's turn comes, and have no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, up: Tensor, down: Tensor, counts: list[int], gated: bool) -> Tensor:
-        dtype = rows_SD.dtype
-        out_SD, inner = torch.empty_like(rows_SD), rows_SD.new_empty(len(rows_SD), up.shape[1])
-        end = 0
-        for n, count in enumerate(counts):
-            part, end = _rounded(end, count, len(rows_SD)), end + count
-            torch.mm(rows_SD[part], up[n].to(dtype).T, out=inner[part])
-            torch.mm(activate(inner[part], gated), down[n].to(dtype).T, out=out_SD[part])
-        out_SD[end:] = 0
-        ctx.save_for_backward(rows_SD, up, down, inner)
-        ctx.counts, ctx.gated = counts, gated
-        return out_SD
-
-    @staticmethod
-    def backward(ctx: Any, d_out_SD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        rows_SD, up, down, inner = ctx.saved_tensors
-        dtype = rows_SD.dtype
-        d_rows_SD, d_up, d_down = torch.empty_like(rows_SD), torch.empty_like(up), torch.empty_like(down)
-        end = 0
-        for n, count in enumerate(ctx.counts):
-            part, end = _rounded(end, count, len(rows_SD)), end + count
-            d_out = d_out_SD[part].clone()
-            d_out[count:] = 0
-            d_hidden = torch.mm(d_out, down[n].to(dtype))
-            hidden, d_inner = _activate_backward(inner[part], d_hidden, ctx.gated)
-            _product_into(d_down[n], d_out.T, hidden)
-            _product_into(d_up[n], d_inner.T, rows_SD[part])
-            torch.mm(d_inner, up[n].to(dtype), out=d_rows_SD[part])
-        d_rows_SD[end:] = 0
-        return d_rows_SD, d_up, d_down, None, None
-
-
-def _rounded(start: int, count: int, rows: int) -> slice:
-    """`count` rows from `start`, and as many of those behind them as make it a multiple of ROUND (none of none)."""
-    return slice(start, min(start + -(-count // ROUND) * ROUND, rows))
-
-
-def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """a b, written to where it belongs, also where that is wider."""
-    if target.dtype == a.dtype:
-        torch.mm(a, b, out=target)
-    else:
-        target.copy_(a @ b)
-
-
-def _activate_backward(x: Tensor, d_out: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """activate(x) once more, and the gradient of x."""
-    if not gated:
-        return F.gelu(x), torch.ops.aten.gelu_backward(d_out, x)
-    gate, up = x.chunk(2, dim=-1)
-    soft = F.silu(gate)
-    d_x = torch.empty_like(x)
-    d_gate, d_up = d_x.chunk(2, dim=-1)
-    torch.mul(d_out, soft, out=d_up)
-    d_gate.copy_(torch.ops.aten.silu_backward(d_out * up, gate))
-    return soft * up, d_x

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.model.changed import fold_any, pack_any
 from openm6.model.config import ModelConfig
 
 
@@ -25,12 +23,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         return self.down(activate(self.up(x), self.gated))
-
-    def pack(self, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """As `Attention.pack`."""
-        norm, self.up = fold_any(norm, self.up, dtype)  # type: ignore[assignment]
-        self.down = pack_any(self.down, dtype)  # type: ignore[assignment]
-        return norm
 
 
 def activate(x: Tensor, gated: bool) -> Tensor:

@@ -91,7 +91,7 @@ def _stored(path: Path) -> Iterator[dict[str, Any]]:
         yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
-def eyes_of(path: Path) -> str:
+def image_encoder_id(path: Path) -> str:
     """A name for how a model directory reads pictures: alike for the same weights, and "" where it reads none."""
     digest, found = hashlib.sha256(), False
     with _stored(path) as where:
@@ -106,15 +106,13 @@ def eyes_of(path: Path) -> str:
 @contextmanager
 def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor | None]]:
     """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread; None for
-    a head's that is not there."""
+    a tensor that is not there."""
     with _stored(path) as where:
 
         def rows(name: str, first: int, last: int) -> Tensor | None:
-            if name.startswith("heads.") and name not in where:
-                return None
             if name == "head.weight" and name not in where:  # the output matrix of a tied network is its embedding
                 name = "embed.weight"
-            return where[name].get_slice(name)[first:last]  # type: ignore[no-any-return]
+            return where[name].get_slice(name)[first:last] if name in where else None
 
         yield rows
 

@@ -19,15 +19,15 @@ CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """What another network says of the same positions (distillation, Hinton et al. 2015, arXiv 1503.02531).
+    """The outputs of another network at the same positions (distillation, Hinton et al. 2015, arXiv 1503.02531).
 
-    logits       of some of the positions: slice [m] to fp32 [m, V]
-    share        of the loss that is the teacher's; the rest is the labels'
-    temperature  both sides' logits are divided by it; the loss is multiplied by its square
+    logits       of a slice of the positions, fp32 [m, V]
+    weight       of the teacher's part of the loss; the labels' part has 1 - weight
+    temperature  divides the logits of both; the loss is multiplied by its square
     """
 
     logits: Callable[[slice], Tensor]
-    share: float = 0.5
+    weight: float = 0.5
     temperature: float = 2.0
 
 
@@ -38,7 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        shares: Tensor | None,
+        weights: Tensor | None,
         smoothing: float,
         teacher: Teacher | None,
     ) -> tuple[Tensor, Tensor]:
@@ -59,9 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 taught = (1 - smoothing) * taught + smoothing * (norm.squeeze(1) - logits.mean(1))
             from_teacher = None
             if teacher is not None:
-                apart, from_teacher = _apart(logits, teacher.logits(part), teacher.temperature)
-                taught = (1 - teacher.share) * taught + teacher.share * apart
-            total += taught.sum() if shares is None else taught @ shares[part]
+                divergence, from_teacher = _divergence(logits, teacher.logits(part), teacher.temperature)
+                taught = (1 - teacher.weight) * taught + teacher.weight * divergence
+            total += taught.sum() if weights is None else taught @ weights[part]
             if not (need_hidden or need_weight):
                 continue
             gradient = logits.sub_(norm).exp_()
@@ -70,9 +70,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(1, labels[part, None], gradient.new_full((len(gradient), 1), smoothing - 1.0))
             if teacher is not None:
                 assert from_teacher is not None
-                gradient.mul_(1 - teacher.share).add_(from_teacher, alpha=teacher.share)
-            if shares is not None:
-                gradient *= shares[part, None]
+                gradient.mul_(1 - teacher.weight).add_(from_teacher, alpha=teacher.weight)
+            if weights is not None:
+                gradient *= weights[part, None]
             gradient = gradient.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = gradient @ cast
@@ -95,29 +95,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _apart(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _divergence(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """T^2 KL(teacher || student) of each position, [m], and its gradient by the student's logits, [m, V]."""
     student = (logits / temperature).log_softmax(-1)
     teacher = (wanted / temperature).log_softmax(-1)
     probs = teacher.exp()
-    apart = (probs * (teacher - student)).sum(-1) * temperature**2
-    return apart, (student.exp_() - probs) * temperature
+    divergence = (probs * (teacher - student)).sum(-1) * temperature**2
+    return divergence, (student.exp_() - probs) * temperature
 
 
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    shares: Tensor | None = None,
+    weights: Tensor | None = None,
     smoothing: float = 0.0,
     teacher: Teacher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over the M positions of -log softmax(hidden weight^T)[label], and the M single losses (no gradient).
 
-    hidden [M, D], weight [V, D], labels int64 [M]; `shares`, fp32 [M]: what each position counts in the sum, 1 by
-    default. With `smoothing` the sum is against targets of which so much is spread over all ids (Szegedy et al. 2016);
-    with a `teacher`, a part of it is how far the student is from the teacher. The single losses stay as they are. Both
-    results fp32.
-    """
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, shares, smoothing, teacher)
+    hidden [M, D], weight [V, D], labels int64 [M]; `weights`, fp32 [M]: of each position in the sum, 1 by default. With
+    `smoothing` the sum is against targets of which that fraction is spread over all ids (Szegedy et al. 2016); with a
+    `teacher`, part of the sum is the divergence from the teacher. The single losses are not affected. Both results
+    fp32."""
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, weights, smoothing, teacher)
     return total, losses

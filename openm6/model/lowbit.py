@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: rounded, written, read again.
+"""Weight-only quantization to 8 or 4 bits: rounding, and the form in a file.
 
     8    a scale a row, symmetric: q = round(w / s), s = max|w| / 127
     4    a scale and a middle a group of GROUP columns: w = (q - 8) s + m, q in 0 to 15, for the products inside the
@@ -7,39 +7,33 @@
 In a file, `NAME` is int8 [N, K], or uint8 [N, K / 2] with two numbers a byte, the first in the low half, and beside it
 `NAME.scale` fp32 [N], or `NAME.scales` bf16 [K / GROUP, N, 2], scales and middles. Vectors, routers and whatever is
 small stay as they are. Read again, a weight has the values that it was rounded to, and rounding those gives the same
-numbers once more: what a kernel (packed.py) makes of them is what the file holds.
+numbers once more: what a kernel (cpu/packed.py) makes of them is what the file holds.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from openm6.model.config import ModelConfig
+from openm6.model.roles import Role
 
 INT8, INT4 = torch.int8, torch.int4  # type: ignore[attr-defined]  # the names of kernels
 GROUP = 32
 SCALE, SCALES = ".scale", ".scales"
 
-_PRODUCT = re.compile(r"blocks\.\d+\.(attention\.(qkv|out)|feed_forward(\.shared)?\.(up|down))\.weight$")
-_EXPERTS = re.compile(r"\.experts\.(up|down)$")
 
-
-def bits_of(name: str, shape: tuple[int, ...], bits: int) -> int | None:
-    """In how many bits a tensor is kept; None: as it is."""
-    if len(shape) < 2 or "router" in name or shape[0] < 2:
+def bits_of(role: Role, shape: tuple[int, ...], bits: int) -> int | None:
+    """Number of bits in which a tensor is stored; None: as it is."""
+    if len(shape) < 2 or shape[0] < 2 or role in (Role.ROUTER, Role.PATCH_POSITION):
         return None
-    inside = bool(_PRODUCT.search(name) or _EXPERTS.search(name))
-    if not (inside or name.endswith(".weight")):
-        return None
-    return 4 if bits == 4 and inside and fits4(shape) else 8
+    return 4 if bits == 4 and role in (Role.MATRIX, Role.EXPERT) and fits4(shape) else 8
 
 
 def fits4(shape: tuple[int, ...]) -> bool:
-    """Whether there is a kernel of 4 bits for [..., N, K]."""
+    """True where there is an int4 kernel for [..., N, K]."""
     return shape[-1] % GROUP == 0 and shape[-2] % 16 == 0
 
 
@@ -60,9 +54,9 @@ def round4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.flatten(1), torch.cat((scale, middle), 2).transpose(0, 1).contiguous().bfloat16()
 
 
-def stored(name: str, weight: Tensor, bits: int) -> dict[str, Tensor]:
-    """What a file holds of a tensor."""
-    kept = bits_of(name, tuple(weight.shape), bits)
+def stored(name: str, role: Role, weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """The tensors of a file for one of a network."""
+    kept = bits_of(role, tuple(weight.shape), bits)
     if kept is None:
         return {name: weight.detach().contiguous()}
     if kept == 8:
@@ -75,7 +69,7 @@ def stored(name: str, weight: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def shape_of(kept: list[int], dtype: str) -> tuple[int, ...]:
-    """The shape of a tensor by what a file says of it (a dtype as safetensors names it)."""
+    """The shape of a tensor by its entry in a file (a dtype as safetensors names it)."""
     return (*kept[:-1], 2 * kept[-1]) if dtype == "U8" else tuple(kept)
 
 
@@ -98,5 +92,5 @@ def restored(name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def kernel_of(config: ModelConfig) -> torch.dtype | None:
-    """The kernels for a network whose weights are in few bits."""
+    """The kernels for a network with quantized weights."""
     return {8: INT8, 4: INT4}[config.weight_bits] if config.weight_bits else None

@@ -5,72 +5,39 @@ Read this file first, then block.py, attention.py and experts.py. Shapes: see th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import register_dataclass
 
 from openm6.core.batch import Batch
 from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import IGNORE
-from openm6.model.attention import (
-    build_mask,
-    build_picture_mask,
-    rotary_angles,
-)
+from openm6.model.attention import rotary_angles
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
-from openm6.model.experts import Experts, Load, Router
+from openm6.model.experts import RouterStatistics
+from openm6.model.initial import initial_values
 from openm6.model.loss import Teacher, linear_cross_entropy
-from openm6.model.lowbit import INT4, INT8, kernel_of
+from openm6.model.masks import build_mask, build_picture_mask
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
-from openm6.model.packed import Packed, kernel_dtype, packed
+from openm6.model.output import Output
 from openm6.model.precision import product_dtype
-
-
-@dataclass
-class Output:
-    """What a forward gives.
-
-    loss      sum of the losses of all M trained positions, each by its example's weight (divide by the sum of those, or
-              by that of all processes)
-    losses    fp32 [M], the single losses, without gradient
-    segments  int64 [M], to which example of the batch each belongs
-    hidden    [B, T, D] after the last norm
-    heads     by name what each head gives at the end of every example, fp32 [examples, outputs]
-    loads     what each layer of experts saw
-    """
-
-    loss: Tensor | None = None
-    losses: Tensor | None = None
-    segments: Tensor | None = None
-    hidden: Tensor | None = None
-    heads: dict[str, Tensor] | None = None
-    loads: list[Load] | None = None
-
-    def by_example(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of a batch of `count` examples each one's sum of losses, fp64, and trained positions, int64: [count]."""
-        assert self.losses is not None and self.segments is not None
-        rows = self.segments - 1
-        sums = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, rows, self.losses.double())
-        return sums, torch.bincount(rows, minlength=count)
-
-
-# FSDP has to see the tensors of an output.
-register_dataclass(Output)
+from openm6.model.roles import Role
 
 
 class M6(Network):
     config_class = ModelConfig
     config: ModelConfig
+    roles: ClassVar[dict[str, Role]] = {
+        "embed": Role.EMBEDDING, "place": Role.EMBEDDING, "prompt": Role.EMBEDDING, "image": Role.IMAGE_ENCODER,
+        "head": Role.HEAD, "heads": Role.HEAD,
+    }  # fmt: skip
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -87,38 +54,11 @@ class M6(Network):
         self.heads = nn.ModuleDict({n: nn.Linear(config.hidden_size, k) for n, k in (config.heads or {}).items()})
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
-        self.packed_head: Packed | None = None
+        self.packed_head: Any = None  # by cpu/pack.py
         self.reset_parameters()
 
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-        """Normal(0, initializer_range); what writes into the stream is scaled by 1/sqrt(2 layers) (GPT-2),
-        convolutions by their inputs (He et al. 2015)."""
-        std, last = self.config.initializer_range, 1 / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            if getattr(module, "writes_to_stream", False):
-                std *= last
-            elif isinstance(module, nn.Linear) and getattr(module, "enters_stream", False):
-                # Its inputs have unit scale; its outputs get a token's.
-                std /= math.sqrt(module.in_features)
-            yield module.weight, 0.0, std
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
-            yield module.weight, 1.0, 0.0
-        elif isinstance(module, nn.Conv2d):
-            inputs = module.weight[0].numel()
-            if self.config.image_embedder == "resnet":  # transformers' rule: by its outputs
-                inputs = module.weight[:, 0].numel()
-            patches = self.image is not None and module is self.image.features  # the patch projection
-            yield module.weight, 0.0, std if patches else math.sqrt(2 / inputs)
-        elif isinstance(module, Router):
-            yield module.weight, 0.0, std
-        elif isinstance(module, Experts):
-            yield module.up, 0.0, std
-            yield module.down, 0.0, std * last
-        elif isinstance(module, ImageEmbedder):
-            yield module.row, 0.0, std
-            yield module.column, 0.0, std
-        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            yield bias, 0.0, 0.0
+        return initial_values(self.config, module)
 
     @property
     def head_weight(self) -> Tensor:
@@ -127,23 +67,23 @@ class M6(Network):
         return matrix.changed() if isinstance(matrix, ChangedRows) else matrix.weight
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding, by the name that PEFT asks for."""
+        """The embedding, under the name that PEFT uses."""
         return self.embed
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output matrix, by the name that PEFT asks for; None where it is the embedding."""
+        """The output matrix, under the name that PEFT uses; None where it is the embedding."""
         return self.head
 
     def train(self, mode: bool = True) -> M6:
-        """A reader of pictures that is not trained keeps its statistics too."""
+        """An image encoder that is not trained stays in evaluation mode."""
         super().train(mode)
         if self.image is not None and not any(p.requires_grad for p in self.image.parameters()):
             self.image.eval()
         return self
 
     def forward(self, batch: Batch, teacher: Teacher | None = None) -> Output:
-        """Hidden states of a packed or padded batch, and the loss where it has labels: against those alone, or against
-        a `teacher` too, whose positions are the trained ones, in the flattened batch's order."""
+        """Hidden states of a packed or padded batch, and the loss where it has labels; with a `teacher`, whose
+        positions are the trained ones in the order of the flattened batch, also against its distribution."""
         x_BTD = self.embed_batch(batch)
         dtype = self.product_dtype(x_BTD)
         mask: Any
@@ -152,26 +92,26 @@ class M6(Network):
         else:
             mask = build_mask(batch.segments, batch.blocks, dtype)
         rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, loads = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
+        x_BTD, router_statistics = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
-            return Output(hidden=x_BTD, heads=heads, loads=loads)
+            return Output(hidden=x_BTD, heads=heads, router_statistics=router_statistics)
         hidden = x_BTD.flatten(0, 1).index_select(0, trained).to(dtype)
         segments = batch.segments.flatten()[trained]
-        shares = None if batch.weights is None else batch.weights[segments - 1]
+        weights = None if batch.weights is None else batch.weights[segments - 1]
         labels, smoothing = batch.labels.flatten()[trained], self.label_smoothing if self.training else 0.0
-        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, shares, smoothing, teacher)
-        return Output(loss=total, losses=losses, segments=segments, hidden=x_BTD, heads=heads, loads=loads)
+        total, losses = linear_cross_entropy(hidden, self.head_weight, labels, weights, smoothing, teacher)
+        return Output(total, losses, segments, x_BTD, heads, router_statistics)
 
     def at_ends(self, hidden_BTD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What every head gives at the last position of each example, fp32."""
+        """Output of every task head at the last position of each example, fp32."""
         ends = hidden_BTD.flatten(0, 1)[batch.ends()].float()
         with torch.autocast(ends.device.type, enabled=False):
             return {name: F.linear(ends, *(p.float() for p in head.parameters())) for name, head in self.heads.items()}
 
     def decode(self, run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Run a pass of decoding (cache.py) on this network."""
+        """Run a decoding pass (cache.py) on this network."""
         return run(self, *args, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -180,40 +120,26 @@ class M6(Network):
         product = hidden @ matrix.weight.to(hidden.dtype).T if self.packed_head is None else self.packed_head(hidden)
         return matrix.logits(product.float(), hidden) if isinstance(matrix, ChangedRows) else product.float()
 
-    def pack_for_cpu(self, dtype: torch.dtype | None = None) -> M6:
-        """Lay the weights of all products out for the CPU's kernels, in bf16 or fp32 (the default is what this CPU
-        runs best), or in int8 or int4 (the default of a network with `weight_bits`): inference only.
-
-        Decoding is then 1.6 to 2 times as fast as by transformers (benchmarks/decode.py); the network can no longer be
-        trained or saved.
-        """
-        dtype = dtype or kernel_of(self.config) or kernel_dtype()
-        self.packed_head = packed(self.head_weight, None, INT8 if dtype == INT4 else dtype)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.pack(dtype)
-        return self
-
     def embed_batch(self, batch: Batch) -> Tensor:
-        """What enters the first layer, [B, T, D]: tokens, and the features of pictures in their places."""
+        """Input of the first layer, [B, T, D]: token embeddings, and image features at their positions."""
         x_BTD = self.embed(batch.ids)
         if self.image is not None:
             x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
         elif batch.images:
-            raise OpenM6Error('The batch has pictures, but this model reads none (image_embedder is "none").')
+            raise OpenM6Error('The batch has images, but this model has no image encoder (image_embedder is "none").')
         if self.place is not None:
             x_BTD = x_BTD + self.place(batch.positions)
         return self._at(x_BTD, batch.cells)
 
     def embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
-        """The same of tokens alone; `cells`: rows and columns of a picture's codes."""
+        """The embeddings of tokens alone; `cells`: rows and columns of an image's codes."""
         x_BND = self.embed(ids_BN)
         if self.place is not None:
             x_BND = x_BND + self.place(positions_BN)
         return self._at(x_BND, cells)
 
     def _at(self, x: Tensor, cells: Tensor | None) -> Tensor:
-        """With the rows and columns of a picture's codes, in the precision that x has."""
+        """Add the features of the rows and columns of an image's codes, in the precision of x."""
         if cells is None:
             return x
         return x + cell_features(cells, self.config.hidden_size, self.config.initializer_range).to(x.dtype)
@@ -230,20 +156,18 @@ class M6(Network):
         cache: Any = None,
         real_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-    ) -> tuple[Tensor, list[Load]]:
+    ) -> tuple[Tensor, list[RouterStatistics]]:
         """All layers and the last norm. `cache`: in decoding, a View of it. `positions_BT` where examples begin in this
         call: a prompt is put there."""
-        loads = []
+        router_statistics = []
         for layer, block in enumerate(self.layers()):
             if self.prompt is not None and positions_BT is not None:
                 x_BTD = self.prompt(layer, x_BTD, positions_BT)
-            x_BTD, load = block(x_BTD, rope, mask, cache, layer, real_BT)
-            if load is not None:
-                loads.append(load)
-        return self.norm(x_BTD), loads
+            x_BTD, statistics = block(x_BTD, rope, mask, cache, layer, real_BT)
+            if statistics is not None:
+                router_statistics.append(statistics)
+        return self.norm(x_BTD), router_statistics
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
-        """The precision in which matrix products run: packed weights' (bf16), autocast's, or the weights'."""
-        if self.packed_head is not None:
-            return self.packed_head.dtype
-        return product_dtype(x)
+        """The precision in which matrix products run: packed weights', autocast's, or the weights'."""
+        return product_dtype(x) if self.packed_head is None else self.packed_head.dtype  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What the networks of this package share: a configuration in JSON, and a rule for how each parameter starts."""
+"""The common base of this package's networks: a configuration in JSON, and the initial values of parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 1
 
 @dataclass
 class NetworkConfig:
-    """The sizes of a network, as config.json has them."""
+    """The sizes of a network, as stored in config.json."""
 
     model_type: ClassVar[str]
 
@@ -68,15 +68,15 @@ class Network(nn.Module):
     config_class: ClassVar[type[NetworkConfig]]
     config: Any
     adapted: bool = False
-    """Whether an adapter is trained in it: checkpoints then hold what is trained alone."""
+    """True where an adapter is trained: checkpoints then hold only the trained parameters."""
 
     @abstractmethod
     def initial(self, module: nn.Module) -> Iterator[tuple[Tensor, float, float]]:
-        """A module's own parameters, each with the mean and the standard deviation that it starts with."""
+        """A module's own parameters, each with the mean and the standard deviation of its initial values."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Let every parameter start as `initial` says, by PyTorch's random numbers."""
+        """Set every parameter to the values of `initial`, by PyTorch's random numbers."""
         self.apply(self._reset)
 
     def _reset(self, module: nn.Module) -> None:
@@ -90,8 +90,8 @@ class Network(nn.Module):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Modules leave their parameters as they are made. Filling one without memory would take PyTorch a second at first:
-    it imports its compiler for it."""
+    """Modules do not fill their parameters. Filling a parameter without memory takes PyTorch a second the first time:
+    it imports its compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -101,6 +101,6 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made inside have shapes, and no memory."""
+    """Modules constructed inside have shapes but no memory."""
     with torch.device("meta"), _Unfilled():
         yield

@@ -1,4 +1,4 @@
-"""In which precision matrix products run best here."""
+"""The precision of matrix products on this machine."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """In which matrix products with `x` run: autocast's precision where it is on, else that of `x`."""
+    """The precision of matrix products with `x`: autocast's where it is on, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -4,8 +4,8 @@ The codes of a picture of side 64 are 4,096; full attention among them is most o
 grouped into tiles, and a tile sees its tile row and its tile column (Sparse Transformers, Child et al. 2019, arXiv
 1904.10509, in two dimensions) and the 3 x 3 tiles around it: 21% of all pairs of tiles at side 64. Text is always seen.
 
-`SparsePattern.allowed` is the one definition. Three means follow from it: gathered blocks (`sparse_attend`: a CPU),
-FlexAttention (`flex_attend`: a GPU), and lists of places for decoding one by one.
+`SparsePattern.allowed` is the one definition. Three implementations follow from it: gathered blocks (`sparse_attend`,
+for CPUs), FlexAttention (`flex_attend`, for GPUs), and lists of positions for decoding code by code.
 
 Shapes, beside the legend in attention.py: N codes of a picture, row by row; L positions of text; J tiles of A codes,
 row by row, and A codes row by row inside; I tiles of keys, those of the text before the J; G = B x K; Q = A x (H / K)
@@ -39,10 +39,10 @@ ms, for forward and backward of 4 heads at side 64 on one core)."""
 
 @dataclass(frozen=True, slots=True)
 class SparsePattern:
-    """Which codes of a picture of `side` x `side` codes see each other, in tiles of `tile` (rows, columns) codes.
+    """The attention pattern among the `side` x `side` codes of an image, in tiles of `tile` (rows, columns) codes.
 
-    With `causal`, a code sees only what is not after it, row by row. 4 x 8 codes are a tile whose 32 rows keep the
-    products of a CPU and the blocks of FlexAttention busy. Raises UsageError where the tiles do not fill the picture.
+    With `causal`, a code sees no later one, row by row. A tile of 4 x 8 codes has 32 rows, enough for efficient
+    products on a CPU and blocks of FlexAttention. Raises UsageError where the tiles do not fill the picture.
     """
 
     side: int
@@ -58,12 +58,12 @@ class SparsePattern:
 
     @classmethod
     def of(cls, config: ModelConfig, causal: bool = False) -> SparsePattern:
-        """The one of a model with `picture_side`."""
+        """The pattern of a model with `picture_side`."""
         assert config.picture_side is not None
         return cls(config.picture_side, tuple(config.picture_tile), causal)  # type: ignore[arg-type]
 
     def allowed(self, query: Any, key: Any) -> Any:
-        """Whether code number `query` sees code number `key`, row by row: integers, or tensors that broadcast."""
+        """True where code number `query` sees code number `key`, row by row: integers, or tensors that broadcast."""
         height, width = self.tile
         down = abs(query // self.side // height - key // self.side // height)
         right = abs(query % self.side // width - key % self.side // width)
@@ -216,7 +216,7 @@ def _chunks(pattern: SparsePattern, text_tiles: int, limit: int, device: torch.d
 
 
 class _Parts:
-    """What is done at a time, some heads and some tiles, in memory that every part uses again (allocated anew for each,
+    """Blocks of work, some heads and some tiles each, in memory that all blocks reuse (with an allocation for each,
     forward and backward took 6% longer)."""
 
     def __init__(self, q_GJQE: Tensor, kv_2GIAE: Tensor, hidden_GL: Tensor | None, pattern: SparsePattern):
@@ -230,7 +230,7 @@ class _Parts:
         return ((slice(first, first + products), chunk) for first in range(0, heads, products) for chunk in chunks)
 
     def room(self, name: str, *shape: int) -> Tensor:
-        """Memory of this name, [*shape]; whatever it held is lost."""
+        """Memory of this name, [*shape]; its contents are undefined."""
         size = math.prod(shape)
         if name not in self.memory or len(self.memory[name]) < size:
             self.memory[name] = self.q.new_empty(size)

@@ -1,1 +1,1 @@
-"""What a run needs before it runs: bytes, layout, time, energy and cost, and dry runs that measure them."""
+"""Plans of a run before its start: memory, layout, time, energy and cost, and dry runs that measure them."""

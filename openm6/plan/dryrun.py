@@ -11,6 +11,7 @@ import torch.distributed as dist
 from openm6.core.errors import OpenM6Error
 from openm6.model import ModelConfig
 from openm6.model.files import layer_of, meta_model
+from openm6.model.roles import role_of
 from openm6.plan.footprint import Layout, States, states_of
 from openm6.train.distributed import Group, local
 from openm6.train.parallel import Parallel
@@ -49,5 +50,7 @@ def _read(model: torch.nn.Module, optimizer: str) -> dict[int | None, States]:
     found: dict[int | None, States] = {}
     for name, parameter in model.named_parameters():
         layer = layer_of(name)
-        found[layer] = found.get(layer, States()) + states_of(name, tuple(local(parameter).shape), optimizer)
+        found[layer] = found.get(layer, States()) + states_of(
+            role_of(model, name), tuple(local(parameter).shape), optimizer
+        )
     return found

@@ -1,7 +1,7 @@
 """Bytes of a training step on the fullest process, by arithmetic: nothing is allocated.
 
-What is modelled is what the code does: shards as FSDP2 cuts them (train/parallel.py), and the tensors that the autograd
-functions of model/attention.py, norm.py, experts.py and loss.py keep. Legend of sizes: that of model/attention.py and
+The model follows the code: shards as FSDP2 cuts them (train/parallel.py), and the tensors that the autograd
+functions of model/cpu, experts.py and loss.py keep. Legend of sizes: that of model/attention.py and
 model/experts.py. The stream between the layers and all states are fp32; products run in `low` bytes (2 or 4).
 """
 
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from openm6.model import M6, ModelConfig
-from openm6.model.attention import PLAIN_LIMIT, QUERY_CHUNK
+from openm6.model.cpu.attention import PLAIN_LIMIT, QUERY_CHUNK
 from openm6.model.files import layer_of
 from openm6.model.loss import CHUNK
+from openm6.model.roles import Role, role_of
 from openm6.train.offload import Offload
+from openm6.train.optimizer import is_inner_matrix
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one process works on at a time, and how many such parts make a step (train.accumulate).
+    """A micro-batch of one process, and the number of micro-batches in a step (train.accumulate).
 
     rows, length   positions, padding included
     images         positions of a row that are patches of pictures
@@ -33,7 +35,7 @@ class Work:
     length: int
     images: int = 0
     trained: int | None = None
-    parts: int = 1
+    micro_batches: int = 1
 
     @property
     def positions(self) -> int:
@@ -46,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """As the section `parallel` of a recipe, over `world` processes."""
+    """The section `parallel` of a recipe, over `world` processes."""
 
     world: int
     sharding: str
@@ -56,18 +58,22 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Processes that share one part of the experts."""
+        """Number of processes that share one part of the experts."""
         return self.world // self.experts
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A parameter: `layer` None outside the blocks; `expert`: experts, spread over processes by themselves."""
+    """A parameter; `layer` is None outside the blocks."""
 
-    name: str
+    role: Role
     shape: tuple[int, ...]
     layer: int | None
-    expert: bool
+
+    @property
+    def expert(self) -> bool:
+        """True for experts, which are distributed over the processes separately."""
+        return self.role is Role.EXPERT
 
     @property
     def numel(self) -> int:
@@ -93,10 +99,8 @@ class States:
 
 
 def weights_of(model: M6) -> list[Weight]:
-    found = []
-    for name, parameter in model.named_parameters():
-        found.append(Weight(name, tuple(parameter.shape), layer_of(name), ".feed_forward.experts." in name))
-    return found
+    parameters = model.named_parameters()
+    return [Weight(role_of(model, name), tuple(weight.shape), layer_of(name)) for name, weight in parameters]
 
 
 def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
@@ -110,41 +114,35 @@ def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return (math.ceil(first / (layout.data if spread else layout.world)), *rest)
 
 
-def states_of(name: str, shape: tuple[int, ...], optimizer: str) -> States:
-    """Of one local tensor [..., R, C]. AdamW keeps two fp32 moments and a step; torchao's in 8 bits a byte a moment, an
-    fp32 scale a block of 256 and a table of 256 values, where blocks fit (Dettmers et al. 2022); Adafactor a mean of
-    squares a row and a column (Shazeer and Stern 2018); Muon one fp32 moment of the matrices."""
+def states_of(role: Role, shape: tuple[int, ...], optimizer: str) -> States:
+    """Bytes of one local tensor [..., R, C]. AdamW keeps two fp32 moments and a step; torchao's in 8 bits a byte a
+    moment, an fp32 scale a block of 256 and a table of 256 values, where blocks fit (Dettmers et al. 2022); Adafactor a
+    mean of squares a row and a column (Shazeer and Stern 2018); Muon one fp32 moment of the matrices."""
     count = math.prod(shape)
     adamw = 8 * count + 4
     if optimizer == "adafactor":
         kept = 4 * (count // shape[-1] + count // shape[-2] if count and len(shape) > 1 else count) + 4
     elif optimizer == "adam8bit" and count >= 4096 and count % 256 == 0:
         kept = 2 * (count + 4 * count // 256 + 1024) + 4
-    elif optimizer == "muon" and _has_muon(name, len(shape)):
+    elif optimizer == "muon" and is_inner_matrix(role, len(shape)):
         kept = 4 * count
     else:
         kept = adamw
     return States(4 * count, 4 * count, kept)
 
 
-def _has_muon(name: str, dimensions: int) -> bool:
-    """As train/optimizer.py divides them."""
-    outer = ("embed" in name, "place" in name, ".router." in name, name.endswith((".row", ".column")))
-    return dimensions >= 2 and not any(outer) and not name.startswith("head.")
-
-
 def states_by_layer(weights: list[Weight], layout: Layout, optimizer: str) -> dict[int | None, States]:
-    """Of every distinct layer, and under None of what is outside."""
+    """Bytes of every distinct layer, and under None of the parameters outside the blocks."""
     found: dict[int | None, States] = {}
     for weight in weights:
-        states = states_of(weight.name, local_shape(weight, layout), optimizer)
+        states = states_of(weight.role, local_shape(weight, layout), optimizer)
         found[weight.layer] = found.get(weight.layer, States()) + states
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the states of a process are: on its `device` or in the memory of its host.
+    """The placement of a process's states: on its `device` or in its host's memory.
 
     resident   on the host with the parameters of their layers, and updated there
     guest      on the host, but visiting the device for their layer's update; at most `visit` bytes at a time
@@ -161,7 +159,7 @@ class Places:
 
 
 def places(by_layer: dict[int | None, States], offload: Offload) -> Places:
-    """As train/offload.py has them: the first layers leave."""
+    """The placement of train/offload.py: the first layers are offloaded."""
     device, resident, guest, visit = by_layer[None], States(), States(), 0
     for number in sorted(n for n in by_layer if n is not None):
         layer = by_layer[number]
@@ -177,23 +175,22 @@ def places(by_layer: dict[int | None, States], offload: Offload) -> Places:
 
 
 def gathered(weights: list[Weight], layout: Layout) -> dict[int | None, int]:
-    """Elements of every layer (and, under None, of the rest) that a process holds while it works on it."""
+    """Elements of every layer (under None, of the rest) that a process holds while it computes the layer."""
     found: dict[int | None, int] = {}
     for weight in weights:
-        share = layout.experts if weight.expert else 1
-        found[weight.layer] = found.get(weight.layer, 0) + weight.numel // share
+        processes = layout.experts if weight.expert else 1
+        found[weight.layer] = found.get(weight.layer, 0) + weight.numel // processes
     return found
 
 
 def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Work, low: int, gpu: bool) -> int:
-    """Bytes of what is neither state nor activation: gathered weights, gradients before they are reduced, and rows on
-    their way between experts."""
+    """Bytes that are neither state nor activation: gathered weights, gradients before their reduction, and rows in
+    transfer between experts."""
     if layout.sharding == "none":
         # Autocast's copies; on a CPU experts are cast one by one. DistributedDataParallel reduces gradients where they
         # are.
-        fp32 = ("embed.", "place.", "norm.", "head.", "image.row", "image.column")
-        cast = [w for w in weights if not w.name.startswith(fp32) and "norm." not in w.name]
-        cast = [w for w in cast if ".router." not in w.name and (gpu or not w.expert)]
+        roles = (Role.MATRIX, Role.IMAGE_ENCODER, *((Role.EXPERT,) if gpu else ()))
+        cast = [w for w in weights if w.role in roles]
         return low * sum(w.numel for w in cast) if low < 4 else 0
     elements = gathered(weights, layout)
     rest = elements.pop(None)
@@ -201,13 +198,13 @@ def buffers(config: ModelConfig, weights: list[Weight], layout: Layout, work: Wo
     # zero3: a layer's weights and the next one's, on their way. zero2: all, and one in the buffer it arrives in.
     weights_held = low * (2 * largest if layout.sharding == "zero3" else sum(elements.values()) + largest)
     if low < 4:  # routers choose in fp32: a copy that is kept for the backward pass
-        routers = sum(w.numel for w in weights if ".router." in w.name)
+        routers = sum(w.numel for w in weights if w.role is Role.ROUTER)
         alone = layout.recompute != "none" and routers
         weights_held += 4 * (routers // len(config.expert_layers()) if alone else routers)
     # A layer's gradients as they come, while those of the one before are reduced in fp32. Outside of the blocks
     # everything is fp32, and the gradient of a tied embedding exists from the loss on.
     gradients = (low + 4) * largest + 8 * rest
-    if work.parts > 1:  # only the last part reduces: until then whole gradients add up
+    if work.micro_batches > 1:  # only the last one reduces: until then whole gradients add up
         gradients += 4 * (sum(elements.values()) + rest)
     travelling = 0
     if layout.experts > 1:  # sent and received
@@ -232,7 +229,7 @@ class Activations:
 
 
 def activations(config: ModelConfig, layout: Layout, work: Work, low: int, gpu: bool, images: int = 0) -> Activations:
-    """Of the forward and backward pass of one part; `images`: what `image_bytes` gives.
+    """Activations of the forward and backward pass of a micro-batch; `images`: the result of `image_bytes`.
 
     The peak is reached either in the loss, or in the backward pass of the last layer, when a recomputed layer stands
     beside everything that was saved. On a GPU attention is FlexAttention's, which keeps no probabilities. Experts are
@@ -277,7 +274,8 @@ def _layer(config: ModelConfig, sparse: bool, layout: Layout, work: Work, low: i
 
 
 def _norm(config: ModelConfig, width: int, gpu: bool) -> int:
-    """LayerNorm keeps its input, mean and scale; RMSNorm (norm.py) x / rms and the scale, on a GPU its input too."""
+    """LayerNorm keeps its input, mean and scale; RMSNorm (cpu/norm.py) x / rms and the scale, on a GPU its input
+    too."""
     if config.norm == "layer":
         return 4 * width + 8
     return (8 if gpu else 4) * width + 4
@@ -312,7 +310,7 @@ def _experts(config: ModelConfig, layout: Layout, low: int, gpu: bool) -> int:
     total = low * d + 4 * config.num_experts + chosen * (8 + 8 + 4)
     total += 4 * config.num_experts if config.router_z_loss else 0
     total += 4 * chosen + 4 if config.normalize_expert_weights else 0
-    # A row into its expert and its answer; on a CPU `_ExpertLoop` keeps no product of the gate.
+    # A row into its expert and its answer; on a CPU `ExpertLoop` keeps no product of the gate.
     inner = _wide(config, f, low) + 2 if gpu else low * f * (2 if gated else 1)
     total += chosen * (2 * low * d + inner)
     total += chosen * 16 if layout.experts > 1 else 0  # the order in which rows arrived, and back

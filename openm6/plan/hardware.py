@@ -1,4 +1,4 @@
-"""What the planner knows of machines."""
+"""Accelerators known to the planner."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from openm6.core.errors import UsageError, suggest
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One accelerator and its share of the host that it stands in.
+    """One accelerator and its part of its host.
 
     memory, host_memory         GiB
     peak                        dense FLOP/s of matrix products in 16 bits (V100: fp16; cpu: fp32)
     bandwidth                   bytes/s of its memory
     host_bandwidth              bytes/s of the host's memory, its share
     link, network, host_link    bytes/s one way to its neighbours in the host, to other hosts, to the host's memory
-    per_host                    accelerators a host
+    per_host                    accelerators per host
     power                       W, board power of the data sheet: an upper bound of the accelerator alone
-    price                       $ an hour
+    price                       $ per hour
     """
 
     memory: float

@@ -1,10 +1,8 @@
-"""What a training run will need before a machine is rented: memory of a process, time of a step, energy and money.
+"""Requirements of a training run: memory of a process, time of a step, energy and cost.
 
-A plan is the quickest layout that fits the memory of the accelerators; of one that does not fit as it is, as little as
-possible leaves for the memory of the host, and what comes back least often goes first: optimizer states layer by layer,
-then gradients, then parameters (granular offload, M6-10T, arXiv 2110.03888). Where anything fits without offload,
-nothing is offloaded.
-"""
+A plan is the quickest layout that fits the memory of the accelerators; where none fits, as little as possible is
+offloaded to the host's memory, the least often used state first: optimizer states layer by layer, then gradients, then
+parameters (granular CPU offload, M6-10T, arXiv 2110.03888). Nothing is offloaded where any layout fits without."""
 
 from __future__ import annotations
 
@@ -39,15 +37,15 @@ from openm6.train.offload import Offload
 GIB = 2**30
 
 LARGEST = 16_384
-"""Accelerators up to which a plan that fits is looked for."""
+"""Largest number of accelerators tried."""
 
 RESERVED = 0.06
-"""Share of an accelerator's memory that its driver, libraries and fragments take."""
+"""Fraction of an accelerator's memory taken by driver, libraries and fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Parts of the layout that are given; None: the planner's choice."""
+    """Fixed parts of the layout; None: the planner's choice."""
 
     sharding: str | None = None
     experts: int | None = None
@@ -68,7 +66,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """On the accelerator."""
+        """Bytes on the accelerator."""
         return self.states.total + max(self.activations.peak + self.buffers, self.visit)
 
 
@@ -98,7 +96,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """What stays the same over all layouts; `images`: bytes that the image embedder keeps."""
+    """The inputs common to all layouts; `images`: bytes kept by the image embedder."""
 
     config: ModelConfig
     weights: list[Weight]
@@ -144,7 +142,7 @@ def make_plan(
     layout, memory, time = min(fitting, key=lambda fit: (fit[0].offload.layers > 0, fit[2].total))
     if dry:
         memory = _memory(case, layout, dry_run(config, layout, optimizer), memory.activations)
-    tokens_per_step = work.positions * work.parts * machine.gpus
+    tokens_per_step = work.positions * work.micro_batches * machine.gpus
     run = None if tokens is None else _run(tokens, tokens_per_step, time, machine)
     assumed = list(_assumptions(case, dry))
     total = sum(w.numel for w in weights)
@@ -165,7 +163,7 @@ def describe(layout: Layout) -> str:
 
 
 def _smallest(case: _Case, fixed: Fixed) -> Iterator[tuple[Layout, Memory, dict[int | None, States]]]:
-    """Every layout with as little offload as fits, its bytes, and its states by layer."""
+    """Every layout with the least offload that fits, its bytes, and its states by layer."""
     most = case.config.distinct_layers or case.config.num_hidden_layers
     for tried in _layouts(case, fixed):
         by_layer = states_by_layer(case.weights, tried, case.optimizer)
@@ -217,7 +215,7 @@ def _enough(fits: Callable[[int], bool], machine: Machine) -> int | None:
 
 
 def _layouts(case: _Case, fixed: Fixed) -> Iterator[Layout]:
-    """All that train/parallel.py builds, before any offload."""
+    """All layouts of train/parallel.py, without offload."""
     gpus = case.machine.gpus
     common = math.gcd(case.config.num_experts, gpus) if case.config.num_experts else 1
     divisors = [n for n in range(1, common + 1) if common % n == 0]
@@ -232,7 +230,7 @@ def _layouts(case: _Case, fixed: Fixed) -> Iterator[Layout]:
 
 
 def _dials(layout: Layout, layers: int, fixed: Offload | None) -> list[Offload]:
-    """How much may leave for the host, from nothing to all."""
+    """Offloads to try, from nothing to everything."""
     if fixed is not None:
         return [Offload(*(min(n, layers) for n in (fixed.parameters, fixed.gradients, fixed.optimizer)))]
     if layout.sharding == "none":
@@ -279,7 +277,7 @@ def _assumptions(case: _Case, dry: bool) -> Iterator[str]:
     yield f"parameters, gradients and optimizer states ({case.optimizer}) are {where}; master weights are fp32"
     yield (
         f"a process takes {work.rows} rows of {work.length} positions, {work.labels} with a label, "
-        f"{work.parts} times a step"
+        f"{work.micro_batches} times a step"
     )
     yield f"products in {8 * case.low} bits reach {machine.achieved:.0%} of {hardware.peak / 1e12:g} TFLOP/s"
     yield f"memory moves {hardware.bandwidth / 1e9:g} GB/s; {machine.between / 1e9:g} GB/s one way between processes"

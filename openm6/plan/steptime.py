@@ -1,4 +1,4 @@
-"""How long a training step takes, from FLOPs, memory traffic and what crosses the links."""
+"""The duration of a training step, from FLOPs, memory traffic and communication."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Machine:
     """`gpus` accelerators, and what is assumed of them.
 
     gpu        False: CPUs, whose attention keeps its probabilities
-    achieved   share of the peak that products reach
-    overlap    share of communication that runs beside products
+    achieved   fraction of the peak that products reach
+    overlap    fraction of communication that overlaps with products
     pue        energy of the whole site / energy of the accelerators
     country    whose electricity is used, ISO code of three letters
     """
@@ -76,16 +76,19 @@ def step_time(
     low: int,
     places: Places,
 ) -> StepTime:
-    """Of one process, all working alike."""
-    hardware, parts, world, between = machine.hardware, work.parts, layout.world, machine.between
-    products = parts * step_flops(config, layout.recompute, work, machine.gpu) / (hardware.peak * machine.achieved)
+    """The step time of one process, with equal work on all."""
+    hardware, world, between = machine.hardware, layout.world, machine.between
+    micro_batches = work.micro_batches
+    products = (
+        micro_batches * step_flops(config, layout.recompute, work, machine.gpu) / (hardware.peak * machine.achieved)
+    )
     elements = gathered(weights, layout)
     rest = elements.pop(None)
     applied = sum(elements[n % len(elements)] for n in range(config.num_hidden_layers))
     # Weights are read forward and for both gradients, activations written and read; what is recomputed, once more.
     kept = activations(config, replace(layout, recompute="none"), work, low, machine.gpu).saved
     full, again = layout.recompute == "full", layout.recompute != "none"
-    traffic = parts * ((3 + full) * low * applied + (2 + again) * kept) / hardware.bandwidth
+    traffic = micro_batches * ((3 + full) * low * applied + (2 + again) * kept) / hardware.bandwidth
 
     layers, outside = _crossing(weights, layout), rest * (world - 1) / world
     if layout.sharding == "none":  # an all-reduce sends twice what a reduce-scatter does
@@ -93,13 +96,13 @@ def step_time(
     else:
         times = 2 if layout.sharding == "zero3" else 1  # zero3 lets go after the forward pass
         layers *= config.num_hidden_layers / len(elements)  # a shared one each time that it is applied
-        gather = parts * (times * low * layers + 4 * outside) / between
+        gather = micro_batches * (times * low * layers + 4 * outside) / between
         reduce = 4 * (layers + outside) / between
     rows = config.experts_per_token * work.positions * (1 - 1 / layout.experts)
     journeys = len(config.expert_layers()) * (6 if again else 4)  # there and back: forward, backward, recomputed
-    exchange = parts * journeys * low * config.hidden_size * rows / between
+    exchange = micro_batches * journeys * low * config.hidden_size * rows / between
     resident, guest = places.resident, places.guest
-    offload = (parts * times * resident.parameters + resident.gradients + guest.gradients) / hardware.host_link
+    offload = (micro_batches * times * resident.parameters + resident.gradients + guest.gradients) / hardware.host_link
     update = _touched(places.device) / hardware.bandwidth + _touched(resident) / hardware.host_bandwidth
     # Guests come while those of the layer before leave; what the update itself takes is little beside that.
     update += (guest.gradients + guest.optimizer) / hardware.host_link
@@ -110,7 +113,7 @@ def step_time(
 
 
 def step_flops(config: ModelConfig, recompute: str, work: Work, gpu: bool) -> float:
-    """Of one part: `training_flops`, and what of the forward pass, a third of it, is repeated in the layers."""
+    """FLOPs of a micro-batch: `training_flops`, and the recomputed part of the forward pass, which is a third of it."""
     positions, pairs = work.positions, work.rows * work.length**2 // 2
     flops = training_flops(config, positions, pairs, work.labels)
     if recompute == "none" or (recompute == "selective" and gpu):
@@ -137,5 +140,5 @@ def _crossing(weights: list[Weight], layout: Layout) -> float:
 
 
 def _touched(states: States) -> int:
-    """Bytes that the optimizer reads and writes."""
+    """Bytes read and written by the optimizer."""
     return 2 * states.parameters + states.gradients + 2 * states.optimizer

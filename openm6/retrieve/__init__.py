@@ -1,4 +1,4 @@
-"""Vectors kept and found again: an index on disk, filled by a model's tasks; and a recommender on one."""
+"""Vector retrieval: an index on disk, filled with embeddings of a model's tasks, and a recommender on top of it."""
 
 from openm6.retrieve.index import Added, Deleted, Hit, Index
 

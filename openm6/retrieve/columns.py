@@ -1,8 +1,8 @@
-"""The columns that an index keeps beside its vectors: their types, the values that fit them, and mistakes in a filter.
+"""The columns of an index beside its vectors: types, conversion of values, messages for invalid filters.
 
 A value is stored exactly or refused. A column without a given type gets the narrowest type that holds every value of
-the data. All cells of a CSV or TSV are text: there, a column whose every cell is a number or true/false has that type,
-and a column with leading zeros (`007`) or with more digits than a number holds stays text.
+the data. All cells of a CSV or TSV are text; a column whose cells are all numbers or true/false gets that type, and a
+column with leading zeros (`007`) or with more digits than a number holds stays text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.data.store import Record
 
 TYPES = {"bool": "bool", "int": "int64", "float": "float64", "text": "string"}
-"""Types by the names that people use, the narrowest first, and the names that `index.json` has."""
+"""Type names of the interface, narrowest first, and those of `index.json`."""
 
 _NAMES = {kind: name for name, kind in TYPES.items()}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-][0-9]+)?")
@@ -42,9 +42,9 @@ def describe(columns: Mapping[str, str]) -> str:
 
 
 def convert(value: Any, kind: str) -> Any:
-    """The value as a column of this type stores it; None, and "" where the type is not text, are stored as no value.
+    """The value as stored in a column of this type; None, and "" unless the type is text, become null.
 
-    Raises ValueError where the stored value would not be the same: 99.5 as int, 2**60 + 1 as float, "cheap" as float.
+    Raises ValueError if the stored value would differ: 99.5 as int, 2**60 + 1 as float, "cheap" as float.
     """
     if value is None or (value == "" and kind != "string"):
         return None
@@ -72,7 +72,7 @@ def _exact(value: int | float | Decimal, kind: str) -> int | float:
         same = -(2**63) <= value < 2**63 and value == int(value)
         return int(value) if same else _refuse()
     if isinstance(value, Decimal):
-        same = Decimal(repr(float(value))) == value  # 0.1 in a CSV is the number that is written 0.1
+        same = Decimal(repr(float(value))) == value  # a CSV cell 0.1 is the float printed as 0.1
     else:
         same = isinstance(value, float) or abs(value) <= 2**53
     return float(value) if same else _refuse()
@@ -89,13 +89,13 @@ def convert_at(where: str, column: str, value: Any, kind: str) -> Any:
     except ValueError:
         raise DataError(
             f"{where}: {column} is {cut(repr(value))}, and the column {column} of the index has the type "
-            f"{_NAMES[kind]}, which cannot store that exactly: mend the record, or build an index with another "
+            f"{_NAMES[kind]}, which cannot store that exactly: correct the record, or build an index with another "
             f"type (--keep {column}:text)."
         ) from None
 
 
 def id_of(where: str, value: Any) -> str:
-    """An item's id as text: 7 and "7" are the same id. Raises DataError for no text and no whole number."""
+    """An item's id as text: 7 and "7" are the same id. Raises DataError unless it is a text or an integer."""
     if isinstance(value, bool) or not isinstance(value, (str, Integral)) or value == "":
         shown = "missing" if value in (None, "") else cut(repr(value))
         raise DataError(f"{where}: the id is {shown}: an id is a text or a whole number.")
@@ -103,9 +103,9 @@ def id_of(where: str, value: Any) -> str:
 
 
 def types_of(records: Iterable[Record], names: Sequence[str], is_text_table: bool) -> dict[str, str]:
-    """The type of each column, by all of its values. `is_text_table`: cells are text whatever they mean.
+    """The type of each column, inferred from all values. `is_text_table`: all cells are text (CSV, TSV).
 
-    Raises UsageError, with two records, for a column whose values have no type in common, and for one without values.
+    Raises UsageError for a column without values, and, naming two records, for one whose values have no common type.
     """
     left = {name: list(_NAMES) for name in names}
     seen: dict[str, tuple[str, Any]] = {}
@@ -120,17 +120,17 @@ def types_of(records: Iterable[Record], names: Sequence[str], is_text_table: boo
             if not left[name]:
                 raise UsageError(
                     f"The column {name} has values of no common type, {cut(repr(first[1]))} ({first[0]}) and "
-                    f"{cut(repr(value))} ({where}): an index stores {', '.join(TYPES)}. Mend the data, or "
+                    f"{cut(repr(value))} ({where}): an index stores {', '.join(TYPES)}. Correct the data, or "
                     f"name the type (--keep {name}:text)."
                 )
     for name in names:
         if name not in seen and not is_text_table:
-            raise UsageError(f"The column {name} holds nothing: name its type (--keep {name}:text).")
+            raise UsageError(f"The column {name} is empty: name its type (--keep {name}:text).")
     return {name: left[name][0] if name in seen else "string" for name in names}
 
 
 def _fits(value: Any, kind: str, is_text_table: bool) -> bool:
-    """Whether a value may stand for this type where none is given: texts are numbers in a text table alone."""
+    """True if a value allows this type to be inferred; texts count as numbers only in a text table."""
     try:
         convert(value, kind)
     except ValueError:
@@ -141,27 +141,27 @@ def _fits(value: Any, kind: str, is_text_table: bool) -> bool:
 
 
 def filter_error(where: str, error: Exception, columns: Mapping[str, str]) -> UsageError:
-    """The reason why the table refused a filter, in words about this index."""
+    """LanceDB's error for an invalid filter, translated into a message about this index."""
     reason = " ".join(str(error).split())
     if found := re.search(r"No field named \"?(.+?)\"?\. Valid fields", reason):
         name = found[1]
         hint = suggest(name, list(columns)) or f" A text stands in single quotes: '{name}'."
-        told = f"there is no column {name!r}.{hint}"
+        message = f"there is no column {name!r}.{hint}"
     elif found := re.search(r"literal ([A-Z][a-z]+)\d*\((.*?)\) .* of type '([A-Z][a-z]+)", reason):
         kinds = {"Utf": "text", "Boolean": "bool", "Int": "int", "Float": "float"}
         got, want = kinds.get(found[1], "number"), kinds.get(found[3], "number")
         value = found[2].replace('"', "'") if got == "text" else found[2]
-        told = f"a column of the type {want} is compared with {value}, which is of the type {got}"
+        message = f"a column of the type {want} is compared with {value}, which is of the type {got}"
     elif "does not return a boolean" in reason:
-        told = "it is no condition that is true or false"
+        message = "it is not a condition that is true or false"
     elif found := re.search(r"Invalid function '(\w+)'", reason):
-        told = f"there is no function {found[1]!r}"
+        message = f"there is no function {found[1]!r}"
     elif found := re.search(r"parser error: ([^)]*)", reason):
-        told = f"it is no condition in SQL ({found[1].rstrip('.')})"
+        message = f"it is not an SQL condition ({found[1].rstrip('.')})"
     else:
-        told = "it fails on the items"
-    told += "" if told.endswith((".", "?")) else "."
+        message = "it fails on the items of the index"
+    message += "" if message.endswith((".", "?")) else "."
     return UsageError(
-        f"The filter {where!r} cannot be used: {told} Columns: id text, {describe(columns)}. "
+        f"The filter {where!r} cannot be used: {message} Columns: id text, {describe(columns)}. "
         "Example: price < 100 AND colour = '红色'."
     )

@@ -1,4 +1,4 @@
-"""An index filled with what a task makes of the records of a source."""
+"""Filling an index: embeddings of the records of a source by a task."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from openm6.retrieve.columns import convert_at, id_of, type_of, types_of
 from openm6.retrieve.index import Index
 
 BATCH = 512
-"""Items that are kept together: a kill loses at most so many that are not yet told as done."""
+"""Number of items stored per commit: an interruption loses at most these."""
 
 
 @dataclass(slots=True)
 class Filled:
-    """Ids of a source's records: `new` and `replaced` items, items that were there and have been left as they are
-    (`passed_over`), and ids of bad records that repeat the id of an earlier one (`repeated`)."""
+    """Ids of a source's records.
+
+    passed_over   items of the index that were skipped (`only_new`)
+    repeated      rejected records that repeat the id of an earlier record
+    """
 
     new: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
@@ -50,14 +53,14 @@ def create_for(
     data_format: str | None = None,
     images: str | None = None,
 ) -> Index:
-    """An empty index for what `task` makes of the records of `source`, asked by what `query_task` makes of questions.
+    """Create an empty index for the records of `source`, embedded by `task`; `query_task` embeds queries.
 
-    `keep`: columns of the data to filter by, each a name or name:type (text, int, float, bool). Without a type the
-    values of the whole source say it (`types_of`).
+    `keep`: columns of the data to store and filter by, each a name or name:type (text, int, float, bool). Without a
+    type it is inferred from the whole source (`types_of`).
     """
     for name in (task, query_task or task):
         if not session.task(name).embeds:
-            raise UsageError(f"The task {name} gives no vector: an index is made by one that does.")
+            raise UsageError(f"The task {name} gives no vector: an index needs a task with a vector output.")
     records = open_source(source, data_format, images)
     SlotView.of(session.task(task), records, columns or {})
     given = types_given(keep)
@@ -85,16 +88,16 @@ def add_source(
     data_format: str | None = None,
     images: str | None = None,
     only_new: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_reject: OnReject | None = None,
     truncate: str | None = None,
 ) -> Filled:
-    """Add the records of a source, or replace the items whose ids are there (`only_new` passes those over). Of several
-    records with one id the first counts, and the others are bad records.
+    """Add the records of a source; items with the same id are replaced (`only_new`: skipped). The first of several
+    records with one id counts, the others are rejected.
 
-    `on_progress` gets the number of stored items whenever a batch is kept, `on_reject` each bad record; without it the
-    first one raises DataError. A kept column with the picture of the task holds its whole path. `truncate`: of records
-    that are longer than the model takes (Session.run). Raises UsageError for a source without the index's columns.
+    `on_progress` gets the number of stored items and of all records after each batch, `on_reject` each bad record;
+    without it the first one raises DataError. A stored column with the picture of the task holds its full path.
+    `truncate`: see Session.run. Raises UsageError for a source without the index's columns.
     """
     about, id_column = index.about, index.about["id_column"]
     task = session.task(about["task"])
@@ -107,7 +110,7 @@ def add_source(
     known = index.ids() if only_new else set()
     filled, count = Filled(), 0
     for batch in _batches(_named(records, id_column, known, filled, on_reject)):
-        rows: list[Any] = []  # the kept values of each record, or the DataError of one that cannot be used
+        rows: list[Any] = []  # the stored values of each record, or the DataError of a rejected one
         seen: list[Record] = []
         for name, record in batch:
             where = str(record.get("_where", name))
@@ -134,13 +137,12 @@ def add_source(
         filled.new += added.new
         filled.replaced += added.replaced
         count += len(good)
-        if on_progress:
-            on_progress(count)
+        on_progress(count, len(records))
     return filled
 
 
 def _has_text_cells(source: str, data_format: str | None) -> bool:
-    """Whether the source is a file in which every value is text, as a CSV is."""
+    """True if the source consists of files whose values are all text (CSV, TSV)."""
     try:
         return {format_of(path, data_format) for path in expand(source)} <= {"csv", "tsv"}
     except (UsageError, DataError):  # generated data
@@ -148,7 +150,7 @@ def _has_text_cells(source: str, data_format: str | None) -> bool:
 
 
 def _whole_path(record: Record, column: str) -> Any:
-    """The path of a record's picture, from wherever it is read; other values as they are."""
+    """The full path of a record's picture; other values unchanged."""
     value = record.get(column)
     return picture_path(value, str(record.get("_root") or "")) if isinstance(value, str) and value else value
 
@@ -164,7 +166,7 @@ def _named(
 ) -> Iterator[tuple[str, Record]]:
     """Every record to store with its id: the value of its column, else its place in the source.
 
-    The first record of an id counts: an interrupted build then goes on to the same items."""
+    The first record of an id counts, so that a resumed build gives the same items."""
     met: set[str] = set()
     for number, record in enumerate(records):
         where = str(record.get("_where", number))

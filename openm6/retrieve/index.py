@@ -1,12 +1,12 @@
-"""An index of vectors: a LanceDB table on disk, and what answers quickly in memory (faiss).
+"""A vector index: a LanceDB table on disk, searched in memory by faiss.
 
-    DIR/items.lance     id, vector, and columns to filter by; every change is a version, whole or not there at all
-    DIR/index.json      dims, and what the vectors were made with
-    DIR/ann.json        inverted lists of a snapshot, if `tune` made them, and which ann-*.faiss they are in
+    DIR/items.lance     id, vector, and columns to filter by; every change is an atomic version
+    DIR/index.json      dims, columns, and the model and task of the vectors
+    DIR/ann.json        inverted lists of a snapshot, if `tune` was called, and the name of their ann-*.faiss file
 
-Vectors are brought to length 1; the score of a hit is the cosine. Without inverted lists every search is exact; with
-them a search without a filter looks into some of the lists, and exactly at what came after the snapshot. A search with
-a filter is always exact. One process writes at a time, others wait; readers see the last whole version.
+Vectors are normalized to length 1; the score of a hit is the cosine similarity. Without inverted lists every search is
+exact. With them a search without a filter probes some of the lists, and all items added since the snapshot; a search
+with a filter stays exact. One process writes at a time, others wait; readers see the last committed version.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.retrieve.columns import convert_at, filter_error, id_of, type_of
 from openm6.retrieve.memory import ALL, LISTS, Lists, Memory
 
 TABLE = "items"
 COMPACT_EVERY = 64
-"""Versions after which small files of the table are joined, and versions older than a day dropped."""
+"""Number of versions between compactions, which merge small files and drop versions older than a day."""
 
 KEYS_A_VERSION = 1_000_000_007
-"""Each version's rows have keys of their own, so that what was deleted is never taken for what came later. Odd: faiss
-looks at the low bits of keys first."""
+"""Key range per version: keys are never reused, so that a deleted row is not taken for a later one. Odd, since faiss
+hashes the low bits of keys."""
 
 SETTLED = 1_000_000_000
-"""Nanoseconds after which a time of change is not given again."""
+"""Age in nanoseconds above which a modification time is unambiguous."""
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -50,7 +51,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """All items: ids [N], vectors of length 1 [N, dims], columns as lists."""
+    """All items: ids [N], unit vectors fp32 [N, dims], columns as lists."""
 
     ids: np.ndarray
     vectors: np.ndarray
@@ -59,7 +60,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """Ids that a call of `add` has stored: the ones that are new, and the ones whose items it has replaced."""
+    """Ids stored by a call of `add`: new items and replaced ones."""
 
     new: list[str]
     replaced: list[str]
@@ -67,14 +68,14 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """Ids that a call of `delete` has removed, and the given ones that the index does not have."""
+    """Ids removed by a call of `delete`, and given ids that the index does not have."""
 
     deleted: list[str]
     unknown: list[str]
 
 
 class Index:
-    """`Index.create` or `Index.open`; `add`, `delete`, `search`."""
+    """A vector index, opened by `Index.create` or `Index.open`."""
 
     def __init__(self, path: Path, table: Any, about: dict[str, Any], pinned: bool = False):
         self.path, self.about, self._pinned = path, about, pinned
@@ -82,7 +83,7 @@ class Index:
         self._table, self._memory = table, Memory(self.dims)
         self._ann: Lists | None = None
         self._seen: dict[str, tuple[int, int]] = {}
-        self._followed = False  # whether the memory is at the table's version
+        self._followed = False  # True while the memory is at the table's version
 
     # Making
 
@@ -94,8 +95,9 @@ class Index:
         columns: Mapping[str, str] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Index:
-        """An empty index. `columns`: name to type (text, int, float or bool); `about`: what to remember of how its
-        vectors are made. Raises UsageError where there is something already."""
+        """Create an empty index. `columns`: name to type (text, int, float or bool); `about`: metadata to store, such
+        as the model. Raises UsageError for an existing path."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
         import pyarrow as pa
 
@@ -108,7 +110,7 @@ class Index:
         for name, kind in types.items():
             if name in ("key", "id", "vector") or not name.isidentifier():
                 raise UsageError(
-                    f"A column cannot be called {name!r}: take letters, digits and _, not key, id, vector."
+                    f"A column cannot be called {name!r}: use letters, digits and _, except key, id, vector."
                 )
             fields.append((name, pa.type_for_alias(kind)))
         content = {**(about or {}), "dims": dims, "columns": types}
@@ -122,7 +124,8 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, version: int | None = None) -> Index:
-        """What `create` made, as it was at a `version`, or as it is. Raises UsageError where there is none."""
+        """Open an index, at an older `version` read-only. Raises UsageError for a path that is not an index."""
+        require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
         import lancedb
 
         path = Path(path)
@@ -130,15 +133,15 @@ class Index:
             about = json.loads((path / "index.json").read_text("utf-8"))
             table = lancedb.connect(str(path)).open_table(TABLE)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is no index ({type(error).__name__}): `openm6 index build` makes one.") from None
+            raise UsageError(
+                f"{path} is not an index ({type(error).__name__}): build one by `openm6 index build`."
+            ) from None
         if version is not None:
             try:
                 table.checkout(version)
             except (ValueError, RuntimeError, OSError):
                 known = [row["version"] for row in table.list_versions()]
-                raise UsageError(
-                    f"{path} has no version {version}: from {min(known)} to {max(known)} it has."
-                ) from None
+                raise UsageError(f"{path} has no version {version}; it has {min(known)} to {max(known)}.") from None
         return cls(path, table, about, pinned=version is not None)
 
     # What it is
@@ -152,7 +155,7 @@ class Index:
         return int(self._table.version)
 
     def versions(self) -> list[dict[str, Any]]:
-        """Number and time of each version that is kept."""
+        """Number and time of each stored version."""
         return [{"version": v["version"], "time": str(v["timestamp"])} for v in self._table.list_versions()]
 
     def ids(self) -> set[str]:
@@ -160,7 +163,7 @@ class Index:
         return set(self._table.search().select(["id"]).limit(ALL).to_arrow()["id"].to_pylist())
 
     def items(self, columns: Sequence[str] = ()) -> Items:
-        """All items, in the order in which they came."""
+        """All items, in the order of insertion."""
         self._latest()
         rows = self._table.search().select(["key", "id", "vector", *columns]).limit(ALL).to_arrow()
         rows = rows.sort_by("key").combine_chunks()
@@ -173,8 +176,8 @@ class Index:
     # Changing
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> Added:
-        """Add or replace items: `vectors` [N, dims], a value of every column for each id. When it returns they are
-        kept. Raises DataError for what does not fit; no value is stored that is not the same."""
+        """Add or replace items: `vectors` fp32 [N, dims], and for each id a value of every column. They are durable on
+        return. Raises DataError for invalid vectors, ids or columns, and for values that cannot be stored exactly."""
         import pyarrow as pa
 
         vectors = np.asarray(vectors, np.float32)
@@ -183,13 +186,13 @@ class Index:
             shape = list(vectors.shape)
             raise DataError(f"Vectors of shape {shape} for {len(names)} ids; the index has {self.dims} dims.")
         if not np.isfinite(vectors).all():
-            raise DataError("A vector has numbers that are not finite.")
+            raise DataError("A vector has values that are not finite.")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"The id {twice} is given twice in one call.")
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not lengths.all():
-            raise DataError(f"The vector of {names[int(lengths.argmin())]} is zero: it has no direction.")
+            raise DataError(f"The vector of {names[int(lengths.argmin())]} is zero and cannot be normalized.")
         given, known = dict(columns or {}), self.about["columns"]
         if given.keys() != known.keys():
             raise DataError(f"The index has the columns {', '.join(known) or '(none)'}; given: {', '.join(given)}.")
@@ -216,9 +219,9 @@ class Index:
         return Added([n for n in names if n not in there], [n for n in names if n in there])
 
     def delete(self, ids: Sequence[str] = (), where: str = "") -> Deleted:
-        """Delete items by id or by a filter."""
+        """Delete items by id or by an SQL filter `where`. Raises UsageError unless exactly one is given."""
         if bool(len(ids)) == bool(where):
-            raise UsageError("Say which items to delete: by ids, or by a filter.")
+            raise UsageError("Give the items to delete by ids or by a filter.")
         names = list(dict.fromkeys(map(str, ids)))
         if names:
             quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
@@ -235,7 +238,7 @@ class Index:
         from filelock import FileLock
 
         if self._pinned:
-            raise UsageError(f"{self.path} was opened at version {self.version}: an older version is not changed.")
+            raise UsageError(f"{self.path} was opened at version {self.version}, which is read-only.")
         with FileLock(str(self.path / "write.lock")):
             self._latest()
             try:
@@ -246,22 +249,21 @@ class Index:
                 self._table.optimize()
 
     def _latest(self) -> None:
-        """See what others have written since."""
+        """Check out the latest version, which another process may have written."""
         if not self._pinned and self._changed(f"{TABLE}.lance/_versions"):
             self._table.checkout_latest()
             self._followed = False
 
     def _follow(self) -> None:
-        """Read the table as it is now into memory."""
+        """Bring the memory to the latest version of the table."""
         self._latest()
         if not self._followed:
             self._memory.follow(self._table)
             self._followed = True
 
     def _changed(self, name: str) -> bool:
-        """Whether a file or folder of the index may have been written since the last call. Asking the file system takes
-        a hundredth of what reading does; what was written a moment ago may be so again at the same time of its clock.
-        """
+        """True if a file or folder of the index may have been written since the last call, by its modification time,
+        which takes 1% of the time of reading. A recent one is ambiguous: another write may have the same time."""
         try:
             found = os.stat(f"{self.path}/{name}")
         except OSError:
@@ -282,22 +284,22 @@ class Index:
         columns: Sequence[str] = (),
         exact: bool = False,
     ) -> list[list[Hit]]:
-        """The k nearest of each vector, [Q, dims] or [dims], the nearest first; fewer where there are not so many.
+        """The at most k nearest items of each vector, fp32 [Q, dims] or [dims], nearest first.
 
-        `where` is an SQL condition on the columns (`price < 100 AND colour = 'red'`), `columns` are told with the hits,
-        `exact` leaves inverted lists aside. Raises UsageError for a condition that cannot be read.
+        `where`: SQL condition on the columns (`price < 100 AND colour = 'red'`); `columns`: columns to return with the
+        hits; `exact`: search all items instead of inverted lists. Raises UsageError for an invalid condition.
         """
         unknown = [name for name in columns if name not in self.about["columns"]]
         if unknown:
             raise UsageError(f"The index has no column {unknown[0]}. It has: {', '.join(self.about['columns'])}.")
         scores, places = self._found(vectors, k, where, exact)
-        told = self._columns_of({int(p) for p in places.flat if p >= 0}, columns) if columns else {}
+        values = self._columns_of({int(p) for p in places.flat if p >= 0}, columns) if columns else {}
         rows = zip(places.tolist(), self._memory.ids[places].tolist(), scores.tolist(), strict=True)
-        return [[Hit(i, s, told.get(p, {})) for p, i, s in zip(*row, strict=True) if p >= 0] for row in rows]
+        return [[Hit(i, s, values.get(p, {})) for p, i, s in zip(*row, strict=True) if p >= 0] for row in rows]
 
     def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ids [Q, k] of the nearest of many vectors at once; score -inf and id None where there are no
-        more. Errors: `search`."""
+        """Scores and ids [Q, k] of the nearest items of many vectors; missing ones have score -inf and id None. Errors:
+        see `search`."""
         scores, places = self._found(vectors, k, "", False)
         ids = np.full(places.shape, None, object)
         ids[places >= 0] = self._memory.ids[places[places >= 0]]
@@ -306,9 +308,9 @@ class Index:
     def _found(self, vectors: np.ndarray, k: int, where: str, exact: bool) -> tuple[np.ndarray, np.ndarray]:
         queries = np.atleast_2d(np.asarray(vectors, np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.dims:
-            raise UsageError(f"A vector of {queries.shape[-1]} numbers; the index has {self.dims}.")
+            raise UsageError(f"A vector of {queries.shape[-1]} dimensions; the index has {self.dims}.")
         if k < 1:
-            raise UsageError(f"k is {k}; ask for 1 or more.")
+            raise UsageError(f"k is {k}; it has to be at least 1.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
         self._follow()
         chosen = None
@@ -327,7 +329,7 @@ class Index:
         return {by_key[row.pop("key")]: row for row in rows.to_pylist()}
 
     def _read(self, columns: Sequence[str], where: str) -> Any:
-        """These columns of the items that a filter leaves, as an Arrow table."""
+        """These columns of the items that pass a filter, as an Arrow table."""
         try:
             return self._table.search().where(where).select(columns).limit(ALL).to_arrow()
         except (ValueError, RuntimeError) as error:
@@ -336,8 +338,8 @@ class Index:
     # Inverted lists
 
     def tune(self, recall: float = 0.95, lists: int | None = None, seed: int = 0) -> dict[str, Any]:
-        """Cut the items into inverted lists, and find out into how many of them a search has to look for this recall@10
-        (of 256 of the items, each slightly moved). Returns what was found."""
+        """Build inverted lists and choose the number of probes for this recall@10, measured on 256 slightly perturbed
+        items. Returns {"lists", "probes", "recall@10", "items", ...}."""
         self._follow()
         made = Lists.build(self._memory, lists, recall, seed)
         made.save(self.path)

@@ -1,4 +1,4 @@
-"""What an index answers from: vectors of a version of its table in memory, and inverted lists of a snapshot (faiss)."""
+"""In-memory search of an index: the vectors of a version of its table, and inverted lists of a snapshot (faiss)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from openm6.core.errors import UsageError
 from openm6.core.files import write_file, write_json
 
 LISTS = "ann.json"
-"""The file beside the table that says which inverted lists there are."""
+"""File beside the table that describes the inverted lists."""
 ALL = 2**31 - 1
-"""Rows that are read at most."""
+"""A limit that reads all rows."""
 
 
 class Memory:
-    """Keys, ids and vectors of a version of the table; dead rows stay until there are too many."""
+    """Keys, ids and vectors of a version of the table; deleted rows stay, masked, until there are many."""
 
     def __init__(self, dims: int):
         self.dims = dims
@@ -35,7 +35,7 @@ class Memory:
         self.flat = faiss.IndexFlatIP(self.dims)
 
     def follow(self, table: Any) -> None:
-        """Come to the version that the table is at: read what is new, mark what is gone."""
+        """Update to the table's version: read new rows, mask deleted ones."""
         import faiss
 
         if table.version == self.version:
@@ -61,7 +61,7 @@ class Memory:
         self.version = table.version
 
     def _mask(self, keys: np.ndarray) -> np.ndarray:
-        """Which rows have one of these keys, of which none is greater than the last; np.isin sorts all rows for it."""
+        """Mask of the rows with one of these keys, none of which exceeds the last key."""
         keys = np.sort(keys)
         places = np.searchsorted(self.keys, keys)
         mask = np.zeros(len(self.keys), bool)
@@ -71,7 +71,7 @@ class Memory:
     def search(
         self, queries: np.ndarray, k: int, chosen: np.ndarray | None, lists: Lists | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and places [Q, k], place -1 where there are no more; among the keys `chosen`, or all."""
+        """Scores and places [Q, k] among the keys `chosen`, or all; missing ones have place -1."""
         if not self.alive.any():
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         if lists is None:
@@ -101,7 +101,7 @@ class Memory:
 
 
 class Lists:
-    """Inverted lists over a snapshot's vectors; their ids are keys."""
+    """Inverted lists (IVF) over the vectors of a snapshot, by key."""
 
     def __init__(self, lists: Any, about: dict[str, Any]):
         self.lists, self.about = lists, about
@@ -114,7 +114,7 @@ class Lists:
         count = int(memory.alive.sum())
         number = number or max(1, round(4 * count**0.5))
         if count < max(64, number):
-            raise UsageError(f"{count} items in {number} lists: too few to be worth it; searches are exact and quick.")
+            raise UsageError(f"{count} items are too few for {number} inverted lists; exact search is fast enough.")
         vectors = memory.flat.reconstruct_n(0, len(memory.keys))[memory.alive]
         keys = memory.keys[memory.alive]
         lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(memory.dims), memory.dims, number, faiss.METRIC_INNER_PRODUCT)
@@ -139,7 +139,7 @@ class Lists:
         return cls(lists, {**about, "stamp": os.urandom(8).hex()})
 
     def search(self, queries: np.ndarray, k: int, among: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and keys [Q, k], key -1 where there are no more; `among`: a selector of keys."""
+        """Scores and keys [Q, k]; missing ones have key -1. `among`: a selector of keys."""
         import faiss
 
         if among is None:
@@ -148,7 +148,7 @@ class Lists:
         return self.lists.search(queries, k, params=params)  # type: ignore[no-any-return]
 
     def save(self, path: Path) -> None:
-        """Write the lists first, then the file that says they are there."""
+        """Write the lists first, then the file that describes them."""
         import faiss
 
         file = f"ann-{self.about['stamp']}.faiss"
@@ -167,7 +167,7 @@ class Lists:
 
     @classmethod
     def load(cls, path: Path) -> Lists | None:
-        """The lists of an index; None where they cannot be read: searches are then exact."""
+        """The lists of an index; None if they cannot be read, in which case searches are exact."""
         import faiss
 
         try:

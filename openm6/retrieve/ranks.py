@@ -1,8 +1,8 @@
-"""How well a list puts what is right in front.
+"""Ranking metrics.
 
-recall@k   share of the queries with something right among the first k
-mrr        mean of 1 / the rank of the first that is right
-ndcg@10    discounted gains of all that is right among the first ten, over those of the best order
+recall@k   fraction of the queries with a relevant key among the first k
+mrr        mean reciprocal rank of the first relevant key
+ndcg@10    discounted cumulative gain of the first ten, normalized by the ideal order
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ RANKS = (1, 5, 10)
 
 
 def rank_scores(likeness: np.ndarray, right: np.ndarray) -> dict[str, Score]:
-    """Recall, MRR and NDCG of N queries among M keys. `likeness` [N, M]: how near each key is; `right`, bool [N, M]:
-    which keys are right (at least one a query). Of equally near ones the wrong come first."""
+    """Recall, MRR and NDCG of N queries among M keys. `likeness` [N, M]: similarity; `right`, bool [N, M]: relevance,
+    at least one key per query. Ties count against the relevant keys."""
     order = np.lexsort((right, -likeness), axis=-1)
     hits = np.take_along_axis(right, order, -1)
     first = hits.argmax(-1)
@@ -27,8 +27,8 @@ def rank_scores(likeness: np.ndarray, right: np.ndarray) -> dict[str, Score]:
 
 
 def scores_of_ranks(first: np.ndarray, gained: np.ndarray | None = None) -> dict[str, Score]:
-    """Recall, MRR and NDCG by the place, from 0, of the `first` right key of each query. `gained`: the NDCG@10 of each,
-    where more than one key is right."""
+    """Recall, MRR and NDCG by the rank, from 0, of the `first` relevant key of each query [N]. `gained` [N]: NDCG@10 if
+    a query can have several relevant keys."""
     if gained is None:
         gained = np.where(first < 10, 1 / np.log2(first + 2.0), 0.0)
     values = {

@@ -1,9 +1,9 @@
-"""A recommender in two stages: what is near to what a customer bought is recalled from an index, and ranked by a model
-of boosted trees (LightGBM) that sees nearness, how much is sold, the items' columns and the occasion (visits.py).
+"""A two-stage recommender: recall from an index by vector similarity and popularity, then ranking by boosted trees
+(LightGBM) on similarity, popularity, item columns and context (visits.py).
 
-    DIR/recommender.json    the index, the columns, how often each item was bought, what was learned from
-    DIR/ranker.txt          the trees, as LightGBM writes them
-    DIR/rejects.jsonl       the visits that were not learned from, each with the reason (written by the command)
+    DIR/recommender.json    index, columns, number of purchases per item, size of the training data
+    DIR/ranker.txt          the trees in LightGBM's format
+    DIR/rejects.jsonl       visits left out of training, with the reasons (written by the command)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
@@ -27,18 +28,18 @@ from openm6.retrieve.visits import usable_visits
 from openm6.tasks.metrics import Score, Values, score_of
 
 NEAREST, LIKED, POPULAR = 150, 100, 50
-"""Candidates for ranking: what is nearest to the history; the most bought of what is near; the most bought of all."""
+"""Number of recalled candidates: nearest to the history; most bought of the near ones; most bought of all."""
 WIDE = 10
-"""What is near: so many times as many as the nearest that are taken."""
+"""Size of the neighbourhood that LIKED items come from, as a multiple of NEAREST."""
 RECALLED = NEAREST + LIKED + POPULAR
 DECAY = 0.8
-"""Weight of an item of the history against the next one, in the customer's vector."""
+"""Decay per item of the history, from the last one backwards, in the customer's vector."""
 NEGATIVES = 30
-"""Of a visit's candidates, to learn ranking from."""
+"""Number of negatives per training group."""
 HEAD = 0.2
-"""Fraction of the items, those that are bought most; the others are the long tail."""
+"""Fraction of the items, the best sellers, that are not in the long tail."""
 MOST, CHUNK = 50, 64
-"""Of a history only so many last items count; visits that are looked up at once."""
+"""Number of last items of a history that count; number of visits per index query."""
 
 _TREES = {
     "objective": "lambdarank", "learning_rate": 0.05, "num_leaves": 15, "min_data_in_leaf": 50, "verbosity": -1,
@@ -47,12 +48,12 @@ _TREES = {
 }  # fmt: skip
 _ROUNDS = 200
 _NUMBERS = ("int64", "float64")
-_NOTHING = f"what was bought is not among the {RECALLED} items that are recalled, and no other item was shown."
+_NOTHING = f"the purchase is not among the {RECALLED} recalled items, and no other item was shown."
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """An item, and the columns that the index keeps of it."""
+    """A recommended item with its columns of the index."""
 
     id: str
     score: float
@@ -61,9 +62,9 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True)
 class Recommendations:
-    """The items for one visit, the best first.
+    """The items for one visit, best first.
 
-    from_history    False where the index has no item of the history: the items are best sellers, ranked by the occasion
+    from_history    False if the index has no item of the history: the items are best sellers, ranked by the context
     unknown         ids of the history that the index does not have
     """
 
@@ -74,15 +75,14 @@ class Recommendations:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """How many visits a recommender has learned from, and how many of these have no item of the index in their
-    history."""
+    """Number of training visits, and of those among them without an item of the index in their history."""
 
     visits: int
     without_history: int
 
 
 class Recommender:
-    """`Recommender.fit` or `Recommender.load`; `recommend`, `measure`, `save`."""
+    """A recommender on an index, made by `Recommender.fit` or opened by `Recommender.load`."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Recommender:
         columns: Mapping[str, list[str] | None] | None = None,
         learned: Learned | None = None,
     ):
-        """`context` and `columns` (of the index, that the ranker sees): a column's values, None where it holds numbers;
-        `bought`: how often each id was. Without `columns` they are those of `_columns_of`."""
+        """`context`, and the index's `columns` that the ranker uses: name to values, None for a numeric column;
+        `bought`: number of purchases by id. `columns` default to those of `_columns_of`."""
         items = index.items(list(index.about["columns"]))
         self.index, self.context, self._ranker = index, dict(context), ranker
         self.learned = learned or Learned(0, 0)
@@ -111,7 +111,7 @@ class Recommender:
                 self._numbers[name] = np.sign(values) * np.log1p(np.abs(values))
                 continue
             self._texts[name] = texts = np.array([str(v) for v in items.columns[name]], object)
-            # Items that came later may have new values: those of the learning keep their codes.
+            # Items added after training may have new values; the trained ones keep their codes.
             codes = {value: code for code, value in enumerate([*known, *sorted({*texts} - {*known})])}
             self._codes[name] = np.array([codes[text] for text in texts])
 
@@ -126,11 +126,11 @@ class Recommender:
         seed: int = 0,
         on_reject: OnReject | None = None,
     ) -> Recommender:
-        """Learn to rank from visits; `learned` of the result counts them.
+        """Train the ranker on visits; `learned` of the result counts them.
 
-        `on_reject` gets every visit that is not learned from: it has no history or purchase that can be read, the index
-        does not have what was bought, or it teaches nothing. Without it the first visit of the former two kinds raises
-        DataError. Raises UsageError for columns that are not there, DataError where no visit is left."""
+        `on_reject` gets every visit left out: with an invalid history or purchase, with a purchase that the index does
+        not have, or without a training group. Without it the first visit of the former two kinds raises DataError.
+        Raises UsageError for missing columns, DataError if no visit is left."""
         records = usable_visits(visits, context, index.ids(), on_reject)
         values: dict[str, list[str] | None] = {}
         for name in context:
@@ -151,8 +151,8 @@ class Recommender:
         visits = without_history = 0
         for record, candidates in zip(records, self._candidates(records), strict=True):
             right = self._place[record["bought"]]
-            # Where recall does not bring it there is nothing to learn for ranking: it would teach that what is near
-            # is wrong. What else was shown is a lesson of its own.
+            # A purchase outside the recalled items would teach the ranker that similar items are wrong. The other
+            # shown items are a training group of their own.
             offered = [self._place[name] for name in record["shown"] if name in self._place]
             before = len(groups)
             for others in (candidates if right in candidates else [], offered):
@@ -169,7 +169,7 @@ class Recommender:
             else:
                 on_reject(Reject(record["_where"], f"{record['_where']}: {_NOTHING}"))
         if not rows:
-            raise DataError(f"No visit can be learned from: {_NOTHING}")
+            raise DataError(f"No visit can be used for training: {_NOTHING}")
         self.learned = Learned(visits, without_history)
         data = lightgbm.Dataset(
             np.concatenate(rows), label=labels, group=groups, feature_name=self.features,
@@ -182,11 +182,11 @@ class Recommender:
     def recommend(
         self, history: Sequence[str], context: Mapping[str, Any] | None = None, k: int = 10
     ) -> Recommendations:
-        """The k items that the ranker puts first, the best first, none of the history; fewer where there are not so
-        many. Ids that the index has not are named and passed over; without a known history the items are best sellers,
-        and the answer says so. Raises UsageError for an unknown column of context or value."""
+        """The at most k best items, none of them of the history. Ids that the index does not have are ignored and
+        returned in `unknown`; without a known history the items are best sellers. Raises UsageError for an unknown
+        context column or value."""
         if k < 1:
-            raise UsageError(f"k is {k}; ask for 1 or more.")
+            raise UsageError(f"k is {k}; it has to be at least 1.")
         given = dict(context or {})
         for name, value in given.items():
             if name not in self.context:
@@ -211,9 +211,8 @@ class Recommender:
         return [self._place[name] for name in visit["history"] if name in self._place][-MOST:]
 
     def _candidates(self, visits: Sequence[Mapping[str, Any]], times: int = 1) -> Iterator[np.ndarray]:
-        """The places of RECALLED items for each visit, or of `times` as many, none of the history: the nearest to any
-        of the history or to all of it, the most bought of what is near, and the most bought. Fewer where there are not
-        so many."""
+        """The places of at most `times` x RECALLED items for each visit, none of the history: the nearest to an item of
+        the history or to its mean, the most bought of the near ones, and the most bought."""
         nearest, liked, total = NEAREST * times, LIKED * times, RECALLED * times
         popular = np.argsort(-self._bought, kind="stable")[: total + MOST]
         for some in (visits[i : i + CHUNK] for i in range(0, len(visits), CHUNK)):
@@ -236,12 +235,12 @@ class Recommender:
                 yield np.concatenate((chosen, more[: total - len(chosen)]))
 
     def _customer(self, history: Sequence[int]) -> np.ndarray:
-        """The mean of the items' vectors, the last ones weighing most."""
+        """The weighted mean of the items' vectors, the last ones weighing most; unit length, fp32 [dims]."""
         weights = DECAY ** np.arange(len(history))[::-1]
         vector = weights @ self._vectors[list(history)]
         return np.asarray(vector / max(np.linalg.norm(vector), 1e-9), np.float32)
 
-    # What the ranker sees
+    # Features of the ranker
 
     @property
     def features(self) -> list[str]:
@@ -254,7 +253,7 @@ class Recommender:
         ]  # fmt: skip
 
     def _features(self, visit: Mapping[str, Any], places: np.ndarray, without: int = -1) -> np.ndarray:
-        """[places, features]; of `without` one purchase is taken off, the visit's own. Unknown values are NaN."""
+        """Features [places, features], NaN for unknown values. `without`: place whose own purchase is not counted."""
         history = self._known(visit)
         none = np.full(len(places), np.nan)
         columns: list[np.ndarray] = [none, none, none]
@@ -271,12 +270,12 @@ class Recommender:
             columns.append(numbers[places] - np.nanmean(numbers[history]) if history else none)
         for name, values in self.context.items():
             value = visit.get(name)
-            told = np.nan
+            code = np.nan
             if values is None:
-                told = _number(value)
+                code = _number(value)
             elif values is not None and str(value) in values:
-                told = values.index(str(value))
-            columns.append(np.full(len(places), told))
+                code = values.index(str(value))
+            columns.append(np.full(len(places), code))
         for name, texts in self._texts.items():
             if self.context.get(name) is not None:
                 columns.append((texts[places] == str(visit[name])).astype(float) if name in visit else none)
@@ -288,13 +287,13 @@ class Recommender:
     # Measuring
 
     def measure(self, visits: Source, on_reject: OnReject | None = None) -> dict[str, dict[str, dict[str, Score]]]:
-        """What was bought on visits that were not learned from, found among all items, by slice of the visits: {"all":
-        {"recalled": {recall@300}, "ranked": ..., "near": ..., "popular": {recall@1, 5, 10, mrr, ndcg@10, auc}}, ...}.
+        """Rank the purchases of held-out visits among all items, by slice of the visits: {"all": {"recalled":
+        {recall@300}, "ranked": ..., "near": ..., "popular": {recall@1, 5, 10, mrr, ndcg@10, auc}}, ...}.
 
-        Slices without a visit are left out: "without history" (the index has no item of it), "long tail" (what was
-        bought is not among the HEAD of the items), "never bought" (on the visits learned from).
-        near: by nearness to the customer's vector alone; popular: by how often it was bought. auc: share of the other
-        items shown that stand behind what was bought, where the visits say what was shown. `on_reject`: as in `fit`.
+        Slices (empty ones are left out): "without history" (no item of the index), "long tail" (the purchase is not
+        among the HEAD of the items), "never bought" (in training). Baselines: near, by similarity to the customer's
+        vector; popular, by number of purchases. auc: fraction of the other shown items ranked below the purchase, if
+        the visits have shown items. `on_reject`: see `fit`.
         """
         records = usable_visits(visits, list(self.context), self._place, on_reject)
         bought = np.array([self._place[record["bought"]] for record in records])
@@ -318,7 +317,7 @@ class Recommender:
             rest = np.ones(len(self._ids), bool)
             rest[[right, *history]] = False
             for name, row in rows.items():
-                ranks[name].append(int((row[rest] >= row[right]).sum()))  # of equal ones it comes last
+                ranks[name].append(int((row[rest] >= row[right]).sum()))  # ties count against it
                 area = np.nan
                 if right in shown and len(shown) > 1:
                     seen = self._scores(record, shown) if name == "ranked" else row[shown]
@@ -330,7 +329,7 @@ class Recommender:
     # Keeping
 
     def save(self, path: str | Path) -> None:
-        """Raises UsageError where there is something already."""
+        """Write the recommender to a new folder. Raises UsageError for an existing path."""
         path = Path(path)
         require_new(path)
         bought = {str(i): int(n) for i, n in zip(self._ids, self._bought, strict=True) if n}
@@ -347,7 +346,8 @@ class Recommender:
 
     @classmethod
     def load(cls, path: str | Path) -> Recommender:
-        """Raises UsageError where there is none, or where its index has other columns now."""
+        """Open a recommender. Raises UsageError for another folder, or if its index has other columns now."""
+        require("retrieve", "lightgbm")
         import lightgbm
 
         path = Path(path)
@@ -357,17 +357,17 @@ class Recommender:
             columns, learned = dict(about["columns"]), Learned(**about["learned"])
         except (OSError, ValueError, KeyError, lightgbm.basic.LightGBMError) as error:
             raise UsageError(
-                f"{path} is no recommender ({type(error).__name__}): `openm6 recommend fit` makes one."
+                f"{path} is not a recommender ({type(error).__name__}): make one by `openm6 recommend fit`."
             ) from None
         index = Index.open(about["index"])
         kinds = index.about["columns"]
         if any(name not in kinds or (known is None) != (kinds[name] in _NUMBERS) for name, known in columns.items()):
-            raise UsageError(f"{about['index']} has other columns than when {path} was made: fit it anew.")
+            raise UsageError(f"{about['index']} has other columns than when {path} was trained: fit it again.")
         return cls(index, about["context"], about["bought"], ranker, columns, learned)
 
 
 def _number(value: Any) -> float:
-    """The value of a numeric column of context; NaN where it is none."""
+    """The value of a numeric context column, NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -375,8 +375,8 @@ def _number(value: Any) -> float:
 
 
 def _columns_of(items: Items, kinds: Mapping[str, str]) -> dict[str, list[str] | None]:
-    """The columns of an index that tell the ranker something: numbers, and texts that at least two items have in common
-    on average. Titles and pictures are kept to be shown; as features they would name single items."""
+    """The columns of an index that serve as features: numbers, and texts with at most one distinct value per two items.
+    Others, such as titles and pictures, would identify single items."""
     columns: dict[str, list[str] | None] = {name: None for name, kind in kinds.items() if kind in _NUMBERS}
     for name in kinds.keys() - columns.keys():
         values = sorted({str(value) for value in items.columns[name]})
@@ -391,7 +391,7 @@ def _scores_of(
     areas: Mapping[str, Sequence[float]],
     chosen: np.ndarray,
 ) -> dict[str, dict[str, Score]]:
-    """The measures of the `chosen` visits; an area is NaN where it is not known what was shown."""
+    """The metrics of the `chosen` visits; the AUC of a visit without shown items is NaN."""
     result = {"recalled": {f"recall@{RECALLED}": score_of(Values.mean(np.array(found)[chosen].tolist()))}}
     for name, of in ranks.items():
         result[name] = scores_of_ranks(np.array(of)[chosen])

@@ -1,7 +1,7 @@
-"""Visits that a recommender learns from or is measured on.
+"""Visits, the training and evaluation data of a recommender.
 
-A visit is a record: history (ids, the oldest first), bought (an id), shown (ids, if it is known what else was offered),
-and columns of context such as the season.
+A visit is a record with history (ids, oldest first), bought (an id), optionally shown (ids of the displayed items), and
+columns of context such as the season.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from openm6.retrieve.columns import id_of
 def usable_visits(
     visits: Source, context: Sequence[str], known: Container[str], on_reject: OnReject | None
 ) -> list[Record]:
-    """The visits whose history and purchase can be read and whose purchase is among the `known` ids. In each, `history`
-    and `shown` are lists of ids and `_where` says where it stands.
+    """The visits with a valid history and a purchase among the `known` ids; `history` and `shown` are lists of ids,
+    `_where` is the place of the record.
 
-    `on_reject` gets every other visit; without it the first of them raises DataError, as does a source without a usable
-    visit. Raises UsageError for columns that are not there."""
+    `on_reject` gets every other visit; without it the first one raises DataError, as does a source without a valid
+    visit. Raises UsageError for missing columns."""
     require_columns(visits.columns, ("history", "bought", *context), visits.name)
     usable: list[Record] = []
     rejected = list(visits.rejected)
@@ -53,7 +53,7 @@ def usable_visits(
 
 
 def _ids(where: str, name: str, value: Any) -> list[str]:
-    """The ids of a history: a list, or a text with spaces or commas between, as in a CSV."""
+    """The ids of a history: a list, or a text separated by spaces or commas, as in a CSV."""
     if isinstance(value, str):
         value = value.replace(",", " ").split()
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The log of requests: one line of JSON each, written by the guard; what answers a request adds to it."""
+"""The access log: one line of JSON for each request, written by the guard, with details from the routes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from openm6.core.errors import ErrorKind, Refusal
+
 log = logging.getLogger("openm6.access")
 
 
 @dataclass
 class LogEntry:
-    """What the log tells of one request: neither contents nor keys."""
+    """A line of the access log, without contents and secrets."""
 
     method: str
     path: str
@@ -30,20 +32,20 @@ class LogEntry:
 
 
 current: ContextVar[LogEntry | None] = ContextVar("entry", default=None)
-"""The entry of the request that is being answered."""
+"""The log entry of the current request."""
 
 
 def note(model: str, task: str, prompt_tokens: int = 0, tokens: int = 0) -> None:
-    """Tell the log which task of which model answers the current request; tokens add up."""
+    """Note model and task of the current request in its log entry; tokens add up."""
     if (entry := current.get()) is not None:
         entry.model, entry.task = model, task
         entry.prompt_tokens += prompt_tokens
         entry.tokens += tokens
 
 
-def unforeseen() -> str:
-    """The sentence for an error that is not the client's. Call it where the exception is handled: it is logged."""
+def unforeseen() -> Refusal:
+    """The error to report for an unforeseen exception, which is logged; to be called where it is handled."""
     entry = current.get() or LogEntry("", "")
     entry.status = 500
     logging.getLogger("openm6.serve").exception("request %s failed", entry.request)
-    return "The server failed at this request, and its log says why"
+    return Refusal(ErrorKind.INTERNAL, "The server failed at this request, and its log says why.")

@@ -1,4 +1,4 @@
-"""The HTTP API: models, tasks, what people's OpenAI clients ask for, health and figures.
+"""The HTTP API: models, tasks, routes for OpenAI's clients, health and metrics.
 
 GET  /healthz /readyz /metrics
 GET  /v1/models /v1/tasks /v1/tasks/{task}
@@ -6,7 +6,7 @@ POST /v1/tasks/{task}            any task, by its own slots; pieces as server-se
 POST /v1/tasks/{task}/batch      a file of records, answers line by line
 POST /v1/chat/completions /v1/images/generations /v1/images/edits /v1/embeddings    (openai_api.py)
 POST /v1/models/{name}/promote /v1/models/{name}/rollback    with a key that manages
-POST /v1/edges/{name}            what boxes on the edge tell of themselves (edges.py)
+POST /v1/edges/{name}            reports of edge devices (edges.py)
      /v1/jobs /v1/catalogue /v1/models/{name}/lineage        (hub_api.py)
 """
 
@@ -17,7 +17,6 @@ import base64
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,14 +33,13 @@ from openm6.serve.access import unforeseen
 from openm6.serve.bodies import Route, json_of
 from openm6.serve.edges import add_edges
 from openm6.serve.fleet import Deployment, Fleet
-from openm6.serve.guard import Guard, add_errors, body_of, body_of_error, known, sse
+from openm6.serve.guard import Guard, add_errors, body_of, sse
 from openm6.serve.hub_api import add_hub
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.listen import Lag
 from openm6.serve.openai_api import add_routes
 from openm6.serve.server import AT_ONCE, Options, Server, TaskRequest, asker, is_trained, left_out, untrained
 from openm6.serve.settings import Place
-from openm6.serve.wire import INTERNAL
 
 
 class PromoteRequest(BaseModel):
@@ -57,7 +55,8 @@ def create_app(
     places: Mapping[str, Place] | None = None,
     beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
 ) -> FastAPI:
-    """The application; the models of `places` are loaded when it starts. What is `beside` runs as long as it does."""
+    """The application. It loads the models of `places` when it starts, and runs the coroutines `beside` until it
+    stops."""
     server = Server(fleet, options or Options())
     lag = Lag()
 
@@ -66,7 +65,7 @@ def create_app(
         for name, place in (places or {}).items():
             await fleet.deploy(name, place)
         gc.collect()
-        gc.freeze()  # what is there now stays: looking through it again and again takes a tenth of a second each time
+        gc.freeze()  # else each full collection takes a tenth of a second for objects that stay anyway
         running = [asyncio.create_task(act()) for act in (server.history.follow, lag.follow, *beside)]
         yield
         for one in running:
@@ -107,7 +106,7 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> PlainTextResponse:
-        """Whether to send requests here: not while the server starts or stops, or a model's process does."""
+        """Readiness: false while the server starts or stops, or a model's process restarts."""
         why = ""
         if fleet.closing:
             why = "the server is stopping"
@@ -123,46 +122,46 @@ def _routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(_: Annotated[Key, asker()]) -> dict[str, Any]:
-        """The models that answer."""
+        """All deployed models."""
         return {"object": "list", "data": [_model(one) for one in fleet.deployments.values()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """One of them."""
-        return _model(_deployment(fleet, name))
+        """One deployed model."""
+        return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/promote")
     async def promote(name: str, asked: PromoteRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let another model answer by this name; what is being answered is finished by the one before."""
+        """Deploy another model under this name; running requests are finished by the previous one."""
         found = await asyncio.to_thread(find_model, asked.path)
         place = Place(found[0], {n: Path(p) for n, p in asked.adapters.items()})
-        await _deployment(fleet, name).swap(place)
+        await fleet.get(name).swap(place)
         return _model(fleet.get(name))
 
     @app.post("/v1/models/{name}/rollback")
     async def rollback(name: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let the model before answer again."""
-        await _deployment(fleet, name).rollback()
+        """Deploy the previous model again."""
+        await fleet.get(name).rollback()
         return _model(fleet.get(name))
 
     @app.get("/v1/tasks")
     async def tasks(_: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
-        """The tasks of a model: what each takes and gives."""
-        known = _deployment(fleet, model).about["tasks"]
+        """The tasks of a model, with their inputs and outputs."""
+        known = fleet.get(model).about["tasks"]
         return {"object": "list", "data": [{"name": name, **task} for name, task in known.items()]}
 
     @app.get("/v1/tasks/{task}")
     async def task(task: str, _: Annotated[Key, asker()], model: str | None = None) -> dict[str, Any]:
         """One task, with JSON schemas of its inputs and outputs."""
-        return {"name": task, **_task(server, _deployment(fleet, model), task)}
+        return {"name": task, **server.task(fleet.get(model), task)}
 
     @app.post("/v1/tasks/{task}", response_model=None)
     async def run(
         task: str, asked: TaskRequest, request: Request, key: Annotated[Key, asker()]
     ) -> JSONResponse | StreamingResponse:
-        """Ask a task by its own slots. Pictures come and go as base64."""
-        deployment = _deployment(fleet, asked.model)
-        told = _task(server, deployment, task)
+        """Run a task on its slots. Pictures are sent and returned as base64."""
+        deployment = fleet.get(asked.model)
+        told = server.task(deployment, task)
         message = await server.message(deployment, task, asked)
         if asked.stream:
             return await sse(_told_in_pieces(server, key, deployment, message, told), request=request)
@@ -173,10 +172,10 @@ def _routes(app: FastAPI, server: Server) -> None:
         task: str, request: Request, key: Annotated[Key, asker()], model: str | None = None,
         truncate: Literal["start"] | None = None, allow_untrained: bool = False,
     ) -> Any:  # fmt: skip
-        """A file of inputs, JSON lines, as the body: answers as JSON lines with the numbers of their lines, each when
-        it is there. A line that fails has an error in the place of an answer."""
-        deployment = _deployment(fleet, model)
-        told = _task(server, deployment, task)
+        """Run a task on a body of JSON lines, an object of inputs each. The response has a JSON line with the line
+        number and the answer, or the error, of each, in the order in which they are ready."""
+        deployment = fleet.get(model)
+        told = server.task(deployment, task)
         if not (allow_untrained or is_trained(told, None)):
             raise untrained(deployment, task)
         lines = (await request.body()).split(b"\n")
@@ -190,9 +189,9 @@ def _routes(app: FastAPI, server: Server) -> None:
                 message = await server.message(deployment, task, asked)
                 found = _answer(await server.in_turn(key, deployment, message), told, message)
             except OpenM6Error as error:
-                found = body_of_error(error)
+                found = body_of(error)
             except Exception:
-                found = body_of(INTERNAL, unforeseen())
+                found = body_of(unforeseen())
             return dumps({"line": number, **found}) + "\n"
 
         return StreamingResponse(_in_any_order(lines, one), media_type="application/x-ndjson")
@@ -213,14 +212,6 @@ async def _in_any_order(lines: list[bytes], act: Callable[[int, bytes], Awaitabl
     finally:
         for task in running:
             task.cancel()
-
-
-def _deployment(fleet: Fleet, name: str | None) -> Deployment:
-    return known(fleet.get, name, "model_not_found")
-
-
-def _task(server: Server, deployment: Deployment, name: str) -> dict[str, Any]:
-    return known(partial(server.task, deployment), name, "task_not_found")
 
 
 def _model(deployment: Deployment) -> dict[str, Any]:

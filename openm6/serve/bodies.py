@@ -1,7 +1,7 @@
-"""The body of a request: of the type that its route takes, and JSON that means one thing.
+"""Request bodies: of the type that the route accepts, and JSON without ambiguity.
 
-JSON is read by the rules that files of records are read by (core/files.py): UTF-8, no half characters, no NaN, no key
-twice. What breaks one of them is refused with its place.
+JSON is read by the rules for files of records (core/files.py): UTF-8, no lone surrogates, no NaN, no duplicate keys.
+An error names the place.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.core.files import fault_of, has_more_values, parse
-from openm6.serve.guard import LARGE, Refusal
+from openm6.serve.guard import LARGE
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 VALUES = 2**16
-"""Values of a body, or of a line of one, at most: reading millions, however small, holds up everybody for seconds."""
+"""Maximum number of values of a body, or of a line of one: parsing millions of small ones would block for seconds."""
 
 _READER = ThreadPoolExecutor(1, "large-json")
 """Reads large bodies, one after the other, beside the event loop."""
 
 
 async def json_of(body: bytes, what: str = "The body") -> Any:
-    """The value that a body, or a line of one, holds. Raises Refusal: with the place where it is not JSON (400), or
-    where it has too many values (413)."""
+    """The value of a JSON body, or of a line of one. Raises UsageError, with the place, for what is not JSON, and
+    Refusal (TOO_LARGE) for too many values."""
     if len(body) <= LARGE:
         return _parsed(body, what)
     return await asyncio.get_running_loop().run_in_executor(_READER, _parsed, body, what)
@@ -41,9 +42,9 @@ def _parsed(body: bytes, what: str) -> Any:
     try:
         text = body.decode("utf-8-sig")
         if text.lstrip().startswith("["):  # no request is a list, and deep ones take long
-            raise Refusal(400, f"{what} has to be a JSON object, not a list.", "invalid_type")
+            raise UsageError(f"{what} has to be a JSON object, not a list.", code="invalid_type")
         if has_more_values(text, VALUES):
-            raise Refusal(413, f"{what} has more than {VALUES:,} values.", "too_large")
+            raise Refusal(ErrorKind.TOO_LARGE, f"{what} has more than {VALUES:,} values.")
         value = parse(text)
     except UnicodeDecodeError as error:
         fault: str | None = f"is not UTF-8 (byte {error.start})"
@@ -54,12 +55,12 @@ def _parsed(body: bytes, what: str) -> Any:
     else:
         fault = fault_of(value)
     if fault:
-        raise Refusal(400, f"{what} {fault}.", "invalid_json")
+        raise UsageError(f"{what} {fault}.", code="invalid_json")
     return value
 
 
 class Route(APIRoute):
-    """A route that reads its body by `json_of`, and refuses one of another type (415)."""
+    """A route that reads its body by `json_of` and refuses other media types."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -87,15 +88,19 @@ class _JsonRequest(Request):
 
 
 def _check_type(given: str, is_form: bool) -> None:
-    """Raises Refusal (415) for a Content-Type that the route does not take."""
+    """Raises Refusal (UNSUPPORTED_MEDIA_TYPE) for a Content-Type that the route does not accept."""
     wanted = FORMS[0] if is_form else "application/json"
     if not given:
-        raise Refusal(415, f"The body has no Content-Type: send it as {wanted}.", "unsupported_media_type")
+        raise _unsupported(f"The body has no Content-Type: send it as {wanted}.")
     header = Message()
     header["content-type"] = given
     kind = header.get_content_type()
     if not (kind in FORMS if is_form else kind == wanted or kind.endswith("+json")):
-        raise Refusal(415, f"The body is sent as {given[:80]}: send it as {wanted}.", "unsupported_media_type")
+        raise _unsupported(f"The body is sent as {given[:80]}: send it as {wanted}.")
     charset = str(header.get_param("charset") or "utf-8").lower()
     if not is_form and charset not in ("utf-8", "utf8", "us-ascii"):
-        raise Refusal(415, f"JSON is read in UTF-8, not in {charset[:40]}.", "unsupported_media_type")
+        raise _unsupported(f"JSON has to be sent in UTF-8, not in {charset[:40]}.")
+
+
+def _unsupported(message: str) -> Refusal:
+    return Refusal(ErrorKind.UNSUPPORTED_MEDIA_TYPE, message)

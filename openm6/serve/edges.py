@@ -1,7 +1,7 @@
-"""What boxes on the edge tell of themselves: counts and averages by task, nothing of what they were asked.
+"""Reports of edge devices: counts and averages by task, without inputs and answers.
 
-POST /v1/edges/{name}    a box's newest counts (openm6-edge, on its own)
-GET  /v1/edges           of all boxes, with a key that manages
+POST /v1/edges/{name}    a device's newest counts (sent by openm6-edge)
+GET  /v1/edges           the reports of all devices, with a key that manages
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from openm6.serve.guard import Refusal
+from openm6.core.errors import UsageError
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
 
 MOST = 10_000
-"""Boxes that are remembered, those heard of the latest."""
+"""Maximum number of devices that are remembered; those with the oldest reports are dropped."""
 
 Word = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 
 
 class Statistics(BaseModel):
-    """Numbers alone: there is no place in it for a text or a picture."""
+    """A report: numbers alone, with no field for a text or a picture."""
 
     model_config = ConfigDict(extra="forbid")
 
     version: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
-    seconds: float = Field(ge=0, description="for which the counts were made")
+    seconds: float = Field(ge=0, description="covered by the counts")
     tasks: dict[Word, dict[Word, Number]] = Field(max_length=256)
 
 
@@ -39,9 +39,11 @@ def add_edges(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/edges/{name}")
     async def tell(name: str, told: Statistics, key: Annotated[Key, asker()]) -> dict[str, Any]:
-        """What a box tells of itself; the newest counts take the place of those before."""
+        """Report the counts of an edge device, in place of its previous report."""
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or len(name) > 64:
-            raise Refusal(400, "A box's name has letters, digits, - _ and . alone, at most 64.", "invalid")
+            raise UsageError(
+                "The name of an edge device has at most 64 characters: letters, digits, - _ and .", param="name"
+            )
         known[name] = {"name": name, "key": key.name, "heard": round(time.time()), **told.model_dump()}
         known.move_to_end(name)
         while len(known) > MOST:
@@ -50,5 +52,5 @@ def add_edges(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/edges")
     async def edges(_: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """The boxes that were heard of since this server started."""
+        """The edge devices that have reported since this server started."""
         return {"object": "list", "data": list(known.values())}

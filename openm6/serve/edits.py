@@ -1,5 +1,5 @@
-"""Pictures that are changed in part, on the server's side: a worker is sent the square that is redrawn, and what it
-draws is put back into the whole picture here, so that large pictures hold up no other request."""
+"""Image editing on the server's side: a worker is sent the square that is redrawn, and its result is pasted into the
+whole picture here, so that large pictures delay no other request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from openm6.serve.fleet import Deployment
 
 
 def cut_for(deployment: Deployment, picture: Source, mask: Source | np.ndarray | None) -> Cut:
-    """What a model redraws of a picture (see editing.cut_of). Raises DataError and UsageError with the field, `image`
-    or `mask`, as their param."""
+    """The region of a picture that a model redraws (see inference/edit.cut_of). Raises DataError and UsageError with
+    the field, `image` or `mask`, as their param."""
     if mask is not None and not isinstance(mask, np.ndarray):
         mask = _opened("mask", mask)
     about = deployment.about
@@ -32,7 +32,7 @@ def sent(cut: Cut) -> dict[str, Any]:
 
 
 def put_back(cut: Cut, candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A worker's candidates, each with the whole picture (PNG) as its `image`."""
+    """A worker's candidates with the whole picture (PNG) as their `image`."""
     return [{**one, "image": png(cut.put_back(Image.open(io.BytesIO(one["image"]))))} for one in candidates]
 
 

@@ -1,4 +1,4 @@
-"""Features of pictures that were seen lately: a second question about a picture does not read it again."""
+"""A cache of image features: a second request with the same picture does not encode it again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from openm6.serve.recent import Recent
 
 
 class Features:
-    """In the place of `forward` of a network's embedder of pictures: uint8 [N, H, W, 3] to [N * h * w, D], each picture
-    known by its pixels; inference only. The network's weights keep their names."""
+    """Replaces `forward` of a network's image embedder, for inference: uint8 [N, H, W, 3] to [N * h * w, D], cached by
+    the pixels of each picture. The parameters keep their names."""
 
     def __init__(self, embedder: nn.Module, budget: int):
         self.read: Callable[[Tensor], Tensor] = embedder.forward
@@ -22,14 +22,14 @@ class Features:
 
     @classmethod
     def of(cls, embedder: nn.Module, budget: int) -> Features:
-        """Those of an embedder, made once."""
+        """The cache of an embedder, created once."""
         return embedder.forward if isinstance(embedder.forward, Features) else cls(embedder, budget)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         keys = [_key(one) for one in pixels]
         found = {key: self.recent.get(key) for key in keys}
         new = [number for number, key in enumerate(keys) if found[key] is None]
-        new = list({keys[number]: number for number in new}.values())  # of pictures that come twice one
+        new = list({keys[number]: number for number in new}.values())  # each picture once
         if new:
             read = self.read(pixels[new]).unflatten(0, (len(new), -1))
             for number, features in zip(new, read, strict=True):

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 STATE = 5.0
-"""Seconds that a model's process has to tell what it has done."""
+"""Seconds to wait for the state of a model's process."""
 
 
 class Figures:
-    """Of one server; `model` is the name of a deployment, `kind` is text, picture, vector or value."""
+    """The metrics of a server. `model` is the name of a deployment, `kind` is text, picture, vector or value."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -35,12 +35,12 @@ class Figures:
         registry.register(self)
 
     def answered(self, status: int) -> None:
-        """Count an answer over HTTP."""
+        """Count a response by its HTTP status."""
         self._answers.labels(str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """What the models' processes have told last; prometheus_client calls this. A counter of a process begins at 0
-        again when the process does."""
+        """The last states of the models' processes, for prometheus_client. Counters of a process restart at 0 with
+        it."""
         waiting = GaugeMetricFamily("openm6_waiting", "Requests that wait", labels=["model"])
         running = GaugeMetricFamily("openm6_running", "Requests that are worked at", labels=["model"])
         restarts = CounterMetricFamily("openm6_restarts", "Times that a model's process died", labels=["model"])
@@ -66,7 +66,7 @@ class Figures:
 
 
 async def _state(deployment: Deployment) -> dict[str, Any]:
-    """Empty of a process that is gone, or that does not answer."""
+    """The state of a model's process; empty where it has ended or does not answer."""
     try:
         return await asyncio.wait_for(deployment.worker.state(), STATE) if deployment.worker else {}
     except TimeoutError:

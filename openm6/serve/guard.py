@@ -1,4 +1,4 @@
-"""Around every request: what is refused before it is read, what is said of errors, a line in the log."""
+"""ASGI middleware around every request: early refusals, error responses, and the access log."""
 
 from __future__ import annotations
 
@@ -16,130 +16,65 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from openm6.core.errors import OpenM6Error, UsageError, cut
+from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut
 from openm6.core.files import dumps
 from openm6.core.origins import from_another_site, from_here
 from openm6.serve.access import LogEntry, current, log, unforeseen
-from openm6.serve.fleet import Refused
 from openm6.serve.validation import fault_of_request
-from openm6.serve.wire import CANCELLED, DEADLINE, DIED, FULL, INTERNAL, INVALID, MEMORY, STOPPING
 
 T = TypeVar("T")
 
 API = "/v1/"
 WORK = ("/v1/tasks/", "/v1/chat/", "/v1/images/", "/v1/embeddings")
-"""Paths below which a model is asked (POST)."""
+"""Prefixes of the paths of requests to models (POST)."""
 PAGES = ("/docs", "/redoc", "/openapi.json")
-"""Pages about the API: behind the key, as the API is."""
-AGAIN = 1.0
-"""Seconds after which whoever is refused may come again."""
+"""Pages about the API, which need a key as the API does."""
 
 LARGE = 2**20
-"""Bytes of a body above which it is large. Where a route takes texts alone no body is; elsewhere they are the first
-to be refused by a busy server, and are read on another thread (bodies.py)."""
+"""Size, in bytes, above which a body is large. Routes for texts alone accept no large body; elsewhere a busy server
+refuses them first, and they are parsed on another thread (bodies.py)."""
 OPEN = 512
-"""Bodies that are waited for at a time; one more, and the one of which nothing has come for longest is given up."""
+"""Maximum number of incomplete bodies; beyond it, the one that has been silent for longest is given up."""
 HELD = 8
-"""Bodies of the largest size that fit into the memory for all of them."""
+"""Memory for all bodies together, in bodies of the maximum size."""
 SLOWEST = 2**14
-"""Bytes a second: the slowest that a body may come, after its first seconds."""
+"""Minimum rate of a body, in bytes a second, after its first seconds."""
 
 GONE = 0.5
-"""Seconds between two looks whether whoever asked is still there."""
+"""Seconds between two checks whether the client is still connected."""
 LINGER = 1.0
-"""Seconds between an answer to a body that is not read and the end of the connection: closed at once, the client's
-system would throw the answer away."""
-
-STATUS = {
-    INVALID: 400, DEADLINE: 504, MEMORY: 507, FULL: 429, DIED: 503, STOPPING: 503, INTERNAL: 500, CANCELLED: 499,
-}  # fmt: skip
-
-
-class Refusal(OpenM6Error):
-    """An error of the API itself."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        seconds: float | None = None,
-        param: str | None = None,
-        kind: str | None = None,
-    ):
-        super().__init__(message, code=code, param=param)
-        self.status, self.seconds, self.kind = status, seconds, kind or type_of(status)
-
-
-def type_of(status: int) -> str:
-    """The type of an error in OpenAI's words."""
-    return "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+"""Seconds between an answer to an unread body and the end of the connection: if it closed at once, the client's system
+would discard the answer."""
 
 
 class BodyError(HTTPException):
-    """A body that is not read to its end. Web frameworks let an HTTPException through while they read a body."""
+    """A refusal while a body is read. FastAPI hides every other exception that is raised there."""
 
-    def __init__(self, status: int, message: str, code: str):
-        super().__init__(status, message)
-        self.code = code
-
-
-def known(find: Callable[[Any], T], name: Any, code: str = "not_found") -> T:
-    """What is found by a name. Raises Refusal (404) where there is no such."""
-    try:
-        return find(name)
-    except UsageError as error:
-        raise Refusal(404, str(error), code) from None
+    def __init__(self, kind: ErrorKind, message: str, code: str | None = None):
+        super().__init__(kind.status, message)
+        self.error = Refusal(kind, message, code)
 
 
-def body_of(code: str, message: str, kind: str = "server_error", param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    entry = current.get()
+def body_of(error: OpenM6Error) -> dict[str, Any]:
+    """The body that reports an error, whose code is noted in the log."""
+    body, entry = error.body(), current.get()
     if entry is not None:
-        entry.code = code
-        if code == INTERNAL:
-            message = f"{message.rstrip('.')} (request {entry.request})."
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+        entry.code = error.code
+        if error.kind is ErrorKind.INTERNAL:
+            body["error"]["message"] = f"{str(error).rstrip('.')} (request {entry.request})."
+    return body
 
 
-def status_and_type(error: OpenM6Error) -> tuple[int, str]:
-    """The HTTP status of an error, and its type in OpenAI's words."""
-    if isinstance(error, Refusal):
-        return error.status, error.kind
-    status = STATUS.get(error.kind, 500) if isinstance(error, Refused) else STATUS[INVALID]
-    return status, type_of(status)
-
-
-def body_of_error(error: OpenM6Error) -> dict[str, Any]:
-    """An error where the answer has begun, with the type that its status would have."""
-    return body_of(error.code, str(error), status_and_type(error)[1], error.param)
-
-
-def response(
-    status: int,
-    code: str,
-    message: str,
-    seconds: float | None = None,
-    param: str | None = None,
-    kind: str | None = None,
-) -> JSONResponse:
-    """An error, and where waiting helps, for how long (`seconds`)."""
-    kind = kind or type_of(status)
-    wait = seconds if seconds is not None else AGAIN if status in (429, 503) else None
-    headers = {"Retry-After": str(max(1, round(wait)))} if wait is not None else {}
-    return JSONResponse(body_of(code, message, kind, param), status, headers)
-
-
-def response_to(error: OpenM6Error | BodyError) -> JSONResponse:
-    """The HTTP response that reports an error."""
-    if isinstance(error, BodyError):
-        return response(error.status_code, error.code, str(error.detail))
-    status, kind = status_and_type(error)
-    seconds = error.seconds if isinstance(error, (Refusal, Refused)) else None
-    return response(status, error.code, str(error), seconds, error.param, kind)
+def response_to(error: OpenM6Error, **headers: str) -> JSONResponse:
+    """The response that reports an error."""
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    return JSONResponse(body_of(error), error.kind.status, headers)
 
 
 def add_errors(app: FastAPI) -> None:
+    """Report every error of a route in OpenAI's form."""
+
     @app.exception_handler(OpenM6Error)
     async def refused(request: Request, error: OpenM6Error) -> JSONResponse:
         fields = getattr(request.state, "fields", {})
@@ -147,29 +82,27 @@ def add_errors(app: FastAPI) -> None:
         return response_to(error)
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
+    async def not_routed(request: Request, error: HTTPException) -> Response:
         if isinstance(error, BodyError):
-            return response_to(error)
+            return response_to(error.error)
         place = f"{request.method} {cut(request.url.path, 200)}"
         if error.status_code == 404:
-            return response(404, "not_found", f"There is no {place} here.")
+            return response_to(Refusal(ErrorKind.NOT_FOUND, f"There is no {place} here."))
         if error.status_code != 405:
-            return response(error.status_code, INVALID, str(error.detail))
+            return response_to(UsageError(str(error.detail)))
         methods = _methods(app, request)
         if request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": methods})
-        told = response(405, "method_not_allowed", f"There is no {place} here: it takes {methods}.")
-        told.headers["Allow"] = methods
-        return told
+        message = f"There is no {place} here: the methods of this path are {methods}."
+        return response_to(Refusal(ErrorKind.METHOD_NOT_ALLOWED, message), Allow=methods)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        code, message, param = fault_of_request(request, error)
-        return response(STATUS[INVALID], code, message, param=param)
+        return response_to(fault_of_request(request, error))
 
 
 def _methods(app: FastAPI, request: Request) -> str:
-    """The methods of a path, as the header Allow has them."""
+    """The methods of a path, for the header Allow."""
     found = {"OPTIONS"}
     for route in app.routes:
         if route.matches(request.scope)[0] != Match.NONE:
@@ -178,7 +111,7 @@ def _methods(app: FastAPI, request: Request) -> str:
 
 
 class _Body:
-    """A request's body as it comes: how much of it there is, and how long was waited for it."""
+    """The progress of a request's body: bytes received, and seconds waited."""
 
     def __init__(self, headers: dict[bytes, bytes], limit: int):
         length = headers.get(b"content-length", b"")
@@ -188,19 +121,20 @@ class _Body:
 
 
 class Guard:
-    """Before anything is read: who asks, the size of the body, and whether there is room for what is asked (a refusal
-    has to cost little, or a server that is asked too much answers less); afterwards a line in the log.
+    """Checks key, origin, size and load before a body is read (a refusal has to be cheap, or an overloaded server
+    answers less), and logs each request.
 
-    most        bytes of a body at most
-    full        whether no model takes another request
-    loopback    whether only this machine may ask
+    most        maximum number of bytes of a body
+    full        whether no model accepts another request
+    loopback    whether only this machine may send requests
     stopping    whether new requests are refused
-    busy        whether large bodies are refused, so that small ones are answered
-    texts_only  whether a path takes neither pictures nor files
-    lets_in     raises Refusal for an Authorization that is not valid
-    origins     of pages that may ask the API
-    seconds     that may pass between two parts of a body
-    count       is told the status of each answer
+    busy        whether large bodies are refused in favour of small ones
+    texts_only  whether a path accepts neither pictures nor files
+    lets_in     raises Refusal for an invalid Authorization
+    origins     origins of pages that may use the API
+    seconds     maximum number of seconds between two parts of a body
+    count       called with the status of each response
+    most_open   maximum number of incomplete bodies
     """
 
     def __init__(
@@ -208,11 +142,11 @@ class Guard:
         stopping: Callable[[], bool] = lambda: False, *, busy: Callable[[], bool] = lambda: False,
         texts_only: Callable[[str], bool] = lambda _: False,
         lets_in: Callable[[str], object] = lambda _: None, origins: tuple[str, ...] = (), seconds: float = 10.0,
-        count: Callable[[int], None] = lambda _: None,
+        count: Callable[[int], None] = lambda _: None, most_open: int = OPEN,
     ):  # fmt: skip
         self.app, self.most, self.full, self.loopback, self.stopping = app, most, full, loopback, stopping
         self.busy, self.texts_only, self.lets_in, self.origins = busy, texts_only, lets_in, origins
-        self.seconds, self.count = seconds, count
+        self.seconds, self.count, self.most_open = seconds, count, most_open
         self._held = 0
         self._waiting: dict[_Body, asyncio.Timeout] = {}
 
@@ -226,7 +160,7 @@ class Guard:
         body = _Body(headers, min(self.most, LARGE) if self.texts_only(path) else self.most)
         complete = gone = False
         if entry.method == "HEAD":
-            scope = {**scope, "method": "GET"}  # the server that sends the answer leaves out its body
+            scope = {**scope, "method": "GET"}  # uvicorn leaves out the body of the answer
 
         async def counted() -> Any:
             nonlocal gone
@@ -237,10 +171,10 @@ class Guard:
 
         async def told(message: Any) -> None:
             nonlocal complete
-            is_left = body.incomplete and not 0 < body.declared <= LARGE  # what is left of it is not read
+            is_left = body.incomplete and not 0 < body.declared <= LARGE  # the rest of it is not read
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
-                limits = scope.get("state", {}).get("limits", dict)()  # of the key, after what it has asked
+                limits = scope.get("state", {}).get("limits", dict)()  # of the key, after this request
                 more = {"x-request-id": entry.request, **limits}
                 if is_left or entry.status == 408:
                     more["connection"] = "close"
@@ -262,10 +196,8 @@ class Guard:
             gone = True
         except Exception as error:
             has_begun = bool(entry.status)
-            if isinstance(error, (Refusal, BodyError)):
-                answer = response_to(error)
-            else:
-                answer = response(500, INTERNAL, unforeseen())
+            known = error.error if isinstance(error, BodyError) else error
+            answer = response_to(known if isinstance(known, Refusal) else unforeseen())
             if not has_begun:
                 await answer(scope, receive, told)
         finally:
@@ -278,50 +210,50 @@ class Guard:
             log.info(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **vars(entry)}))
 
     def _check(self, scope: Any, headers: dict[bytes, bytes], body: _Body) -> None:
-        """Raises Refusal or BodyError for a request that is not read."""
+        """Raises Refusal or BodyError for a request that is refused unread."""
         path, method = scope["path"], scope["method"]
         if path.startswith(API) and headers.get(b"origin", b"").decode("latin-1") in self.origins:
             headers = {**headers, b"origin": b"", b"sec-fetch-site": b"none"}
         if from_another_site(headers, method):
-            raise Refusal(403, "Pages of other sites may not ask this server.", "forbidden")
+            raise Refusal(ErrorKind.FORBIDDEN, "Pages of other sites may not use this server.")
         if self.loopback and not from_here(headers):
-            why = "Without keys this server answers this machine alone: `openm6 serve --keys FILE`."
-            raise Refusal(403, why, "forbidden")
+            why = "Without keys this server answers requests from this machine only: `openm6 serve --keys FILE`."
+            raise Refusal(ErrorKind.FORBIDDEN, why)
         if path.startswith((API, *PAGES)):
             self.lets_in(headers.get(b"authorization", b"").decode("latin-1"))
         if (encoding := headers.get(b"content-encoding", b"identity").decode("latin-1").lower()) != "identity":
-            raise Refusal(
-                415, f"The body is sent in {cut(encoding)}: send it without Content-Encoding.", "unsupported_encoding"
-            )
+            why = f"The body is encoded as {cut(encoding)}: send it without Content-Encoding."
+            raise Refusal(ErrorKind.UNSUPPORTED_MEDIA_TYPE, why, "unsupported_encoding")
         if method == "POST" and path.startswith(WORK):
             if self.stopping():
-                raise Refusal(STATUS[STOPPING], "The server is stopping.", STOPPING)
+                raise Refusal(ErrorKind.STOPPING, "The server is stopping.")
             if self.full():
-                raise Refusal(429, "Too many requests wait already.", FULL)
+                raise Refusal(ErrorKind.FULL, "Too many requests are waiting already.")
         if body.declared > body.limit:
             raise _too_large(body)
         if body.declared > LARGE:
             self._check_room(path)
 
     def _check_room(self, path: str) -> None:
-        """Raises BodyError where there is no room for a large body."""
+        """Raises BodyError while large bodies are refused."""
         if self._held > HELD * self.most or (path.startswith(WORK) and self.busy()):
-            raise BodyError(429, f"The server is busy: it takes no body of more than {LARGE / 2**20:.0f} MiB.", FULL)
+            why = f"The server is busy: it accepts no body of more than {LARGE / 2**20:.0f} MiB at the moment."
+            raise BodyError(ErrorKind.FULL, why)
 
     async def _part(self, body: _Body, path: str, receive: Any) -> Any:
         """The next part of a body. Raises BodyError for one that is too large or too slow."""
         begun = time.perf_counter()
-        if len(self._waiting) >= OPEN:
+        if len(self._waiting) >= self.most_open:
             stalest = self._waiting.pop(next(iter(self._waiting)))
-            if not stalest.expired():  # else it is given up already, but has not had its turn yet
+            if not stalest.expired():  # else it is given up already, but its task has not run yet
                 stalest.reschedule(0)
         try:
             async with asyncio.timeout(self.seconds + min(0, body.bytes / SLOWEST - body.waited)) as timer:
                 self._waiting[body] = timer
                 message = await receive()
         except TimeoutError:
-            why = f"The body did not come: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
-            raise BodyError(408, why, "request_timeout") from None
+            why = f"The body is incomplete: after {body.bytes} bytes nothing, or too little, in {self.seconds:.0f} s."
+            raise BodyError(ErrorKind.REQUEST_TIMEOUT, why) from None
         finally:
             self._waiting.pop(body, None)
         was_large = body.bytes > LARGE
@@ -331,22 +263,22 @@ class Guard:
         body.incomplete = message.get("more_body", False)
         if body.bytes > body.limit:
             raise _too_large(body)
-        if body.bytes > LARGE >= body.declared and not was_large:  # it did not say how large it is
+        if body.bytes > LARGE >= body.declared and not was_large:  # its size was not declared
             self._check_room(path)
         return message
 
 
 def _too_large(body: _Body) -> BodyError:
-    return BodyError(413, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.", "too_large")
+    return BodyError(ErrorKind.TOO_LARGE, f"A request to this path has at most {body.limit / 2**20:.0f} MiB.")
 
 
 async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> T:
-    """What the work gives; it is cancelled when whoever sent the request has gone. Raises Refused then."""
+    """The result of the work, which is cancelled when the client has left. Raises Refusal (CANCELLED) then."""
     working = asyncio.ensure_future(work)
     try:
         while request is not None and not (await asyncio.wait({working}, timeout=GONE))[0]:
             if await request.is_disconnected():
-                raise Refused(CANCELLED, "Whoever asked has gone.")
+                raise Refusal(ErrorKind.CANCELLED, "The client has disconnected.")
         return await working
     finally:
         working.cancel()
@@ -355,8 +287,8 @@ async def unless_gone(request: Request | None, work: Coroutine[Any, Any, T]) -> 
 async def sse(
     events: AsyncIterator[dict[str, Any]], end: str = "", request: Request | None = None
 ) -> StreamingResponse:
-    """Server-sent events. What is refused before the first of them is an error of the response itself; until then
-    nobody but `unless_gone` sees whether whoever sent the request has gone."""
+    """Server-sent events. An error before the first event is one of the response itself; until then only `unless_gone`
+    notices that the client has left."""
 
     async def begin() -> dict[str, Any] | None:
         return await anext(events, None)
@@ -370,9 +302,9 @@ async def sse(
                 async for event in events:
                     yield _event(event)
         except OpenM6Error as error:
-            yield _event(body_of_error(error))
+            yield _event(body_of(error))
         except Exception:
-            yield _event(body_of(INTERNAL, unforeseen()))
+            yield _event(body_of(unforeseen()))
         if end:
             yield f"data: {end}\n\n"
 
@@ -380,7 +312,7 @@ async def sse(
 
 
 def _event(value: Any) -> str:
-    """Raises ValueError for a value that cannot be sent."""
+    """A server-sent event. Raises ValueError for a value that cannot be sent."""
     event = f"data: {dumps(value, allow_nan=False)}\n\n"
-    event.encode()  # half characters are found here, and not when the response has begun
+    event.encode()  # lone surrogates fail here, and not after the response has begun
     return event

@@ -1,4 +1,4 @@
-"""How much each model has had to do lately, for whoever looks at a chart."""
+"""The recent load of each model, for charts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from openm6.serve.fleet import Fleet
 
 EVERY = 5.0
-"""Seconds between two points where nobody looks."""
+"""Seconds between two points without a viewer."""
 SHORTEST = 1.0
 POINTS = 720
-"""That are kept of all models together; an hour of one of them."""
+"""Number of points kept, of all models together; an hour of a single one."""
 
 
 class History:
@@ -29,13 +29,13 @@ class History:
         self._sampled = 0.0
 
     async def follow(self) -> None:
-        """Until it is cancelled."""
+        """Sample again and again, until the task is cancelled."""
         while True:
             await self.sample()
             await asyncio.sleep(EVERY)
 
     async def sample(self) -> None:
-        """A point of each model, unless the last one is of this second."""
+        """Add a point of each model, unless the last one is less than a second old."""
         now = time.time()
         if now - self._sampled < SHORTEST:
             return
@@ -45,7 +45,7 @@ class History:
             if not state:
                 continue
             before = self._before.get(name)
-            if before is None or before["answered"] > state["answered"]:  # it is new, or was started again
+            if before is None or before["answered"] > state["answered"]:  # the process is new
                 before = {**state, "time": now - EVERY}
             passed = now - before["time"]
             rate = {

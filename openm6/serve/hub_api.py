@@ -1,4 +1,4 @@
-"""What a team keeps, by HTTP: jobs, the catalogue, what a live model was made of. Reading takes any key, changing one
+"""The HTTP API of the hub: jobs, the catalogue, and the lineage of deployed models. Reading needs any key, writing one
 that manages.
 
 GET    /v1/jobs /v1/jobs/{id} /v1/jobs/{id}/log
@@ -11,21 +11,23 @@ GET    /v1/models/{name}/lineage
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.hub.catalogue import DATA, MODEL, Catalogue, Lineage, Version
-from openm6.hub.jobs import ENGINES, Jobs, told
-from openm6.serve.guard import Refusal, known
+from openm6.hub.jobs import ENGINES, Jobs, describe_job
 from openm6.serve.keys import MANAGE, Key
 from openm6.serve.server import Server, asker
 
 TAIL = 100_000
-"""Bytes of a log that are sent."""
+"""Maximum number of bytes of a log tail."""
+T = TypeVar("T")
 
 Kind = Literal["data", "models"]
 KINDS = {"data": DATA, "models": MODEL}
@@ -53,44 +55,45 @@ class VersionRequest(BaseModel):
 
 
 def add_hub(app: FastAPI, server: Server) -> None:
-    """The routes. They are plain functions: files and databases are waited for in threads."""
+    """Add the routes. They are plain functions, which FastAPI runs in threads, because they wait for files and
+    databases."""
     jobs, catalogue = Jobs(), Catalogue()
 
     @app.get("/v1/jobs")
     def list_jobs(_: Annotated[Key, asker()]) -> dict[str, Any]:
-        """All jobs, the oldest first, and how far they are."""
-        return {"object": "list", "data": [told(job) for job in jobs.list()]}
+        """All jobs with their states, the oldest first."""
+        return {"object": "list", "data": [describe_job(job) for job in jobs.list()]}
 
     @app.post("/v1/jobs", status_code=201)
     def submit(asked: JobRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let a command of openm6 wait for its turn."""
-        return told(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
+        """Queue a command of openm6."""
+        return describe_job(jobs.submit(asked.command, asked.name, engine=asked.engine, gpus=asked.gpus))
 
     @app.get("/v1/jobs/{identity}")
     def job(identity: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
         """One job."""
-        return told(known(jobs.get, identity))
+        return describe_job(known(jobs.get, identity))
 
     @app.get("/v1/jobs/{identity}/log")
     def log(identity: str, _: Annotated[Key, asker()]) -> PlainTextResponse:
-        """The end of what a job has said."""
+        """The log tail of a job."""
         return PlainTextResponse(jobs.last_said(known(jobs.get, identity), TAIL))
 
     @app.post("/v1/jobs/{identity}/stop")
     def stop(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """End a job; it can be gone on with."""
+        """Stop a job; it can be resumed."""
         known(jobs.get, identity)
-        return told(jobs.stop(identity))
+        return describe_job(jobs.stop(identity))
 
     @app.post("/v1/jobs/{identity}/resume")
     def resume(identity: str, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """Let a job that was stopped or failed wait for its turn again."""
+        """Queue a stopped or failed job again."""
         known(jobs.get, identity)
-        return told(jobs.resume(identity))
+        return describe_job(jobs.resume(identity))
 
     @app.delete("/v1/jobs/{identity}", status_code=204)
     def remove(identity: str, _: Annotated[Key, asker(MANAGE)]) -> None:
-        """Forget a job that is over."""
+        """Remove a finished job."""
         known(jobs.get, identity)
         jobs.remove(identity)
 
@@ -101,12 +104,12 @@ def add_hub(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/catalogue/{kind}/{name}")
     def one(kind: Kind, name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """A version (NAME@3, NAME@live; the last one of NAME) and, beneath it, all that it was made of."""
+        """A version (NAME@3, NAME@live, or the last one of NAME) with its whole lineage."""
         return _lineage(catalogue.lineage(known(lambda text: catalogue.named(text, KINDS[kind]), name)))
 
     @app.post("/v1/catalogue/{kind}", status_code=201)
     def add(kind: Kind, asked: VersionRequest, _: Annotated[Key, asker(MANAGE)]) -> dict[str, Any]:
-        """A new version."""
+        """Add a version."""
         if kind == "data":
             return _version(catalogue.add_data(asked.name, asked.place))
         place = Path(asked.place)
@@ -116,12 +119,21 @@ def add_hub(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models/{name}/lineage")
     def lineage(name: str, _: Annotated[Key, asker()]) -> dict[str, Any]:
-        """From a model that answers back to its data."""
-        place = known(server.fleet.get, name).place.model
+        """The lineage of a deployed model, back to its data."""
+        place = server.fleet.get(name).place.model
         version = catalogue.version_at(place)
         if version is None:
-            raise Refusal(404, f"{name} is served from a directory that is not of the catalogue.", "not_in_catalogue")
+            message = f"{name} is served from a directory outside of the catalogue."
+            raise Refusal(ErrorKind.NOT_FOUND, message, "not_in_catalogue")
         return _lineage(catalogue.lineage(version))
+
+
+def known(find: Callable[[str], T], name: str) -> T:
+    """The job or version of this name. Raises Refusal (NOT_FOUND) where there is none."""
+    try:
+        return find(name)
+    except UsageError as error:
+        raise Refusal(ErrorKind.NOT_FOUND, str(error)) from None
 
 
 def _version(one: Version) -> dict[str, Any]:

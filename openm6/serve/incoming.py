@@ -1,116 +1,146 @@
-"""What comes in by JSON, as the values that tasks take: pictures above all, and from nowhere but the request itself
-unless hosts are listed.
+"""Inputs of requests, from JSON to the values that tasks take. Pictures come from the request itself, or from hosts
+that the operator has listed.
 
-A text in the place of a picture is never taken for a path. A URL is fetched only from a listed host, only over HTTPS or
-as the list says, only from a public address, which is checked on the address that is connected to, at every redirect.
+A text in the place of a picture is never taken for a path. A URL is fetched from a listed host alone, and only if all
+of its addresses are public: the connection goes to the very address that was checked, at every redirect again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable, Mapping
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+import ssl
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.core.images import MAX_BYTES, Features, from_base64
 from openm6.tasks.lengths import check_value
+
+if TYPE_CHECKING:
+    import httpx2
 
 QUICK = 2**18
 """Characters of base64 that are decoded in less time than another thread takes to begin."""
 _URL = re.compile(r"https?://", re.I)
 REDIRECTS = 3
 SECONDS = 10.0
+"""Time limit of a fetch, redirects and the whole body included."""
+NOT_FROM_THERE = "Pictures are not fetched from there: send the picture itself, as base64."
+
+
+def public_address(host: str, port: int) -> str:
+    """An address of a host on the public network. Raises DataError where one of its addresses is not public."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        raise DataError("The picture's host is not known.") from None
+    if not found or not all(map(_is_public, found)):
+        raise DataError(NOT_FROM_THERE)
+    return sorted(found)[0]
 
 
 class Pictures:
-    """Reads pictures of requests; `hosts`: from which they may be fetched."""
+    """Reads the pictures of requests.
 
-    def __init__(self, hosts: Iterable[str] = ()):
+    hosts        names of the hosts from which pictures may be fetched
+    seconds      time limit of a fetch
+    address_of   the address to connect to, for a host and a port
+    """
+
+    def __init__(
+        self,
+        hosts: Iterable[str] = (),
+        seconds: float = SECONDS,
+        address_of: Callable[[str, int], str] = public_address,
+    ):
         self._hosts = frozenset(host.lower() for host in hosts)
+        self._seconds, self._address_of = seconds, address_of
 
     def read(self, value: Any) -> bytes:
-        """Base64, a data URL, or a URL of a listed host, to the bytes of a file. Raises DataError for anything else."""
+        """The bytes of a picture's file, from base64, a data URL or a URL of a listed host. To be called outside of an
+        event loop where `is_quick` is false. Raises DataError for anything else."""
         value = _given(value)
         if isinstance(value, bytes):
             return value
         if not isinstance(value, str) or not value:
             raise DataError("A picture is given as base64, or as a data URL.")
         if _URL.match(value):
-            return self._fetch(value)
+            return asyncio.run(self._fetch(value))
         return from_base64(value)
 
-    def quick(self, value: Any) -> bool:
-        """Whether `read` takes no time to speak of: a small picture, sent along."""
+    def is_quick(self, value: Any) -> bool:
+        """Whether `read` takes next to no time: for a small picture in the request itself."""
         if isinstance(value, Mapping) and "features" in value:
             value = value["features"]
         value = _given(value)
         return isinstance(value, bytes) or (isinstance(value, str) and len(value) <= QUICK and not _URL.match(value))
 
-    def _fetch(self, url: str) -> bytes:
-        for _ in range(REDIRECTS + 1):
-            status, headers, body = self._get(url)
-            if status in (301, 302, 303, 307, 308) and "location" in headers:
-                url = urljoin(url, headers["location"])
-                continue
-            if status != 200:
-                raise DataError(f"The picture's host answered with {status}.")
-            return body
-        raise DataError("The picture's host sends on and on.")
+    async def _fetch(self, text: str) -> bytes:
+        import httpx2
 
-    def _get(self, url: str) -> tuple[int, dict[str, str], bytes]:
-        import http.client
-        import ssl
-
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower()
-        ambiguous = "\\" in url or "@" in parts.netloc  # others may read another host out of it
-        if parts.scheme not in ("http", "https") or host not in self._hosts or ambiguous:
-            raise DataError("Pictures are not fetched from there: send the picture itself, as base64.")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        address = _public(host, port)
-        target = parts.path or "/"
-        if parts.query:
-            target += "?" + parts.query
-        # Connected to the very address that was checked: asked again, a name may give another one.
-        connection = http.client.HTTPConnection(address, port, timeout=SECONDS)
+        tls = ssl.create_default_context()
         try:
-            connection.connect()
-            if parts.scheme == "https":
-                context = ssl.create_default_context()
-                connection.sock = context.wrap_socket(connection.sock, server_hostname=host)
-            connection.request("GET", target, headers={"Host": parts.netloc, "Accept": "image/*"})
-            answer = connection.getresponse()
-            body = answer.read(MAX_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
+            # No proxy or .netrc of the environment; redirects are followed here, after the same checks.
+            async with (
+                asyncio.timeout(self._seconds),
+                httpx2.AsyncClient(verify=tls, trust_env=False, timeout=self._seconds) as client,
+            ):
+                url = self._listed(httpx2.URL(), text)
+                for _ in range(REDIRECTS + 1):
+                    async with self._send(client, url) as answer:
+                        if answer.has_redirect_location:
+                            url = self._listed(url, answer.headers["location"])
+                            continue
+                        if answer.status_code != 200:
+                            raise DataError(f"The picture's host answered with {answer.status_code}.")
+                        return await _body(answer)
+        except (OSError, httpx2.HTTPError) as error:
             raise DataError(f"The picture cannot be fetched ({type(error).__name__}).") from None
-        finally:
-            connection.close()
+        raise DataError(f"The picture's host redirects more than {REDIRECTS} times.")
+
+    def _listed(self, base: httpx2.URL, text: str) -> httpx2.URL:
+        """The URL, relative to a base. Raises DataError where its host is not listed."""
+        import httpx2
+
+        try:
+            url = base.join(text)
+        except httpx2.InvalidURL:
+            raise DataError(NOT_FROM_THERE) from None
+        is_ambiguous = "\\" in text or url.userinfo  # others may read another host out of it
+        if url.scheme not in ("http", "https") or url.host.lower() not in self._hosts or is_ambiguous:
+            raise DataError(NOT_FROM_THERE)
+        return url
+
+    def _send(self, client: httpx2.AsyncClient, url: httpx2.URL) -> Any:
+        """A request to the checked address of the URL's host: resolved again, a name may have another address. TLS and
+        the header Host have the name."""
+        address = self._address_of(url.host, url.port or (443 if url.scheme == "https" else 80))
+        headers = {"Host": url.netloc.decode(), "Accept": "image/*", "Accept-Encoding": "identity"}
+        return client.stream(
+            "GET", url.copy_with(host=address), headers=headers, extensions={"sni_hostname": url.raw_host.decode()}
+        )
+
+
+async def _body(answer: httpx2.Response) -> bytes:
+    """The bytes as they come, never decompressed. Raises DataError for more than MAX_BYTES."""
+    body = bytearray()
+    async for part in answer.aiter_raw():
+        body += part
         if len(body) > MAX_BYTES:
             raise DataError(f"A picture has more than {MAX_BYTES / 2**20:.0f} MiB.")
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
+    return bytes(body)
 
 
 def _given(value: Any) -> Any:
-    """The picture itself, out of what OpenAI's clients put around it."""
+    """The picture itself, without the mappings in which OpenAI's clients wrap it."""
     if isinstance(value, Mapping):
         value = value.get("url") or value.get("image_url") or value.get("b64_json")
         if isinstance(value, Mapping):
             value = value.get("url")
     return value
-
-
-def _public(host: str, port: int) -> str:
-    """An address of a host that is on the public network. Raises DataError where any of its addresses is not."""
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError:
-        raise DataError("The picture's host is not known.") from None
-    if not found or not all(map(_is_public, found)):
-        raise DataError("Pictures are not fetched from there: send the picture itself, as base64.")
-    return sorted(found)[0]
 
 
 def _is_public(address: str) -> bool:
@@ -126,9 +156,9 @@ def record_of(
     positions: int | None = None,
     truncate: str | None = None,
 ) -> dict[str, Any]:
-    """A request's inputs by the types of the task's slots. Raises DataError for a picture that is none and for a text
-    that is no text, UsageError for a slot that the task has not, ContextLengthError for what is too long for a model of
-    so many `positions` whatever its tokens are (texts that are to be truncated aside)."""
+    """A request's inputs by the types of the task's slots. Raises DataError for an invalid picture or text, UsageError
+    for an unknown slot, ContextLengthError for a value that is too long for a model of so many `positions` whatever its
+    tokens are (except for a text that is to be truncated)."""
     record = {}
     for name, value in inputs.items():
         kind = slots.get(name)

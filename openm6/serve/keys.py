@@ -1,7 +1,7 @@
-"""Keys of the API: made here, shown once, kept as hashes; and how much each may ask.
+"""API keys with their limits: generated here, shown once, stored as hashes.
 
-The file is JSON: name to {"hash", "role", "per_minute", "per_day"}. A key is 32 random bytes, so that a plain SHA-256
-of it can be kept: there is nothing to guess from.
+The file is JSON: name to {"hash", "role", "per_minute", "per_day"}. A key is 32 random bytes, so that a plain
+SHA-256 is safe to store: it cannot be guessed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Key:
 
 
 class Keys:
-    """Those of a file; it is read again when it changes."""
+    """The keys of a file, which is read again when it changes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -44,17 +44,17 @@ class Keys:
         self._known: dict[str, Key] = {}
 
     def find(self, given: str) -> Key | None:
-        """The key that was given, if it is one."""
+        """The key with this secret, or None."""
         self._follow()
         digest = _hash(given)
         found = None
-        for key in self._known.values():  # all of them, in the same time whichever it is
+        for key in self._known.values():  # all of them, in constant time
             if hmac.compare_digest(key.hash, digest):
                 found = key
         return found
 
     def add(self, name: str, role: str = USE, per_minute: int = 0, per_day: int = 0) -> str:
-        """A new key, which nobody can be shown again. Raises UsageError for a name that is taken."""
+        """Add a key and return its secret, which cannot be shown again. Raises UsageError for a name that is taken."""
         self._follow()
         if name in self._known:
             raise UsageError(f"There is a key {name} already.")
@@ -66,7 +66,7 @@ class Keys:
         return secret
 
     def remove(self, name: str) -> None:
-        """Raises UsageError for one that is not there."""
+        """Remove a key. Raises UsageError for an unknown name."""
         self._follow()
         if name not in self._known:
             raise UsageError(f"There is no key {name}.")
@@ -75,7 +75,7 @@ class Keys:
 
     @property
     def spent(self) -> Path:
-        """The file beside it of what keys have spent (meter.py)."""
+        """The file, beside that of the keys, with the tokens that keys have spent (meter.py)."""
         return self.path.with_name(f"{self.path.name}.spent")
 
     def list(self) -> list[Key]:
@@ -88,14 +88,14 @@ class Keys:
         except OSError:
             self._seen, self._known = None, {}
             return
-        changed = about.st_mtime_ns, about.st_size, about.st_ino  # a clock's tick may hold two changes
+        changed = about.st_mtime_ns, about.st_size, about.st_ino  # two changes may fall into one tick of the clock
         if changed == self._seen:
             return
         try:
             content = json.loads(self.path.read_text("utf-8"))
             self._known = {name: Key(name, **values) for name, values in content.items()}
         except (ValueError, TypeError, AttributeError):
-            raise UsageError(f"{self.path.name} is no file of keys.") from None  # strangers are told, too
+            raise UsageError(f"{self.path.name} is not a valid file of keys.") from None  # clients see this message too
         self._seen = changed
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""The server's sockets: bound before a model is loaded, and connections that do not keep a place for nothing."""
+"""The server's sockets, bound before a model is loaded, and connections that are closed when idle."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ LOOK = 0.05
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, closed where a request's head does not come in time. What is not HTTP is answered in the
-    API's JSON."""
+    """uvicorn's connection, closed where a request's head is late. Invalid HTTP is answered in the API's JSON."""
 
     seconds = HEAD
     _timer: TimerHandle | None = None
@@ -57,12 +56,14 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
 
     def _end(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # the next one may have come before the last answer
+        if (
+            self.cycle is None or self.cycle.response_complete
+        ):  # the next request may have arrived before the last answer
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        told = body_of("invalid_http", "This is not a request of HTTP/1.1 that can be read.", "invalid_request_error")
-        content = json.dumps(told).encode()
+        error = UsageError("This is not a valid request of HTTP/1.1.", code="invalid_http")
+        content = json.dumps(body_of(error)).encode()
         head = b"content-type: application/json\r\nconnection: close\r\n"
         self.transport.write(STATUS_LINE[400] + head + b"content-length: %d\r\n\r\n" % len(content) + content)
         self.transport.close()
@@ -88,7 +89,7 @@ class Lag:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets for all addresses of a host, which do not listen yet. Raises UsageError where that cannot be."""
+    """Bound sockets for all addresses of a host, not listening yet. Raises UsageError where that fails."""
     found: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -98,7 +99,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             one.bind((address[0], port, *address[2:]))
-            port = one.getsockname()[1]  # of port 0, which is any, the same for all
+            port = one.getsockname()[1]  # port 0 means any port; all addresses get the same one
     except OSError as error:
         for one in found:
             one.close()

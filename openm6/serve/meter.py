@@ -1,8 +1,8 @@
-"""What each key has asked and spent, and what a request costs it.
+"""Requests and tokens of each key, and the cost of a request.
 
-A request costs its prompt (the positions that the model reads) and the tokens that are computed for its answer: of a
-text those that are written, the end too; of beams, steps times beams; of pictures the codes of all candidates in every
-pass; of vectors and heads none. The cost is charged as the model's process tells of it, whoever still listens.
+A request costs its prompt (the positions that the model reads) and the tokens computed for its answer: for a text those
+that are written, with the end token; for beams, steps times beams; for pictures the codes of all candidates in every
+pass; for vectors and heads none. The cost is charged as the model's process reports it, even after the client has left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, UsageError
 from openm6.serve.keys import Key
 
 log = logging.getLogger("openm6.serve")
@@ -35,9 +35,9 @@ CREATE INDEX IF NOT EXISTS asked_by ON asked (name, at);
 
 @dataclass(frozen=True, slots=True)
 class Beyond:
-    """Why a key may not ask now: `limit` is "requests" or "tokens"; it may again after `seconds`."""
+    """Why a key may not make a request now (REQUEST_LIMIT or TOKEN_LIMIT), and the seconds after which it may."""
 
-    limit: str
+    limit: ErrorKind
     message: str
     seconds: float
 
@@ -60,7 +60,7 @@ class Meter:
             self._file = _opened(None)
 
     def count(self, key: Key) -> Beyond | None:
-        """Count a request; None where the key may ask it, else why it may not (then nothing is counted)."""
+        """Count a request; None where the key may make it, else the reason why not (then nothing is counted)."""
         beyond = self.beyond(key)
         if beyond is not None or not key.per_minute:
             return beyond
@@ -78,19 +78,19 @@ class Meter:
             return None
         until = first + MINUTE
         message = f"The key {key.name} has asked {number} requests within a minute and may ask {key.per_minute}"
-        return Beyond("requests", f"{message}: it may ask again at {_utc(until)}.", until - now)
+        return Beyond(ErrorKind.REQUEST_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
 
     def beyond(self, key: Key) -> Beyond | None:
-        """Why the key may not spend tokens now; None where it may."""
+        """The reason why the key may not spend tokens now; None where it may."""
         if not key.per_day or (spent := self.spent(key)) < key.per_day:
             return None
         now = time.time()
         until = (now // DAY + 1) * DAY
         message = f"The key {key.name} has spent {spent} tokens today and may spend {key.per_day} a day"
-        return Beyond("tokens", f"{message}: it may ask again at {_utc(until)}.", until - now)
+        return Beyond(ErrorKind.TOKEN_LIMIT, f"{message}: it may ask again at {_utc(until)}.", until - now)
 
     def spent(self, key: Key) -> int:
-        """Tokens of today (UTC), of all servers."""
+        """Tokens that the key has spent today (UTC), at all servers."""
         day, written = int(time.time() // DAY), 0
         try:
             query = "SELECT tokens FROM spent WHERE name = ? AND day = ?"
@@ -100,9 +100,9 @@ class Meter:
         return int(written) + self._new[key.name, day]
 
     def reserve(self, key: Key, most: int) -> bool:
-        """Whether a request that costs `most` at most may begin. It may not while those that run could use up what is
-        left, so that a key spends more than it may by one request at most. Give it back by `release`."""
-        running = self._reserved[key.name]
+        """Reserve the highest cost of a request until `release`. False where the running requests could use up the rest
+        of the limit, so that a key exceeds its limit by one request at most."""
+        running = self.reserved(key)
         if key.per_day and running and running >= key.per_day - self.spent(key):
             return False
         self._reserved[key.name] += most
@@ -111,8 +111,13 @@ class Meter:
     def release(self, key: Key, most: int) -> None:
         self._reserved[key.name] -= most
 
+    def reserved(self, key: Key) -> int:
+        """Tokens that are reserved for the key's running requests."""
+        return self._reserved[key.name]
+
     def spend(self, key: Key, tokens: int) -> None:
-        """Add to what the key has spent. In a server, all that comes at once is written at once."""
+        """Add tokens to those that the key has spent. In a server, those of one turn of the event loop are written
+        together."""
         self._new[key.name, int(time.time() // DAY)] += tokens
         if self._planned:
             return
@@ -123,7 +128,7 @@ class Meter:
             self.keep()
 
     def keep(self) -> None:
-        """Write what is not written yet. On a full disk it is kept in memory, and written with the next."""
+        """Write the counts that are not written yet. On a full disk they stay in memory until the next time."""
         self._planned = False
         if not (rows := [(*which, tokens) for which, tokens in self._new.items()]):
             return
@@ -139,7 +144,7 @@ class Meter:
             self._failed = False
 
     def headers(self, key: Key) -> dict[str, str]:
-        """What is left, as OpenAI's API says it: x-ratelimit-{limit,remaining,reset}-{requests,tokens}."""
+        """The key's limits as headers of OpenAI's API: x-ratelimit-{limit,remaining,reset}-{requests,tokens}."""
         now, found = time.time(), {}
         if key.per_minute:
             number, first = 0, now
@@ -157,7 +162,7 @@ class Meter:
         }  # fmt: skip
 
     def _asked(self, key: Key, since: float = 0.0) -> tuple[int, float]:
-        """How many requests, and the time of the first of them."""
+        """Number of requests since a time, and the time of the first of them."""
         query = "SELECT count(*), min(at) FROM asked WHERE name = ? AND at > ?"
         number, first = self._file.execute(query, (key.name, since)).fetchone()
         return int(number), float(first or 0.0)
@@ -169,9 +174,9 @@ class Meter:
 
 
 def _opened(path: Path | None) -> sqlite3.Connection:
-    """Every statement is a transaction, or is in one that BEGIN begins. A transaction that has ended is the operating
-    system's: it survives the death of the process. Raises UsageError for a damaged file, OperationalError or OSError
-    for one that cannot be written."""
+    """The database. Each statement is a transaction of its own, or part of one from BEGIN on; a finished transaction
+    survives the death of the process. Raises UsageError for a damaged file, OperationalError or OSError for one that
+    cannot be written."""
     if path is not None:
         path.touch(0o600)
     file = sqlite3.connect(path or ":memory:", timeout=1.0, isolation_level=None, check_same_thread=False)
@@ -191,8 +196,8 @@ def _opened(path: Path | None) -> sqlite3.Connection:
 
 
 class Charge:
-    """What the requests cost a key that are answered together (the choices of a chat): their prompt once, and all that
-    is written. `prompt_tokens` and `tokens` are what is charged, and what `usage` tells."""
+    """The charge of requests that are answered together (the choices of a chat): their prompt once, and all written
+    tokens. `prompt_tokens` and `tokens` are charged to the key, and reported in `usage`."""
 
     def __init__(self, meter: Meter, key: Key):
         self._meter, self.key = meter, key
@@ -200,7 +205,7 @@ class Charge:
         self._charged = 0
 
     def request(self, most: int) -> Cost:
-        """The cost of one of the requests, for which `most` tokens are reserved."""
+        """Add a request, for which `most` tokens are reserved."""
         cost = Cost(self, most)
         self._costs.append(cost)
         return cost
@@ -214,7 +219,7 @@ class Charge:
         return sum(cost.tokens for cost in self._costs)
 
     def settle(self) -> None:
-        """Charge what is new."""
+        """Charge the tokens that are not charged yet."""
         total = self.prompt_tokens + self.tokens
         if total > self._charged:
             self._meter.spend(self.key, total - self._charged)
@@ -225,16 +230,16 @@ class Charge:
 
 
 class Cost:
-    """What one request has cost until now. Of a request that a process died of and another answered the larger counts
-    stand, so that it is charged once."""
+    """The cost of one request so far. If several processes worked at it, the larger counts are charged, so that it is
+    charged once."""
 
     def __init__(self, charge: Charge, most: int):
         self.prompt_tokens = self.tokens = 0
         self._charge, self._most = charge, most
-        self._over, self._left = True, False  # nothing is asked of a process yet
+        self._over, self._left = True, False  # no process works at it yet
 
     def hear(self, message: Mapping[str, Any]) -> None:
-        """A message about the request, as it comes (pending.Heard)."""
+        """Take in a message about the request (pending.Heard)."""
         self.prompt_tokens = max(self.prompt_tokens, message.get("prompt_tokens", 0))
         self.tokens = max(self.tokens, message.get("tokens", 0))
         self._over = "value" in message or "error" in message
@@ -242,7 +247,7 @@ class Cost:
         self._release()
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more; a last message may still come."""
+        """The client has left; a last message may still arrive."""
         self._left = True
         self._release()
 
@@ -257,7 +262,7 @@ def _utc(at: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """As OpenAI writes it: 7h12m3s."""
+    """A duration in OpenAI's format: 7h12m3s."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes}m{seconds}s" if hours else f"{minutes}m{seconds}s" if minutes else f"{seconds}s"

@@ -1,11 +1,11 @@
-"""The same API on a Ray cluster: replicas of the server, each with its model's process, more of them under load."""
+"""The API on a Ray cluster: replicas of the server, each with its model's process, autoscaled under load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 from openm6.serve.fleet import Fleet
 from openm6.serve.server import Options
 from openm6.serve.settings import Place, Settings
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 ONGOING = 16
-"""Requests that a replica works at before another one is wanted."""
+"""Number of requests of a replica above which another one is started."""
 
 
 def deploy_on_ray(
@@ -32,11 +32,9 @@ def deploy_on_ray(
 ) -> str:
     """Serve on the cluster at `address` (one is started here where there is none). Returns the URL; the deployment
     stays when this process ends, on a cluster that does. Raises UsageError where Ray is not installed."""
-    try:
-        import ray
-        from ray import serve
-    except ImportError:
-        raise UsageError("Serving on Ray needs it: pip install -e '.[ray]' in a clone.") from None
+    require("ray", "ray")
+    import ray
+    from ray import serve
 
     if not ray.is_initialized():
         ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)

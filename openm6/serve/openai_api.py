@@ -1,9 +1,8 @@
-"""What clients of OpenAI's API ask for, answered by tasks.
+"""Routes of OpenAI's API, answered by tasks.
 
-A model is named `NAME`, or `NAME:TASK` for a task of one's own choice. A chat is answered by the task for pictures when
-it has some (vqa), else by the one for texts; a model that was trained on neither answers by its one trained task that
-takes as many pictures and texts. What was said before stands before the question.
-"""
+A model is named `NAME`, or `NAME:TASK` to choose a task. A chat with pictures is answered by the task vqa, another by
+question_answering; a model that was trained on neither answers by its only trained task with as many pictures and
+texts. Earlier messages precede the question."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +24,7 @@ from openm6.core.files import dumps
 from openm6.inference.edit import COVERS_ALL
 from openm6.serve.edits import cut_for, put_back, sent
 from openm6.serve.fleet import Deployment
-from openm6.serve.guard import known, sse, unless_gone
+from openm6.serve.guard import sse, unless_gone
 from openm6.serve.keys import Key
 from openm6.serve.meter import Charge
 from openm6.serve.openai_requests import Asked, ChatRequest, EditRequest, EmbeddingRequest, ImageRequest, Message
@@ -35,14 +33,14 @@ from openm6.serve.server import AT_ONCE, Server, asker, is_trained, left_out, sa
 T = TypeVar("T")
 
 CHAT, LOOK, PAINT, EDIT, EMBED = "question_answering", "vqa", "text_to_image", "text_to_image", "text_vector"
-"""Tasks that answer where none is named."""
+"""Default tasks."""
 
 WRITTEN, DRAWN, VECTORS = ("text", "value"), ("picture",), ("vector",)
-"""Kinds of tasks (worker.described) that chats, pictures and embeddings are asked of."""
+"""Kinds of tasks (worker.described) that answer chats, image requests and embeddings."""
 
 
 class _Chosen(NamedTuple):
-    """The task that answers: what is told of it (worker.described), its inputs, and how the answer names the model."""
+    """The task that answers: its description (worker.described), its inputs, and the model's name in the answer."""
 
     deployment: Deployment
     task: str
@@ -56,7 +54,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
     async def chat(
         asked: ChatRequest, request: Request, key: Annotated[Key, asker()]
     ) -> dict[str, Any] | StreamingResponse:
-        """A conversation goes on."""
+        """Continue a conversation."""
         text, pictures = _conversation(asked.messages)
         chosen = _chosen(server, asked, request, LOOK if pictures else CHAT, WRITTEN, text, pictures)
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop
@@ -80,7 +78,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/images/generations")
     async def generations(asked: ImageRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
-        """Pictures for a text, the best first."""
+        """Draw pictures for a text, the best first."""
         deployment, message = await _drawing(server, asked, request, PAINT)
         side = deployment.about["picture"]
         _check_size(asked, (side, side))
@@ -90,7 +88,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
     async def edits(
         asked: Annotated[EditRequest, Form()], request: Request, key: Annotated[Key, asker()]
     ) -> dict[str, Any]:
-        """A picture redrawn after a text where its mask is transparent (or white, if it has no alpha channel)."""
+        """Redraw a picture after a text where its mask is transparent (or white, if it has no alpha channel)."""
         names = Counter(name for name, _ in (await request.form()).multi_items())
         if twice := next((name for name, count in names.items() if count > 1), ""):
             raise UsageError(f"{cut(twice)} was sent {names[twice]} times: send it once.", param=cut(twice))
@@ -104,7 +102,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/embeddings")
     async def embeddings(asked: EmbeddingRequest, request: Request, key: Annotated[Key, asker()]) -> dict[str, Any]:
-        """Vectors of texts."""
+        """Embed texts."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if len(texts) > 2048:
             raise UsageError("At most 2048 texts at once.", param="input")
@@ -135,15 +133,15 @@ def add_routes(app: FastAPI, server: Server) -> None:
 def _chosen(
     server: Server, asked: Asked, request: Request, usual: str, kinds: Sequence[str], text: str, pictures: Sequence[Any]
 ) -> _Chosen:
-    """The task that is named, else the usual one; where that does not fit, or the model was not trained on it, the only
-    trained one that fits. Errors of the request then name its own fields. Raises UsageError where the task does not
-    fit, and Refusal (404) where there is none."""
+    """The named task, else the default; where that does not fit, or the model was not trained on it, the only trained
+    one that fits. Errors then name the fields of the request. Raises UsageError where the task does not fit, or there
+    is none."""
     name, _, own = (asked.model or "").partition(":")
-    deployment = known(server.fleet.get, name or None, "model_not_found")
+    deployment = server.fleet.get(name or None)
     tasks = deployment.about["tasks"]
 
     def inputs_of(task: str) -> dict[str, Any]:
-        told = known(partial(server.task, deployment), task, "model_not_found")
+        told = server.task(deployment, task, "model_not_found")
         if told["kind"] not in kinds:
             message = f"The task {task} gives a {told['kind']}: ask it at /v1/tasks/{task}."
             raise UsageError(message, code="wrong_task", param="model")
@@ -165,8 +163,8 @@ def _chosen(
 
 
 def _filled(task: str, told: Mapping[str, Any], text: str, pictures: Sequence[Any], source: str) -> dict[str, Any]:
-    """The text in the task's slot for one, the pictures in its slots for them, in their order: in all of these slots,
-    or in those that cannot be left out. Raises UsageError where they are more or fewer."""
+    """The task's inputs: the text and the pictures, in their order, in all slots of their types or in the required
+    ones. Raises UsageError where their number differs."""
     inputs: dict[str, Any] = {}
     required = told["schema"]["inputs"]["required"]
     for kind, name, values in (("text", "text", [text] if text else []), ("image", "picture", pictures)):
@@ -185,7 +183,7 @@ def _filled(task: str, told: Mapping[str, Any], text: str, pictures: Sequence[An
 
 
 def _conversation(messages: list[Message]) -> tuple[str, list[Any]]:
-    """All texts, the question last, and all pictures, those of earlier turns too, in their order."""
+    """All texts, joined, and all pictures of a conversation, in their order."""
     texts, pictures = [], []
     for message in messages:
         parts = message.content if isinstance(message.content, list) else [{"type": "text", "text": message.content}]
@@ -205,7 +203,7 @@ def _conversation(messages: list[Message]) -> tuple[str, list[Any]]:
 
 
 def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str, Any]]:
-    """The message n times, each with a seed of its own. Raises UsageError where that makes no difference."""
+    """The message n times, with different seeds. Raises UsageError where all answers would be equal."""
     if n == 1:
         return [message]
     decoding = message["decoding"]
@@ -219,7 +217,7 @@ def _several(message: dict[str, Any], n: int, chosen: _Chosen) -> list[dict[str,
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all give; the first that fails ends the others."""
+    """The results of all coroutines; the first failure cancels the others."""
     running = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*running)
@@ -228,8 +226,8 @@ async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             one.cancel()
 
 
-async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """The items of all streams, as they come; the first that fails ends the others."""
+async def side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams as they arrive; the first failure ends the others."""
     items: asyncio.Queue[T | Exception | None] = asyncio.Queue()
 
     async def follow(stream: AsyncGenerator[T, None]) -> None:
@@ -259,17 +257,17 @@ async def _side_by_side(streams: Iterable[AsyncGenerator[T, None]]) -> AsyncGene
 
 
 def _said(value: Any) -> str:
-    """An answer as text: labels and texts as they are, several outputs, numbers and boxes as JSON."""
+    """An answer as text: a label or text itself; several outputs, numbers and boxes as JSON."""
     return value if isinstance(value, str) else dumps(value)
 
 
 def _told_beside(message: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """The seed of an answer, and how many positions of its source were left out, if any."""
+    """Additional fields of a choice: the seed, and the positions of the source that were left out, if any."""
     return {"seed": message["decoding"].get("seed"), **left_out(found)}
 
 
 def _usage(charge: Charge) -> dict[str, int]:
-    """What is charged; the prompt counts once, as in OpenAI's own."""
+    """The tokens that are charged; the prompt counts once, as with OpenAI."""
     prompt, written = charge.prompt_tokens, charge.tokens
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
@@ -277,9 +275,9 @@ def _usage(charge: Charge) -> dict[str, int]:
 async def _chunks(
     server: Server, key: Key, chosen: _Chosen, messages: list[dict[str, Any]], about: Mapping[str, Any], usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """Of all answers side by side, each with the number of its answer."""
+    """The chunks of all choices, interleaved."""
     about, charge = {**about, "object": "chat.completion.chunk"}, Charge(server.meter, key)
-    # What is no text by itself is told when all of it is there.
+    # Only an answer that is a single text is sent in pieces.
     pieces = [chosen.told["slots"][name] for name in chosen.told["outputs"]] == ["text"]
 
     async def one(index: int, message: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -303,7 +301,7 @@ async def _chunks(
                     reason = "stop" if event["finished"] else "length"
                     yield chunk({}, reason, **_told_beside(message, event))
 
-    async with aclosing(_side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
+    async with aclosing(side_by_side(one(*numbered) for numbered in enumerate(messages))) as chunks:
         async for each in chunks:
             yield each
     if usage:
@@ -321,7 +319,7 @@ async def _drawing(
 
 
 def _check_size(asked: ImageRequest, size: tuple[int, int]) -> None:
-    """Raises UsageError where another size is asked for than the pictures have."""
+    """Raises UsageError for another size than that of the model's pictures."""
     width, height = size
     if asked.size not in (None, "auto", f"{width}x{height}"):
         message = f"The pictures of this request have {width}x{height} pixels: leave size out."

@@ -1,4 +1,4 @@
-"""The bodies of requests in OpenAI's API: fields that are read, and those of OpenAI's that are not."""
+"""Request bodies of OpenAI's API: supported fields, and OpenAI's fields that are ignored or refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pydantic import Field, field_validator
 
 from openm6.core.errors import UsageError
 from openm6.serve.fields import ANY, Fields, Passing
-from openm6.serve.guard import Refusal
 from openm6.serve.server import TaskRequest
 
 _EVERYWHERE: Mapping[str, Passing] = {
@@ -46,12 +45,12 @@ DECODING = (
     "temperature", "top_p", "top_k", "seed", "num_beams", "length_penalty", "repetition_penalty",
     "no_repeat_ngram_size",
 )  # fmt: skip
-"""Fields of a chat that are options of decoding by the same name."""
+"""Fields of a chat that are decoding options of the same name."""
 
 
 class Asked(Fields):
-    """What all requests have: OpenAI's `model`, and three fields of this server. `source` is the field that holds the
-    texts and pictures."""
+    """Fields of every request: OpenAI's `model`, and three of this server. `source` is the field with the texts and
+    pictures."""
 
     source: ClassVar[str]
 
@@ -65,7 +64,7 @@ class Asked(Fields):
         return TaskRequest(**own, **more)
 
     def fields_of_options(self) -> dict[str, str]:
-        """The fields that stand for options of decoding by another name."""
+        """Decoding options by name, with the fields that stand for them."""
         return {}
 
 
@@ -145,11 +144,11 @@ class EmbeddingRequest(Asked):
     @field_validator("input", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        """Raises Refusal for token ids."""
+        """Raises UsageError for token ids."""
         if isinstance(value, list) and value and isinstance(value[0], (int, list)):
             message = (
                 "input has token ids, which are those of another tokenizer: send the texts. LangChain's "
                 "OpenAIEmbeddings does so with check_embedding_ctx_length=False."
             )
-            raise Refusal(400, message, "unsupported_parameter", param="input")
+            raise UsageError(message, code="unsupported_parameter", param="input")
         return value

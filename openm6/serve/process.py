@@ -1,4 +1,4 @@
-"""The server's end of a model's process (worker.py): started, asked, stopped; its death is told at once."""
+"""The server's side of a model's process (worker.py): its start, requests, death and end."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.pending import Heard, PendingRequest
 from openm6.serve.settings import Settings
-from openm6.serve.wire import DIED, Messages, error_of, packed
+from openm6.serve.wire import Messages, error_of, packed
 
 if TYPE_CHECKING:
     from openm6.serve.settings import Place
 
 STARTING = 300.0
-"""Seconds that a model may take to load."""
+"""Maximum number of seconds to load a model."""
 
 
 class Worker:
-    """One process. `on_end` is called when a request has ended, `on_death` when the process has."""
+    """A process. `on_end` is called when a request has ended, `on_death` when the process has."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Worker:
     ):
         self.place, self.process = place, process
         self.open: dict[str, PendingRequest] = {}
-        self._heard: dict[str, Heard] = {}
+        self.unsettled: dict[str, Heard] = {}  # requests of which more may be heard, cancelled ones too
         self._on_end, self._on_death = on_end, on_death
         self._states: list[asyncio.Future[dict[str, Any]]] = []
         self.about: dict[str, Any] = {}
@@ -50,8 +50,8 @@ class Worker:
     async def start(
         cls, place: Place, settings: Settings, on_end: Callable[[], None], on_death: Callable[[Worker], None]
     ) -> Worker:
-        """Raises UsageError where the model cannot be loaded; its message is for those who may know of the server's
-        files."""
+        """Start a process. Raises UsageError where the model cannot be loaded; its message may name files of the
+        server, and is not for clients."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
@@ -81,10 +81,10 @@ class Worker:
 
     def _hear(self, message: dict[str, Any]) -> None:
         identity = message.get("id", "")
-        if (heard := self._heard.get(identity)) is not None:
+        if (heard := self.unsettled.get(identity)) is not None:
             heard(message)
             if "value" in message or "error" in message:
-                del self._heard[identity]
+                del self.unsettled[identity]
         if (request := self.open.get(identity)) is not None:
             request.events.put_nowait(message)
             if "value" in message or "error" in message:
@@ -99,32 +99,32 @@ class Worker:
             self._first.set_result(message)
 
     def _end(self) -> None:
-        """The process closed its end, as it does when it dies."""
+        """The connection was closed, as it is when the process dies."""
         self.alive = False
         if not self._first.done():
             self._first.set_result({})
-        for heard in self._heard.values():
-            heard({"error": DIED, "message": "The process that worked at this ended."})
-        self._heard.clear()
+        for heard in self.unsettled.values():
+            heard(error_of(Refusal(ErrorKind.DIED, "The process that worked at this request ended.")))
+        self.unsettled.clear()
         for future in self._states:
             if not future.done():
                 future.set_result({})
         self._on_death(self)
 
     def ask(self, request: PendingRequest) -> None:
-        """Let the process work at it; its events come into the request's queue."""
+        """Send a request to the process, whose messages go to the request's queue."""
         self.open[request.identity] = request
         request.cancel = self.cancel
         try:
             self._send({"do": "ask", "id": request.identity, **request.message, "seconds": request.seconds})
-            self._heard[request.identity] = request.heard
+            self.unsettled[request.identity] = request.heard
             request.heard({})
-        except Exception as error:  # of a message that is too large
+        except Exception as error:  # for a message that is too large
             del self.open[request.identity]
-            request.events.put_nowait(error_of(error))
+            request.fail(error)
 
     def cancel(self, request: PendingRequest) -> None:
-        """Nobody waits for it any more."""
+        """Cancel a request whose client has left."""
         if self.open.pop(request.identity, None) is not None and self.alive:
             self._send({"do": "cancel", "id": request.identity})
             self._on_end()
@@ -133,7 +133,7 @@ class Worker:
         self._connection.write(packed(message))
 
     async def state(self) -> dict[str, Any]:
-        """What the engine has done and holds; empty of a process that is gone."""
+        """The state of the engine; empty where the process has ended."""
         if not self.alive:
             return {}
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -142,7 +142,7 @@ class Worker:
         return await future
 
     async def stop(self, seconds: float = 30.0) -> None:
-        """After what it works at; at once when that takes longer than these seconds."""
+        """Stop the process after its running requests, or after these seconds."""
         self.leaving = True
         until = time.monotonic() + seconds
         while self.alive and self.open and time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""What was made lately and may be asked for again, within a budget of bytes."""
+"""A least recently used cache with a budget of bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by key, the least lately used forgotten first."""
+    """Values by key; the least recently used are evicted first."""
 
     def __init__(self, budget: int):
         self._budget, self._used = budget, 0

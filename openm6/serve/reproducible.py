@@ -1,4 +1,4 @@
-"""Whether a sampled answer depends on what is answered beside it: measured as a model is loaded."""
+"""Whether a sampled answer depends on the rest of its batch, measured when a model is loaded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from openm6.model import M6
 from openm6.model.cache import prefill, step
 
 LENGTHS, STEPS = (3, 9, 16, 17, 40, 70, 130), 3
-"""Positions of the prompts that are compared, and the tokens that follow each."""
+"""Lengths of the prompts that are compared, and the number of tokens after each."""
 
 
 @torch.inference_mode()
 def is_reproducible(model: M6) -> bool:
-    """Whether prompts have the same logits, bit by bit, alone and beside each other: then what is drawn from them by a
-    seed is the same too. Only a CPU can; one whose kernels round a row by those beside it (weights in 8 bits), or add
-    it up in another order, cannot."""
+    """Whether prompts have bit-identical logits alone and in a batch, so that sampling by a seed gives the same answer.
+    False on a GPU, and for kernels that round a row by the rest of the batch (int8 weights) or change the order of its
+    sums."""
     if model.embed.weight.device.type != "cpu":
         return False
     room = model.config.max_position_embeddings - STEPS
@@ -34,7 +34,7 @@ def _prompt(ids: np.ndarray) -> Sequence:
 
 
 def _logits(model: M6, prompts: list[Sequence]) -> Tensor:
-    """After the prompts and after each of the tokens that follow, [B, 1 + STEPS, V]."""
+    """Logits after the prompts and after each of the tokens that follow, [B, 1 + STEPS, V]."""
     hidden, cache = prefill(model, pad(prompts, pad_id=0, even=True), max(map(len, prompts)) + STEPS)
     found = [model.logits(hidden)]
     for token in range(STEPS):

@@ -1,4 +1,4 @@
-"""What all routes of the API share: who asks, what is asked of a model, what is told."""
+"""State and functions shared by all routes: authentication, requests to models, and their answers."""
 
 from __future__ import annotations
 
@@ -14,42 +14,41 @@ from typing import Any, Literal
 from fastapi import Depends, Request
 from pydantic import Field
 
-from openm6.core.errors import UsageError, cut, suggest
+from openm6.core.errors import ErrorKind, OpenM6Error, Refusal, UsageError, cut, suggest
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
 from openm6.serve.access import note
 from openm6.serve.fields import Fields
 from openm6.serve.figures import Figures
-from openm6.serve.fleet import BEING_STARTED, Deployment, Fleet, Refused
-from openm6.serve.guard import API, Refusal, unless_gone
+from openm6.serve.fleet import Deployment, Fleet
+from openm6.serve.guard import API, unless_gone
 from openm6.serve.history import History
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.keys import MANAGE, USE, Key, Keys
 from openm6.serve.meter import Beyond, Charge, Meter
 from openm6.serve.traces import NoSpan
-from openm6.serve.wire import FULL
 
 LOCAL = Key("local", "", MANAGE)
-"""Who asks where no keys are needed: a server that listens on this machine alone."""
+"""The key of all clients where none is needed: a server that listens on this machine alone."""
 AT_ONCE = 32
-"""Requests, of many that were sent together, that are worked at at a time."""
+"""Maximum number of running requests of a batch."""
 WAIT = 0.05
-"""Seconds between two tries of one of them for which there was no room."""
+"""Seconds between two tries of a request of a batch that was refused as FULL."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the server behaves.
+    """Options of the server.
 
-    keys        file of keys (keys.py); None: nobody is asked, for a server on the loopback address
-    hosts       from which pictures may be fetched
-    loopback    whether only this machine asks: then no page of another site may, nor by another name of this machine
-    body_mib    of a request at most
-    body_seconds    that may pass between two parts of a request's body
-    origins     of web pages of other sites that may ask the API
-    seconds     that a request may take, unless it asks for less
-    drain       seconds that a server which stops has for the requests it works at
+    keys            file of keys (keys.py); None: no key is needed, for a server on the loopback address
+    hosts           hosts from which pictures may be fetched
+    loopback        whether only this machine may send requests, by its loopback names, and no page of another site
+    body_mib        maximum size of a request's body, in MiB
+    body_seconds    maximum number of seconds between two parts of a request's body
+    origins         origins of web pages of other sites that may use the API
+    seconds         time limit of a request, which may ask for a shorter one
+    drain           seconds to finish running requests when the server stops
     """
 
     keys: Path | None = None
@@ -63,7 +62,7 @@ class Options:
 
 
 class TaskRequest(Fields):
-    """What a task is asked."""
+    """A request to a task."""
 
     inputs: dict[str, Any] = Field(default_factory=dict, description="a value for each of the task's slots")
     model: str | None = Field(None, description="a model's name; the first one by default")
@@ -81,7 +80,7 @@ class TaskRequest(Fields):
 
 @dataclass
 class Server:
-    """What all routes share."""
+    """The state that all routes share."""
 
     fleet: Fleet
     options: Options
@@ -97,13 +96,14 @@ class Server:
         self.history = History(self.fleet)
 
     def key_of(self, request: Request, role: str = USE) -> Key:
-        """Whoever asks. Raises Refusal where they may not."""
+        """The key of a request, which is counted. Raises Refusal where it may not make the request."""
         key = self.find_key(request.headers.get("authorization", ""))
         if key is LOCAL:
             return key
         request.state.key = key.name
         if not key.may(role):
-            raise Refusal(403, f"The key {key.name} may not do that: it takes one with the role {role}.", "forbidden")
+            message = f"The key {key.name} may not do that: a key with the role {role} is needed."
+            raise Refusal(ErrorKind.FORBIDDEN, message)
         request.state.limits = partial(self.meter.headers, key)
         _refuse(self.meter.count(key))
         return key
@@ -115,11 +115,11 @@ class Server:
         kind, _, secret = authorization.partition(" ")
         key = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
         if key is None:
-            raise Refusal(401, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
+            raise Refusal(ErrorKind.UNAUTHORIZED, "A key is needed: Authorization: Bearer m6-...", "invalid_api_key")
         return key
 
     def takes_texts_only(self, path: str) -> bool:
-        """Whether no request to a path of the API holds pictures or many texts."""
+        """Whether requests to a path of the API hold neither pictures nor many texts."""
         if not path.startswith(API) or path.endswith("/batch"):
             return False
         if path.startswith(f"{API}tasks/"):
@@ -128,15 +128,17 @@ class Server:
             return not any("image" in task.get("slots", {}).values() for task in tasks)
         return not path.startswith((f"{API}chat/", f"{API}embeddings", f"{API}images/edits"))
 
-    def task(self, deployment: Deployment, name: str) -> dict[str, Any]:
-        """What is told of a task. Raises UsageError for one that is not there (a path is none)."""
+    def task(self, deployment: Deployment, name: str, code: str = "task_not_found") -> dict[str, Any]:
+        """The description of a task (worker.described). Raises UsageError (NOT_FOUND, with this code) for an unknown
+        name; a path is never one."""
         tasks: dict[str, dict[str, Any]] = deployment.about["tasks"]
         if name not in tasks:
-            raise UsageError(f"The model {deployment.name} has no task {cut(name)}.{suggest(name, list(tasks))}")
+            message = f"The model {deployment.name} has no task {cut(name)}.{suggest(name, list(tasks))}"
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND, code=code)
         return tasks[name]
 
     async def message(self, deployment: Deployment, task: str, asked: TaskRequest) -> dict[str, Any]:
-        """A request as it goes to the worker, with a seed of its own where it samples and none is given.
+        """A request as a message to the worker, with a fresh seed where it samples and none is given.
 
         Raises UsageError for a task that the model was not trained on, unless the request allows it.
         """
@@ -152,13 +154,14 @@ class Server:
             record_of, slots=slots, pictures=self.pictures, positions=deployment.about["positions"],
             truncate=asked.truncate,
         )  # fmt: skip
-        # Examples may have other columns too; what is asked may not.
+        # Examples may have further columns; the inputs may not.
         every = [asked.inputs, *({name: one[name] for name in slots if name in one} for one in asked.examples)]
         pictures = [one.get(slot) for one in every for slot, kind in slots.items() if kind == "image"]
         eyes = deployment.about["eyes"]
         if any(isinstance(one, Mapping) and "features" in one and one.get("eyes") != eyes for one in pictures):
-            raise Refusal(409, f"{deployment.name} reads pictures otherwise than these features say.", "other_eyes")
-        if not all(value is None or self.pictures.quick(value) for value in pictures):
+            message = f"These features were not made by the image encoder of {deployment.name}."
+            raise Refusal(ErrorKind.CONFLICT, message, "other_eyes")
+        if not all(value is None or self.pictures.is_quick(value) for value in pictures):
             record, *examples = await asyncio.to_thread(lambda: [read(one) for one in every])
         else:
             record, *examples = [read(one) for one in every]
@@ -172,8 +175,8 @@ class Server:
     async def answer(
         self, key: Key, deployment: Deployment, message: Mapping[str, Any], charge: Charge | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """What the worker tells, charged to the key as it is told, and after a hang-up too. Requests with the same
-        `charge` pay their prompt once. Raises Refused, and Refusal for a key that has spent its tokens."""
+        """The worker's events, charged to the key as they arrive, even after the client has left. Requests with the
+        same `charge` pay for their prompt once. Raises Refusal, also for a key that has spent its tokens."""
         labels = deployment.name, self.task(deployment, message["task"])["kind"]
         most = highest_cost(deployment.about, message) if key.per_day else 0
         _refuse(self.meter.beyond(key))
@@ -203,8 +206,8 @@ class Server:
                     if "value" in event:
                         status = "ok"
                     yield event
-        except Refused as error:
-            status = error.kind
+        except OpenM6Error as error:
+            status = str(error.kind)
             raise
         finally:
             cost.leave()
@@ -221,8 +224,8 @@ class Server:
         request: Request | None = None,
         charge: Charge | None = None,
     ) -> dict[str, Any]:
-        """The answer alone; cancelled when whoever sent the `request` has gone. `charge`: see `answer`. Raises Refused
-        and Refusal."""
+        """The answer alone, cancelled when the client of the `request` has left. `charge`: see `answer`. Raises
+        Refusal."""
 
         async def last() -> dict[str, Any]:
             found: dict[str, Any] = {}
@@ -233,21 +236,23 @@ class Server:
         return await unless_gone(request, last())
 
     async def in_turn(self, key: Key, deployment: Deployment, message: Mapping[str, Any]) -> dict[str, Any]:
-        """As `whole`, of one among many that were sent together: it waits where there is no room for it, and within its
-        seconds for a model that is being started again."""
+        """As `whole`, for a request of a batch: it waits while the model is full, and within its time limit while the
+        model is restarting."""
         until = time.monotonic() + message["seconds"]
         while True:
             try:
                 return await self.whole(key, deployment, message)
-            except Refused as error:
-                wait = WAIT if error.kind == FULL else min(error.seconds or WAIT, until - time.monotonic())
-                if error.kind != FULL and (error.code != BEING_STARTED or wait <= 0):
-                    raise
+            except Refusal as error:
+                wait = WAIT
+                if error.kind is not ErrorKind.FULL:
+                    wait = min(error.retry_after or WAIT, until - time.monotonic())
+                    if error.kind is not ErrorKind.STARTING or wait <= 0:
+                        raise
             await asyncio.sleep(wait)
 
 
 def asker(role: str = USE) -> Any:
-    """A dependency: the key of whoever asks."""
+    """A dependency: the key of the request."""
 
     async def found(request: Request) -> Key:  # a plain function would be called in a thread
         server: Server = request.app.state.server
@@ -279,18 +284,18 @@ def samples(told: Mapping[str, Any], decoding: Mapping[str, Any]) -> bool:
 
 
 def left_out(found: Mapping[str, Any]) -> dict[str, int]:
-    """The field `truncated` of an answer: how many positions of its source were left out. Empty if none were."""
+    """The field `truncated` of an answer: the positions of its source that were left out. Empty if none were."""
     return {"truncated": found["truncated"]} if found.get("truncated") else {}
 
 
 def _refuse(beyond: Beyond | None) -> None:
     if beyond is not None:
-        raise Refusal(429, beyond.message, "rate_limit_exceeded", beyond.seconds, kind=beyond.limit)
+        raise Refusal(beyond.limit, beyond.message, "rate_limit_exceeded", retry_after=beyond.seconds)
 
 
 def highest_cost(about: Mapping[str, Any], message: Mapping[str, Any]) -> int:
-    """Tokens that a request to a model (worker.described) costs at most: a prompt that fills the model, and all
-    that the options let it compute; of labels with probabilities, also the beginnings of labels that are read."""
+    """The highest cost of a request, in tokens: a prompt that fills the model (worker.described), all that the options
+    allow, and for label probabilities the prefixes of labels that are read."""
     task = about["tasks"][message["task"]]
     asked = {"max_new_tokens": Decoding().max_new_tokens, **task["decode"], **message["decoding"]}
     row, factors = asked["max_new_tokens"], [asked.get("num_beams")]

@@ -1,4 +1,4 @@
-"""What a model's process serves, and how much it does at once."""
+"""Settings of a model's process."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much the engine does at once.
+    """Limits of the engine.
 
-    capacity       positions of a text with its prompt; 0: as many as the model has
-    cache_mib      memory for keys and values of texts that are written, and as much for those of pictures and beams
-    prefix_mib     for prompts that were read lately, and as much for features of pictures
-    batch          alike requests that are worked at together (pictures, vectors)
-    prefill        positions of prompts that are read at once, at most, while others write
+    capacity       maximum number of positions of a text with its prompt; 0: the model's
+    cache_mib      memory for keys and values of texts in progress, and as much for those of jobs (pictures, beams)
+    prefix_mib     memory for recently read prompts, and as much for features of recent pictures
+    batch          maximum number of requests in a job, and of prompts in a prefill
+    prefill        maximum number of prompt positions that are read between two steps of the texts in progress
     """
 
     capacity: int = 0
@@ -27,7 +27,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a process serves: a model directory and adapters of it by name."""
+    """The model directory that a process serves, and the directories of its adapters by name."""
 
     model: Path
     adapters: Mapping[str, Path] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Keys and values of the texts that are being written, a slot each."""
+"""Key/value cache of the texts in progress, a slot for each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from openm6.core.sequence import Sequence
-from openm6.model import M6, ModelConfig
+from openm6.inference.decoding import kv_bytes
+from openm6.model import M6
 from openm6.model.attention import rotary_angles
 from openm6.model.cache import KVCache, step
 
 SHORTEST = 64
-"""Positions of a slot at least."""
+"""Minimum number of positions of a slot."""
 
 
 @dataclass(slots=True)
 class Prefix:
-    """A prompt that was read: keys and values of every layer, [K, T, E] each, and the hidden state at its last
+    """A prompt after prefill: keys and values of every layer, [K, T, E] each, and the hidden state of its last
     position, [D]."""
 
     keys: list[Tensor]
@@ -37,35 +38,35 @@ class Prefix:
 
 
 class Slots:
-    """Texts within `budget` bytes. All slots have as many positions as the longest text there needs, a power of two of
-    them, `limit` at most. The first `len` slots are in use, always: the last one moves into the place of one that is
-    given back."""
+    """Slots within `budget` bytes. Every slot has the positions that the longest text needs, rounded up to a power of
+    two and at most `limit`. The first `len` slots are in use: when one is dropped, the last moves into its place."""
 
     def __init__(self, model: M6, limit: int, budget: int, dtype: torch.dtype):
         config, device = model.config, model.embed.weight.device
         self.limit, self.capacity = limit, 0
-        self._budget, self._config, self._dtype = budget, config, dtype
+        self._budget, self._config = budget, config
+        self._position_bytes = kv_bytes(model, 1, 1, dtype)
         self._cache = KVCache(config, torch.zeros(0, dtype=torch.int64, device=device), 0, dtype)
         self._used = self._cache  # the slots in use, of the same memory
-        self._size = 0  # slots there is memory for now
+        self._size = 0  # number of slots in memory
 
     def __len__(self) -> int:
         return len(self._used.counts)
 
     def room(self, positions: int) -> int:
-        """Further texts that fit when one of so many positions is among them; where there is none, one always fits."""
-        return self._most(self._even(max(positions, self.capacity if len(self) else 0))) - len(self)
+        """Number of further texts that fit if one of them has so many positions; an empty cache has room for one text
+        of any length."""
+        return self._max_slots(self._rounded(max(positions, self.capacity if len(self) else 0))) - len(self)
 
-    def _even(self, positions: int) -> int:
+    def _rounded(self, positions: int) -> int:
         return min(self.limit, max(SHORTEST, 1 << (positions - 1).bit_length()))
 
-    def _most(self, capacity: int) -> int:
-        device = self._cache.lengths.device
-        return max(1, self._budget // bytes_of_slot(self._config, capacity, self._dtype, device))
+    def _max_slots(self, capacity: int) -> int:
+        return max(1, self._budget // (capacity * self._position_bytes))
 
     @torch.inference_mode()
     def add(self, prefixes: list[Prefix], positions: int) -> None:
-        """Give each prompt the next slot; the longest of them will have so many positions in the end."""
+        """Give each prompt a slot; `positions` is the final length of the longest of their texts."""
         first, count = len(self), len(prefixes)
         self._grow(first + count, positions)
         for slot, prefix in enumerate(prefixes, first):
@@ -76,7 +77,7 @@ class Slots:
 
     @torch.inference_mode()
     def drop(self, slot: int) -> None:
-        """Give a slot back; the last one in use has its number from now on."""
+        """Free a slot; the last slot in use takes its number."""
         counts, last = self._used.counts, len(self) - 1
         if slot != last:
             used = counts[last]
@@ -86,8 +87,8 @@ class Slots:
         self._use(counts[:last])
 
     def step(self, model: M6, tokens_B: Tensor, only: int | None = None, reproducible: bool = False) -> Tensor:
-        """One further position of every slot in use, or of one of them alone; hidden states [B, D]. Where it fails, the
-        slots are as they were. `reproducible`: see cache.step."""
+        """One further position of every slot in use, or of slot `only`; hidden states [B, D]. A failure leaves the
+        slots as they were. `reproducible`: see cache.step."""
         if only is None:
             return step(model, tokens_B, self._used, reproducible=reproducible)
         one = self._used.part(slice(only, only + 1))
@@ -102,21 +103,21 @@ class Slots:
         used.counts = counts
 
     def _grow(self, wanted: int, positions: int) -> None:
-        """Memory is taken as it is needed, doubling, and kept; given back where a long text has left nobody behind."""
-        used, capacity = len(self), self._even(positions)
+        """Allocate memory for `wanted` slots, at least doubling it; shrink it once long texts have left."""
+        used, capacity = len(self), self._rounded(positions)
         if used or 4 * capacity > self.capacity:
             capacity = max(capacity, self.capacity)
         if wanted <= self._size and capacity == self.capacity:
             return
         size = self._size if wanted <= self._size else max(wanted, 2 * self._size, 4)
-        size, kept = min(self._most(capacity), size), min(capacity, self.capacity)
+        size, kept = min(self._max_slots(capacity), size), min(capacity, self.capacity)
 
         def larger(old: Tensor) -> Tensor:
             new = torch.zeros((size, old.shape[1], capacity, old.shape[3]), dtype=old.dtype, device=old.device)
             new[:used, :, :kept] = old[:used, :, :kept]
             return new
 
-        # All of it before any is taken: where memory runs out, the slots stay as they are.
+        # All layers are allocated before any is replaced: where memory runs out, the slots stay as they are.
         keys, values = ([larger(layer) for layer in stored] for stored in (self._cache.keys, self._cache.values))
         self._cache.keys, self._cache.values = keys, values
         if capacity != self.capacity:
@@ -125,14 +126,9 @@ class Slots:
         self._size, self.capacity = size, capacity
 
 
-def bytes_of_slot(config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> int:
-    wide = 4 if device.type == "cpu" else dtype.itemsize  # as KVCache keeps them
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * capacity * wide
-
-
 def prefixes_of(hidden_BD: Tensor, cache: KVCache) -> list[Prefix]:
-    """A prefilled cache, prompt by prompt: copies, so that one can be forgotten without the others; of a single prompt
-    the cache itself."""
+    """The prompts of a prefilled cache: copies, so that each can be freed alone; for a single prompt the cache
+    itself."""
     found = []
     for row, count in enumerate(cache.counts):
         keys, values = ([layer[row, :, :count] for layer in stored] for stored in (cache.keys, cache.values))
@@ -143,10 +139,10 @@ def prefixes_of(hidden_BD: Tensor, cache: KVCache) -> list[Prefix]:
 
 
 def key_of(prompt: Sequence) -> bytes:
-    """Of all that the network sees of a prompt.
+    """A digest of everything that the network reads of a prompt.
 
-    A source sees itself both ways: what the cache holds of its beginning depends on its end. So a whole prompt is found
-    again, not a part of it.
+    A source attends to itself in both directions, so that the cache of its beginning depends on its end: only whole
+    prompts are reused, never prefixes of them.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(prompt.ids.tobytes())

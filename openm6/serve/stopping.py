@@ -1,4 +1,4 @@
-"""The end of a server: refuse what is new while others still send it, then close the socket and finish what runs."""
+"""Shutdown of a server: refuse new requests for a while, then close the socket and finish running requests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from openm6.serve.fleet import Fleet
 
 
 class LingeringServer(uvicorn.Server):
-    """Answers new requests with 503 for `linger` seconds after SIGTERM before its socket closes: a load balancer learns
-    from /readyz that nothing is to be sent here, and what it has sent meanwhile is told where to go. A second signal,
-    or Ctrl-C, closes the socket at once."""
+    """Answers new requests with 503 for `linger` seconds after SIGTERM before its socket closes, so that a load
+    balancer learns from /readyz to send requests elsewhere. A second signal, or Ctrl-C, closes the socket at once."""
 
     def __init__(self, config: uvicorn.Config, fleet: Fleet, linger: float):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""Texts that are written together, all by one adapter or by none: read, joined, stepped, left."""
+"""Continuous batching of texts: requests join at any step, and leave when their text ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from openm6.core.batch import by_length, pad
 from openm6.core.errors import ContextLengthError
 from openm6.core.sequence import Sequence
-from openm6.inference import Generated
-from openm6.inference.generate import chance, choose
+from openm6.inference.decoding import Decoding, Generated
+from openm6.inference.generate import row_generator, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.inference.pieces import Pieces, StopFilter
 from openm6.inference.session import Session
@@ -22,7 +22,7 @@ from openm6.model.cache import prefill
 from openm6.model.precision import fast_dtype
 from openm6.serve.recent import Recent
 from openm6.serve.slots import Prefix, Slots, key_of, prefixes_of
-from openm6.serve.work import Request, Told, cut_value
+from openm6.serve.work import EngineRequest, RequestEvent, read
 
 if TYPE_CHECKING:
     from openm6.serve.settings import Settings
@@ -35,40 +35,42 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """A text that is being written."""
+    """A text in progress. `pieces` decodes it on the way, for a request with pieces or stop strings."""
 
-    request: Request
+    request: EngineRequest
+    prompt: Sequence
+    options: Decoding
     pieces: Pieces | None
-    """Of a text that is told as it is written, or that ends at a stop string."""
     stopped: StopFilter
-    chance: torch.Generator | None
+    generator: torch.Generator | None
     score: float = 0.0
     last: int = 0
     ids: list[int] = field(default_factory=list)
 
     def add(self, token: int) -> str:
-        """What can be told after it."""
+        """Append a token; the piece of text that is certain with it."""
         self.ids.append(token)
         return self.stopped.add(self.pieces.add(token)) if self.pieces else ""
 
     def rest(self) -> str:
-        """What can be told at the end of the text."""
+        """The piece that is left at the end of the text."""
         return self.stopped.add(self.pieces.rest()) + self.stopped.rest() if self.pieces else ""
 
 
-class Texts:
-    """`waiting` come in as there is room; `rows` are being written, row i in slot i."""
+class TextScheduler:
+    """Generates the texts of one adapter, or of the base model. Requests in `waiting` join as memory allows; `rows` are
+    the texts in progress, row i in slot i."""
 
     def __init__(self, session: Session, adapter: str | None, settings: Settings):
         self.view, self.adapter = session.adapter(adapter) if adapter else session, adapter
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[EngineRequest] = deque()
         self.rows: list[_Row] = []
-        self._settings, self._shares = settings, 1 + len(session.adapters)
+        self._settings, self._shares = settings, 1 + len(session.adapters)  # the adapters share the memory
         self._slots: Slots | None = None
         self.prefixes: Recent[Prefix] = Recent(settings.prefix_mib * 2**20 // self._shares)
 
-    def remove(self, request: Request) -> None:
-        """It is not wanted any more."""
+    def remove(self, request: EngineRequest) -> None:
+        """Drop a request, if it is here."""
         if request in self.waiting:
             self.waiting.remove(request)
         for slot, row in enumerate(self.rows):
@@ -77,7 +79,7 @@ class Texts:
                 return
 
     def clear(self) -> None:
-        """Give up all that are being written."""
+        """Drop all texts in progress."""
         self.rows, self._slots = [], None
 
     def _leave(self, slot: int) -> None:
@@ -86,24 +88,24 @@ class Texts:
         self.rows[slot] = self.rows[-1]
         self.rows.pop()
 
-    def advance(self) -> list[Told]:
-        """Write one token of every text."""
+    def advance(self) -> list[RequestEvent]:
+        """Generate one token of every text."""
         if not self.rows:
             return []
         with torch.inference_mode(), self.view.precision():
             hidden = each_or_error(self._step, list(range(len(self.rows))))
-            told, ended, chosen = list[Told](), set[int](), list[tuple[int, Tensor]]()
+            events, ended, stepped = list[RequestEvent](), set[int](), list[tuple[int, Tensor]]()
             scarce = [slot for slot, found in enumerate(hidden) if isinstance(found, OUT_OF_MEMORY)]
             for slot, found in enumerate(hidden):
                 if isinstance(found, Tensor):
-                    chosen.append((slot, found))
-                elif slot not in scarce[:-1]:  # of memory the last one leaves; the others try again at the next step
-                    told.append(Told(self.rows[slot].request.id, error=found, done=True))
+                    stepped.append((slot, found))
+                elif slot not in scarce[:-1]:  # of texts without memory the last one fails; the others try again
+                    events.append(RequestEvent(self.rows[slot].request.id, error=found, done=True))
                     ended.add(slot)
-            more, done = self._chosen([self.rows[slot] for slot, _ in chosen], [found for _, found in chosen])
-        for slot in sorted(ended | {chosen[number][0] for number in done}, reverse=True):
+            more, done = self._extend([self.rows[slot] for slot, _ in stepped], [found for _, found in stepped])
+        for slot in sorted(ended | {stepped[number][0] for number in done}, reverse=True):
             self._leave(slot)
-        return told + more
+        return events + more
 
     def _step(self, slots: list[int]) -> list[Tensor]:
         """Hidden states [D] of the next position of these slots: of all, or of one."""
@@ -111,26 +113,27 @@ class Texts:
         device = self.view.model.embed.weight.device
         tokens = torch.tensor([self.rows[slot].last for slot in slots], device=device)
         only = slots[0] if len(slots) < len(self.rows) else None
-        sampled = any(row.chance is not None for row in self.rows)
+        sampled = any(row.generator is not None for row in self.rows)
         return list(self._slots.step(self.view.model, tokens, only, reproducible=sampled))
 
-    def admit(self) -> list[Told]:
-        """Read prompts, the longest waiting first, and choose their first tokens."""
+    def admit(self) -> list[RequestEvent]:
+        """Read prompts, the longest waiting first, and select their first tokens."""
         if not self.waiting:
             return []
         with torch.inference_mode(), self.view.precision():
-            chosen, prefixes, told = self._read()
+            chosen, prefixes, events = self._read()
             rows = [self._row(request) for request in chosen]
-            more, ended = self._chosen(rows, [prefix.hidden for prefix in prefixes])
+            more, ended = self._extend(rows, [prefix.hidden for prefix in prefixes])
             staying = [(rows[i], prefixes[i]) for i in range(len(rows)) if i not in ended]
             for (row, _), error in zip(staying, each_or_error(self._join, staying), strict=True):
                 if error is not None:
-                    more.append(Told(row.request.id, error=error, done=True))
-        return told + more
+                    more.append(RequestEvent(row.request.id, error=error, done=True))
+        return events + more
 
-    def _row(self, request: Request) -> _Row:
+    def _row(self, request: EngineRequest) -> _Row:
+        item = request.ready()
         pieces = Pieces(self.view.processor.tokenizer) if request.pieces or request.stop else None
-        return _Row(request, pieces, StopFilter(request.stop), chance(request.options))
+        return _Row(request, item.prompt, item.options, pieces, StopFilter(request.stop), row_generator(item.options))
 
     def _join(self, staying: list[tuple[_Row, Prefix]]) -> list[None]:
         slots = self._opened()
@@ -146,34 +149,33 @@ class Texts:
             self._slots = Slots(model, limit, budget, fast_dtype(model.embed.weight.device.type))
         return self._slots
 
-    def _read(self) -> tuple[list[Request], list[Prefix], list[Told]]:
-        """As many of those that wait as fit, with their prompts read; those that were read before cost nothing."""
+    def _read(self) -> tuple[list[EngineRequest], list[Prefix], list[RequestEvent]]:
+        """As many waiting requests as fit, with their prompts read; recently read prompts cost nothing."""
         slots = self._opened()
-        taken: list[tuple[Request, bytes, Prefix | None]] = []
-        told, positions, longest = [], 0, 0
+        taken: list[tuple[EngineRequest, bytes, Prefix | None]] = []
+        events, positions, longest = list[RequestEvent](), 0, 0
         while self.waiting:
             request = self.waiting[0]
-            assert request.prompt is not None
-            needed = _positions(request)
+            prompt, needed = request.ready().prompt, _positions(request)
             if needed > slots.limit:
                 error = ContextLengthError(
                     f"A prompt and its answer take {needed} positions; the server has {slots.limit} for a text.",
                     param="max_new_tokens",
                 )
-                told.append(Told(self.waiting.popleft().id, error=error, done=True))
+                events.append(RequestEvent(self.waiting.popleft().id, error=error, done=True))
                 continue
             longest = max(longest, needed)
             if len(taken) >= slots.room(longest):
                 break
-            key = key_of(request.prompt)
+            key = key_of(prompt)
             known = self.prefixes.get(key)
-            positions += 0 if known else len(request.prompt)
+            positions += 0 if known else len(prompt)
             if positions > self._settings.prefill and taken:
                 break
             taken.append((self.waiting.popleft(), key, known))
         new = {key: request for request, key, known in taken if known is None}
-        found = dict(zip(new, self._prefill(list(new.values())), strict=True))
-        ready: list[tuple[Request, Prefix]] = []
+        found = dict(zip(new, self._prefill([request.ready().prompt for request in new.values()]), strict=True))
+        ready: list[tuple[EngineRequest, Prefix]] = []
         for request, key, known in taken:
             prefix = known or found[key]
             if isinstance(prefix, Prefix):
@@ -181,12 +183,11 @@ class Texts:
                 request.prompt_tokens = prefix.positions
                 ready.append((request, prefix))
             else:
-                told.append(Told(request.id, error=prefix, done=True))
-        return [request for request, _ in ready], [prefix for _, prefix in ready], told
+                events.append(RequestEvent(request.id, error=prefix, done=True))
+        return [request for request, _ in ready], [prefix for _, prefix in ready], events
 
-    def _prefill(self, requests: list[Request]) -> list[Prefix | Exception]:
-        """The requests' prompts, read together where their lengths are alike."""
-        prompts = [r.prompt for r in requests if r.prompt is not None]
+    def _prefill(self, prompts: list[Sequence]) -> list[Prefix | Exception]:
+        """The prompts, read in batches of similar length."""
         found: dict[int, Prefix | Exception] = {}
         for part in by_length(prompts, self._settings.batch):
             found |= dict(zip(part, each_or_error(self._prefixes, [prompts[i] for i in part]), strict=True))
@@ -197,53 +198,50 @@ class Texts:
         batch = pad(prompts, pad_id=0, even=True)
         return prefixes_of(*prefill(model, batch.to(model.embed.weight.device), batch.shape[1]))
 
-    def _chosen(self, rows: list[_Row], hidden: list[Tensor]) -> tuple[list[Told], set[int]]:
-        """The next token of each row, what is to be told of it, and the rows that came to an end."""
-        told, ended = list[Told](), set[int]()
+    def _extend(self, rows: list[_Row], hidden: list[Tensor]) -> tuple[list[RequestEvent], set[int]]:
+        """Append the next token to each row; the events, and the rows that ended."""
+        events, ended = list[RequestEvent](), set[int]()
         found = each_or_error(self._tokens, list(zip(rows, hidden, strict=True)))
         for number, (row, choice) in enumerate(zip(rows, found, strict=True)):
             if isinstance(choice, Exception):
                 ended.add(number)
-                told.append(Told(row.request.id, error=choice, done=True))
+                events.append(RequestEvent(row.request.id, error=choice, done=True))
                 continue
             row.last, log_prob = choice
             row.score += log_prob
             row.request.tokens += 1
             is_end = row.last == self.view.processor.tokenizer.end_id
             piece = "" if is_end else row.add(row.last)
-            if is_end or row.stopped.is_stopped or len(row.ids) >= row.request.options.max_new_tokens:
+            if is_end or row.stopped.is_stopped or len(row.ids) >= row.options.max_new_tokens:
                 ended.add(number)
-                told.append(self._answer(row, piece + row.rest(), is_end))
+                events.append(self._answer(row, piece + row.rest(), is_end))
             elif piece and row.request.pieces:
-                told.append(Told(row.request.id, piece=piece))
-        return told, ended
+                events.append(RequestEvent(row.request.id, piece=piece))
+        return events, ended
 
     def _tokens(self, rows: list[tuple[_Row, Tensor]]) -> list[tuple[int, float]]:
         """The next token of each row and its log-probability."""
-        end = self.view.processor.tokenizer.end_id
         every = [row for row, _ in rows]
-        prompts = [row.request.prompt for row in every if row.request.prompt is not None]
-        options = [row.request.options for row in every]
+        options = [row.options for row in every]
         logits = self.view.model.logits(torch.stack([hidden for _, hidden in rows]))
-        logits = permitted(logits, prompts, [row.ids for row in every], options, end)
-        tokens, log_probs = choose(logits, options, [row.chance for row in every])
+        end_id = self.view.processor.tokenizer.end_id
+        logits = permitted(logits, [row.prompt for row in every], [row.ids for row in every], options, end_id)
+        tokens, log_probs = select_tokens(logits, options, [row.generator for row in every])
         return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
 
-    def _answer(self, row: _Row, piece: str, is_end: bool) -> Told:
-        task = row.request.made
-        assert task is not None
-        finished = is_end or row.stopped.is_stopped
-        told = Told(row.request.id, piece if row.request.pieces else "", done=True, finished=finished)
+    def _answer(self, row: _Row, piece: str, is_end: bool) -> RequestEvent:
+        event = RequestEvent(row.request.id, piece if row.request.pieces else "", done=True)
+        event.finished = is_end or row.stopped.is_stopped
         try:
-            told.value = cut_value(self.view.read(task, Generated(row.ids, row.score, finished)), row.request.stop)
+            event.value = read(self.view, row.request, Generated(row.ids, row.score, event.finished)).value
         except Exception as error:
-            told.error = error
-        return told
+            event.error = error
+        return event
 
 
 def each_or_error(act: Callable[[list[T]], Items[R]], items: list[T]) -> list[R | Exception]:
-    """What `act` gives for each of the items, all at once. Where that fails, each item is tried by itself, so that only
-    an item that fails alone gets an error. `act` leaves things as they were when it fails."""
+    """The results of `act` for all items at once. Where that fails, each item is tried alone, so that only an item that
+    fails alone gets an error. A failing `act` must leave no trace."""
     if not items:
         return []
     try:
@@ -254,7 +252,7 @@ def each_or_error(act: Callable[[list[T]], Items[R]], items: list[T]) -> list[R 
         return [found for item in items for found in each_or_error(act, [item])]
 
 
-def _positions(request: Request) -> int:
-    """That a text and its prompt have in the end."""
-    assert request.prompt is not None
-    return len(request.prompt) + int(request.options.max_new_tokens)
+def _positions(request: EngineRequest) -> int:
+    """Maximum number of positions of a prompt with its text."""
+    item = request.ready()
+    return len(item.prompt) + int(item.options.max_new_tokens)

@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry, where they are asked for: a span a request, and in it one for what the engine does.
+"""Optional OpenTelemetry traces: a span for each request, with one inside for the work of the engine.
 
-Where they go, the standard variables say (OTEL_EXPORTER_OTLP_ENDPOINT and others). Texts and pictures are not in them.
-"""
+The standard variables (OTEL_EXPORTER_OTLP_ENDPOINT and others) configure the exporter. Spans hold no texts and
+pictures."""
 
 from __future__ import annotations
 
@@ -9,38 +9,37 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from openm6._version import __version__
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
 class NoSpan:
-    """Where nothing is traced."""
+    """A span that records nothing."""
 
     def __init__(self, model: str = "", task: str = ""):
         pass
 
     def first(self) -> None:
-        """The first piece, or the answer, is there."""
+        """Record the first piece, or the answer."""
 
     def end(self, status: str, tokens: int) -> None:
-        """Nothing more comes."""
+        """End the span."""
 
 
 def add_traces(app: FastAPI, exporter: Any = None) -> tuple[type[NoSpan], Callable[[], None]]:
-    """Trace all requests. Returns the kind of spans for answers, and what sends off the last ones at the end.
+    """Trace all requests. Returns the class of spans for answers, and a function that flushes the last ones.
 
-    `exporter`: in the place of OTLP over HTTP. Raises UsageError without the packages."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace import StatusCode
-    except ImportError:
-        raise UsageError("Traces need OpenTelemetry: pip install -e '.[traces]' in a clone.") from None
+    `exporter`: replaces OTLP over HTTP. Raises UsageError without the packages."""
+    require("traces", "opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import StatusCode
+
     provider = TracerProvider(resource=Resource.create({"service.name": "openm6", "service.version": __version__}))
     provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
     FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls="healthz,readyz,metrics,gradio_api")

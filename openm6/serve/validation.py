@@ -1,4 +1,4 @@
-"""What is wrong with a request whose fields do not fit: a code for programs, a sentence, and the field."""
+"""The error of a request whose fields do not fit its route: a code for programs, a sentence, and the field."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.datastructures import FormData
 
-from openm6.core.errors import cut, suggest
+from openm6.core.errors import UsageError, cut, suggest
 
 
-def fault_of_request(request: Request, error: RequestValidationError) -> tuple[str, str, str | None]:
-    """Code, message and field of the first error: `missing_required_parameter`, `unknown_parameter`, `invalid_type` or
-    `invalid_value`."""
+def fault_of_request(request: Request, error: RequestValidationError) -> UsageError:
+    """The first error of a request, with its field as `param` and the code `missing_required_parameter`,
+    `unknown_parameter`, `invalid_type` or `invalid_value`."""
     first = error.errors()[0]
     place = _place(first, error.body)
     kind, param, message = first["type"], ".".join(place), str(first.get("msg"))
     if kind == "missing":
-        return "missing_required_parameter", f"{param or 'The body'} is missing.", param or None
-    if kind == "extra_forbidden":
+        code, message = "missing_required_parameter", f"{param or 'The body'} is missing."
+    elif kind == "extra_forbidden":
         fields = _fields(request, place[:-1])
         nearest = suggest(place[-1], fields) or (f" It takes {', '.join(fields)}." if fields else "")
-        return "unknown_parameter", f"There is no field {cut(param)}.{nearest}", param
-    if kind in ("model_attributes_type", "model_type", "dict_type"):
-        return "invalid_type", f"{param or 'The body'} has to be a JSON object.", param or None
-    if isinstance(error.body, FormData) and kind == "value_error":
-        return "invalid_type", f"{param} has to be sent as a file.", param
-    code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
-    return code, f"{param}: {message}" if param else message, param or None
+        code, message = "unknown_parameter", f"There is no field {cut(param)}.{nearest}"
+    elif kind in ("model_attributes_type", "model_type", "dict_type"):
+        code, message = "invalid_type", f"{param or 'The body'} has to be a JSON object."
+    elif isinstance(error.body, FormData) and kind == "value_error":
+        code, message = "invalid_type", f"{param} has to be sent as a file."
+    else:
+        code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+        message = f"{param}: {message}" if param else message
+    return UsageError(message, code=code, param=param or None)
 
 
 def _place(error: Mapping[str, Any], body: Any) -> list[str]:
-    """Where in a request an error is, without pydantic's names for the types of which one was tried."""
+    """The path of an error in a request, without the names that pydantic adds for the types it tried."""
     source, *parts = error.get("loc", ("",))
     if source != "body":
         return [str(part) for part in parts]
@@ -48,7 +50,7 @@ def _place(error: Mapping[str, Any], body: Any) -> list[str]:
 
 
 def _fields(request: Request, place: list[str]) -> list[str]:
-    """The fields that a route's body, or an object in it, may have."""
+    """Names of the fields of a route's body, or of an object in it."""
     model = request.scope["route"].body_field.field_info.annotation
     for name in place:
         if not name.isdigit():

@@ -1,4 +1,4 @@
-"""Messages between the server and its workers: MessagePack with its length before it, over a socket pair."""
+"""Messages between the server and its workers: MessagePack, each with its length before it, over a socket pair."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ import torch
 from PIL import Image
 
 from openm6.core.candidates import Candidate
-from openm6.core.errors import DataError, OpenM6Error, UsageError
+from openm6.core.errors import DataError, ErrorKind, OpenM6Error, Refusal
 from openm6.core.images import png
 
 _LENGTH = struct.Struct(">I")
 LARGEST = 2**28
-"""Bytes of a message at most."""
+"""Maximum number of bytes of a message."""
 
-INVALID, DEADLINE, MEMORY, FULL = "invalid", "deadline", "memory", "full"
-DIED, INTERNAL, CANCELLED, STOPPING = "died", "internal", "cancelled", "stopping"
-"""Kinds of errors."""
+_FOREIGN: tuple[tuple[type[Exception], ErrorKind], ...] = (
+    (TimeoutError, ErrorKind.DEADLINE), (CancelledError, ErrorKind.CANCELLED), (MemoryError, ErrorKind.MEMORY),
+    (torch.OutOfMemoryError, ErrorKind.MEMORY),
+)  # fmt: skip
+"""Kinds of exceptions that are not OpenM6Errors; all others are internal."""
 
 
 def packed(message: Mapping[str, Any]) -> bytes:
-    """Raises DataError for a message that is too large, or that holds what cannot be sent."""
+    """A message as bytes. Raises DataError for one that is too large, or for a value that cannot be sent."""
     try:
         body: bytes = msgpack.packb(message, default=_plain, use_bin_type=True)
     except UnicodeEncodeError:
@@ -38,7 +40,7 @@ def packed(message: Mapping[str, Any]) -> bytes:
 
 
 def read(stream: BinaryIO) -> dict[str, Any] | None:
-    """The next message; None at the end."""
+    """The next message; None at the end of the stream."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
@@ -47,8 +49,8 @@ def read(stream: BinaryIO) -> dict[str, Any] | None:
 
 
 class Messages(asyncio.Protocol):
-    """The server's end: `hear` is called with each message, `end` when there will be no more. Many pieces of text come
-    at once, which is why nothing is awaited for one."""
+    """The server's end of a connection: calls `hear` with each message, and `end` when the connection is closed. Many
+    pieces of text arrive at once, so that nothing is awaited for a single one."""
 
     def __init__(self, hear: Callable[[dict[str, Any]], None], end: Callable[[], None]):
         self._hear, self._end, self._rest = hear, end, bytearray()
@@ -74,7 +76,7 @@ def _unpacked(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What MessagePack does not know: pictures as PNG, arrays as lists, candidates as dicts."""
+    """Values that MessagePack has no type for: pictures as PNG, arrays as lists, candidates as dicts."""
     if isinstance(value, Image.Image):
         return png(value)
     if isinstance(value, Candidate):
@@ -89,30 +91,32 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent.")
 
 
-def kind_of(error: Exception) -> str:
-    """What kind of error it is to whoever asked."""
-    if isinstance(error, (UsageError, DataError)):
-        return INVALID
-    if isinstance(error, TimeoutError):
-        return DEADLINE
-    if isinstance(error, CancelledError):
-        return CANCELLED
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return MEMORY
-    return INTERNAL
+def kind_of(error: Exception) -> ErrorKind:
+    """The kind under which an exception is reported to the client."""
+    if isinstance(error, OpenM6Error):
+        return error.kind
+    return next((kind for foreign, kind in _FOREIGN if isinstance(error, foreign)), ErrorKind.INTERNAL)
 
 
 def error_of(error: Exception) -> dict[str, Any]:
-    """An error as it is sent: {"error": its kind, "message", "code", "param"}."""
-    kind = kind_of(error)
-    code, param = (error.code, error.param) if isinstance(error, OpenM6Error) else (kind, None)
-    return {"error": kind, "message": told_of(error), "code": code, "param": param}
+    """The message that reports an error: {"error": its kind, "message", "code", "param", "retry_after"}."""
+    known = error if isinstance(error, OpenM6Error) else Refusal(kind_of(error), told_of(error))
+    return {
+        "error": str(known.kind), "message": str(known), "code": known.code, "param": known.param,
+        "retry_after": known.retry_after,
+    }  # fmt: skip
+
+
+def refusal_of(message: Mapping[str, Any]) -> Refusal:
+    """The error that a message reports (see error_of)."""
+    kind, more = ErrorKind(message["error"]), {name: message[name] for name in ("code", "param", "retry_after")}  # type: ignore[call-arg]
+    return Refusal(kind, message["message"], **more)
 
 
 def told_of(error: Exception) -> str:
-    """The sentence for whoever asked; of what is no fault of theirs the kind alone."""
+    """The sentence for the client; of an unforeseen exception the name of its class alone."""
     if isinstance(error, (OpenM6Error, TimeoutError, CancelledError)):
         return str(error)
-    if kind_of(error) == MEMORY:
+    if kind_of(error) is ErrorKind.MEMORY:
         return "The request takes more memory than there is."
     return f"The request failed ({type(error).__name__})."

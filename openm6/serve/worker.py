@@ -1,7 +1,7 @@
-"""The process in which a model is: `python -m openm6.serve.worker FD`, started by the server (fleet.py).
+"""The process of a model: `python -m openm6.serve.worker FD`, started by the server (fleet.py).
 
-Over the socket FD it is told the model and its settings, then requests; it says `ready`, then what becomes of each. Its
-end of the socket closes when it dies, which is how the server knows.
+Over the socket FD it receives the model and its settings, then requests; it sends `ready`, then the events of each
+request. Its end of the socket closes when it dies, which tells the server.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from openm6.serve.engine import Engine
 
 POWER_EVERY = 5.0
-"""Seconds between two readings of the energy."""
+"""Seconds between two readings of the energy meter."""
 READERS = 2
-"""Threads that hear what is asked and read its pictures and texts, while the engine works."""
+"""Number of threads that receive requests and prepare their pictures and texts while the engine works."""
 NICE = 5
-"""Below the server's process: whoever comes is heard, and refused if need be, while others are computed for."""
+"""Niceness relative to the server's process, which accepts or refuses requests while others are computed."""
 
 
 def main(descriptor: int) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole session: when to end, the server says
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server decides when a worker ends
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
     os.nice(NICE)
@@ -55,7 +55,7 @@ def main(descriptor: int) -> int:
         return 1
     outbox.put({"ready": described(engine.session)})
     gc.collect()
-    gc.freeze()  # model and modules stay: no pauses to look through them
+    gc.freeze()  # model and modules stay: the collector need not pause to traverse them
     power = _Power()
     turn = Lock()
     for _ in range(READERS):
@@ -72,37 +72,38 @@ def _opened(start: dict[str, Any], outbox: Any) -> Engine:
     from openm6.serve.engine import Engine
     from openm6.serve.settings import Settings
     from openm6.serve.threads import fit_threads
-    from openm6.serve.work import Told
+    from openm6.serve.work import RequestEvent
     from openm6.tasks.extend import load_named_extensions
 
     load_named_extensions()
 
-    def tell(told: Told) -> None:
-        message: dict[str, Any] = {"id": told.id, "tokens": told.tokens, "prompt_tokens": told.prompt_tokens}
-        if told.piece:
-            message["piece"] = told.piece
-        if told.error is not None:
-            if kind_of(told.error) == "internal":
-                traceback.print_exception(told.error)
-            message |= error_of(told.error)
-        elif told.done:
-            message |= {"value": told.value, "finished": told.finished, "truncated": told.truncated}
+    def emit(event: RequestEvent) -> None:
+        message: dict[str, Any] = {"id": event.id, "tokens": event.tokens, "prompt_tokens": event.prompt_tokens}
+        if event.piece:
+            message["piece"] = event.piece
+        if event.error is not None:
+            if kind_of(event.error) == "internal":
+                traceback.print_exception(event.error)
+            message |= error_of(event.error)
+        elif event.done:
+            message |= {"value": event.value, "finished": event.finished, "truncated": event.truncated}
         outbox.put(message)
 
     session = Session.load(start["model"], adapters=start.get("adapters") or {})
     if "OMP_NUM_THREADS" not in os.environ:
         with session.precision():
             fit_threads(session.model)
-    return Engine(session, tell, Settings(**start.get("settings") or {}))
+    return Engine(session, emit, Settings(**start.get("settings") or {}))
 
 
 def described(session: Session) -> dict[str, Any]:
-    """What the server tells of a model: its tasks (those that it was trained on, then the library's), what they take
-    and give, its adapters, its size, and whether a seed gives the same answer whatever is answered beside it."""
+    """The description of a model for the server: its own tasks and the library's with their inputs and outputs, its
+    adapters, its size, and whether a seed gives the same answer whatever else is in the batch."""
     import torch
 
     from openm6.core.bases import base_of
-    from openm6.model.files import eyes_of
+    from openm6.inference.modes import mode_of
+    from openm6.model.files import image_encoder_id
     from openm6.serve.reproducible import is_reproducible
     from openm6.tasks.library import get, names
 
@@ -119,23 +120,23 @@ def described(session: Session) -> dict[str, Any]:
                 "description": task.description, "instructions": [one.text for one in task.instructions],
                 "slots": {slot: task.slots[slot].type for slot in task.slots}, "inputs": list(task.inputs),
                 "outputs": list(task.outputs), "schema": task.schema(), "decode": dict(task.decode),
-                "kind": "picture" if task.draws else "vector" if task.embeds else "value" if task.head else "text",
+                "kind": mode_of(task).result,
                 "sketch": task.sketch, "trained": session.is_trained_on(task), "example": dict(task.example),
                 "trained_adapters": [name for name, view in adapters.items() if view.is_trained_on(task)],
             }
             for name, task in every.items()
-            if (draws or not task.draws) and (not task.head or task.head in session.model.heads)
+            if mode_of(task).available(session, task)
         },
         "adapters": session.adapters, "parameters": sum(count_parameters(session.model.config).values()),
         "positions": session.processor.max_length, "vector": session.model.config.hidden_size,
         "codes": session.codec.side**2 if draws else 0, "picture": session.codec.size if draws else None,
-        "eyes": eyes_of(base_of(session.path) or session.path) if session.path else "",
+        "eyes": image_encoder_id(base_of(session.path) or session.path) if session.path else "",
         "path": str(session.path), "threads": torch.get_num_threads(), "reproducible": reproducible,
     }  # fmt: skip
 
 
 def _write(connection: socket.socket, outbox: Any) -> None:
-    """A piece of text for each of many requests comes with every step: what there is goes together."""
+    """Send messages until None comes. Every step brings a piece of text for many requests: they are sent together."""
     messages: list[dict[str, Any] | None] = []
     while None not in messages:
         messages = [outbox.get()]
@@ -144,7 +145,7 @@ def _write(connection: socket.socket, outbox: Any) -> None:
         try:
             connection.sendall(b"".join(_sendable(message) for message in messages if message is not None))
         except OSError:
-            os._exit(1)  # nobody listens any more
+            os._exit(1)  # the server is gone
 
 
 def _sendable(message: dict[str, Any]) -> bytes:
@@ -156,13 +157,12 @@ def _sendable(message: dict[str, Any]) -> bytes:
 
 
 def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any) -> None:
-    """Until the server closes its end: then what is open is of no use to anybody. One listens while others read what
-    came: handing it over would take as long as many a reading."""
-    from openm6.serve.work import Request
+    """Receive messages until the server closes its end, which ends the process. One thread waits for a message while
+    the others prepare requests: handing one over would take as long as many preparations."""
+    from openm6.serve.work import EngineRequest
 
     def submit(message: dict[str, Any]) -> None:
-        seconds = message.pop("seconds", None)
-        request = Request(**message, deadline=None if seconds is None else time.monotonic() + seconds)
+        request = EngineRequest.of(message)
         try:
             engine.submit(request)
         except Exception as error:
@@ -187,11 +187,11 @@ def _listen(stream: Any, turn: Lock, engine: Engine, power: _Power, outbox: Any)
 
 
 class _Power:
-    """Energy of this process (core/energy.py), in a thread of its own: the meter takes seconds to look at the machine,
-    and no request waits for that."""
+    """The energy of this process (core/energy.py), read in a thread of its own, because the meter takes seconds to
+    inspect the machine."""
 
     def __init__(self) -> None:
-        self.told = {"energy_kwh": 0.0, "watts": 0.0}
+        self.last = {"energy_kwh": 0.0, "watts": 0.0}
         Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
@@ -200,13 +200,15 @@ class _Power:
         meter, before, kwh = EnergyMeter(), time.monotonic(), 0.0
         while True:
             time.sleep(POWER_EVERY)
-            now, used = time.monotonic(), meter.read().kwh
-            self.told = {"energy_kwh": used, "watts": (used - kwh) * 3.6e6 / (now - before)}
-            before, kwh = now, used
+            use, now = meter.read(), time.monotonic()
+            if use is None:
+                return
+            self.last = {"energy_kwh": use.kwh, "watts": (use.kwh - kwh) * 3.6e6 / (now - before)}
+            before, kwh = now, use.kwh
 
 
 def _state(engine: Engine, power: _Power) -> dict[str, Any]:
-    return {**asdict(engine.counts), "waiting": engine.waiting, "running": engine.running, **power.told}
+    return {**asdict(engine.state()), **power.last}
 
 
 if __name__ == "__main__":

@@ -1,2 +1,1 @@
-"""Batches of pictures and of texts for a catalogue of goods: candidates, rules, a review page, people's verdicts as
-data."""
+"""Batch generation of pictures and product copy: candidates, rules, a review page, human labels as training data."""

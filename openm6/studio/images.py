@@ -1,16 +1,16 @@
-"""Pictures by the batch, and what people say of them: candidates for many prompts, the best kept, reviewed, learned.
+"""Batches of generated pictures: several candidates per prompt, the best kept, then reviewed by people.
 
-batch.json         what was asked for
-candidates.jsonl   one line a picture: file, what was asked, codes, estimates, score, rank among its prompt's
-pictures/          NNNNNN-K.png, the prompt's number and the rank; NNNNNN-SLOT.png, a picture of the prompt
+batch.json         settings
+candidates.jsonl   one line per picture: file, prompt, codes, estimates, score, rank within its prompt
+pictures/          NNNNNN-K.png, the prompt's number and the rank; NNNNNN-SLOT.png, an input picture of the prompt
 rejects.jsonl      prompts that could not be used
-review.html        the pictures, each with two buttons; gives labels.jsonl
-labelled.jsonl     the pictures that people judged, as a source to train on
+review.html        the page to review the pictures; it downloads labels.jsonl
+labelled.jsonl     the labelled pictures, as training data
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,40 +29,17 @@ from openm6.data.store import Record
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
 from openm6.inference.session import Session
-from openm6.studio.review import (
-    CANDIDATES,
-    CONTENT,
-    LABELLED,
-    REJECTS,
-    SETTINGS,
-    acceptance,
-    as_line,
-    batch_folder,
-    content_of,
-    go_on,
-    groups,
-    kept_of,
-    open_rejects,
-    progress,
-    require_same,
-    rows_of,
-    seed_of,
-    settings_of,
-    usable,
-    verdicts_on,
-    write,
-    write_review,
-)
+from openm6.studio import review
 from openm6.tasks.task import Task
 
 ROWS = 64
-"""Pictures that are drawn at once."""
+"""Number of pictures per batch of decoding."""
 
 ALIKE = 5.0
-"""Mean difference of two pictures at 8 x 8 pixels, in levels of 255, below which they count as the same. Of the demo's
-studio, noise of 8 levels makes 2.3 at most, a shift by 2 of 64 pixels 3.4 (the median); of 87,000 pairs of pictures of
-one kind the nearest are 4.9 apart, a thousandth less than 9.6. By a difference hash noise alone flips up to 22 of its
-64 bits, since grounds are flat, and different pictures of one kind differ in as few as 1."""
+"""Mean absolute difference of two pictures at 8 x 8 pixels, in levels of 255, below which they are near-duplicates. On
+the demo's studio pictures noise of 8 levels gives at most 2.3 and a shift by 2 of 64 pixels 3.4 (median); of 87,000
+pairs of different pictures of one item the closest differ by 4.9, and 0.1% by less than 9.6. Perceptual hashes do not
+separate the two on flat backgrounds (docs/design.md)."""
 
 
 def make_batch(
@@ -78,64 +55,67 @@ def make_batch(
     resume: bool = True,
     data_format: str | None = None,
     truncate: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """For every record of the source `prompts` draw `candidates`, keep the `keep` best (by default 4, or all of fewer
-    candidates) that are not alike, and write `output` with a page to review them. Called again after a kill it goes on
-    after the last whole prompt, to the same pictures; without `resume` what is there already is refused.
+    """Draw `candidates` pictures for every record of the source `prompts`, keep the `keep` best (by default 4, at most
+    `candidates`) that are not near-duplicates, and write `output` with a review page. An interrupted batch is resumed
+    after the last complete prompt, with the same pictures; without `resume` an existing folder is refused.
 
-    Without `decoding["seed"]` a fresh seed is drawn once for the batch. `columns` maps slots to columns where names
-    differ. `truncate`: see Session.run; without it a prompt that is too long is left out.
+    Without `decoding["seed"]` one seed is drawn for the batch. `columns` maps slots to columns if names differ.
+    `truncate`: see Session.run; without it a prompt that is too long is rejected. `on_progress` gets the number of
+    finished and of all prompts.
 
-    Returns {"prompts": drawn, "bad": left out, "uncertain": whose best picture is (see Candidate), "pictures": kept,
-    "seed", "page": path}. Raises DataError when more than a twentieth of the prompts, and 20, cannot be used;
-    UsageError for a folder that was begun with other prompts, another model or options, or that another process is
-    writing.
+    Returns {"prompts": number drawn, "bad": number rejected, "uncertain": prompts whose best picture is uncertain (see
+    Candidate), "pictures": number kept, "seed", "page": path}. Raises DataError if more than 5% of the prompts, and
+    more than 20, are rejected; UsageError for a folder that was started with other prompts, another model or options,
+    or that another process is writing.
     """
     chosen, source = session.task(task), open_source(prompts, data_format)
     chosen.check_draws()
-    keep, decoding = kept_of(keep, candidates, 4), dict(decoding or {})
+    keep, decoding = review.kept_of(keep, candidates, 4), dict(decoding or {})
     if "seed" not in {**chosen.decode, **decoding}:
-        decoding["seed"] = settings_of(output)["seed"] if (output / SETTINGS).is_file() else fresh_seed()
-    list(session.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # refuses what cannot be asked for
+        decoding["seed"] = review.settings_of(output)["seed"] if (output / review.SETTINGS).is_file() else fresh_seed()
+    list(session.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # raises for invalid options
     options = Drawing.of(**{**chosen.decode, **decoding})
-    view = _wishing(chosen, source, columns or {})
+    view = _prompt_view(chosen, source, columns or {})
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "prompts": str(prompts),
-        CONTENT: content_of(session, source), "columns": dict(view.mapping), "candidates": candidates, "keep": keep,
-        "truncate": truncate, **asdict(options),
+        review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
+        "candidates": candidates, "keep": keep, "truncate": truncate, **asdict(options),
     }  # fmt: skip
     slots = {name: chosen.slots[name].type for name in chosen.inputs}
 
     def asks(record: Record) -> dict[str, Any]:
-        return _without_pictures(chosen, _wish(view, record))
+        return _without_pictures(chosen, _inputs_of(view, record))
 
-    with batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
-        begun = go_on(output / CANDIDATES)
-        require_same(
+    with review.batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
+        begun = review.go_on(output / review.CANDIDATES)
+        review.require_same(
             output, settings, source, {n: _without_pictures(chosen, row["asked"]) for n, row in begun.items()}, asks
         )
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
-        rejects = open_rejects(output / REJECTS, source)
-        with open(output / CANDIDATES, "a", encoding="utf-8") as file, progress() as bar:
-            row = bar.add_task("prompts", total=len(source))
-            for group in groups(len(source), max(1, ROWS // candidates)):
-                wishes = dict(usable(session, chosen, partial(_wish, view), source, group, rejects, truncate=truncate))
-                if not done.issuperset(wishes):
-                    # A group is drawn whole, with a seed of its own: its pictures do not depend on a kill.
-                    own = {**decoding, "seed": seed_of(options.seed, group.start)}
+        rejects = review.open_rejects(output / review.REJECTS, source)
+        with open(output / review.CANDIDATES, "a", encoding="utf-8") as file:
+            for group in review.groups(len(source), max(1, ROWS // candidates)):
+                asked = dict(
+                    review.usable(session, chosen, partial(_inputs_of, view), source, group, rejects, truncate=truncate)
+                )
+                if not done.issuperset(asked):
+                    # A group is drawn whole with its own seed, so that its pictures do not depend on interruptions.
+                    own = {**decoding, "seed": review.seed_of(options.seed, group.start)}
                     drawn = session.draw_many(
-                        chosen, wishes.values(), candidates=candidates, batch_size=ROWS, decoding=own, truncate=truncate
+                        chosen, asked.values(), candidates=candidates, batch_size=ROWS, decoding=own, truncate=truncate
                     )
-                    for number, some in zip(wishes, drawn, strict=True):
+                    for number, some in zip(asked, drawn, strict=True):
                         if number not in done:
-                            lines = _save(output, chosen, number, wishes[number], distinct(some, keep))
+                            lines = _save(output, chosen, number, asked[number], distinct(some, keep))
                             file.writelines(lines)
                             sync(file)
                             done.add(number)
                             pictures += len(lines)
-                bar.update(row, completed=group.stop)
-        page = write_review(output)
-    uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in rows_of(output))
+                on_progress(group.stop, len(source))
+        page = review.write_review(output)
+    uncertain = sum(row["rank"] == 1 and row["uncertain"] for row in review.rows_of(output))
     return {
         "prompts": len(done), "bad": rejects.bad, "uncertain": uncertain, "pictures": pictures, "seed": options.seed,
         "page": str(page),
@@ -143,7 +123,7 @@ def make_batch(
 
 
 def distinct(candidates: Iterable[Candidate], keep: int) -> list[Candidate]:
-    """The first `keep`, the best ones, that do not look like one before them."""
+    """The first `keep` candidates that are not near-duplicates of an earlier one."""
     kept: list[Candidate] = []
     seen: list[np.ndarray] = []
     for candidate in candidates:
@@ -155,48 +135,48 @@ def distinct(candidates: Iterable[Candidate], keep: int) -> list[Candidate]:
 
 
 def read_labels(output: Path, labels: str | Path) -> Iterator[dict[str, Any]]:
-    """The pictures of a batch that people judged, as records to train its task on: the slots asked for, the picture's
-    codes, and `verdict_quality`, 1 or 0.
+    """The labelled pictures of a batch as training records of its task: the input slots, the picture's codes, and
+    `verdict_quality`, 1 or 0.
 
-    `labels` are JSON lines, {"file": "pictures/000001-1.png", "accepted": true}. Raises DataError for one of a picture
-    that the batch has not, one that is neither true nor false, and for two different ones of a picture.
+    `labels`: JSON lines, {"file": "pictures/000001-1.png", "accepted": true}. Raises DataError for a label of a picture
+    outside the batch, one that is neither true nor false, and two different labels of a picture.
     """
     return (record for _, record in _judged(output, labels))
 
 
 def write_labelled(output: Path, labels: str | Path) -> dict[str, Any]:
-    """Write what `read_labels` gives as `output/labelled.jsonl`. Returns {"file": path, "labelled": number, "accepted":
-    share, "by_rank": {rank: {"labelled": number, "accepted": share}}}."""
+    """Write the records of `read_labels` to `output/labelled.jsonl`. Returns {"file": path, "labelled": number,
+    "accepted": fraction, "by_rank": {rank: {"labelled": number, "accepted": fraction}}}."""
     verdicts: dict[int, list[int]] = {}
 
     def lines() -> Iterator[str]:
         for rank, record in _judged(output, labels):
             verdicts.setdefault(rank, []).append(record["verdict_quality"])
-            yield as_line(record)
+            yield review.as_line(record)
 
-    file = write(output / LABELLED, lines())
-    return {"file": str(file), **acceptance(verdicts)}
+    file = review.write(output / review.LABELLED, lines())
+    return {"file": str(file), **review.acceptance(verdicts)}
 
 
-def _wishing(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
-    """The view of prompts for the slots on the task's left alone: there is no picture yet."""
-    view = SlotView.of(task.left(), source, columns)
+def _prompt_view(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
+    """The view of prompts for the input slots of a task."""
+    view = SlotView.of(task.without_target(), source, columns)
     if not view.mapping:
         raise UsageError(
-            f"None of the columns of {source.name} ({', '.join(source.columns)}) is taken for a slot of {task.name} "
-            f"({', '.join(task.inputs)}): say which, by {task.inputs[0] if task.inputs else 'SLOT'}=COLUMN."
+            f"None of the columns of {source.name} ({', '.join(source.columns)}) matches an input slot of {task.name} "
+            f"({', '.join(task.inputs)}): map one by {task.inputs[0] if task.inputs else 'SLOT'}=COLUMN."
         )
     return view
 
 
-def _wish(view: SlotView, record: Record) -> dict[str, Any]:
-    """What a prompt asks for, by slot."""
+def _inputs_of(view: SlotView, record: Record) -> dict[str, Any]:
+    """The inputs of a prompt by slot."""
     seen = view(record)
-    wish = {name: seen[name] for name in view.mapping if not _is_blank(seen.get(name))}
-    if not wish:
+    inputs = {name: seen[name] for name in view.mapping if not _is_blank(seen.get(name))}
+    if not inputs:
         where = record.get("_where", "a prompt")
-        raise DataError(f"{where} asks for nothing: {', '.join(view.mapping.values())} is empty.")
-    return wish
+        raise DataError(f"{where} is an empty prompt: {', '.join(view.mapping.values())} is empty.")
+    return inputs
 
 
 def _is_blank(value: Any) -> bool:
@@ -204,17 +184,17 @@ def _is_blank(value: Any) -> bool:
 
 
 def _without_pictures(task: Task, asked: Record) -> dict[str, Any]:
-    """The slots of a prompt that are no pictures."""
+    """The inputs of a prompt without pictures."""
     return {name: value for name, value in asked.items() if task.slots[name].type != "image"}
 
 
-def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Candidate]) -> list[str]:
-    """Write the pictures of a prompt; returns their lines. The last one is known by its rank: a prompt is whole."""
-    asked = dict(wish)
-    for name in wish:
+def _save(output: Path, task: Task, number: int, inputs: Record, kept: list[Candidate]) -> list[str]:
+    """Write the pictures of a prompt. Returns their lines; the last rank marks the prompt as complete."""
+    asked = dict(inputs)
+    for name in inputs:
         if task.slots[name].type == "image":
             asked[name] = f"pictures/{number:06d}-{name}.png"
-            _save_picture(open_image(wish[name]), output / asked[name])
+            _save_picture(open_image(inputs[name]), output / asked[name])
     lines = []
     for rank, candidate in enumerate(kept, start=1):
         file = f"pictures/{number:06d}-{rank}.png"
@@ -224,22 +204,22 @@ def _save(output: Path, task: Task, number: int, wish: Record, kept: list[Candid
             "uncertain": candidate.uncertain, "score": candidate.score, "estimates": candidate.estimates,
             "codes": candidate.codes.tolist(),
         }  # fmt: skip
-        lines.append(as_line(line))
+        lines.append(review.as_line(line))
     return lines
 
 
 def _save_picture(picture: Image.Image, file: Path) -> None:
-    """Write a picture to the disk, which has to be done before the line that names it is written."""
+    """Write a picture durably, before the line that names it."""
     write_file(file, lambda draft: save(picture, draft, "PNG"))
 
 
 def _judged(output: Path, labels: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(rank, record to train on) of every picture with a verdict."""
-    settings = settings_of(output, "pictures")
-    verdicts = verdicts_on({row["file"] for row in rows_of(output)}, output, "picture", labels)
-    for row in rows_of(output):
+    """(rank, training record) of every labelled picture."""
+    settings = review.settings_of(output, "pictures")
+    verdicts = review.verdicts_on({row["file"] for row in review.rows_of(output)}, output, "picture", labels)
+    for row in review.rows_of(output):
         if row["file"] in verdicts:
-            # Slots that were not asked for are named too: no other column is then taken for them.
+            # All slots are named, so that no other column is mapped to an empty one.
             asked = {slot: row["asked"].get(slot) for slot in settings["slots"]}
             verdict = int(verdicts[row["file"]].accepted)
             yield row["rank"], {**asked, settings["picture"]: row["codes"], "verdict_quality": verdict}

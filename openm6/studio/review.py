@@ -1,7 +1,7 @@
-"""What batches of pictures and of texts share: a folder that goes on after a kill, a page to review, people's verdicts.
+"""Shared by batches of pictures and of texts: a folder that can be resumed, the review page, human labels.
 
-candidates.jsonl has a line for each candidate: the name by which it is judged, the number of its prompt, its rank among
-the kept ones of that prompt, and how many those are.
+candidates.jsonl has a line per candidate: the file or name that labels refer to, the number of its prompt, its rank
+among the kept candidates of that prompt, and their number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openm6.core.bases import directory_hash
 from openm6.core.errors import DataError, UsageError, cut
@@ -36,7 +34,8 @@ from openm6.data.rejects import Reject, Rejects
 from openm6.data.source import Source
 from openm6.data.store import Record
 from openm6.data.tables import read_jsonl
-from openm6.inference.session import TRUNCATE, Session
+from openm6.inference.request import Request
+from openm6.inference.session import Session
 from openm6.tasks.task import Task
 
 SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
@@ -44,25 +43,24 @@ SETTINGS, CANDIDATES, REJECTS, PAGE, LABELLED = (
 )  # fmt: skip
 
 COMMANDS = {"texts": "copy", "pictures": "images"}
-"""The kinds of batches, each with the group of commands that makes it."""
+"""The kinds of batches, each with its command group."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A reviewer's verdict on a candidate. `text`: the edited text, "" for one that was not edited; `where`: the file
-    and line of the verdict."""
+    """A reviewer's label of a candidate. `text`: the edited text, "" if unedited; `where`: its file and line."""
 
     accepted: bool
     text: str
     where: str
 
     def line(self, name: str) -> dict[str, Any]:
-        """The verdict on the candidate of this name, as labels.jsonl has it."""
+        """The label of the candidate `name` as a line of labels.jsonl."""
         return {"file": name, "accepted": self.accepted} | ({"text": self.text} if self.text else {})
 
 
 CONTENT = "content"
-"""In the settings of a batch: the hashes of its source and of its model (`content_of`)."""
+"""Key of the hashes of source and model in the settings of a batch (`content_of`)."""
 
 
 def groups(count: int, size: int) -> Iterator[range]:
@@ -74,8 +72,8 @@ def seed_of(seed: int, start: int) -> int:
 
 
 def kept_of(keep: int | None, candidates: int, usual: int) -> int:
-    """Number of candidates to keep: without `keep` the usual number, or all of fewer. Raises UsageError for a `keep`
-    below 1 or above the number of candidates."""
+    """Number of candidates to keep: `keep`, by default `usual`, at most `candidates`. Raises UsageError for a `keep`
+    below 1 or above `candidates`."""
     if keep is None:
         return min(usual, candidates)
     if not 1 <= keep <= candidates:
@@ -94,13 +92,13 @@ def usable(
     truncate: str | None = None,
     explain: Callable[[DataError, str, Record], str] = lambda error, where, record: str(error),
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What is asked for by the records of these numbers, by slot, where it can be used; the others are counted, with
-    the reason that `explain` gives. `ask` makes it of a record; it may raise DataError. `truncate`: see Session.run."""
+    """(number, inputs by slot) of the valid records among these numbers; the others are counted in `rejects` with the
+    reason from `explain`. `ask` gives the inputs of a record and may raise DataError. `truncate`: see Session.run."""
     for number in numbers:
         record = source[number]
         try:
             asked = ask(record)
-            session.prompt(task, {**asked, TRUNCATE: truncate})
+            session.prepare(task, Request(asked, truncate=truncate))
         except DataError as error:
             where = place_of(source, number, record)
             rejects.count(where, explain(error, where, record), source.name)
@@ -120,9 +118,8 @@ def require_same(
     output: Path, settings: Mapping[str, Any], source: Source, begun: Mapping[int, Any],
     asks: Callable[[Record], Mapping[str, Any]],
 ) -> None:  # fmt: skip
-    """Refuse to go on with a batch whose source or model has changed since it was begun, a source by the name of the
-    first record that is known to have: `begun` is what those asked for whose candidates are made, and `asks` what a
-    record asks for now."""
+    """Refuse to resume a batch whose source or model has changed. The error names the first changed record: `begun` has
+    the inputs of the finished records, `asks` gives the current inputs of a record."""
     before, now = settings_of(output).get(CONTENT, {}), settings[CONTENT]
     if before == now:
         return
@@ -138,26 +135,26 @@ def require_same(
     else:
         changed = next((number for number in sorted(begun) if has_changed(number)), len(source))
         where = place_of(source, changed, source[changed]) if changed < len(source) else source.name
-    raise UsageError(f"{where} has changed since {output} was begun: name another directory to begin anew.")
+    raise UsageError(f"{where} has changed since {output} was started: use another directory.")
 
 
 def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
-    """Of verdicts, 1 or 0, by rank: {"labelled": number, "accepted": share, "by_rank": {rank: the same two}}."""
+    """Statistics of labels (1 or 0) by rank: {"labelled": number, "accepted": fraction, "by_rank": {rank: same}}."""
 
-    def told(some: list[int]) -> dict[str, Any]:
+    def rates(some: list[int]) -> dict[str, Any]:
         return {"labelled": len(some), "accepted": sum(some) / len(some)}
 
     every = [verdict for some in verdicts.values() for verdict in some]
-    return {**told(every), "by_rank": {rank: told(some) for rank, some in sorted(verdicts.items())}}
+    return {**rates(every), "by_rank": {rank: rates(some) for rank, some in sorted(verdicts.items())}}
 
 
 @contextmanager
 def batch_folder(
     output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str
 ) -> Iterator[None]:
-    """The folder of a batch, written by this process alone: a new one, with these folders in it, or one that was begun
-    with the same settings. Raises UsageError for one that was begun with others, or that another process is writing;
-    OpenM6Error where it cannot be written."""
+    """Open the folder of a batch for this process alone: a new one with these subfolders, or one with the same
+    settings. Raises UsageError for other settings or a folder that another process is writing, OpenM6Error if it cannot
+    be written."""
     with lock_output(output):
         if resume and (output / SETTINGS).is_file():
             _check_settings(output, settings)
@@ -180,21 +177,19 @@ def batch_folder(
 def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
     before = settings_of(output)
     for key, now in settings.items():
-        if key != CONTENT and before.get(key) != now:  # require_same looks at the content
-            raise UsageError(
-                f"{output} was begun with {key} {before.get(key)}, not {now}: name another directory to begin anew."
-            )
+        if key != CONTENT and before.get(key) != now:  # require_same compares the content
+            raise UsageError(f"{output} was started with {key} {before.get(key)}, not {now}: use another directory.")
 
 
 def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
-    """The settings of a batch. Raises UsageError where there is none, or none of this `kind` (a key of COMMANDS)."""
+    """The settings of a batch. Raises UsageError for another folder or another `kind` (a key of COMMANDS)."""
     try:
         content = json.loads((output / SETTINGS).read_text("utf-8"))
         found = {"kind": "pictures", **content, "id": str(content["id"]), "slots": dict(content["slots"])}
         command = COMMANDS[found["kind"]]
     except OSError:
         makes = " or ".join(f"`openm6 {COMMANDS[name]} batch`" for name in ([kind] if kind else COMMANDS))
-        raise UsageError(f"{output} is no batch: it has no {SETTINGS}. {makes} makes one.") from None
+        raise UsageError(f"{output} is not a batch: it has no {SETTINGS}. Make one by {makes}.") from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{output / SETTINGS} is damaged: make the batch again.") from None
     if kind and kind != found["kind"]:
@@ -203,7 +198,7 @@ def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def go_on(path: Path) -> dict[int, dict[str, Any]]:
-    """The last row of every prompt that is whole, by the prompt's number. What a kill has left of another is cut.
+    """The last row of every complete prompt, by number. An incomplete prompt at the end is removed from the file.
 
     Raises DataError for a damaged line."""
     done: dict[int, dict[str, Any]] = {}
@@ -213,7 +208,7 @@ def go_on(path: Path) -> dict[int, dict[str, Any]]:
         try:
             number, rank, of = row["prompt"], row["rank"], row["of"]
         except (KeyError, TypeError):
-            raise DataError(f"{path}:{place} is no candidate of a batch: delete the line.") from None
+            raise DataError(f"{path}:{place} is not a candidate of a batch: delete the line.") from None
         if rank == of:
             done[number], end = row, place
     if end < place:
@@ -222,7 +217,8 @@ def go_on(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def open_rejects(path: Path, source: Source, share: float = 0.05) -> Rejects:
-    """Counted anew by every call, those of the reading of the source too. More than `share` of all stop the work."""
+    """A new file of rejected records, with those that the source itself rejected. A fraction above `share` raises
+    DataError."""
     path.unlink(missing_ok=True)
     rejects = Rejects(path, share)
     rejects.saw(len(source))
@@ -234,13 +230,12 @@ def open_rejects(path: Path, source: Source, share: float = 0.05) -> Rejects:
 def write_review(
     output: Path, items: Iterable[Mapping[str, Any]] | None = None, id_name: str = "item", most: int = 0
 ) -> Path:
-    """Write the page on which people accept, reject or edit the candidates of a batch; their verdicts stay in the
-    browser until they are downloaded as labels.jsonl, or as a CSV with a row for each item.
+    """Write the page on which people accept, reject or edit the candidates of a batch. Labels stay in the browser until
+    they are downloaded as labels.jsonl or as a CSV with a row per item.
 
-    `items`: {"id", "shown": {name: value}, "pictures": [file], "candidates": [{"file", "said"}], "reason"}. "said" is a
-    candidate that is a text; "reason" tells why an item has no candidates. By default the items are those of
-    candidates.jsonl, and what rejects.jsonl tells. `id_name`: the name of the ids, in the CSV. `most`: characters that
-    a text may have; 0: any number.
+    `items`: {"id", "shown": {name: value}, "pictures": [file], "candidates": [{"file", "said"}], "reason"}, where
+    "said" is the text of a candidate and "reason" explains missing candidates; by default the items of candidates.jsonl
+    and rejects.jsonl. `id_name`: column of the ids in the CSV. `most`: maximum length of a text, 0 for no limit.
     """
     settings = settings_of(output)
     found = list(_prompts(output, settings) if items is None else items)
@@ -269,8 +264,8 @@ def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, An
 
 
 def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, Verdict]:
-    """People's verdicts on the candidates of a batch, by name. Raises DataError for one of a candidate that it has not,
-    and as `verdicts_of` does."""
+    """Human labels of the candidates of a batch, by name. Raises DataError for an unknown candidate, and as
+    `verdicts_of` does."""
     found = verdicts_of(labels, what)
     for name, verdict in found.items():
         if name not in known:
@@ -279,12 +274,12 @@ def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Pa
 
 
 def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
-    """By name. Raises DataError for what is no verdict on a `what` (picture, text), and for two that differ."""
+    """Labels by name. Raises DataError for an invalid label of a `what` (picture, text) and for contradictory ones."""
     found: dict[str, Verdict] = {}
     for row in read_jsonl(str(labels), None, refuse):
         where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
         if not isinstance(file, str):
-            raise DataError(f'{where} names no {what}: a line has to be {{"file": ..., "accepted": true or false}}.')
+            raise DataError(f'{where} names no {what}: a line is {{"file": ..., "accepted": true or false}}.')
         if not isinstance(accepted, bool):
             raise DataError(f"{where}: accepted is {cut(accepted)!r}; a verdict is true or false.")
         if "text" in row and not (accepted and what != "picture" and isinstance(text, str) and text.strip()):
@@ -299,7 +294,7 @@ def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdic
         if before.text != text:
             raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
     if not found:
-        raise DataError(f"{labels} holds no label.")
+        raise DataError(f"{labels} has no labels.")
     return found
 
 
@@ -316,7 +311,7 @@ def as_line(content: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, parts: Iterable[str]) -> Path:
-    """A file that appears whole."""
+    """Write a file atomically. Raises OpenM6Error if it cannot be written."""
 
     def fill(draft: Path) -> None:
         with draft.open("w", encoding="utf-8", newline="") as file:
@@ -327,8 +322,3 @@ def write(path: Path, parts: Iterable[str]) -> Path:
     except OSError as error:
         raise write_failed(path, error) from None
     return path
-
-
-def progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,4 +1,4 @@
-"""openm6.json of a model directory, or of a package: how records become sequences, and the tasks."""
+"""openm6.json of a model directory or an ONNX bundle: how records become sequences, and the tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError, suggest_path
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
@@ -24,7 +25,7 @@ def write_card(path: Path, processor: Processor, tasks: Iterable[Task]) -> None:
 
 
 def read_taught(path: Path) -> frozenset[int] | None:
-    """The ids that the model of a directory has met in training; None where that was not written down."""
+    """The ids that the model of a directory has met in training; None where the card has no such list."""
     try:
         ranges = json.loads((path / NAME).read_text("utf-8")).get("taught")
         if ranges is None:
@@ -47,7 +48,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def read_card(path: Path) -> tuple[list[Task], int, int]:
-    """Of a directory's openm6.json: the tasks, the longest example, and the positions of a prompt."""
+    """The tasks of a directory's openm6.json, the maximum length of an example, and the number of prompt positions."""
     card = path / NAME
     if not path.exists():
         raise UsageError(f"{path} is no OpenM6 model: there is no such path.{suggest_path(path)}")
@@ -57,7 +58,7 @@ def read_card(path: Path) -> tuple[list[Task], int, int]:
         )
     try:
         content = json.loads(card.read_text("utf-8"))
-        tasks = [Task.from_dict(d) for d in content["tasks"]]
+        tasks = [task_from_dict(d) for d in content["tasks"]]
         return tasks, int(content["max_length"]), int(content.get("prompt", 0))
     except (ValueError, KeyError, TypeError) as error:
         raise OpenM6Error(f"{card} is damaged ({type(error).__name__}).") from None

@@ -1,16 +1,15 @@
-"""What a text must not say, and how long it may be, kept while it is written.
+"""Limits on the content and length of a text, kept while it is generated.
 
     forbid     words that never occur
     numbers    the only numbers that occur: those of these texts, each as a whole (numbers.py)
-    values     the only values that are named, of all that are known (values.py)
+    values     the only known values that occur (values.py)
     least, most   characters, counted as they are written
 
-As `most` comes near, the text is led to its end: a clause ends in a full stop where it would end in a comma, and after
-a sentence nothing else begins.
+Near `most` the text is led to its end: a clause ends in a full stop instead of a comma, and after a sentence nothing
+else begins.
 
-A word or number is told by its characters, however the tokenizer cuts them, into bytes too. A character that is begun
-in bytes counts when it is whole: `Limits.broken_by` looks at the whole text.
-"""
+Words and numbers are matched by characters, independently of the tokenization, bytes included. A character spelt in
+bytes counts when it is complete: `Limits.broken_by` checks the whole text."""
 
 from __future__ import annotations
 
@@ -30,19 +29,20 @@ from openm6.tasks.values import OwnValues
 
 
 class Rule(Protocol):
-    """A rule about what a text says, which can be told of a text that goes on."""
+    """A rule about the content of a text, applicable to a text that is not complete yet."""
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """What is wrong; "" if nothing is, or, of a text that has not `ended`, if what follows may put it right."""
+        """The violation in a text; "" if there is none, or, in a text that has not `ended`, if its continuation may
+        repair it."""
 
     def tail(self, text: str) -> str:
-        """The end of a text on which it depends what may follow; "" where any text may that is right by itself."""
+        """The end of a text that restricts its continuation; "" where it does not."""
 
     def follows(self, tail: str) -> Iterable[str]:
         """The plain characters that change how the tail is read."""
 
     def holds(self, word: str) -> bool:
-        """Whether a word that follows no tail may break the rule."""
+        """Whether a word after an empty tail may violate the rule."""
 
 
 _SENTENCE = re.compile(r".*[。！？!?][”』」）)]*", re.DOTALL)
@@ -79,7 +79,7 @@ class Limits:
         self._closers = {token for mark in _CLOSERS for token in _holding(tokenizer, mark)}
         stop = next((token for token in _starting(tokenizer, _STOP) if self._texts[token] == _STOP), None)
         self._stops = {} if stop is None else {i: stop for mark in _BREAKS for i in _starting(tokenizer, mark)}
-        self._rests: dict[str, list[str]] = {}  # of a word that is begun: what is missing
+        self._rests: dict[str, list[str]] = {}  # the missing rest of a word, by its beginning
         for word in self.forbid:
             for cut in range(1, len(word)):
                 self._rests.setdefault(word[:cut], []).append(word[cut:])
@@ -102,7 +102,7 @@ class Limits:
             if room <= NEAR and len(text) >= self.least:
                 if text == whole_sentences(text) != "":
                     return (self._tokenizer.end_id, *(i for i in self._closers if i not in banned))
-                if not text[-1:].isascii():  # a comma in 1,299 ends nothing, and one in Latin letters no Chinese clause
+                if not text[-1:].isascii():  # a comma in 1,299 or among Latin letters ends no Chinese clause
                     stops = self._stops
         begun = self._tokenizer.begun(prefix)
         for rule in self.rules:
@@ -119,9 +119,9 @@ class Limits:
         return [token for token in whole if token not in banned]
 
     def _spelled(self, prefix: Sequence[int], word: str) -> bool:
-        """Whether the last byte of a word is all that is missing of it, its last character being spelt in bytes."""
+        """Whether only the last byte of a word is missing, its last character being spelt in bytes."""
         *begun, _ = word[-1].encode()
-        if not begun:  # a byte of ASCII has a text
+        if not begun:  # an ASCII byte has a text
             return False
         ids = [self._tokenizer.class_ids[byte] for byte in begun]
         place = len(prefix) - len(ids)
@@ -132,8 +132,8 @@ class Limits:
         )
 
     def _broken_after(self, rule: Rule, tail: str) -> frozenset[int]:
-        """Tokens that break a rule behind a tail whatever follows them. A tail that has broken it already, as one spelt
-        in bytes may have, forbids nothing: `broken_by` tells of it."""
+        """Tokens that violate a rule after a tail, whatever follows them. A tail that violates it already, as one spelt
+        in bytes may, forbids nothing: `broken_by` reports it."""
         if (rule, tail) in self._against:
             return self._against[rule, tail]
         found: set[int] = set()
@@ -152,7 +152,7 @@ class Limits:
         return self._against[rule, tail]
 
     def _broken_by_bytes(self, rule: Rule, tail: str, begun: bytes) -> set[int]:
-        """Tokens that stand for bytes, and with those that have begun a character break a rule behind a tail."""
+        """Tokens that stand for bytes and complete a character that violates a rule after a tail."""
         parts = self._tokenizer.parts
         if rule.wrong(tail) and not rule.wrong(tail, False):  # it has to go on
             right = [c.encode() for c in rule.follows(tail) if not rule.wrong(tail + c, False)]
@@ -165,7 +165,7 @@ class Limits:
         return found
 
     def broken_by(self, text: str) -> str:
-        """Why a text is outside of the limits; "" if it is not."""
+        """The limit that a text violates, in words; "" if it keeps all."""
         for word in self.forbid:
             if word in text:
                 return f"says {word}"
@@ -187,14 +187,14 @@ def whole_sentences(text: str) -> str:
 
 @lru_cache(maxsize=8)
 def _texts(tokenizer: Tokenizer) -> dict[int, str]:
-    """The text of every token that has one by itself, as the bytes of ASCII have."""
+    """Text of every token that has one by itself, as ASCII bytes have."""
     found = {i: tokenizer.decode([i]) for i in range(tokenizer.code_start)}
     return {i: text for i, text in found.items() if text and (text.isascii() or not tokenizer.is_part(i))}
 
 
 @lru_cache(maxsize=8)
 def _by_length(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """The tokens with a text, by its number of characters."""
+    """Tokens with a text, by its number of characters."""
     found: dict[int, list[int]] = {}
     for token, text in _texts(tokenizer).items():
         found.setdefault(len(text), []).append(token)
@@ -203,7 +203,7 @@ def _by_length(tokenizer: Tokenizer) -> dict[int, list[int]]:
 
 @lru_cache(maxsize=8)
 def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The tokens with a text, by its first character in its plain form."""
+    """Tokens with a text, by its first character in plain form."""
     found: dict[str, list[int]] = {}
     for token, text in _texts(tokenizer).items():
         found.setdefault(plain(text[0]), []).append(token)
@@ -212,7 +212,7 @@ def _by_first(tokenizer: Tokenizer) -> dict[str, list[int]]:
 
 @lru_cache(maxsize=8)
 def _mattering(tokenizer: Tokenizer, holds: Callable[[str], bool]) -> tuple[int, ...]:
-    """The tokens whose text may break a rule by itself."""
+    """Tokens whose text may violate a rule by itself."""
     return tuple(token for token, text in _texts(tokenizer).items() if holds(text))
 
 
@@ -224,13 +224,13 @@ def _sorted(tokenizer: Tokenizer) -> tuple[list[str], list[int]]:
 
 @lru_cache(maxsize=2**16)
 def _holding(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
-    """Tokens whose text has a word in it."""
+    """Tokens whose text contains a word."""
     return tuple(token for token, text in _texts(tokenizer).items() if word in text)
 
 
 @lru_cache(maxsize=4096)
 def _starting(tokenizer: Tokenizer, beginning: str) -> tuple[int, ...]:
-    """Tokens whose text starts so."""
+    """Tokens whose text starts with `mark`."""
     texts, tokens = _sorted(tokenizer)
     first = bisect_left(texts, beginning)
     found = []

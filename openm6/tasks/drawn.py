@@ -1,13 +1,12 @@
-"""A picture on the right side of an instruction: its codes, learned one after the other or by masks.
+"""A picture on the right side of an instruction: its codes, learned in order or by masks.
 
-    one after the other   source <|answer|> <|image|> c1 c2 ... cn     labels: <|image|> c1 c2 ... cn <|end|>
-    by masks              source <|answer|> <|image|> c1 ?  ... ?      labels: of the masked codes, at their own places
-    judged                source <|answer|> <|image|> c1 c2 ... cn r f q   labels: verdicts at r, f and q
+    in order       source <|answer|> <|image|> c1 c2 ... cn         labels: <|image|> c1 c2 ... cn <|end|>
+    by masks       source <|answer|> <|image|> c1 ?  ... ?          labels: of the masked codes, at their own places
+    with verdicts  source <|answer|> <|image|> c1 c2 ... cn r f q   labels: verdicts at r, f and q
 
-By masks the codes see each other both ways (block 1), and the sequence ends with them. A judged picture is whole; its
-estimates belong to its block: does it show what it should (relevance), does it look real (fidelity; M6-UFC, section
-3.2), do people like it (quality).
-"""
+Masked codes attend to each other in both directions (block 1), and the sequence ends with them. A picture with verdicts
+is whole; its estimates belong to its block: whether it shows the prompt (relevance), looks real (fidelity; M6-UFC,
+section 3.2), and pleases people (quality)."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ from openm6.core.tokenizer import Tokenizer
 BLOCK = 1
 
 ESTIMATES = ("relevance", "fidelity", "quality")
-"""What a picture is judged by, in the order of the tokenizer's `estimate_ids`. A record may have verdicts of its own,
-in columns `verdict_relevance` and so on: true or false, 1 or 0."""
+"""The estimates of a picture, in the order of the tokenizer's `estimate_ids`. A record may have verdicts of its own, in
+columns `verdict_relevance` and so on: true or false, 1 or 0."""
 
 
-def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
-    """A prompt that ends where codes begin."""
+def open_picture(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
+    """Append `<|image|>` to a prompt: it then ends where codes begin."""
     return replace(
         sequence,
         ids=np.append(sequence.ids, tokenizer.image_id).astype(np.int32),
@@ -39,10 +38,10 @@ def begin(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
     )
 
 
-def by_masks(
+def mask_codes(
     sequence: Sequence, codes: np.ndarray, side: int, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> Sequence:
-    """The sequence whose last positions are these codes [side * side], learned by masks instead."""
+    """Replace the codes [side * side] at the end of the sequence by masks, at random, and learn the masked ones."""
     count, masked = len(codes), draw_mask(side, rng).ravel()
     ids, blocks = sequence.ids.copy(), sequence.blocks.copy()
     labels = np.full_like(sequence.labels, IGNORE)
@@ -53,7 +52,7 @@ def by_masks(
 
 
 def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
-    """The verdicts that a record has. Raises DataError for one that is neither true nor false."""
+    """The verdicts of a record. Raises DataError for a value that is neither true nor false."""
     found = {}
     for name in ESTIMATES:
         value = record.get(f"verdict_{name}")
@@ -68,14 +67,15 @@ def verdicts_of(record: Mapping[str, Any]) -> dict[str, bool]:
 _VERDICTS = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
 
 
-VERDICT = 16.0
-"""What a verdict counts in the loss: a picture has one or two of them, and many codes (by 1, relevance was not learned
-beside them)."""
+VERDICT_WEIGHT = 16.0
+"""Weight of a verdict in the loss: a picture has one or two verdicts and many codes (with weight 1, relevance was not
+learned)."""
 
 
-def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
-    """The sequence whose last positions are the `count` codes of a whole picture, with its estimates after them."""
-    start = len(sequence) - count
+def append_verdicts(sequence: Sequence, verdicts: Mapping[str, bool], tokenizer: Tokenizer) -> Sequence:
+    """Append the estimates to a sequence that ends with the codes of a whole picture."""
+    assert sequence.image is not None
+    start = sequence.image.codes.start
     blocks = np.append(sequence.blocks, [BLOCK] * len(ESTIMATES)).astype(np.int32)
     blocks[start:] = BLOCK
     labels = np.full(len(blocks), IGNORE, np.int32)
@@ -83,12 +83,13 @@ def judged(sequence: Sequence, count: int, verdicts: Mapping[str, bool], tokeniz
         if name in verdicts:
             labels[place] = tokenizer.yes_id if verdicts[name] else tokenizer.no_id
     ids = np.append(sequence.ids, tokenizer.estimate_ids).astype(np.int32)
-    return replace(sequence, ids=ids, blocks=blocks, labels=labels, weight=VERDICT)
+    target = replace(sequence.image, weight=VERDICT_WEIGHT)
+    return replace(sequence, ids=ids, blocks=blocks, labels=labels, target=target)
 
 
 def draw_mask(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Which codes of a picture are masked, bool [side, side], at least one: at random places (their share by the cosine
-    schedule that decoding goes through), all, those inside of a box, or those outside (M6-UFC, section 3.1)."""
+    """Draw a mask of a picture's codes, bool [side, side], True for at least one: at random places (their fraction by
+    the cosine schedule of decoding), all, those inside a box, or those outside (M6-UFC, section 3.1)."""
     kind = rng.choice(4, p=[0.55, 0.15, 0.15, 0.15])
     if kind == 0:
         count = max(1, round(math.cos(math.pi / 2 * rng.random()) * side * side))

@@ -1,12 +1,11 @@
-"""What is yours: slot types, heads with losses of their own, metrics. Import this, register, use.
+"""Extensions by users: slot types, heads with losses of their own, metrics.
 
     register_slot("money", my_module)          a slot type (tasks/slots)
     register_head("depth", Depth())            answers by a linear layer and a loss of your own (tasks/heads.py)
     register_metric("close", close)            a metric (tasks/metrics.py)
 
-`openm6 --extension mine.py ...` runs such a file of yours first, for any command. Nothing else is ever run: a model or
-a recipe from elsewhere cannot name one.
-"""
+`openm6 --extension mine.py ...` runs such a file before any command. No other file is run: a model or a recipe from
+elsewhere cannot name one."""
 
 from __future__ import annotations
 
@@ -43,8 +42,8 @@ def register_slot(name: str, kind: SlotType, attributes: Iterable[str] = ("drop"
 
 def register_metric(name: str, metric: Metric, lower_is_better: bool = False) -> None:
     """Make `name` a metric: a function of answers and, for each, its references, as texts, that returns one number for
-    all of them, a number for each, or Values. With `lower_is_better`, as of an error, early stopping and compression
-    take the lower value for the better one. Raises UsageError for the name of a metric of OpenM6."""
+    all of them, a number for each, or Values. `lower_is_better` tells early stopping and compression to prefer lower
+    values, as of an error. Raises UsageError for the name of a metric of OpenM6."""
     if name in BUILT_IN or name in ELSEWHERE:
         raise UsageError(f"{name!r} cannot name a metric of yours: OpenM6 has a metric of that name.")
     METRICS[name] = metric
@@ -52,13 +51,13 @@ def register_metric(name: str, metric: Metric, lower_is_better: bool = False) ->
 
 
 def load_named_extensions() -> None:
-    """Run those that the environment names: what a further process of a command does first."""
+    """Run the extensions named in the environment, in a further process of a command."""
     for path in filter(None, os.environ.get(EXTENSIONS, "").split(os.pathsep)):
         load_extension(path)
 
 
 def load_extension(path: str | Path) -> None:
-    """Run a Python file of your own, which registers what it has."""
+    """Run a Python file of the user, which registers its extensions."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"The extension {path} is not there.")

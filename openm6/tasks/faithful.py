@@ -1,9 +1,9 @@
-"""How faithful texts are to the tables that they are written from. Beside the references, each gets the values of its
+"""Faithfulness of texts to the tables they are written from. Besides references, each metric gets the values of the
 table's cells.
 
     parent       F1 of PARENT (Dhingra et al. 2019, arXiv 1906.01081), 0 to 1: n-grams of the text that the reference
-                 or the table bears out, and how much of both it says; of characters
-    facts_kept   share of the table's values that the text has, word for word
+                 or the table entails, and coverage of both; of characters
+    facts_kept   fraction of the table's values that occur in the text, word for word
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from openm6.tasks.metrics import Values, characters
 
 WEIGHT = 0.5
-"""Of the table against the reference in PARENT's recall."""
+"""Weight of the table against the reference in PARENT's recall."""
 
 _SMALL = 1e-5
-"""In the place of an n-gram precision of 0, so that a geometric mean stays one."""
+"""Replacement for an n-gram precision of 0, so that the geometric mean stays above 0."""
 
 
 def parent(predictions: list[str], references: list[list[str]], tables: list[list[str]]) -> Values:
-    """Against the reference that fits best."""
+    """PARENT against the best-fitting reference."""
     rows = zip(predictions, references, tables, strict=True)
     return Values.mean([max(_parent(said, wanted, table) for wanted in some) for said, some, table in rows])
 
@@ -47,7 +47,7 @@ def _parent(said: str, wanted: str, table: list[str]) -> float:
 
 
 def _mean(values: list[float]) -> float:
-    """Geometric."""
+    """Geometric mean."""
     return math.exp(sum(math.log(max(v, _SMALL)) for v in values) / len(values)) if values else _SMALL
 
 
@@ -56,7 +56,7 @@ def _grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
 
 
 def _overlap(gram: tuple[str, ...], known: set[str]) -> float:
-    """The probability that the table bears an n-gram out: the share of its tokens that occur in it."""
+    """Probability that the table entails an n-gram: the fraction of its tokens that occur in it."""
     return sum(token in known for token in gram) / len(gram)
 
 
@@ -70,7 +70,7 @@ def _entailed_precision(text: list[str], reference: list[str], known: set[str], 
 
 
 def _entailed_recall(text: list[str], reference: list[str], known: set[str], n: int) -> float:
-    """Of the reference's n-grams, weighted by how far the table bears them out: what it alone knows does not count."""
+    """Recall of the reference's n-grams, weighted by the probability that the table entails them."""
     there, total, told = _grams(text, n), 0.0, 0.0
     for gram, count in _grams(reference, n).items():
         weight = _overlap(gram, known)

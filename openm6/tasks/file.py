@@ -7,8 +7,7 @@
     decode: {max_new_tokens: 16}
     example: {photo: photo.jpg, question: "这件商品是什么颜色?", answer: 红色}
 
-`instruction` with one line stands for `instructions` with one entry; the name is that of the file.
-"""
+`instruction` with one line replaces `instructions` with one entry; the default name is that of the file."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from openm6.core.errors import UsageError, suggest
-from openm6.tasks.grammar import parse
+from openm6.tasks.grammar import half_width, parse
 from openm6.tasks.metrics import ELSEWHERE, METRICS
 from openm6.tasks.task import Task
 
@@ -45,7 +44,7 @@ class TaskFile(BaseModel):
     @field_validator("example")
     @classmethod
     def _example_is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """YAML reads 2024-01-01 as a date; a task is kept as JSON."""
+        """Refuse a value such as 2024-01-01, which YAML reads as a date: a task is stored as JSON."""
         try:
             json.dumps(value)
         except TypeError:
@@ -55,7 +54,8 @@ class TaskFile(BaseModel):
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_as_text(cls, value: Any) -> Any:
-        """YAML reads 7 as a number and `yes` as a truth; a number is meant as it is written."""
+        """Turn numbers back into texts: YAML reads 7 as a number. A truth value, as of `yes`, stays for validation to
+        refuse."""
         if not isinstance(value, dict):
             return value
         return {
@@ -67,7 +67,7 @@ class TaskFile(BaseModel):
 
 
 def read_task(path: str | Path) -> Task:
-    """The task in a YAML file, named as the file unless it says otherwise. Raises UsageError."""
+    """The task of a YAML file, by default named as the file. Raises UsageError."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
@@ -82,11 +82,15 @@ def read_task(path: str | Path) -> Task:
         raise UsageError(f"{path}{line} is no YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path} has to hold keys such as `instructions`, not {type(content).__name__}.")
-    return task_of({"name": path.stem, **content}, str(path))
+    for key in content.keys() & {"instruction", "instructions"}:
+        lines = content[key] if isinstance(content[key], list) else [content[key]]
+        lines = [half_width(line) if isinstance(line, str) else line for line in lines]
+        content[key] = lines if isinstance(content[key], list) else lines[0]
+    return task_from_dict({"name": path.stem, **content}, str(path))
 
 
-def task_of(content: Mapping[str, Any], where: str) -> Task:
-    """The task with these keys. Raises UsageError that names `where` and the key."""
+def task_from_dict(content: Mapping[str, Any], where: str = "The task") -> Task:
+    """The task with the keys of a file or of `Task.to_dict`. Raises UsageError that names `where` and the key."""
     keys = dict(content)
     if "instruction" in keys and "instructions" not in keys:
         keys["instructions"] = [keys.pop("instruction")]
@@ -122,7 +126,7 @@ def task_of(content: Mapping[str, Any], where: str) -> Task:
 
 
 def _first(error: ValidationError) -> str:
-    """The first of the problems, in our words."""
+    """The first of the validation errors, in our words."""
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What an answer has to look like, kept in decoding: so many digits, the lines of a verse, or whole characters."""
+"""Constraints on the form of an answer in decoding: digits of a box, lines of a verse, whole characters, labels."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
 
 from openm6.core.errors import DataError
-from openm6.core.sequence import Banned
+from openm6.core.sequence import Banned, Constraint
 from openm6.core.tokenizer import HALF, Tokenizer
+from openm6.tasks import target
+from openm6.tasks.grammar import slots_of
+from openm6.tasks.record import Record, slot_errors, value_of
+from openm6.tasks.slots import box
+from openm6.tasks.slots.text import as_text
+from openm6.tasks.task import Task
+from openm6.tasks.trie import Trie
 
 FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}
 """Classical forms: lines, characters a line. Others are written 3x5 (three lines of five characters)."""
 
 LINES, LENGTH = 64, 64
-"""The most that a form may have."""
+"""Maximum lines of a form, and characters a line."""
 
 
 def form_of(text: str) -> tuple[int, int]:
-    """Lines and characters a line of a form. Raises DataError for what is none."""
+    """Lines and characters a line of a form. Raises DataError for an unknown one."""
     if text in FORMS:
         return FORMS[text]
     found = re.fullmatch(r"\s*(\d{1,4})\s*[x×*]\s*(\d{1,4})\s*", text)
@@ -33,7 +43,7 @@ def form_of(text: str) -> tuple[int, int]:
 
 
 class Digits:
-    """`count` digits, and the end."""
+    """Exactly `count` digits."""
 
     def __init__(self, count: int, tokenizer: Tokenizer):
         self._count, self._end_id = count, tokenizer.end_id
@@ -44,14 +54,14 @@ class Digits:
 
 
 class Verse:
-    """Lines of so many Chinese characters, a comma after every odd one and a full stop after every even one (and after
-    the last)."""
+    """Lines of `length` Chinese characters, a comma after every odd line and a full stop after every even one (and
+    after the last)."""
 
     def __init__(self, lines: int, length: int, tokenizer: Tokenizer):
         self._lines, self._length, self._end_id = lines, length, tokenizer.end_id
         self._words = _words(tokenizer)
         self._comma, self._stop = (tuple(tokenizer.encode(mark)) for mark in "，。")
-        # The place after every sequence of whole tokens: where a line stands, and which mark is being written.
+        # Characters of each token, to follow the position in the verse.
         self._lengths = {token: length for length, tokens in self._words.items() for token in tokens}
 
     def next(self, prefix: Sequence[int]) -> Sequence[int]:
@@ -62,7 +72,7 @@ class Verse:
                 place += 1
                 continue
             mark = self._mark(line)
-            if len(prefix) - place < len(mark):  # a mark of several tokens, not yet whole
+            if len(prefix) - place < len(mark):  # a mark of several tokens, incomplete
                 return (mark[len(prefix) - place],)
             line, inside, place = line + 1, 0, place + len(mark)
         if line == self._lines:
@@ -79,11 +89,10 @@ class Verse:
 
 
 class Characters:
-    """Any text of whole characters: the bytes of one follow each other as UTF-8 has them, and nothing comes between.
+    """Any text of whole characters: the bytes of a character follow each other as in UTF-8, with nothing between.
 
-    U+FFFD, the mark of a damaged text, is never written, neither in bytes nor as a token: an answer does not repeat the
-    damage of its prompt or of the training data.
-    """
+    U+FFFD, the mark of a damaged text, is never written, neither in bytes nor as a token: an answer does not repeat
+    damage in its prompt or in the training data."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -101,7 +110,7 @@ class Characters:
 
 
 def _is_beginning(data: bytes) -> bool:
-    """Whether UTF-8 without U+FFFD may begin so."""
+    """Whether UTF-8 without U+FFFD may begin with `data`."""
     try:
         return HALF not in getincrementaldecoder("utf-8")().decode(data)
     except UnicodeDecodeError:
@@ -110,17 +119,47 @@ def _is_beginning(data: bytes) -> bool:
 
 @lru_cache(maxsize=8)
 def characters(tokenizer: Tokenizer) -> Characters | None:
-    """The constraint of every text without a form of its own; None where every token is of whole characters and none
-    has U+FFFD."""
+    """The constraint of texts without a form of their own; None where every token has whole characters and none has
+    U+FFFD."""
     return Characters(tokenizer) if tokenizer.parts or tokenizer.damaged else None
 
 
 @lru_cache(maxsize=8)
 def _words(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
-    """The tokens that are Chinese characters alone, by their number."""
+    """Tokens of Chinese characters alone, by the number of characters."""
     found: dict[int, list[int]] = {}
     for token in range(tokenizer.code_start):
         text = "" if tokenizer.is_part(token) else tokenizer.decode([token])
         if text and all("\u4e00" <= character <= "\u9fff" for character in text):
             found.setdefault(len(text), []).append(token)
     return {length: tuple(tokens) for length, tokens in found.items()}
+
+
+_ANSWERS = 100_000
+"""Largest number of closed answers (combinations of labels) to which decoding is restricted."""
+
+
+def answer_constraint(task: Task, record: Record, tokenizer: Tokenizer) -> Constraint | None:
+    """The constraint of an answer of labels from known sets, of one box, or of one verse; else None. Raises DataError
+    for a record with an unknown form of verse."""
+    side = task.instructions[0].target
+    slot = task.slots[task.outputs[0]] if len(side) == 1 and len(task.outputs) == 1 else None
+    if slot and slot.type == "box":
+        return Digits(box.DIGITS, tokenizer)
+    if slot and (verse := slots_of(side)[slot.name].verse):
+        form = task.slots[verse]
+        value = value_of(task, record, form)
+        with slot_errors(record, form):
+            return Verse(*form_of(as_text(value)), tokenizer)
+    sets = tuple(task.labels.get(name, ()) for name in task.outputs)
+    return _trie(side, sets, tokenizer) if all(sets) and prod(map(len, sets)) <= _ANSWERS else None
+
+
+@lru_cache(maxsize=64)
+def _trie(side: tuple[Any, ...], sets: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> Trie:
+    names = list(slots_of(side))
+    answers = (
+        target.join(side, {n: tokenizer.encode(v) for n, v in zip(names, values, strict=True)}, tokenizer)
+        for values in product(*sets)
+    )
+    return Trie(answers, tokenizer.end_id)

@@ -1,20 +1,20 @@
-"""The instruction grammar: one line that says what goes in and what comes out.
+"""The instruction grammar: one line with the inputs and outputs of a task.
 
     [image:photo] 图中的商品是什么颜色? -> [text:answer]
     [text:body|mask=0.15] -> [text:body]
     [image:photo] -> 颜色是[label:colour|set=红色,蓝色]
 
-    instruction := side -> side             left: what is given; right: what the model writes
+    instruction := side -> side             left: inputs; right: outputs, which the model writes
     side        := (plain text | slot)*     an empty left side means writing from nothing
     slot        := [TYPE(:name)?(|attribute(=value)?)*]
 
-A slot without a name has its type for a name. Blanks around a plain text are layout and not part of it. A literal
-`[` is written `[[`. The idea of typed slots in a line of instruction is OFASys' (arXiv 2212.04408).
-"""
+The default name of a slot is its type. Blanks around a plain text are not part of it. A literal `[` is written `[[`.
+The idea of typed slots in a line of instruction is OFASys' (arXiv 2212.04408)."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from openm6.core.errors import UsageError, suggest
@@ -29,9 +29,9 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     "box": frozenset({"drop"}),
     "vector": frozenset({"drop"}),
 }
-"""The slot types, and what may be said about a slot of each. `mask`, `prefix` and `drop` are corruptions
-(see `corrupt`) and belong on the left; `set` lists the labels; `verse` belongs on the right, and names the slot on the
-left that tells the text's form (see `forms`)."""
+"""Slot types, and the attributes of each. `mask`, `prefix` and `drop` are corruptions (see `corrupt`) and belong on the
+left; `set` lists the labels; `verse` belongs on the right, and names the slot on the left with the form of the text
+(see `forms`)."""
 
 _CORRUPTIONS = ("mask", "prefix", "drop")
 RESERVED = frozenset(
@@ -40,8 +40,8 @@ RESERVED = frozenset(
         "truncate",
     }
 )  # fmt: skip
-"""Names that no slot can have: the other parameters of the methods that take slots as keywords (`Session.run`,
-`Client.draw` ...). They lie in layers above this one, so a test compares the list with their signatures."""
+"""Names that no slot can have: the other parameters of methods that take slots as keywords (`Session.run`,
+`Client.draw` ...). These lie in higher layers, so a test compares the list with their signatures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,28 @@ Part = str | Slot
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """`text` as it was written, and its two sides: plain texts and slots in their order."""
+    """An instruction: its `text`, and its two sides, plain texts and slots in order."""
 
     text: str
     source: tuple[Part, ...]
     target: tuple[Part, ...]
+
+
+_HALF_WIDTH = str.maketrans("？！：；（）", "?!:;()")
+
+
+def half_width(text: str) -> str:
+    """An instruction with half-width forms of `？！：；（）`, as in the library's tasks: both spellings are one task.
+    Commas and full stops are kept.
+
+    Apply it to instructions that people write, not to those stored with a trained model, which keeps what it was
+    trained on."""
+    return text.translate(_HALF_WIDTH)
+
+
+def slots_of(side: Iterable[Part]) -> dict[str, Slot]:
+    """The slots of one side by their names, in their order."""
+    return {part.name: part for part in side if isinstance(part, Slot)}
 
 
 def parse(text: str) -> Instruction:
@@ -104,7 +121,7 @@ def parse(text: str) -> Instruction:
 
 
 def write(source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
-    """The instruction with these sides, in its plainest form: `parse` gives the sides back."""
+    """The canonical text of an instruction with these sides; `parse` returns the sides."""
     left, right = (
         " ".join(str(part) if isinstance(part, Slot) else part.replace("[", "[[") for part in side)
         for side in (source, target)
@@ -113,7 +130,7 @@ def write(source: tuple[Part, ...], target: tuple[Part, ...]) -> str:
 
 
 def _side(text: str, start: int, stop: int) -> list[tuple[Part, int]]:
-    """The parts of text[start:stop], each with the place where it begins."""
+    """The parts of text[start:stop], each with its start."""
     parts: list[tuple[Part, int]] = []
     plain, begun = "", start
     seen: set[str] = set()
@@ -142,7 +159,7 @@ def _side(text: str, start: int, stop: int) -> list[tuple[Part, int]]:
 
 
 def _slot(text: str, start: int, stop: int) -> Slot:
-    """The slot written in text[start:stop], between its brackets."""
+    """Parse the slot in text[start:stop], between its brackets."""
     head, *attributes = text[start:stop].split("|")
     kind, colon, name = head.partition(":")
     if kind not in ATTRIBUTES:
@@ -174,26 +191,26 @@ def _slot(text: str, start: int, stop: int) -> Slot:
                 raise _error(text, place, "set lists different labels, as in set=红色,蓝色")
             found["labels"] = labels
         else:
-            found[key] = _share(text, place, key, value)
+            found[key] = _fraction(text, place, key, value)
         place += len(attribute) + 1
     if "mask" in found and "prefix" in found:
         raise _error(text, start, "mask and prefix exclude each other")
     return Slot(kind, name, **found)  # type: ignore[arg-type]
 
 
-def _share(text: str, place: int, key: str, value: str) -> float:
+def _fraction(text: str, place: int, key: str, value: str) -> float:
     try:
-        share = float(value)
+        fraction = float(value)
     except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        problem = f"{key} is a share above 0 and up to 1, as in {key}=0.15, not {value!r}"
+        fraction = -1.0
+    if not 0 < fraction <= 1:
+        problem = f"{key} is a fraction above 0 and up to 1, as in {key}=0.15, not {value!r}"
         raise _error(text, place + len(key) + 1, problem)
-    return share
+    return fraction
 
 
 def _error(text: str, place: int, problem: str) -> UsageError:
-    """The problem, the instruction, and a mark under character `place` (wide characters count twice)."""
+    """An error with the problem, the instruction, and a mark under character `place` (wide characters count twice)."""
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
     blank = "".join("\u3000" if unicodedata.east_asian_width(c) in "WF" else " " for c in line[:place])
     return UsageError(f"{problem} (column {place + 1}).\n  {line}\n  {blank}^")

@@ -1,8 +1,7 @@
-"""Answers that are numbers from a head of their own: a linear layer on what the network has made of the input.
+"""Heads: answers that are numbers from a linear layer on the network's output.
 
-A head is a slot type: `register_head("depth", Depth())` makes `[image:photo] -> [depth:order]` a task. The model has
-the layer's weights; the rest is yours, and has to be registered wherever the model is used (`openm6.tasks.extend`).
-"""
+A head is a slot type: `register_head("depth", Depth())` makes `[image:photo] -> [depth:order]` a task. The model stores
+the layer's weights; the rest is the user's code, registered wherever the model is used (`openm6.tasks.extend`)."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Head(Protocol):
-    """What a head does with its `outputs` numbers."""
+    """The loss and the reading of a head's `outputs` numbers."""
 
     outputs: int
 
@@ -27,21 +26,21 @@ class Head(Protocol):
         """JSON schema of a value."""
 
     def numbers(self, value: Any) -> list[float]:
-        """A value of the data as numbers, always as many. Raises DataError for one that is none."""
+        """A value of the data as a fixed number of numbers. Raises DataError for an invalid value."""
 
     def loss(self, outputs: Tensor, wanted: Tensor) -> Tensor:
-        """Of outputs, fp32 [N, outputs], against what `numbers` gave, fp32 [N, any]: the loss of each, [N]."""
+        """The loss of each example, [N], from outputs, fp32 [N, outputs], and results of `numbers`, fp32 [N, any]."""
 
     def read(self, outputs: list[float]) -> Any:
-        """The answer."""
+        """The answer from the outputs."""
 
 
 HEADS: dict[str, Head] = {}
-"""By slot type."""
+"""Heads by slot type."""
 
 
 class _HeadSlot:
-    """A head as a slot type: nothing of it is tokens."""
+    """The slot type of a head, which has no tokens."""
 
     def __init__(self, head: Head):
         self.schema = head.schema

@@ -1,11 +1,10 @@
-"""From the pieces of a source and the tokens of a target to a Sequence.
+"""Layout of a source's pieces and a target's tokens as a Sequence.
 
     source, all see all              target, causal
     text <|image|> patch* <|/image|> <|answer|> t1 t2 ... tn
     labels: none                     t1         t2 t3 ... <|end|>
 
-The end token is only ever predicted, so it has no position of its own.
-"""
+The end token is only predicted, so it has no position of its own."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from openm6.tasks.processor import Processor
 
 
 class Piece(NamedTuple):
-    """A stretch of the source: `ids`, and the `pixels` [H, W, 3] whose patches are the ids between its first and
-    its last (or these patches' features). A `cuttable` one may be shortened when the example is too long."""
+    """A stretch of the source: `ids`, and the `pixels` [H, W, 3] whose patches are the ids between its first and its
+    last (or features of these patches). A `cuttable` one may be shortened when the example is too long."""
 
     ids: Items[int]
     pixels: np.ndarray | None = None
@@ -39,17 +38,16 @@ def lay_out(
 ) -> Sequence:
     """The Sequence of an example; without a target it ends where the answer begins.
 
-    `truncate`: what happens to a source that is longer than `max_length`.
+    `truncate`: handling of a source that is longer than `max_length`.
 
     - "end" (training): the target keeps up to half of the room that pictures and plain texts leave (more where the
-      source needs less; `reserve` stands for a target that is yet to be written), the longest source texts lose their
-      ends, and a cut target has no end token.
+      source needs less; `reserve` is the expected length of a target to be generated), the longest source texts lose
+      their ends, and a cut target has no end token.
     - "start": the longest source text alone loses its beginning; the target, or `reserve`, keeps up to half of the room
       that all others leave.
-    - None: it is refused, as it is when it leaves fewer than `least` positions for the answer.
+    - None: it is refused, and also where it leaves fewer than `least` positions for the answer.
 
-    Raises ContextLengthError when there is no room.
-    """
+    Raises ContextLengthError when there is no room."""
     tokenizer, most = processor.tokenizer, processor.max_length
     lengths = [len(piece.ids) for piece in pieces if piece.cuttable]
     fixed = 1 + sum(len(piece.ids) for piece in pieces if not piece.cuttable)
@@ -62,7 +60,7 @@ def lay_out(
         )
     if truncate is not None and loose + wanted > room:
         least = least if target is None else 1
-        kept = 0 if truncate == "end" else loose - max(lengths, default=0)  # of the texts, what nothing is taken from
+        kept = 0 if truncate == "end" else loose - max(lengths, default=0)  # positions of texts that stay whole
         needed = kept + (truncate == "start" and loose > 0)  # something of the longest text stays
         if room < needed + least:
             what = "all but its longest text" if needed else "its pictures and fixed texts"

@@ -1,8 +1,7 @@
-"""How long the texts of a request may be, checked before anything works at them.
+"""Limits on the length of a request's texts, checked before any other work.
 
 Normalizing and tokenizing take time and memory by the character: a text that cannot fit into the model is refused by
-its length alone. The server uses the same check before a request reaches the model's process.
-"""
+its length alone. The server applies the same check before a request reaches the model's process."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 from openm6.core.errors import ContextLengthError, DataError, UsageError, cut, suggest
 
 CHARACTERS = 32
-"""Characters of a value for each position of the model, at most. Tokens that are trained here have 8 characters at most
+"""Maximum characters of a value for each position of the model. Tokens trained here have at most 8 characters
 (Tokenizer.train); in larger vocabularies some have more (runs of blanks, names of code), but no text has 32 a token on
 average."""
 
 TRUNCATE = ("start",)
-"""What may be left out of a prompt that is longer than the model takes."""
+"""Ways to truncate a prompt that is too long for the model."""
 
 
 def check_truncate(truncate: str | None) -> None:
-    """Raises UsageError for what is neither None nor one of TRUNCATE."""
+    """Raises UsageError for a value other than None and those of TRUNCATE."""
     if truncate is not None and truncate not in TRUNCATE:
         raise UsageError(
             f'truncate is "{cut(truncate)}"; it is "start" (the beginning of the longest text is left out) or None '
@@ -34,8 +33,7 @@ def check_value(value: Any, positions: int | None) -> None:
     """Check all texts in a value, through lists and mappings, in time that does not depend on its size.
 
     Raises ContextLengthError for more than CHARACTERS characters a position (elements and digits count as characters;
-    None: any number), DataError for half a character (a lone surrogate).
-    """
+    None: no limit), DataError for a lone surrogate."""
     most = None if positions is None else CHARACTERS * positions
     count, waiting = 0, [value]
     while waiting:

@@ -1,4 +1,4 @@
-"""The tasks that come with OpenM6 (`library/*.yaml`), and a user's own by path or as one line of instruction."""
+"""The tasks of OpenM6 (`library/*.yaml`), and a user's own by path or as one line of instruction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from openm6.core.errors import UsageError, suggest
+from openm6.tasks.file import read_task
 from openm6.tasks.task import Task
 
 _FOLDER = Path(__file__).parent / "library"
@@ -17,7 +18,7 @@ def _files() -> dict[str, Path]:
 
 
 def names() -> list[str]:
-    """The library's tasks, by the alphabet."""
+    """Names of the library's tasks in alphabetical order."""
     return list(_files())
 
 
@@ -32,7 +33,7 @@ def get(name: str | Path) -> Task:
     if "->" in text:
         return Task.from_instruction(text)
     if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        return Task.from_yaml(text)
+        return read_task(text)
     raise UsageError(
         f'There is no task "{text}".{suggest(text, names())} `openm6 tasks` lists them; '
         "a task of your own is given by the path of its YAML file."
@@ -41,4 +42,4 @@ def get(name: str | Path) -> Task:
 
 @lru_cache(maxsize=256)
 def _library_task(name: str) -> Task:
-    return Task.from_yaml(_files()[name])
+    return read_task(_files()[name])

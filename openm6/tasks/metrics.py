@@ -1,27 +1,29 @@
-"""Metrics: how well answers agree with references, with bootstrap confidence intervals.
+"""Metrics: agreement of answers with references, with bootstrap confidence intervals.
 
-Each metric takes predictions, and for each of them its references (any number from 1), and gives `Values`; a metric of
-an extension may give a number, or a number for each prediction, instead (`values_of`).
-Perplexity is not among them: it comes from the loss, not from answers.
+Each metric takes predictions, and for each of them its references (one or more), and returns `Values`; a metric of an
+extension may return a number, or a number for each prediction, instead (`values_of`). Perplexity is computed elsewhere:
+it comes from the loss, not from answers.
 
-    accuracy      share of the answers equal to a reference, but for width, case, blanks and final punctuation
-    exact_match   share of the answers equal to a reference, blanks at the ends aside
-    character_accuracy   mean of 1 - edits / characters of the reference it is nearest to, 0 to 1 (of characters read)
+    accuracy      fraction of the answers equal to a reference, but for width, case, blanks and final punctuation
+    exact_match   fraction of the answers equal to a reference, blanks at the ends aside
+    character_accuracy   mean of 1 - edits / characters of the nearest reference, 0 to 1 (of characters read)
     bleu          corpus BLEU-4, 0 to 100 (sacrebleu, tokenize="zh": each Chinese character is a word)
-    rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the reference it fits best (rouge-chinese)
-    cider         mean CIDEr-D, 0 to 10, of characters (pycocoevalcap; papers print it times 100)
-    same_form     share of the answers whose lines have as many characters as a reference's, one by one
-    spearman      rank correlation of numbers, -1 to 1 (an answer that is no number counts as 0)
+    rouge_l       mean ROUGE-L F1, 0 to 1, of characters, against the best-fitting reference
+    cider         mean CIDEr-D, 0 to 10, of characters (papers print it times 100)
+    same_form     fraction of the answers whose lines have as many characters as a reference's, one by one
+    spearman      rank correlation of numbers, -1 to 1 (an answer that is not a number counts as 0)
     iou           mean overlap of boxes, 0 to 1: intersection over union with the reference
-    found         share of the boxes that overlap the reference by 0.5 or more
-    macro_f1      of labels: mean over the labels of F1, 0 to 1; which texts are one label is told as by accuracy
+    found         fraction of the boxes that overlap the reference by 0.5 or more
+    macro_f1      of labels: mean over the labels of F1, 0 to 1; texts equal by accuracy are one label
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,12 +31,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from openm6.core.errors import DataError, UsageError, cut, suggest
+from openm6.core.extras import require
 from openm6.tasks.slots.label import normalize_label
 
 if TYPE_CHECKING:
     from openm6.tasks.task import Task
 
 Statistic = Callable[[np.ndarray], float]
+Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """`examples` [n]: the score of each example (NaN where only all together have one); `corpus` gives the score of a
-    choice of examples (row numbers), which is their mean unless the metric says otherwise."""
+    """Scores of examples: `examples` [n], NaN where only all together have one; `corpus` returns the score of a
+    selection of examples (row numbers), by default their mean."""
 
     examples: np.ndarray
     corpus: Statistic
@@ -74,22 +78,31 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def character_accuracy(predictions: list[str], references: list[list[str]]) -> Values:
-    from torchmetrics.functional.text import char_error_rate
-
     def one(said: str, wanted: str) -> float:
-        return max(0.0, 1 - float(char_error_rate([said], [wanted]))) if wanted else float(not said)
+        return max(0.0, 1 - _edit_distance(said, wanted) / len(wanted)) if wanted else float(not said)
 
     return Values.mean(
         [max(one(_plain(p), _plain(w)) for w in wanted) for p, wanted in zip(predictions, references, strict=True)]
     )
 
 
+def _edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: the fewest characters to insert, delete or replace."""
+    row = list(range(len(second) + 1))
+    for number, a in enumerate(first, 1):
+        diagonal, row[0] = row[0], number
+        for place, b in enumerate(second, 1):
+            diagonal, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
 def bleu(predictions: list[str], references: list[list[str]]) -> Values:
+    require(*LIBRARIES["bleu"])
     from sacrebleu.metrics.bleu import BLEU
 
     sentence = BLEU(tokenize="zh", effective_order=True)
     found = [sentence.sentence_score(p, wanted) for p, wanted in zip(predictions, references, strict=True)]
-    # BLEU is made of sums over the corpus: matches and totals of each order, lengths.
+    # BLEU needs sums over the corpus: matches and totals of each order, lengths.
     sums = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found], np.int64)
 
     def corpus(rows: np.ndarray) -> float:
@@ -100,29 +113,56 @@ def bleu(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def rouge_l(predictions: list[str], references: list[list[str]]) -> Values:
-    from rouge_chinese import Rouge
-
-    rouge = Rouge(metrics=["rouge-l"], stats=["f"])
-
     def one(prediction: str, reference: str) -> float:
-        # The package refuses empty texts.
-        said, wanted = (" ".join(characters(text)) for text in (prediction, reference))
-        if not said or not wanted:
-            return float(said == wanted)
-        return float(rouge.get_scores(said, wanted)[0]["rouge-l"]["f"])
+        said, wanted = characters(prediction), characters(reference)
+        total = len(said) + len(wanted)
+        return 2 * _common_length(said, wanted) / total if total else 1.0
 
     return Values.mean([max(one(p, w) for w in wanted) for p, wanted in zip(predictions, references, strict=True)])
 
 
 def cider(predictions: list[str], references: list[list[str]]) -> Values:
-    """The weight of a character sequence depends on how many of the examples' references have it; the interval
-    takes these weights as given."""
-    from pycocoevalcap.cider.cider import Cider
+    """CIDEr-D. The weight of a character sequence depends on the number of examples whose references have it; the
+    interval takes these weights as given."""
+    said, wanted = [_ngrams(p) for p in predictions], [[_ngrams(w) for w in texts] for texts in references]
+    occurrences = Counter(gram for grams in wanted for gram in set().union(*grams))
+    weight = {gram: math.log(len(wanted) / count) for gram, count in occurrences.items()}
+    unknown = math.log(max(1, len(wanted)))
 
-    wanted = {i: [" ".join(characters(w)) for w in texts] for i, texts in enumerate(references)}
-    said = {i: [" ".join(characters(p))] for i, p in enumerate(predictions)}
-    _, examples = Cider().compute_score(wanted, said)
-    return Values.mean([float(v) for v in examples])
+    def vector(grams: Counter[Gram]) -> tuple[dict[Gram, float], list[float], int]:
+        """TF-IDF of the n-grams, the norm of each order's, and the number of bigrams, which stands for the length."""
+        values = {gram: count * weight.get(gram, unknown) for gram, count in grams.items()}
+        norms = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in ORDERS]
+        return values, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
+
+    def similarity(answer: Counter[Gram], reference: Counter[Gram]) -> float:
+        (a, a_norms, a_length), (b, b_norms, b_length) = vector(answer), vector(reference)
+        products = {gram: min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b}
+        shared = [sum(value for gram, value in products.items() if len(gram) == n) for n in ORDERS]
+        cosines = [s / (x * y) if x and y else 0.0 for s, x, y in zip(shared, a_norms, b_norms, strict=True)]
+        return sum(cosines) / len(ORDERS) * math.exp(-((a_length - b_length) ** 2) / (2 * 6.0**2))
+
+    pairs = zip(said, wanted, strict=True)
+    return Values.mean([10 * sum(similarity(p, w) for w in grams) / len(grams) for p, grams in pairs])
+
+
+ORDERS = (1, 2, 3, 4)
+"""Lengths of the n-grams that CIDEr-D compares."""
+
+
+def _ngrams(text: str) -> Counter[Gram]:
+    units = characters(text)
+    return Counter(tuple(units[i : i + n]) for n in ORDERS for i in range(len(units) - n + 1))
+
+
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for a in first:
+        diagonal = 0
+        for place, b in enumerate(second, 1):
+            diagonal, row[place] = row[place], diagonal + 1 if a == b else max(row[place], row[place - 1])
+    return row[-1]
 
 
 def same_form(predictions: list[str], references: list[list[str]]) -> Values:
@@ -133,8 +173,6 @@ def same_form(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def spearman(predictions: list[str], references: list[list[str]]) -> Values:
-    from scipy.stats import spearmanr
-
     def number(text: str) -> float | None:
         try:
             return float(text)
@@ -151,9 +189,16 @@ def spearman(predictions: list[str], references: list[list[str]]) -> Values:
         said, right = pairs[rows].T
         if said.min() == said.max() or right.min() == right.max():  # no order to agree with
             return 0.0
-        return float(spearmanr(said, right).statistic)
+        return float(np.corrcoef(_ranks(said), _ranks(right))[0, 1])
 
     return Values(-np.abs(pairs[:, 0] - pairs[:, 1]), corpus)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal values share the mean of their ranks."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
+    return ranks
 
 
 def iou(predictions: list[str], references: list[list[str]]) -> Values:
@@ -165,7 +210,7 @@ def found(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def _overlaps(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """Of boxes written as JSON lists of left, top, right, bottom."""
+    """Intersection over union of boxes written as JSON lists of left, top, right, bottom."""
 
     def overlap(first: list[float], second: list[float]) -> float:
         width = min(first[2], second[2]) - max(first[0], second[0])
@@ -194,8 +239,8 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
-    """A function from a text to the label that it means: one of `known`, else the first of `others`, that accuracy
-    takes for the same, else the text itself, normalized."""
+    """A function from a text to its label: the one of `known`, else the first of `others`, that is equal by accuracy,
+    else the normalized text itself."""
     known = [normalize_label(label) for label in known]
     exact, names = set(known), dict[str, str]()
     for label in (*known, *map(normalize_label, others)):
@@ -211,8 +256,8 @@ def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[s
 def label_pairs(
     predictions: list[str], references: list[list[str]], known: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """The label that was answered and the one that was right, for each record: of several references the one that was
-    answered, else the first."""
+    """The answered label and the right one of each record: of several references the one that was answered, else the
+    first."""
     name = label_namer(known, (text for wanted in references for text in wanted))
     said, right = [name(text) for text in predictions], []
     for label, wanted in zip(said, references, strict=True):
@@ -232,22 +277,25 @@ METRICS: dict[str, Metric] = {
 
 BUILT_IN = frozenset(METRICS)
 
+LIBRARIES = {"bleu": ("eval", "sacrebleu")}
+"""Metrics that take a library: the extra that brings it, and its module."""
+
 ELSEWHERE = ("perplexity", "recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "parent", "facts_kept")
-"""Metrics that are more than a comparison with references: of losses, of vectors (retrieve/ranks.py), and with the
-table that was given (faithful.py)."""
+"""Metrics other than comparisons with references: of losses, of vectors (retrieve/ranks.py), and with the input table
+(faithful.py)."""
 
 
 LOWER_IS_BETTER = {"perplexity"}
-"""Metrics of which a lower value is the better one; extensions add theirs (openm6.tasks.extend)."""
+"""Metrics of which a lower value is better; extensions add theirs (openm6.tasks.extend)."""
 
 
 def gain(name: str, value: float) -> float:
-    """The value of a metric with the sign by which more is better: for comparisons of two models by any metric."""
+    """The value of a metric, negated where lower is better, to compare models by any metric."""
     return -value if name in LOWER_IS_BETTER else value
 
 
 def check_metric(metric: str, task: Task) -> None:
-    """Raises UsageError for a metric that is unknown, or that the answers of `task` cannot be measured by."""
+    """Raises UsageError for an unknown metric, or one that does not apply to the answers of `task`."""
     if metric not in METRICS and metric not in ELSEWHERE:
         known = (*METRICS, *ELSEWHERE)
         raise UsageError(f"There is no metric {metric}.{suggest(metric, known)} There are: {', '.join(known)}.")
@@ -277,12 +325,11 @@ def score(name: str, predictions: list[str], references: list[list[str]]) -> Sco
 
 
 def values_of(name: str, predictions: list[str], references: list[list[str]]) -> Values:
-    """What a metric gives, by its name, as `Values`.
+    """The `Values` of a metric by its name.
 
-    A metric may return a number for each prediction, of which the score is the mean, or one number, the score of all
-    of them; its interval then comes from calling it on the resampled predictions. Raises UsageError for an unknown
-    metric and for one that returns anything else, ValueError for empty lists.
-    """
+    A metric may return a number for each prediction, whose mean is the score, or one number, the score of all of them;
+    its interval then comes from calling it on the resampled predictions. Raises UsageError for an unknown metric and
+    for any other return value, ValueError for empty lists."""
     if name not in METRICS:
         raise UsageError(f"There is no metric {name}.{suggest(name, set(METRICS))} There are: {', '.join(METRICS)}.")
     count, metric = len(predictions), METRICS[name]
@@ -311,7 +358,7 @@ def values_of(name: str, predictions: list[str], references: list[list[str]]) ->
 
 
 def score_of(values: Values) -> Score:
-    """Values over all examples, with the interval."""
+    """The score over all examples, with its interval."""
     count = len(values.examples)
     low, high = bootstrap(count, values.corpus)
     return Score(values.corpus(np.arange(count)), low, high, count)
@@ -330,11 +377,11 @@ _TOKENS = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W\u3
 
 
 def characters(text: str) -> list[str]:
-    """Chinese characters one by one, other words whole, punctuation one by one."""
+    """Tokens of a text: single Chinese characters, other words whole, single punctuation marks."""
     return _TOKENS.findall(text)
 
 
 def _plain(text: str) -> str:
-    """Signs that a label may end with (C#, A-) stay."""
+    """A label without width, case, blanks and final punctuation; signs at its end (C#, A-) stay."""
     text = "".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.rstrip("。.!?,;:、") or text

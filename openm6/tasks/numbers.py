@@ -1,16 +1,15 @@
-"""The numbers of a text, each read whole, and the rule that a text says no number but those that are given.
+"""Numbers in a text, each read whole, and the rule that a text has no numbers other than given ones.
 
 A number is written with digits (1299), with separators between them (1,299; 1 299; 1'299; 99.50; with 。 for a point:
 9。9), with a unit of Chinese numerals (1.2万, 1万二), in Chinese numerals (一千二百九十九), as a percentage (50%,
-百分之五十) or as a discount (8.5折, 八五折, 85折, 半价). Digits may be of full width. Spellings of the same value are
-equal: 1,299.00 = 1299, 1.2万 = 12000, 八折 = 8折. A discount, a percentage and any other number never equal each other:
-5折 is neither 50% nor 5. A number with w or k behind it (1.2w, 3k, 60W) equals itself alone: it may be thousands or
-watts. What is no money (500ml) is no price either: 500元 is not said of it. In a range the first number has the unit of
+百分之五十) or as a discount (8.5折, 八五折, 85折, 半价). Digits may be full-width. Spellings of the same value are
+equal: 1,299.00 = 1299, 1.2万 = 12000, 八折 = 8折. A discount, a percentage and any other number are never equal: 5折 is
+neither 50% nor 5. A number with w or k after it (1.2w, 3k, 60W) equals itself alone: it may mean thousands or watts. A
+number that is not money (500ml) is no price: it does not permit 500元. In a range the first number takes the unit of
 the second: 8.98-12.98万 begins at 89,800.
 
-A Chinese numeral is a number where it has a place in it (十五, 三百) or a unit behind it (三件, 八折, 九元); it is none
-in 一条, 百搭, 十分, 万能.
-"""
+A Chinese numeral is a number where it has a place value (十五, 三百) or a unit after it (三件, 八折, 九元), unlike
+一条, 百搭, 十分, 万能."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ from string import ascii_lowercase
 from typing import NamedTuple
 
 Value = tuple[str, Decimal | str]
-"""The kind of a number ("" or one of % ‰ 折 w k) and its value; a text where it has none, as the version 1.5.2 has."""
+"""Kind of a number ("" or one of % ‰ 折 w k) and its value; a text where it has none, such as version 1.5.2."""
 
 _NUMERALS = {c: n % 10 for n, c in enumerate("零一二三四五六七八九〇壹贰叁肆伍陆柒捌玖")} | {"两": 2}
 _PLACES = {"十": 10, "百": 100, "千": 1000, "拾": 10, "佰": 100, "仟": 1000, "万": 10_000, "亿": 100_000_000}
 _MONEY, _COUNTED = "元块", "件只双条个片支枚粒颗瓶盒包袋箱罐桶套张层斤克公米寸年天月日号岁码级档倍成升毫厘英小"
-"""The first characters of units that make one numeral a number."""
+"""First characters of units that make a single numeral a number."""
 
 _N, _P, _U = "".join(_NUMERALS), "".join(_PLACES), _MONEY + _COUNTED
 _SEPARATOR, _RANGE = "(?:,[ ]?|[ '’])", "-~–—至到"
@@ -51,8 +50,8 @@ _TAIL = re.compile(rf"[{_STARTS}][{_STARTS}{re.escape(_MORE)}]{{0,63}}$")
 
 
 class _Plain(dict[int, str]):
-    """Each character in its plain form: NFKC and small letters, where that is one character. Signs made of digits, as
-    ² and ①, are no digits and stay."""
+    """Translation of each character to its plain form: NFKC and lower case, where that is one character. Signs made of
+    digits, such as ² and ①, stay."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -65,12 +64,12 @@ _PLAIN = _Plain()
 
 
 def plain(text: str) -> str:
-    """The text in plain characters, one for each of its own: １，２９９ becomes 1,299."""
+    """The text in plain characters, one for each original: １，２９９ becomes 1,299."""
     return text.translate(_PLAIN)
 
 
 def narrow(text: str) -> str:
-    """The text with its numbers, and nothing else, in plain characters and with usual separators."""
+    """The numbers of a text in plain characters with usual separators; the rest of the text is unchanged."""
     said, end = plain(text), 0
     parts: list[str] = []
     for number in read_numbers(text):
@@ -84,9 +83,8 @@ def _spelled(number: str) -> str:
 
 
 class Number(NamedTuple):
-    """A number of a text, at the characters `start` to `end` of it. It has several values where separators stand
-    between numbers, as in 38,39,40. `is_money`: whether a sign or unit says so, as not in 500ml, 三件 or UPF50; None
-    where nothing says what it is."""
+    """A number of a text, at its characters `start` to `end`. It has several values where separators stand between
+    numbers, as in 38,39,40. `is_money`: by its sign or unit, unlike 500ml, 三件 or UPF50; None where nothing tells."""
 
     start: int
     end: int
@@ -111,7 +109,7 @@ def _is_money(found: re.Match[str], said: str) -> bool | None:
 
 
 def _values(found: re.Match[str], said: str) -> tuple[Value, ...]:
-    """The values of what looks like a number; none if it is a word."""
+    """The values of a candidate for a number; empty if it is a word."""
     digits, low, places, chinese = ((found[n] or "").replace("。", ".") for n in ("digits", "low", "places", "chinese"))
     kind = found["kind"] or found["letter"] or ("%" if found["percent"] else "")
     if found["halved"]:
@@ -150,15 +148,15 @@ def _is_number(chinese: str, behind: str, is_price: bool) -> bool:
 
 
 def _decimal(text: str) -> Decimal | str:
-    """The value of digits with one point at most. Digits that begin with 0, as in a code, equal themselves alone."""
+    """The value of digits with at most one point. Digits that begin with 0, as in a code, equal themselves alone."""
     if text.count(".") > 1 or re.match(r"0\d", text):
         return text
     return Decimal(text)
 
 
 def _in_places(text: str) -> Decimal | str:
-    """The value of numerals with places: 1.2万, 一千二百九十九, 三百五 (350), 九十九点五. Without any place they are
-    digits one by one: 一九九. Of what is no number the text."""
+    """The value of numerals with place values: 1.2万, 一千二百九十九, 三百五 (350), 九十九点五. Without any they are
+    digits one by one: 一九九. The text itself where it is no number."""
     whole, _, rest = text.partition("点")
     end = re.search(rf"[{_P}]*$", rest)
     if rest and end:
@@ -169,7 +167,7 @@ def _in_places(text: str) -> Decimal | str:
         return Decimal("".join(str(_NUMERALS[c]) for c in text))
     total = section = Decimal(0)
     last: Decimal | None = None
-    place, filled = 0, False  # of the last one, and whether 零 stands behind it
+    place, filled = 0, False  # place of the last numeral, and whether 零 follows it
     for part in re.findall(rf"\d+(?:\.\d+)*|[{_N}{_P}]", text):
         if part in _PLACES:
             if _PLACES[part] >= 10_000:
@@ -200,7 +198,7 @@ def _times(value: Decimal, places: str) -> Decimal:
 
 
 class GivenNumbers:
-    """The numbers of some texts: another text may say these values and no others (a rule of tasks/constraints.py)."""
+    """The numbers of some texts, the only values that another text may have (a rule of tasks/constraints.py)."""
 
     following = frozenset(f"0123456789{_P}{_MORE}")
 
@@ -208,14 +206,14 @@ class GivenNumbers:
         every = [(plain(text), number) for text in texts for number in read_numbers(text)]
         self.values = frozenset(value for _, number in every for value in number.values)
         self._prices = frozenset(v for _, number in every if number.is_money is not False for v in number.values)
-        # With the letters behind, so that 5k may become 5kg.
+        # With the letters after it, so that 5k may become 5kg.
         self._given = frozenset(
             _spelled(text[n.start : n.end]) + re.split("(?![a-z])", text[n.end :], maxsplit=1)[0] for text, n in every
         )
 
     @cached_property
     def _spellings(self) -> tuple[str, ...]:
-        """The spellings that the text may use for the values: those given, and those in digits."""
+        """Spellings that the text may use for the values: those given, and those in digits."""
         found = set(self._given)
         for kind, value in self.values:
             if isinstance(value, str):
@@ -234,17 +232,17 @@ class GivenNumbers:
         return re.search(f"[{_STARTS}]", plain(word)) is not None
 
     def tail(self, text: str) -> str:
-        """The end of a text that looks like a number begun; "" for none."""
+        """The end of a text that looks like the beginning of a number; "" for none."""
         found = _TAIL.search(plain(text))
         return found[0] if found else ""
 
     def follows(self, tail: str) -> Iterable[str]:
-        """The characters that a number at the end may go on with."""
+        """Characters that may continue a number at the end."""
         return self.following if tail else ()
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """What is wrong with a text; "" if nothing is. If it has not `ended`, what is left may put its last number
-        right."""
+        """The violation in a text; "" if there is none, or if the continuation of a text that has not `ended` may
+        repair its last number."""
         said = plain(text)
         for number in read_numbers(text):
             if (self._prices if number.is_money else self.values).issuperset(number.values):

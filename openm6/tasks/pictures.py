@@ -1,4 +1,4 @@
-"""The codec of a model that draws, for any thread: pictures to code numbers, remembered, and back."""
+"""The image codec of a model, for any thread: pictures to cached code numbers, and back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from openm6.model.codec import Codec
 from openm6.model.files import load_network, save_network
 
 REMEMBERED = 2**18
-"""Pictures whose codes are kept: every epoch asks for the same ones."""
+"""Number of pictures whose codes are cached: every epoch uses the same pictures."""
 
 
 class PictureCodec:
-    """A codec in use: always in its own precision, whoever asks (in bf16 pictures come out a level or two off)."""
+    """A codec in use, always in its own precision (in bf16 pictures are a level or two off)."""
 
     def __init__(self, codec: Codec):
         self.codec, self.size, self.side = codec.eval(), codec.config.image_size, codec.config.side
@@ -30,19 +30,19 @@ class PictureCodec:
 
     @classmethod
     def load(cls, path: Path) -> PictureCodec:
-        """Raises UsageError where there is no codec."""
+        """Open a codec. Raises UsageError where there is none."""
         return cls(load_network(Codec, path))
 
     def save(self, path: Path) -> None:
         save_network(self.codec, path)
 
     def vectors(self) -> torch.Tensor:
-        """Of all codes, fp32 [num_codes, dims]."""
+        """Vectors of all codes, fp32 [num_codes, dims]."""
         device = self.codec.out_of.weight.device
         return self.codec.quantizer.vectors(torch.arange(self.num_codes, device=device)).float().cpu()
 
     def encode(self, picture: Source) -> np.ndarray:
-        """The middle square of a picture as codes, int64 [side * side], row by row."""
+        """The codes of the middle square of a picture, int64 [side * side], row by row."""
         pixels = read_square(picture, self.size)
         key = blake2b(pixels.tobytes(), digest_size=16).digest()
         with self._lock:
@@ -59,7 +59,7 @@ class PictureCodec:
         return known.astype(np.int64)
 
     def decode(self, codes: np.ndarray) -> Image.Image:
-        """Codes [side * side] as a picture."""
+        """The picture of codes [side * side]."""
         device = self.codec.out_of.weight.device
         grid = torch.from_numpy(codes.reshape(1, self.side, self.side)).to(device)
         with torch.autocast(device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""An example for people to read: what the network is given, and what it has to write."""
+"""An example for people to read: the input of the network, and its target."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from openm6.core.images import ImageGrid, open_image
 from openm6.core.sequence import IGNORE, SOURCE
 from openm6.core.tokenizer import HALF, Tokenizer
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.grammar import Slot
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 _SHOWN = 160
-"""Characters of a side that are shown; of a longer one the middle is left out."""
+"""Maximum characters of a side; the middle of a longer one is left out."""
 
 
 @lru_cache(maxsize=1)
@@ -25,12 +26,11 @@ def plain_processor() -> Processor:
 
 
 def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tuple[str, str]:
-    """Source and target of a record, by the task's first instruction, with its corruptions: texts as they are left when
-    the example is cut to the processor's `max_length`, pictures by name and size in pixels. Raises DataError as
-    `Task.encode` does."""
+    """Source and target of a record, by the task's first instruction, with its corruptions: texts as truncated to the
+    processor's `max_length`, pictures by name and size in pixels. Raises DataError as `encode_example` does."""
     tokenizer = processor.tokenizer
-    plain = not (task.draws or task.silent or task.sketch)
-    sequence = task.encode(record, processor, with_target=plain, truncate="end")
+    plain = not (task.draws or task.produces_no_tokens or task.sketch)
+    sequence = (encode_example if plain else encode_prompt)(task, record, processor, truncate="end")
     given = [p.name for p in task.instructions[0].source if isinstance(p, Slot) and p.type == "image"]
     pictures = [_picture(record[name]) for name in given if record.get(name) is not None]
     source = _read(sequence.ids[sequence.blocks == SOURCE].tolist(), pictures, tokenizer)
@@ -40,13 +40,13 @@ def preview(task: Task, record: Mapping[str, Any], processor: Processor) -> tupl
         value = record.get(task.outputs[0])
         value = value[0] if task.sketch and isinstance(value, list) else value
         target = "(a vector)" if task.embeds else _picture(value) if task.draws else str(value)
-    if sequence.cut:  # within a character, it may be
+    if sequence.cut:  # perhaps within a character
         source, target = source.replace(HALF, ""), target.replace(HALF, "")
     return _short(source), _short(target)
 
 
 def _read(ids: list[int], pictures: Iterable[str], tokenizer: Tokenizer) -> str:
-    """The text of ids: a picture's by its name, a gap as `____`, the marks of tables as they are written."""
+    """The text of ids, with pictures by name, gaps as `____`, and the marks of tables."""
     marks = {
         tokenizer.mask_id: "____", tokenizer.table_id: "<|table|>", tokenizer.table_end_id: "<|/table|>",
         tokenizer.row_id: "<|row|>", tokenizer.cell_id: "<|cell|>",

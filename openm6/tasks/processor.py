@@ -1,4 +1,4 @@
-"""What a task needs of a model to turn a record into a Sequence."""
+"""The properties of a model that tasks need to turn a record into a Sequence."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processor:
-    """The model's tokenizer, its grid of picture patches, the longest example in positions, the codec of a model that
-    draws, the positions before every example that an adapter fills, and the ids that the model has met in training
-    (None: nobody wrote them down)."""
+    """Tokenizer and limits of a model.
+
+    tokenizer    the model's tokenizer
+    grid         the grid of picture patches
+    max_length   maximum length of an example, in positions
+    codec        the image codec of a model that draws
+    prompt       number of positions before every example that an adapter fills
+    taught       ids that the model has met in training; None: unknown
+    """
 
     tokenizer: Tokenizer
     grid: ImageGrid

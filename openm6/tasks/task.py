@@ -1,52 +1,35 @@
-"""Task: from a record to a Sequence, and from what the model wrote back to an answer."""
+"""Task: the inputs and outputs of a model, as an instruction with typed slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence as Items
+from collections.abc import Iterator, Mapping, Sequence as Items
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import product
-from math import prod
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from openm6.core.errors import DataError, UsageError, cut, suggest
-from openm6.core.sequence import Constraint, Sequence
-from openm6.core.tokenizer import Tokenizer
+from openm6.core.errors import UsageError, cut, suggest
 from openm6.tasks import target
-from openm6.tasks.encode import bad, encode, slots_of, value_of
-from openm6.tasks.forms import Digits, Verse, form_of
-from openm6.tasks.grammar import Instruction, Slot, parse
+from openm6.tasks.grammar import Instruction, Slot, half_width, parse, slots_of
 from openm6.tasks.heads import HEADS
 from openm6.tasks.processor import Processor
-from openm6.tasks.slots import TYPES, box
+from openm6.tasks.slots import TYPES
 from openm6.tasks.slots.label import normalize_label
-from openm6.tasks.slots.text import as_text
-from openm6.tasks.trie import Trie
-
-Record = Mapping[str, Any]
-
-_ANSWERS = 100_000
-"""Closed answers (combinations of labels) up to which decoding is kept to them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the model is asked to do.
+    """A task of the model.
 
-    instructions   variants of the instruction, all with the same slots; training draws one, use takes the first
-    metrics        how its answers are measured (see `metrics`; also "perplexity")
+    instructions   variants of the instruction, all with the same slots; training draws one, inference takes the first
+    metrics        metrics of its answers (see `metrics`; also "perplexity")
     decode         defaults of decoding, e.g. {"max_new_tokens": 16}
-    labels         the closed set of each label slot, where it is known
-    example        one input, and the answer to it, by slot
+    labels         closed sets of labels, by slot, where known
+    example        one input and its answer, by slot
     aliases        names of data columns that fill a slot besides its own name
-    reader         of a task that draws: the task by which what was drawn is read, to rank candidates; it writes what
-                   was asked for under the same slot names
-    sketch         the slot on the left that the text keeps much of: it is then written from a sketch of it, by edits in
-                   parallel (see `sketch`), not one token after the other
-    slots          slot by name, those of the left first; `inputs` and `outputs` are the names of each side
+    reader         of a task that draws: the task that reads candidates, to rank them; it writes the prompt under
+                   the same slot names
+    sketch         the slot on the left that the text keeps much of: the text is then generated from a sketch of it, by
+                   edits in parallel (see `sketch`), not one token after the other
+    slots          slots by name, those of the left first; `inputs` and `outputs` are the names of each side
     """
 
     name: str
@@ -80,7 +63,7 @@ class Task:
         object.__setattr__(self, "inputs", tuple(inputs))
         object.__setattr__(self, "outputs", tuple(outputs))
         every = [part for i in self.instructions for part in (*i.source, *i.target) if isinstance(part, Slot)]
-        if (self.draws or self.silent) and any(len(i.target) > 1 for i in self.instructions):
+        if (self.draws or self.produces_no_tokens) and any(len(i.target) > 1 for i in self.instructions):
             what = "picture that is drawn" if self.draws else "vector" if self.embeds else "head's answer"
             raise UsageError(f"The task {self.name}: a {what} stands alone on the right side.")
         if self.sketch:
@@ -95,7 +78,7 @@ class Task:
             if name not in self.slots or self.slots[name].type != "label":
                 known = [s.name for s in self.slots.values() if s.type == "label"]
                 raise UsageError(f"The task {self.name} has no label slot {name}.{suggest(name, known)}")
-            # A label may be met twice (labels taken from data); its place in the set is its first one.
+            # Labels taken from data may repeat; the first occurrence counts.
             labels[name] = tuple(dict.fromkeys(normalize_label(str(value)) for value in values))
             if not all(labels[name]) or not values:
                 raise UsageError(f"The task {self.name} has an empty set of labels, or an empty label, for {name}.")
@@ -103,31 +86,32 @@ class Task:
 
     @property
     def controls(self) -> int:
-        """Slots that may be dropped, of a task that draws."""
+        """Number of slots that may be dropped, of a task that draws."""
         return sum(bool(self.slots[name].drop) for name in self.inputs) if self.draws else 0
 
     @property
     def draws(self) -> bool:
-        """Whether the answer is a picture. It then stands alone on the right."""
+        """Whether the answer is a picture, which stands alone on the right."""
         return any(self.slots[name].type == "image" for name in self.outputs)
 
     @property
     def embeds(self) -> bool:
-        """Whether the answer is a vector: the network's output where the answer would begin. It stands alone."""
+        """Whether the answer is a vector: the network's output where the answer would begin. It stands alone on the
+        right."""
         return any(self.slots[name].type == "vector" for name in self.outputs)
 
     @property
     def head(self) -> str:
-        """The slot type of an answer that a head gives; "" of other tasks."""
+        """The slot type of a head's answer; "" of other tasks."""
         return next((kind for name in self.outputs if (kind := self.slots[name].type) in HEADS), "")
 
     @property
-    def silent(self) -> bool:
-        """Whether nothing is written: the answer is a vector, or a head's."""
+    def produces_no_tokens(self) -> bool:
+        """Whether no tokens are generated: the answer is a vector, or a head's."""
         return self.embeds or bool(self.head)
 
-    def left(self) -> Task:
-        """The task with nothing on its right, for records that have no answer yet."""
+    def without_target(self) -> Task:
+        """The task without a target, for records that have no answer yet."""
         labels = {name: values for name, values in self.labels.items() if name in self.inputs}
         instructions = tuple(replace(i, target=()) for i in self.instructions)
         return replace(self, instructions=instructions, labels=labels, sketch="")
@@ -139,24 +123,11 @@ class Task:
         cls, text: str, name: str | None = None, labels: Mapping[str, Items[str]] | None = None
     ) -> Task:
         """A task from one line: `Task.from_instruction("[image:photo] 是什么? -> [label:kind|set=鞋,包]")`."""
+        text = half_width(text)
         return cls(name or text, (parse(text),), labels={k: tuple(v) for k, v in (labels or {}).items()})
 
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Task:
-        """A task file. Raises UsageError that names file and key."""
-        from openm6.tasks.file import read_task
-
-        return read_task(path)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = "The task") -> Task:
-        """What `to_dict` gave. Raises UsageError that names the key, after `where`."""
-        from openm6.tasks.file import task_of
-
-        return task_of(content, where)
-
     def to_dict(self) -> dict[str, Any]:
-        """Everything of the task as JSON values."""
+        """The task as JSON values."""
         return {
             "name": self.name,
             "description": self.description,
@@ -171,13 +142,13 @@ class Task:
         }
 
     def with_labels(self, labels: Mapping[str, Items[str]]) -> Task:
-        """The task with these closed sets, for labels that only the data tells."""
+        """The task with these closed sets, for labels found in the data."""
         return replace(self, labels={**self.labels, **{name: tuple(values) for name, values in labels.items()}})
 
-    # From a record to a Sequence
+    # Checking a record
 
     def check(self, given: Mapping[str, Any]) -> None:
-        """Raises UsageError where a slot is unknown or one that has to be there is missing."""
+        """Raises UsageError for an unknown slot or a missing required one."""
         for name in given:
             if name not in self.slots:
                 raise UsageError(
@@ -190,58 +161,27 @@ class Task:
                 raise UsageError(f"{name} is missing: the task {self.name} takes {', '.join(self.inputs)}.", param=name)
 
     def check_draws(self) -> None:
-        """Raises UsageError for a task whose answer is no picture."""
+        """Raises UsageError for a task whose answer is not a picture."""
         if not self.draws:
             raise UsageError(f"The task {self.name} does not draw: it writes {', '.join(self.outputs)}.")
 
     def asked(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a record what the task is asked with: its inputs, where they are there."""
+        """The inputs of a record that are present."""
         return {name: record[name] for name in self.inputs if record.get(name) is not None}
 
-    def encode(
-        self,
-        record: Record,
-        processor: Processor,
-        rng: np.random.Generator | None = None,
-        with_target: bool = True,
-        another: Callable[[], Record] | None = None,
-        shots: Items[Record] = (),
-        truncate: str | None = None,
-    ) -> Sequence:
-        """The Sequence of one record whose keys are the slots' names: see `encode.encode`."""
-        return encode(self, record, processor, rng, with_target, another, shots, truncate)
-
-    # From what was written to an answer
+    # Reading an answer
 
     def read(self, ids: Items[int], processor: Processor) -> dict[str, Any]:
-        """The outputs by name, from the ids that the model wrote (its first instruction was asked)."""
+        """The outputs by name, from the ids generated for its first instruction."""
         parts = target.split(self.instructions[0].target, ids, processor.tokenizer)
         return {slot.name: TYPES[slot.type].read(found, processor) for slot, found in parts}
 
     def value(self, ids: Items[int], processor: Processor) -> Any:
-        """The value of the one output, or the dict of several, from the ids that the model wrote."""
+        """The value of the one output, or the dict of several, from the generated ids."""
         found = self.read(ids, processor)
         return next(iter(found.values())) if len(found) == 1 else found
 
-    def allowed(self, processor: Processor, record: Record) -> Constraint | None:
-        """What may be written, when all outputs are labels of known sets, or the one output is a box or a verse; else
-        None. Raises DataError for a form that is none."""
-        only = self.slots[self.outputs[0]] if len(self.outputs) == 1 and len(self.instructions[0].target) == 1 else None
-        if only and only.type == "box":
-            return Digits(box.DIGITS, processor.tokenizer)
-        written = next(iter(slots_of(self.instructions[0].target).values()))
-        if only and written.verse:
-            try:
-                lines, length = form_of(as_text(value_of(self, record, self.slots[written.verse], None)))
-            except DataError as error:
-                raise bad(record, self.slots[written.verse], error) from None
-            return Verse(lines, length, processor.tokenizer)
-        sets = [self.labels.get(name, ()) for name in self.outputs]
-        if not all(sets) or prod(map(len, sets)) > _ANSWERS:
-            return None
-        return _trie(self.instructions[0].target, tuple(sets), processor.tokenizer)
-
-    # What the task tells about itself
+    # Description
 
     def schema(self) -> dict[str, Any]:
         """JSON schemas of the inputs and of the outputs: `{"inputs": {...}, "outputs": {...}}`."""
@@ -257,18 +197,8 @@ class Task:
         return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
     def texts(self) -> Iterator[str]:
-        """The texts of the task itself: its instructions and labels. A tokenizer has to know them."""
+        """The texts of the task itself, its instructions and labels, which a tokenizer has to know."""
         for instruction in self.instructions:
             yield from (part for part in (*instruction.source, *instruction.target) if isinstance(part, str))
         for labels in self.labels.values():
             yield from labels
-
-
-@lru_cache(maxsize=64)
-def _trie(side: tuple[Any, ...], sets: tuple[tuple[str, ...], ...], tokenizer: Tokenizer) -> Trie:
-    names = list(slots_of(side))
-    answers = (
-        target.join(side, {n: tokenizer.encode(v) for n, v in zip(names, values, strict=True)}, tokenizer)
-        for values in product(*sets)
-    )
-    return Trie(answers, tokenizer.end_id)

@@ -1,4 +1,4 @@
-"""Which token may come next when the answer is one of a closed set."""
+"""A constraint to answers of a closed set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _END = -1
 
 
 class Trie:
-    """The allowed answers, each a list of token ids; after a whole one comes `end_id`."""
+    """The allowed answers, each a list of token ids; `end_id` follows a complete one."""
 
     def __init__(self, answers: Iterable[Sequence[int]], end_id: int):
         self._root: dict[int, Any] = {}
@@ -23,7 +23,7 @@ class Trie:
             raise ValueError("a trie needs at least one answer")
 
     def next(self, prefix: Sequence[int]) -> list[int]:
-        """The ids that may follow `prefix`: none when no answer begins so."""
+        """The ids that may follow `prefix`; none when no answer begins with it."""
         node = self._root
         for token in prefix:
             found = node.get(int(token)) if int(token) != _END else None

@@ -1,9 +1,8 @@
-"""Words that name values (colours, materials, those of other items), and the rule that a text names no value but those
-that an item has.
+"""Words that name values (colours, materials, those of other items), and the rule that a text names no values other
+than those of an item.
 
-Words are read whole: where a longer known word stands, none inside of it counts. So 仿羊绒 is not 羊绒, 红包 is no
-colour, and 深蓝色 is one value.
-"""
+Words are read whole: a longer known word hides all inside it. So 仿羊绒 is not 羊绒, 红包 is no colour, and 深蓝色 is
+one value."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ _KEYS = {"colours", "goods", "materials", "imitations", "negations", "others"}
 
 
 class Values:
-    """All words that are known, by what they name; a word may name nothing.
+    """All known words, by the values that they name; a word may name nothing.
 
     meanings    word: the values that it names
-    implied     value: the words that may be said of it beside its own; 酒红 is 红 too
+    implied     value: further words that may name it; 酒红 is 红 too
     bare        characters that are colours in a column of colours alone: 红 in 红/黑
     """
 
@@ -51,8 +50,8 @@ class Values:
 
     @classmethod
     def load(cls, path: Path = LEXICON, closed: Iterable[str] = ()) -> Values:
-        """The words of a lexicon file (its form is told at the top of `LEXICON`) and the values `closed`. Raises
-        UsageError or DataError for a file that is missing or no lexicon."""
+        """The words of a lexicon file (see the head of `LEXICON` for its form) and the values `closed`. Raises
+        UsageError or DataError for a missing or invalid file."""
         try:
             content = yaml.safe_load(path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +82,7 @@ class Values:
         return cls(meanings, implied, bare, closed)
 
     def read(self, text: str) -> list[tuple[int, int, str]]:
-        """The known words of a text in plain characters that are inside of no longer one: beginning, end, word."""
+        """Start, end and word of the known words of a text in plain characters, without those inside a longer one."""
         found, reached = [], 0
         for start in range(len(text)):
             end = self._end_of(text, start)
@@ -93,7 +92,7 @@ class Values:
         return found
 
     def _end_of(self, text: str, start: int) -> int:
-        """The end of the longest word that begins there; 0 for none."""
+        """End of the longest word that begins at the place; 0 for none."""
         found, end = 0, start
         while end < len(text) and text[end] in self.next.get(text[start:end], ()):
             end += 1
@@ -102,12 +101,12 @@ class Values:
         return found
 
     def holds(self, word: str) -> bool:
-        """Whether a known word is in it."""
+        """Whether a text contains a known word."""
         return bool(self.read(plain(word)))
 
     def tail(self, text: str) -> str:
-        """The end of a text on which it depends how what follows is read: from the first known word that is begun, or
-        overlaps what is begun; "" if none is."""
+        """The end of a text that affects how its continuation is read: from the first known word that is incomplete, or
+        overlaps an incomplete one; "" if there is none."""
         said = plain(text)
         first = max(0, len(said) - self._longest)
         start = next((n for n in range(first, len(said)) if said[n:] in self.next), len(said))
@@ -120,13 +119,13 @@ class Values:
         return said[start:]
 
     def follows(self, tail: str) -> Iterable[str]:
-        """The characters with which a word at the end goes on."""
+        """Characters that continue a word at the end."""
         return set().union(*(self.next.get(tail[n:], ()) for n in range(len(tail))))
 
 
 class OwnValues:
-    """The values of one item, by its cells (column and text) and other texts: another text may name these of all that
-    are known, and no others (a rule of tasks/constraints.py)."""
+    """The values of one item, by its cells (column and text) and other texts: the only known values that another text
+    may name (a rule of tasks/constraints.py)."""
 
     def __init__(self, known: Values, cells: Iterable[tuple[str, str]], texts: Iterable[str] = ()):
         self.known, self.holds, self.tail, self.follows = known, known.holds, known.tail, known.follows
@@ -136,7 +135,7 @@ class OwnValues:
             said = plain(cell)
             given.append(said)
             if re.search("色|colou?r", plain(column)):
-                # A word of the cell is a colour there without 色 too, and so is each character of 红黑拼色.
+                # In the cell a word is a colour without 色 too, and so is each character of 红黑拼色.
                 given += [f"{word}色" for word in re.findall(r"[^\W_]+", said)]
                 inside = {n for start, end, _ in known.read(said) for n in range(start, end)}
                 self._allowed |= {known.bare[c] for n, c in enumerate(said) if n not in inside and c in known.bare}
@@ -145,7 +144,7 @@ class OwnValues:
         self._name(self._own)
 
     def _name(self, words: Iterable[str]) -> None:
-        """Allow what these words name and imply."""
+        """Allow the values that these words name and imply."""
         for word in words:
             for value in self.known.meanings.get(word, ()):
                 if value not in self._allowed:
@@ -156,12 +155,13 @@ class OwnValues:
         return self._allowed >= self.known.meanings[word]
 
     def _may_become(self, start: str) -> bool:
-        """Whether it may become a longer word that the item has. Others (红色文化) are right in a text, but no reason
-        to begin one: a model that does has most often meant the value."""
+        """Whether a word may become a longer word of the item. Other longer words (红色文化) are allowed in a text, but
+        do not justify beginning one: a model that begins one most often means the value."""
         return any(len(word) > len(start) and word.startswith(start) for word in self._own)
 
     def wrong(self, text: str, ended: bool = True) -> str:
-        """What is wrong with a text; "" if nothing is. If it has not `ended`, its last word may become another one."""
+        """The violation in a text; "" if there is none, or if the last word of a text that has not `ended` may become
+        another."""
         said = plain(text)
         for start, end, word in self.known.read(said):
             if self._has(word):
@@ -172,7 +172,7 @@ class OwnValues:
 
 
 def _kinds(section: Any) -> Iterable[tuple[str, bool, list[str]]]:
-    """Of each name and each of its kinds: the name, whether it is a kind, and the words of one meaning."""
+    """For each name and each of its kinds: the name, whether it is a kind, and its synonyms."""
     for names, kinds in (section or {}).items():
         for place, one in enumerate((str(names), *_words(kinds))):
             yield str(names).split("=")[0], place > 0, one.split("=")

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
+
+from openm6.train.distributed import is_sharded, whole
 
 
 class Adafactor(Optimizer):
@@ -60,12 +61,13 @@ class Adafactor(Optimizer):
 
 def _settled(tensor: Tensor) -> Tensor:
     """Sums that are still spread over the processes, summed."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
+    from torch.distributed.tensor import Partial, Replicate
+
     done = [Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
     return tensor.redistribute(placements=done)
 
 
 def _norm(tensor: Tensor) -> float:
-    norm = tensor.norm()
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(whole(tensor.norm()))

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: whole or not there at all, for any number of processes.
+"""Checkpoints of a training run: complete or absent, and independent of the number of processes.
 
     checkpoints/step-00000500/
         state/        tensors of network and optimizers by name, in shards (PyTorch's distributed checkpoint)
@@ -6,8 +6,8 @@
         recipe.yaml   the recipe, here and in the model directory
         state.json    step, place in the data, counters, hashes of what it learns from (resume.py)
 
-Each is written beside its place while training goes on, flushed to the disk and renamed; a crash or a full disk leaves
-the older checkpoints as they were. What N processes wrote M processes read: tensors are found by name and cut anew.
+Each is written to a temporary folder while training continues, flushed to the disk and renamed; a crash or a full disk
+leaves the older checkpoints intact. M processes can read what N wrote: tensors are found by name and resharded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,7 +31,7 @@ from openm6.core.errors import OpenM6Error
 from openm6.core.files import publish, write_failed, write_whole
 from openm6.model import adapters
 from openm6.model.files import layer_of, shared_name
-from openm6.train.distributed import Group, local
+from openm6.train.distributed import Group, is_sharded, local
 from openm6.train.optimizer import set_rate, step_all
 
 # One process is one process; said from several threads, so no context can hold it back.
@@ -53,7 +50,7 @@ def step_of(path: Path) -> int:
 
 
 def all_checkpoints(directory: Path) -> list[Path]:
-    """The whole ones in a directory, from the oldest to the newest."""
+    """The complete checkpoints in a directory, from the oldest to the newest."""
     return sorted(p for p in directory.glob("step-*") if (p / "state.json").is_file())
 
 
@@ -75,7 +72,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int, group: Group):
         self.directory, self.keep, self.group = directory, keep, group
         self.best: int | None = None  # the step of a checkpoint that stays
-        # Of its own: the writing thread talks to the other processes while the training does.
+        # A separate group: the writing thread communicates while the training does.
         self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
         self.writing: Thread | None = None
         self.failure: BaseException | None = None
@@ -91,8 +88,8 @@ class Checkpoints:
         optimizers: list[Optimizer],
         state: dict[str, Any],
     ) -> None:
-        """Begin to write; the values are those of now. `state` is anything JSON can hold, `describe` writes what a
-        model directory has beside its weights. Raises what the writing before this one failed with."""
+        """Start writing the current values in the background. `state` is any JSON value, `describe` writes all files of
+        a model directory except the weights. Raises the error of the previous write, if it failed."""
         self.wait()
         target = self.directory / step_name(step)
         draft = target.with_name(f".{target.name}.writing")
@@ -105,6 +102,8 @@ class Checkpoints:
             except OSError as error:
                 raise write_failed(target, error) from None
         self.group.wait()
+        import torch.distributed.checkpoint as dcp  # takes half as long as PyTorch
+
         tensors = {**_named(model, optimizers), f"random.{self.group.rank}": torch.get_rng_state()}
         writer = dcp.FileSystemWriter(draft / "state", sync_files=True)
         alone = self.group.world == 1
@@ -128,7 +127,7 @@ class Checkpoints:
         self.writing.start()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk."""
+        """Wait until the checkpoint being written is on the disk."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
@@ -152,10 +151,7 @@ class Checkpoints:
         i mod shared, its optimizer moments by `moments` (PseudoSection).
         """
         state = state_of(path)
-        try:
-            stored = _stored(path)
-        except (Exception, CheckpointException):
-            raise _damaged(path) from None
+        stored = _stored(path)
         made = state.pop("optimizers", None)
         _compare(path, {_source(n, shared): t for n, t in _named(model, []).items()}, stored)
         if made != _names(optimizers):
@@ -178,11 +174,8 @@ class Checkpoints:
             if reading is None:
                 readings.append(reading := {})
             reading[source] = tensor
-        try:
-            for reading in readings:
-                _read(path, reading, self.group.world == 1)
-        except (Exception, CheckpointException):
-            raise _damaged(path) from None
+        for reading in readings:
+            _read(path, reading, self.group.world == 1)
         if shared and moments == "rescale":
             _rescale(tensors, len({layer_of(n) for n in tensors if layer_of(n) is not None}) / shared)
         for parameter, name, optimizer in _owned(model, optimizers):
@@ -196,10 +189,7 @@ class Checkpoints:
 def consolidate(checkpoint: Path, target: Path) -> None:
     """The network of a checkpoint, however many processes wrote it, as one model directory in safetensors; at no time
     more than a file of it is in memory."""
-    try:
-        stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
-    except (Exception, CheckpointException):
-        raise _damaged(checkpoint) from None
+    stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
 
     def fill(draft: Path) -> None:
         for file in checkpoint.iterdir():
@@ -246,17 +236,29 @@ def _names(optimizers: list[Optimizer]) -> list[str]:
 
 
 def _damaged(path: Path) -> OpenM6Error:
-    return OpenM6Error(f"The checkpoint {path} is damaged; delete it to go on from the one before.")
+    return OpenM6Error(f"The checkpoint {path} is damaged; delete it to resume from the one before.")
 
 
 def _stored(path: Path) -> dict[str, torch.Size]:
-    """Name and whole size of every tensor of a checkpoint."""
-    metadata = dcp.FileSystemReader(path / "state").read_metadata()
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    """Name and whole size of every tensor of a checkpoint. Raises OpenM6Error for a damaged one."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        metadata = dcp.FileSystemReader(path / "state").read_metadata()
+        return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
+    except Exception:
+        raise _damaged(path) from None
 
 
 def _read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
+    """Fill tensors by their names. Raises OpenM6Error for a damaged checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path / "state"), no_dist=alone)
+    except (Exception, CheckpointException):
+        raise _damaged(path) from None
 
 
 def _named(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -277,8 +279,10 @@ def _plain(moment: Tensor) -> Tensor:
     if not is_traceable_wrapper_subclass(here):
         return moment
     here = here.dequantize()
-    if not isinstance(moment, DTensor):
+    if not is_sharded(moment):
         return here
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         here, moment.device_mesh, moment.placements, run_check=False, shape=moment.shape, stride=moment.stride()
     )
@@ -293,14 +297,14 @@ def _owned(model: nn.Module, optimizers: list[Optimizer]) -> Iterator[tuple[nn.P
 
 
 def _source(name: str, shared: int | None) -> str:
-    """The name under which a checkpoint with `shared` distinct layers has what belongs to `name`."""
+    """The name of tensor `name` in a checkpoint with `shared` distinct layers."""
     return shared_name(name, shared) if shared else name
 
 
 @torch.no_grad()
 def _prepare(model: nn.Module, optimizers: list[Optimizer], update: Callable[[list[Optimizer]], None]) -> None:
-    """Let fresh optimizers make their moments, whatever form and place these have: a step at rate 0 by gradients of 0,
-    of one layer after the other."""
+    """Let new optimizers create their moments, in whatever form and place: a step at rate 0 with zero gradients, layer
+    by layer."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [float(group["lr"]) for group in groups]
     for group in groups:
@@ -323,7 +327,7 @@ def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 _POWERS = {"exp_avg": 1, "momentum": 1, "exp_avg_sq": 2, "row_var": 2, "col_var": 2, "variance": 2}
-"""By which power of the gradient's scale each moment scales."""
+"""Power of the gradient's scale by which each moment scales."""
 
 
 def _rescale(tensors: dict[str, Tensor], layers: float) -> None:

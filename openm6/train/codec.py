@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.images import read_square
@@ -20,9 +19,9 @@ from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.model.files import meta_model
-from openm6.tasks.grammar import Slot
+from openm6.tasks.task import Task
 from openm6.train.distributed import Group
-from openm6.train.objective import Part
+from openm6.train.objective import MicroBatchResult
 from openm6.train.recipe import CodecRecipe
 from openm6.train.setup import make_loader, open_rejects, open_section
 
@@ -38,23 +37,19 @@ class Picture:
     origin: str = ""
 
 
-class PictureTask:
-    """Reads the picture of a record: what a Task is to the loader."""
-
-    def __init__(self, size: int):
-        self.size = size
-        self.name, self.inputs = "codec", ("image",)
-        self.slots = {"image": Slot("image", "image")}
-        self.aliases: dict[str, tuple[str, ...]] = {}
-
-    def encode(self, record: Mapping[str, Any], *_: Any, **__: Any) -> Picture:
-        if record.get("image") is None:
-            raise DataError("There is no picture in this record.")
-        return Picture(read_square(record["image"], self.size))
+TASK = Task.from_instruction("[image] -> [vector:codes]", "codec")
+"""Records by the slot `image`; the codec reads it by itself."""
 
 
-class Pictures:
-    """An Objective (train/objective.py)."""
+def read_picture(record: Mapping[str, Any], size: int) -> Picture:
+    """The middle square of a record's picture, `size` pixels wide. Raises DataError."""
+    if record.get("image") is None:
+        raise DataError("There is no picture in this record.")
+    return Picture(read_square(record["image"], size))
+
+
+class CodecObjective:
+    """The Objective of an image codec: images and their reconstructions."""
 
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
@@ -63,16 +58,24 @@ class Pictures:
             self.config = CodecConfig.load(self.path)
         else:
             self.config = CodecConfig(**recipe.codec.sizes)
-        self.task = PictureTask(self.config.image_size)
+        size = self.config.image_size
         self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
         rejects = open_rejects(recipe.output, recipe.train, group)
         entries = [
-            Entry(s.name or s.source, open_section(s, rejects), self.task, s.weight, s.columns, s.start)  # type: ignore[arg-type]
+            Entry(
+                s.name or s.source,
+                open_section(s, rejects),
+                TASK,
+                s.weight,
+                s.columns,
+                s.start,
+                encode=lambda task, record, *rest: read_picture(record, size),  # type: ignore[arg-type, return-value]
+            )
             for s in recipe.data
         ]
         self.loader = make_loader(recipe, group, entries, None, rejects)
         sources = [(s.name or s.source, open_section(s), s.columns) for s in recipe.evaluation.data]
-        self.measured = [(n, source, SlotView.of(self.task, source, columns)) for n, source, columns in sources]  # type: ignore[arg-type]
+        self.measured = [(n, source, SlotView.of(TASK, source, columns)) for n, source, columns in sources]
         self.flops = _training_flops(self.config)
 
     def network(self, shared: bool) -> Codec:
@@ -81,40 +84,38 @@ class Pictures:
             codec.look_with(self.eyes)
         return codec
 
-    def begin(self, model: Codec) -> None:
-        """Nothing."""
+    def initialize(self, model: Codec) -> None:
+        """Every parameter starts at random or from `path`."""
 
-    def count(self, examples: list[Picture]) -> tuple[int, int, int]:
+    def loss_weight(self, examples: list[Picture]) -> tuple[int, int, int]:
         return len(examples), len(examples), 0
 
-    def batches(self, examples: list[Picture]) -> list[list[Picture]]:
+    def micro_batches(self, examples: list[Picture]) -> list[list[Picture]]:
         return [examples]
 
-    def part(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> Part:
+    def micro_batch_loss(self, run: Callable[[Tensor], Reconstruction], examples: list[Picture]) -> MicroBatchResult:
         output = run(unit(_stack(examples, self.device)))
         assert output.loss is not None and output.losses is not None
-        told = [(self.task.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
+        told = [(TASK.name, e.origin, loss, 1) for e, loss in zip(examples, output.losses.tolist(), strict=True)]
         positions = len(examples) * self.config.side**2
-        return Part(output.loss, told, len(examples) * self.flops, positions, positions)
+        return MicroBatchResult(output.loss, told, len(examples) * self.flops, positions, positions)
 
     def evaluate(self, model: Codec) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """PSNR, SSIM and the share of the codes in use; a grid of pictures above their reconstructions as PNG."""
+        """PSNR, SSIM and the fraction of codes in use; a grid of pictures above their reconstructions as PNG."""
         model.eval()
         for name, source, view in self.measured:
             count = min(len(source), self.recipe.evaluation.limit)
-            pictures = [self.task.encode(view(source[i])) for i in range(count)]
+            pictures = [read_picture(view(source[i]), self.config.image_size) for i in range(count)]
             yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
 
     def gather(self) -> None:
-        """Nothing."""
+        """The processes record nothing separately."""
 
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.config.save(path)
 
     def _measure(self, model: Codec, pictures: list[Picture], grid: Path) -> dict[str, float]:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
         used = torch.zeros(self.config.num_codes, dtype=torch.bool)
         psnr, similar = [], []
         for start in range(0, len(pictures), 64):
@@ -124,10 +125,7 @@ class Pictures:
             used[codes.flatten().cpu()] = True
             error = (real.float() - made.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
             psnr += (10 * torch.log10(255**2 / error)).tolist()
-            pair = [x.permute(0, 3, 1, 2).float() for x in (made, real)]
-            found = ssim(pair[0], pair[1], data_range=255.0, reduction="none")
-            assert isinstance(found, Tensor)
-            similar += found.tolist()
+            similar += structural_similarity(*(x.permute(0, 3, 1, 2).float() for x in (made, real))).tolist()
             if start == 0:
                 _draw(real[:SHOWN], made[:SHOWN], grid)
         return {
@@ -160,7 +158,30 @@ def _file(name: str) -> str:
 
 def _training_flops(config: CodecConfig) -> float:
     """FLOPs of the forward and backward pass of one picture, counted on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     model = meta_model(config, Codec).eval()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, config.image_size, config.image_size)).loss.backward()
     return float(counter.get_total_flops())
+
+
+def structural_similarity(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
+    """SSIM of pairs of pictures with values from 0 to 255 and sides of more than 5, fp32 [B]: the mean over all pixels
+    of an 11 x 11 Gaussian window with a standard deviation of 1.5; beyond the edge a picture is reflected."""
+    weights = torch.exp(-(torch.arange(-5.0, 6.0, device=first_BCHW.device) ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    channels = first_BCHW.shape[1]
+    window = torch.outer(weights, weights).expand(channels, 1, 11, 11)
+
+    def mean(values: Tensor) -> Tensor:
+        return nn.functional.conv2d(nn.functional.pad(values, (5, 5, 5, 5), "reflect"), window, groups=channels)
+
+    first, second = mean(first_BCHW), mean(second_BCHW)
+    first_variance = (mean(first_BCHW**2) - first**2).clamp(min=0)
+    second_variance = (mean(second_BCHW**2) - second**2).clamp(min=0)
+    covariance = mean(first_BCHW * second_BCHW) - first * second
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * first * second + c1) / (first**2 + second**2 + c1)
+    structure = (2 * covariance + c2) / (first_variance + second_variance + c2)
+    return (luminance * structure).mean((1, 2, 3))

@@ -1,9 +1,9 @@
-"""Two towers: what belongs together gets near vectors, what does not gets far ones (InfoNCE, arXiv 1807.03748).
+"""Contrastive training of two towers (InfoNCE, arXiv 1807.03748).
 
-Both towers are one network, asked by two instructions. Of the N pairs of a step, those of all processes, each side has
-to find its partner among all others' (and the hard negatives beside them), by cosine over a temperature. With several
-`dims` the same is asked of the first numbers of each vector alone, so that short vectors can be cut from long ones
-(Matryoshka, arXiv 2205.13147).
+Both towers are one network with two instructions. Among the N pairs of a step, over all processes, each side has to
+identify its partner among all others (and the hard negatives), by cosine similarity over a temperature. With several
+`dims` the loss is also taken on the first numbers of each vector, so that vectors can be truncated (Matryoshka, arXiv
+2205.13147).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def contrast(
 ) -> Tensor:
     """The loss of each of the N pairs here, fp32 [N]: the mean of both directions and of all `dims`.
 
-    The first N of the M keys are the queries' partners, the others hard negatives. `groups`: of each pair; those of one
-    group, "" aside, are no negatives of each other. Every process has to call it, with any N.
-    """
+    The first N of the M keys are the queries' partners, the others hard negatives. `groups`: the group of each pair;
+    pairs of one group, except "", are no negatives of each other. A collective call: every process makes it, with any
+    N."""
     count = len(queries_ND)
     device = queries_ND.device
     # The type is given because PyTorch takes an empty list for floating-point numbers.
@@ -57,7 +57,7 @@ def contrast(
 
 
 def _gather(x: Tensor, group: Group) -> tuple[Tensor, int]:
-    """The rows of all processes, with gradients to each, and the place of this one's first row."""
+    """The rows of all processes, with gradients to each, and the index of this process's first row."""
     if group.world == 1:
         return x, 0
     from torch.distributed.nn.functional import all_gather

@@ -1,8 +1,8 @@
-"""Learning from a larger model (recipe key `distill`): its distribution at every trained position, and which positions
-it sees as alike.
+"""Distillation (recipe key `distill`): the student learns the teacher's distribution at every trained position, and
+the similarities between its positions.
 
-The teacher reads the very batch that the student reads, so both need the same tokenizer and the same grid of patches;
-sizes, layers and experts may differ.
+Teacher and student read the same batch, so both need the same tokenizer and the same grid of patches; sizes, layers and
+experts may differ.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from openm6.train.distributed import Group
 from openm6.train.recipe import DistillSection
 
 
-class Lessons:
-    """What a teacher says of batches."""
+class DistillationTeacher:
+    """A larger model, and its outputs for the batches of a student."""
 
     def __init__(self, settings: DistillSection, student: Processor, device: torch.device):
-        """Raises UsageError for a teacher that reads otherwise than the student."""
+        """Raises UsageError for a teacher whose tokenizer or grid of patches differs from the student's."""
         self.settings = settings
         self.session = Session.load(settings.teacher, device)
-        theirs = self.session.processor
-        if not theirs.tokenizer.is_like(student.tokenizer):
+        teacher = self.session.processor
+        if not teacher.tokenizer.is_like(student.tokenizer):
             raise UsageError(
                 f"The teacher {settings.teacher} has another tokenizer than the student: give tokenizer.path "
                 f"{settings.teacher}, or leave it out."
             )
-        if theirs.grid != student.grid:
+        if teacher.grid != student.grid:
             raise UsageError(
-                f"The teacher {settings.teacher} cuts a picture into at most {theirs.grid.max_patches} patches of "
-                f"{theirs.grid.stride} pixels, the student into {student.grid.max_patches} of {student.grid.stride}: "
+                f"The teacher {settings.teacher} cuts a picture into at most {teacher.grid.max_patches} patches of "
+                f"{teacher.grid.stride} pixels, the student into {student.grid.max_patches} of {student.grid.stride}: "
                 "they have to be alike (model.sizes.image_max_patches)."
             )
 
     @torch.no_grad()
-    def of(self, batch: Batch) -> tuple[Teacher, Tensor]:
-        """Its distribution at the trained positions, and its hidden states [B, T, E]."""
+    def outputs(self, batch: Batch) -> tuple[Teacher, Tensor]:
+        """The teacher's distribution at the trained positions, and its hidden states [B, T, E]."""
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         unlabelled = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
         with torch.autocast(batch.ids.device.type, enabled=False), self.session.precision():
@@ -65,25 +65,25 @@ class Lessons:
             with torch.no_grad(), torch.autocast(batch.ids.device.type, enabled=False), self.session.precision():
                 return self.session.model.logits(chosen[part])
 
-        return Teacher(logits, self.settings.share, self.settings.temperature), hidden_BTE
+        return Teacher(logits, self.settings.weight, self.settings.temperature), hidden_BTE
 
 
 def relation_loss(student_BTD: Tensor, teacher_BTE: Tensor, segments_BT: Tensor) -> Tensor:
-    """Mean square difference of the cosines between positions of one example: which of them a network sees as alike,
-    whatever its width (relational distillation, Park et al. 2019, arXiv 1904.05068)."""
-    alike = [torch.nn.functional.normalize(h.float(), dim=-1) for h in (student_BTD, teacher_BTE)]
-    student_BTT, teacher_BTT = (h @ h.mT for h in alike)
+    """Mean square difference of the cosine similarities between positions of one example, which do not depend on the
+    network's width (relational distillation, Park et al. 2019, arXiv 1904.05068)."""
+    unit = [torch.nn.functional.normalize(h.float(), dim=-1) for h in (student_BTD, teacher_BTE)]
+    student_BTT, teacher_BTT = (h @ h.mT for h in unit)
     real_BTT = (segments_BT[:, :, None] == segments_BT[:, None]) & (segments_BT[:, :, None] > 0)
     return (student_BTT - teacher_BTT)[real_BTT].square().mean()
 
 
 AT_ONCE = 256
-"""Records that a teacher answers between two lines of its file."""
+"""Records that a teacher answers between two writes to its file."""
 
 
-class _Answered:
-    """Records with the teacher's answers, by the slots' names, in the place of any of their own; those that it says
-    nothing to are left out."""
+class _AnsweredRecords:
+    """Records with the teacher's answers, by slot name, in place of any of their own; records without an answer are
+    left out."""
 
     def __init__(self, records: Records, outputs: Iterable[str], answers: list[Mapping[str, object]]):
         self._records, self._answers = records, answers
@@ -98,25 +98,24 @@ class _Answered:
         return {**self._records[place], **self._answers[place]}
 
 
-def answered(
+def teacher_answers(
     source: Source, task: Task, columns: Mapping[str, str], teacher: Path, output: Path, group: Group
 ) -> Source:
-    """A source without answers, with those of a teacher. They are kept in `output`, where a run that was killed goes
-    on, for these contents of the source, the task and the teacher.
+    """A source with a teacher's answers. They are stored in `output`, keyed by the contents of source, task and
+    teacher, and an interrupted run resumes there.
 
-    A record that the teacher cannot read, or says nothing to, is left out. Raises UsageError for a task that is not
-    answered in words.
-    """
+    Records that the teacher cannot read, or gives an empty answer to, are left out. Raises UsageError for a task that
+    is not answered in text."""
     if task.embeds or task.head or task.draws or task.sketch:
-        raise UsageError(f"{source.name}: the task {task.name} is not answered in words, which a teacher could write.")
+        raise UsageError(f"{source.name}: the task {task.name} is not answered in text, which a teacher could write.")
     key = json_hash([source.content_hash(), task.to_dict(), dict(columns), directory_hash(teacher)])[:12]
     file = output / "answers" / f"{task.name}-{key}.jsonl"
     if group.first:
         _answer(source, task, columns, teacher, file)
     group.wait()
-    found = _Answered(source, task.outputs, list(whole_lines(file)))
+    found = _AnsweredRecords(source, task.outputs, list(whole_lines(file)))
     if not len(found):
-        raise DataError(f"The teacher {teacher} says nothing to any record of {source.name}.")
+        raise DataError(f"The teacher {teacher} gives no answer to any record of {source.name}.")
     return Source(source.name, found)
 
 
@@ -127,8 +126,8 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
         return
     session = Session.load(teacher)
     blank = dict.fromkeys(task.outputs, "-")  # so that every slot finds a column
-    view = SlotView.of(task, _Answered(source, task.outputs, [blank] * len(source)), columns)
-    # What a kill left of the last part is written anew.
+    view = SlotView.of(task, _AnsweredRecords(source, task.outputs, [blank] * len(source)), columns)
+    # An incomplete last block is written again.
     begun = len(whole) // AT_ONCE * AT_ONCE
     write_text(file, "".join(dumps(line) + "\n" for line in whole[:begun]))
     rest = range(begun, len(source))
@@ -143,9 +142,9 @@ def _answer(source: Source, task: Task, columns: Mapping[str, str], teacher: Pat
 
 
 def _answers(session: Session, task: Task, records: list[Record], start: int) -> Iterator[str]:
-    """A line of JSON for each record; without a value where the teacher cannot read it. `start`: the number of the
-    first record in the source, of which its random numbers are."""
-    prompts = [_readable(session, task, record) for record in records]
+    """A line of JSON for each record, with null for one that the teacher cannot read. `start`: number of the first
+    record in the source, which seeds the random numbers."""
+    prompts = [_readable_inputs(session, task, record) for record in records]
     good, seed = [one for one in prompts if one is not None], seed_of(task.decode.get("seed", 0), start)
     found = iter(session.run_many(task, good, decoding={"seed": seed}))
     for one in prompts:
@@ -154,10 +153,10 @@ def _answers(session: Session, task: Task, records: list[Record], start: int) ->
         yield dumps(value if several else dict.fromkeys(task.outputs, value)) + "\n"
 
 
-def _readable(session: Session, task: Task, record: Record) -> Record | None:
+def _readable_inputs(session: Session, task: Task, record: Record) -> Record | None:
     inputs = task.asked(record)
     try:
-        session.prompt(task, inputs)
+        session.prepare(task, inputs)
     except DataError:
         return None
     return inputs

@@ -1,4 +1,4 @@
-"""Processes: started by torchrun or alone, joined, and parted cleanly."""
+"""The process group: started by torchrun or a single process, joined and torn down cleanly."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openm6.core.errors import OpenM6Error
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 MEETING = timedelta(seconds=120)
-"""Within which all processes have to have found each other; one that dies meanwhile would leave the rest waiting."""
+"""Time limit for all processes to connect; without it, one that dies meanwhile would leave the others waiting."""
 
 WORK = timedelta(hours=2)
-"""How long one may wait for another: the first process measures and writes alone."""
+"""Longest wait for another process: the first one evaluates and writes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +86,33 @@ def process_group() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, whose import costs half as much time as PyTorch's: a process alone makes none."""
+    return hasattr(tensor, "device_mesh")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it; a meeting of the processes that hold it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The full tensor; a collective call of the processes that hold it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a whole tensor that is cut as `like` is."""
-    if not isinstance(like, DTensor):
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a full tensor that is sharded as `like` is."""
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """Which rows of a tensor this process holds: the first, and the one after the last."""
-    if not isinstance(tensor, DTensor):
+    """The rows of a tensor on this process: the first, and the one after the last."""
+    if not is_sharded(tensor):
         return 0, len(tensor)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -1,4 +1,4 @@
-"""Experts spread over processes: each choice travels to the process that holds its expert, and its answer back.
+"""Expert parallelism: each routed row is sent to the process of its expert, and the output is sent back.
 
 All-to-all with uneven splits, dispatched before the shared expert's work and awaited after it, in the backward pass
 too: the transfer of the rows' gradients starts before the shared expert's backward pass and is awaited after it.
@@ -21,7 +21,7 @@ Products = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Ticket:
-    """Rows on their way: what was sent where, and the transfer that is not yet awaited."""
+    """Rows in transfer: the sizes sent and received, and the pending transfer."""
 
     sent: list[int]
     received: list[int]
@@ -64,7 +64,7 @@ class AllToAll:
         self.rows_sent = self.rows_received = 0
 
     def send(self, rows_SD: Tensor, counts_N: Tensor) -> Ticket:
-        """Start sending rows to their experts: in the order of these, counts_N of each; what is beyond stays."""
+        """Start sending rows, ordered by expert with counts_N for each; rows beyond their sum are not sent."""
         counts_PL = counts_N.view(self.size, -1)
         arriving_PL = torch.empty_like(counts_PL)
         dist.all_to_all_single(arriving_PL, counts_PL.contiguous(), group=self.group)
@@ -77,7 +77,7 @@ class AllToAll:
         return Ticket(sent, received, arriving_PL, len(rows_SD), rows, flight)
 
     def receive(self, ticket: Ticket, products: Products) -> Tensor:
-        """Await the rows, let this process's experts work on them, and bring the answers back: [S, D], zero beyond."""
+        """Await the rows, apply this process's experts, and return the outputs: [S, D], zero for rows not sent."""
         rows = _Wait.apply(ticket.rows, ticket.received, ticket.sent, ticket.flight)
         # They come by process, each in the order of the experts: put each expert's together.
         local = ticket.counts.shape[1]

@@ -1,4 +1,4 @@
-"""From a few words (model, task, data, method) to the recipe of a fine-tuning."""
+"""The recipe of a fine-tuning, from model, task, data and method."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RATES: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 5e-3}, "ia3": {"learning_rate": 3e-2}, "bottleneck": {"learning_rate": 5e-3},
     "prompt": {"learning_rate": 1e-1}, "prefix": {"learning_rate": 3e-2}, "head": {"learning_rate": 3e-3},
 }  # fmt: skip
-"""How each method is trained unless a recipe says otherwise."""
+"""Training settings of each method, unless a recipe gives others."""
 
 MEASURES, PATIENCE = 10, 3
-"""With data to measure on: so many measures in all, and so many without a better one before it stops."""
+"""With validation data: evaluations in a run, and evaluations without improvement before it stops."""
 
 
 def finetune_recipe(

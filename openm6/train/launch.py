@@ -31,7 +31,7 @@ def default_processes() -> int:
 
 
 def launch(arguments: list[str], processes: int, logs: Path) -> None:
-    """Run `openm6 ARGUMENTS` in processes that find each other; the first one speaks, the others write to `logs`.
+    """Run `openm6 ARGUMENTS` in a group of processes; the first one prints, the others write to `logs`.
 
     Raises OpenM6Error when a process is killed; exits with its code when one fails by itself.
     """
@@ -73,12 +73,12 @@ def launch(arguments: list[str], processes: int, logs: Path) -> None:
     rank, code = next(((r, c) for r, c in failed if c > 0), failed[0])
     raise OpenM6Error(
         f"Process {rank} of {processes} ended with code {code}; see {logs / f'process-{rank}.log'}. "
-        "Run the same command again to go on from the last checkpoint."
+        "Run the same command again to resume from the last checkpoint."
     )
 
 
 def _wait(running: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or GRACE seconds after the first failure."""
+    """Wait until all have ended, or GRACE seconds after the first failure."""
     deadline = float("inf")
     while any(p.poll() is None for p in running) and time.monotonic() < deadline:
         if deadline == float("inf") and any(p.poll() for p in running):

@@ -1,4 +1,4 @@
-"""The FLOPs of training, and the peak of the machine that they are held against."""
+"""The FLOPs of training, and the peak of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openm6.model.count import count_parameters
 
 @cache
 def peak_flops(device: str, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product here, the best of a few: what achieved speed is held against."""
+    """FLOP/s of a square matrix product on this machine, the best of a few runs: the peak of the utilization."""
     size = size or (8192 if device == "cuda" else 2048)
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openm6.model.precision import fast_dtype
-from openm6.train.distributed import local, share_of, whole
+from openm6.train.distributed import local, shard_of, whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of a x + b x^3 + c x^5, iterated: steep at 0, it takes singular values into 0.7 to 1.2 in few steps."""
+"""Coefficients of a x + b x^3 + c x^5: iterated, it moves singular values into 0.7 to 1.2 in few steps."""
 
 
 class Muon(Optimizer):
@@ -58,7 +58,7 @@ class Muon(Optimizer):
                 sizes = [len(matrices) for _, matrices in pairs]
                 for (parameter, _), direction in zip(pairs, directions.split(sizes), strict=True):
                     if parameter.ndim != 3:
-                        direction = share_of(direction.view(parameter.shape), parameter)
+                        direction = shard_of(direction.view(parameter.shape), parameter)
                     here = local(parameter)
                     here.mul_(1 - group["lr"] * group["weight_decay"])
                     here.add_(direction, alpha=-rate)

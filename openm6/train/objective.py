@@ -1,4 +1,4 @@
-"""What a run trains: the one loop (train/trainer.py) asks its objective for a network, examples, and losses."""
+"""The protocol between the one training loop (train/trainer.py) and what it trains: network, examples, losses."""
 
 from __future__ import annotations
 
@@ -10,57 +10,60 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from openm6.data.loader import Loader
+from openm6.model.experts import RouterStatistics
 from openm6.train.report import Losses
 
 
 @dataclass(slots=True)
-class Part:
-    """What a part of a step gave.
+class MicroBatchResult:
+    """Losses and size of a micro-batch.
 
-    loss        sum over all that is trained, by weight, with gradients
-    losses      the same by task and source, unweighted: (task, source, sum, number)
-    loads       of each layer of experts
-    flops       of the forward and backward pass
-    positions   that the network worked on; `slots` with those that only fill rows
+    loss               weighted sum over all that is trained, with gradients
+    losses             unweighted sums by task and source: (task, source, sum, number)
+    flops              of the forward and backward pass
+    positions          processed by the network, without padding
+    padded_positions   with padding
+    router_statistics  of each expert layer
     """
 
     loss: Tensor
     losses: Losses
     flops: float
     positions: int
-    slots: int
-    loads: list[Any] = field(default_factory=list)
+    padded_positions: int
+    router_statistics: list[RouterStatistics] = field(default_factory=list)
 
 
 class Objective(Protocol):
-    """`path`: the model directory to start from; None starts at random. `notes`: sentences that the user reads before
-    the first step."""
+    """`path`: the model directory to start from; None starts at random. `notes`: sentences shown to the user before the
+    first step."""
 
     path: Path | None
     notes: list[str]
     loader: Loader
 
     def network(self, shared: bool) -> Any:
-        """The network (a module), without memory; `shared`: of the first stage of Pseudo-to-Real."""
+        """The network (a module), without memory; `shared`: of the Pseudo stage of Pseudo-to-Real."""
 
-    def begin(self, model: Any) -> None:
-        """Change what starts otherwise than at random or by `path`."""
+    def initialize(self, model: Any) -> None:
+        """Set parameters that start neither at random nor from `path`."""
 
-    def count(self, examples: list[Any]) -> tuple[float, int, int]:
-        """What of these examples is trained, by weight (a step's loss is divided by that), positions in all, and
-        examples that were longer than the model takes."""
+    def loss_weight(self, examples: list[Any]) -> tuple[float, int, int]:
+        """Total weight of what is trained of the examples (a step's loss is divided by it), number of positions, and
+        number of examples that were longer than the model takes."""
 
-    def batches(self, examples: list[Any]) -> list[list[Any]]:
+    def micro_batches(self, examples: list[Any]) -> list[list[Any]]:
         """The examples divided into micro-batches, as many on every process (some may be empty)."""
 
-    def part(self, run: Callable[[Any], Any], examples: list[Any]) -> Part:
-        """Losses of a micro-batch; `run` is the network's forward."""
+    def micro_batch_loss(self, run: Callable[[Any], Any], examples: list[Any]) -> MicroBatchResult:
+        """Losses of a micro-batch, by one forward pass `run` of the network. Every process makes the same collective
+        calls, whatever its examples are."""
 
     def evaluate(self, model: Any) -> Iterator[tuple[str, Mapping[str, float]]]:
-        """Figures by source, between two steps."""
+        """Metrics by source, between two steps."""
 
     def gather(self) -> None:
-        """Bring together what the processes have seen apart, before a checkpoint."""
+        """Merge what the processes have recorded separately, before a checkpoint."""
 
     def describe(self, path: Path) -> None:
-        """Write all of a model directory but the weights."""
+        """Write all files of a model directory except the weights."""

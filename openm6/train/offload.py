@@ -24,7 +24,7 @@ from openm6.train.recipe import OffloadSection
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """Of so many layers, the first ones, the states live in the memory of the host."""
+    """Number of layers, from the first on, whose states are in the host's memory."""
 
     parameters: int = 0
     gradients: int = 0
@@ -36,7 +36,7 @@ class Offload:
 
     @property
     def layers(self) -> int:
-        """Layers of which anything is offloaded."""
+        """Number of layers with any offloaded state."""
         return max(self.parameters, self.gradients, self.optimizer)
 
 
@@ -60,17 +60,17 @@ class HostStates:
 
     @property
     def bytes(self) -> int:
-        """That this process holds in the host's memory."""
+        """Bytes of this process in the host's memory."""
         return sum(local(tensor).nbytes for tensor in self._kept.values())
 
     def wait(self) -> None:
-        """Until what left the device has arrived: `gradients` can be read."""
+        """Wait until all transfers from the device have arrived, and `gradients` can be read."""
         if self.side is not None:
             self.side.synchronize()
 
     @torch.no_grad()
     def update(self, optimizers: list[Optimizer]) -> None:
-        """One step of all optimizers: of what is on the device first, then layer by layer."""
+        """A step of all optimizers: first for the parameters on the device, then layer by layer."""
         mine = [self._take(layer) for layer in self._layers]
         step_all(optimizers)
         found = [gradients for gradients in mine if gradients]
@@ -89,7 +89,7 @@ class HostStates:
         parameter.grad = None
 
     def _take(self, layer: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """The gradients of a layer, wherever they are, out of the optimizers' sight."""
+        """Remove and return the gradients of a layer, on the device or the host."""
         taken = {}
         for parameter in layer:
             gradient = self.gradients.pop(parameter, parameter.grad)
@@ -101,7 +101,7 @@ class HostStates:
     def _fetch(
         self, gradients: dict[nn.Parameter, Tensor], optimizers: list[Optimizer]
     ) -> tuple[dict[nn.Parameter, Tensor], list[tuple[dict[str, Any], str, Tensor]], Any]:
-        """Begin to bring a layer's gradients and moments."""
+        """Start to transfer a layer's gradients and moments to the device."""
         with self._beside():
             there = {p: self._to_device(g) if g is self._kept.get((p, "gradient")) else g for p, g in gradients.items()}
             moments = [

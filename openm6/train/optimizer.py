@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openm6.core.errors import UsageError
+from openm6.core.extras import require
+from openm6.model.roles import Role, role_of
 from openm6.train.adafactor import Adafactor
 from openm6.train.muon import Muon
 from openm6.train.recipe import PseudoSection, TrainSection
 
-_LOOKED_UP = re.compile(r"^(embed|place|prompt)\.|\.(row|column)$")
+
+def is_decayed(role: Role, dimensions: int) -> bool:
+    """True for matrices and kernels; vectors, factors and rows that are looked up have no weight decay."""
+    return dimensions >= 2 and role not in (Role.EMBEDDING, Role.PATCH_POSITION, Role.SCALE)
+
+
+def is_inner_matrix(role: Role, dimensions: int) -> bool:
+    """True for the parameters of Muon, matrices and kernels between embeddings and output. The rows of a router are
+    choices, not a map between two spaces."""
+    return is_decayed(role, dimensions) and role not in (Role.HEAD, Role.ROUTER)
 
 
 def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]:
-    """The recipe's optimizer for all, or with Muon AdamW for what lies outside the matrices and kernels between
-    embeddings and output.
+    """The recipe's optimizer for all parameters; with Muon, a Muon for the inner matrices and AdamW for the rest.
 
-    Weight decay falls on matrices and kernels, not on norms, biases, factors and what is looked up by its number:
-    embeddings, positions, rows and columns of a picture, the vectors of a prompt. Each group's `peak_lr` is its
-    learning rate where `rate_at` is 1.
+    The `peak_lr` of each group is its learning rate where `rate_at` is 1.
     """
     inner: list[nn.Parameter] = []
     outer: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2 or _LOOKED_UP.search(name) or ".ia3_l" in name:
-            plain.append(parameter)
-        else:
-            # A router's rows are choices, not a map between two spaces: it stays with AdamW.
-            (outer if name.startswith(("head.", "heads.")) or ".router." in name else inner).append(parameter)
+        if parameter.requires_grad:
+            role, dimensions = role_of(model, name), parameter.ndim
+            inside = is_inner_matrix(role, dimensions)
+            (inner if inside else outer if is_decayed(role, dimensions) else plain).append(parameter)
     muon = settings.optimizer == "muon"
     groups: list[dict[str, Any]] = [
         {"params": outer if muon else inner + outer, "weight_decay": settings.weight_decay},
@@ -53,7 +56,7 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
 
 
 def step_all(optimizers: list[Optimizer]) -> None:
-    """Step by the gradients that there are, and drop them."""
+    """Step by the present gradients, and clear them."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -72,10 +75,9 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
     if settings.optimizer == "adafactor":
         return Adafactor(groups, lr=rate)
     if settings.optimizer == "adam8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UsageError("train.optimizer adam8bit needs torchao: pip install -e '.[lowbit]' in a clone.") from None
+        require("lowbit", "torchao")
+        from torchao.optim import AdamW8bit
+
         optimizer = AdamW8bit(groups, lr=rate, betas=betas)
         if not torch.cuda.is_available():  # it compiles itself: minutes of a C++ compiler for a step of milliseconds
             optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
@@ -84,8 +86,8 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
 
 
 def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = None) -> float:
-    """The share of its highest that the learning rate has at a step (from 0): linear warm-up, then cosine, or
-    constant, or warm-up-stable-decay; with `pseudo` warmed up again after the layers have parted."""
+    """The learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then cosine, constant, or
+    warm-up-stable-decay; with `pseudo`, warmed up again after delinking."""
     if pseudo and 0 <= step - pseudo.steps < pseudo.rewarm:
         return rate_at(step, settings) * (step - pseudo.steps + 1) / pseudo.rewarm
     if step < settings.warmup:
@@ -94,8 +96,8 @@ def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = No
         return 1.0
     if settings.schedule == "cosine":
         progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        fraction = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:  # wsd: flat, then linear down over the last `decay` of all steps (MiniCPM, arXiv 2404.06395)
         span = max(1, round(settings.steps * settings.decay))
-        share = min(1.0, (settings.steps - step) / span)
-    return settings.final_rate + (1 - settings.final_rate) * share
+        fraction = min(1.0, (settings.steps - step) / span)
+    return settings.final_rate + (1 - settings.final_rate) * fraction

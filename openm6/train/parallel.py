@@ -1,4 +1,4 @@
-"""How one network is laid over many processes, from outside: the network itself never asks what rank it is.
+"""The distribution of a network over processes, from outside: the network itself never asks for its rank.
 
     none    every process holds everything; gradients are reduced (DistributedDataParallel)
     zero2   gradients and optimizer states are sharded, parameters stay gathered from forward to backward (FSDP2)
@@ -35,12 +35,12 @@ from openm6.train.recipe import ParallelSection
 
 _KEPT = ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
          "_scaled_dot_product_efficient_attention", "flex_attention")  # fmt: skip
-"""What selective recomputation keeps: results of products with weights and of fused attention."""
+"""Operations whose results selective recomputation keeps: products with weights, and fused attention."""
 
 
 class Parallel:
-    """A network ready to be trained over a group. `run(batch)` is its forward; `scale` what a loss has to be
-    multiplied by so that gradients are sums over the processes."""
+    """A network distributed over a group. `run(batch)` is its forward pass; a loss times `scale` gives gradients that
+    are sums over the processes."""
 
     def __init__(self, model: M6, settings: ParallelSection, group: Group, dtype: torch.dtype):
         self.model, self.group = model, group
@@ -58,7 +58,7 @@ class Parallel:
             self._attach()
 
     def allocate(self) -> None:
-        """Give a network without memory the part of it that this process holds; what is in it is still to be filled."""
+        """Allocate this process's part of a network without memory; the values are still to be filled."""
         model, device = self.model, self.group.device
         if self.offload.parameters:
             for part in model.children():
@@ -71,7 +71,7 @@ class Parallel:
         self._attach()
 
     def _attach(self) -> None:
-        """What clings to the parameters themselves, which `allocate` makes anew."""
+        """Set up offload or DistributedDataParallel, which refer to the parameters that `allocate` creates."""
         if self.sharded:
             if self.offload.layers > self.offload.parameters:
                 self.host = HostStates(self.model.blocks, self.offload, self.group.device)
@@ -80,7 +80,7 @@ class Parallel:
             self.run = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def synchronize(self, last: bool) -> None:
-        """Of a step's parts only the last one exchanges gradients."""
+        """Only the last micro-batch of a step exchanges gradients."""
         if self.sharded:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif self.group.world > 1:
@@ -107,7 +107,7 @@ class Parallel:
         return norm
 
     def update(self, optimizers: list[Optimizer]) -> None:
-        """Step by the gradients that there are, wherever, and drop them."""
+        """Step by the gradients on the device and the host, and clear them."""
         if self.host is not None:
             self.host.update(optimizers)
         else:
@@ -162,8 +162,8 @@ def _shard(model: M6, settings: ParallelSection, offloaded: int, group: Group, d
 
 
 def _let_answer(model: M6, group: Group) -> None:
-    """A sharded network can decode between two steps, when all processes ask the same at the same time. They then take
-    the first one's logits: rounding may not let one of them stop earlier than another."""
+    """Let a sharded network decode between two steps, when all processes make the same calls. All use the logits of the
+    first process, so that rounding cannot stop one of them earlier than another."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     for name in ("decode", "logits"):
@@ -197,7 +197,7 @@ def _hide_hooks(module: nn.Module) -> None:
 
 
 def _spread(layer: MixtureOfExperts, column: Any) -> None:
-    """Leave this process its part of the experts, and give the layer the way to the others."""
+    """Keep this process's part of the experts, and set the layer's exchange with the others."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     for name, weight in list(layer.experts.named_parameters()):
@@ -206,7 +206,7 @@ def _spread(layer: MixtureOfExperts, column: Any) -> None:
 
 
 def _recompute(model: M6, how: str) -> None:
-    """Keep less of a block's forward pass for its backward pass, and make it again there."""
+    """Save fewer activations of a block's forward pass, and recompute them in its backward pass."""
     if how == "none":
         return
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

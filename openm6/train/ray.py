@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from openm6.core.errors import OpenM6Error, UsageError
+from openm6.core.errors import OpenM6Error
+from openm6.core.extras import require
 from openm6.train.recipe import AnyRecipe
 
 
@@ -14,12 +15,11 @@ def train_on_ray(recipe: AnyRecipe, workers: int, address: str | None = None, fa
 
     Raises OpenM6Error when the workers fail more than `failures` times.
     """
-    try:
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-    except ImportError:
-        raise UsageError("Ray is not installed: pip install -e '.[ray]' in a clone.") from None
+    require("ray", "ray")
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address, log_to_driver=True, include_dashboard=False)

@@ -1,4 +1,4 @@
-"""A recipe: everything a training run needs to know, in one YAML file, checked before anything starts."""
+"""A recipe: all settings of a training run, in one YAML file, validated before the start."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class _Strict(BaseModel):
 
 
 class ModelSection(_Strict):
-    """The network to start from: a `preset` (with `sizes` changed) at random, or the model directory `path`."""
+    """The initial network: a `preset` (with `sizes` changed) at random, or the model directory `path`."""
 
     preset: str | None = None
     path: Path | None = None
     sizes: dict[str, Any] = Field(default_factory=dict, description="single values of ModelConfig to change")
-    codec: Path | None = Field(None, description="directory of an image codec: the model learns to draw with it")
+    codec: Path | None = Field(None, description="directory of an image codec, to generate images with")
     max_length: int | None = Field(None, ge=8, description="longest example in positions; the default is row_length")
 
     @model_validator(mode="after")
@@ -52,13 +52,13 @@ class SourceSection(_Strict):
     """One source."""
 
     source: str
-    name: str | None = Field(None, description="under which its loss is logged; the default is the source")
+    name: str | None = Field(None, description="name of its loss in the log; the default is the source")
     weight: float = Field(1.0, gt=0)
     start: int = Field(0, ge=0, description="step from which it is drawn: a curriculum")
     columns: dict[str, str] = Field(default_factory=dict, description="slot of the task: column of the data")
     format: str | None = None
     images: str | None = Field(None, description="folder that picture paths start from")
-    stream: bool = Field(False, description="read a large Parquet source in passing instead of indexing it")
+    stream: bool = Field(False, description="stream a large Parquet source instead of indexing it")
     limit: int | None = Field(None, ge=1)
 
 
@@ -67,25 +67,25 @@ class DataSection(SourceSection):
 
     task: str
     noise: float = Field(
-        0.0, ge=0, lt=1, description="share of the characters of given texts that are left out or exchanged"
+        0.0, ge=0, lt=1, description="fraction of the characters of input texts that are dropped or exchanged"
     )
-    shots: int = Field(0, ge=0, description="other records that stand before each, with their answers, at most")
+    shots: int = Field(0, ge=0, description="largest number of other records with answers before each record")
     answers: Literal["data", "teacher"] = Field(
         "data", description="teacher: records without answers; distill.teacher answers them before the training begins"
     )
     against: str | None = Field(
-        None, description="of a task that gives a vector: the task that has to give the same record the same one"
+        None, description="for a task that gives a vector: the task whose vector of the same record has to match"
     )
     against_columns: dict[str, str] = Field(default_factory=dict, description="columns for the slots of `against`")
     same: list[str] = Field(
-        default_factory=list, description="columns: pairs that agree in all of them are not told apart"
+        default_factory=list, description="columns: pairs that agree in all of them are no negatives of each other"
     )
 
 
 class TrainSection(_Strict):
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1, description="examples a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="parts in which each process works through its share of a step")
+    accumulate: int = Field(1, ge=1, description="micro-batches of each process in a step (gradient accumulation)")
     packing: bool = True
     row_length: int = Field(256, ge=8, description="positions of a packed row")
     optimizer: Literal["adamw", "muon", "adafactor", "adam8bit"] = Field(
@@ -97,29 +97,31 @@ class TrainSection(_Strict):
     matrix_learning_rate: float | None = Field(None, gt=0, description="of Muon; the default is learning_rate")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: int = Field(100, ge=0, description="steps")
-    decay: float = Field(0.2, ge=0, le=1, description="share of the steps in which wsd goes down")
+    decay: float = Field(0.2, ge=0, le=1, description="fraction of the steps over which wsd decays")
     final_rate: float = Field(0.05, ge=0, le=1, description="last learning rate / highest")
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target that is spread over all ids")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="fraction of each target that is spread over all ids")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 where the machine has units for it"
     )
     compile: bool = False
     freeze_image_encoder: bool = Field(
-        False, description="leave as it is how pictures are read: data with features of pictures need that"
+        False, description="do not train the image encoder: required for data with image features"
     )
     workers: int = Field(2, ge=0, description="threads that prepare examples")
-    reject_share: float = Field(0.05, ge=0, le=1, description="stop when more of the records than this are bad")
+    max_rejected_fraction: float = Field(
+        0.05, ge=0, le=1, description="stop when more of the records than this are bad"
+    )
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="checkpoints that stay")
     log_every: int = Field(10, ge=1)
-    country: str = Field("CHN", description="whose electricity CO2e is counted by, an ISO code of three letters")
+    country: str = Field("CHN", description="whose electricity mix CO2e is estimated by, an ISO code of three letters")
 
 
 class OffloadSection(_Strict):
-    """Share of the layers, the first ones, of which a state lives in the host's memory; one number stands for all.
+    """Fraction of the layers, from the first on, whose state is in the host's memory; one number stands for all three.
 
     A layer whose parameters are there is updated there, so its gradients and moments are there too.
     """
@@ -144,25 +146,26 @@ class OffloadSection(_Strict):
 
 
 class ParallelSection(_Strict):
-    """How the network is laid over the processes (train/parallel.py)."""
+    """The distribution of the network over the processes (train/parallel.py)."""
 
     sharding: Literal["none", "zero2", "zero3"] = Field(
         "none", description="zero2: gradients and optimizer states over all processes; zero3: parameters too"
     )
     experts: int = Field(1, ge=1, description="processes that share the experts of a layer")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="what of a layer is made again in the backward pass: nothing, all but products, all"
+        "none", description="activations that the backward pass recomputes: none, all but products, all"
     )
     offload: OffloadSection = Field(
-        OffloadSection(), description="what lives in the host's memory: a share of the layers, or one for each state"
+        OffloadSection(), description="in the host's memory: a fraction of the layers, or one for each kind of state"
     )
 
 
 class PseudoSection(_Strict):
-    """Pseudo-to-Real (arXiv 2110.03888): for `steps` steps layers share weights; then each gets its own copy."""
+    """Pseudo-to-Real (arXiv 2110.03888): in the Pseudo stage, of `steps` steps, layers share weights; then they are
+    delinked, and the Real stage trains a copy for each."""
 
-    layers: int = Field(1, ge=1, description="distinct layers of the first stage; 1 shares all")
-    steps: int = Field(ge=1, description="steps of the first stage")
+    layers: int = Field(1, ge=1, description="distinct layers of the Pseudo stage; 1 shares all")
+    steps: int = Field(ge=1, description="steps of the Pseudo stage")
     moments: Literal["rescale", "copy", "reset"] = Field(
         "rescale",
         description="optimizer moments of the copies: a shared gradient is the sum over its n layers, so first moments "
@@ -172,7 +175,7 @@ class PseudoSection(_Strict):
 
 
 class AdaptSection(_Strict):
-    """Train a small change of the network instead of the network: `output/model` is an adapter of `model.path`."""
+    """Train an adapter instead of the network: `output/model` is an adapter of `model.path`."""
 
     method: Literal["lora", "ia3", "bottleneck", "prompt", "prefix", "head"] = "lora"
     rank: int = Field(8, ge=1, description="of LoRA; the width of a bottleneck")
@@ -182,18 +185,18 @@ class AdaptSection(_Strict):
 
 
 class DistillSection(_Strict):
-    """Learn from a larger model beside the labels (train/distill.py)."""
+    """Distillation from a larger model, beside the labels (train/distill.py)."""
 
     teacher: Path
-    share: float = Field(0.5, ge=0, le=1, description="of the loss that is against the teacher, not the labels")
+    weight: float = Field(0.5, ge=0, le=1, description="of the loss against the teacher; the labels have the rest")
     temperature: float = Field(2.0, gt=0, description="by which both sides' logits are divided")
     relations: float = Field(
-        0.0, ge=0, description="weight of a loss that asks for the same likeness between positions as the teacher's"
+        0.0, ge=0, description="weight of the loss on the similarities between positions (relational distillation)"
     )
 
 
 class VectorsSection(_Strict):
-    """How vectors are learned, by data with `against` (train/contrastive.py)."""
+    """Contrastive training of vectors, by data with `against` (train/contrastive.py)."""
 
     temperature: float = Field(0.05, gt=0)
     dims: list[int] = Field(
@@ -221,7 +224,7 @@ class CodecSection(_Strict):
     sizes: dict[str, Any] = Field(default_factory=dict)
     path: Path | None = None
     eyes: Path | None = Field(
-        None, description="model directory whose picture stem gives the features of the loss, not the codec's encoder"
+        None, description="model directory whose image stem replaces the codec's encoder in the feature loss"
     )
 
     @model_validator(mode="after")

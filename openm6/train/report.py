@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar, metrics.jsonl, TensorBoard."""
+"""Reports of a training run: progress, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,43 +15,48 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from openm6.core.energy import EnergyMeter, EnergyUse, peak_memory
+from openm6.core.extras import install_command, is_installed
 from openm6.core.files import cut_torn_line, dumps, write_text
 from openm6.data.rejects import count_rejected
-from openm6.train.expert_load import draw_loads
+from openm6.train.expert_statistics import plot_expert_statistics
 from openm6.train.recipe import AnyRecipe, recipe_text
 
 Losses = list[tuple[str, str, float, int]]
 
-LOADS = "experts.jsonl"
+EXPERTS_LOG = "experts.jsonl"
 SCALARS = (
-    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak", "peak_memory_bytes", "energy_kwh",
-    "load_variation", "load_dropped",
+    "loss", "learning_rate", "gradient_norm", "tokens_per_second", "model_flops_utilization", "peak_memory_bytes",
+    "energy_kwh", "load_variation", "load_dropped",
 )  # fmt: skip
 
-
+MONITORS = {
+    "codecarbon": "energy", "tensorboard": "curves for TensorBoard", "matplotlib": "a picture of the experts' load",
+}  # fmt: skip
+"""What a run records by the libraries of the extra monitor."""
 LONG = 600
-"""Seconds that a run has to take for its length to be told after its first steps, before the first line."""
+"""Seconds from which on the expected length of a run is shown after its second step, before the first line."""
+
+WIDTH = 80
+"""Characters of a progress line: what does not fit is in metrics.jsonl and TensorBoard alone."""
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """The line that the user sees, whole: a terminal wraps it, a file has it in one piece."""
+    """Print a line for the user, unbroken: a terminal wraps it, a file has it in one piece."""
     (console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Reporter:
-    """Gathers steps and writes a line every `log` call. One a run, on the first process."""
+    """Collects steps and writes a line at every `log` call. One per run, on the first process."""
 
     def __init__(self, output: Path, recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = Console(stderr=True)
         self.recipe, self.output, self.on_step = recipe, output, on_step
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "recipe.yaml", recipe_text(recipe))
-        for log in (output / "metrics.jsonl", output / LOADS):
+        for log in (output / "metrics.jsonl", output / EXPERTS_LOG):
             cut_torn_line(log)
         self.lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(output / "tensorboard"))
+        self.board: Any = None  # made with its first point: it takes a third of the time of PyTorch's import
         self.bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),  # gives way, so that the figures stay whole
@@ -67,6 +72,9 @@ class Reporter:
         self.peak = math.inf
         self.taken = 0
         self._clear()
+        absent = [what for module, what in MONITORS.items() if not is_installed(module)]
+        if absent:
+            self.say(f"Not recorded, as not installed: {', '.join(absent)} ({install_command('monitor')}).")
 
     def _clear(self) -> None:
         self.losses: Losses = []
@@ -108,10 +116,11 @@ class Reporter:
             self.say(f"{left:,} steps of {seconds:.2f} s are left: about {timedelta(seconds=round(left * seconds))}.")
         self.bar.update(self.row, completed=step)
 
-    def log(self, energy: EnergyMeter, loads: Mapping[str, Any]) -> None:
-        """One line for the steps since the last one. Times include waiting for data.
+    def log(self, energy: EnergyMeter, experts: Mapping[str, Any]) -> None:
+        """Write a line for the steps since the last one. Times include waiting for data.
 
-        `loads` (ExpertLoads.statistics) goes to experts.jsonl, its means over the layers here too."""
+        `experts` (ExpertStatistics.statistics) goes to experts.jsonl, its means over the layers to metrics.jsonl
+        too."""
         elapsed = time.perf_counter() - self.since
         use, memory = energy.read(), peak_memory()
         line: dict[str, Any] = {
@@ -124,65 +133,64 @@ class Reporter:
             "seconds_per_step": elapsed / self.steps,
             "tokens_per_second": self.positions / elapsed,
             "tflops": self.flops / elapsed / 1e12,
-            "share_of_peak": self.flops / elapsed / self.peak,
+            "model_flops_utilization": self.flops / elapsed / self.peak,
             "row_fill": self.filled / self.steps,
             "waiting_for_data": max(0.0, 1 - self.seconds / elapsed),
             "peak_memory_bytes": memory,
-            "energy_kwh": use.kwh,
-            "energy_measured": use.measured,
         }
-        if loads:
-            line |= {key: sum(loads[key]) / len(loads[key]) for key in ("load_variation", "load_dropped")}
-            with (self.output / LOADS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.number, **loads}) + "\n")
+        if use:
+            line |= {"energy_kwh": use.kwh, "energy_measured": use.measured}
+        if experts:
+            line |= {key: sum(experts[key]) / len(experts[key]) for key in ("load_variation", "load_dropped")}
+            with (self.output / EXPERTS_LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.number, **experts}) + "\n")
         self._write(line)
-        for key in SCALARS:
-            if key in line:
-                self.board.add_scalar(key, line[key], self.number)
+        scalars = {key: line[key] for key in SCALARS if key in line}
         for kind in ("loss_by_task", "loss_by_source"):
-            for name, value in line[kind].items():
-                self.board.add_scalar(f"{kind}/{name}", value, self.number)
-        figures = (
-            f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  {line['share_of_peak']:.0%} of peak  "
-            f"{memory / 2**30:.1f} GiB  {use.kwh * 1000:.1f} Wh ({_known(use)})"
-        )
+            scalars |= {f"{kind}/{name}": value for name, value in line[kind].items()}
+        self._plot(scalars, self.number)
         self.bar.update(self.row, figures=f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
         every, steps = self.recipe.train.log_every, self.recipe.train.steps
         shown = self.number <= every or self.number % (10 * every) == 0 or self.number == steps
         if shown and not self.console.is_terminal:
             left = timedelta(seconds=round((steps - self.number) * line["seconds_per_step"]))
-            self.say(f"step {self.number}/{steps}  {figures}  {line['seconds_per_step']:.2f} s/step  {left} left")
+            figures = (
+                f"step {self.number}/{steps}", f"loss {line['loss']:.3f}", f"{left} left",
+                f"{line['seconds_per_step']:.2f} s/step", f"{line['tokens_per_second']:,.0f} tokens/s",
+                f"{line['model_flops_utilization']:.0%} of peak", f"{memory / 2**30:.1f} GiB",
+            )  # fmt: skip
+            self.say(wrap(figures)[0])
         self._clear()
 
     def evaluation(self, step: int, name: str, scores: Mapping[str, float]) -> None:
         self._write({"step": step, "evaluation": name, **scores})
-        for metric, value in scores.items():
-            self.board.add_scalar(f"evaluation/{name}/{metric}", value, step)
-        self.say(f"step {step}  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        self._plot({f"evaluation/{name}/{metric}": value for metric, value in scores.items()}, step)
+        for text in wrap((f"step {step}  {name}:", *(f"{metric} {value:.3f}" for metric, value in scores.items()))):
+            self.say(text)
         self.since = time.perf_counter()
 
-    def finish(self, step: int, use: EnergyUse, examples: int, cut: int) -> None:
-        """The last lines of a run, which saw so many `examples`; `cut` of them were longer than the model takes."""
+    def finish(self, step: int, use: EnergyUse | None, examples: int, cut: int) -> None:
+        """Write the last lines of a run of `examples` examples, of which `cut` were longer than the model takes."""
         skipped = count_rejected(self.output)
-        self._write(
-            {
-                "step": step,
-                "finished": True,
-                "examples": examples,
-                "cut": cut,
-                "skipped_records": skipped,
-                "energy_kwh": use.kwh,
-                "co2e_kg": use.co2e_kg,
-                "energy_measured": use.measured,
-            }
-        )
-        if (self.output / LOADS).is_file():
-            draw_loads(self.output / LOADS, self.output / "experts.png")
+        line: dict[str, Any] = {
+            "step": step,
+            "finished": True,
+            "examples": examples,
+            "cut": cut,
+            "skipped_records": skipped,
+        }
+        energy = ""
+        if use:
+            line |= {"energy_kwh": use.kwh, "co2e_kg": use.co2e_kg, "energy_measured": use.measured}
+            energy = (
+                f"; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
+                f"({self.recipe.train.country}; {_known(use)})"
+            )
+        self._write(line)
+        if (self.output / EXPERTS_LOG).is_file() and is_installed("matplotlib"):
+            plot_expert_statistics(self.output / EXPERTS_LOG, self.output / "experts.png")
         self._stop_bar()  # which would be drawn over the last line
-        self.say(
-            f"Trained {step} steps; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
-            f"({self.recipe.train.country}; {_known(use)}). Model: {self.output / 'model'}"
-        )
+        self.say(f"Trained {step} steps{energy}. Model: {self.output / 'model'}")
         if cut:
             self.say(
                 f"{cut:,} of {examples:,} examples were longer than the model takes and lost their ends: "
@@ -197,14 +205,36 @@ class Reporter:
 
     def close(self) -> None:
         self._stop_bar()
-        self.board.close()
+        if self.board:
+            self.board.close()
         self.lines.close()
+
+    def _plot(self, scalars: Mapping[str, float], step: int) -> None:
+        if not is_installed("tensorboard"):
+            return
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.output / "tensorboard"))
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.write(dumps(line) + "\n")
         self.lines.flush()
         if self.on_step:
             self.on_step(line)
+
+
+def wrap(figures: Iterable[str]) -> list[str]:
+    """Figures in lines of at most WIDTH characters, none of them broken; what follows the first line is indented."""
+    lines: list[str] = []
+    for figure in figures:
+        if lines and len(lines[-1]) + 2 + len(figure) <= WIDTH:
+            lines[-1] += "  " + figure
+        else:
+            lines.append("  " + figure if lines else figure)
+    return lines
 
 
 def _known(use: EnergyUse) -> str:

@@ -1,9 +1,9 @@
-"""Whether a run may be resumed: what it has learned from has to be what its recipe names now.
+"""The test whether a run may be resumed: its data, model and tasks have to be those that its recipe names now.
 
 Compared with the newest checkpoint: its `recipe.yaml`, and the hashes of the contents of all that the recipe names.
 
-    free      how long, how often and on what machine it trains, and what it is called: changes without a word
-    warned    other settings of the training: the steps to come take them
+    free      length, intervals, machine and name of the run: changed silently
+    warned    other settings of the training: changed from here on, with a warning
     refused   everything else: model, data, tasks, columns, adapter, seed, and what the optimizer's states depend on
 """
 
@@ -27,19 +27,19 @@ RECIPE = "recipe.yaml"
 FREE = (
     "name", "output", "parallel.", "evaluation.", "train.steps", "train.keep", "train.log_every",
     "train.checkpoint_every", "train.workers", "train.accumulate", "train.compile", "train.country",
-    "train.reject_share",
+    "train.max_rejected_fraction",
 )  # fmt: skip
 WARNED = ("train.", "distill.", "vectors.")
 REFUSED = ("train.optimizer", "train.freeze_image_encoder")
 BY_CONTENT = (
     "model.path", "model.codec", "tokenizer.path", "distill.teacher", "codec.path", "codec.eyes",
 )  # fmt: skip
-"""Model directories: what is in them counts, not what they are called."""
+"""Model directories: compared by content, not by path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """`content`: hashes of what the recipe names, by key; `warnings`: changes that the steps to come take; `finished`:
+    """`content`: hashes of what the recipe names, by key; `warnings`: changes for the remaining steps; `finished`:
     nothing is left to do; `stopped_early`: because the measures got no better."""
 
     content: dict[str, str]
@@ -114,7 +114,7 @@ def _content(recipe: AnyRecipe) -> dict[str, str]:
 
 
 def _task_hash(name: str) -> str:
-    """Of its definition; a task that the model alone has counts with the model."""
+    """Hash of a task's definition; a task that only the model has is part of the model's hash."""
     try:
         return json_hash(get_task(name).to_dict())
     except UsageError:
@@ -122,7 +122,7 @@ def _task_hash(name: str) -> str:
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """Every single value by its place: train.steps, data.0.source."""
+    """Every single value by its key path: train.steps, data.0.source."""
     parts: Iterator[tuple[Any, Any]]
     if isinstance(value, Mapping) and value:
         parts = iter(value.items())
@@ -138,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _has_ended(output: Path, step: int) -> bool:
-    """Whether the model of the end is written: the last line of the log says so."""
+    """True where the final model is written, by the last line of the log."""
     try:
         last = json.loads((output / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     except (OSError, ValueError, IndexError):

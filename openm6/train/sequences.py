@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openm6.core.batch import Batch, pack, pad, pad_drawn
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, ContrastTarget, HeadTarget, Sequence
 from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
@@ -20,20 +20,20 @@ from openm6.model.adapters import adapter_config, add_adapter, prompt_length
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
-from openm6.train.distill import Lessons, relation_loss
+from openm6.train.distill import DistillationTeacher, relation_loss
 from openm6.train.distributed import Group
 from openm6.train.meters import training_flops
 from openm6.train.notes import data_notes
-from openm6.train.objective import Part
+from openm6.train.objective import MicroBatchResult
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
+from openm6.train.seen_tokens import SeenTokens, unseen_token_ids
 from openm6.train.setup import build_entries, build_session, check_evaluation, evaluate_entries, make_loader
 from openm6.train.start import start_codes
-from openm6.train.taught import Taught, untaught_ids
 
 
-class Sequences:
-    """An Objective (train/objective.py)."""
+class SequenceObjective:
+    """The Objective of M6: sequences of text and images, and the losses of their targets."""
 
     def __init__(self, recipe: Recipe, group: Group):
         self.recipe, self.settings, self.device = recipe, recipe.train, group.device
@@ -42,7 +42,7 @@ class Sequences:
         self.notes: list[str] = []
         self.session = build_session(recipe, group)
         entries, rejects = build_entries(recipe, self.session, group)
-        self.taught = Taught(self.session.processor, recipe.output, group)
+        self.seen_tokens = SeenTokens(self.session.processor, recipe.output, group)
         if recipe.adapt and self.path:
             self.adapter = self._adapter(recipe.adapt, self.path.resolve(), entries)
             self.session.processor = replace(self.session.processor, prompt=prompt_length(self.adapter))
@@ -61,26 +61,26 @@ class Sequences:
         if self.contrasts and self.session.model.config.picture_side:
             raise UsageError("A model with picture_side learns no vectors: leave data.*.against out.")
         distill = recipe.distill
-        self.lessons = Lessons(distill, self.session.processor, group.device) if distill else None
+        self.teacher = DistillationTeacher(distill, self.session.processor, group.device) if distill else None
         width = self.session.model.config.hidden_size
         self.dims = recipe.vectors.dims or [width]
         if max(self.dims) > width:
             raise UsageError(f"vectors.dims has {max(self.dims)}; vectors of this model have {width} numbers.")
 
     def _adapter(self, settings: AdaptSection, base: Path, entries: list[Entry]) -> Any:
-        """The adapter's configuration; LoRA has rows of its own for ids that the model has not met."""
-        untaught, fraction = untaught_ids(entries, self.session.processor)
+        """The adapter's configuration; LoRA gets embedding rows for ids that the model has not seen."""
+        untaught, fraction = unseen_token_ids(entries, self.session.processor)
         rows = None
         if untaught and settings.method == "lora":
             tied = self.session.model.config.tie_word_embeddings
             rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
-            self.taught.add_ids(untaught)
+            self.seen_tokens.add_ids(untaught)
             end = ": their rows of the embedding and the output are trained too"
         else:
             end = f", which {settings.method} leaves as they are: lora and full train them"
         if untaught:
             self.notes.append(
-                f"The model has not met {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
+                f"The model has not seen {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
             )
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
@@ -101,24 +101,26 @@ class Sequences:
         self.session.model.label_smoothing = self.settings.label_smoothing
         return self.session.model
 
-    def begin(self, model: M6) -> None:
-        """Image codes of a codec that is new to the model."""
+    def initialize(self, model: M6) -> None:
+        """Embeddings of image codes, of a codec that is new to the model."""
         if self.recipe.model.codec is None:
             return
         vectors, first = self.session.codec.vectors(), self.session.processor.tokenizer.code_start
         for weight in {model.embed.weight, model.head_weight}:
             start_codes(weight, first, vectors, self.recipe.seed, model.config.initializer_range)
 
-    def count(self, examples: list[Sequence]) -> tuple[float, int, int]:
+    def loss_weight(self, examples: list[Sequence]) -> tuple[float, int, int]:
         every = _flat(examples)
         if self.adapter is None:  # its rows alone are trained
-            self.taught.add(every)
+            self.seen_tokens.add(every)
         trained = sum(
-            e.weight * int((e.labels != IGNORE).sum()) + (e.partner is not None or bool(e.head)) for e in examples
+            (e.image.weight if e.image else 1) * int((e.labels != IGNORE).sum())
+            + isinstance(e.target, (ContrastTarget, HeadTarget))
+            for e in examples
         )
         return trained, sum(len(e) for e in every), sum(any(one.cut for one in _flat([e])) for e in examples)
 
-    def batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
+    def micro_batches(self, examples: list[Sequence]) -> list[list[Sequence]]:
         """Sequences, partners and negatives behind their example. One micro-batch, but for a network with block-sparse
         pictures: there sequences without a drawn picture, with one whose codes see each other both ways, and with one
         whose codes are written one after the other are worked on apart. All processes have a kind that one has."""
@@ -127,17 +129,17 @@ class Sequences:
             return [sequences]
         kinds: tuple[list[Sequence], ...] = ([], [], [])
         for sequence in sequences:
-            codes = sequence.codes
-            kinds[0 if codes is None else 1 if sequence.blocks[codes.start] != CAUSAL else 2].append(sequence)
+            image = sequence.image
+            kinds[0 if image is None else 1 if sequence.blocks[image.codes.start] != CAUSAL else 2].append(sequence)
         numbers = self.group.sum(torch.tensor([len(kind) for kind in kinds], device=self.device)).tolist()
         return [kind for kind, number in zip(kinds, numbers, strict=True) if number]
 
     def gather(self) -> None:
-        self.session.processor = replace(self.session.processor, taught=self.taught.everywhere())
+        self.session.processor = replace(self.session.processor, taught=self.seen_tokens.from_all_processes())
 
-    def part(self, run: Callable[..., Any], examples: list[Sequence]) -> Part:
+    def micro_batch_loss(self, run: Callable[..., Any], examples: list[Sequence]) -> MicroBatchResult:
         batch = self._batch(examples)
-        teacher, seen = self.lessons.of(batch) if self.lessons else (None, None)
+        teacher, seen = self.teacher.outputs(batch) if self.teacher else (None, None)
         output = run(batch, teacher)
         loss, trained = output.loss, int((batch.labels != IGNORE).sum())
         if seen is not None and self.recipe.distill and self.recipe.distill.relations and trained:
@@ -150,30 +152,31 @@ class Sequences:
             told = zip(contrasted, values.tolist(), strict=True)
             losses += [(pair.task, pair.origin, value, 1) for pair, value in told]
         for name in self.heads:
-            answered = [(i, e) for i, e in enumerate(examples) if e.head == name]
-            outputs = output.heads[name][[i for i, _ in answered]]
-            wanted = torch.tensor([e.values for _, e in answered], dtype=torch.float32, device=outputs.device)
+            targets = [(i, e, e.target) for i, e in enumerate(examples) if isinstance(e.target, HeadTarget)]
+            answered = [(i, e, target.values) for i, e, target in targets if target.head == name]
+            outputs = output.heads[name][[i for i, *_ in answered]]
+            wanted = torch.tensor([v for *_, v in answered], dtype=torch.float32, device=outputs.device)
             values = HEADS[name].loss(outputs, wanted) if answered else outputs.sum(1)
             loss = loss + values.sum()
-            losses += [(e.task, e.origin, v, 1) for (_, e), v in zip(answered, values.tolist(), strict=True)]
+            losses += [(e.task, e.origin, v, 1) for (_, e, _), v in zip(answered, values.tolist(), strict=True)]
         lengths = torch.bincount(batch.segments.flatten())[1:].double()
         positions, pairs = int(lengths.sum()), int((lengths**2).sum() / 2)
         flops = training_flops(self.session.model.config, positions, pairs, trained)
-        return Part(loss, losses, flops, positions, batch.ids.numel(), output.loads)
+        return MicroBatchResult(loss, losses, flops, positions, batch.ids.numel(), output.router_statistics)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
-        """The loss of every pair among the examples, fp32 [pairs], and those pairs; partners and negatives stand behind
-        their example."""
+        """The loss of every pair among the examples, fp32 [pairs], and those pairs; the others of a contrast stand
+        behind their example."""
         vectors = hidden_BTD.flatten(0, 1)[batch.ends()]
-        queries = [place for place, example in enumerate(examples) if example.partner is not None]
-        pairs = [examples[place] for place in queries]
+        pairs = [(place, e.target) for place, e in enumerate(examples) if isinstance(e.target, ContrastTarget)]
+        queries = [place for place, _ in pairs]
         keys = [place + 1 for place in queries]
-        negatives = [
-            place + 2 + i for place, pair in zip(queries, pairs, strict=True) for i in range(len(pair.negatives))
-        ]
-        settings, groups = self.recipe.vectors, [pair.group for pair in pairs]
-        found = vectors[queries], vectors[keys + negatives]
-        return contrast(*found, groups, settings.temperature, self.dims, self.group), pairs
+        negatives = [place + 2 + i for place, target in pairs for i in range(len(target.negatives))]
+        settings, groups = self.recipe.vectors, [target.group for _, target in pairs]
+        losses = contrast(
+            vectors[queries], vectors[keys + negatives], groups, settings.temperature, self.dims, self.group
+        )
+        return losses, [examples[place] for place in queries]
 
     def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
         session = Session(model.eval(), self.session.processor, self.session.tasks.values())
@@ -184,7 +187,7 @@ class Sequences:
 
     def _batch(self, sequences: list[Sequence]) -> Batch:
         pad_id = self.session.processor.tokenizer.pad_id
-        if self.session.model.config.picture_side and any(s.codes for s in sequences):
+        if self.session.model.config.picture_side and any(s.image for s in sequences):
             return pad_drawn(sequences, pad_id).to(self.device)
         if sequences and not self.settings.packing:
             return pad(sequences, pad_id).to(self.device)
@@ -194,8 +197,13 @@ class Sequences:
 
 
 def _flat(examples: list[Sequence]) -> list[Sequence]:
-    """Each with its partner and negatives behind it."""
-    return [one for e in examples for one in (e, *([e.partner] if e.partner else []), *e.negatives)]
+    """Each with the positive and the negatives of its contrast behind it."""
+    flat: list[Sequence] = []
+    for example in examples:
+        flat.append(example)
+        if isinstance(example.target, ContrastTarget):
+            flat += (example.target.positive, *example.target.negatives)
+    return flat
 
 
 def _by_example(output: Any, batch: Batch) -> Losses:

@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: model, tokenizer, tasks, data."""
+"""The model, tokenizer, tasks and data of a recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
 from openm6.tasks.task import Task
 from openm6.train.checkpoint import latest_checkpoint
-from openm6.train.distill import answered
+from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.recipe import AnyRecipe, ModelSection, Recipe, SourceSection, TrainSection
 
@@ -82,9 +82,9 @@ def _longest(config: ModelConfig, asked: int | None, otherwise: int) -> int:
 
 
 def _fitting(codec: PictureCodec, session: Session, section: ModelSection) -> PictureCodec:
-    """The codec for a model that has none yet, but ids for its codes."""
+    """The codec, for a model without one that has ids for its codes."""
     if session.processor.codec is not None:
-        raise UsageError(f"{section.path} draws already, with a codec of its own: leave model.codec out.")
+        raise UsageError(f"{section.path} has a codec already: leave model.codec out.")
     ids = session.processor.tokenizer.num_codes
     if ids < codec.num_codes:
         raise UsageError(
@@ -171,13 +171,13 @@ def make_loader(
 
 
 def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
-    """Where this process's bad records go."""
+    """The rejects file of this process."""
     name = "rejects.jsonl" if group.first else f"rejects-{group.rank}.jsonl"
-    return Rejects(output / name, settings.reject_share)
+    return Rejects(output / name, settings.max_rejected_fraction)
 
 
 def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[Entry], Rejects]:
-    """The recipe's data, each source with its task; and where bad records go.
+    """The recipe's data, each source with its task; and the rejects file.
 
     A label slot without a set of its own gets the labels that the data have.
     """
@@ -188,7 +188,7 @@ def build_entries(recipe: Recipe, session: Session, group: Group) -> tuple[list[
         task = _task(section.task, session)
         source = open_section(section, rejects)
         if section.answers == "teacher" and recipe.distill:
-            source = answered(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
+            source = teacher_answers(source, task, section.columns, recipe.distill.teacher, recipe.output, group)
         classes = {} if section.stream else count_classes(task, source, section.columns)
         for slot, values in classes.items():
             if slot not in task.labels and 0 < len(values.counts) <= MAX_LABELS:
@@ -218,7 +218,8 @@ def _task(name: str, session: Session) -> Task:
 
 
 def check_evaluation(recipe: Recipe, session: Session) -> None:
-    """Raises what the first measure would, hours later, for tasks, data, columns or metrics that do not fit."""
+    """Raises now the error that the first evaluation would, hours later, for tasks, data, columns or metrics that do
+    not fit."""
     for section in recipe.evaluation.data:
         task, source = session.task(section.task), open_section(section)
         SlotView.of(task, source, section.columns)

@@ -1,4 +1,4 @@
-"""Weights to start from, each process filling the part of the network that it holds: it never exists as a whole."""
+"""Initial weights. Each process fills only its part of the network, which never exists as a whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openm6.model.adapters import adapter_start, base_name, rows_beneath
 from openm6.model.files import stored_rows
 from openm6.model.network import Network
+from openm6.model.roles import Role, role_of
 from openm6.train.distributed import local, rows_of
 
 BLOCK = 2**20
@@ -20,8 +21,8 @@ BLOCK = 2**20
 
 @torch.no_grad()
 def start_at_random(model: Network, seed: int) -> None:
-    """As its `initial` says. Numbers depend on the seed, a parameter's name and their place in it alone, so that a
-    network starts the same however it is laid over however many processes."""
+    """Fill a network by its `initial`. The numbers depend only on the seed, the parameter's name and the position in
+    it, so that they are the same for any number of processes and any sharding."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         for parameter, mean, std in model.initial(module):
@@ -41,8 +42,8 @@ def start_at_random(model: Network, seed: int) -> None:
 
 @torch.no_grad()
 def start_from(model: Network, path: Path, seed: int) -> None:
-    """The weights of a model directory; of each tensor only the rows are read that this process holds. An adapter's
-    start at random."""
+    """Fill a network with the weights of a model directory; only this process's rows are read. The weights of an
+    adapter start at random."""
     with stored_rows(path) as read:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             here, (first, last) = local(tensor), rows_of(tensor)
@@ -53,7 +54,7 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                     if (row := read(matrix, number, number + 1)) is not None:
                         here[place] = row[0]
             elif stored is None:
-                mean, std = adapter_start(name, tensor, model.config.initializer_range)
+                mean, std = adapter_start(role_of(model, name), tensor.shape, model.config.initializer_range)
                 if std:
                     _draw(here, first, last, tensor.shape, f"{seed}/{name}", mean, std)
                 else:
@@ -62,7 +63,9 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                 rows = read(stored, first, last)
                 if rows is not None:
                     here.copy_(rows)
-                elif tensor.ndim > 1:  # a head that is new to the model
+                    continue
+                assert role_of(model, name) is Role.HEAD, f"{path} does not hold {stored}"
+                if tensor.ndim > 1:  # a head that is new to the model
                     std = model.config.initializer_range
                     _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
                 else:

@@ -21,9 +21,9 @@ from openm6.core.files import lock_output
 from openm6.model.precision import fast_dtype
 from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
-from openm6.train.codec import Pictures
+from openm6.train.codec import CodecObjective
 from openm6.train.distributed import Group, process_group
-from openm6.train.expert_load import ExpertLoads, balance_loss
+from openm6.train.expert_statistics import ExpertStatistics, balance_loss
 from openm6.train.meters import peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
@@ -31,21 +31,20 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import AnyRecipe, CodecRecipe, Recipe, recipe_text
 from openm6.train.report import Losses, Reporter, say
 from openm6.train.resume import RECIPE, check_resumption
-from openm6.train.sequences import Sequences
+from openm6.train.sequences import SequenceObjective
 from openm6.train.setup import TOKENIZER
 from openm6.train.start import start_at_random, start_from
 
 DIVERGED = 3.0
-"""Nats by which the smoothed loss may rise above its best before the run is stopped."""
+"""Nats above its best at which the smoothed loss stops the run."""
 
 
 def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = None) -> Path:
-    """Train, or go on where an interrupted run of the same output directory stopped.
+    """Train, or resume an interrupted run of the same output directory.
 
-    Returns the model directory, `output/model`; of a run that is finished already nothing is changed. `on_step` gets
-    each logged line. Raises UsageError where the run in the output directory cannot be resumed (train/resume.py), or
-    another process is training into it.
-    """
+    Returns the model directory, `output/model`; a finished run is not changed. `on_step` gets each logged line. Raises
+    UsageError where the run in the output directory cannot be resumed (train/resume.py), or another process is training
+    into it."""
     with process_group() as group, lock_output(recipe.output) if group.first else nullcontext():
         found = check_resumption(recipe) if group.first else None
         finished = group.sum(torch.tensor(float(found is not None and found.finished), device=group.device))
@@ -64,8 +63,8 @@ def train(recipe: AnyRecipe, on_step: Callable[[dict[str, Any]], None] | None = 
 
 
 def seconds_per_step(recipe: AnyRecipe) -> float:
-    """Seconds that a step of the recipe takes on this machine, by its first three steps, in a folder that is deleted
-    afterwards. Measures and checkpoints are not counted.
+    """Seconds of a step of the recipe on this machine, by its first three steps, in a temporary folder. Evaluations and
+    checkpoints are not counted.
 
     Raises what a training would, and UsageError for a recipe whose teacher has to answer all records first."""
     if isinstance(recipe, Recipe) and any(section.answers == "teacher" for section in recipe.data):
@@ -86,7 +85,7 @@ def seconds_per_step(recipe: AnyRecipe) -> float:
 
 
 class Trainer:
-    """A run: its model, data, optimizer, and where it is. One instance a process."""
+    """A run: its model, data, optimizer and state. One instance per process."""
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class Trainer:
         self.reporter: Reporter | None = None  # from when all has been checked: it writes
         torch.manual_seed(recipe.seed)
         self.objective: Objective = (
-            Pictures(recipe, group) if isinstance(recipe, CodecRecipe) else Sequences(recipe, group)
+            CodecObjective(recipe, group) if isinstance(recipe, CodecRecipe) else SequenceObjective(recipe, group)
         )
         self.loader = self.objective.loader
         kinds = dict.fromkeys((entry.task.name, entry.name) for entry in self.loader.entries)
@@ -114,8 +113,8 @@ class Trainer:
         self.score, self.waited = -math.inf, 0  # of the best measure, and how many came after it
 
     def _build(self, shared: bool) -> None:
-        """The network as it is laid over the processes, its weights still to be filled, and its optimizers; `shared`:
-        in the first stage of Pseudo-to-Real."""
+        """Construct the distributed network, its weights still to be filled, and its optimizers; `shared`: in the
+        Pseudo stage of Pseudo-to-Real."""
         self.shared = shared
         self.model: Any = self.objective.network(shared).train()
         if self.settings.compile:
@@ -124,7 +123,7 @@ class Trainer:
         self.parallel = Parallel(self.model, self.recipe.parallel, self.group, self.dtype)
         self.parallel.allocate()
         self.optimizers = make_optimizers(self.model, self.settings)
-        self.loads = ExpertLoads(self.model, self.group)
+        self.expert_statistics = ExpertStatistics(self.model, self.group)
 
     def run(self) -> Path:
         try:
@@ -132,18 +131,18 @@ class Trainer:
             if self.group.first:
                 self.reporter = Reporter(self.output, self.recipe, self.on_step)
             if resumed and self.reporter:
-                self.reporter.say(f"Going on from step {self.step} ({resumed}).")
+                self.reporter.say(f"Resuming from step {self.step} ({resumed}).")
             batches = iter(self.loader)
             if self.reporter:
                 for note in self.objective.notes:
                     self.reporter.say(note)
                 peak = peak_flops(self.group.device.type, self.dtype) * self.group.world
                 self.reporter.start(self.step, peak)
-            while self.step < self.settings.steps and not self._waited_enough():
+            while self.step < self.settings.steps and not self._out_of_patience():
                 if self.shared and self.recipe.pseudo and self.step == self.recipe.pseudo.steps:
                     self._delink()
                 self._one_step(next(batches))
-                self._now_and_then()
+                self._log_evaluate_save()
             self._finish()
         finally:
             with suppress(OpenM6Error):
@@ -154,28 +153,29 @@ class Trainer:
 
     def _one_step(self, examples: list[Any]) -> None:
         started = time.perf_counter()
-        # A trained position weighs the same, in whatever process and part of the step it falls.
-        counts = torch.tensor(self.objective.count(examples), dtype=torch.float64, device=self.group.device)
-        total, everything, cut = self.group.sum(counts).tolist()
+        # A trained position weighs the same on every process and in every micro-batch.
+        counts = torch.tensor(self.objective.loss_weight(examples), dtype=torch.float64, device=self.group.device)
+        total, positions_in_step, cut = self.group.sum(counts).tolist()
         if total == 0:
             raise OpenM6Error(f"No example of step {self.step} has anything to learn: are the target texts empty?")
         losses: Losses = []
-        flops, positions, slots = 0.0, 0.0, 0.0
-        self.loads.begin()
+        flops, positions, padded = 0.0, 0.0, 0.0
+        self.expert_statistics.start_step()
         accumulate = min(self.settings.accumulate, len(examples))
-        shares = [examples[i::accumulate] for i in range(accumulate)]
-        batches = [batch for share in shares for batch in self.objective.batches(share)]
+        rounds = [examples[i::accumulate] for i in range(accumulate)]
+        batches = [batch for some in rounds for batch in self.objective.micro_batches(some)]
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 self.parallel.synchronize(last)
-                part = self.objective.part(self.parallel.run, batch)
-            loss = part.loss / total + balance_loss(part.loads) / everything
+                result = self.objective.micro_batch_loss(self.parallel.run, batch)
+            loss = result.loss / total + balance_loss(result.router_statistics) / positions_in_step
             (loss * self.parallel.scale).backward()
-            self.loads.add(part.loads, more=not last)
-            losses += part.losses
-            flops, positions, slots = flops + part.flops, positions + part.positions, slots + part.slots
-        self.loads.end()
+            self.expert_statistics.add(result.router_statistics, more=not last)
+            losses += result.losses
+            flops, positions = flops + result.flops, positions + result.positions
+            padded += result.padded_positions
+        self.expert_statistics.finish_step()
         norm = self.parallel.clip(self.settings.clip)
         self._check(norm)
         rate = rate_at(self.step, self.settings, self.recipe.pseudo)
@@ -186,15 +186,15 @@ class Trainer:
         self.step += 1
         self.seen += self.settings.batch_size
         self.cut += int(cut)
-        losses, (flops, positions, slots) = self._everywhere(losses, [flops, positions, slots])
+        losses, (flops, positions, padded) = self._sum_over_processes(losses, [flops, positions, padded])
         self._track(losses)
         if self.reporter:
             self.reporter.step(
                 self.step, losses, rate * self.settings.learning_rate, float(norm), time.perf_counter() - started,
-                flops=flops, positions=positions, filled=positions / slots,
+                flops=flops, positions=positions, filled=positions / padded,
             )  # fmt: skip
 
-    def _everywhere(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
+    def _sum_over_processes(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
         """The losses of all processes by task and source, and the sums of `counts`."""
         table = torch.zeros(len(self.kinds) + 1, len(counts), dtype=torch.float64)
         for task, origin, loss, number in losses:
@@ -208,7 +208,7 @@ class Trainer:
             self._stop("the gradient is not finite (NaN or infinite)")
 
     def _track(self, losses: Losses) -> None:
-        """Keep the smoothed loss, and stop when it has run away. A source that joins may raise it: it starts anew."""
+        """Update the smoothed loss, and stop the run when it diverges. It starts anew when a source joins."""
         if self.step - 1 in {entry.start for entry in self.loader.entries}:
             self.smooth, self.best = math.nan, math.inf
         loss = sum(loss for *_, loss, _ in losses) / sum(number for *_, number in losses)
@@ -226,7 +226,7 @@ class Trainer:
             "Try a lower train.learning_rate or a longer train.warmup."
         )
 
-    def _now_and_then(self) -> None:
+    def _log_evaluate_save(self) -> None:
         settings, evaluation = self.settings, self.recipe.evaluation
         stops = evaluation.patience is not None
         measures = bool(evaluation.data) and (
@@ -234,15 +234,15 @@ class Trainer:
         )
         # Before a measure too: it may be the end, and its time is not that of the steps.
         if self.reporter and (measures or self.step % settings.log_every == 0 or self.step == settings.steps):
-            self.reporter.log(self.energy, self.loads.statistics())
-            self.loads.clear()
+            self.reporter.log(self.energy, self.expert_statistics.statistics())
+            self.expert_statistics.clear()
         better = measures and self._evaluate() and stops
-        last = self.step == settings.steps or self._waited_enough()
+        last = self.step == settings.steps or self._out_of_patience()
         if better or last or self.step % settings.checkpoint_every == 0:
             self._save()
 
     def _evaluate(self) -> bool:
-        """Measure; whether the first metric of the first source is the best so far."""
+        """Evaluate; True where the first metric of the first source is the best so far."""
         found = torch.zeros(1, dtype=torch.float64, device=self.group.device)
         if self.group.first or self.parallel.sharded:  # whose parts all have to work
             for number, (name, scores) in enumerate(self.objective.evaluate(self.model)):
@@ -260,17 +260,18 @@ class Trainer:
             self.checkpoints.best = self.step if self.recipe.evaluation.patience else None
         return better
 
-    def _waited_enough(self) -> bool:
+    def _out_of_patience(self) -> bool:
         patience = self.recipe.evaluation.patience
         return patience is not None and self.waited >= patience
 
     def _save(self) -> None:
         self.objective.gather()
+        use = self.energy.read()
         # Every process is at the same step, so the first one's place in the data is everyone's.
         state = {
             "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
             "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
-            "content": self.content, "energy": asdict(self.energy.read()),
+            "content": self.content, "energy": use and asdict(use),
         }  # fmt: skip
         self.checkpoints.save(self.step, self._describe, self.model, self.optimizers, state)
 
@@ -279,17 +280,17 @@ class Trainer:
         (path / RECIPE).write_text(recipe_text(self.recipe), "utf-8")
 
     def _delink(self) -> None:
-        """Every layer gets its own copy of the weights it shared: what a resumed run does at this step."""
+        """Give every layer its own copy of the shared weights, as a resumed run does at this step."""
         if self.step % self.settings.checkpoint_every:
             self._save()
         self.checkpoints.wait()
         self.group.wait()
         self._load(self.checkpoints.directory / step_name(self.step))
         if self.reporter:
-            self.reporter.say(f"Step {self.step}: the {self.model.config.num_hidden_layers} layers part.")
+            self.reporter.say(f"Step {self.step}: the layers no longer share weights.")
 
     def _load(self, path: Path) -> dict[str, Any]:
-        """Network and optimizers as a checkpoint has them; the last one of the first stage is delinked."""
+        """Load network and optimizers from a checkpoint; the last one of the Pseudo stage is delinked."""
         pseudo, step = self.recipe.pseudo, step_of(path)
         self._build(shared=pseudo is not None and step < pseudo.steps)
         if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint was made
@@ -301,7 +302,7 @@ class Trainer:
         return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update)
 
     def _resume(self) -> Path | None:
-        """Go to where the newest checkpoint is, which is returned, or else to the start."""
+        """Load the newest checkpoint and return its path, or initialize a new run and return None."""
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
@@ -309,7 +310,7 @@ class Trainer:
                 start_at_random(self.model, self.recipe.seed)
             else:
                 start_from(self.model, self.objective.path, self.recipe.seed)
-            self.objective.begin(self.model)
+            self.objective.initialize(self.model)
             return None
         state = self._load(latest)
         self.loader.set_state(state["data"])
@@ -317,7 +318,8 @@ class Trainer:
         self.smooth, self.best = state["smooth"], state["best"]
         self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
         self.checkpoints.best = state.get("best_step")
-        self.energy.before = EnergyUse(**state.get("energy", {}))
+        spent = state["energy"]
+        self.energy.before = None if spent is None else EnergyUse(**spent)
         return latest
 
     def _finish(self) -> None:

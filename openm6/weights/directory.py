@@ -2,11 +2,11 @@
 
     config.json, model.safetensors      the network, as transformers saves it
     tokenizer.json, tokenizer_config.json
-    codec/                              the image codec of a model that draws
-    openm6.json                         how records become sequences, and the tasks it was trained on
-    recipe.yaml                         of its training, when it was trained here
+    codec/                              the image codec of a model that generates images
+    openm6.json                         settings of the processor, and the tasks of the training
+    recipe.yaml                         the recipe of the training, if any
 
-A directory with an adapter (model/adapters.py) has openm6.json and the adapter; all else is the model's beneath it.
+A directory with an adapter (model/adapters.py) has openm6.json and the adapter; the rest is its base model's.
 Nothing in it is unpickled and no code in it is run.
 """
 
@@ -26,6 +26,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.model import M6
 from openm6.model.adapters import lay_beside, merge_adapter
 from openm6.model.changed import Active
+from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.files import check_model, load_model, meta_model, read_config
 from openm6.model.precision import fast_dtype
 from openm6.tasks.card import read_card, read_taught, write_card
@@ -34,12 +35,12 @@ from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
 CODEC = "codec"
-"""Folder with the image codec of a model that draws."""
+"""Folder of the image codec of a model that generates images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Several adapters beside one network: which one counts, and the tasks that each was trained on."""
+    """Several adapters beside one network: the active one, and the tasks of each."""
 
     active: Active
     tasks: dict[str, list[Task]]
@@ -57,7 +58,7 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
     processor, tasks = open_processor(path)
     place = base_of(path) or path
     if trainable and read_config(place).weight_bits:
-        raise UsageError(f"{place} has weights in few bits, which are not trained on: take the model it was made of.")
+        raise UsageError(f"{place} has quantized weights, which cannot be trained: take the original model.")
     model = meta_model(check_model(place)) if device.type == "meta" else load_model(place).eval()
     if place != path:
         model = merge_adapter(model, path).eval()
@@ -66,12 +67,12 @@ def open_directory(path: Path, device: torch.device, trainable: bool, adapters: 
     if not trainable and device.type == "cuda":
         model.to(fast_dtype("cuda"))  # type: ignore[arg-type]
     elif not trainable:
-        model.pack_for_cpu()
+        pack_for_cpu(model)
     return Opened(model, processor, tasks, beside)
 
 
 def open_processor(path: Path) -> tuple[Processor, list[Task]]:
-    """How a model, or an adapter with the model beneath it, reads records, and its tasks; no weights are loaded."""
+    """The processor and the tasks of a model, or of an adapter and its base; no weights are loaded."""
     tasks, length, prompt = read_card(path)
     place = base_of(path) or path
     config = read_config(place)

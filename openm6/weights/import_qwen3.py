@@ -99,8 +99,8 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
     ours["embed.weight"] = _grown(theirs["model.embed_tokens.weight"], config.vocab_size)
     if not config.tie_word_embeddings:
         ours["head.weight"] = _grown(theirs["lm_head.weight"], config.vocab_size)
-    expected = {name for name in model.state_dict() if not name.startswith("image.")}
-    missing = sorted(expected - set(ours))
+    image = {} if model.image is None else model.image.state_dict(prefix="image.")
+    missing = sorted(model.state_dict().keys() - image.keys() - ours.keys())
     if missing:
         raise OpenM6Error(f"{path} gives no weights for {missing[0]}.")
     try:

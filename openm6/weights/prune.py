@@ -1,10 +1,10 @@
-"""A smaller network out of a larger one: whole layers, heads, units of the feed-forward and experts are left out, those
-with the least effect on the loss of given examples.
+"""Pruning: whole layers, heads, units of the feed-forward and experts are removed, those with the least effect on the
+loss of given examples.
 
 The effect of a layer is how much the loss rises without it, measured; layers go one after the other. The effect of a
 unit, a group of heads (all that share keys and values) or an expert is estimated to first order, |gate * gradient| of a
-gate of one put behind it (Molchanov et al. 2019, arXiv 1906.10771; heads: Michel et al. 2019, arXiv 1905.10650), so an
-expert's load counts, and what its outputs are worth. What is left answers somewhat worse; training on mends that.
+gate of one behind it (Molchanov et al. 2019, arXiv 1906.10771; heads: Michel et al. 2019, arXiv 1905.10650), so an
+expert's load counts as well as its outputs. Further training recovers most of the loss.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def prune(
 
 
 def _groups(config: ModelConfig) -> int:
-    """Of experts, from each of which as many have to stay."""
+    """Number of groups of experts; each has to keep as many."""
     return 1 if config.router == "topk" else config.experts_per_token
 
 
@@ -89,7 +89,7 @@ def _fewer_layers(model: M6, batches: Items[Batch], wanted: int) -> M6:
 
 
 def _config_of(config: ModelConfig, kept: list[int]) -> ModelConfig | None:
-    """With these layers alone; None where no configuration tells which of them have experts."""
+    """The configuration with these layers alone; None where none can express which of them have experts."""
     sparse = [place for place, layer in enumerate(kept) if layer in config.expert_layers()]
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     if not config.num_experts:
@@ -103,7 +103,7 @@ def _config_of(config: ModelConfig, kept: list[int]) -> ModelConfig | None:
 
 
 def _of_blocks(model: M6, config: ModelConfig, kept: list[int]) -> M6:
-    """A network of the same modules, with these blocks alone."""
+    """A network of the same modules with only these blocks."""
     made = meta_model(config)
     for name, module in model.named_children():
         setattr(made, name, module)
@@ -120,7 +120,7 @@ def _loss(model: M6, batches: Iterable[Batch]) -> float:
 
 
 def _effects(model: M6, batches: Items[Batch]) -> list[dict[str, Tensor]]:
-    """Of every block the effects of its groups of heads [K] and of its units [F] or experts [N]."""
+    """For every block the effects of its groups of heads [K] and of its units [F] or experts [N]."""
     gates: list[dict[str, Tensor]] = []
     with ExitStack() as stack:
         for block in model.blocks:
@@ -163,7 +163,7 @@ def _chosen(gate: Tensor) -> Callable[..., Any]:
 
 
 def _best(effect: Tensor, wanted: int, groups: int = 1) -> Tensor:
-    """The numbers, in order, of the largest; of each of equal groups as many."""
+    """Indices of the `wanted` largest effects, ascending, as many from each of `groups` equal groups."""
     size, each = len(effect) // groups, wanted // groups
     found = effect.unflatten(0, (groups, size)).topk(each, dim=1).indices
     return (found + torch.arange(0, len(effect), size, device=found.device)[:, None]).flatten().sort().values
@@ -209,7 +209,7 @@ def _narrower(
 
 
 def _spread(numbers: Tensor, size: int) -> Tensor:
-    """Rows of parts of `size` rows each."""
+    """Indices of the rows of these parts, `size` rows each."""
     return (numbers[:, None] * size + torch.arange(size, device=numbers.device)).flatten()
 
 

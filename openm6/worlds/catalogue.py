@@ -1,27 +1,26 @@
 """The demo catalogue: generated pictures of goods with captions, questions, titles, slogans and tables.
 
-A fifth of the (category, colour, pattern) combinations is held out: no training picture or training text shows
-one of them, every item of a test picture is one of them. Each category, colour and pattern, and each pair of
-two of these, does occur in training. The same seed gives the same bytes.
+A fifth of the (category, colour, pattern) combinations is held out: no training picture or text shows one of them, and
+every item of a test picture is one of them. Each category, colour and pattern, and each pair of two of these, occurs in
+training. The same seed gives the same bytes.
 
 Eight views, by `open_catalogue(view, split)` or as a source `demo:VIEW/SPLIT`:
 
     catalogue   one record a picture: image, caption (six), title, slogan, attributes (one row an item), objects,
                 relation (of the first item to the second), and category, colour, pattern of the first item
     items       one record a picture with a single item: image, caption (six), category, colour, pattern
-    studio      other pictures of single items, taken for a shop: large, upright, hardly any noise, bold patterns; with
-                caption (six), category, colour, pattern, and what a drawing can be asked to follow (worlds/studio.py)
+    studio      other pictures of single items, as in a shop: large, upright, hardly any noise, bold patterns; with
+                caption (six), category, colour, pattern, and conditions for drawing (worlds/studio.py)
     matches     of these, image and caption (six), half of them wrong in one attribute, with verdict_relevance 1 or 0
-    pairs       two records a picture with two, one an item: image, place (its side), category, colour, pattern
+    pairs       two records for a picture of two items, one each: image, place (its side), category, colour, pattern
     questions   one record a question: image, question, answer, kind, detail, objects
     relations   of the questions, those about the relation of two items
     texts       text alone: text, kind (caption, title, slogan, sentence)
 
-With `without=8` all pictures and texts are left out that show or name the eighth category: a model trained on the rest
-has never heard of it.
+`without=8` leaves out all pictures and texts that show or name the eighth category: a model trained on the rest has
+never met it.
 
-Splits: train; validation (new pictures of combinations that were trained); test (held-out combinations).
-"""
+Splits: train; validation (new pictures of trained combinations); test (held-out combinations)."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, iterate, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, check_split, iterate, shown, write_records
 from openm6.worlds import phrases
 from openm6.worlds.draw import CATEGORIES, Item, Placed, draw_picture
 from openm6.worlds.phrases import OPPOSITE, attributes_in, same_attributes
@@ -42,17 +41,18 @@ from openm6.worlds.pictured import HELD_OUT, PICTURES, SPLITS, Pictured, combina
 __all__ = ["HELD_OUT", "PICTURES", "SPLITS", "VIEWS", "attributes_in", "build", "open_catalogue", "same_attributes"]
 
 VERSION = 5
-"""Goes up when the same seed would give other records: old caches are then left aside."""
+"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
+used."""
 
 VIEWS = ("catalogue", "items", "matches", "pairs", "questions", "relations", "studio", "texts")
 
 
 TWO_OBJECTS = 0.3
-"""Share of the pictures with two items."""
+"""Fraction of the pictures with two items."""
 
 
 def picture(seed: int, split: str, index: int) -> Record:
-    """The record of one picture; depends on nothing but its arguments."""
+    """The record of one picture, determined by its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     every = combinations(split)
     items: tuple[Item, ...] = (every[rng.integers(len(every))],)
@@ -82,7 +82,7 @@ def picture(seed: int, split: str, index: int) -> Record:
 
 
 def _place(items: tuple[Item, ...], relation: str, rng: np.random.Generator) -> list[Placed]:
-    """Where the items stand: one anywhere inside the picture, two on their sides of it."""
+    """Places of the items: one anywhere inside the picture, two on their sides of it."""
     if len(items) == 1:
         size = rng.uniform(0.45, 0.85)
         free = (1 - size) / 2 + 0.03
@@ -122,7 +122,7 @@ def build(split: str, seed: int = 0, pictures: int | None = None) -> dict[str, R
         write_records(folder / "texts", _text_rows(split, rows))
 
     folder = cached("catalogue", key, make)
-    views = {view: ArrowRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
+    views = {view: StoredRecords(folder / view) for view in VIEWS if view not in ("studio", "matches")}
     return {
         view: Pictured(views["catalogue"], rows, {"picture": "image"}) if "picture" in rows.columns else rows
         for view, rows in views.items()
@@ -157,7 +157,7 @@ def _question_rows(split: str, rows: list[Record]) -> Iterator[Record]:
 
 
 def _text_rows(split: str, rows: list[Record]) -> Iterator[Record]:
-    """Every text once."""
+    """Distinct texts."""
     seen: set[str] = set()
     for row in rows:
         texts = [("caption", row["caption"][0]), ("title", row["title"]), ("slogan", row["slogan"])]
@@ -168,7 +168,7 @@ def _text_rows(split: str, rows: list[Record]) -> Iterator[Record]:
 
 
 class _Some:
-    """Of records those at the given places."""
+    """The records at the given places."""
 
     def __init__(self, records: Records, places: list[int]):
         self._records, self._places = records, places

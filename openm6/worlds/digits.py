@@ -1,8 +1,7 @@
-"""Handwritten digits as pictures: the 1,797 real ones that scikit-learn carries, with questions and captions.
+"""Handwritten digits as pictures: the 1,797 real ones of scikit-learn, with questions and captions.
 
-Source of the digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
-The split is fixed and stratified: of each digit every fifth is a test record.
-"""
+Source of the digits: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998. The split
+is fixed and stratified: every fifth record of each digit is a test record."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from openm6.core.extras import require
 from openm6.data.store import ListRecords, Record, Records, check_split
 
 SPLITS = ("train", "test")
@@ -35,6 +35,7 @@ def open_digits(split: str = "train") -> Records:
     Raises UsageError for an unknown split.
     """
     check_split("The digits have", split, SPLITS)
+    require("demo", "sklearn")
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -49,7 +50,7 @@ def open_digits(split: str = "train") -> Records:
 
 
 def _record(split: str, index: int, pixels: np.ndarray, digit: int) -> Record:
-    # Ink is 0 to 16 on 8 x 8 points: shown dark on white, smoothly enlarged.
+    # Ink is 0 to 16 on 8 x 8 points: rendered dark on white, smoothly enlarged.
     small = Image.fromarray((255 - pixels * (255 / 16)).clip(0, 255).astype(np.uint8))
     buffer = io.BytesIO()
     small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "PNG", compress_level=1)

@@ -1,10 +1,9 @@
-"""Pictures of the demo catalogue: eight kinds of goods in eight colours and four patterns, drawn from outlines.
+"""Rendering of the demo catalogue: eight kinds of goods in eight colours and four patterns, from outlines.
 
-The outlines are drawn once, large; a picture resamples them at its own place, size and angle, at twice its
-resolution, lays a pattern over them, and adds shading and noise. All randomness comes from the generator given.
+The outlines are rendered once, large; a picture resamples them at its own place, size and angle, at twice its
+resolution, adds a pattern, shading and noise. All randomness comes from the generator given.
 
-`figures` shows the same goods on a person, from their `Look`.
-"""
+`figures` shows the same goods on a person, from their `Look`."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ _VARIANTS = 5  # outlines a category
 RGB = tuple[int, int, int]
 Colour = tuple[float, ...]
 Marks = Callable[[np.ndarray, np.ndarray], np.ndarray | float]
-"""How much of the marks' tone lies on the points (u, v) of an item, 0 to 1; it fills the unit square about (0, 0)."""
+"""Coverage by the marks' tone at the points (u, v) of an item, 0 to 1; the item fills the unit square about (0, 0)."""
 
 COLOURS: dict[str, RGB] = {
     "红": (212, 36, 40),
@@ -44,15 +43,15 @@ COLOURS: dict[str, RGB] = {
 PATTERNS = ("纯色", "条纹", "圆点", "格子")
 
 FAR = 90.0
-"""Least distance of a background tint from an item's colour, in RGB of 0 to 255."""
+"""Minimum distance of a background tint from an item's colour, in RGB of 0 to 255."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How pictures are taken: ranges of what is random in them.
+    """Ranges of the random properties of pictures.
 
-    tilt      of an item, at most, in radians; skew: of its pattern
-    period    of a pattern, as a share of the item; at least `least` pixels
+    tilt      maximum tilt of an item, in radians; skew: of its pattern
+    period    of a pattern, as a fraction of the item; at least `least` pixels
     noise     of the camera, in levels of 255
     """
 
@@ -74,7 +73,7 @@ _GROUNDS: tuple[RGB, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One piece of goods: names as they stand in `CATEGORIES`, `COLOURS` and `PATTERNS`."""
+    """An item: its names in `CATEGORIES`, `COLOURS` and `PATTERNS`."""
 
     category: str
     colour: str
@@ -83,7 +82,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An item in a picture: its centre and its larger extent as shares of the picture's side."""
+    """An item in a picture: its centre and its larger extent as fractions of the picture's side."""
 
     item: Item
     x: float
@@ -93,7 +92,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one piece of goods is made and laid down: all that is at random about it but its place and the light."""
+    """Appearance of one item: all its random properties except place and light."""
 
     angle: float
     mirror: int
@@ -107,7 +106,7 @@ class Look:
 
     @property
     def cut(self) -> float:
-        """The t of the outline, 0 to 1."""
+        """The parameter t of the outline, 0 to 1."""
         return self.variant / (_VARIANTS - 1)
 
 
@@ -117,7 +116,7 @@ _OUTLINES = GOODS | PETS
 
 @cache
 def _masks(category: str, variant: int) -> tuple[Image.Image, Image.Image]:
-    """(body, trim) of an outline, its larger extent brought to the unit square inside the margin."""
+    """(body, trim) of an outline, its larger extent scaled to the unit square inside the margin."""
     body, trim = Pen(4 * _SHAPE), Pen(4 * _SHAPE)
     _OUTLINES[category](body, trim, variant / (_VARIANTS - 1))
     both = Image.fromarray(np.maximum(np.asarray(body.image), np.asarray(trim.image)))
@@ -143,7 +142,7 @@ def draw_picture(
 
 
 def photo(canvas: np.ndarray, rng: np.random.Generator, manner: Manner = SNAPSHOT) -> bytes:
-    """The canvas as JPEG bytes, exposed and with a camera's noise."""
+    """The canvas as JPEG bytes, with random exposure and camera noise."""
     canvas = canvas * np.float32(rng.uniform(0.82, 1.12))
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(*manner.noise))
     buffer = io.BytesIO()
@@ -164,14 +163,14 @@ def ground(colours: list[RGB], rng: np.random.Generator) -> np.ndarray:
 
 
 def apart(choices: tuple[RGB, ...], colours: Sequence[Colour], rng: np.random.Generator, least: float = 60.0) -> RGB:
-    """One that stands out from these colours, by more than `least`; the farthest where none does."""
+    """A colour that differs from these by more than `least`; the farthest one where none does."""
     far = {choice: min((math.dist(choice, colour) for colour in colours), default=math.inf) for choice in choices}
     good = [choice for choice in choices if far[choice] > least] or [max(choices, key=far.__getitem__)]
     return good[rng.integers(len(good))]
 
 
 def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT, colour: RGB | None = None) -> Look:
-    """How an item of this size is made, at random; of another `colour` than its own where one is given."""
+    """A random look of an item of this size; of another `colour` than its own where one is given."""
     angle, mirror = rng.uniform(-manner.tilt, manner.tilt), 1 - 2 * int(rng.integers(2))
     wide, high = rng.uniform(0.86, 1.0), rng.uniform(0.86, 1.0)
     variant = int(rng.integers(_VARIANTS))
@@ -181,7 +180,7 @@ def look_of(one: Placed, rng: np.random.Generator, manner: Manner = SNAPSHOT, co
 
 
 def add(canvas: np.ndarray, one: Placed, look: Look, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Lay one item over the canvas. Returns its box: left, top, right, bottom as shares of the side."""
+    """Add one item to the canvas. Returns its box: left, top, right, bottom as fractions of the side."""
     angle = look.angle
     # The part of the picture that the item can touch; beyond it nothing is computed.
     reach = one.size * 0.5 * (abs(math.cos(angle)) + abs(math.sin(angle))) + 0.02
@@ -227,7 +226,7 @@ def half(field: np.ndarray) -> np.ndarray:
 
 
 def _marks(one: Placed, rng: np.random.Generator, manner: Manner) -> Marks:
-    """An item's pattern."""
+    """The marks of an item's pattern."""
     kind = one.item.pattern
     if kind == "纯色":
         return lambda u, v: 0.0

@@ -1,9 +1,8 @@
-"""Pictures changed as a sentence says: one attribute of the goods is another one, all else is as it was.
+"""Pictures edited by a sentence: one attribute of the goods changes, all else stays.
 
-Records: before, request (把颜色换成蓝色。), after (JPEG, 64 x 64, in the studio's manner), kind (what is changed), and
-the category, colour and pattern of `after`. Splits and held-out combinations are the catalogue's: what the test split
-asks for is a combination that no training picture shows, before or after.
-"""
+Records: before, request (把颜色换成蓝色。), after (JPEG, 64 x 64, in the studio's manner), kind (the changed
+attribute), and the category, colour and pattern of `after`. Splits and held-out combinations are the catalogue's:
+requests of the test split are for combinations that no training picture shows, before or after."""
 
 from __future__ import annotations
 
@@ -18,7 +17,8 @@ from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, STUDIO, Item, Plac
 from openm6.worlds.pictured import HELD_OUT, SPLITS
 
 VERSION = 1
-"""Goes up when the same seed would give other records: old caches are then left aside."""
+"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
+used."""
 
 PICTURES = {"train": 8_000, "validation": 500, "test": 500}
 
@@ -31,7 +31,7 @@ _REQUESTS = {
 
 
 def record(seed: int, split: str, index: int) -> Record:
-    """One record; depends on nothing but its arguments."""
+    """One record, determined by its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 9])
     kind = tuple(VALUES)[rng.integers(len(VALUES))]
     while True:
@@ -44,7 +44,7 @@ def record(seed: int, split: str, index: int) -> Record:
     x, y = 0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - size)
     plain = draw.ground([COLOURS[item.colour] for item in (before, after)], rng)
     seeds = rng.integers(2**32, size=2)
-    # The same outline, tilt, light and camera for both, and the same tones where the colour is not what is changed.
+    # The same outline, tilt, light and camera for both, and the same tones unless the colour is changed.
     placed = [Placed(item, x, y, size) for item in (before, after)]
     first, second = (draw.look_of(one, np.random.default_rng(seeds[0]), STUDIO) for one in placed)
     if kind != "colour":

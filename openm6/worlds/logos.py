@@ -1,10 +1,9 @@
 """Logo families: a few pictures of one emblem, to adapt a model to a subject that it has never seen.
 
-A family is its seed: a name of two characters, an outer shape, an inner one, two colours. Its pictures show it at other
-places and sizes, slightly turned, on other backgrounds; now and then the colours are exchanged, as families of logos
-have a light and a dark one. They can be drawn in any size: a large one shows the same, with sharper edges. Records:
-image (JPEG), caption (four), name.
-"""
+A family is determined by its seed: a name of two characters, an outer shape, an inner one, two colours. Its pictures
+show it at different places and sizes, slightly turned, on different backgrounds, and sometimes with the colours
+exchanged, as families of logos have a light and a dark one. They can be rendered in any size: a large one shows the
+same, with sharper edges. Records: image (JPEG), caption (four), name."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ PICTURES = {"train": 20, "test": 100}
 SPLITS = tuple(PICTURES)
 
 EXCHANGED = 0.25
-"""Share of the pictures with the two colours exchanged."""
+"""Fraction of the pictures with the two colours exchanged."""
 
 _FIRST, _SECOND = "云青星海松金玉风明远", "帆禾桥石川叶舟塔湾岭"
 _CAPTIONS = ("{n}的标志。", "图中是{n}的标志。", "一个{n}标志。", "这是{n}的商标。")
@@ -34,7 +33,7 @@ Point = tuple[float, float]
 
 
 def _ring(count: int, radius: float, turn: float = 0.0, inner: float | None = None) -> list[Point]:
-    """Corners about the middle; with `inner` a star's."""
+    """Corners of a polygon about the middle; with `inner`, of a star."""
     corners = count if inner is None else 2 * count
     radii = (radius, radius if inner is None else inner)
     angles = [math.tau * i / corners + turn - math.pi / 2 for i in range(corners)]
@@ -78,7 +77,7 @@ def family(seed: int) -> Family:
 
 
 def picture(seed: int, split: str, index: int, side: int = SIDE) -> Record:
-    """One record; depends on nothing but its arguments."""
+    """One record, determined by its arguments."""
     one, rng = family(seed), np.random.default_rng([seed, SPLITS.index(split), index, 7])
     base, mark = (np.array(COLOURS[name], np.float32) for name in one.colours)
     if rng.random() < EXCHANGED:
@@ -104,7 +103,7 @@ def _enlarged(canvas: np.ndarray, side: int) -> np.ndarray:
 
 
 def _laid(shape: Callable[[Pen], None], x: float, y: float, size: float, turn: float, side: int) -> np.ndarray:
-    """What of each pixel a shape covers, float32 [side, side, 1]: it fills a square of `size` about (x, y)."""
+    """Coverage of each pixel by a shape, float32 [side, side, 1], which fills a square of `size` about (x, y)."""
     finer = 4 if side <= 256 else 2
     pen, fine = Pen(2 * finer * side), finer * side
     shape(pen)
@@ -117,8 +116,8 @@ def _laid(shape: Callable[[Pen], None], x: float, y: float, size: float, turn: f
 
 
 def open_logos(split: str = "train", seed: int = 0, pictures: int | None = None, side: int | None = None) -> Records:
-    """The pictures of the family `seed`, of `side` pixels (64). Raises UsageError for an unknown split, or a side that
-    is not from 16 to 2,048."""
+    """The pictures of the family `seed`, of `side` pixels (64). Raises UsageError for an unknown split, or a side
+    outside 16 to 2,048."""
     check_split("The logos have", split, SPLITS)
     side = SIDE if side is None else side
     if not 16 <= side <= 2048:

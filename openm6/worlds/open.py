@@ -1,4 +1,4 @@
-"""The generated data by their names: `demo:VIEW/SPLIT`, `pets/SPLIT`, each with `?option=value&...`."""
+"""Generated data by name: `demo:VIEW/SPLIT`, `pets/SPLIT`, each with `?option=value&...`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_world(name: str, limit: int | None) -> Source:
     if any(not (value.isascii() and value.isdigit()) for value in options.values()):
         raise UsageError(f"{name}: {', '.join(options)} have to be whole numbers, not negative.")
     numbers = {key: int(value) for key, value in options.items()}
-    chosen = {key: value for key, value in numbers.items() if value or key == "seed"}  # 0 pictures: as many as usual
+    chosen = {key: value for key, value in numbers.items() if value or key == "seed"}  # 0 pictures: the default number
     view, _, split = place.removeprefix(kind).lstrip(":").partition("/")
     views = (view,) if kind in _WITH_VIEWS else ()
     records: Records = getattr(import_module(f"openm6.worlds.{module}"), function)(*views, split or "train", **chosen)

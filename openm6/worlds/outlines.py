@@ -1,8 +1,7 @@
-"""Outlines of what the generated pictures show: goods, and pets.
+"""Outlines of the objects in generated pictures: goods, and pets.
 
-Unit square, y down; t in [0, 1] changes the cut. Each draws a body (which carries the pattern) and a trim (straps,
-soles, ears: a darker tone of the same colour).
-"""
+Unit square, y down; t in [0, 1] changes the cut. Each function draws a body (with the pattern) and a trim (straps,
+soles, ears: a darker tone of the same colour)."""
 
 from __future__ import annotations
 

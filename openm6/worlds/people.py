@@ -1,4 +1,4 @@
-"""Drawn people: a body in a pose, and the garments that it wears."""
+"""Drawn people: a body in a pose, and the garments it wears."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openm6.worlds import draw
 from openm6.worlds.draw import RGB, SIDE, Look
 from openm6.worlds.outlines import Pen
 
-_UNIT = 0.7  # side of a garment's unit square on a person, of the picture's: marks are a fifth smaller than laid out
+_UNIT = 0.7  # side of a worn garment's unit square over the picture's: marks are a fifth smaller than laid out
 _EYES: RGB = (52, 32, 32)
 
 Point = tuple[float, float]
@@ -37,20 +37,20 @@ class Figure:
     shoes: RGB
 
     def bend(self, y: np.ndarray | float) -> np.ndarray | float:
-        """How far a height is pushed aside: the body leans from the hip."""
+        """Horizontal displacement at a height: the body leans from the hip."""
         return self.lean * np.maximum(0.0, _HIP - y)
 
     def at(self, point: Point) -> Point:
-        """Where a point of the figure stands in the picture."""
+        """Position of a point of the figure in the picture."""
         x, y = point
         return self.x + self.size * (x * self.build + float(self.bend(y))), _GROUND - self.size * (_GROUND - y)
 
     def leg(self, side: int) -> tuple[Point, Point]:
-        """Its joint and its ankle."""
+        """Joint and ankle of a leg."""
         return (side * 0.085, _HIP), (side * (0.09 + self.stance), _FOOT - 0.02)
 
     def arm(self, side: int) -> tuple[Point, Point, Point]:
-        """Shoulder, elbow and hand."""
+        """Shoulder, elbow and hand of an arm."""
         upper, fore = self.arms[(side + 1) // 2]
         shoulder = (side * 0.15, _SHOULDER + 0.03)
         elbow = (shoulder[0] + side * 0.165 * math.sin(upper), shoulder[1] + 0.165 * math.cos(upper))
@@ -58,7 +58,7 @@ class Figure:
 
 
 class _Brush:
-    """Draws in a figure's coordinates."""
+    """A brush in a figure's coordinates."""
 
     def __init__(self, figure: Figure):
         self.figure, self.pen = figure, Pen(4 * SIDE)
@@ -75,7 +75,7 @@ class _Brush:
         self.pen.ellipse(x - rx, y - ry, x + rx, y + ry, fill)
 
     def limb(self, start: Point, end: Point, first: float, last: float) -> None:
-        """From joint to joint, round at the start; `first` and `last` are its widths."""
+        """Draw a limb from joint to joint, round at the start; `first` and `last` are its widths."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         nx, ny = -dy / math.hypot(dx, dy) / 2, dx / math.hypot(dx, dy) / 2
         sides = [(x + s * w * nx, y + s * w * ny) for (x, y), w, s in
@@ -84,7 +84,7 @@ class _Brush:
         self.oval(start, first / 2, first / 2)
 
     def share(self, points: int = 1) -> np.ndarray:
-        """What is drawn, 0 to 1: float32 [points SIDE, points SIDE]."""
+        """Coverage, 0 to 1: float32 [points SIDE, points SIDE]."""
         return np.asarray(self.pen.image.reduce(4 // points), np.float32) / 255
 
 
@@ -137,7 +137,7 @@ def _eyes(brush: _Brush) -> None:
         brush.oval((side * 0.034, _HEAD + 0.01), 0.012, 0.014)
 
 
-# What is worn: as in `draw`, a body that carries the pattern and a trim in a darker tone; t in [0, 1] is the cut.
+# Garments: as in `draw`, a body with the pattern and a trim in a darker tone; t in [0, 1] is the cut.
 
 
 def _shirt(body: _Brush, trim: _Brush, t: float) -> None:
@@ -191,11 +191,11 @@ def _shorts(body: _Brush, trim: _Brush, t: float) -> None:
 _CUTS: dict[str, Callable[[_Brush, _Brush, float], None]] = {
     "背心": _vest, "裤子": _trousers, "短裤": _shorts, "T恤": _shirt, "连衣裙": _dress,
 }  # fmt: skip
-"""In the order in which they are put on."""
+"""Garments in the order in which they are drawn."""
 
 Outfit = dict[str, Look]
 Layer = list[tuple[np.ndarray, np.ndarray]]
-"""Shares of the pixels [SIDE, SIDE], and the colour [3] of each."""
+"""Coverage of the pixels [SIDE, SIDE], and the colour [3] of each."""
 
 
 def paint(canvas: np.ndarray, figure: Figure, outfits: list[Outfit], light: np.ndarray) -> list[np.ndarray]:
@@ -226,7 +226,7 @@ def paint(canvas: np.ndarray, figure: Figure, outfits: list[Outfit], light: np.n
 
 
 def worn(figure: Figure, kind: str, look: Look) -> Layer:
-    """A garment on a person: cloth, marks, trim."""
+    """The layers of a garment on a person: cloth, marks, trim."""
     body, trim = _Brush(figure), _Brush(figure)
     _CUTS[kind](body, trim, look.cut)
     edge = trim.share(2)
@@ -236,7 +236,7 @@ def worn(figure: Figure, kind: str, look: Look) -> Layer:
 
 
 def _cloth(body: _Brush, mirror: int) -> tuple[np.ndarray, np.ndarray]:
-    """The garment's own coordinates (u, v) at two points a pixel: it leans with the body, from its middle."""
+    """The garment's own coordinates (u, v) at two points a pixel, relative to the middle of the leaning body."""
     figure, unit = body.figure, _UNIT * body.figure.size
     _, upper, _, lower = body.pen.image.getbbox() or (0, 0, 0, 0)
     y, x = (np.mgrid[0 : 2 * SIDE, 0 : 2 * SIDE].astype(np.float32) + 0.5) / (2 * SIDE)

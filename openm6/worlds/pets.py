@@ -1,8 +1,8 @@
 """Pets: a few pictures of one animal, to adapt a model to a subject that it has never seen.
 
-A pet is its seed: a name, a kind of animal, the colour and the pattern of its coat. Its pictures show it at other
-places and sizes, on other backgrounds, as a shop's goods are shown. Records: image (JPEG), caption (four), name.
-"""
+A pet is determined by its seed: a name, a kind of animal, the colour and the pattern of its coat. Its pictures show it
+at different places and sizes, on different backgrounds, like the goods of a shop. Records: image (JPEG), caption
+(four), name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ORDER = np.random.default_rng(11).permutation(len(_COATS))
 
 
 def pet(seed: int) -> tuple[str, Item]:
-    """Its name and what it looks like."""
+    """Name and appearance of a pet."""
     first, second = seed % len(_FIRST), seed // len(_FIRST) % len(_SECOND)
     animal = tuple(PETS)[(first + second) % len(PETS)]
     return _FIRST[first] + _SECOND[second], Item(animal, *_COATS[_ORDER[seed % len(_COATS)]])
 
 
 def picture(seed: int, split: str, index: int) -> Record:
-    """One record; depends on nothing but its arguments."""
+    """One record, determined by its arguments."""
     name, animal = pet(seed)
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 13])
     size = rng.uniform(0.55, 0.85)

@@ -1,8 +1,7 @@
 """The Chinese texts of the demo catalogue: captions, questions with answers, titles, slogans, sentences.
 
-Every caption names the colour, the pattern and the category of every item, each once: `attributes_in` reads
-them back, which is how an answer is judged right or wrong.
-"""
+Every caption names the colour, the pattern and the category of every item, each once: `attributes_in` parses them, to
+judge whether an answer is right."""
 
 from __future__ import annotations
 
@@ -24,7 +23,8 @@ Attributes = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`kind` is what is asked for; `detail` how the item is pointed at: alone, named, placed, pair, all."""
+    """A question; `kind` is the attribute asked for, `detail` the way to refer to the item: alone, named, placed, pair,
+    all."""
 
     question: str
     answer: str
@@ -175,7 +175,7 @@ def answer_of(item: Item, kind: str) -> str:
 
 
 def _referred(item: Item, items: tuple[Item, ...], rng: np.random.Generator) -> str:
-    """A way to point at one of two items (their categories differ)."""
+    """A phrase that refers to one of two items (their categories differ)."""
     choice = rng.integers(3)
     if choice == 0:
         return item.category
@@ -214,11 +214,10 @@ _NAME = re.compile("|".join(_NAMES))
 
 
 def attributes_in(text: str) -> list[Attributes]:
-    """The items that a text names, in its order, each with those of category, colour and pattern it has.
+    """The items named in a text, in order, each with its category, colour and pattern, where present.
 
-    Attributes belong together until one of a kind comes a second time:
-    `红色条纹连衣裙在蓝色圆点帽子的左边` is `[{colour: 红, pattern: 条纹, category: 连衣裙}, {colour: 蓝, ...}]`.
-    """
+    Attributes belong together until one of a kind comes a second time: `红色条纹连衣裙在蓝色圆点帽子的左边` is
+    `[{colour: 红, pattern: 条纹, category: 连衣裙}, {colour: 蓝, ...}]`."""
     found: list[Attributes] = []
     for match in _NAME.finditer(text):
         kind, name = _NAMES[match[0]]

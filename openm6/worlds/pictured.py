@@ -1,4 +1,4 @@
-"""Pictures of goods: which combinations each split has, and records whose pictures lie apart."""
+"""Pictures of goods: combinations of each split, and records whose pictures are stored apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from openm6.data.store import ArrowRecords, Record
+from openm6.data.store import Record, StoredRecords
 from openm6.worlds.draw import CATEGORIES, COLOURS, PATTERNS, Item
 
 PICTURES = {"train": 24_000, "validation": 1_000, "test": 1_000}
@@ -17,8 +17,8 @@ SPLITS = tuple(PICTURES)
 
 
 def _held_out() -> frozenset[Item]:
-    """51 of the 256 combinations: at most one of the four patterns of each (category, colour), at most two of
-    the eight of each (category, pattern) and (colour, pattern). So every pair is left in training."""
+    """51 of the 256 combinations: at most one of the four patterns of each (category, colour), at most two of the eight
+    of each (category, pattern) and (colour, pattern). So every pair remains in training."""
     rng = np.random.default_rng(6)
     rows, columns = rng.permutation(len(CATEGORIES)), rng.permutation(len(COLOURS))
     square = [
@@ -41,12 +41,11 @@ def combinations(split: str) -> tuple[Item, ...]:
 
 
 class Pictured:
-    """Records that point at pictures by their numbers; the pictures are read from the pictures' store.
+    """Records that refer to pictures by number; the pictures are read from their own store.
 
-    `places`: columns with a picture's number, and what they are called with the picture itself.
-    """
+    `places`: columns with a picture's number, and the names of the columns for the pictures themselves."""
 
-    def __init__(self, pictures: ArrowRecords, rows: ArrowRecords, places: Mapping[str, str]):
+    def __init__(self, pictures: StoredRecords, rows: StoredRecords, places: Mapping[str, str]):
         self._pictures, self._rows, self._places = pictures, rows, places
         self.columns = tuple(places.get(name, name) for name in rows.columns)
 

@@ -1,10 +1,9 @@
-"""Pictures of two to four goods, and what one can ask about them: where is this one, is that true, does it belong.
+"""Pictures of two to four goods, with tasks about them: grounding, entailment, matching.
 
-Records: image (JPEG, 64 x 64); phrase (points at one of the goods alone) and box (left, top, right, bottom of it, as
-shares of the picture); statement and relation (蕴含: the picture shows it, 矛盾: it shows otherwise, 无关: it cannot
+Records: image (JPEG, 64 x 64); phrase (refers to one of the goods alone) and its box (left, top, right, bottom, as
+fractions of the picture); statement and relation (蕴含: the picture shows it, 矛盾: it shows otherwise, 无关: it cannot
 tell); description (of all goods), caption (the same, in half of the records wrong in one attribute) and match (是 or
-否). The goods are the catalogue's, with its splits and held-out combinations.
-"""
+否). The goods are the catalogue's, with its splits and held-out combinations."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ from openm6.worlds.phrases import MEASURES
 from openm6.worlds.pictured import SPLITS, combinations
 
 VERSION = 2
-"""Goes up when the same seed would give other records: old caches are then left aside."""
+"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
+used."""
 
 PICTURES = {"train": 12_000, "validation": 500, "test": 500}
 
@@ -40,12 +40,12 @@ _POINTED = ("{n}", "那{m}{n}", "请找出{n}", "{n}在哪里？", "图中的{n}
 
 
 def picture(seed: int, split: str, index: int) -> Record:
-    """The record of one picture; depends on nothing but the arguments."""
+    """The record of one picture, determined by its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 4])
     every = combinations(split)
     corners = [list(_CORNERS)[i] for i in rng.permutation(4)[: rng.integers(2, 5)]]
     items: list[Item] = []
-    while len(items) < len(corners):  # no two alike, or nothing could point at one of them
+    while len(items) < len(corners):  # all different, so that a phrase can refer to one of them
         item = every[rng.integers(len(every))]
         if item not in items:
             items.append(item)
@@ -77,14 +77,14 @@ def named(item: Item, kinds: tuple[str, ...]) -> str:
 
 
 def _phrase(items: list[Item], corners: list[str], number: int, rng: np.random.Generator) -> str:
-    """Points at one item: by attributes or by its corner."""
+    """A phrase that refers to one item, by attributes or by its corner."""
     if rng.random() < 0.2:
         return _POINTED[rng.integers(len(_POINTED))].format(n=corners[number] + "的商品", m="件")
     return pointed(items, number, rng)
 
 
 def pointed(items: list[Item], number: int, rng: np.random.Generator) -> str:
-    """Points at one of several different items by attributes that no other one has together."""
+    """A phrase that refers to one of several different items, by attributes that no other one has together."""
     item = items[number]
     sets = [kinds for count in (1, 2, 3) for kinds in choose(_KINDS, count)]
     alone = [k for k in sets if sum(all(getattr(o, n) == getattr(item, n) for n in k) for o in items) == 1]
@@ -101,7 +101,7 @@ def _statement(items: list[Item], rng: np.random.Generator) -> tuple[str, str]:
     said = item
     while relation == "矛盾" and any(
         (said.category, said.colour) == (o.category, o.colour) for o in items
-    ):  # the same goods in a colour that none here has, or other goods in its colour
+    ):  # the same goods in an absent colour, or other goods in its colour
         said = _changed(item, ("colour", "category")[rng.integers(2)], rng)
     words |= {"n": named(said, ("category", "colour")), "m": MEASURES[said.category]}
     return _TRUE[rng.integers(len(_TRUE))].format(**words), relation
@@ -118,7 +118,7 @@ def _caption(items: list[Item], split: str, rng: np.random.Generator) -> tuple[s
     match = "是" if rng.random() < 0.5 else "否"
     if match == "否":
         number, every = int(rng.integers(len(told))), combinations(split)
-        # Wrong in one attribute; a combination of the split where there is one, or wrong captions gave themselves away.
+        # Wrong in one attribute; if possible a combination of the split, so that wrong captions are not recognizable.
         near = [o for o in every if sum(getattr(o, k) != getattr(told[number], k) for k in _KINDS) == 1]
         near = [o for o in near if o not in items] or [o for o in every if o not in items]
         told[number] = near[rng.integers(len(near))]

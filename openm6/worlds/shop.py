@@ -1,17 +1,16 @@
-"""A shop's goods with a look, who bought what, and sentences that mean one of eight goods.
+"""A shop: goods with a look, purchases, and phrases that refer to one of eight goods.
 
     items        id, photo, title, attributes (a table), category, season, price, look
-    pairs        two goods that one customer bought one after the other: photo, title, attributes, look of the first,
+    pairs        two goods bought by one customer one after the other: photo, title, attributes, look of the first,
                  other_photo, other_title, other_attributes, other_id, other_look of the second
     visits       history (ids, the oldest first), season, festival, shown (ten ids), bought (one of them)
-    references   phrase, photo (of what it means) and negatives: the photos of seven others
+    references   phrase, photo (of the item meant) and negatives: the photos of seven others
 
-A look is what goods that go together share, and no column shows it whole: how warm the colour is and whether there is a
-pattern are in the picture alone, the style (简约, 复古, ...) stands in the title or in the table. A customer likes two
-looks, some categories and prices of a certain height, and buys what is popular, of the season, and, at a festival,
-dearer. Customers of the test split are others than those of training, who buy the same goods (`items/train`); the
-goods of `pairs/test` and `references/test` are those of `items/test`, combinations that no training item shows.
-"""
+A look is shared by goods that go together, and no column shows it completely: the warmth of the colour and the presence
+of a pattern are in the picture alone, the style (简约, 复古, ...) is in the title or in the table. A customer likes two
+looks, some categories and a price level, and buys goods that are popular, of the season, and, at a festival, more
+expensive. Customers of the test split differ from those of training, who buy the same goods (`items/train`); the goods
+of `pairs/test` and `references/test` are those of `items/test`, combinations that no training item shows."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from openm6.core.errors import UsageError, suggest
-from openm6.data.store import ArrowRecords, Record, Records, cached, check_split, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, check_split, shown, write_records
 from openm6.worlds import draw
 from openm6.worlds.draw import CATEGORIES, PATTERNS, STUDIO, Placed
 from openm6.worlds.market.goods import SEASONS, STYLES
@@ -32,7 +31,8 @@ from openm6.worlds.pictured import SPLITS, Pictured, combinations
 from openm6.worlds.scenes import pointed
 
 VERSION = 1
-"""Goes up when the same seed would give other records: old caches are then left aside."""
+"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
+used."""
 
 VIEWS = ("items", "pairs", "visits", "references")
 ITEMS = {"train": 4_000, "validation": 500, "test": 1_000}
@@ -44,7 +44,7 @@ _MATERIALS = ("纯棉", "真丝", "帆布", "陶瓷", "羊毛", "尼龙")
 _BRANDS = tuple(a + b for a in "云青星海松金" for b in "帆禾桥石")
 _TITLES = ("{b}{f}{k}", "{b} {k} {f}款", "{f}{k} {b}出品", "新款{k}，{f}风", "{b}{k}")
 _NAMELESS = len(_TITLES) - 1
-"""The title that does not say the style: the table does."""
+"""The title without the style, which is in the table."""
 
 
 class _Goods:
@@ -61,7 +61,7 @@ class _Goods:
         self.bold = np.array([item.pattern != PATTERNS[0] for item in self.items])
         self.category = np.array([CATEGORIES.index(item.category) for item in self.items])
         self.look = (self.style * 2 + self.warm) * 2 + self.bold
-        self.popular = rng.permutation(count) + 10.0  # a rank; how much is bought falls with it
+        self.popular = rng.permutation(count) + 10.0  # a rank; purchases decrease with it
         self.rows = [self._row(split, number, rng) for number in range(count)]
 
     def _row(self, split: str, number: int, rng: np.random.Generator) -> Record:
@@ -90,7 +90,7 @@ class _Goods:
 
 
 class _Customer:
-    """What one likes: how much each of the goods, apart from the season and the occasion."""
+    """A customer: preference for each item, apart from season and occasion."""
 
     def __init__(self, goods: _Goods, rng: np.random.Generator):
         liked = rng.choice(goods.look, 2)
@@ -117,7 +117,7 @@ class _Customer:
 
 
 def _visits(goods: _Goods, split: str, seed: int, count: int) -> Iterator[tuple[list[int], Record]]:
-    """What each customer bought, the last on the visit that the record tells."""
+    """The purchases of each customer, the last on the visit of the record."""
     odds = goods.popular**-0.8
     odds /= odds.sum()
     for number in range(count):
@@ -137,7 +137,7 @@ def _visits(goods: _Goods, split: str, seed: int, count: int) -> Iterator[tuple[
 
 def _pairs(goods: _Goods, split: str, seed: int, count: int) -> Iterator[Record]:
     for number, (bought, _) in enumerate(_visits(goods, split, seed, count)):
-        for place, (a, b) in enumerate(pairwise(bought[:-1])):  # the last one is the visit's
+        for place, (a, b) in enumerate(pairwise(bought[:-1])):  # the last one belongs to the visit
             first, second = goods.rows[a], goods.rows[b]
             yield {
                 "_where": f"shop:pairs/{split}#{number}.{place}", "photo_number": a, "other_photo_number": b,
@@ -152,7 +152,7 @@ def _references(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         others: list[int] = []
         seen = {item}
         for other in rng.permutation(len(goods.items)):
-            # Half of them near, or the category alone would tell which is meant.
+            # Half of them similar, so that the category alone does not identify the item.
             near = sum(getattr(goods.items[other], k) == getattr(item, k) for k in ("category", "colour", "pattern"))
             if goods.items[other] not in seen and near >= (len(others) < AMONG // 2):
                 others.append(int(other))
@@ -171,7 +171,7 @@ class _References:
 
     columns = ("phrase", "photo", "negatives")
 
-    def __init__(self, photos: ArrowRecords, rows: ArrowRecords):
+    def __init__(self, photos: StoredRecords, rows: StoredRecords):
         self._photos, self._rows = photos, rows
 
     def __len__(self) -> int:
@@ -215,8 +215,8 @@ def _photos(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         yield from shown(made, len(goods.items), f"photographing the shop's goods ({split})")
 
 
-def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> ArrowRecords:
+def _kept(view: str, key: dict[str, object], make: Callable[[], Iterable[Record]]) -> StoredRecords:
     def fill(folder: Path) -> None:
         write_records(folder, make())
 
-    return ArrowRecords(cached(f"shop-{view}", key, fill))
+    return StoredRecords(cached(f"shop-{view}", key, fill))

@@ -1,12 +1,11 @@
 """Studio pictures of the demo's goods, to learn drawing from: one item, large and upright, hardly any noise, patterns
 bold enough for the 8 x 8 codes of a small image codec.
 
-Each record has image, caption (six), category, colour, pattern, and what a drawing can be asked to follow: sketch (the
-picture's lines), reference (another picture of the same category, colour and pattern) and style (one of another
-category in the same colour and pattern). Splits and held-out combinations are the catalogue's.
+Each record has image, caption (six), category, colour, pattern, and conditions for drawing: sketch (an edge drawing of
+the picture), reference (another picture of the same category, colour and pattern) and style (one of another category in
+the same colour and pattern). Splits and held-out combinations are the catalogue's.
 
-`Matches` are the same pictures, half of them with wrong captions, to learn from what goes together.
-"""
+`Matches` are the same pictures, half of them with wrong captions, to learn relevance from."""
 
 from __future__ import annotations
 
@@ -21,19 +20,20 @@ from pathlib import Path
 import numpy as np
 
 from openm6.core.images import sketch
-from openm6.data.store import ArrowRecords, Record, Records, cached, shown, write_records
+from openm6.data.store import Record, Records, StoredRecords, cached, shown, write_records
 from openm6.worlds import phrases
 from openm6.worlds.draw import SIDE, STUDIO, Item, Placed, draw_picture
 from openm6.worlds.pictured import SPLITS, Pictured, combinations
 
 VERSION = 1
-"""Goes up when the same seed would give other records: old caches are then left aside."""
+"""Version of the generated records; increase it when the same seed gives other records, so that old caches are not
+used."""
 
 PICTURES = {"train": 16_000, "validation": 1_000, "test": 1_000}
 
 
 def picture(seed: int, split: str, index: int) -> tuple[Item, Record]:
-    """An item and its picture's record; depends on nothing but the arguments."""
+    """An item and its picture's record, determined by the arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
     every = combinations(split)
     item = every[rng.integers(len(every))]
@@ -69,13 +69,13 @@ def open_studio(split: str, seed: int = 0, pictures: int | None = None) -> Recor
 
     folder = cached("studio", {"version": VERSION, "split": split, "seed": seed, "pictures": count}, make)
     places = {"picture": "image", "reference_picture": "reference", "style_picture": "style"}
-    return Pictured(ArrowRecords(folder / "pictures"), ArrowRecords(folder / "records"), places)
+    return Pictured(StoredRecords(folder / "pictures"), StoredRecords(folder / "records"), places)
 
 
 class Matches:
-    """Studio pictures with a caption of them, or one that is wrong in a single attribute: image, caption (six),
-    verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name
-    combinations of the split alone, as right ones do."""
+    """Studio pictures with a right caption, or one that is wrong in a single attribute: image, caption (six),
+    verdict_relevance (1 or 0, half of each) and match (是 or 否, the same). Wrong captions name combinations of the
+    split alone, as right ones do."""
 
     columns = ("image", "caption", "verdict_relevance", "match")
 
@@ -105,8 +105,8 @@ class Matches:
 
 @cache
 def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
-    """For each attribute the items of a split that differ in it alone, where there are any; else all others at once
-    (a few held-out items stand alone)."""
+    """For each attribute the items of a split that differ in it alone, where there are any; else all others (a few
+    held-out items have none)."""
     every = (
         tuple(o for o in combinations(split) if replace(o, **{name: getattr(item, name)}) == item and o != item)
         for name in ("category", "colour", "pattern")
@@ -115,8 +115,8 @@ def _near(item: Item, split: str) -> tuple[tuple[Item, ...], ...]:
 
 
 def _pointing(items: list[Item], rows: list[Record], seed: int) -> Iterator[Record]:
-    """The records with the numbers of their own picture, of one alike and of one in its style (where there are none, in
-    few pictures, its own)."""
+    """The records with the numbers of their own picture, of a similar one and of one in its style (where there are
+    none, in small sets, its own)."""
     rng = np.random.default_rng([seed, len(items)])
     alike: dict[Item, list[int]] = defaultdict(list)
     styled: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -1,8 +1,7 @@
 """Pictures of written Chinese: two to four simple characters, drawn stroke by stroke, so that no font is needed.
 
-Strokes shake, slant and differ in width and colour from word to word. A fifth of the words, told by their characters
-alone, is met in the test split only. Records: image (PNG, 32 pixels high and 32 a character wide), text.
-"""
+Strokes are jittered, slanted, and of different width and colour from word to word. A fifth of the words, determined by
+their characters, occurs in the test split only. Records: image (PNG, 32 pixels high and 32 a character wide), text."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from openm6.data.store import Record, check_split
 from openm6.worlds.draw import apart
 
 HEIGHT = 32
-_FINE = 4  # drawn so much larger, then reduced
+_FINE = 4  # scale at which strokes are drawn, before reduction
 RECORDS = {"train": 8_000, "validation": 500, "test": 500}
 SPLITS = tuple(RECORDS)
 
@@ -44,13 +43,13 @@ _PAPERS = ((244, 240, 230), (226, 232, 240), (236, 220, 200), (70, 74, 84), (110
 
 
 def open_writing(split: str = "train", seed: int = 0, records: int | None = None) -> Writing:
-    """Raises UsageError for an unknown split."""
+    """The records of a split. Raises UsageError for an unknown one."""
     check_split("The writing has", split, SPLITS)
     return Writing(split, seed, records)
 
 
 class Writing:
-    """The records of a split; each depends on seed, split and number alone."""
+    """The records of a split; each is determined by seed, split and number."""
 
     columns = ("image", "text")
 

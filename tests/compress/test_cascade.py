@@ -268,9 +268,9 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
 def test_what_is_set_holds_and_an_option_goes_before_it(model: Path, tmp_path: Path) -> None:
     place, run = tmp_path / "box", partial(command, "cascade", "init")
     words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'model=a"\\b', "--set", "name=007"]
-    run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit=0.5", "--set", 'key="M6_KEY"')
+    run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit_rate=0.5", "--set", 'key="M6_KEY"')
     assert Box(place).settings == Settings(
-        privacy="nothing", name="007", model='a"\\b', offline=True, audit=0.5, key="M6_KEY"
+        privacy="nothing", name="007", model='a"\\b', offline=True, audit_rate=0.5, key="M6_KEY"
     )
     words = ["--set", "privacy=nothing", "--set", "cloud=http://a:1", "--privacy", "all", "--cloud", "http://b:1"]
     run(tmp_path / "other", "--model", model, "--bits", "32", *words)
@@ -297,5 +297,5 @@ def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
     assert "vqa: photo, question -> answer" in call("tasks").stdout
     assert len(call("new-key").stdout.strip()) == 44
     wrong = call("--package", str(tmp_path), "serve")
-    assert wrong.returncode == 2 and "is no box" in wrong.stderr
+    assert wrong.returncode == 2 and "is not an edge device" in wrong.stderr
     assert np.all([v.isdigit() for v in Box(box).versions])

@@ -11,7 +11,7 @@ import openm6
 from openm6.compress.cascade import init_box
 from openm6.core.bases import require_model
 from openm6.core.errors import UsageError, suggest_path
-from openm6.edge.package import export, export_eyes
+from openm6.edge.package import export, export_image_encoder
 from openm6.edge.settings import Settings
 from openm6.model.files import load_model, read_config
 from openm6.tasks.pictures import PictureCodec
@@ -29,7 +29,7 @@ def typo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OPENED: list[Callable[[Path], object]] = [
     openm6.load, load_model, read_config, require_model, PictureCodec.load,
     lambda path: export(path, Path("package")),
-    lambda path: export_eyes(path, Path("eyes")),
+    lambda path: export_image_encoder(path, Path("eyes")),
     lambda path: init_box(Path("box"), path, Settings(), None),
     lambda path: init_box(Path("box"), Path("runs/goods/model"), Settings(), None, path),
 ]  # fmt: skip

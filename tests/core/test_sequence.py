@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.core.batch import allowed, pack, pad
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
 from tests.conftest import EXPERTS, example, tiny_model
 
 shapes = st.lists(
@@ -103,7 +103,7 @@ def test_source_sees_both_ways_and_target_only_the_past() -> None:
 
 
 def test_codes_know_their_row_and_column() -> None:
-    drawn = Sequence(*(np.zeros(9, np.int32),) * 3, codes=range(3, 7))
+    drawn = Sequence(*(np.zeros(9, np.int32),) * 3, target=ImageTarget(range(3, 7)))
     text = Sequence(*(np.zeros(4, np.int32),) * 3)
     batch = pack([text, drawn], 20, 0)
     places = (batch.segments[0] == 2).nonzero().squeeze(1)

@@ -39,7 +39,8 @@ class NumberSlot:
 
 @dataclass
 class NumberTask:
-    """The smallest thing that the loader can drive: an example holds the record's number and one random draw."""
+    """The smallest task that the loader can drive; an example (`number_example`) holds the record's number and one
+    random draw."""
 
     name: str = "number"
     slots: Mapping[str, NumberSlot] = field(default_factory=lambda: {"text": NumberSlot("text", "text")})
@@ -47,19 +48,14 @@ class NumberTask:
     outputs: tuple[str, ...] = ("text",)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def encode(
-        self,
-        record: Mapping[str, Any],
-        processor: Any,
-        rng: np.random.Generator | None,
-        with_target: bool = True,
-        **_: Any,
-    ) -> Sequence:
-        if not str(record.get("text", "")).isdigit():
-            raise DataError(f"{record['_where']} has no number.")
-        draw = 0 if rng is None else int(rng.integers(1 << 30))
-        ids = np.array([int(record["text"]), draw], np.int32)
-        return Sequence(ids, np.full(2, CAUSAL, np.int32), ids, task=self.name)
+
+def number_example(
+    task: NumberTask, record: Mapping[str, Any], processor: Any, rng: np.random.Generator, *_: Any
+) -> Sequence:
+    if not str(record.get("text", "")).isdigit():
+        raise DataError(f"{record['_where']} has no number.")
+    ids = np.array([int(record["text"]), int(rng.integers(1 << 30))], np.int32)
+    return Sequence(ids, np.full(2, CAUSAL, np.int32), ids, task=task.name)
 
 
 def numbers(count: int, start: int = 0) -> list[dict[str, Any]]:

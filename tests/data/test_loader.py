@@ -16,13 +16,13 @@ from openm6.data.loader import Entry, Loader
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords
-from tests.data.conftest import NumberSlot, NumberTask, numbers, picture_bytes
+from tests.data.conftest import NumberSlot, NumberTask, number_example, numbers, picture_bytes
 
 Seen = list[tuple[str, int, int]]
 
 
 def entry(name: str, count: int, weight: float = 1.0, start: int = 0, from_step: int = 0) -> Entry:
-    return Entry(name, ListRecords(numbers(count, start)), NumberTask(), weight, start=from_step)  # type: ignore[arg-type]
+    return Entry(name, ListRecords(numbers(count, start)), NumberTask(), weight, start=from_step, encode=number_example)  # type: ignore[arg-type]
 
 
 def loader(entries: list[Entry], batch_size: int = 8, **options: Any) -> Loader:
@@ -53,12 +53,10 @@ class Counting:
         return {"text": str(index), "_where": f"#{index}"}
 
 
-class PictureTask(NumberTask):
+def picture_example(task: Any, record: Any, *rest: Any) -> Any:
     """Opens the record's picture before it takes its number."""
-
-    def encode(self, record: Any, *rest: Any, **options: Any) -> Any:
-        open_image(record["photo"])
-        return super().encode(record, *rest, **options)
+    open_image(record["photo"])
+    return number_example(task, record, *rest)
 
 
 def two() -> list[Entry]:
@@ -112,7 +110,7 @@ def test_seeds_give_different_orders() -> None:
 
 
 def test_sources_too_large_for_a_written_order_are_shuffled_whole_too() -> None:
-    large = [Entry("a", Counting(70_000), NumberTask())]  # type: ignore[arg-type]
+    large = [Entry("a", Counting(70_000), NumberTask(), encode=number_example)]  # type: ignore[arg-type]
     seen = [number for step in steps(loader(large, batch_size=100), 702) for _, number, _ in step]
     assert sorted(seen[:70_000]) == list(range(70_000))
     assert seen[70_000:] != seen[:200]
@@ -159,7 +157,7 @@ def test_a_bad_record_is_replaced_by_the_same_one_every_time_and_written_down(tm
     def spoiled() -> list[Entry]:
         rows = numbers(30)
         rows[4]["text"] = rows[5]["text"] = "no number"
-        return [Entry("a", ListRecords(rows), NumberTask())]  # type: ignore[arg-type, list-item]
+        return [Entry("a", ListRecords(rows), NumberTask(), encode=number_example)]  # type: ignore[arg-type, list-item]
 
     rejects = Rejects(tmp_path / "r.jsonl", share=0.2)
     seen = [s for step in steps(loader(spoiled(), rejects=rejects, batch_size=6), 5) for s in step]
@@ -176,14 +174,14 @@ def test_too_many_bad_records_stop_the_run(tmp_path: Path, threads: int) -> None
     rows = numbers(200)
     for number in range(0, 200, 4):
         rows[number]["text"] = "no number"
-    spoiled = [Entry("a", ListRecords(rows), NumberTask())]  # type: ignore[arg-type]
+    spoiled = [Entry("a", ListRecords(rows), NumberTask(), encode=number_example)]  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"has no number.*at most 5% may be"):
         steps(loader(spoiled, rejects=Rejects(tmp_path / "r.jsonl"), threads=threads), 30)
 
 
 def test_a_source_without_any_usable_record_stops_the_run(tmp_path: Path) -> None:
     rows = [{"text": "none", "_where": f"list#{i}"} for i in range(5)]
-    spoiled = [Entry("a", ListRecords(rows), NumberTask())]  # type: ignore[arg-type]
+    spoiled = [Entry("a", ListRecords(rows), NumberTask(), encode=number_example)]  # type: ignore[arg-type]
     with pytest.raises(DataError, match="5 records in a row could not be used"):
         steps(loader(spoiled, rejects=Rejects(tmp_path / "r.jsonl")), 1)
     with pytest.raises(DataError, match=r"list#\d has no number"):
@@ -199,8 +197,8 @@ def test_missing_truncated_and_huge_pictures_are_skipped_and_named(tmp_path: Pat
     names = ["good.jpg"] * 40 + ["cut.jpg", "missing.jpg", "text.png", "huge.png"]
     (tmp_path / "a.csv").write_text("image,text\n" + "".join(f"{n},{i}\n" for i, n in enumerate(names)))
     rejects = Rejects(tmp_path / "r.jsonl", share=0.2)
-    task = PictureTask(slots={s.name: s for s in (NumberSlot("photo", "image"), NumberSlot("text", "text"))})
-    source = [Entry("a", open_source(tmp_path / "a.csv"), task)]  # type: ignore[arg-type]
+    task = NumberTask(slots={s.name: s for s in (NumberSlot("photo", "image"), NumberSlot("text", "text"))})
+    source = [Entry("a", open_source(tmp_path / "a.csv"), task, encode=picture_example)]  # type: ignore[arg-type]
     seen = {n for step in steps(loader(source, batch_size=11, rejects=rejects), 4) for _, n, _ in step}
     assert seen == set(range(40))
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text("utf-8").splitlines()]
@@ -216,7 +214,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="weight of a"):
         loader([entry("a", 3, 0.0)])
     with pytest.raises(DataError, match="a holds no records"):
-        loader([Entry("a", ListRecords([]), NumberTask())])  # type: ignore[arg-type, list-item]
+        loader([Entry("a", ListRecords([]), NumberTask(), encode=number_example)])  # type: ignore[arg-type, list-item]
     with pytest.raises(UsageError, match="at least one source"):
         loader([])
     state = loader(two()).get_state()
@@ -235,7 +233,10 @@ def write_parquet(folder: Path, files: int = 5, rows: int = 60, group: int = 10)
 
 
 def streamed(folder: Path) -> list[Entry]:
-    return [Entry("p", open_source(folder, stream=True), NumberTask()), entry("a", 13, start=1000)]  # type: ignore[arg-type]
+    return [
+        Entry("p", open_source(folder, stream=True), NumberTask(), encode=number_example),
+        entry("a", 13, start=1000),
+    ]  # type: ignore[arg-type]
 
 
 def test_streamed_parquet_resumes_exactly_and_keeps_its_order_over_processes(tmp_path: Path) -> None:
@@ -254,7 +255,11 @@ def test_an_epoch_of_streamed_parquet_holds_every_row_once_in_mixed_order(tmp_pa
     source = open_source(write_parquet(tmp_path / "p"), stream=True)
     assert isinstance(source, Source)
     assert source.window == len(source) == 300
-    seen = [n for step in steps(loader([Entry("p", source, NumberTask())], batch_size=10), 30) for _, n, _ in step]  # type: ignore[arg-type]
+    seen = [
+        n
+        for step in steps(loader([Entry("p", source, NumberTask(), encode=number_example)], batch_size=10), 30)
+        for _, n, _ in step
+    ]  # type: ignore[arg-type]
     assert sorted(seen) == list(range(300))
     assert sum(abs(a - b) > 20 for a, b in pairwise(seen)) > 150
 

@@ -20,7 +20,7 @@ from openm6.core.sequence import IGNORE
 from openm6.model import M6
 from openm6.train import muon
 from openm6.train.distributed import Group, process_group, whole
-from openm6.train.expert_load import ExpertLoads, balance_loss
+from openm6.train.expert_statistics import ExpertStatistics, balance_loss
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
@@ -51,7 +51,7 @@ def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[
     parallel = Parallel(model, ParallelSection(**settings.get("parallel", {})), group, torch.float32)
     train = TrainSection(steps=STEPS, optimizer=settings.get("optimizer", "adamw"), learning_rate=1e-2)
     optimizers = make_optimizers(model, train)
-    loads = ExpertLoads(model, group)
+    statistics = ExpertStatistics(model, group)
     rng = np.random.default_rng(0)
     losses, norms = [], []
     for _ in range(STEPS):
@@ -59,25 +59,25 @@ def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[
         trained = sum(int((e.labels != IGNORE).sum()) for e in examples)
         positions = sum(len(e) for e in examples)
         mine = examples[group.rank :: group.world]
-        loads.begin()
+        statistics.start_step()
         total = torch.zeros(())
         parts = settings.get("accumulate", 1)
         for part in range(parts):
             last = part == parts - 1
             output = parallel.run(pack(mine[part::parts], 64, 0))
             parallel.synchronize(last)
-            loss = output.loss / trained + balance_loss(output.loads) / positions
+            loss = output.loss / trained + balance_loss(output.router_statistics) / positions
             (loss * parallel.scale).backward()
-            loads.add(output.loads, more=not last)
+            statistics.add(output.router_statistics, more=not last)
             total += loss.detach()
-        loads.end()
+        statistics.finish_step()
         norms.append(float(parallel.clip(0.5)))
         losses.append(float(group.sum(total)))
         away = parallel.host.gradients if parallel.host else {}
         found = {name: away.get(p, p.grad) for name, p in model.named_parameters()}
         gradients = {name: whole(gradient).clone() for name, gradient in found.items() if gradient is not None}
         parallel.update(optimizers)
-    exchanges = [layer.exchange for layer in loads.layers if layer.exchange is not None]
+    exchanges = [layer.exchange for layer in statistics.layers if layer.exchange is not None]
     received = torch.tensor([exchange.rows_received for exchange in exchanges], dtype=torch.int64)
     everyone = [torch.empty_like(received) for _ in range(group.world)]
     if group.world > 1:

@@ -32,7 +32,7 @@ def torchrun(recipe: Path, processes: int, *changes: str) -> None:
 
 
 def by_forks(recipe: Path, processes: int, *changes: str) -> None:
-    """As by torchrun, without its starts: a real launcher is tried by `test_two_processes_equal_one`."""
+    """As by torchrun, without its start, which `test_two_processes_equal_one` has."""
     run_ranks(processes, _train, [str(recipe), *changes])
 
 
@@ -82,11 +82,13 @@ def test_a_process_without_a_pair_and_one_without_a_target_go_on_together(tmp_pa
         {"source": "demo:items/train?pictures=40", "task": "text_vector", "against": "image_vector", "name": "pairs"},
         {"source": "demo:questions/train?pictures=40", "task": "vqa", "name": "questions"},
     ]
-    model = {"preset": "demo", "sizes": {**SIZES, "tie_word_embeddings": False}}
+    experts = {"num_experts": 4, "experts_per_token": 1, "auxiliary_loss": 0.1}
+    model = {"preset": "demo", "sizes": {**SIZES, **experts, "tie_word_embeddings": False}}
     alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4)
     train(alone)
-    by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
+        by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.slow

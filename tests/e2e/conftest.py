@@ -22,7 +22,7 @@ from tests.conftest import drawing_session
 from tests.e2e.test_serve import command, port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PAGES = ("", "compare", "data", "teach", "review", "models", "live")
+PAGES = ("", "compare", "data", "finetune", "review", "models", "serving")
 EVIL = "<img src=x onerror=\"document.title='broken'\"><svg onload=\"document.title='broken'\">"
 PATIENCE = 30_000
 MODELS = {"goods": "goods", "other": "goods", "taught": "taught"}

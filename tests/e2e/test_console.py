@@ -86,7 +86,7 @@ def test_examples_fill_in_forms_of_every_kind(trying: Callable[[str], Any]) -> N
     page.locator("#example").click()
     until(lambda: page.get_by_role("textbox", name="Text", exact=True).input_value())
     page.locator("#ask").click()
-    until(lambda: said(page).startswith("32 numbers"))
+    until(lambda: said(page).startswith("32 dimensions"))
 
 
 def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any], tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_pictures_are_drawn_and_drawn_anew_in_part(trying: Callable[[str], Any],
             below = image.bounding_box()
             assert caption.bounding_box()["y"] >= below["y"] + below["height"]
 
-    page.get_by_text("Change a part of a picture").click()
+    page.get_by_text("Redraw part of a picture").click()
     page.locator("#redraw").click()
-    page.get_by_text("A picture is needed, and a part of it that is painted over.").wait_for()
+    page.get_by_text("Upload a picture and paint over the region to redraw.").wait_for()
     photo = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     page.locator("input[type=file]").last.set_input_files(tmp_path / "photo.png")
@@ -172,10 +172,10 @@ def test_a_data_set_is_added_and_its_problems_shown(site: Site) -> None:
 
 
 def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
-    page = site.open("en/teach")
-    until(lambda: page.get_by_label("Start from", exact=True).first.input_value())
+    page = site.open("en/finetune")
+    until(lambda: page.get_by_label("Base model", exact=True).first.input_value())
     choose(page, "Task", "Classify a text")
-    box = page.get_by_label("Learn from", exact=True).first
+    box = page.get_by_label("Training data", exact=True).first
     box.fill(str(site.folder / "reviews.jsonl"))
     box.press("Enter")
     page.get_by_text("Options", exact=True).first.click()
@@ -188,7 +188,7 @@ def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
     page.locator("#curve canvas, #curve svg").first.wait_for()
     page.locator("#kept-name textarea, #kept-name input").fill("goods")
     page.locator("#keep").click()
-    page.get_by_text("It is goods@1 in the catalogue.").wait_for()
+    page.get_by_text("Saved to the catalogue as goods@1.").wait_for()
     page.close()
 
     page = site.open("en/models")
@@ -200,12 +200,12 @@ def test_a_model_is_taught_watched_kept_and_made_live(site: Site) -> None:
     until(lambda: page.get_by_label("Model", exact=True).first.input_value() == "goods@2")
     choose(page, "Model", "goods@1")
     page.locator("#promote").click()
-    page.get_by_text("goods@1 is live, and answers here now.").wait_for(timeout=120_000)
+    page.get_by_text("goods@1 is live and now serves requests here.").wait_for(timeout=120_000)
     choose(page, "Model", "goods@2")
     page.locator("#promote").click()
-    page.get_by_text("goods@2 is live, and answers here now.").wait_for(timeout=120_000)
+    page.get_by_text("goods@2 is live and now serves requests here.").wait_for(timeout=120_000)
     page.locator("#rollback").click()
-    page.get_by_text("goods@1 is live, and answers here now.").wait_for(timeout=120_000)
+    page.get_by_text("goods@1 is live and now serves requests here.").wait_for(timeout=120_000)
     page.locator("#lineage svg[role=img]").wait_for()
     page.close()
     catalogue = Catalogue(f"sqlite:///{site.folder / 'home' / 'catalogue.db'}", str(site.folder / "home" / "artifacts"))
@@ -219,13 +219,13 @@ def test_verdicts_become_data(site: Site) -> None:
     page.get_by_text("0 of", exact=False).first.wait_for()
     total = int(re.search(r"of (\d+) judged", page.locator("#far").inner_text())[1])  # type: ignore[index]
     page.locator("body").press("a")
-    page.get_by_text(f"1 of {total} judged, 1 accepted").wait_for()
+    page.get_by_text(f"1 of {total} reviewed, 1 accepted").wait_for()
     page.locator("#reject").click()
-    page.get_by_text(f"2 of {total} judged, 1 accepted").wait_for()
+    page.get_by_text(f"2 of {total} reviewed, 1 accepted").wait_for()
     page.locator("body").press("u")
     page.get_by_text("this one: rejected").wait_for()
     page.locator("#accept").click()
-    page.get_by_text(f"2 of {total} judged, 2 accepted").wait_for()
+    page.get_by_text(f"2 of {total} reviewed, 2 accepted").wait_for()
     page.locator("#finish").click()
     page.get_by_text("100% of 2 accepted").wait_for()
     lines = (site.folder / "runs" / "cups" / "labelled.jsonl").read_text("utf-8").splitlines()
@@ -235,8 +235,8 @@ def test_verdicts_become_data(site: Site) -> None:
 
 
 def test_what_is_live_is_shown(site: Site) -> None:
-    page = site.open("en/live")
-    page.get_by_text("Served here").wait_for()
+    page = site.open("en/serving")
+    page.get_by_text("Models of this server").wait_for()
     shown(page, re.compile("^goods$"))
     until(lambda: page.locator("#chart-tokens canvas, #chart-tokens svg").count())
     page.close()
@@ -275,5 +275,5 @@ def test_keys_are_asked_for_and_their_roles_kept(locked: tuple[Site, dict[str, s
     page.locator("#model-name textarea, #model-name input").fill("mine")
     page.locator("#model-directory textarea, #model-directory input").fill(str(site.folder / "goods" / "model"))
     page.locator("#add").click()
-    page.get_by_text("This takes a key that manages.").wait_for()
+    page.get_by_text("This action requires a key with the role manage.").wait_for()
     page.close()

@@ -77,7 +77,7 @@ def test_the_menu_leads_to_the_other_language_and_back(site: Site) -> None:
 
 def test_what_was_taught_stands_first_and_the_rest_apart(site: Site) -> None:
     page = site.open()
-    shown(page, "taught no task yet")
+    shown(page, "not trained on any task")
     page.locator("#ask").wait_for()
     choose(page, "Model", "taught")
     page.locator("#every").wait_for()
@@ -90,7 +90,7 @@ def test_what_was_taught_stands_first_and_the_rest_apart(site: Site) -> None:
     page.locator("#every input").check()
     page.wait_for_timeout(500)
     choose(page, "Task", TITLES["grounding"])
-    page.get_by_text("This model was never taught this task: its answers mean nothing.").wait_for()
+    page.get_by_text("This model was not trained on this task: its answers are meaningless.").wait_for()
     page.close()
 
 
@@ -111,7 +111,7 @@ def test_everything_is_reached_by_keys_and_enter_asks(site: Site) -> None:
             name, outline = page.evaluate(FOCUSED)
             assert outline != "none", name
             reached.add(name.strip())
-    assert {"Compare", "Live", "中文", "ask", "example", "stop"} <= reached
+    assert {"Compare", "Serving", "中文", "ask", "example", "stop"} <= reached
     field.press("Enter")
     page.get_by_text(re.compile(r"\d+ tokens in")).wait_for()
     page.close()
@@ -128,7 +128,7 @@ def test_on_a_phone_the_answer_and_errors_are_on_the_screen(site: Site, tmp_path
     page.get_by_role("textbox", name="Question", exact=True).fill("这是什么？")
     page.wait_for_timeout(1000)
     page.locator("#ask").click()
-    alert = page.locator("[role=alert]").filter(has_text="no picture that can be read")
+    alert = page.locator("[role=alert]").filter(has_text="cannot be read as a picture")
     alert.wait_for()
     page.wait_for_timeout(1000)
     assert on_screen(page, alert) and alert.bounding_box()["y"] < page.locator("#ask").bounding_box()["y"]

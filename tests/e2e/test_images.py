@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from openm6.cli import commands
-from openm6.cli.images import _save_next
+from openm6.cli.images import save_next
 from openm6.core.errors import ContextLengthError, OpenM6Error
 from openm6.inference.session import Session
 from openm6.tasks.task import Task
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_no_half_picture(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(OpenM6Error, match="could not be written"):
-            _save_next(Image.effect_noise((64, 64), 50), tmp_path)
+            save_next(Image.effect_noise((64, 64), 50), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())

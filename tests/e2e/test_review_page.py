@@ -15,9 +15,8 @@ from PIL import Image
 from openm6.core.errors import ContextLengthError
 from openm6.data.source import open_source
 from openm6.studio.copy import write_labelled_copy
-from openm6.studio.copy_items import goods_pictures, items_of, page_items
 from openm6.studio.images import make_batch, write_labelled
-from openm6.studio.items import explain_refusal, repeated_rows
+from openm6.studio.items import explain_refusal, goods_pictures, items_of, page_items, repeated_rows
 from openm6.studio.review import as_line, batch_folder, write, write_review
 from openm6.tasks.library import get
 from tests.conftest import drawing_session

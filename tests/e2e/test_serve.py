@@ -81,7 +81,7 @@ def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
         (["serve", model, "--host", "0.0.0.0"], "give --keys FILE"),
         (["serve", model.parent], "is no OpenM6 model"),
         (["serve", model, model], "Two models are called goods"),
-        (["serve", model, "--origin", "https://shop.example/"], "is no origin of pages"),
+        (["serve", model, "--origin", "https://shop.example/"], "is not an origin of web pages"),
     ):
         done = subprocess.run(command(*words), capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and message in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -21,9 +22,10 @@ import pytest
 
 from openm6.compress.cascade import init_box
 from openm6.edge.cascade import Cascade
+from openm6.edge.runner import EdgeModel
 from openm6.edge.settings import Settings, settings_of, written
-from openm6.edge.sureness import Sureness
-from tests.tasks.conftest import tokenizer
+from openm6.edge.sureness import ConfidenceCalibrator
+from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
 
@@ -31,7 +33,8 @@ __all__ = ["tokenizer"]
 class CloudServer:
     """A cloud that answers as a test says, and remembers what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self.pause = 0.0  # between the head of an answer and its body
         self.seen: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.act: Callable[[str, dict[str, Any]], tuple[int, Any]] = lambda path, body: (
             200, {"outputs": {"answer": "云"}},
@@ -70,6 +73,7 @@ class CloudServer:
                 self.send_header("date", outer.date or self.date_time_string())
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
+                time.sleep(outer.pause)
                 self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
@@ -81,7 +85,7 @@ class CloudServer:
             def handle_error(self, *_: Any) -> None:
                 pass
 
-        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.http = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
@@ -111,10 +115,31 @@ def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _sureness(width: int, never: bool = True) -> Sureness:
-    rng = np.random.default_rng(0)
-    right = np.zeros(60) if never else np.ones(60)
-    return Sureness.fit(rng.normal(size=(60, width)).astype(np.float32), rng.uniform(0, 1, 60), right, 0.01)
+QUESTIONS = [f"问题{number % 17}{'问' * (number % 5)}" for number in range(85)]
+PHOTO = picture(40, 24)
+
+
+def calibrate(package: Path, is_sure: bool) -> None:
+    """Calibrate the task vqa: to QUESTIONS, which are all answered right, or to made-up states, of which none is."""
+    model, rng = EdgeModel(package, 1), np.random.default_rng(0)
+    states, confidences = rng.normal(size=(60, model.about["width"])), rng.uniform(0, 1, 60)
+    if is_sure:
+        answers = [model.answer("vqa", {"photo": PHOTO, "question": one}) for one in QUESTIONS]
+        states, confidences = np.stack([one.state for one in answers]), np.array([one.confidence for one in answers])
+    right = np.full(len(states), float(is_sure))
+    fitted = ConfidenceCalibrator.fit(states.astype(np.float32), confidences, right, 0.01)
+    fitted.save(package / "sureness-vqa.npz", model.about["sha256"])
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond this size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Make = Callable[..., Cascade]
@@ -128,10 +153,8 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
         place = tmp_path / "box"
         if not place.exists():
             shutil.copytree(made, place)
-        (place / "box.toml").write_text(written(settings_of({"audit": 0.0001, **settings})), "utf-8")
-        package = place / "versions/0001/package"
-        about = json.loads((package / "edge.json").read_text())
-        _sureness(about["width"], never=not sure).save(package / "sureness-vqa.npz", about["sha256"])
+        (place / "box.toml").write_text(written(settings_of({"audit_rate": 0.0001, **settings})), "utf-8")
+        calibrate(place / "versions/0001/package", sure)
         opened.append(Cascade(place, 1, seed=0))
         return opened[-1]
 

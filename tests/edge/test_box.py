@@ -31,8 +31,8 @@ QUESTION = "图中的商品是什么颜色？"
         ('cloud = "http://m6/?token=x"', "give an address"), ('cloud = "http://m6:pass@m6"', "a name in front"),
         ('name = "shop 1"', "letters, digits"), ('name = ""', "letters, digits"), ('name = ".."', "letters, digits"),
         ("deadline_ms = 10000000000000", "a day at most"),
-        ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit = 2", "a share"),
-        ("share = 1", "below 1"), ("share = 0.01", "above audit"),
+        ("deadline_ms = 0", "above 0"), ('deadline_ms = "x"', "has to be int"), ("audit_rate = 2", "a fraction"),
+        ("deferral_rate = 1", "below 1"), ("deferral_rate = 0.01", "above audit_rate"),
         ('cloud = "https://m6.example:x"', "give an address"), ("statistics_minutes = inf", "has to be a number"),
         ('key = "m6-4f1c"', "the name of an environment variable"),
         ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
@@ -48,7 +48,7 @@ def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path)
 def test_a_file_that_was_cut_allows_nothing_by_default(name: str, tmp_path: Path) -> None:
     text = written(Settings(cloud="http://m6", privacy="nothing"))
     (tmp_path / "box.toml").write_text(text[: text.index(f"\n{name} =")], "utf-8")
-    with pytest.raises(UsageError, match=f"does not say .*{name}"):
+    with pytest.raises(UsageError, match=f"lacks .*{name}"):
         Box(tmp_path)
 
 
@@ -62,7 +62,7 @@ def test_a_key_that_no_request_can_hold_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_box(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is no box"):
+    with pytest.raises(UsageError, match="is not an edge device"):
         Box(tmp_path)
     assert settings_of({}) == Settings()
     text = written(Settings(privacy="features", offline=True))
@@ -85,8 +85,8 @@ def test_over_http(box: Make, server: CloudServer) -> None:
         assert {one["name"] for one in client.get("/v1/tasks").json()["data"]} == set(ASKED)
         assert client.get("/v1/tasks/vqa").json()["slots"]["photo"] == "image"
         told = client.get("/v1/status").json()
-        assert told["kept"]["answers"] == {"vqa": 1} and told["tasks"]["vqa"]["sent"] == 1
-        assert 'openm6_edge_requests_total{task="vqa",what="asked"} 1' in client.get("/metrics").text
+        assert told["kept"]["answers"] == {"vqa": 1} and told["tasks"]["vqa"]["deferred"] == 1
+        assert 'openm6_edge_requests_total{task="vqa",what="requests"} 1' in client.get("/metrics").text
         for body, status, sentence in (
             ({"inputs": {"photo": "/etc/passwd", "question": "x"}}, 400, "base64"),
             ({"inputs": {"photo": photo}}, 400, "question is missing"), ({"inputs": []}, 400, "an object too"),

@@ -77,7 +77,7 @@ def test_all_is_well(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert not ended.value.code and [line.split()[:2] for line in lines] == [["ok", one] for one in SUBJECTS]
     told = "\n".join(lines)
-    assert "version 0001" in told and "calibrated: vqa" in told and "1 kept answers" in told and "secret" not in told
+    assert "version 0001" in told and "calibrated: vqa" in told and "1 stored answers" in told and "secret" not in told
     assert {headers["Authorization"] for _, headers in cloud.read} == {"Bearer secret"}
     assert len(cloud.seen) == seen and (cascade.box.path / "kept.sqlite").read_bytes() == content
 
@@ -87,11 +87,11 @@ def test_all_is_well(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixtur
     [
         ({"key": "NO_KEY"}, {}, "key", r"\$NO_KEY is not set"),
         ({}, {"/v1/models": (401, {})}, "cloud", "refuses the key"),
-        ({}, {"/v1/models": (200, [])}, "model", "otherwise than expected"),
+        ({}, {"/v1/models": (200, [])}, "model", "not of the expected form"),
         ({"model": "m7"}, {}, "model", "no model 'm7'; it has: m6"),
         ({}, {"/v1/tasks/vqa": (404, {"error": {"code": "task_not_found"}})}, "model", "vqa: the cloud does not know"),
         ({}, {"/v1/tasks/vqa": (200, {"outputs": ["caption"]})}, "model", "other outputs"),
-        ({"privacy": "features"}, {}, "model", "reads pictures otherwise"),
+        ({"privacy": "features"}, {}, "model", "another image encoder"),
         ({"cloud": "http://127.0.0.1:9"}, {}, "cloud", "cannot be reached"),
         ({"keep_mb": 10**9}, {}, "disk", "MB are free"),
     ],
@@ -201,7 +201,7 @@ def test_an_interrupted_write_is_told_and_left_to_a_start(
     assert code == 0 and "was interrupted. A start undoes it" in found["store"]["message"]
     assert {file: file.read_bytes() for file in cascade.box.path.glob("kept*")} == before
     Cascade(cascade.box.path, 1).close()
-    assert "9 kept answers" in _check(cascade, capsys)[1]["store"]["message"]
+    assert "9 stored answers" in _check(cascade, capsys)[1]["store"]["message"]
 
 
 def test_a_damaged_store_is_told(box: Make, cloud: CloudServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +232,7 @@ def test_against_a_real_server(
         cascade = box(cloud=served.url, key="M6_KEY", keep_mb=1)
         cascade.answer("vqa", ASKED["vqa"])  # a model that was never trained may have nothing to say
         counts = cascade.statistics()["tasks"]["vqa"]
-        assert counts["sent"] == 1 and counts.get("unanswered", 0) == counts.get("unanswered_empty", 0)
+        assert counts["deferred"] == 1 and counts.get("unanswered", 0) == counts.get("unanswered_empty", 0)
         monkeypatch.setenv("M6_KEY", "m6-wrong")
         code, found = _check(cascade, capsys)
         assert code == 1 and "refuses the key" in found["cloud"]["message"]

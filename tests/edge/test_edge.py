@@ -22,7 +22,7 @@ from openm6.core.errors import ContextLengthError, OpenM6Error, UsageError
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.edge.graph import Graph
-from openm6.edge.package import export, export_eyes, gains_nothing, round_package
+from openm6.edge.package import export, export_image_encoder, quantize_bundle, smaller_variant_hint
 from openm6.edge.program import main
 from openm6.edge.runner import FORMAT, EdgeModel, Eyes
 from openm6.inference.session import Session
@@ -182,7 +182,7 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(
     sizes = [sum((one / f"{name}.onnx").stat().st_size for name in ("model", "picture")) for one in (package, place)]
     assert sizes[1] < 0.6 * sizes[0]  # so small a network is half names of operations
     assert told["graph_bytes"]["32"] == sizes[0] and told["graph_bytes"][str(bits)] == sizes[1]
-    assert bool(gains_nothing(told)) == ("bits gain nothing here" in caplog.text)
+    assert bool(smaller_variant_hint(told)) == ("bits gain nothing here" in caplog.text)
     # No weight is stored twice: the output matrix, which is the embedding too, stays in 8 bits.
     names = {one.name for one in onnx.load(place / "model.onnx").graph.initializer}
     assert "head_DV.int8" in names and not {"head_DV", "head_DV_Q4"} & names
@@ -193,12 +193,12 @@ def test_in_few_bits_it_is_smaller_and_nearly_the_same(
     assert few.run("text_classification", text="很好") in ("好", "不好", "还行")
     # From the package of 32 bits the same is made without the model.
     again = model.with_name(f"rounded-{bits}")
-    assert round_package(package, again, bits)["bits"] == bits
+    assert quantize_bundle(package, again, bits)["bits"] == bits
     files = [sorted(file.relative_to(one) for file in one.rglob("*")) for one in (place, again)]
     assert files[0] == files[1] and (place / "edge.json").read_bytes() == (again / "edge.json").read_bytes()
     assert (EdgeModel(again).run("item_vector", **ASKED["item_vector"]) == vectors[1]).all()
     with pytest.raises(UsageError, match=f"has {bits} bits"):
-        round_package(again, model.with_name("never"), 4)
+        quantize_bundle(again, model.with_name("never"), 4)
 
 
 def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -267,14 +267,14 @@ def test_a_file_that_is_not_the_one_that_was_exported_is_refused_by_its_name(pac
 
 def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path: Path) -> None:
     """The pictures' graph of a package in few bits beside the network of one in 32, and the other way around."""
-    round_package(package, tmp_path / "other", 8)
+    quantize_bundle(package, tmp_path / "other", 8)
     mixed = Path(shutil.copytree(package, tmp_path / "mixed"))
     shutil.copy(tmp_path / "other/picture.onnx", mixed)
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
         EdgeModel(mixed)
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
-        round_package(mixed, tmp_path / "never", 8)
-    export_eyes(model, tmp_path / "eyes")
+        quantize_bundle(mixed, tmp_path / "never", 8)
+    export_image_encoder(model, tmp_path / "eyes")
     assert Eyes(tmp_path / "eyes").name == EdgeModel(package).eyes.name
     shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "eyes")
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
@@ -293,10 +293,10 @@ def test_a_package_of_another_format_is_refused(package: Path, tmp_path: Path) -
 
 def test_bits_that_gain_nothing_are_told() -> None:
     bytes_of = {"32": 900, "8": 300, "4": 300}
-    assert "take 300 bytes, and 300 in 8 bits (--bits 8)" in gains_nothing({"bits": 4, "graph_bytes": bytes_of})
-    assert "and 900 in 32 bits (no --bits)" in gains_nothing({"bits": 8, "graph_bytes": {"32": 900, "8": 901}})
+    assert "take 300 bytes, and 300 in 8 bits (--bits 8)" in smaller_variant_hint({"bits": 4, "graph_bytes": bytes_of})
+    assert "and 900 in 32 bits (no --bits)" in smaller_variant_hint({"bits": 8, "graph_bytes": {"32": 900, "8": 901}})
     for bits, sizes in ((4, {"32": 900, "8": 300, "4": 200}), (8, {"32": 900, "8": 300}), (None, {"32": 900})):
-        assert gains_nothing({"bits": bits, "graph_bytes": sizes}) == ""
+        assert smaller_variant_hint({"bits": bits, "graph_bytes": sizes}) == ""
 
 
 def test_nothing_of_the_machine_is_in_it(package: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import InterruptedWriteError, Kept, StoreError, is_held_out, open_kept
+from openm6.edge.kept import AnswerStore, InterruptedWriteError, StoreError, is_held_out, open_answer_store
 from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
 from tests.edge.conftest import interrupt_write
 
@@ -32,13 +33,13 @@ def _found(folder: Path) -> bool:
     return PICTURE[:300] in content or base64.b64encode(PICTURE)[:300] in content
 
 
-def _keep(kept: Kept, count: int = 1, start: int = 0) -> None:
+def _keep(kept: AnswerStore, count: int = 1, start: int = 0) -> None:
     for number in range(start, start + count):
         kept.keep("vqa", {"photo": PICTURE, "question": f"问题{number}", "_where": "x"}, "红色", "蓝色")
 
 
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     _keep(kept, 3)
     kept.keep("caption", {"photo": {"features": b"12", "rows": 1, "columns": 1, "eyes": "e"}}, {"a": 1}, None)
     rows = list(kept.rows("vqa"))
@@ -53,7 +54,7 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_oldest_goes_when_it_is_full(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 20_000)
+    kept = AnswerStore(tmp_path / "k", ALL, 20_000)
     _keep(kept, 30)
     rows = list(kept.rows())
     assert rows[-1]["record"]["question"] == "问题29" and 3 < len(rows) < 8
@@ -63,17 +64,17 @@ def test_the_oldest_goes_when_it_is_full(tmp_path: Path) -> None:
 
 
 def test_a_stricter_mode_deletes_what_it_forbids(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     _keep(kept, 5)
     kept.close()
     assert _found(tmp_path)
-    kept = Kept(tmp_path / "k", FEATURES, 10**6)
+    kept = AnswerStore(tmp_path / "k", FEATURES, 10**6)
     assert list(kept.rows()) == []
     assert not _found(tmp_path)
     kept.keep("vqa", {"photo": {"features": b"f" * 64, "rows": 1, "columns": 1}}, "红色", None)
     kept.saw("vqa", "0001", np.ones(4), 1.0, 1.0, 10)
     kept.close()
-    kept = Kept(tmp_path / "k", NOTHING, 10**6)
+    kept = AnswerStore(tmp_path / "k", NOTHING, 10**6)
     assert list(kept.rows()) == [] and kept.seen("vqa", "0001") == []
     _keep(kept)
     kept.saw("vqa", "0001", np.ones(4), 1.0, 1.0, 10)
@@ -84,18 +85,18 @@ def test_a_stricter_mode_deletes_what_it_forbids(tmp_path: Path) -> None:
 
 def test_encrypted_nothing_can_be_read(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    kept = Kept(tmp_path / "k", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     _keep(kept, 2)
     kept.close()
     assert _found(tmp_path)
     key = new_key()
-    kept = Kept(tmp_path / "k", ALL, 10**6, key)  # what was there is hidden now
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6, key)  # what was there is hidden now
     _keep(kept, 2, 2)
     assert [row["record"]["question"] for row in kept.rows()] == [f"问题{n}" for n in range(4)]
     kept.close()
     assert not _found(tmp_path) and "问题".encode() not in _everything(tmp_path)
     with pytest.raises(UsageError, match="new-key"):
-        Kept(tmp_path / "k", ALL, 10**6, "short")
+        AnswerStore(tmp_path / "k", ALL, 10**6, "short")
 
 
 def test_a_box_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +104,13 @@ def test_a_box_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("BOX_KEY", raising=False)
     settings = Settings(encrypt="BOX_KEY")
     with pytest.raises(UsageError, match="BOX_KEY"):
-        open_kept(tmp_path, settings)
+        open_answer_store(tmp_path, settings)
     monkeypatch.setenv("BOX_KEY", new_key())
-    open_kept(tmp_path, settings).close()
+    open_answer_store(tmp_path, settings).close()
 
 
 def test_numbers_are_remembered(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     for number in range(5):
         kept.saw("vqa", "0001", np.full(3, number), 1.0, 2.0, 3)
     seen = kept.seen("vqa", "0001")
@@ -134,30 +135,30 @@ def test_what_was_asked_is_on_one_side(tmp_path: Path) -> None:
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(os.urandom(5000))
     with pytest.raises(StoreError, match="not a database") as found:
-        Kept(tmp_path / "k", ALL, 10**6)
+        AnswerStore(tmp_path / "k", ALL, 10**6)
     assert found.value.is_damaged
-    kept = Kept(tmp_path / "pages", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "pages", ALL, 10**6)
     _keep(kept, 30)
     kept.close()
     content = bytearray((tmp_path / "pages").read_bytes())
     content[8192:16384] = bytes(8192)  # two pages: the start alone does not tell
     (tmp_path / "pages").write_bytes(content)
     with pytest.raises(StoreError) as found:
-        Kept(tmp_path / "pages", ALL, 10**6)
+        AnswerStore(tmp_path / "pages", ALL, 10**6)
     assert found.value.is_damaged
 
 
 def test_only_the_owner_reads_it(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        kept = Kept(tmp_path / "k", ALL, 10**6)
+        kept = AnswerStore(tmp_path / "k", ALL, 10**6)
         assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
         _keep(kept)
         assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}  # with the journal
         kept.close()
         for file in tmp_path.iterdir():  # as earlier versions left it
             file.chmod(0o644)
-        kept = Kept(tmp_path / "k", ALL, 10**6)
+        kept = AnswerStore(tmp_path / "k", ALL, 10**6)
         assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
         assert len(list(kept.rows())) == 1
         kept.close()
@@ -168,11 +169,11 @@ def test_only_the_owner_reads_it(tmp_path: Path) -> None:
 def test_encryption_costs_no_answer(tmp_path: Path) -> None:
     """A store that is full stays as full when a key is named, and when one more comes, one goes."""
     pytest.importorskip("cryptography")
-    kept = Kept(tmp_path / "k", ALL, 20_000)
+    kept = AnswerStore(tmp_path / "k", ALL, 20_000)
     _keep(kept, 30)
     before = list(kept.rows())
     kept.close()
-    kept = Kept(tmp_path / "k", ALL, 20_000, new_key())
+    kept = AnswerStore(tmp_path / "k", ALL, 20_000, new_key())
     assert list(kept.rows()) == before
     assert kept.keep("vqa", before[0]["record"], "红色", "蓝色") == 1
     assert len(list(kept.rows())) == len(before)
@@ -182,7 +183,7 @@ def test_encryption_costs_no_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["killed", "full"])
 def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
-    kept = Kept(tmp_path / "k", ALL, 10**7)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**7)
     _keep(kept, 200)
     before = list(kept.rows())
     kept.close()
@@ -192,12 +193,12 @@ def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) 
             "import os, signal, sys\n"
             "from pathlib import Path\n"
             "from openm6.edge.cipher import Cipher\n"
-            "from openm6.edge.kept import Kept\n"
+            "from openm6.edge.kept import AnswerStore\n"
             "encrypt, times = Cipher.encrypt, iter(range(150))\n"
             "def act(self, body):\n"
             "    return os.kill(os.getpid(), signal.SIGKILL) if next(times, None) is None else encrypt(self, body)\n"
             "Cipher.encrypt = act\n"
-            "Kept(Path(sys.argv[1]), 'all', 10**7, sys.argv[2])\n"
+            "AnswerStore(Path(sys.argv[1]), 'all', 10**7, sys.argv[2])\n"
         )
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "k"), key])
         assert done.returncode == -signal.SIGKILL
@@ -206,13 +207,13 @@ def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # there is no room for the journal
         try:
             with pytest.raises(StoreError, match="cannot be used"):
-                Kept(tmp_path / "k", ALL, 10**7, key)
+                AnswerStore(tmp_path / "k", ALL, 10**7, key)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kept = Kept(tmp_path / "k", ALL, 10**7)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**7)
     assert list(kept.rows()) == before
     kept.close()
-    kept = Kept(tmp_path / "k", ALL, 10**7, key)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**7, key)
     assert list(kept.rows()) == before
     kept.close()
     assert not _found(tmp_path)
@@ -221,25 +222,25 @@ def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) 
 def test_another_key_or_none_is_refused_by_name(tmp_path: Path) -> None:
     pytest.importorskip("cryptography")
     key = new_key()
-    kept = Kept(tmp_path / "k", ALL, 10**6, key)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6, key)
     _keep(kept, 2)
     kept.close()
     before = (tmp_path / "k").read_bytes()
     with pytest.raises(UsageError, match="2 encrypted answers, and their key is another one"):
-        Kept(tmp_path / "k", ALL, 10**6, new_key())
+        AnswerStore(tmp_path / "k", ALL, 10**6, new_key())
     with pytest.raises(UsageError, match=f"{tmp_path}/k has 2 encrypted answers, and no key is named"):
-        Kept(tmp_path / "k", ALL, 10**6)
+        AnswerStore(tmp_path / "k", ALL, 10**6)
     assert (tmp_path / "k").read_bytes() == before
-    kept = Kept(tmp_path / "k", ALL, 10**6, key)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6, key)
     assert len(list(kept.rows())) == 2
     kept.close()
-    kept = Kept(tmp_path / "k", NOTHING, 10**6)  # what is to be deleted has not to be read
+    kept = AnswerStore(tmp_path / "k", NOTHING, 10**6)  # what is to be deleted has not to be read
     assert kept.counts() == {}
     kept.close()
 
 
 def test_an_answer_that_is_too_large_takes_no_other_ones_place(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 20_000)
+    kept = AnswerStore(tmp_path / "k", ALL, 20_000)
     _keep(kept, 3)
     with pytest.raises(StoreError, match=r"larger than all that may be kept \(20,000\)"):
         kept.keep("vqa", {"photo": bytes(20_000)}, "红色", None)
@@ -248,9 +249,10 @@ def test_an_answer_that_is_too_large_takes_no_other_ones_place(tmp_path: Path) -
 
 
 def test_a_damaged_answer_is_passed_over(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "k", ALL, 10**6)
+    kept = AnswerStore(tmp_path / "k", ALL, 10**6)
     _keep(kept, 3)
-    kept._file.execute("UPDATE answers SET body = ? WHERE id = 2", (b"{",))
+    with sqlite3.connect(tmp_path / "k") as other:
+        other.execute("UPDATE answers SET body = ? WHERE id = 2", (b"{",))
     assert [row["id"] for row in kept.rows()] == [1, 3]
     kept.close()
 
@@ -258,37 +260,37 @@ def test_a_damaged_answer_is_passed_over(tmp_path: Path) -> None:
 def test_a_write_that_has_just_begun_is_not_taken_for_an_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     _keep(kept, 9)
     kept.close()
     before = (tmp_path / "kept.sqlite").read_bytes()
     interrupt_write(tmp_path / "kept.sqlite")
     with pytest.raises(InterruptedWriteError, match=r"A write to .*kept\.sqlite was interrupted"):
-        open_kept(tmp_path, Settings(), read_only=True)
+        open_answer_store(tmp_path, Settings(), read_only=True)
 
     def finish_write(seconds: float) -> None:
         (tmp_path / "kept.sqlite").write_bytes(before)
         (tmp_path / "kept.sqlite-journal").unlink()
 
     monkeypatch.setattr("openm6.edge.kept.time.sleep", finish_write)
-    kept = open_kept(tmp_path, Settings(), read_only=True)
+    kept = open_answer_store(tmp_path, Settings(), read_only=True)
     assert kept.counts() == {"vqa": 9}
     kept.close()
 
 
 def test_opened_to_be_read_it_stays_as_it_is(tmp_path: Path) -> None:
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     _keep(kept, 3)
     kept.close()
     before = (tmp_path / "kept.sqlite").read_bytes()
-    kept = open_kept(tmp_path, Settings(privacy="features"), read_only=True)
+    kept = open_answer_store(tmp_path, Settings(privacy="features"), read_only=True)
     assert kept.counts() == {"vqa": 3} and kept.pending() == (3, 0)
     with pytest.raises(StoreError, match="cannot be used"):
         _keep(kept)
     kept.close()
     assert (tmp_path / "kept.sqlite").read_bytes() == before
     (tmp_path / "other").mkdir()
-    kept = open_kept(tmp_path / "other", Settings(), read_only=True)
+    kept = open_answer_store(tmp_path / "other", Settings(), read_only=True)
     assert kept.counts() == {} and kept.pending() == (0, 0)
     kept.close()
     assert not list((tmp_path / "other").iterdir())

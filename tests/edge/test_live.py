@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from openm6.edge.cascade import CLOUD, EDGE, Cascade, Reply
 from openm6.edge.cipher import new_key
 from openm6.edge.service import make_app
 from openm6.edge.settings import settings_of, written
-from tests.edge.conftest import CloudServer, Make
+from tests.edge.conftest import CloudServer, Make, calibrate
 from tests.edge.test_edge import ASKED, _in_fp32, model, session
 
 __all__ = ["_in_fp32", "model", "session"]
@@ -153,9 +154,10 @@ def test_encryption_is_taken_up_or_nothing_more_is_kept(
 def test_a_new_calibration_is_taken_up(box: Make, server: CloudServer, tmp_path: Path) -> None:
     cascade = box(cloud=server.url)
     _ask(cascade)
-    before = cascade._version
+    assert cascade.statistics()["tasks"]["vqa"]["expected_alone"] < 0.2  # by made-up records, all of them wrong
     file = cascade.box.folder() / "package/sureness-vqa.npz"
-    file.write_bytes(file.read_bytes())
-    cascade._looked = 0.0
+    calibrate(file.parent, is_sure=True)
+    time.sleep(1.1)  # it looks each second
     _ask(cascade)
-    assert cascade._version is not before and cascade.statistics()["tasks"]["vqa"]["asked"] == 2
+    told = cascade.statistics()["tasks"]["vqa"]
+    assert told["expected_alone"] > 0.8 and told["requests"] == 2

@@ -12,13 +12,13 @@ import pytest
 
 from openm6.core.errors import UsageError
 from openm6.edge.cipher import new_key
-from openm6.edge.kept import Kept, StoreError, open_kept
+from openm6.edge.kept import AnswerStore, StoreError, open_answer_store
 from openm6.edge.opening import open_store, store_summary
 from openm6.edge.settings import Settings
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:
-    kept = open_kept(folder, settings)
+    kept = open_answer_store(folder, settings)
     for number in range(count):
         kept.keep("vqa", {"question": f"{number}" * 500}, "红色", "蓝色")
     kept.close()
@@ -42,7 +42,7 @@ def _full_disk(size: int = 0) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _works(kept: Kept) -> bool:
+def _works(kept: AnswerStore) -> bool:
     kept.keep("vqa", {"question": "x"}, "红色", "蓝色")
     return len(list(kept.rows())) == 1
 
@@ -102,7 +102,7 @@ def test_of_a_file_without_a_header_nothing_is_known(tmp_path: Path) -> None:
 def test_without_a_place_for_it_nothing_is_kept(tmp_path: Path) -> None:
     for settings in (Settings(), Settings(privacy="features"), Settings(privacy="nothing")):
         kept = open_store(tmp_path / "nowhere", settings)
-        assert "Nothing is kept: " in kept.trouble and "kept.sqlite cannot be opened" in kept.trouble
+        assert "Nothing is stored: " in kept.trouble and "kept.sqlite cannot be opened" in kept.trouble
         assert kept.keep("vqa", {"question": "x"}, "红色", "蓝色") == 0 and not list(kept.rows())
         assert store_summary(tmp_path / "nowhere", kept)["trouble"] == kept.trouble
         kept.spend(7)
@@ -140,7 +140,7 @@ def test_what_cannot_be_deleted_or_encrypted_refuses(tmp_path: Path, monkeypatch
     for stricter in (Settings(privacy="nothing"), Settings(privacy="features"), Settings(encrypt="K")):
         with _full_disk(), pytest.raises(StoreError, match="forbids on the disk"):
             open_store(tmp_path, stricter)
-    kept = open_kept(tmp_path, Settings())
+    kept = open_answer_store(tmp_path, Settings())
     assert kept.counts() == {"vqa": 20}
     kept.close()
 

@@ -197,7 +197,7 @@ def test_nothing_leaves_or_stays_that_the_mode_forbids(
 
     server.act = answer
     settings = Settings(
-        cloud=f"http://127.0.0.1:{recorder.port}", audit=0.0001, requests_per_hour=10**6, statistics_minutes=0.01,
+        cloud=f"http://127.0.0.1:{recorder.port}", audit_rate=0.0001, requests_per_hour=10**6, statistics_minutes=0.01,
         deadline_ms=30_000,
     )  # fmt: skip
     opened = box(cloud=settings.cloud)

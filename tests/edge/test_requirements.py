@@ -31,8 +31,7 @@ ROOT = Path(__file__).parents[2]
 UNUSED = {
     "cryptography": "for a box that encrypts what it keeps, which says so where it is missing",
     "safetensors": "for writing models",
-    "torchmetrics": "for measuring", "sacrebleu": "for measuring", "rouge_chinese": "for measuring",
-    "pycocoevalcap": "for measuring", "scipy": "for measuring, and for learning from sketches",
+    "sacrebleu": "for measuring",
 }  # fmt: skip
 """What the packed modules import inside of functions, and the program does without."""
 

@@ -25,10 +25,10 @@ from starlette.testclient import TestClient
 
 from openm6.core.errors import UsageError
 from openm6.edge.box import Box
-from openm6.edge.kept import open_kept
+from openm6.edge.kept import open_answer_store
 from openm6.edge.opening import open_store
 from openm6.edge.program import main
-from openm6.edge.service import _Guard
+from openm6.edge.service import Guard
 from openm6.edge.settings import Settings, written
 from tests.conftest import command
 from tests.edge.conftest import interrupt_write, wait_until
@@ -59,7 +59,7 @@ def _all_files(box: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Though box.toml forbids by now what was kept."""
-    with closing(open_kept(place, Settings())) as kept:
+    with closing(open_answer_store(place, Settings())) as kept:
         kept.keep("vqa", {"photo": b"photo", "question": "?"}, "红色", "蓝色")
     _write(place, privacy="nothing", encrypt="NO_SUCH_VARIABLE")
     before = _all_files(place)
@@ -73,7 +73,7 @@ def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_status_leaves_an_interrupted_write_to_a_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with closing(open_kept(place, Settings())) as kept:
+    with closing(open_answer_store(place, Settings())) as kept:
         for number in range(9):
             kept.keep("vqa", {"photo": bytes(9000), "question": str(number)}, "红色", "蓝色")
     interrupt_write(place / "kept.sqlite")
@@ -97,7 +97,7 @@ def test_status_of_a_box_that_is_not_whole(place: Path, capsys: pytest.CaptureFi
     (place / "box.toml").unlink()
     with pytest.raises(SystemExit) as end:
         main(["--package", str(place), "status"])
-    assert end.value.code == 2 and "is no box" in capsys.readouterr().err
+    assert end.value.code == 2 and "is not an edge device" in capsys.readouterr().err
 
 
 Serve = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -178,7 +178,7 @@ def test_what_serves_says_that_it_has_no_store(place: Path, served: Serve, capsy
     (place / "kept.sqlite").mkdir()
     served()
     told = _told(place, capsys)
-    assert "Nothing is kept" in told["serving"]["trouble"] and "cannot be used" in told["kept"]["trouble"]
+    assert "Nothing is stored" in told["serving"]["trouble"] and "cannot be used" in told["kept"]["trouble"]
 
 
 @pytest.mark.slow
@@ -216,14 +216,14 @@ def test_a_failure_is_logged_without_its_message(caplog: pytest.LogCaptureFixtur
     async def fail(*_: Any) -> None:
         raise ValueError("机密的问题")
 
-    answer = TestClient(_Guard(fail, "", True), base_url="http://127.0.0.1").get("/v1/status")
+    answer = TestClient(Guard(fail, "", True), base_url="http://127.0.0.1").get("/v1/status")
     assert answer.status_code == 500 and "see its log" in answer.json()["error"]["message"]
     assert "ValueError at" in caplog.text and "机密" not in caplog.text + answer.text
     assert caplog.records[-1].levelno == logging.ERROR
 
 
 def test_a_box_that_does_not_start_says_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="is no box"):
+    with pytest.raises(UsageError, match="is not an edge device"):
         Box(place / "versions")
     _write(place, encrypt="NO_SUCH_VARIABLE")
     done = subprocess.run([sys.executable, str(place / "openm6-edge"), "serve"], capture_output=True, text=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import OpenM6Error
-from openm6.edge.sureness import Audits, Drift, Sureness, agreement, confidence_of
+from openm6.edge.sureness import Audits, ConfidenceCalibrator, Drift, agreement, confidence_of
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -28,7 +28,7 @@ def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, n
 
 
 def test_what_is_not_sure_is_asked() -> None:
-    sure = Sureness.fit(*_records(1000, 0), max_loss=0.01)
+    sure = ConfidenceCalibrator.fit(*_records(1000, 0), max_loss=0.01)
     states, confidences, right = _records(4000, 1)
     chances = np.array([sure.probability(sure.seen(s, c)) for s, c in zip(states, confidences, strict=True)])
     given_ = chances >= sure.threshold
@@ -43,7 +43,7 @@ def test_what_is_not_sure_is_asked() -> None:
 
 def test_it_learns_of_what_comes_in_anew() -> None:
     """A fifth of what comes is confident and wrong, which no record of calibration was."""
-    sure = Sureness.fit(*_records(500, 0), max_loss=0.01)
+    sure = ConfidenceCalibrator.fit(*_records(500, 0), max_loss=0.01)
     states, confidences, right = _records(3000, 2, shifted=0.2)
     rng, wrong, asked = np.random.default_rng(3), np.zeros(3000), np.zeros(3000)
     for number, (state, confidence) in enumerate(zip(states, confidences, strict=True)):
@@ -63,18 +63,18 @@ def test_it_learns_of_what_comes_in_anew() -> None:
 def test_the_less_sure_are_audited_the_more() -> None:
     rng, audits = np.random.default_rng(0), Audits()
     chances = 1 - 10 ** rng.uniform(-4, -0.5, 5000)
-    shares = np.array([audits.share(float(chance), 0.05) for chance in chances])
+    shares = np.array([audits.rate(float(chance), 0.05) for chance in chances])
     assert shares[1000:].mean() == pytest.approx(0.05, rel=0.25)  # a quarter at least of each: somewhat more
     assert shares[1000:].min() >= 0.05 / 4
     assert shares[chances > 0.999].max() < shares[chances < 0.9].min() / 3
     assert shares[chances < 0.8].min() > 2 * 0.05
-    assert Audits().share(0.9, 1.0) == 1.0
+    assert Audits().rate(0.9, 1.0) == 1.0
 
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
-    sure = Sureness.fit(*_records(200, 4), max_loss=0.01)
+    sure = ConfidenceCalibrator.fit(*_records(200, 4), max_loss=0.01)
     sure.save(tmp_path / "sure.npz", "package")
-    again = Sureness.load(tmp_path / "sure.npz", "package")
+    again = ConfidenceCalibrator.load(tmp_path / "sure.npz", "package")
     seen = sure.seen(np.ones(24, np.float32), 0.7)
     assert again.threshold == sure.threshold and again.probability(seen) == sure.probability(seen)
     assert confidence_of(seen) == pytest.approx(0.7)
@@ -84,15 +84,15 @@ def test_a_file_says_the_same(tmp_path: Path) -> None:
 
 def test_a_file_that_is_damaged_or_of_another_package_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "sureness-vqa.npz"
-    sure = Sureness.fit(*_records(60, 4), max_loss=0.01)
+    sure = ConfidenceCalibrator.fit(*_records(60, 4), max_loss=0.01)
     sure.save(file, "one")
-    with pytest.raises(OpenM6Error, match="sureness-vqa.npz is of another package: calibrate again"):
-        Sureness.load(file, "another")
+    with pytest.raises(OpenM6Error, match="sureness-vqa.npz was fitted to another ONNX bundle: calibrate again"):
+        ConfidenceCalibrator.load(file, "another")
     content = file.read_bytes()
     for place in range(0, len(content), 97):
         file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
-            again = Sureness.load(file, "one")  # where the byte was not of the content: the time of a part
+            again = ConfidenceCalibrator.load(file, "one")  # where the byte was not of the content: the time of a part
         except OpenM6Error as error:
             assert "calibrate again" in str(error)
         else:
@@ -100,7 +100,7 @@ def test_a_file_that_is_damaged_or_of_another_package_is_refused(tmp_path: Path)
             assert all(np.array_equal(again.parts[name], part) for name, part in sure.parts.items())
     file.write_bytes(content[:-200])
     with pytest.raises(OpenM6Error, match="is damaged"):
-        Sureness.load(file, "one")
+        ConfidenceCalibrator.load(file, "one")
 
 
 @given(st.integers(0, 1000), st.integers(50, 120), st.floats(0.0, 1.0))
@@ -109,7 +109,7 @@ def test_any_records_can_be_fitted(seed: int, count: int, good: float) -> None:
     rng = np.random.default_rng(seed)
     states = np.repeat(rng.normal(size=(1, 8)), count, 0) + rng.normal(size=(count, 8)) * rng.choice([0, 1e-3, 1])
     right = (rng.random(count) < good).astype(float)
-    sure = Sureness.fit(states.astype(np.float32), rng.uniform(0, 1, count), right, 0.01)
+    sure = ConfidenceCalibrator.fit(states.astype(np.float32), rng.uniform(0, 1, count), right, 0.01)
     chance = sure.probability(sure.seen(states[0].astype(np.float32), 0.5))
     assert 0 <= chance <= 1 and 0 <= sure.threshold <= 1.01
     assert np.isfinite(list(sure.expected().values())).all()

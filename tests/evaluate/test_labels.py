@@ -65,7 +65,7 @@ def test_few_labels_make_a_matrix_and_many_a_list_of_what_is_taken_for_what() ->
 def test_references_outside_the_labels_are_counted_named_and_given_the_nearest() -> None:
     wanted = [["正面"], ["正面 "], ["正面的"], ["正面的"], ["neutral"], ["？", "负面"]]
     note = unknown_references(wanted, ["正面", "负面"], "sentiment")
-    assert "3 of 6 references are no labels of the task sentiment (正面, 负面)" in note
+    assert "3 of 6 references are not labels of the task sentiment (正面, 负面)" in note
     assert '"正面的" 2 (nearest: 正面), "neutral" 1.' in note
     assert unknown_references(wanted[:2], ["正面", "负面"], "sentiment") == ""
     many = [[f"x{number}"] for number in range(50)]

@@ -18,15 +18,16 @@ from openm6.core.images import ImageGrid
 from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate import evaluate
-from openm6.evaluate.answers import write_answers
 from openm6.evaluate.command import measure
 from openm6.evaluate.labels import LabelFigures
 from openm6.evaluate.measure import Case, Evaluation
-from openm6.evaluate.report import write_report
+from openm6.evaluate.report import write_answers, write_report
 from openm6.evaluate.retrieval import evaluate_retrieval
 from openm6.inference import Generated
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.encode import encode_example
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.metrics import Score
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -52,7 +53,7 @@ class Says(Session):
         return [Generated(self.processor.tokenizer.encode(next(self.answers)), 0.0, True) for _ in prompts]
 
 
-VQA = Task.from_dict(
+VQA = task_from_dict(
     {"name": "vqa", "instructions": ["[text:question] -> [text:answer]"], "metrics": ["accuracy", "exact_match"]}
 )
 
@@ -72,11 +73,13 @@ def test_records_that_are_longer_than_the_model_takes_are_named_or_truncated(ses
     refused = evaluate(Says(session, ["红色"]), VQA, records)
     assert (len(refused.cases), refused.rejected, refused.cut) == (1, 2, 0)
     (note,) = refused.notes
-    assert note.startswith("2 of 3 records are longer than the 64 positions") and "(a.csv:300, a.csv:400)" in note
+    assert (
+        note.startswith("2 of 3 records are longer than the model's 64 positions") and "(a.csv:300, a.csv:400)" in note
+    )
     for metrics in ((), ("perplexity",)):
         found = evaluate(Says(session, ["红色"] * 3), VQA, records, truncate="start", metrics=metrics)
         assert found.cut == found.to_dict()["cut"] == 2 and not found.rejected
-        assert found.notes == ["2 of 3 records were longer than the model takes and lost their beginnings."]
+        assert found.notes == ["2 of 3 records were too long for the model and were truncated at their start."]
 
 
 def test_a_pair_that_is_too_long_is_left_out_of_retrieval(session: Session) -> None:
@@ -115,13 +118,13 @@ def test_sampled_answers_do_not_depend_on_the_batch_and_are_not_repeated(session
 def test_without_answers_only_what_a_metric_asks_for_is_answered(session: Session) -> None:
     records = [{"question": "a", "answer": "红色"}]
     assert evaluate(Says(session, ["红色"]), VQA, records, answers=False).scores["accuracy"].value == 1
-    likely = Task.from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
+    likely = task_from_dict({**VQA.to_dict(), "metrics": ["perplexity"]})
     silent = evaluate(Says(session, []), likely, records, answers=False)  # an answer would be a StopIteration
     assert silent.scores == evaluate(session, likely, records).scores
     assert [case.record for case in silent.cases] == records
 
 
-SENTIMENT = Task.from_dict(
+SENTIMENT = task_from_dict(
     {
         "name": "sentiment",
         "instructions": ["[text:text] -> [label:label]"],
@@ -138,12 +141,12 @@ def test_labels_get_figures_of_their_own_and_references_outside_are_told(session
     assert result.scores["macro_f1"].value == pytest.approx((0.5 + 2 / 3 + 0) / 3)
     found = result.to_dict()
     assert found["confusion"] == {"红": {"红": 1}, "蓝": {"红": 1, "蓝": 1}, "红色": {"红": 1}}
-    assert "1 of 4 references are no labels of the task sentiment" in found["notes"][0]
+    assert "1 of 4 references are not labels of the task sentiment" in found["notes"][0]
     assert "confusion" not in evaluate(Says(session, ["a"]), VQA, [{"question": "a", "answer": "b"}]).to_dict()
 
 
 def test_of_several_outputs_it_says_which_is_measured(session: Session) -> None:
-    task = Task.from_dict(
+    task = task_from_dict(
         {"name": "two", "instructions": ["[text:text] -> [label:kind] [label:colour]"], "metrics": ["accuracy"]}
     )
     result = evaluate(Says(session, ["鞋"]), task, [{"text": "a", "kind": "鞋", "colour": "红"}])
@@ -203,7 +206,7 @@ def test_more_examples_than_there_are_is_refused(session: Session, tmp_path: Pat
 
 def test_a_task_without_metrics_is_told_to_name_some(session: Session, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"a": "b", "b": "c"}\n')
-    with pytest.raises(UsageError, match="names no metrics: say by which .* --metric"):
+    with pytest.raises(UsageError, match="has no metrics: choose one by --metric"):
         measure(session, Task.from_instruction("[text:a] -> [text:b]", "t"), str(tmp_path / "d.jsonl"))
 
 
@@ -225,7 +228,7 @@ def test_nothing_to_measure_is_told(session: Session) -> None:
 
 
 def test_perplexity_is_that_of_the_single_probabilities(session: Session) -> None:
-    task = Task.from_dict(
+    task = task_from_dict(
         {
             "name": "t",
             "instructions": ["[text:a] -> [text:b]"],
@@ -237,7 +240,7 @@ def test_perplexity_is_that_of_the_single_probabilities(session: Session) -> Non
     found = evaluate(session, task, records, batch_size=2).scores["perplexity"].value
     losses = []
     for record in records:
-        sequence = task.encode(record, session.processor)
+        sequence = encode_example(task, record, session.processor)
         from openm6.core.batch import pad
 
         with torch.no_grad(), session.precision():

@@ -18,6 +18,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.evaluate.pictures import Judge, Real, draw_sheet, frechet, judged, share_among
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import tiny_config
@@ -55,7 +56,7 @@ def test_relevance_is_the_probability_of_the_answer(judge: Judge) -> None:
     found = judge.relevance(some, wanted)
     session = judge.session
     for picture, wish, value in zip(some, wanted, found.tolist(), strict=True):
-        sequence = judge.task.encode({"photo": picture, **wish}, session.processor)
+        sequence = encode_example(judge.task, {"photo": picture, **wish}, session.processor)
         with torch.inference_mode():
             logits = session.model.logits(session.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
         labels = torch.from_numpy(sequence.labels.astype(np.int64))
@@ -92,7 +93,7 @@ def test_real_pictures_measured_against_themselves_are_perfect(judge: Judge) -> 
     assert found["frechet"] == pytest.approx(0, abs=1e-3) and found["diversity"] == pytest.approx(1)
     flat = Real(judge, some).measure([some[0]] * 12, judge.read([some[0]] * 12))
     assert flat["diversity"] < 0.01 and flat["recall"] < 0.5 and flat["frechet"] > found["frechet"]
-    with pytest.raises(DataError, match="12 pictures for 1 wishes"):
+    with pytest.raises(DataError, match="12 pictures for 1 prompts"):
         Real(judge, some).measure(some, [{}])
 
 
@@ -114,7 +115,7 @@ def test_a_judge_is_told_what_its_task_asks_for_beside_the_picture(judge: Judge)
 
 def test_a_judge_looks_at_one_picture(judge: Judge) -> None:
     judge.session.tasks["two"] = Task.from_instruction("[image:a] [image:b] -> [label:kind|set=鞋,包]", "two")
-    with pytest.raises(UsageError, match="The task two has 2 pictures: a judge looks at one"):
+    with pytest.raises(UsageError, match="The task two has 2 picture slots: a judge needs one"):
         Judge(judge.session, "two")
 
 

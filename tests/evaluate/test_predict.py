@@ -27,24 +27,25 @@ from openm6.evaluate import predict
 from openm6.evaluate.predict import Prediction
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.conftest import command, tiny_config
 
-LABELS = Task.from_dict(
+LABELS = task_from_dict(
     {"name": "mood", "instructions": ["[text:text] -> [label:label]"], "labels": {"label": ["红", "蓝", "红蓝"]}}
 )
-WORDS = Task.from_dict(
+WORDS = task_from_dict(
     {"name": "say", "instructions": ["[text:text] -> [text:words]"], "decode": {"max_new_tokens": 4}}
 )
-TWO = Task.from_dict(
+TWO = task_from_dict(
     {
         "name": "two",
         "instructions": ["[text:text] -> [label:kind] [label:colour]"],
         "labels": {"kind": ["鞋"], "colour": ["红", "蓝"]},
     }
 )
-VECTOR = Task.from_dict({"name": "vector", "instructions": ["[text:text] -> [vector:v]"]})
+VECTOR = task_from_dict({"name": "vector", "instructions": ["[text:text] -> [vector:v]"]})
 
 
 def make(seed: int = 0) -> Session:
@@ -82,8 +83,8 @@ def test_the_command_adds_answer_probability_and_error(model: Path, session: Ses
     data.write_text("id,text,label\n7,红色,蓝\n8,,红\n9\n10,蓝,红\n", "utf-8")
     done = command("predict", model, "mood", "--data", data, "--output", output)
     assert done.exit_code == 0
-    assert "4 records: text from text; written are label_predicted, probability, error" in done.stderr
-    assert "2 of 4 records were answered" in done.stdout and "The column error of" in done.stdout
+    assert "4 records: text from text; new columns: label_predicted, probability, error" in done.stderr
+    assert "2 of 4 records were answered" in done.stdout and "see the column error of" in done.stdout
     rows = rows_of(output)
     assert list(rows[0]) == ["id", "text", "label", "label_predicted", "probability", "error"]
     assert [row["id"] for row in rows] == ["7", "8", "", "10"] and [row["label"] for row in rows] == [
@@ -174,7 +175,7 @@ def test_several_outputs_and_vectors_have_columns(session: Session, tmp_path: Pa
     with pytest.raises(UsageError, match="A CSV has no cells for vectors"):
         Prediction(session, "vector", str(data), tmp_path / "v.csv")
     drawing = Task.from_instruction("[text:text] -> [image:p]", "draw")
-    with pytest.raises(UsageError, match="draw draws pictures: `openm6 images batch`"):
+    with pytest.raises(UsageError, match="draw draws pictures: use `openm6 images batch`"):
         Prediction(session, drawing, str(data), tmp_path / "v.csv")
 
 
@@ -183,7 +184,7 @@ class StoppedError(Exception):
 
 
 def stop_after(prediction: Prediction, rows: int) -> None:
-    def look(done: int) -> None:
+    def look(done: int, total: int) -> None:
         if done >= rows:
             raise StoppedError
 
@@ -220,11 +221,13 @@ def test_a_run_is_not_resumed_with_anything_else(
     stop_after(Prediction(session, "say", str(data), output), 4)
 
     def refused(said: str, session: Session = session, task: Any = "say", **options: Any) -> None:
-        with pytest.raises(UsageError, match=f"out.csv was begun with other {said}.*delete the folder .*out.csv.parts"):
+        with pytest.raises(
+            UsageError, match=f"out.csv was started with other {said}.*delete the folder .*out.csv.parts"
+        ):
             Prediction(session, task, str(data), output, **options)
 
     refused("options", decoding={"max_new_tokens": 2})
-    refused("task", task=Task.from_dict({**WORDS.to_dict(), "decode": {"max_new_tokens": 3}}))
+    refused("task", task=task_from_dict({**WORDS.to_dict(), "decode": {"max_new_tokens": 3}}))
     make(seed=1).save(tmp_path / "other")
     refused("model", session=Session.load(tmp_path / "other"))
     data.write_text(data.read_text("utf-8").replace("8,", "9,"), "utf-8")
@@ -262,12 +265,12 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openm6.cli.output.EVERY", 0)
-    with counted(1000, "records") as on_progress:
-        for done in (700, 800, 1000):
-            on_progress(done)
+    with counted("records") as on_progress:
+        for done in (700, 800, 10**9):
+            on_progress(done, 10**9)
     said = capsys.readouterr().err.splitlines()
-    assert [line.split(", about ")[0] for line in said] == ["800 of 1000 records", "1000 of 1000 records"]
-    assert said[1].endswith("about 0:00:00 left.")
+    assert [line.split(", about ")[0] for line in said] == [f"{done} of {10**9} records" for done in (800, 10**9)]
+    assert said[1].endswith("about 0:00:00 left.") and max(map(len, said)) < 80
 
 
 @pytest.mark.slow
@@ -298,7 +301,7 @@ def test_the_eval_command_shows_labels_and_writes_answers(model: Path, tmp_path:
     words = ["eval", model, "--task", "mood", "--data", data]
     said = command(*words, "--output", output).stdout
     assert "macro_f1" in said and "confusion matrix" in said and "Records that could not be used: 1" in said
-    assert "1 of 3 references are no labels of the task mood (红, 蓝, 红蓝)" in said.replace("\n", " ")
+    assert "1 of 3 references are not labels of the task mood (红, 蓝, 红蓝)" in said.replace("\n", " ")
     rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [row.get("references") for row in rows] == [["红"], ["蓝"], ["绿"], None] and "error" in rows[3]
     found = json.loads(command(*words, "--metric", "exact_match", "--metric", "accuracy", "--json").stdout)

@@ -35,12 +35,12 @@ def test_one_command_serves_a_model_until_it_is_stopped(tmp_path: Path, monkeypa
         assert Client(made["url"], retries=0).run("text_vector", text="红").shape == (32,)
         (listed,) = call("deployments", "list")
         assert (listed["name"], listed["state"]) == ("goods", "serves")
-        with pytest.raises(UsageError, match="is served already"):
+        with pytest.raises(UsageError, match="is already served"):
             call("deploy", tmp_path / "goods" / "model")
     finally:
         Deployments().stop("goods")
     assert call("deployments", "list") == []
-    with pytest.raises(UsageError, match="Nothing is served as goods"):
+    with pytest.raises(UsageError, match="There is no deployment goods"):
         Deployments().stop("goods")
 
 
@@ -49,10 +49,10 @@ def test_a_server_that_does_not_come_up_says_why(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv(HOME, str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}", "utf-8")
-    with pytest.raises(OpenM6Error, match="did not come up"):
+    with pytest.raises(OpenM6Error, match="did not start"):
         Deployments().start("goods", tmp_path / "model")
     assert Deployments().list() == []
-    with pytest.raises(UsageError, match="cannot name"):
+    with pytest.raises(UsageError, match="is not a valid name of a deployment"):
         Deployments().start("../goods", tmp_path / "model")
     with pytest.raises(UsageError, match="is no OpenM6 model"):
         call("deploy", tmp_path)

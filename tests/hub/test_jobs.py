@@ -69,7 +69,7 @@ def test_a_job_that_is_killed_goes_on_by_itself(jobs: Jobs, tmp_path: Path) -> N
     assert progress(running)["steps"] == 40 and 0 < progress(running)["step"] < 40
     os.killpg(running.process, signal.SIGKILL)
     until(lambda: jobs.get(job.id).state == DONE, jobs)
-    assert jobs.get(job.id).attempts == 1 and "Going on from step" in jobs.log(running).read_text("utf-8")
+    assert jobs.get(job.id).attempts == 1 and "Resuming from step" in jobs.log(running).read_text("utf-8")
     alone, whole = training(tmp_path / "alone", 40)
     subprocess.run([sys.executable, "-m", "openm6", "train", alone], check=True, capture_output=True)
     assert losses(output) == losses(whole)
@@ -129,7 +129,7 @@ def test_who_dies_again_and_again_has_failed(jobs: Jobs, tmp_path: Path) -> None
 
 def test_what_cannot_be_is_told(jobs: Jobs, tmp_path: Path) -> None:
     for words in ([], ["serve", "x"], ["jobs", "work"], ["../train"]):
-        with pytest.raises(UsageError, match="A job is a command"):
+        with pytest.raises(UsageError, match="is not a command that can be a job"):
             jobs.submit(words)
     for identity in ("", "none", "../x", "*"):
         with pytest.raises(UsageError, match="There is no job"):
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_told(jobs: Jobs, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is waiting: stop it"):
         jobs.remove(job.id)
     assert jobs.stop(job.id).state == STOPPED
-    with pytest.raises(UsageError, match="is stopped already"):
+    with pytest.raises(UsageError, match="is already stopped"):
         jobs.stop(job.id)
     jobs.remove(job.id)
     assert jobs.list() == []
@@ -154,7 +154,7 @@ def test_a_folder_that_is_gone_is_a_reason(jobs: Jobs, tmp_path: Path) -> None:
     job = jobs.submit(["eval", "--help"], folder=tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     jobs.step()
-    assert jobs.get(job.id).state == FAILED and "not there any more" in jobs.get(job.id).message
+    assert jobs.get(job.id).state == FAILED and "no longer exists" in jobs.get(job.id).message
 
 
 def test_how_far_a_training_is(tmp_path: Path) -> None:

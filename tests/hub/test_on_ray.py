@@ -23,7 +23,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
 
 
 def test_where_a_job_runs_is_checked(jobs: Jobs, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="runs here or ray, not mars"):
+    with pytest.raises(UsageError, match="is here or ray, not mars"):
         jobs.submit(["eval", "--help"], folder=tmp_path, engine="mars")
 
 

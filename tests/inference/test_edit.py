@@ -277,5 +277,5 @@ def test_what_cannot_be_continued_is_refused() -> None:
 
 
 def test_a_picture_does_not_come_in_pieces() -> None:
-    with pytest.raises(UsageError, match="draws a picture, which does not come in pieces"):
+    with pytest.raises(UsageError, match="A picture does not come in pieces"):
         next(BUNDLE.stream(TASK, caption="杯子"))

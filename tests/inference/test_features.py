@@ -14,7 +14,7 @@ from openm6.core.batch import pack, pad
 from openm6.core.errors import DataError
 from openm6.core.images import Features
 from openm6.inference.session import Session
-from openm6.model.files import eyes_of, load_model
+from openm6.model.files import image_encoder_id, load_model
 from openm6.train.trainer import train
 from tests.data.conftest import source_package
 from tests.edge.test_edge import _in_fp32, model, session
@@ -60,18 +60,18 @@ def test_those_that_do_not_fit(session: Session) -> None:
 
 
 def test_eyes_have_a_name(model: Path, tmp_path: Path) -> None:
-    assert len(eyes_of(model)) == 16
+    assert len(image_encoder_id(model)) == 16
     other = Session.load(model, "cpu", trainable=True)
     with torch.no_grad():
         other.model.embed.weight.add_(1)
     other.save(tmp_path / "words")
-    assert eyes_of(tmp_path / "words") == eyes_of(model)
+    assert image_encoder_id(tmp_path / "words") == image_encoder_id(model)
     with torch.no_grad():
         other.model.image.row.add_(1)
     other.save(tmp_path / "eyes")
-    assert eyes_of(tmp_path / "eyes") != eyes_of(model)
+    assert image_encoder_id(tmp_path / "eyes") != image_encoder_id(model)
     quantize_model(model, tmp_path / "few", 8)
-    assert len(eyes_of(tmp_path / "few")) == 16 and load_model(tmp_path / "few").image is not None
+    assert len(image_encoder_id(tmp_path / "few")) == 16 and load_model(tmp_path / "few").image is not None
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -14,12 +14,13 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence, TextTarget
 from openm6.inference import Decoding, generate, stream
 from openm6.inference.draw import Drawing
-from openm6.inference.generate import chance, choose, sample
+from openm6.inference.generate import row_generator, sample, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
 from tests.conftest import EXPERTS, example, tiny_model
 
 END = 5
@@ -91,8 +92,8 @@ def test_weights_laid_out_for_the_cpu_give_the_scores_of_fp32(
 ) -> None:
     model = tiny_model(**changes)
     if not onednn:
-        monkeypatch.setattr("openm6.model.packed._has_onednn", lambda: False)
-    packed = copy.deepcopy(model).pack_for_cpu(dtype)
+        monkeypatch.setattr("openm6.model.cpu.packed._has_onednn", lambda: False)
+    packed = pack_for_cpu(copy.deepcopy(model), dtype)
     rng = np.random.default_rng(4)
     prompts = [prompt(rng, source, ((1, 2),)) for source in (1, 4, 4, 9)]
     answers = [*generate(packed, prompts, END, Decoding(6)), *generate(packed, prompts[1:3], END, Decoding(6))]
@@ -163,7 +164,7 @@ class Only:
 def test_constrained_answers_are_allowed_ones(options: Decoding) -> None:
     rng, model = np.random.default_rng(6), tiny_model()
     prompts = [prompt(rng, n) for n in (1, 4, 6)]
-    prompts[0].constraint = prompts[2].constraint = Only()
+    prompts[0].target = prompts[2].target = TextTarget(Only())
     found = generate(model, prompts, END, options)
     for answer in (found[0], found[2]):
         assert answer.ids in list(Only.answers) and answer.finished
@@ -232,7 +233,7 @@ def test_a_constraint_goes_before_an_n_gram() -> None:
         answers = ([7, 7, 7],)
 
     asked = prompt(np.random.default_rng(0), 4)
-    asked.constraint = Twice()
+    asked.target = TextTarget(Twice())
     for options in (Decoding(8, no_repeat_ngram_size=1), Decoding(8, no_repeat_ngram_size=1, num_beams=2)):
         found = generate(tiny_model(), [asked], END, options)[0]
         assert found.ids == [7, 7, 7] and math.isfinite(found.score)
@@ -241,8 +242,8 @@ def test_a_constraint_goes_before_an_n_gram() -> None:
 @pytest.mark.parametrize("temperature", [1e-3, 1e-39, 1e-45, 1e-320])
 def test_a_temperature_near_nothing_draws_among_the_likeliest(temperature: float) -> None:
     logits = torch.tensor([[0.0, 3.0, -2.0, 3.0], [-90.0, -80.0, -torch.inf, -81.0]]).repeat(200, 1)
-    chances = [chance(Decoding(temperature=temperature), number) for number in range(400)]
-    tokens, log_probs = choose(logits, [Decoding(temperature=temperature)] * 400, chances)
+    generators = [row_generator(Decoding(temperature=temperature), number) for number in range(400)]
+    tokens, log_probs = select_tokens(logits, [Decoding(temperature=temperature)] * 400, generators)
     assert log_probs.isfinite().all()
     assert set(tokens[::2].tolist()) == {1, 3} and set(tokens[1::2].tolist()) == {1}
 

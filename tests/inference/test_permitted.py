@@ -9,16 +9,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.core.images import ImageGrid
-from openm6.core.sequence import Constraint, Sequence, allowed_after
+from openm6.core.sequence import Constraint, Sequence, TextTarget, allowed_after
 from openm6.core.tokenizer import HALF, SPECIAL, Tokenizer
 from openm6.edge.runner import _likeliest
 from openm6.inference import Decoding
-from openm6.inference.generate import chance, choose
+from openm6.inference.generate import row_generator, select_tokens
 from openm6.inference.permitted import permitted
 from openm6.inference.pieces import Pieces
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.constraints import Limits
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.forms import characters
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -57,7 +58,7 @@ def some_logits(tokenizer: Tokenizer, random: torch.Generator) -> torch.Tensor:
 
 def prompt_of(constraint: Constraint | None) -> Sequence:
     empty = np.zeros(1, np.int32)
-    return Sequence(empty, empty, empty, constraint=constraint)
+    return Sequence(empty, empty, empty, target=TextTarget(constraint))
 
 
 def test_the_tokenizers_can_say_it() -> None:
@@ -79,11 +80,11 @@ def test_no_logits_write_half_a_character(name: str, seed: int, limited: bool, o
     """In each way of choosing, with limits and without; a text that is cut anywhere tells its whole characters."""
     tokenizer = TOKENIZERS[name]
     decoding, random = Decoding(seed=seed % 1000, **options), torch.Generator().manual_seed(seed)
-    drawing, ids, pieces, told = chance(decoding), list[int](), Pieces(tokenizer), ""
+    drawing, ids, pieces, told = row_generator(decoding), list[int](), Pieces(tokenizer), ""
     prompt = prompt_of(Limits(tokenizer, ["红色"], most=20) if limited else characters(tokenizer))
     for _ in range(24):
         logits = permitted(some_logits(tokenizer, random), [prompt], [ids], [decoding], tokenizer.end_id)
-        token = int(choose(logits, [decoding], [drawing])[0])
+        token = int(select_tokens(logits, [decoding], [drawing])[0])
         if token == tokenizer.end_id:
             break
         ids.append(token)
@@ -140,7 +141,7 @@ def test_a_prompt_that_says_it_is_answered_without(name: str, sketch: bool) -> N
     tokenizer = TOKENIZERS[name]
     task = Task.from_instruction("[text:a] -> [text:b]")
     if sketch:
-        task = Task.from_dict({**task.to_dict(), "name": "edit", "sketch": "a"})
+        task = task_from_dict({**task.to_dict(), "name": "edit", "sketch": "a"})
     torch.manual_seed(3)
     model = M6(tiny_config(vocab_size=tokenizer.vocab_size, num_codes=4, initializer_range=0.3)).eval()
     with torch.no_grad():

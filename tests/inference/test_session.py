@@ -21,6 +21,9 @@ from openm6.core.sequence import IGNORE
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
+from openm6.tasks.encode import encode_example
+from openm6.tasks.forms import answer_constraint
 from openm6.tasks.library import get as get_task
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -53,7 +56,7 @@ def test_candidates_are_ranked_by_how_they_read() -> None:
     for candidate, value in zip(drawn, told, strict=True):
         assert candidate.score == pytest.approx(2 * value)
         record = {"photo": candidate.image, **asked}
-        sequence = session.task("caption").encode(record, session.processor)
+        sequence = encode_example(session.task("caption"), record, session.processor)
         with torch.inference_mode():
             logits = session.model.logits(session.model(pad([sequence], 0)).hidden[0]).log_softmax(-1)
         labels = torch.from_numpy(sequence.labels.astype(np.int64))
@@ -92,7 +95,7 @@ def test_many_at_once_equal_one_by_one(session: Session) -> None:
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 2}])
 def test_answers_do_not_depend_on_the_batch_size(session: Session, options: dict) -> None:
     """Nor does a record draw the random numbers of another one: 30 times the same question has many answers."""
-    chosen = Session(copy.deepcopy(session.model).pack_for_cpu(torch.float32), session.processor)
+    chosen = Session(pack_for_cpu(copy.deepcopy(session.model), torch.float32), session.processor)
     asked = [{"passage": QUESTION[: 2 + n % 7]} for n in range(20)] + [{"passage": QUESTION}] * 10
     decoding = {"max_new_tokens": 8, **options}
     every = [list(chosen.run_many("summary", asked, batch_size=size, decoding=decoding)) for size in (1, 3, 64)]
@@ -109,14 +112,14 @@ def test_label_probabilities_are_those_of_the_constrained_network(session: Sessi
     task = Task.from_instruction(text, labels={"kind": LABELS})
     records = [{"a": QUESTION[:n]} for n in (1, 5, 3)]
     tokenizer = session.processor.tokenizer
-    trie = task.allowed(session.processor, {})
+    trie = answer_constraint(task, {}, session.processor.tokenizer)
     assert trie is not None
-    plain = Session(copy.deepcopy(session.model).pack_for_cpu(torch.float32), session.processor)
+    plain = Session(pack_for_cpu(copy.deepcopy(session.model), torch.float32), session.processor)
     found = list(plain.label_probabilities(task, records, batch_size=2))
     for record, given in zip(records, found, strict=True):
         assert list(given) == LABELS and sum(given.values()) == pytest.approx(1)
         for label in LABELS:
-            target = task.encode({**record, "kind": label}, session.processor)
+            target = encode_example(task, {**record, "kind": label}, session.processor)
             with torch.no_grad():
                 logits = session.model.logits(session.model(pad([target], 0)).hidden[0])
             places = (target.labels != IGNORE).nonzero()[0]

@@ -97,7 +97,7 @@ def test_outputs_and_gradients_equal_a_naive_loop(
     torch.testing.assert_close(found.flatten(0, 1), expected)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert int(load.counts.sum()) == chosen * 16
+    assert int(load.tokens_per_expert.sum()) == chosen * 16
     assert int(load.dropped) == 0
 
 
@@ -117,8 +117,8 @@ def test_capacity_drops_what_the_definition_drops(
     capacity = math.ceil(factor * chosen * tokens / 8)
     found, load = module(x[None])
     expected = naive(module, x, kind, chosen, [True] * tokens, capacity)
-    kept = (load.counts.clamp(max=capacity)).sum()
-    assert int(load.dropped) == int(load.counts.sum() - kept)
+    kept = (load.tokens_per_expert.clamp(max=capacity)).sum()
+    assert int(load.dropped) == int(load.tokens_per_expert.sum() - kept)
     torch.testing.assert_close(found[0], expected)
     module.eval()
     assert int(module(x[None])[1].dropped) == 0
@@ -143,4 +143,6 @@ def test_padding_takes_no_place_and_gives_none(kind: str, factor: float, tokens:
     alone, load = module(x[None])
     found, other = module(padded[None], real[None])
     torch.testing.assert_close(found[0, places], alone[0])
-    assert other.counts.tolist() == load.counts.tolist() and int(other.dropped) == int(load.dropped)
+    assert other.tokens_per_expert.tolist() == load.tokens_per_expert.tolist() and int(other.dropped) == int(
+        load.dropped
+    )

@@ -16,8 +16,10 @@ from openm6.core.batch import pad
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
+from openm6.model.cpu.packed import PackedInt4, PackedInt8, packed
 from openm6.model.lowbit import GROUP, INT4, INT8, bits_of, restored, round4, round8, stored
-from openm6.model.packed import PackedInt4, PackedInt8, packed
+from openm6.model.roles import Role
 from tests.conftest import EXPERTS, drawing_session, example, tiny_model
 
 INSIDE = "blocks.0.attention.qkv.weight"
@@ -27,29 +29,29 @@ INSIDE = "blocks.0.attention.qkv.weight"
 def test_a_weight_is_rounded_to_the_nearest_and_found_again(seed: int, scale: float, bits: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(16, 2 * GROUP, generator=generator) * scale
-    kept = stored(INSIDE, weight, bits)
+    kept = stored(INSIDE, Role.MATRIX, weight, bits)
     found = restored(INSIDE, kept.__getitem__)
     parts = weight.unflatten(1, (-1, GROUP)) if bits == 4 else weight[:, None]
     step = (parts.amax(2) - parts.amin(2)) / 15 if bits == 4 else parts.abs().amax(2) / 127
     error = (found - weight).unflatten(1, (-1, parts.shape[2])).abs().amax(2)
     # Half a step, of a quotient up to 127 in fp32; the scales and middles of four bits are bf16 themselves.
     assert (error <= step * (0.5 + 127 * 2**-23 if bits == 8 else 0.6) + 1e-20).all()
-    again = stored(INSIDE, found, bits)
+    again = stored(INSIDE, Role.MATRIX, found, bits)
     torch.testing.assert_close(restored(INSIDE, again.__getitem__), found, rtol=1e-2 if bits == 4 else 1e-6, atol=0)
 
 
 def test_what_is_rounded() -> None:
     kinds = {
-        INSIDE: (48, 32), "blocks.1.feed_forward.experts.down": (4, 32, 64), "embed.weight": (90, 32),
-        "blocks.1.feed_forward.router.weight": (4, 32), "norm.weight": (32,), "image.row": (16, 32),
-        "blocks.0.attention.out.weight": (32, 20),
+        (Role.MATRIX, (48, 32)): (8, 4), (Role.EXPERT, (4, 32, 64)): (8, 4), (Role.EMBEDDING, (90, 32)): (8, 8),
+        (Role.HEAD, (90, 32)): (8, 8), (Role.IMAGE_ENCODER, (8, 3, 4, 4)): (8, 8), (Role.MATRIX, (32, 20)): (8, 8),
+        (Role.ROUTER, (4, 32)): (None, None), (Role.NORM, (32,)): (None, None),
+        (Role.PATCH_POSITION, (16, 32)): (None, None),
     }  # fmt: skip
-    told = [(bits_of(name, shape, 8), bits_of(name, shape, 4)) for name, shape in kinds.items()]
-    assert told == [(8, 4), (8, 4), (8, 8), (None, None), (None, None), (None, None), (8, 8)]
-    for name, shape in kinds.items():
+    for (role, shape), expected in kinds.items():
+        assert (bits_of(role, shape, 8), bits_of(role, shape, 4)) == expected
         weight = torch.randn(shape)
         for bits in (4, 8):
-            found = restored(name, stored(name, weight, bits).__getitem__)
+            found = restored("x", stored("x", role, weight, bits).__getitem__)
             assert found.shape == weight.shape and (found - weight).norm() < 0.1 * weight.norm()
 
 
@@ -62,7 +64,7 @@ def test_kernels_multiply_by_what_the_file_holds(rows: int, bias: bool) -> None:
     ):  # fmt: skip
         product = packed(weight, shift, dtype)
         assert isinstance(product, kind)
-        held = restored(INSIDE, stored(INSIDE, weight, 8 if rounded is round8 else 4).__getitem__)
+        held = restored(INSIDE, stored(INSIDE, Role.MATRIX, weight, 8 if rounded is round8 else 4).__getitem__)
         expected = torch.nn.functional.linear(x.double(), held.double(), None if shift is None else shift.double())
         found = product(x).double()
         assert (found - expected).norm() < near * expected.norm()
@@ -77,7 +79,7 @@ def test_a_network_in_few_bits_gives_nearly_what_it_gave(bits: int, changes: dic
     batch = pad([example(np.random.default_rng(n), 4, 6, ((2, 2),)) for n in range(3)], 0)
     with torch.inference_mode():
         expected = model(batch).hidden
-        found = copy.deepcopy(model).pack_for_cpu({4: INT4, 8: INT8}[bits])(batch).hidden.float()
+        found = pack_for_cpu(copy.deepcopy(model), {4: INT4, 8: INT8}[bits])(batch).hidden.float()
     real = batch.segments > 0
     assert (found[real] - expected[real]).norm() < {8: 0.05, 4: 0.5}[bits] * expected[real].norm()
 

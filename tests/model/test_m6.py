@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import openm6.hf
-import openm6.model.attention as attention
 from openm6.core.batch import pack, pad
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.sequence import IGNORE
-from openm6.model import M6, ModelConfig
+from openm6.model import M6, ModelConfig, cpu
 from openm6.model.count import count_parameters
 from openm6.model.embed import cell_features
 from openm6.model.files import load_model, save_network
 from openm6.model.loss import Teacher, linear_cross_entropy
+from openm6.model.masks import build_mask
 from tests.conftest import example, tiny_config, tiny_model
 
 # Total parameters as the papers' own arithmetic gives them: attention 4 d^2 a layer, feed-forward 2 d f a layer or
@@ -84,10 +85,9 @@ def test_flex_attention_and_sdpa_give_the_plain_results(changes: dict, monkeypat
     model = tiny_model(**changes)
     with torch.no_grad():
         plain = model(batch)
-        monkeypatch.setattr(attention, "PLAIN_LIMIT", 0)
+        monkeypatch.setattr(cpu, "enabled", False)
         sdpa = model(batch)
-        build = attention.build_mask
-        monkeypatch.setattr("openm6.model.m6.build_mask", lambda s, b, d: build(s, b, d, flex=True))
+        monkeypatch.setattr("openm6.model.m6.build_mask", partial(build_mask, flex=True))
         flex = model(batch)
     real = batch.segments > 0
     torch.testing.assert_close(plain.hidden[real], sdpa.hidden[real], atol=1e-5, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_plain_attention_has_the_gradients_of_sdpa(monkeypatch: pytest.MonkeyPat
     batch = pack([example(rng, 90, 70), example(rng, 60, 60), example(rng, 20, 130)], 300, 0)
     gradients = []
     for limit in (0, 10_000):
-        monkeypatch.setattr(attention, "PLAIN_LIMIT", limit)
+        monkeypatch.setattr("openm6.model.cpu.attention.PLAIN_LIMIT", limit)
         torch.manual_seed(0)
         model = tiny_model(num_key_value_heads=2)
         model(batch).loss.backward()

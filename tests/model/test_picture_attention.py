@@ -8,10 +8,11 @@ import torch
 
 from openm6.core.batch import Batch, allowed, pad, pad_drawn
 from openm6.core.errors import OpenM6Error
-from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, Sequence
+from openm6.core.sequence import CAUSAL, IGNORE, SOURCE, ImageTarget, Sequence
 from openm6.inference.draw import Codes, Drawing, draw, estimate
 from openm6.model import M6
-from openm6.model.attention import additive, rotary_angles
+from openm6.model.attention import rotary_angles
+from openm6.model.cpu.attention import additive
 from openm6.model.sparse import SparsePattern
 from tests.conftest import VOCABULARY, tiny_config
 
@@ -33,7 +34,7 @@ def drawn(text: int, block: int, tail: int, seed: int) -> Sequence:
     labels = rng.integers(4, VOCABULARY, total).astype(np.int32)
     labels[:text] = IGNORE
     ids = rng.integers(4, VOCABULARY, total).astype(np.int32)
-    return Sequence(ids, blocks, labels, codes=range(text, text + COUNT))
+    return Sequence(ids, blocks, labels, target=ImageTarget(range(text, text + COUNT)))
 
 
 def by_explicit_mask(network: M6, batch: Batch) -> torch.Tensor:

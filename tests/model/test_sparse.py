@@ -21,7 +21,7 @@ def patterns(draw: st.DrawFn) -> SparsePattern:
 
 
 def naive_mask(pattern: SparsePattern) -> Tensor:
-    """Which code sees which, bool [N, N], written out from the words: same tile row, same tile column, tiles that touch
+    """The pattern, bool [N, N], written out from its definition: same tile row, same tile column, tiles that touch
     (at corners too), and nothing later if causal."""
     height, width = pattern.tile
     where = [(code // pattern.side // height, code % pattern.side // width) for code in range(pattern.side**2)]

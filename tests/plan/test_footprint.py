@@ -17,6 +17,7 @@ from openm6.core.sequence import IGNORE
 from openm6.model import M6, ModelConfig
 from openm6.model.count import count_parameters
 from openm6.model.files import meta_model
+from openm6.model.roles import Role
 from openm6.plan.dryrun import dry_run
 from openm6.plan.footprint import (
     Layout,
@@ -161,18 +162,18 @@ def test_states_of_one_process_are_exact(name: str, optimizer: str) -> None:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of a quantized tensor its parts."""
+    """Bytes of a tensor; of a quantized one, those of its parts."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
 
 
 def test_smaller_optimizers_keep_less() -> None:
-    """Of [64, 4096]: rows and columns; a byte a moment and two scales a block."""
-    assert states_of("a", (64, 4096), "adafactor").optimizer == 4 * (64 + 4096) + 4
-    assert states_of("a", (3, 64, 4096), "adafactor").optimizer == 3 * 4 * (64 + 4096) + 4
-    assert states_of("a", (64, 4096), "adam8bit").optimizer == 2 * 64 * 4096 + 8 * 1024 + 2 * 1024 + 4
-    assert states_of("a", (64,), "adam8bit").optimizer == 8 * 64 + 4
+    """[64, 4096]: rows and columns; a byte a moment and two scales a block."""
+    assert states_of(Role.MATRIX, (64, 4096), "adafactor").optimizer == 4 * (64 + 4096) + 4
+    assert states_of(Role.MATRIX, (3, 64, 4096), "adafactor").optimizer == 3 * 4 * (64 + 4096) + 4
+    assert states_of(Role.MATRIX, (64, 4096), "adam8bit").optimizer == 2 * 64 * 4096 + 8 * 1024 + 2 * 1024 + 4
+    assert states_of(Role.MATRIX, (64,), "adam8bit").optimizer == 8 * 64 + 4
 
 
 def states(config: ModelConfig, layout: Layout, optimizer: str = "adamw") -> States:

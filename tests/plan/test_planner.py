@@ -200,7 +200,7 @@ def test_whole_gradients_add_up_over_the_parts_of_a_step() -> None:
     """FSDP2 reduces only after the last part: until then each process holds whole gradients of what it gathers."""
     config, layout = SMALL, Layout(4, "zero3", 4, "full")
     weights = weights_of(meta_model(config))
-    one, two = (buffers(config, weights, layout, Work(8, 512, parts=n), 2, True) for n in (1, 2))
+    one, two = (buffers(config, weights, layout, Work(8, 512, micro_batches=n), 2, True) for n in (1, 2))
     experts = count_parameters(config)["experts"]
     assert two - one == 4 * (total(config) - experts + experts // 4)
 

@@ -48,7 +48,7 @@ def test_values_without_a_common_type_are_refused_with_the_record(values: tuple[
     records = [{"x": value, "_where": f"goods.jsonl:{line}"} for line, value in enumerate(values, 1)]
     with pytest.raises(UsageError, match=r"column x has values of no common type.*goods.jsonl:\d.*--keep x:text"):
         types_of(records, ["x"], False)
-    with pytest.raises(UsageError, match="column x holds nothing"):
+    with pytest.raises(UsageError, match="column x is empty"):
         typed(None, None)
 
 
@@ -103,7 +103,7 @@ def test_a_value_that_would_change_is_an_error_that_names_the_item(tmp_path: Pat
         ("new = 1", "a column of the type bool is compared with 1"),
         ("prise < 100", 'there is no column \'prise\'. Did you mean "price"? Columns: id text, price float'),
         ('colour = "红"', "there is no column '红'. A text stands in single quotes: '红'"),
-        ("price <", "it is no condition in SQL"), ("price", "it is no condition that is true or false"),
+        ("price <", "it is not an SQL condition"), ("price", "it is not a condition that is true or false"),
         ("far(price)", "there is no function 'far'"), ("stock / 0 = 1", "it fails on the items"),
     ],
 )  # fmt: skip

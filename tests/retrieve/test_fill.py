@@ -149,12 +149,12 @@ def test_what_cannot_be_is_told(model: Path, goods: Path, tmp_path: Path) -> Non
         )
     assert not (tmp_path / "a").exists()
     built(model, goods, tmp_path / "b")
-    with pytest.raises(UsageError, match="was begun otherwise .*task: image_vector"):
+    with pytest.raises(UsageError, match="was started with other settings .*task: image_vector"):
         call("index", "build", tmp_path / "b", "--model", model, "--task", "text_vector", "--data", goods)
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         call("index", "search", tmp_path / "c", "text=红")
     Index.create(tmp_path / "own", 4).add(["a"], np.ones((1, 4)))
-    with pytest.raises(UsageError, match="does not say by which model"):
+    with pytest.raises(UsageError, match="does not name the model"):
         call("index", "search", tmp_path / "own", "text=红")
 
 
@@ -186,7 +186,7 @@ def test_a_price_in_a_csv_is_a_number_and_a_code_with_zeros_is_a_text(model: Pat
     told = call("index", "add", tmp_path / "index", "--data", more)
     assert told["new"] == 2 and told["items"] == 5
     assert len(told["rejected"]) == 1 and "more.csv:3: price is 'cheap'" in told["rejected"][0]
-    with pytest.raises(UsageError, match=r"was begun otherwise \(columns: code text, .*price float\)"):
+    with pytest.raises(UsageError, match=r"was started with other settings \(columns: code text, .*price float\)"):
         call(*words, "--keep", "price:int")
     own = ("index", "build", tmp_path / "own", *words[3:], "--keep", "price:text")
     call(*own)

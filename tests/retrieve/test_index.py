@@ -127,7 +127,7 @@ def test_versions_are_kept_and_can_be_opened(tmp_path: Path) -> None:
     old = Index.open(tmp_path / "index", first)
     assert len(old) == 40 > len(index) and ids(old.search(vectors[0], 1)[0]) == [names[0]]
     assert {v["version"] for v in index.versions()} >= {first, index.version}
-    with pytest.raises(UsageError, match="older version is not changed"):
+    with pytest.raises(UsageError, match="which is read-only"):
         old.delete(["i1"])
     with pytest.raises(UsageError, match="has no version 99"):
         Index.open(tmp_path / "index", 99)
@@ -218,13 +218,12 @@ def test_two_processes_add_at_the_same_time(tmp_path: Path) -> None:
     assert [process.wait(120) for process in both] == [0, 0]
     index = Index.open(tmp_path / "index")
     assert index.ids() == {f"{n}.{i}" for start in (0, 100) for n in range(start, start + 12) for i in range(5)}
-    index.search(np.ones(8), 3)
-    assert len(set(index._memory.keys.tolist())) == 120
+    assert set(ids(index.search(np.ones(8), 200)[0])) == index.ids()
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     index, names, vectors, kept = filled(tmp_path)
-    with pytest.raises(UsageError, match="vector of 5 numbers; the index has 8"):
+    with pytest.raises(UsageError, match="vector of 5 dimensions; the index has 8"):
         index.search(np.ones(5))
     with pytest.raises(UsageError, match="k is 0"):
         index.search(np.ones(8), 0)
@@ -244,17 +243,17 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         index.add(["a"], np.ones((1, 8)), {"colour": ["红"]})
     with pytest.raises(DataError, match="The item a: price is 'cheap', .* has the type float"):
         index.add(["a"], np.ones((1, 8)), {**{k: v[:1] for k, v in kept.items()}, "price": ["cheap"]})
-    with pytest.raises(UsageError, match="Say which items"):
+    with pytest.raises(UsageError, match="Give the items"):
         index.delete()
     with pytest.raises(UsageError, match="exists already"):
         Index.create(tmp_path / "index", 8)
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         Index.open(tmp_path)
     with pytest.raises(UsageError, match="cannot be called"):
         Index.create(tmp_path / "other", 8, {"vector": "string"})
     with pytest.raises(UsageError, match="cannot have the type 'words'"):
         Index.create(tmp_path / "other", 8, {"name": "words"})
-    with pytest.raises(UsageError, match="too few to be worth it"):
+    with pytest.raises(UsageError, match="are too few for"):
         index.tune()
     assert len(index) == 40
     empty = Index.create(tmp_path / "empty", 3)

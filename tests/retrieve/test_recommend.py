@@ -93,7 +93,7 @@ def test_saved_and_loaded_it_recommends_the_same(made: Recommender, tmp_path: Pa
     assert again.recommend(["5-2"], {"season": "夏季"}) == made.recommend(["5-2"], {"season": "夏季"})
     with pytest.raises(UsageError, match="already"):
         made.save(tmp_path / "next")
-    with pytest.raises(UsageError, match="no recommender"):
+    with pytest.raises(UsageError, match="not a recommender"):
         Recommender.load(tmp_path / "other")
 
 
@@ -151,7 +151,7 @@ def test_a_visit_that_teaches_nothing_is_no_visit_learned_from(tmp_path: Path) -
     rejected: list[Reject] = []
     made = Recommender.fit(index, Source("row", ListRecords(some)), on_reject=rejected.append)
     assert [reject.where for reject in rejected] == ["row#400"]
-    assert "not among the 300 items that are recalled" in rejected[0].reason
+    assert "not among the 300 recalled items" in rejected[0].reason
     assert made.learned == Learned(visits=401, without_history=1)
 
 
@@ -234,7 +234,7 @@ def test_the_command_counts_what_it_has_passed_over(index: Index, tmp_path: Path
     file, place = tmp_path / "visits.jsonl", tmp_path / "next"
     file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), "utf-8")
     said = command("recommend", "fit", place, "--index", index.path, "--visits", file, "--context", "season").stdout
-    assert f"learned from 40 of 240 visits to {GROUPS * EACH} items" in said
+    assert f"trained on 40 of 240 visits to {GROUPS * EACH} items" in said
     assert "200 of 240 records could not be used (most often: what was bought is not in the index)" in said
     assert "Fewer than 300 visits" in said
     lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text("utf-8").splitlines()]

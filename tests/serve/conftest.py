@@ -17,7 +17,7 @@ from openm6.model import M6
 from openm6.model.codec import Codec, CodecConfig
 from openm6.serve.engine import Engine
 from openm6.serve.settings import Settings
-from openm6.serve.work import Request, Told
+from openm6.serve.work import EngineRequest, RequestEvent
 from openm6.tasks.library import get
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -55,26 +55,35 @@ def http(served: Any) -> Iterator[httpx2.Client]:
         yield one
 
 
+FIELDS = {
+    "decoding", "adapter", "candidates", "examples", "edit", "seconds", "pieces", "probabilities", "stop", "truncate",
+}  # fmt: skip
+"""Optional fields of a message to a worker."""
+
+
 class Watched:
-    """An engine, and all that it has told."""
+    """An engine that is stepped by hand, and all events that it has emitted."""
 
     def __init__(self, session: Session, **settings: Any):
-        self.told: list[Told] = []
-        self.engine = Engine(session, self.told.append, Settings(**settings))
+        self.events: list[RequestEvent] = []
+        self.engine = Engine(session, self.events.append, Settings(**settings))
 
-    def ask(self, identity: str, task: str, **more: Any) -> None:
-        record = more.pop("record", None)
-        fields = {key: more.pop(key) for key in list(more) if key in Request.__dataclass_fields__}
-        self.engine.submit(Request(identity, task, record or more, **fields))
+    def ask(self, identity: str, task: str, **more: Any) -> EngineRequest:
+        """Submit a request with the slots, or the `record`, and the fields in `more`."""
+        fields = {name: more.pop(name) for name in FIELDS & more.keys()}
+        request = EngineRequest.of({"id": identity, "task": task, "record": more.pop("record", more), **fields})
+        self.engine.submit(request)
+        return request
 
-    def finish(self) -> dict[str, Told]:
-        """Until nothing is open; the last that was told of each."""
-        while self.engine._open or self.engine._inbox or self.engine._gone:
-            self.engine._next()
-        return {told.id: told for told in self.told if told.done}
+    def finish(self) -> dict[str, RequestEvent]:
+        """Step until nothing is open; the last event of each request."""
+        while not self.engine.is_idle:
+            self.engine.step()
+        return {event.id: event for event in self.events if event.done}
 
     def texts(self) -> dict[str, str]:
+        """The pieces of each request, joined."""
         pieces: dict[str, str] = defaultdict(str)
-        for told in self.told:
-            pieces[told.id] += told.piece
+        for event in self.events:
+            pieces[event.id] += event.piece
         return pieces

@@ -24,7 +24,7 @@ from PIL import Image
 from openm6.core.images import ImageGrid, png
 from openm6.inference.edit import edit
 from openm6.inference.session import Session
-from openm6.model.files import eyes_of, load_model
+from openm6.model.files import image_encoder_id, load_model
 from openm6.serve.api import create_app
 from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Keys
@@ -325,7 +325,7 @@ def test_a_model_tells_whether_a_seed_has_one_answer(http: httpx2.Client) -> Non
 def test_features_in_the_place_of_a_picture(http: httpx2.Client, model: Path) -> None:
     """As a box sends them: the answer is that to the picture; those of other eyes are refused."""
     about = http.get("/v1/models").json()["data"][0]
-    assert about["eyes"] == eyes_of(model)
+    assert about["eyes"] == image_encoder_id(model)
     network, photo = load_model(model), picture(40, 24, seed=8)
     grid = ImageGrid(network.config.image_stride, network.config.image_max_patches)
     pixels = grid.read(photo)

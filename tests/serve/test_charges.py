@@ -18,10 +18,10 @@ import httpx2
 import openai
 import pytest
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import Refusal, UsageError
 from openm6.inference.session import Session
 from openm6.serve.api import create_app
-from openm6.serve.fleet import Fleet, Refused
+from openm6.serve.fleet import Fleet
 from openm6.serve.keys import Key, Keys
 from openm6.serve.server import Options, Server, TaskRequest
 from openm6.serve.settings import Place
@@ -88,7 +88,7 @@ def customer(served: Served, keys: Keys) -> Callable[..., Customer]:
 def settled(one: Customer, most: float = 60) -> int:
     """What is spent when nothing is being worked at any more."""
     until = time.monotonic() + most
-    while one.server.meter._reserved[one.name] or one.server.fleet.get(None).worker._heard:
+    while one.server.meter.reserved(Key(one.name, "")) or one.server.fleet.get(None).worker.unsettled:
         assert time.monotonic() < until
         time.sleep(0.02)
     return one.spent
@@ -155,7 +155,7 @@ def test_a_task_that_an_exchanged_model_has_not_is_told_and_reserves_nothing(cus
     events = one.server.answer(Key(one.name, "", per_day=1000), one.server.fleet.get(None), message)
     with pytest.raises(UsageError, match="has no task gone"):
         asyncio.run(anext(events))
-    assert not one.server.meter._reserved[one.name]
+    assert not one.server.meter.reserved(Key(one.name, ""))
 
 
 def test_each_text_and_each_line_is_checked_against_what_is_left(customer: Callable[..., Customer]) -> None:
@@ -224,7 +224,7 @@ def test_what_is_asked_again_after_a_death_is_charged_once(model: Path, tmp_path
         assert server.meter.spent(key) == last["prompt_tokens"] + last["tokens"]
         twice = server.answer(key, deployment, message)
         before = server.meter.spent(key)
-        with pytest.raises(Refused, match="ended"):
+        with pytest.raises(Refusal, match="ended"):
             async for _ in twice:
                 os.kill(deployment.worker.process.pid, signal.SIGKILL)
         assert before < server.meter.spent(key) <= before + last["prompt_tokens"] + last["tokens"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -35,9 +34,9 @@ def test_a_text_costs_its_prompt_and_what_is_written(session: Session) -> None:
         told = found[str(number)]
         assert told.tokens == len(alone.ids) + alone.finished
         assert told.prompt_tokens == prompt_of(session, "write", text="红色条纹")
-        counts = [one.tokens for one in watched.told if one.id == str(number)]
+        counts = [one.tokens for one in watched.events if one.id == str(number)]
         assert counts == sorted(counts) and counts[0] >= 1  # pieces too tell what it costs until then
-    assert watched.engine.counts.tokens == sum(told.tokens for told in found.values())
+    assert watched.engine.state().tokens == sum(told.tokens for told in found.values())
 
 
 def test_beams_cost_all_that_is_computed_for_them(session: Session) -> None:
@@ -95,7 +94,7 @@ def test_probabilities_cost_the_answer_and_the_labels_that_are_read(session: Ses
     watched.ask("answer", "kind", record=record, decoding=decoding)
     watched.ask("both", "kind", record=record, decoding=decoding, probabilities=True)
     found = watched.finish()
-    read = sum(map(len, LabelTree(session.task("kind"), session.processor).levels[1:]))
+    read = LabelTree(session.task("kind"), session.processor).cost
     assert found["both"].value["value"] == found["answer"].value
     assert found["both"].tokens == found["answer"].tokens + read
     assert found["both"].prompt_tokens == found["answer"].prompt_tokens > 0
@@ -128,16 +127,15 @@ def test_what_is_cancelled_tells_what_it_cost(session: Session) -> None:
     watched.ask("text", "write", text="红色", decoding={**long, "seed": 1})
     watched.ask("beams", "write", text="红色", decoding={"num_beams": 4, "max_new_tokens": 60})
     watched.ask("picture", "text_to_image", caption="红", decoding={"passes": 40, "guidance": 0.0})
-    watched.ask("late", "write", text="红色", decoding={**long, "seed": 2}, deadline=time.monotonic() + 3600)
+    request = watched.ask("late", "write", text="红色", decoding={**long, "seed": 2}, seconds=3600)
     for _ in range(12):
-        watched.engine._next()
-    request = watched.engine._open["late"]
+        watched.engine.step()
     request.deadline = 0.0
     watched.ask("never begun", "write", text="红色")
     for identity in ("text", "beams", "picture", "never begun", "unknown"):
         watched.engine.cancel(identity)
-    watched.engine._next()
-    told = {one.id: one for one in watched.told if one.done}
+    watched.engine.step()
+    told = {one.id: one for one in watched.events if one.done}
     assert set(told) == {"text", "beams", "picture", "late", "never begun"}
     assert all(isinstance(told[identity].error, CancelledError) for identity in told if identity != "late")
     assert error_of(told["text"].error)["error"] == "cancelled"
@@ -147,7 +145,7 @@ def test_what_is_cancelled_tells_what_it_cost(session: Session) -> None:
     assert told["picture"].tokens >= codes and told["picture"].tokens % codes == 0
     assert all(told[identity].prompt_tokens > 0 for identity in ("text", "beams", "picture", "late"))
     assert (told["never begun"].tokens, told["never begun"].prompt_tokens) == (0, 0)
-    counts = watched.engine.counts
+    counts = watched.engine.state()
     assert (counts.cancelled, counts.failed, counts.answered) == (4, 1, 0)
     assert counts.tokens == sum(one.tokens for one in told.values())
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from openm6.core.environment import EXTENSIONS
+from openm6.core.errors import Refusal
 from openm6.inference.session import Session
-from openm6.serve.fleet import Deployment, Fleet, Refused
+from openm6.serve.fleet import Deployment, Fleet
 from openm6.serve.server import Options
 from openm6.serve.settings import Place
 from tests.serve.test_api import Served
@@ -31,14 +32,14 @@ EXTENSION = f'''
 import os, signal, threading
 import openm6.serve.engine as engine
 
-prepared = engine.prepared
+prepare = engine.prepare
 
 def deadly(request, view):
-    prepared(request, view)
-    if "{POISON}" in str(request.record):
+    prepare(request, view)
+    if "{POISON}" in str(request.request.record):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-engine.prepared = deadly
+engine.prepare = deadly
 '''
 """Kills its process a moment after a text with this character has come, when others are being written too."""
 
@@ -73,7 +74,7 @@ async def told(events: Any, seen: list[str] | None = None) -> tuple[str, Any]:
             if seen is not None:
                 seen.append(pieces[-1])
             end = event.get("value")
-    except Refused as error:
+    except Refusal as error:
         end = error
     return "".join(pieces), end
 
@@ -92,7 +93,7 @@ def test_sampled_texts_go_on_as_they_were_begun(model: Path) -> None:
             for seed, stream in enumerate(streams, first):
                 text, end = await stream
                 expected = alone.run("write", text="红色", decoding=sampled(seed)["decoding"])
-                if isinstance(end, Refused):
+                if isinstance(end, Refusal):
                     assert end.code == "answer_changed" and expected.startswith(text)
                 else:
                     assert text == end == expected
@@ -121,7 +122,7 @@ def test_a_stream_ends_with_an_error_where_the_next_process_answers_otherwise(se
         changed, models = 0, [Session.load(model.with_name("before")), Session.load(model)]
         for seed, (text, end) in enumerate(await asyncio.gather(*streams)):
             answers = [one.run("write", text="红色", decoding=sampled(seed)["decoding"]) for one in models]
-            if isinstance(end, Refused):
+            if isinstance(end, Refusal):
                 assert (end.kind, end.code) == ("died", "answer_changed")
                 assert any(answer.startswith(text) for answer in answers)
                 changed += 1
@@ -149,15 +150,15 @@ def test_a_request_that_kills_its_process_takes_nobody_along(
             beside.append(asyncio.create_task(answer(fleet.ask("m6", sampled(len(beside))))))
             await asyncio.sleep(0.2)
         _, error = await poison
-        assert isinstance(error, Refused) and error.kind == "died"
+        assert isinstance(error, Refusal) and error.kind == "died"
         alone = Session.load(model)
         for seed, found in enumerate(await asyncio.gather(*beside)):
             assert found == (alone.run("write", text="红色", decoding=sampled(seed)["decoding"]),) * 2
         restarts = deployment.restarts
         assert 2 <= restarts <= 3
-        with pytest.raises(Refused, match="ended each time") as again:
+        with pytest.raises(Refusal, match="ended each time") as again:
             await answer(fleet.ask("m6", writing(POISON, max_new_tokens=200)))
-        assert again.value.seconds > 1
+        assert again.value.retry_after > 1
         await until(lambda: deployment.ready)
         assert deployment.restarts == restarts and (await answer(fleet.ask("m6", writing())))[1]
         await fleet.stop()
@@ -224,7 +225,7 @@ def test_a_server_stops_although_a_model_cannot_be_started(model: Path) -> None:
         await asyncio.sleep(0.05)
         kill(deployment)
         _, error = await stream
-        assert isinstance(error, Refused) and error.code == "starting"
+        assert isinstance(error, Refusal) and error.code == "starting"
         await fleet.stop(1.0)
         assert not deployment.ready
 

@@ -12,13 +12,14 @@ import torch
 
 from openm6.core.batch import pad
 from openm6.core.errors import OpenM6Error, UsageError
+from openm6.inference.decoding import kv_bytes
 from openm6.inference.session import Session
 from openm6.model.cache import prefill, step
 from openm6.serve.engine import Engine
 from openm6.serve.recent import Recent
 from openm6.serve.settings import Settings
-from openm6.serve.slots import Slots, bytes_of_slot, prefixes_of
-from openm6.serve.work import Request
+from openm6.serve.slots import Slots, prefixes_of
+from openm6.serve.work import EngineRequest
 from tests.serve.conftest import Watched
 from tests.tasks.conftest import picture
 
@@ -46,7 +47,7 @@ def test_texts_are_those_of_the_offline_decoder(session: Session) -> None:
         asked[str(number)] = (task, decoding, record)
         watched.ask(str(number), task, record=record, decoding=decoding)
         for _ in range(rng.randint(0, 3)):
-            watched.engine._next()
+            watched.engine.step()
     found = watched.finish()
     assert len(found) == 24
     for identity, (task, decoding, record) in asked.items():
@@ -107,8 +108,8 @@ def test_a_prompt_that_was_read_before_is_not_read_again(session: Session) -> No
         decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": seed}
         watched.ask(str(seed), "write", text="红色条纹", decoding=decoding)
         watched.finish()
-    prefixes = watched.engine._texts[None].prefixes
-    assert (prefixes.hits, prefixes.misses) == (3, 1)
+    state = watched.engine.state()
+    assert (state.prompt_hits, state.prompt_misses) == (3, 1)
     for seed, told in watched.finish().items():
         decoding = {"max_new_tokens": 5, "temperature": 1.0, "seed": int(seed)}
         assert told.value == offline(session, "write", decoding, text="红色条纹")
@@ -151,16 +152,18 @@ def test_what_is_cancelled_leaves_at_once(session: Session) -> None:
         )
     watched.ask("d", "text_to_image", caption="红", decoding={"passes": 40, "guidance": 0.0})
     for _ in range(4):
-        watched.engine._next()
-    before = len(watched.engine._texts[None].rows)
+        watched.engine.step()
+    before = watched.engine.state()
+    assert before.jobs == (1,)
     watched.engine.cancel("b")
     watched.engine.cancel("d")
     watched.engine.cancel("nobody")
-    watched.engine._next()
-    assert len(watched.engine._texts[None].rows) <= before - 1 and not watched.engine._jobs
+    watched.engine.step()
+    after = watched.engine.state()
+    assert after.texts <= before.texts - 1 and not after.jobs
     found = watched.finish()
     assert {identity for identity in found if found[identity].error is None} == {"a", "c"}
-    assert watched.engine.counts.cancelled == 2
+    assert watched.engine.state().cancelled == 2
     for identity in "ac":
         decoding = {"max_new_tokens": 60, "temperature": 2.0, "seed": ord(identity)}
         assert found[identity].value == offline(session, "write", decoding, text="红色")
@@ -188,7 +191,7 @@ def test_what_has_no_room_fails_alone(session: Session) -> None:
     watched.ask("good", "write", text="红色", decoding={"max_new_tokens": 4})
     found = watched.finish()
     assert found["good"].error is None and isinstance(found["too long"].error, UsageError)
-    assert watched.engine.counts.failed == 1
+    assert watched.engine.state().failed == 1
 
 
 def test_memory_that_runs_out_in_one_request_does_not_end_the_others(
@@ -221,9 +224,9 @@ def test_what_breaks_a_step_fails_those_alone_that_were_in_it(
 
     watched = Watched(session)
     watched.ask("first", "write", text="红色")
-    watched.engine._next()
+    watched.engine.step()
     monkeypatch.setattr("openm6.serve.slots.step", once)
-    watched.engine._next()
+    watched.engine.step()
     watched.ask("later", "write", text="红色")
     found = watched.finish()
     assert isinstance(found["first"].error, RuntimeError)
@@ -238,11 +241,10 @@ def test_memory_is_kept_within_its_budget(session: Session) -> None:
             str(number), "write", text="红色", decoding={"max_new_tokens": 12, "temperature": 1.0, "seed": number}
         )
     most = 0
-    while watched.engine._open or watched.engine._inbox:
-        watched.engine._next()
-        most = max(most, len(watched.engine._texts[None].rows))
-    slots = watched.engine._texts[None]._slots
-    assert slots is not None and most <= slots.room(1) + len(slots) < 60
+    while not watched.engine.is_idle:
+        watched.engine.step()
+        most = max(most, watched.engine.state().texts)
+    assert 1 < most <= 2**20 // kv_bytes(session.model, 1, 64, torch.float32) < 60
     found = watched.finish()
     for number in (0, 59):
         decoding = {"max_new_tokens": 12, "temperature": 1.0, "seed": number}
@@ -255,10 +257,10 @@ def test_long_work_does_not_keep_short_work_waiting(session: Session) -> None:
     for number in range(3):
         watched.ask(f"picture {number}", "text_to_image", caption="红", decoding={"passes": 30, "guidance": 0.0})
     for _ in range(3):
-        watched.engine._next()
+        watched.engine.step()
     watched.ask("text", "write", text="红色", decoding={"max_new_tokens": 3})
     watched.finish()
-    order = [told.id for told in watched.told if told.done]
+    order = [told.id for told in watched.events if told.done]
     assert order[0] == "text" and len(order) == 4
 
 
@@ -277,7 +279,8 @@ def test_it_runs_in_a_thread_and_ends_when_all_is_answered(session: Session) -> 
     thread = Thread(target=engine.run)
     thread.start()
     for number in range(5):
-        engine.submit(Request(str(number), "write", {"text": "红色"}, {"max_new_tokens": 6}))
+        message = {"id": str(number), "task": "write", "record": {"text": "红色"}, "decoding": {"max_new_tokens": 6}}
+        engine.submit(EngineRequest.of(message))
     engine.stop()
     thread.join(60)
     assert not thread.is_alive() and {told.id for told in done if told.done} == set("01234")
@@ -318,11 +321,10 @@ def test_pictures_keep_to_their_memory(session: Session) -> None:
     watched = Watched(session, cache_mib=16)
     with pytest.raises(UsageError, match="the server has 8 for a request"):
         watched.ask("large", "text_to_image", caption="红色", candidates=16, decoding={**many, "branches": 64})
-    for name in "ab":
-        watched.ask(name, "text_to_image", caption="红色", candidates=14, decoding=many)
-    assert 4 * 2**20 < watched.engine._inbox[0].needs < 8 * 2**20
-    watched.engine._next()
-    assert [len(job.requests) for job in watched.engine._jobs] == [1]
+    asked = [watched.ask(name, "text_to_image", caption="红色", candidates=14, decoding=many) for name in "ab"]
+    assert all(4 * 2**20 < one.ready().kv_bytes < 8 * 2**20 for one in asked)
+    watched.engine.step()
+    assert watched.engine.state().jobs == (1,)
     watched.engine.stop()
     for name in "ab":
         watched.engine.cancel(name)
@@ -331,7 +333,7 @@ def test_pictures_keep_to_their_memory(session: Session) -> None:
 
 def test_a_slot_has_the_positions_that_are_needed(session: Session) -> None:
     """A model of very many positions holds as many texts as another; a long one waits until there is room."""
-    each = bytes_of_slot(session.model.config, 64, torch.float32, torch.device("cpu"))
+    each = kv_bytes(session.model, 1, 64, torch.float32)
     slots = Slots(session.model, 40_000, 8 * each, torch.float32)
     assert [slots.room(n) for n in (1, 64, 65, 500, 40_000)] == [8, 8, 4, 1, 1]
     prompt = session.prompt(session.task("write"), {"text": "红"})

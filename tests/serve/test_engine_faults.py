@@ -31,14 +31,13 @@ def test_texts_that_fail_together_are_written_one_by_one(session: Session, monke
 
     expected = [session.run("write", decoding=SAMPLED, text=text) for text in TEXTS]
     watched = Watched(session)
-    for number, text in enumerate(TEXTS):
-        watched.ask(str(number), "write", text=text, decoding=SAMPLED)
-    watched.engine._next()
+    asked = [watched.ask(str(number), "write", text=text, decoding=SAMPLED) for number, text in enumerate(TEXTS)]
+    lengths = [len(one.ready().prompt) for one in asked]
+    watched.engine.step()
     monkeypatch.setattr("openm6.serve.slots.step", one_alone)
-    watched.engine._next()
-    lane = watched.engine._texts[None]
-    assert lane._slots is not None
-    broken.add(min(lane._slots._used.counts))  # of the shortest, "0": the others never have so few positions
+    watched.engine.step()
+    broken.add(lengths[0] + 1)  # positions of the shortest, "0", at the next step: the others never have so few
+    assert lengths[0] + 1 < min(lengths[1:]) + 1
     found = watched.finish()
     assert isinstance(found["0"].error, RuntimeError)
     assert [found[number].value for number in "12"] == expected[1:]
@@ -51,7 +50,7 @@ def test_an_answer_that_has_ended_is_kept_when_an_admission_fails(
     watched = Watched(session)
     watched.ask("ends", "write", text="红色", decoding={"max_new_tokens": 2})
     watched.ask("goes on", "write", text="蓝色", decoding={"max_new_tokens": 9})
-    watched.engine._next()
+    watched.engine.step()
 
     def full(*given: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
@@ -59,7 +58,7 @@ def test_an_answer_that_has_ended_is_kept_when_an_admission_fails(
     add = Slots.add
     monkeypatch.setattr(Slots, "add", full)
     watched.ask("new", "write", text="条纹", decoding={"max_new_tokens": 9})
-    watched.engine._next()
+    watched.engine.step()
     monkeypatch.setattr(Slots, "add", add)
     found = watched.finish()
     assert isinstance(found["new"].error, torch.OutOfMemoryError)
@@ -71,28 +70,21 @@ def test_slots_that_find_no_memory_stay_as_they_are(session: Session, monkeypatc
     """A text that needs longer slots than there is memory for fails; those in the slots go on, exactly."""
     watched, zeros = Watched(session), torch.zeros
     watched.ask("short", "write", text="红色", decoding=SAMPLED)
-    watched.engine._next()
+    watched.engine.step()
 
     def scarce(*shape: Any, **more: Any) -> Any:
-        taken.append(shape)
-        if len(taken) > 1:  # the second layer
-            raise MemoryError
+        if len(shape) == 1 and isinstance(shape[0], tuple) and len(shape[0]) == 4 and shape[0][2] > 100:  # slots
+            taken.append(shape)
+            if len(taken) > 1:  # the second layer
+                raise MemoryError
         return zeros(*shape, **more)
 
     taken: list[Any] = []
     watched.ask("long", "write", text="红色", decoding={**SAMPLED, "max_new_tokens": 100})
-    lane = watched.engine._texts[None]
-    grow = Slots._grow
-
-    def without_memory(slots: Slots, *given: Any) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "zeros", scarce)
-            grow(slots, *given)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Slots, "_grow", without_memory)
-        watched.engine._next()
-    assert len(taken) > 1 and len(lane.rows) == 1
+        patched.setattr(torch, "zeros", scarce)
+        watched.engine.step()
+    assert len(taken) > 1 and watched.engine.state().texts == 1
     found = watched.finish()
     assert isinstance(found["long"].error, MemoryError)
     assert found["short"].value == session.run("write", decoding=SAMPLED, text="红色")
@@ -111,9 +103,9 @@ def test_jobs_that_fail_together_are_tried_one_by_one_within_their_room(
     for number in range(5):
         watched.ask(str(number), "text_to_image", caption="红色", decoding={"passes": 3, "guidance": 0.0})
     most = 0
-    while watched.engine._open or watched.engine._inbox:
-        watched.engine._next()
-        most = max(most, len(watched.engine._jobs))
+    while not watched.engine.is_idle:
+        watched.engine.step()
+        most = max(most, len(watched.engine.state().jobs))
     assert most == 2  # as many as ever
     assert not [told for told in watched.finish().values() if told.error]
 
@@ -123,24 +115,25 @@ def test_a_cancellation_that_overtakes_its_request_holds(session: Session) -> No
     watched = Watched(session)
 
     class Slow(UserDict[str, Any]):
-        def keys(self) -> Any:
-            if "while it is read" not in watched.engine._early:
+        def __iter__(self) -> Any:
+            if not watched.engine.state().early_cancellations:
                 watched.engine.cancel("while it is read")
-                watched.engine._next()
-            return super().keys()
+                watched.engine.step()
+            return super().__iter__()
 
     watched.ask("while it is read", "write", record=Slow(text="红色"))
+    assert watched.engine.state().early_cancellations == 1
     watched.engine.cancel("not seen")
     with pytest.raises(CancelledError):
         watched.ask("not seen", "write", text="红色")
     watched.ask("other", "write", text="红色")
-    watched.engine._next()
+    watched.engine.step()
     watched.engine.cancel("seen")
-    watched.engine._next()
+    watched.engine.step()
     with pytest.raises(CancelledError):
         watched.ask("seen", "write", text="红色")
     found = watched.finish()
-    assert found["other"].error is None and watched.engine.counts.cancelled == 3
+    assert found["other"].error is None and watched.engine.state().cancelled == 3
     assert isinstance(found["while it is read"].error, CancelledError)
 
 
@@ -150,7 +143,7 @@ def test_cancellations_of_what_never_comes_are_forgotten(session: Session) -> No
         watched.engine.cancel(str(number))
     watched.ask("other", "write", text="红色", decoding={"max_new_tokens": 2})
     watched.finish()
-    assert len(watched.engine._early) == EARLY
+    assert watched.engine.state().early_cancellations == EARLY
 
 
 def test_what_is_given_up_is_not_read(session: Session) -> None:
@@ -160,15 +153,15 @@ def test_what_is_given_up_is_not_read(session: Session) -> None:
     with pytest.raises(CancelledError):
         watched.ask("gone", "kind", record={"photo": b"read, this is an error"})
     with pytest.raises(TimeoutError):
-        watched.ask("late", "kind", record={"photo": b"likewise"}, deadline=time.monotonic() - 1)
-    assert not watched.finish() and watched.engine.counts.cancelled == 1
+        watched.ask("late", "kind", record={"photo": b"likewise"}, seconds=-1)
+    assert not watched.finish() and watched.engine.state().cancelled == 1
 
 
 def test_a_deadline_that_passes_while_a_request_waits_is_an_error(session: Session) -> None:
     watched = Watched(session)
-    watched.ask("late", "write", text="红色", deadline=time.monotonic() + 60)
-    watched.ask("fine", "write", text="红色", deadline=time.monotonic() + 60, decoding={"max_new_tokens": 4})
-    watched.engine._inbox[0].deadline = time.monotonic() - 1
+    late = watched.ask("late", "write", text="红色", seconds=60)
+    watched.ask("fine", "write", text="红色", seconds=60, decoding={"max_new_tokens": 4})
+    late.deadline = time.monotonic() - 1
     found = watched.finish()
     assert isinstance(found["late"].error, TimeoutError) and found["fine"].error is None
 

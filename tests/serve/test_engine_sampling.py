@@ -14,6 +14,7 @@ import torch
 from openm6.core.images import ImageGrid
 from openm6.inference.session import Session
 from openm6.model import M6
+from openm6.model.cpu.pack import pack_for_cpu
 from openm6.model.lowbit import INT8
 from openm6.serve.reproducible import is_reproducible
 from openm6.tasks.processor import Processor
@@ -33,7 +34,7 @@ def model(session: Session, request: pytest.FixtureRequest) -> Session:
         image_embedder="stem", stem_widths=[16, 32, 64], image_patch=8,
     )  # fmt: skip
     grid = ImageGrid(config.image_stride, config.image_max_patches)
-    network = M6(config).eval().pack_for_cpu(request.param)
+    network = pack_for_cpu(M6(config).eval(), request.param)
     return Session(network, Processor(processor.tokenizer, grid, 256, processor.codec))
 
 
@@ -69,9 +70,9 @@ def test_a_sampled_answer_is_the_one_that_it_is_alone(served: Session) -> None:
     for number, (task, decoding, record) in enumerate(asked):
         watched.ask(str(number), task, record=record, decoding=decoding)
         for _ in range(rng.choice([0, 0, 0, 1, 5])):
-            watched.engine._next()
-        while len(watched.engine._open) > 16:
-            watched.engine._next()
+            watched.engine.step()
+        while (state := watched.engine.state()).waiting + state.running > 16:
+            watched.engine.step()
     found = watched.finish()
     assert [number for number, value in enumerate(alone) if found[str(number)].value != value] == []
 
@@ -118,4 +119,4 @@ def test_whether_a_model_is_reproducible_is_measured(model: Session) -> None:
     """Weights in 8 bits round a row of inputs by the rows beside it."""
     assert is_reproducible(model.model)
     config = copy.deepcopy(model.model.config)
-    assert not is_reproducible(M6(config).eval().pack_for_cpu(INT8))
+    assert not is_reproducible(pack_for_cpu(M6(config).eval(), INT8))

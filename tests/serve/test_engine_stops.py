@@ -43,7 +43,7 @@ def test_writing_ends_at_the_first_stop(session: Session) -> None:
         tokens += told.tokens
         assert told.tokens > 0 and (not stops or told.tokens <= 24)
         assert told.tokens >= length or told.value != whole
-    assert watched.engine.counts.tokens == tokens
+    assert watched.engine.state().tokens == tokens
 
 
 def test_what_follows_a_stop_is_not_written(session: Session) -> None:
@@ -55,7 +55,7 @@ def test_what_follows_a_stop_is_not_written(session: Session) -> None:
     found = watched.finish()
     assert found["cut"].value == whole[: whole.index(whole[3])]
     assert found["cut"].tokens < found["whole"].tokens
-    order = [told.id for told in watched.told if told.done]
+    order = [told.id for told in watched.events if told.done]
     assert order == ["cut", "whole"]  # it made room before the other one was written
 
 

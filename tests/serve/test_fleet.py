@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from openm6.core.errors import UsageError
+from openm6.core.errors import Refusal, UsageError
 from openm6.inference.session import Session
-from openm6.serve.fleet import Fleet, Refused
+from openm6.serve.fleet import Fleet
 from openm6.serve.settings import Place
 from tests.tasks.conftest import picture
 
@@ -52,14 +52,14 @@ def test_a_process_answers_all_kinds(session: Session, saved: Path) -> None:
         assert found[0] == (session.run("write", text="红色", decoding={"max_new_tokens": 12}),) * 2
         assert found[1][1] == session.run("kind", photo=picture())
         assert len(found[2][1]) == 32 and found[3][1][0]["image"][:4] == b"\x89PNG"
-        with pytest.raises(Refused, match="no slot wrong"):
+        with pytest.raises(Refusal, match="no slot wrong"):
             await answer(fleet.ask("m6", {"task": "write", "record": {"wrong": "x"}}))
         with pytest.raises(UsageError, match="There is no model m7"):
             fleet.ask("m7", writing())
         state = await fleet.get(None).worker.state()
         assert state["answered"] == 4 and state["waiting"] == 0
         await fleet.stop()
-        with pytest.raises(Refused, match="stopping"):
+        with pytest.raises(Refusal, match="stopping"):
             fleet.ask("m6", writing())
 
     asyncio.run(run())
@@ -79,7 +79,7 @@ def test_who_is_killed_is_replaced_and_nobody_is_left_without_an_answer(saved: P
             decoding = {"temperature": 1.0, "seed": number, "max_new_tokens": 60}
             try:
                 outcomes.append((number, *await answer(fleet.ask("m6", writing(**decoding)))))
-            except Refused as error:
+            except Refusal as error:
                 assert error.kind == "died"  # of two processes, one after the other
                 outcomes.append((number, None, None))
 

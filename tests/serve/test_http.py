@@ -22,16 +22,14 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
 from openm6.cli.serve import check_origins
-from openm6.core.errors import UsageError
-from openm6.serve import guard
+from openm6.core.errors import ErrorKind, Refusal, UsageError
 from openm6.serve.api import create_app
 from openm6.serve.bodies import Route
-from openm6.serve.fleet import Fleet, Refused
+from openm6.serve.fleet import Fleet
 from openm6.serve.guard import Guard, add_errors, sse
 from openm6.serve.keys import Keys
 from openm6.serve.listen import Connection, Lag, bind
 from openm6.serve.server import Options
-from openm6.serve.wire import INTERNAL, STOPPING
 
 MIB = 2**20
 
@@ -57,13 +55,13 @@ class _Hasty(Connection):
 class Site:
     """A server of a few routes behind the guard, on a port of its own; `is_busy` as a test says."""
 
-    def __init__(self, seconds: float = 0.5) -> None:
+    def __init__(self, seconds: float = 0.5, **limits: int) -> None:
         self.is_busy = False
         self.app = app = FastAPI()
         app.router.route_class = Route
         app.add_middleware(
             Guard, most=4 * MIB, full=lambda: False, busy=lambda: self.is_busy, seconds=seconds,
-            texts_only=lambda path: path.endswith("texts"),
+            texts_only=lambda path: path.endswith("texts"), **limits,
         )  # fmt: skip
         add_errors(app)
         self._routes()
@@ -105,9 +103,9 @@ class Site:
             if how == "broken":
                 raise RuntimeError("secret")
             if how == "internal":
-                raise Refused(INTERNAL, "The request failed (KeyError).")
+                raise Refusal(ErrorKind.INTERNAL, "The request failed (KeyError).")
             if how == "stopping":
-                raise Refused(STOPPING, "The server is stopping.")
+                raise Refusal(ErrorKind.STOPPING, "The server is stopping.")
             return JSONResponse({"value": {"nan": float("nan"), "half": "\ud83d"}[how]})
 
         @app.get("/v1/stream/{how}")
@@ -195,7 +193,7 @@ def test_large_json_is_read_by_the_same_rules(site: Site) -> None:
         ("echo", {"content-type": "text/plain"}, "sent as text/plain"),
         ("echo", {"content-type": "multipart/form-data; boundary=x"}, "send it as application/json"),
         ("echo", {"content-type": "application/json; charset=gbk"}, "in UTF-8, not in gbk"),
-        ("echo", {"content-type": "application/json", "content-encoding": "gzip"}, "sent in gzip"),
+        ("echo", {"content-type": "application/json", "content-encoding": "gzip"}, "encoded as gzip"),
         ("file", {"content-type": "application/json"}, "send it as multipart/form-data"), ("file", {}, "multipart"),
     ],
 )  # fmt: skip
@@ -294,10 +292,9 @@ def test_what_is_not_http_is_told_in_json(site: Site) -> None:
     )
 
 
-def test_of_too_many_bodies_on_their_way_the_stalest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_bodies_on_their_way_the_stalest_is_given_up() -> None:
     """Others are not kept from asking by bodies that do not come."""
-    monkeypatch.setattr(guard, "OPEN", 3)
-    site = Site(seconds=600)
+    site = Site(seconds=600, most_open=3)
     body = b'{"text": "a"}'
     waiting = [site.connect(HEAD.format("echo", len(body)), body[:5]) for _ in range(4)]
     assert waiting[0].recv(65536).startswith(b"HTTP/1.1 408")

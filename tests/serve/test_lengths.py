@@ -71,7 +71,7 @@ def test_the_client_raises_and_warns_as_the_local_model(served: Served, caplog: 
         assert "".join(m6.stream("write", text=LONG, decoding=FEW, truncate="start")) == whole
         assert list(m6.run_many("write", [{"text": LONG}], decoding=FEW, truncate="start")) == [whole]
         assert len(caplog.records) == 3
-        with pytest.raises(DataError, match="^text: is no text"):
+        with pytest.raises(DataError, match="^text is not a valid text"):
             m6.run("write", text="红\ud800")
 
 

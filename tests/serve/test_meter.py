@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -98,13 +99,13 @@ def test_where_nothing_can_be_written_it_is_counted_in_memory(tmp_path: Path, ca
 
 def test_what_cannot_be_written_for_a_while_is_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     meter, other = Meter(tmp_path / "spent"), Meter(tmp_path / "spent")
-    meter._file.execute("PRAGMA busy_timeout = 10")
-    other._file.execute("BEGIN IMMEDIATE")  # as a full disk would, it stops whoever writes
+    blocker = sqlite3.connect(tmp_path / "spent", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")  # as a full disk would, it stops whoever writes
     with caplog.at_level(logging.WARNING):
         meter.spend(SHOP, 8)
         meter.spend(SHOP, 8)
     assert caplog.text.count("cannot be written for now") == 1 and meter.spent(SHOP) == 16
-    other._file.execute("ROLLBACK")
+    blocker.close()
     meter.spend(SHOP, 1)
     assert meter.spent(SHOP) == other.spent(SHOP) == 17
 
@@ -129,7 +130,7 @@ def test_a_key_overdraws_by_one_request_at_most(asked: list[tuple[int, int]], ch
         cost.hear({"tokens": tokens, "prompt_tokens": 0, "error": "cancelled"})
         cost.leave()
     assert meter.spent(SHOP) <= 99 + 60
-    assert meter._reserved[SHOP.name] == 0
+    assert meter.reserved(SHOP) == 0
 
 
 def test_choices_pay_their_prompt_once() -> None:
@@ -160,6 +161,6 @@ def test_what_is_told_after_a_hang_up_is_charged_too() -> None:
     cost.hear({})
     cost.hear({"prompt_tokens": 10, "tokens": 2})
     cost.leave()
-    assert meter.spent(SHOP) == 12 and meter._reserved[SHOP.name] == 50
+    assert meter.spent(SHOP) == 12 and meter.reserved(SHOP) == 50
     cost.hear({"prompt_tokens": 10, "tokens": 4, "error": "cancelled"})
-    assert meter.spent(SHOP) == 14 and meter._reserved[SHOP.name] == 0
+    assert meter.spent(SHOP) == 14 and meter.reserved(SHOP) == 0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from openm6.inference.edit import COVERS_ALL
 from openm6.inference.session import Session
-from openm6.serve.openai_api import _side_by_side
+from openm6.serve.openai_api import side_by_side
 from openm6.serve.server import Options
 from openm6.serve.settings import Place
 from openm6.tasks.task import Task
@@ -361,7 +361,7 @@ def test_several_answers_differ_or_are_refused(client: openai.OpenAI, alone: Ses
     assert "would be the same" in error.message and error.param == "n"
 
 
-def test_streams_run_side_by_side() -> None:
+def test_streams_runside_by_side() -> None:
     """The first one waits for the second; a failure of one ends the other."""
 
     async def run() -> None:
@@ -376,7 +376,7 @@ def test_streams_run_side_by_side() -> None:
             yield "second"
             second.set()
 
-        found = [item async for item in _side_by_side([first(), other()])]
+        found = [item async for item in side_by_side([first(), other()])]
         assert found.index("second") < found.index("first ends") and len(found) == 3
 
         async def endless() -> AsyncGenerator[str, None]:
@@ -392,7 +392,7 @@ def test_streams_run_side_by_side() -> None:
 
         items = list[str]()
         with pytest.raises(ValueError, match="broken"):
-            async for item in _side_by_side([endless(), broken()]):
+            async for item in side_by_side([endless(), broken()]):
                 items.append(item)
         assert items == ["begun"] and closed == ["endless"]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import re
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -23,9 +26,9 @@ from PIL import Image
 
 import openm6
 from openm6.core.errors import DataError
-from openm6.core.images import open_image
-from openm6.serve import guard, incoming
-from openm6.serve.guard import BodyError, Guard, sse
+from openm6.core.images import MAX_BYTES, open_image
+from openm6.serve import incoming
+from openm6.serve.guard import Guard, sse
 from openm6.serve.incoming import Pictures, record_of
 from openm6.serve.wire import kind_of, told_of
 
@@ -36,7 +39,7 @@ class Site:
     """A web site on the loopback address, of which tests say what its name stands for."""
 
     def __init__(self) -> None:
-        self.redirect = ""
+        self.redirect, self.slow, self.content = "", "", b"picture"
         self.seen: list[str] = []
         site = self
 
@@ -49,8 +52,19 @@ class Site:
                     self.end_headers()
                     return
                 self.send_response(200)
-                self.end_headers()
-                self.wfile.write(b"picture")
+                with contextlib.suppress(OSError):  # the client may have gone
+                    if site.slow == "head":
+                        self.drip(b"X-Slow: " + b"x" * 100)
+                    self.end_headers()
+                    if site.slow == "body":
+                        self.drip(bytes(100))
+                    self.wfile.write(site.content)
+
+            def drip(self, content: bytes) -> None:
+                self.flush_headers()
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -117,21 +131,59 @@ def test_a_listed_host_that_stands_for_a_private_address_is_not_asked(
 def test_what_is_connected_to_is_what_was_checked(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
     """A name that has a public address when it is checked and another one afterwards is asked for once alone."""
     names(monkeypatch, {"shop.example": ["93.184.216.34", "127.0.0.1"]})
-    connected: list[str] = []
+    with pytest.raises(DataError, match="cannot be fetched"):  # that address does not answer here
+        Pictures(["shop.example"], seconds=0.3).read(f"http://shop.example:{site.port}/a.png")
+    assert not site.seen
 
-    def connect(address: tuple[str, int], *_: Any, **__: Any) -> Any:
-        connected.append(address[0])
-        raise OSError("no network here")
 
-    monkeypatch.setattr("socket.create_connection", connect)
+def public_here(host: str, port: int) -> str:
+    """The site of a test stands for a host with a public address."""
+    return "127.0.0.1"
+
+
+def test_the_host_is_told_its_name_and_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert Pictures(["shop.example"], address_of=public_here).read(f"http://SHOP.example:{site.port}/") == b"picture"
+    assert site.seen == [f"shop.example:{site.port}"]
+
+
+@pytest.mark.parametrize("slow", ["head", "body"])
+def test_a_host_that_sends_slowly_is_given_up(slow: str, site: Site) -> None:
+    """Though something of the answer comes all the time."""
+    site.slow, started = slow, time.monotonic()
     with pytest.raises(DataError, match="cannot be fetched"):
-        Pictures(["shop.example"]).read(f"http://shop.example:{site.port}/a.png")
-    assert connected == ["93.184.216.34"] and not site.seen
+        Pictures(["shop.example"], 0.5, public_here).read(f"http://shop.example:{site.port}/a.png")
+    assert time.monotonic() - started < 3
 
 
-def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
-    monkeypatch.setattr(incoming, "_public", lambda host, port: "127.0.0.1")  # the site stands for a public one
-    pictures = Pictures(["shop.example"])
+def test_a_file_that_is_too_large_is_not_read_to_its_end(site: Site) -> None:
+    site.content = bytes(MAX_BYTES + 1)
+    with pytest.raises(DataError, match="more than 32 MiB"):
+        Pictures(["shop.example"], address_of=public_here).read(f"http://shop.example:{site.port}/a.png")
+
+
+def test_over_tls_the_certificate_has_to_be_of_the_name(site: Site, tmp_path: Path) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem",
+         "-days", "2", "-subj", "/CN=shop.example", "-addext", "subjectAltName=DNS:shop.example"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    asked: list[str | None] = []
+    tls.sni_callback = lambda _, name, __: asked.append(name)
+    site.server.socket = tls.wrap_socket(site.server.socket, server_side=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        pictures = Pictures(["shop.example", "other.example"], address_of=public_here)
+        assert pictures.read(f"https://shop.example:{site.port}/") == b"picture"
+        with pytest.raises(DataError, match="cannot be fetched"):
+            pictures.read(f"https://other.example:{site.port}/")
+    assert asked == ["shop.example", "other.example"]
+
+
+def test_a_redirect_is_checked_like_the_first_address(site: Site) -> None:
+    pictures = Pictures(["shop.example"], address_of=public_here)
     assert pictures.read(f"http://shop.example:{site.port}/a.png") == b"picture"
     assert site.seen == [f"shop.example:{site.port}"]
     for target in (f"http://127.0.0.1:{site.port}/", "http://evil.example/", "file:///etc/passwd"):
@@ -139,7 +191,7 @@ def test_a_redirect_is_checked_like_the_first_address(monkeypatch: pytest.Monkey
         with pytest.raises(DataError, match="not fetched from there"):
             pictures.read(f"http://shop.example:{site.port}/a.png")
     site.redirect = f"http://shop.example:{site.port}/again"
-    with pytest.raises(DataError, match="on and on"):
+    with pytest.raises(DataError, match="redirects more than 3 times"):
         pictures.read(f"http://shop.example:{site.port}/a.png")
 
 
@@ -187,11 +239,11 @@ def test_a_text_in_the_place_of_a_picture_is_no_path() -> None:
         record_of({"photo": "/etc/passwd"}, {"photo": "image"}, Pictures())
     data = base64.b64encode(b"abc").decode()
     for value in (data, f"data:image/png;base64,{data}", {"url": f"data:image/png;base64,{data}"}):
-        assert Pictures().quick(value)
+        assert Pictures().is_quick(value)
         assert record_of({"photo": value}, {"photo": "image"}, Pictures()) == {"photo": b"abc"}
     with pytest.raises(DataError, match="neither"):
         Pictures().read(f"../data:image/png;base64,{data}")
-    assert not Pictures().quick({"url": "https://shop.example/a.png"})  # fetched in a thread of its own
+    assert not Pictures().is_quick({"url": "https://shop.example/a.png"})  # fetched in a thread of its own
 
 
 def test_nothing_is_unpickled() -> None:
@@ -231,28 +283,38 @@ def test_pages_of_other_sites_may_not_ask(headers: dict[str, str], loopback: boo
     assert client.post("/", headers=headers).status_code == posted
 
 
-def test_a_body_comes_as_others_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_comes_as_others_are_given_up() -> None:
     """Those whose time is over are counted until each has had its turn."""
-    monkeypatch.setattr(guard, "OPEN", 3)
 
-    async def run() -> Any:
-        one = Guard(None, 1000, full=lambda: False, seconds=0.01)
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
 
-        def part(receive: Any) -> asyncio.Task[Any]:
-            return asyncio.create_task(one._part(guard._Body({b"content-length": b"1"}, 1000), "/", receive))
+    async def run() -> None:
+        one = Guard(echo, 1000, full=lambda: False, seconds=0.01, most_open=3)
+
+        async def ask(receive: Any) -> tuple[int, bytes]:
+            sent: list[dict[str, Any]] = []
+
+            async def send(message: dict[str, Any]) -> None:
+                sent.append(message)
+
+            headers = [(b"content-length", b"1")]
+            await one({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, send)
+            return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
         async def here() -> Any:
             return {"type": "http.request", "body": b"a"}
 
-        stalled = [part(asyncio.Event().wait) for _ in range(3)]
+        stalled = [asyncio.create_task(ask(asyncio.Event().wait)) for _ in range(3)]
         await asyncio.sleep(0)
         time.sleep(0.05)
         await asyncio.sleep(0)  # now their time is over, but none of them has heard of it
-        last = part(here)
-        assert all(isinstance(end, BodyError) for end in await asyncio.gather(*stalled, return_exceptions=True))
-        return await last
+        assert await ask(here) == (200, b"a")
+        assert {status for status, _ in await asyncio.gather(*stalled)} == {408}
 
-    assert asyncio.run(run())["body"] == b"a"
+    asyncio.run(run())
 
 
 def test_an_event_stays_on_its_line_whatever_its_text_holds() -> None:

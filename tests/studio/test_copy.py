@@ -70,7 +70,7 @@ def test_texts_keep_the_rules_and_the_facts_of_their_item(session: Session, item
     for row in rows:
         price = given[row["prompt"]]["价格"]
         assert all(number == price[:-1] for number in re.findall("[0-9]+", row["said"]))
-        assert row["said"][-1] in copywriting._ENDS
+        assert row["said"][-1] in copywriting.SENTENCE_ENDS
     assert len({row["said"] for row in rows}) == len(rows)
     page = (tmp_path / "out" / "review.html").read_text("utf-8")
     as_json = (json.dumps(row["said"], ensure_ascii=False).replace("<", "\\u003c") for row in rows)
@@ -82,21 +82,18 @@ def test_a_killed_batch_goes_on_to_the_same_texts(
 ) -> None:
     monkeypatch.setattr(copywriting, "ITEMS", 6)
     whole = make_copy(session, "product_copy", items, tmp_path / "whole", **OPTIONS)
-    kept, calls = copywriting._lines, []
 
-    def cut(number: int, *rest: Any) -> Any:
-        calls.append(number)
-        if number == 8 and len(calls) == 9:
+    def stop(done: int, total: int) -> None:
+        assert total == 20
+        if done == 12:
             raise KeyboardInterrupt
-        return kept(number, *rest)
 
-    monkeypatch.setattr(copywriting, "_lines", cut)
     with pytest.raises(KeyboardInterrupt):
-        make_copy(session, "product_copy", items, tmp_path / "cut", **OPTIONS)
+        make_copy(session, "product_copy", items, tmp_path / "cut", **OPTIONS, on_progress=stop)
     file = tmp_path / "cut" / "candidates.jsonl"
-    assert {row["prompt"] for row in lines_of(tmp_path / "cut")} == set(range(8))
-    with open(file, "a", encoding="utf-8") as torn:
-        torn.write('{"file": "000008-1", "pro')
+    assert {row["prompt"] for row in lines_of(tmp_path / "cut")} == set(range(12))
+    whole_lines = [line for line in file.read_text("utf-8").splitlines(True) if json.loads(line)["prompt"] < 8]
+    file.write_text("".join(whole_lines) + '{"file": "000008-1", "pro', "utf-8")
     with open(tmp_path / "cut" / "broken.jsonl", "ab") as torn:
         torn.write('{"prompt": 8, "said": "一'.encode()[:-1])
     told = make_copy(session, "product_copy", items, tmp_path / "cut", **OPTIONS)
@@ -104,7 +101,7 @@ def test_a_killed_batch_goes_on_to_the_same_texts(
     assert lines_of(tmp_path / "cut", "broken.jsonl") == lines_of(tmp_path / "whole", "broken.jsonl")
     assert told["broken"] == whole["broken"]
     assert (tmp_path / "cut" / "texts.csv").read_bytes() == (tmp_path / "whole" / "texts.csv").read_bytes()
-    with pytest.raises(UsageError, match="was begun with most 24, not 30"):
+    with pytest.raises(UsageError, match="was started with most 24, not 30"):
         make_copy(session, "product_copy", items, tmp_path / "cut", **{**OPTIONS, "most": 30})
 
 
@@ -150,7 +147,7 @@ def test_the_texts_are_a_table_in_the_order_of_the_items(session: Session, items
     with pytest.raises(UsageError, match="no column 'skew'"):
         make_copy(session, "product_copy", items, tmp_path / "out", id_column="skew", **options)
     items.write_text(table.replace(",003,", ",999,"), "utf-8")
-    with pytest.raises(UsageError, match=r"items.csv:4 has changed since .* was begun"):
+    with pytest.raises(UsageError, match=r"items.csv:4 has changed since .* was started"):
         make_copy(session, "product_copy", items, tmp_path / "out", **options)
 
 
@@ -163,7 +160,7 @@ def test_what_is_wrong_is_left_out_with_the_reason(session: Session) -> None:
         "别的话说完了。", "绿色的裙子很好看。而且",
     ]  # fmt: skip
     written = [Generated(tokenizer.encode(text), -float(n), text != "没有说完") for n, text in enumerate(said)]
-    good, bad = copywriting._judge(session, task, written, limits, {"别的话说完了。": 4}, 7)
+    good, bad = copywriting.judge_texts(session, task, written, limits, {"别的话说完了。": 4}, 7)
     # What comes to no end is kept up to its last sentence, behind what does.
     assert [text for text, _ in good] == ["这条红色裙子199元。", "绿色的裙子很好看。"]
     reasons = dict(bad)
@@ -172,7 +169,7 @@ def test_what_is_wrong_is_left_out_with_the_reason(session: Session) -> None:
     assert "fewer than 4" in reasons["好。"] and reasons["这条红色裙子199元！"].startswith("is like")
     assert reasons["没有说完"] == "does not come to an end" and reasons[""] == "says nothing"
     assert reasons["别的话说完了。"] == "was written for item 5 already"
-    assert {copywriting._kind(reason) for reason in reasons.values()} == {
+    assert {copywriting.kind_of_reason(reason) for reason in reasons.values()} == {
         "what it must not say", "a number that is not given", "too short", "alike", "does not come to an end",
         "nothing said", "written already",
     }  # fmt: skip
@@ -203,7 +200,9 @@ def test_every_item_has_a_text_or_a_reason(session: Session, items: Path, tmp_pa
 
 
 def test_winners_become_data(session: Session, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copywriting, "_ENDS", "".join(map(chr, range(0x10000))))  # so small a model seldom ends well
+    monkeypatch.setattr(
+        copywriting, "SENTENCE_ENDS", "".join(map(chr, range(0x10000)))
+    )  # so small a model seldom ends well
     make_copy(session, "product_copy", items, tmp_path / "out", **OPTIONS)
     rows = [row for row in lines_of(tmp_path / "out") if row["rank"]]
     verdicts: list[dict[str, Any]] = [{"file": row["file"], "accepted": row["rank"] == 1} for row in rows]
@@ -242,7 +241,7 @@ def test_labels_of_texts_speak_of_texts_and_those_of_pictures_of_pictures(tmp_pa
     for command, own, other in (("copy", "texts", "images"), ("images", "pictures", "copy")):
         there = {"texts": "pictures", "pictures": "texts"}[own]
         for folder, said in (
-            (tmp_path, f"is no batch: it has no batch.json. `openm6 {command} batch` makes one."),
+            (tmp_path, f"is not a batch: it has no batch.json. Make one by `openm6 {command} batch`."),
             (tmp_path / there, f"is a batch of {there}: `openm6 {other} labels` reads its labels."),
         ):
             with pytest.raises(UsageError, match=said):

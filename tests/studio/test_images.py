@@ -22,6 +22,7 @@ from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.inference.session import Session
 from openm6.studio.images import distinct, make_batch, read_labels, write_labelled
+from openm6.tasks.encode import encode_example
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 from tests.conftest import drawing_session
@@ -129,7 +130,7 @@ def test_a_list_that_has_changed_since_a_kill_is_refused(session: Session, tmp_p
         (same[:10], "prompts.jsonl"), ([*same[:2], {"caption": " "}, *same[3:]], "prompts.jsonl:3"),
     ):  # fmt: skip
         prompts(tmp_path, changed)
-        with pytest.raises(UsageError, match=rf"{name} has changed since .* was begun"):
+        with pytest.raises(UsageError, match=rf"{name} has changed since .* was started"):
             made(session, tmp_path)
         assert file.read_bytes() == left
     prompts(tmp_path)
@@ -141,7 +142,7 @@ def test_a_model_that_has_changed_since_a_kill_is_refused(session: Session, tmp_
     model = Session.load(tmp_path / "model")
     made(model, tmp_path, candidates=2, keep=2)
     (tmp_path / "model" / "more.json").write_text("{}", "utf-8")
-    with pytest.raises(UsageError, match=r"The model .*model has changed since .* was begun"):
+    with pytest.raises(UsageError, match=r"The model .*model has changed since .* was started"):
         made(model, tmp_path, candidates=2, keep=2)
 
 
@@ -177,9 +178,9 @@ def test_what_is_whole_is_not_drawn_again(session: Session, tmp_path: Path, monk
 
 def test_another_request_for_the_same_folder_is_refused(session: Session, tmp_path: Path) -> None:
     made(session, tmp_path)
-    with pytest.raises(UsageError, match=r"was begun with keep 3, not 2: name another directory"):
+    with pytest.raises(UsageError, match=r"was started with keep 3, not 2: use another directory"):
         made(session, tmp_path, keep=2)
-    with pytest.raises(UsageError, match=r"was begun with quality 0.0, not 1.0"):
+    with pytest.raises(UsageError, match=r"was started with quality 0.0, not 1.0"):
         made(session, tmp_path, decoding={**QUICK, "quality": 1.0})
     with pytest.raises(UsageError, match="exists already"):
         made(session, tmp_path, resume=False)
@@ -192,7 +193,7 @@ def test_a_batch_has_one_seed_and_each_picture_its_own(session: Session, tmp_pat
     """A fresh one, which a call that goes on takes too; by its own seed a picture is drawn again alone."""
     first = made(session, tmp_path)
     assert made(session, tmp_path)["seed"] == first["seed"]
-    with pytest.raises(UsageError, match=f"was begun with seed {first['seed']}, not 3"):
+    with pytest.raises(UsageError, match=f"was started with seed {first['seed']}, not 3"):
         made(session, tmp_path, decoding={**QUICK, "seed": 3})
     for row in rows(tmp_path)[:5]:
         with Image.open(tmp_path / "batch" / row["file"]) as image:
@@ -251,7 +252,7 @@ def test_wrong_requests_leave_nothing_behind(session: Session, tmp_path: Path) -
         made(session, tmp_path, columns={"caption": "text"})
     prompts(tmp_path, [{"a": 1, "b": [2]}])
     with pytest.raises(
-        UsageError, match=r"None of the columns .*\(a, b\) is taken for a slot of text_to_image \(caption\)"
+        UsageError, match=r"None of the columns .*\(a, b\) matches an input slot of text_to_image \(caption\)"
     ):
         made(session, tmp_path)
     assert not (tmp_path / "batch").exists()
@@ -296,7 +297,7 @@ def test_pictures_that_were_asked_with_are_kept_beside(session: Session, tmp_pat
     assert set(view(source[1])) & set(task.inputs) == {"caption"}
     assert Path(view(source[0])["sketch"]).is_file()
     for record in source:
-        task.encode(view(record), session.processor)
+        encode_example(task, view(record), session.processor)
 
 
 def candidate(shade: float, score: float) -> Candidate:
@@ -335,7 +336,7 @@ def test_verdicts_become_records_to_train_on(session: Session, tmp_path: Path) -
     source = open_source(told["file"])
     task, tokenizer = session.task(TASK), session.processor.tokenizer
     for record, seen in zip(records, map(SlotView.of(task, source), source), strict=True):
-        sequence = task.encode(seen, session.processor, np.random.default_rng(0))
+        sequence = encode_example(task, seen, session.processor, np.random.default_rng(0))
         assert sequence.ids[-3:].tolist() == list(tokenizer.estimate_ids)
         assert sequence.labels[-1] == (tokenizer.yes_id if record["verdict_quality"] else tokenizer.no_id)
         assert (sequence.ids[-19:-3] - tokenizer.code_start).tolist() == record["picture"]
@@ -357,14 +358,14 @@ def test_bad_labels_are_told(session: Session, tmp_path: Path) -> None:
         ),
         ([{"accepted": True}], r"labels.jsonl:1 names no picture"),
         ([{**good, "text": "一只杯子"}], r"labels.jsonl:1: text is '一只杯子'; it is the edited form of a text"),
-        ([], "holds no label"),
+        ([], "has no labels"),
     ):
         with pytest.raises(DataError, match=said):
             write_labelled(tmp_path / "batch", labelled(tmp_path, lines))
         assert not (tmp_path / "batch" / "labelled.jsonl").exists()
     with pytest.raises(DataError, match="gone.jsonl cannot be read"):
         list(read_labels(tmp_path / "batch", tmp_path / "gone.jsonl"))
-    with pytest.raises(UsageError, match="is no batch"):
+    with pytest.raises(UsageError, match="is not a batch"):
         list(read_labels(tmp_path, labelled(tmp_path, [good])))
     assert [p.name for p in (tmp_path / "batch").iterdir() if p.name.startswith(".")] == []
 
@@ -435,10 +436,10 @@ def test_the_commands(session: Session, tmp_path: Path) -> None:
     asked = ["batch", "model", "--prompts", "prompts.csv", "--output", "out", "-n4", "--keep", "2", "-ccaption=wish"]
     said = run(*asked, "-o", "quality=1", "-o", "passes=2")
     assert "pictures for 2 prompts" in said and "1 of 3 prompts could not be used: see out/rejects.jsonl" in said
-    assert "was begun with quality 1, not 0.0" in run(*asked, "-o", "passes=2", code=2)
+    assert "was started with quality 1, not 0.0" in run(*asked, "-o", "passes=2", code=2)
     lines = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text("utf-8").splitlines()]
     labels = labelled(tmp_path, [{"file": line["file"], "accepted": line["rank"] == 1} for line in lines])
     told = json.loads(run("labels", "out", str(labels), "--json"))
     assert told["by_rank"]["1"] == {"labelled": 2, "accepted": 1.0}
     assert "100.0%" in run("labels", "out", str(labels))
-    assert "holds no label" in run("labels", "out", str(labelled(tmp_path, [])), code=1)
+    assert "has no labels" in run("labels", "out", str(labelled(tmp_path, [])), code=1)

@@ -194,7 +194,7 @@ def test_the_lexicon_is_named_and_must_be_one(liar: Session, tmp_path: Path) -> 
     (tmp_path / "own.yaml").write_text("colours: {绯: 绯红}", "utf-8")
     own = make_copy(liar, "product_copy", items, tmp_path / "own", lexicon=tmp_path / "own.yaml", **options)
     assert own["lexicon"] == str(tmp_path / "own.yaml")
-    with pytest.raises(UsageError, match="was begun with"):
+    with pytest.raises(UsageError, match="was started with"):
         make_copy(liar, "product_copy", items, tmp_path / "out", lexicon=tmp_path / "own.yaml", **options)
     with pytest.raises(UsageError, match="cannot be read"):
         make_copy(liar, "product_copy", items, tmp_path / "none", lexicon=tmp_path / "none.yaml", **options)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from openm6.core.errors import UsageError
-from openm6.core.sequence import Banned, Sequence
+from openm6.core.sequence import Banned, Sequence, TextTarget
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference import Decoding
 from openm6.inference.permitted import permitted
@@ -89,7 +89,7 @@ def test_near_its_end_a_text_goes_on_to_no_other_sentence_or_clause(merged: Toke
         """The token that is written by a network that wants one, and a full stop less than any other."""
         logits = torch.zeros(1, merged.vocab_size)
         logits[0, wanted], logits[0, stop] = 9, -1
-        prompt = Sequence(*[np.zeros(1, np.int32)] * 3, constraint=limits)
+        prompt = Sequence(*[np.zeros(1, np.int32)] * 3, target=TextTarget(limits))
         return int(permitted(logits, [prompt], [merged.encode(text)], [Decoding()], end).argmax())
 
     assert likeliest(f"{begun}红黄蓝绿", comma) == comma

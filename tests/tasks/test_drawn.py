@@ -11,7 +11,8 @@ from openm6.core.images import ImageGrid
 from openm6.core.sequence import CAUSAL, IGNORE, SOURCE
 from openm6.core.tokenizer import Tokenizer
 from openm6.model.codec import Codec, CodecConfig
-from openm6.tasks.drawn import VERDICT, draw_mask
+from openm6.tasks.drawn import VERDICT_WEIGHT, draw_mask
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
@@ -38,7 +39,7 @@ def codes_of(processor: Processor) -> np.ndarray:
 
 
 def test_codes_follow_one_another_when_measured(processor: Processor) -> None:
-    sequence, codes = TASK.encode(record(), processor), codes_of(processor)
+    sequence, codes = encode_example(TASK, record(), processor), codes_of(processor)
     tokenizer = processor.tokenizer
     assert sequence.ids[-18:].tolist() == [tokenizer.answer_id, tokenizer.image_id, *codes]
     assert sequence.labels[-18:].tolist() == [tokenizer.image_id, *codes, tokenizer.end_id]
@@ -50,7 +51,7 @@ def test_in_training_four_in_ten_are_learned_by_masks(processor: Processor) -> N
     rng, codes, tokenizer = np.random.default_rng(0), codes_of(processor), processor.tokenizer
     masked = 0
     for _ in range(200):
-        sequence = TASK.encode(record(), processor, rng)
+        sequence = encode_example(TASK, record(), processor, rng)
         if sequence.blocks[-1] == CAUSAL:
             assert sequence.labels[-1] == tokenizer.end_id
             continue
@@ -66,8 +67,8 @@ def test_in_training_four_in_ten_are_learned_by_masks(processor: Processor) -> N
 
 
 def test_a_prompt_ends_where_codes_begin(processor: Processor) -> None:
-    with_text = TASK.encode({"caption": "红色的杯子"}, processor, with_target=False)
-    without = TASK.encode({}, processor, with_target=False)
+    with_text = encode_prompt(TASK, {"caption": "红色的杯子"}, processor)
+    without = encode_prompt(TASK, {}, processor)
     tokenizer = processor.tokenizer
     for prompt in (with_text, without):
         assert prompt.ids[-2:].tolist() == [tokenizer.answer_id, tokenizer.image_id]
@@ -107,12 +108,12 @@ def test_codes_are_remembered_and_drawn_back(processor: Processor) -> None:
 def test_what_cannot_be_drawn_is_told(processor: Processor) -> None:
     bare = Processor(processor.tokenizer, processor.grid, 64)
     with pytest.raises(UsageError, match="this model has no image codec"):
-        TASK.encode(record(), bare)
+        encode_example(TASK, record(), bare)
     with pytest.raises(DataError, match=r"picture: has to be a picture .*, not int"):
-        TASK.encode({**record(), "picture": 3}, processor)
+        encode_example(TASK, {**record(), "picture": 3}, processor)
     short = Processor(processor.tokenizer, processor.grid, 20, processor.codec)
     with pytest.raises(DataError, match=r"the 16 codes of a picture do not fit: the model takes 20 positions"):
-        TASK.encode(record(), short)
+        encode_example(TASK, record(), short)
     with pytest.raises(UsageError, match="stands alone on the right side"):
         Task.from_instruction("[text:caption] -> 好的 [image:picture]")
 
@@ -122,15 +123,15 @@ def test_a_record_with_verdicts_is_judged_whole(processor: Processor) -> None:
     rng = np.random.default_rng(0)
     for number in range(40):
         given = {**record(), "verdict_fidelity": 0, "verdict_quality": "true"}
-        found = TASK.encode(given, processor, rng if number else None)
-        assert len(found) == len(TASK.encode(record(), processor)) + 3  # nothing is dropped
-        assert found.weight == VERDICT
+        found = encode_example(TASK, given, processor, rng if number else None)
+        assert len(found) == len(encode_example(TASK, record(), processor)) + 3  # nothing is dropped
+        assert found.image is not None and found.image.weight == VERDICT_WEIGHT
         assert found.ids[-19:].tolist() == [*codes, *tokenizer.estimate_ids]
         assert (found.blocks[-19:] == 1).all()
         assert found.labels[-3:].tolist() == [IGNORE, tokenizer.no_id, tokenizer.yes_id]
         assert (found.labels[:-3] == IGNORE).all()
     with pytest.raises(DataError, match="verdict_quality is 'fine'; a verdict on a picture is 1 or 0"):
-        TASK.encode({**record(), "verdict_quality": "fine"}, processor)
+        encode_example(TASK, {**record(), "verdict_quality": "fine"}, processor)
 
 
 def test_some_are_judged_with_another_records_picture(processor: Processor) -> None:
@@ -140,7 +141,7 @@ def test_some_are_judged_with_another_records_picture(processor: Processor) -> N
     own, theirs = codes_of(processor), processor.tokenizer.code_start + processor.codec.encode(other["picture"])
     rng, seen = np.random.default_rng(0), {"own": 0, "theirs": 0, "unasked": 0, "else": 0}
     for _ in range(1200):
-        found = TASK.encode(record(), processor, rng, another=lambda: other)
+        found = encode_example(TASK, record(), processor, rng, another=lambda: other)
         if found.ids[-1] != processor.tokenizer.estimate_ids[-1]:
             seen["else"] += 1
             continue
@@ -159,25 +160,25 @@ def test_some_are_judged_with_another_records_picture(processor: Processor) -> N
 
 def test_codes_may_stand_for_a_picture(processor: Processor) -> None:
     given = list(range(16))
-    found = TASK.encode({**record(), "picture": given}, processor)
+    found = encode_example(TASK, {**record(), "picture": given}, processor)
     assert found.ids[-16:].tolist() == [processor.tokenizer.code_start + code for code in given]
     for wrong in (given[:-1], [*given[:-1], 16], [0.5] * 16):
         with pytest.raises(DataError, match="picture: has to be a picture, or 16 codes from 0 to 15"):
-            TASK.encode({**record(), "picture": wrong}, processor)
+            encode_example(TASK, {**record(), "picture": wrong}, processor)
 
 
 def test_several_controls_are_dropped_together_too(processor: Processor) -> None:
     """In every combination, and a tenth of the time all of them, whatever their own shares are."""
     line = "甲[text:a|drop=0.1]乙[text:b|drop=0.1] -> [image:picture]"
     task, rng = Task.from_instruction(line, "two"), np.random.default_rng(0)
-    shortest = len(task.encode({"picture": record()["picture"]}, processor, with_target=False))
+    shortest = len(encode_prompt(task, {"picture": record()["picture"]}, processor))
     texts = {"a": "红色", "b": "的杯子"}
     seen: dict[tuple[bool, bool], int] = {}
     for _ in range(1000):
-        ids = task.encode({**record(), **texts}, processor, rng).ids.tolist()
+        ids = encode_example(task, {**record(), **texts}, processor, rng).ids.tolist()
         text = processor.tokenizer.decode(ids)
         found = ("红色" in text, "的杯子" in text)
         seen[found] = seen.get(found, 0) + 1
     assert set(seen) == {(True, True), (True, False), (False, True), (False, False)}
     assert 0.08 < seen[False, False] / 1000 < 0.15
-    assert shortest < len(task.encode(texts, processor, with_target=False))
+    assert shortest < len(encode_prompt(task, texts, processor))

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from openm6.core.errors import DataError
 from openm6.core.tokenizer import Tokenizer
-from openm6.tasks.forms import FORMS, Digits, Verse, form_of
+from openm6.tasks.encode import encode_example, encode_prompt
+from openm6.tasks.forms import FORMS, Digits, Verse, answer_constraint, form_of
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 
@@ -51,17 +52,17 @@ def test_forms_have_names_or_numbers() -> None:
 
 def test_a_task_keeps_the_form_that_its_slot_names(processor: Processor) -> None:
     task = Task.from_instruction("[text:theme] [text:form] -> [text:poem|verse=form]")
-    prompt = task.encode({"theme": "红", "form": "2x3"}, processor, with_target=False)
+    prompt = encode_prompt(task, {"theme": "红", "form": "2x3"}, processor)
     assert isinstance(prompt.constraint, Verse)
     text = processor.tokenizer.decode(walked(prompt.constraint, processor.tokenizer, random.Random(0)))
     assert [len(line) for line in text.replace("。", "，").split("，")] == [3, 3, 0]
     with pytest.raises(DataError, match="form: '散文' is no form"):
-        task.encode({"theme": "红", "form": "散文"}, processor, with_target=False)
+        encode_prompt(task, {"theme": "红", "form": "散文"}, processor)
 
 
 def test_a_box_is_eight_digits(processor: Processor) -> None:
     task = Task.from_instruction("[image:photo] [text:what] -> [box:place]")
-    trie = task.allowed(processor, {})
+    trie = answer_constraint(task, {}, processor.tokenizer)
     assert isinstance(trie, Digits)
     ids = walked(trie, processor.tokenizer, random.Random(1))
     assert len(processor.tokenizer.decode(ids)) == 8
@@ -77,7 +78,7 @@ def test_a_box_is_read_back(processor: Processor, numbers: list[float]) -> None:
     if left == right or top == bottom:
         return
     box = [left, top, right, bottom]
-    found = task.encode({"a": box, "b": str(box)}, processor)
+    found = encode_example(task, {"a": box, "b": str(box)}, processor)
     ids = [i for i in found.labels.tolist() if i >= 0]
     assert task.read(ids, processor)["b"] == pytest.approx(box, abs=0.0101)
 
@@ -87,4 +88,4 @@ def test_a_box_is_read_back(processor: Processor, numbers: list[float]) -> None:
 )
 def test_what_is_no_box_is_bad_data(processor: Processor, value: object) -> None:
     with pytest.raises(DataError, match="^b: "):
-        Task.from_instruction("[text:a] -> [box:b]").encode({"a": "红", "b": value}, processor)
+        encode_example(Task.from_instruction("[text:a] -> [box:b]"), {"a": "红", "b": value}, processor)

@@ -1,12 +1,16 @@
 """Instructions read, written, and refused with a mark under the place."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import UsageError
+from openm6.core.tokenizer import Tokenizer
+from openm6.tasks.file import read_task, task_from_dict
 from openm6.tasks.grammar import ATTRIBUTES, RESERVED, Slot, parse, write
+from openm6.tasks.task import Task
 
 
 def test_an_instruction_has_two_sides_of_texts_and_slots() -> None:
@@ -49,9 +53,9 @@ def test_all_types_are_known() -> None:
         ("[imge:photo] -> [text]", 2, r'no slot type \'imge\'\. Did you mean "image"'),
         ("[text:b|msk=1] -> [text]", 9, r'no attribute \'msk\'\. Did you mean "mask"'),
         ("[image:b|mask=1] -> [text]", 10, "can have: drop"),
-        ("[text:a|mask=2] -> [text:a]", 14, "share above 0"),
-        ("[text:a|mask] -> [text:a]", 14, "share above 0"),
-        ("[text:a|drop=nan] -> [text]", 14, "share above 0"),
+        ("[text:a|mask=2] -> [text:a]", 14, "fraction above 0"),
+        ("[text:a|mask] -> [text:a]", 14, "fraction above 0"),
+        ("[text:a|drop=nan] -> [text]", 14, "fraction above 0"),
         ("[text:a|prefix=1] -> [text:a]", 15, "takes no value"),
         ("[text:a|mask=0.1|mask=0.2] -> [text:a]", 18, "given twice"),
         ("[text:a|mask=0.1|prefix] -> [text:a]", 2, "exclude"),
@@ -153,3 +157,16 @@ def test_nonsense_is_read_or_refused_but_never_fails(text: str) -> None:
         return
     again = parse(write(found.source, found.target))
     assert (again.source, again.target) == (found.source, found.target)
+
+
+def test_full_width_punctuation_makes_the_same_task(tmp_path: Path) -> None:
+    """But a trained model's own instruction stays as it was taught, and so do the texts of records."""
+    wide, narrow = "[text:a] 对吗？（是：否） -> 答：[text:b]，好。", "[text:a] 对吗?(是:否) -> 答:[text:b]，好。"
+    assert Task.from_instruction(wide) == Task.from_instruction(narrow)
+    (tmp_path / "t.yaml").write_text(f"instruction: '{wide}'")
+    assert read_task(tmp_path / "t.yaml").instructions[0].text == narrow
+    (tmp_path / "t.yaml").write_text(f"instructions: ['{wide}']")
+    assert read_task(tmp_path / "t.yaml").instructions[0].text == narrow
+    assert task_from_dict({"name": "t", "instructions": [wide]}).instructions[0].text == wide
+    tokenizer = Tokenizer.train(["对吗？对吗?"], 300)
+    assert tokenizer.encode("对吗？") != tokenizer.encode("对吗?")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import DataError, UsageError
+from openm6.tasks.encode import encode_example
 from openm6.tasks.grammar import parse
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.label import normalize_label
@@ -34,14 +35,14 @@ def test_a_normalized_label_stays_as_it_is(text: str) -> None:
 def test_spellings_of_one_label_are_trained_and_asked_alike(processor: Processor) -> None:
     task = Task.from_instruction("[label:kind] -> [label:mood]", labels={"mood": ["正面 ", "Ａ"]})
     assert task.labels["mood"] == ("正面", "A")
-    found = [task.encode({"kind": k, "mood": m}, processor) for k, m in ((" ７", "正面 "), ("7", "正面"))]
+    found = [encode_example(task, {"kind": k, "mood": m}, processor) for k, m in ((" ７", "正面 "), ("7", "正面"))]
     assert found[0].ids.tolist() == found[1].ids.tolist() and found[0].labels.tolist() == found[1].labels.tolist()
-    assert task.encode({"kind": "7", "mood": "A"}, processor).labels.tolist() != found[0].labels.tolist()
+    assert encode_example(task, {"kind": "7", "mood": "A"}, processor).labels.tolist() != found[0].labels.tolist()
 
 
 def test_a_label_of_blanks_and_two_of_one_spelling_are_refused(processor: Processor) -> None:
     with pytest.raises(DataError, match="mood: is empty"):
-        Task.from_instruction("[text:x] -> [label:mood]").encode({"x": "一", "mood": " \u3000"}, processor)
+        encode_example(Task.from_instruction("[text:x] -> [label:mood]"), {"x": "一", "mood": " \u3000"}, processor)
     with pytest.raises(UsageError, match="empty label"):
         Task.from_instruction("[text:x] -> [label:mood]", labels={"mood": ["好", " "]})
     with pytest.raises(UsageError, match="different labels"):

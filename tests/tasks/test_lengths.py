@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import ContextLengthError, DataError, OpenM6Error, UsageError
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.lengths import CHARACTERS, check_value
 from openm6.tasks.library import get, names
 from openm6.tasks.processor import Processor
@@ -20,7 +21,7 @@ ENDING = "商品是什么颜色?"
 
 
 def use(task: Task, record: dict[str, Any], processor: Processor, **more: Any) -> Any:
-    return task.encode(record, processor, with_target=False, **more)
+    return encode_prompt(task, record, processor, **more)
 
 
 def refusal(task: Task, record: dict[str, Any], processor: Processor, **more: Any) -> ContextLengthError:
@@ -168,7 +169,7 @@ def test_a_much_too_long_text_can_be_truncated(processor: Processor) -> None:
 
 def test_training_takes_what_it_took(processor: Processor) -> None:
     record = {"question": "红" * (CHARACTERS * 64 + 1), "answer": "蓝"}
-    assert len(get("question_answering").encode(record, processor)) == 64
+    assert len(encode_example(get("question_answering"), record, processor)) == 64
 
 
 def test_an_unknown_slot_and_a_missing_one_are_told_briefly(processor: Processor) -> None:

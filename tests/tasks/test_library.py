@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import UsageError
-from openm6.core.sequence import IGNORE
+from openm6.core.sequence import IGNORE, SketchTarget
 from openm6.inference import Decoding
 from openm6.inference.draw import Drawing
 from openm6.model.codec import Codec, CodecConfig
+from openm6.tasks.encode import encode_example, encode_prompt
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.library import get, names
 from openm6.tasks.pictures import PictureCodec
 from openm6.tasks.processor import Processor
@@ -37,11 +39,11 @@ def test_a_task_that_draws_works_on_its_example(processor: Processor, name: str)
     codec = PictureCodec(Codec(CodecConfig(image_size=16, widths=[8, 16], patch=2, levels=[4, 4], depth=1)))
     processor = Processor(processor.tokenizer, processor.grid, 128, codec)
     for seed in range(6):
-        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        found = encode_example(task, example(task), processor, np.random.default_rng(seed))
         assert (found.labels != IGNORE).any()
-    assert task.encode(example(task), processor, with_target=False).ids[-1] == processor.tokenizer.image_id
+    assert encode_prompt(task, example(task), processor).ids[-1] == processor.tokenizer.image_id
     assert Drawing.of(**task.decode).guidance > 0
-    assert Task.from_dict(task.to_dict()) == task
+    assert task_from_dict(task.to_dict()) == task
 
 
 @pytest.mark.parametrize("name", [name for name in names() if get(name).embeds])
@@ -49,9 +51,9 @@ def test_a_task_that_gives_a_vector_works_on_its_example(processor: Processor, n
     task = get(name)
     assert task.description and "recall@1" in task.metrics and set(task.example) == set(task.slots)
     for rng in (None, np.random.default_rng(0)):
-        found = task.encode(example(task), processor, rng)
+        found = encode_example(task, example(task), processor, rng)
         assert found.ids[-1] == processor.tokenizer.answer_id and not (found.labels != IGNORE).any()
-    assert Task.from_dict(task.to_dict()) == task
+    assert task_from_dict(task.to_dict()) == task
 
 
 @pytest.mark.parametrize("name", [name for name in names() if get(name).sketch])
@@ -60,11 +62,11 @@ def test_a_task_that_is_written_from_a_sketch_works_on_its_example(processor: Pr
     assert task.description and task.metrics and set(task.example) == set(task.slots)
     processor = Processor(processor.tokenizer, processor.grid, 256)
     for seed in range(8):
-        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        found = encode_example(task, example(task), processor, np.random.default_rng(seed))
         assert (found.labels != IGNORE).any()
-    prompt = task.encode(example(task), processor, with_target=False)
-    assert prompt.sketch is not None and prompt.ids[-1] == processor.tokenizer.answer_id
-    assert Task.from_dict(task.to_dict()) == task
+    prompt = encode_prompt(task, example(task), processor)
+    assert isinstance(prompt.target, SketchTarget) and prompt.ids[-1] == processor.tokenizer.answer_id
+    assert task_from_dict(task.to_dict()) == task
 
 
 PLAIN = [name for name in names() if not (get(name).draws or get(name).embeds or get(name).sketch)]
@@ -76,13 +78,13 @@ def test_a_task_works_on_its_example(processor: Processor, name: str) -> None:
     assert task.name == name and task.description and task.metrics and set(task.example) == set(task.slots)
     processor = Processor(processor.tokenizer, processor.grid, 128)
     for seed in range(6):
-        found = task.encode(example(task), processor, np.random.default_rng(seed))
+        found = encode_example(task, example(task), processor, np.random.default_rng(seed))
         answer = task.read(found.labels[found.labels != IGNORE].tolist(), processor)
         assert list(answer) == list(task.outputs) and all(answer.values())
-    prompt = task.encode(example(task), processor, with_target=False)
+    prompt = encode_prompt(task, example(task), processor)
     assert prompt.ids[-1] == processor.tokenizer.answer_id
     assert Decoding.of(**task.decode).max_new_tokens >= 16
-    assert Task.from_dict(task.to_dict()) == task
+    assert task_from_dict(task.to_dict()) == task
     assert set(task.schema()["inputs"]["properties"]) == set(task.inputs)
 
 

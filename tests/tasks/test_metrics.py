@@ -1,6 +1,7 @@
 """Metrics against values by hand and against the libraries' own corpus figures."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,6 +105,30 @@ def test_cider_by_hand() -> None:
     # longer sequences have nothing in common. Equal lengths, so no penalty: 10 * (1/2 + 0 + 0 + 0) / 4.
     found = cider(["红花", "山", "水"], [["红旗"], ["山"], ["水"]]).examples
     assert found[0] == pytest.approx(10 * 0.5 / 4)
+
+
+def test_cider_is_the_figure_of_pycocoevalcap() -> None:
+    references = [
+        ["一只红色的猫在草地上睡觉。", "草地上有一只睡觉的猫。"], ["蓝色的杯子放在桌上", "桌上的 iPhone 和蓝色杯子"],
+        ["红色条纹连衣裙"], ["一件红色的毛衣"],
+    ]  # fmt: skip
+    found = cider(["草地上睡着一只红猫。", "桌上有 iPhone", "红色条纹连衣裙", ""], references)
+    assert found.examples == pytest.approx([3.678272, 1.07207241, 10, 0], abs=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(corpora)
+def test_rouge_l_and_edits_are_those_of_other_libraries(corpus: list) -> None:
+    from rouge_chinese import Rouge
+    from torchmetrics.functional.text import char_error_rate
+
+    for text, wanted in corpus:
+        right = " ".join(characters(wanted[0]))
+        by_rouge = Rouge(["rouge-l"], ["f"]).get_scores(" ".join(characters(text)), right)[0]["rouge-l"]["f"]
+        assert rouge_l([text], [wanted[:1]]).examples[0] == pytest.approx(by_rouge, abs=1e-6)
+        one, two = (re.sub(r"[ 。.]", "", t) or "一" for t in (text, wanted[0]))
+        errors = float(char_error_rate([one], [two]))
+        assert character_accuracy([one], [[two]]).examples[0] == pytest.approx(max(0, 1 - errors), abs=1e-6)
 
 
 def test_text_is_taken_apart_by_character() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from openm6.core.errors import DataError, UsageError
 from openm6.core.sequence import IGNORE, SOURCE
+from openm6.tasks.encode import encode_example, encode_prompt
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from tests.tasks.conftest import picture
@@ -22,8 +23,8 @@ def wide(processor: Processor, length: int = 256) -> Processor:
 def test_examples_stand_before_with_their_answers(processor: Processor) -> None:
     processor = wide(processor)
     tokenizer = processor.tokenizer
-    alone = [TASK.encode(record, processor) for record in RECORDS]
-    found = TASK.encode(RECORDS[2], processor, shots=RECORDS[:2])
+    alone = [encode_example(TASK, record, processor) for record in RECORDS]
+    found = encode_example(TASK, RECORDS[2], processor, shots=RECORDS[:2])
     expected = [i for one in alone[:2] for i in (*one.ids.tolist(), tokenizer.end_id)] + alone[2].ids.tolist()
     assert found.ids.tolist() == expected and len(found.pictures) == 3
     own = len(alone[2])
@@ -35,25 +36,29 @@ def test_examples_stand_before_with_their_answers(processor: Processor) -> None:
 
 
 def test_training_leaves_out_the_first_of_too_many_and_use_tells(processor: Processor) -> None:
-    length = len(TASK.encode(RECORDS[2], wide(processor))) + len(TASK.encode(RECORDS[1], wide(processor))) + 3
+    length = (
+        len(encode_example(TASK, RECORDS[2], wide(processor)))
+        + len(encode_example(TASK, RECORDS[1], wide(processor)))
+        + 3
+    )
     tight = wide(processor, length)
-    found = TASK.encode(RECORDS[2], tight, np.random.default_rng(0), shots=RECORDS[:2])
+    found = encode_example(TASK, RECORDS[2], tight, np.random.default_rng(0), shots=RECORDS[:2])
     assert len(found.pictures) == 2
     for shots, fit in ((RECORDS[:2], "the last 1 of them fit"), (RECORDS[:2] * 2, "the last 1 of them fit")):
         with pytest.raises(DataError, match=f"{len(shots)} examples and the record do not fit: .* {fit}"):
-            TASK.encode(RECORDS[2], tight, with_target=False, shots=shots)
-    TASK.encode(RECORDS[2], tight, with_target=False, shots=RECORDS[1:2])
-    tight = wide(processor, len(TASK.encode(RECORDS[2], wide(processor))) + 3)
+            encode_prompt(TASK, RECORDS[2], tight, shots=shots)
+    encode_prompt(TASK, RECORDS[2], tight, shots=RECORDS[1:2])
+    tight = wide(processor, len(encode_example(TASK, RECORDS[2], wide(processor))) + 3)
     with pytest.raises(DataError, match="2 examples and the record do not fit: .* none of them fits"):
-        TASK.encode(RECORDS[2], tight, with_target=False, shots=RECORDS[:2])
+        encode_prompt(TASK, RECORDS[2], tight, shots=RECORDS[:2])
 
 
 def test_tasks_that_answer_in_no_words_take_none(processor: Processor) -> None:
     task = Task.from_instruction("[text:a] -> [vector:v]")
     with pytest.raises(UsageError, match="takes no examples"):
-        task.encode({"a": "红"}, processor, shots=[{"a": "蓝"}])
+        encode_example(task, {"a": "红"}, processor, shots=[{"a": "蓝"}])
 
 
 def test_a_bad_example_is_told(processor: Processor) -> None:
     with pytest.raises(DataError, match="answer is missing"):
-        TASK.encode(RECORDS[0], wide(processor), shots=[{"photo": picture(), "question": "?"}])
+        encode_example(TASK, RECORDS[0], wide(processor), shots=[{"photo": picture(), "question": "?"}])

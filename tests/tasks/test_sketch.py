@@ -7,15 +7,18 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from openm6.core.batch import pad
 from openm6.core.errors import UsageError
-from openm6.core.sequence import IGNORE, SOURCE, Sequence
+from openm6.core.sequence import IGNORE, SOURCE, Sequence, SketchTarget
 from openm6.core.tokenizer import Tokenizer
 from openm6.inference.refine import refine
 from openm6.model import M6
 from openm6.model.cache import fill, prefill_all
 from openm6.tasks import sketch
+from openm6.tasks.encode import encode_prompt
+from openm6.tasks.file import task_from_dict
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots.table import split
 from openm6.tasks.task import Task
@@ -25,7 +28,7 @@ words = st.lists(st.integers(0, 9), min_size=1, max_size=14)
 
 
 def task(slot: str = "text") -> Task:
-    return Task.from_dict(
+    return task_from_dict(
         {"name": "edit", "instructions": [f"前面 [{slot}:given] 整理。 -> [text:text]"], "sketch": "given"}
     )
 
@@ -80,13 +83,20 @@ def test_pieces_come_in_their_likeliest_order(order: list[int], more: int) -> No
     assert sketch.ordered(log_probs) == list(order)
 
 
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_assignment_costs_as_little_as_scipys(rows: int, more: int, seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    cost = rng.integers(0, 3, (rows, rows + more)) * 1.0 if ties else rng.normal(size=(rows, rows + more))
+    columns = sketch.assign(cost)
+    assert len(set(columns)) == rows
+    assert cost[range(rows), columns].sum() == pytest.approx(cost[linear_sum_assignment(cost)].sum())
+
+
 def test_of_a_cell_all_is_kept_or_nothing(processor: Processor) -> None:
     tokenizer = processor.tokenizer
-    prompt = task("table").encode(
-        {"given": {"品类": "连衣裙12", "数": "1234"}, "text": ""}, processor, with_target=False
-    )
-    assert prompt.sketch is not None
-    source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
+    prompt = encode_prompt(task("table"), {"given": {"品类": "连衣裙12", "数": "1234"}, "text": ""}, processor)
+    assert isinstance(prompt.target, SketchTarget)
+    source = prompt.ids[prompt.target.source.start : prompt.target.source.stop].tolist()
     _, value, _, other = sketch.cells(source, tokenizer)
     log_probs = np.tile(np.log([0.9, 0.05, 0.05]), (len(source), 1))
     log_probs[other.start] = np.log([0.45, 0.5, 0.05])  # one of them more likely than not, all of them less so
@@ -99,9 +109,9 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
     tokenizer = processor.tokenizer
     value = "那个红色连衣裙12条" if slot == "text" else {"颜色": "红色", "品类": "连衣裙", "数": "12"}
     record = {"given": value, "text": "连衣裙红色，有12条。"}
-    prompt = task(slot).encode(record, processor, with_target=False)
-    assert prompt.sketch is not None and prompt.ids[-1] == tokenizer.answer_id
-    source = prompt.ids[prompt.sketch.start : prompt.sketch.stop].tolist()
+    prompt = encode_prompt(task(slot), record, processor)
+    assert isinstance(prompt.target, SketchTarget) and prompt.ids[-1] == tokenizer.answer_id
+    source = prompt.ids[prompt.target.source.start : prompt.target.source.stop].tolist()
     text, _ = sketch.matched(source, record["text"], tokenizer)
     orders = set()
     for seed in range(40):
@@ -112,8 +122,10 @@ def test_every_kind_fits_its_text(processor: Processor, slot: str) -> None:
             return found.ids[len(prompt) + 1 :].tolist(), found.labels[len(prompt) :].tolist(), found
 
         found = as_learned("order")[2]
-        assert (found.labels[: len(prompt)] != IGNORE).sum() == len(prompt.sketch)
-        numbers = [tokenizer.class_ids.index(i) for i in found.labels[prompt.sketch.start : prompt.sketch.stop]]
+        assert (found.labels[: len(prompt)] != IGNORE).sum() == len(prompt.target.source)
+        numbers = [
+            tokenizer.class_ids.index(i) for i in found.labels[prompt.target.source.start : prompt.target.source.stop]
+        ]
         kept = sketch.kept(np.log(np.eye(3)[numbers] + 1e-9), source, tokenizer)
         assert {"红色", "连衣裙", "12"} <= {tokenizer.decode(piece).strip("条") for piece in kept}
         assert all("，" not in tokenizer.decode(piece) for piece in kept)
@@ -151,14 +163,14 @@ def model(processor: Processor) -> M6:
 
 def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model: M6, processor: Processor) -> None:
     texts = ["红色连衣裙", "一件蓝色的帽子12", "条纹", "左边有两件商品是什么颜色"]
-    prompts = [task().encode({"given": text}, processor, with_target=False) for text in texts]
+    prompts = [encode_prompt(task(), {"given": text}, processor) for text in texts]
     together = refine(model, prompts, processor.tokenizer, 40)
     for prompt, found in zip(prompts, together, strict=True):
         assert refine(model, [prompt], processor.tokenizer, 40)[0].ids == found.ids
         assert len(found.ids) <= 40 and processor.tokenizer.mask_id not in found.ids
         assert all(i < processor.tokenizer.code_start for i in found.ids)
         hidden, _ = prefill_all(model, pad([prompt], 0), len(prompt))
-        places = slice(prompt.sketch.start, prompt.sketch.stop)  # type: ignore[union-attr]
+        places = slice(prompt.target.source.start, prompt.target.source.stop)  # type: ignore[union-attr]
         classes = list(processor.tokenizer.class_ids[:3])
         log_probs = model.logits(hidden[0, places])[:, classes].log_softmax(-1).detach().numpy()
         kept = sketch.kept(log_probs, prompt.ids[places].tolist(), processor.tokenizer)
@@ -172,7 +184,7 @@ def test_what_is_written_keeps_the_sketch_and_does_not_depend_on_the_batch(model
 def test_drafts_of_other_lengths_are_asked_as_each_alone(model: M6, processor: Processor) -> None:
     import torch
 
-    prompts = [task().encode({"given": text}, processor, with_target=False) for text in ("红", "一件蓝色的帽子")]
+    prompts = [encode_prompt(task(), {"given": text}, processor) for text in ("红", "一件蓝色的帽子")]
     drafts = [[5, 6, 7, 8, 9], [11, 12]]
     width = torch.zeros(2, 5, dtype=torch.int64)
     for row, draft in enumerate(drafts):
@@ -196,4 +208,4 @@ def test_tasks_that_cannot_be_sketched_are_refused() -> None:
         ("[text:other] -> [text:t]", "text or table"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=what):
-            Task.from_dict({"name": "x", "instructions": [line], "sketch": "given"})
+            task_from_dict({"name": "x", "instructions": [line], "sketch": "given"})

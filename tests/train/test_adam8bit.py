@@ -35,7 +35,7 @@ def test_eight_bits_train_like_thirty_two_and_go_on_after_a_stop(tmp_path: Path)
             capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(BESIDE)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    assert "Going on from step 6" in done.stderr
+    assert "Resuming from step 6" in done.stderr
     low, full = losses(tmp_path / "low"), losses(tmp_path / "exact")
     assert max(low) == 12
     assert low[1] == pytest.approx(full[1], rel=1e-5)

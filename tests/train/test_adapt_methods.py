@@ -23,7 +23,7 @@ from openm6.model.cache import prefill
 from openm6.model.files import load_model, meta_model
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe
-from openm6.train.sequences import Sequences
+from openm6.train.sequences import SequenceObjective
 from openm6.train.start import start_from
 from openm6.train.trainer import train
 from tests.tasks.conftest import picture
@@ -301,7 +301,7 @@ def test_an_adapter_of_another_base_is_refused(base: Path, adapters: dict[str, P
 
 def test_training_counts_what_it_trains(base: Path, tmp_path: Path) -> None:
     recipe = adapting(base, tmp_path, "prefix")
-    parts = Sequences(recipe, Group(0, 1, torch.device("cpu")))
+    parts = SequenceObjective(recipe, Group(0, 1, torch.device("cpu")))
     model = parts.network(shared=False)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompt.weight"]
     assert parts.session.processor.prompt == 3 and len(model.prompt.weight) == model.config.num_hidden_layers

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from openm6.core.errors import DataError, UsageError
 from openm6.inference.session import Session
 from openm6.model.codec import Codec
 from openm6.model.files import load_network
-from openm6.train.codec import PictureTask
+from openm6.train.codec import read_picture, structural_similarity
 from openm6.train.recipe import check_recipe, load_recipe
 from openm6.train.trainer import train
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
@@ -107,9 +108,9 @@ def test_the_features_can_be_those_of_a_model_that_reads(tmp_path: Path) -> None
 def test_a_picture_of_any_shape_is_cut_to_a_square() -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
-    assert (PictureTask(8).encode({"image": wide}).pixels > 200).mean() > 0.8
+    assert (read_picture({"image": wide}, 8).pixels > 200).mean() > 0.8
     with pytest.raises(DataError, match="no picture in this record"):
-        PictureTask(8).encode({"image": None})
+        read_picture({"image": None}, 8)
 
 
 def test_shipped_recipes_can_be_read() -> None:
@@ -140,3 +141,12 @@ def test_data_without_pictures_are_refused(tmp_path: Path) -> None:
     data.write_text(json.dumps({"words": "红色"}) + "\n", "utf-8")
     with pytest.raises(UsageError, match="The task codec needs image"):
         train(recipe(tmp_path / "run", data=[{"source": str(data)}]))
+
+
+def test_similarity_is_that_of_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 256, (3, 3, 24, 32), generator=generator).float()
+    second = (first + 20 * torch.randn(first.shape, generator=generator)).clamp(0, 255)
+    expected = structural_similarity_index_measure(second, first, data_range=255.0, reduction="none")
+    assert torch.allclose(structural_similarity(second, first), expected, atol=1e-4)
+    assert torch.allclose(structural_similarity(first, first), torch.ones(3), atol=1e-5)

@@ -230,5 +230,5 @@ def test_what_cannot_be_is_told(model: Path, things: Path, tmp_path: Path) -> No
     bad.write_text(json.dumps({"first": "红", "second": "红", "negatives": "蓝"}), "utf-8")
     with pytest.raises(DataError, match="negatives has to be a list"):
         train(matching(bad, tmp_path / "c"))
-    with pytest.raises(UsageError, match="do not come in pieces"):
+    with pytest.raises(UsageError, match="A vector does not come in pieces"):
         list(session.stream("text_vector", text="红"))

@@ -19,8 +19,9 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.data.source import open_source
 from openm6.inference.session import Session
 from openm6.model.loss import Teacher
+from openm6.tasks.encode import encode_example
 from openm6.tasks.library import get
-from openm6.train.distill import AT_ONCE, Lessons, answered, relation_loss
+from openm6.train.distill import AT_ONCE, DistillationTeacher, relation_loss, teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.finetune import finetune_recipe
 from openm6.train.recipe import DistillSection
@@ -46,7 +47,7 @@ def asked(session: Session, pictures: int) -> Batch:
     task = session.task("vqa")
     records = ({"photo": r["image"], **r} for r in open_source(f"demo:questions/test?pictures={pictures}"))
     names = ("photo", "question", "answer")
-    examples = [task.encode({name: r[name] for name in names}, session.processor, None) for r in records]
+    examples = [encode_example(task, {name: r[name] for name in names}, session.processor, None) for r in records]
     return pack(examples, 64, session.processor.tokenizer.pad_id)
 
 
@@ -61,24 +62,26 @@ def said(model: Path, batch: Batch) -> Tensor:
 def test_what_a_teacher_says_is_its_own_distribution_at_the_trained_positions(teacher: Path) -> None:
     session = Session.load(teacher, trainable=True)
     batch = asked(session, 10)
-    told, hidden = Lessons(DistillSection(teacher=teacher), session.processor, torch.device("cpu")).of(batch)
+    told, hidden = DistillationTeacher(DistillSection(teacher=teacher), session.processor, torch.device("cpu")).outputs(
+        batch
+    )
     expected = said(teacher, batch)
     torch.testing.assert_close(told.logits(slice(2, 7)), expected[2:7], atol=0.1, rtol=0.05)
     assert len(told.logits(slice(0, None))) == len(expected)
     assert hidden.shape == (*batch.shape, 32)
     # And a student that is the teacher has nothing to learn from it.
     with torch.no_grad(), session.precision():
-        assert abs(session.model(batch, Teacher(lambda part: expected[part], share=1.0)).loss) < 0.01 * len(expected)
+        assert abs(session.model(batch, Teacher(lambda part: expected[part], weight=1.0)).loss) < 0.01 * len(expected)
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(teacher: Path, tmp_path: Path) -> None:
-    """Of two that differ in the loss alone, after as many steps."""
+    """Two students that differ only in the loss, after the same number of steps."""
     way = {"steps": 60, "learning_rate": 5e-3, "checkpoint_every": 60, "log_every": 20}
     batch = asked(Session.load(teacher), 40)
     expected, apart = said(teacher, batch).log_softmax(1), []
-    for share in (1.0, 0.0):
-        settings = {"share": share, "temperature": 1.0}
-        found = said(train(student(tmp_path / str(share), teacher, **way, distill=settings)), batch).log_softmax(1)
+    for weight in (1.0, 0.0):
+        settings = {"weight": weight, "temperature": 1.0}
+        found = said(train(student(tmp_path / str(weight), teacher, **way, distill=settings)), batch).log_softmax(1)
         apart.append(torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True))
     assert apart[0] < 0.8 * apart[1]
 
@@ -155,13 +158,13 @@ def test_a_teacher_answers_what_has_no_answers(tmp_path: Path) -> None:
     assert sum(json.loads(line)["answer"] != "" for line in lines) > 100
     file.write_text("\n".join([*lines[: AT_ONCE - 1], '{"answer": "bro']), "utf-8")  # in the midst of a part
     group = Group(0, 1, torch.device("cpu"))
-    found = answered(source, session.task("vqa"), {}, teacher, tmp_path / "run", group)
+    found = teacher_answers(source, session.task("vqa"), {}, teacher, tmp_path / "run", group)
     assert file.read_text("utf-8").splitlines() == lines
     told = [(json.loads(line)["answer"], source[n]["question"]) for n, line in enumerate(lines)]
     assert [(r["answer"], r["question"]) for r in found] == [one for one in told if one[0]]
     with pytest.raises(UsageError, match="distill.teacher"):
         tiny_recipe(tmp_path / "x", data=[unlabelled])
-    with pytest.raises(UsageError, match="not answered in words"):
-        answered(source, get("item_vector"), {}, teacher, tmp_path, group)
+    with pytest.raises(UsageError, match="not answered in text"):
+        teacher_answers(source, get("item_vector"), {}, teacher, tmp_path, group)
     values = finetune_recipe(teacher, "vqa", [], teacher=teacher, unlabelled=["a.jsonl"])
     assert [section["answers"] for section in values["data"]] == ["teacher"]

@@ -26,12 +26,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tenso
     """Scores by the step instead of a measure's; the weights at each."""
     weights: dict[int, dict[str, torch.Tensor]] = {}
 
-    def evaluate(self: sequences.Sequences, model: torch.nn.Module):  # type: ignore[no-untyped-def]
+    def evaluate(self: sequences.SequenceObjective, model: torch.nn.Module):  # type: ignore[no-untyped-def]
         step = len(weights) % 10 + 1
         weights[step] = {name: value.clone() for name, value in model.state_dict().items()}
         yield "questions", {self.recipe.name: SCORES[step], "other": 0.0}
 
-    monkeypatch.setattr(sequences.Sequences, "evaluate", evaluate)
+    monkeypatch.setattr(sequences.SequenceObjective, "evaluate", evaluate)
     return weights
 
 

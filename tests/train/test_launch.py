@@ -36,7 +36,7 @@ def test_several_processes_go_on_end_and_are_refused_like_one(
 ) -> None:
     recipe = recipe_file(tiny_recipe(tmp_path / "run", steps=2, checkpoint_every=1), tmp_path)
     for changes, told in (((), "Trained 2 steps"), ((), "This run is finished (2 steps)"),
-                          (("train.steps=3",), "Going on from step 2")):  # fmt: skip
+                          (("train.steps=3",), "Resuming from step 2")):  # fmt: skip
         assert command("train", recipe, *changes, "-p", 2).exit_code == 0
         assert capfd.readouterr().err.count(told) == 1
     assert load_recipe(tmp_path / "run/recipe.yaml").train.steps == 3

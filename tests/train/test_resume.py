@@ -1,4 +1,4 @@
-"""What a run that is there means for a recipe: it is resumed, finished, or refused and left as it is."""
+"""An existing run and a recipe: it is resumed, finished, or refused and left as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openm6.compress.compress import _Work, check_chain
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import lock_output
 from openm6.tasks.library import get
-from openm6.train.distill import answered
+from openm6.train.distill import teacher_answers
 from openm6.train.distributed import Group
 from openm6.train.recipe import Recipe, load_recipe
 from openm6.train.resume import check_resumption
@@ -199,7 +199,7 @@ def test_a_refused_training_leaves_no_folder(tmp_path: Path, base: Path) -> None
         ({"vectors": {"dims": [9999]}}, "vectors.dims has 9999"),
         ({"evaluation": {"data": [{"source": "DATA", "task": "nope"}]}}, 'no task "nope"'),
         ({"evaluation": {"data": [{"source": "DATA", "task": "vqa"}]}}, "image"),
-        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "names no metrics"),
+        ({"evaluation": {"data": [{"source": "DATA", "task": "[text:text] -> [text:label]"}]}}, "has no metrics"),
         ({"evaluation": {"data": [{"source": "DATA", "task": "text_vector"}]}}, "gives a vector"),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_teachers_answers_are_to_these_records_of_this_teacher(tmp_path: Path,
     recipe = recipe_of(tmp_path)
     for good, count in (("好", 1), ("好", 1), ("妙", 2)):
         reviews(tmp_path / "a.jsonl", good=good)
-        answered(open_section(recipe.data[0]), get(CLASSES), {}, base, tmp_path / "run", alone)
+        teacher_answers(open_section(recipe.data[0]), get(CLASSES), {}, base, tmp_path / "run", alone)
         assert len(list(folder.iterdir())) == count
 
 

@@ -1,4 +1,4 @@
-"""Where weights start: as the network says, and the same numbers for any part of it."""
+"""Initial weights: by the network's rule, and the same numbers for any part of it."""
 
 from __future__ import annotations
 

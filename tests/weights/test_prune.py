@@ -1,4 +1,4 @@
-"""What has no effect is left out first, and then nothing changes; what is left is a network like any other."""
+"""Parts without effect are pruned first, which changes nothing; the result is a network like any other."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_experts_that_nobody_chooses_go_first(router: str, batches: list[Batch])
 
 
 def test_layers_of_experts_stay_in_their_order(batches: list[Batch]) -> None:
-    """Of dense, experts, dense, experts: what is left is told by interval and first dense layers."""
+    """Layers left of dense, experts, dense, experts are described by interval and first dense layers."""
     model = tiny_model(num_hidden_layers=4, expert_interval=2, **EXPERTS)
     pruned = prune(model, batches, layers=2, width=40, experts=2)
     assert pruned.config.num_hidden_layers == 2 and pruned.config.expert_layers()
@@ -90,7 +90,7 @@ def test_layers_of_experts_stay_in_their_order(batches: list[Batch]) -> None:
 
 
 def test_what_is_left_out_is_worth_less_than_what_is_kept(batches: list[Batch]) -> None:
-    """Of a network that has learned something, the chosen units against as many others, by the loss."""
+    """In a trained network, the chosen units have a lower loss than as many others."""
     torch.manual_seed(0)
     model = M6(tiny_model().config)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

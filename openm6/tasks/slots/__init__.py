@@ -11,17 +11,17 @@ from openm6.tasks.slots import box, image, label, table, text, triples, vector
 
 
 class SlotType(Protocol):
-    """What a slot type does. Both encoders raise DataError for a value that is none of theirs, and UsageError for
-    what this version cannot do."""
+    """Functions of a slot type. Both encoders raise DataError for an invalid value, and UsageError for an unsupported
+    one."""
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of a value."""
 
     def source(self, value: Any, processor: Processor) -> Piece:
-        """A value as given to the model."""
+        """Encode a value as input."""
 
     def target(self, value: Any, processor: Processor) -> Sequence[int]:
-        """A value as the model has to write it."""
+        """Encode a value as the model has to write it."""
 
     def read(self, ids: Sequence[int], processor: Processor) -> Any:
         """The value that the model wrote."""

@@ -1,7 +1,6 @@
 """A box in a picture: left, top, right and bottom in hundredths of the picture's width and height, two digits each.
 
-The last hundredth is written 99, so that a box always takes eight digits.
-"""
+The last hundredth is written 99, so that a box always has eight digits."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ DIGITS = 8
 
 
 def schema() -> dict[str, Any]:
-    """Left, top, right, bottom as shares of the picture's width and height."""
+    """Left, top, right, bottom as fractions of the picture's width and height."""
     return {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "minItems": 4, "maxItems": 4}
 
 
@@ -26,19 +25,19 @@ def source(value: Any, processor: Processor) -> Piece:
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
-    """Four shares, or JSON of them."""
+    """Encode four fractions, or JSON of them."""
     return processor.tokenizer.encode("".join(f"{min(99, round(100 * share)):02d}" for share in as_box(value)))
 
 
 def read(ids: Sequence[int], processor: Processor) -> list[float]:
-    """The four shares; what is missing is 0."""
+    """The four fractions; missing digits are 0."""
     digits = "".join(c for c in processor.tokenizer.decode(ids) if c.isascii() and c.isdigit())[:DIGITS]
     digits = digits.ljust(DIGITS, "0")
     return [int(digits[i : i + 2]) / 100 for i in range(0, DIGITS, 2)]
 
 
 def as_box(value: Any) -> list[float]:
-    """Raises DataError for what is no box."""
+    """A box as four fractions. Raises DataError for an invalid one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -46,7 +45,7 @@ def as_box(value: Any) -> list[float]:
             value = None
     numbers = isinstance(value, (list, tuple)) and len(value) == 4
     if not numbers or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value):
-        raise DataError("has to be a box: [left, top, right, bottom] as shares of the picture from 0 to 1.")
+        raise DataError("has to be a box: [left, top, right, bottom] as fractions of the picture from 0 to 1.")
     left, top, right, bottom = (float(v) for v in value)
     if left >= right or top >= bottom:
         raise DataError(

@@ -1,4 +1,4 @@
-"""A picture: `<|image|>`, a `<|patch|>` for each of its patches, `<|/image|>`; drawn, `<|image|>` and its codes."""
+"""A picture: `<|image|>`, a `<|patch|>` for each of its patches, `<|/image|>`; generated, `<|image|>` and its codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    """A path, the bytes of a file, an array, a PIL image, or features of one (images.Features)."""
+    """Encode a path, the bytes of a file, an array, a PIL image, or image features (images.Features)."""
     tokenizer, grid = processor.tokenizer, processor.grid
     if (features := Features.of(value)) is not None:
         patches = features.rows * features.columns
@@ -37,7 +37,7 @@ def source(value: Any, processor: Processor) -> Piece:
 
 
 def target(value: Any, processor: Processor) -> Sequence[int]:
-    """A picture as in `source`, or its codes, a list of numbers."""
+    """Encode a picture as in `source`, or its codes, a list of numbers."""
     codec, start = _codec(processor), processor.tokenizer.code_start
     if isinstance(value, list):
         return [processor.tokenizer.image_id, *(start + _checked_codes(value, codec)).tolist()]

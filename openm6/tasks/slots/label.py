@@ -1,4 +1,4 @@
-"""A label: a short text of a closed set. Which set, the task knows; decoding is kept to it by a trie."""
+"""A label: a short text of a closed set, which the task defines; decoding is restricted to it by a trie."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ def schema() -> dict[str, Any]:
 
 
 def normalize_label(text: str) -> str:
-    """The one spelling of a label: Unicode's form NFKC (so that full-width letters, digits and punctuation become
-    half-width ones, in Chinese labels too), no blanks at the ends, one blank for several. Capitals make a difference.
-    """
+    """The canonical spelling of a label: Unicode's form NFKC (full-width letters, digits and punctuation become
+    half-width, in Chinese labels too), blanks collapsed and stripped. Case matters."""
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 

@@ -2,8 +2,7 @@
 
     <|table|> <|row|> 品类 <|cell|> 连衣裙 <|cell|> 颜色 <|cell|> 红色 <|row|> ... <|/table|>
 
-Each cell is its column's name and its value; a row may have columns that others have not.
-"""
+Each cell is the name of its column and its value; rows may have different columns."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def source(value: Any, processor: Processor) -> Piece:
 
 
 def target(value: Any, processor: Processor) -> list[int]:
-    """One row (a mapping), several (a list of them), or either as JSON text. A cell of None is left out."""
+    """Encode one row (a mapping), several (a list of them), or either as JSON text. A cell of None is left out."""
     tokenizer = processor.tokenizer
     ids = [tokenizer.table_id]
     for row in _rows(value):
@@ -54,7 +53,7 @@ def read(ids: Sequence[int], processor: Processor) -> list[dict[str, str]]:
 
 
 def split(ids: Sequence[int], mark: int) -> list[list[int]]:
-    """The runs of ids between the marks."""
+    """Runs of ids between marks."""
     runs: list[list[int]] = [[]]
     for i in ids:
         if i == mark:
@@ -65,7 +64,7 @@ def split(ids: Sequence[int], mark: int) -> list[list[int]]:
 
 
 def cells_of(value: Any) -> Iterator[tuple[str, str]]:
-    """Name and value of every cell of a table in any of its forms; of what is no table none."""
+    """Name and value of every cell of a table in any of its forms; nothing for other values."""
     try:
         rows = _rows(value)
     except DataError:

@@ -1,4 +1,4 @@
-"""Text, also with gaps."""
+"""Text, with or without gaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def schema() -> dict[str, Any]:
 
 
 def source(value: Any, processor: Processor) -> Piece:
-    """A text, or a text with gaps (a tuple of pieces, see `corrupt`): each gap is one `<|mask|>`."""
+    """Encode a text, or a text with gaps (a tuple of pieces, see `corrupt`), each gap as one `<|mask|>`."""
     if isinstance(value, tuple):
         ids = processor.tokenizer.encode(value[0])
         for piece in value[1:]:
@@ -35,7 +35,7 @@ def read(ids: Sequence[int], processor: Processor) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A string, or a number as a string. Raises DataError for anything else and for nothing."""
+    """A string, or a number as a string. Raises DataError for anything else and for the empty string."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

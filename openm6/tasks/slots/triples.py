@@ -25,7 +25,7 @@ def source(value: Any, processor: Processor) -> Piece:
 
 
 def target(value: Any, processor: Processor) -> list[int]:
-    """A list of three texts or numbers each, or its JSON."""
+    """Encode a list of three texts or numbers each, or its JSON."""
     tokenizer = processor.tokenizer
     ids = [tokenizer.table_id]
     for subject, relation, thing in as_triples(value):
@@ -35,7 +35,7 @@ def target(value: Any, processor: Processor) -> list[int]:
 
 
 def read(ids: Sequence[int], processor: Processor) -> list[list[str]]:
-    """The triples; what is not of three parts is left out."""
+    """The triples; rows of other than three parts are left out."""
     tokenizer = processor.tokenizer
     inside = [i for i in ids if i not in (tokenizer.table_id, tokenizer.table_end_id)]
     rows = [
@@ -45,7 +45,7 @@ def read(ids: Sequence[int], processor: Processor) -> list[list[str]]:
 
 
 def as_triples(value: Any) -> list[tuple[str, str, str]]:
-    """Raises DataError for what is no list of triples."""
+    """A value as a list of triples. Raises DataError for any other value."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

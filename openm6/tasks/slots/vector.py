@@ -1,7 +1,6 @@
-"""A vector that stands for the input: what the network has made of it where the answer would begin, at length 1.
+"""A vector that represents the input: the network's output where the answer would begin, at length 1.
 
-It is no token: nothing is written, and it cannot be given.
-"""
+It has no tokens: it is neither generated nor an input."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What is written from a table of attributes: copy, a slogan with its second line, a plain text; and spoken words of a
-live sale, as a recognizer of speech writes them down, with the script that they become."""
+"""Texts from a table of attributes: copy, a slogan with its second line, a plain text; and speech of a live sale, as a
+speech recognizer writes it down, with the script made of it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _copy(w: Wording, words: dict[str, str]) -> str:
 
 
 def facts(w: Wording) -> Record:
-    """attributes (the category and three to six others) and text, a sentence or two that tells each of them once."""
+    """attributes (the category and three to six others) and text, a sentence or two that states each of them once."""
     goods = make_goods(w)
     chosen = w.some(list(_TELLS), w.number(3, 6))
     row = goods.row("category", *chosen)
@@ -103,8 +103,8 @@ _WRITTEN = {
 
 
 def live(w: Wording) -> Record:
-    """asr: how a host speaks, without punctuation, with fillers, words said twice and a price put right; script: what
-    is to be said, in a fixed order; attributes: what is true."""
+    """asr: speech of a host, without punctuation, with fillers, repeated words and a corrected price; script: the clean
+    text, in a fixed order; attributes: the facts."""
     goods = make_goods(w)
     words = goods.words()
     told = [name for name in _SPOKEN if name in ("colour", "merits") or w.chance(0.75)]
@@ -137,7 +137,7 @@ _OFFERS = (
 
 
 def _hesitant(w: Wording, part: str) -> str:
-    """With a filler before it now and then, or its first or last two characters said twice."""
+    """The text, sometimes after a filler, or with its first or last two characters repeated."""
     if w.chance(0.5):
         part = w.one(_FILLERS) + part
     if w.chance(0.25) and not part[-1].isascii():

@@ -1,4 +1,4 @@
-"""Goods with eight attributes, and which of their combinations no training record shows."""
+"""Goods with eight attributes, and the combinations that no training record shows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "毯子": ("条", ("纯棉", "羊毛", "羊绒"), "盖上一觉到天亮"),
     "餐盘": ("个", ("陶瓷", "玻璃", "竹木"), "吃饭也有好心情"),
 }
-"""Category: its measure word, the materials that it comes in, and what it is good for."""
+"""Category: its measure word, its possible materials, and its uses."""
 
 MERITS: dict[str, tuple[str, str]] = {
     "纯棉": ("柔软亲肤", "吸汗透气"), "真丝": ("轻薄顺滑", "光泽细腻"), "亚麻": ("挺括凉爽", "透气不闷"),
@@ -102,7 +102,7 @@ def is_held_out(goods: Goods) -> bool:
 
 
 def make_goods(w: Wording, **fixed: str) -> Goods:
-    """Goods of the split: in the test split held-out combinations alone. `fixed` attributes are as given."""
+    """Random goods of the split: in the test split held-out combinations alone. `fixed` attributes are as given."""
     while True:
         category = w.one(list(CATEGORIES))
         goods = Goods(

@@ -1,4 +1,4 @@
-"""Two texts, and what is between them: does the first say the second, and how alike are they."""
+"""Pairs of texts: entailment and similarity."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ _DESCRIBED = (
 
 
 def similar(w: Wording) -> Record:
-    """first, second: two descriptions; label: in how many of category, colour, pattern and style they agree, 0 to 4."""
+    """first, second: two descriptions; label: the number of category, colour, pattern and style in which they agree, 0
+    to 4."""
     goods = make_goods(w)
     label = w.number(0, 4)
     others = {

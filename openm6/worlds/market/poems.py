@@ -1,8 +1,7 @@
-"""Verses in four classical forms and short stories: invented, so that form, theme and what has to occur can be checked.
+"""Verses in four classical forms and short stories: invented, so that form, theme and required content can be checked.
 
-A verse keeps its form's number of lines and of characters, its even lines rhyme (the last characters are of one group),
-and no line comes twice.
-"""
+A verse keeps the number of lines and characters of its form, its even lines rhyme (the last characters are of one
+group), and no line is repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ RHYMES = (
     ("春风", "清明", "繁星", "长亭", "归程", "虫鸣", "钟声", "心情", "天晴", "浮萍", "画屏", "诗情"),
     ("高楼", "小舟", "清秋", "乡愁", "江流", "枝头", "白鸥", "桥头", "沙洲", "田畴", "山丘", "西楼"),
 )
-"""Ends of lines that rhyme with each other."""
+"""Groups of line ends that rhyme."""
 
 _FREE = ("细雨", "古寺", "落日", "碧水", "新柳", "老树", "野渡", "石阶", "小路", "柴门", "晚霞", "渔歌")
 _VERBS = "入照过满落绕映到动拂染伴送近"

@@ -1,4 +1,4 @@
-"""Passages about shops with a summary, a title, questions and answers; and what is known of materials, asked without a
+"""Passages about shops with a summary, a title, questions and answers; and knowledge about materials, asked without a
 passage."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _STREETS = ("河坊街", "解放路", "中山路", "人民路", "花园街", "�
 _NAMED, _KINDS = "云青星海松金玉风明远", ("小铺", "商行", "工坊", "生活馆", "杂货店")
 _EVENTS = ("周末市集", "试穿会", "手工课", "老客户聚会", "新品发布会")
 
-# What is told: how, what is asked, and how the summary says it.
+# Facts: wordings, questions, and wordings of the summary.
 _TOLD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "place": (
         (
@@ -101,7 +101,7 @@ _EXTRA = (
 
 
 def passages(w: Wording) -> Record:
-    """passage, summary (place, owner, goods), title, question and answer, kind (what is asked)."""
+    """passage, summary (place, owner, goods), title, question and answer, kind (the attribute asked for)."""
     while True:  # names of the test split are its own
         owner, shop = w.one(_FAMILY) + w.one(_GIVEN), w.one(_NAMED) + w.one(_NAMED) + w.one(_KINDS)
         if (sum(map(ord, owner + shop)) % 5 == 0) == (w.split == "test"):
@@ -155,8 +155,8 @@ _POLITE = ("", "你好，", "想问一下，", "我想知道，", "麻烦问一�
 
 
 def knowledge(w: Wording) -> Record:
-    """question and answer about materials and goods: the facts are the same in all splits (one cannot know what one was
-    never told), a fifth of the wordings is not."""
+    """question and answer about materials and goods: the facts are the same in all splits, because a model cannot infer
+    unknown facts; a fifth of the wordings is not."""
     polite = w.one(_POLITE)
     if w.chance(0.25):
         category = w.one(list(CATEGORIES))

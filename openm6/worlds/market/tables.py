@@ -1,4 +1,4 @@
-"""Small tables of goods, questions about them, and the answers that code finds."""
+"""Small tables of goods, with questions and computed answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reviews with what they praise or blame, and questions of customers with a shop's replies."""
+"""Reviews with praise and blame, and questions of customers with a shop's replies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from openm6.data.store import Record
 from openm6.worlds.market.goods import Goods, make_goods
 from openm6.worlds.market.wording import Wording
 
-# Of each topic: praise, blame.
+# Praise and blame of each topic.
 _SAID: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "质量": (
         ("{s}做工很细", "用了一个月还像新的", "质量比想的好", "针脚整齐，很结实", "拿到手就知道是好东西"),
@@ -34,7 +34,7 @@ _TURNS = ("，不过", "，但是", "，可惜", "，就是", "，只是")
 
 
 def reviews(w: Wording) -> Record:
-    """text; label: 好评, 差评, or 中评 where it praises one thing and blames another; topic: of what first."""
+    """text; label: 好评, 差评, or 中评 where it praises one thing and blames another; topic: of the first."""
     goods = make_goods(w)
     words = goods.words()
     topic, other = w.some(list(_SAID), 2)
@@ -67,7 +67,7 @@ _THANKS = ("好的谢谢", "谢谢啦", "知道了，多谢", "好，明白了",
 
 
 def talks(w: Wording) -> Record:
-    """attributes of what is sold, history (the customer's last words, or an exchange before them too), reply."""
+    """attributes of the goods, history (the customer's last words, perhaps after an exchange), reply."""
     goods = make_goods(w)
     history, reply = _turn(w, goods)
     if w.chance(0.4):
@@ -79,7 +79,7 @@ def talks(w: Wording) -> Record:
 
 
 def _turn(w: Wording, goods: Goods) -> tuple[str, str]:
-    """A customer's words, and the reply that is true of the goods."""
+    """A customer's words, and a reply that is true of the goods."""
     words = goods.words()
     if w.chance(0.35):
         other = make_goods(w)

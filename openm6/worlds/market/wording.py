@@ -1,5 +1,5 @@
-"""What is random in a generated record: choices that depend on the record's seed, split and number alone, and wordings
-of which a fifth is met in the test split only."""
+"""Randomness of a generated record: choices determined by its seed, split and number, and wordings of which a fifth
+occurs in the test split only."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from openm6.data.store import check_split
 
 SPLITS = ("train", "validation", "test")
 KEPT_BACK = 5
-"""Of each five wordings the last is kept back for the test split, where half of the records use such a one."""
+"""The last of each five wordings is held out for the test split, where half of the records use a held-out one."""
 
 T = TypeVar("T")
 
 
 class Wording:
-    """Choices for one record: of the `number`-th of a split of a kind of text."""
+    """Random choices for the `number`-th record of a split of a kind of text."""
 
     def __init__(self, kind: int, split: str, seed: int, number: int):
         check_split("The market has", split, SPLITS)
@@ -26,7 +26,7 @@ class Wording:
         self._rng = np.random.default_rng([seed, SPLITS.index(split), kind, number])
 
     def one(self, choices: Sequence[T]) -> T:
-        """Any of them, alike in every split."""
+        """One of the values, with the same distribution in every split."""
         return choices[int(self._rng.integers(len(choices)))]
 
     def say(self, wordings: Sequence[str], **values: object) -> str:
@@ -39,15 +39,15 @@ class Wording:
         return chosen.format(**values)
 
     def some(self, choices: Sequence[T], count: int) -> list[T]:
-        """`count` different ones, in any order."""
+        """`count` different values, in random order."""
         return [choices[int(i)] for i in self._rng.permutation(len(choices))[:count]]
 
     def kept(self, choices: Sequence[T], count: int) -> list[T]:
-        """`count` different ones in their order."""
+        """`count` different values in their given order."""
         return [choices[i] for i in sorted(self._rng.permutation(len(choices))[:count].tolist())]
 
     def number(self, low: int, high: int) -> int:
-        """From low to high, both included."""
+        """A random integer from low to high, both included."""
         return int(self._rng.integers(low, high + 1))
 
     def chance(self, share: float) -> bool:

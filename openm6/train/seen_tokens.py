@@ -1,8 +1,8 @@
-"""Which ids a model has met in training, and which of those that new data have it has not.
+"""The token ids that a model has seen in training, and the ids of new data that it has not.
 
-The embedding of an id that was never met is still random, and an adapter beside the blocks cannot mend that. On reviews
-of whose tokens a base had met 43%, LoRA alone ended at a loss of 0.25 to 0.31, with rows of the other tokens at 0.09 to
-0.10, and all weights at 0.04 (three seeds).
+The embedding of an unseen id is still random, and an adapter beside the blocks cannot correct that. On reviews of whose
+tokens a base had seen 43%, LoRA alone ended at a loss of 0.25 to 0.31, with rows for the unseen tokens at 0.09 to 0.10,
+and full training at 0.04 (three seeds).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from openm6.data.columns import SlotView
 from openm6.data.loader import Entry
 from openm6.data.store import Records
 from openm6.tasks.card import read_taught
+from openm6.tasks.encode import encode_example
 from openm6.tasks.processor import Processor
 from openm6.tasks.task import Task
 from openm6.train.checkpoint import latest_checkpoint
@@ -28,41 +29,41 @@ from openm6.train.distributed import Group
 from openm6.train.setup import TOKENIZER_TEXTS, texts_of
 
 ENCODED = 32
-"""Records of a source that are encoded whole, pictures included."""
+"""Records of a source that are encoded as whole examples, images included."""
 
 
-class Taught:
-    """The ids that the model had met before a run, and those of the run's examples. Of a model whose ids nobody wrote
-    down nothing is known, before or after."""
+class SeenTokens:
+    """The ids that the model had seen before a run, and those of the run's examples. They stay unknown for a model that
+    has no record of them."""
 
     def __init__(self, processor: Processor, output: Path, group: Group):
         self.group, known = group, processor.taught
         last = latest_checkpoint(output / "checkpoints")
         if last is not None and known is not None:  # the run goes on
             known |= read_taught(last) or frozenset()
-        self._met = None if known is None else np.zeros(processor.tokenizer.vocab_size, bool)
+        self._seen = None if known is None else np.zeros(processor.tokenizer.vocab_size, bool)
         self.add_ids(known or ())
 
     def add(self, examples: Iterable[Sequence]) -> None:
-        """Take in what one process trains on."""
-        if self._met is not None:
-            self._met[_ids_of(examples)] = True
+        """Add the examples that this process trains on."""
+        if self._seen is not None:
+            self._seen[_ids_of(examples)] = True
 
     def add_ids(self, ids: Iterable[int]) -> None:
-        if self._met is not None:
-            self._met[list(ids)] = True
+        if self._seen is not None:
+            self._seen[list(ids)] = True
 
-    def everywhere(self) -> frozenset[int] | None:
-        """The ids that any process has met; every process calls it."""
-        if self._met is None:
+    def from_all_processes(self) -> frozenset[int] | None:
+        """The ids that any process has seen; every process calls it."""
+        if self._seen is None:
             return None
-        met = self.group.sum(torch.from_numpy(self._met).int().to(self.group.device)).cpu()
-        return frozenset(met.nonzero().flatten().tolist())
+        seen = self.group.sum(torch.from_numpy(self._seen).int().to(self.group.device)).cpu()
+        return frozenset(seen.nonzero().flatten().tolist())
 
 
-def untaught_ids(entries: list[Entry], processor: Processor) -> tuple[list[int], float]:
-    """The ids of the entries' texts, and those around the texts of their first records as they are trained, that the
-    model has not met; and the fraction of such ids among all tokens of the texts."""
+def unseen_token_ids(entries: list[Entry], processor: Processor) -> tuple[list[int], float]:
+    """The unseen ids of the entries' texts and of their first records as encoded examples, and the fraction of unseen
+    tokens in the texts."""
     tokenizer, taught = processor.tokenizer, processor.taught
     if taught is None:
         return [], 0.0
@@ -84,15 +85,17 @@ def untaught_ids(entries: list[Entry], processor: Processor) -> tuple[list[int],
 
 
 def _examples(task: Task, records: Records, columns: Mapping[str, str], processor: Processor) -> Iterator[Sequence]:
-    """The first records as they are trained: with masks, marks of tables, codes, and what else a task writes."""
+    """The first records as examples, with the masks, table marks and codes of their task."""
     view, rng = SlotView.of(task, records, columns), np.random.default_rng(0)
     for number in range(min(len(records), ENCODED)):
         with suppress(DataError):  # the loader rejects the record
-            yield task.encode(view(records[number], rng), processor, rng, another=lambda: view(records[0], rng))
+            yield encode_example(
+                task, view(records[number], rng), processor, rng, another=lambda: view(records[0], rng)
+            )
 
 
 def _ids_of(examples: Iterable[Sequence]) -> np.ndarray:
-    """The ids that the network reads or writes (the end of a text is written, never read)."""
+    """The ids that the network reads or predicts (the end of a text is predicted, never read)."""
     parts = [part for one in examples for part in (one.ids, one.labels)]
     ids = np.concatenate([np.empty(0, np.int32), *parts])
     return ids[ids != IGNORE]

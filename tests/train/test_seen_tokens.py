@@ -146,7 +146,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> N
 def test_other_adapters_say_what_they_leave_out(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(adapting(base, tmp_path / "ia3", NEW, "ia3", steps=1))
     told = " ".join(capsys.readouterr().err.split())
-    assert "The model has not met 4 tokens" in told and "which ia3 leaves as they are: lora and full train them" in told
+    assert (
+        "The model has not seen 4 tokens" in told and "which ia3 leaves as they are: lora and full train them" in told
+    )
 
 
 def test_merged_it_is_a_model_like_any(adapter: Path, tmp_path: Path) -> None:

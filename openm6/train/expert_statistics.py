@@ -1,4 +1,4 @@
-"""What experts were given: statistics of a run, and the balance that follows from them."""
+"""Tokens per expert over a run, and the balance of the routers that follows from them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openm6.core.extras import require
 from openm6.core.files import lines_of
 from openm6.model import M6
 from openm6.model.codec import Codec
-from openm6.model.experts import Load, MixtureOfExperts
+from openm6.model.experts import MixtureOfExperts, RouterStatistics
 from openm6.train.distributed import Group
 
 
-def balance_loss(loads: list[Load]) -> Tensor | float:
+def balance_loss(statistics: list[RouterStatistics]) -> Tensor | float:
     """The sum of the auxiliary and z losses of all expert layers."""
-    return torch.stack([load.loss for load in loads]).sum() if loads else 0.0
+    return torch.stack([layer.loss for layer in statistics]).sum() if statistics else 0.0
 
 
-class ExpertLoads:
-    """Gathers the loads of all expert layers over the parts of a step and over the processes.
+class ExpertStatistics:
+    """Sums the router statistics of all expert layers over the micro-batches of a step and over the processes.
 
-    Between steps it moves the routers' biases where `bias_update` asks for it (arXiv 2408.15664: by a fixed amount,
-    down for experts above the mean, up for those below).
+    Between steps it moves the routers' biases where `bias_update` is set (arXiv 2408.15664: by a fixed amount, down for
+    experts above the mean, up for those below).
     """
 
     def __init__(self, model: M6 | Codec, group: Group):
@@ -33,38 +34,37 @@ class ExpertLoads:
         used = [block.feed_forward for block in model.layers()] if isinstance(model, M6) else []  # a codec has none
         self.layers = [layer for layer in used if isinstance(layer, MixtureOfExperts)]  # a shared one several times
         for layer in self.layers:
-            layer.everywhere = group.sum
+            layer.sum_over_processes = group.sum
         self.bias_update = model.config.bias_update if isinstance(model, M6) else 0.0
         self.experts: int = model.config.num_experts if isinstance(model, M6) else 0
         self.device = group.device
-        self.begin()
+        self.start_step()
         self.clear()
 
     def clear(self) -> None:
-        """Start the statistics anew (after a log)."""
+        """Start the logged statistics anew."""
         self.window = torch.zeros(len(self.layers), self.experts + 1, dtype=torch.int64, device=self.device)
 
-    def begin(self) -> None:
-        """A new step."""
+    def start_step(self) -> None:
         self.step = torch.zeros(len(self.layers), self.experts + 1, dtype=torch.int64, device=self.device)
         for layer in self.layers:
-            layer.earlier = None
+            layer.earlier_tokens = None
 
-    def add(self, loads: list[Load], more: bool) -> None:
-        """Take in one part of a step, after its backward pass, which with recomputation reads `earlier` once more.
-        `more`: another part follows."""
-        if not loads:
+    def add(self, statistics: list[RouterStatistics], more: bool) -> None:
+        """Add a micro-batch, after its backward pass (which reads `earlier_tokens` again when it recomputes). `more`:
+        another micro-batch follows."""
+        if not statistics:
             return
-        part = torch.stack([torch.cat((load.counts, load.dropped[None])) for load in loads])
-        self.step += part
+        added = torch.stack([torch.cat((layer.tokens_per_expert, layer.dropped[None])) for layer in statistics])
+        self.step += added
         if more and self.layers[0].auxiliary_loss:
-            everywhere = self.group.sum(part[:, :-1].clone())
-            for layer, counts in zip(self.layers, everywhere, strict=True):
-                layer.earlier = counts if layer.earlier is None else layer.earlier + counts
+            total = self.group.sum(added[:, :-1].clone())
+            for layer, counts in zip(self.layers, total, strict=True):
+                layer.earlier_tokens = counts if layer.earlier_tokens is None else layer.earlier_tokens + counts
 
     @torch.no_grad()
-    def end(self) -> None:
-        """All parts of a step are in."""
+    def finish_step(self) -> None:
+        """Sum over the processes, and move the biases. Every process calls it."""
         if not self.layers:
             return
         self.step = self.group.sum(self.step)
@@ -75,8 +75,8 @@ class ExpertLoads:
                 layer.router.bias += self.bias_update * (counts.mean() - counts).sign()
 
     def statistics(self) -> dict[str, Any]:
-        """Since `clear`, by layer: coefficient of variation of the tokens an expert (0 is even), the share of choices
-        that were dropped, and the tokens of each expert. Empty for a dense model."""
+        """By layer, since `clear`: coefficient of variation of the tokens per expert (0: all equal), fraction of
+        choices dropped, and tokens of each expert. Empty for a dense model."""
         if not self.layers:
             return {}
         counts, dropped = self.window[:, :-1].double(), self.window[:, -1].double()
@@ -88,8 +88,9 @@ class ExpertLoads:
         }
 
 
-def draw_loads(log: Path, target: Path) -> None:
-    """A picture of a run's `experts.jsonl`: variation of each layer over the steps, and last loads of all experts."""
+def plot_expert_statistics(log: Path, target: Path) -> None:
+    """Plot a run's `experts.jsonl`: variation of each layer over the steps, and the last load of all experts."""
+    require("monitor", "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

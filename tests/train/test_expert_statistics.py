@@ -1,4 +1,4 @@
-"""Experts in training: what is told of their loads, and the balance that is asked for."""
+"""Experts in training: their logged statistics, and their balance."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.inference.session import Session
-from openm6.model.experts import Load, MixtureOfExperts
+from openm6.model.experts import MixtureOfExperts, RouterStatistics
 from openm6.train.distributed import Group, process_group
-from openm6.train.expert_load import ExpertLoads
+from openm6.train.expert_statistics import ExpertStatistics
 from openm6.train.trainer import Trainer, train
 from tests.conftest import EXPERTS, tiny_model
 from tests.train.conftest import SIZES, PowerCutError, cut_at, logged, losses, tiny_recipe
@@ -24,13 +24,13 @@ def sparse(output: Path, sizes: dict[str, Any], **changes: Any) -> Any:
     return tiny_recipe(output, model=model, **changes)
 
 
-def loads(output: Path) -> list[dict[str, Any]]:
+def logged_load(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "experts.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_loads_are_logged_and_drawn(tmp_path: Path) -> None:
     train(sparse(tmp_path, {"capacity_factor": 0.8}, steps=4, accumulate=2, log_every=2))
-    lines = loads(tmp_path)
+    lines = logged_load(tmp_path)
     assert [line["step"] for line in lines] == [2, 4]
     tokens = [line for line in logged(tmp_path) if "loss" in line]
     for line, told in zip(lines, tokens, strict=True):
@@ -59,7 +59,7 @@ def test_balance_evens_the_loads(tmp_path: Path, balance: dict[str, float], rout
     variation = {}
     for name, sizes in (("without", {}), ("with", balance)):
         train(sparse(tmp_path / name, {"router": router, **sizes}, steps=30, log_every=5, checkpoint_every=100))
-        variation[name] = sum(loads(tmp_path / name)[-1]["load_variation"])
+        variation[name] = sum(logged_load(tmp_path / name)[-1]["load_variation"])
     assert variation["with"] < 0.75 * variation["without"]
 
 
@@ -74,10 +74,10 @@ def test_an_interrupted_run_with_moving_biases_goes_on_bit_for_bit(tmp_path: Pat
 
 def test_a_bias_goes_down_where_there_is_too_much(tmp_path: Path) -> None:
     model = tiny_model(**EXPERTS, bias_update=0.1)
-    found = ExpertLoads(model, Group(0, 1, torch.device("cpu")))
+    found = ExpertStatistics(model, Group(0, 1, torch.device("cpu")))
     counts = torch.tensor([10, 4, 6, 20])
-    found.add([Load(counts, torch.tensor(0), torch.zeros(()))] * 2, more=False)
-    found.end()
+    found.add([RouterStatistics(counts, torch.tensor(0), torch.zeros(()))] * 2, more=False)
+    found.finish_step()
     for block in model.blocks:
         assert isinstance(block.feed_forward, MixtureOfExperts)
         assert block.feed_forward.router.bias is not None
@@ -91,17 +91,17 @@ def test_the_auxiliary_loss_is_that_of_the_definition_over_all_parts() -> None:
     assert isinstance(layer, MixtureOfExperts)
     x = torch.randn(1, 50, 32)
     real = torch.arange(50)[None] < 40
-    layer.earlier = torch.tensor([5, 0, 0, 7])
-    _, load = layer(x, real)
+    layer.earlier_tokens = torch.tensor([5, 0, 0, 7])
+    _, statistics = layer(x, real)
     scores = (x[0, :40] @ layer.router.weight.T).softmax(-1)
     counts = torch.bincount(scores.topk(2).indices.flatten(), minlength=4)
-    assert load.counts.tolist() == counts.tolist()
-    share = (counts + layer.earlier) / (80 + 12)
-    torch.testing.assert_close(load.loss, 4 * (share * scores.sum(0)).sum())
+    assert statistics.tokens_per_expert.tolist() == counts.tolist()
+    share = (counts + layer.earlier_tokens) / (80 + 12)
+    torch.testing.assert_close(statistics.loss, 4 * (share * scores.sum(0)).sum())
 
 
 def test_recomputation_changes_no_gradient_of_the_auxiliary_loss(tmp_path: Path) -> None:
-    """What a part's backward pass makes again is what its forward pass made."""
+    """The backward pass of a micro-batch recomputes the results of its forward pass."""
     for how in ("none", "full"):
         recipe = sparse(tmp_path / how, {"router": "topk", "auxiliary_loss": 1.0}, accumulate=4, learning_rate=1e-2)
         recipe.parallel.recompute = how
@@ -115,9 +115,9 @@ def test_the_z_loss_is_that_of_the_definition() -> None:
     layer = tiny_model(**EXPERTS, router_z_loss=0.1).train().blocks[0].feed_forward
     assert isinstance(layer, MixtureOfExperts)
     x = torch.randn(1, 50, 32)
-    _, load = layer(x, torch.arange(50)[None] < 40)
+    _, statistics = layer(x, torch.arange(50)[None] < 40)
     logits = (x[0, :40] @ layer.router.weight.T).view(40, 2, 2)
-    torch.testing.assert_close(load.loss, 0.1 * logits.exp().sum(-1).log().square().mean(1).sum())
+    torch.testing.assert_close(statistics.loss, 0.1 * logits.exp().sum(-1).log().square().mean(1).sum())
 
 
 def test_another_number_of_experts_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,4 @@
-"""Weights laid out once for the CPU's kernels instead of at every product, with the norms' weights in them.
-
-At one position a layer is some thirty operations of microseconds each, so every one that can be done beforehand
-counts: a norm's weight is multiplied into the matrix behind it, and so is the sqrt(D) of its mean square.
-"""
+"""Products with weights that are laid out once for the CPU's kernels instead of at every product."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.model import lowbit
-from openm6.model.norm import RMSNorm, length_of
 from openm6.model.precision import fast_dtype
 
 ROWS = 16
@@ -22,8 +17,8 @@ ROWS = 16
 
 
 LEAST_ROWS, FEW_INPUTS = 4, 1024
-"""Of fewer rows some kernels add up in another order than of many, which shows in the last bit: those of `linear` in
-fp32, and oneDNN's for one row of more inputs than FEW_INPUTS."""
+"""With fewer rows some kernels sum in another order than with many, which changes the last bit: `linear` in fp32, and
+oneDNN for one row of more inputs than FEW_INPUTS."""
 
 
 def _has_onednn() -> bool:
@@ -37,7 +32,7 @@ def kernel_dtype() -> torch.dtype:
 
 def with_least_rows(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """product(x) for x [..., in]; on a CPU with rows of zeros beside it where there are fewer than LEAST_ROWS, so that
-    a row's result does not depend on how many there are."""
+    a row's result does not depend on their number."""
     rows = x.numel() // x.shape[-1]
     if rows >= LEAST_ROWS or not rows or x.is_cuda:
         return product(x)
@@ -120,24 +115,3 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed:
     if dtype in (lowbit.INT8, lowbit.INT4):
         return PackedInt8(weight, bias)
     return PackedLinear(weight, bias, dtype)
-
-
-class Shrink(nn.Module):
-    """x / sqrt(|x|^2 + D eps): an RMSNorm without its weight and without sqrt(D)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.least = torch.tensor((width * eps) ** 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / length_of(x, self.least)
-
-
-def fold(norm: nn.Module, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, Packed]:
-    """A norm and the product behind it as a pair that gives the same with less to do (a LayerNorm stays: its kernel
-    takes its weight along)."""
-    if not isinstance(norm, RMSNorm):
-        return norm, packed(linear.weight, linear.bias, dtype)
-    width = norm.weight.shape[0]
-    weight = linear.weight.float() * norm.weight.float() * width**0.5
-    return Shrink(width, norm.eps), packed(weight, linear.bias, dtype)

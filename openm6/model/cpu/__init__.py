@@ -1,0 +1,23 @@
+"""Kernels written for CPUs, behind one switch. The network is complete without them.
+
+norm.py        RMSNorm in fewer passes over memory
+attention.py   attention by plain products, and masks that keep a row's sums independent of its neighbours
+experts.py     one expert after the other, for training
+packed.py      products with weights laid out once, in bf16, fp32, int8 or int4, for inference
+pack.py        a network with such products
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+enabled = True
+"""False: PyTorch's own operations run on CPUs too. `pack_for_cpu` has to be asked for besides."""
+
+
+def takes(x: Tensor) -> bool:
+    """True where these kernels process `x`."""
+    return enabled and not x.is_cuda
