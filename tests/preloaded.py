@@ -1,4 +1,4 @@
-"""Modules that most commands import: loaded once, by the server that forks (tests/processes.py). None starts threads."""
+"""Modules that most commands import: loaded once, by the server that forks (tests/processes.py), without threads."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch.distributed.checkpoint  # noqa: F401
 
-import openm6.cli  # noqa: F401
-import openm6.inference.session  # noqa: F401
-import openm6.train.parallel  # noqa: F401
+import openm6.cli
+import openm6.inference.session
+import openm6.train.parallel
 import openm6.train.trainer  # noqa: F401

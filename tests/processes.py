@@ -1,4 +1,4 @@
-"""Processes that begin with PyTorch and OpenM6 imported: forked from one server, where a new one imports for seconds."""
+"""Processes that begin with PyTorch and OpenM6 imported: forked from one server; a new one imports for seconds."""
 
 from __future__ import annotations
 
