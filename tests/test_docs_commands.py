@@ -250,7 +250,7 @@ BEFORE: dict[str, Callable[[Walk], Any]] = {
     "for path in paths": _name("paths", lambda: ["a.jpg", "b.jpg"]),
     'on_error="return"': _name("records", lambda: [{"photo": "a.jpg", "question": "什么?"}, {"photo": "none.jpg"}]),
     "label_probabilities": _name("records", lambda: [{"text": "又轻又软"}]),
-    "task.encode(record": _name("record", lambda: {"photo": "a.jpg", "kind": "鞋"}),
+    "encode_example(task, record": _name("record", lambda: {"photo": "a.jpg", "kind": "鞋"}),
     "index.search(query": _name("query", lambda: np.ones((1, 64), np.float32)),
 }
 """What a reader of the page has to do before a command or a Python example, by a part of it."""

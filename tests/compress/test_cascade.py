@@ -28,7 +28,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.data.store import Record
 from openm6.edge.box import Box
 from openm6.edge.cascade import Cascade
-from openm6.edge.kept import Kept, is_held_out
+from openm6.edge.kept import AnswerStore, is_held_out
 from openm6.edge.runner import EdgeModel
 from openm6.edge.settings import Settings, written
 from openm6.inference.session import Session
@@ -83,7 +83,7 @@ def box(made: Path, tmp_path: Path) -> Path:
 
 def _keep(box: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
     opened = Box(box)
-    kept = Kept(box / "kept.sqlite", mode, 10**8)
+    kept = AnswerStore(box / "kept.sqlite", mode, 10**8)
     eyes = EdgeModel(opened.folder() / "package").eyes
     for number in range(count):
         colour = COLOURS[number % 2]
@@ -108,7 +108,7 @@ def test_a_round_learns_and_is_promoted(box: Path, known: Path) -> None:
     # Calibrated now, and taught what is wrong: that costs the known, and is not promoted.
     calibrate_box(Box(box), "vqa", str(known), records=60)
     assert (box / "versions/0002/package/sureness-vqa.npz").is_file()
-    kept = Kept(box / "kept.sqlite", "all", 10**8)
+    kept = AnswerStore(box / "kept.sqlite", "all", 10**8)
     kept._file.execute("DELETE FROM answers")
     for number in range(120):
         asked = {"photo": _photo(number), "question": f"{COLOURS[number % 2]}的{number}是？"}
@@ -147,7 +147,7 @@ def test_kept_answers_are_a_source(box: Path) -> None:
 
 def test_kept_answers_that_cannot_be_learned_from_are_passed_over(box: Path, known: Path) -> None:
     _keep(box, 90)
-    kept = Kept(box / "kept.sqlite", "all", 10**8)
+    kept = AnswerStore(box / "kept.sqlite", "all", 10**8)
     for number, empty in enumerate(("", "  ", None)):
         kept.keep("vqa", {"photo": _photo(number), "question": "空的？"}, empty, "")
     kept.close()
