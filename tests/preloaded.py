@@ -1,8 +1,5 @@
 """Modules that most commands import: loaded once, by the server that forks (tests/processes.py), without threads."""
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch.distributed.checkpoint  # noqa: F401
 
