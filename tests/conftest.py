@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from other tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis

@@ -11,6 +11,7 @@ import pytest
 
 from openm6.tasks.library import get as get_task
 from tests.conftest import drawing_session
+from tests.processes import run_openm6
 
 EXTENSION = """
 import subprocess, sys, warnings
@@ -50,14 +51,21 @@ def test_a_days_commands_say_nothing_of_libraries(tmp_path: Path) -> None:
     session.save(tmp_path / "model")
     (tmp_path / "data.csv").write_text("text,label\n" + "红色的杯子,好\n画一张图,坏\n" * 8, "utf-8")
     task = ("--task", "text_classification", "--data", "data.csv")
-    said = [
+    own = {"OPENM6_HOME": str(tmp_path / "home"), "OPENM6_CACHE": str(tmp_path / "cache")}
+
+    def quick(*words: object) -> str:
+        done = run_openm6(*words, folder=tmp_path, environment={**os.environ, **own})
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = [  # the first in a process that imports all of it
         call(tmp_path, "finetune", "model", *task, "--steps", 2, "--method", "lora", "--output", "run"),
-        call(tmp_path, "eval", "run/model", *task),
-        call(tmp_path, "run", "model", "text_vector", "text=红色"),
-        call(tmp_path, "models", "export", "model", "edge"),
-        call(tmp_path, "models", "quantize", "model", "small"),
-        call(tmp_path, "models", "add", "goods", "model"),
-        call(tmp_path, "run", "goods@1", "text_vector", "text=红色"),
+        quick("eval", "run/model", *task),
+        quick("run", "model", "text_vector", "text=红色"),
+        quick("models", "export", "model", "edge"),
+        quick("models", "quantize", "model", "small"),
+        quick("models", "add", "goods", "model"),
+        quick("run", "goods@1", "text_vector", "text=红色"),
     ]
     for text in said:
         lines = [line for line in text.splitlines() if "Warning" in line or "WARNING" in line or "INFO" in line]

@@ -1,13 +1,12 @@
-"""A few training steps of a tiny network of experts, alone or under torchrun.
+"""A few training steps of a tiny network of experts, alone or on several processes.
 
-`python -m tests.distributed.steps CASES OUTPUT` writes for every case losses, gradient norms, the rows that experts
-received on every process, and all gradients of the last step.
+`main` writes for every case losses, gradient norms, the rows that experts received on every process, and all gradients
+of the last step. It is called in processes of its own.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,8 @@ from tests.conftest import example, tiny_config
 STEPS = 4
 
 
-muon.fast_dtype = lambda _: torch.float32  # its rounding would hide what is compared
-
-
 def main(cases: dict[str, dict[str, Any]], output: Path) -> None:
+    muon.fast_dtype = lambda _: torch.float32  # its rounding would hide what is compared
     with process_group() as group:
         for name, settings in cases.items():
             told, gradients = steps(settings, group)
@@ -84,7 +81,3 @@ def steps(settings: dict[str, Any], group: Group) -> tuple[dict[str, Any], dict[
         torch.distributed.all_gather(everyone, received)
     told = {"losses": losses, "norms": norms, "received": [r.tolist() for r in everyone]}
     return {**told, "host_bytes": parallel.host.bytes if parallel.host else 0}, gradients
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

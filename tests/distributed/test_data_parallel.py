@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openm6.cli import main
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig
 from openm6.model.files import save_network
 from openm6.tasks.card import read_taught
 from openm6.train.trainer import train
+from tests.processes import run_ranks
 from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
 
 OPENM6 = Path(sys.executable).with_name("openm6")
@@ -27,6 +29,16 @@ def torchrun(recipe: Path, processes: int, *changes: str) -> None:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "--no-python", str(OPENM6), "train", str(recipe), *changes,
     )  # fmt: skip
+
+
+def by_forks(recipe: Path, processes: int, *changes: str) -> None:
+    """As by torchrun, without its start, which `test_two_processes_equal_one` has."""
+    run_ranks(processes, _train, [str(recipe), *changes])
+
+
+def _train(words: list[str]) -> None:
+    sys.argv = ["openm6", "train", *words]
+    main()
 
 
 def own_launcher(recipe: Path, processes: int, *changes: str) -> None:
@@ -60,7 +72,7 @@ def test_pairs_of_two_processes_are_told_apart_from_all_others(tmp_path: Path) -
     data = [{"source": "demo:items/train?pictures=40", "task": "text_vector", "against": "image_vector"}]
     alone = tiny_recipe(tmp_path / "one", data=data, vectors={"dims": [8, 32]})
     train(alone)
-    torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
+    by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
@@ -75,7 +87,7 @@ def test_a_process_without_a_pair_and_one_without_a_target_go_on_together(tmp_pa
     alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4)
     train(alone)
     for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
-        torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
+        by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
@@ -95,7 +107,7 @@ def test_processes_with_other_kinds_of_pictures_go_on_together(tmp_path: Path) -
     alone = tiny_recipe(tmp_path / "one", data=data, model=model, batch_size=4, row_length=160)
     train(alone)
     for name, parallel in (("plain", "{sharding: none}"), ("sharded", "{sharding: zero3, experts: 2}")):
-        torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
+        by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / name}", f"parallel={parallel}")
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
@@ -107,7 +119,7 @@ def test_rows_of_new_tokens_are_trained_by_two_as_by_one(tmp_path: Path) -> None
     weights = load_file(train(alone) / "adapter_model.safetensors")
     assert any("trainable_tokens_delta" in name for name in weights)
     for sharding in ("none", "zero3"):
-        torchrun(recipe_file(alone, tmp_path), 2, f"output={tmp_path / sharding}", f"parallel.sharding={sharding}")
+        by_forks(recipe_file(alone, tmp_path), 2, f"output={tmp_path / sharding}", f"parallel.sharding={sharding}")
         assert losses(tmp_path / sharding) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
         assert weights.keys() == load_file(tmp_path / sharding / "model" / "adapter_model.safetensors").keys()
 
@@ -126,7 +138,7 @@ def test_a_sharded_network_is_measured_as_one(tmp_path: Path) -> None:
     alone = tiny_recipe(tmp_path / "one", evaluation=evaluation, model=model)
     train(alone)
     recipe = recipe_file(alone, tmp_path)
-    torchrun(recipe, 2, f"output={tmp_path / 'two'}", "parallel={sharding: zero3, experts: 2, offload: 0.5}")
+    by_forks(recipe, 2, f"output={tmp_path / 'two'}", "parallel={sharding: zero3, experts: 2, offload: 0.5}")
     ours, theirs = ([line for line in logged(tmp_path / name) if "evaluation" in line] for name in ("one", "two"))
     assert len(ours) == len(theirs) == 4
     for mine, other in zip(ours, theirs, strict=True):
@@ -143,7 +155,7 @@ def test_a_run_of_two_is_continued_by_one(tmp_path: Path) -> None:
     train(whole)
     recipe = recipe_file(whole, tmp_path)
     # The same schedule, stopped half-way by deleting what came later.
-    torchrun(recipe, 2, f"output={tmp_path / 'two'}", "train.keep=9")
+    by_forks(recipe, 2, f"output={tmp_path / 'two'}", "train.keep=9")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
     train(tiny_recipe(tmp_path / "two"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,7 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection, TrainSection
 from tests.conftest import example, tiny_config
 from tests.plan.test_footprint import bytes_of
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_ranks
 
 # Sizes that two and four do not divide.
 UNEVEN = {
@@ -60,9 +57,10 @@ def config_of(sizes: dict[str, Any]) -> ModelConfig:
     return tiny_config(**sizes)
 
 
-def measure() -> None:
-    """Every process takes a step of every case; the first one prints what the fullest holds."""
+def measure(held_file: Path) -> None:
+    """Every process takes a step of every case; the first one writes what the fullest holds."""
     torch.set_num_threads(1)
+    found = []
     with process_group() as group:
         for sizes, section, optimizer in CASES:
             torch.manual_seed(0)
@@ -92,20 +90,17 @@ def measure() -> None:
             everyone = [torch.zeros_like(held) for _ in range(group.world)]
             dist.all_gather(everyone, held)
             if group.first:
-                fullest = max(everyone, key=lambda found: int(found.sum()))
-                print("held", json.dumps(fullest.tolist()), flush=True)
+                fullest = max(everyone, key=lambda one: int(one.sum()))
+                found.append(fullest.tolist())
+        if group.first:
+            held_file.write_text(json.dumps(found))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_states_are_those_of_the_fullest_process(processes: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         "-m", "tests.distributed.test_planner"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    held = [json.loads(line.removeprefix("held ")) for line in done.stdout.splitlines() if line.startswith("held ")]
+def test_states_are_those_of_the_fullest_process(processes: int, tmp_path: Path) -> None:
+    run_ranks(processes, measure, tmp_path / "held.json")
+    held = json.loads((tmp_path / "held.json").read_text())
     assert len(held) == len(CASES)
     for (sizes, settings, optimizer), found in zip(CASES, held, strict=True):
         config, section = config_of(sizes), ParallelSection.model_validate(settings)
@@ -116,7 +111,3 @@ def test_states_are_those_of_the_fullest_process(processes: int) -> None:
         guests = places(by_layer, offload).guest.total
         assert [planned.parameters, planned.gradients, planned.optimizer, guests] == found, (sizes, settings, optimizer)
         assert dry_run(config, layout, optimizer) == by_layer
-
-
-if __name__ == "__main__":
-    measure()

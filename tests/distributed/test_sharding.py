@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,8 @@ from openm6.train.distributed import Group
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection
 from tests.conftest import tiny_model
+from tests.distributed import steps
+from tests.processes import run_ranks
 
 SIZES = {"num_experts": 8, "experts_per_token": 2, "shared_intermediate_size": 16, "router": "prototype"}
 AUXILIARY = {**SIZES, "router": "topk", "auxiliary_loss": 0.1}
@@ -74,14 +74,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (processes, base, more) in TOGETHER.items():
         cases[processes][name] = {**ALONE[base], **more}
     for processes, named in cases.items():
-        file = folder / f"{processes}.json"
-        file.write_text(json.dumps({name: {"sizes": SIZES, **settings} for name, settings in named.items()}))
-        command = [sys.executable, "-m"]
-        if processes > 1:
-            command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        command += ["tests.distributed.steps", str(file), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(
+            processes, steps.main, {name: {"sizes": SIZES, **settings} for name, settings in named.items()}, folder
+        )
     return folder
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from openm6.train.parallel import Parallel
 from openm6.train.recipe import ParallelSection
 from openm6.train.start import start_at_random, start_from
 from tests.conftest import tiny_config
+from tests.processes import run_ranks
 
 # Sizes that two and four do not divide.
 SIZES = {"vocab_size": 97, "hidden_size": 42, "num_attention_heads": 3, "num_experts": 4, "bias_update": 1e-3}
@@ -56,18 +55,9 @@ def test_every_layout_starts_as_one_process(processes: int, tmp_path: Path, monk
     monkeypatch.setattr(start, "BLOCK", 100)
     alone = meta_model(saved.config).to_empty(device="cpu")
     start_at_random(alone, 7)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         "-m", "tests.distributed.test_start", str(tmp_path)],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(processes, build, tmp_path)
     for number in range(len(SECTIONS)):
         for way, wanted in (("seed", alone), ("stored", saved)):
             found = load_file(tmp_path / f"{way}-{number}.safetensors")
             for name, tensor in wanted.state_dict().items():
                 assert torch.equal(found[name], tensor), (SECTIONS[number], way, name)
-
-
-if __name__ == "__main__":
-    build(Path(sys.argv[1]))

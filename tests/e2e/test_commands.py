@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.processes import run_openm6
 from tests.tasks.conftest import picture
 from tests.train.conftest import SIZES
 
@@ -42,14 +43,24 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OPENM6_CACHE": str(folder / "cache"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(OPENM6), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "OPENM6_CACHE": str(folder / "cache"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, *arguments: str) -> str:
+    """The program as it is installed."""
+    done = subprocess.run(
+        [str(OPENM6), *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_openm6(*arguments, folder=folder, environment=environment(folder))
+
+
+def printed(folder: Path, *arguments: str) -> str:
     done = call(folder, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -76,17 +87,17 @@ def test_a_newcomers_path(room: Path) -> None:
 
 def test_a_finished_run_has_nothing_more_to_do(room: Path) -> None:
     before = (room / "run" / "metrics.jsonl").read_text("utf-8").count('"loss"')
-    run(room, "train", "goods.yaml")
+    printed(room, "train", "goods.yaml")
     assert (room / "run" / "metrics.jsonl").read_text("utf-8").count('"loss"') == before
 
 
 def test_tasks_are_listed_and_shown(room: Path) -> None:
-    listed = run(room, "tasks")
+    listed = printed(room, "tasks")
     assert "vqa" in listed
     assert "[image:photo] [text:question] -> [text:answer]" in listed
-    shown = json.loads(run(room, "tasks", "show", "vqa", "--json"))
+    shown = json.loads(printed(room, "tasks", "show", "vqa", "--json"))
     assert shown["schema"]["inputs"]["required"] == ["photo", "question"]
-    assert "question" in run(room, "tasks", "show", "vqa")
+    assert "question" in printed(room, "tasks", "show", "vqa")
 
 
 def test_help_is_there_for_every_command(room: Path) -> None:
@@ -101,7 +112,7 @@ def test_help_is_there_for_every_command(room: Path) -> None:
         ["data", "check"],
         ["models", "import"],
     ):
-        assert "Usage" in run(room, *command, "--help")
+        assert "Usage" in printed(room, *command, "--help")
 
 
 @pytest.mark.parametrize(
@@ -153,11 +164,10 @@ def test_a_kill_in_the_middle_costs_nothing(room: Path) -> None:
     import time
 
     changes = ["output=killed", "train.steps=30", "train.checkpoint_every=2", "train.log_every=1"]
-    environment = {**os.environ, "OPENM6_CACHE": str(room / "cache"), "OMP_NUM_THREADS": "1"}
     metrics = room / "killed" / "metrics.jsonl"
     for wanted in (3, 9):
         process = subprocess.Popen(
-            [str(OPENM6), "train", "goods.yaml", *changes], cwd=room, env=environment, stderr=subprocess.DEVNULL
+            [str(OPENM6), "train", "goods.yaml", *changes], cwd=room, env=environment(room), stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
@@ -166,8 +176,8 @@ def test_a_kill_in_the_middle_costs_nothing(room: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    run(room, "train", "goods.yaml", *changes)
-    run(room, "train", "goods.yaml", *[c.replace("killed", "whole") for c in changes])
+    printed(room, "train", "goods.yaml", *changes)
+    printed(room, "train", "goods.yaml", *[c.replace("killed", "whole") for c in changes])
 
     def losses(name: str) -> dict[int, float]:
         lines = (room / name / "metrics.jsonl").read_text("utf-8").splitlines()

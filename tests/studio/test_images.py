@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from openm6.tasks.encode import encode_example
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 from tests.conftest import drawing_session
+from tests.processes import run_openm6
 from tests.tasks.conftest import picture
 
 TASK = "text_to_image"
@@ -427,8 +426,7 @@ def test_the_commands(session: Session, tmp_path: Path) -> None:
     (tmp_path / "prompts.csv").write_text("wish,note\n红色的杯子,a\n杯子,b\n,c\n", "utf-8")
 
     def run(*arguments: str, code: int = 0) -> str:
-        command = [sys.executable, "-m", "openm6", "images", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = run_openm6("images", *arguments, folder=tmp_path)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout if code == 0 else done.stderr

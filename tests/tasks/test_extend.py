@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from openm6.cli import main
 from openm6.core.errors import DataError, UsageError
 from openm6.evaluate.command import measure
 from openm6.inference.session import Session
@@ -21,6 +22,7 @@ from openm6.tasks.heads import HEADS
 from openm6.tasks.metrics import METRICS
 from openm6.tasks.slots import TYPES
 from openm6.train.trainer import train
+from tests.processes import run_openm6, run_ranks
 from tests.tasks.conftest import picture
 from tests.train.conftest import recipe_file, tiny_recipe
 
@@ -87,8 +89,13 @@ def test_the_command_takes_the_extension_to_further_processes(depth: Any, tmp_pa
     done = subprocess.run([*words, "train", str(file), "--processes", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     words += ["eval", str(tmp_path / "run" / "model"), "--task", DEPTH, "--data", "scenes/test?pictures=9", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = run_openm6(*words[1:])
     assert done.returncode == 0 and json.loads(done.stdout)["scores"]["ordered"]["n"] == 9, done.stderr[-2000:]
+
+
+def _train(file: Path) -> None:
+    sys.argv = ["openm6", "--extension", str(EXAMPLES / "depth_head.py"), "train", str(file)]
+    main()
 
 
 @pytest.mark.slow
@@ -96,10 +103,7 @@ def test_a_head_that_no_task_trains_stays_as_it_is(depth: Any, tmp_path: Path) -
     data = [{"source": "scenes/train?pictures=20", "task": DEPTH}]
     base = train(tiny_recipe(tmp_path / "base", data=data, steps=2))
     file = recipe_file(tiny_recipe(tmp_path / "on", model={"path": str(base)}, steps=3, learning_rate=1e-2), tmp_path)
-    words = [str(Path(sys.executable).with_name("openm6")), "--extension", str(EXAMPLES / "depth_head.py")]
-    words += ["train", str(file), "--processes", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(2, _train, file)
     before, after = (Session.load(path, "cpu", True).model.state_dict() for path in (base, tmp_path / "on" / "model"))
     assert torch.equal(before["heads.depth.weight"], after["heads.depth.weight"])
     assert not torch.equal(before["embed.weight"], after["embed.weight"])
