@@ -14,8 +14,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, Timeo
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
-import numpy as np
-
 from openm6.core.errors import ContextLengthError
 
 AT_ONCE = 8
@@ -32,7 +30,7 @@ CHOSEN, BUSY, CLOUD, TASK = "chosen", "busy", "cloud", "task"
 class Reason(NamedTuple):
     """Why the cloud gave no answer, in a few words, and what it concerns:
 
-    CHOSEN    box.toml, a change of which the log reports
+    CHOSEN    edge.toml, a change of which the log reports
     BUSY      this request alone
     CLOUD     every request: after a few of them all requests are paused
     TASK      the task, whose requests are paused: the cloud has another version or another model
@@ -45,8 +43,8 @@ class Reason(NamedTuple):
 REASONS = {
     "offline": Reason("offline", CHOSEN),
     "privacy": Reason("nothing may be sent", CHOSEN),
-    "settings": Reason("box.toml cannot be used, so that nothing is sent", CHOSEN),
-    "changed": Reason("box.toml was changed meanwhile", CHOSEN),
+    "settings": Reason("edge.toml cannot be used, so that nothing is sent", CHOSEN),
+    "changed": Reason("edge.toml was changed meanwhile", CHOSEN),
     "no_eyes": Reason("the device lacks the cloud's image encoder, to send features"),
     "budget": Reason("this hour's requests to the cloud are used up"),
     "crowded": Reason("too many requests to the cloud are open already"),
@@ -131,7 +129,7 @@ class Cloud:
                     raise CloudError(why.kind, str(why))
         if not self._free.acquire(blocking=False):
             raise CloudError("crowded")
-        body = {"inputs": _outgoing(inputs), "seconds": seconds}
+        body = {"inputs": inputs, "seconds": seconds}
         body |= {name: one for name, one in (("model", self._model), ("truncate", truncate)) if one}
         try:
             asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds, before)
@@ -194,7 +192,7 @@ class Cloud:
         but 200."""
         if not self._is_key_sendable:  # http.client would raise an error that repeats the key
             raise CloudError("key", "the key has characters that cannot be sent, such as the end of a line")
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        data = None if body is None else json.dumps(body, ensure_ascii=False, default=_plain).encode()
         for fresh in (False, True):
             connection = None if fresh else self._still_open()
             reused = connection is not None
@@ -263,12 +261,8 @@ def _read(content: bytes) -> Any:
         return None
 
 
-def _outgoing(value: Any) -> Any:
-    """The value with bytes as base64 and arrays as lists."""
+def _plain(value: Any) -> Any:
+    """A value for JSON: bytes as base64, mappings as objects, numpy values as numbers and lists."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return {name: _outgoing(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_outgoing(one) for one in value]
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return dict(value) if isinstance(value, Mapping) else value.tolist()

@@ -45,7 +45,7 @@ class Answer:
     truncated: int = 0
 
 
-class Eyes:
+class ImageEncoder:
     """The image encoder of a model (`picture.onnx`), described in edge.json or eyes.json."""
 
     def __init__(self, path: Path, threads: int = 0, about: Mapping[str, Any] | None = None):
@@ -149,16 +149,16 @@ class EdgeModel:
         tasks, longest, _ = read_card(self.path)
         self.tasks = {task.name: task for task in tasks}
         self._network = _session(self.path, "model.onnx", threads)
-        self._eyes = Eyes(self.path, threads, self.about) if self.about["pictures"] else None
+        self._image_encoder = ImageEncoder(self.path, threads, self.about) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
         self.processor = Processor(Tokenizer.load(self.path), grid, longest)
 
     @property
-    def eyes(self) -> Eyes:
+    def image_encoder(self) -> ImageEncoder:
         """The image encoder. Raises UsageError for a model without one."""
-        if self._eyes is None:
+        if self._image_encoder is None:
             raise UsageError("This ONNX bundle's model reads no pictures.")
-        return self._eyes
+        return self._image_encoder
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -241,7 +241,7 @@ class EdgeModel:
         mask = np.where(seen, np.float32(0), np.float32("-inf"))
         features, places = [], []
         for picture in prompt.pictures:
-            features.append(self.eyes.read(picture.pixels))
+            features.append(self.image_encoder.read(picture.pixels))
             places.append(np.arange(picture.start, picture.start + picture.patches))
         empty = np.zeros(
             (0, self.about["layers"], 2, self.about["key_value_heads"], self.about["head_dim"]), np.float32

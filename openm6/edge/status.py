@@ -18,10 +18,9 @@ from typing import Any
 
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import write_json
-from openm6.edge.box import FILE, Box
+from openm6.edge.calibration import calibrations
+from openm6.edge.device import FILE, EdgeDevice, Settings
 from openm6.edge.opening import store_summary
-from openm6.edge.settings import Settings
-from openm6.edge.sureness import calibrations
 
 SERVING = "serving.json"
 
@@ -40,8 +39,8 @@ class ServiceLock:
                 return
             time.sleep(0.05)
         os.close(self._handle)
-        told = read_state(path) or {}
-        where = f"at {told['url']} by the process {told['process']}" if "url" in told else "by another process"
+        state = read_state(path) or {}
+        where = f"at {state['url']} by the process {state['process']}" if "url" in state else "by another process"
         raise UsageError(f"{path} is served already, {where}: stop that process first.")
 
     def write_state(self, state: Mapping[str, Any]) -> None:
@@ -72,17 +71,16 @@ def status_of(path: Path) -> dict[str, Any]:
     that is no edge device, OpenM6Error for a damaged one."""
     problem = ""
     try:
-        box = Box(path)
+        device = EdgeDevice(path)
     except UsageError as error:
         if not (path / FILE).exists():
             raise
-        problem, box = str(error), Box.with_settings(path, Settings())
-    calibrated = sorted(calibrations(box.folder() / "package"))
-    told: dict[str, Any] = {
-        "version": box.version, "versions": box.versions, "calibrated": calibrated, "kept": store_summary(path),
-        "settings": {} if problem else asdict(box.settings), "problem": problem, "serving": read_state(path),
+        problem, device = str(error), EdgeDevice(path, Settings())
+    calibrated = sorted(calibrations(device.folder() / "package"))
+    return {
+        "version": device.version, "versions": device.versions, "calibrated": calibrated, "kept": store_summary(path),
+        "settings": {} if problem else asdict(device.settings), "problem": problem, "serving": read_state(path),
     }  # fmt: skip
-    return told
 
 
 def _locked(handle: int, kind: int) -> bool:

@@ -67,12 +67,8 @@ class _Whole:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, record: Record, rng: Any = None) -> dict[str, Any]:
-        row = {
-            k: v
-            for k, v in record.items()
-            if not k.startswith("_") and k != self.picture and isinstance(v, (str, int, float)) and v != ""
-        }
-        return {**record, self.table: row}
+        cells = {k: v for k, v in record.items() if not k.startswith("_") and k != self.picture}
+        return {**record, self.table: {k: v for k, v in cells.items() if isinstance(v, (str, int, float)) and v != ""}}
 
 
 View = SlotView | _Whole
@@ -125,13 +121,7 @@ def make_copy(
     shown = list(table) if table is not None else [c for c in source.columns if c not in goods.mapping.values()]
     require_columns(source.columns, [*shown, *([id_column] if id_column else [])])
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
-    rules: dict[str, Any] = {
-        "forbid": sorted(set(forbid)),
-        "least": least,
-        "most": most,
-        "facts": facts,
-        "lexicon": str(lexicon),
-    }
+    rules: dict[str, Any] = {"forbid": sorted(set(forbid)), "least": least, "most": most}
     Limits(session.processor.tokenizer, rules["forbid"], None, least, most)  # raises for contradictory rules
     words = Path(lexicon) if lexicon and str(lexicon).endswith((".yaml", ".yml")) else LEXICON
     known = closed_values(chosen, view, source, MANY) if facts else set()
@@ -142,7 +132,7 @@ def make_copy(
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "items": str(items),
         review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
-        "candidates": candidates, "keep": keep, **rules,
+        "candidates": candidates, "keep": keep, **rules, "facts": facts, "lexicon": str(lexicon),
         "words": f"{words.name} {hashlib.sha256(words.read_bytes()).hexdigest()[:12]}" if facts else "",
         **asdict(options),
     }  # fmt: skip
@@ -155,9 +145,8 @@ def make_copy(
         review.require_same(output, settings, source, given, lambda record: _as_json(ask(record), chosen))
         done = set(before)
         # The rejected texts of an incomplete item are written again.
-        review.write(
-            output / BROKEN, map(review.as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done])
-        )
+        kept_broken = [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]
+        review.write(output / BROKEN, map(review.as_line, kept_broken))
         seen = {row["said"]: row["prompt"] for row in review.rows_of(output)}
         rejects = review.open_rejects(output / review.REJECTS, source, share=1)
         with (
@@ -171,9 +160,7 @@ def make_copy(
                 asked = dict(review.usable(session, chosen, ask, source, alone, rejects, explain=explain))
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": review.seed_of(options.seed, group.start)}
-                    limits = {
-                        n: _limits(session, chosen, record, values, rules, id_column) for n, record in asked.items()
-                    }
+                    limits = {n: _limits(session, chosen, row, values, rules, id_column) for n, row in asked.items()}
                     written = _written(session, chosen, asked, limits, candidates, own)
                     for number in asked:
                         if number in done:
@@ -290,21 +277,16 @@ def _alike(first: str, second: str) -> bool:
 
 def _as_json(record: Record, task: Task) -> dict[str, Any]:
     """The inputs of an item as JSON; pictures only if they are paths."""
-    return {
-        name: value if task.slots[name].type != "image" or isinstance(value, str) else None
-        for name, value in record.items()
-    }
+    pictures = {name for name, slot in task.slots.items() if slot.type == "image"}
+    return {k: None if k in pictures and not isinstance(v, str) else v for k, v in record.items()}
 
 
 def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]]) -> Iterator[str]:
     """A line per kept text; for an item without any, one of rank 0, which marks it as done."""
-    shown = {
-        name: " ".join(map(text_of, value if isinstance(value, list) else [value]))
-        if isinstance(value, (dict, list))
-        else value
-        for name, value in given.items()
-        if value is not None
-    }
+    shown = {name: value for name, value in given.items() if value is not None}
+    for name, value in shown.items():
+        if isinstance(value, (dict, list)):
+            shown[name] = " ".join(map(text_of, value if isinstance(value, list) else [value]))
     base = {"prompt": number, "of": len(kept), "asked": shown, "given": given}
     if not kept:
         yield review.as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})

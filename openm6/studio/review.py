@@ -28,6 +28,7 @@ from openm6.core.files import (
     whole_lines,
     write_failed,
     write_file,
+    write_json,
     write_whole,
 )
 from openm6.data.rejects import Reject, Rejects
@@ -145,7 +146,7 @@ def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
         return {"labelled": len(some), "accepted": sum(some) / len(some)}
 
     every = [verdict for some in verdicts.values() for verdict in some]
-    return {**rates(every), "by_rank": {rank: rates(some) for rank, some in sorted(verdicts.items())}}
+    return {**rates(every), "by_rank": {rank: rates(verdicts[rank]) for rank in sorted(verdicts)}}
 
 
 @contextmanager
@@ -157,7 +158,11 @@ def batch_folder(
     be written."""
     with lock_output(output):
         if resume and (output / SETTINGS).is_file():
-            _check_settings(output, settings)
+            before = settings_of(output)
+            for key, now in settings.items():
+                if key != CONTENT and before.get(key) != now:  # require_same compares the content
+                    message = f"{output} was started with {key} {before.get(key)}, not {now}: use another directory."
+                    raise UsageError(message)
         else:
             require_new(output)
             content = {**settings, **more, "id": uuid.uuid4().hex}
@@ -165,20 +170,13 @@ def batch_folder(
             def fill(folder: Path) -> None:
                 for name in folders:
                     (folder / name).mkdir()
-                (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+                write_json(folder / SETTINGS, content)
 
             write_whole(output, fill)
         try:
             yield
         except OSError as error:
             raise write_failed(output, error) from None
-
-
-def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    before = settings_of(output)
-    for key, now in settings.items():
-        if key != CONTENT and before.get(key) != now:  # require_same compares the content
-            raise UsageError(f"{output} was started with {key} {before.get(key)}, not {now}: use another directory.")
 
 
 def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
@@ -248,17 +246,15 @@ def write_review(
 
 
 def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
     for number, some in groupby(rows_of(output), key=lambda row: row["prompt"]):
         rows = list(some)
-        pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
         asked = rows[0]["asked"]
         yield {
-            "id": str(number + 1),
+            "id": str(number + 1), "candidates": [{"file": row["file"]} for row in rows], "reason": "",
             "shown": {name: str(value) for name, value in asked.items() if name not in pictures},
             "pictures": [str(value) for name, value in asked.items() if name in pictures],
-            "candidates": [{"file": row["file"]} for row in rows],
-            "reason": "",
-        }
+        }  # fmt: skip
     for row in whole_lines(output / REJECTS):
         yield {"id": "", "shown": {}, "pictures": [], "candidates": [], "reason": row["reason"]}
 
@@ -286,11 +282,8 @@ def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdic
             raise DataError(f"{where}: text is {cut(text)!r}; it is the edited form of a text that was accepted.")
         before = found.setdefault(file, Verdict(accepted, text, where))
         if before.accepted != accepted:
-            words = ("rejected", "accepted")
-            raise DataError(
-                f"{where}: {file} is {words[accepted]} here, and {words[before.accepted]} in {before.where}: "
-                "keep one line."
-            )
+            here, there = ("accepted", "rejected") if accepted else ("rejected", "accepted")
+            raise DataError(f"{where}: {file} is {here} here, and {there} in {before.where}: keep one line.")
         if before.text != text:
             raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
     if not found:

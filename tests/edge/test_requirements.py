@@ -29,7 +29,7 @@ __all__ = ["tokenizer"]
 
 ROOT = Path(__file__).parents[2]
 UNUSED = {
-    "cryptography": "for a box that encrypts what it keeps, which says so where it is missing",
+    "cryptography": "for an edge device that encrypts what it keeps, which says so where it is missing",
     "safetensors": "for writing models",
     "sacrebleu": "for measuring",
 }  # fmt: skip

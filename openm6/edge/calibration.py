@@ -69,6 +69,11 @@ class ConfidenceCalibrator:
         parts["seen"] = np.stack([_seen(parts, s, c) for s, c in zip(states, confidences, strict=True)])
         return cls(parts, max_loss)
 
+    @property
+    def confidences(self) -> Array:
+        """The confidences of the calibration records, [N]."""
+        return _logistic(self.parts["seen"][:, 1])
+
     def seen(self, state: Array, confidence: float) -> Array:
         """The inputs of the logistic function, [3 + PARTS]."""
         return _seen(self.parts, state, confidence)
@@ -96,7 +101,7 @@ class ConfidenceCalibrator:
         """Learn how right, 0 to 1, an answer was that stands for `weight` requests."""
         self._live.append((seen, right, weight))
         del self._live[:-WINDOW]
-        # At every answer at first, then less often: fitting takes milliseconds.
+        # Fitting takes milliseconds: at every answer at first, then less often.
         if len(self._live) % max(1, min(20, len(self._live) // 10)) == 0:
             self._refit()
 
@@ -192,17 +197,12 @@ class Drift:
 
 def calibrations(package: Path) -> dict[str, Path]:
     """Calibration files of an ONNX bundle, by task."""
-    return {file.stem.removeprefix("sureness-"): file for file in sorted(package.glob("sureness-*.npz"))}
+    return {file.stem.removeprefix("calibration-"): file for file in sorted(package.glob("calibration-*.npz"))}
 
 
 def _shares(confidences: Array) -> Array:
     counts = np.bincount(np.searchsorted(BINS, confidences), minlength=len(BINS) + 1) + 0.5
     return counts / counts.sum()
-
-
-def confidence_of(seen: Array) -> Array:
-    """Confidences [...] from inputs of the logistic function, [..., 3 + PARTS]."""
-    return _logistic(seen[..., 1])
 
 
 def _seen(parts: Mapping[str, Array], state: Array, confidence: float) -> Array:
