@@ -16,7 +16,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,10 +54,8 @@ VERSIONS_KEPT = 3
 def create_device(
     path: Path, model: Path, settings: Settings, bits: int | None = 8, cloud_model: Path | None = None
 ) -> EdgeDevice:
-    """Create an edge device from a model directory. `cloud_model`: the cloud's model, whose features are sent.
-
-    Raises UsageError for an existing path, and for models that cannot be used.
-    """
+    """Create an edge device from a model directory. `cloud_model`: the cloud's model, whose features are sent. Raises
+    UsageError for an existing path, and for models that cannot be used."""
     require_new(path)
     check_whole(model)
     if settings.privacy == FEATURES and cloud_model is None:
@@ -219,7 +217,9 @@ def learn(
         )
     try:
         with FileLock(device.path / "learning.lock", timeout=0):
-            plan = _plan(device.path / LEARNING)
+            plan: dict[str, Any] | None = None
+            with suppress(OSError, ValueError):
+                plan = json.loads((device.path / LEARNING / "plan.json").read_text("utf-8"))
             if plan is None or plan["from"] != device.version:
                 shutil.rmtree(device.path / LEARNING, ignore_errors=True)
                 options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -247,14 +247,6 @@ def _round(device: EdgeDevice, plan: Mapping[str, Any]) -> dict[str, Any]:
         for old in device.versions[:-VERSIONS_KEPT]:
             shutil.rmtree(device.folder(old))
     shutil.rmtree(folder)
-    return found
-
-
-def _plan(folder: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((folder / "plan.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
     return found
 
 

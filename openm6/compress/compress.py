@@ -55,7 +55,6 @@ from openm6.train.trainer import train
 
 LEVELS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
 """Fractions of the blocks' parameters that a search keeps, in turn."""
-FORMS = ("package", "model")
 BATCH = 16
 
 
@@ -136,7 +135,7 @@ def check_chain(values: dict[str, Any], where: str = "chain") -> Chain:
 def compress(chain: Chain, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """Run a chain, or resume an interrupted one. Returns a row of the table for the model itself and for each step."""
     work = _Work(chain, say)
-    rows = [work.parent()]
+    rows = [work.row("0-model", chain.model)]
     before = chain.model
     for number, step in enumerate(chain.steps, 1):
         row = work.step(f"{number}-{step.kind}", step, before)
@@ -154,13 +153,13 @@ def search(
     """Try chains until one meets the target and loses at most `max_loss` of the first metric of each task, as a
     fraction of the model's own value. Returns the table, and the row that does, or None and a sentence about the
     nearest rows."""
-    if form not in FORMS:
-        raise UsageError(f"form is {form}; it can be {' or '.join(FORMS)}.")
+    if form not in ("package", "model"):
+        raise UsageError(f"form is {form}; it can be package or model.")
     if not 0 <= max_loss < 1:
         raise UsageError(f"max_loss is {max_loss}: a fraction from 0 to below 1.")
     distill = distill or DistillStep()
     work = _Work(chain, say, distill)
-    parent = work.parent()
+    parent = work.row("0-model", chain.model)
     rows, found, tried = [parent], None, list[dict[str, Any]]()
     for level, steps in _levels(read_config(chain.model), distill):
         before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
@@ -232,9 +231,6 @@ class _Work:
             chain.output.mkdir(parents=True, exist_ok=True)
             write_text(file, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
-    def parent(self) -> dict[str, Any]:
-        return self._row("0-model", self.chain.model)
-
     def step(self, name: str, step: Step, before: Path) -> dict[str, Any]:
         """Run a step, unless it is done, and measure its result."""
         place = self.chain.output / name
@@ -243,7 +239,7 @@ class _Work:
             if not (made / "config.json").is_file():
                 self.say(f"{name}: {step.distill.steps} steps")
                 train(check_recipe(self._distilling(step.distill, before, place)))
-            return self._row(name, made)
+            return self.row(name, made)
         if not place.is_dir():
             self.say(name)
             if step.prune:
@@ -256,7 +252,7 @@ class _Work:
                 quantize_bundle(before, place, step.export.bits)
             elif step.export:
                 export(before, place, step.export.bits)
-        return self._row(name, place)
+        return self.row(name, place)
 
     def _distilling(self, step: DistillStep, before: Path, place: Path) -> dict[str, Any]:
         first = self.chain.tasks[0]
@@ -277,7 +273,8 @@ class _Work:
         values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "workers": 0}
         return values
 
-    def _row(self, name: str, made: Path) -> dict[str, Any]:
+    def row(self, name: str, made: Path) -> dict[str, Any]:
+        """The row of a model or bundle in the table, measured unless it was before."""
         file = self.chain.output / f"{name}.json"
         if file.is_file():
             found: dict[str, Any] = json.loads(file.read_text("utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,8 @@ from openm6.weights.upcycle import upcycle
 
 
 def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Session:
-    """A model directory whose backbone has the weights of a Qwen3 checkpoint; the image embedder starts at random.
-
-    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists.
-    """
+    """A model directory with the weights of a Qwen3 checkpoint as its backbone; the image embedder starts at random.
+    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
     require_new(output)
     changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
     tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
@@ -105,10 +104,7 @@ def prune_model(
     session = Session.load(path, trainable=True)
     chosen, source = session.task(task), open_source(data)
     view = SlotView.of(chosen, source, columns)
-    examples = [
-        encode_example(chosen, view(source[number]), session.processor, None)
-        for number in range(min(records, len(source)))
-    ]
+    examples = [encode_example(chosen, view(one), session.processor, None) for one in islice(source, records)]
     device = session.model.embed.weight.device
     length, pad_id = max(map(len, examples)), session.processor.tokenizer.pad_id
     batches = [pack(examples[i : i + 8], length, pad_id).to(device) for i in range(0, len(examples), 8)]

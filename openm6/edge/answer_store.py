@@ -174,9 +174,7 @@ class AnswerStore:
 
     def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> int:
         """Store a record (by the mode, with features in place of pictures), the cloud's answer and the edge model's.
-
-        Returns the number of older answers that were deleted to make room.
-        """
+        Returns the number of older answers that were deleted to make room."""
         inputs = {name: one for name, one in record.items() if not name.startswith("_")}
         body = dumps({"record": inputs, "value": value, "edge": edge}, plain).encode()
         size = len(body)  # before encryption: a key does not reduce the number of answers

@@ -44,14 +44,16 @@ Array = np.ndarray
 
 
 class ConfidenceCalibrator:
-    """The confidence calibrator of one task."""
+    """The confidence calibrator of one task. `threshold`: the probability from which on an answer is given locally;
+    `confidences`: of the calibration records, [N]."""
 
     def __init__(self, parts: Mapping[str, Array], max_loss: float):
         """`parts` as `fit` makes them; `max_loss`: fraction of all answers that may be given locally and wrong."""
         self.parts, self.max_loss = dict(parts), max_loss
+        self.confidences: Array = _logistic(parts["seen"][:, 1])
         self._live: list[tuple[Array, float, float]] = []
         self._lately = np.zeros((0, parts["seen"].shape[1]))
-        self._weights, self._threshold = np.zeros(0), 1.0
+        self._weights, self.threshold = np.zeros(0), 1.0
         self._refit()
 
     @classmethod
@@ -69,11 +71,6 @@ class ConfidenceCalibrator:
         parts["seen"] = np.stack([_seen(parts, s, c) for s, c in zip(states, confidences, strict=True)])
         return cls(parts, max_loss)
 
-    @property
-    def confidences(self) -> Array:
-        """The confidences of the calibration records, [N]."""
-        return _logistic(self.parts["seen"][:, 1])
-
     def seen(self, state: Array, confidence: float) -> Array:
         """The inputs of the logistic function, [3 + PARTS]."""
         return _seen(self.parts, state, confidence)
@@ -82,19 +79,14 @@ class ConfidenceCalibrator:
         """The probability that an answer is right."""
         return float(_logistic(seen @ self._weights))
 
-    @property
-    def threshold(self) -> float:
-        """The probability from which on an answer is given locally."""
-        return self._threshold
-
     def bound(self, seen: Array, rate: float) -> float:
         """The probability below which this fraction of the newest requests lies, this one included. The threshold with
         a rate of 0, and while there are too few requests."""
         if not rate:
-            return self._threshold
+            return self.threshold
         self._lately = np.vstack((self._lately, seen))[-LATELY:]
         if len(self._lately) < LATELY // 10:
-            return self._threshold
+            return self.threshold
         return float(_logistic(np.quantile(self._lately @ self._weights, rate, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
@@ -114,7 +106,7 @@ class ConfidenceCalibrator:
         """Fractions of all requests, estimated from the known answers: deferred (`sent`), answered locally and wrong
         (`wrong`), and answered right by the edge model alone (`alone`)."""
         seen, right, weight = self._pairs()
-        kept = _logistic(seen @ self._weights) >= self._threshold
+        kept = _logistic(seen @ self._weights) >= self.threshold
         whole = weight.sum()
         return {
             "sent": float((weight * ~kept).sum() / whole), "wrong": float((weight * kept * (1 - right)).sum() / whole),
@@ -139,7 +131,7 @@ class ConfidenceCalibrator:
         lost = np.cumsum((weight * (1 - right))[order]) / weight.sum()
         place = int(np.searchsorted(lost, self.max_loss, "right"))
         # Even where all may be given, an answer that is less confident than any of them is deferred.
-        self._threshold = float(chances[order[place - 1]]) if place else 1.01
+        self.threshold = float(chances[order[place - 1]]) if place else 1.01
 
     def save(self, file: Path, package: str) -> None:
         """`package`: SHA-256 of the ONNX bundle (edge.json) whose answers it was fitted to."""

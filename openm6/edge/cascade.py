@@ -20,11 +20,11 @@ from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.core.images import as_file, open_image
 from openm6.edge.answer_store import AnswerStore, StoreError, is_empty
 from openm6.edge.calibration import STEADY, WINDOW, Audits, ConfidenceCalibrator, Drift, agreement, calibrations
-from openm6.edge.check import Finding, check_cloud
 from openm6.edge.cloud import CHOSEN, CloudError
 from openm6.edge.device import ALL, FEATURES, NOTHING, EdgeDevice, Settings
 from openm6.edge.live import LiveSettings
 from openm6.edge.runner import Answer, EdgeModel
+from openm6.edge.status import Finding, check_cloud
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
@@ -213,10 +213,9 @@ class Cascade:
         with self._lock:
             known, used = self._spent
             if known != hour:
-                try:
+                used = 0
+                with suppress(StoreError):
                     used = self.kept.spent(hour)
-                except StoreError:
-                    used = 0
             self._spent = hour, used
             if used >= self.settings.requests_per_hour:
                 raise CloudError("budget")

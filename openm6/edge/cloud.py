@@ -6,11 +6,11 @@ import base64
 import http.client
 import json
 import selectors
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError as Late
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -193,12 +193,14 @@ class Cloud:
         if not self._is_key_sendable:  # http.client would raise an error that repeats the key
             raise CloudError("key", "the key has characters that cannot be sent, such as the end of a line")
         data = None if body is None else json.dumps(body, ensure_ascii=False, default=_plain).encode()
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         for fresh in (False, True):
             connection = None if fresh else self._still_open()
             reused = connection is not None
             try:
                 if connection is None:
-                    connection = self._connected(seconds)
+                    connection = kind(self._host, self._port, timeout=seconds)
+                    connection.connect()
                 connection.sock.settimeout(seconds)
                 self._check()
                 if before is not None:
@@ -206,16 +208,19 @@ class Cloud:
                     before = None
                 connection.request(method, self._prefix + path, data, self._headers)
                 answer = connection.getresponse()
-                content = _read(answer.read(LARGEST))
+                received = answer.read(LARGEST)
                 self._open.connection = None if answer.will_close else connection
                 break
             except TimeoutError:
                 self._open.connection = None
                 raise CloudError("late") from None
-            except (OSError, http.client.HTTPException, ssl.SSLError):
+            except (OSError, http.client.HTTPException):
                 self._open.connection = None
                 if not reused:  # one that was open may have been closed by the other side just now
                     raise CloudError("unreachable") from None
+        content = None
+        with suppress(ValueError, RecursionError):
+            content = json.loads(received)
         if answer.status != 200:
             raise _failure(answer.status, content)
         return content, answer.getheader("Date", "")
@@ -232,14 +237,6 @@ class Cloud:
         connection.close()
         return None
 
-    def _connected(self, seconds: float) -> http.client.HTTPConnection:
-        connection = (
-            http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=ssl.create_default_context())
-            if self._secure else http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        )  # fmt: skip
-        connection.connect()
-        return connection
-
 
 def is_sendable(key: str) -> bool:
     """Whether the key can be sent in a header."""
@@ -252,13 +249,6 @@ def _failure(status: int, content: Any) -> CloudError:
     code = error.get("code") if isinstance(error, dict) else None
     kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status) or ("unexpected" if status < 500 else "error")
     return CloudError(kind, f"the cloud answered with {status}" if kind == "error" else "")
-
-
-def _read(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from openm6.core.errors import OpenM6Error, UsageError, cut, suggest
@@ -36,10 +36,8 @@ DAY_MS = 86_400_000
 NEEDED = ("privacy", "offline", "encrypt")
 """Keys without which edge.toml is refused: they decide which data may leave the device or lie on its disk."""
 
-T = TypeVar("T", str, bool, int, float)
 
-
-def _key(default: T, comment: str) -> T:
+def _key(default: Any, comment: str) -> Any:
     """A key of edge.toml: its default, and the comment that is written above it."""
     return field(default=default, metadata={"comment": comment})
 

@@ -22,8 +22,6 @@ from openm6.edge.runner import ImageEncoder
 
 RETRY = 1.0
 """Seconds between two tries to apply an invalid edge.toml."""
-STORED = ("privacy", "encrypt", "keep_mb")
-"""Settings with which the answer store is opened."""
 log = logging.getLogger("openm6.edge")
 
 
@@ -86,7 +84,8 @@ class LiveSettings:
         if before.cloud is not None:
             before.cloud.close()
         image_encoder, kept = self._image_encoder(settings, before.image_encoder), before.kept
-        if before.problem or any(getattr(settings, name) != getattr(before.settings, name) for name in STORED):
+        of_store = ("privacy", "encrypt", "keep_mb")  # settings with which it is opened
+        if before.problem or any(getattr(settings, name) != getattr(before.settings, name) for name in of_store):
             kept.revoke()
             kept = open_store(self._path, settings)
             self._replaced.append(before.kept)

@@ -21,10 +21,8 @@ log = logging.getLogger("openm6.edge")
 
 def open_answer_store(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
     """The answer store of an edge device. `read_only`: unchanged; nothing is created, repaired, deleted or encrypted.
-
     Raises UsageError for a missing key of the encryption, StoreError where the disk refuses, and InterruptedWriteError
-    for a file to be read that has to be repaired first.
-    """
+    for a file to be read that has to be repaired first."""
     key, file = None, folder / STORE
     if settings.encrypt and settings.privacy != NOTHING:
         key = os.environ.get(settings.encrypt)
@@ -39,11 +37,8 @@ def open_answer_store(folder: Path, settings: Settings, read_only: bool = False)
 
 def open_store(folder: Path, settings: Settings) -> AnswerStore:
     """The answer store; where the disk refuses, one in memory that stores nothing (`trouble` says why). A damaged file
-    is renamed.
-
-    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the
-    settings forbid.
-    """
+    is renamed. Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may
+    hold what the settings forbid."""
     file = folder / STORE
     check_set_aside(folder, settings)
     try:
@@ -68,11 +63,8 @@ def store_summary(folder: Path, kept: AnswerStore | None = None) -> dict[str, An
     `trouble` names a problem."""
     summary: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
     try:
-        with (
-            closing(open_answer_store(folder, Settings(privacy=NOTHING), read_only=True))
-            if kept is None
-            else nullcontext(kept)
-        ) as store:
+        reader = nullcontext(kept) if kept else closing(open_answer_store(folder, Settings(privacy=NOTHING), True))
+        with reader as store:
             summary["trouble"] = store.trouble
             summary |= {"answers": store.counts(), "bytes": store.size()}
     except StoreError as error:

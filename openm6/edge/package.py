@@ -40,20 +40,8 @@ _log = logging.getLogger(__name__)
 
 OPSET = 20
 BITS = (8, 4)
-PARTS = (
-    "__init__.py",
-    "_version.py",
-    "core/__init__.py",
-    "core/errors.py",
-    "core/extras.py",
-    "core/files.py",
-    "core/images.py",
-    "core/origins.py",
-    "core/sequence.py",
-    "core/tokenizer.py",
-    "edge",
-    "tasks",
-)
+CORE = ("__init__", "errors", "extras", "files", "images", "origins", "sequence", "tokenizer")
+PARTS = ("__init__.py", "_version.py", *(f"core/{name}.py" for name in CORE), "edge", "tasks")
 """Modules and folders of this package that the program needs."""
 EXPORT = ("package.py", "graph.py")
 """Modules of `edge` that need PyTorch, which the program leaves out."""
@@ -85,7 +73,12 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     about = _describe(session, path, bits)
 
     def write(folder: Path) -> None:
-        _write_graphs(session, folder)
+        auto, model = torch.export.Dim.AUTO, session.model
+        shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
+        names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
+        _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
+        if model.image is not None:
+            _write_image_encoder(model, folder)
         about["graph_bytes"] = {"32": _graph_bytes(folder)}
         if bits:
             about["graph_bytes"] |= _quantize(folder, bits)
@@ -187,16 +180,6 @@ def _describe(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
         "pictures": config.image_embedder != "none", "eyes": image_encoder_id(base_of(path) or path),
         "heads": list(config.heads or {}),
     }  # fmt: skip
-
-
-def _write_graphs(session: Session, folder: Path) -> None:
-    model = session.model
-    auto = torch.export.Dim.AUTO
-    shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
-    names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
-    _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
-    if model.image is not None:
-        _write_image_encoder(model, folder)
 
 
 def _quantize(folder: Path, bits: int) -> dict[str, int]:

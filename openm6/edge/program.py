@@ -75,7 +75,7 @@ def _output(given: argparse.Namespace, started: float) -> str | None:
 
         return new_key()
     if given.command == "check":
-        from openm6.edge.check import check_device
+        from openm6.edge.status import check_device
 
         findings = []
         for finding in check_device(given.package):

@@ -39,8 +39,6 @@ hashes the low bits of keys."""
 SETTLED = 1_000_000_000
 """Age in nanoseconds above which a modification time is unambiguous."""
 
-Columns = Mapping[str, Sequence[Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -165,7 +163,7 @@ class Index:
             {name: rows[name].to_pylist() for name in columns},
         )  # fmt: skip
 
-    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> Added:
+    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Mapping[str, Sequence[Any]] | None = None) -> Added:
         """Add or replace items: `vectors` fp32 [N, dims], and for each id a value of every column. They are durable on
         return. Raises DataError for invalid vectors, ids or columns, and for values that cannot be stored exactly."""
         import pyarrow as pa
@@ -323,9 +321,5 @@ class Index:
 
     def _lists(self) -> Lists | None:
         if self._changed(LISTS):
-            stamp = Lists.stamp(self.path)
-            if stamp is None:
-                self._ann = None
-            elif self._ann is None or self._ann.about["stamp"] != stamp:
-                self._ann = Lists.load(self.path)
+            self._ann = Lists.load(self.path, self._ann)
         return self._ann

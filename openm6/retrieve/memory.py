@@ -153,19 +153,14 @@ class Lists:
                 other.unlink(missing_ok=True)
 
     @classmethod
-    def stamp(cls, path: Path) -> str | None:
-        try:
-            return str(json.loads((path / LISTS).read_text("utf-8"))["stamp"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-    @classmethod
-    def load(cls, path: Path) -> Lists | None:
-        """The lists of an index; None if they cannot be read, in which case searches are exact."""
+    def load(cls, path: Path, opened: Lists | None = None) -> Lists | None:
+        """The lists of an index, `opened` if they are those; None if they cannot be read: then searches are exact."""
         import faiss
 
         try:
             about = json.loads((path / LISTS).read_text("utf-8"))
+            if opened and opened.about["stamp"] == about["stamp"]:
+                return opened
             return cls(faiss.read_index(str(path / about["file"])), about)
         except (OSError, ValueError, KeyError, RuntimeError):
             return None

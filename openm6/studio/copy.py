@@ -12,10 +12,11 @@ texts.csv          every item, in the order of the source, with its texts or the
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,15 @@ def make_copy(
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": review.seed_of(options.seed, group.start)}
                     limits = {n: _limits(session, chosen, row, values, rules, id_column) for n, row in asked.items()}
-                    written = _written(session, chosen, asked, limits, candidates, own)
+                    requests = [Request(row, limits=None if chosen.sketch else limits[n]) for n, row in asked.items()]
+                    prompts = [session.prompt(chosen, request) for request in requests]
+                    repeated_prompts = [prompt for prompt in prompts for _ in range(candidates)]
+                    written = iter(session.generate(chosen, repeated_prompts, decoding=own))
                     for number in asked:
+                        texts = list(islice(written, candidates))
                         if number in done:
                             continue
-                        good, bad = judge_texts(session, chosen, written[number], limits[number], seen, number)
+                        good, bad = judge_texts(session, chosen, texts, limits[number], seen, number)
                         lines = list(_lines(number, _as_json(asked[number], chosen), good[:keep]))
                         broken.writelines(review.as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
                         sync(broken)
@@ -187,23 +192,20 @@ def make_copy(
 
 
 def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
-    """Write the accepted texts, as edited, as records of the task. Returns {"file", "labelled": number, "accepted":
-    fraction, "edited": fraction, "by_rank"}."""
+    """Write the accepted texts, as edited, as records of the task. Returns: see `review.write_labels`, and {"edited":
+    fraction}."""
     settings = review.settings_of(output, "texts")
     rows = {row["file"]: row for row in review.rows_of(output) if row["rank"]}
     verdicts = review.verdicts_on(rows, output, "text", labels)
-    by_rank: dict[int, list[int]] = defaultdict(list)
 
-    def lines() -> Iterator[str]:
+    def labelled() -> Iterator[tuple[int, bool, Record | None]]:
         for name, row in rows.items():
-            if name in verdicts:
-                by_rank[row["rank"]].append(int(verdicts[name].accepted))
-                if verdicts[name].accepted:
-                    yield review.as_line({**row["given"], settings["picture"]: verdicts[name].text or row["said"]})
+            if verdict := verdicts.get(name):
+                record = {**row["given"], settings["picture"]: verdict.text or row["said"]}
+                yield row["rank"], verdict.accepted, record if verdict.accepted else None
 
-    file = review.write(output / review.LABELLED, lines())
-    edited = sum(bool(verdict.text) for verdict in verdicts.values())
-    return {"file": str(file), "edited": edited / len(verdicts), **review.acceptance(by_rank)}
+    found = review.write_labels(output, labelled())
+    return {**found, "edited": sum(bool(verdict.text) for verdict in verdicts.values()) / len(verdicts)}
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
@@ -228,17 +230,6 @@ def _limits(
         if any(task.slots[name].type == "table" for name in task.inputs):
             numbers = [*(cell for column, cell in cells if column != id_column), *texts]
     return Limits(session.processor.tokenizer, rules["forbid"], numbers, rules["least"], rules["most"], values)
-
-
-def _written(
-    session: Session, task: Task, asked: Mapping[int, Record], limits: Mapping[int, Limits], candidates: int, own: Any
-) -> dict[int, list[Generated]]:
-    prompts = [
-        session.prompt(task, Request(record, limits=None if task.sketch else limits[number]))
-        for number, record in asked.items()
-    ]
-    made = session.generate(task, [one for one in prompts for _ in range(candidates)], decoding=own)
-    return {n: made[i * candidates : (i + 1) * candidates] for i, n in enumerate(asked)}
 
 
 def judge_texts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,16 +140,6 @@ def require_same(
     raise UsageError(f"{where} has changed since {output} was started: use another directory.")
 
 
-def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
-    """Statistics of labels (1 or 0) by rank: {"labelled": number, "accepted": fraction, "by_rank": {rank: same}}."""
-
-    def rates(some: list[int]) -> dict[str, Any]:
-        return {"labelled": len(some), "accepted": sum(some) / len(some)}
-
-    every = [verdict for some in verdicts.values() for verdict in some]
-    return {**rates(every), "by_rank": {rank: rates(verdicts[rank]) for rank in sorted(verdicts)}}
-
-
 @contextmanager
 def batch_folder(
     output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str
@@ -259,18 +250,29 @@ def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, An
         yield {"id": "", "shown": {}, "pictures": [], "candidates": [], "reason": row["reason"]}
 
 
+def write_labels(output: Path, labelled: Iterable[tuple[int, bool, Record | None]]) -> dict[str, Any]:
+    """Write the training records of labelled candidates, given as (rank, accepted, record or None).
+
+    Returns {"file", "labelled": number, "accepted": fraction, "by_rank": {rank: {"labelled", "accepted"}}}."""
+    verdicts: dict[int, list[bool]] = defaultdict(list)
+
+    def lines() -> Iterator[str]:
+        for rank, accepted, record in labelled:
+            verdicts[rank].append(accepted)
+            if record is not None:
+                yield as_line(record)
+
+    def rates(some: list[bool]) -> dict[str, Any]:
+        return {"labelled": len(some), "accepted": sum(some) / len(some)}
+
+    file = write(output / LABELLED, lines())
+    every = [accepted for some in verdicts.values() for accepted in some]
+    return {"file": str(file), **rates(every), "by_rank": {rank: rates(verdicts[rank]) for rank in sorted(verdicts)}}
+
+
 def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, Verdict]:
-    """Human labels of the candidates of a batch, by name. Raises DataError for an unknown candidate, and as
-    `verdicts_of` does."""
-    found = verdicts_of(labels, what)
-    for name, verdict in found.items():
-        if name not in known:
-            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
-    return found
-
-
-def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
-    """Labels by name. Raises DataError for an invalid label of a `what` (picture, text) and for contradictory ones."""
+    """Human labels of the candidates of a batch, by name. `what`: picture or text. Raises DataError for an invalid
+    label, for contradictory ones, and for an unknown candidate."""
     found: dict[str, Verdict] = {}
     for row in read_jsonl(str(labels), None, refuse):
         where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
@@ -288,6 +290,9 @@ def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdic
             raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
     if not found:
         raise DataError(f"{labels} has no labels.")
+    for name, verdict in found.items():
+        if name not in known:
+            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
     return found
 
 
