@@ -295,7 +295,11 @@ class _Work:
         draw_pareto(rows, target, max_loss).savefig(output / "pareto.png", dpi=110)
         if found:
             best = Path(found["path"])
-            write_whole(output / "best", lambda place: shutil.copytree(best, place, dirs_exist_ok=True))
+
+            def write(place: Path) -> None:
+                shutil.copytree(best, place, dirs_exist_ok=True)
+
+            write_whole(output / "best", write)
 
 
 def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:

@@ -231,25 +231,24 @@ class AnswerStore:
             self._check_key()
         return forbidden, plain
 
-    # Numbers alone: what a calibrator has learned, and the requests to the cloud
-
-    def saw(self, task: str, version: str, seen: np.ndarray, right: float, weight: float, most: int) -> None:
+    def saw(self, task: str, calibration: str, seen: np.ndarray, right: float, weight: float, most: int) -> None:
+        """Store what a calibrator has learned, numbers alone: the `most` newest of a task's present calibration."""
         with self._written():
             if self.mode == NOTHING:
                 return
             self._file.execute(
                 "INSERT INTO seen (task, version, seen, right, weight) VALUES (?, ?, ?, ?, ?)",
-                (task, version, seen.astype(np.float32).tobytes(), right, weight),
+                (task, calibration, seen.astype(np.float32).tobytes(), right, weight),
             )
             self._file.execute(
                 "DELETE FROM seen WHERE task = ? AND (version != ? OR id <= "
-                "(SELECT MAX(id) FROM seen WHERE task = ?) - ?)", (task, version, task, most),
+                "(SELECT MAX(id) FROM seen WHERE task = ?) - ?)", (task, calibration, task, most),
             )  # fmt: skip
 
-    def seen(self, task: str, version: str) -> list[tuple[np.ndarray, float, float]]:
+    def seen(self, task: str, calibration: str) -> list[tuple[np.ndarray, float, float]]:
         with self._used():
             rows = self._file.execute(
-                "SELECT seen, right, weight FROM seen WHERE task = ? AND version = ? ORDER BY id", (task, version)
+                "SELECT seen, right, weight FROM seen WHERE task = ? AND version = ? ORDER BY id", (task, calibration)
             ).fetchall()
         return [(np.frombuffer(seen, np.float32).astype(np.float64), right, weight) for seen, right, weight in rows]
 

@@ -23,7 +23,7 @@ from openm6.edge.calibration import STEADY, WINDOW, Audits, ConfidenceCalibrator
 from openm6.edge.cloud import CHOSEN, CloudError
 from openm6.edge.device import ALL, FEATURES, NOTHING, EdgeDevice, Settings
 from openm6.edge.live import LiveSettings
-from openm6.edge.runner import Answer, EdgeModel
+from openm6.edge.runner import Answer, EdgeModel, file_digest
 from openm6.edge.status import Finding, check_cloud
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
@@ -73,12 +73,13 @@ class _Version:
         self.calibrators: dict[str, ConfidenceCalibrator] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
+        self.digests: dict[str, str] = {}  # of the calibrations, each with coordinates of its own
         for task, file in calibrations(folder).items():
             self.calibrators[task] = found = ConfidenceCalibrator.load(file, self.model.about["sha256"])
-            self.drift[task] = Drift(found.confidences)
-            self.audits[task] = Audits()
+            self.drift[task], self.audits[task] = Drift(found.confidences), Audits()
+            self.digests[task] = file_digest(file)
             with suppress(StoreError):  # without it the version still answers, by its calibration
-                found.remember(kept.seen(task, number))
+                found.remember(kept.seen(task, self.digests[task]))
 
 
 def _calibrated(device: EdgeDevice, number: str) -> dict[str, int]:
@@ -196,7 +197,7 @@ class Cascade:
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
             if now.image_encoder is None:
-                raise CloudError("no_eyes")
+                raise CloudError("no_image_encoder")
             inputs |= {name: now.image_encoder.features(inputs[name]).mapping() for name in pictures}
         self._take(0)
 
@@ -249,7 +250,7 @@ class Cascade:
             # Training truncates a text at its end: it would learn the answer without the part that was answered.
             if not own.truncated and (forgotten := store.keep(task.name, kept, value, own.value)):
                 self._count(task.name, *["forgotten"] * forgotten)
-            store.saw(task.name, version.number, seen, right, weight, WINDOW)
+            store.saw(task.name, version.digests[task.name], seen, right, weight, WINDOW)
 
     @contextmanager
     def _storing(self, task: str) -> Iterator[None]:

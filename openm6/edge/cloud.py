@@ -45,7 +45,7 @@ REASONS = {
     "privacy": Reason("nothing may be sent", CHOSEN),
     "settings": Reason("edge.toml cannot be used, so that nothing is sent", CHOSEN),
     "changed": Reason("edge.toml was changed meanwhile", CHOSEN),
-    "no_eyes": Reason("the device lacks the cloud's image encoder, to send features"),
+    "no_image_encoder": Reason("the device lacks the cloud's image encoder, to send features"),
     "budget": Reason("this hour's requests to the cloud are used up"),
     "crowded": Reason("too many requests to the cloud are open already"),
     "too_long": Reason("the request is too long for the cloud's model"),

@@ -23,7 +23,7 @@ Bits of a quantized graph (the numbers are those of model/lowbit.py: a scale for
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +194,10 @@ class _Quantizer:
     def run(self) -> None:
         for node in self.graph.node:
             if node.op_type == "MatMul" and self._is_large(node.input[1], 2):
-                self._product(*node.input, node.output[0])
+                self._product(node.input[0], node.input[1], node.output[0])
             elif node.op_type == "Gather" and self._is_large(node.input[0], 2):
                 axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
-                self._rows(*node.input, node.output[0], axis)
+                self._rows(node.input[0], node.input[1], node.output[0], axis)
             else:
                 for place, name in enumerate(node.input):
                     if node.op_type == "Conv" and self._is_large(name, 4):
@@ -246,7 +246,7 @@ class _Quantizer:
         rows = self._add("Cast", [rows], f"{out}.float", to=1)
         self._add("Mul", [rows, self._add("Gather", [scale, ids], f"{out}.steps", axis=0)], out)
 
-    def _add(self, operation: str, inputs: Iterable[str], *outputs: str, **attributes: int) -> str:
+    def _add(self, operation: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
         from onnx import helper
 
         self.nodes.append(helper.make_node(operation, inputs, outputs, **attributes))

@@ -237,8 +237,8 @@ def _clock(device: EdgeDevice, date: str) -> Finding:
         ahead = (now - parsedate_to_datetime(date).timestamp()) / 60
     except (TypeError, ValueError):
         made = (device.folder() / "package" / "edge.json").stat().st_mtime
-        told = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
+        shown = time.strftime("%Y-%m-%d %H:%M", time.localtime(now))
         early = now < made - 60 * CLOCK_MINUTES
-        return Finding("clock", early, f"{told}{', which is before the device was made' if early else ''}.")
+        return Finding("clock", early, f"{shown}{', which is before the device was made' if early else ''}.")
     off = abs(ahead) > CLOCK_MINUTES
     return Finding("clock", off, f"it differs by {abs(ahead):.1f} minutes from the cloud's.")

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -161,6 +162,12 @@ def device(made: Path, tmp_path: Path) -> Iterator[Make]:
     yield make
     for one in opened:
         one.close()
+
+
+def count_learned(cascade: Cascade) -> int:
+    """Number of answers on the disk that calibrators have learned."""
+    with contextlib.closing(sqlite3.connect(cascade.kept.file)) as file:
+        return file.execute("SELECT COUNT(*) FROM seen").fetchone()[0]
 
 
 def interrupt_write(store: Path) -> None:
