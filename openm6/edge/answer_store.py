@@ -380,11 +380,11 @@ def parts(file: Path) -> list[Path]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether an answer is empty."""
+    """True for an answer without content."""
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
-    """Whether a stored answer is held out; by its record, so that equal records are always on the same side."""
+    """True for a stored answer that is held out; by its record, so that equal records are always on the same side."""
     digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()
     return digest[0] % HELD_OUT == 0

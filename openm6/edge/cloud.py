@@ -239,7 +239,7 @@ class Cloud:
 
 
 def is_sendable(key: str) -> bool:
-    """Whether the key can be sent in a header."""
+    """True for a key that a header can hold."""
     return key.isascii() and key.isprintable()
 
 

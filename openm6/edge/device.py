@@ -106,7 +106,7 @@ class Settings:
 
     @property
     def asks_cloud(self) -> bool:
-        """Whether anything may be sent."""
+        """True where anything may be sent."""
         return bool(self.cloud) and not self.offline and self.privacy != NOTHING
 
     @property
@@ -116,7 +116,7 @@ class Settings:
 
 
 def _is_address(text: str) -> bool:
-    """Whether this is the address of a server; a query or fragment, which would be ignored, is none of it."""
+    """True for the address of a server, without a query or fragment, which would be ignored."""
     try:
         parts = urlsplit(text)
         (parts.hostname or "").encode("idna")

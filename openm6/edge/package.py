@@ -128,7 +128,7 @@ def quantize_bundle(path: Path, output: Path, bits: int) -> dict[str, Any]:
 
 
 def is_exportable(task: Task) -> bool:
-    """Whether a bundle can do a task: texts generated one token after the other, vectors, and heads."""
+    """True for a task that a bundle can do: texts generated one token after the other, vectors, and heads."""
     return not task.draws and not task.sketch
 
 

@@ -83,10 +83,10 @@ def device(made: Path, tmp_path: Path) -> Path:
 def _keep(device: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
     opened = EdgeDevice(device)
     kept = AnswerStore(device / "kept.sqlite", mode, 10**8)
-    eyes = EdgeModel(opened.folder() / "package").eyes
+    encoder = EdgeModel(opened.folder() / "package").image_encoder
     for number in range(count):
         colour = COLOURS[number % 2]
-        photo = _photo(number) if mode == "all" else eyes.features(_photo(number)).mapping()
+        photo = _photo(number) if mode == "all" else encoder.features(_photo(number)).mapping()
         kept.keep(task, {"photo": photo, "question": f"{colour}的{number}是？"}, colour, "")
     kept.close()
 
@@ -201,10 +201,10 @@ def test_a_device_without_its_model_answers_and_says_that_it_cannot_learn(device
 
 
 def test_what_cannot_be_learned(device: Path, known: Path) -> None:
-    with pytest.raises(UsageError, match="has kept 0 answers"):
+    with pytest.raises(UsageError, match="has 0 stored answers"):
         learn(device)
     _keep(device, 20)
-    with pytest.raises(UsageError, match="has kept 20 answers"):
+    with pytest.raises(UsageError, match="has 20 stored answers"):
         learn(device)
     (device / "edge.toml").write_text(settings_toml(Settings(privacy="nothing")), "utf-8")
     with pytest.raises(UsageError, match="sends nothing"):
@@ -255,14 +255,14 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
     words = ["--cloud", "http://c:1", "--bits", "32", "--set", "keep_mb=7", "--set", "name=a"]
     run("init", place, "--model", model, *words)
     assert EdgeDevice(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
-    assert "asked of the cloud" in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
+    assert "% deferred, " in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
     told = json.loads(run("status", place, "--json").output)
     assert (told["version"], told["calibrated"], told["kept"]["answers"]) == ("0001", ["vqa"], {})
     with pytest.raises(UsageError, match="no version before"):
         run("rollback", place)
     shutil.copytree(place / "versions/0001", place / "versions/0002")
     EdgeDevice(place).use("0002")
-    assert "0001 answers" in run("rollback", place).output
+    assert "Version 0001 is live" in run("rollback", place).output
     with pytest.raises(UsageError, match='Did you mean "keep_mb"'):
         run("init", tmp_path / "x", "--model", model, "--set", "keep_m=7")
     with pytest.raises(UsageError, match="max-loss"):

@@ -1,4 +1,4 @@
-"""What the cloud answered is kept within a size and a privacy mode, encrypted if that is asked for."""
+"""The cloud's answers are stored within a size and a privacy mode, encrypted on request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _everything(folder: Path) -> bytes:
 
 
 def _found(folder: Path) -> bool:
-    """Whether the picture, or its base64, lies in any file, deleted or not."""
+    """True if the picture, or its base64, is in any file, deleted or not."""
     content = _everything(folder)
     return PICTURE[:300] in content or base64.b64encode(PICTURE)[:300] in content
 

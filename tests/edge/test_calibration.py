@@ -1,4 +1,4 @@
-"""When an answer is sure enough: fitted, learned on, kept in a file."""
+"""Calibration of the confidence: fitted, updated, and saved in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An edge device and its cloud: who answers, whatever becomes of the link, and what is sent and kept."""
+"""An edge device and its cloud: the source of an answer under any failure of the link, and the data sent and stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before an edge device goes live, each thing that it needs is tried: a line each, and an exit code."""
+"""Checks of an edge device before it goes live: a line for each requirement, and an exit code."""
 
 from __future__ import annotations
 

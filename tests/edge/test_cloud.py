@@ -1,4 +1,4 @@
-"""The cloud of an edge device: its deadline, its budget, and what is told and counted where it gives no answer."""
+"""The cloud of an edge device: deadline, budget, and the reasons and counts of missing answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A package answers what the model answers, in another program, without PyTorch."""
+"""An ONNX bundle gives the answers of its model, in another program, without PyTorch."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def _change(cascade: Cascade, **settings: Any) -> None:
 
 
 def _lies_on_disk(cascade: Cascade, *contents: bytes) -> bool:
-    """Whether any of these, or its base64, stands in the store or beside it."""
+    """True if any of these, or its base64, is in the store or beside it."""
     there = b"".join(file.read_bytes() for file in cascade.device.path.glob("kept*"))
     return any(one[:60] in there or base64.b64encode(one)[:60] in there for one in contents)
 

@@ -1,4 +1,4 @@
-"""A package starts in an environment made from its own requirements, and an old Python is told what it needs."""
+"""A bundle starts in an environment made from its own requirements; an old Python gets a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an edge device says of itself, served or not; its log, and its service unit."""
+"""The status of an edge device, served or not; its log, and its service unit."""
 
 from __future__ import annotations
 
