@@ -159,7 +159,7 @@ def test_kept_answers_that_cannot_be_learned_from_are_skipped(device: Path, know
     assert found.skipped["in the calibration"] == 60 - sum(_number(one) < 60 for one in found.held_out._records)
     assert all(_number(one) >= 60 for one in found.learned._records)
     assert len(found.learned) + len(found.held_out) + found.skipped.total() == 93
-    with pytest.raises(UsageError, match="passed over: .* without an answer"):
+    with pytest.raises(UsageError, match="skipped: .* without an answer"):
         learn(device)
 
 
