@@ -27,7 +27,7 @@ def main() -> None:
         ):  # fmt: skip
             axes.plot(curve["share"], curve[name], color=colour, label=label)
         axes.axhline(row["cloud only"], color="0.5", linestyle=":", linewidth=1)
-        axes.plot([row["sent %"]], [row["cascade"]], "o", color="tab:green", label="the box, audits included")
+        axes.plot([row["sent %"]], [row["cascade"]], "o", color="tab:green", label="the device, audits included")
         axes.set(title=head, xlabel="sent, % of requests", xlim=(0, 100))
         axes.grid(alpha=0.3)
     sides[0].set_ylabel("right answers, %")

@@ -1,4 +1,4 @@
-"""A box on the edge that meets what it was not trained on: a category that it has never heard of, and combinations.
+"""An edge device that meets what it was not trained on: a category that it has never heard of, and combinations.
 
 The cloud is a `small` model of the whole catalogue, the edge's a `demo` model of the catalogue without one category
 (`without=8`); requests are questions of the test split, all of held-out combinations, about a quarter of them about
@@ -34,11 +34,10 @@ from typing import Any
 import numpy as np
 
 from openm6 import Client
-from openm6.compress.cascade import calibrate_box, init_box, learn
+from openm6.compress.cascade import calibrate_task, create_device, learn
 from openm6.data.store import Record
-from openm6.edge.box import FILE, Box
 from openm6.edge.cascade import CLOUD, Cascade
-from openm6.edge.settings import settings_of, written
+from openm6.edge.device import FILE, EdgeDevice, settings_of
 from openm6.worlds.catalogue import open_catalogue
 
 CLOUD_MODEL, EDGE_MODEL = Path("runs/small/model8"), Path("runs/edge-seven/model")
@@ -48,7 +47,7 @@ KNOWN = "demo:questions/{}?without=8"
 LEARN_STEPS = 400
 MOST = 1000
 SHARES = 0.29, 0.15
-"""Fractions of requests deferred, audits included (`deferral_rate` of box.toml): before learning, and after."""
+"""Fractions of requests deferred, audits included (`deferral_rate` of edge.toml): before learning, and after."""
 MODES = ("all", "features")
 SEEDS = {"all": (0, 1, 2), "features": (0, 1, 2)}
 RIGHT = 0.975
@@ -154,24 +153,24 @@ def _run(privacy: str, seed: int, parts: list[list[Record]], known: list[list[st
         "cloud": f"http://127.0.0.1:{PORT}", "privacy": privacy, "requests_per_hour": 10**6, "deadline_ms": 30_000,
         "deferral_rate": SHARES[0],
     })  # fmt: skip
-    init_box(WORK, EDGE_MODEL, settings, 8, CLOUD_MODEL if privacy == "features" else None)
-    calibrate_box(Box(WORK), "vqa", KNOWN.format("validation"))
+    create_device(WORK, EDGE_MODEL, settings, 8, CLOUD_MODEL if privacy == "features" else None)
+    calibrate_task(EdgeDevice(WORK), "vqa", KNOWN.format("validation"))
     rows = []
     for number, (part, cloud) in enumerate(zip(parts, known, strict=True)):
         if number:
-            (WORK / FILE).write_text(written(replace(settings, deferral_rate=SHARES[1])), "utf-8")
+            (WORK / FILE).write_text(settings_toml(replace(settings, deferral_rate=SHARES[1])), "utf-8")
             found = learn(WORK, {"vqa": [KNOWN.format("train")]}, steps=LEARN_STEPS, seed=seed)
             print(json.dumps(found, ensure_ascii=False), flush=True)
-        box = Cascade(WORK, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), seed=seed)
+        device = Cascade(WORK, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), seed=seed)
         own, answers, asked, chances = [], [], [], []
         for record in part:
-            alone = box.model.answer("vqa", _inputs(record))
-            reply = box.answer("vqa", _inputs(record))
+            alone = device.model.answer("vqa", _inputs(record))
+            reply = device.answer("vqa", _inputs(record))
             own.append(alone.value)
             answers.append(reply.value)
             asked.append(reply.by == CLOUD)
             chances.append(reply.probability or 0.0)
-        box.close()
+        device.close()
         right = np.array([r["answer"] for r in part])
         edge, large = np.array(own) == right, np.array(cloud) == right
         rows.append({

@@ -1,4 +1,4 @@
-"""From a `small` model of the catalogue to an edge box: it, a student of it and the demo's model in 8 and 4 bits, by
+"""From a `small` model of the catalogue to an edge device: it, a student of it and the demo's model in 8 and 4 bits, by
 PyTorch and as packages, and how long a package takes to start.
 
     runs/small/model    openm6 train demo with model.preset=small, and model.sizes.image_max_patches=16

@@ -1,6 +1,5 @@
 """Modules that most commands import: loaded once, by the server that forks (tests/processes.py), without threads."""
 
-
 import torch.distributed.checkpoint  # noqa: F401
 
 import openm6.cli

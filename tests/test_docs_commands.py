@@ -215,11 +215,11 @@ def _qwen3(_: Walk) -> None:
     Path("qwen3/tokenizer.json").write_text(json.dumps({**content, "added_tokens": []}), "utf-8")
 
 
-def _ask_the_box(walk: Walk) -> None:
-    """Answers of the cloud, of which the box can learn."""
-    with openm6.Client(f"http://127.0.0.1:{walk.port('8100')}") as box:
+def _ask_the_device(walk: Walk) -> None:
+    """Answers of the cloud, from which the device can learn."""
+    with openm6.Client(f"http://127.0.0.1:{walk.port('8100')}") as device:
         for number in range(160):
-            box.run("vqa", photo=picture(16, 16, number), question="这是什么?")
+            device.run("vqa", photo=picture(16, 16, number), question="这是什么?")
 
 
 def _name(name: str, value: Callable[[], Any]) -> Callable[[Walk], None]:
@@ -242,7 +242,7 @@ BEFORE: dict[str, Callable[[Walk], Any]] = {
     "openm6 images labels": _labels("batches/1"),
     "openm6 models import": _qwen3,
     "openm6 cascade init": _a_cloud,
-    "openm6 cascade learn": _ask_the_box,
+    "openm6 cascade learn": _ask_the_device,
     "curl http://127.0.0.1:8000/v1/jobs": _a_server,
     "openm6 jobs stop": lambda _: command("jobs", "submit", "train", "recipe.yaml"),
     'adapters={"copy"': _adapters,

@@ -16,12 +16,12 @@ from openm6.core.files import require_new
 cascade = typer.Typer(help="Edge-cloud cascade: a small edge model defers to a large one.", no_args_is_help=True)
 app.add_typer(cascade, name="cascade")
 
-Place = Annotated[Path, typer.Argument(help="Folder of the edge node.")]
+Place = Annotated[Path, typer.Argument(help="Folder of the edge device.")]
 
 
 @cascade.command()
 def init(
-    box: Place,
+    device: Place,
     model: Annotated[str, typer.Option(help=f"The edge model. {MODEL}")],
     cloud: Annotated[
         str | None, typer.Option(help="URL of the server that uncertain requests are deferred to.")
@@ -34,32 +34,34 @@ def init(
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits per weight: 8, 4 or 32.")] = 8,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of box.toml, e.g. keep_mb=64; repeatable.")
+        list[str] | None, typer.Option("--set", help="key=value of edge.toml, e.g. keep_mb=64; repeatable.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Create an edge node: a folder to copy to the edge device, with a program that serves it."""
-    from openm6.edge.settings import settings_of
+    """Create an edge device: a folder to copy to it, with a program that serves it."""
+    from openm6.edge.device import settings_of
 
-    require_new(box)
+    require_new(device)
     options = {name: value for name, value in (("cloud", cloud), ("privacy", privacy)) if value is not None}
     settings = settings_of({name: _value(name, text) for name, text in {**pairs(setting or []), **options}.items()})
     place, of_cloud = find(model), find(cloud_model) if cloud_model else None
 
-    from openm6.compress.cascade import init_box
+    from openm6.compress.cascade import create_device
 
-    made = init_box(box, place, settings, None if bits == 32 else bits, of_cloud)
+    made = create_device(device, place, settings, None if bits == 32 else bits, of_cloud)
     if json:
-        emit({"box": str(made.path), "version": made.version})
+        emit({"device": str(made.path), "version": made.version})
     else:
-        typer.echo(f"{box}: calibrate its tasks (openm6 cascade calibrate), then: python {box / 'openm6-edge'} serve")
+        typer.echo(
+            f"{device}: calibrate its tasks (openm6 cascade calibrate), then: python {device / 'openm6-edge'} serve"
+        )
 
 
 def _value(name: str, text: str) -> Any:
     """The value parsed as TOML; the text itself if the setting is a string or the text is not a TOML value."""
     import tomllib
 
-    from openm6.edge.settings import Settings
+    from openm6.edge.device import Settings
 
     try:
         found = tomllib.loads(f"x = {text}")
@@ -71,7 +73,7 @@ def _value(name: str, text: str) -> Any:
 
 @cascade.command()
 def calibrate(
-    box: Place,
+    device: Place,
     task: Annotated[str, typer.Option(help="A task of the edge model.")],
     data: Annotated[str, typer.Option(help="Held-out records with answers.")],
     records: Annotated[int, typer.Option(min=50, help="Number of records to use.")] = 500,
@@ -84,15 +86,15 @@ def calibrate(
     """Choose the confidence above which a task is answered locally."""
     from openm6.cli.output import share
     from openm6.data.source import check_source
-    from openm6.edge.box import Box
+    from openm6.edge.device import EdgeDevice
 
-    opened, columns, most = Box(box), pairs(column or []), share(max_loss, "--max-loss")
+    opened, columns, most = EdgeDevice(device), pairs(column or []), share(max_loss, "--max-loss")
     find_task(opened.folder() / "package", task)
     check_source(data)
 
-    from openm6.compress.cascade import calibrate_box
+    from openm6.compress.cascade import calibrate_task
 
-    found = calibrate_box(opened, task, data, columns, records, most)
+    found = calibrate_task(opened, task, data, columns, records, most)
     if json:
         emit(found)
     else:
@@ -104,7 +106,7 @@ def calibrate(
 
 @cascade.command()
 def learn(
-    box: Place,
+    device: Place,
     data: Annotated[
         list[str] | None, typer.Option(help="task=SOURCE to rehearse against forgetting; repeatable.")
     ] = None,
@@ -116,9 +118,9 @@ def learn(
 ) -> None:
     """Train on the cloud's answers; the new version goes live if it is better. An interrupted run is resumed."""
     from openm6.data.source import check_source
-    from openm6.edge.box import Box
+    from openm6.edge.device import EdgeDevice
 
-    Box(box)
+    EdgeDevice(device)
     sources: dict[str, list[str]] = {}
     for entry in data or []:
         for task, source in pairs([entry]).items():
@@ -128,51 +130,49 @@ def learn(
     from openm6.compress.cascade import learn as run
     from openm6.train.promotion import told_counts
 
-    found = run(box, sources, steps, batch_size, learning_rate, seed)
+    found = run(device, sources, steps, batch_size, learning_rate, seed)
     if json:
         emit(found)
         return
-    rows = [[task, *(figures.get(name, "") for name in _COLUMNS)] for task, figures in found["tasks"].items()]
-    table(["task", *(name.replace("_", " ") for name in _COLUMNS)], [[_told(cell) for cell in row] for row in rows])
+    columns = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")
+    rows = [[task, *(_cell(figures.get(name, "")) for name in columns)] for task, figures in found["tasks"].items()]
+    table(["task", *(name.replace("_", " ") for name in columns)], rows)
     typer.echo(
         f"Version {found['version']} is live." if found["better"]
         else f"Version {found['from']} stays live. {found['reason']}"
     )  # fmt: skip
     for task, figures in found["tasks"].items():
-        if passed_over := figures.get("passed_over"):
-            typer.echo(f"{task}: skipped answers: {told_counts(passed_over)}.")
+        if skipped := figures.get("skipped"):
+            typer.echo(f"{task}: skipped answers: {told_counts(skipped)}.")
 
 
-_COLUMNS = ("learned", "held_out", "held_out_before", "held_out_after", "before", "after")
-
-
-def _told(cell: Any) -> Any:
+def _cell(cell: Any) -> Any:
     return f"{cell:.3f}" if isinstance(cell, float) else cell
 
 
 @cascade.command()
-def status(box: Place, json: Json = False) -> None:
-    """Show the settings, stored answers and serving process of an edge node, without changing it."""
+def status(device: Place, json: Json = False) -> None:
+    """Show the settings, stored answers and serving process of an edge device, without changing it."""
     from openm6.edge.status import status_of
 
-    figures = status_of(box)
+    figures = status_of(device)
     if json:
         emit(figures)
         return
     kept, settings = figures.pop("kept"), figures.pop("settings")
     rows = {**figures, **{f"kept: {name}": value for name, value in kept.items()}, **settings}
-    table(["", ""], [[name, str(value)] for name, value in rows.items()], str(box))
+    table(["", ""], [[name, str(value)] for name, value in rows.items()], str(device))
 
 
 @cascade.command()
-def rollback(box: Place, json: Json = False) -> None:
+def rollback(device: Place, json: Json = False) -> None:
     """Go back to the previous version."""
     from openm6.core.errors import UsageError
-    from openm6.edge.box import Box
+    from openm6.edge.device import EdgeDevice
 
-    opened = Box(box)
+    opened = EdgeDevice(device)
     before = [number for number in opened.versions if number < opened.version]
     if not before:
-        raise UsageError(f"{box} has no version before {opened.version}.")
+        raise UsageError(f"{device} has no version before {opened.version}.")
     opened.use(before[-1])
     emit({"version": before[-1]}) if json else typer.echo(f"Version {before[-1]} is live.")

@@ -298,8 +298,12 @@ def compress(
     validation: Annotated[str, typer.Option(help="Held-out records to measure on.")] = "",
     unlabelled: Annotated[str | None, typer.Option(help="Records without answers, labelled by the model.")] = None,
     target: Annotated[str, typer.Option(help="size=2MB, or latency=5ms for one answer.")] = "",
-    max_loss: Annotated[str, typer.Option(help="Largest drop of the task's first metric: 1% or 0.01.")] = "1%",
-    form: Annotated[str, typer.Option(help="package: ONNX, without PyTorch; model: a model directory.")] = "package",
+    max_loss: Annotated[
+        str, typer.Option(help="Largest loss of the task's first metric, relative to the model's own: 1% or 0.01.")
+    ] = "1%",
+    form: Annotated[
+        str, typer.Option(help="package: an ONNX bundle, without PyTorch; model: a model directory.")
+    ] = "package",
     steps: Annotated[int, typer.Option(min=1, help="Training steps after each pruning.")] = 300,
     limit: Annotated[int, typer.Option(min=1, help="Number of records to measure on.")] = 500,
     output: Annotated[Path | None, typer.Option(help="Output folder. Default: runs/compress.")] = None,

@@ -83,7 +83,7 @@ def show_measures(rows: dict[str, dict[str, float]], title: str) -> None:
 
 
 def show_acceptance(found: dict[str, Any], what: str, json: bool) -> None:
-    """Print the acceptance rates of a `labels` command (studio.review.acceptance), in all and by rank."""
+    """Print the acceptance rates of a `labels` command (studio.review.write_labels), in all and by rank."""
     if json:
         emit(found)
         return

@@ -1,13 +1,13 @@
-"""A box from a model, its calibration, and what it learns of the cloud's answers.
+"""Edge devices: creation from a model, calibration, and learning from the cloud's answers.
 
-A round of learning is a training like any other (`openm6 train`), on what the box kept and on the data that it was
-calibrated with; killed, it goes on where it was. Its model is exported, and measured beside the one that answers: on
-the kept answers that were held out of learning, and on the calibration's records. Only one that is better by more than
-chance is promoted (promotion.py).
+A round of learning is a training like any other (`openm6 train`), on the stored answers and on the data of the
+calibration; an interrupted round is resumed. Its model is exported, and compared with the current version on the stored
+answers that were held out of learning, and on the calibration records. Only a version that is significantly better is
+promoted (promotion.py).
 
     learning/plan.json   what this round learns, fixed when it begins
     learning/run         the training
-    learning/version     the version that it makes; moved to versions/ when it is whole
+    learning/version     the new version; moved to versions/ when it is complete
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +30,12 @@ from openm6.data.columns import SlotView
 from openm6.data.overlap import digest
 from openm6.data.source import Source, open_source
 from openm6.data.store import ListRecords, Record, iterate
-from openm6.edge.box import EYES, FILE, VERSIONS, Box
-from openm6.edge.kept import is_empty, is_held_out, open_answer_store
+from openm6.edge.answer_store import is_empty, is_held_out
+from openm6.edge.calibration import ConfidenceCalibrator, agreement
+from openm6.edge.device import EYES, FEATURES, FILE, NOTHING, VERSIONS, EdgeDevice, Settings, settings_toml
+from openm6.edge.opening import open_answer_store
 from openm6.edge.package import export, export_image_encoder, write_program
 from openm6.edge.runner import EdgeModel, about_of
-from openm6.edge.settings import FEATURES, NOTHING, Settings, written
-from openm6.edge.sureness import ConfidenceCalibrator, agreement
 from openm6.model.adapters import check_whole
 from openm6.model.files import image_encoder_id
 from openm6.tasks.card import read_card
@@ -51,15 +51,17 @@ REPLAY = 3.0
 VERSIONS_KEPT = 3
 
 
-def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, cloud_model: Path | None = None) -> Box:
-    """Make a box of a model directory. `cloud_model`: that of the cloud, which features are sent to.
-
-    Raises UsageError where that cannot be.
-    """
+def create_device(
+    path: Path, model: Path, settings: Settings, bits: int | None = 8, cloud_model: Path | None = None
+) -> EdgeDevice:
+    """Create an edge device from a model directory. `cloud_model`: the cloud's model, whose features are sent. Raises
+    UsageError for an existing path, and for models that cannot be used."""
     require_new(path)
     check_whole(model)
     if settings.privacy == FEATURES and cloud_model is None:
-        raise UsageError("To send features the box needs the eyes of the cloud's model: --cloud-model DIRECTORY.")
+        raise UsageError(
+            "To send features the device needs the image encoder of the cloud's model: --cloud-model DIRECTORY."
+        )
     for directory in filter(None, (model, cloud_model)):
         require_model(base_of(directory) or directory)
 
@@ -71,47 +73,39 @@ def init_box(path: Path, model: Path, settings: Settings, bits: int | None = 8, 
         if cloud_model is not None:
             export_image_encoder(cloud_model, folder / EYES)
         write_program(folder / "openm6-edge")
-        (folder / FILE).write_text(written(settings), "utf-8")
+        (folder / FILE).write_text(settings_toml(settings), "utf-8")
         (folder / "current").write_text("0001\n", "utf-8")
 
     write_whole(path, write)
-    return Box(path)
+    return EdgeDevice(path)
 
 
-# Calibration
-
-
-def calibrate_box(
-    box: Box,
-    task: str,
-    data: str,
-    columns: Mapping[str, str] | None = None,
-    records: int = 500,
+def calibrate_task(
+    device: EdgeDevice, task: str, data: str, columns: Mapping[str, str] | None = None, records: int = 500,
     max_loss: float = 0.004,
-) -> dict[str, float]:
-    """Fit a task's ConfidenceCalibrator to records with answers, and remember them for the versions to come.
+) -> dict[str, float]:  # fmt: skip
+    """Fit a task's ConfidenceCalibrator to records with answers, and remember them for later versions.
 
-    `max_loss`: largest fraction of wrong answers, of all, that are given without deferral. Returns the expected rates.
-    Raises UsageError for a task that the model does not write.
+    `max_loss`: largest fraction of all answers that are given locally and wrong. Returns the expected rates. Raises
+    UsageError for a task that does not generate text.
     """
     if not 0 < max_loss < 1:
         raise UsageError(f"max_loss is {max_loss}: a fraction between 0 and 1.")
     entry = {"data": data, "columns": dict(columns or {}), "records": records, "max_loss": max_loss}
-    folder = box.folder()
-    found = _calibrated(EdgeModel(folder / "package"), task, entry)
-    _save(found, folder / "package", task)
+    folder = device.folder()
+    found = _calibrate(EdgeModel(folder / "package"), task, entry)
     write_json(folder / CALIBRATION, {**_calibrations(folder), task: entry})
     return found.expected()
 
 
-def _calibrated(
+def _calibrate(
     model: EdgeModel, task: str, entry: Mapping[str, Any], more: Iterable[Record] = ()
 ) -> ConfidenceCalibrator:
-    """The ConfidenceCalibrator of a task, fitted to the records of an entry and to `more`, by the slots' names."""
+    """Fit the ConfidenceCalibrator of a task to the records of an entry and to `more`, by slot, and save it."""
     chosen = model.task(task)
     if chosen.embeds or chosen.head:
-        raise UsageError(f"{task} writes no answer that could be more or less sure: it is always given here.")
-    source = _some(entry)
+        raise UsageError(f"{task} generates no text, so its answers have no confidence: they are always given locally.")
+    source = _sample(entry)
     view = SlotView.of(chosen, source, entry["columns"])
     states, confidences, right = [], [], []
     for seen in chain(map(view, source), more):
@@ -122,10 +116,12 @@ def _calibrated(
         right.append(agreement(answer.value, _wanted(chosen.outputs, seen)))
     if len(states) < LEAST:
         raise UsageError(f"{entry['data']} has {len(states)} records; a calibration takes {LEAST} at least.")
-    return ConfidenceCalibrator.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
+    fitted = ConfidenceCalibrator.fit(np.stack(states), np.array(confidences), np.array(right), entry["max_loss"])
+    write_file(model.path / f"calibration-{task}.npz", lambda draft: fitted.save(draft, model.about["sha256"]))
+    return fitted
 
 
-def _some(entry: Mapping[str, Any]) -> Source:
+def _sample(entry: Mapping[str, Any]) -> Source:
     """The records of an entry, evenly spread over its source, the same every time."""
     source = open_source(entry["data"])
     chosen = np.random.default_rng(0).permutation(len(source))[: entry["records"]]
@@ -135,11 +131,6 @@ def _some(entry: Mapping[str, Any]) -> Source:
 def _wanted(outputs: Iterable[str], record: Mapping[str, Any]) -> Any:
     values = {name: record.get(name) for name in outputs}
     return values if len(values) > 1 else next(iter(values.values()))
-
-
-def _save(sureness: ConfidenceCalibrator, package: Path, task: str) -> None:
-    digest = about_of(package)["sha256"]
-    write_file(package / f"sureness-{task}.npz", lambda draft: sureness.save(draft, digest))
 
 
 def _calibrations(version: Path) -> dict[str, Any]:
@@ -152,179 +143,157 @@ def _calibrations(version: Path) -> dict[str, Any]:
     return found
 
 
-# Learning
-
-
 def open_kept_source(name: str, limit: int | None) -> Source:
-    """`kept:BOX/TASK/train` or `/held-out`, up to a row (`?until=`): what a box kept, by the slots of the task."""
+    """Stored answers of an edge device, by slot: `kept:DEVICE/TASK/train` or `/held-out`, up to an id (`?until=`)."""
     place, _, query = name.removeprefix("kept:").partition("?")
     until = int(query.removeprefix("until=")) if query.startswith("until=") else None
     folder, _, rest = place.rpartition("/")
     folder, _, task = folder.rpartition("/")
     if rest not in ("train", "held-out"):
-        raise UsageError(f"{name}: write kept:BOX/TASK/train or kept:BOX/TASK/held-out.")
-    found = _kept_records(Box(folder), task, until)
+        raise UsageError(f"{name}: write kept:DEVICE/TASK/train or kept:DEVICE/TASK/held-out.")
+    found = _stored_answers(EdgeDevice(folder), task, until)
     return Source(name, found.held_out if rest == "held-out" else found.learned, limit=limit)
 
 
-class _Kept(NamedTuple):
-    """Kept answers to learn from, those that are held out, and how many are passed over, by the reason."""
+class _Answers(NamedTuple):
+    """Stored answers to learn from, held-out ones, and the number of skipped ones by reason."""
 
     learned: ListRecords
     held_out: ListRecords
-    passed_over: Counter[str]
+    skipped: Counter[str]
 
 
-def _kept_records(box: Box, task: str, until: int | None) -> _Kept:
-    chosen = _task(box, task)
-    eyes, view = image_encoder_id(box.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
-    calibration = _digests(chosen, _calibrations(box.folder()).get(task))
+def _stored_answers(device: EdgeDevice, task: str, until: int | None) -> _Answers:
+    chosen = _task(device, task)
+    eyes, view = image_encoder_id(device.folder() / "model"), SlotView(chosen, {name: name for name in chosen.inputs})
+    calibration: set[bytes] = set()  # digests of the inputs
+    if entry := _calibrations(device.folder()).get(task):
+        source = _sample(entry)
+        calibrated = SlotView.of(chosen, source, entry["columns"])
+        calibration = {digest(calibrated, record, chosen.inputs) for record in source}
     sides: tuple[list[Record], list[Record]] = ([], [])
-    passed_over: Counter[str] = Counter()
-    with closing(open_answer_store(box.path, box.settings)) as kept:
+    skipped: Counter[str] = Counter()
+    with closing(open_answer_store(device.path, device.settings)) as kept:
         for row in kept.rows(task, until):
             record, held_out = row["record"], is_held_out(row)
             values = (row["value"] or {}) if len(chosen.outputs) > 1 else {chosen.outputs[0]: row["value"]}
             if any(isinstance(v, Mapping) and "features" in v and v.get("eyes") != eyes for v in record.values()):
-                passed_over["of another image encoder"] += 1
+                skipped["of another image encoder"] += 1
             elif any((value := values.get(name)) is None or is_empty(value) for name in chosen.outputs):
-                passed_over["without an answer"] += 1
-            elif calibration and not held_out and digest(view, record, chosen.inputs) in calibration:
-                passed_over["in the calibration"] += 1
+                skipped["without an answer"] += 1
+            elif not held_out and calibration and digest(view, record, chosen.inputs) in calibration:
+                skipped["in the calibration"] += 1
             else:
                 sides[held_out].append({**record, **values, "_where": f"kept:{task}#{row['id']}"})
-    return _Kept(ListRecords(sides[0]), ListRecords(sides[1]), passed_over)
+    return _Answers(ListRecords(sides[0]), ListRecords(sides[1]), skipped)
 
 
-def _digests(task: Task, entry: Mapping[str, Any] | None) -> set[bytes]:
-    """Digests of the inputs of a calibration's records."""
-    if entry is None:
-        return set()
-    source = _some(entry)
-    view = SlotView.of(task, source, entry["columns"])
-    return {digest(view, record, task.inputs) for record in source}
-
-
-def _task(box: Box, name: str) -> Task:
-    """Raises UsageError where the box's model has no such task."""
-    tasks = {task.name: task for task in read_card(box.folder() / "package")[0]}
+def _task(device: EdgeDevice, name: str) -> Task:
+    """Raises UsageError where the device's model has no such task."""
+    tasks = {task.name: task for task in read_card(device.folder() / "package")[0]}
     if name not in tasks:
-        raise UsageError(f"{box.path} has no task {name}.{suggest(name, list(tasks))} It has: {', '.join(tasks)}.")
+        raise UsageError(f"{device.path} has no task {name}.{suggest(name, list(tasks))} It has: {', '.join(tasks)}.")
     return tasks[name]
 
 
 def learn(
-    path: Path,
-    data: Mapping[str, list[str]] | None = None,
-    steps: int = 400,
-    batch_size: int = 48,
-    learning_rate: float = 5e-4,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """One round. `data`: by task, sources that the model is not to forget meanwhile; without, it learns of the kept
-    answers alone.
+    path: Path, data: Mapping[str, list[str]] | None = None, steps: int = 400, batch_size: int = 48,
+    learning_rate: float = 5e-4, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a round of learning, or resume an interrupted one with its own settings. `data`: by task, sources to rehearse
+    against forgetting; without them only the stored answers are learned.
 
-    Returns what was measured, and whether the version was promoted. A round that was killed goes on where it was, with
-    what it began with. Raises UsageError where there is too little to learn of.
+    Returns the measurements, and whether the version was promoted. Raises UsageError without enough answers.
     """
     from filelock import FileLock, Timeout
 
-    box = Box(path)
-    if box.settings.privacy == NOTHING:
-        raise UsageError("This box sends nothing, so nothing is there to learn of (privacy in box.toml).")
-    if not (box.folder() / "model").is_dir():
+    device = EdgeDevice(path)
+    if device.settings.privacy == NOTHING:
+        raise UsageError("This device sends nothing, so it has no answers to learn from (privacy in edge.toml).")
+    if not (device.folder() / "model").is_dir():
         raise UsageError(
-            f"{path} was copied without {VERSIONS}/{box.version}/model, which learns: put its kept.sqlite into the "
-            "folder that has the model, and learn there."
+            f"{path} was copied without {VERSIONS}/{device.version}/model, which is trained: put its kept.sqlite into "
+            "the folder that has the model, and learn there."
         )
     try:
-        with FileLock(box.path / "learning.lock", timeout=0):
-            return _round(box, data or {}, steps, batch_size, learning_rate, seed)
+        with FileLock(device.path / "learning.lock", timeout=0):
+            plan: dict[str, Any] | None = None
+            with suppress(OSError, ValueError):
+                plan = json.loads((device.path / LEARNING / "plan.json").read_text("utf-8"))
+            if plan is None or plan["from"] != device.version:
+                shutil.rmtree(device.path / LEARNING, ignore_errors=True)
+                options = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+                plan = _begin(device, data or {}, options)
+            return _round(device, plan)
     except Timeout:
         raise UsageError(f"{path} is learning already, in another process.") from None
 
 
-def _round(
-    box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
-) -> dict[str, Any]:
-    folder = box.path / LEARNING
-    plan = _plan(folder)
-    if plan is None or plan["from"] != box.version:
-        shutil.rmtree(folder, ignore_errors=True)
-        plan = _begin(box, data, steps, batch_size, learning_rate, seed)
-    model = _trained(box, plan, folder)
-    version = folder / "version"
+def _round(device: EdgeDevice, plan: Mapping[str, Any]) -> dict[str, Any]:
+    folder = device.path / LEARNING
+    model, version = _trained(device, plan, folder), folder / "version"
     if not version.is_dir():
 
         def write(draft: Path) -> None:
             shutil.copytree(model, draft / "model")
-            export(draft / "model", draft / "package", about_of(box.folder() / "package")["bits"])
+            export(draft / "model", draft / "package", about_of(device.folder() / "package")["bits"])
 
         write_whole(version, write)
-    found = _measured(box, plan, version)
+    found = _compare(device, plan, version)
     if found["better"]:
-        number = box.next_version()
-        target = box.path / VERSIONS / number
-        publish(version, target)
-        box.use(number)
-        found["version"] = number
-        for old in box.versions[:-VERSIONS_KEPT]:
-            shutil.rmtree(box.folder(old))
+        found["version"] = f"{int(max(device.versions)) + 1:04}"
+        publish(version, device.path / VERSIONS / found["version"])
+        device.use(found["version"])
+        for old in device.versions[:-VERSIONS_KEPT]:
+            shutil.rmtree(device.folder(old))
     shutil.rmtree(folder)
     return found
 
 
-def _plan(folder: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((folder / "plan.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
-
-
-def _begin(
-    box: Box, data: Mapping[str, list[str]], steps: int, batch_size: int, learning_rate: float, seed: int
-) -> dict[str, Any]:
-    entries = _calibrations(box.folder())
+def _begin(device: EdgeDevice, data: Mapping[str, list[str]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the plan of a new round. Raises UsageError without enough answers, or for data of the calibration."""
+    entries = _calibrations(device.folder())
     for task, names in data.items():
-        chosen = _task(box, task)
+        chosen = _task(device, task)
         if task in entries:
-            check_apart(chosen, _some(entries[task]), entries[task]["columns"], names)
-    with closing(open_answer_store(box.path, box.settings)) as kept:
-        there = {task: last for task, (_, last) in kept.tasks().items()}
-    kept_of = {task: _kept_records(box, task, last) for task, last in there.items()}
-    usable = {task: len(one.learned) + len(one.held_out) for task, one in kept_of.items()}
-    learned = {task: last for task, last in there.items() if usable[task] >= LEAST}
+            check_apart(chosen, _sample(entries[task]), entries[task]["columns"], names)
+    with closing(open_answer_store(device.path, device.settings)) as store:
+        last_of = {task: last for task, (_, last) in store.tasks().items()}
+    answers = {task: _stored_answers(device, task, last) for task, last in last_of.items()}
+    usable = {task: len(some.learned) + len(some.held_out) for task, some in answers.items()}
+    learned = {task: last for task, last in last_of.items() if usable[task] >= LEAST}
     if not learned:
-        passed_over = sum((one.passed_over for one in kept_of.values()), Counter[str]())
-        besides = f" (passed over: {told_counts(passed_over)})" if passed_over else ""
+        skipped = sum((some.skipped for some in answers.values()), Counter[str]())
+        besides = f" (skipped: {told_counts(skipped)})" if skipped else ""
         raise UsageError(
-            f"{box.path} has kept {sum(usable.values())} answers of the cloud{besides}; a round takes {LEAST} of a "
-            "task at least."
+            f"{device.path} has {sum(usable.values())} stored answers of the cloud{besides}; a round takes at least "
+            f"{LEAST} of one task."
         )
     plan = {
-        "from": box.version, "until": learned, "data": {task: list(some) for task, some in data.items()},
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-    }  # fmt: skip
-    folder = box.path / LEARNING
+        "from": device.version,
+        "until": learned,
+        "data": {task: list(some) for task, some in data.items()},
+        **options,
+    }
+    folder = device.path / LEARNING
     folder.mkdir(exist_ok=True)
     write_json(folder / "plan.json", plan)
     return plan
 
 
-def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
+def _trained(device: EdgeDevice, plan: Mapping[str, Any], folder: Path) -> Path:
     from openm6.train.recipe import check_recipe
     from openm6.train.trainer import train
 
-    run, model = folder / "run", box.folder() / "model"
+    run, model = folder / "run", device.folder() / "model"
     if (run / "model" / "config.json").is_file():
         return run / "model"
     sections: list[dict[str, Any]] = []
     for task, until in plan["until"].items():
         replayed = plan["data"].get(task, [])
-        sections.append({"source": f"kept:{box.path}/{task}/train?until={until}", "task": task, "name": "kept"})
+        sections.append({"source": f"kept:{device.path}/{task}/train?until={until}", "task": task, "name": "kept"})
         sections += [{"source": one, "task": task, "weight": REPLAY / len(replayed)} for one in replayed]
-    for task, replayed in plan["data"].items():  # in the plan's order: a round that goes on has the same recipe
+    for task, replayed in plan["data"].items():  # in the plan's order: a resumed round has the same recipe
         if task not in plan["until"]:
             sections += [{"source": one, "task": task, "weight": 0.5} for one in replayed]
     steps = plan["steps"]
@@ -336,54 +305,50 @@ def _trained(box: Box, plan: Mapping[str, Any], folder: Path) -> Path:
             "optimizer": "muon", "learning_rate": plan["learning_rate"],
             "matrix_learning_rate": 2 * plan["learning_rate"], "warmup": max(1, steps // 20), "weight_decay": 0.01,
             "checkpoint_every": max(1, steps // 6), "workers": 0,
-            # Features that were kept are of these eyes: with others they would mean something else.
-            "freeze_image_encoder": box.settings.privacy == FEATURES,
+            # Stored features are those of this image encoder.
+            "freeze_image_encoder": device.settings.privacy == FEATURES,
         },
     })  # fmt: skip
     return train(recipe)
 
 
-def _measured(box: Box, plan: Mapping[str, Any], version: Path) -> dict[str, Any]:
+def _compare(device: EdgeDevice, plan: Mapping[str, Any], version: Path) -> dict[str, Any]:
     """The comparison of the new version with the current one; also writes the new calibration."""
-    old, new = EdgeModel(box.folder() / "package"), EdgeModel(version / "package")
-    told: dict[str, Any] = {"from": plan["from"], "tasks": {}}
-    entries = _calibrations(box.folder())
+    old, new = EdgeModel(device.folder() / "package"), EdgeModel(version / "package")
+    found: dict[str, Any] = {"from": plan["from"], "tasks": {}}
+    entries = _calibrations(device.folder())
     before, after = [np.zeros(0)], [np.zeros(0)]
     held_out: dict[str, ListRecords] = {}
     for task, until in plan["until"].items():
-        kept = _kept_records(box, task, until)
-        some = held_out[task] = not_trained_on(old.task(task), kept.held_out, plan["data"].get(task, ()))
-        if trained_on := len(kept.held_out) - len(some):
-            kept.passed_over["held out, and in --data"] = trained_on
+        answers = _stored_answers(device, task, until)
+        some = held_out[task] = not_trained_on(old.task(task), answers.held_out, plan["data"].get(task, ()))
+        if trained_on := len(answers.held_out) - len(some):
+            answers.skipped["held out, and in --data"] = trained_on
         before.append(_right(old, task, some))
         after.append(_right(new, task, some))
-        told["tasks"][task] = {
-            "learned": len(kept.learned), "held_out": len(some), "passed_over": dict(kept.passed_over),
+        found["tasks"][task] = {
+            "learned": len(answers.learned), "held_out": len(some), "skipped": dict(answers.skipped),
             "held_out_before": _mean(before[-1]), "held_out_after": _mean(after[-1]),
         }  # fmt: skip
     for task, entry in entries.items():
-        # With what came in and was held out of learning: there a threshold is needed.
-        fitted = _calibrated(new, task, entry, iterate(held_out[task]) if task in held_out else ())
-        _save(fitted, version / "package", task)
-        source = _some(entry)
+        # The held-out answers are new requests, for which the threshold is needed.
+        fitted = _calibrate(new, task, entry, iterate(held_out[task]) if task in held_out else ())
+        source = _sample(entry)
         known = ListRecords(map(SlotView.of(old.task(task), source, entry["columns"]), source))
-        told["tasks"].setdefault(task, {}).update(
+        found["tasks"].setdefault(task, {}).update(
             before=_mean(_right(old, task, known)), after=_mean(fitted.parts["right"][: len(known)])
         )
     write_json(version / CALIBRATION, entries)
-    told |= gain(np.concatenate(before), np.concatenate(after))
-    told["reason"] = reason_against(told)
-    return {**told, "better": not told["reason"]}
+    found |= gain(np.concatenate(before), np.concatenate(after))
+    found["reason"] = reason_against(found)
+    return {**found, "better": not found["reason"]}
 
 
 def _right(model: EdgeModel, task: str, records: ListRecords) -> np.ndarray:
     """Correctness of each answer, [n], 0 to 1."""
     chosen = model.task(task)
-    found = [
-        agreement(model.answer(task, chosen.asked(one), truncate="start").value, _wanted(chosen.outputs, one))
-        for one in iterate(records)
-    ]
-    return np.array(found, float)
+    pairs = ((model.answer(task, chosen.asked(one), truncate="start"), one) for one in iterate(records))
+    return np.array([agreement(answer.value, _wanted(chosen.outputs, one)) for answer, one in pairs], float)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,14 +1,14 @@
-"""A smaller model for a target: a chain of steps, each measured, or a search among chains.
+"""Compression of a model to a target: a chain of steps, each measured, or a search among chains.
 
-The steps of a recipe's chain, in order, each applied to the result of the one before:
+The steps of a chain, in order, each applied to the result of the one before:
 
     prune      fewer layers, heads, units, experts (weights/prune.py)
     distill    further training with the first model as the teacher (train/distill.py)
-    quantize   weights in 8 or 4 bits (model/lowbit.py); it answers by PyTorch
-    export     a package (edge/package.py); it answers without PyTorch
+    quantize   weights in 8 or 4 bits (model/lowbit.py), for PyTorch
+    export     an ONNX bundle (edge/package.py), without PyTorch
 
 A search goes from the whole network to ever smaller ones, pruned and distilled, each in 32, 8 and 4 bits, until one
-meets the target and has lost no more than is allowed; it is then the one that was pruned the least.
+meets the target without losing more than allowed; the result is then the one that was pruned the least.
 
     OUTPUT/chain.yaml       the chain; another chain needs another folder
     OUTPUT/N-KIND, ...      the result of each step, with its measurements beside it (KIND.json)
@@ -55,7 +55,6 @@ from openm6.train.trainer import train
 
 LEVELS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
 """Fractions of the blocks' parameters that a search keeps, in turn."""
-FORMS = ("package", "model")
 BATCH = 16
 
 
@@ -64,14 +63,14 @@ class _Strict(BaseModel):
 
 
 class TaskSection(_Strict):
-    """A task that the small model has to do."""
+    """A task of the small model."""
 
     task: str
-    data: str = Field(description="records to learn from")
-    validation: str = Field(description="records to measure on, which no model was trained on")
-    unlabelled: str | None = Field(None, description="records without answers: the first model gives them")
+    data: str = Field(description="training records")
+    validation: str = Field(description="held-out records to measure on")
+    unlabelled: str | None = Field(None, description="records without answers, labelled by the first model")
     columns: dict[str, str] = Field(default_factory=dict)
-    limit: int = Field(500, ge=1, description="records to measure on")
+    limit: int = Field(500, ge=1, description="number of records to measure on")
 
 
 class PruneStep(_Strict):
@@ -79,18 +78,18 @@ class PruneStep(_Strict):
     key_value_heads: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
     experts: int | None = Field(None, ge=1)
-    records: int = Field(128, ge=1, description="records by which effects are estimated")
+    records: int = Field(128, ge=1, description="number of records to estimate effects with")
 
 
 class DistillStep(_Strict):
     steps: int = Field(300, ge=1)
     batch_size: int = Field(32, ge=1)
-    learning_rate: float | None = Field(None, gt=0, description="5e-4; 1e-3 from a preset, which knows nothing yet")
+    learning_rate: float | None = Field(None, gt=0, description="default: 5e-4, or 1e-3 from a preset")
     weight: float = Field(0.5, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
     relations: float = Field(0.0, ge=0)
-    preset: str | None = Field(None, description="start at random from a preset, not from the model before")
-    sizes: dict[str, Any] = Field(default_factory=dict, description="single values of the preset to change")
+    preset: str | None = Field(None, description="start from random weights of a preset instead of the model before")
+    sizes: dict[str, Any] = Field(default_factory=dict, description="values of the preset to change")
 
 
 class BitsStep(_Strict):
@@ -107,11 +106,10 @@ class Step(_Strict):
 
     @property
     def kind(self) -> str:
-        found = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        names = type(self).model_fields
+        found = [name for name in names if getattr(self, name) is not None]
         if len(found) != 1:
-            raise UsageError(
-                f"A step is one of {', '.join(type(self).model_fields)}, this one is {found or 'nothing'}."
-            )
+            raise UsageError(f"A step is one of {', '.join(names)}, this one is {found or 'nothing'}.")
         return found[0]
 
 
@@ -134,20 +132,17 @@ def check_chain(values: dict[str, Any], where: str = "chain") -> Chain:
     return chain
 
 
-# The chain
-
-
 def compress(chain: Chain, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """Run a chain, or resume an interrupted one. Returns a row of the table for the model itself and for each step."""
     work = _Work(chain, say)
-    rows = [work.parent()]
+    rows = [work.row("0-model", chain.model)]
     before = chain.model
     for number, step in enumerate(chain.steps, 1):
         row = work.step(f"{number}-{step.kind}", step, before)
         rows.append(row)
         if step.kind in ("prune", "distill"):
             before = Path(row["path"])
-    work.tell(rows)
+    work.report(rows)
     return rows
 
 
@@ -155,15 +150,16 @@ def search(
     chain: Chain, target: Target, max_loss: float, form: str = "package", distill: DistillStep | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, str]:  # fmt: skip
-    """Try chains until one meets the target with a first metric at most `max_loss` below the model's own, for each
-    task. Returns the table, and the row that does, or None and a sentence about what came nearest."""
-    if form not in FORMS:
-        raise UsageError(f"form is {form}; it can be {' or '.join(FORMS)}.")
+    """Try chains until one meets the target and loses at most `max_loss` of the first metric of each task, as a
+    fraction of the model's own value. Returns the table, and the row that does, or None and a sentence about the
+    nearest rows."""
+    if form not in ("package", "model"):
+        raise UsageError(f"form is {form}; it can be package or model.")
     if not 0 <= max_loss < 1:
         raise UsageError(f"max_loss is {max_loss}: a fraction from 0 to below 1.")
     distill = distill or DistillStep()
     work = _Work(chain, say, distill)
-    parent = work.parent()
+    parent = work.row("0-model", chain.model)
     rows, found, tried = [parent], None, list[dict[str, Any]]()
     for level, steps in _levels(read_config(chain.model), distill):
         before, whole, name = chain.model, parent, f"{level:.0%}".rstrip("%")
@@ -177,19 +173,20 @@ def search(
             rows.append(row)
             tried.append(row)
             if bits is None:
-                before = Path(row["path"])  # the others round what was exported
-            if target.met(row) and lost(parent, row) <= max_loss + 1e-9:
+                before = Path(row["path"])  # the others quantize this bundle
+            if target.is_met(row) and lost(parent, row) <= max_loss + 1e-9:
                 found = row if found is None or lost(parent, row) < lost(parent, found) else found
         if found or lost(parent, whole) > 4 * max(max_loss, 0.01):  # smaller ones lose more
             break
     near = "" if found else nearest(tried, parent, target, max_loss)
-    work.tell(rows, target, max_loss, found, near)
+    work.report(rows, target, max_loss, found, near)
     return rows, found, near
 
 
 def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, list[Step]]]:
-    """Chains from the whole network down; of each, layers and what is in them are about equally fewer."""
-    seen = set()
+    """Chains from the whole network down: (fraction of the parameters, steps). Layers and their widths shrink about
+    equally."""
+    seen: list[dict[str, int]] = []
     for level in LEVELS:
         side = math.sqrt(level)
         sizes: dict[str, int] = {
@@ -206,10 +203,9 @@ def _levels(config: ModelConfig, distill: DistillStep) -> Iterator[tuple[float, 
         own = {"layers": config.num_hidden_layers, "width": config.intermediate_size,
                "key_value_heads": config.num_key_value_heads, "experts": config.num_experts}  # fmt: skip
         fewer = {name: count for name, count in sizes.items() if count < own[name]}
-        if (key := tuple(fewer.items())) in seen:
-            continue
-        seen.add(key)
-        yield level, [Step(prune=PruneStep(**fewer)), Step(distill=distill)] if fewer else []
+        if fewer not in seen:
+            seen.append(fewer)
+            yield level, [Step(prune=PruneStep(**fewer)), Step(distill=distill)] if fewer else []
 
 
 class _Work:
@@ -219,7 +215,9 @@ class _Work:
         check_whole(chain.model)
         self.chain, self.say = chain, say
         values = chain.model_dump(mode="json", exclude={"output"})
-        values["content"] = _content(chain)
+        sources = [s for task in chain.tasks for s in (task.data, task.validation, task.unlabelled) if s]
+        # Results for another model or other data are stale.
+        values["content"] = [directory_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
         if distill:  # of a search
             values["distill"] = distill.model_dump(mode="json")
         file = chain.output / "chain.yaml"
@@ -233,9 +231,6 @@ class _Work:
             chain.output.mkdir(parents=True, exist_ok=True)
             write_text(file, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
 
-    def parent(self) -> dict[str, Any]:
-        return self._row("0-model", self.chain.model)
-
     def step(self, name: str, step: Step, before: Path) -> dict[str, Any]:
         """Run a step, unless it is done, and measure its result."""
         place = self.chain.output / name
@@ -244,7 +239,7 @@ class _Work:
             if not (made / "config.json").is_file():
                 self.say(f"{name}: {step.distill.steps} steps")
                 train(check_recipe(self._distilling(step.distill, before, place)))
-            return self._row(name, made)
+            return self.row(name, made)
         if not place.is_dir():
             self.say(name)
             if step.prune:
@@ -257,7 +252,7 @@ class _Work:
                 quantize_bundle(before, place, step.export.bits)
             elif step.export:
                 export(before, place, step.export.bits)
-        return self._row(name, place)
+        return self.row(name, place)
 
     def _distilling(self, step: DistillStep, before: Path, place: Path) -> dict[str, Any]:
         first = self.chain.tasks[0]
@@ -266,11 +261,11 @@ class _Work:
             columns=first.columns, teacher=self.chain.model, seed=self.chain.seed,
         )  # fmt: skip
         for task in self.chain.tasks:
-            told = {"task": task.task, "columns": task.columns}
+            about = {"task": task.task, "columns": task.columns}
             if task is not first:
-                values["data"].append({"source": task.data, **told})
+                values["data"].append({"source": task.data, **about})
             if task.unlabelled:
-                values["data"].append({"source": task.unlabelled, **told, "answers": "teacher"})
+                values["data"].append({"source": task.unlabelled, **about, "answers": "teacher"})
         if step.preset:
             values["model"] = {"preset": step.preset, "sizes": step.sizes}
         values["distill"] |= {"weight": step.weight, "temperature": step.temperature, "relations": step.relations}
@@ -278,7 +273,8 @@ class _Work:
         values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "workers": 0}
         return values
 
-    def _row(self, name: str, made: Path) -> dict[str, Any]:
+    def row(self, name: str, made: Path) -> dict[str, Any]:
+        """The row of a model or bundle in the table, measured unless it was before."""
         file = self.chain.output / f"{name}.json"
         if file.is_file():
             found: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -288,13 +284,13 @@ class _Work:
         self.say(line_of(row))
         return row
 
-    def tell(
+    def report(
         self, rows: list[dict[str, Any]], target: Target | None = None, max_loss: float = 0.0,
         found: dict[str, Any] | None = None, near: str = "",
     ) -> None:  # fmt: skip
         output = self.chain.output
-        told = {"rows": rows, "target": target and asdict(target), "max_loss": max_loss, "found": found}
-        write_json(output / "table.json", told)
+        content = {"rows": rows, "target": target and asdict(target), "max_loss": max_loss, "found": found}
+        write_json(output / "table.json", content)
         write_text(output / "report.md", report_of(rows, target, max_loss, found, near))
         draw_pareto(rows, target, max_loss).savefig(output / "pareto.png", dpi=110)
         if found:
@@ -306,38 +302,28 @@ class _Work:
             write_whole(output / "best", write)
 
 
-def _content(chain: Chain) -> list[str]:
-    """Hashes of the model and of the data: results for others are stale."""
-    sources = [s for task in chain.tasks for s in (task.data, task.validation, task.unlabelled) if s]
-    return [directory_hash(chain.model), *(open_source(source).content_hash() for source in sources)]
-
-
-# Measures
-
-
 def _metrics(made: Path, chain: Chain) -> dict[str, dict[str, float]]:
     """The metrics of each task on its validation records."""
-    package = EdgeModel(made) if (made / "edge.json").is_file() else None
-    session = None if package else Session.load(made)
-    found = {}
+    bundle = EdgeModel(made) if (made / "edge.json").is_file() else None
+    session = None if bundle else Session.load(made)
+    metrics = {}
     for section in chain.tasks:
-        if session is not None:
-            told = measure(
+        if bundle is None:
+            assert session is not None
+            found = measure(
                 session, section.task, section.validation, section.columns, limit=section.limit, truncate="start"
-            )
-            found[section.task] = {name: round(value, 5) for name, value in told.values().items()}
-            continue
-        assert package is not None
-        task = package.task(section.task)
-        source = open_source(section.validation, limit=section.limit)
-        view, output, cases = SlotView.of(task, source, section.columns), task.outputs[0], []
-        for record in map(view, source):
-            value = package.run(task.name, truncate="start", **task.asked(record))
-            value = value[output] if len(task.outputs) > 1 else value
-            cases.append(Case(record, str(value), references(record[output], task.slots[output].type)))
-        names = [name for name in task.metrics if name != "perplexity"]
-        found[section.task] = {name: round(scored(task, name, cases).value, 5) for name in names}
-    return found
+            ).values()
+        else:
+            task = bundle.task(section.task)
+            source = open_source(section.validation, limit=section.limit)
+            view, output, cases = SlotView.of(task, source, section.columns), task.outputs[0], []
+            for record in map(view, source):
+                value = bundle.run(task.name, truncate="start", **task.asked(record))
+                value = value[output] if len(task.outputs) > 1 else value
+                cases.append(Case(record, str(value), references(record[output], task.slots[output].type)))
+            found = {name: scored(task, name, cases).value for name in task.metrics if name != "perplexity"}
+        metrics[section.task] = {name: round(value, 5) for name, value in found.items()}
+    return metrics
 
 
 def _footprint(made: Path, chain: Chain) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Model directories made from others: an imported Qwen3 checkpoint, a dense model with experts, a smaller one."""
+"""Conversion of models: a Qwen3 checkpoint imported, a dense model upcycled to experts, quantized, or pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,8 @@ from openm6.weights.upcycle import upcycle
 
 
 def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, max_length: int) -> Session:
-    """A model directory whose backbone has the weights of a Qwen3 checkpoint; the image embedder starts at random.
-
-    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists.
-    """
+    """A model directory with the weights of a Qwen3 checkpoint as its backbone; the image embedder starts at random.
+    Raises UsageError for a checkpoint that cannot be imported or an `output` that exists."""
     require_new(output)
     changes: dict[str, Any] = {"image_embedder": image_embedder, "num_codes": num_codes}
     tokenizer = Tokenizer.wrap(path, num_codes, start_at=read_config(path, **changes).vocab_size)
@@ -48,7 +47,7 @@ def import_model(path: Path, output: Path, image_embedder: str, num_codes: int, 
 
 
 def upcycle_model(path: Path, output: Path, num_experts: int, chosen: int, router: str, interval: int) -> Session:
-    """A model directory with experts in the place of the feed-forwards of the dense one at `path`."""
+    """A model directory with experts in place of the feed-forward layers of the dense model at `path`."""
     require_new(output)
     check_mergeable(path)
     session = Session.load(path, device="cpu", trainable=True)
@@ -59,7 +58,7 @@ def upcycle_model(path: Path, output: Path, num_experts: int, chosen: int, route
 
 
 def quantize_model(path: Path, output: Path, bits: int) -> Session:
-    """A model directory whose weights are in 8 or 4 bits (model/lowbit.py); it answers by kernels for them on a CPU."""
+    """A model directory with weights in 8 or 4 bits (model/lowbit.py), for which a CPU has kernels."""
     require_new(output)
     from safetensors.torch import save_file
 
@@ -81,8 +80,7 @@ def quantize_model(path: Path, output: Path, bits: int) -> Session:
 
 @torch.no_grad()
 def _fold_norms(model: M6) -> None:
-    """The weights of norms into the products behind them, where kernels would put them (cpu/pack.py): rounded once they
-    are there, a weight needs no rounding again."""
+    """Fold the weights of norms into the products behind them before these are rounded, as kernels do (cpu/pack.py)."""
     for block in model.blocks:
         assert isinstance(block, Block)
         pairs = [(block.attention_norm, block.attention.qkv)]
@@ -97,19 +95,16 @@ def _fold_norms(model: M6) -> None:
 def prune_model(
     path: Path, output: Path, task: str, data: str, columns: Mapping[str, str], records: int, **sizes: int | None
 ) -> Session:
-    """A model directory with fewer layers, heads, units or experts than the one at `path` (`sizes`: weights/prune.py):
-    those are left out that the first records of `data` need the least for `task`."""
+    """A model directory with fewer layers, heads, units or experts (`sizes`: weights/prune.py): those are removed that
+    the first records of `data` need least for `task`."""
     require_new(output)
     if not any(sizes.values()):
-        raise UsageError(f"Say what there is to be less of: {', '.join(sizes)}.")
+        raise UsageError(f"Give a size to prune to: {', '.join(sizes)}.")
     check_mergeable(path)
     session = Session.load(path, trainable=True)
     chosen, source = session.task(task), open_source(data)
     view = SlotView.of(chosen, source, columns)
-    examples = [
-        encode_example(chosen, view(source[number]), session.processor, None)
-        for number in range(min(records, len(source)))
-    ]
+    examples = [encode_example(chosen, view(one), session.processor, None) for one in islice(source, records)]
     device = session.model.embed.weight.device
     length, pad_id = max(map(len, examples)), session.processor.tokenizer.pad_id
     batches = [pack(examples[i : i + 8], length, pad_id).to(device) for i in range(0, len(examples), 8)]

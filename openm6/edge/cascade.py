@@ -18,23 +18,13 @@ import numpy as np
 
 from openm6.core.errors import DataError, OpenM6Error, UsageError
 from openm6.core.images import as_file, open_image
-from openm6.edge.box import Box
-from openm6.edge.check import Finding, check_cloud
+from openm6.edge.answer_store import AnswerStore, StoreError, is_empty
+from openm6.edge.calibration import STEADY, WINDOW, Audits, ConfidenceCalibrator, Drift, agreement, calibrations
 from openm6.edge.cloud import CHOSEN, CloudError
-from openm6.edge.kept import AnswerStore, StoreError, is_empty
+from openm6.edge.device import ALL, FEATURES, NOTHING, EdgeDevice, Settings
 from openm6.edge.live import LiveSettings
-from openm6.edge.runner import Answer, EdgeModel
-from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
-from openm6.edge.sureness import (
-    STEADY,
-    WINDOW,
-    Audits,
-    ConfidenceCalibrator,
-    Drift,
-    agreement,
-    calibrations,
-    confidence_of,
-)
+from openm6.edge.runner import Answer, EdgeModel, file_digest
+from openm6.edge.status import Finding, check_cloud
 from openm6.tasks.processor import Processor
 from openm6.tasks.slots import TYPES
 from openm6.tasks.task import Task
@@ -75,42 +65,39 @@ class Reply:
 class _Version:
     """An open version of an edge device's model."""
 
-    def __init__(self, box: Box, number: str, kept: AnswerStore, threads: int):
-        folder = box.folder(number) / "package"
-        self.calibrated = _calibrated(box, number)
+    def __init__(self, device: EdgeDevice, number: str, kept: AnswerStore, threads: int):
+        folder = device.folder(number) / "package"
+        self.calibrated = _calibrated(device, number)
         self.number, self.model = number, EdgeModel(folder, threads)
         self.eager = EAGER if int(number) == 1 else LATER
         self.calibrators: dict[str, ConfidenceCalibrator] = {}
         self.drift: dict[str, Drift] = {}
         self.audits: dict[str, Audits] = {}
+        self.digests: dict[str, str] = {}  # of the calibrations, each with coordinates of its own
         for task, file in calibrations(folder).items():
             self.calibrators[task] = found = ConfidenceCalibrator.load(file, self.model.about["sha256"])
-            self.drift[task] = Drift(confidence_of(found.parts["seen"]))
-            self.audits[task] = Audits()
+            self.drift[task], self.audits[task] = Drift(found.confidences), Audits()
+            self.digests[task] = file_digest(file)
             with suppress(StoreError):  # without it the version still answers, by its calibration
-                found.remember(kept.seen(task, number))
+                found.remember(kept.seen(task, self.digests[task]))
 
 
-def _calibrated(box: Box, number: str) -> dict[str, int]:
+def _calibrated(device: EdgeDevice, number: str) -> dict[str, int]:
     """Time of each task's calibration, in ns."""
-    return {task: file.stat().st_mtime_ns for task, file in calibrations(box.folder(number) / "package").items()}
+    return {task: file.stat().st_mtime_ns for task, file in calibrations(device.folder(number) / "package").items()}
 
 
 class Cascade:
     """An edge device in use, by several threads; a version that is promoted meanwhile answers from then on."""
 
     def __init__(
-        self,
-        path: str | Path,
-        threads: int = 0,
-        seed: int | None = None,
-        clock: Callable[[], float] = time.time,
+        self, path: str | Path, threads: int = 0, seed: int | None = None, clock: Callable[[], float] = time.time
     ):
         """`seed`: of the audits; `clock`: of the hourly budget. Raises UsageError or OpenM6Error for a device that
         cannot be used."""
-        self.box, self._threads, self._clock = Box(path), threads, clock
-        self.live = LiveSettings(self.box, threads)
-        self._version = _Version(self.box, self.box.version, self.kept, threads)
+        self.device, self._threads, self._clock = EdgeDevice(path), threads, clock
+        self.live = LiveSettings(self.device, threads)
+        self._version = _Version(self.device, self.device.version, self.kept, threads)
         self._looked, self._opening = 0.0, threading.Lock()
         self._lock, self._random = threading.Lock(), random.Random(seed)
         self.counts: dict[str, Counter[str]] = {}
@@ -168,20 +155,17 @@ class Cascade:
         if is_local and not is_audited:
             return Reply(own.value, EDGE, probability, reason, own.finished, own.truncated)
 
-        def learn(value: Any) -> None:
+        def receive(answer: Mapping[str, Any]) -> Any:
+            """The cloud's value, from which the device learns unless it was cut off. Raises CloudError."""
+            value = _value(chosen, answer["outputs"], version.model.processor)
+            if not answer.get("finished", True):
+                self._count(task, "unfinished")
+                return value
             right = agreement(own.value, value)
             self._count(task, *(["agreed"] if right >= 0.5 else ["differed"]), *(["audited"] if is_audited else []))
             with self._lock:
                 calibrator.learn(seen, right, weight)
             self._keep(version, chosen, record, value, own, seen, right, weight)
-
-        def receive(answer: Mapping[str, Any]) -> Any:
-            """The cloud's value, from which the device learns unless it was cut off. Raises CloudError."""
-            value = _value(chosen, answer["outputs"], version.model.processor)
-            if answer.get("finished", True):
-                learn(value)
-            else:
-                self._count(task, "unfinished")
             return value
 
         try:
@@ -202,7 +186,7 @@ class Cascade:
     ) -> Mapping[str, Any]:  # fmt: skip
         """The cloud's answer; `receive` is also called with one that arrives too late. Raises CloudError."""
         now = self.live.follow()
-        settings = now.settings
+        settings, deadline = now.settings, now.settings.deadline_ms / 1000
         if now.problem:
             raise CloudError("settings")
         if settings.privacy == NOTHING:
@@ -212,18 +196,17 @@ class Cascade:
         inputs = task.asked(record)
         pictures = [name for name in inputs if task.slots[name].type == "image"]
         if settings.privacy == FEATURES and pictures:
-            if now.eyes is None:
-                raise CloudError("no_eyes")
-            inputs |= {name: now.eyes.features(inputs[name]).mapping() for name in pictures}
-        deadline = settings.deadline_ms / 1000
+            if now.image_encoder is None:
+                raise CloudError("no_image_encoder")
+            inputs |= {name: now.image_encoder.features(inputs[name]).mapping() for name in pictures}
         self._take(0)
 
         def late(answer: Mapping[str, Any]) -> None:
             with suppress(CloudError):
                 receive(answer)
 
-        seconds = min(deadline, seconds or deadline)
-        return now.cloud.ask(task.name, inputs, seconds, late, lambda: self._spend(task.name), truncate)
+        most = min(deadline, seconds or deadline)
+        return now.cloud.ask(task.name, inputs, most, late, lambda: self._spend(task.name), truncate)
 
     def _take(self, count: int) -> int:
         """Take so many of the hour's requests; return the hour. Raises CloudError where they are used up."""
@@ -231,10 +214,9 @@ class Cascade:
         with self._lock:
             known, used = self._spent
             if known != hour:
-                try:
+                used = 0
+                with suppress(StoreError):
                     used = self.kept.spent(hour)
-                except StoreError:
-                    used = 0
             self._spent = hour, used
             if used >= self.settings.requests_per_hour:
                 raise CloudError("budget")
@@ -264,11 +246,11 @@ class Cascade:
             if store.mode != ALL:
                 for name in kept:
                     if task.slots[name].type == "image":
-                        kept[name] = version.model.eyes.features(record[name]).mapping()
+                        kept[name] = version.model.image_encoder.features(record[name]).mapping()
             # Training truncates a text at its end: it would learn the answer without the part that was answered.
             if not own.truncated and (forgotten := store.keep(task.name, kept, value, own.value)):
                 self._count(task.name, *["forgotten"] * forgotten)
-            store.saw(task.name, version.number, seen, right, weight, WINDOW)
+            store.saw(task.name, version.digests[task.name], seen, right, weight, WINDOW)
 
     @contextmanager
     def _storing(self, task: str) -> Iterator[None]:
@@ -282,11 +264,10 @@ class Cascade:
         """Log a message, one of each kind every SELDOM seconds."""
         now = time.monotonic()
         with self._lock:
-            again = now - self._warned.get(kind, -SELDOM) >= SELDOM
-            if again:
-                self._warned[kind] = now
-        if again:
-            log.warning("%s", message)
+            if now - self._warned.get(kind, -SELDOM) < SELDOM:
+                return
+            self._warned[kind] = now
+        log.warning("%s", message)
 
     def _newest(self) -> _Version:
         """The version that answers; it and its calibration are looked up every second."""
@@ -294,10 +275,10 @@ class Cascade:
         if now - self._looked <= 1.0 or not self._opening.acquire(blocking=False):
             return self._version
         try:
-            self._looked, number = now, self.box.version
+            self._looked, number = now, self.device.version
             is_new = number != self._version.number
-            if is_new or _calibrated(self.box, number) != self._version.calibrated:
-                self._version = _Version(self.box, number, self.kept, self._threads)
+            if is_new or _calibrated(self.device, number) != self._version.calibrated:
+                self._version = _Version(self.device, number, self.kept, self._threads)
                 log.info("version %s answers%s", number, "" if is_new else ", calibrated anew")
             if is_new:
                 self.counts = {}
@@ -313,21 +294,18 @@ class Cascade:
             for name in names:
                 counts[name] += 1
 
-    # Telling
-
     def statistics(self) -> dict[str, Any]:
         """Counts and averages by task; no inputs and no answers."""
         version = self._version
         with self._lock:
-            tasks = {}
+            tasks: dict[str, dict[str, Any]] = {}
             for task, counts in self.counts.items():
-                told: dict[str, Any] = dict(counts)
+                tasks[task or "device"] = figures = dict[str, Any](counts)
                 if (calibrator := version.calibrators.get(task)) is not None:
-                    told |= {
+                    figures |= {
                         "threshold": round(calibrator.threshold, 4), "drift": round(version.drift[task].index, 4),
                         **{f"expected_{n}": round(v, 4) for n, v in calibrator.expected().items()},
                     }  # fmt: skip
-                tasks[task or "device"] = told
         return {"version": version.number, "seconds": round(self._clock() - self.started), "tasks": tasks}
 
     def drifting(self) -> list[str]:
@@ -335,10 +313,10 @@ class Cascade:
         return [task for task, drift in self._version.drift.items() if drift.index > STEADY]
 
     def check_cloud(self) -> Iterator[Finding]:
-        """Check the key and the cloud, without sending a record, until box.toml changes."""
+        """Check the key and the cloud, without sending a record, until edge.toml changes."""
         now, version = self.live.follow(), self._version
         tasks = {task: version.model.tasks[task].outputs for task in version.calibrators}
-        return check_cloud(Box.with_settings(self.box.path, now.settings), tasks, now.cloud)
+        return check_cloud(EdgeDevice(self.device.path, now.settings), tasks, now.cloud)
 
     def report(self) -> None:
         """Report the counts to the cloud, if anything may be sent. Raises CloudError."""

@@ -6,15 +6,13 @@ import base64
 import http.client
 import json
 import selectors
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError as Late
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
-
-import numpy as np
 
 from openm6.core.errors import ContextLengthError
 
@@ -32,7 +30,7 @@ CHOSEN, BUSY, CLOUD, TASK = "chosen", "busy", "cloud", "task"
 class Reason(NamedTuple):
     """Why the cloud gave no answer, in a few words, and what it concerns:
 
-    CHOSEN    box.toml, a change of which the log reports
+    CHOSEN    edge.toml, a change of which the log reports
     BUSY      this request alone
     CLOUD     every request: after a few of them all requests are paused
     TASK      the task, whose requests are paused: the cloud has another version or another model
@@ -45,9 +43,9 @@ class Reason(NamedTuple):
 REASONS = {
     "offline": Reason("offline", CHOSEN),
     "privacy": Reason("nothing may be sent", CHOSEN),
-    "settings": Reason("box.toml cannot be used, so that nothing is sent", CHOSEN),
-    "changed": Reason("box.toml was changed meanwhile", CHOSEN),
-    "no_eyes": Reason("the device lacks the cloud's image encoder, to send features"),
+    "settings": Reason("edge.toml cannot be used, so that nothing is sent", CHOSEN),
+    "changed": Reason("edge.toml was changed meanwhile", CHOSEN),
+    "no_image_encoder": Reason("the device lacks the cloud's image encoder, to send features"),
     "budget": Reason("this hour's requests to the cloud are used up"),
     "crowded": Reason("too many requests to the cloud are open already"),
     "too_long": Reason("the request is too long for the cloud's model"),
@@ -131,7 +129,7 @@ class Cloud:
                     raise CloudError(why.kind, str(why))
         if not self._free.acquire(blocking=False):
             raise CloudError("crowded")
-        body = {"inputs": _outgoing(inputs), "seconds": seconds}
+        body = {"inputs": inputs, "seconds": seconds}
         body |= {name: one for name, one in (("model", self._model), ("truncate", truncate)) if one}
         try:
             asking: Future[dict[str, Any]] = self._pool.submit(self._asked, task, body, seconds, before)
@@ -194,13 +192,15 @@ class Cloud:
         but 200."""
         if not self._is_key_sendable:  # http.client would raise an error that repeats the key
             raise CloudError("key", "the key has characters that cannot be sent, such as the end of a line")
-        data = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        data = None if body is None else json.dumps(body, ensure_ascii=False, default=_plain).encode()
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         for fresh in (False, True):
             connection = None if fresh else self._still_open()
             reused = connection is not None
             try:
                 if connection is None:
-                    connection = self._connected(seconds)
+                    connection = kind(self._host, self._port, timeout=seconds)
+                    connection.connect()
                 connection.sock.settimeout(seconds)
                 self._check()
                 if before is not None:
@@ -208,16 +208,19 @@ class Cloud:
                     before = None
                 connection.request(method, self._prefix + path, data, self._headers)
                 answer = connection.getresponse()
-                content = _read(answer.read(LARGEST))
+                received = answer.read(LARGEST)
                 self._open.connection = None if answer.will_close else connection
                 break
             except TimeoutError:
                 self._open.connection = None
                 raise CloudError("late") from None
-            except (OSError, http.client.HTTPException, ssl.SSLError):
+            except (OSError, http.client.HTTPException):
                 self._open.connection = None
                 if not reused:  # one that was open may have been closed by the other side just now
                     raise CloudError("unreachable") from None
+        content = None
+        with suppress(ValueError, RecursionError):
+            content = json.loads(received)
         if answer.status != 200:
             raise _failure(answer.status, content)
         return content, answer.getheader("Date", "")
@@ -234,17 +237,9 @@ class Cloud:
         connection.close()
         return None
 
-    def _connected(self, seconds: float) -> http.client.HTTPConnection:
-        connection = (
-            http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=ssl.create_default_context())
-            if self._secure else http.client.HTTPConnection(self._host, self._port, timeout=seconds)
-        )  # fmt: skip
-        connection.connect()
-        return connection
-
 
 def is_sendable(key: str) -> bool:
-    """Whether the key can be sent in a header."""
+    """True for a key that a header can hold."""
     return key.isascii() and key.isprintable()
 
 
@@ -256,19 +251,8 @@ def _failure(status: int, content: Any) -> CloudError:
     return CloudError(kind, f"the cloud answered with {status}" if kind == "error" else "")
 
 
-def _read(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _outgoing(value: Any) -> Any:
-    """The value with bytes as base64 and arrays as lists."""
+def _plain(value: Any) -> Any:
+    """A value for JSON: bytes as base64, mappings as objects, numpy values as numbers and lists."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return {name: _outgoing(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_outgoing(one) for one in value]
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    return dict(value) if isinstance(value, Mapping) else value.tolist()

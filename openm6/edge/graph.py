@@ -1,7 +1,8 @@
-"""The network in plain operations, for export: one sequence, its prompt or its next position, with what was kept of the
-positions before.
+"""The network as ONNX graphs: in plain operations, for export, and with its weights in few bits.
 
-Legend, as in model/attention.py, beside it: N positions of this call, S positions before them, L layers, P patches.
+The exported network computes one sequence, its prompt or its next position, with the keys and values of the positions
+before. Legend, as in model/attention.py, beside it: N positions of this call, S positions before them, L layers, P
+patches.
 
     ids        int64 [N]
     features   fp32 [P, D], places int64 [P]: what stands in the place of pictures' patches
@@ -9,26 +10,40 @@ Legend, as in model/attention.py, beside it: N positions of this call, S positio
     mask       fp32 [N, S + N], 0 or -inf
     past       fp32 [S, L, 2, K, E]: keys and values; a position's lie together, so that more of them are a longer array
 
-gives the last position's logits [V] and state [D], what heads say of it, and these positions' own keys and values,
-[N, L, 2, K, E].
+It returns the last position's logits [V] and state [D], the outputs of the heads on it, and the keys and values of this
+call's positions, [N, L, 2, K, E].
+
+Bits of a quantized graph (the numbers are those of model/lowbit.py: a scale for each output):
+
+    8    products by MatMulInteger, their inputs rounded as they come (ONNX Runtime fuses both); rows of an embedding,
+         and convolutions, are converted to fp32 as they are read
+    4    products inside the layers by ONNX Runtime's MatMulNBits; the others in 8
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openm6.core.errors import UsageError
-from openm6.model import M6
+from openm6.model import M6, lowbit
 from openm6.model.attention import Attention, rotary_angles, rotate
 from openm6.model.block import Block
 from openm6.model.feed_forward import FeedForward, activate
 from openm6.model.norm import RMSNorm
 
 INPUTS = ("ids", "features", "places", "positions", "mask", "past")
+HEAD = "head_DV"
+"""The output matrix, which is the embedding too: with 4 bits for its product it would be stored twice."""
+SMALL = 512
+"""Number of values up to which a tensor is not quantized."""
 
 
 class Graph(nn.Module):
@@ -38,12 +53,15 @@ class Graph(nn.Module):
         super().__init__()
         if model.config.num_experts:
             raise UsageError(
-                "This model has experts, which a package has not: teach a dense one first (openm6 finetune --teacher)."
+                "This model has experts, which an ONNX bundle cannot have: distil it into a dense one first "
+                "(openm6 finetune --teacher)."
             )
         self.model, self.config = model, model.config
         # Inputs first, as ONNX multiplies; a tied head is the embedding itself.
         self.head_DV = nn.Parameter(model.head_weight.detach().T.contiguous())
-        every = {id(block): nn.ModuleList(map(_Product, _linears(block))) for block in model.layers()}
+        every = {
+            id(block): nn.ModuleList(map(_Product, _linears(block))) for block in model.layers()
+        }  # some are shared
         self.products = nn.ModuleList(every[id(block)] for block in model.layers())
 
     def forward(
@@ -59,7 +77,7 @@ class Graph(nn.Module):
         products: Any
         for layer, (block, products) in enumerate(zip(model.layers(), self.products, strict=True)):
             assert isinstance(block.feed_forward, FeedForward)
-            qkv, out, up, down = list(products)
+            qkv, out, up, down = products
             y_NE = qkv(_norm(block.attention_norm, x_ND))
             mixed_ND, own = self._attend(block.attention, y_NE, rope, mask, past[:, layer])
             kept.append(own)
@@ -72,7 +90,7 @@ class Graph(nn.Module):
     def _attend(
         self, attention: Attention, qkv: Tensor, rope: Any, mask: Tensor, past: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Values mixed, [N, H E], and these positions' keys and values, [N, 2, K, E]; `past` [S, 2, K, E]."""
+        """The attention output [N, H E], and the keys and values of this call, [N, 2, K, E]. `past`: [S, 2, K, E]."""
         heads, keys, width = attention.heads, attention.kv_heads, attention.width
         qkv = qkv.view(-1, heads + 2 * keys, width)
         qk, v_NKE = qkv[:, :-keys], qkv[:, -keys:]
@@ -119,8 +137,8 @@ def _scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-class Eyes(nn.Module):
-    """Of pictures: uint8 [H, W, 3] to features [P, D]."""
+class ImageEncoder(nn.Module):
+    """The image encoder: uint8 [H, W, 3] to features [P, D]."""
 
     def __init__(self, model: M6):
         super().__init__()
@@ -133,7 +151,7 @@ class Eyes(nn.Module):
 
 
 def examples(model: M6) -> tuple[Tensor, ...]:
-    """Inputs of the graph, of sizes that are all different."""
+    """Example inputs of the graph, whose sizes all differ."""
     config = model.config
     now, before, patches = 11, 5, 3
     past = torch.randn(before, config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
@@ -141,3 +159,95 @@ def examples(model: M6) -> tuple[Tensor, ...]:
         torch.arange(now), torch.randn(patches, config.hidden_size), torch.arange(patches),
         torch.arange(before, before + now), torch.zeros(now, before + now), past,
     )  # fmt: skip
+
+
+def quantize_graph(file: Path, bits: int) -> None:
+    """Quantize the weights of an exported graph in place."""
+    import onnx
+
+    model = onnx.load(file)
+    if bits == 4:
+        model = _in_four(model)
+    _Quantizer(model.graph).run()
+    onnx.save(model, file)
+
+
+def _in_four(model: Any) -> Any:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
+    head = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] == HEAD]
+    quantizer = MatMulNBitsQuantizer(model, block_size=lowbit.GROUP, is_symmetric=False, nodes_to_exclude=head)
+    quantizer.process()
+    return quantizer.model.model
+
+
+class _Quantizer:
+    """Quantization of a graph's weights to 8 bits."""
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+        self.weights = {one.name: one for one in graph.initializer}
+        self.nodes: list[Any] = []
+        self.inputs: dict[str, tuple[str, str, str]] = {}  # of products: their names, rounded
+
+    def run(self) -> None:
+        for node in self.graph.node:
+            if node.op_type == "MatMul" and self._is_large(node.input[1], 2):
+                self._product(node.input[0], node.input[1], node.output[0])
+            elif node.op_type == "Gather" and self._is_large(node.input[0], 2):
+                axis = next((one.i for one in node.attribute if one.name == "axis"), 0)
+                self._rows(node.input[0], node.input[1], node.output[0], axis)
+            else:
+                for place, name in enumerate(node.input):
+                    if node.op_type == "Conv" and self._is_large(name, 4):
+                        node.input[place] = self._add(
+                            "DequantizeLinear", self._quantized(name, 0), f"{name}.fp32", axis=0
+                        )
+                self.nodes.append(node)
+        used = {name for node in self.nodes for name in node.input}
+        kept = [one for name, one in self.weights.items() if name in used]
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(kept)
+
+    def _is_large(self, name: str, dims: int) -> bool:
+        weight = self.weights.get(name)
+        return weight is not None and len(weight.dims) == dims and int(np.prod(weight.dims)) >= SMALL
+
+    def _quantized(self, name: str, axis: int) -> tuple[str, str]:
+        """Names of the int8 weights and of their scales along the axis, which are a column for the rows of a matrix."""
+        from onnx import numpy_helper
+
+        numbers, scale = f"{name}.int8", f"{name}.scale"
+        if numbers not in self.weights:
+            weight = torch.from_numpy(numpy_helper.to_array(self.weights[name]).copy())
+            found, scales = lowbit.round8(weight.movedim(axis, 0).contiguous())
+            scales = scales[:, None] if axis == 0 and weight.ndim == 2 else scales
+            self.weights[numbers] = numpy_helper.from_array(found.movedim(0, axis).contiguous().numpy(), numbers)
+            self.weights[scale] = numpy_helper.from_array(scales.numpy(), scale)
+        return numbers, scale
+
+    def _product(self, given: str, weight: str, out: str) -> None:
+        """x W, W [K, N] with a scale for each column."""
+        numbers, scale = self._quantized(weight, 1)
+        if given not in self.inputs:  # of several products once
+            self.inputs[given] = (f"{given}.uint8", f"{given}.step", f"{given}.zero")
+            self._add("DynamicQuantizeLinear", [given], *self.inputs[given])
+        rounded, step, zero = self.inputs[given]
+        product = self._add("MatMulInteger", [rounded, numbers, zero], f"{out}.int32")
+        product = self._add("Cast", [product], f"{out}.float", to=1)
+        self._add("Mul", [product, self._add("Mul", [step, scale], f"{out}.steps")], out)
+
+    def _rows(self, weight: str, ids: str, out: str, axis: int) -> None:
+        """Rows of the embedding: those of its matrix, or columns of the output matrix [K, N]."""
+        numbers, scale = self._quantized(weight, axis)
+        rows = self._add("Gather", [numbers, ids], f"{out}.int8", axis=axis)
+        rows = self._add("Cast", [rows], f"{out}.float", to=1)
+        self._add("Mul", [rows, self._add("Gather", [scale, ids], f"{out}.steps", axis=0)], out)
+
+    def _add(self, operation: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(operation, inputs, outputs, **attributes))
+        return outputs[0]

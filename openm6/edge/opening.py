@@ -1,5 +1,5 @@
-"""Opening the answer store of an edge device that answers in any case: a damaged file is set aside, and where the disk
-refuses, nothing is stored.
+"""Opening the answer store of an edge device. A device that answers opens it in any case (`open_store`): a damaged file
+is set aside, and where the disk refuses, nothing is stored.
 
 Where the disk may hold more than the settings allow, and that cannot be changed, the device refuses to start. The
 header of a file says what it holds at most, and outlives most damage."""
@@ -7,23 +7,38 @@ header of a file says what it holds at most, and outlives most damage."""
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from openm6.edge.kept import ENCRYPTED, STORE, AnswerStore, StoreError, open_answer_store, parts, promise, set_aside
-from openm6.edge.settings import ALL, MODES, NOTHING, Settings
+from openm6.core.errors import UsageError
+from openm6.edge.answer_store import ENCRYPTED, STORE, AnswerStore, StoreError, parts, promise
+from openm6.edge.device import ALL, MODES, NOTHING, Settings
 
 log = logging.getLogger("openm6.edge")
 
 
+def open_answer_store(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
+    """The answer store of an edge device. `read_only`: unchanged; nothing is created, repaired, deleted or encrypted.
+    Raises UsageError for a missing key of the encryption, StoreError where the disk refuses, and InterruptedWriteError
+    for a file to be read that has to be repaired first."""
+    key, file = None, folder / STORE
+    if settings.encrypt and settings.privacy != NOTHING:
+        key = os.environ.get(settings.encrypt)
+        if not key:
+            raise UsageError(
+                f"The answer store is encrypted with the key in ${settings.encrypt}, which is not set. "
+                "`openm6-edge new-key` makes one."
+            )
+    is_none = read_only and (not file.exists() or (file.is_file() and not file.stat().st_size))
+    return AnswerStore(None if is_none else file, settings.privacy, settings.keep_mb * 2**20, key, read_only)
+
+
 def open_store(folder: Path, settings: Settings) -> AnswerStore:
     """The answer store; where the disk refuses, one in memory that stores nothing (`trouble` says why). A damaged file
-    is renamed.
-
-    Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may hold what the
-    settings forbid.
-    """
+    is renamed. Raises UsageError as `open_answer_store` does, and StoreError where a file that cannot be changed may
+    hold what the settings forbid."""
     file = folder / STORE
     check_set_aside(folder, settings)
     try:
@@ -46,18 +61,20 @@ def open_store(folder: Path, settings: Settings) -> AnswerStore:
 def store_summary(folder: Path, kept: AnswerStore | None = None) -> dict[str, Any]:
     """State of an edge device's answer store, of `kept` or of the file itself, which needs no key. Raises nothing:
     `trouble` names a problem."""
-    told: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
+    summary: dict[str, Any] = {"answers": {}, "bytes": 0, "trouble": ""}
     try:
-        with (
-            closing(open_answer_store(folder, Settings(privacy=NOTHING), read_only=True))
-            if kept is None
-            else nullcontext(kept)
-        ) as store:
-            told["trouble"] = store.trouble
-            told |= {"answers": store.counts(), "bytes": store.size()}
+        reader = nullcontext(kept) if kept else closing(open_answer_store(folder, Settings(privacy=NOTHING), True))
+        with reader as store:
+            summary["trouble"] = store.trouble
+            summary |= {"answers": store.counts(), "bytes": store.size()}
     except StoreError as error:
-        told["trouble"] = str(error)
-    return {**told, "set_aside": [one.name for one in set_aside(folder / STORE)]}
+        summary["trouble"] = str(error)
+    return {**summary, "set_aside": [one.name for one in set_aside(folder / STORE)]}
+
+
+def set_aside(file: Path) -> list[Path]:
+    """Damaged files that were renamed (`open_store`)."""
+    return sorted(one for one in file.parent.glob(f"{file.name}.damaged-*") if one.name.rpartition("-")[2].isdigit())
 
 
 def check_set_aside(folder: Path, settings: Settings) -> None:

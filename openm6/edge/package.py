@@ -1,8 +1,8 @@
-"""A model as a folder that answers without PyTorch:
+"""Export of a model as an ONNX bundle, a folder that answers without PyTorch:
 
-model.onnx, picture.onnx      the network, and how it sees pictures
-tokenizer.json, openm6.json   as in a model directory; of the tasks those that it can do
-edge.json                     sizes, what the model was, and the SHA-256 of every other file
+model.onnx, picture.onnx      the network, and its image encoder
+tokenizer.json, openm6.json   as in a model directory, with the tasks that a bundle can do
+edge.json                     sizes, the model, and the SHA-256 of every other file
 openm6-edge                   the program: `python openm6-edge run vqa photo=a.jpg question=...`
 requirements.txt              the packages that it needs
 """
@@ -26,8 +26,7 @@ from openm6.core.bases import base_of
 from openm6.core.errors import UsageError
 from openm6.core.extras import require
 from openm6.core.files import require_new, write_json, write_whole
-from openm6.edge.graph import INPUTS, Eyes, Graph, examples
-from openm6.edge.rounding import round_graph
+from openm6.edge.graph import INPUTS, Graph, ImageEncoder, examples, quantize_graph
 from openm6.edge.runner import FORMAT, KIND, about_of, check_files, digest_of, file_digest
 from openm6.inference.session import Session
 from openm6.model import M6
@@ -41,39 +40,11 @@ _log = logging.getLogger(__name__)
 
 OPSET = 20
 BITS = (8, 4)
-PARTS = (
-    "__init__.py",
-    "_version.py",
-    "core/__init__.py",
-    "core/errors.py",
-    "core/extras.py",
-    "core/files.py",
-    "core/images.py",
-    "core/origins.py",
-    "core/sequence.py",
-    "core/tokenizer.py",
-    "tasks",
-)
-"""Of this package, what the program needs besides `edge`."""
-PROGRAM = (
-    "__init__.py",
-    "runner.py",
-    "program.py",
-    "sureness.py",
-    "kept.py",
-    "cipher.py",
-    "opening.py",
-    "check.py",
-    "box.py",
-    "settings.py",
-    "cloud.py",
-    "live.py",
-    "cascade.py",
-    "status.py",
-    "service.py",
-    "unit.py",
-)
-"""Of `edge`, what needs no PyTorch."""
+CORE = ("__init__", "errors", "extras", "files", "images", "origins", "sequence", "tokenizer")
+PARTS = ("__init__.py", "_version.py", *(f"core/{name}.py" for name in CORE), "edge", "tasks")
+"""Modules and folders of this package that the program needs."""
+EXPORT = ("package.py", "graph.py")
+"""Modules of `edge` that need PyTorch, which the program leaves out."""
 LONG_AGO = 1_000_000_000
 """Time of all files inside of the program, so that the same modules give the same digest."""
 NEEDS = (
@@ -84,8 +55,8 @@ NEEDS = (
 
 
 def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
-    """Write the package of a model directory; returns what edge.json says. `bits` 8: products with weights and inputs
-    in 8 bits; 4: weights in 4.
+    """Write the ONNX bundle of a model directory. Returns the content of edge.json. `bits` 8: products with weights and
+    inputs in 8 bits; 4: weights in 4.
 
     Raises UsageError for a model that cannot be exported, or without the packages that exporting takes.
     """
@@ -96,32 +67,37 @@ def export(path: Path, output: Path, bits: int | None = None) -> dict[str, Any]:
     check_mergeable(path)
     session = Session.load(path, "cpu", trainable=True)
     session.model.eval()
-    tasks = [task for task in session.tasks.values() if able(task)]
+    tasks = [task for task in session.tasks.values() if is_exportable(task)]
     if not tasks:
-        raise UsageError(f"No task of {path} can be done by a package: {', '.join(session.tasks) or 'it has none'}.")
-    told = _told(session, path, bits)
+        raise UsageError(f"An ONNX bundle can do no task of {path}: {', '.join(session.tasks) or 'it has none'}.")
+    about = _describe(session, path, bits)
 
     def write(folder: Path) -> None:
-        _write_graphs(session, folder)
-        told["graph_bytes"] = {"32": _graph_bytes(folder)}
+        auto, model = torch.export.Dim.AUTO, session.model
+        shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
+        names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
+        _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
+        if model.image is not None:
+            _write_image_encoder(model, folder)
+        about["graph_bytes"] = {"32": _graph_bytes(folder)}
         if bits:
-            told["graph_bytes"] |= _round(folder, bits)
+            about["graph_bytes"] |= _quantize(folder, bits)
         session.processor.tokenizer.save(folder)
         write_card(folder, session.processor, tasks)
         (folder / "requirements.txt").write_text("\n".join(NEEDS) + "\n", "utf-8")
         write_program(folder / "openm6-edge")
-        _write_about(folder, "edge.json", told)
+        _write_about(folder, "edge.json", about)
 
     write_whole(output, write)
-    if gainless := smaller_variant_hint(told):
+    if gainless := smaller_variant_hint(about):
         _log.warning(gainless)
-    return told
+    return about
 
 
-def smaller_variant_hint(told: Mapping[str, Any]) -> str:
+def smaller_variant_hint(about: Mapping[str, Any]) -> str:
     """A sentence where fewer bits than those of edge.json take no more bytes; else ""."""
-    sizes: dict[str, int] = told["graph_bytes"]
-    chosen = str(told["bits"] or 32)
+    sizes: dict[str, int] = about["graph_bytes"]
+    chosen = str(about["bits"] or 32)
     best = min(sizes, key=lambda bits: (sizes[bits], -int(bits)))
     if int(best) <= int(chosen):
         return ""
@@ -132,68 +108,68 @@ def smaller_variant_hint(told: Mapping[str, Any]) -> str:
 
 
 def quantize_bundle(path: Path, output: Path, bits: int) -> dict[str, Any]:
-    """Write the package `export` gives with `bits` from the one it gives without, without exporting again. Raises
-    UsageError for what is no such package."""
+    """Write the bundle that `export` gives with `bits` from the one that it gives without, without exporting again.
+    Raises UsageError for a folder that is no such bundle."""
     require_new(output)
-    told = about_of(path)
-    check_files(path, told)
-    if told["bits"] or bits not in BITS:
-        raise UsageError(f"{path} has {told['bits'] or 32} bits: 32 can be rounded to 8 or 4, not to {bits}.")
-    told["bits"] = bits
+    about = about_of(path)
+    check_files(path, about)
+    if about["bits"] or bits not in BITS:
+        raise UsageError(f"{path} has {about['bits'] or 32} bits: 32 can be rounded to 8 or 4, not to {bits}.")
+    about["bits"] = bits
 
     def write(folder: Path) -> None:
-        for name in told["files"]:
+        for name in about["files"]:
             copyfile(path / name, folder / name)
-        told["graph_bytes"] |= _round(folder, bits)
-        _write_about(folder, "edge.json", told)
+        about["graph_bytes"] |= _quantize(folder, bits)
+        _write_about(folder, "edge.json", about)
 
     write_whole(output, write)
-    return told
+    return about
 
 
-def able(task: Task) -> bool:
-    """Whether a package can do it: what is written one token after the other, vectors, and heads."""
+def is_exportable(task: Task) -> bool:
+    """True for a task that a bundle can do: texts generated one token after the other, vectors, and heads."""
     return not task.draws and not task.sketch
 
 
 def export_image_encoder(path: Path, output: Path) -> dict[str, Any]:
-    """Write how a model reads pictures, and no more: what a box sends features by. Raises UsageError for a model that
-    reads none."""
+    """Write the image encoder of a model alone, with which an edge device computes the features that it sends. Raises
+    UsageError for a model that reads no pictures."""
     require_new(output)
-    path = base_of(path) or path  # an adapter leaves it as it is how pictures are read
+    path = base_of(path) or path  # an adapter does not change the image encoder
     model = load_model(path)
     if model.image is None:
         raise UsageError(f"{path} reads no pictures.")
     config = model.config
-    told: dict[str, Any] = {
+    about: dict[str, Any] = {
         "eyes": image_encoder_id(path), "stride": config.image_stride, "max_patches": config.image_max_patches,
         "width": config.hidden_size,
     }  # fmt: skip
 
     def write(folder: Path) -> None:
-        _write_eyes(model, folder)
-        _write_about(folder, "eyes.json", told)
+        _write_image_encoder(model, folder)
+        _write_about(folder, "eyes.json", about)
 
     write_whole(output, write)
-    return told
+    return about
 
 
-def _write_about(folder: Path, name: str, told: dict[str, Any]) -> None:
-    """Write what is told of a folder, with the digests of its files, which are added to `told`."""
+def _write_about(folder: Path, name: str, about: dict[str, Any]) -> None:
+    """Write the description of a folder, with the digests of its files, which are added to `about`."""
     files = sorted(file for file in folder.iterdir() if file.name != name)
-    told |= {"format": FORMAT, "files": {file.name: file_digest(file) for file in files}}
-    told["sha256"] = digest_of(told)
-    write_json(folder / name, told)
+    about |= {"format": FORMAT, "files": {file.name: file_digest(file) for file in files}}
+    about["sha256"] = digest_of(about)
+    write_json(folder / name, about)
 
 
-def _write_eyes(model: M6, folder: Path) -> None:
+def _write_image_encoder(model: M6, folder: Path) -> None:
     side = 2 * model.config.image_stride
     pixels = torch.zeros(side, 2 * side, 3, dtype=torch.uint8)
     auto = torch.export.Dim.AUTO
-    _export(Eyes(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
+    _export(ImageEncoder(model), (pixels,), ({0: auto, 1: auto},), ("pixels",), ["features"], folder / "picture.onnx")
 
 
-def _told(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
+def _describe(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
     config = session.model.config
     return {
         "kind": KIND, "version": openm6.__version__, "bits": bits,
@@ -206,27 +182,17 @@ def _told(session: Session, path: Path, bits: int | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_graphs(session: Session, folder: Path) -> None:
-    model = session.model
-    auto = torch.export.Dim.AUTO
-    shapes = ({0: auto}, {0: auto}, {0: auto}, {0: auto}, {0: auto, 1: auto}, {0: auto})
-    names = ["logits", "state", "present", *(f"head.{name}" for name in model.heads)]
-    _export(Graph(model), examples(model), shapes, INPUTS, names, folder / "model.onnx")
-    if model.image is not None:
-        _write_eyes(model, folder)
-
-
-def _round(folder: Path, bits: int) -> dict[str, int]:
-    """Round the graphs in place. Returns their bytes by bits: with 4 those in 8 too, which may be no more."""
+def _quantize(folder: Path, bits: int) -> dict[str, int]:
+    """Quantize the graphs in place. Returns their bytes by bits: with 4 also those in 8, which may be no more."""
     sizes: dict[str, int] = {}
     if bits == 4:
         with TemporaryDirectory() as place:
             for file in folder.glob("*.onnx"):
                 copyfile(file, Path(place) / file.name)
-            sizes = _round(Path(place), 8)
-    round_graph(folder / "model.onnx", bits)
-    if (folder / "picture.onnx").is_file():
-        round_graph(folder / "picture.onnx", 8)
+            sizes = _quantize(Path(place), 8)
+    quantize_graph(folder / "model.onnx", bits)
+    if (picture := folder / "picture.onnx").is_file():
+        quantize_graph(picture, 8)
     return sizes | {str(bits): _graph_bytes(folder)}
 
 
@@ -237,25 +203,25 @@ def _graph_bytes(folder: Path) -> int:
 def _export(
     module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any, given: Any, names: list[str], file: Path
 ) -> None:
-    quiet = logging.getLogger("torch.onnx")
-    before = quiet.level
+    exporter = logging.getLogger("torch.onnx")
+    before = exporter.level
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        quiet.setLevel(logging.ERROR)
+        exporter.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 module.eval(), inputs, dynamo=True, dynamic_shapes=shapes, input_names=list(given), output_names=names,
                 opset_version=OPSET, verbose=False,
             )  # fmt: skip
         finally:
-            quiet.setLevel(before)
+            exporter.setLevel(before)
     assert program is not None
     program.save(file)
-    _forget_where(file)
+    _strip_source_lines(file)
 
 
-def _forget_where(file: Path) -> None:
-    """The exporter writes with each operation the lines of code that it came from, with their folders."""
+def _strip_source_lines(file: Path) -> None:
+    """Remove the lines of code, with their folders, from which the exporter derived each operation."""
     import onnx
 
     model = onnx.load(file)
@@ -267,20 +233,17 @@ def _forget_where(file: Path) -> None:
 
 
 def write_program(file: Path) -> None:
-    """The program as one file: the modules of this package that need no PyTorch, and what begins them."""
+    """Write the program as one file: the modules of this package that need no PyTorch, and __main__.py."""
     source = Path(openm6.__file__).parent
     with TemporaryDirectory() as place:
         inside = Path(place) / "openm6"
-        (inside / "edge").mkdir(parents=True)
+        (inside / "core").mkdir(parents=True)
         for name in PARTS:
             if (source / name).is_dir():
-                copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__"))
+                copytree(source / name, inside / name, ignore=ignore_patterns("__pycache__", *EXPORT))
             else:
-                (inside / name).parent.mkdir(exist_ok=True)
                 copyfile(source / name, inside / name)
-        for name in PROGRAM:
-            copyfile(source / "edge" / name, inside / "edge" / name)
-        copyfile(source / "edge" / "__main__.py", Path(place) / "__main__.py")
+        (inside / "edge" / "__main__.py").rename(Path(place) / "__main__.py")
         for path in Path(place).rglob("*"):
             os.utime(path, (LONG_AGO, LONG_AGO))
         zipapp.create_archive(place, file, "/usr/bin/env python3", compressed=True)

@@ -6,13 +6,14 @@ In the folder of an ONNX bundle its model answers, in that of an edge device the
 from __future__ import annotations
 
 import argparse
+import getpass
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openm6.core.errors import OpenM6Error, UsageError, set_once
 from openm6.core.files import dumps, plain
@@ -21,15 +22,14 @@ from openm6.tasks.lengths import TRUNCATE
 if TYPE_CHECKING:
     from openm6.edge.cascade import Cascade
     from openm6.edge.runner import EdgeModel
-    from openm6.tasks.task import Task
 
 
 def main(words: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     given = make_parser().parse_args(words)
     try:
-        if (told := _done(given, started)) is not None:
-            print(told)
+        if (output := _output(given, started)) is not None:
+            print(output)
     except OpenM6Error as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -41,12 +41,8 @@ def main(words: Sequence[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="openm6-edge", description="Run a model without PyTorch.")
     here = Path(sys.argv[0]).resolve().parent
-    parser.add_argument(
-        "--package",
-        type=Path,
-        default=here,
-        help="folder of the ONNX bundle or edge device; by default the program's own",
-    )
+    folder = "folder of the ONNX bundle or edge device; by default the program's own"
+    parser.add_argument("--package", type=Path, default=here, help=folder)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     parser.add_argument("--json", action="store_true", help="value, confidence, milliseconds")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,46 +52,33 @@ def make_parser() -> argparse.ArgumentParser:
     asking.add_argument("task")
     asking.add_argument("slots", nargs="*", metavar="slot=value")
     asking.add_argument("--truncate", choices=TRUNCATE, help="leave out the beginning of a text that is too long")
-    for name, told in (
-        ("serve", "serve an edge device over HTTP"),
-        ("unit", "print the systemd unit of an edge device"),
-    ):
-        serving = commands.add_parser(name, help=told)
+    about = {"serve": "serve an edge device over HTTP", "unit": "print the systemd unit of an edge device"}
+    for name, text in about.items():
+        serving = commands.add_parser(name, help=text)
         serving.add_argument("--host", default="127.0.0.1")
         serving.add_argument("--port", type=int, default=8100)
         serving.add_argument("--key-env", default="", help="environment variable with the key that clients need")
-        serving.add_argument(
-            "--anyone", action="store_true", help="no key, although other machines can reach the address"
-        )
+        anyone = "no key, although other machines can reach the address"
+        serving.add_argument("--anyone", action="store_true", help=anyone)
     commands.add_parser("status", help="settings, stored answers and serving process of an edge device")
     commands.add_parser("check", help="check an edge device before it goes live: store, disk, key, cloud, model, clock")
     commands.add_parser("new-key", help="make a key for the encryption of the answer store")
     return parser
 
 
-def _done(given: argparse.Namespace, started: float) -> str | None:
-    from openm6.edge.box import FILE
+def _output(given: argparse.Namespace, started: float) -> str | None:
+    """The output of a command; None where it has printed it."""
+    from openm6.edge.device import FILE
 
     if given.command == "new-key":
-        from openm6.edge.cipher import new_key
+        from openm6.edge.answer_store import new_key
 
         return new_key()
-    if (given.package / FILE).is_file() or given.command in ("serve", "unit", "status", "check"):
-        return _of_a_device(given, started)
-    from openm6.edge.runner import EdgeModel
-
-    model = EdgeModel(given.package, given.threads)
-    return _use(given, started, model, model)
-
-
-def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
-    from openm6.edge.box import FILE
-
     if given.command == "check":
-        from openm6.edge.check import check_box
+        from openm6.edge.status import check_device
 
         findings = []
-        for finding in check_box(given.package):
+        for finding in check_device(given.package):
             findings.append(finding)
             if not given.json:
                 print(finding.line(), flush=True)
@@ -107,9 +90,12 @@ def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
 
         return dumps(status_of(given.package))
     if given.command == "unit":
-        from openm6.edge.unit import unit_of
-
         return unit_of(given.package, given.host, given.port, given.key_env, given.anyone)
+    if given.command != "serve" and not (given.package / FILE).is_file():
+        from openm6.edge.runner import EdgeModel
+
+        model = EdgeModel(given.package, given.threads)
+        return _use(given, started, model, model)
     from openm6.edge.cascade import Cascade
 
     if given.command == "serve":
@@ -125,26 +111,29 @@ def _of_a_device(given: argparse.Namespace, started: float) -> str | None:
             raise
         return None
     with closing(Cascade(given.package, given.threads)) as cascade:
-        return _use(given, started, cascade.model, cascade, version=cascade.box.version)
+        return _use(given, started, cascade.model, cascade, version=cascade.device.version)
 
 
 def _use(
     given: argparse.Namespace, started: float, model: EdgeModel, answering: EdgeModel | Cascade, **about: str
-) -> str:  # fmt: skip
+) -> str:
     """The output of `tasks`, `about` and `run`; `about`: further details of the model."""
     if given.command == "tasks":
-        return "\n".join(_lines(model.tasks))
+        some = model.tasks.items()
+        return "\n".join(f"{name}: {', '.join(task.inputs)} -> {', '.join(task.outputs)}" for name, task in some)
     if given.command == "about":
-        return dumps({**model.about, **about, **_size(model.path, started)})
+        size = sum(file.stat().st_size for file in model.path.iterdir() if file.is_file())
+        seconds = round(time.perf_counter() - started, 3)
+        return dumps({**model.about, **about, "bytes": size, "start_seconds": seconds})
     ready = time.perf_counter()
     answer = answering.answer(given.task, _record(given.slots), truncate=given.truncate)
     if not given.json:
         return answer.value if isinstance(answer.value, str) else dumps(answer.value, plain)
-    told = {one.name: getattr(answer, one.name) for one in fields(answer) if one.name != "state"}
-    for name in told.keys() & {"confidence", "probability"}:
-        told[name] = told[name] if told[name] is None else round(told[name], 4)
+    found = {one.name: getattr(answer, one.name) for one in fields(answer) if one.name != "state"}
+    for name in found.keys() & {"confidence", "probability"}:
+        found[name] = found[name] if found[name] is None else round(found[name], 4)
     times = {"start_ms": ready - started, "answer_ms": time.perf_counter() - ready}
-    return dumps({**told, **{name: round(1000 * seconds, 1) for name, seconds in times.items()}}, plain)
+    return dumps({**found, **{name: round(1000 * seconds, 1) for name, seconds in times.items()}}, plain)
 
 
 def _record(slots: Sequence[str]) -> dict[str, str]:
@@ -157,10 +146,43 @@ def _record(slots: Sequence[str]) -> dict[str, str]:
     return record
 
 
-def _lines(tasks: Mapping[str, Task]) -> list[str]:
-    return [f"{name}: {', '.join(task.inputs)} -> {', '.join(task.outputs)}" for name, task in tasks.items()]
+def unit_of(path: Path, host: str, port: int, key_variable: str = "", anyone: bool = False) -> str:
+    """The text of /etc/systemd/system/openm6-edge.service: the device is started with the machine, and again when it
+    ends. Raises UsageError for a folder that is no edge device."""
+    from openm6.edge.device import EdgeDevice
+
+    device, place = EdgeDevice(path), path.resolve()
+    words = [sys.executable, str(place / "openm6-edge"), "serve", "--host", host, "--port", str(port)]
+    words += ["--key-env", key_variable] * bool(key_variable) + ["--anyone"] * anyone
+    variables = [name for name in (device.settings.key, device.settings.encrypt, key_variable) if name]
+    secrets = (
+        f"# A file that only root reads (chmod 600), with a line NAME=VALUE for {', '.join(variables)}.\n"
+        "EnvironmentFile=/etc/openm6-edge.env\n"
+    )
+    return f"""[Unit]
+Description=OpenM6 edge device {_plain(device.settings.name)}
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+ExecStart={" ".join(map(_quoted, words)).replace("$", "$$")}
+{secrets if variables else ""}User={getpass.getuser()}
+UMask=0077
+Restart=always
+RestartSec=5
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=strict
+ReadWritePaths={_quoted(str(place))}
+
+[Install]
+WantedBy=multi-user.target"""
 
 
-def _size(package: Path, started: float) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in package.iterdir() if file.is_file())
-    return {"bytes": size, "start_seconds": round(time.perf_counter() - started, 3)}
+def _quoted(word: str) -> str:
+    """A word of a unit: quoted, with the characters doubled that systemd would expand."""
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("%", "%%")

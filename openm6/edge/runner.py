@@ -45,7 +45,7 @@ class Answer:
     truncated: int = 0
 
 
-class Eyes:
+class ImageEncoder:
     """The image encoder of a model (`picture.onnx`), described in edge.json or eyes.json."""
 
     def __init__(self, path: Path, threads: int = 0, about: Mapping[str, Any] | None = None):
@@ -149,16 +149,16 @@ class EdgeModel:
         tasks, longest, _ = read_card(self.path)
         self.tasks = {task.name: task for task in tasks}
         self._network = _session(self.path, "model.onnx", threads)
-        self._eyes = Eyes(self.path, threads, self.about) if self.about["pictures"] else None
+        self._image_encoder = ImageEncoder(self.path, threads, self.about) if self.about["pictures"] else None
         grid = ImageGrid(self.about["stride"], self.about["max_patches"])
         self.processor = Processor(Tokenizer.load(self.path), grid, longest)
 
     @property
-    def eyes(self) -> Eyes:
+    def image_encoder(self) -> ImageEncoder:
         """The image encoder. Raises UsageError for a model without one."""
-        if self._eyes is None:
+        if self._image_encoder is None:
             raise UsageError("This ONNX bundle's model reads no pictures.")
-        return self._eyes
+        return self._image_encoder
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -191,8 +191,11 @@ class EdgeModel:
             outputs = self._read(prompt)[3 + self.about["heads"].index(chosen.head)]
             return Answer(HEADS[chosen.head].read(outputs.tolist()), 1.0, True, truncated=prompt.truncated)
         most = max_new_tokens or int(chosen.decode.get("max_new_tokens", 64))
-        ids, chances, finished = [], [], False
-        first = self._begin(prompt, most)
+        if (limit := self.about["positions"]) is not None and len(prompt) + most > limit:
+            raise ContextLengthError(
+                f"A prompt of {len(prompt)} positions and {most} new tokens; the model has {limit} positions."
+            )
+        ids, chances, finished, first = [], [], False, self._read(prompt)
         for token, chance in self._steps(prompt, first, most):
             chances.append(chance)
             finished = token == self.processor.tokenizer.end_id
@@ -204,14 +207,6 @@ class EdgeModel:
     def run_many(self, task: str, records: Iterable[Record], *, truncate: str | None = None) -> Iterator[Any]:
         for record in records:
             yield self.answer(task, record, truncate=truncate).value
-
-    def _begin(self, prompt: Sequence, most: int) -> list[np.ndarray]:
-        limit, length = self.about["positions"], len(prompt)
-        if limit is not None and length + most > limit:
-            raise ContextLengthError(
-                f"A prompt of {length} positions and {most} new tokens; the model has {limit} positions."
-            )
-        return self._read(prompt)
 
     def _steps(self, prompt: Sequence, first: list[np.ndarray], most: int) -> Iterator[tuple[int, float]]:
         """Greedy decoding: token by token with its probability, until the end token; `first`: the network's outputs for
@@ -239,16 +234,11 @@ class EdgeModel:
         together = (blocks[:, None] == blocks) & (blocks[:, None] >= 0)
         seen = np.tri(length, dtype=bool) | together
         mask = np.where(seen, np.float32(0), np.float32("-inf"))
-        features, places = [], []
-        for picture in prompt.pictures:
-            features.append(self.eyes.read(picture.pixels))
-            places.append(np.arange(picture.start, picture.start + picture.patches))
-        empty = np.zeros(
-            (0, self.about["layers"], 2, self.about["key_value_heads"], self.about["head_dim"]), np.float32
-        )
-        feed = self._feed(prompt.ids, np.arange(length), mask, empty)
-        if features:
-            feed |= {"features": np.concatenate(features), "places": np.concatenate(places)}
+        sizes = (0, self.about["layers"], 2, self.about["key_value_heads"], self.about["head_dim"])
+        feed = self._feed(prompt.ids, np.arange(length), mask, np.zeros(sizes, np.float32))
+        if some := prompt.pictures:
+            feed["features"] = np.concatenate([self.image_encoder.read(picture.pixels) for picture in some])
+            feed["places"] = np.concatenate([np.arange(one.start, one.start + one.patches) for one in some])
         found: list[np.ndarray] = self._network.run(None, feed)
         return found
 

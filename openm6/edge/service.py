@@ -38,8 +38,9 @@ from openm6.edge.cascade import Cascade
 from openm6.edge.cloud import CloudError, is_sendable
 from openm6.edge.opening import store_summary
 from openm6.edge.status import SERVING, ServiceLock
+from openm6.tasks.task import Task
 
-LOG, LOG_BYTES, LOGS = "box.log", 2**20, 5
+LOG, LOG_BYTES, LOGS = "edge.log", 2**20, 5
 """File of the log, its size before it is rotated, and how many older ones are kept."""
 STOPPING = 10
 """Seconds to finish running requests when the device is stopped."""
@@ -59,14 +60,14 @@ def serve(cascade: Cascade, host: str, port: int, key: str = "", anyone: bool = 
             f"Other machines can reach {host}: name the variable of a key that they need, --key-env NAME, or give "
             "--anyone."
         )
-    with closing(ServiceLock(cascade.box.path)) as lock, closing(_listening(host, port)) as listener:
+    with closing(ServiceLock(cascade.device.path)) as lock, closing(_listening(host, port)) as listener:
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 log.info("serves at %s: version %s, %s", url, cascade.version, cascade.settings)
-                print(f"{cascade.box.path} answers at {url}", flush=True)
+                print(f"{cascade.device.path} answers at {url}", flush=True)
 
         watcher = _Watcher(cascade, url, lock)
         application = make_app(cascade, key, host in LOOPBACK)
@@ -95,7 +96,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def start_log(path: Path) -> None:
-    """Log events to box.log in the device's folder, which is rotated, and warnings to standard error too; never a
+    """Log events to edge.log in the device's folder, which is rotated, and warnings to standard error too; never a
     request or an answer."""
     logging.raiseExceptions = False  # a full disk costs lines of the log, and nothing else
     file = RotatingFileHandler(path / LOG, maxBytes=LOG_BYTES, backupCount=LOGS, encoding="utf-8", delay=True)
@@ -112,11 +113,16 @@ class _Watcher(threading.Thread):
         super().__init__(daemon=True)
         self._cascade, self._lock, self._stopping = cascade, lock, threading.Event()
         self._about = {"url": url, "process": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self._told: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
         self._write_state()
 
     def run(self) -> None:
-        threading.Thread(target=self._try_cloud, daemon=True).start()
+        def check_cloud() -> None:
+            for finding in self._cascade.check_cloud():
+                if finding.fails:
+                    log.warning("%s", finding.line())
+
+        threading.Thread(target=check_cloud, daemon=True).start()
         reported = time.monotonic()
         while not self._stopping.wait(1.0):
             self._write_state()
@@ -132,19 +138,14 @@ class _Watcher(threading.Thread):
         self._stopping.set()
         self.join()
 
-    def _try_cloud(self) -> None:
-        for finding in self._cascade.check_cloud():
-            if finding.fails:
-                log.warning("%s", finding.line())
-
     def _write_state(self) -> None:
         now, version = self._cascade.live.follow(), self._cascade.version
         state = {
             **self._about, "version": version, "settings": asdict(now.settings), "problem": now.problem,
             "trouble": now.kept.trouble,
         }  # fmt: skip
-        if state != self._told:
-            self._told = state
+        if state != self._written:
+            self._written = state
             try:
                 self._lock.write_state(state)
             except OSError as error:
@@ -163,31 +164,29 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
     async def status(_: Request) -> Response:
         now = cascade.live.follow()
         return _json({
-            **cascade.statistics(), "kept": store_summary(cascade.box.path, now.kept), "drifting": cascade.drifting(),
-            "settings": asdict(now.settings), "problem": now.problem,
+            **cascade.statistics(), "kept": store_summary(cascade.device.path, now.kept),
+            "drifting": cascade.drifting(), "settings": asdict(now.settings), "problem": now.problem,
         })  # fmt: skip
 
     async def tasks(_: Request) -> Response:
-        found = cascade.model.tasks
-        return _json({"object": "list", "data": [_described(cascade, name) for name in found]})
+        return _json({"object": "list", "data": list(map(_describe, cascade.model.tasks.values()))})
 
-    async def described(request: Request) -> Response:
-        return _json(_described(cascade, request.path_params["task"]))
+    async def describe(request: Request) -> Response:
+        return _json(_describe(cascade.model.task(request.path_params["task"])))
 
     async def ask(request: Request) -> Response:
-        asked = await _asked(request)
-        task = request.path_params["task"]
-        record = _record(cascade, task, asked.get("inputs", {}))
-        seconds = asked.get("seconds")
+        body = await _body_of(request)
+        task = cascade.model.task(request.path_params["task"])
+        record = _record(task, body.get("inputs", {}))
+        seconds = body.get("seconds")
         if seconds is not None and (not isinstance(seconds, (int, float)) or seconds <= 0):
             raise UsageError("seconds has to be a number above 0.")
-        reply = await anyio.to_thread.run_sync(cascade.answer, task, record, seconds, asked.get("truncate"))
-        outputs = cascade.model.task(task).outputs
-        value = reply.value
+        reply = await anyio.to_thread.run_sync(cascade.answer, task.name, record, seconds, body.get("truncate"))
         return _json({
-            "outputs": value if len(outputs) > 1 else {next(iter(outputs)): value}, "finished": reply.finished,
-            "by": reply.by, "probability": None if reply.probability is None else round(reply.probability, 4),
-            "reason": reply.reason, **({"truncated": reply.truncated} if reply.truncated else {}),
+            "outputs": reply.value if len(task.outputs) > 1 else {task.outputs[0]: reply.value},
+            "finished": reply.finished, "by": reply.by,
+            "probability": None if reply.probability is None else round(reply.probability, 4), "reason": reply.reason,
+            **({"truncated": reply.truncated} if reply.truncated else {}),
         })  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -198,7 +197,7 @@ def make_app(cascade: Cascade, key: str = "", loopback: bool = True) -> Starlett
 
     routes = [
         Route("/healthz", health), Route("/readyz", health), Route("/metrics", metrics), Route("/v1/status", status),
-        Route("/v1/tasks", tasks), Route("/v1/tasks/{task}", described),
+        Route("/v1/tasks", tasks), Route("/v1/tasks/{task}", describe),
         Route("/v1/tasks/{task}", ask, methods=["POST"]),
     ]  # fmt: skip
     handlers: Mapping[Any, Callable[..., Any]] = {OpenM6Error: lambda _, error: _response_to(error)}
@@ -216,32 +215,32 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["path"] not in ("/healthz", "/readyz"):
-            headers = dict(scope["headers"])
-            if from_another_site(headers) or (self.loopback and not from_here(headers)):
-                message = "Pages of other sites may not use this edge device."
-                await _response_to(Refusal(ErrorKind.FORBIDDEN, message))(scope, receive, send)
-                return
-            given = headers.get(b"authorization", b"")
-            if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-                message = "A key is needed: Authorization: Bearer ..."
-                error = Refusal(ErrorKind.UNAUTHORIZED, message, "invalid_api_key")
-                await _response_to(error)(scope, receive, send)
-                return
-        failed = False
+        if scope["path"] not in ("/healthz", "/readyz") and (refusal := self._refusal(dict(scope["headers"]))):
+            await _response_to(refusal)(scope, receive, send)
+            return
         try:
             await self.app(scope, receive, send)
         except Exception as error:  # its message, and so uvicorn's log, might repeat what was asked
             places = "; ".join(f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)[-5:])
             log.error("a request failed: %s at %s", type(error).__name__, places)
-            failed = True
-        if failed:
-            with contextlib.suppress(RuntimeError):  # where the answer had begun
-                reported = OpenM6Error("The edge device failed at this request: see its log.")
-                await _response_to(reported)(scope, receive, send)
+        else:
+            return
+        with contextlib.suppress(RuntimeError):  # where the answer had begun
+            await _response_to(OpenM6Error("The edge device failed at this request: see its log."))(
+                scope, receive, send
+            )
+
+    def _refusal(self, headers: Mapping[bytes, bytes]) -> Refusal | None:
+        if from_another_site(headers) or (self.loopback and not from_here(headers)):
+            return Refusal(ErrorKind.FORBIDDEN, "Pages of other sites may not use this edge device.")
+        given = headers.get(b"authorization", b"")
+        if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            message = "A key is needed: Authorization: Bearer ..."
+            return Refusal(ErrorKind.UNAUTHORIZED, message, "invalid_api_key")
+        return None
 
 
-async def _asked(request: Request) -> dict[str, Any]:
+async def _body_of(request: Request) -> dict[str, Any]:
     """The body of a request. Raises UsageError for an invalid one."""
     body = b""
     async for part in request.stream():
@@ -263,12 +262,11 @@ async def _asked(request: Request) -> dict[str, Any]:
     return found
 
 
-def _record(cascade: Cascade, task: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _record(task: Task, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a request, with pictures as base64, never as paths. Raises DataError or UsageError."""
     record: dict[str, Any] = {}
-    chosen = cascade.model.task(task)
     for name, value in inputs.items():
-        kind = chosen.slots[name].type if name in chosen.slots else ""
+        kind = task.slots[name].type if name in task.slots else ""
         if kind == "image" and isinstance(value, str):
             try:
                 value = from_base64(value)
@@ -280,11 +278,10 @@ def _record(cascade: Cascade, task: str, inputs: Mapping[str, Any]) -> dict[str,
     return record
 
 
-def _described(cascade: Cascade, name: str) -> dict[str, Any]:
-    task = cascade.model.task(name)
+def _describe(task: Task) -> dict[str, Any]:
     return {
-        "name": name, "description": task.description, "slots": {slot: task.slots[slot].type for slot in task.slots},
-        "inputs": list(task.inputs), "outputs": list(task.outputs), "schema": task.schema(),
+        "name": task.name, "description": task.description, "inputs": list(task.inputs), "outputs": list(task.outputs),
+        "slots": {name: slot.type for name, slot in task.slots.items()}, "schema": task.schema(),
     }  # fmt: skip
 
 
@@ -294,13 +291,12 @@ def _json(value: Any, status: int = 200) -> Response:
 
 def _exposition(cascade: Cascade) -> str:
     """The metrics for Prometheus."""
-    told = cascade.statistics()
     lines = ["# TYPE openm6_edge_requests counter", "# TYPE openm6_edge gauge"]
-    for task, counts in told["tasks"].items():
+    for task, counts in cascade.statistics()["tasks"].items():
         for name, value in counts.items():
             kind = "openm6_edge_requests_total" if isinstance(value, int) else "openm6_edge"
             lines.append(f'{kind}{{task="{task}",what="{name}"}} {value}')
-    kept = store_summary(cascade.box.path, cascade.kept)
+    kept = store_summary(cascade.device.path, cascade.kept)
     lines += [
         f"openm6_edge_kept_bytes {kept['bytes']}", f"openm6_edge_store_trouble {int(bool(kept['trouble']))}",
         f"openm6_edge_store_set_aside {len(kept['set_aside'])}",
@@ -313,10 +309,11 @@ def _response_to(error: OpenM6Error) -> Response:
 
 
 def key_of(variable: str) -> str:
-    """The key in an environment variable. Raises UsageError for one that is not set, or that no header can hold."""
-    if variable and not os.environ.get(variable):
-        raise UsageError(f"${variable} is not set: it has to hold the key.")
+    """The key in an environment variable, "" without one. Raises UsageError for a variable that is not set, or whose
+    value no header can hold."""
     key = os.environ.get(variable, "") if variable else ""
+    if variable and not key:
+        raise UsageError(f"${variable} is not set: it has to hold the key.")
     if not is_sendable(key):
         raise UsageError(f"${variable} has characters that no request can hold, such as the end of a line.")
     return key

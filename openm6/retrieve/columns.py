@@ -29,10 +29,8 @@ def type_of(column: str, name: str) -> str:
     """The type called `name` (bool, int, float, text, or as `index.json` writes it). Raises UsageError."""
     kind = TYPES.get(name, name)
     if kind not in _NAMES:
-        known = ", ".join(TYPES)
-        raise UsageError(
-            f"The column {column} cannot have the type {name!r}.{suggest(name, list(TYPES))} Known: {known}."
-        )
+        hint = f"{suggest(name, list(TYPES))} Known: {', '.join(TYPES)}."
+        raise UsageError(f"The column {column} cannot have the type {name!r}.{hint}")
     return kind
 
 
@@ -60,26 +58,23 @@ def convert(value: Any, kind: str) -> Any:
             return _SWITCHES[value.lower()]
         if kind in ("int64", "float64") and _NUMBER.fullmatch(value):
             return _exact(Decimal(value) if set(value) & set(".eE") else int(value), kind)
-    elif isinstance(value, (int, float)):
-        return str(value) if kind == "string" else _exact(value, kind) if kind != "bool" else _refuse()
+    elif isinstance(value, (int, float)) and kind != "bool":
+        return str(value) if kind == "string" else _exact(value, kind)
     elif isinstance(value, date) and kind == "string":
         return value.isoformat()
-    return _refuse()
+    raise ValueError
 
 
 def _exact(value: int | float | Decimal, kind: str) -> int | float:
     if kind == "int64":
         same = -(2**63) <= value < 2**63 and value == int(value)
-        return int(value) if same else _refuse()
-    if isinstance(value, Decimal):
+    elif isinstance(value, Decimal):
         same = Decimal(repr(float(value))) == value  # a CSV cell 0.1 is the float printed as 0.1
     else:
         same = isinstance(value, float) or abs(value) <= 2**53
-    return float(value) if same else _refuse()
-
-
-def _refuse() -> Any:
-    raise ValueError
+    if not same:
+        raise ValueError
+    return int(value) if kind == "int64" else float(value)
 
 
 def convert_at(where: str, column: str, value: Any, kind: str) -> Any:

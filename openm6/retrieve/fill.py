@@ -109,19 +109,19 @@ def add_source(
         _reject(DataError(reject.reason), reject.where, on_reject)
     known = index.ids() if only_new else set()
     filled, count = Filled(), 0
-    for batch in _batches(_named(records, id_column, known, filled, on_reject)):
+    named = _named(records, id_column, known, filled, on_reject)
+    while batch := list(islice(named, BATCH)):
         rows: list[Any] = []  # the stored values of each record, or the DataError of a rejected one
         seen: list[Record] = []
         for name, record in batch:
             where = str(record.get("_where", name))
+            kept = {**record, **{column: _full_path(record, column) for column in pictures}}
             try:
-                kept = {**record, **{column: _whole_path(record, column) for column in pictures}}
                 row = [convert_at(where, key, kept.get(key), kind) for key, kind in about["columns"].items()]
                 seen.append(view(record))
+                rows.append(row)
             except DataError as error:
                 rows.append(error)
-            else:
-                rows.append(row)
         vectors = session.vectors(task, seen, dims=index.dims, on_error="return", truncate=truncate)
         good = []
         for (name, record), row in zip(batch, rows, strict=True):
@@ -149,7 +149,7 @@ def _has_text_cells(source: str, data_format: str | None) -> bool:
         return False
 
 
-def _whole_path(record: Record, column: str) -> Any:
+def _full_path(record: Record, column: str) -> Any:
     """The full path of a record's picture; other values unchanged."""
     value = record.get(column)
     return picture_path(value, str(record.get("_root") or "")) if isinstance(value, str) and value else value
@@ -183,8 +183,3 @@ def _named(
             filled.passed_over.append(name)
         else:
             yield name, record
-
-
-def _batches(named: Iterator[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
-    while batch := list(islice(named, BATCH)):
-        yield batch

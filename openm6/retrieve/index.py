@@ -39,8 +39,6 @@ hashes the low bits of keys."""
 SETTLED = 1_000_000_000
 """Age in nanoseconds above which a modification time is unambiguous."""
 
-Columns = Mapping[str, Sequence[Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Hit:
@@ -85,16 +83,11 @@ class Index:
         self._seen: dict[str, tuple[int, int]] = {}
         self._followed = False  # True while the memory is at the table's version
 
-    # Making
-
     @classmethod
     def create(
-        cls,
-        path: str | Path,
-        dims: int,
-        columns: Mapping[str, str] | None = None,
+        cls, path: str | Path, dims: int, columns: Mapping[str, str] | None = None,
         about: Mapping[str, Any] | None = None,
-    ) -> Index:
+    ) -> Index:  # fmt: skip
         """Create an empty index. `columns`: name to type (text, int, float or bool); `about`: metadata to store, such
         as the model. Raises UsageError for an existing path."""
         require("retrieve", "lancedb", "pyarrow", "faiss", "lightgbm")
@@ -144,8 +137,6 @@ class Index:
                 raise UsageError(f"{path} has no version {version}; it has {min(known)} to {max(known)}.") from None
         return cls(path, table, about, pinned=version is not None)
 
-    # What it is
-
     def __len__(self) -> int:
         self._latest()
         return int(self._table.count_rows())
@@ -160,22 +151,19 @@ class Index:
 
     def ids(self) -> set[str]:
         self._latest()
-        return set(self._table.search().select(["id"]).limit(ALL).to_arrow()["id"].to_pylist())
+        return set(self._read(["id"])["id"].to_pylist())
 
     def items(self, columns: Sequence[str] = ()) -> Items:
         """All items, in the order of insertion."""
         self._latest()
-        rows = self._table.search().select(["key", "id", "vector", *columns]).limit(ALL).to_arrow()
-        rows = rows.sort_by("key").combine_chunks()
+        rows = self._read(["key", "id", "vector", *columns]).sort_by("key").combine_chunks()
         flat = np.concatenate([np.asarray(chunk.flatten()) for chunk in rows["vector"].chunks] or [np.zeros(0)])
         return Items(
             np.array(rows["id"].to_pylist(), object), flat.astype(np.float32).reshape(-1, self.dims),
             {name: rows[name].to_pylist() for name in columns},
         )  # fmt: skip
 
-    # Changing
-
-    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Columns | None = None) -> Added:
+    def add(self, ids: Sequence[str], vectors: np.ndarray, columns: Mapping[str, Sequence[Any]] | None = None) -> Added:
         """Add or replace items: `vectors` fp32 [N, dims], and for each id a value of every column. They are durable on
         return. Raises DataError for invalid vectors, ids or columns, and for values that cannot be stored exactly."""
         import pyarrow as pa
@@ -210,12 +198,10 @@ class Index:
             parts += [pa.array(stored[name], pa.type_for_alias(kind)) for name, kind in known.items()]
             rows = pa.table(parts, schema=self._table.schema)
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            before = self.version
-            merged = merge.execute(rows)
+            before, merged = self.version, merge.execute(rows)
+            there = set(names) if merged.num_updated_rows else set()
             if merged.num_updated_rows and merged.num_inserted_rows:
                 there = Index.open(self.path, before).ids()
-            else:
-                there = set(names) if merged.num_updated_rows else set()
         return Added([n for n in names if n not in there], [n for n in names if n in there])
 
     def delete(self, ids: Sequence[str] = (), where: str = "") -> Deleted:
@@ -273,16 +259,8 @@ class Index:
         self._seen[name] = now if settled else (0, 0)
         return not same
 
-    # Finding
-
     def search(
-        self,
-        vectors: np.ndarray,
-        k: int = 10,
-        *,
-        where: str = "",
-        columns: Sequence[str] = (),
-        exact: bool = False,
+        self, vectors: np.ndarray, k: int = 10, *, where: str = "", columns: Sequence[str] = (), exact: bool = False
     ) -> list[list[Hit]]:
         """The at most k nearest items of each vector, fp32 [Q, dims] or [dims], nearest first.
 
@@ -313,29 +291,24 @@ class Index:
             raise UsageError(f"k is {k}; it has to be at least 1.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
         self._follow()
-        chosen = None
-        if where:
-            chosen = np.asarray(self._read(["key"], where)["key"])
+        chosen = np.asarray(self._read(["key"], where)["key"]) if where else None
         lists = None if exact or where or self._pinned else self._lists()
-        scores, places = self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
-        return scores, places
+        return self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
 
     def _columns_of(self, places: set[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         if not places:
             return {}
         by_key = {int(self._memory.keys[p]): p for p in places}
-        listed = ", ".join(map(str, by_key))
-        rows = self._table.search().where(f"key IN ({listed})").select(["key", *columns]).limit(ALL).to_arrow()
+        rows = self._read(["key", *columns], f"key IN ({', '.join(map(str, by_key))})")
         return {by_key[row.pop("key")]: row for row in rows.to_pylist()}
 
-    def _read(self, columns: Sequence[str], where: str) -> Any:
+    def _read(self, columns: Sequence[str], where: str = "") -> Any:
         """These columns of the items that pass a filter, as an Arrow table."""
+        query = self._table.search().select(columns).limit(ALL)
         try:
-            return self._table.search().where(where).select(columns).limit(ALL).to_arrow()
+            return (query.where(where) if where else query).to_arrow()
         except (ValueError, RuntimeError) as error:
             raise filter_error(where, error, self.about["columns"]) from None
-
-    # Inverted lists
 
     def tune(self, recall: float = 0.95, lists: int | None = None, seed: int = 0) -> dict[str, Any]:
         """Build inverted lists and choose the number of probes for this recall@10, measured on 256 slightly perturbed
@@ -348,9 +321,5 @@ class Index:
 
     def _lists(self) -> Lists | None:
         if self._changed(LISTS):
-            stamp = Lists.stamp(self.path)
-            if stamp is None:
-                self._ann = None
-            elif self._ann is None or self._ann.about["stamp"] != stamp:
-                self._ann = Lists.load(self.path)
+            self._ann = Lists.load(self.path, self._ann)
         return self._ann

@@ -62,7 +62,6 @@ class Memory:
 
     def _mask(self, keys: np.ndarray) -> np.ndarray:
         """Mask of the rows with one of these keys, none of which exceeds the last key."""
-        keys = np.sort(keys)
         places = np.searchsorted(self.keys, keys)
         mask = np.zeros(len(self.keys), bool)
         mask[places[self.keys[places] == keys]] = True
@@ -125,16 +124,11 @@ class Lists:
         asked = vectors[rng.choice(count, min(256, count), replace=False)]
         asked = asked + rng.normal(0, 0.3 / memory.dims**0.5, asked.shape).astype(np.float32)
         right = keys[faiss.knn(asked, vectors, min(10, count), faiss.METRIC_INNER_PRODUCT)[1]]
-        probes, found = 1, 0.0
-        while True:
-            lists.nprobe = probes
+        probes, found = 0, -1.0
+        while found < recall and probes < number:
+            lists.nprobe = probes = min(number, max(probes + 1, round(probes * 1.25)))
             got = lists.search(asked, right.shape[1])[1]
-            found = float(
-                np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(right.tolist(), got.tolist(), strict=True)])
-            )
-            if found >= recall or probes >= number:
-                break
-            probes = min(number, max(probes + 1, round(probes * 1.25)))
+            found = float((right[:, :, None] == got[:, None, :]).any(2).mean())
         about = {"lists": number, "probes": probes, "recall@10": found, "items": count, "last": int(keys.max())}
         return cls(lists, {**about, "stamp": os.urandom(8).hex()})
 
@@ -159,19 +153,14 @@ class Lists:
                 other.unlink(missing_ok=True)
 
     @classmethod
-    def stamp(cls, path: Path) -> str | None:
-        try:
-            return str(json.loads((path / LISTS).read_text("utf-8"))["stamp"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-    @classmethod
-    def load(cls, path: Path) -> Lists | None:
-        """The lists of an index; None if they cannot be read, in which case searches are exact."""
+    def load(cls, path: Path, opened: Lists | None = None) -> Lists | None:
+        """The lists of an index, `opened` if they are those; None if they cannot be read: then searches are exact."""
         import faiss
 
         try:
             about = json.loads((path / LISTS).read_text("utf-8"))
+            if opened and opened.about["stamp"] == about["stamp"]:
+                return opened
             return cls(faiss.read_index(str(path / about["file"])), about)
         except (OSError, ValueError, KeyError, RuntimeError):
             return None

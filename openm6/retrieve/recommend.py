@@ -1,5 +1,8 @@
 """A two-stage recommender: recall from an index by vector similarity and popularity, then ranking by boosted trees
-(LightGBM) on similarity, popularity, item columns and context (visits.py).
+(LightGBM) on similarity, popularity, item columns and context.
+
+A visit, the unit of its training and evaluation data, is a record with history (ids, oldest first), bought (an id),
+optionally shown (ids of the displayed items), and columns of context such as the season.
 
     DIR/recommender.json    index, columns, number of purchases per item, size of the training data
     DIR/ranker.txt          the trees in LightGBM's format
@@ -10,21 +13,23 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openm6.core.errors import DataError, UsageError, suggest
+from openm6.core.errors import DataError, UsageError, cut, suggest
 from openm6.core.extras import require
 from openm6.core.files import require_new, write_whole
+from openm6.data.columns import require_columns
 from openm6.data.rejects import OnReject, Reject
 from openm6.data.source import Source
-from openm6.retrieve.index import Index, Items
+from openm6.data.store import Record
+from openm6.retrieve.columns import id_of
+from openm6.retrieve.index import Hit, Index, Items
 from openm6.retrieve.ranks import scores_of_ranks
-from openm6.retrieve.visits import usable_visits
 from openm6.tasks.metrics import Score, Values, score_of
 
 NEAREST, LIKED, POPULAR = 150, 100, 50
@@ -46,18 +51,8 @@ _TREES = {
     "lambdarank_truncation_level": 20, "feature_fraction": 0.8, "bagging_fraction": 0.8, "bagging_freq": 1,
     "deterministic": True, "force_row_wise": True,
 }  # fmt: skip
-_ROUNDS = 200
-_NUMBERS = ("int64", "float64")
+_NUMBERS, _ROUNDS = ("int64", "float64"), 200
 _NOTHING = f"the purchase is not among the {RECALLED} recalled items, and no other item was shown."
-
-
-@dataclass(frozen=True, slots=True)
-class Recommendation:
-    """A recommended item with its columns of the index."""
-
-    id: str
-    score: float
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ class Recommendations:
     unknown         ids of the history that the index does not have
     """
 
-    items: list[Recommendation]
+    items: list[Hit]
     from_history: bool
     unknown: list[str]
 
@@ -85,14 +80,9 @@ class Recommender:
     """A recommender on an index, made by `Recommender.fit` or opened by `Recommender.load`."""
 
     def __init__(
-        self,
-        index: Index,
-        context: Mapping[str, list[str] | None],
-        bought: Mapping[str, int],
-        ranker: Any,
-        columns: Mapping[str, list[str] | None] | None = None,
-        learned: Learned | None = None,
-    ):
+        self, index: Index, context: Mapping[str, list[str] | None], bought: Mapping[str, int], ranker: Any,
+        columns: Mapping[str, list[str] | None] | None = None, learned: Learned | None = None,
+    ):  # fmt: skip
         """`context`, and the index's `columns` that the ranker uses: name to values, None for a numeric column;
         `bought`: number of purchases by id. `columns` default to those of `_columns_of`."""
         items = index.items(list(index.about["columns"]))
@@ -115,16 +105,9 @@ class Recommender:
             codes = {value: code for code, value in enumerate([*known, *sorted({*texts} - {*known})])}
             self._codes[name] = np.array([codes[text] for text in texts])
 
-    # Learning
-
     @classmethod
     def fit(
-        cls,
-        index: Index,
-        visits: Source,
-        context: Sequence[str] = (),
-        seed: int = 0,
-        on_reject: OnReject | None = None,
+        cls, index: Index, visits: Source, context: Sequence[str] = (), seed: int = 0, on_reject: OnReject | None = None
     ) -> Recommender:
         """Train the ranker on visits; `learned` of the result counts them.
 
@@ -137,8 +120,7 @@ class Recommender:
             found = [record.get(name) for record in records]
             numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found if v is not None)
             values[name] = None if numeric else sorted({str(v) for v in found})
-        bought = Counter(name for record in records for name in [*record["history"], record["bought"]])
-        made = cls(index, values, bought, None)
+        made = cls(index, values, Counter(name for one in records for name in [*one["history"], one["bought"]]), None)
         made._learn(records, seed, on_reject or (lambda reject: None))
         return made
 
@@ -156,13 +138,12 @@ class Recommender:
             offered = [self._place[name] for name in record["shown"] if name in self._place]
             before = len(groups)
             for others in (candidates if right in candidates else [], offered):
-                wrong = np.array([place for place in others if place != right], int)
-                if not len(wrong):
-                    continue
-                wrong = rng.choice(wrong, min(NEGATIVES, len(wrong)), replace=False)
-                rows.append(self._features(record, np.concatenate(([right], wrong)), without=right))
-                labels += [1] + [0] * len(wrong)
-                groups.append(1 + len(wrong))
+                if wrong := [place for place in others if place != right]:
+                    some = rng.choice(wrong, min(NEGATIVES, len(wrong)), replace=False)
+                    features = self._features(record, np.array([right, *some]), without=right)
+                    rows.append(np.stack(list(features.values()), 1))
+                    labels += [1] + [0] * len(some)
+                    groups.append(1 + len(some))
             if len(groups) > before:
                 visits += 1
                 without_history += not self._known(record)
@@ -172,12 +153,10 @@ class Recommender:
             raise DataError(f"No visit can be used for training: {_NOTHING}")
         self.learned = Learned(visits, without_history)
         data = lightgbm.Dataset(
-            np.concatenate(rows), label=labels, group=groups, feature_name=self.features,
-            categorical_feature=[name for name in self.features if name.startswith(("is ", "at "))],
+            np.concatenate(rows), label=labels, group=groups, feature_name=list(features),
+            categorical_feature=[name for name in features if name.startswith(("is ", "at "))],
         )  # fmt: skip
         self._ranker = lightgbm.train({**_TREES, "seed": seed}, data, _ROUNDS)
-
-    # Finding
 
     def recommend(
         self, history: Sequence[str], context: Mapping[str, Any] | None = None, k: int = 10
@@ -199,11 +178,10 @@ class Recommender:
                 raise UsageError(f"{name} is one of {', '.join(known_values)}, not {value!r}.")
         visit = {**given, "history": list(map(str, history))}
         places = next(iter(self._candidates([visit], -(-k // RECALLED))))
-        scores = self._scores(visit, places)
-        items = [
-            Recommendation(str(self._ids[place]), float(score), {n: rows[place] for n, rows in self._shown.items()})
-            for place, score in ((int(places[i]), scores[i]) for i in np.argsort(-scores, kind="stable")[:k])
-        ]
+        scores, items = self._scores(visit, places), []
+        for number in np.argsort(-scores, kind="stable")[:k]:
+            columns = {name: values[int(places[number])] for name, values in self._shown.items()}
+            items.append(Hit(str(self._ids[places[number]]), float(scores[number]), columns))
         unknown = [name for name in dict.fromkeys(visit["history"]) if name not in self._place]
         return Recommendations(items, bool(self._known(visit)), unknown)
 
@@ -240,51 +218,36 @@ class Recommender:
         vector = weights @ self._vectors[list(history)]
         return np.asarray(vector / max(np.linalg.norm(vector), 1e-9), np.float32)
 
-    # Features of the ranker
-
-    @property
-    def features(self) -> list[str]:
-        same = [f"{name} as asked" for name in self._texts if self.context.get(name) is not None]
-        return [
-            "near all", "nearest", "near the last", "bought",
-            *(f"{part} {name}" for name in self._texts for part in ("is", "share of")),
-            *(f"{part} {name}" for name in self._numbers for part in ("has", "above")),
-            *(f"{'of' if values is None else 'at'} {name}" for name, values in self.context.items()), *same,
-        ]  # fmt: skip
-
-    def _features(self, visit: Mapping[str, Any], places: np.ndarray, without: int = -1) -> np.ndarray:
-        """Features [places, features], NaN for unknown values. `without`: place whose own purchase is not counted."""
+    def _features(self, visit: Mapping[str, Any], places: np.ndarray, without: int = -1) -> dict[str, np.ndarray]:
+        """Features [places] of the ranker by name, NaN for unknown values; names of categories begin with "is" or "at".
+        `without`: place whose own purchase is not counted."""
         history = self._known(visit)
         none = np.full(len(places), np.nan)
-        columns: list[np.ndarray] = [none, none, none]
+        columns = {"near all": none, "nearest": none, "near the last": none}
         if history:
             near = self._vectors[places] @ self._vectors[history].T
-            columns = [self._vectors[places] @ self._customer(history), near.max(1), near[:, -1]]
-        columns.append(np.log1p(np.maximum(0, self._bought[places] - (places == without))))
-        for name in self._texts:
-            codes = self._codes[name]
-            columns.append(codes[places].astype(float))
-            columns.append((codes[places][:, None] == codes[history]).mean(1) if history else none)
-        for numbers in self._numbers.values():
-            columns.append(numbers[places])
-            columns.append(numbers[places] - np.nanmean(numbers[history]) if history else none)
+            whole = self._vectors[places] @ self._customer(history)
+            columns = {"near all": whole, "nearest": near.max(1), "near the last": near[:, -1]}
+        columns["bought"] = np.log1p(np.maximum(0, self._bought[places] - (places == without)))
+        for name, codes in self._codes.items():
+            same = (codes[places][:, None] == codes[history]).mean(1) if history else none
+            columns |= {f"is {name}": codes[places].astype(float), f"share of {name}": same}
+        for name, numbers in self._numbers.items():
+            above = numbers[places] - np.nanmean(numbers[history]) if history else none
+            columns |= {f"has {name}": numbers[places], f"above {name}": above}
         for name, values in self.context.items():
             value = visit.get(name)
-            code = np.nan
-            if values is None:
-                code = _number(value)
-            elif values is not None and str(value) in values:
-                code = values.index(str(value))
-            columns.append(np.full(len(places), code))
+            code = _number(value) if values is None else values.index(str(value)) if str(value) in values else np.nan
+            columns[f"{'of' if values is None else 'at'} {name}"] = np.full(len(places), code)
         for name, texts in self._texts.items():
             if self.context.get(name) is not None:
-                columns.append((texts[places] == str(visit[name])).astype(float) if name in visit else none)
-        return np.stack(columns, 1)
+                is_asked = (texts[places] == str(visit[name])).astype(float) if name in visit else none
+                columns[f"{name} as asked"] = is_asked
+        return columns
 
     def _scores(self, visit: Mapping[str, Any], places: np.ndarray) -> np.ndarray:
-        return np.asarray(self._ranker.predict(self._features(visit, places), num_threads=1))
-
-    # Measuring
+        features = np.stack(list(self._features(visit, places).values()), 1)
+        return np.asarray(self._ranker.predict(features, num_threads=1))
 
     def measure(self, visits: Source, on_reject: OnReject | None = None) -> dict[str, dict[str, dict[str, Score]]]:
         """Rank the purchases of held-out visits among all items, by slice of the visits: {"all": {"recalled":
@@ -326,8 +289,6 @@ class Recommender:
                 areas[name].append(area)
         return {name: _scores_of(found, ranks, areas, chosen) for name, chosen in slices.items() if chosen.any()}
 
-    # Keeping
-
     def save(self, path: str | Path) -> None:
         """Write the recommender to a new folder. Raises UsageError for an existing path."""
         path = Path(path)
@@ -360,8 +321,8 @@ class Recommender:
                 f"{path} is not a recommender ({type(error).__name__}): make one by `openm6 recommend fit`."
             ) from None
         index = Index.open(about["index"])
-        kinds = index.about["columns"]
-        if any(name not in kinds or (known is None) != (kinds[name] in _NUMBERS) for name, known in columns.items()):
+        kinds = {name: kind in _NUMBERS for name, kind in index.about["columns"].items()}
+        if any(kinds.get(name) is not (known is None) for name, known in columns.items()):
             raise UsageError(f"{about['index']} has other columns than when {path} was trained: fit it again.")
         return cls(index, about["context"], about["bought"], ranker, columns, learned)
 
@@ -377,19 +338,16 @@ def _number(value: Any) -> float:
 def _columns_of(items: Items, kinds: Mapping[str, str]) -> dict[str, list[str] | None]:
     """The columns of an index that serve as features: numbers, and texts with at most one distinct value per two items.
     Others, such as titles and pictures, would identify single items."""
-    columns: dict[str, list[str] | None] = {name: None for name, kind in kinds.items() if kind in _NUMBERS}
-    for name in kinds.keys() - columns.keys():
-        values = sorted({str(value) for value in items.columns[name]})
-        if 2 * len(values) <= len(items.ids):
+    columns: dict[str, list[str] | None] = {}
+    for name, kind in kinds.items():
+        values = None if kind in _NUMBERS else sorted({str(value) for value in items.columns[name]})
+        if values is None or 2 * len(values) <= len(items.ids):
             columns[name] = values
-    return {name: columns[name] for name in kinds if name in columns}
+    return columns
 
 
 def _scores_of(
-    found: Sequence[float],
-    ranks: Mapping[str, Sequence[int]],
-    areas: Mapping[str, Sequence[float]],
-    chosen: np.ndarray,
+    found: Sequence[float], ranks: Mapping[str, Sequence[int]], areas: Mapping[str, Sequence[float]], chosen: np.ndarray
 ) -> dict[str, dict[str, Score]]:
     """The metrics of the `chosen` visits; the AUC of a visit without shown items is NaN."""
     result = {"recalled": {f"recall@{RECALLED}": score_of(Values.mean(np.array(found)[chosen].tolist()))}}
@@ -398,3 +356,45 @@ def _scores_of(
         if known := [area for area in np.array(areas[name])[chosen].tolist() if not np.isnan(area)]:
             result[name]["auc"] = score_of(Values.mean(known))
     return result
+
+
+def usable_visits(
+    visits: Source, context: Sequence[str], known: Container[str], on_reject: OnReject | None
+) -> list[Record]:
+    """The visits with a valid history and a purchase among the `known` ids; `history` and `shown` are lists of ids,
+    `_where` is the place of the record.
+
+    `on_reject` gets every other visit; without it the first one raises DataError, as does a source without a valid
+    visit. Raises UsageError for missing columns."""
+    require_columns(visits.columns, ("history", "bought", *context), visits.name)
+    usable: list[Record] = []
+    rejected = list(visits.rejected)
+    for number, record in enumerate(visits):
+        where = str(record.get("_where", f"{visits.name}#{number}"))
+        try:
+            history, shown = _ids(where, "history", record.get("history")), record.get("shown")
+            lists = {"history": history, "shown": [] if shown is None else _ids(where, "shown", shown)}
+            bought = id_of(f"{where}: bought", record.get("bought"))
+            if bought not in known:
+                raise DataError(f"{where}: what was bought is not in the index.")
+        except DataError as error:
+            rejected.append(Reject(where, str(error)))
+        else:
+            usable.append({**record, **lists, "bought": bought, "_where": where})
+    if rejected and not usable:
+        raise DataError(f"None of the {len(rejected)} visits can be used; the first: {rejected[0].reason}")
+    for reject in rejected:
+        if on_reject is None:
+            raise DataError(reject.reason)
+        on_reject(reject)
+    return usable
+
+
+def _ids(where: str, name: str, value: Any) -> list[str]:
+    """The ids of a history: a list, or a text separated by spaces or commas, as in a CSV."""
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if not isinstance(value, list):
+        given = "missing" if value is None else cut(repr(value))
+        raise DataError(f"{where}: {name} is {given}; it has to be a list of ids, [] where there are none.")
+    return [id_of(f"{where}: {name}", one) for one in value]

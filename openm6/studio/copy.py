@@ -12,10 +12,11 @@ texts.csv          every item, in the order of the source, with its texts or the
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,8 @@ class _Whole:
     mapping: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, record: Record, rng: Any = None) -> dict[str, Any]:
-        row = {
-            k: v
-            for k, v in record.items()
-            if not k.startswith("_") and k != self.picture and isinstance(v, (str, int, float)) and v != ""
-        }
-        return {**record, self.table: row}
+        cells = {k: v for k, v in record.items() if not k.startswith("_") and k != self.picture}
+        return {**record, self.table: {k: v for k, v in cells.items() if isinstance(v, (str, int, float)) and v != ""}}
 
 
 View = SlotView | _Whole
@@ -125,13 +122,7 @@ def make_copy(
     shown = list(table) if table is not None else [c for c in source.columns if c not in goods.mapping.values()]
     require_columns(source.columns, [*shown, *([id_column] if id_column else [])])
     options = Decoding.of(**{"temperature": 0.8, "top_p": 0.95, **chosen.decode, **(decoding or {})})
-    rules: dict[str, Any] = {
-        "forbid": sorted(set(forbid)),
-        "least": least,
-        "most": most,
-        "facts": facts,
-        "lexicon": str(lexicon),
-    }
+    rules: dict[str, Any] = {"forbid": sorted(set(forbid)), "least": least, "most": most}
     Limits(session.processor.tokenizer, rules["forbid"], None, least, most)  # raises for contradictory rules
     words = Path(lexicon) if lexicon and str(lexicon).endswith((".yaml", ".yml")) else LEXICON
     known = closed_values(chosen, view, source, MANY) if facts else set()
@@ -142,7 +133,7 @@ def make_copy(
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "items": str(items),
         review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
-        "candidates": candidates, "keep": keep, **rules,
+        "candidates": candidates, "keep": keep, **rules, "facts": facts, "lexicon": str(lexicon),
         "words": f"{words.name} {hashlib.sha256(words.read_bytes()).hexdigest()[:12]}" if facts else "",
         **asdict(options),
     }  # fmt: skip
@@ -155,9 +146,8 @@ def make_copy(
         review.require_same(output, settings, source, given, lambda record: _as_json(ask(record), chosen))
         done = set(before)
         # The rejected texts of an incomplete item are written again.
-        review.write(
-            output / BROKEN, map(review.as_line, [row for row in whole_lines(output / BROKEN) if row["prompt"] in done])
-        )
+        kept_broken = [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]
+        review.write(output / BROKEN, map(review.as_line, kept_broken))
         seen = {row["said"]: row["prompt"] for row in review.rows_of(output)}
         rejects = review.open_rejects(output / review.REJECTS, source, share=1)
         with (
@@ -171,14 +161,16 @@ def make_copy(
                 asked = dict(review.usable(session, chosen, ask, source, alone, rejects, explain=explain))
                 if not done.issuperset(asked):
                     own = {**asdict(options), "seed": review.seed_of(options.seed, group.start)}
-                    limits = {
-                        n: _limits(session, chosen, record, values, rules, id_column) for n, record in asked.items()
-                    }
-                    written = _written(session, chosen, asked, limits, candidates, own)
+                    limits = {n: _limits(session, chosen, row, values, rules, id_column) for n, row in asked.items()}
+                    requests = [Request(row, limits=None if chosen.sketch else limits[n]) for n, row in asked.items()]
+                    prompts = [session.prompt(chosen, request) for request in requests]
+                    repeated_prompts = [prompt for prompt in prompts for _ in range(candidates)]
+                    written = iter(session.generate(chosen, repeated_prompts, decoding=own))
                     for number in asked:
+                        texts = list(islice(written, candidates))
                         if number in done:
                             continue
-                        good, bad = judge_texts(session, chosen, written[number], limits[number], seen, number)
+                        good, bad = judge_texts(session, chosen, texts, limits[number], seen, number)
                         lines = list(_lines(number, _as_json(asked[number], chosen), good[:keep]))
                         broken.writelines(review.as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
                         sync(broken)
@@ -200,23 +192,20 @@ def make_copy(
 
 
 def write_labelled_copy(output: Path, labels: str | Path) -> dict[str, Any]:
-    """Write the accepted texts, as edited, as records of the task. Returns {"file", "labelled": number, "accepted":
-    fraction, "edited": fraction, "by_rank"}."""
+    """Write the accepted texts, as edited, as records of the task. Returns: see `review.write_labels`, and {"edited":
+    fraction}."""
     settings = review.settings_of(output, "texts")
     rows = {row["file"]: row for row in review.rows_of(output) if row["rank"]}
     verdicts = review.verdicts_on(rows, output, "text", labels)
-    by_rank: dict[int, list[int]] = defaultdict(list)
 
-    def lines() -> Iterator[str]:
+    def labelled() -> Iterator[tuple[int, bool, Record | None]]:
         for name, row in rows.items():
-            if name in verdicts:
-                by_rank[row["rank"]].append(int(verdicts[name].accepted))
-                if verdicts[name].accepted:
-                    yield review.as_line({**row["given"], settings["picture"]: verdicts[name].text or row["said"]})
+            if verdict := verdicts.get(name):
+                record = {**row["given"], settings["picture"]: verdict.text or row["said"]}
+                yield row["rank"], verdict.accepted, record if verdict.accepted else None
 
-    file = review.write(output / review.LABELLED, lines())
-    edited = sum(bool(verdict.text) for verdict in verdicts.values())
-    return {"file": str(file), "edited": edited / len(verdicts), **review.acceptance(by_rank)}
+    found = review.write_labels(output, labelled())
+    return {**found, "edited": sum(bool(verdict.text) for verdict in verdicts.values()) / len(verdicts)}
 
 
 def _view(task: Task, source: Source, columns: Mapping[str, str]) -> View:
@@ -241,17 +230,6 @@ def _limits(
         if any(task.slots[name].type == "table" for name in task.inputs):
             numbers = [*(cell for column, cell in cells if column != id_column), *texts]
     return Limits(session.processor.tokenizer, rules["forbid"], numbers, rules["least"], rules["most"], values)
-
-
-def _written(
-    session: Session, task: Task, asked: Mapping[int, Record], limits: Mapping[int, Limits], candidates: int, own: Any
-) -> dict[int, list[Generated]]:
-    prompts = [
-        session.prompt(task, Request(record, limits=None if task.sketch else limits[number]))
-        for number, record in asked.items()
-    ]
-    made = session.generate(task, [one for one in prompts for _ in range(candidates)], decoding=own)
-    return {n: made[i * candidates : (i + 1) * candidates] for i, n in enumerate(asked)}
 
 
 def judge_texts(
@@ -290,21 +268,16 @@ def _alike(first: str, second: str) -> bool:
 
 def _as_json(record: Record, task: Task) -> dict[str, Any]:
     """The inputs of an item as JSON; pictures only if they are paths."""
-    return {
-        name: value if task.slots[name].type != "image" or isinstance(value, str) else None
-        for name, value in record.items()
-    }
+    pictures = {name for name, slot in task.slots.items() if slot.type == "image"}
+    return {k: None if k in pictures and not isinstance(v, str) else v for k, v in record.items()}
 
 
 def _lines(number: int, given: Mapping[str, Any], kept: list[tuple[str, float]]) -> Iterator[str]:
     """A line per kept text; for an item without any, one of rank 0, which marks it as done."""
-    shown = {
-        name: " ".join(map(text_of, value if isinstance(value, list) else [value]))
-        if isinstance(value, (dict, list))
-        else value
-        for name, value in given.items()
-        if value is not None
-    }
+    shown = {name: value for name, value in given.items() if value is not None}
+    for name, value in shown.items():
+        if isinstance(value, (dict, list)):
+            shown[name] = " ".join(map(text_of, value if isinstance(value, list) else [value]))
     base = {"prompt": number, "of": len(kept), "asked": shown, "given": given}
     if not kept:
         yield review.as_line({**base, "file": f"{number:06d}-0", "rank": 0, "said": "", "score": 0.0})

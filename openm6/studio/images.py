@@ -24,7 +24,7 @@ from openm6.core.errors import DataError, UsageError
 from openm6.core.files import sync, write_file
 from openm6.core.images import open_image, save
 from openm6.data.columns import SlotView
-from openm6.data.source import Source, open_source
+from openm6.data.source import open_source
 from openm6.data.store import Record
 from openm6.inference.draw import Drawing
 from openm6.inference.rank import fresh_seed
@@ -77,7 +77,12 @@ def make_batch(
         decoding["seed"] = review.settings_of(output)["seed"] if (output / review.SETTINGS).is_file() else fresh_seed()
     list(session.draw_many(chosen, [], candidates=candidates, decoding=decoding))  # raises for invalid options
     options = Drawing.of(**{**chosen.decode, **decoding})
-    view = _prompt_view(chosen, source, columns or {})
+    view = SlotView.of(chosen.without_target(), source, columns or {})
+    if not view.mapping:
+        raise UsageError(
+            f"None of the columns of {source.name} ({', '.join(source.columns)}) matches an input slot of "
+            f"{chosen.name} ({', '.join(chosen.inputs)}): map one by {next(iter(chosen.inputs), 'SLOT')}=COLUMN."
+        )
     settings = {
         "model": str(session.path.resolve()) if session.path else "", "task": chosen.name, "prompts": str(prompts),
         review.CONTENT: review.content_of(session, source), "columns": dict(view.mapping),
@@ -90,16 +95,14 @@ def make_batch(
 
     with review.batch_folder(output, settings, {"slots": slots, "picture": chosen.outputs[0]}, resume, "pictures"):
         begun = review.go_on(output / review.CANDIDATES)
-        review.require_same(
-            output, settings, source, {n: _without_pictures(chosen, row["asked"]) for n, row in begun.items()}, asks
-        )
+        before = {number: _without_pictures(chosen, row["asked"]) for number, row in begun.items()}
+        review.require_same(output, settings, source, before, asks)
         done, pictures = set(begun), sum(row["of"] for row in begun.values())
         rejects = review.open_rejects(output / review.REJECTS, source)
         with open(output / review.CANDIDATES, "a", encoding="utf-8") as file:
             for group in review.groups(len(source), max(1, ROWS // candidates)):
-                asked = dict(
-                    review.usable(session, chosen, partial(_inputs_of, view), source, group, rejects, truncate=truncate)
-                )
+                inputs = partial(_inputs_of, view)
+                asked = dict(review.usable(session, chosen, inputs, source, group, rejects, truncate=truncate))
                 if not done.issuperset(asked):
                     # A group is drawn whole with its own seed, so that its pictures do not depend on interruptions.
                     own = {**decoding, "seed": review.seed_of(options.seed, group.start)}
@@ -145,28 +148,9 @@ def read_labels(output: Path, labels: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_labelled(output: Path, labels: str | Path) -> dict[str, Any]:
-    """Write the records of `read_labels` to `output/labelled.jsonl`. Returns {"file": path, "labelled": number,
-    "accepted": fraction, "by_rank": {rank: {"labelled": number, "accepted": fraction}}}."""
-    verdicts: dict[int, list[int]] = {}
-
-    def lines() -> Iterator[str]:
-        for rank, record in _judged(output, labels):
-            verdicts.setdefault(rank, []).append(record["verdict_quality"])
-            yield review.as_line(record)
-
-    file = review.write(output / review.LABELLED, lines())
-    return {"file": str(file), **review.acceptance(verdicts)}
-
-
-def _prompt_view(task: Task, source: Source, columns: Mapping[str, str]) -> SlotView:
-    """The view of prompts for the input slots of a task."""
-    view = SlotView.of(task.without_target(), source, columns)
-    if not view.mapping:
-        raise UsageError(
-            f"None of the columns of {source.name} ({', '.join(source.columns)}) matches an input slot of {task.name} "
-            f"({', '.join(task.inputs)}): map one by {task.inputs[0] if task.inputs else 'SLOT'}=COLUMN."
-        )
-    return view
+    """Write the records of `read_labels` to `output/labelled.jsonl`. Returns: see `review.write_labels`."""
+    judged = _judged(output, labels)
+    return review.write_labels(output, ((rank, bool(one["verdict_quality"]), one) for rank, one in judged))
 
 
 def _inputs_of(view: SlotView, record: Record) -> dict[str, Any]:

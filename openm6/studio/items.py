@@ -190,12 +190,11 @@ def page_items(output: Path, items: Sequence[Item], pictures: SlotView, id_colum
     hidden = {id_column, pictures.mapping.get("image"), *HIDDEN}
     for item in items:
         yield {
-            "id": item.id,
+            "id": item.id, "candidates": [{"file": row["file"], "said": row["said"]} for row in item.texts],
+            "reason": item.reason,
             "shown": {k: text_of(v) for k, v in item.record.items() if k not in hidden and not isinstance(v, bytes)},
             "pictures": _saved_picture(output / "pictures" / f"{item.number:06d}.jpg", item.record, pictures),
-            "candidates": [{"file": row["file"], "said": row["said"]} for row in item.texts],
-            "reason": item.reason,
-        }
+        }  # fmt: skip
 
 
 def _saved_picture(file: Path, record: Record, view: SlotView) -> list[str]:

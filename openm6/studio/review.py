@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from openm6.core.files import (
     whole_lines,
     write_failed,
     write_file,
+    write_json,
     write_whole,
 )
 from openm6.data.rejects import Reject, Rejects
@@ -138,16 +140,6 @@ def require_same(
     raise UsageError(f"{where} has changed since {output} was started: use another directory.")
 
 
-def acceptance(verdicts: Mapping[int, list[int]]) -> dict[str, Any]:
-    """Statistics of labels (1 or 0) by rank: {"labelled": number, "accepted": fraction, "by_rank": {rank: same}}."""
-
-    def rates(some: list[int]) -> dict[str, Any]:
-        return {"labelled": len(some), "accepted": sum(some) / len(some)}
-
-    every = [verdict for some in verdicts.values() for verdict in some]
-    return {**rates(every), "by_rank": {rank: rates(some) for rank, some in sorted(verdicts.items())}}
-
-
 @contextmanager
 def batch_folder(
     output: Path, settings: dict[str, Any], more: dict[str, Any], resume: bool, *folders: str
@@ -157,7 +149,11 @@ def batch_folder(
     be written."""
     with lock_output(output):
         if resume and (output / SETTINGS).is_file():
-            _check_settings(output, settings)
+            before = settings_of(output)
+            for key, now in settings.items():
+                if key != CONTENT and before.get(key) != now:  # require_same compares the content
+                    message = f"{output} was started with {key} {before.get(key)}, not {now}: use another directory."
+                    raise UsageError(message)
         else:
             require_new(output)
             content = {**settings, **more, "id": uuid.uuid4().hex}
@@ -165,20 +161,13 @@ def batch_folder(
             def fill(folder: Path) -> None:
                 for name in folders:
                     (folder / name).mkdir()
-                (folder / SETTINGS).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+                write_json(folder / SETTINGS, content)
 
             write_whole(output, fill)
         try:
             yield
         except OSError as error:
             raise write_failed(output, error) from None
-
-
-def _check_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    before = settings_of(output)
-    for key, now in settings.items():
-        if key != CONTENT and before.get(key) != now:  # require_same compares the content
-            raise UsageError(f"{output} was started with {key} {before.get(key)}, not {now}: use another directory.")
 
 
 def settings_of(output: Path, kind: str | None = None) -> dict[str, Any]:
@@ -248,33 +237,42 @@ def write_review(
 
 
 def _prompts(output: Path, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
     for number, some in groupby(rows_of(output), key=lambda row: row["prompt"]):
         rows = list(some)
-        pictures = {name for name, kind in settings["slots"].items() if kind == "image"}
         asked = rows[0]["asked"]
         yield {
-            "id": str(number + 1),
+            "id": str(number + 1), "candidates": [{"file": row["file"]} for row in rows], "reason": "",
             "shown": {name: str(value) for name, value in asked.items() if name not in pictures},
             "pictures": [str(value) for name, value in asked.items() if name in pictures],
-            "candidates": [{"file": row["file"]} for row in rows],
-            "reason": "",
-        }
+        }  # fmt: skip
     for row in whole_lines(output / REJECTS):
         yield {"id": "", "shown": {}, "pictures": [], "candidates": [], "reason": row["reason"]}
 
 
+def write_labels(output: Path, labelled: Iterable[tuple[int, bool, Record | None]]) -> dict[str, Any]:
+    """Write the training records of labelled candidates, given as (rank, accepted, record or None).
+
+    Returns {"file", "labelled": number, "accepted": fraction, "by_rank": {rank: {"labelled", "accepted"}}}."""
+    verdicts: dict[int, list[bool]] = defaultdict(list)
+
+    def lines() -> Iterator[str]:
+        for rank, accepted, record in labelled:
+            verdicts[rank].append(accepted)
+            if record is not None:
+                yield as_line(record)
+
+    def rates(some: list[bool]) -> dict[str, Any]:
+        return {"labelled": len(some), "accepted": sum(some) / len(some)}
+
+    file = write(output / LABELLED, lines())
+    every = [accepted for some in verdicts.values() for accepted in some]
+    return {"file": str(file), **rates(every), "by_rank": {rank: rates(verdicts[rank]) for rank in sorted(verdicts)}}
+
+
 def verdicts_on(known: Container[str], output: Path, what: str, labels: str | Path) -> dict[str, Verdict]:
-    """Human labels of the candidates of a batch, by name. Raises DataError for an unknown candidate, and as
-    `verdicts_of` does."""
-    found = verdicts_of(labels, what)
-    for name, verdict in found.items():
-        if name not in known:
-            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
-    return found
-
-
-def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdict]:
-    """Labels by name. Raises DataError for an invalid label of a `what` (picture, text) and for contradictory ones."""
+    """Human labels of the candidates of a batch, by name. `what`: picture or text. Raises DataError for an invalid
+    label, for contradictory ones, and for an unknown candidate."""
     found: dict[str, Verdict] = {}
     for row in read_jsonl(str(labels), refuse):
         where, file, accepted, text = row["_where"], row.get("file"), row.get("accepted"), row.get("text", "")
@@ -286,15 +284,15 @@ def verdicts_of(labels: str | Path, what: str = "candidate") -> dict[str, Verdic
             raise DataError(f"{where}: text is {cut(text)!r}; it is the edited form of a text that was accepted.")
         before = found.setdefault(file, Verdict(accepted, text, where))
         if before.accepted != accepted:
-            words = ("rejected", "accepted")
-            raise DataError(
-                f"{where}: {file} is {words[accepted]} here, and {words[before.accepted]} in {before.where}: "
-                "keep one line."
-            )
+            here, there = ("accepted", "rejected") if accepted else ("rejected", "accepted")
+            raise DataError(f"{where}: {file} is {here} here, and {there} in {before.where}: keep one line.")
         if before.text != text:
             raise DataError(f"{where}: {file} has another text here than in {before.where}: keep one line.")
     if not found:
         raise DataError(f"{labels} has no labels.")
+    for name, verdict in found.items():
+        if name not in known:
+            raise DataError(f"{verdict.where}: the batch {output} has no {what} {name[:80]!r}; are these its labels?")
     return found
 
 

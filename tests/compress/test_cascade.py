@@ -1,4 +1,4 @@
-"""A box learns of the cloud's answers, and a better version takes the place of the one before; whole, or not at all."""
+"""An edge device learns from the cloud's answers; a better version replaces the one before, whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ import torch
 from typer.testing import CliRunner
 
 from openm6.cli import commands
-from openm6.compress.cascade import _kept_records, _trained, calibrate_box, init_box, learn, open_kept_source
+from openm6.compress.cascade import _stored_answers, _trained, calibrate_task, create_device, learn, open_kept_source
 from openm6.core.errors import UsageError
 from openm6.core.files import dumps
 from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer
 from openm6.data.store import Record
-from openm6.edge.box import Box
+from openm6.edge.answer_store import AnswerStore, is_held_out
 from openm6.edge.cascade import Cascade
-from openm6.edge.kept import AnswerStore, is_held_out
+from openm6.edge.device import EdgeDevice, Settings, settings_toml
 from openm6.edge.runner import EdgeModel
-from openm6.edge.settings import Settings, written
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.tasks.library import get
@@ -71,194 +70,199 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("made") / "box"
-    init_box(place, model, Settings(cloud="http://127.0.0.1:9"), None)
+    place = tmp_path_factory.mktemp("made") / "device"
+    create_device(place, model, Settings(cloud="http://127.0.0.1:9"), None)
     return place
 
 
 @pytest.fixture
-def box(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "box"))
+def device(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "device"))
 
 
-def _keep(box: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
-    opened = Box(box)
-    kept = AnswerStore(box / "kept.sqlite", mode, 10**8)
-    eyes = EdgeModel(opened.folder() / "package").eyes
+def _keep(device: Path, count: int, mode: str = "all", task: str = "vqa") -> None:
+    opened = EdgeDevice(device)
+    kept = AnswerStore(device / "kept.sqlite", mode, 10**8)
+    encoder = EdgeModel(opened.folder() / "package").image_encoder
     for number in range(count):
         colour = COLOURS[number % 2]
-        photo = _photo(number) if mode == "all" else eyes.features(_photo(number)).mapping()
+        photo = _photo(number) if mode == "all" else encoder.features(_photo(number)).mapping()
         kept.keep(task, {"photo": photo, "question": f"{colour}的{number}是？"}, colour, "")
     kept.close()
 
 
 @pytest.mark.slow
-def test_a_round_learns_and_is_promoted(box: Path, known: Path) -> None:
-    _keep(box, 120)
-    found = learn(box, steps=60, batch_size=24, learning_rate=3e-3)
+def test_a_round_learns_and_is_promoted(device: Path, known: Path) -> None:
+    _keep(device, 120)
+    found = learn(device, steps=60, batch_size=24, learning_rate=3e-3)
     told = found["tasks"]["vqa"]
     assert told["learned"] + told["held_out"] == 120 and told["held_out"] > 10
     assert told["held_out_after"] > 0.9 > told["held_out_before"]
-    assert found["better"] and Box(box).version == found["version"] == "0002"
-    assert not (box / "learning").exists()
-    edge = EdgeModel(box / "versions/0002/package")
+    assert found["better"] and EdgeDevice(device).version == found["version"] == "0002"
+    assert not (device / "learning").exists()
+    edge = EdgeModel(device / "versions/0002/package")
     assert edge.run("vqa", photo=_photo(1), question="蓝色的1是？") == "蓝色"
     # It is what the model says, in PyTorch.
-    assert Session.load(box / "versions/0002/model").run("vqa", photo=_photo(1), question="蓝色的1是？") == "蓝色"
+    assert Session.load(device / "versions/0002/model").run("vqa", photo=_photo(1), question="蓝色的1是？") == "蓝色"
     # Calibrated now, and taught what is wrong: that costs the known, and is not promoted.
-    calibrate_box(Box(box), "vqa", str(known), records=60)
-    assert (box / "versions/0002/package/sureness-vqa.npz").is_file()
-    kept = AnswerStore(box / "kept.sqlite", "all", 10**8)
+    calibrate_task(EdgeDevice(device), "vqa", str(known), records=60)
+    assert (device / "versions/0002/package/calibration-vqa.npz").is_file()
+    kept = AnswerStore(device / "kept.sqlite", "all", 10**8)
     kept._file.execute("DELETE FROM answers")
     for number in range(120):
         asked = {"photo": _photo(number), "question": f"{COLOURS[number % 2]}的{number}是？"}
         kept.keep("vqa", asked, COLOURS[1 - number % 2], "")
     kept.close()
-    found = learn(box, steps=80, batch_size=24, learning_rate=3e-3)
+    found = learn(device, steps=80, batch_size=24, learning_rate=3e-3)
     assert found["tasks"]["vqa"]["held_out_after"] > 0.9 and found["tasks"]["vqa"]["after"] < 0.1
-    assert not found["better"] and Box(box).version == "0002" and not (box / "versions/0003").exists()
+    assert not found["better"] and EdgeDevice(device).version == "0002" and not (device / "versions/0003").exists()
 
 
 @pytest.mark.slow
-def test_from_features_the_eyes_stay(box: Path, model: Path) -> None:
-    (box / "box.toml").write_text(written(Settings(privacy="features")), "utf-8")
-    _keep(box, 100, "features")
-    found = learn(box, steps=60, batch_size=24, learning_rate=3e-3)
+def test_from_features_the_eyes_stay(device: Path, model: Path) -> None:
+    (device / "edge.toml").write_text(settings_toml(Settings(privacy="features")), "utf-8")
+    _keep(device, 100, "features")
+    found = learn(device, steps=60, batch_size=24, learning_rate=3e-3)
     assert found["better"], found
-    before, after = (Session.load(place, "cpu", trainable=True).model for place in (model, box / "versions/0002/model"))
+    before, after = (
+        Session.load(place, "cpu", trainable=True).model for place in (model, device / "versions/0002/model")
+    )
     for name, weight in before.state_dict().items():
         same = torch.equal(weight, after.state_dict()[name])
         assert same == name.startswith("image."), name
     photo = _photo(1)
-    content = b"".join(file.read_bytes() for file in box.rglob("*") if file.is_file())
+    content = b"".join(file.read_bytes() for file in device.rglob("*") if file.is_file())
     assert photo[40:] not in content
 
 
-def test_kept_answers_are_a_source(box: Path) -> None:
-    _keep(box, 50)
-    sides = [open_kept_source(f"kept:{box}/vqa/{side}?until=40", None) for side in ("train", "held-out")]
+def test_kept_answers_are_a_source(device: Path) -> None:
+    _keep(device, 50)
+    sides = [open_kept_source(f"kept:{device}/vqa/{side}?until=40", None) for side in ("train", "held-out")]
     assert sum(map(len, sides)) == 40 and min(map(len, sides)) > 0
     record = sides[0][0]
     assert record["answer"] in COLOURS and record["photo"][:2] in (b"\xff\xd8", b"\x89P")
     assert not any(is_held_out({"record": {"photo": r["photo"], "question": r["question"]}}) for r in sides[0])
     with pytest.raises(UsageError, match="write kept:"):
-        open_kept_source(f"kept:{box}/vqa/other", None)
+        open_kept_source(f"kept:{device}/vqa/other", None)
 
 
-def test_kept_answers_that_cannot_be_learned_from_are_passed_over(box: Path, known: Path) -> None:
-    _keep(box, 90)
-    kept = AnswerStore(box / "kept.sqlite", "all", 10**8)
+def test_kept_answers_that_cannot_be_learned_from_are_skipped(device: Path, known: Path) -> None:
+    _keep(device, 90)
+    kept = AnswerStore(device / "kept.sqlite", "all", 10**8)
     for number, empty in enumerate(("", "  ", None)):
         kept.keep("vqa", {"photo": _photo(number), "question": "空的？"}, empty, "")
     kept.close()
-    calibrate_box(Box(box), "vqa", str(known), records=60)
-    found = _kept_records(Box(box), "vqa", None)
-    assert found.passed_over["without an answer"] == 3
+    calibrate_task(EdgeDevice(device), "vqa", str(known), records=60)
+    found = _stored_answers(EdgeDevice(device), "vqa", None)
+    assert found.skipped["without an answer"] == 3
     # The first sixty kept questions are those of the calibration, which is measured on; the held-out ones stay.
-    assert found.passed_over["in the calibration"] == 60 - sum(_number(one) < 60 for one in found.held_out._records)
+    assert found.skipped["in the calibration"] == 60 - sum(_number(one) < 60 for one in found.held_out._records)
     assert all(_number(one) >= 60 for one in found.learned._records)
-    assert len(found.learned) + len(found.held_out) + found.passed_over.total() == 93
-    with pytest.raises(UsageError, match="passed over: .* without an answer"):
-        learn(box)
+    assert len(found.learned) + len(found.held_out) + found.skipped.total() == 93
+    with pytest.raises(UsageError, match="skipped: .* without an answer"):
+        learn(device)
 
 
 def _number(record: Record) -> int:
     return int("".join(filter(str.isdigit, record["question"])))
 
 
-def test_what_a_version_is_measured_on_is_not_data(box: Path, known: Path) -> None:
-    _keep(box, 60)
-    calibrate_box(Box(box), "vqa", str(known), records=60)
+def test_what_a_version_is_measured_on_is_not_data(device: Path, known: Path) -> None:
+    _keep(device, 60)
+    calibrate_task(EdgeDevice(device), "vqa", str(known), records=60)
     renamed = known.with_name("renamed.jsonl")
     renamed.write_text("".join(known.read_text("utf-8").splitlines(True)[30:]), "utf-8")
     with pytest.raises(UsageError, match="has 30 of the 60 records that vqa was calibrated with"):
-        command("cascade", "learn", box, "--data", f"vqa={renamed}")
+        command("cascade", "learn", device, "--data", f"vqa={renamed}")
     with pytest.raises(UsageError, match='no task vqaa. Did you mean "vqa"?'):
-        command("cascade", "learn", box, "--data", f"vqaa={renamed}")
-    assert not (box / "learning").exists()
+        command("cascade", "learn", device, "--data", f"vqaa={renamed}")
+    assert not (device / "learning").exists()
 
 
-def test_a_round_that_goes_on_has_its_data_in_the_same_order(box: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_goes_on_has_its_data_in_the_same_order(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes: list[Any] = []
     monkeypatch.setattr("openm6.train.trainer.train", recipes.append)
     plan = {
         "until": {"vqa": 9}, "data": {f"task_{n}": ["some.jsonl"] for n in range(9)},
         "steps": 5, "batch_size": 4, "learning_rate": 1e-3, "seed": 0,
     }  # fmt: skip
-    _trained(Box(box), plan, box / "learning")
+    _trained(EdgeDevice(device), plan, device / "learning")
     assert [section.task for section in recipes[0].data] == ["vqa", *plan["data"]]
 
 
-def test_a_box_without_its_model_answers_and_says_that_it_cannot_learn(box: Path) -> None:
-    before = EdgeModel(Box(box).folder() / "package").run("vqa", photo=_photo(1), question="蓝色的1是？")
-    _keep(box, 60)
-    shutil.rmtree(box / "versions/0001/model")
-    with closing(Cascade(box)) as cascade:
+def test_a_device_without_its_model_answers_and_says_that_it_cannot_learn(device: Path) -> None:
+    before = EdgeModel(EdgeDevice(device).folder() / "package").run("vqa", photo=_photo(1), question="蓝色的1是？")
+    _keep(device, 60)
+    shutil.rmtree(device / "versions/0001/model")
+    with closing(Cascade(device)) as cascade:
         assert cascade.answer("vqa", {"photo": _photo(1), "question": "蓝色的1是？"}).value == before
     with pytest.raises(UsageError, match="was copied without versions/0001/model"):
-        learn(box)
+        learn(device)
 
 
-def test_what_cannot_be_learned(box: Path, known: Path) -> None:
-    with pytest.raises(UsageError, match="has kept 0 answers"):
-        learn(box)
-    _keep(box, 20)
-    with pytest.raises(UsageError, match="has kept 20 answers"):
-        learn(box)
-    (box / "box.toml").write_text(written(Settings(privacy="nothing")), "utf-8")
+def test_what_cannot_be_learned(device: Path, known: Path) -> None:
+    with pytest.raises(UsageError, match="has 0 stored answers"):
+        learn(device)
+    _keep(device, 20)
+    with pytest.raises(UsageError, match="has 20 stored answers"):
+        learn(device)
+    (device / "edge.toml").write_text(settings_toml(Settings(privacy="nothing")), "utf-8")
     with pytest.raises(UsageError, match="sends nothing"):
-        learn(box)
+        learn(device)
     with pytest.raises(UsageError, match="max_loss"):
-        calibrate_box(Box(box), "vqa", str(known), max_loss=2)
+        calibrate_task(EdgeDevice(device), "vqa", str(known), max_loss=2)
     with pytest.raises(UsageError, match="50 at least"):
-        calibrate_box(Box(box), "vqa", str(known), records=10)
+        calibrate_task(EdgeDevice(device), "vqa", str(known), records=10)
     with pytest.raises(UsageError, match="--cloud-model"):
-        init_box(box.with_name("other"), box / "versions/0001/model", Settings(privacy="features"))
+        create_device(device.with_name("other"), device / "versions/0001/model", Settings(privacy="features"))
     with pytest.raises(UsageError, match="exists already"):
-        init_box(box, box / "versions/0001/model", Settings())
+        create_device(device, device / "versions/0001/model", Settings())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait_for", ["learning/run/checkpoints/*/state.json", "learning/version"])
-def test_killed_it_goes_on(wait_for: str, box: Path) -> None:
+def test_killed_it_goes_on(wait_for: str, device: Path) -> None:
     """kill -9 in the midst of training, and behind it: the version before answers, and the round is finished later."""
-    _keep(box, 80)
-    words = ["cascade", "learn", str(box), "--steps", "30", "--batch-size", "16", "--learning-rate", "3e-3"]
+    _keep(device, 80)
+    words = ["cascade", "learn", str(device), "--steps", "30", "--batch-size", "16", "--learning-rate", "3e-3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "openm6", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     for _ in range(2400):
-        if list(box.glob(wait_for)) or process.poll() is not None:
+        if list(device.glob(wait_for)) or process.poll() is not None:
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if wait_for.endswith("json"):  # behind the training the kill may come too late
-        assert Box(box).version == "0001" and Box(box).versions == ["0001"]
-        plan = json.loads((box / "learning/plan.json").read_text())
+        assert EdgeDevice(device).version == "0001" and EdgeDevice(device).versions == ["0001"]
+        plan = json.loads((device / "learning/plan.json").read_text())
         assert plan["from"] == "0001"
-    assert EdgeModel(Box(box).folder() / "package").run("vqa", photo=_photo(0), question="红色的0是？") is not None
-    if (box / "learning").exists():
+    assert (
+        EdgeModel(EdgeDevice(device).folder() / "package").run("vqa", photo=_photo(0), question="红色的0是？")
+        is not None
+    )
+    if (device / "learning").exists():
         assert CliRunner().invoke(commands(), words).exit_code == 0
-    assert Box(box).version == "0002" and not (box / "learning").exists()
-    assert EdgeModel(box / "versions/0002/package").run("vqa", photo=_photo(1), question="蓝色的1是？") == "蓝色"
+    assert EdgeDevice(device).version == "0002" and not (device / "learning").exists()
+    assert EdgeModel(device / "versions/0002/package").run("vqa", photo=_photo(1), question="蓝色的1是？") == "蓝色"
 
 
 def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
     run = partial(command, "cascade")
-    place = tmp_path / "box"
+    place = tmp_path / "device"
     words = ["--cloud", "http://c:1", "--bits", "32", "--set", "keep_mb=7", "--set", "name=a"]
     run("init", place, "--model", model, *words)
-    assert Box(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
-    assert "asked of the cloud" in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
+    assert EdgeDevice(place).settings == Settings(cloud="http://c:1", keep_mb=7, name="a")
+    assert "% deferred, " in run("calibrate", place, "--task", "vqa", "--data", known, "--records", 60).output
     told = json.loads(run("status", place, "--json").output)
     assert (told["version"], told["calibrated"], told["kept"]["answers"]) == ("0001", ["vqa"], {})
     with pytest.raises(UsageError, match="no version before"):
         run("rollback", place)
     shutil.copytree(place / "versions/0001", place / "versions/0002")
-    Box(place).use("0002")
-    assert "0001 answers" in run("rollback", place).output
+    EdgeDevice(place).use("0002")
+    assert "Version 0001 is live" in run("rollback", place).output
     with pytest.raises(UsageError, match='Did you mean "keep_mb"'):
         run("init", tmp_path / "x", "--model", model, "--set", "keep_m=7")
     with pytest.raises(UsageError, match="max-loss"):
@@ -266,23 +270,23 @@ def test_the_commands(model: Path, known: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_set_holds_and_an_option_goes_before_it(model: Path, tmp_path: Path) -> None:
-    place, run = tmp_path / "box", partial(command, "cascade", "init")
+    place, run = tmp_path / "device", partial(command, "cascade", "init")
     words = ["--bits", "32", "--set", "privacy=nothing", "--set", "cloud=", "--set", 'model=a"\\b', "--set", "name=007"]
     run(place, "--model", model, *words, "--set", "offline=true", "--set", "audit_rate=0.5", "--set", 'key="M6_KEY"')
-    assert Box(place).settings == Settings(
+    assert EdgeDevice(place).settings == Settings(
         privacy="nothing", name="007", model='a"\\b', offline=True, audit_rate=0.5, key="M6_KEY"
     )
     words = ["--set", "privacy=nothing", "--set", "cloud=http://a:1", "--privacy", "all", "--cloud", "http://b:1"]
     run(tmp_path / "other", "--model", model, "--bits", "32", *words)
-    assert Box(tmp_path / "other").settings == Settings(cloud="http://b:1")
+    assert EdgeDevice(tmp_path / "other").settings == Settings(cloud="http://b:1")
 
 
-def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
-    (box / "box.toml").write_text(written(Settings(offline=True)), "utf-8")
+def test_the_program_of_a_device(device: Path, tmp_path: Path) -> None:
+    (device / "edge.toml").write_text(settings_toml(Settings(offline=True)), "utf-8")
     (tmp_path / "a.jpg").write_bytes(_photo(3))
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable, "-I", str(box / "openm6-edge")]
+        start = [sys.executable, "-I", str(device / "openm6-edge")]
         return subprocess.run([*start, *words], capture_output=True, text=True, cwd=tmp_path)
 
     told = json.loads(call("--json", "run", "vqa", "photo=a.jpg", "question=什么颜色").stdout)
@@ -298,4 +302,4 @@ def test_the_program_of_a_box(box: Path, tmp_path: Path) -> None:
     assert len(call("new-key").stdout.strip()) == 44
     wrong = call("--package", str(tmp_path), "serve")
     assert wrong.returncode == 2 and "is not an edge device" in wrong.stderr
-    assert np.all([v.isdigit() for v in Box(box).versions])
+    assert np.all([v.isdigit() for v in EdgeDevice(device).versions])

@@ -113,7 +113,14 @@ def test_what_a_row_is_worth() -> None:
         for n, (size, right, odd) in enumerate([(10, 0.9, 3.0), (5, 0.88, 3.5), (4, 0.7, 3.0), (6, 0.87, 3.0)])
     ]
     assert [row["step"] for row in front(rows, "bytes")] == ["2", "1", "0"]
-    assert lost(rows[0], rows[1]) == pytest.approx(0.5) and lost(rows[0], rows[3]) == pytest.approx(0.03)
+    assert lost(rows[0], rows[1]) == pytest.approx(1 / 6) and lost(rows[0], rows[3]) == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize(("metric", "whole"), [("accuracy", 0.9), ("bleu", 66.3), ("cider", 4.0)])
+def test_a_loss_is_relative_to_the_model_whatever_the_scale_of_the_metric(metric: str, whole: float) -> None:
+    parent, row = ({"metrics": {"a": {metric: value}}} for value in (whole, 0.99 * whole))
+    assert lost(parent, row) == pytest.approx(0.01)
+    assert lost(parent, parent) == 0 and lost(row, parent) < 0
 
 
 def _row(step: str, size: float, right: float, time: float = 1.0) -> dict[str, Any]:
@@ -124,11 +131,11 @@ def test_a_target_that_is_missed_tells_what_came_nearest() -> None:
     parent, target = _row("0-model", 8e6, 0.9), Target("bytes", 1e6)
     tried = [_row("100-export-8", 2.5e6, 0.899), _row("50-export-32", 3e6, 0.9), _row("50-export-4", 0.9e6, 0.7),
              _row("25-export-4", 0.5e6, 0.4)]  # fmt: skip
-    good, small = "100-export-8 (2.50 MB, 0.1% lost)", "50-export-4 (0.90 MB, 20.0% lost)"
+    good, small = "100-export-8 (2.50 MB, 0.1% lost)", "50-export-4 (0.90 MB, 22.2% lost)"
     assert nearest(tried, parent, target, 0.01) == f"Nearest: {good} and {small}."
     assert nearest(tried[:2], parent, target, 0.01) == f"Nearest: {good}."
     assert nearest(tried[2:], parent, target, 0.01) == f"Nearest: {small}."
-    assert nearest(tried[2:], parent, Target("bytes", 1e5), 0.01) == "Nearest: 25-export-4 (0.50 MB, 50.0% lost)."
+    assert nearest(tried[2:], parent, Target("bytes", 1e5), 0.01) == "Nearest: 25-export-4 (0.50 MB, 55.6% lost)."
     assert "(1.00 ms, " in nearest(tried, parent, Target("latency_1_ms", 0.5), 0.01)
 
 
@@ -165,7 +172,7 @@ def test_no_label_of_the_plot_covers_another() -> None:
 def test_targets(text: str, what: str, most: float) -> None:
     target = Target.of(text)
     assert (target.what, target.most) == (what, most)
-    assert target.met({what: most}) and not target.met({what: most * 1.01})
+    assert target.is_met({what: most}) and not target.is_met({what: most * 1.01})
 
 
 @pytest.mark.parametrize("text", ["size=2", "size=xMB", "speed=2ms", "latency=5", "latency=1.2.3ms", "latency=0ms", ""])

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import openm6
-from openm6.compress.cascade import init_box
+from openm6.compress.cascade import create_device
 from openm6.core.bases import require_model
 from openm6.core.errors import UsageError, suggest_path
+from openm6.edge.device import Settings
 from openm6.edge.package import export, export_image_encoder
-from openm6.edge.settings import Settings
 from openm6.model.files import load_model, read_config
 from openm6.tasks.pictures import PictureCodec
 from tests.conftest import drawing_session
@@ -30,8 +30,8 @@ OPENED: list[Callable[[Path], object]] = [
     openm6.load, load_model, read_config, require_model, PictureCodec.load,
     lambda path: export(path, Path("package")),
     lambda path: export_image_encoder(path, Path("eyes")),
-    lambda path: init_box(Path("box"), path, Settings(), None),
-    lambda path: init_box(Path("box"), Path("runs/goods/model"), Settings(), None, path),
+    lambda path: create_device(Path("device"), path, Settings(), None),
+    lambda path: create_device(Path("device"), Path("runs/goods/model"), Settings(), None, path),
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_a_model_that_is_not_there_is_refused_with_the_nearest(opened: Callable[
         UsageError, match=r'godos/model is no .*: there is no such path. Did you mean "runs/goods/model"'
     ):
         opened(typo)
-    assert not [name for name in ("package", "eyes", "box") if Path(name).exists()]
+    assert not [name for name in ("package", "eyes", "device") if Path(name).exists()]
 
 
 def test_the_nearest_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A box beside a server of its cloud that answers as a test says."""
+"""An edge device beside a server of its cloud that answers as a test says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from openm6.compress.cascade import init_box
+from openm6.compress.cascade import create_device
+from openm6.edge.calibration import ConfidenceCalibrator
 from openm6.edge.cascade import Cascade
+from openm6.edge.device import Settings, settings_of, settings_toml
 from openm6.edge.runner import EdgeModel
-from openm6.edge.settings import Settings, settings_of, written
-from openm6.edge.sureness import ConfidenceCalibrator
 from tests.tasks.conftest import picture, tokenizer
 
 __all__ = ["tokenizer"]
@@ -109,9 +110,9 @@ def server() -> Iterator[CloudServer]:
 
 @pytest.fixture(scope="module")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A box, its task vqa calibrated so that hardly anything is sure."""
-    place = tmp_path_factory.mktemp("box") / "box"
-    init_box(place, model, Settings(), None, model)
+    """An edge device, its task vqa calibrated so that hardly anything is sure."""
+    place = tmp_path_factory.mktemp("device") / "device"
+    create_device(place, model, Settings(), None, model)
     return place
 
 
@@ -128,7 +129,7 @@ def calibrate(package: Path, is_sure: bool) -> None:
         states, confidences = np.stack([one.state for one in answers]), np.array([one.confidence for one in answers])
     right = np.full(len(states), float(is_sure))
     fitted = ConfidenceCalibrator.fit(states.astype(np.float32), confidences, right, 0.01)
-    fitted.save(package / "sureness-vqa.npz", model.about["sha256"])
+    fitted.save(package / "calibration-vqa.npz", model.about["sha256"])
 
 
 @contextlib.contextmanager
@@ -146,14 +147,14 @@ Make = Callable[..., Cascade]
 
 
 @pytest.fixture
-def box(made: Path, tmp_path: Path) -> Iterator[Make]:
+def device(made: Path, tmp_path: Path) -> Iterator[Make]:
     opened: list[Cascade] = []
 
     def make(sure: bool = False, **settings: Any) -> Cascade:
-        place = tmp_path / "box"
+        place = tmp_path / "device"
         if not place.exists():
             shutil.copytree(made, place)
-        (place / "box.toml").write_text(written(settings_of({"audit_rate": 0.0001, **settings})), "utf-8")
+        (place / "edge.toml").write_text(settings_toml(settings_of({"audit_rate": 0.0001, **settings})), "utf-8")
         calibrate(place / "versions/0001/package", sure)
         opened.append(Cascade(place, 1, seed=0))
         return opened[-1]
@@ -163,8 +164,14 @@ def box(made: Path, tmp_path: Path) -> Iterator[Make]:
         one.close()
 
 
+def count_learned(cascade: Cascade) -> int:
+    """Number of answers on the disk that calibrators have learned."""
+    with contextlib.closing(sqlite3.connect(cascade.kept.file)) as file:
+        return file.execute("SELECT COUNT(*) FROM seen").fetchone()[0]
+
+
 def interrupt_write(store: Path) -> None:
-    """Kill a process in the middle of a write to the kept answers, some pages of which are on the disk already."""
+    """Kill a process in the middle of a write to the stored answers, some pages of which are on the disk already."""
     code = (
         "import os, signal, sqlite3, sys\n"
         "file = sqlite3.connect(sys.argv[1], isolation_level=None)\n"

@@ -1,4 +1,4 @@
-"""A box and its cloud: who answers, whatever becomes of the link, and what is sent and kept."""
+"""An edge device and its cloud: the source of an answer under any failure of the link, and the data sent and stored."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 from starlette.testclient import TestClient
 
 from openm6.core.errors import DataError, OpenM6Error, UsageError
-from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
+from openm6.edge.device import EdgeDevice
 from openm6.edge.opening import store_summary
 from openm6.edge.service import make_app
 from tests.edge.conftest import PHOTO, QUESTIONS, CloudServer, Make, full_disk
-from tests.edge.test_edge import ASKED, _in_fp32, model, session
+from tests.edge.test_edge import ASKED, model, session
 from tests.tasks.conftest import picture
 
-__all__ = ["_in_fp32", "model", "session"]
+__all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 
@@ -47,11 +47,11 @@ def _ask(cascade: Cascade, question: str = QUESTION, **more: Any) -> Any:
 
 
 def _files(cascade: Cascade) -> bytes:
-    return b"".join(f.read_bytes() for f in cascade.box.path.glob("kept*"))
+    return b"".join(f.read_bytes() for f in cascade.device.path.glob("kept*"))
 
 
-def test_who_answers(box: Make, server: CloudServer, session: Any) -> None:
-    cascade = box(cloud=server.url, key="", name="shop-1")
+def test_who_answers(device: Make, server: CloudServer, session: Any) -> None:
+    cascade = device(cloud=server.url, key="", name="shop-1")
     reply = _ask(cascade)
     assert (reply.value, reply.by, reply.reason) == ("云", CLOUD, "") and reply.probability < 0.5
     path, body, headers = server.seen[0]
@@ -73,9 +73,9 @@ def test_who_answers(box: Make, server: CloudServer, session: Any) -> None:
         cascade.answer("vqa", {"photo": "nowhere.jpg", "question": QUESTION})
 
 
-def test_what_is_sure_is_answered_here(box: Make, server: CloudServer) -> None:
+def test_what_is_sure_is_answered_here(device: Make, server: CloudServer) -> None:
     """But for audits, which are frequent at first."""
-    cascade = box(sure=True, cloud=server.url)
+    cascade = device(sure=True, cloud=server.url)
     server.act = like_the_edge(cascade)
     questions = answered(cascade)
     replies = [_ask(cascade, questions[n % len(questions)]) for n in range(100)]
@@ -87,24 +87,24 @@ def test_what_is_sure_is_answered_here(box: Make, server: CloudServer) -> None:
     assert sum(reply.by == EDGE for reply in replies[60:]) > 15
 
 
-def test_sure_answers_are_audited_and_it_learns(box: Make, server: CloudServer) -> None:
+def test_sure_answers_are_audited_and_it_learns(device: Make, server: CloudServer) -> None:
     """The cloud says otherwise each time: soon nothing is sure any more. After a restart it is remembered."""
-    cascade = box(sure=True, cloud=server.url)
+    cascade = device(sure=True, cloud=server.url)
     before = [_ask(cascade, QUESTIONS[n % len(QUESTIONS)]).by for n in range(200)]
     assert before[-50:].count(CLOUD) > 40
     told = cascade.statistics()["tasks"]["vqa"]
     assert told["audited"] > 3 and told["differed"] > told.get("agreed", 0)
     threshold = cascade.statistics()["tasks"]["vqa"]["threshold"]
     cascade.close()
-    again = Cascade(cascade.box.path, 1)
+    again = Cascade(cascade.device.path, 1)
     _ask(again)
     assert again.statistics()["tasks"]["vqa"]["threshold"] == pytest.approx(threshold, abs=0.05)
     again.close()
 
 
-def test_no_more_than_a_share_is_asked(box: Make, server: CloudServer) -> None:
+def test_no_more_than_a_share_is_asked(device: Make, server: CloudServer) -> None:
     """Nothing is sure here, so that without a share all is asked."""
-    cascade = box(cloud=server.url, deferral_rate=0.2)
+    cascade = device(cloud=server.url, deferral_rate=0.2)
     replies = [_ask(cascade, QUESTIONS[n % len(QUESTIONS)]) for n in range(150)]
     assert all(reply.by == CLOUD for reply in replies[:49])
     assert 0 < sum(reply.by == CLOUD for reply in replies[50:]) <= 0.35 * 100
@@ -113,8 +113,8 @@ def test_no_more_than_a_share_is_asked(box: Make, server: CloudServer) -> None:
     assert told["spared"] == sum(reply.by == EDGE for reply in replies) and "confident" not in told
 
 
-def test_the_least_sure_are_asked_where_all_are_sure(box: Make, server: CloudServer) -> None:
-    cascade = box(sure=True, cloud=server.url, deferral_rate=0.2)
+def test_the_least_sure_are_asked_where_all_are_sure(device: Make, server: CloudServer) -> None:
+    cascade = device(sure=True, cloud=server.url, deferral_rate=0.2)
     server.act = like_the_edge(cascade)
     questions = answered(cascade)
     replies = [_ask(cascade, questions[n % len(questions)]) for n in range(150)]
@@ -123,15 +123,15 @@ def test_the_least_sure_are_asked_where_all_are_sure(box: Make, server: CloudSer
     assert 5 < len(asked) <= 35 and max(asked) <= min(r.probability for r in replies[50:] if r.by == EDGE) + 0.05
 
 
-def test_offline_it_says_so(box: Make, server: CloudServer) -> None:
-    reply = _ask(box(cloud=server.url, offline=True))
+def test_offline_it_says_so(device: Make, server: CloudServer) -> None:
+    reply = _ask(device(cloud=server.url, offline=True))
     assert (reply.by, reply.reason) == (EDGE, "offline")
-    assert _ask(box(cloud="")).reason == "offline"
+    assert _ask(device(cloud="")).reason == "offline"
     assert not server.seen
 
 
-def test_with_features_no_picture_leaves_or_stays(box: Make, server: CloudServer, session: Any) -> None:
-    cascade = box(cloud=server.url, privacy="features")
+def test_with_features_no_picture_leaves_or_stays(device: Make, server: CloudServer, session: Any) -> None:
+    cascade = device(cloud=server.url, privacy="features")
     assert _ask(cascade).by == CLOUD
     sent = server.seen[0][1]["inputs"]["photo"]
     assert set(sent) == {"features", "rows", "columns", "eyes"} and len(sent["eyes"]) == 16
@@ -147,11 +147,11 @@ def test_with_features_no_picture_leaves_or_stays(box: Make, server: CloudServer
     assert cascade.model.answer("vqa", row["record"]).value == cascade.model.answer("vqa", ASKED["vqa"]).value
 
 
-def test_nothing_is_sent_or_kept(box: Make, server: CloudServer) -> None:
-    everything = box(cloud=server.url)
+def test_nothing_is_sent_or_kept(device: Make, server: CloudServer) -> None:
+    everything = device(cloud=server.url)
     assert _ask(everything).by == CLOUD and len(server.seen) == 1
     everything.close()
-    cascade = box(cloud=server.url, privacy="nothing")
+    cascade = device(cloud=server.url, privacy="nothing")
     reply = _ask(cascade)
     assert (reply.by, reply.reason) == (EDGE, "nothing may be sent")
     cascade.report()
@@ -162,8 +162,8 @@ def test_nothing_is_sent_or_kept(box: Make, server: CloudServer) -> None:
     assert QUESTION.encode() not in content
 
 
-def test_the_cloud_is_told_numbers_alone(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url, name="shop-1")
+def test_the_cloud_is_told_numbers_alone(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url, name="shop-1")
     _ask(cascade)
     server.act = lambda path, body: (200, {})
     cascade.report()
@@ -181,10 +181,10 @@ def test_the_cloud_is_told_numbers_alone(box: Make, server: CloudServer) -> None
         Statistics.model_validate({**body, "picture": "x"})
 
 
-def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_a_full_disk_costs_no_answer(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     cascade.model.processor = replace(cascade.model.processor, max_length=4096)
-    with full_disk((cascade.box.path / "kept.sqlite").stat().st_size):
+    with full_disk((cascade.device.path / "kept.sqlite").stat().st_size):
         for number in range(6):
             assert _ask(cascade, f"问题{number}" * 300).by == CLOUD
     assert cascade.statistics()["tasks"]["vqa"]["unwritten"] >= 5
@@ -196,14 +196,14 @@ def test_a_full_disk_costs_no_answer(box: Make, server: CloudServer) -> None:
 
 
 def test_without_a_store_it_answers_and_says_so(
-    box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
+    device: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     cascade.close()
-    (cascade.box.path / "kept.sqlite").unlink()
-    (cascade.box.path / "kept.sqlite").mkdir()
+    (cascade.device.path / "kept.sqlite").unlink()
+    (cascade.device.path / "kept.sqlite").mkdir()
     with caplog.at_level(logging.WARNING, "openm6.edge"):
-        cascade = Cascade(cascade.box.path, 1)
+        cascade = Cascade(cascade.device.path, 1)
     assert "Nothing is stored: " in caplog.text and "kept.sqlite cannot be used" in caplog.text
     with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
         photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
@@ -215,17 +215,17 @@ def test_without_a_store_it_answers_and_says_so(
     cascade.close()
 
 
-def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     assert _ask(cascade).by == CLOUD
-    file = cascade.box.path / "kept.sqlite"
+    file = cascade.device.path / "kept.sqlite"
     file.write_bytes(bytes(file.stat().st_size))
     assert _ask(cascade, "还有什么？").by == CLOUD
     assert cascade.statistics()["tasks"]["vqa"]["unwritten"] == 1
     with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
         assert "cannot be used" in client.get("/v1/status").json()["kept"]["trouble"]
         assert "openm6_edge_store_trouble 1" in client.get("/metrics").text
-    path = cascade.box.path
+    path = cascade.device.path
     cascade.close()
     again = Cascade(path, 1)
     assert store_summary(path, again.kept)["set_aside"] == ["kept.sqlite.damaged-1"] and _ask(again).by == CLOUD
@@ -233,12 +233,12 @@ def test_a_store_that_is_damaged_while_it_is_used_costs_no_answer(box: Make, ser
     again.close()
 
 
-def test_a_new_version_answers_when_it_is_whole(box: Make, server: CloudServer) -> None:
-    cascade = box(sure=True, cloud="")
+def test_a_new_version_answers_when_it_is_whole(device: Make, server: CloudServer) -> None:
+    cascade = device(sure=True, cloud="")
     _ask(cascade)
-    path = cascade.box.path
+    path = cascade.device.path
     shutil.copytree(path / "versions/0001", path / "versions/0002")
-    cascade.box.use("0002")
+    cascade.device.use("0002")
     time.sleep(1.1)  # it looks each second
     _ask(cascade)
     assert cascade.statistics()["version"] == "0002"
@@ -249,4 +249,4 @@ def test_a_new_version_answers_when_it_is_whole(box: Make, server: CloudServer) 
     with pytest.raises(OpenM6Error, match="no version"):
         Cascade(path)
     with pytest.raises(UsageError, match="no version 7"):
-        Box(path).use("7")
+        EdgeDevice(path).use("7")

@@ -1,4 +1,4 @@
-"""The cloud of a box: its deadline, its budget, and what is told and counted where it gives no answer."""
+"""The cloud of an edge device: deadline, budget, and the reasons and counts of missing answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.cloud import PAUSES, REASONS, Cloud, CloudError
-from tests.edge.conftest import CloudServer, Make
+from tests.edge.conftest import CloudServer, Make, count_learned
 from tests.edge.test_cascade import _ask
-from tests.edge.test_edge import ASKED, _in_fp32, model, session
+from tests.edge.test_edge import ASKED, model, session
 
-__all__ = ["_in_fp32", "model", "session"]
+__all__ = ["model", "session"]
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ __all__ = ["_in_fp32", "model", "session"]
     ],
 )
 def test_a_cloud_that_fails_leaves_the_answer_here(
-    act: Any, reason: str, box: Make, server: CloudServer, session: Any
+    act: Any, reason: str, device: Make, server: CloudServer, session: Any
 ) -> None:
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     server.act = act
     reply = _ask(cascade)
     assert reply.by == EDGE and reason in reply.reason and reply.value == session.run("vqa", **ASKED["vqa"])
@@ -54,12 +54,12 @@ def test_a_cloud_that_fails_leaves_the_answer_here(
     assert counts["deferred"] == counts["unanswered"] == counts[kind] == 1
 
 
-def test_an_answer_that_was_cut_off_is_given_and_not_learned(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_an_answer_that_was_cut_off_is_given_and_not_learned(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     server.act = lambda path, body: (200, {"outputs": {"answer": "云"}, "finished": False})
     reply = _ask(cascade)
     assert (reply.value, reply.by, reply.finished) == ("云", CLOUD, False)
-    assert not list(cascade.kept.rows()) and not cascade.kept.seen("vqa", "0001")
+    assert not list(cascade.kept.rows()) and not count_learned(cascade)
     counts = cascade.statistics()["tasks"]["vqa"]
     assert counts["unfinished"] == 1 and "differed" not in counts
 
@@ -80,10 +80,10 @@ def test_one_request_that_is_too_long_stops_no_other(server: CloudServer) -> Non
 
 @pytest.mark.parametrize("key", ["m6-secret\n", "钥匙"])
 def test_a_key_that_cannot_be_sent_costs_no_answer(
-    key: str, box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
+    key: str, device: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("M6_KEY", key)
-    cascade = box(cloud=server.url, key="M6_KEY")
+    cascade = device(cloud=server.url, key="M6_KEY")
     reply = _ask(cascade)
     assert reply.by == EDGE and "the key has characters that cannot be sent" in reply.reason
     counts = cascade.statistics()["tasks"]["vqa"]
@@ -92,10 +92,10 @@ def test_a_key_that_cannot_be_sent_costs_no_answer(
     assert not server.seen and not server.read
 
 
-def test_a_wrong_key_is_told_every_time(box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_key_is_told_every_time(device: Make, server: CloudServer, caplog: pytest.LogCaptureFixture) -> None:
     """Not asked again each time, though."""
     server.act = lambda path, body: (401, {"error": {"code": "invalid_api_key"}})
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     with caplog.at_level(logging.WARNING, "openm6.edge"):
         assert {_ask(cascade).reason for _ in range(6)} == {"the cloud refuses the key"}
     assert caplog.messages.count("the cloud refuses the key") == 1
@@ -105,9 +105,9 @@ def test_a_wrong_key_is_told_every_time(box: Make, server: CloudServer, caplog: 
         cascade.report()
 
 
-def test_an_outage_spends_nothing(box: Make, server: CloudServer) -> None:
+def test_an_outage_spends_nothing(device: Make, server: CloudServer) -> None:
     """Of three requests that an hour has, none is used up by a cloud that cannot be reached, before or after one."""
-    cascade = box(cloud=server.url, requests_per_hour=3)
+    cascade = device(cloud=server.url, requests_per_hour=3)
     assert _ask(cascade, "一").by == CLOUD
     server.close()
     server.drop_connections()
@@ -121,24 +121,24 @@ def test_an_outage_spends_nothing(box: Make, server: CloudServer) -> None:
     assert len(server.seen) + len(back.seen) == cascade.statistics()["tasks"]["vqa"]["deferred"] == 3
     assert cascade.statistics()["tasks"]["vqa"]["unanswered_budget"] == 1
     cascade.close()
-    again = Cascade(cascade.box.path, 1)
+    again = Cascade(cascade.device.path, 1)
     assert "used up" in _ask(again).reason
     again.close()
     back.close()
 
 
-def test_no_more_leave_than_an_hour_has_whoever_asks_at_once(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url, requests_per_hour=4, deadline_ms=20_000)
+def test_no_more_leave_than_an_hour_has_whoever_asks_at_once(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url, requests_per_hour=4, deadline_ms=20_000)
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda number: _ask(cascade, f"问{number}"), range(24)))
     assert len(server.seen) == sum(reply.by == CLOUD for reply in replies) == 4
 
 
-def test_why_the_cloud_was_not_asked_is_counted(box: Make, server: CloudServer) -> None:
+def test_why_the_cloud_was_not_asked_is_counted(device: Make, server: CloudServer) -> None:
     for settings, kind in (
         ({"privacy": "nothing"}, "privacy"), ({"offline": True}, "offline"), ({"requests_per_hour": 0}, "budget"),
     ):  # fmt: skip
-        cascade = box(cloud=server.url, **settings)
+        cascade = device(cloud=server.url, **settings)
         _ask(cascade)
         counts = cascade.statistics()["tasks"]["vqa"]
         assert counts[f"unanswered_{kind}"] == 1 and "deferred" not in counts
@@ -165,19 +165,19 @@ def test_a_cut_link_is_left_alone_and_found_again() -> None:
     server.close()
 
 
-def test_a_deadline_holds_and_a_late_answer_is_kept(box: Make, server: CloudServer) -> None:
+def test_a_deadline_holds_and_a_late_answer_is_kept(device: Make, server: CloudServer) -> None:
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         time.sleep(0.6)
         return 200, {"outputs": {"answer": "晚"}}
 
     server.act = slow
-    cascade = box(cloud=server.url, deadline_ms=200)
+    cascade = device(cloud=server.url, deadline_ms=200)
     cascade.answer("caption", ASKED["caption"])  # the first answer of a session takes longer
     started = time.monotonic()
     reply = _ask(cascade)
     assert reply.by == EDGE and "took too long" in reply.reason
     assert time.monotonic() - started < 0.55
-    cascade2 = box(cloud=server.url, deadline_ms=20_000)
+    cascade2 = device(cloud=server.url, deadline_ms=20_000)
     started = time.monotonic()
     assert "took too long" in _ask(cascade2, seconds=0.1).reason
     assert time.monotonic() - started < 0.55
@@ -202,14 +202,14 @@ def test_a_late_answer_teaches(server: CloudServer) -> None:
     cloud.close()
 
 
-def test_the_hours_requests_are_counted(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url, requests_per_hour=2)
+def test_the_hours_requests_are_counted(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url, requests_per_hour=2)
     assert [_ask(cascade, str(n)).by for n in range(3)] == [CLOUD, CLOUD, EDGE]
     assert "used up" in _ask(cascade).reason and len(server.seen) == 2
     cascade.close()
-    again = Cascade(cascade.box.path, 1)  # a restart is no new hour
+    again = Cascade(cascade.device.path, 1)  # a restart is no new hour
     assert _ask(again).by == EDGE
     again.close()
-    later = Cascade(cascade.box.path, 1, clock=lambda: time.time() + 3600)
+    later = Cascade(cascade.device.path, 1, clock=lambda: time.time() + 3600)
     assert _ask(later).by == CLOUD
     later.close()

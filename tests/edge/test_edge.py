@@ -1,4 +1,4 @@
-"""A package answers what the model answers, in another program, without PyTorch."""
+"""An ONNX bundle gives the answers of its model, in another program, without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from openm6.core.tokenizer import Tokenizer
 from openm6.edge.graph import Graph
 from openm6.edge.package import export, export_image_encoder, quantize_bundle, smaller_variant_hint
 from openm6.edge.program import main
-from openm6.edge.runner import FORMAT, EdgeModel, Eyes
+from openm6.edge.runner import FORMAT, EdgeModel, ImageEncoder
 from openm6.inference.session import Session
 from openm6.model import M6
 from openm6.model.cache import prefill, step
@@ -40,6 +41,13 @@ ASKED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class ExactSession(Session):
+    """A session that computes in fp32, as an ONNX bundle does, on a machine with bf16 units too."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
 @pytest.fixture(scope="module")
 def session(tokenizer: Tokenizer) -> Session:
     torch.manual_seed(1)
@@ -47,17 +55,11 @@ def session(tokenizer: Tokenizer) -> Session:
                          num_key_value_heads=2)  # fmt: skip
     tasks = [get(name) for name in ASKED if name != "text_classification"]
     tasks.append(get("text_classification").with_labels({"label": ["好", "不好", "还行"]}))
-    made = Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
+    made = ExactSession(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), tasks)
     with torch.no_grad():
         for name, parameter in made.model.named_parameters():
             parameter.mul_(3 if parameter.ndim == 2 and "image" not in name else 1)
     return made
-
-
-@pytest.fixture(autouse=True)
-def _in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a package is compared with is not rounded."""
-    monkeypatch.setattr("openm6.inference.session.fast_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,9 @@ def test_other_shapes_are_rounded_too(tokenizer: Tokenizer, tmp_path: Path) -> N
     torch.manual_seed(2)
     config = tiny_config(vocab_size=tokenizer.vocab_size, norm="layer", activation="gelu", positions="learned",
                          tie_word_embeddings=False)  # fmt: skip
-    other = Session(M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("item_vector"), get("caption")])
+    other = ExactSession(
+        M6(config).eval(), Processor(tokenizer, ImageGrid(8, 16), 96), [get("item_vector"), get("caption")]
+    )
     other.save(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "package", 8)
     edge = EdgeModel(tmp_path / "package")
@@ -275,10 +279,10 @@ def test_parts_of_two_packages_are_refused(package: Path, model: Path, tmp_path:
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
         quantize_bundle(mixed, tmp_path / "never", 8)
     export_image_encoder(model, tmp_path / "eyes")
-    assert Eyes(tmp_path / "eyes").name == EdgeModel(package).eyes.name
+    assert ImageEncoder(tmp_path / "eyes").name == EdgeModel(package).image_encoder.name
     shutil.copy(tmp_path / "other/picture.onnx", tmp_path / "eyes")
     with pytest.raises(OpenM6Error, match="picture.onnx is not the file that was exported"):
-        Eyes(tmp_path / "eyes")
+        ImageEncoder(tmp_path / "eyes")
 
 
 def test_a_package_of_another_format_is_refused(package: Path, tmp_path: Path) -> None:
@@ -315,7 +319,7 @@ def test_what_cannot_be_is_told(model: Path, package: Path, tmp_path: Path, caps
     with pytest.raises(UsageError, match="has experts"):
         export(tmp_path / "sparse", tmp_path / "never")
     drawing_session().save(tmp_path / "draws")
-    with pytest.raises(UsageError, match="No task"):
+    with pytest.raises(UsageError, match="can do no task"):
         export(tmp_path / "draws", tmp_path / "never")
     assert not (tmp_path / "never").exists()
     broken = tmp_path / "broken"

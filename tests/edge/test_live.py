@@ -1,4 +1,4 @@
-"""box.toml is changed while the box answers: from the next request on the new settings hold."""
+"""edge.toml is changed while the device answers: from the next request on the new settings hold."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from openm6.edge.box import Box
+from openm6.edge.answer_store import new_key
 from openm6.edge.cascade import CLOUD, EDGE, Cascade, Reply
-from openm6.edge.cipher import new_key
+from openm6.edge.device import EdgeDevice, settings_of, settings_toml
 from openm6.edge.service import make_app
-from openm6.edge.settings import settings_of, written
 from tests.edge.conftest import CloudServer, Make, calibrate
-from tests.edge.test_edge import ASKED, _in_fp32, model, session
+from tests.edge.test_edge import ASKED, model, session
 
-__all__ = ["_in_fp32", "model", "session"]
+__all__ = ["model", "session"]
 
 PHOTO, QUESTION = ASKED["vqa"]["photo"], "图中的商品是什么颜色？"
 
@@ -29,20 +28,20 @@ def _ask(cascade: Cascade, question: str = QUESTION) -> Reply:
 
 
 def _change(cascade: Cascade, **settings: Any) -> None:
-    """Write box.toml, as an editor does."""
-    before = Box(cascade.box.path).settings
+    """Write edge.toml, as an editor does."""
+    before = EdgeDevice(cascade.device.path).settings
     values = {name: getattr(before, name) for name in before.__slots__} | settings
-    (cascade.box.path / "box.toml").write_text(written(settings_of(values)), "utf-8")
+    (cascade.device.path / "edge.toml").write_text(settings_toml(settings_of(values)), "utf-8")
 
 
 def _lies_on_disk(cascade: Cascade, *contents: bytes) -> bool:
-    """Whether any of these, or its base64, stands in the store or beside it."""
-    there = b"".join(file.read_bytes() for file in cascade.box.path.glob("kept*"))
+    """True if any of these, or its base64, is in the store or beside it."""
+    there = b"".join(file.read_bytes() for file in cascade.device.path.glob("kept*"))
     return any(one[:60] in there or base64.b64encode(one)[:60] in there for one in contents)
 
 
-def test_a_stricter_mode_holds_from_the_next_request_on(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_a_stricter_mode_holds_from_the_next_request_on(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     assert _ask(cascade).by == CLOUD and _lies_on_disk(cascade, PHOTO)
     _change(cascade, privacy="features")
     assert _ask(cascade).by == CLOUD
@@ -59,9 +58,9 @@ def test_a_stricter_mode_holds_from_the_next_request_on(box: Make, server: Cloud
 
 @pytest.mark.parametrize("privacy", ["features", "nothing"])
 def test_an_answer_on_its_way_is_kept_as_the_mode_of_its_arrival_allows(
-    privacy: str, box: Make, server: CloudServer
+    privacy: str, device: Make, server: CloudServer
 ) -> None:
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
 
     def answer_after_a_change(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         _change(cascade, privacy=privacy)
@@ -74,9 +73,9 @@ def test_an_answer_on_its_way_is_kept_as_the_mode_of_its_arrival_allows(
     assert _lies_on_disk(cascade, QUESTION.encode()) is (privacy == "features")
 
 
-def test_a_request_is_not_sent_again_under_a_stricter_mode(box: Make, server: CloudServer) -> None:
+def test_a_request_is_not_sent_again_under_a_stricter_mode(device: Make, server: CloudServer) -> None:
     """The link breaks while a request is at the cloud: it would be sent once more."""
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     _ask(cascade)
 
     def break_after_a_change(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -85,7 +84,7 @@ def test_a_request_is_not_sent_again_under_a_stricter_mode(box: Make, server: Cl
 
     server.act = break_after_a_change
     reply = _ask(cascade)
-    assert (reply.by, reply.reason) == (EDGE, "box.toml was changed meanwhile")
+    assert (reply.by, reply.reason) == (EDGE, "edge.toml was changed meanwhile")
     assert len(server.seen) == 2
 
 
@@ -100,29 +99,29 @@ TORN: dict[str, Callable[[str], str | None]] = {
 
 @pytest.mark.parametrize("spoil", TORN.values(), ids=TORN)
 def test_what_cannot_be_used_sends_nothing(
-    spoil: Callable[[str], str | None], box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
+    spoil: Callable[[str], str | None], device: Make, server: CloudServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     _ask(cascade)
-    file = cascade.box.path / "box.toml"
+    file = cascade.device.path / "edge.toml"
     text = file.read_text("utf-8")
     spoiled = spoil(text)
     file.unlink() if spoiled is None else file.write_text(spoiled, "utf-8")
     for _ in range(2):
         reply = _ask(cascade)
-        assert reply.by == EDGE and reply.reason == "box.toml cannot be used, so that nothing is sent"
+        assert reply.by == EDGE and reply.reason == "edge.toml cannot be used, so that nothing is sent"
     assert len(server.seen) == 1 and cascade.kept.counts() == {"vqa": 1}
     with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
         told = client.get("/v1/status").json()
-    assert "box.toml" in told["problem"] and told["settings"]["privacy"] == "all"
-    assert caplog.text.count("Nothing is sent or kept until box.toml can be used") == 1
+    assert "edge.toml" in told["problem"] and told["settings"]["privacy"] == "all"
+    assert caplog.text.count("Nothing is sent or stored until edge.toml can be used") == 1
     file.write_text(text, "utf-8")
     assert _ask(cascade).by == CLOUD and cascade.kept.counts() == {"vqa": 2}
 
 
-def test_other_settings_are_taken_up_too(box: Make, server: CloudServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_settings_are_taken_up_too(device: Make, server: CloudServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "openm6.edge")
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     _change(cascade, model="goods", deadline_ms=1500)
     _ask(cascade)
     assert server.seen[-1][1]["model"] == "goods" and server.seen[-1][1]["seconds"] == 1.5
@@ -136,26 +135,26 @@ def test_other_settings_are_taken_up_too(box: Make, server: CloudServer, caplog:
 
 
 def test_encryption_is_taken_up_or_nothing_more_is_kept(
-    box: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
+    device: Make, server: CloudServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cryptography")
-    monkeypatch.delenv("BOX_KEY", raising=False)
-    cascade = box(cloud=server.url)
+    monkeypatch.delenv("DEVICE_KEY", raising=False)
+    cascade = device(cloud=server.url)
     _ask(cascade)
-    _change(cascade, encrypt="BOX_KEY")
-    assert _ask(cascade).by == EDGE and "BOX_KEY" in cascade.live.follow().problem
+    _change(cascade, encrypt="DEVICE_KEY")
+    assert _ask(cascade).by == EDGE and "DEVICE_KEY" in cascade.live.follow().problem
     assert cascade.kept.counts() == {"vqa": 1}
-    monkeypatch.setenv("BOX_KEY", new_key())
-    _change(cascade, encrypt="BOX_KEY", name="again")
+    monkeypatch.setenv("DEVICE_KEY", new_key())
+    _change(cascade, encrypt="DEVICE_KEY", name="again")
     assert _ask(cascade).by == CLOUD and cascade.kept.counts() == {"vqa": 2}
     assert not _lies_on_disk(cascade, PHOTO, QUESTION.encode())
 
 
-def test_a_new_calibration_is_taken_up(box: Make, server: CloudServer, tmp_path: Path) -> None:
-    cascade = box(cloud=server.url)
+def test_a_new_calibration_is_taken_up(device: Make, server: CloudServer, tmp_path: Path) -> None:
+    cascade = device(cloud=server.url)
     _ask(cascade)
     assert cascade.statistics()["tasks"]["vqa"]["expected_alone"] < 0.2  # by made-up records, all of them wrong
-    file = cascade.box.folder() / "package/sureness-vqa.npz"
+    file = cascade.device.folder() / "package/calibration-vqa.npz"
     calibrate(file.parent, is_sure=True)
     time.sleep(1.1)  # it looks each second
     _ask(cascade)

@@ -1,4 +1,4 @@
-"""A box starts without a usable store, too, unless its privacy is at stake."""
+"""An edge device starts without a usable store, too, unless its privacy is at stake."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from openm6.core.errors import UsageError
-from openm6.edge.cipher import new_key
-from openm6.edge.kept import AnswerStore, StoreError, open_answer_store
-from openm6.edge.opening import open_store, store_summary
-from openm6.edge.settings import Settings
+from openm6.edge.answer_store import AnswerStore, StoreError, new_key
+from openm6.edge.device import Settings
+from openm6.edge.opening import open_answer_store, open_store, store_summary
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:
@@ -72,7 +71,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path) -> None:
         ({"encrypt": "K"}, {"encrypt": "K", "privacy": "features"}, False),
     ],
 )  # fmt: skip
-def test_where_a_damaged_file_may_hold_what_is_forbidden_the_box_refuses(
+def test_where_a_damaged_file_may_hold_what_is_forbidden_the_device_refuses(
     before: dict[str, str], after: dict[str, str], starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cryptography")
@@ -110,7 +109,7 @@ def test_without_a_place_for_it_nothing_is_kept(tmp_path: Path) -> None:
         kept.close()
 
 
-def test_on_a_full_disk_a_new_box_keeps_nothing(tmp_path: Path) -> None:
+def test_on_a_full_disk_a_new_device_keeps_nothing(tmp_path: Path) -> None:
     with _full_disk():
         kept = open_store(tmp_path, Settings())
     assert "cannot be used" in kept.trouble and kept.file is None

@@ -1,9 +1,9 @@
-"""The proof of privacy: everything that a served box sends or writes is recorded while its mode is changed under load.
+"""The proof of privacy: all that a served device sends or writes is recorded while its mode is changed under load.
 
-The box runs in a process of its own. Its cloud is behind a recorder that keeps each byte; an audit hook of Python notes
-each address that it connects to and each file that it opens for writing. In each mode new pictures, questions and
+The device runs in a process of its own. Its cloud is behind a recorder that keeps each byte; an audit hook of Python
+notes each address that it connects to and each file that it opens for writing. In each mode new pictures, questions and
 answers are used, so that what is found says when it was asked. The search covers all bytes of the wire, of all files in
-the box's folder (the store with its journal, the log) and in its folder for temporary files, and of files that are
+the device's folder (the store with its journal, the log) and in its folder for temporary files, and of files that are
 deleted and still open.
 """
 
@@ -29,12 +29,12 @@ import pytest
 from PIL import Image
 
 from openm6.edge.cascade import CLOUD, EDGE
-from openm6.edge.settings import Settings, written
+from openm6.edge.device import Settings, settings_toml
 from tests.edge.conftest import CloudServer, Make, wait_until
-from tests.edge.test_edge import _in_fp32, model, session
+from tests.edge.test_edge import model, session
 from tests.tasks.conftest import picture
 
-__all__ = ["_in_fp32", "model", "session"]
+__all__ = ["model", "session"]
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ sys.addaudithook(_note)
 """
 
 STAGES = ("all", "features", "nothing", "all", "spoiled", "features", "nothing", "offline", "all", "nothing")
-"""Modes in their order; `spoiled`: a box.toml that cannot be used; `offline`: all, but nothing for now."""
+"""Modes in their order; `spoiled`: a edge.toml that cannot be used; `offline`: all, but nothing for now."""
 
 
 class Recorder:
@@ -119,7 +119,7 @@ def _any(patterns: list[bytes], content: bytes) -> bool:
 
 
 class Load:
-    """Clients that ask the box without a pause, each request with the stage's secrets of its beginning."""
+    """Clients that ask the device without a pause, each request with the stage's secrets of its beginning."""
 
     def __init__(self, url: str, secrets: list[Secrets]):
         self._url, self._secrets = url, secrets
@@ -184,7 +184,7 @@ def recorder(server: CloudServer) -> Iterator[Recorder]:
 
 
 def test_nothing_leaves_or_stays_that_the_mode_forbids(
-    box: Make, server: CloudServer, recorder: Recorder, tmp_path: Path
+    device: Make, server: CloudServer, recorder: Recorder, tmp_path: Path
 ) -> None:
     secrets = [Secrets(number) for number in range(len(STAGES))]
 
@@ -200,14 +200,14 @@ def test_nothing_leaves_or_stays_that_the_mode_forbids(
         cloud=f"http://127.0.0.1:{recorder.port}", audit_rate=0.0001, requests_per_hour=10**6, statistics_minutes=0.01,
         deadline_ms=30_000,
     )  # fmt: skip
-    opened = box(cloud=settings.cloud)
-    place = opened.box.path
+    opened = device(cloud=settings.cloud)
+    place = opened.device.path
     opened.close()
 
     def change(mode: str) -> None:
         privacy = mode if mode in ("features", "nothing") else "all"
-        text = written(replace(settings, offline=mode == "offline", privacy=privacy))
-        (place / "box.toml").write_text(text[: text.index("offline")] if mode == "spoiled" else text, "utf-8")
+        text = settings_toml(replace(settings, offline=mode == "offline", privacy=privacy))
+        (place / "edge.toml").write_text(text[: text.index("offline")] if mode == "spoiled" else text, "utf-8")
 
     temporary, hook, audit = tmp_path / "temporary", tmp_path / "hook", tmp_path / "audit"
     temporary.mkdir()

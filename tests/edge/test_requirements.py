@@ -1,4 +1,4 @@
-"""A package starts in an environment made from its own requirements, and an old Python is told what it needs."""
+"""A bundle starts in an environment made from its own requirements; an old Python gets a message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["tokenizer"]
 
 ROOT = Path(__file__).parents[2]
 UNUSED = {
-    "cryptography": "for a box that encrypts what it keeps, which says so where it is missing",
+    "cryptography": "for an edge device that encrypts what it keeps, which says so where it is missing",
     "safetensors": "for writing models",
     "sacrebleu": "for measuring",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a box says of itself, served or not; its log, and its service unit."""
+"""The status of an edge device, served or not; its log, and its service unit."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from openm6.core.errors import UsageError
-from openm6.edge.box import Box
-from openm6.edge.kept import open_answer_store
-from openm6.edge.opening import open_store
+from openm6.edge.device import EdgeDevice, Settings, settings_toml
+from openm6.edge.opening import open_answer_store, open_store
 from openm6.edge.program import main
 from openm6.edge.service import Guard
-from openm6.edge.settings import Settings, written
 from tests.conftest import command
 from tests.edge.conftest import interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, model, session
@@ -39,26 +37,26 @@ __all__ = ["model", "session"]
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "box"))
+    return Path(shutil.copytree(made, tmp_path / "device"))
 
 
-def _write(box: Path, **settings: Any) -> None:
-    (box / "box.toml").write_text(written(Settings(**settings)), "utf-8")
+def _write(device: Path, **settings: Any) -> None:
+    (device / "edge.toml").write_text(settings_toml(Settings(**settings)), "utf-8")
 
 
-def _told(box: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    main(["--package", str(box), "status"])
+def _told(device: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    main(["--package", str(device), "status"])
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
-def _all_files(box: Path) -> dict[str, tuple[bytes, int]]:
-    files = (file for file in box.rglob("*") if file.is_file())
+def _all_files(device: Path) -> dict[str, tuple[bytes, int]]:
+    files = (file for file in device.rglob("*") if file.is_file())
     return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 def test_status_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Though box.toml forbids by now what was kept."""
+    """Though edge.toml forbids by now what was kept."""
     with closing(open_answer_store(place, Settings())) as kept:
         kept.keep("vqa", {"photo": b"photo", "question": "?"}, "红色", "蓝色")
     _write(place, privacy="nothing", encrypt="NO_SUCH_VARIABLE")
@@ -86,15 +84,15 @@ def test_status_leaves_an_interrupted_write_to_a_start(place: Path, capsys: pyte
     }  # fmt: skip
 
 
-def test_status_of_a_box_that_is_not_whole(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (place / "box.toml").write_text('privacy = "some"\n')
+def test_status_of_a_device_that_is_not_whole(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "edge.toml").write_text('privacy = "some"\n')
     (place / "kept.sqlite").write_bytes(os.urandom(5000))
     (place / "kept.sqlite.damaged-1").touch()
     told = _told(place, capsys)
     assert "all, features, nothing" in told["problem"] and told["settings"] == {}
     assert "is not a database" in told["kept"].pop("trouble")
     assert told["kept"] == {"answers": {}, "bytes": 0, "set_aside": ["kept.sqlite.damaged-1"]}
-    (place / "box.toml").unlink()
+    (place / "edge.toml").unlink()
     with pytest.raises(SystemExit) as end:
         main(["--package", str(place), "status"])
     assert end.value.code == 2 and "is not an edge device" in capsys.readouterr().err
@@ -105,7 +103,7 @@ Serve = Callable[..., tuple[subprocess.Popen[str], str]]
 
 @pytest.fixture
 def served(place: Path) -> Iterator[Serve]:
-    """Serves a box by the words of its service unit; returns the process, and where it answers."""
+    """Serves an edge device by the words of its service unit; returns the process, and where it answers."""
     running: list[subprocess.Popen[str]] = []
 
     def serve(*words: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
@@ -157,8 +155,8 @@ def test_what_serves_is_told_and_logged(place: Path, served: Serve, capsys: pyte
     # Nobody asks any more, and the settings are taken up all the same.
     _write(place, privacy="nothing")
     wait_until(lambda: _told(place, capsys)["serving"]["settings"]["privacy"] == "nothing", 10)
-    (place / "box.toml").write_text("privacy = some\n", "utf-8")
-    wait_until(lambda: "box.toml" in _told(place, capsys)["serving"]["problem"], 10)
+    (place / "edge.toml").write_text("privacy = some\n", "utf-8")
+    wait_until(lambda: "edge.toml" in _told(place, capsys)["serving"]["problem"], 10)
     _write(place, privacy="nothing")
     second = subprocess.run(
         [sys.executable, str(place / "openm6-edge"), "serve", "--port", "0"], capture_output=True, text=True
@@ -167,7 +165,7 @@ def test_what_serves_is_told_and_logged(place: Path, served: Serve, capsys: pyte
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert _told(place, capsys)["serving"] is None
-    log = (place / "box.log").read_text("utf-8")
+    log = (place / "edge.log").read_text("utf-8")
     for line in ("serves at http", "privacy 'all' -> 'nothing'", "Nothing is sent or kept", "stopped"):
         assert line in log
     assert not any(secret in log for secret in ("机密", asked["inputs"]["photo"][:60], "s3cret"))
@@ -182,7 +180,7 @@ def test_what_serves_says_that_it_has_no_store(place: Path, served: Serve, capsy
 
 
 @pytest.mark.slow
-def test_a_killed_box_serves_no_longer(place: Path, served: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_device_serves_no_longer(place: Path, served: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     process, _ = served()
     process.kill()
     process.wait()
@@ -194,7 +192,7 @@ def test_a_killed_box_serves_no_longer(place: Path, served: Serve, capsys: pytes
 def test_the_unit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = tmp_path / 'a $HOME 100% "b'
     shutil.move(place, odd)
-    _write(odd, key="M6_KEY", encrypt="BOX_KEY", name="shop-1")
+    _write(odd, key="M6_KEY", encrypt="DEVICE_KEY", name="shop-1")
     main(["--package", str(odd), "unit", "--host", "0.0.0.0", "--key-env", "ASK_KEY"])
     unit = capsys.readouterr().out
     service = _parsed(unit)["Service"]
@@ -202,12 +200,12 @@ def test_the_unit(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert words[1:] == [
         str(odd / "openm6-edge"), "serve", "--host", "0.0.0.0", "--port", "8100", "--key-env", "ASK_KEY",
     ]  # fmt: skip
-    assert "M6_KEY, BOX_KEY, ASK_KEY" in unit and service["UMask"] == "0077" and service["Restart"] == "always"
+    assert "M6_KEY, DEVICE_KEY, ASK_KEY" in unit and service["UMask"] == "0077" and service["Restart"] == "always"
     if verify := shutil.which("systemd-analyze"):
-        file = tmp_path / "box.service"
+        file = tmp_path / "device.service"
         file.write_text(unit)
         said = subprocess.run([verify, "verify", str(file)], capture_output=True, text=True).stderr
-        assert not [line for line in said.splitlines() if "box.service" in line], said
+        assert not [line for line in said.splitlines() if "device.service" in line], said
 
 
 def test_a_failure_is_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
@@ -222,10 +220,10 @@ def test_a_failure_is_logged_without_its_message(caplog: pytest.LogCaptureFixtur
     assert caplog.records[-1].levelno == logging.ERROR
 
 
-def test_a_box_that_does_not_start_says_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_does_not_start_says_why(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="is not an edge device"):
-        Box(place / "versions")
+        EdgeDevice(place / "versions")
     _write(place, encrypt="NO_SUCH_VARIABLE")
     done = subprocess.run([sys.executable, str(place / "openm6-edge"), "serve"], capture_output=True, text=True)
     assert done.returncode == 2 and "NO_SUCH_VARIABLE" in done.stderr and "Traceback" not in done.stderr
-    assert "not served" in (place / "box.log").read_text("utf-8")
+    assert "not served" in (place / "edge.log").read_text("utf-8")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from openm6.cli import commands
 from openm6.core.errors import ContextLengthError, UsageError
+from openm6.inference.request import Request
 from openm6.inference.session import Session
 from openm6.retrieve import Index, fill
 from openm6.train.trainer import train
@@ -246,7 +247,7 @@ def test_each_record_is_read_once(model: Path, goods: Path, tmp_path: Path, monk
     prompt = Session.prompt
 
     def counted(session: Session, task: Any, record: Any, *more: Any, **named: Any) -> Any:
-        read.append(record["sku"])
+        read.append(Request.of(record).record["sku"])
         return prompt(session, task, record, *more, **named)
 
     monkeypatch.setattr(Session, "prompt", counted)

@@ -133,7 +133,7 @@ def test_a_model_is_pruned_and_mended_from_the_command_line(teacher: Path, tmp_p
     mended = ("--steps", 2, "--teacher", teacher, "--output", tmp_path / "mended", "train.workers=0")
     assert call("finetune", tmp_path / "less", *given, *mended).exit_code == 0
     assert isinstance(Session.load(tmp_path / "mended" / "model"), Session)
-    for words, told in ((("--layers", 3), "layers is 3; the model has 2"), ((), "what there is to be less of")):
+    for words, told in ((("--layers", 3), "layers is 3; the model has 2"), ((), "Give a size to prune to")):
         with pytest.raises(UsageError, match=told):
             raise call("models", "prune", teacher, tmp_path / "never", *given, *words).exception
     assert not (tmp_path / "never").exists()

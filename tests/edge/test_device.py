@@ -1,4 +1,4 @@
-"""A box's settings, and how it answers over HTTP."""
+"""An edge device's settings, and how it answers over HTTP."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from openm6.core.errors import UsageError
-from openm6.edge.box import Box
 from openm6.edge.cascade import CLOUD, EDGE
+from openm6.edge.device import EdgeDevice, Settings, settings_of, settings_toml
 from openm6.edge.service import key_of, make_app, serve
-from openm6.edge.settings import Settings, settings_of, written
 from openm6.inference.session import Session
-from tests.edge.conftest import CloudServer, Make
-from tests.edge.test_edge import ASKED, _in_fp32, model, session
+from tests.edge.conftest import CloudServer, Make, count_learned
+from tests.edge.test_edge import ASKED, model, session
 
-__all__ = ["_in_fp32", "model", "session"]
+__all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"
 
@@ -35,21 +34,21 @@ QUESTION = "图中的商品是什么颜色？"
         ("deferral_rate = 1", "below 1"), ("deferral_rate = 0.01", "above audit_rate"),
         ('cloud = "https://m6.example:x"', "give an address"), ("statistics_minutes = inf", "has to be a number"),
         ('key = "m6-4f1c"', "the name of an environment variable"),
-        ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "box.toml"), ("offline = 1", "has to be bool"),
+        ('clout = "x"', 'Did you mean "cloud"'), ("cloud =", "edge.toml"), ("offline = 1", "has to be bool"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_meant(line: str, sentence: str, tmp_path: Path) -> None:
-    (tmp_path / "box.toml").write_text(line + "\n", "utf-8")
+    (tmp_path / "edge.toml").write_text(line + "\n", "utf-8")
     with pytest.raises(UsageError, match=sentence):
-        Box(tmp_path)
+        EdgeDevice(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["privacy", "offline", "encrypt"])
 def test_a_file_that_was_cut_allows_nothing_by_default(name: str, tmp_path: Path) -> None:
-    text = written(Settings(cloud="http://m6", privacy="nothing"))
-    (tmp_path / "box.toml").write_text(text[: text.index(f"\n{name} =")], "utf-8")
+    text = settings_toml(Settings(cloud="http://m6", privacy="nothing"))
+    (tmp_path / "edge.toml").write_text(text[: text.index(f"\n{name} =")], "utf-8")
     with pytest.raises(UsageError, match=f"lacks .*{name}"):
-        Box(tmp_path)
+        EdgeDevice(tmp_path)
 
 
 def test_a_key_that_no_request_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,17 +60,17 @@ def test_a_key_that_no_request_can_hold_is_refused(monkeypatch: pytest.MonkeyPat
     assert key_of("ASK_KEY") == "secret" and key_of("") == ""
 
 
-def test_no_box(tmp_path: Path) -> None:
+def test_no_device(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not an edge device"):
-        Box(tmp_path)
+        EdgeDevice(tmp_path)
     assert settings_of({}) == Settings()
-    text = written(Settings(privacy="features", offline=True))
-    (tmp_path / "box.toml").write_text(text, "utf-8")
-    assert Box(tmp_path).settings == Settings(privacy="features", offline=True)
+    text = settings_toml(Settings(privacy="features", offline=True))
+    (tmp_path / "edge.toml").write_text(text, "utf-8")
+    assert EdgeDevice(tmp_path).settings == Settings(privacy="features", offline=True)
 
 
-def test_over_http(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_over_http(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
     asked = {"inputs": {"photo": photo, "question": QUESTION}}
     with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
@@ -103,7 +102,7 @@ def test_over_http(box: Make, server: CloudServer) -> None:
         assert client.post("/v1/tasks/vqaa", json=asked).status_code == 404
         assert client.get("/v1/tasks", headers={"host": "evil.example"}).status_code == 403
         assert client.get("/v1/tasks", headers={"sec-fetch-site": "cross-site"}).status_code == 403
-    with TestClient(make_app(cascade, "secret", False), base_url="http://box.example") as client:
+    with TestClient(make_app(cascade, "secret", False), base_url="http://device.example") as client:
         assert client.get("/v1/tasks").status_code == 401
         assert client.get("/v1/tasks", headers={"authorization": "Bearer secret"}).status_code == 200
         assert client.get("/healthz").status_code == 200
@@ -118,8 +117,8 @@ def test_over_http(box: Make, server: CloudServer) -> None:
             serve(cascade, "0.0.0.0", port, anyone=True)
 
 
-def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: CloudServer) -> None:
-    cascade = box(cloud=server.url)
+def test_a_question_that_is_too_long_is_refused_and_not_sent(device: Make, server: CloudServer) -> None:
+    cascade = device(cloud=server.url)
     photo = base64.b64encode(ASKED["vqa"]["photo"]).decode()
     with TestClient(make_app(cascade), base_url="http://127.0.0.1") as client:
         for question, sentence in (("红" * 500, "positions; the model takes"), ("红" * 10**6, "1,000,000 characters")):
@@ -136,10 +135,10 @@ def test_a_question_that_is_too_long_is_refused_and_not_sent(box: Make, server: 
 
 @pytest.mark.parametrize("cloud_cuts", [False, True])
 def test_a_question_that_is_too_long_may_lose_its_beginning(
-    cloud_cuts: bool, box: Make, server: CloudServer, session: Session
+    cloud_cuts: bool, device: Make, server: CloudServer, session: Session
 ) -> None:
     """Here and at the cloud. What was left out is told, and the shortened question is not learned from."""
-    cascade = box(cloud=server.url)
+    cascade = device(cloud=server.url)
     server.act = lambda path, body: (200, {"outputs": {"answer": "云"}, **({"truncated": 7} if cloud_cuts else {})})
     photo, long = base64.b64encode(ASKED["vqa"]["photo"]).decode(), "红" * 500 + QUESTION
     asked = {"inputs": {"photo": photo, "question": long}, "truncate": "start"}
@@ -148,7 +147,7 @@ def test_a_question_that_is_too_long_may_lose_its_beginning(
         assert found["by"] == CLOUD and found.get("truncated") == (7 if cloud_cuts else None)
         _, body, _ = server.seen[0]
         assert body["truncate"] == "start" and body["inputs"]["question"] == long
-        assert not cascade.kept.counts() and len(cascade.kept.seen("vqa", "0001")) == 1
+        assert not cascade.kept.counts() and count_learned(cascade) == 1
         server.act = lambda path, body: (500, {})
         found = client.post("/v1/tasks/vqa", json=asked).json()
         assert found["by"] == EDGE and found["truncated"] > 0

@@ -44,14 +44,16 @@ Array = np.ndarray
 
 
 class ConfidenceCalibrator:
-    """The confidence calibrator of one task."""
+    """The confidence calibrator of one task. `threshold`: the probability from which on an answer is given locally;
+    `confidences`: of the calibration records, [N]."""
 
     def __init__(self, parts: Mapping[str, Array], max_loss: float):
         """`parts` as `fit` makes them; `max_loss`: fraction of all answers that may be given locally and wrong."""
         self.parts, self.max_loss = dict(parts), max_loss
+        self.confidences: Array = _logistic(parts["seen"][:, 1])
         self._live: list[tuple[Array, float, float]] = []
         self._lately = np.zeros((0, parts["seen"].shape[1]))
-        self._weights, self._threshold = np.zeros(0), 1.0
+        self._weights, self.threshold = np.zeros(0), 1.0
         self._refit()
 
     @classmethod
@@ -77,26 +79,21 @@ class ConfidenceCalibrator:
         """The probability that an answer is right."""
         return float(_logistic(seen @ self._weights))
 
-    @property
-    def threshold(self) -> float:
-        """The probability from which on an answer is given locally."""
-        return self._threshold
-
     def bound(self, seen: Array, rate: float) -> float:
         """The probability below which this fraction of the newest requests lies, this one included. The threshold with
         a rate of 0, and while there are too few requests."""
         if not rate:
-            return self._threshold
+            return self.threshold
         self._lately = np.vstack((self._lately, seen))[-LATELY:]
         if len(self._lately) < LATELY // 10:
-            return self._threshold
+            return self.threshold
         return float(_logistic(np.quantile(self._lately @ self._weights, rate, method="lower")))
 
     def learn(self, seen: Array, right: float, weight: float = 1.0) -> None:
         """Learn how right, 0 to 1, an answer was that stands for `weight` requests."""
         self._live.append((seen, right, weight))
         del self._live[:-WINDOW]
-        # At every answer at first, then less often: fitting takes milliseconds.
+        # Fitting takes milliseconds: at every answer at first, then less often.
         if len(self._live) % max(1, min(20, len(self._live) // 10)) == 0:
             self._refit()
 
@@ -109,7 +106,7 @@ class ConfidenceCalibrator:
         """Fractions of all requests, estimated from the known answers: deferred (`sent`), answered locally and wrong
         (`wrong`), and answered right by the edge model alone (`alone`)."""
         seen, right, weight = self._pairs()
-        kept = _logistic(seen @ self._weights) >= self._threshold
+        kept = _logistic(seen @ self._weights) >= self.threshold
         whole = weight.sum()
         return {
             "sent": float((weight * ~kept).sum() / whole), "wrong": float((weight * kept * (1 - right)).sum() / whole),
@@ -134,7 +131,7 @@ class ConfidenceCalibrator:
         lost = np.cumsum((weight * (1 - right))[order]) / weight.sum()
         place = int(np.searchsorted(lost, self.max_loss, "right"))
         # Even where all may be given, an answer that is less confident than any of them is deferred.
-        self._threshold = float(chances[order[place - 1]]) if place else 1.01
+        self.threshold = float(chances[order[place - 1]]) if place else 1.01
 
     def save(self, file: Path, package: str) -> None:
         """`package`: SHA-256 of the ONNX bundle (edge.json) whose answers it was fitted to."""
@@ -192,17 +189,12 @@ class Drift:
 
 def calibrations(package: Path) -> dict[str, Path]:
     """Calibration files of an ONNX bundle, by task."""
-    return {file.stem.removeprefix("sureness-"): file for file in sorted(package.glob("sureness-*.npz"))}
+    return {file.stem.removeprefix("calibration-"): file for file in sorted(package.glob("calibration-*.npz"))}
 
 
 def _shares(confidences: Array) -> Array:
     counts = np.bincount(np.searchsorted(BINS, confidences), minlength=len(BINS) + 1) + 0.5
     return counts / counts.sum()
-
-
-def confidence_of(seen: Array) -> Array:
-    """Confidences [...] from inputs of the logistic function, [..., 3 + PARTS]."""
-    return _logistic(seen[..., 1])
 
 
 def _seen(parts: Mapping[str, Array], state: Array, confidence: float) -> Array:

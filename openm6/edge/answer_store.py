@@ -12,6 +12,7 @@ log reports their number), or the size is used up (the oldest are deleted and co
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import logging
@@ -21,17 +22,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import dumps, loads, plain
-from openm6.edge.cipher import Cipher
-from openm6.edge.settings import ALL, FEATURES, MODES, NOTHING
-
-if TYPE_CHECKING:
-    from openm6.edge.settings import Settings
+from openm6.edge.device import ALL, FEATURES, MODES, NOTHING
 
 log = logging.getLogger("openm6.edge")
 HELD_OUT = 5
@@ -42,6 +39,13 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 ENCRYPTED = 4
 _ALLOWED = {ALL: (ALL, FEATURES), FEATURES: (FEATURES,), NOTHING: ()}
 """By the present mode, the modes of the answers that may stay."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, task TEXT, mode TEXT, secret INTEGER, size INTEGER, body BLOB);
+CREATE TABLE IF NOT EXISTS seen (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT, version TEXT, seen BLOB, right REAL, weight REAL);
+CREATE TABLE IF NOT EXISTS spent (hour INTEGER PRIMARY KEY, requests INTEGER);
+"""
 
 
 class StoreError(OpenM6Error):
@@ -54,6 +58,41 @@ class StoreError(OpenM6Error):
 
 class InterruptedWriteError(StoreError):
     """A store opened read-only beside the journal of an interrupted write."""
+
+
+class Cipher:
+    """Fernet (AES and an HMAC) without its base64, which would take a third more space."""
+
+    def __init__(self, key: str):
+        """`key`: as `new_key` makes it. Raises UsageError for an invalid one, or without cryptography installed."""
+        try:
+            self._fernet = _fernet()(key)
+        except ValueError:
+            raise UsageError("The key of the encryption is invalid: `openm6-edge new-key` makes one.") from None
+
+    def encrypt(self, body: bytes) -> bytes:
+        return base64.urlsafe_b64decode(self._fernet.encrypt(body))
+
+    def decrypt(self, body: bytes) -> bytes:
+        """Raises UsageError for a body that was encrypted with another key."""
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return bytes(self._fernet.decrypt(base64.urlsafe_b64encode(body)))
+        except InvalidToken:
+            raise UsageError("The answer was encrypted with another key.") from None
+
+
+def new_key() -> str:
+    return str(_fernet().generate_key().decode())
+
+
+def _fernet() -> Any:
+    try:
+        from cryptography.fernet import Fernet
+    except ImportError:
+        raise UsageError("Encryption needs a package: pip install cryptography.") from None
+    return Fernet
 
 
 class AnswerStore:
@@ -110,24 +149,16 @@ class AnswerStore:
         self._check_pages()
         for rule in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON"):
             self._file.execute(f"PRAGMA {rule}")
-        if not self._file.execute("PRAGMA auto_vacuum").fetchone()[0]:  # setting it writes, which a full disk refuses
+        if not self._number("PRAGMA auto_vacuum"):  # setting it writes, which a full disk refuses
             self._file.execute("PRAGMA auto_vacuum=FULL")
-        self._file.execute(
-            "CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, task TEXT, "
-            "mode TEXT, secret INTEGER, size INTEGER, body BLOB)"
-        )
-        self._file.execute(
-            "CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY AUTOINCREMENT, task TEXT, version TEXT, "
-            "seen BLOB, right REAL, weight REAL)"
-        )
-        self._file.execute("CREATE TABLE IF NOT EXISTS spent (hour INTEGER PRIMARY KEY, requests INTEGER)")
+        self._file.executescript(_TABLES)
         if self._forget_forbidden() + self._encrypt_plain():
             self._file.execute("VACUUM")
         promised = promise(self.mode, self._cipher is not None)
         try:
             self._file.execute(f"PRAGMA user_version={promised}")
         except sqlite3.OperationalError as error:
-            if self._file.execute("PRAGMA user_version").fetchone()[0] != promised:
+            if self._number("PRAGMA user_version") != promised:
                 raise
             # The file cannot be written for now, but holds nothing forbidden, and what was learned can be read.
             self.trouble = f"{self.file} cannot be written ({error})."
@@ -143,26 +174,23 @@ class AnswerStore:
 
     def keep(self, task: str, record: Mapping[str, Any], value: Any, edge: Any) -> int:
         """Store a record (by the mode, with features in place of pictures), the cloud's answer and the edge model's.
-
-        Returns the number of older answers that were deleted to make room.
-        """
-        if self.mode == NOTHING:
-            return 0
-        asked = {name: one for name, one in record.items() if not name.startswith("_")}
-        body = dumps({"record": asked, "value": value, "edge": edge}, plain).encode()
+        Returns the number of older answers that were deleted to make room."""
+        inputs = {name: one for name, one in record.items() if not name.startswith("_")}
+        body = dumps({"record": inputs, "value": value, "edge": edge}, plain).encode()
         size = len(body)  # before encryption: a key does not reduce the number of answers
-        if size > self.limit:
-            raise StoreError(f"An answer of {size:,} bytes is larger than all that may be kept ({self.limit:,}).")
-        if self._cipher:
-            body = self._cipher.encrypt(body)
         with self._written():
-            if self.mode == NOTHING:  # revoked meanwhile
+            if self.mode == NOTHING:
                 return 0
+            if size > self.limit:
+                raise StoreError(f"An answer of {size:,} bytes is larger than all that may be kept ({self.limit:,}).")
+            body = self._cipher.encrypt(body) if self._cipher else body
             self._file.execute(
                 "INSERT INTO answers (time, task, mode, secret, size, body) VALUES (?, ?, ?, ?, ?, ?)",
                 (time.time(), task, self.mode, self._cipher is not None, size, body),
             )
-            return self._forget_oldest()
+            newer = "SELECT id, SUM(size) OVER (ORDER BY id DESC) AS bytes FROM answers"  # with the answer itself
+            oldest = f"DELETE FROM answers WHERE id IN (SELECT id FROM ({newer}) WHERE bytes > ?)"
+            return self._file.execute(oldest, (self.limit,)).rowcount
 
     def rows(self, task: str | None = None, until: int | None = None) -> Iterator[dict[str, Any]]:
         """Stored answers, the oldest first, as {id, task, record, value, edge}; up to the id `until`."""
@@ -191,7 +219,7 @@ class AnswerStore:
 
     def size(self) -> int:
         with self._used():
-            return int(self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0])
+            return self._number("SELECT SUM(size) FROM answers")
 
     def pending(self) -> tuple[int, int]:
         """Numbers of answers that the mode forbids, and that are not encrypted though there is a key: those that a
@@ -203,27 +231,24 @@ class AnswerStore:
             self._check_key()
         return forbidden, plain
 
-    # Numbers alone: what a calibrator has learned, and the requests to the cloud
-
-    def saw(self, task: str, version: str, seen: np.ndarray, right: float, weight: float, most: int) -> None:
-        if self.mode == NOTHING:
-            return
+    def saw(self, task: str, calibration: str, seen: np.ndarray, right: float, weight: float, most: int) -> None:
+        """Store what a calibrator has learned, numbers alone: the `most` newest of a task's present calibration."""
         with self._written():
             if self.mode == NOTHING:
                 return
             self._file.execute(
                 "INSERT INTO seen (task, version, seen, right, weight) VALUES (?, ?, ?, ?, ?)",
-                (task, version, seen.astype(np.float32).tobytes(), right, weight),
+                (task, calibration, seen.astype(np.float32).tobytes(), right, weight),
             )
             self._file.execute(
                 "DELETE FROM seen WHERE task = ? AND (version != ? OR id <= "
-                "(SELECT MAX(id) FROM seen WHERE task = ?) - ?)", (task, version, task, most),
+                "(SELECT MAX(id) FROM seen WHERE task = ?) - ?)", (task, calibration, task, most),
             )  # fmt: skip
 
-    def seen(self, task: str, version: str) -> list[tuple[np.ndarray, float, float]]:
+    def seen(self, task: str, calibration: str) -> list[tuple[np.ndarray, float, float]]:
         with self._used():
             rows = self._file.execute(
-                "SELECT seen, right, weight FROM seen WHERE task = ? AND version = ? ORDER BY id", (task, version)
+                "SELECT seen, right, weight FROM seen WHERE task = ? AND version = ? ORDER BY id", (task, calibration)
             ).fetchall()
         return [(np.frombuffer(seen, np.float32).astype(np.float64), right, weight) for seen, right, weight in rows]
 
@@ -236,10 +261,12 @@ class AnswerStore:
 
     def spent(self, hour: int) -> int:
         with self._used():
-            row = self._file.execute("SELECT requests FROM spent WHERE hour = ?", (hour,)).fetchone()
-        return row[0] if row else 0
+            return self._number("SELECT requests FROM spent WHERE hour = ?", hour)
 
-    # Inside
+    def _number(self, query: str, *values: Any) -> int:
+        """The number that a query gives; 0 for no row or NULL."""
+        row = self._file.execute(query, values).fetchone()
+        return int(row[0] or 0) if row else 0
 
     @contextlib.contextmanager
     def _used(self) -> Iterator[None]:
@@ -263,15 +290,6 @@ class AnswerStore:
             if self.file is not None:
                 self.trouble = ""
 
-    def _forget_oldest(self) -> int:
-        used = self._file.execute("SELECT COALESCE(SUM(size), 0) FROM answers").fetchone()[0]
-        count = 0
-        while used > self.limit:
-            number, size = self._file.execute("SELECT id, size FROM answers ORDER BY id LIMIT 1").fetchone()
-            self._file.execute("DELETE FROM answers WHERE id = ?", (number,))
-            used, count = used - size, count + 1
-        return count
-
     def _forget_forbidden(self) -> int:
         forbidden = self._count_forbidden()
         if not forbidden and self.mode != NOTHING:
@@ -294,9 +312,8 @@ class AnswerStore:
             numbers = [number for (number,) in self._file.execute("SELECT id FROM answers WHERE secret = 0")]
             for number in numbers:
                 (body,) = self._file.execute("SELECT body FROM answers WHERE id = ?", (number,)).fetchone()
-                self._file.execute(
-                    "UPDATE answers SET secret = 1, body = ? WHERE id = ?", (self._cipher.encrypt(body), number)
-                )
+                update = "UPDATE answers SET secret = 1, body = ? WHERE id = ?"
+                self._file.execute(update, (self._cipher.encrypt(body), number))
         log.warning("%d stored answers were encrypted in place", len(numbers))
         return len(numbers)
 
@@ -306,8 +323,8 @@ class AnswerStore:
             where = f"{self.file} has {count} encrypted answers"
             if self._cipher is None:
                 raise UsageError(
-                    f"{where}, and no key is named: name the variable that holds it (encrypt in box.toml), or move the "
-                    "file away to begin a new one."
+                    f"{where}, and no key is named: name the variable that holds it (encrypt in edge.toml), or move "
+                    "the file away to begin a new one."
                 )
             one = self._file.execute("SELECT body FROM answers WHERE secret = 1 LIMIT 1").fetchone()
             try:
@@ -318,30 +335,12 @@ class AnswerStore:
                 ) from None
 
     def _count(self, secret: int) -> int:
-        return int(self._file.execute("SELECT COUNT(*) FROM answers WHERE secret = ?", (secret,)).fetchone()[0])
+        return self._number("SELECT COUNT(*) FROM answers WHERE secret = ?", secret)
 
     def _count_forbidden(self) -> int:
         """Number of answers that the mode forbids."""
-        asked = f"SELECT COUNT(*) FROM answers WHERE mode NOT IN ({_marks(self.mode)})"
-        return int(self._file.execute(asked, _ALLOWED[self.mode]).fetchone()[0])
-
-
-def open_answer_store(folder: Path, settings: Settings, read_only: bool = False) -> AnswerStore:
-    """The answer store of an edge device. `read_only`: unchanged; nothing is created, repaired, deleted or encrypted.
-
-    Raises UsageError for a missing key of the encryption, StoreError where the disk refuses, and InterruptedWriteError
-    for a file to be read that has to be repaired first.
-    """
-    key, file = None, folder / STORE
-    if settings.encrypt and settings.privacy != NOTHING:
-        key = os.environ.get(settings.encrypt)
-        if not key:
-            raise UsageError(
-                f"The answer store is encrypted with the key in ${settings.encrypt}, which is not set. "
-                "`openm6-edge new-key` makes one."
-            )
-    is_none = read_only and (not file.exists() or (file.is_file() and not file.stat().st_size))
-    return AnswerStore(None if is_none else file, settings.privacy, settings.keep_mb * 2**20, key, read_only)
+        modes = _ALLOWED[self.mode]
+        return self._number(f"SELECT COUNT(*) FROM answers WHERE mode NOT IN ({_marks(self.mode)})", *modes)
 
 
 def _make_private(file: Path) -> None:
@@ -380,17 +379,12 @@ def parts(file: Path) -> list[Path]:
     return [one for end in _BESIDE if (one := file.with_name(file.name + end)).exists()]
 
 
-def set_aside(file: Path) -> list[Path]:
-    """Damaged files that were renamed (see `opening`)."""
-    return sorted(one for one in file.parent.glob(f"{file.name}.damaged-*") if one.name.rpartition("-")[2].isdigit())
-
-
 def is_empty(value: Any) -> bool:
-    """Whether an answer is empty."""
+    """True for an answer without content."""
     return value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def is_held_out(row: Mapping[str, Any]) -> bool:
-    """Whether a stored answer is held out; by its record, so that equal records are always on the same side."""
+    """True for a stored answer that is held out; by its record, so that equal records are always on the same side."""
     digest = hashlib.sha256(dumps(row["record"], plain).encode()).digest()
     return digest[0] % HELD_OUT == 0

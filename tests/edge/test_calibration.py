@@ -1,4 +1,4 @@
-"""When an answer is sure enough: fitted, learned on, kept in a file."""
+"""Calibration of the confidence: fitted, updated, and saved in a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import OpenM6Error
-from openm6.edge.sureness import Audits, ConfidenceCalibrator, Drift, agreement, confidence_of
+from openm6.edge.calibration import Audits, ConfidenceCalibrator, Drift, agreement
 
 
 def _records(count: int, seed: int, shifted: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,21 +72,22 @@ def test_the_less_sure_are_audited_the_more() -> None:
 
 
 def test_a_file_says_the_same(tmp_path: Path) -> None:
-    sure = ConfidenceCalibrator.fit(*_records(200, 4), max_loss=0.01)
+    records = _records(200, 4)
+    sure = ConfidenceCalibrator.fit(*records, max_loss=0.01)
     sure.save(tmp_path / "sure.npz", "package")
     again = ConfidenceCalibrator.load(tmp_path / "sure.npz", "package")
     seen = sure.seen(np.ones(24, np.float32), 0.7)
     assert again.threshold == sure.threshold and again.probability(seen) == sure.probability(seen)
-    assert confidence_of(seen) == pytest.approx(0.7)
+    assert again.confidences == pytest.approx(np.asarray(records[1]), abs=1e-5)
     assert again.expected() == sure.expected()
     assert again.expected()["wrong"] <= 0.01
 
 
 def test_a_file_that_is_damaged_or_of_another_package_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "sureness-vqa.npz"
+    file = tmp_path / "calibration-vqa.npz"
     sure = ConfidenceCalibrator.fit(*_records(60, 4), max_loss=0.01)
     sure.save(file, "one")
-    with pytest.raises(OpenM6Error, match="sureness-vqa.npz was fitted to another ONNX bundle: calibrate again"):
+    with pytest.raises(OpenM6Error, match="calibration-vqa.npz was fitted to another ONNX bundle: calibrate again"):
         ConfidenceCalibrator.load(file, "another")
     content = file.read_bytes()
     for place in range(0, len(content), 97):

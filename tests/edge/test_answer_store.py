@@ -1,4 +1,4 @@
-"""What the cloud answered is kept within a size and a privacy mode, encrypted if that is asked for."""
+"""The cloud's answers are stored within a size and a privacy mode, encrypted on request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from openm6.core.errors import UsageError
-from openm6.edge.cipher import new_key
-from openm6.edge.kept import AnswerStore, InterruptedWriteError, StoreError, is_held_out, open_answer_store
-from openm6.edge.settings import ALL, FEATURES, NOTHING, Settings
+from openm6.edge.answer_store import AnswerStore, InterruptedWriteError, StoreError, is_held_out, new_key
+from openm6.edge.device import ALL, FEATURES, NOTHING, Settings
+from openm6.edge.opening import open_answer_store
 from tests.edge.conftest import interrupt_write
 
 PICTURE = bytes(range(256)) * 8
@@ -28,7 +28,7 @@ def _everything(folder: Path) -> bytes:
 
 
 def _found(folder: Path) -> bool:
-    """Whether the picture, or its base64, lies in any file, deleted or not."""
+    """True if the picture, or its base64, is in any file, deleted or not."""
     content = _everything(folder)
     return PICTURE[:300] in content or base64.b64encode(PICTURE)[:300] in content
 
@@ -99,13 +99,13 @@ def test_encrypted_nothing_can_be_read(tmp_path: Path) -> None:
         AnswerStore(tmp_path / "k", ALL, 10**6, "short")
 
 
-def test_a_box_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_says_which_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cryptography")
-    monkeypatch.delenv("BOX_KEY", raising=False)
-    settings = Settings(encrypt="BOX_KEY")
-    with pytest.raises(UsageError, match="BOX_KEY"):
+    monkeypatch.delenv("DEVICE_KEY", raising=False)
+    settings = Settings(encrypt="DEVICE_KEY")
+    with pytest.raises(UsageError, match="DEVICE_KEY"):
         open_answer_store(tmp_path, settings)
-    monkeypatch.setenv("BOX_KEY", new_key())
+    monkeypatch.setenv("DEVICE_KEY", new_key())
     open_answer_store(tmp_path, settings).close()
 
 
@@ -192,8 +192,7 @@ def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) 
         code = (
             "import os, signal, sys\n"
             "from pathlib import Path\n"
-            "from openm6.edge.cipher import Cipher\n"
-            "from openm6.edge.kept import AnswerStore\n"
+            "from openm6.edge.answer_store import AnswerStore, Cipher\n"
             "encrypt, times = Cipher.encrypt, iter(range(150))\n"
             "def act(self, body):\n"
             "    return os.kill(os.getpid(), signal.SIGKILL) if next(times, None) is None else encrypt(self, body)\n"
@@ -272,7 +271,7 @@ def test_a_write_that_has_just_begun_is_not_taken_for_an_interrupted_one(
         (tmp_path / "kept.sqlite").write_bytes(before)
         (tmp_path / "kept.sqlite-journal").unlink()
 
-    monkeypatch.setattr("openm6.edge.kept.time.sleep", finish_write)
+    monkeypatch.setattr("openm6.edge.answer_store.time.sleep", finish_write)
     kept = open_answer_store(tmp_path, Settings(), read_only=True)
     assert kept.counts() == {"vqa": 9}
     kept.close()
