@@ -37,7 +37,7 @@ from openm6 import Client
 from openm6.compress.cascade import calibrate_task, create_device, learn
 from openm6.data.store import Record
 from openm6.edge.cascade import CLOUD, Cascade
-from openm6.edge.device import FILE, EdgeDevice, settings_of
+from openm6.edge.device import FILE, EdgeDevice, settings_of, settings_toml
 from openm6.worlds.catalogue import open_catalogue
 
 CLOUD_MODEL, EDGE_MODEL = Path("runs/small/model8"), Path("runs/edge-seven/model")

@@ -12,7 +12,7 @@ from openm6.console.context import PageContext, listing, note, plain
 from openm6.core.images import open_image
 from openm6.studio.copy import write_labelled_copy
 from openm6.studio.images import write_labelled
-from openm6.studio.review import SETTINGS, Verdict, as_line, rows_of, settings_of, verdicts_of, write
+from openm6.studio.review import SETTINGS, Verdict, as_line, rows_of, settings_of, verdicts_on, write
 
 LABELS = "labels.jsonl"
 DEPTH = 3
@@ -91,7 +91,9 @@ def _candidates(batch: Path) -> list[dict[str, Any]]:
 
 def _verdicts(batch: Path) -> dict[str, Verdict]:
     labels = batch / LABELS
-    return verdicts_of(labels) if labels.is_file() and labels.stat().st_size else {}
+    if not labels.is_file() or not labels.stat().st_size:
+        return {}
+    return verdicts_on({row["file"] for row in rows_of(batch)}, batch, "candidate", labels)
 
 
 def _judge(ui: PageContext, accepted: bool | None, name: str | None, number: int) -> list[Any]:
