@@ -15,8 +15,8 @@ from openm6.cli.output import emit, pairs, table
 if TYPE_CHECKING:
     from openm6.model import ModelConfig
     from openm6.plan.footprint import Work
-    from openm6.plan.hardware import Hardware
     from openm6.plan.planner import Plan
+    from openm6.plan.steptime import Hardware
     from openm6.train.offload import Offload
     from openm6.train.recipe import AnyRecipe
 
@@ -89,7 +89,7 @@ def plan(
 
     from openm6.core.errors import UsageError
     from openm6.model.presets import find_preset
-    from openm6.plan.hardware import hardware as known
+    from openm6.plan.steptime import hardware as known
     from openm6.train.recipe import load_recipe
 
     if not _is_recipe(preset):

@@ -24,8 +24,7 @@ from openm6.model.attention import rotary_angles
 from openm6.model.config import ModelConfig
 from openm6.model.cpu.attention import additive, build_prompt_mask, row_mask
 from openm6.model.m6 import M6
-from openm6.model.masks import build_mask
-from openm6.model.picture_mask import PictureMask
+from openm6.model.masks import PictureMask, build_mask
 from openm6.model.sparse import SparsePattern, block_mask, cached_places
 
 P = ParamSpec("P")

@@ -22,11 +22,10 @@ from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import RouterStatistics
 from openm6.model.initial import initial_values
-from openm6.model.loss import Teacher, linear_cross_entropy
+from openm6.model.loss import Output, Teacher, linear_cross_entropy
 from openm6.model.masks import build_mask, build_picture_mask
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
-from openm6.model.output import Output
 from openm6.model.precision import product_dtype
 from openm6.model.roles import Role
 

@@ -17,18 +17,24 @@ from openm6.data.loader import Entry
 from openm6.inference.session import Session
 from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
+from openm6.model.count import training_flops
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
 from openm6.train.distill import DistillationTeacher, relation_loss
 from openm6.train.distributed import Group
-from openm6.train.meters import training_flops
-from openm6.train.notes import data_notes
 from openm6.train.objective import MicroBatchResult
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
 from openm6.train.seen_tokens import SeenTokens, unseen_token_ids
-from openm6.train.setup import build_entries, build_session, check_evaluation, evaluate_entries, make_loader
+from openm6.train.setup import (
+    build_entries,
+    build_session,
+    check_evaluation,
+    data_notes,
+    evaluate_entries,
+    make_loader,
+)
 from openm6.train.start import start_codes
 
 

@@ -14,6 +14,7 @@ from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.classes import count_classes
 from openm6.data.columns import SlotView
 from openm6.data.loader import Entry, Loader
+from openm6.data.overlap import count_overlap
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import Records
@@ -41,6 +42,9 @@ TOKENIZER_TEXTS = 200_000
 
 MAX_LABELS = 10_000
 """Labels up to which a set is taken from the data; more are no closed set."""
+
+COMPARED = 1_000_000
+"""Records of a source that are compared with those that are measured on."""
 
 
 def build_session(recipe: Recipe, group: Group) -> Session:
@@ -244,3 +248,31 @@ def evaluate_entries(recipe: Recipe, session: Session) -> Iterator[tuple[str, di
                 answers=False, spread=True, truncate="start",
             )  # fmt: skip
         yield section.name or f"{found.task} {section.source}", found.values()
+
+
+def data_notes(recipe: Recipe, entries: list[Entry]) -> list[str]:
+    """Sentences on the classes of each source's labels, and on records that are both trained and measured on;
+    `entries` are those of the recipe's data, in their order."""
+    classes = [
+        f"{entry.name}: {text}"
+        for entry in entries
+        for slot, found in entry.classes.items()
+        for text in found.sentences(slot)
+    ]
+    return [*classes, *_overlaps(recipe, entries)]
+
+
+def _overlaps(recipe: Recipe, entries: list[Entry]) -> Iterator[str]:
+    """A warning for each source that is measured on, for each one of the same task that is trained on."""
+    for measured in recipe.evaluation.data:
+        limit = min(measured.limit or recipe.evaluation.limit, recipe.evaluation.limit)
+        for section, entry in zip(recipe.data, entries, strict=True):
+            if section.task != measured.task or section.stream or not isinstance(entry.records, Source):
+                continue
+            test = open_section(measured)
+            found = count_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit, COMPARED)
+            if found.found:
+                yield (
+                    f"Warning: {found.found:,} of the {found.total:,} records of {test.name} that are measured on have "
+                    f"inputs that are trained on, in {entry.name} (first: {found.first})."
+                )

@@ -18,13 +18,12 @@ from torch import Tensor
 from openm6.core.energy import EnergyMeter, EnergyUse
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import lock_output
-from openm6.model.precision import fast_dtype
+from openm6.model.precision import fast_dtype, peak_flops
 from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.codec import CodecObjective
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_statistics import ExpertStatistics, balance_loss
-from openm6.train.meters import peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel

@@ -23,7 +23,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.units import size_of
 from openm6.data.loader import Loader
 from openm6.model import ModelConfig
-from openm6.model.count import count_parameters
+from openm6.model.count import count_parameters, training_flops
 from openm6.model.files import meta_model
 from openm6.plan.footprint import (
     Layout,
@@ -31,10 +31,8 @@ from openm6.plan.footprint import (
     buffers,
     weights_of,
 )
-from openm6.plan.hardware import HARDWARE, hardware
 from openm6.plan.planner import GIB, Fixed, make_plan, usable
-from openm6.plan.steptime import Machine, step_flops
-from openm6.train.meters import training_flops
+from openm6.plan.steptime import HARDWARE, Machine, hardware, step_flops
 from openm6.train.offload import Offload
 from tests.plan.test_footprint import total
 from tests.tasks.conftest import picture
