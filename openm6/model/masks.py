@@ -72,6 +72,14 @@ class PictureMask:
         return torch.cat((y_others[:, :, : codes.start], y_codes, y_others[:, :, codes.start :]), 2)
 
 
+def batch_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> Any:
+    """The mask of a batch: block-sparse where its rows hold the codes of drawn images and the model has
+    `picture_side`."""
+    if batch.codes is not None and config.picture_side:
+        return build_picture_mask(config, batch, dtype)
+    return build_mask(batch.segments, batch.blocks, dtype)
+
+
 def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> PictureMask:
     """The mask of a batch whose rows hold the codes of a drawn picture in the same columns (`pad_drawn`), all by masks
     or all one after the other."""

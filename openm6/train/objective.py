@@ -36,7 +36,7 @@ class MicroBatchResult:
 
 class Objective(Protocol):
     """`path`: the model directory to start from; None starts at random. `notes`: sentences shown to the user before the
-    first step."""
+    first step. `initialize` and `gather` do nothing unless an objective says otherwise."""
 
     path: Path | None
     notes: list[str]

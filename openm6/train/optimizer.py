@@ -37,14 +37,11 @@ def make_optimizers(model: nn.Module, settings: TrainSection) -> list[Optimizer]
 
     The `peak_lr` of each group is its learning rate where `rate_at` is 1.
     """
-    inner: list[nn.Parameter] = []
-    outer: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    inner, outer, plain = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role, dimensions = role_of(model, name), parameter.ndim
-            inside = is_inner_matrix(role, dimensions)
-            (inner if inside else outer if is_decayed(role, dimensions) else plain).append(parameter)
+            kind = role_of(model, name), parameter.ndim
+            (inner if is_inner_matrix(*kind) else outer if is_decayed(*kind) else plain).append(parameter)
     muon = settings.optimizer == "muon"
     groups: list[dict[str, Any]] = [
         {"params": outer if muon else inner + outer, "weight_decay": settings.weight_decay},

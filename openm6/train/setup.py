@@ -162,16 +162,8 @@ def make_loader(
     recipe: AnyRecipe, group: Group, entries: list[Entry], processor: Processor | None, rejects: Rejects
 ) -> Loader:
     """The recipe's loader for this process; an image codec's pictures need no processor."""
-    return Loader(
-        entries,
-        processor,  # type: ignore[arg-type]
-        recipe.train.batch_size,
-        seed=recipe.seed,
-        rank=group.rank,
-        world=group.world,
-        threads=recipe.train.workers,
-        rejects=rejects,
-    )
+    order = {"seed": recipe.seed, "rank": group.rank, "world": group.world, "threads": recipe.train.workers}
+    return Loader(entries, processor, recipe.train.batch_size, **order, rejects=rejects)  # type: ignore[arg-type]
 
 
 def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
