@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def _optimizer(groups: list[dict[str, Any]], settings: TrainSection) -> Optimize
         if not torch.cuda.is_available():  # it compiles itself: minutes of a C++ compiler for a step of milliseconds
             optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
         return optimizer
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
+    return AdamW(groups, lr=rate, betas=betas, fused=True)
 
 
 def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = None) -> float:
@@ -105,7 +106,19 @@ def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = No
     return settings.final_rate + (1 - settings.final_rate) * fraction
 
 
-class Muon(Optimizer):
+class Uncompiled(Optimizer):
+    """An optimizer that torch.compile never sees. PyTorch's guards against its compiler import it, which takes half as
+    long as the import of PyTorch itself: the guarded methods are used without them."""
+
+    add_param_group = unwrap(Optimizer.add_param_group)
+    zero_grad = unwrap(Optimizer.zero_grad)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Uncompiled):
     """Momentum whose steps are orthogonal matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), for the
     matrices and convolution kernels inside a network; the rest belongs to AdamW. torch.optim.Muon always multiplies in
     bf16, which a CPU without bf16 units only emulates, a hundred times slower, and takes no convolution kernels.
@@ -164,7 +177,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Adafactor(Optimizer):
+class Adafactor(Uncompiled):
     """Second moments by row and column only (Shazeer and Stern 2018, arXiv 1804.04235). Steps are relative to a
     parameter's root mean square: lr 1e-2 is usual, and at most 1/sqrt(step) is taken.
 

@@ -80,6 +80,8 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
         if vocab_size < old_size:
             raise UsageError(f"vocab_size {vocab_size} is smaller than the checkpoint's {old_size}.")
         config.vocab_size = vocab_size
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"{path} has no safetensors files (pickled checkpoints are not read).")
     model = M6(config)
     with open_tensors(path) as where:
 
