@@ -39,7 +39,6 @@ def start_at_random(model: Network, seed: int) -> None:
 def start_from(model: Network, path: Path, seed: int) -> None:
     """Fill a network with the weights of a model directory; only this process's rows are read. The weights of an
     adapter start at random."""
-    std = model.config.initializer_range
     with stored_rows(path) as read:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             here, (first, last) = local(tensor), rows_of(tensor)
@@ -50,12 +49,13 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                     if (row := read(matrix, number, number + 1)) is not None:
                         here[place] = row[0]
             elif stored is None:
-                _fill(tensor, f"{seed}/{name}", *adapter_start(role_of(model, name), tensor.shape, std))
+                start = adapter_start(role_of(model, name), tensor.shape, model.config.initializer_range)
+                _fill(tensor, f"{seed}/{name}", *start)
             elif last > first and (rows := read(stored, first, last)) is not None:
                 here.copy_(rows)
             elif last > first:  # a head that is new to the model
                 assert role_of(model, name) is Role.HEAD, f"{path} does not hold {stored}"
-                _fill(tensor, f"{seed}/{name}", 0.0, std if tensor.ndim > 1 else 0.0)
+                _fill(tensor, f"{seed}/{name}", 0.0, model.config.initializer_range if tensor.ndim > 1 else 0.0)
 
 
 @torch.no_grad()
@@ -77,13 +77,16 @@ def start_codes(weight: Tensor, first: int, vectors_KE: Tensor, seed: int, std: 
 
 
 def _fill(tensor: Tensor, key: str, mean: float, std: float) -> None:
-    """Fill this process's rows of a tensor: with the mean, or with normal numbers that are drawn in blocks of rows,
-    each from a seed of its own; of the outer blocks a part is dropped."""
-    here, shape = local(tensor), tensor.shape
-    if not std:
-        here.fill_(mean)
-        return
-    first, last = rows_of(tensor)
+    """Fill this process's rows of a tensor with normal numbers, or with the mean."""
+    if std:
+        _draw(local(tensor), *rows_of(tensor), tensor.shape, key, mean, std)
+    else:
+        local(tensor).fill_(mean)
+
+
+def _draw(here: Tensor, first: int, last: int, shape: torch.Size, key: str, mean: float, std: float) -> None:
+    """Rows `first` to `last` of a tensor of normal numbers. They are drawn in blocks of rows, each from a seed of its
+    own; of the outer blocks a part is dropped."""
     width = max(1, shape[1:].numel())
     rows = max(1, BLOCK // width)
     for block in range(first // rows, -(-last // rows)):

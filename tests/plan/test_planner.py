@@ -341,7 +341,7 @@ def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monke
     assert told["recipe"] == "codec 256" and told["steps"] == 50000
     assert told["seconds"] == pytest.approx(50000 * told["seconds_per_step"]) and told["seconds"] > 0
     said = run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").output
-    assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, measures and checkpoints not counted", said)
+    assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, without evaluations and checkpoints", said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]  # nothing is left of the steps
     # The threads that read ahead end before their folder goes: they would write into it.
     monkeypatch.setattr("openm6.train.trainer.TemporaryDirectory", partial(TemporaryDirectory, dir=tmp_path))
