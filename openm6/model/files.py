@@ -87,7 +87,8 @@ def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
     OpenM6Error where there is none, or one is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    index, names, found = path / "model.safetensors.index.json", ["model.safetensors"], {}
+    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
+    found: dict[str, Any] = {}
     with ExitStack() as stack:
         try:
             if index.is_file():

@@ -292,7 +292,9 @@ class Trainer:
         self._build(shared=pseudo is not None and step < pseudo.steps)
         if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint was made
             start_from(self.model, self.objective.path, self.recipe.seed)
-        delinked = {"shared": pseudo.layers, "moments": pseudo.moments} if pseudo and step == pseudo.steps else {}
+        delinked: dict[str, Any] = (
+            {"shared": pseudo.layers, "moments": pseudo.moments} if pseudo and step == pseudo.steps else {}
+        )
         return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update, **delinked)
 
     def _resume(self) -> Path | None:

@@ -91,7 +91,7 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
                 raise OpenM6Error(f"{path} has no tensor {absent[0]}.")
             return torch.cat([where[name].get_tensor(name).float() for name in names])
 
-        ours = {}
+        ours: dict[str, Tensor] = {}
         for index in range(config.num_hidden_layers):
             ours |= {name: read(*sources) for name, sources in _block_names(index).items()}
             us, them = f"blocks.{index}.feed_forward", f"model.layers.{index}.mlp"

@@ -202,7 +202,7 @@ def _narrower(
             some = _best(effect["experts"], experts, _groups(old))
             for name in ("router.weight", "router.bias", "experts.up", "experts.down"):
                 cut(f"{inner}.{name}", some)
-    changes = {
+    changes: dict[str, Any] = {
         "num_key_value_heads": heads, "num_attention_heads": heads * queries,
         "num_experts": experts or old.num_experts, "intermediate_size": width or old.intermediate_size,
     }  # fmt: skip
