@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, require_model
 from openm6.evaluate.command import measure
 from openm6.inference.session import Session
 from openm6.model.adapters import WEIGHTS
@@ -18,7 +18,6 @@ from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
 TITLE = "Adapters against full fine-tuning"
-ROOT = Path(__file__).parents[1] / "runs"
 STEPS, ASKED, SEEDS = 300, 300, 3
 Task = tuple[str, str, str, dict[str, str]]
 """Task, data, metric, columns."""
@@ -33,8 +32,7 @@ def run(
     root: Path = ROOT, tasks: tuple[Task, ...] = TASKS, steps: int = STEPS, asked: int = ASKED, seeds: int = SEEDS
 ) -> tuple[list[dict[str, Any]], str]:
     base = root / "market" / "model"
-    if not base.is_dir():
-        raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
+    require_model(base, "run `make demo`, then `openm6 train market`")
     total = sum(p.numel() for p in Session.load(base, "meta", trainable=True).model.parameters())
     rows: list[dict[str, Any]] = []
     for task, data, metric, columns in tasks:

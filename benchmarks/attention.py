@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.common import race
+from benchmarks.common import race, with_gradients
 from openm6.model.attention import attend
 from openm6.model.masks import build_mask
 from openm6.model.precision import fast_dtype
 
 TITLE = "Attention on packed rows: plain products against SDPA (CPU, forward + backward)"
-
-
 SHAPES = ((50, 4, 64, 32), (26, 4, 128, 40), (16, 8, 256, 60), (8, 8, 512, 512))
 """Rows, heads, positions of a row, positions of an example."""
 
@@ -28,16 +25,12 @@ def run(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> tuple[list[dict
         segments = (torch.arange(length) // example + 1).expand(batch, -1).contiguous()
         blocks = torch.full_like(segments, -1)
         mask = build_mask(segments, blocks, dtype, flex=False)
-        q, k, v = (
-            torch.randn(batch, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)
-        )
-        sides = {
-            "plain": _both(lambda q=q, k=k, v=v, mask=mask: attend(q, k, v, mask), q, k, v),
-            "SDPA": _both(
-                lambda q=q, k=k, v=v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias), q, k, v
-            ),
+        qkv = [torch.randn(batch, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+        forward = {
+            "plain": lambda qkv=qkv, mask=mask: attend(*qkv, mask),
+            "SDPA": lambda qkv=qkv, mask=mask: F.scaled_dot_product_attention(*qkv, attn_mask=mask.bias),
         }
-        timings = race(sides)
+        timings = race({name: with_gradients(run, qkv) for name, run in forward.items()})
         rows += [
             {
                 "precision": str(dtype).removeprefix("torch."), "rows": batch, "heads": heads, "positions": length,
@@ -48,10 +41,3 @@ def run(shapes: Iterable[tuple[int, int, int, int]] = SHAPES) -> tuple[list[dict
             for name, t in timings.items()
         ]  # fmt: skip
     return rows, "Median of 9, sides in turn; the last shape is one causal example a row."
-
-
-def _both(forward: Callable[[], Tensor], *inputs: Tensor) -> Callable[[], object]:
-    def run_both() -> None:
-        torch.autograd.grad(forward().sum(), inputs)
-
-    return run_both

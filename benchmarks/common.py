@@ -13,9 +13,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from openm6.core.batch import Batch, pack
+from openm6.core.errors import UsageError
+from openm6.core.sequence import CAUSAL, Sequence
 from openm6.model.precision import fast_dtype
+
+ROOT = Path(__file__).parents[1] / "runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,42 @@ def race(sides: dict[str, Callable[[], object]], repeats: int = 9, warmup: int =
         low, median, high = statistics.quantiles(values, n=4)
         timings[name] = Timing(median, low, high)
     return timings
+
+
+def require_model(path: Path, how: str) -> None:
+    """Raise UsageError, with the command that makes it, where a model directory is missing."""
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist: {how}.")
+
+
+def causal_batch(ids: np.ndarray) -> Batch:
+    """Rows of ids, int [B, T + 1], as causal examples: every position is trained on the next id."""
+    causal = np.full(ids.shape[1] - 1, CAUSAL, np.int32)
+    rows = [Sequence(row[:-1].astype(np.int32), causal, row[1:].astype(np.int32)) for row in ids]
+    return pack(rows, len(causal), 0)
+
+
+def training_step(model: nn.Module) -> Callable[[Callable[[], Tensor]], None]:
+    """A function that does a whole training step with the loss that its argument returns: forward (bf16 autocast where
+    the machine has units for it), backward, clipping, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
+    kind = next(model.parameters()).device.type
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        with torch.autocast(kind, torch.bfloat16, enabled=fast_dtype(kind) == torch.bfloat16):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def with_gradients(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """The forward pass and the gradients of `inputs`, of which the first has the shape of the output."""
+    d_out = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(forward(), inputs, d_out)
 
 
 def machine() -> str:

@@ -19,9 +19,16 @@ from typing import Any
 
 import torch
 
-from benchmarks._student import RECORDS, TRAIN
 from openm6.compress.convert import prune_model
+from openm6.evaluate.command import measure
+from openm6.inference.session import Session
+from openm6.model.count import count_parameters
+from openm6.train.finetune import finetune_recipe
+from openm6.train.recipe import check_recipe
+from openm6.train.trainer import train
 
+TRAIN, TEST = "demo:questions/train", "demo:questions/test"
+RECORDS = 2000
 TEACHER = Path("runs/small/model")
 PRUNED: dict[str, dict[str, int]] = {
     "4 layers, width 448": {"layers": 4, "width": 448},
@@ -69,7 +76,7 @@ def _students(waiting: list[tuple[str, str, str, Path]]) -> list[dict[str, float
 
 def _started(name: str, side: str, seed: str, pruned: Path) -> subprocess.Popen[str]:
     output = pruned.parent / f"{pruned.name}-{'taught' if side == TAUGHT else 'alone'}-{seed}"
-    words = [sys.executable, "-m", "benchmarks._student", str(output), str(pruned), seed or "0", str(RATE)]
+    words = [sys.executable, "-m", "benchmarks.distill", str(output), str(pruned), seed or "0", str(RATE)]
     words += [str(STEPS if seed else 0), *([str(TEACHER)] if side == TAUGHT else [])]
     threads = {"OMP_NUM_THREADS": "1"} if torch.cuda.is_available() else {}
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
@@ -92,3 +99,22 @@ def _medians(rows: list[Row]) -> list[Row]:
             middle = {key: round(median(row[key] for row in some), 2) for key in ("VQA %", "of its accuracy %")}
             found.append({**some[0], "seed": "median", **middle})
     return found
+
+
+def learn(output: Path, pruned: Path, seed: int, rate: float, steps: int, teacher: Path | None) -> None:
+    """Train one student, and print its accuracy; with 0 steps that of `pruned`."""
+    if steps and not (output / "model" / "config.json").is_file():  # kept by an earlier call
+        values = finetune_recipe(
+            pruned, "vqa", [TRAIN], output=output, steps=steps, batch_size=32, seed=seed, teacher=teacher
+        )
+        values["train"] |= {"learning_rate": rate, "matrix_learning_rate": 2 * rate, "checkpoint_every": steps}
+        train(check_recipe(values))
+    session = Session.load(output / "model" if steps else pruned)
+    accuracy = next(iter(measure(session, "vqa", TEST, {}, limit=RECORDS).values().values()))
+    print(json.dumps({"parameters": sum(count_parameters(session.model.config).values()), "accuracy": accuracy}))
+
+
+if __name__ == "__main__":
+    place, pruned_model, number, learning_rate, count, *from_teacher = sys.argv[1:]
+    larger = Path(from_teacher[0]) if from_teacher else None
+    learn(Path(place), Path(pruned_model), int(number), float(learning_rate), int(count), larger)

@@ -21,8 +21,7 @@ from benchmarks.common import race
 from openm6.model import ModelConfig
 from openm6.model.experts import MixtureOfExperts
 from openm6.model.feed_forward import FeedForward
-from openm6.model.precision import fast_dtype
-from openm6.train.meters import peak_flops
+from openm6.model.precision import fast_dtype, peak_flops
 
 TITLE = "A layer of experts, forward and backward"
 IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -59,12 +58,9 @@ def _against_peers(hidden: int, tokens: int, chosen: int, experts: int = 16) -> 
     }
     sides["dense of equal FLOPs"] = _step(_dense(hidden, width), x)
     for implementation in IMPLEMENTATIONS:
-        sides[f"transformers Qwen3-MoE, {implementation}"] = _step(
-            _theirs(hidden, experts, chosen, width // chosen, implementation, "qwen3_moe"), x
-        )
-        sides[f"transformers Mixtral, {implementation}"] = _step(
-            _theirs(hidden, experts, chosen, width // chosen, implementation, "mixtral"), x
-        )
+        for family in ("Qwen3-MoE", "Mixtral"):
+            peer = _theirs(hidden, experts, chosen, width // chosen, implementation, family)
+            sides[f"transformers {family}, {implementation}"] = _step(peer, x)
     sides["plain loop"] = _step(_PlainLoop(_ours(hidden, experts, chosen, width // chosen, "topk")), x)
     return _rows(sides, "dense of equal FLOPs", f"layer, top {chosen} of {experts}", hidden, tokens)
 
@@ -132,18 +128,11 @@ def _ready(module: nn.Module, seed: int = 0) -> Any:
 
 
 def _ours(hidden: int, experts: int, chosen: int, width: int, router: str) -> MixtureOfExperts:
-    return _ready(
-        MixtureOfExperts(
-            ModelConfig(
-                hidden_size=hidden,
-                num_attention_heads=8,
-                num_experts=experts,
-                experts_per_token=chosen,
-                expert_intermediate_size=width,
-                router=router,
-            )
-        )
-    )
+    config = ModelConfig(
+        hidden_size=hidden, num_attention_heads=8, num_experts=experts, experts_per_token=chosen,
+        expert_intermediate_size=width, router=router,
+    )  # fmt: skip
+    return _ready(MixtureOfExperts(config))
 
 
 def _dense(hidden: int, width: int) -> FeedForward:
@@ -151,16 +140,13 @@ def _dense(hidden: int, width: int) -> FeedForward:
 
 
 def _theirs(hidden: int, experts: int, chosen: int, width: int, implementation: str, family: str) -> nn.Module:
-    if family == "mixtral":
-        config: Any = MixtralConfig(
-            hidden_size=hidden, intermediate_size=width, num_local_experts=experts, num_experts_per_tok=chosen
-        )
-        block: type[nn.Module] = MixtralSparseMoeBlock
-    else:
-        config = Qwen3MoeConfig(
-            hidden_size=hidden, moe_intermediate_size=width, num_experts=experts, num_experts_per_tok=chosen
-        )
-        block = Qwen3MoeSparseMoeBlock
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_experts_per_tok": chosen}
+    block: type[nn.Module] = MixtralSparseMoeBlock if family == "Mixtral" else Qwen3MoeSparseMoeBlock
+    config = (
+        MixtralConfig(**sizes, intermediate_size=width, num_local_experts=experts)
+        if family == "Mixtral"
+        else Qwen3MoeConfig(**sizes, moe_intermediate_size=width, num_experts=experts)
+    )
     config._experts_implementation = implementation
     return _ready(block(config))
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Timing, race
+from benchmarks.common import ROOT, Timing, race
 from openm6.retrieve import Index
 from openm6.retrieve.memory import Lists, Memory
 
 TITLE = "An index of vectors against faiss"
-ROOT = Path(__file__).parents[1] / "runs" / "bench-index"
 ITEMS, DIMS, QUERIES, BATCH = 1_000_000, 256, 256, 50_000
 RECALL = 0.95
 
@@ -32,7 +31,9 @@ def vectors_like_a_catalogue(count: int, seed: int, dims: int = DIMS) -> np.ndar
     return np.asarray(made / np.linalg.norm(made, axis=1, keepdims=True))
 
 
-def run(items: int = ITEMS, queries: int = QUERIES, root: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
+def run(
+    items: int = ITEMS, queries: int = QUERIES, root: Path = ROOT / "bench-index"
+) -> tuple[list[dict[str, Any]], str]:
     import faiss
 
     shutil.rmtree(root, ignore_errors=True)

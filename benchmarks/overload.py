@@ -1,8 +1,8 @@
 """Serving more than can be borne: small requests come at twice the peak, and on the one side a fifth of what comes is
 texts of 10 MB and bodies that are sent by half.
 
-The sides take turns at one server. What does harm comes from a process of its own (_overload_load.py), and sending it
-costs the machine that the server is on, too: on a third side as much is sent elsewhere (_overload_sink.py).
+The sides take turns at one server. What does harm comes from a process of its own (_overload_peers.py), and sending it
+costs the machine that the server is on, too: on a third side as much is sent elsewhere (the sink there).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.serve import ROOT, Measured, Requests, _arriving, _load, _mixed, _openm6, _served
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, require_model
+from benchmarks.serve import Measured, Requests, _arriving, _load, _mixed, _openm6, _served
 
 TITLE = "Serving: large and half-sent bodies beside small requests"
 OFFERED = 2.0
@@ -39,8 +39,7 @@ def run(
     seconds: float = 15.0, turns: int = 3, large: int = 10_000_000,
 ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
     """`large`: bytes of a large text. Smaller arguments are for a test."""
-    if not model.is_dir():
-        raise UsageError(f"{model} is not there: run `make demo` first.")
+    require_model(model, "run `make demo` first")
     requests = requests or _openm6(_mixed())
     found: dict[str, list[Measured]] = {side: [] for side in SIDES}
     answers = Counter[str]()
@@ -70,7 +69,7 @@ def run(
 
 @contextmanager
 def _sink() -> Iterator[str]:
-    words = [sys.executable, "-m", "benchmarks._overload_sink"]
+    words = [sys.executable, "-m", "benchmarks._overload_peers", "sink"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
@@ -95,4 +94,6 @@ def _quantile(turns: list[Measured], which: int, share: float) -> float:
 
 def _harm(url: str, rate: float, seconds: float, large: int, targets: tuple[str, ...]) -> subprocess.Popen[bytes]:
     words = [url, str(rate), str(seconds), str(large), *targets]
-    return subprocess.Popen([sys.executable, "-m", "benchmarks._overload_load", *words], stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks._overload_peers", "load", *words], stdout=subprocess.PIPE
+    )

@@ -7,14 +7,15 @@ row of its own, as long as the longest. A third side pads after sorting a larger
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from benchmarks.common import race
+from benchmarks.common import race, training_step
 from openm6.core.batch import Batch, pack, pad
 from openm6.core.sequence import Sequence
 from openm6.data.loader import Loader
@@ -59,8 +60,17 @@ def _race(recipe: Recipe, preset: str, device: torch.device, steps: int, count: 
         "padded, sorted by length": [pad(g, 0).to(device) for g in alike],
     }
     real = sum(map(len, sequences))
-    step = _step(model)
-    timings = race({name: (lambda b=b: [step(batch) for batch in b]) for name, b in batches.items()}, repeats=5)
+    step = training_step(model)
+
+    def loss(batch: Batch) -> Tensor:
+        output = model(batch)
+        return output.loss / len(output.losses)
+
+    def steps_of(some: list[Batch]) -> None:
+        for batch in some:
+            step(lambda: loss(batch))  # noqa: B023 (called at once)
+
+    timings = race({name: partial(steps_of, some) for name, some in batches.items()}, repeats=5)
     mine = timings["packed"].median
     lengths = sorted(map(len, sequences))
     return [
@@ -86,19 +96,3 @@ def _examples(recipe: Recipe, steps: int, count: int, device: torch.device) -> t
     Parallel(model, ParallelSection(), group, fast_dtype(device.type)).allocate()
     start_at_random(model, 0)
     return [s for step in islice(loader, steps) for s in step], model
-
-
-def _step(model: M6) -> Callable[[Batch], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    kind = model.embed.weight.device.type
-
-    def step(batch: Batch) -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=fast_dtype(kind) == torch.bfloat16):
-            output = model(batch)
-        assert output.loss is not None and output.losses is not None
-        (output.loss / len(output.losses)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step

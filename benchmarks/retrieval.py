@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, require_model
 from openm6.data.source import Source, open_source
 from openm6.evaluate.command import evaluate_retrieval, measure_retrieval
 from openm6.inference.session import Session
@@ -22,7 +22,6 @@ from openm6.train.recipe import load_recipe
 from openm6.train.trainer import train
 
 TITLE = "Vectors: texts, pictures, goods that go together, recommendations"
-ROOT = Path(__file__).parents[1] / "runs"
 AMONG, NEAR = 1000, 10
 
 SIDES = {
@@ -35,8 +34,7 @@ SIDES = {
 
 def run() -> tuple[list[dict[str, Any]], str]:
     base = ROOT / "demo" / "model"
-    if not base.is_dir():
-        raise UsageError(f"{base} is not there: run `make demo` first.")
+    require_model(base, "run `make demo` first")
     both = _trained("vectors")
     rows = [
         *_rows("text to picture, among 1,000 others", "", _texts(both)),

@@ -12,16 +12,22 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 
-from openm6.model import ModelConfig
+from benchmarks.common import causal_batch
+from openm6.model import M6, ModelConfig
 from openm6.model.count import count_parameters
 from openm6.model.precision import fast_dtype
+from openm6.train.distributed import process_group
+from openm6.train.parallel import Parallel
+from openm6.train.recipe import ParallelSection
 
 TITLE = "Scaling over processes"
 SIZES = {
@@ -78,17 +84,13 @@ def run(
 
 def _measure(processes: int, parallel: dict[str, Any], sizes: Mapping[str, Any], length: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "settings.json"
-        out = Path(folder) / "told.json"
-        values = {
-            "sizes": dict(sizes), "parallel": parallel, "rows": ROWS, "length": length, "steps": STEPS, "out": str(out),
-        }  # fmt: skip
-        settings.write_text(json.dumps(values))
+        out = Path(folder) / "found.json"
+        settings = json.dumps({"sizes": dict(sizes), "parallel": parallel, "length": length, "out": str(out)})
         command = [sys.executable, "-m"]
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
         subprocess.run(
-            [*command, "benchmarks._scale_worker", str(settings)],
+            [*command, "benchmarks.scale", settings],
             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         return json.loads(out.read_text())
@@ -111,3 +113,46 @@ def _least_bytes(processes: int, parallel: dict[str, Any], rows: float, sizes: M
     dense = (processes - 1) * (outside * (4 + 4) + inside * (gathers * low + 4))
     experts = (processes // columns - 1) * parts["experts"] * (gathers * low + 4)
     return dense + experts + 4.0 * rows * sizes["hidden_size"] * low
+
+
+def work(sizes: dict[str, Any], parallel: dict[str, Any], length: int, out: str) -> None:
+    """One process: train some steps, and write the seconds of each, the bytes sent and the rows exchanged."""
+    with process_group() as group:
+        torch.manual_seed(0)
+        config = ModelConfig(**sizes)
+        model = M6(config).train()
+        dtype = fast_dtype(group.device.type)
+        model.to(group.device)
+        network = Parallel(model, ParallelSection(**parallel), group, dtype)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, length + 1))[group.rank :: group.world]
+        batch = causal_batch(ids).to(group.device)
+        network.synchronize(True)
+        seconds, sent = [], []
+        for _ in range(STEPS + 2):
+            group.wait()
+            before, started = _sent(), time.perf_counter()
+            with torch.autocast(group.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                output = network.run(batch)
+            (output.loss / (ROWS * length) * network.scale).backward()
+            network.clip(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            group.wait()
+            seconds.append(time.perf_counter() - started)
+            sent.append(_sent() - before)
+        exchanges = [b.feed_forward.exchange for b in model.blocks if getattr(b.feed_forward, "exchange", None)]
+        crossed = group.sum(torch.tensor(float(sum(e.rows_sent for e in exchanges)), device=group.device))
+        if group.first:
+            found = {"seconds": seconds[2:], "bytes": sent[2:], "rows": float(crossed) / (STEPS + 2)}
+            Path(out).write_text(json.dumps(found))
+
+
+def _sent() -> int:
+    """Bytes sent over this machine's loopback interface: all that gloo's processes send to each other."""
+    lines = (line.split() for line in Path("/proc/net/dev").read_text().splitlines())
+    return next((int(fields[9]) for fields in lines if fields[0] == "lo:"), 0)
+
+
+if __name__ == "__main__":
+    work(**json.loads(sys.argv[1]))

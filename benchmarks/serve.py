@@ -29,13 +29,12 @@ import torch
 import uvloop
 
 from benchmarks._client import Client
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, require_model
 from openm6.data.source import open_source
 from openm6.inference.session import Session
 from openm6.tasks.library import get
 
 TITLE = "Serving: clients at once"
-ROOT = Path(__file__).parents[1] / "runs"
 NEW = 32
 
 
@@ -60,8 +59,7 @@ Requests = list[tuple[str, bytes]]
 
 def run(load: Load = WHOLE, root: Path = ROOT) -> tuple[list[dict[str, Any]], str]:
     demo = root / "demo" / "model"
-    if not demo.is_dir():
-        raise UsageError(f"{demo} is not there: run `make demo` first.")
+    require_model(demo, "run `make demo` first")
     checkpoint, imported = _checkpoint(root / "bench-serve")
     texts = _texts()
     rows = _compared(

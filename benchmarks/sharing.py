@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openm6.core.batch import pack
-from openm6.core.sequence import CAUSAL, Sequence
+from benchmarks.common import causal_batch
 from openm6.model import ModelConfig
 from openm6.model.files import meta_model
 from openm6.model.precision import fast_dtype
@@ -81,9 +80,7 @@ def measure(config: ModelConfig) -> dict[str, Any]:
     device = torch.device("cuda" if cuda else "cpu")
     dtype = fast_dtype(device.type)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
-    causal = np.full(LENGTH, CAUSAL, np.int32)
-    rows = [Sequence(r[:-1].astype(np.int32), causal, r[1:].astype(np.int32)) for r in ids]
-    batch = pack(rows, LENGTH, 0).to(device)
+    batch = causal_batch(ids).to(device)
     before = _peak(cuda)
     parallel = Parallel(meta_model(config).train(), ParallelSection(), Group(0, 1, device), dtype)
     parallel.allocate()

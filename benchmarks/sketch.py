@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import race
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, race, require_model
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
 from openm6.inference.session import Session
@@ -26,7 +25,6 @@ from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
 TITLE = "Texts from a sketch, edited in parallel, against one token after the other"
-ROOT = Path(__file__).parents[1] / "runs"
 LEARNED, ASKED, STEPS, SEEDS = 800, 200, 1200, 3
 
 PAIRS = {
@@ -40,8 +38,7 @@ def run(
     root: Path = ROOT, parts: tuple[str, ...] = tuple(PAIRS), asked: int = ASKED, steps: int = STEPS, seeds: int = SEEDS
 ) -> tuple[list[dict[str, Any]], str]:
     base = root / "market" / "model"
-    if not base.is_dir():
-        raise UsageError(f"{base} is not there: run `make demo`, then `openm6 train market`.")
+    require_model(base, "run `make demo`, then `openm6 train market`")
     rows: list[dict[str, Any]] = []
     for part in parts:
         plain, edited, slot = PAIRS[part]

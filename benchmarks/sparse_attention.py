@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import race, report
+from benchmarks.common import race, report, with_gradients
 from openm6.model.sparse import SparsePattern, block_mask, flex_attend, sparse_attend
 
 TITLE = "Block-sparse attention of a long picture against dense SDPA"
@@ -51,8 +51,8 @@ def _cpu(side: int) -> list[dict[str, Any]]:
             "dense SDPA": lambda dense=dense: F.scaled_dot_product_attention(*dense),
         }
         both = {
-            "gathered blocks": _both(lambda inputs=inputs: sparse_attend(*inputs, pattern), inputs),
-            "dense SDPA": _both(lambda some=dense_inputs: F.scaled_dot_product_attention(*some), dense_inputs),
+            "gathered blocks": with_gradients(lambda inputs=inputs: sparse_attend(*inputs, pattern), inputs),
+            "dense SDPA": with_gradients(lambda some=dense_inputs: F.scaled_dot_product_attention(*some), dense_inputs),
         }
         rows += _rows("forward", precision, inputs, forward, pattern)
         rows += _rows("forward + backward", precision, inputs, both, pattern)
@@ -66,8 +66,8 @@ def _gpu(side: int) -> list[dict[str, Any]]:
         pattern = SparsePattern(side, tile)
         mask = block_mask(pattern, TEXT, device="cuda")
         sides = {
-            "FlexAttention": _both(lambda p=pattern, m=mask: flex_attend(*inputs, p, m), inputs),
-            "dense SDPA": _both(lambda: F.scaled_dot_product_attention(*dense_inputs), dense_inputs),
+            "FlexAttention": with_gradients(lambda p=pattern, m=mask: flex_attend(*inputs, p, m), inputs),
+            "dense SDPA": with_gradients(lambda: F.scaled_dot_product_attention(*dense_inputs), dense_inputs),
         }
         rows += _rows("forward + backward", "bf16", inputs, sides, pattern)
     return rows
@@ -82,15 +82,6 @@ def _inputs(
     q, k, v, k_text, v_text = (torch.randn(rows, heads, n, width, device=device, dtype=dtype) for n in lengths)
     sparse, dense = (q, k, v, k_text, v_text), (q, torch.cat((k_text, k), 2), torch.cat((v_text, v), 2))
     return [t.clone().requires_grad_() for t in sparse], [t.clone().requires_grad_() for t in dense]
-
-
-def _both(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    d_out = torch.randn_like(inputs[0])
-
-    def run_both() -> None:
-        torch.autograd.grad(forward(), inputs, d_out)
-
-    return run_both
 
 
 def _rows(

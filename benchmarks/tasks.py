@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from openm6.core.errors import UsageError
+from benchmarks.common import ROOT, require_model
 from openm6.core.sequence import IGNORE
 from openm6.data.columns import SlotView
 from openm6.data.source import open_source
@@ -39,7 +39,6 @@ from openm6.train.trainer import train
 from openm6.worlds.shop import AMONG
 
 TITLE = "Every task, from the demo's model after unlabelled texts, and from nothing"
-ROOT = Path(__file__).parents[1] / "runs"
 STEPS, BATCH, ASKED, LANES = 240, 24, 200, 2
 LOWER = ("perplexity",)
 """Metrics that are better when lower."""
@@ -112,8 +111,7 @@ def run(
     sides: tuple[Side, ...] = SIDES, steps: int = STEPS, asked: int = ASKED, root: Path = ROOT
 ) -> tuple[list[dict[str, Any]], str]:
     for side in sides:
-        if not _base(root, side).is_dir():
-            raise UsageError(f"{_base(root, side)} is not there: `make bench-tasks` makes all that is needed.")
+        require_model(_base(root, side), "`make bench-tasks` makes all that is needed")
     os.environ["OMP_NUM_THREADS"] = "1"
     rows, seconds = [], 0.0
     with ProcessPoolExecutor(LANES, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -8,6 +8,7 @@ optimizer. On a GPU the size of M6-base, and M6-base itself in the papers' block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.common import race
-from openm6.core.batch import pack
-from openm6.core.sequence import CAUSAL, Sequence
+from benchmarks.common import causal_batch, race, training_step
 from openm6.model import M6, ModelConfig
-from openm6.model.precision import fast_dtype
-from openm6.train.meters import peak_flops, training_flops
+from openm6.model.count import training_flops
+from openm6.model.precision import fast_dtype, peak_flops
 
 TITLE = "Training step against transformers (every position trained)"
 
@@ -43,16 +42,12 @@ def run(cases: Iterable[Case] = ()) -> tuple[list[dict[str, Any]], str]:
     dtype = fast_dtype(device)
     rows = []
     for case in cases or (ON_GPU if device == "cuda" else ON_CPU):
+        heads = case.hidden // 64
         sizes = {
-            "hidden_size": case.hidden,
-            "intermediate_size": case.hidden * 11 // 4,
-            "num_hidden_layers": case.layers,
-            "num_attention_heads": case.hidden // 64,
-            "num_key_value_heads": case.hidden // 64,
-            "head_dim": 64,
-            "vocab_size": case.vocabulary,
+            "hidden_size": case.hidden, "intermediate_size": case.hidden * 11 // 4, "num_hidden_layers": case.layers,
+            "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 64, "vocab_size": case.vocabulary,
             "tie_word_embeddings": True,
-        }
+        }  # fmt: skip
         ids = np.random.default_rng(0).integers(0, case.vocabulary, (case.rows, case.length + 1))
         ours = {"OpenM6": ModelConfig(**sizes, qk_norm=True, image_embedder="none")}
         if device == "cuda":
@@ -98,39 +93,11 @@ def _compiled(model: Any, layers: Iterable[nn.Module], way: str) -> Any:
 
 
 def _ours(model: M6, ids: np.ndarray) -> Callable[[], object]:
-    length = ids.shape[1] - 1
-    rows = [
-        Sequence(row[:-1].astype(np.int32), np.full(length, CAUSAL, np.int32), row[1:].astype(np.int32)) for row in ids
-    ]
-    batch = pack(rows, length, 0).to(model.embed.weight.device)
-
-    def loss() -> torch.Tensor:
-        return model(batch).loss / batch.labels.numel()
-
-    return _step(model, loss)
+    batch = causal_batch(ids).to(model.embed.weight.device)
+    return partial(training_step(model), lambda: model(batch).loss / batch.labels.numel())
 
 
 def _theirs(model: nn.Module, ids: np.ndarray) -> Callable[[], object]:
     # Their loss shifts by itself: 512 inputs train 511 positions, one fewer a row than ours.
     inputs = torch.from_numpy(ids[:, :-1]).to(next(model.parameters()).device)
-
-    def loss() -> torch.Tensor:
-        return model(input_ids=inputs, labels=inputs, use_cache=False).loss
-
-    return _step(model, loss)
-
-
-def _step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    kind = next(model.parameters()).device.type
-
-    def step() -> None:
-        with torch.autocast(kind, torch.bfloat16, enabled=fast_dtype(kind) == torch.bfloat16):
-            value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return partial(training_step(model), lambda: model(input_ids=inputs, labels=inputs, use_cache=False).loss)

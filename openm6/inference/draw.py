@@ -217,7 +217,7 @@ class _CodeDecoder:
         """Log-odds of each estimate, fp32 [B, 3], of pictures after the prompts (not those without droppable slots)."""
         queries_BE = torch.tensor(self.codes.estimates, device=found_BN.device).expand(len(found_BN), -1)
         ids_BN = torch.cat((self.codes.start + found_BN, queries_BE), 1)
-        hidden = fill(self.model, ids_BN, self.cache.first(len(found_BN)), self.codes.count)
+        hidden = fill(self.model, ids_BN, self.cache.part(slice(len(found_BN))), self.codes.count)
         logits = self.model.logits(hidden[:, self.codes.count :])
         return logits[..., self.codes.yes_id] - logits[..., self.codes.no_id]
 

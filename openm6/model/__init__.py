@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openm6.model.config import ModelConfig
+    from openm6.model.loss import Output
     from openm6.model.m6 import M6
-    from openm6.model.output import Output
 
 __all__ = ["M6", "ModelConfig", "Output"]
 
-_PLACES = {"M6": "openm6.model.m6", "ModelConfig": "openm6.model.config", "Output": "openm6.model.output"}
+_PLACES = {"M6": "openm6.model.m6", "ModelConfig": "openm6.model.config", "Output": "openm6.model.loss"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from openm6.model.roles import Role
 
 if TYPE_CHECKING:
     from openm6.model.m6 import M6
+
+C = TypeVar("C", Changed, ChangedRows)
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -72,14 +74,9 @@ class OwnConfig:
 
 
 def adapter_config(
-    base: Path,
-    method: str,
-    rank: int = 8,
-    alpha: int = 16,
-    experts: bool = False,
-    length: int = 16,
+    base: Path, method: str, rank: int = 8, alpha: int = 16, experts: bool = False, length: int = 16,
     rows: dict[str, list[int]] | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """The configuration of an adapter of the model directory `base`: PEFT's, or ours. `rank` is also the width of a
     bottleneck, `length` the positions of a prompt; `rows`: with LoRA, ids whose rows of a matrix (embed, head) are
     trained."""
@@ -123,7 +120,9 @@ def add_adapter(model: M6, config: Any) -> None:
                     changed.changes[ONLY] = Bottleneck(layer.out_features, config.rank)  # type: ignore[arg-type]
                     setattr(module, name, changed)
     elif config.method == "head":
-        untie(model)
+        if model.head is None:  # tied so far
+            model.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+            model.config.tie_word_embeddings = False
     else:
         layers = model.config.num_hidden_layers if config.method == "prefix" else 1
         model.prompt = Prompt(layers, config.length, model.config.hidden_size)
@@ -131,13 +130,6 @@ def add_adapter(model: M6, config: Any) -> None:
     model.adapted = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in _HEAD if head else _NEW.search(name) is not None)
-
-
-def untie(model: M6) -> None:
-    """Replace a tied output matrix by a separate one, still to be filled."""
-    if model.head is None:
-        model.head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
-        model.config.tie_word_embeddings = False
 
 
 def base_name(name: str) -> str | None:
@@ -214,7 +206,7 @@ def merge_adapter(model: M6, path: Path) -> M6:
         with warnings.catch_warnings(action="ignore"):  # of tensors that are missing, which is an error below
             adapted = PeftModel.from_pretrained(model, path, local_files_only=True)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, KeyError) as error:
-        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+        raise _misfit(path, error) from None
     if others := weights.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys():
         name = min(others)
         raise _misfit(path, f"{name} is {'unexpected' if name in weights else 'missing'}")
@@ -231,11 +223,12 @@ def stored_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path / WEIGHTS)
     except (SafetensorError, ValueError) as error:
-        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+        raise _misfit(path, error) from None
 
 
-def _misfit(path: Path, reason: str) -> OpenM6Error:
-    return OpenM6Error(f"The adapter {path} does not fit its base model, or is damaged: {reason}")
+def _misfit(path: Path, reason: object) -> OpenM6Error:
+    text = " ".join(str(reason).split())[:200]
+    return OpenM6Error(f"The adapter {path} does not fit its base model, or is damaged: {text}")
 
 
 def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
@@ -257,30 +250,35 @@ def lay_beside(model: M6, adapters: dict[str, Path]) -> Active:
             place, _, kind = _KIND.sub(" ", key.removeprefix(_PREFIX), 1).partition(" ")
             if kind.startswith(_ROWS[1:]):
                 ids = (content.get("trainable_token_indices") or {}).get(place)
-                _add_rows(model, place, active, name, ids, value, path)
+                matrix = _wrapped(model, place, ChangedRows, active, path)
+                matrix.changes[name] = _rows(place, ids, value, matrix.weight.shape, path)
                 continue
             if place not in layers or not kind:
                 raise _misfit(path, f"the model has no linear layer {place}")
             found.setdefault(place, {})[kind] = value
         for place, parts in found.items():
-            changed = _changed(model, place, active)
+            changed = _wrapped(model, place, Changed, active, path)
             changed.changes[name] = _change(method, content, place, parts, layers[place], path)
     return active
 
 
-def _add_rows(
-    model: M6, place: str, active: Active, name: str, ids: list[int] | None, rows: Tensor, path: Path
-) -> None:
-    layer = getattr(model, place, None)
-    if not isinstance(layer, ChangedRows):
+def _wrapped(model: M6, place: str, kind: type[C], active: Active, path: Path) -> C:
+    """The layer at a place of the network, wrapped so that it can have changes."""
+    parent, _, name = place.rpartition(".")
+    layer = getattr(model.get_submodule(parent), name, None)
+    if not isinstance(layer, kind):
         if not isinstance(layer, nn.Embedding | nn.Linear):
             raise _misfit(path, f"the model has no matrix {place}")
-        layer = ChangedRows(layer, active)
-        setattr(model, place, layer)
-    size, width = layer.weight.shape
+        layer = kind(layer, active)
+        setattr(model.get_submodule(parent), name, layer)
+    return layer
+
+
+def _rows(place: str, ids: list[int] | None, rows: Tensor, shape: torch.Size, path: Path) -> Rows:
+    size, width = shape
     if ids is None or rows.shape != (len(ids), width) or not all(0 <= number < size for number in ids):
         raise _misfit(path, f"its rows of {place} are none of [{size}, {width}]")
-    layer.changes[name] = Rows(ids, rows, size)
+    return Rows(ids, rows, size)
 
 
 def _lora_scale(content: dict[str, Any], place: str, rank: int) -> float:
@@ -291,15 +289,6 @@ def _lora_scale(content: dict[str, Any], place: str, rank: int) -> float:
 
         alpha = pattern.get(get_pattern_key(pattern, place), alpha)
     return float(alpha / (math.sqrt(rank) if content.get("use_rslora") else rank))
-
-
-def _changed(model: M6, place: str, active: Active) -> Changed:
-    parent, _, name = place.rpartition(".")
-    layer = getattr(model.get_submodule(parent), name)
-    if not isinstance(layer, Changed):
-        layer = Changed(layer, active)
-        setattr(model.get_submodule(parent), name, layer)
-    return layer
 
 
 def _change(
@@ -323,5 +312,5 @@ def _change(
     try:
         narrow.load_state_dict(own)
     except RuntimeError as error:
-        raise _misfit(path, " ".join(str(error).split())[:200]) from None
+        raise _misfit(path, error) from None
     return narrow.requires_grad_(False).eval()

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from openm6.model.config import ModelConfig
 from openm6.model.norm import RMSNorm, rms_norm
 
+Rope = tuple[Tensor, Tensor]
+"""cos and signed sin of rotary positions (`rotary_angles`)."""
+
 _flex_compiled: Any = None
 
 
@@ -38,7 +41,7 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Any) -> Tensor:
     return run(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)
 
 
-def rotary_angles(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def rotary_angles(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> Rope | None:
     """cos and signed sin of the rotary positions (RoFormer, section 3.4.2), each [B, T, 1, E]; None where the
     positions are not rotary.
 
@@ -54,7 +57,7 @@ def rotary_angles(config: ModelConfig, positions_BT: Tensor, dtype: torch.dtype)
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTHE: Tensor, rope: Rope) -> Tensor:
     """Turn the pairs (i, i + E/2) of each head by the angle of their position."""
     cos, sin = rope
     return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1), sin)
@@ -78,17 +81,14 @@ class Attention(nn.Module):
 
     def head_scale(self) -> Tensor:
         """The weights of both head norms, [H + K, E]."""
-        assert self.q_norm is not None
-        assert self.k_norm is not None
+        assert self.q_norm is not None and self.k_norm is not None
         return torch.cat((self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)))
 
     def norm_heads(self, qk: Tensor) -> Tensor:
         """RMSNorm of every query and key head, [B, T, H + K, E]."""
         return qk if self.q_norm is None else rms_norm(qk, self.head_scale(), self.q_norm.eps)
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Any, cache: Any = None, layer: int = 0
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope | None, mask: Any, cache: Any = None, layer: int = 0) -> Tensor:
         rows, length, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(rows, length, -1, self.width)
         # Queries and keys go through norm and rotation together: half the passes over memory.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from openm6.model.attention import Attention
+from openm6.model.attention import Attention, Rope
 from openm6.model.config import ModelConfig
 from openm6.model.experts import MixtureOfExperts, RouterStatistics
 from openm6.model.feed_forward import FeedForward
@@ -23,14 +23,9 @@ class Block(nn.Module):
         self.feed_forward = MixtureOfExperts(config) if sparse else FeedForward(config)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Any,
-        cache: Any = None,
-        layer: int = 0,
-        real_BT: Tensor | None = None,
+        self, x_BTD: Tensor, rope: Rope | None, mask: Any, cache: Any = None, layer: int = 0, real_BT: Any = None
     ) -> tuple[Tensor, RouterStatistics | None]:
+        """The stream behind this layer, [B, T, D]. `real_BT` (bool, or None) is False at padding."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache, layer)
         inner_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MixtureOfExperts):

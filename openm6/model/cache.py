@@ -11,11 +11,11 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from openm6.core.batch import Batch, cells_of
 from openm6.core.errors import OpenM6Error
@@ -24,12 +24,10 @@ from openm6.model.attention import rotary_angles
 from openm6.model.config import ModelConfig
 from openm6.model.cpu.attention import additive, build_prompt_mask, row_mask
 from openm6.model.m6 import M6
-from openm6.model.masks import build_mask
-from openm6.model.picture_mask import PictureMask
-from openm6.model.sparse import SparsePattern, block_mask, cached_places
+from openm6.model.masks import PictureMask, build_mask
+from openm6.model.sparse import SparsePattern, block_mask, seen_codes
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 EVEN_KEYS = 16
 """On a CPU a decoding step sees a multiple of so many keys (the last ones masked): the kernel then adds up a row in the
@@ -62,10 +60,6 @@ class KVCache:
         self.lengths = self.lengths.index_select(0, rows)
         self.counts = self.lengths.tolist()
 
-    def first(self, rows: int) -> KVCache:
-        """The first rows; they share memory with this cache."""
-        return self if rows == len(self.counts) else self.part(slice(rows))
-
     def part(self, rows: slice) -> KVCache:
         """Some of the rows; they share memory with this cache."""
         part = copy(self)
@@ -95,15 +89,14 @@ class View:
         return self.put(self.cache.keys[layer], k_BKTE), self.put(self.cache.values[layer], v_BKTE)
 
 
-def _through_network(run: Callable[Concatenate[M6, P], R]) -> Callable[Concatenate[M6, P], R]:
+def _through_network(run: F) -> F:
     """A pass called through a method of the network, during which FSDP gathers the weights of a sharded network."""
 
     @wraps(run)
-    def call(model: M6, *args: P.args, **options: P.kwargs) -> R:
-        found: R = model.decode(run, *args, **options)
-        return found
+    def call(model: M6, *args: Any, **options: Any) -> Any:
+        return model.decode(run, *args, **options)
 
-    return call
+    return cast(F, call)
 
 
 def prefill(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache]:
@@ -131,9 +124,8 @@ def prefill_all(model: M6, batch: Batch, capacity: int) -> tuple[Tensor, KVCache
         mask: Any = build_prompt_mask(batch.segments, batch.blocks, cache.counts, dtype)
     else:
         mask = build_mask(batch.segments, batch.blocks, dtype)
-    rope, real = rotary_angles(model.config, batch.positions, dtype), batch.segments > 0
-    x_BTD, _ = model.backbone(x_BTD, rope, mask, View(cache, put), real, batch.positions)
-    return x_BTD, cache
+    rope = rotary_angles(model.config, batch.positions, dtype)
+    return model.backbone(x_BTD, rope, mask, View(cache, put), batch)[0], cache
 
 
 @_through_network
@@ -182,11 +174,10 @@ def _sparse_step(model: M6, ids_B: Tensor, cache: KVCache, code: int, cell: Tens
     x_B1D, rope = model.embed_ids(ids_B[:, None], positions_B1, cell), cache.rope_at(positions_B1)
     texts_B = cache.lengths - code
     longest = max(cache.counts) - code
-    codes_S = cached_places(pattern, code, 0).to(ids_B.device)
+    codes_S = seen_codes(pattern)[code].to(ids_B.device)
     text_L = torch.arange(longest, device=ids_B.device)
     keys_BS = torch.cat((text_L.expand(len(ids_B), -1), texts_B[:, None] + codes_S), 1)
-    mask = None
-    same_length = min(cache.counts) == max(cache.counts)
+    same_length, mask = min(cache.counts) == max(cache.counts), None
     if not same_length:
         seen = torch.cat((text_L < texts_B[:, None], keys_BS.new_ones(len(ids_B), len(codes_S)).bool()), 1)
         mask = additive(seen[:, None, None], cache.keys[0].dtype)
@@ -211,7 +202,7 @@ def fill(model: M6, ids_BN: Tensor, cache: KVCache, codes: int, lengths_B: Tenso
     """
     rows, count = ids_BN.shape
     positions_BN = cache.lengths[:, None] + torch.arange(count, device=ids_BN.device)
-    cells_N2 = F.pad(cells_of(codes).to(ids_BN.device), (0, 0, 0, count - codes), value=-1)
+    cells_N2 = pad(cells_of(codes).to(ids_BN.device), (0, 0, 0, count - codes), value=-1)
     x_BND, rope = model.embed_ids(ids_BN, positions_BN, cells_N2), cache.rope_at(positions_BN)
     longest, on_cpu = max(cache.counts), ids_BN.device.type == "cpu"
     mask: Any = None
@@ -228,8 +219,7 @@ def fill(model: M6, ids_BN: Tensor, cache: KVCache, codes: int, lengths_B: Tenso
     def put(stored: Tensor, new_BKNE: Tensor) -> Tensor:
         return torch.cat((stored[:, :, :longest], new_BKNE.to(stored.dtype)), 2)
 
-    x_BND, _ = model.backbone(x_BND, rope, mask, View(cache, put))
-    return x_BND
+    return model.backbone(x_BND, rope, mask, View(cache, put))[0]
 
 
 def _filling_mask(config: ModelConfig, count: int, cache: KVCache) -> PictureMask:
@@ -239,7 +229,7 @@ def _filling_mask(config: ModelConfig, count: int, cache: KVCache) -> PictureMas
     if tail < 0:
         raise OpenM6Error(f"{count} codes; model.picture_side makes a picture of {pattern.codes}.")
     text_BL = torch.arange(longest, device=device) < cache.lengths[:, None]
-    seen = F.pad(text_BL, (0, tail), value=True)
-    after = F.pad(text_BL, (0, count), value=True)[:, None, None].expand(-1, 1, tail, -1)
+    seen = pad(text_BL, (0, tail), value=True)
+    after = pad(text_BL, (0, count), value=True)[:, None, None].expand(-1, 1, tail, -1)
     mask = block_mask(pattern, longest + tail, seen, device) if device.type == "cuda" else None
     return PictureMask(pattern, longest, 0, additive(after, cache.keys[0].dtype), seen, mask)

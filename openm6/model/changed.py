@@ -68,19 +68,28 @@ class Bottleneck(nn.Module):
         return y + narrow.to(y.dtype)
 
 
-class Changed(nn.Module):
-    """A linear layer with adapters, by name."""
+class _WithChanges(nn.Module):
+    """A layer, and its changes by adapters, by name."""
 
     def __init__(self, base: nn.Module, active: Active):
         super().__init__()
         self.base_layer, self.active = base, active
         self.changes = nn.ModuleDict()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def change(self) -> Any:
+        """That of the active adapter; None without one."""
         name = self.active.name
-        if name is None or name not in self.changes:
-            return self.base_layer(x)  # type: ignore[no-any-return]
-        return self.changes[name](x, self.base_layer)  # type: ignore[no-any-return]
+        return self.changes[name] if name is not None and name in self.changes else None
+
+
+class Changed(_WithChanges):
+    """A linear layer with adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.change
+        y: Tensor = self.base_layer(x) if change is None else change(x, self.base_layer)
+        return y
 
 
 class Rows(nn.Module):
@@ -97,41 +106,32 @@ class Rows(nn.Module):
         self.register_buffer("place", torch.full((size,), -1).index_copy(0, self.ids, torch.arange(len(ids))))
 
 
-class ChangedRows(nn.Module):
-    """An embedding or an output matrix with rows replaced by adapters, by name."""
-
-    def __init__(self, base: nn.Embedding | nn.Linear, active: Active):
-        super().__init__()
-        self.base_layer, self.active = base, active
-        self.changes = nn.ModuleDict()
+class ChangedRows(_WithChanges):
+    """An embedding or an output matrix with rows replaced by adapters (Rows)."""
 
     @property
     def weight(self) -> Tensor:
         """The matrix without changes, [V, D]."""
-        return self.base_layer.weight
+        return self.base_layer.get_parameter("weight")
 
     def changed(self) -> Tensor:
         """The matrix with the rows of the active adapter."""
-        rows = self._rows()
+        rows = self.change
         return self.weight if rows is None else self.weight.index_copy(0, rows.ids, rows.weight.to(self.weight.dtype))
 
     def forward(self, ids: Tensor) -> Tensor:
         x: Tensor = self.base_layer(ids)
-        if (rows := self._rows()) is None:
+        if (rows := self.change) is None:
             return x
         place = rows.place[ids]
         return torch.where((place >= 0)[..., None], rows.weight[place.clamp(min=0)].to(x.dtype), x)
 
     def logits(self, base: Tensor, hidden: Tensor) -> Tensor:
         """The logits `base` of the unchanged matrix for `hidden`, with those of the active adapter's rows replaced."""
-        if (rows := self._rows()) is None:
+        if (rows := self.change) is None:
             return base
         own = with_least_rows(lambda x: F.linear(x, rows.weight), hidden.to(rows.weight.dtype))
         return base.index_copy(-1, rows.ids, own.to(base.dtype))
-
-    def _rows(self) -> Any:
-        name = self.active.name
-        return self.changes[name] if name is not None and name in self.changes else None
 
 
 class Prompt(nn.Module):

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import register_dataclass
 
 from openm6.core.errors import UsageError
-from openm6.model.embed import Residual
+from openm6.model.embed import Residual, residual_stages
 from openm6.model.network import Network, NetworkConfig
 from openm6.model.quantize import FiniteScalars, VectorCodebook
 
@@ -96,12 +96,10 @@ class Codec(Network):
         super().__init__()
         self.config = config
         width = config.widths[-1]
-        self.quantizer: FiniteScalars | VectorCodebook = (
-            FiniteScalars(config.levels)
-            if config.quantizer == "fsq"
-            else VectorCodebook(config.num_codes, config.code_dims)
-        )
-        self.encoder = _down(config.patch, config.widths)
+        self.quantizer: FiniteScalars | VectorCodebook = FiniteScalars(config.levels)
+        if config.quantizer == "vq":
+            self.quantizer = VectorCodebook(config.num_codes, config.code_dims)
+        self.encoder = residual_stages(nn.Conv2d(3, config.widths[0], config.patch, config.patch), config.widths)
         self.into = nn.Sequential(nn.GroupNorm(8, width), nn.Conv2d(width, self.quantizer.dims, 1))
         self.out_of = nn.Conv2d(self.quantizer.dims, width, 1)
         self.decoder = _up(config.patch, config.widths, config.depth)
@@ -187,14 +185,6 @@ def _held(module: nn.Module, x: Tensor) -> Tensor:
     still = {name: parameter.detach() for name, parameter in module.named_parameters()}
     found: Tensor = functional_call(module, still, (x,))
     return found
-
-
-def _down(patch: int, widths: list[int]) -> nn.Sequential:
-    """[B, 3, H, W] to [B, widths[-1], h, w]."""
-    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], patch, patch), Residual(widths[0])]
-    for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
-    return nn.Sequential(*layers)
 
 
 def _up(patch: int, widths: list[int], depth: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from openm6.core.errors import UsageError, suggest
 from openm6.model.network import NetworkConfig
-from openm6.model.presets import find_preset, presets
+from openm6.model.presets import find_preset
 from openm6.model.routers import ROUTERS
 
 _CHOICES = {
@@ -160,10 +160,6 @@ class ModelConfig(NetworkConfig):
             if key not in known:
                 raise UsageError(f"model has no key {key}.{suggest(key, known)}")
         return cls(**{**sizes, **changes})
-
-    @staticmethod
-    def preset_names() -> tuple[str, ...]:
-        return tuple(presets())
 
     @property
     def image_stride(self) -> int:

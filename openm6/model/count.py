@@ -1,4 +1,4 @@
-"""The parameters of a network, counted by arithmetic."""
+"""The parameters and the FLOPs of a network, counted by arithmetic."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def _count_image(config: ModelConfig) -> int:
         return 0
     with without_memory():
         return sum(p.numel() for p in ImageEmbedder(config).parameters())
+
+
+def training_flops(config: ModelConfig, positions: int, pairs: int, trained: int) -> float:
+    """FLOPs of a forward and backward pass: 6 for every weight and position that meet, attention and head apart.
+    Of the experts those count that a token sees.
+
+    positions: real ones (no padding). pairs: query-key pairs that the mask allows. trained: positions with a
+    label (the only ones that reach the head). The image embedder is left out, so the figure is a little low.
+    """
+    parts = count_parameters(config)
+    seen = parts["experts"] * config.experts_per_token / max(1, config.num_experts)
+    weights = parts["attention"] + parts["feed_forward"] + parts["shared_experts"] + parts["router"] + seen
+    weights *= config.num_hidden_layers / (config.distinct_layers or config.num_hidden_layers)  # shared, but run again
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    return 6.0 * weights * positions + attention + 6.0 * config.vocab_size * config.hidden_size * trained

@@ -38,14 +38,14 @@ class ImageEmbedder(nn.Module):
             self.features.enters_stream = True  # type: ignore[assignment]  # for the initialization
         elif config.image_embedder == "stem":
             assert config.stem_widths
-            self.features = stem(config.stem_widths)
+            widths = config.stem_widths
+            self.features = residual_stages(nn.Conv2d(3, widths[0], 4, 2, padding=1), widths)  # stride 2^len(widths)
             self.project = _into_stream(config.stem_widths[-1], d)
         else:
             self.features = FrozenNormResNet(config.resnet)
             self.project = _into_stream(self.features.width, d)
         side = min(MAX_SIDE, config.image_max_patches)
-        self.row = nn.Parameter(torch.zeros(side, d))
-        self.column = nn.Parameter(torch.zeros(side, d))
+        self.row, self.column = (nn.Parameter(torch.zeros(side, d)) for _ in range(2))
 
     def forward(self, pixels: Tensor) -> Tensor:
         # For answers each picture is read by itself on a CPU: of several at once the kernels add up in another order,
@@ -91,13 +91,11 @@ def _places(table: Tensor, count: int) -> Tensor:
     return F.interpolate(table.T[None], count, mode="linear", align_corners=True)[0].T
 
 
-def stem(widths: list[int]) -> nn.Sequential:
-    """A 4 x 4 convolution of stride 2 and a residual block, then for each further width a 2 x 2 one of stride 2 and
-    a residual block.
-
-    Stride 2^len. Group norms: a picture's features do not depend on the others in the batch.
-    """
-    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, padding=1), Residual(widths[0])]
+def residual_stages(first: nn.Conv2d, widths: list[int]) -> nn.Sequential:
+    """[B, 3, H, W] to [B, widths[-1], h, w]: the convolution `first` and a residual block, then for each further width
+    a 2 x 2 convolution of stride 2 and a residual block. Group norms: an image's features do not depend on the others
+    in the batch."""
+    layers: list[nn.Module] = [first, Residual(widths[0])]
     for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 2, 2), Residual(after)]
     return nn.Sequential(*layers)

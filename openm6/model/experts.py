@@ -164,7 +164,7 @@ class MixtureOfExperts(nn.Module):
         if real_BT is not None:
             chosen_TK = chosen_TK.masked_fill(~real_BT.flatten()[:, None], self.number)
         planned = plan(chosen_TK, self.number, self.capacity_factor if self.training else None)
-        rows_SD = _Gather.apply(x_TD, planned)
+        rows_SD = GatherRows.apply(x_TD, planned.order % len(x_TD), planned.place)
         ticket = self.exchange and self.exchange.send(rows_SD, planned.counts)
         shared_TD = self.shared(x_TD) if self.shared is not None else None  # while the rows travel
         y_SD = self.exchange.receive(ticket, self.experts) if ticket else self.experts(rows_SD, planned.counts)
@@ -192,21 +192,22 @@ class MixtureOfExperts(nn.Module):
         return RouterStatistics(counts, counts.sum() - planned.counts.sum(), loss)
 
 
-class _Gather(torch.autograd.Function):
-    """x [T, D] to the rows of all choices, [S, D]; backward sums them a token, without atomic additions."""
+class GatherRows(torch.autograd.Function):
+    """x [T, D] to its rows `order`, int64 [S]; token t stands at `place`[:, t], int64 [K, T], in the result: backward
+    sums these rows, without atomic additions."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, planned: Plan) -> Tensor:
-        ctx.save_for_backward(planned.place)
-        return x_TD.index_select(0, planned.order % len(x_TD))
+    def forward(ctx: Any, x_TD: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x_TD.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, d_rows_SD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_rows_SD: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
         total = d_rows_SD.index_select(0, place[0])
         for where in place[1:]:
             total += d_rows_SD.index_select(0, where)
-        return total, None
+        return total, None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -35,7 +35,7 @@ def load_network(kind: type[N], path: Path) -> N:
     """
     config = check_model(path, kind)
     model = meta_model(config, kind)
-    with _stored(path) as where:
+    with open_tensors(path) as where:
 
         def read(name: str) -> Tensor:
             if name not in where:
@@ -82,19 +82,31 @@ def check_model(path: Path, kind: type[Network] = M6) -> Any:
 
 
 @contextmanager
-def _stored(path: Path) -> Iterator[dict[str, Any]]:
-    """The open file that holds each stored tensor of a model directory."""
-    from safetensors import safe_open
+def open_tensors(path: Path) -> Iterator[dict[str, Any]]:
+    """The open safetensors file that holds each stored tensor of a directory, in one file or in shards. Raises
+    OpenM6Error where there is none, or one is damaged."""
+    from safetensors import SafetensorError, safe_open
 
+    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
+    found: dict[str, Any] = {}
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
-        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no dict)
+        try:
+            if index.is_file():
+                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            for name in names:
+                file = stack.enter_context(safe_open(path / Path(name).name, framework="pt"))
+                found |= dict.fromkeys(file.keys(), file)
+        except FileNotFoundError:
+            raise OpenM6Error(f"{path} has no {name} (pickled .bin or .pt checkpoints are not read).") from None
+        except (SafetensorError, ValueError, KeyError):
+            raise OpenM6Error(f"The weights in {path} are truncated or damaged.") from None
+        yield found
 
 
 def image_encoder_id(path: Path) -> str:
     """A name for how a model directory reads pictures: alike for the same weights, and "" where it reads none."""
     digest, found = hashlib.sha256(), False
-    with _stored(path) as where:
+    with open_tensors(path) as where:
         for name in sorted(where):
             if name.startswith("image."):
                 found, tensor = True, where[name].get_tensor(name)
@@ -107,7 +119,7 @@ def image_encoder_id(path: Path) -> str:
 def stored_rows(path: Path) -> Iterator[Callable[[str, int, int], Tensor | None]]:
     """A function (name, first, last) to these rows of a stored tensor of a model directory, the others unread; None for
     a tensor that is not there."""
-    with _stored(path) as where:
+    with open_tensors(path) as where:
 
         def rows(name: str, first: int, last: int) -> Tensor | None:
             if name == "head.weight" and name not in where:  # the output matrix of a tied network is its embedding
@@ -143,25 +155,6 @@ def shapes(config: NetworkConfig, kind: type[Network] = M6) -> dict[str, tuple[i
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        stored: dict[str, tuple[int, ...]] = {}
-        for place in _weight_files(path):
-            with safe_open(place, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no dict)
-                    part = file.get_slice(name)
-                    stored[name] = shape_of(part.get_shape(), part.get_dtype())
-        return stored
-    except FileNotFoundError:
-        raise OpenM6Error(f"{path} has no model.safetensors (pickled .bin or .pt checkpoints are not read).") from None
-    except (SafetensorError, ValueError, KeyError):
-        raise OpenM6Error(f"The weights in {path} are truncated or damaged.") from None
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return [path / "model.safetensors"]
-    names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    return [path / Path(name).name for name in sorted(names)]
+    with open_tensors(path) as where:
+        parts = {name: file.get_slice(name) for name, file in where.items()}
+        return {name: shape_of(part.get_shape(), part.get_dtype()) for name, part in parts.items()}

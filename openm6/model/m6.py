@@ -12,21 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openm6.core.batch import Batch
+from openm6.core.batch import Batch, Images
 from openm6.core.errors import OpenM6Error
 from openm6.core.sequence import IGNORE
-from openm6.model.attention import rotary_angles
+from openm6.model.attention import Rope, rotary_angles
 from openm6.model.block import Block
 from openm6.model.changed import ChangedRows, Prompt
 from openm6.model.config import ModelConfig
 from openm6.model.embed import ImageEmbedder, cell_features, scatter_images
 from openm6.model.experts import RouterStatistics
 from openm6.model.initial import initial_values
-from openm6.model.loss import Teacher, linear_cross_entropy
-from openm6.model.masks import build_mask, build_picture_mask
+from openm6.model.loss import Output, Teacher, linear_cross_entropy
+from openm6.model.masks import batch_mask
 from openm6.model.network import Network
 from openm6.model.norm import make_norm
-from openm6.model.output import Output
 from openm6.model.precision import product_dtype
 from openm6.model.roles import Role
 
@@ -42,16 +41,15 @@ class M6(Network):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.place = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.positions == "learned" else None
-        )
+        size, width, positions = config.vocab_size, config.hidden_size, config.max_position_embeddings
+        self.embed = nn.Embedding(size, width)
+        self.place = nn.Embedding(positions, width) if config.positions == "learned" else None
         self.image = ImageEmbedder(config) if config.image_embedder != "none" else None
         distinct = config.distinct_layers or config.num_hidden_layers
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(distinct))
-        self.norm = make_norm(config, config.hidden_size)
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.heads = nn.ModuleDict({n: nn.Linear(config.hidden_size, k) for n, k in (config.heads or {}).items()})
+        self.norm = make_norm(config, width)
+        self.head = None if config.tie_word_embeddings else nn.Linear(width, size, bias=False)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in (config.heads or {}).items()})
         self.prompt: Prompt | None = None
         self.label_smoothing = 0.0  # in training
         self.packed_head: Any = None  # by cpu/pack.py
@@ -86,13 +84,8 @@ class M6(Network):
         positions are the trained ones in the order of the flattened batch, also against its distribution."""
         x_BTD = self.embed_batch(batch)
         dtype = self.product_dtype(x_BTD)
-        mask: Any
-        if batch.codes is not None and self.config.picture_side:
-            mask = build_picture_mask(self.config, batch, dtype)
-        else:
-            mask = build_mask(batch.segments, batch.blocks, dtype)
-        rope, real = rotary_angles(self.config, batch.positions, dtype), batch.segments > 0
-        x_BTD, router_statistics = self.backbone(x_BTD, rope, mask, real_BT=real, positions_BT=batch.positions)
+        rope, mask = rotary_angles(self.config, batch.positions, dtype), batch_mask(self.config, batch, dtype)
+        x_BTD, router_statistics = self.backbone(x_BTD, rope, mask, batch=batch)
         heads = self.at_ends(x_BTD, batch) if len(self.heads) else None
         trained = (batch.labels != IGNORE).flatten().nonzero().squeeze(1)
         if not len(trained) and not self.training:  # in training a loss of nothing gives every process all gradients
@@ -122,47 +115,38 @@ class M6(Network):
 
     def embed_batch(self, batch: Batch) -> Tensor:
         """Input of the first layer, [B, T, D]: token embeddings, and image features at their positions."""
-        x_BTD = self.embed(batch.ids)
-        if self.image is not None:
-            x_BTD = scatter_images(x_BTD, batch.images, self.image, self.image.training)
-        elif batch.images:
+        return self.embed_ids(batch.ids, batch.positions, batch.cells, batch.images)
+
+    def embed_ids(
+        self, ids_BT: Tensor, positions_BT: Tensor, cells: Tensor | None = None, images: list[Images] | None = None
+    ) -> Tensor:
+        """Input of the first layer, [B, T, D]. `cells`: rows and columns of an image's codes; `images` None: tokens
+        alone."""
+        x_BTD = self.embed(ids_BT)
+        if self.image is not None and images is not None:
+            x_BTD = scatter_images(x_BTD, images, self.image, self.image.training)
+        elif images:
             raise OpenM6Error('The batch has images, but this model has no image encoder (image_embedder is "none").')
         if self.place is not None:
-            x_BTD = x_BTD + self.place(batch.positions)
-        return self._at(x_BTD, batch.cells)
-
-    def embed_ids(self, ids_BN: Tensor, positions_BN: Tensor, cells: Tensor | None = None) -> Tensor:
-        """The embeddings of tokens alone; `cells`: rows and columns of an image's codes."""
-        x_BND = self.embed(ids_BN)
-        if self.place is not None:
-            x_BND = x_BND + self.place(positions_BN)
-        return self._at(x_BND, cells)
-
-    def _at(self, x: Tensor, cells: Tensor | None) -> Tensor:
-        """Add the features of the rows and columns of an image's codes, in the precision of x."""
+            x_BTD = x_BTD + self.place(positions_BT)
         if cells is None:
-            return x
-        return x + cell_features(cells, self.config.hidden_size, self.config.initializer_range).to(x.dtype)
+            return x_BTD
+        return x_BTD + cell_features(cells, self.config.hidden_size, self.config.initializer_range).to(x_BTD.dtype)
 
     def layers(self) -> list[Block]:
         """The blocks in the order in which they are applied; a shared one several times."""
         return [self.blocks[n % len(self.blocks)] for n in range(self.config.num_hidden_layers)]  # type: ignore[misc]
 
     def backbone(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Any,
-        cache: Any = None,
-        real_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
+        self, x_BTD: Tensor, rope: Rope | None, mask: Any, cache: Any = None, batch: Batch | None = None
     ) -> tuple[Tensor, list[RouterStatistics]]:
-        """All layers and the last norm. `cache`: in decoding, a View of it. `positions_BT` where examples begin in this
-        call: a prompt is put there."""
+        """All layers and the last norm. `cache`: in decoding, a View of it. `batch` where examples begin in this call:
+        it says where padding is, and where a prompt is put."""
         router_statistics = []
+        real_BT = None if batch is None else batch.segments > 0
         for layer, block in enumerate(self.layers()):
-            if self.prompt is not None and positions_BT is not None:
-                x_BTD = self.prompt(layer, x_BTD, positions_BT)
+            if self.prompt is not None and batch is not None:
+                x_BTD = self.prompt(layer, x_BTD, batch.positions)
             x_BTD, statistics = block(x_BTD, rope, mask, cache, layer, real_BT)
             if statistics is not None:
                 router_statistics.append(statistics)

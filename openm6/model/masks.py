@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openm6.core.batch import Batch, allowed
@@ -13,8 +15,7 @@ from openm6.core.sequence import CAUSAL
 from openm6.model import cpu
 from openm6.model.config import ModelConfig
 from openm6.model.cpu.attention import additive, dense_mask
-from openm6.model.picture_mask import PictureMask
-from openm6.model.sparse import SparsePattern, block_mask
+from openm6.model.sparse import SparsePattern, block_mask, flex_attend, sparse_attend
 
 
 def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex: bool | None = None) -> Any:
@@ -34,6 +35,49 @@ def build_mask(segments_BT: Tensor, blocks_BT: Tensor, dtype: torch.dtype, flex:
         return create_block_mask(rule, rows, None, length, length, device=segments_BT.device)
     seen_BTS = allowed(segments_BT, blocks_BT)
     return dense_mask(seen_BTS, dtype) if cpu.takes(seen_BTS) else additive(seen_BTS[:, None], dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureMask:
+    """The mask of rows that each hold a picture's codes in the same columns: `before` keys, the codes, and a tail.
+
+    bias        0 / -inf for the queries that are no codes, [B, 1, those, S]: the ones before and after them
+    queries     how many of those stand before the codes
+    seen        which keys before and after the codes these see, bool [B, before + tail]
+    blocks      FlexAttention's BlockMask in the place of gathered blocks
+    """
+
+    pattern: SparsePattern
+    before: int
+    queries: int
+    bias: Tensor
+    seen: Tensor
+    blocks: Any = None
+
+    def attend(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+        """softmax(q k / sqrt(E) + mask) v, [B, H, T, E]."""
+        count = self.pattern.codes
+        codes, columns = slice(self.queries, self.queries + count), slice(self.before, self.before + count)
+        k_text, v_text = (torch.cat((x[:, :, : columns.start], x[:, :, columns.stop :]), 2) for x in (k_BKSE, v_BKSE))
+        own = q_BHTE[:, :, codes], k_BKSE[:, :, columns], v_BKSE[:, :, columns], k_text, v_text
+        if self.blocks is None:
+            y_codes = sparse_attend(*own, self.pattern, self.seen)
+        else:
+            y_codes = flex_attend(*own, self.pattern, self.blocks)
+        if self.bias.shape[2] == 0:
+            return y_codes
+        others = torch.cat((q_BHTE[:, :, : codes.start], q_BHTE[:, :, codes.stop :]), 2)
+        grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+        y_others = F.scaled_dot_product_attention(others, k_BKSE, v_BKSE, attn_mask=self.bias, enable_gqa=grouped)
+        return torch.cat((y_others[:, :, : codes.start], y_codes, y_others[:, :, codes.start :]), 2)
+
+
+def batch_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> Any:
+    """The mask of a batch: block-sparse where its rows hold the codes of drawn images and the model has
+    `picture_side`."""
+    if batch.codes is not None and config.picture_side:
+        return build_picture_mask(config, batch, dtype)
+    return build_mask(batch.segments, batch.blocks, dtype)
 
 
 def build_picture_mask(config: ModelConfig, batch: Batch, dtype: torch.dtype) -> PictureMask:

@@ -81,12 +81,8 @@ class Network(nn.Module):
 
     def _reset(self, module: nn.Module) -> None:
         for parameter, mean, std in self.initial(module):
-            if parameter.is_meta:
-                continue
-            if std:
-                parameter.normal_(mean, std)
-            else:
-                parameter.fill_(mean)
+            if not parameter.is_meta:
+                parameter.normal_(mean, std) if std else parameter.fill_(mean)
 
 
 class _Unfilled(TorchFunctionMode):

@@ -1,7 +1,8 @@
-"""The precision of matrix products on this machine."""
+"""Matrix products on this machine: their precision, and their peak rate."""
 
 from __future__ import annotations
 
+import time
 from functools import cache
 
 import torch
@@ -27,3 +28,19 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The precision of matrix products with `x`: autocast's where it is on, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@cache
+def peak_flops(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product on this machine, the best of a few runs: the peak of the utilization."""
+    size = size or (8192 if device == "cuda" else 2048)
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        c = a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    del c
+    return 2 * size**3 / best

@@ -99,10 +99,6 @@ class SparsePattern:
         """int64 [N], the code at each place in tile order: `x[..., order, :]` brings rows into tile order."""
         return self.code_at(torch.arange(self.codes))
 
-    def row_order(self) -> Tensor:
-        """int64 [N], the place of each code in tile order: the way back."""
-        return self.tile_order().argsort()
-
     def to_tiles(self, x: Tensor) -> Tensor:
         """[..., N, E] row by row to [..., J, A, E]: `tile_order` without an index, so that the way back is one too."""
         (height, width), lead = self.tile, x.shape[:-2]
@@ -129,14 +125,9 @@ class SparsePattern:
 
 
 def sparse_attend(
-    q_BHNE: Tensor,
-    k_BKNE: Tensor,
-    v_BKNE: Tensor,
-    k_text_BKLE: Tensor,
-    v_text_BKLE: Tensor,
-    pattern: SparsePattern,
+    q_BHNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, k_text_BKLE: Tensor, v_text_BKLE: Tensor, pattern: SparsePattern,
     text_mask_BL: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """softmax(q k / sqrt(E)) v of a picture's codes over its text and, under the pattern, each other; [B, H, N, E].
 
     All row by row, in one precision. `text_mask` is True where text may be seen; L may be 0. Runs on any device, and is
@@ -156,13 +147,9 @@ def sparse_attend(
 
 
 def _keys_by_tile(
-    k_BKNE: Tensor,
-    v_BKNE: Tensor,
-    k_text_BKLE: Tensor,
-    v_text_BKLE: Tensor,
-    pattern: SparsePattern,
+    k_BKNE: Tensor, v_BKNE: Tensor, k_text_BKLE: Tensor, v_text_BKLE: Tensor, pattern: SparsePattern,
     text_mask_BL: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Keys and values of the text, filled up to whole tiles, and of the codes, by tile: [2, G, I, A, E]; and the text's
     mask filled up likewise, [B, L], or None where all of it is seen."""
     rows, heads, length, width = k_text_BKLE.shape
@@ -342,15 +329,9 @@ def _compiled_flex(cuda: bool) -> Any:
 
 
 def flex_attend(
-    q_BHNE: Tensor,
-    k_BKNE: Tensor,
-    v_BKNE: Tensor,
-    k_text_BKLE: Tensor,
-    v_text_BKLE: Tensor,
-    pattern: SparsePattern,
-    mask: Any,
-    compiled: bool = True,
-) -> Tensor:
+    q_BHNE: Tensor, k_BKNE: Tensor, v_BKNE: Tensor, k_text_BKLE: Tensor, v_text_BKLE: Tensor, pattern: SparsePattern,
+    mask: Any, compiled: bool = True,
+) -> Tensor:  # fmt: skip
     """The same as `sparse_attend` by FlexAttention, with `mask` from `block_mask`; [B, H, N, E].
 
     On a CPU it goes forward only. What is not compiled skips nothing.
@@ -370,14 +351,8 @@ def flex_attend(
 
 
 @lru_cache(maxsize=4)
-def earlier_codes(pattern: SparsePattern) -> tuple[Tensor, ...]:
-    """For every code, row by row, the codes before it that it sees, int64 [count], in rising order."""
+def seen_codes(pattern: SparsePattern) -> tuple[Tensor, ...]:
+    """For every code, row by row, the codes up to itself that it sees when they are decoded one after the other, int64
+    [count], in rising order."""
     numbers = torch.arange(pattern.codes)
-    return tuple(pattern.allowed(code, numbers[:code]).nonzero()[:, 0] for code in range(pattern.codes))
-
-
-def cached_places(pattern: SparsePattern, code: int, length: int) -> Tensor:
-    """The places of a cache that the step of code number `code` reads, int64 [S]: all text, then what it sees of the
-    codes, itself as the last. The codes stand in the cache row by row after `length` places of text."""
-    codes = torch.cat((earlier_codes(pattern)[code], torch.tensor([code])))
-    return torch.cat((torch.arange(length), codes + length))
+    return tuple(pattern.allowed(code, numbers[: code + 1]).nonzero()[:, 0] for code in range(pattern.codes))

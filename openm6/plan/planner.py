@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from openm6.core.energy import carbon_intensity
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.model import ModelConfig
-from openm6.model.files import meta_model
-from openm6.plan.dryrun import dry_run
+from openm6.model.files import layer_of, meta_model
+from openm6.model.roles import role_of
 from openm6.plan.footprint import (
     Activations,
     Layout,
@@ -29,10 +33,14 @@ from openm6.plan.footprint import (
     image_bytes,
     places,
     states_by_layer,
+    states_of,
     weights_of,
 )
 from openm6.plan.steptime import Machine, StepTime, step_time
+from openm6.train.distributed import Group, local
 from openm6.train.offload import Offload
+from openm6.train.parallel import Parallel
+from openm6.train.recipe import ParallelSection
 
 GIB = 2**30
 
@@ -303,3 +311,41 @@ def _impossible(case: _Case, fixed: Fixed) -> str:
         f"than one and offload need sharding, and the number that share experts has to divide both the processes and "
         f"the experts ({case.config.num_experts})."
     )
+
+
+@contextmanager
+def fake_group(world: int) -> Iterator[Group]:
+    """Process 0 of `world`, the others imagined: nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise OpenM6Error("A dry run has to be alone: this process belongs to a group already.")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield Group(0, world, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_run(config: ModelConfig, layout: Layout, optimizer: str) -> dict[int | None, States]:
+    """Bytes of process 0 by distinct layer (None: outside of the blocks), read off the shards that train/parallel.py
+    makes; the fullest, because what does not divide evenly falls on the first processes."""
+    settings = ParallelSection.model_validate(
+        {"sharding": layout.sharding, "experts": layout.experts, "recompute": layout.recompute}
+    )
+    model = meta_model(config)
+    if layout.sharding == "none":  # every process holds everything
+        return _read(model, optimizer)
+    with fake_group(layout.world) as group:
+        Parallel(model, settings, group, torch.bfloat16)
+        return _read(model, optimizer)
+
+
+def _read(model: torch.nn.Module, optimizer: str) -> dict[int | None, States]:
+    found: dict[int | None, States] = {}
+    for name, parameter in model.named_parameters():
+        layer = layer_of(name)
+        found[layer] = found.get(layer, States()) + states_of(
+            role_of(model, name), tuple(local(parameter).shape), optimizer
+        )
+    return found

@@ -81,13 +81,9 @@ class Checkpoints:
         return latest_checkpoint(self.directory)
 
     def save(
-        self,
-        step: int,
-        describe: Callable[[Path], None],
-        model: nn.Module,
-        optimizers: list[Optimizer],
+        self, step: int, describe: Callable[[Path], None], model: nn.Module, optimizers: list[Optimizer],
         state: dict[str, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start writing the current values in the background. `state` is any JSON value, `describe` writes all files of
         a model directory except the weights. Raises the error of the previous write, if it failed."""
         self.wait()
@@ -108,7 +104,6 @@ class Checkpoints:
         writer = dcp.FileSystemWriter(draft / "state", sync_files=True)
         alone = self.group.world == 1
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self.channel, no_dist=alone)
-
         best = self.best
 
         def finish() -> None:
@@ -161,7 +156,9 @@ class Checkpoints:
             )
         _prepare(model, optimizers, update)
         if shared and moments == "reset":
-            _reset_blocks(model, optimizers)
+            for parameter, name, optimizer in _owned(model, optimizers):
+                if layer_of(name) is not None:
+                    optimizer.state.pop(parameter)
         tensors = _named(model, optimizers)
         random, key = torch.get_rng_state(), f"random.{self.group.rank}"
         if key in stored:
@@ -192,43 +189,30 @@ def consolidate(checkpoint: Path, target: Path) -> None:
     stored = {n.removeprefix("model."): shape for n, shape in _stored(checkpoint).items() if n.startswith("model.")}
 
     def fill(draft: Path) -> None:
+        from huggingface_hub import split_torch_state_dict_into_shards
+
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != "state.json":
                 shutil.copy(file, draft / file.name)
             elif file.is_dir() and file.name != "state":
                 shutil.copytree(file, draft / file.name)
-        parts = list(_parts(stored))
         if (checkpoint / adapters.CONFIG).is_file():  # PEFT keeps an adapter in one file, under names of its own
             tensors = {f"model.{key}": torch.empty(shape) for key, shape in stored.items()}
             _read(checkpoint, tensors, alone=True)
             named = {adapters.stored_name(key.removeprefix("model.")): value for key, value in tensors.items()}
             save_file(named, draft / adapters.WEIGHTS, metadata={"format": "pt"})
             return
-        index: dict[str, str] = {}
-        for number, part in enumerate(parts, 1):
-            name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        without_data = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
+        split = split_torch_state_dict_into_shards(without_data, max_shard_size=SHARD)
+        for name, part in split.filename_to_tensors.items():
             tensors = {key: torch.empty(stored[key]) for key in part}
             _read(checkpoint, {f"model.{key}": tensor for key, tensor in tensors.items()}, alone=True)
             save_file(tensors, draft / name, metadata={"format": "pt"})
-            index |= dict.fromkeys(part, name)
-        if len(parts) > 1:
-            size = sum(4 * torch.Size(shape).numel() for shape in stored.values())
-            content = {"metadata": {"total_size": size}, "weight_map": index}
+        if split.is_sharded:
+            content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (draft / "model.safetensors.index.json").write_text(json.dumps(content), "utf-8")
 
     write_whole(target, fill)
-
-
-def _parts(stored: dict[str, torch.Size]) -> Iterator[list[str]]:
-    part: list[str] = []
-    size = 0
-    for name, shape in stored.items():
-        if part and size + 4 * shape.numel() > SHARD:
-            yield part
-            part, size = [], 0
-        part.append(name)
-        size += 4 * shape.numel()
-    yield part
 
 
 def _names(optimizers: list[Optimizer]) -> list[str]:
@@ -305,9 +289,8 @@ def _source(name: str, shared: int | None) -> str:
 def _prepare(model: nn.Module, optimizers: list[Optimizer], update: Callable[[list[Optimizer]], None]) -> None:
     """Let new optimizers create their moments, in whatever form and place: a step at rate 0 with zero gradients, layer
     by layer."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [float(group["lr"]) for group in groups]
-    for group in groups:
+    rates = [(group, float(group["lr"])) for optimizer in optimizers for group in optimizer.param_groups]
+    for group, _ in rates:
         set_rate(group, 0.0)
     layers: dict[int | None, list[nn.Parameter]] = {}
     for parameter, name, _ in _owned(model, optimizers):
@@ -316,14 +299,8 @@ def _prepare(model: nn.Module, optimizers: list[Optimizer], update: Callable[[li
         for parameter in layer:
             parameter.grad = torch.zeros_like(parameter)
         update(optimizers)
-    for group, rate in zip(groups, rates, strict=True):
+    for group, rate in rates:
         set_rate(group, rate)
-
-
-def _reset_blocks(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    for parameter, name, optimizer in _owned(model, optimizers):
-        if layer_of(name) is not None:
-            optimizer.state.pop(parameter)
 
 
 _POWERS = {"exp_avg": 1, "momentum": 1, "exp_avg_sq": 2, "row_var": 2, "col_var": 2, "variance": 2}

@@ -21,7 +21,7 @@ from openm6.model.codec import Codec, CodecConfig, Reconstruction, unit
 from openm6.model.files import meta_model
 from openm6.tasks.task import Task
 from openm6.train.distributed import Group
-from openm6.train.objective import MicroBatchResult
+from openm6.train.objective import MicroBatchResult, Objective
 from openm6.train.recipe import CodecRecipe
 from openm6.train.setup import make_loader, open_rejects, open_section
 
@@ -48,29 +48,22 @@ def read_picture(record: Mapping[str, Any], size: int) -> Picture:
     return Picture(read_square(record["image"], size))
 
 
-class CodecObjective:
+class CodecObjective(Objective):
     """The Objective of an image codec: images and their reconstructions."""
 
     def __init__(self, recipe: CodecRecipe, group: Group):
         self.recipe, self.device = recipe, group.device
         self.path, self.notes = recipe.codec.path, list[str]()
-        if self.path:
-            self.config = CodecConfig.load(self.path)
-        else:
-            self.config = CodecConfig(**recipe.codec.sizes)
+        self.config = CodecConfig.load(self.path) if self.path else CodecConfig(**recipe.codec.sizes)
         size = self.config.image_size
         self.eyes = _eyes(recipe.codec.eyes).to(self.device) if recipe.codec.eyes else None
         rejects = open_rejects(recipe.output, recipe.train, group)
+
+        def encode(task: Task, record: Mapping[str, Any], *rest: Any) -> Any:
+            return read_picture(record, size)
+
         entries = [
-            Entry(
-                s.name or s.source,
-                open_section(s, rejects),
-                TASK,
-                s.weight,
-                s.columns,
-                s.start,
-                encode=lambda task, record, *rest: read_picture(record, size),  # type: ignore[arg-type, return-value]
-            )
+            Entry(s.name or s.source, open_section(s, rejects), TASK, s.weight, s.columns, s.start, encode=encode)
             for s in recipe.data
         ]
         self.loader = make_loader(recipe, group, entries, None, rejects)
@@ -83,9 +76,6 @@ class CodecObjective:
         if self.eyes is not None:
             codec.look_with(self.eyes)
         return codec
-
-    def initialize(self, model: Codec) -> None:
-        """Every parameter starts at random or from `path`."""
 
     def loss_weight(self, examples: list[Picture]) -> tuple[int, int, int]:
         return len(examples), len(examples), 0
@@ -106,10 +96,8 @@ class CodecObjective:
         for name, source, view in self.measured:
             count = min(len(source), self.recipe.evaluation.limit)
             pictures = [read_picture(view(source[i]), self.config.image_size) for i in range(count)]
-            yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / f"{_file(name)}.png")
-
-    def gather(self) -> None:
-        """The processes record nothing separately."""
+            file = "".join(c if c.isalnum() else "-" for c in name).strip("-") + ".png"
+            yield name, self._measure(model, pictures, self.recipe.output / "reconstructions" / file)
 
     def describe(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -126,11 +114,12 @@ class CodecObjective:
             error = (real.float() - made.float()).square().mean((1, 2, 3)).clamp(min=1e-3)
             psnr += (10 * torch.log10(255**2 / error)).tolist()
             similar += structural_similarity(*(x.permute(0, 3, 1, 2).float() for x in (made, real))).tolist()
-            if start == 0:
-                _draw(real[:SHOWN], made[:SHOWN], grid)
-        return {
-            "psnr": float(np.mean(psnr)), "ssim": float(np.mean(similar)), "codes_used": float(used.float().mean())
-        }  # fmt: skip
+            if start == 0:  # originals in a row, their reconstructions below
+                grid.parent.mkdir(parents=True, exist_ok=True)
+                rows = [torch.cat(list(some[:SHOWN].cpu()), 1) for some in (real, made)]
+                Image.fromarray(torch.cat(rows).numpy()).save(grid)
+        found = {"psnr": np.mean(psnr), "ssim": np.mean(similar), "codes_used": used.float().mean()}
+        return {name: float(value) for name, value in found.items()}
 
 
 def _eyes(path: Path) -> nn.Sequential:
@@ -143,17 +132,6 @@ def _eyes(path: Path) -> nn.Sequential:
 
 def _stack(pictures: list[Picture], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([picture.pixels for picture in pictures])).to(device)
-
-
-def _draw(real: Tensor, made: Tensor, path: Path) -> None:
-    """Pictures in a row, what came back below."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [torch.cat(list(row.cpu()), 1) for row in (real, made)]
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
-
-
-def _file(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
 def _training_flops(config: CodecConfig) -> float:

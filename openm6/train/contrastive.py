@@ -19,12 +19,7 @@ from openm6.train.distributed import Group
 
 
 def contrast(
-    queries_ND: Tensor,
-    keys_MD: Tensor,
-    groups: list[str],
-    temperature: float,
-    dims: list[int],
-    group: Group,
+    queries_ND: Tensor, keys_MD: Tensor, groups: list[str], temperature: float, dims: list[int], group: Group
 ) -> Tensor:
     """The loss of each of the N pairs here, fp32 [N]: the mean of both directions and of all `dims`.
 
@@ -66,11 +61,9 @@ def _gather(x: Tensor, group: Group) -> tuple[Tensor, int]:
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
     sizes = [int(count) for count in counts]
     padded = torch.cat((x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])))
-    parts = all_gather(padded) if x.is_floating_point() else _plain_gather(padded, group)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    if x.is_floating_point():
+        parts = all_gather(padded)
+    else:  # which has no gradient
+        dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[: group.rank])
-
-
-def _plain_gather(x: Tensor, group: Group) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(group.world)]
-    dist.all_gather(parts, x)
-    return parts

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from openm6.model.experts import GatherRows
+
 Products = Callable[[Tensor, Tensor], Tensor]
 """(rows in the order of their experts, rows of each) to the experts' outputs."""
 
@@ -85,7 +87,8 @@ class AllToAll:
         order = expert.repeat_interleave(ticket.counts.flatten(), output_size=len(rows)).argsort(stable=True)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        y = _Permute.apply(products(_Permute.apply(rows, order, back), ticket.counts.sum(0)), back, order)
+        y = products(GatherRows.apply(rows, order, back[None]), ticket.counts.sum(0))
+        y = GatherRows.apply(y, back, order[None])
         flight = _Flight(self.group)
         y = _Start.apply(y, ticket.received, ticket.sent, flight)
         y = _Wait.apply(y, ticket.sent, ticket.received, flight)
@@ -118,17 +121,3 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.flight.start(d_rows, ctx.received, ctx.sent)
         return d_rows, None, None, None  # of the expected shape; `_Start` takes what arrives
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; backward puts them back without additions."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return d_rows.index_select(0, back), None, None

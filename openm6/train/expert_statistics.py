@@ -102,20 +102,13 @@ def plot_expert_statistics(log: Path, target: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for layer in range(len(last)):
         colour = pyplot.get_cmap("viridis")(layer / max(1, len(last) - 1))
-        left.plot(
-            steps, [line["load_variation"][layer] for line in lines], color=colour, lw=1, label=f"layer {layer + 1}"
-        )
-    left.set(
-        xlabel="step",
-        ylabel="coefficient of variation",
-        title="Load variation (0: all experts get as much)",
-        ylim=(0, None),
-    )
+        variation = [line["load_variation"][layer] for line in lines]
+        left.plot(steps, variation, color=colour, lw=1, label=f"layer {layer + 1}")
+    left.set(xlabel="step", ylabel="coefficient of variation", title="Load variation (0: balanced)", ylim=(0, None))
     if len(last) <= 12:
         left.legend(fontsize=7)
-    image = right.imshow(
-        (last / last.mean(1, keepdim=True)).numpy(), aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
-    )
+    load = (last / last.mean(1, keepdim=True)).numpy()
+    image = right.imshow(load, aspect="auto", cmap="magma", vmin=0, interpolation="nearest")
     right.set(xlabel="expert", ylabel="expert layer", title=f"Tokens an expert / mean, at step {steps[-1]}")
     right.set_yticks(range(len(last)), [str(n + 1) for n in range(len(last))])
     figure.colorbar(image, ax=right)

@@ -39,12 +39,9 @@ def launch(arguments: list[str], processes: int, logs: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // processes))),
-    }
+        "OMP_NUM_THREADS": str(max(1, cores() // processes)), **os.environ,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+    }  # fmt: skip
     logs.mkdir(parents=True, exist_ok=True)
     files = [(logs / f"process-{rank}.log").open("w") for rank in range(1, processes)]
     running = [

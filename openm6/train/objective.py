@@ -36,7 +36,7 @@ class MicroBatchResult:
 
 class Objective(Protocol):
     """`path`: the model directory to start from; None starts at random. `notes`: sentences shown to the user before the
-    first step."""
+    first step. `initialize` and `gather` do nothing unless an objective says otherwise."""
 
     path: Path | None
     notes: list[str]
@@ -47,6 +47,7 @@ class Objective(Protocol):
 
     def initialize(self, model: Any) -> None:
         """Set parameters that start neither at random nor from `path`."""
+        return
 
     def loss_weight(self, examples: list[Any]) -> tuple[float, int, int]:
         """Total weight of what is trained of the examples (a step's loss is divided by it), number of positions, and
@@ -64,6 +65,7 @@ class Objective(Protocol):
 
     def gather(self) -> None:
         """Merge what the processes have recorded separately, before a checkpoint."""
+        return
 
     def describe(self, path: Path) -> None:
         """Write all files of a model directory except the weights."""

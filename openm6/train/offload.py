@@ -104,10 +104,8 @@ class HostStates:
         """Start to transfer a layer's gradients and moments to the device."""
         with self._beside():
             there = {p: self._to_device(g) if g is self._kept.get((p, "gradient")) else g for p, g in gradients.items()}
-            moments = [
-                (state, name, self._to_device(moment))
-                for _, state, name, moment in self._moments(gradients, optimizers)
-            ]
+            moving = self._moments(gradients, optimizers)
+            moments = [(state, name, self._to_device(moment)) for _, state, name, moment in moving]
             return there, moments, self.side and self.side.record_event()
 
     def _arrive(

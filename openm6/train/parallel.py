@@ -66,8 +66,10 @@ class Parallel:
                     part.to_empty(device=device)
             for number, block in enumerate(model.blocks):
                 block.to_empty(device=torch.device("cpu") if number < self.offload.parameters else device)
-        else:
+        elif self.sharded:
             model.to_empty(device=device)
+        else:  # `to_empty` of tensors without memory imports PyTorch's compiler
+            model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         self._attach()
 
     def _attach(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -244,7 +244,11 @@ class CodecEvaluationSection(_Strict):
 
 
 class CodecRecipe(_Strict):
-    """For an image codec; its data are pictures."""
+    """For an image codec; its data are pictures. A codec is small: every process holds it."""
+
+    parallel: ClassVar[ParallelSection] = ParallelSection()
+    pseudo: ClassVar[None] = None
+    adapt: ClassVar[None] = None
 
     name: str
     seed: int = 0
@@ -253,19 +257,6 @@ class CodecRecipe(_Strict):
     data: list[SourceSection] = Field(min_length=1)
     train: TrainSection
     evaluation: CodecEvaluationSection = CodecEvaluationSection()
-
-    @property
-    def parallel(self) -> ParallelSection:
-        """A codec is small: every process holds it."""
-        return ParallelSection()
-
-    @property
-    def pseudo(self) -> None:
-        return None
-
-    @property
-    def adapt(self) -> None:
-        return None
 
 
 class Recipe(_Strict):
@@ -284,27 +275,15 @@ class Recipe(_Strict):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _measured_to_stop(self) -> Recipe:
+    def _consistent(self) -> Recipe:
         if self.evaluation.patience and not self.evaluation.data:
             raise ValueError("evaluation.patience needs something to measure on: give evaluation.data")
-        return self
-
-    @model_validator(mode="after")
-    def _somebody_answers(self) -> Recipe:
         if not self.distill and any(section.answers == "teacher" for section in self.data):
             raise ValueError("data.*.answers is teacher, and there is none: give distill.teacher")
-        return self
-
-    @model_validator(mode="after")
-    def _adapt_what_is_there(self) -> Recipe:
         if self.adapt and not self.model.path:
-            raise ValueError("adapt changes a network that is there: give model.path")
+            raise ValueError("adapt changes an existing network: give model.path")
         if self.adapt and self.model.codec:
             raise ValueError("adapt leaves the model as it is, with the codec that it has: leave model.codec out")
-        return self
-
-    @model_validator(mode="after")
-    def _pseudo_from_nothing(self) -> Recipe:
         if self.pseudo and self.model.path:
             raise ValueError("pseudo trains a network from a preset; one from model.path has its layers already")
         if self.pseudo and self.pseudo.steps >= self.train.steps:

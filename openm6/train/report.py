@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,6 +45,20 @@ def say(text: str, console: Console | None = None) -> None:
     (console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class Step(NamedTuple):
+    """Figures of a step: its number from 1, losses over all processes, learning rate, gradient norm, seconds, FLOPs and
+    real positions over all processes, and the fraction of the positions that are no padding."""
+
+    number: int
+    losses: Losses
+    rate: float
+    norm: float
+    seconds: float
+    flops: float
+    positions: float
+    filled: float
+
+
 class Reporter:
     """Collects steps and writes a line at every `log` call. One per run, on the first process."""
 
@@ -71,15 +85,10 @@ class Reporter:
         self.row = self.bar.add_task(recipe.name, total=recipe.train.steps, figures="")
         self.peak = math.inf
         self.taken = 0
-        self._clear()
+        self.steps: list[Step] = []  # since the last line
         absent = [what for module, what in MONITORS.items() if not is_installed(module)]
         if absent:
             self.say(f"Not recorded, as not installed: {', '.join(absent)} ({install_command('monitor')}).")
-
-    def _clear(self) -> None:
-        self.losses: Losses = []
-        self.seconds, self.flops, self.positions, self.filled, self.steps = 0.0, 0.0, 0.0, 0.0, 0
-        self.since = time.perf_counter()
 
     def say(self, text: str) -> None:
         say(text, self.console)
@@ -89,78 +98,59 @@ class Reporter:
         if self.console.is_terminal:
             self.bar.start()
         self.bar.update(self.row, completed=step)
-        self._clear()
+        self.since = time.perf_counter()
 
-    def step(
-        self,
-        step: int,
-        losses: Losses,
-        rate: float,
-        norm: float,
-        seconds: float,
-        *,
-        flops: float,
-        positions: float,
-        filled: float,
-    ) -> None:
-        self.number, self.rate, self.norm = step, rate, norm
-        self.losses += losses
-        self.seconds += seconds
-        self.flops += flops
-        self.positions += positions
-        self.filled += filled
-        self.steps += 1
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
         self.taken += 1
-        left = self.recipe.train.steps - step
-        if self.taken == 2 and left * seconds > LONG:  # the first step makes buffers, and takes longer
-            self.say(f"{left:,} steps of {seconds:.2f} s are left: about {timedelta(seconds=round(left * seconds))}.")
-        self.bar.update(self.row, completed=step)
+        left = self.recipe.train.steps - step.number
+        seconds = left * step.seconds
+        if self.taken == 2 and seconds > LONG:  # the first step makes buffers, and takes longer
+            self.say(f"{left:,} steps of {step.seconds:.2f} s are left: about {timedelta(seconds=round(seconds))}.")
+        self.bar.update(self.row, completed=step.number)
 
     def log(self, energy: EnergyMeter, experts: Mapping[str, Any]) -> None:
         """Write a line for the steps since the last one. Times include waiting for data.
 
         `experts` (ExpertStatistics.statistics) goes to experts.jsonl, its means over the layers to metrics.jsonl
         too."""
-        elapsed = time.perf_counter() - self.since
+        elapsed, count, last = time.perf_counter() - self.since, len(self.steps), self.steps[-1]
+        losses = [loss for step in self.steps for loss in step.losses]
+        flops, positions = (sum(getattr(step, name) for step in self.steps) for name in ("flops", "positions"))
         use, memory = energy.read(), peak_memory()
         line: dict[str, Any] = {
-            "step": self.number,
-            "loss": _mean(self.losses),
-            "loss_by_task": _means(self.losses, 0),
-            "loss_by_source": _means(self.losses, 1),
-            "learning_rate": self.rate,
-            "gradient_norm": self.norm,
-            "seconds_per_step": elapsed / self.steps,
-            "tokens_per_second": self.positions / elapsed,
-            "tflops": self.flops / elapsed / 1e12,
-            "model_flops_utilization": self.flops / elapsed / self.peak,
-            "row_fill": self.filled / self.steps,
-            "waiting_for_data": max(0.0, 1 - self.seconds / elapsed),
+            "step": last.number, "loss": _mean(losses),
+            "loss_by_task": _means(losses, 0), "loss_by_source": _means(losses, 1),
+            "learning_rate": last.rate, "gradient_norm": last.norm,
+            "seconds_per_step": elapsed / count, "tokens_per_second": positions / elapsed,
+            "tflops": flops / elapsed / 1e12, "model_flops_utilization": flops / elapsed / self.peak,
+            "row_fill": sum(step.filled for step in self.steps) / count,
+            "waiting_for_data": max(0.0, 1 - sum(step.seconds for step in self.steps) / elapsed),
             "peak_memory_bytes": memory,
-        }
+        }  # fmt: skip
         if use:
             line |= {"energy_kwh": use.kwh, "energy_measured": use.measured}
         if experts:
             line |= {key: sum(experts[key]) / len(experts[key]) for key in ("load_variation", "load_dropped")}
             with (self.output / EXPERTS_LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.number, **experts}) + "\n")
+                file.write(json.dumps({"step": last.number, **experts}) + "\n")
         self._write(line)
         scalars = {key: line[key] for key in SCALARS if key in line}
         for kind in ("loss_by_task", "loss_by_source"):
             scalars |= {f"{kind}/{name}": value for name, value in line[kind].items()}
-        self._plot(scalars, self.number)
+        self._plot(scalars, last.number)
         self.bar.update(self.row, figures=f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s")
         every, steps = self.recipe.train.log_every, self.recipe.train.steps
-        shown = self.number <= every or self.number % (10 * every) == 0 or self.number == steps
+        shown = last.number <= every or last.number % (10 * every) == 0 or last.number == steps
         if shown and not self.console.is_terminal:
-            left = timedelta(seconds=round((steps - self.number) * line["seconds_per_step"]))
+            left = timedelta(seconds=round((steps - last.number) * line["seconds_per_step"]))
             figures = (
-                f"step {self.number}/{steps}", f"loss {line['loss']:.3f}", f"{left} left",
+                f"step {last.number}/{steps}", f"loss {line['loss']:.3f}", f"{left} left",
                 f"{line['seconds_per_step']:.2f} s/step", f"{line['tokens_per_second']:,.0f} tokens/s",
                 f"{line['model_flops_utilization']:.0%} of peak", f"{memory / 2**30:.1f} GiB",
             )  # fmt: skip
             self.say(wrap(figures)[0])
-        self._clear()
+        self.steps, self.since = [], time.perf_counter()
 
     def evaluation(self, step: int, name: str, scores: Mapping[str, float]) -> None:
         self._write({"step": step, "evaluation": name, **scores})
@@ -172,20 +162,14 @@ class Reporter:
     def finish(self, step: int, use: EnergyUse | None, examples: int, cut: int) -> None:
         """Write the last lines of a run of `examples` examples, of which `cut` were longer than the model takes."""
         skipped = count_rejected(self.output)
-        line: dict[str, Any] = {
-            "step": step,
-            "finished": True,
-            "examples": examples,
-            "cut": cut,
-            "skipped_records": skipped,
-        }
+        counts = {"examples": examples, "cut": cut, "skipped_records": skipped}
+        line: dict[str, Any] = {"step": step, "finished": True, **counts}
         energy = ""
         if use:
             line |= {"energy_kwh": use.kwh, "co2e_kg": use.co2e_kg, "energy_measured": use.measured}
-            energy = (
-                f"; {use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e "
-                f"({self.recipe.train.country}; {_known(use)})"
-            )
+            known = f"{use.measured:.0%} measured" if use.measured else "estimated"
+            grams = f"{use.kwh * 1000:.1f} Wh, {use.co2e_kg * 1000:.1f} g CO2e"
+            energy = f"; {grams} ({self.recipe.train.country}; {known})"
         self._write(line)
         if (self.output / EXPERTS_LOG).is_file() and is_installed("matplotlib"):
             plot_expert_statistics(self.output / EXPERTS_LOG, self.output / "experts.png")
@@ -235,10 +219,6 @@ def wrap(figures: Iterable[str]) -> list[str]:
         else:
             lines.append("  " + figure if lines else figure)
     return lines
-
-
-def _known(use: EnergyUse) -> str:
-    return f"{use.measured:.0%} measured" if use.measured else "estimated"
 
 
 def _mean(losses: Losses) -> float:

@@ -79,11 +79,9 @@ def check_resumption(recipe: AnyRecipe) -> Resumption:
     warnings: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         was, is_now = _shown(before.get(key)), _shown(now.get(key))
-        if was == is_now or key.startswith(FREE) or key in content or key in state["content"]:
-            continue
-        (warnings if key.startswith(WARNED) and key not in REFUSED else refused).append(
-            f"{key} was {was} and is {is_now}"
-        )
+        if was != is_now and not key.startswith(FREE) and key not in content and key not in state["content"]:
+            changes = warnings if key.startswith(WARNED) and key not in REFUSED else refused
+            changes.append(f"{key} was {was} and is {is_now}")
     for key in content.keys() & state["content"].keys():
         if content[key] != state["content"][key]:
             refused.append(f"{key} ({_shown(now.get(key))}) has another content than before")

@@ -15,24 +15,30 @@ from openm6.core.errors import UsageError
 from openm6.core.sequence import CAUSAL, IGNORE, ContrastTarget, HeadTarget, Sequence
 from openm6.data.loader import Entry
 from openm6.inference.session import Session
-from openm6.model import M6, ModelConfig
+from openm6.model import M6
 from openm6.model.adapters import adapter_config, add_adapter, prompt_length
+from openm6.model.count import training_flops
 from openm6.model.files import meta_model
 from openm6.tasks.heads import HEADS
 from openm6.train.contrastive import contrast
 from openm6.train.distill import DistillationTeacher, relation_loss
 from openm6.train.distributed import Group
-from openm6.train.meters import training_flops
-from openm6.train.notes import data_notes
-from openm6.train.objective import MicroBatchResult
+from openm6.train.objective import MicroBatchResult, Objective
 from openm6.train.recipe import AdaptSection, Recipe
 from openm6.train.report import Losses
 from openm6.train.seen_tokens import SeenTokens, unseen_token_ids
-from openm6.train.setup import build_entries, build_session, check_evaluation, evaluate_entries, make_loader
+from openm6.train.setup import (
+    build_entries,
+    build_session,
+    check_evaluation,
+    data_notes,
+    evaluate_entries,
+    make_loader,
+)
 from openm6.train.start import start_codes
 
 
-class SequenceObjective:
+class SequenceObjective(Objective):
     """The Objective of M6: sequences of text and images, and the losses of their targets."""
 
     def __init__(self, recipe: Recipe, group: Group):
@@ -69,37 +75,34 @@ class SequenceObjective:
 
     def _adapter(self, settings: AdaptSection, base: Path, entries: list[Entry]) -> Any:
         """The adapter's configuration; LoRA gets embedding rows for ids that the model has not seen."""
-        untaught, fraction = unseen_token_ids(entries, self.session.processor)
+        unseen, fraction = unseen_token_ids(entries, self.session.processor)
         rows = None
-        if untaught and settings.method == "lora":
+        if unseen and settings.method == "lora":
             tied = self.session.model.config.tie_word_embeddings
-            rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), untaught)
-            self.seen_tokens.add_ids(untaught)
+            rows = dict.fromkeys(("embed",) if tied else ("embed", "head"), unseen)
+            self.seen_tokens.add_ids(unseen)
             end = ": their rows of the embedding and the output are trained too"
         else:
             end = f", which {settings.method} leaves as they are: lora and full train them"
-        if untaught:
-            self.notes.append(
-                f"The model has not seen {len(untaught):,} tokens ({fraction:.1%} of the texts' tokens){end}."
-            )
+        if unseen:
+            text = f"The model has not seen {len(unseen):,} tokens ({fraction:.1%} of the texts' tokens){end}."
+            self.notes.append(text)
         return adapter_config(base, **settings.model_dump(), rows=rows)
 
     def network(self, shared: bool) -> M6:
         config = self.session.model.config
         if self.recipe.pseudo and not shared:
-            config = ModelConfig(**{**config.to_dict(), "distinct_layers": None})
-        if self.heads:
-            config = ModelConfig(**{**config.to_dict(), "heads": {**(config.heads or {}), **self.heads}})
-        self.session.model = meta_model(config)
+            config = replace(config, distinct_layers=None)
+        self.session.model = model = meta_model(replace(config, heads={**(config.heads or {}), **self.heads}))
         if self.adapter is not None:
-            add_adapter(self.session.model, self.adapter)
-        for name, head in self.session.model.heads.items():
+            add_adapter(model, self.adapter)
+        for name, head in model.heads.items():
             if name not in self.heads:
                 head.requires_grad_(False)  # it stays as it is
-        if self.settings.freeze_image_encoder and self.session.model.image is not None:
-            self.session.model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
-        self.session.model.label_smoothing = self.settings.label_smoothing
-        return self.session.model
+        if self.settings.freeze_image_encoder and model.image is not None:
+            model.image.requires_grad_(False)  # a gradient that nobody takes would count in the norm
+        model.label_smoothing = self.settings.label_smoothing
+        return model
 
     def initialize(self, model: M6) -> None:
         """Embeddings of image codes, of a codec that is new to the model."""
@@ -172,10 +175,8 @@ class SequenceObjective:
         queries = [place for place, _ in pairs]
         keys = [place + 1 for place in queries]
         negatives = [place + 2 + i for place, target in pairs for i in range(len(target.negatives))]
-        settings, groups = self.recipe.vectors, [target.group for _, target in pairs]
-        losses = contrast(
-            vectors[queries], vectors[keys + negatives], groups, settings.temperature, self.dims, self.group
-        )
+        groups, temperature = [target.group for _, target in pairs], self.recipe.vectors.temperature
+        losses = contrast(vectors[queries], vectors[keys + negatives], groups, temperature, self.dims, self.group)
         return losses, [examples[place] for place in queries]
 
     def evaluate(self, model: M6) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -211,8 +212,5 @@ def _by_example(output: Any, batch: Batch) -> Losses:
     if output.losses is None:
         return []
     sums, numbers = output.by_example(len(batch.tasks))
-    return [
-        (task, origin, value, number)
-        for task, origin, value, number in zip(batch.tasks, batch.origins, sums.tolist(), numbers.tolist(), strict=True)
-        if number
-    ]
+    every = zip(batch.tasks, batch.origins, sums.tolist(), numbers.tolist(), strict=True)
+    return [example for example in every if example[-1]]

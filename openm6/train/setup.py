@@ -13,6 +13,7 @@ from openm6.core.images import ImageGrid
 from openm6.core.tokenizer import Tokenizer, common_characters
 from openm6.data.columns import SlotView, count_classes
 from openm6.data.loader import Entry, Loader
+from openm6.data.overlap import find_overlap
 from openm6.data.rejects import Rejects
 from openm6.data.source import Source, open_source
 from openm6.data.store import Records
@@ -40,6 +41,9 @@ TOKENIZER_TEXTS = 200_000
 
 MAX_LABELS = 10_000
 """Labels up to which a set is taken from the data; more are no closed set."""
+
+COMPARED = 1_000_000
+"""Records of a source that are compared with those that are measured on."""
 
 
 def build_session(recipe: Recipe, group: Group) -> Session:
@@ -157,16 +161,8 @@ def make_loader(
     recipe: AnyRecipe, group: Group, entries: list[Entry], processor: Processor | None, rejects: Rejects
 ) -> Loader:
     """The recipe's loader for this process; an image codec's pictures need no processor."""
-    return Loader(
-        entries,
-        processor,  # type: ignore[arg-type]
-        recipe.train.batch_size,
-        seed=recipe.seed,
-        rank=group.rank,
-        world=group.world,
-        threads=recipe.train.workers,
-        rejects=rejects,
-    )
+    order = {"seed": recipe.seed, "rank": group.rank, "world": group.world, "threads": recipe.train.workers}
+    return Loader(entries, processor, recipe.train.batch_size, **order, rejects=rejects)  # type: ignore[arg-type]
 
 
 def open_rejects(output: Path, settings: TrainSection, group: Group) -> Rejects:
@@ -243,3 +239,31 @@ def evaluate_entries(recipe: Recipe, session: Session) -> Iterator[tuple[str, di
                 answers=False, spread=True, truncate="start",
             )  # fmt: skip
         yield section.name or f"{found.task} {section.source}", found.values()
+
+
+def data_notes(recipe: Recipe, entries: list[Entry]) -> list[str]:
+    """Sentences on the classes of each source's labels, and on records that are both trained and measured on;
+    `entries` are those of the recipe's data, in their order."""
+    classes = [
+        f"{entry.name}: {text}"
+        for entry in entries
+        for slot, found in entry.classes.items()
+        for text in found.sentences(slot)
+    ]
+    return [*classes, *_overlaps(recipe, entries)]
+
+
+def _overlaps(recipe: Recipe, entries: list[Entry]) -> Iterator[str]:
+    """A warning for each source that is measured on, for each one of the same task that is trained on."""
+    for measured in recipe.evaluation.data:
+        limit = min(measured.limit or recipe.evaluation.limit, recipe.evaluation.limit)
+        for section, entry in zip(recipe.data, entries, strict=True):
+            if section.task != measured.task or section.stream or not isinstance(entry.records, Source):
+                continue
+            test = open_section(measured)
+            found = find_overlap(entry.task, entry.records, entry.columns, test, measured.columns, limit, COMPARED)
+            if found.found:
+                yield (
+                    f"Warning: {len(found.found):,} of the {found.total:,} records of {test.name} that are measured on "
+                    f"have inputs that are trained on, in {entry.name} (first: {found.first})."
+                )

@@ -26,12 +26,7 @@ def start_at_random(model: Network, seed: int) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         for parameter, mean, std in model.initial(module):
-            name, here = names.pop(parameter), local(parameter)
-            first, last = rows_of(parameter)
-            if std:
-                _draw(here, first, last, parameter.shape, f"{seed}/{name}", mean, std)
-            else:
-                here.fill_(mean)
+            _fill(parameter, f"{seed}/{names.pop(parameter)}", mean, std)
     assert not names, f"nothing says how {next(iter(names.values()))} starts"
     for buffer in model.buffers():
         buffer.zero_()
@@ -54,22 +49,13 @@ def start_from(model: Network, path: Path, seed: int) -> None:
                     if (row := read(matrix, number, number + 1)) is not None:
                         here[place] = row[0]
             elif stored is None:
-                mean, std = adapter_start(role_of(model, name), tensor.shape, model.config.initializer_range)
-                if std:
-                    _draw(here, first, last, tensor.shape, f"{seed}/{name}", mean, std)
-                else:
-                    here.fill_(mean)
-            elif last > first:
-                rows = read(stored, first, last)
-                if rows is not None:
-                    here.copy_(rows)
-                    continue
+                start = adapter_start(role_of(model, name), tensor.shape, model.config.initializer_range)
+                _fill(tensor, f"{seed}/{name}", *start)
+            elif last > first and (rows := read(stored, first, last)) is not None:
+                here.copy_(rows)
+            elif last > first:  # a head that is new to the model
                 assert role_of(model, name) is Role.HEAD, f"{path} does not hold {stored}"
-                if tensor.ndim > 1:  # a head that is new to the model
-                    std = model.config.initializer_range
-                    _draw(here, first, last, tensor.shape, f"{seed}/{name}", 0.0, std)
-                else:
-                    here.zero_()
+                _fill(tensor, f"{seed}/{name}", 0.0, model.config.initializer_range if tensor.ndim > 1 else 0.0)
 
 
 @torch.no_grad()
@@ -88,6 +74,14 @@ def start_codes(weight: Tensor, first: int, vectors_KE: Tensor, seed: int, std: 
     inside = range(max(begin, first), min(end, first + len(rows_KD)))
     if inside:
         local(weight)[inside.start - begin : inside.stop - begin] = rows_KD[inside.start - first : inside.stop - first]
+
+
+def _fill(tensor: Tensor, key: str, mean: float, std: float) -> None:
+    """Fill this process's rows of a tensor with normal numbers, or with the mean."""
+    if std:
+        _draw(local(tensor), *rows_of(tensor), tensor.shape, key, mean, std)
+    else:
+        local(tensor).fill_(mean)
 
 
 def _draw(here: Tensor, first: int, last: int, shape: torch.Size, key: str, mean: float, std: float) -> None:

@@ -13,27 +13,28 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from openm6.core.energy import EnergyMeter, EnergyUse
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.files import lock_output
-from openm6.model.precision import fast_dtype
+from openm6.model.precision import fast_dtype, peak_flops
 from openm6.tasks.metrics import gain
 from openm6.train.checkpoint import Checkpoints, consolidate, step_name, step_of
 from openm6.train.codec import CodecObjective
 from openm6.train.distributed import Group, process_group
 from openm6.train.expert_statistics import ExpertStatistics, balance_loss
-from openm6.train.meters import peak_flops
 from openm6.train.objective import Objective
 from openm6.train.optimizer import make_optimizers, rate_at, set_rate
 from openm6.train.parallel import Parallel
 from openm6.train.recipe import AnyRecipe, CodecRecipe, Recipe, recipe_text
-from openm6.train.report import Losses, Reporter, say
+from openm6.train.report import Losses, Reporter, Step, say
 from openm6.train.resume import RECIPE, check_resumption
 from openm6.train.sequences import SequenceObjective
 from openm6.train.setup import TOKENIZER
 from openm6.train.start import start_at_random, start_from
+
+COUNTERS = ("smooth", "best", "seen", "cut", "score", "waited")
+"""Attributes of a Trainer that its checkpoints keep, beside the step."""
 
 DIVERGED = 3.0
 """Nats above its best at which the smoothed loss stops the run."""
@@ -177,7 +178,8 @@ class Trainer:
             padded += result.padded_positions
         self.expert_statistics.finish_step()
         norm = self.parallel.clip(self.settings.clip)
-        self._check(norm)
+        if not bool(torch.isfinite(norm)):
+            self._stop("the gradient is not finite (NaN or infinite)")
         rate = rate_at(self.step, self.settings, self.recipe.pseudo)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -189,10 +191,10 @@ class Trainer:
         losses, (flops, positions, padded) = self._sum_over_processes(losses, [flops, positions, padded])
         self._track(losses)
         if self.reporter:
+            rate, seconds = rate * self.settings.learning_rate, time.perf_counter() - started
             self.reporter.step(
-                self.step, losses, rate * self.settings.learning_rate, float(norm), time.perf_counter() - started,
-                flops=flops, positions=positions, filled=positions / padded,
-            )  # fmt: skip
+                Step(self.step, losses, rate, float(norm), seconds, flops, positions, positions / padded)
+            )
 
     def _sum_over_processes(self, losses: Losses, counts: list[float]) -> tuple[Losses, list[float]]:
         """The losses of all processes by task and source, and the sums of `counts`."""
@@ -202,10 +204,6 @@ class Trainer:
         table[-1] = torch.tensor(counts, dtype=torch.float64)
         rows = self.group.sum(table.to(self.group.device)).tolist()
         return [(*kind, row[0], int(row[1])) for kind, row in zip(self.kinds, rows, strict=False) if row[1]], rows[-1]
-
-    def _check(self, norm: Tensor) -> None:
-        if not bool(torch.isfinite(norm)):
-            self._stop("the gradient is not finite (NaN or infinite)")
 
     def _track(self, losses: Losses) -> None:
         """Update the smoothed loss, and stop the run when it diverges. It starts anew when a source joins."""
@@ -268,10 +266,9 @@ class Trainer:
         self.objective.gather()
         use = self.energy.read()
         # Every process is at the same step, so the first one's place in the data is everyone's.
-        state = {
-            "data": self.loader.get_state(), "smooth": self.smooth, "best": self.best, "seen": self.seen,
-            "cut": self.cut, "score": self.score, "waited": self.waited, "best_step": self.checkpoints.best,
-            "content": self.content, "energy": use and asdict(use),
+        state = {name: getattr(self, name) for name in COUNTERS} | {
+            "data": self.loader.get_state(), "best_step": self.checkpoints.best, "content": self.content,
+            "energy": use and asdict(use),
         }  # fmt: skip
         self.checkpoints.save(self.step, self._describe, self.model, self.optimizers, state)
 
@@ -295,29 +292,27 @@ class Trainer:
         self._build(shared=pseudo is not None and step < pseudo.steps)
         if self.recipe.adapt and self.objective.path:  # of what stays as it is no checkpoint was made
             start_from(self.model, self.objective.path, self.recipe.seed)
-        if pseudo and step == pseudo.steps:
-            return self.checkpoints.restore(
-                path, self.model, self.optimizers, self.parallel.update, pseudo.layers, pseudo.moments
-            )
-        return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update)
+        delinked: dict[str, Any] = (
+            {"shared": pseudo.layers, "moments": pseudo.moments} if pseudo and step == pseudo.steps else {}
+        )
+        return self.checkpoints.restore(path, self.model, self.optimizers, self.parallel.update, **delinked)
 
     def _resume(self) -> Path | None:
         """Load the newest checkpoint and return its path, or initialize a new run and return None."""
         latest = self.checkpoints.latest()
         if latest is None:
             self._build(shared=self.recipe.pseudo is not None)
-            if not self.objective.path:
-                start_at_random(self.model, self.recipe.seed)
-            else:
+            if self.objective.path:
                 start_from(self.model, self.objective.path, self.recipe.seed)
+            else:
+                start_at_random(self.model, self.recipe.seed)
             self.objective.initialize(self.model)
             return None
         state = self._load(latest)
         self.loader.set_state(state["data"])
-        self.step, self.seen, self.cut = state["step"], state["seen"], state.get("cut", 0)
-        self.smooth, self.best = state["smooth"], state["best"]
-        self.score, self.waited = state.get("score", -math.inf), state.get("waited", 0)
-        self.checkpoints.best = state.get("best_step")
+        for name in ("step", *COUNTERS):
+            setattr(self, name, state[name])
+        self.checkpoints.best = state["best_step"]
         spent = state["energy"]
         self.energy.before = None if spent is None else EnergyUse(**spent)
         return latest

@@ -8,16 +8,16 @@ matrix each, and the experts of a layer in one tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openm6.core.errors import OpenM6Error, UsageError
 from openm6.model.config import ModelConfig
+from openm6.model.files import open_tensors
 from openm6.model.m6 import M6
 
 _FAMILIES = ("qwen3", "qwen3_moe")
@@ -80,25 +80,31 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
         if vocab_size < old_size:
             raise UsageError(f"vocab_size {vocab_size} is smaller than the checkpoint's {old_size}.")
         config.vocab_size = vocab_size
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"{path} has no safetensors files (pickled checkpoints are not read).")
     model = M6(config)
-    theirs = _Tensors(path)
-    ours = {}
-    for index in range(config.num_hidden_layers):
-        for name, sources in _block_names(index).items():
-            ours[name] = theirs.joined(sources)
-        us, them = f"blocks.{index}.feed_forward", f"model.layers.{index}.mlp"
-        if index not in config.expert_layers():
-            ours[f"{us}.up.weight"], ours[f"{us}.down.weight"] = _feed_forward(theirs, them)
-            continue
-        pairs = [_feed_forward(theirs, f"{them}.experts.{n}") for n in range(config.num_experts)]
-        ours[f"{us}.experts.up"], ours[f"{us}.experts.down"] = (
-            torch.stack(weights) for weights in zip(*pairs, strict=True)
-        )
-        ours[f"{us}.router.weight"] = theirs[f"{them}.gate.weight"]
-    ours["norm.weight"] = theirs["model.norm.weight"]
-    ours["embed.weight"] = _grown(theirs["model.embed_tokens.weight"], config.vocab_size)
-    if not config.tie_word_embeddings:
-        ours["head.weight"] = _grown(theirs["lm_head.weight"], config.vocab_size)
+    with open_tensors(path) as where:
+
+        def read(*names: str) -> Tensor:
+            """Their tensors of these names, one below the other, fp32."""
+            if absent := [name for name in names if name not in where]:
+                raise OpenM6Error(f"{path} has no tensor {absent[0]}.")
+            return torch.cat([where[name].get_tensor(name).float() for name in names])
+
+        ours: dict[str, Tensor] = {}
+        for index in range(config.num_hidden_layers):
+            ours |= {name: read(*sources) for name, sources in _block_names(index).items()}
+            us, them = f"blocks.{index}.feed_forward", f"model.layers.{index}.mlp"
+            if index not in config.expert_layers():
+                ours[f"{us}.up.weight"], ours[f"{us}.down.weight"] = _feed_forward(read, them)
+                continue
+            pairs = [_feed_forward(read, f"{them}.experts.{n}") for n in range(config.num_experts)]
+            ours[f"{us}.experts.up"], ours[f"{us}.experts.down"] = map(torch.stack, zip(*pairs, strict=True))
+            ours[f"{us}.router.weight"] = read(f"{them}.gate.weight")
+        ours["norm.weight"] = read("model.norm.weight")
+        ours["embed.weight"] = _grown(read("model.embed_tokens.weight"), config.vocab_size)
+        if not config.tie_word_embeddings:
+            ours["head.weight"] = _grown(read("lm_head.weight"), config.vocab_size)
     image = {} if model.image is None else model.image.state_dict(prefix="image.")
     missing = sorted(model.state_dict().keys() - image.keys() - ours.keys())
     if missing:
@@ -123,9 +129,9 @@ def _block_names(layer: int) -> Mapping[str, tuple[str, ...]]:
     }
 
 
-def _feed_forward(theirs: _Tensors, name: str) -> tuple[Tensor, Tensor]:
+def _feed_forward(read: Callable[..., Tensor], name: str) -> tuple[Tensor, Tensor]:
     """Our up (gate above up) and down of a feed-forward or expert of theirs."""
-    return theirs.joined((f"{name}.gate_proj.weight", f"{name}.up_proj.weight")), theirs[f"{name}.down_proj.weight"]
+    return read(f"{name}.gate_proj.weight", f"{name}.up_proj.weight"), read(f"{name}.down_proj.weight")
 
 
 def _grown(weight: Tensor, rows: int) -> Tensor:
@@ -135,30 +141,3 @@ def _grown(weight: Tensor, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(extra, weight.shape[1], generator=generator) * weight.float().std() * 0.1
     return torch.cat([weight, (weight.float().mean(0) + noise).to(weight.dtype)])
-
-
-class _Tensors:
-    """The tensors of a checkpoint directory by name, read when asked for."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise UsageError(f"{path} has no safetensors files (pickled checkpoints are not read).")
-        self.places: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as content:
-                    self.places |= dict.fromkeys(content.keys(), file)
-            except SafetensorError:
-                raise OpenM6Error(f"{file} is truncated or damaged.") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.places:
-            raise OpenM6Error(f"{self.path} has no tensor {name}.")
-        with safe_open(self.places[name], framework="pt") as content:
-            return content.get_tensor(name).float()
-
-    def joined(self, names: tuple[str, ...]) -> Tensor:
-        """Several, one below the other."""
-        return torch.cat([self[name] for name in names]) if len(names) > 1 else self[names[0]]

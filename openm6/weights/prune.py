@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence as Items
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -88,12 +89,12 @@ def _config_of(config: ModelConfig, kept: list[int]) -> ModelConfig | None:
     sparse = [place for place, layer in enumerate(kept) if layer in config.expert_layers()]
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     if not config.num_experts:
-        return ModelConfig(**{**config.to_dict(), **changes})
+        return replace(config, **changes)
     if not sparse:
         return None
     for interval, dense in product(range(1, len(kept) + 1), range(len(kept))):
         if [layer for layer in range(interval - 1, len(kept), interval) if layer >= dense] == sparse:
-            return ModelConfig(**{**config.to_dict(), **changes, "expert_interval": interval, "dense_layers": dense})
+            return replace(config, **changes, expert_interval=interval, dense_layers=dense)
     return None
 
 
@@ -196,11 +197,11 @@ def _narrower(
             some = _best(effect["experts"], experts, old.expert_groups)
             for name in ("router.weight", "router.bias", "experts.up", "experts.down"):
                 cut(f"{inner}.{name}", some)
-    changes = {
+    changes: dict[str, Any] = {
         "num_key_value_heads": heads, "num_attention_heads": heads * queries,
         "num_experts": experts or old.num_experts, "intermediate_size": width or old.intermediate_size,
     }  # fmt: skip
-    return _filled(ModelConfig(**{**old.to_dict(), **changes}), weights)
+    return _filled(replace(old, **changes), weights)
 
 
 def _spread(numbers: Tensor, size: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from openm6.core.errors import UsageError
-from openm6.model.config import ModelConfig
 from openm6.model.m6 import M6
+from openm6.model.roles import Role, role_of
 
 
 def upcycle(
@@ -28,20 +28,16 @@ def upcycle(
             "Upcycling takes experts_per_token 2 or more: the weight of a single expert, always one, gives the router "
             "nothing to learn from."
         )
-    changes: dict[str, Any] = {
-        "num_experts": num_experts,
-        "experts_per_token": experts_per_token,
-        "router": router,
-        "expert_interval": expert_interval,
-        "normalize_expert_weights": True,
-    }
-    made = M6(ModelConfig(**{**old.to_dict(), **changes}))
-    weights = model.state_dict()
-    for layer in made.config.expert_layers():
-        for name in ("up", "down"):
-            place = f"blocks.{layer}.feed_forward"
-            weights[f"{place}.experts.{name}"] = weights.pop(f"{place}.{name}.weight").expand(num_experts, -1, -1)
-        router_weight = f"blocks.{layer}.feed_forward.router.weight"
-        weights[router_weight] = made.state_dict()[router_weight]
-    made.load_state_dict(weights)
+    config = replace(
+        old, num_experts=num_experts, experts_per_token=experts_per_token, router=router,
+        expert_interval=expert_interval, normalize_expert_weights=True,
+    )  # fmt: skip
+    made = M6(config)
+    dense, sparse = model.state_dict(), made.state_dict()
+    for name, weight in sparse.items():
+        role = role_of(made, name)
+        if role is Role.EXPERT:
+            weight.copy_(dense[name.replace(".experts", "") + ".weight"])  # the same in each of them
+        elif role is not Role.ROUTER:
+            weight.copy_(dense[name])
     return made

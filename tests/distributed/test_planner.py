@@ -15,8 +15,8 @@ import torch.distributed as dist
 from openm6.core.batch import pack
 from openm6.model import M6, ModelConfig
 from openm6.model.files import meta_model
-from openm6.plan.dryrun import dry_run
 from openm6.plan.footprint import Layout, States, places, states_by_layer, weights_of
+from openm6.plan.planner import dry_run
 from openm6.train.distributed import local, process_group
 from openm6.train.offload import Offload
 from openm6.train.optimizer import make_optimizers

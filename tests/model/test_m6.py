@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 import openm6.hf
 from openm6.core.batch import pack, pad
 from openm6.core.errors import OpenM6Error, UsageError
-from openm6.core.sequence import IGNORE
+from openm6.core.sequence import IGNORE, ImageTarget
 from openm6.model import M6, ModelConfig, cpu
 from openm6.model.count import count_parameters
 from openm6.model.embed import cell_features
@@ -87,7 +87,7 @@ def test_flex_attention_and_sdpa_give_the_plain_results(changes: dict, monkeypat
         plain = model(batch)
         monkeypatch.setattr(cpu, "enabled", False)
         sdpa = model(batch)
-        monkeypatch.setattr("openm6.model.m6.build_mask", partial(build_mask, flex=True))
+        monkeypatch.setattr("openm6.model.masks.build_mask", partial(build_mask, flex=True))
         flex = model(batch)
     real = batch.segments > 0
     torch.testing.assert_close(plain.hidden[real], sdpa.hidden[real], atol=1e-5, rtol=1e-5)
@@ -172,7 +172,7 @@ def test_loss_without_logits_equals_cross_entropy_with_gradients(shared: bool, s
 def test_a_teachers_part_of_the_loss_is_the_divergence_from_it() -> None:
     hidden, weight = torch.randn(2500, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     labels, wanted, shares = torch.randint(0, 50, (2500,)), torch.randn(2500, 50) * 3, torch.rand(2500)
-    teacher = Teacher(lambda part: wanted[part], share=0.3, temperature=1.7)
+    teacher = Teacher(lambda part: wanted[part], weight=0.3, temperature=1.7)
     total, losses = linear_cross_entropy(hidden, weight, labels, shares, teacher=teacher)
     functional, logits = torch.nn.functional, hidden @ weight.T
     plain = functional.cross_entropy(logits, labels, reduction="none")
@@ -190,7 +190,7 @@ def test_an_example_counts_by_its_weight() -> None:
     heavy, light = example(rng, 3, 3), example(rng, 4, 5)
     model = tiny_model()
     alone = [model(pad([s], 0)).loss for s in (heavy, light)]
-    heavy.weight = 3.0
+    heavy.target = ImageTarget(range(0), weight=3.0)
     for batch in (pad([light, heavy], 0), pack([light, heavy], 32, 0)):
         output = model(batch)
         torch.testing.assert_close(output.loss, 3 * alone[0] + alone[1])

@@ -90,7 +90,7 @@ def with_codes(prompt: Sequence, ids: list[int], block: int) -> Sequence:
         np.append(prompt.ids, ids).astype(np.int32),
         np.append(prompt.blocks, [block] * count).astype(np.int32),
         np.append(prompt.labels, [IGNORE] * count).astype(np.int32),
-        codes=range(len(prompt), len(prompt) + COUNT),
+        target=ImageTarget(range(len(prompt), len(prompt) + COUNT)),
     )
 
 

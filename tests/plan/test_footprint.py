@@ -18,7 +18,6 @@ from openm6.model import M6, ModelConfig
 from openm6.model.count import count_parameters
 from openm6.model.files import meta_model
 from openm6.model.roles import Role
-from openm6.plan.dryrun import dry_run
 from openm6.plan.footprint import (
     Layout,
     States,
@@ -30,6 +29,7 @@ from openm6.plan.footprint import (
     states_of,
     weights_of,
 )
+from openm6.plan.planner import dry_run
 from openm6.train.distributed import Group
 from openm6.train.optimizer import make_optimizers
 from openm6.train.parallel import Parallel

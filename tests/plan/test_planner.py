@@ -23,7 +23,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.units import size_of
 from openm6.data.loader import Loader
 from openm6.model import ModelConfig
-from openm6.model.count import count_parameters
+from openm6.model.count import count_parameters, training_flops
 from openm6.model.files import meta_model
 from openm6.plan.footprint import (
     Layout,
@@ -31,10 +31,8 @@ from openm6.plan.footprint import (
     buffers,
     weights_of,
 )
-from openm6.plan.hardware import HARDWARE, hardware
 from openm6.plan.planner import GIB, Fixed, make_plan, usable
-from openm6.plan.steptime import Machine, step_flops
-from openm6.train.meters import training_flops
+from openm6.plan.steptime import HARDWARE, Machine, hardware, step_flops
 from openm6.train.offload import Offload
 from tests.plan.test_footprint import total
 from tests.tasks.conftest import picture
@@ -343,7 +341,7 @@ def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monke
     assert told["recipe"] == "codec 256" and told["steps"] == 50000
     assert told["seconds"] == pytest.approx(50000 * told["seconds_per_step"]) and told["seconds"] > 0
     said = run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").output
-    assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, measures and checkpoints not counted", said)
+    assert re.search(r"50,000 steps of [0-9.]+ s, about .*:\d\d:\d\d, without evaluations and checkpoints", said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]  # nothing is left of the steps
     # The threads that read ahead end before their folder goes: they would write into it.
     monkeypatch.setattr("openm6.train.trainer.TemporaryDirectory", partial(TemporaryDirectory, dir=tmp_path))

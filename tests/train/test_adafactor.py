@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from openm6.train.adafactor import Adafactor
+from openm6.train.optimizer import Adafactor
 
 
 def test_steps_are_those_of_pytorch() -> None:

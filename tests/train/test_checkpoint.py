@@ -15,7 +15,7 @@ from openm6.core.files import write_whole
 from openm6.model.files import load_model
 from openm6.train.checkpoint import Checkpoints, all_checkpoints, consolidate
 from openm6.train.distributed import Group
-from openm6.train.muon import Muon
+from openm6.train.optimizer import Muon
 from tests.conftest import tiny_model
 
 

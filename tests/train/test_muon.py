@@ -14,8 +14,7 @@ from openm6.model import M6, ModelConfig
 from openm6.model.adapters import adapter_config, add_adapter
 from openm6.model.changed import Prompt
 from openm6.model.precision import fast_dtype
-from openm6.train.muon import Muon, orthogonal
-from openm6.train.optimizer import make_optimizers
+from openm6.train.optimizer import Muon, make_optimizers, orthogonal
 from openm6.train.recipe import TrainSection
 
 ROUNDING = 0.05 if fast_dtype("cpu") == torch.bfloat16 else 1e-4

@@ -1,5 +1,9 @@
-"""Sends large texts and half-sent bodies, in turn, so many a second: `python -m benchmarks._overload_load URL RATE
-SECONDS BYTES PATH ...` prints how often each was answered with which status (0: closed without an answer)."""
+"""The harmful side of benchmarks/overload.py, in processes of its own.
+
+`python -m benchmarks._overload_peers load URL RATE SECONDS BYTES PATH ...` sends large texts and half-sent bodies in
+turn, RATE a second, and prints the number of answers by status (0: closed without an answer). `... sink` is a server
+that refuses every request once it has read its head, and prints its port: sending to it costs what sending costs.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,18 @@ import json
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import numpy as np
 import uvloop
 
+REFUSED = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 PART = 2**18
 """Bytes that are sent before another look whether the server has answered."""
 
 
-async def main(url: str, rate: float, seconds: float, size: int, paths: list[str]) -> Counter[str]:
+async def load(url: str, rate: float, seconds: float, size: int, paths: list[str]) -> Counter[str]:
     address = urlsplit(url)
     rng, counts = np.random.default_rng(1), Counter[str]()
     text = json.dumps({"inputs": {"text": "红" * (size // 3)}}, ensure_ascii=False).encode()
@@ -59,6 +65,23 @@ async def main(url: str, rate: float, seconds: float, size: int, paths: list[str
     return counts
 
 
+async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError, asyncio.IncompleteReadError):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(REFUSED)
+        await reader.read()
+    writer.transport.abort()
+
+
+async def sink() -> None:
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
 if __name__ == "__main__":
-    url, rate, seconds, size, *paths = sys.argv[1:]
-    print(json.dumps(uvloop.run(main(url, float(rate), float(seconds), int(size), paths))))
+    if sys.argv[1] == "sink":
+        uvloop.run(sink())
+    else:
+        url, rate, seconds, size, *paths = sys.argv[2:]
+        print(json.dumps(uvloop.run(load(url, float(rate), float(seconds), int(size), paths))))
