@@ -88,6 +88,7 @@ def test_no_file_is_too_long_to_be_read() -> None:
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
 
 
+@pytest.mark.slow
 def test_files_take_each_others_place_in_one_module() -> None:
     """There they are flushed before: a name whose content is not on the disk is an empty file after a power failure."""
     moves = {"os.replace", "os.rename", "shutil.move"}

@@ -114,6 +114,7 @@ def parse_words(words: list[str]) -> None:
         parse_words(rest)
 
 
+@pytest.mark.slow
 @ALL
 def test_commands_can_be_read(page: Path, hooks: None) -> None:
     from openm6.edge.program import make_parser
@@ -140,6 +141,7 @@ def test_the_reading_of_commands_finds_mistakes() -> None:
             parse_words(line.split())
 
 
+@pytest.mark.slow
 @ALL
 def test_commands_named_in_sentences_exist(page: Path) -> None:
     for line in re.findall(r"`(?:\.venv/bin/)?openm6 ([^`]+)`", page.read_text("utf-8")):
@@ -281,6 +283,7 @@ def test_python_examples_name_what_there_is(page: Path, m6: Session) -> None:
                 assert hasattr(known[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
 
 
+@pytest.mark.slow
 def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
     from openm6.tasks.extend import load_extension
     from openm6.tasks.metrics import METRICS, score

@@ -16,6 +16,8 @@ from typer.main import get_command
 
 from openm6.cli import commands
 
+pytestmark = pytest.mark.slow
+
 DRAWN = "caption=红色"
 COMPRESSED = ["--task", "a", "--data", "b", "--validation", "c", "--target", "size=2MB"]
 ANSWERED = ["--data", "good.csv", "--output", "out.csv"]

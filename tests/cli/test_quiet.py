@@ -35,6 +35,7 @@ def call(room: Path, *words: object, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_warnings_of_libraries_are_not_shown(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EXTENSION)
     told = call(tmp_path, "--extension", "mine.py", "tasks")

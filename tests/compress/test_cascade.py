@@ -37,6 +37,8 @@ from openm6.tasks.processor import Processor
 from tests.conftest import command, tiny_config
 from tests.tasks.conftest import picture, tokenizer
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["tokenizer"]
 
 COLOURS = ("红色", "蓝色")

@@ -139,6 +139,7 @@ def test_a_target_that_is_missed_tells_what_came_nearest() -> None:
     assert "(1.00 ms, " in nearest(tried, parent, Target("latency_1_ms", 0.5), 0.01)
 
 
+@pytest.mark.slow
 def test_no_label_of_the_plot_covers_another() -> None:
     """Rows of a search lie close together: one network in three forms is equally quick and equally right."""
     rows = [_row("0-model", 8e6, 0.9, 5.0)]

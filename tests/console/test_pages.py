@@ -42,6 +42,8 @@ from openm6.tasks.library import get, names
 from tests.serve.test_security import Site
 from tests.tasks.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(openm6.console.__file__).parent
 SAYING = {"say", *(f"{one}.{word}" for one in ("ui", "self", "self.ui") for word in ("say", "error"))}
 HAN = re.compile(r"[\u4e00-\u9fff]")

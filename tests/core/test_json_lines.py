@@ -17,6 +17,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES, min_size=1))
 @example(["\u2028", {"a\x85": "\u2029\x0b\x1c"}, "\r\n"])
 def test_values_come_back_line_by_line(values: list[object]) -> None:
@@ -25,6 +26,7 @@ def test_values_come_back_line_by_line(values: list[object]) -> None:
     assert [json.loads(line) for line in written.splitlines()] == values  # by whoever ends lines elsewhere too
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES, min_size=1))
 @example(["\u2028"])
 def test_lines_of_others_are_read_too(values: list[object]) -> None:

@@ -49,6 +49,7 @@ def test_every_text_comes_back_and_holds_no_special_id(tokenizer: Tokenizer, tex
     assert all(0 <= i < tokenizer.code_start for i in ids)
 
 
+@pytest.mark.slow
 def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
     points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(points), 20_000):

@@ -109,6 +109,7 @@ def test_seeds_give_different_orders() -> None:
     assert steps(loader(two(), seed=1), 3) != steps(loader(two(), seed=2), 3)
 
 
+@pytest.mark.slow
 def test_sources_too_large_for_a_written_order_are_shuffled_whole_too() -> None:
     large = [Entry("a", Counting(70_000), NumberTask(), encode=number_example)]  # type: ignore[arg-type]
     seen = [number for step in steps(loader(large, batch_size=100), 702) for _, number, _ in step]

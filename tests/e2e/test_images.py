@@ -87,6 +87,7 @@ def test_candidates_are_files_best_first(room: Path, tmp_path: Path) -> None:
     assert "relevance" in call("draw", model, wish, "--output", tmp_path, *QUICK, "-o", "branches=2")
 
 
+@pytest.mark.slow
 def test_each_candidate_is_drawn_again_alone_from_what_its_file_says(room: Path, tmp_path: Path) -> None:
     """Nothing of another wish is overwritten: a second call counts on."""
     model, few = room / "model", ("-n", 3, "--output", tmp_path, *QUICK)
@@ -154,6 +155,7 @@ def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) ->
     assert json.loads(Image.open(target).text["openm6"])["edited"]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_by_a_judge(room: Path, tmp_path: Path) -> None:
     judge = ("--judge", room / "model", "--judge-task", "seen", "--data", room / "goods.jsonl", "-n", 2)
     grid = tmp_path / "sheet.png"

@@ -87,6 +87,7 @@ def test_it_is_not_open_to_others_without_keys(model: Path) -> None:
         assert done.returncode == 2 and message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"no weights")
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -95,6 +96,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(model: Path) ->
     assert done.returncode == 2 and f"Port {place} of 127.0.0.1 is taken" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_keys_by_command(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
 

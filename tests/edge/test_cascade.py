@@ -22,6 +22,8 @@ from tests.edge.conftest import PHOTO, QUESTIONS, CloudServer, Make, full_disk
 from tests.edge.test_edge import ASKED, model, session
 from tests.tasks.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"

@@ -26,6 +26,8 @@ from tests.edge.conftest import CloudServer, Make, interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, model, session
 from tests.serve.test_api import Served
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 SUBJECTS = ["package", "store", "disk", "key", "cloud", "model", "clock"]

@@ -16,6 +16,8 @@ from tests.edge.conftest import CloudServer, Make, count_learned
 from tests.edge.test_cascade import _ask
 from tests.edge.test_edge import ASKED, model, session
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 

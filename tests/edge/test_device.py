@@ -17,6 +17,8 @@ from openm6.inference.session import Session
 from tests.edge.conftest import CloudServer, Make, count_learned
 from tests.edge.test_edge import ASKED, model, session
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 QUESTION = "图中的商品是什么颜色？"

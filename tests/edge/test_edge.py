@@ -34,6 +34,8 @@ from openm6.tasks.processor import Processor
 from tests.conftest import EXPERTS, drawing_session, example, tiny_config, tiny_model
 from tests.tasks.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 ASKED: dict[str, dict[str, Any]] = {
     "vqa": {"photo": picture(40, 24), "question": "图中的商品是什么颜色？"}, "caption": {"photo": picture(seed=1)},
     "text_classification": {"text": "很好"}, "item_vector": {"photo": picture(), "title": "红色的帽子"},

@@ -18,6 +18,8 @@ from openm6.edge.service import make_app
 from tests.edge.conftest import CloudServer, Make, calibrate
 from tests.edge.test_edge import ASKED, model, session
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 PHOTO, QUESTION = ASKED["vqa"]["photo"], "图中的商品是什么颜色？"

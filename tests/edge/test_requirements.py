@@ -36,6 +36,7 @@ UNUSED = {
 """What the packed modules import inside of functions, and the program does without."""
 
 
+@pytest.mark.slow
 def test_what_the_program_imports_is_what_its_requirements_name(tmp_path: Path) -> None:
     write_program(tmp_path / "openm6-edge")
     with zipfile.ZipFile(tmp_path / "openm6-edge") as program:

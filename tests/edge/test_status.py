@@ -32,6 +32,8 @@ from tests.conftest import command
 from tests.edge.conftest import interrupt_write, wait_until
 from tests.edge.test_edge import ASKED, model, session
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["model", "session"]
 
 

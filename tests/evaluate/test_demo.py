@@ -17,6 +17,7 @@ from openm6.inference.session import Session
 from tests.train.conftest import SIZES
 
 
+@pytest.mark.slow
 def test_a_filled_gap_keeps_the_rest_and_has_a_colour() -> None:
     class Answers:
         """Stands for a Session: gives each sentence back with the gap filled by one of these in turn."""

@@ -96,6 +96,7 @@ def test_own_pictures_are_codes_that_are_not_real(monkeypatch: pytest.MonkeyPatc
     assert file.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_the_report_has_all_tables_and_the_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OPENM6_CACHE", str(tmp_path / "cache"))
     for name, value in {"ASKED": 14, "CANDIDATES": 2, "EDITS": 3, "DATA": "demo:studio/test?pictures=40"}.items():

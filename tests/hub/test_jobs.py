@@ -103,6 +103,7 @@ def test_what_runs_goes_on_when_the_queue_ends(jobs: Jobs, tmp_path: Path) -> No
     assert max(losses(output)) == 40
 
 
+@pytest.mark.slow
 def test_two_queues_start_nothing_twice(jobs: Jobs, tmp_path: Path) -> None:
     for _ in range(4):
         jobs.submit(["eval", "--help"], folder=tmp_path)

@@ -74,6 +74,7 @@ def test_eyes_have_a_name(model: Path, tmp_path: Path) -> None:
     assert len(image_encoder_id(tmp_path / "few")) == 16 and load_model(tmp_path / "few").image is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_learning_from_them(frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside records with pictures: what reads pictures stays as it is where that is asked for."""

@@ -56,6 +56,7 @@ def slow_greedy(model: M6, sequence: Sequence, count: int) -> list[int]:
     return ids
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.sampled_from([(), ((1, 2),), ((2, 2), (1, 1))])), min_size=1, max_size=5),

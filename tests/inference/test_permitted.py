@@ -68,6 +68,7 @@ def test_the_tokenizers_can_say_it() -> None:
     assert any(len(part) > 1 for part in TOKENIZERS["byte level"].parts.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     tokenizer_names, st.integers(0, 2**31), st.booleans(),

@@ -63,6 +63,7 @@ def assert_same_with_gradients(one: Tensor, other: Tensor, tensors: list[Tensor]
         torch.testing.assert_close(left, right)
 
 
+@pytest.mark.slow
 @given(patterns())
 def test_the_rule_is_row_column_and_neighbourhood(pattern: SparsePattern) -> None:
     numbers = torch.arange(pattern.codes)
@@ -84,6 +85,7 @@ def test_orders_are_each_others_way_back(pattern: SparsePattern) -> None:
     assert torch.equal(spread, torch.tensor(pattern.tile).expand_as(spread))
 
 
+@pytest.mark.slow
 @given(patterns())
 def test_neighbours_are_the_tiles_of_which_any_code_is_seen(pattern: SparsePattern) -> None:
     order, shape = pattern.tile_order(), (pattern.tiles, pattern.area, pattern.tiles, pattern.area)
@@ -175,6 +177,7 @@ def test_block_mask_is_the_rule_in_tile_order(pattern: SparsePattern, length: in
     assert [b.nonzero()[:, 0].tolist() for b in blocks] == [t[r].tolist() for t, r in zip(table, real, strict=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(patterns(), st.integers(0, 7), st.booleans())
 def test_flex_attention_is_dense_masked_attention(pattern: SparsePattern, length: int, masked: bool) -> None:
@@ -204,6 +207,7 @@ def test_compiled_flex_attention_is_dense_masked_attention(device: str, causal: 
             torch.testing.assert_close(left.cpu().double(), right, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 @given(patterns())
 def test_steps_read_what_the_causal_rule_allows(pattern: SparsePattern) -> None:
     mask = naive_mask(SparsePattern(pattern.side, pattern.tile, causal=True))

@@ -76,6 +76,7 @@ def test_the_models_of_the_papers_fit_their_machines(preset: str, machine: Machi
         assert layout.offload == Offload()
 
 
+@pytest.mark.slow
 def test_without_offload_ten_trillion_do_not_fit() -> None:
     with pytest.raises(OpenM6Error, match=r"is short of [\d,]+ bytes \([\d.]+ GiB\) in the memory of each") as caught:
         make_plan(
@@ -302,6 +303,7 @@ def test_figures_of_the_hardware_can_be_given(run: Any) -> None:
     assert usual["kwh"] / cheap["kwh"] == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_sizes_and_rates_may_have_units(run: Any) -> None:
     words = ("m6-base", "--gpus", "2", "--json")
     for one, other in (
@@ -329,6 +331,7 @@ def test_a_recipe_is_planned_as_it_is(run: Any, tmp_path: Path) -> None:
     assert "muon" in content["assumptions"][0]
 
 
+@pytest.mark.slow
 def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()

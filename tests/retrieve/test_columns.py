@@ -70,6 +70,7 @@ def test_a_value_is_stored_exactly_or_refused(value: Any, kind: str) -> None:
         assert int(stored) == value
 
 
+@pytest.mark.slow
 def test_numpy_values_and_dates_are_stored_too(tmp_path: Path) -> None:
     index = Index.create(tmp_path / "index", 2, {"price": "float", "stock": "int", "day": "text", "new": "bool"})
     values = {"price": np.array([99.5, 3]), "stock": np.arange(2), "day": [date(2026, 1, 2), "2026-02-01"]}

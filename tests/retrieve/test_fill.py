@@ -55,6 +55,7 @@ def built(model: Path, goods: Path, place: Path, *more: object) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_goods_are_found_by_text_and_filtered(model: Path, goods: Path, tmp_path: Path) -> None:
     place = tmp_path / "index"
     assert built(model, goods, place)["new"] == 24

@@ -83,6 +83,7 @@ def test_filters_are_exact(tmp_path: Path, where: str, keep: Any) -> None:
     assert ids(index.search(query, 10, where=where)[0]) == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(["add", "delete", "search"]), st.integers(0, 30)), min_size=3, max_size=12))
 def test_any_order_of_changes_gives_what_a_dictionary_gives(tmp_path_factory: Any, changes: list) -> None:

@@ -61,6 +61,7 @@ def made(index: Index) -> Recommender:
     return Recommender.fit(index, visits(400, 1), ["season"])
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_near_and_of_the_season(made: Recommender) -> None:
     found = made.measure(visits(200, 2))["all"]
     # 27 of the group are left, half of them of the season: ten of some thirteen.
@@ -124,6 +125,7 @@ NOT_USABLE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_visits_that_cannot_be_used_are_given_with_their_reason(index: Index) -> None:
     some = [*visits(100, 5), *(record for record, _ in NOT_USABLE)]
     rejected: list[Reject] = []
@@ -205,6 +207,7 @@ def test_what_cannot_be_is_refused(made: Recommender, index: Index) -> None:
         Recommender.fit(index, Source("bad", ListRecords([{"history": [], "bought": "x"}])))
 
 
+@pytest.mark.slow
 def test_the_commands(index: Index, tmp_path: Path) -> None:
     file = tmp_path / "visits.jsonl"
     file.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in visits(100, 4)), "utf-8")

@@ -124,6 +124,7 @@ def test_a_number_that_cannot_be_sent_on_is_refused(http: httpx2.Client) -> None
     assert asked.status_code == 400 and "64 bits" in asked.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_figures_name_the_model_and_no_other(http: httpx2.Client) -> None:
     http.post("/v1/tasks/write", json=ASK)
     assert http.post("/v1/tasks/write", json={**ASK, "model": "m7"}).status_code == 404

@@ -346,6 +346,7 @@ def test_features_in_the_place_of_a_picture(http: httpx2.Client, model: Path) ->
         assert found.status_code == 400, found.text
 
 
+@pytest.mark.slow
 def test_boxes_tell_numbers_alone(served: Served, http: httpx2.Client, secrets: Any) -> None:
     told = {"version": "0002", "seconds": 60, "tasks": {"vqa": {"asked": 10, "sent": 2, "drift": 0.1}}}
     assert http.post("/v1/edges/shop-1", json=told).status_code == 200

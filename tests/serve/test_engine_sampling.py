@@ -22,6 +22,8 @@ from tests.conftest import tiny_config
 from tests.serve.conftest import WORDS, Watched
 from tests.tasks.conftest import picture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def model(session: Session, request: pytest.FixtureRequest) -> Session:

@@ -20,6 +20,7 @@ def sampled(seed: int) -> dict:
     return {"max_new_tokens": 24, "temperature": 1.5, "seed": seed}
 
 
+@pytest.mark.slow
 def test_writing_ends_at_the_first_stop(session: Session) -> None:
     """Of one character or several, in one token or over several of them, told in pieces or at once."""
     rng, watched, asked = random.Random(0), Watched(session), {}

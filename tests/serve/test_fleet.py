@@ -39,6 +39,7 @@ def writing(text: str = "红色", **decoding: Any) -> dict[str, Any]:
     return {"task": "write", "record": {"text": text}, "decoding": {"max_new_tokens": 12, **decoding}}
 
 
+@pytest.mark.slow
 def test_a_process_answers_all_kinds(session: Session, saved: Path) -> None:
     async def run() -> None:
         fleet = Fleet()
@@ -148,6 +149,7 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, saved: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_whoever_stops_listening_has_it_cancelled(saved: Path) -> None:
     async def run() -> None:
         fleet = Fleet()

@@ -104,6 +104,7 @@ def test_the_front_refuses_before_the_model_is_asked() -> None:
         record_of({"texts": "红"}, SLOTS, pictures, 10)
 
 
+@pytest.mark.slow
 def test_in_the_engine_one_that_is_too_long_fails_alone(session: Session) -> None:
     watched = Watched(session)
     for task, more in (("write", {"decoding": FEW}), ("text_vector", {})):

@@ -62,6 +62,7 @@ def test_a_refused_value_is_shown_as_json(http: httpx2.Client) -> None:
     assert "with the value true: leave it out, or send false." in found.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_told_can_be_sent_again(http: httpx2.Client) -> None:
     asked = {"model": "m6:write", "messages": [user("红色")], "temperature": 1.0, "max_tokens": 4}
     several = http.post("/v1/chat/completions", json={**asked, "n": 2, "seed": 2**63 - 1}).json()["choices"]

@@ -50,6 +50,7 @@ def test_candidates_tell_their_seeds_and_their_files_too(http: httpx2.Client) ->
     assert [one["image"] for one in again] == [one["image"] for one in candidates]
 
 
+@pytest.mark.slow
 def test_a_picture_that_does_not_read_as_the_wish_is_uncertain(
     http: httpx2.Client, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:

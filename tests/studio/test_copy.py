@@ -57,6 +57,7 @@ def lines_of(folder: Path, name: str = "candidates.jsonl") -> list[dict[str, Any
     return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_texts_keep_the_rules_and_the_facts_of_their_item(session: Session, items: Path, tmp_path: Path) -> None:
     told = make_copy(session, "product_copy", items, tmp_path / "out", forbid=["只要", "好"], **OPTIONS)
     rows = [row for row in lines_of(tmp_path / "out") if row["rank"]]
@@ -77,6 +78,7 @@ def test_texts_keep_the_rules_and_the_facts_of_their_item(session: Session, item
     assert all(said in page for said in as_json)  # with the escapes of a script
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on_to_the_same_texts(
     session: Session, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_the_example_is_short() -> None:
     assert len((EXAMPLES / "depth_head.py").read_text("utf-8").splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_a_head_learns_an_order_beside_other_tasks(depth: Any, tmp_path: Path) -> None:
     data = [
         {"source": "scenes/train?pictures=200", "task": DEPTH, "name": "depth"},

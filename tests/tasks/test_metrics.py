@@ -189,6 +189,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Metric], str]]:
 SAID, WANTED = ["是", "否", "是", "否", "是"], [["是"], ["否"], ["否"], ["是"], ["是"]]
 
 
+@pytest.mark.slow
 def test_a_metric_of_ones_own_may_return_one_number(own: Callable[[Metric], str]) -> None:
     def f1(answers: list[str], references: list[list[str]]) -> float:
         from sklearn.metrics import f1_score
