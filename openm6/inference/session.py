@@ -217,7 +217,7 @@ class Session:
         """The vector of each record, fp32 [dims] of length 1, by a task that gives one; `dims` cuts it (by default it
         has all dimensions). `on_error`, `truncate`: see `run_many`."""
         task, call = self.task(task), Request({}, decoding={"dims": dims}, truncate=truncate)
-        if mode_of(task, call).result != "vector":
+        if mode_of(task).result != "vector":
             raise UsageError(f"The task {task.name} gives no vector: it writes {', '.join(task.outputs)}.")
         yield from self._answers(task, records, call, batch_size, on_error)
 

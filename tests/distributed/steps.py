@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from openm6.core.batch import pack
 from openm6.core.sequence import IGNORE
 from openm6.model import M6
-from openm6.train import muon
+from openm6.train import optimizer
 from openm6.train.distributed import Group, process_group, whole
 from openm6.train.expert_statistics import ExpertStatistics, balance_loss
 from openm6.train.optimizer import make_optimizers
@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def main(cases: dict[str, dict[str, Any]], output: Path) -> None:
-    muon.fast_dtype = lambda _: torch.float32  # its rounding would hide what is compared
+    optimizer.fast_dtype = lambda _: torch.float32  # its rounding would hide what is compared
     with process_group() as group:
         for name, settings in cases.items():
             told, gradients = steps(settings, group)

@@ -145,7 +145,7 @@ def test_pictures_are_edited_varied_and_continued(room: Path, tmp_path: Path) ->
     call("edit", model, wish, "--mask", room / "mask.png", *some)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "1.png"))[:, :8], given[:, :8])
     assert json.loads(Image.open(tmp_path / "1.png").text["openm6"])["kept"] > 0
-    call("vary", model, wish, "--share", 0.5, *some)
+    call("vary", model, wish, "--fraction", 0.5, *some)
     target = tmp_path / "wide.png"
     said = call(
         "extend", model, wish, "--picture", picture, "--side", "left", "--pixels", 8, "--output", target, *QUICK

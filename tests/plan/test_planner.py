@@ -405,7 +405,7 @@ finally:
         (("m6-base", "--host-memory", "much"), "--host-memory has to be a number of GiB"),
         (("m6-base", "--interconnect", "0"), "--interconnect has to be a number above 0, or a rate such as 25GB/s"),
         (("m6-base", "-m", "per_host=0"), "has to be a number"),
-        (("m6-base", "--length", "2048"), "places for 1024 positions"),
+        (("m6-base", "--length", "2048"), "this model has 1024 positions"),
         (("m6-base", "--images", "600", "--length", "512"), "more than the 512 positions"),
         (("m6-base", "--distinct-layers", "5"), "has to divide the 24 layers"),
     ],
