@@ -52,6 +52,15 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_command_line_starts_without_pytorch() -> None:
+    code = (
+        "import sys; from openm6.cli import commands; commands(); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_opens_a_file_that_can_run_code(path: Path) -> None:
     found = [f"{path}:{line}: {name}" for name, line in _calls(path) if name in UNSAFE or name.endswith(".read_pickle")]

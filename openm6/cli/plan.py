@@ -16,13 +16,12 @@ from openm6.cli.output import emit, pairs, table, tell
 from openm6.core.errors import UsageError, suggest
 from openm6.core.units import size_of
 from openm6.model.presets import find_preset, presets
-from openm6.plan.steptime import Hardware, hardware as known
+from openm6.plan.hardware import Hardware, hardware as known
 
 if TYPE_CHECKING:
     from openm6.model import ModelConfig
     from openm6.plan.footprint import Work
     from openm6.plan.planner import Plan
-    from openm6.plan.steptime import Hardware
     from openm6.train.offload import Offload
     from openm6.train.recipe import AnyRecipe
 

@@ -31,8 +31,9 @@ from openm6.plan.footprint import (
     buffers,
     weights_of,
 )
+from openm6.plan.hardware import HARDWARE, hardware
 from openm6.plan.planner import GIB, Fixed, make_plan, usable
-from openm6.plan.steptime import HARDWARE, Machine, hardware, step_flops
+from openm6.plan.steptime import Machine, step_flops
 from openm6.train.offload import Offload
 from tests.plan.test_footprint import total
 from tests.tasks.conftest import picture
