@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,29 @@ def test_each_layer_imports_only_from_those_below() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports for types included; imports inside of functions are left out."""
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCES}
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        found = set()
+        for node in _outside_functions(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                places = {f"{node.module}.{one.name}" for one in node.names}
+                found |= places & names.keys() or {str(node.module)}
+            elif isinstance(node, ast.Import):
+                found |= {one.name for one in node.names}
+        imports[name] = (found & names.keys()) - {name}
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            yield from _outside_functions(node)
 
 
 def test_what_makes_sequences_needs_no_pytorch() -> None:
