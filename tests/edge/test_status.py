@@ -168,7 +168,7 @@ def test_what_serves_is_told_and_logged(place: Path, served: Serve, capsys: pyte
     assert process.wait(20) == 0
     assert _told(place, capsys)["serving"] is None
     log = (place / "edge.log").read_text("utf-8")
-    for line in ("serves at http", "privacy 'all' -> 'nothing'", "Nothing is sent or kept", "stopped"):
+    for line in ("serves at http", "privacy 'all' -> 'nothing'", "Nothing is sent or stored", "stopped"):
         assert line in log
     assert not any(secret in log for secret in ("机密", asked["inputs"]["photo"][:60], "s3cret"))
 

@@ -49,7 +49,7 @@ def test_the_demo_trains_measures_and_reports(tmp_path: Path) -> None:
     names = [figure["name"] for figure in found["figures"]]
     assert "colour, one object" in names
     assert "handwritten digit" in names
-    assert "gap in a sentence filled, the rest kept" in names
+    assert "gap in a sentence filled, the rest unchanged" in names
     assert all(0 <= f["low"] <= f["value"] <= f["high"] <= 1 and f["n"] >= 100 for f in found["figures"])
     page = (tmp_path / found["report"]).read_text("utf-8")
     assert page.count("<img") >= 10

@@ -34,7 +34,7 @@ def test_one_command_serves_a_model_until_it_is_stopped(tmp_path: Path, monkeypa
         assert made["name"] == "goods"
         assert Client(made["url"], retries=0).run("text_vector", text="红").shape == (32,)
         (listed,) = call("deployments", "list")
-        assert (listed["name"], listed["state"]) == ("goods", "serves")
+        assert (listed["name"], listed["state"]) == ("goods", "serving")
         with pytest.raises(UsageError, match="is already served"):
             call("deploy", tmp_path / "goods" / "model")
     finally:

@@ -361,7 +361,7 @@ def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monke
     monkeypatch.setattr(Loader, "__iter__", watched)
     assert run("codec_256", *small, "train.steps=50000", "evaluation.data=[]").exit_code == 0 and ends == [2]
     for words, reason in (
-        (["codec_256", "--hardware", "h100"], "leave --gpus and --hardware out"),
+        (["codec_256", "--hardware", "h100"], "without --gpus and --hardware its first steps are timed"),
         (["codec_256", "data=[{source: nowhere, format: folder}]"], "nowhere"),
         (["try_on"], "runs/demo/model"), (["m6-10b", "train.steps=3"], "is a change of a recipe, and m6-10b is none"),
     ):  # fmt: skip
