@@ -6,9 +6,9 @@ BIN := .venv/bin
 # Empty is "no". Images of containers like to forbid it, and then every start compiles the libraries anew, for seconds.
 export PYTHONDONTWRITEBYTECODE :=
 
-# One thread a process, and threads that wait do not spin: three processes of tests, of which one mostly waits for a
-# server or a child, share two cores.
-TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+# One thread a process, and threads that wait do not spin: the tests run as two processes beside servers and children
+# of their own.
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo demo-images bench-tasks soak test test-fast lint format bench docs clean browser postgres
 

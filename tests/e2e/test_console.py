@@ -261,7 +261,7 @@ def locked(tmp_path: Path, browser: Any) -> Iterator[tuple[Site, dict[str, str]]
 def test_keys_are_asked_for_and_their_roles_kept(locked: tuple[Site, dict[str, str]]) -> None:
     site, keys = locked
     for path in ("config", "gradio_api/info", "gradio_api/file=/etc/passwd"):
-        assert httpx2.get(f"{site.url}/en/{path}").status_code == 401
+        assert httpx2.get(f"{site.url}/en/{path}", timeout=60).status_code == 401  # the pages are built first
     page = site.open("en/models")
     fields = page.locator("input")
     fields.nth(0).fill("reader")
