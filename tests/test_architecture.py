@@ -59,28 +59,22 @@ def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _outside_functions(node)
 
 
-def test_what_makes_sequences_needs_no_pytorch() -> None:
-    """So that a machine without it can ask a network in another form."""
-    code = (
-        "import sys; from openm6.tasks.library import get, names; from openm6.core.tokenizer import Tokenizer; "
-        "[get(name) for name in names()]; print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "numpy", "pydantic", "tokenizers")
-    code = f"import sys, openm6; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_command_line_starts_without_pytorch() -> None:
-    code = (
-        "import sys; from openm6.cli import commands; commands(); "
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import openm6", ("torch", "transformers", "numpy", "pydantic", "tokenizers")),
+        ("from openm6.cli import commands; commands()", ("torch", "transformers")),
+        # Tasks make sequences without PyTorch too, so that a machine without it can ask a network in another form.
+        (
+            "from openm6.core.tokenizer import Tokenizer; from openm6.tasks.library import get, names; "
+            "[get(name) for name in names()]",
+            ("torch", "transformers"),
+        ),
+    ],
+    ids=["the package", "the command line", "the tasks"],
+)
+def test_importing_imports_nothing_heavy(code: str, heavy: tuple[str, ...]) -> None:
+    code = f"{code}; import sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
