@@ -29,7 +29,7 @@ def run_openm6(
     """`openm6 WORDS` in a process of its own: its exit code and what it printed."""
     arguments = list(map(str, words))
     with TemporaryDirectory() as room:
-        process = _begin(_command, (arguments,), Path(room), folder, environment)
+        process = _begin(call_openm6, (arguments,), Path(room), folder, environment)
         _wait([process], timeout)
         printed = [Path(room, name).read_text("utf-8") for name in ("stdout", "stderr")]
     return subprocess.CompletedProcess(["openm6", *arguments], process.exitcode or 0, *printed)
@@ -87,7 +87,8 @@ def _run(
     function(*arguments)
 
 
-def _command(arguments: list[str]) -> None:
+def call_openm6(arguments: list[str]) -> None:
+    """The program, in the process that calls it; it ends with SystemExit where the program does."""
     from openm6.cli import main
 
     sys.argv = ["openm6", *arguments]

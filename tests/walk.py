@@ -4,7 +4,6 @@ from __future__ import annotations
 import __future__
 
 import base64
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import openm6
 from openm6.hub.deployments import Deployments
 from openm6.hub.jobs import Jobs
 from tests.conftest import command
+from tests.processes import free_port
 from tests.tasks.conftest import picture
 from tests.test_docs import openm6_words
 
@@ -99,9 +99,7 @@ class Walk:
     def port(self, shown: str) -> int:
         """A free port in the place of one that the page shows."""
         if shown not in self._ports:
-            with socket.socket() as one:
-                one.bind(("127.0.0.1", 0))
-                self._ports[shown] = int(one.getsockname()[1])
+            self._ports[shown] = free_port()
         return self._ports[shown]
 
     def serve(self, shown: str, words: list[str]) -> None:

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openm6.cli import main
 from openm6.inference.session import Session
 from openm6.model.codec import Codec, CodecConfig
 from openm6.model.files import save_network
 from openm6.tasks.card import read_taught
 from openm6.train.trainer import train
-from tests.processes import run_ranks
+from tests.processes import call_openm6, run_ranks
 from tests.train.conftest import SIZES, cache, logged, losses, recipe_file, tiny_recipe  # noqa: F401
 
 OPENM6 = Path(sys.executable).with_name("openm6")
@@ -33,12 +32,7 @@ def torchrun(recipe: Path, processes: int, *changes: str) -> None:
 
 def by_forks(recipe: Path, processes: int, *changes: str) -> None:
     """As by torchrun, without its start, which `test_two_processes_equal_one` has."""
-    run_ranks(processes, _train, [str(recipe), *changes])
-
-
-def _train(words: list[str]) -> None:
-    sys.argv = ["openm6", "train", *words]
-    main()
+    run_ranks(processes, call_openm6, ["train", str(recipe), *changes])
 
 
 def own_launcher(recipe: Path, processes: int, *changes: str) -> None:

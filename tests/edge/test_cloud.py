@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ from openm6.edge.cloud import PAUSES, REASONS, Cloud, CloudError
 from tests.edge.conftest import CloudServer, Make, count_learned
 from tests.edge.test_cascade import _ask
 from tests.edge.test_edge import ASKED, model, session
+from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -148,9 +148,7 @@ def test_why_the_cloud_was_not_asked_is_counted(device: Make, server: CloudServe
 
 
 def test_a_cut_link_is_left_alone_and_found_again() -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
+    port = free_port()  # that nobody listens at
     now = [1000.0]
     cloud = Cloud(f"http://127.0.0.1:{port}", clock=lambda: now[0])
     for _ in range(3):

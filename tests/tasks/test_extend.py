@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from openm6.cli import main
 from openm6.core.errors import DataError, UsageError
 from openm6.evaluate.command import measure
 from openm6.inference.session import Session
@@ -22,7 +21,7 @@ from openm6.tasks.heads import HEADS
 from openm6.tasks.metrics import METRICS
 from openm6.tasks.slots import TYPES
 from openm6.train.trainer import train
-from tests.processes import run_openm6, run_ranks
+from tests.processes import call_openm6, run_openm6, run_ranks
 from tests.tasks.conftest import picture
 from tests.train.conftest import recipe_file, tiny_recipe
 
@@ -94,17 +93,12 @@ def test_the_command_takes_the_extension_to_further_processes(depth: Any, tmp_pa
     assert done.returncode == 0 and json.loads(done.stdout)["scores"]["ordered"]["n"] == 9, done.stderr[-2000:]
 
 
-def _train(file: Path) -> None:
-    sys.argv = ["openm6", "--extension", str(EXAMPLES / "depth_head.py"), "train", str(file)]
-    main()
-
-
 @pytest.mark.slow
 def test_a_head_that_no_task_trains_stays_as_it_is(depth: Any, tmp_path: Path) -> None:
     data = [{"source": "scenes/train?pictures=20", "task": DEPTH}]
     base = train(tiny_recipe(tmp_path / "base", data=data, steps=2))
     file = recipe_file(tiny_recipe(tmp_path / "on", model={"path": str(base)}, steps=3, learning_rate=1e-2), tmp_path)
-    run_ranks(2, _train, file)
+    run_ranks(2, call_openm6, ["--extension", str(EXAMPLES / "depth_head.py"), "train", str(file)])
     before, after = (Session.load(path, "cpu", True).model.state_dict() for path in (base, tmp_path / "on" / "model"))
     assert torch.equal(before["heads.depth.weight"], after["heads.depth.weight"])
     assert not torch.equal(before["embed.weight"], after["embed.weight"])
