@@ -74,12 +74,15 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> Ca
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(visitors_files())
     require("console", "gradio")
-    building: asyncio.Task[dict[str, ASGIApp]] | None = None
+    pages: asyncio.Future[dict[str, ASGIApp]] | None = None
 
     async def built() -> dict[str, ASGIApp]:
-        nonlocal building
-        building = building or asyncio.create_task(_started(app, server, batches))
-        return await asyncio.shield(building)  # a visitor who leaves does not stop it
+        nonlocal pages
+        if pages is None:
+            pages = asyncio.get_running_loop().create_future()
+            # The loop itself holds its tasks weakly.
+            app.state.console = asyncio.create_task(_run_pages(app, server, batches, pages))
+        return await asyncio.shield(pages)  # a visitor who leaves does not stop it
 
     @app.get("/", include_in_schema=False)
     async def home(request: Request) -> RedirectResponse:
@@ -104,12 +107,18 @@ def add_console(app: FastAPI, server: Server, batches: Path | None = None) -> Ca
     return built
 
 
-async def _started(app: FastAPI, server: Server, batches: Path | None) -> dict[str, ASGIApp]:
-    """The running pages, by language."""
-    parent = await asyncio.to_thread(_built, app, server, batches)
-    app.state.console = lifespan = parent.router.lifespan_context(parent)  # it lasts as long as the application
-    await lifespan.__aenter__()
-    return {route.path.strip("/"): route.app for route in parent.routes if isinstance(route, Mount)}
+async def _run_pages(
+    app: FastAPI, server: Server, batches: Path | None, pages: asyncio.Future[dict[str, ASGIApp]]
+) -> None:
+    """Run the pages, which `pages` then has by language, until the event loop ends."""
+    try:
+        parent = await asyncio.to_thread(_built, app, server, batches)
+        async with parent.router.lifespan_context(parent):
+            pages.set_result({route.path.strip("/"): route.app for route in parent.routes if isinstance(route, Mount)})
+            with suppress(asyncio.CancelledError):  # so that Gradio ends as at the end of its own server
+                await asyncio.Event().wait()
+    except Exception as error:
+        pages.set_exception(error)
 
 
 def _built(app: FastAPI, server: Server, batches: Path | None) -> FastAPI:
