@@ -59,9 +59,8 @@ class Graph(nn.Module):
         self.model, self.config = model, model.config
         # Inputs first, as ONNX multiplies; a tied head is the embedding itself.
         self.head_DV = nn.Parameter(model.head_weight.detach().T.contiguous())
-        every = {
-            id(block): nn.ModuleList(map(_Product, _linears(block))) for block in model.layers()
-        }  # some are shared
+        # Layers may share a block.
+        every = {id(block): nn.ModuleList(map(_Product, _linears(block))) for block in model.layers()}
         self.products = nn.ModuleList(every[id(block)] for block in model.layers())
 
     def forward(

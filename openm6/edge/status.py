@@ -28,7 +28,6 @@ from openm6.edge.calibration import ConfidenceCalibrator, calibrations
 from openm6.edge.cloud import CHOSEN, Cloud, CloudError
 from openm6.edge.device import EYES, FEATURES, FILE, NOTHING, EdgeDevice, Settings
 from openm6.edge.opening import check_set_aside, open_answer_store, store_summary
-from openm6.edge.runner import EdgeModel, ImageEncoder
 
 SERVING = "serving.json"
 CLOCK_MINUTES = 5
@@ -118,6 +117,8 @@ class Finding:
 
 def check_device(path: Path) -> Iterator[Finding]:
     """All checks of an edge device, in the order of a start."""
+    from openm6.edge.runner import EdgeModel  # slow to import, and `status` needs none of it
+
     try:
         device = EdgeDevice(path)
         folder = device.folder() / "package"
@@ -208,6 +209,8 @@ def _disk(device: EdgeDevice) -> Finding:
 
 def _model(device: EdgeDevice, cloud: Cloud, models: Any, tasks: dict[str, tuple[str, ...]]) -> Finding:
     """Check that the cloud's model knows the tasks, and has the image encoder of the device's features."""
+    from openm6.edge.runner import ImageEncoder
+
     settings = device.settings
     try:
         found = {str(one["id"]): one for one in models["data"]}

@@ -213,7 +213,7 @@ class Index:
             quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
             where = f"id IN ({quoted})"
         with self._writing():
-            found = self._read(["id"], where)["id"].to_pylist()
+            found = self._matching("id", where).to_pylist()
             if found:
                 self._table.delete(where)
         there = set(found)
@@ -291,7 +291,7 @@ class Index:
             raise UsageError(f"k is {k}; it has to be at least 1.")
         queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-30)
         self._follow()
-        chosen = np.asarray(self._read(["key"], where)["key"]) if where else None
+        chosen = np.asarray(self._matching("key", where)) if where else None
         lists = None if exact or where or self._pinned else self._lists()
         return self._memory.search(queries, min(k, max(1, len(self._memory.keys))), chosen, lists)
 
@@ -305,8 +305,12 @@ class Index:
     def _read(self, columns: Sequence[str], where: str = "") -> Any:
         """These columns of the items that pass a filter, as an Arrow table."""
         query = self._table.search().select(columns).limit(ALL)
+        return (query.where(where) if where else query).to_arrow()
+
+    def _matching(self, column: str, where: str) -> Any:
+        """A column of the items that pass a caller's filter. Raises UsageError for an invalid one."""
         try:
-            return (query.where(where) if where else query).to_arrow()
+            return self._read([column], where)[column]
         except (ValueError, RuntimeError) as error:
             raise filter_error(where, error, self.about["columns"]) from None
 

@@ -149,7 +149,7 @@ def make_copy(
         kept_broken = [row for row in whole_lines(output / BROKEN) if row["prompt"] in done]
         review.write(output / BROKEN, map(review.as_line, kept_broken))
         seen = {row["said"]: row["prompt"] for row in review.rows_of(output)}
-        rejects = review.open_rejects(output / review.REJECTS, source, share=1)
+        rejects = review.open_rejects(output / review.REJECTS, source, max_fraction=1)
         with (
             open(output / review.CANDIDATES, "a", encoding="utf-8") as file,
             open(output / BROKEN, "a", encoding="utf-8") as broken,
@@ -170,7 +170,7 @@ def make_copy(
                         texts = list(islice(written, candidates))
                         if number in done:
                             continue
-                        good, bad = judge_texts(session, chosen, texts, limits[number], seen, number)
+                        good, bad = judge_texts(session, chosen, texts, limits[number], seen)
                         lines = list(_lines(number, _as_json(asked[number], chosen), good[:keep]))
                         broken.writelines(review.as_line({"prompt": number, "said": t, "reason": r}) for t, r in bad)
                         sync(broken)
@@ -233,7 +233,7 @@ def _limits(
 
 
 def judge_texts(
-    session: Session, task: Task, written: list[Generated], limits: Limits, seen: Mapping[str, int], number: int
+    session: Session, task: Task, written: list[Generated], limits: Limits, seen: Mapping[str, int]
 ) -> tuple[list[tuple[str, float]], list[tuple[str, str]]]:
     """The texts to keep, the most likely first, each with its mean log-probability; and the others with their reasons.
     An unfinished text is kept up to its last complete sentence, after the finished ones."""

@@ -205,11 +205,11 @@ def go_on(path: Path) -> dict[int, dict[str, Any]]:
     return done
 
 
-def open_rejects(path: Path, source: Source, share: float = 0.05) -> Rejects:
-    """A new file of rejected records, with those that the source itself rejected. A fraction above `share` raises
-    DataError."""
+def open_rejects(path: Path, source: Source, max_fraction: float = 0.05) -> Rejects:
+    """A new file of rejected records, with those that the source itself rejected. A fraction above `max_fraction`
+    raises DataError."""
     path.unlink(missing_ok=True)
-    rejects = Rejects(path, share)
+    rejects = Rejects(path, max_fraction)
     rejects.saw(len(source))
     for reject in source.rejected:
         rejects.count(reject.where, reject.reason, source.name)

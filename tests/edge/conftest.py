@@ -133,7 +133,7 @@ def calibrate(package: Path, is_sure: bool) -> None:
 
 
 @contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
+def full_disk(size: int = 0) -> Iterator[None]:
     """No file of this process can grow beyond this size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

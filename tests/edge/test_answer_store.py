@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -18,7 +17,7 @@ from openm6.core.errors import UsageError
 from openm6.edge.answer_store import AnswerStore, InterruptedWriteError, StoreError, is_held_out, new_key
 from openm6.edge.device import ALL, FEATURES, NOTHING, Settings
 from openm6.edge.opening import open_answer_store
-from tests.edge.conftest import interrupt_write
+from tests.edge.conftest import full_disk, interrupt_write
 
 PICTURE = bytes(range(256)) * 8
 
@@ -202,13 +201,8 @@ def test_encryption_that_is_interrupted_loses_nothing(end: str, tmp_path: Path) 
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "k"), key])
         assert done.returncode == -signal.SIGKILL
     else:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # there is no room for the journal
-        try:
-            with pytest.raises(StoreError, match="cannot be used"):
-                AnswerStore(tmp_path / "k", ALL, 10**7, key)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with full_disk(size // 2), pytest.raises(StoreError, match="cannot be used"):  # no room for the journal
+            AnswerStore(tmp_path / "k", ALL, 10**7, key)
     kept = AnswerStore(tmp_path / "k", ALL, 10**7)
     assert list(kept.rows()) == before
     kept.close()

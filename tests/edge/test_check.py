@@ -123,7 +123,7 @@ def test_the_clock_is_compared_with_the_clouds(
 
 
 @pytest.mark.slow
-def test_a_start_tries_the_cloud_until_device_toml_is_changed(device: Make, cloud: CloudServer, served: Serve) -> None:
+def test_a_start_tries_the_cloud_until_edge_toml_is_changed(device: Make, cloud: CloudServer, served: Serve) -> None:
     """A key that is refused is logged; once privacy is stricter, nothing more is asked."""
     path = device(cloud=cloud.url, key="M6_KEY", keep_mb=1).device.path
     stricter = (path / "edge.toml").read_text("utf-8").replace('privacy = "all"', 'privacy = "nothing"')
@@ -150,7 +150,7 @@ def test_a_start_tries_the_cloud_until_device_toml_is_changed(device: Make, clou
     assert "FAILS" not in log.read_text("utf-8") and not cloud.seen
 
 
-def test_a_device_toml_that_cannot_be_used_tries_no_cloud(device: Make, cloud: CloudServer) -> None:
+def test_an_edge_toml_that_cannot_be_used_tries_no_cloud(device: Make, cloud: CloudServer) -> None:
     cascade = device(cloud=cloud.url, keep_mb=1)
     (cascade.device.path / "edge.toml").write_text("privacy = some", "utf-8")
     assert "it is not asked (edge.toml cannot be used)" in next(cascade.check_cloud()).message

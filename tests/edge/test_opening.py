@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from openm6.core.errors import UsageError
 from openm6.edge.answer_store import AnswerStore, StoreError, new_key
 from openm6.edge.device import Settings
 from openm6.edge.opening import open_answer_store, open_store, store_summary
+from tests.edge.conftest import full_disk
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:
@@ -28,17 +26,6 @@ def _damage(file: Path, start: int = 4096) -> bytes:
     content = file.read_bytes()[:start] + os.urandom(max(8192, file.stat().st_size - start))
     file.write_bytes(content)
     return content
-
-
-@contextmanager
-def _full_disk(size: int = 0) -> Iterator[None]:
-    """No file grows beyond a size, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _works(kept: AnswerStore) -> bool:
@@ -110,7 +97,7 @@ def test_without_a_place_for_it_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_on_a_full_disk_a_new_device_keeps_nothing(tmp_path: Path) -> None:
-    with _full_disk():
+    with full_disk():
         kept = open_store(tmp_path, Settings())
     assert "cannot be used" in kept.trouble and kept.file is None
     kept.close()
@@ -121,7 +108,7 @@ def test_on_a_full_disk_a_new_device_keeps_nothing(tmp_path: Path) -> None:
 
 def test_on_a_full_disk_what_was_kept_is_read_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     _filled(tmp_path, Settings())
-    with _full_disk():
+    with full_disk():
         kept = open_store(tmp_path, Settings())
         assert "cannot be written" in kept.trouble and kept.counts() == {"vqa": 20}
         with pytest.raises(StoreError):
@@ -137,7 +124,7 @@ def test_what_cannot_be_deleted_or_encrypted_refuses(tmp_path: Path, monkeypatch
     monkeypatch.setenv("K", new_key())
     _filled(tmp_path, Settings())
     for stricter in (Settings(privacy="nothing"), Settings(privacy="features"), Settings(encrypt="K")):
-        with _full_disk(), pytest.raises(StoreError, match="forbids on the disk"):
+        with full_disk(), pytest.raises(StoreError, match="forbids on the disk"):
             open_store(tmp_path, stricter)
     kept = open_answer_store(tmp_path, Settings())
     assert kept.counts() == {"vqa": 20}

@@ -54,7 +54,7 @@ sys.addaudithook(_note)
 """
 
 STAGES = ("all", "features", "nothing", "all", "spoiled", "features", "nothing", "offline", "all", "nothing")
-"""Modes in their order; `spoiled`: a edge.toml that cannot be used; `offline`: all, but nothing for now."""
+"""Modes in their order; `spoiled`: an edge.toml that cannot be used; `offline`: all, but nothing for now."""
 
 
 class Recorder:
@@ -216,7 +216,8 @@ def test_nothing_leaves_or_stays_that_the_mode_forbids(
     change(STAGES[0])
     process = subprocess.Popen(
         [sys.executable, str(place / "openm6-edge"), "serve", "--port", "0"], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(hook), "AUDIT": str(audit), "TMPDIR": str(temporary)},
+        env={**os.environ, "PYTHONPATH": str(hook), "AUDIT": str(audit), "TMPDIR": str(temporary),
+             "PYTHONDONTWRITEBYTECODE": "1"},  # a new installation's first import writes .pyc files beside its modules
     )  # fmt: skip
     try:
         assert process.stdout is not None

@@ -222,6 +222,16 @@ def test_two_processes_add_at_the_same_time(tmp_path: Path) -> None:
     assert set(ids(index.search(np.ones(8), 200)[0])) == index.ids()
 
 
+def test_a_damaged_table_is_not_told_as_a_wrong_filter(tmp_path: Path) -> None:
+    filled(tmp_path)
+    for file in (tmp_path / "index/items.lance/data").iterdir():
+        file.unlink()
+    damaged = Index.open(tmp_path / "index")
+    for read in (damaged.ids, damaged.items):
+        with pytest.raises(RuntimeError, match="Not found"):
+            read()
+
+
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     index, names, vectors, kept = filled(tmp_path)
     with pytest.raises(UsageError, match="vector of 5 dimensions; the index has 8"):

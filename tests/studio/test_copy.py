@@ -162,7 +162,7 @@ def test_what_is_wrong_is_left_out_with_the_reason(session: Session) -> None:
         "别的话说完了。", "绿色的裙子很好看。而且",
     ]  # fmt: skip
     written = [Generated(tokenizer.encode(text), -float(n), text != "没有说完") for n, text in enumerate(said)]
-    good, bad = copywriting.judge_texts(session, task, written, limits, {"别的话说完了。": 4}, 7)
+    good, bad = copywriting.judge_texts(session, task, written, limits, {"别的话说完了。": 4})
     # What comes to no end is kept up to its last sentence, behind what does.
     assert [text for text, _ in good] == ["这条红色裙子199元。", "绿色的裙子很好看。"]
     reasons = dict(bad)
