@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -106,3 +109,14 @@ def command(*words: object) -> Any:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+@contextmanager
+def full_disk(size: int = 0) -> Iterator[None]:
+    """No file of this process can grow beyond this size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

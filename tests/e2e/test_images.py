@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from openm6.cli.images import save_next
 from openm6.core.errors import ContextLengthError, OpenM6Error
 from openm6.inference.session import Session
 from openm6.tasks.task import Task
-from tests.conftest import command, drawing_session
+from tests.conftest import command, drawing_session, full_disk
 
 QUICK = ("-o", "passes=2", "-o", "guidance=0")
 SEEN = "[image:photo] -> [label:colour|set=红,蓝] [label:kind|set=鞋,包]"
@@ -193,11 +192,6 @@ def test_bad_input_is_told(room: Path, monkeypatch: pytest.MonkeyPatch, argument
 
 
 def test_a_full_disk_leaves_no_half_picture(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(OpenM6Error, match="could not be written"):
-            save_next(Image.effect_noise((64, 64), 50), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(100), pytest.raises(OpenM6Error, match="could not be written"):
+        save_next(Image.effect_noise((64, 64), 50), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import shutil
 import signal
 import socket
@@ -130,17 +129,6 @@ def calibrate(package: Path, is_sure: bool) -> None:
     right = np.full(len(states), float(is_sure))
     fitted = ConfidenceCalibrator.fit(states.astype(np.float32), confidences, right, 0.01)
     fitted.save(package / "calibration-vqa.npz", model.about["sha256"])
-
-
-@contextlib.contextmanager
-def full_disk(size: int = 0) -> Iterator[None]:
-    """No file of this process can grow beyond this size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Make = Callable[..., Cascade]

@@ -17,7 +17,8 @@ from openm6.core.errors import UsageError
 from openm6.edge.answer_store import AnswerStore, InterruptedWriteError, StoreError, is_held_out, new_key
 from openm6.edge.device import ALL, FEATURES, NOTHING, Settings
 from openm6.edge.opening import open_answer_store
-from tests.edge.conftest import full_disk, interrupt_write
+from tests.conftest import full_disk
+from tests.edge.conftest import interrupt_write
 
 PICTURE = bytes(range(256)) * 8
 

@@ -18,7 +18,8 @@ from openm6.edge.cascade import CLOUD, EDGE, Cascade
 from openm6.edge.device import EdgeDevice
 from openm6.edge.opening import store_summary
 from openm6.edge.service import make_app
-from tests.edge.conftest import PHOTO, QUESTIONS, CloudServer, Make, full_disk
+from tests.conftest import full_disk
+from tests.edge.conftest import PHOTO, QUESTIONS, CloudServer, Make
 from tests.edge.test_edge import ASKED, model, session
 from tests.tasks.conftest import picture
 

@@ -11,7 +11,7 @@ from openm6.core.errors import UsageError
 from openm6.edge.answer_store import AnswerStore, StoreError, new_key
 from openm6.edge.device import Settings
 from openm6.edge.opening import open_answer_store, open_store, store_summary
-from tests.edge.conftest import full_disk
+from tests.conftest import full_disk
 
 
 def _filled(folder: Path, settings: Settings, count: int = 20) -> None:
