@@ -303,7 +303,7 @@ def test_metrics_that_are_shown_measure(tmp_path: Path) -> None:
     assert found == {"f1_of_complaints": pytest.approx(2 / 3), "no_longer": 1.0}
 
 
-def test_every_task_from_dict_the_library_is_listed(hooks: None) -> None:
+def test_every_task_of_the_library_is_listed(hooks: None) -> None:
     from gen_tasks import task_table
 
     rows = task_table().splitlines()[2:]

@@ -19,7 +19,8 @@ import pytest
 from openm6.studio.images import make_batch
 from openm6.tasks.library import get
 from tests.conftest import drawing_session
-from tests.e2e.test_serve import command, port
+from tests.e2e.test_serve import command
+from tests.processes import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAGES = ("", "compare", "data", "finetune", "review", "models", "serving")
@@ -81,7 +82,7 @@ def prepare(folder: Path) -> dict[str, str]:
 
 
 def serving(folder: Path, environment: dict[str, str], *words: object) -> tuple[subprocess.Popen[bytes], str]:
-    place, log = port(), folder / "serve.log"
+    place, log = free_port(), folder / "serve.log"
     with log.open("wb") as file:  # a pipe that nobody reads would fill, and stop it
         process = subprocess.Popen(
             command("serve", *words, "--port", place), cwd=folder, env=environment, stdout=file, stderr=file

@@ -19,14 +19,9 @@ from PIL import Image
 
 from openm6 import Client
 from tests.conftest import drawing_session
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[2]
-
-
-def port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def command(*words: object) -> list[str]:
@@ -41,7 +36,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_it_serves_and_finishes_what_it_works_at_when_it_is_stopped(model: Path) -> None:
-    place = port()
+    place = free_port()
     process = subprocess.Popen(
         command("serve", model, "--port", place), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

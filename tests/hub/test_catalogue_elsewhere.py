@@ -6,7 +6,6 @@ import glob
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from openm6.hub.catalogue import DATA, MODEL, Catalogue
 from tests.conftest import drawing_session
 from tests.hub.test_catalogue import records
+from tests.processes import free_port
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.slow
 
 def program(name: str) -> str | None:
     return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))), None)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import pytest
 
 from openm6 import Client
 from openm6.inference.session import Session
+from tests.processes import free_port
 
 pytest.importorskip("ray.serve")
 
@@ -37,9 +37,7 @@ serve.shutdown()
 @pytest.mark.slow
 def test_replicas_answer_like_one_server(session: Session, tmp_path: Path) -> None:
     session.save(tmp_path / "model")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     with (tmp_path / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", DEPLOYING, str(tmp_path / "model"), str(port)],
