@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
+
+from typer._click import Context
+from typer.main import get_command
+
+from openm6.cli import commands
 
 MARK = "<!-- CLI -->"
 OF_EVERY_PROGRAM = ("help", "install_completion", "show_completion")
@@ -15,13 +18,6 @@ OF_EVERY_PROGRAM = ("help", "install_completion", "show_completion")
 
 def cli_reference() -> str:
     """A section for each command, in the order of their names; a group's commands follow the group."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from typer._click import Context
-    from typer.main import get_command
-
-    from openm6.cli import commands
-
-    sys.path.pop(0)
     program = get_command(commands())
     return "\n\n".join(_sections("openm6", program, Context(program, info_name="openm6")))
 

@@ -38,9 +38,9 @@ def measure(environment: Path) -> tuple[int, int]:
     return len(packages), sum(path.stat().st_size for path in files)
 
 
-def seconds(python: Path, modules: str) -> float:
-    """The median time of three imports, each in a process of its own."""
-    code = f"import torch, time; a = time.perf_counter(); import {modules}; print(time.perf_counter() - a)"
+def seconds(python: Path, modules: str, before: str = "torch") -> float:
+    """The median time of three imports after `before`, each in a process of its own."""
+    code = f"import {before}, time; a = time.perf_counter(); import {modules}; print(time.perf_counter() - a)"
     return statistics.median(float(run(python, "-c", code)) for _ in range(3))
 
 
@@ -55,10 +55,7 @@ def main() -> None:
         (wheel,) = Path(folder).glob("openm6-*.whl")
         run(base / "bin" / "python", "-m", "pip", "install", "-q", torch, wheel)
         packages, size = measure(base)
-        time = statistics.median(
-            float(run(base / "bin" / "python", "-c", "import time; a = time.perf_counter(); import torch; "
-                      "print(time.perf_counter() - a)")) for _ in range(3)
-        )  # fmt: skip
+        time = seconds(base / "bin" / "python", "torch", before="sys")
         rows.append(f"| (base) | {packages} | {size / 1e6:,.0f} | {time:.1f} (PyTorch) |")
         for extra, modules in IMPORTS.items():
             shutil.copytree(base, other, symlinks=True, copy_function=link)

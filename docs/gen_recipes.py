@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,11 @@ def _facts(recipe: dict[str, Any]) -> list[str]:
 
 def _comment(lines: list[str]) -> str:
     """The comment at the top as Markdown: indented lines are commands."""
-    shown: list[str] = []
-    for line in (line[2:] for line in lines):
-        if line.startswith("  "):
-            shown += ["```text"] if not shown or not shown[-1].startswith("  ") else []
-            shown.append(line)
-        else:
-            shown += ["```", ""] if shown and shown[-1].startswith("  ") else []
-            shown.append(escape(line, quote=False))
-    if shown and shown[-1].startswith("  "):
-        shown.append("```")
-    return "\n".join(
-        f"\n{line}" if line == "```text" else line.removeprefix("  ") if line.startswith("  ") else line
-        for line in shown
-    )
+    parts = []
+    for are_commands, group in groupby((line[2:] for line in lines), lambda line: line.startswith("  ")):
+        text = "\n".join(line.removeprefix("  ") for line in group)
+        parts.append(f"```bash\n{text}\n```" if are_commands else escape(text, quote=False))
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -49,6 +49,8 @@ class Walk:
     def __init__(self, folder: Path):
         self.names: dict[str, Any] = {"openm6": openm6}
         self.folder = folder
+        self.key = "m6-..."
+        """That of the last `openm6 keys add`, in the place of the one that a page shows."""
         self._ports: dict[str, int] = {}
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -62,7 +64,9 @@ class Walk:
                 self.serve("8000", [sys.executable, "-m", "openm6", *given, "--port", str(self.port("8000"))])
             elif given[0] in ("keys", "deploy", "--extension"):
                 # The first two find the home directory as they are imported, the last registers for the whole process.
-                self._call([sys.executable, "-m", "openm6", *given])
+                printed = self._call([sys.executable, "-m", "openm6", *given])
+                if given[:2] == ["keys", "add"]:
+                    self.key = printed.strip()
             else:
                 done = command(*given)
                 assert done.exit_code == 0, f"{' '.join(words)}\n{done.output[-2000:]}"
@@ -74,9 +78,10 @@ class Walk:
             assert Path(words[0]).name == "python", words
             self._call([sys.executable, *words[1:]])
 
-    def _call(self, words: list[str]) -> None:
+    def _call(self, words: list[str]) -> str:
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+        return done.stdout
 
     def python(self, text: str, page: str) -> None:
         """Run an example among the names of those before it."""
@@ -89,6 +94,7 @@ class Walk:
         """A word of a command, or an example, with what the page leaves open, and with free ports."""
         for shown, here in REPLACED.items():
             text = text.replace(shown, here)
+        text = text.replace("m6-...", self.key)
         for shown in ("8000", "8100"):
             text = str(self.port(shown)) if text == shown else text
             text = text.replace(f"127.0.0.1:{shown}", f"127.0.0.1:{self.port(shown)}")
