@@ -43,7 +43,13 @@ def test_numpy_values_become_numbers(tmp_path: Path) -> None:
 def test_a_damaged_store_is_a_data_error(tmp_path: Path) -> None:
     write_records(tmp_path, [{"a": 1, "b": b"raw"}])
     records, ends = tmp_path / "records.bin", tmp_path / "ends.npy"
-    for file, content in ((records, records.read_bytes()[:-1]), (records, None), (ends, b"no array"), (ends, None)):
+    for file, content in (
+        (records, records.read_bytes()[:-1]),
+        (records, None),
+        (ends, b"no array"),
+        (ends, b""),
+        (ends, None),
+    ):
         whole = file.read_bytes()
         file.write_bytes(content) if content is not None else file.unlink()
         with pytest.raises(DataError, match="damaged"):
