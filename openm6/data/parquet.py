@@ -56,11 +56,9 @@ class ParquetRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        place = bisect_right(self._ends, index) - 1
-        row = index - self._ends[place]
+        row = range(len(self))[index]
+        place = bisect_right(self._ends, row) - 1
+        row -= self._ends[place]
         path, number, _ = self._groups[place]
         return {**self._rows(place)[row], "_where": f"{path}#{number}.{row}", "_root": folder_of(path)}
 

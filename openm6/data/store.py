@@ -72,7 +72,7 @@ class ComputedRecords:
         return self._count
 
     def __getitem__(self, index: int) -> Record:
-        return self._compute(index)
+        return self._compute(range(self._count)[index])
 
 
 class StoredRecords:
@@ -107,9 +107,8 @@ class StoredRecords:
 
     def _read(self, index: int) -> tuple[Record, list[str], Iterator[bytes]]:
         """The JSON part of a record, the keys of its byte strings, and those."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        start, end = self._ends[index % len(self) :][:2].tolist()
+        number = range(len(self))[index]
+        start, end = self._ends[number : number + 2].tolist()
         newline = self._bytes.find(b"\n", start, end)
         record, keys, sizes = loads(self._bytes[start:newline])
         ends = accumulate(sizes, initial=newline + 1)
