@@ -66,8 +66,8 @@ class Values:
 
 
 def _nearest(one: Callable[[str, str], float]) -> Callable[[list[str], list[list[str]]], Values]:
-    """The metric of which `one` is the score of an answer against a reference: the mean over the answers, of each its
-    score against the reference that fits best."""
+    """A metric from `one`, which scores an answer against one reference: the mean over all answers of the score
+    against their best-fitting reference."""
 
     def metric(predictions: list[str], references: list[list[str]]) -> Values:
         pairs = zip(predictions, references, strict=True)
@@ -223,7 +223,8 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
-    """A function from a text to the label of `known`, else of `others`, equal by accuracy, else to the normal text."""
+    """A function that names the label of a text: the one of `known` that accuracy counts as equal, else the first such
+    one of `others`, else the normalized text itself."""
     known = [normalize_label(label) for label in known]
     exact, names = set(known), dict[str, str]()
     for label in (*known, *map(normalize_label, others)):
