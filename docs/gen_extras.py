@@ -24,7 +24,7 @@ IMPORTS = {
     "serve": "fastapi, uvicorn", "console": "gradio", "traces": "opentelemetry.sdk.trace", "hub": "mlflow",
     "ray": "ray", "edge": "onnx, onnxruntime", "lowbit": "torchao",
 }  # fmt: skip
-"""What a use of an extra imports first."""
+"""Modules of each extra whose import is timed: those that its first use imports."""
 
 
 def run(*words: str | Path) -> str:

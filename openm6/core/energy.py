@@ -70,7 +70,7 @@ class EnergyMeter:
         return self._use(self._tracker.flush()) if self._tracker else None
 
     def stop(self) -> EnergyUse | None:
-        """The same, for the last time."""
+        """Energy since the start of the run; ends the measurement."""
         return self._use(self._tracker.stop()) if self._tracker else None
 
     def _use(self, co2e_kg: float | None) -> EnergyUse | None:

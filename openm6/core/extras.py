@@ -18,10 +18,10 @@ def require(extra: str, *modules: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be found; it is not imported, its parents are."""
+    """True if a module is installed. Its parent packages are imported, the module itself is not."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent is not there
+    except ModuleNotFoundError:  # a parent package is not installed
         return False
 
 

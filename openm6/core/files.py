@@ -228,7 +228,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The place of a value that `parse` could not accept."""
+    """Placeholder in a parsed value for a part that cannot be used."""
 
     reason: str
 
@@ -256,7 +256,7 @@ def parse(text: str) -> Any:
 
 
 def has_more_values(text: str, most: int) -> bool:
-    """Whether JSON holds more values than `most`, estimated from its commas and brackets without parsing."""
+    """True if a JSON text has more than `most` values, by the number of its commas and brackets; it is not parsed."""
     if sum(map(text.count, ",[{")) <= most:
         return False
     marks = (mark for mark in _MARK.finditer(text) if mark[0] in (",", "[", "{"))

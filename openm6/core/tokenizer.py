@@ -79,7 +79,7 @@ class Tokenizer:
         self.vocab_size = self.code_start + num_codes
 
     def is_like(self, other: Tokenizer) -> bool:
-        """Whether both give the same ids for every text."""
+        """True if both tokenizers give the same ids for every text."""
         return self.num_codes == other.num_codes and self._fast.to_str() == other._fast.to_str()
 
     def encode(self, text: str) -> list[int]:
@@ -169,7 +169,7 @@ class Tokenizer:
         return bytes(decoder.getstate()[0])
 
     def is_part(self, token: int) -> bool:
-        """Whether this id has no text by itself: a single byte, or a token without one."""
+        """True for an id without a text of its own: a single byte, a special token, an image code."""
         name = self._fast.id_to_token(token) or ""
         return bool(re.fullmatch("<0x[0-9A-F]{2}>", name)) or not self.decode([token])
 
@@ -286,15 +286,8 @@ def _open(path: Path) -> tokenizers.Tokenizer:
 
 def _in_characters(data: bytes) -> list[bool]:
     """For each byte, whether it belongs to a whole character."""
-    found, place = [True] * len(data), 0
-    while place < len(data):
-        try:
-            data[place:].decode()
-            break
-        except UnicodeDecodeError as error:
-            found[place + error.start : place + error.end] = [False] * (error.end - error.start)
-            place += error.end
-    return found
+    text = data.decode("utf-8", "surrogateescape")
+    return [not "\udc80" <= c <= "\udcff" for c in text for _ in c.encode("utf-8", "surrogateescape")]
 
 
 def _unreadable(text: Any) -> DataError:

@@ -207,7 +207,7 @@ class _Choice:
 
 
 def _foreign(column: str, slot: str, kind: str) -> bool:
-    """Whether a column's name is known to mean something other than the slot."""
+    """True if a column has one of the usual names of something other than the slot."""
     known = [group for group in (*_SYNONYMS, _ORIGINS) if column.strip().casefold() in group]
     return bool(known) and not any(slot in group or kind in group for group in known)
 

@@ -5,6 +5,7 @@ neighbours are; the order of the row groups is shuffled once, so that rows with 
 data. With the shuffle inside a window of the loader this is the usual shuffle of streamed data, but as every row has a
 number, a run is resumed exactly, at any number of processes."""
 
+from bisect import bisect_right
 from collections import OrderedDict
 from threading import Lock
 
@@ -13,7 +14,7 @@ import numpy as np
 from openm6.core.errors import DataError, UsageError
 from openm6.data.bundled import open_parquet, plain_picture, rows_of
 from openm6.data.files import expand, folder_of, is_folder, list_folder
-from openm6.data.store import Record, locate
+from openm6.data.store import Record
 
 WINDOW_ROWS = 4096
 """Maximum number of rows that are shuffled together (fewer where they are large)."""
@@ -55,7 +56,9 @@ class ParquetRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        place, row = locate(self._ends, index)
+        row = range(len(self))[index]
+        place = bisect_right(self._ends, row) - 1
+        row -= self._ends[place]
         path, number, _ = self._groups[place]
         return {**self._rows(place)[row], "_where": f"{path}#{number}.{row}", "_root": folder_of(path)}
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Statistic = Callable[[np.ndarray], float]
 Gram = tuple[str, ...]
+_Vector = tuple[dict[Gram, float], list[float], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class Values:
 
 
 def _nearest(one: Callable[[str, str], float]) -> Callable[[list[str], list[list[str]]], Values]:
-    """The metric of which `one` is the score of an answer against a reference: the mean over the answers, of each its
-    score against the reference that fits best."""
+    """A metric from `one`, which scores an answer against one reference: the mean over all answers of the score
+    against their best-fitting reference."""
 
     def metric(predictions: list[str], references: list[list[str]]) -> Values:
         pairs = zip(predictions, references, strict=True)
@@ -144,21 +145,21 @@ def cider(predictions: list[str], references: list[list[str]]) -> Values:
     weight = {gram: math.log(len(wanted) / count) for gram, count in occurrences.items()}
     unknown = math.log(max(1, len(wanted)))
 
-    def vector(grams: Counter[Gram]) -> tuple[dict[Gram, float], list[float], int]:
+    def vector(grams: Counter[Gram]) -> _Vector:
         """TF-IDF of the n-grams, the norm of each order's, and the number of bigrams, which stands for the length."""
         values = {gram: count * weight.get(gram, unknown) for gram, count in grams.items()}
         norms = [math.sqrt(sum(v * v for gram, v in values.items() if len(gram) == n)) for n in ORDERS]
         return values, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
 
-    def similarity(answer: Counter[Gram], reference: Counter[Gram]) -> float:
-        (a, a_norms, a_length), (b, b_norms, b_length) = vector(answer), vector(reference)
+    def similarity(answer: _Vector, reference: _Vector) -> float:
+        (a, a_norms, a_length), (b, b_norms, b_length) = answer, reference
         products = {gram: min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b}
         shared = [sum(value for gram, value in products.items() if len(gram) == n) for n in ORDERS]
         cosines = [s / (x * y) if x and y else 0.0 for s, x, y in zip(shared, a_norms, b_norms, strict=True)]
         return sum(cosines) / len(ORDERS) * math.exp(-((a_length - b_length) ** 2) / (2 * 6.0**2))
 
-    pairs = zip(said, wanted, strict=True)
-    return Values.mean([10 * sum(similarity(p, w) for w in grams) / len(grams) for p, grams in pairs])
+    pairs = zip(map(vector, said), wanted, strict=True)
+    return Values.mean([10 * sum(similarity(p, vector(w)) for w in grams) / len(grams) for p, grams in pairs])
 
 
 ORDERS = (1, 2, 3, 4)
@@ -222,7 +223,8 @@ def macro_f1(predictions: list[str], references: list[list[str]]) -> Values:
 
 
 def label_namer(known: Iterable[str], others: Iterable[str] = ()) -> Callable[[str], str]:
-    """A function from a text to the label of `known`, else of `others`, equal by accuracy, else to the normal text."""
+    """A function that names the label of a text: the one of `known` that accuracy counts as equal, else the first such
+    one of `others`, else the normalized text itself."""
     known = [normalize_label(label) for label in known]
     exact, names = set(known), dict[str, str]()
     for label in (*known, *map(normalize_label, others)):

@@ -21,7 +21,7 @@ import numpy as np
 from openm6.core.errors import UsageError, suggest
 from openm6.data.store import ComputedRecords, Record, Records, StoredRecords, cached, check_split, shown, write_records
 from openm6.worlds import draw
-from openm6.worlds.draw import CATEGORIES, PATTERNS, STUDIO, Placed
+from openm6.worlds.draw import CATEGORIES, PATTERNS, STUDIO, VALUES, Placed
 from openm6.worlds.market.goods import SEASONS, STYLES
 from openm6.worlds.pictured import SPLITS, combinations, in_threads, with_pictures
 from openm6.worlds.scenes import pointed
@@ -145,7 +145,7 @@ def _references(goods: _Goods, split: str, seed: int) -> Iterator[Record]:
         seen = {item}
         for other in rng.permutation(len(goods.items)):
             # Half of them similar, so that the category alone does not identify the item.
-            near = sum(getattr(goods.items[other], k) == getattr(item, k) for k in ("category", "colour", "pattern"))
+            near = sum(getattr(goods.items[other], k) == getattr(item, k) for k in VALUES)
             if goods.items[other] not in seen and near >= (len(others) < AMONG // 2):
                 others.append(int(other))
                 seen.add(goods.items[other])
@@ -168,8 +168,12 @@ def open_shop(view: str, split: str = "train", seed: int = 0, records: int | Non
     goods = partial(_Goods, of, seed, ITEMS[of])
     key = {"version": VERSION, "split": split, "seed": seed}
     if view == "visits":
-        rows = (record for _, record in _visits(goods(), split, seed, count))
-        return _kept(view, {**key, "count": count}, lambda: shown(rows, count, f"customers of the shop ({split})"))
+
+        def visits() -> Iterable[Record]:
+            rows = (record for _, record in _visits(goods(), split, seed, count))
+            return shown(rows, count, f"customers of the shop ({split})")
+
+        return _kept(view, {**key, "count": count}, visits)
     photos = _kept("photos", key, lambda: _photos(goods(), split, seed))
     if view == "items":
         kept = _kept(view, key, lambda: goods().rows)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from openm6.core.errors import DataError
-from openm6.data.store import StoredRecords, cached, iterate, write_records
+from openm6.data.store import ComputedRecords, StoredRecords, cached, iterate, write_records
 
 plain = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text()
 values = plain | st.binary(max_size=40) | st.lists(plain | st.binary(max_size=9), max_size=3)
@@ -43,7 +43,13 @@ def test_numpy_values_become_numbers(tmp_path: Path) -> None:
 def test_a_damaged_store_is_a_data_error(tmp_path: Path) -> None:
     write_records(tmp_path, [{"a": 1, "b": b"raw"}])
     records, ends = tmp_path / "records.bin", tmp_path / "ends.npy"
-    for file, content in ((records, records.read_bytes()[:-1]), (records, None), (ends, b"no array"), (ends, None)):
+    for file, content in (
+        (records, records.read_bytes()[:-1]),
+        (records, None),
+        (ends, b"no array"),
+        (ends, b""),
+        (ends, None),
+    ):
         whole = file.read_bytes()
         file.write_bytes(content) if content is not None else file.unlink()
         with pytest.raises(DataError, match="damaged"):
@@ -55,6 +61,13 @@ def test_a_damaged_store_is_a_data_error(tmp_path: Path) -> None:
 def test_a_store_may_be_empty(tmp_path: Path) -> None:
     assert write_records(tmp_path, []) == 0
     assert list(iterate(StoredRecords(tmp_path))) == []
+
+
+def test_computed_records_end() -> None:
+    records = ComputedRecords(3, ("number",), lambda number: {"number": number})
+    assert list(iterate(records)) == [{"number": 0}, {"number": 1}, {"number": 2}] and records[-1] == {"number": 2}
+    with pytest.raises(IndexError):
+        records[3]
 
 
 def test_what_fails_half_way_leaves_nothing_in_the_cache(cache: Path) -> None:
