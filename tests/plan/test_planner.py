@@ -363,7 +363,8 @@ def test_a_recipe_alone_is_timed_on_this_machine(run: Any, tmp_path: Path, monke
     for words, reason in (
         (["codec_256", "--hardware", "h100"], "without --gpus and --hardware its first steps are timed"),
         (["codec_256", "data=[{source: nowhere, format: folder}]"], "nowhere"),
-        (["try_on"], "runs/demo/model"), (["m6-10b", "train.steps=3"], "overrides a recipe, and m6-10b is not a recipe"),
+        (["try_on"], "runs/demo/model"),
+        (["m6-10b", "train.steps=3"], "overrides a recipe, and m6-10b is not a recipe"),
     ):  # fmt: skip
         assert reason in str(run(*words).exception)
 
