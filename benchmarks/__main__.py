@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.common import report
+from openm6.core.errors import UsageError
 
 NAMES = (
     "train_step", "decode", "packing", "attention", "experts", "scale", "sharing", "image_decode", "sparse_attention",
@@ -21,7 +22,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     benchmark = import_module(f"benchmarks.{arguments.name}")
-    rows, note = benchmark.run()
+    try:
+        rows, note = benchmark.run()
+    except UsageError as error:
+        parser.exit(2, f"{error}\n")
     print(report(arguments.name, benchmark.TITLE, rows, note, arguments.out))
 
 

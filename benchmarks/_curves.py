@@ -1,5 +1,5 @@
-"""Pictures of the last results for the documentation, docs/images/cascade.png (how right a cascade is by how much it
-defers) and load.png (what a server answers, and how soon, by its load): `python -m benchmarks._curves`."""
+"""Plots of the last results for the documentation, docs/images/cascade.png (accuracy of a cascade by the fraction of
+requests it defers) and load.png (throughput and latency of a server by its load): `python -m benchmarks._curves`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks._overload_peers load URL RATE SECONDS BYTES PATH ...` sends large texts and half-sent bodies in
 turn, RATE a second, and prints the number of answers by status (0: closed without an answer). `... sink` is a server
-that refuses every request once it has read its head, and prints its port: sending to it costs what sending costs.
+that refuses every request once it has read its head, and prints its port: it measures what sending alone costs.
 """
 
 from __future__ import annotations

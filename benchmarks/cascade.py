@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import require_model
 from openm6 import Client
 from openm6.compress.cascade import calibrate_task, create_device, learn
 from openm6.data.store import Record
@@ -56,8 +57,7 @@ TITLE = "An edge model that asks a larger one when it is not sure"
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
-    if not (EDGE_MODEL / "config.json").is_file():
-        sys.exit(f"Train {EDGE_MODEL} first: see the head of {Path(__file__).name}.")
+    require_model(EDGE_MODEL, f"see the head of {Path(__file__).name}")
     parts = [part[:MOST] for part in _parts()]
     is_there = (CLOUD_MODEL / "config.json").is_file()
     with _cloud(parts) if is_there else _standin(parts) as known:

@@ -55,8 +55,8 @@ def race(sides: dict[str, Callable[[], object]], repeats: int = 9, warmup: int =
 
 
 def require_model(path: Path, how: str) -> None:
-    """Raise UsageError, with the command that makes it, where a model directory is missing."""
-    if not path.is_dir():
+    """Raise UsageError, which says how to make it, where there is no model at `path`."""
+    if not (path / "config.json").is_file():
         raise UsageError(f"{path} does not exist: {how}.")
 
 

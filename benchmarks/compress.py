@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import require_model
 from openm6.compress.compress import check_chain, compress
 from openm6.edge.package import export
 
@@ -33,8 +34,7 @@ Row = dict[str, Any]
 
 def run() -> tuple[list[Row], str]:
     for model in (TEACHER, STUDENT, DEMO):
-        if not (model / "config.json").is_file():
-            sys.exit(f"Train {model} first: see the head of {Path(__file__).name}.")
+        require_model(model, f"see the head of {Path(__file__).name}")
     shutil.rmtree(WORK, ignore_errors=True)
     rows = [*_chain("large", TEACHER), *_chain("student", STUDENT), *_chain("demo", DEMO), *_starts()]
     note = (

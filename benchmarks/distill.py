@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import require_model
 from openm6.compress.convert import prune_model
 from openm6.evaluate.command import measure
 from openm6.inference.session import Session
@@ -43,8 +44,7 @@ Row = dict[str, Any]
 
 
 def run() -> tuple[list[Row], str]:
-    if not (TEACHER / "config.json").is_file():
-        sys.exit(f"Train {TEACHER} first: see the head of {Path(__file__).name}.")
+    require_model(TEACHER, f"see the head of {Path(__file__).name}")
     waiting = [("the teacher", "", "", TEACHER)]
     for name, sizes in PRUNED.items():
         pruned = TEACHER.parent / f"pruned-{sizes['layers']}"

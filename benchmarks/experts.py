@@ -30,7 +30,7 @@ MOST = 2**29
 
 
 def run(hidden_sizes: tuple[int, ...] = (), tokens: int = 0) -> tuple[list[dict[str, Any]], str]:
-    """`sizes` defaults to those for this kind of machine."""
+    """`hidden_sizes` and `tokens` default to those for this kind of machine."""
     cuda = torch.cuda.is_available()
     hidden_sizes = hidden_sizes or ((1024, 2048, 4096) if cuda else (512,))
     tokens = tokens or (32768 if cuda else 8192)

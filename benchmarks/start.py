@@ -1,4 +1,4 @@
-"""How long commands take to start: `run`, `train` to its first step, `serve` to its first answer, against the time of
+"""Start-up time of commands: a whole `run`, `train` to its first step, `serve` to its first answer, against the time of
 `import torch` in the same environment."""
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from PIL import Image
 from openm6.train.recipe import check_recipe
 from openm6.train.trainer import train
 
-TITLE = "How long commands take to start"
+TITLE = "Start-up time of commands"
 REPEATS = 7
 PATIENCE = 120.0
+"""Seconds that a command may take to start."""
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "stem_widths": [8, 8, 8], "image_max_patches": 4,
 }  # fmt: skip
+"""A network so small that nearly all of the time is the start."""
 QUESTION = "什么颜色？"
-"""So small a network that what is measured is the start."""
 
 
 def run() -> tuple[list[dict[str, Any]], str]:
@@ -73,7 +74,7 @@ _OPENM6 = (sys.executable, "-m", "openm6")
 
 
 def _prepare(place: Path) -> None:
-    """Data, a recipe of a hundred steps, and a model of a few."""
+    """Write data and a recipe of a hundred steps, and train a model for three."""
     rows = []
     for answer, colour in {"红": (220, 30, 30), "蓝": (30, 30, 220)}.items():
         Image.new("RGB", (64, 64), colour).save(place / f"{answer}.png")
@@ -120,7 +121,7 @@ def _trained(place: Path) -> tuple[float, float]:
 
 
 def _until(place: Path, words: tuple[str, ...], reached: Callable[[], bool]) -> tuple[float, float]:
-    """Wall and user seconds of a command and its processes until something is reached; it is ended then."""
+    """Wall and user seconds of a command and its processes until `reached` is true; the command is ended then."""
     begun = time.perf_counter()
     process = subprocess.Popen(
         (*_OPENM6, *words), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -78,7 +78,7 @@ class _WithChanges(nn.Module):
 
     @property
     def change(self) -> Any:
-        """That of the active adapter; None without one."""
+        """The change by the active adapter; None where it has none here, or no adapter is active."""
         name = self.active.name
         return self.changes[name] if name is not None and name in self.changes else None
 

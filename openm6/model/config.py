@@ -172,7 +172,7 @@ class ModelConfig(NetworkConfig):
 
     @property
     def expert_groups(self) -> int:
-        """Number of groups of experts, of which the router chooses one each; 1: it chooses among all."""
+        """Number of groups of experts. The router chooses one expert of each; with 1 group it chooses among all."""
         return self.experts_per_token if ROUTERS[self.router].has_groups else 1
 
     def expert_layers(self) -> list[int]:

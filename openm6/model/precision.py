@@ -31,9 +31,9 @@ def product_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 @cache
-def peak_flops(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+def peak_flops(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product on this machine, the best of a few runs: the peak of the utilization."""
-    size = size or (8192 if device == "cuda" else 2048)
+    size = 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""Accelerators known to the planner. Without PyTorch: the command line checks their names before it is imported."""
+"""Accelerators known to the planner. PyTorch is not imported here: the command line checks the names before that."""
 
 from dataclasses import dataclass
 

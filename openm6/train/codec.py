@@ -38,7 +38,7 @@ class Picture:
 
 
 TASK = Task.from_instruction("[image] -> [vector:codes]", "codec")
-"""Records by the slot `image`; the codec reads it by itself."""
+"""The task of a codec's records. They have one slot, `image`, which `read_picture` reads."""
 
 
 def read_picture(record: Mapping[str, Any], size: int) -> Picture:

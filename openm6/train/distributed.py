@@ -87,7 +87,8 @@ def process_group() -> Iterator[Group]:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor, whose import costs half as much time as PyTorch's: a process alone makes none."""
+    """True for a DTensor. The test does not import the class, which takes half as long as PyTorch's import: a single
+    process has no DTensors."""
     return hasattr(tensor, "device_mesh")
 
 

@@ -108,13 +108,16 @@ def rate_at(step: int, settings: TrainSection, pseudo: PseudoSection | None = No
 
 class Uncompiled(Optimizer):
     """An optimizer that torch.compile never sees. PyTorch's guards against its compiler import it, which takes half as
-    long as the import of PyTorch itself: the guarded methods are used without them."""
+    long as the import of PyTorch itself: the guarded methods are used without them. Step hooks, profiling and
+    learning-rate schedulers are not affected: Optimizer adds its hooks when it is constructed."""
 
     add_param_group = unwrap(Optimizer.add_param_group)
     zero_grad = unwrap(Optimizer.zero_grad)
 
 
 class AdamW(Uncompiled, torch.optim.AdamW):
+    """PyTorch's AdamW; its step cannot be differentiated (`differentiable`)."""
+
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 

@@ -32,7 +32,7 @@ SCALARS = (
 MONITORS = {
     "codecarbon": "energy", "tensorboard": "curves for TensorBoard", "matplotlib": "a picture of the experts' load",
 }  # fmt: skip
-"""What a run records by the libraries of the extra monitor."""
+"""Libraries of the extra monitor, and what a run records with each."""
 LONG = 600
 """Seconds from which on the expected length of a run is shown after its second step, before the first line."""
 

@@ -168,8 +168,8 @@ class SequenceObjective(Objective):
         return MicroBatchResult(loss, losses, flops, positions, batch.ids.numel(), output.router_statistics)
 
     def _contrast(self, hidden_BTD: Tensor, batch: Batch, examples: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
-        """The loss of every pair among the examples, fp32 [pairs], and those pairs; the others of a contrast stand
-        behind their example."""
+        """The loss of every pair among the examples, fp32 [pairs], and those pairs; the positive and the negatives of a
+        contrast follow their example."""
         vectors = hidden_BTD.flatten(0, 1)[batch.ends()]
         pairs = [(place, e.target) for place, e in enumerate(examples) if isinstance(e.target, ContrastTarget)]
         queries = [place for place, _ in pairs]

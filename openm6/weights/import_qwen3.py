@@ -86,7 +86,7 @@ def import_qwen3(path: str | Path, vocab_size: int | None = None, **changes: Any
     with open_tensors(path) as where:
 
         def read(*names: str) -> Tensor:
-            """Their tensors of these names, one below the other, fp32."""
+            """The checkpoint's tensors of these names, concatenated by rows, fp32."""
             if absent := [name for name in names if name not in where]:
                 raise OpenM6Error(f"{path} has no tensor {absent[0]}.")
             return torch.cat([where[name].get_tensor(name).float() for name in names])

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 enabled = True
-"""False: PyTorch's own operations run on CPUs too. `pack_for_cpu` has to be asked for besides."""
+"""False: PyTorch's own operations run on CPUs too. A network that `pack_for_cpu` has packed is not affected."""
 
 
 def takes(x: Tensor) -> bool:
-    """True where these kernels process `x`."""
-    return enabled and not x.is_cuda
+    """True for a tensor that these kernels process: one on a CPU, while they are enabled."""
+    return enabled and x.device.type == "cpu"

@@ -11,7 +11,7 @@ from torch import Tensor
 from openm6.model.feed_forward import activate
 
 ROUND = 16
-"""Rows to whose multiples an expert's are rounded up on a CPU."""
+"""On a CPU the number of an expert's rows is rounded up to a multiple of this."""
 
 
 class ExpertLoop(torch.autograd.Function):

@@ -45,7 +45,7 @@ def pack_for_cpu(model: M6, dtype: torch.dtype | None = None) -> M6:
 
 
 def _pack_attention(attention: Attention, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Returns the module in the place of the norm before."""
+    """Pack in place; returns the module that replaces the norm before."""
     norm, attention.qkv = _fold(norm, attention.qkv, dtype)  # type: ignore[assignment]
     attention.out = _pack(attention.out, dtype)  # type: ignore[assignment]
     if attention.q_norm is not None:
@@ -61,7 +61,7 @@ def _shrink_heads(shrink: Shrink, scale: Tensor, qk: Tensor) -> Tensor:
 
 
 def _pack_feed_forward(layer: FeedForward, norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Returns the module in the place of the norm before."""
+    """Pack in place; returns the module that replaces the norm before."""
     norm, layer.up = _fold(norm, layer.up, dtype)  # type: ignore[assignment]
     layer.down = _pack(layer.down, dtype)  # type: ignore[assignment]
     return norm
