@@ -54,10 +54,10 @@ def page(ui: PageContext) -> None:
         return listing(found, found[0] if found else None, text, command)
 
     def finished(name: str | None) -> str:
-        text = _finish(_known(ui, name))
+        found = _finish(_known(ui, name))
         return say(
-            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{text['accepted']:.0%}",
-            labelled=text["labelled"], file=f"`{text['file']}`",
+            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{found['accepted']:.0%}",
+            labelled=found["labelled"], file=f"`{found['file']}`",
         )  # fmt: skip
 
     ui.on(None, batches, outputs=[empty, whole, batch])
