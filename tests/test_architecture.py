@@ -63,7 +63,10 @@ def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
     ("code", "heavy"),
     [
         ("import openm6", ("torch", "transformers", "numpy", "pydantic", "tokenizers")),
-        ("from openm6.cli import commands; commands()", ("torch", "transformers")),
+        (
+            "from openm6.cli import commands; commands()",
+            ("torch", "transformers", "numpy", "PIL", "pydantic", "tokenizers", "sqlite3", "asyncio"),
+        ),
         # Tasks make sequences without PyTorch too, so that a machine without it can ask a network in another form.
         (
             "from openm6.core.tokenizer import Tokenizer; from openm6.tasks.library import get, names; "

@@ -10,7 +10,7 @@ import typer
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find, find_task
 from openm6.cli.options import Column, Json
-from openm6.cli.output import emit, pairs, table
+from openm6.cli.output import emit, pairs, share, table
 from openm6.core.files import require_new
 
 cascade = typer.Typer(help="Edge-cloud cascade: a small edge model defers to a large one.", no_args_is_help=True)
@@ -84,7 +84,6 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Choose the confidence above which a task is answered locally."""
-    from openm6.cli.output import share
     from openm6.data.source import check_source
     from openm6.edge.device import EdgeDevice
 

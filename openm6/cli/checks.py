@@ -11,6 +11,7 @@ import typer
 from openm6.core.bases import require_model
 from openm6.core.errors import DataError, UsageError
 from openm6.core.files import require_writable
+from openm6.hub.catalogue import find_model
 from openm6.model.presets import find_preset
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ MODEL = "Model directory, or model of the catalogue (goods@live)."
 def find(model: str | Path) -> Path:
     """The directory of a model: the given path, or the local files of a catalogue model. Raises UsageError for an
     unknown model."""
-    from openm6.hub.catalogue import find_model
-
     found, _ = find_model(model)
     return Path(model) if Path(model).exists() else found
 

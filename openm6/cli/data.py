@@ -9,7 +9,6 @@ import typer
 from openm6.cli import options
 from openm6.cli.app import app
 from openm6.cli.checks import MODEL, find, find_task
-from openm6.cli.options import Json
 from openm6.cli.output import counted, emit, table, tell
 from openm6.hub.catalogue import DATA, Catalogue
 
@@ -35,8 +34,9 @@ def check(
     from openm6.data.check import Check
     from openm6.data.columns import check_command
 
-    values = {"format": reading.data_format, "images": reading.images, "encoding": reading.encoding}
-    values["names"] = reading.names
+    values = {
+        "format": reading.data_format, "images": reading.images, "encoding": reading.encoding, "names": reading.names,
+    }  # fmt: skip
     words = [word for name, value in values.items() if value for word in (f"--{name}", value)]
     command = check_command(source, task, *words)
     place, processor = find(model) if model else None, None
@@ -117,7 +117,7 @@ app.add_typer(tasks, name="tasks")
 
 
 @tasks.callback()
-def list_tasks(context: typer.Context, json: Json = False) -> None:
+def list_tasks(context: typer.Context, json: options.Json = False) -> None:
     """List the tasks of the library."""
     if context.invoked_subcommand:
         return
@@ -129,7 +129,9 @@ def list_tasks(context: typer.Context, json: Json = False) -> None:
 
 
 @tasks.command("show")
-def show_task(name: Annotated[str, typer.Argument(help="Task by name or YAML path.")], json: Json = False) -> None:
+def show_task(
+    name: Annotated[str, typer.Argument(help="Task by name or YAML path.")], json: options.Json = False
+) -> None:
     """Show a task: instructions, metrics, example, and the JSON schemas of inputs and outputs."""
     from openm6.tasks.library import get
 

@@ -43,7 +43,8 @@ READING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How a command reads its data: columns by slot, and the values of the other options of READING."""
+    """Values of the options READING: column names by slot, data format, picture folder, encoding, column names of a
+    table without a header."""
 
     columns: dict[str, str] = field(default_factory=dict)
     data_format: str | None = None

@@ -219,7 +219,6 @@ def _of_recipe(recipe: AnyRecipe, path: str, gpus: int) -> tuple[ModelConfig, Wo
 
 
 def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Hardware:
-
     names = [field.name for field in fields(hardware)]
     for name, value in pairs(more).items():
         if name not in names:
@@ -231,7 +230,6 @@ def _changed(hardware: Hardware, changes: dict[str, Any], more: list[str]) -> Ha
 def _figure(label: str, name: str, text: str, plain: float = 1.0) -> float:
     """A hardware figure in its own unit: a memory may be 80GB, a rate 25GB/s (`plain`: bytes per second of one unit of
     a rate without a unit)."""
-
     example = ""
     try:
         if name in ("memory", "host_memory"):

@@ -24,6 +24,7 @@ from openm6.core.errors import OpenM6Error, UsageError
 from openm6.core.extras import require
 from openm6.core.files import require_writable
 from openm6.core.origins import LOOPBACK
+from openm6.hub.catalogue import find_model
 from openm6.hub.deployments import Deployments, Plan, write
 from openm6.hub.jobs import Jobs
 from openm6.serve.keys import Keys
@@ -67,8 +68,6 @@ def serve(
     """Serve a model behind an HTTP API and a web console: `openm6 serve runs/demo/model`"""
     begun = time.monotonic()
     require("serve", "fastapi", "uvicorn", "prometheus_client", "msgpack", "httptools", "multipart")
-    from openm6.hub.catalogue import find_model
-
     check_reach(host, keys)
     check_origins(origin or [])
     adapters = {name: find_model(path)[0] for name, path in pairs(adapter or []).items()}
@@ -235,8 +234,6 @@ def deploy(
     json: Json = False,
 ) -> None:
     """Serve a model in the background, or write the files to deploy it elsewhere: `openm6 deploy runs/demo/model`"""
-    from openm6.hub.catalogue import find_model
-
     directory, called = find_model(model)
     name = name or called
     if to == "here":

@@ -266,15 +266,17 @@ def decoding_options(values: list[str] | None, task: Task | None = None) -> dict
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    task: Annotated[str, typer.Argument(help="A task by name or YAML path.")],
-    slots: Annotated[list[str] | None, typer.Argument(help="slot=value; a picture is a path.")] = None,
+    task: Annotated[str, typer.Argument(help="Task by name or YAML path.")],
+    slots: Annotated[
+        list[str] | None, typer.Argument(help="Inputs of the task, slot=value; a picture is a path.")
+    ] = None,
     option: options.DecodingOption = None,
-    output: Annotated[Path, typer.Option(help="File for an answer that is a picture.")] = Path("picture.png"),
-    examples: Annotated[str | None, typer.Option(help="Data with a few records and answers, to show how.")] = None,
+    output: Annotated[Path, typer.Option(help="Output file of a task that draws.")] = Path("picture.png"),
+    examples: Annotated[str | None, typer.Option(help="Few-shot examples: data with inputs and answers.")] = None,
     truncate: options.Truncate = None,
     json: options.Json = False,
 ) -> None:
-    """One answer: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
+    """Answer one request: `openm6 run runs/demo/model vqa photo=a.jpg question=这是什么商品?`"""
     place = check_inputs(model, [task], [examples])
     asked: dict[str, Any] = dict(pairs(slots or []))
     chosen = find_task(place, task)

@@ -184,7 +184,7 @@ class PageContext:
         **more: Any,
     ) -> Any:
         """Fill the outputs by `act(*inputs)` at these events, or at page load if `events` is None. The visitor's key is
-        checked first, with `manage` also its role. A function that is no coroutine runs in a thread. Errors are shown
+        checked first, with `manage` also its role. A function that is not async runs in a thread. Errors are shown
         in `notes`, without them in a pop-up message."""
         notes = notes or {}
 

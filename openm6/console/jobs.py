@@ -56,7 +56,7 @@ def page(ui: PageContext) -> None:
                 label=say("Name in the catalogue"), placeholder="goods", min_width=160, elem_id="kept-name"
             )
             keep = gr.Button(say("Save the model"), elem_id="keep", min_width=120)
-        text = gr.Markdown()
+        saved = gr.Markdown()
         keep_wrong = {"": note()}
     shown = [state, loss, log]
 
@@ -100,7 +100,7 @@ def page(ui: PageContext) -> None:
     ui.on(chosen.change, look, [chosen], shown, job_wrong, show_progress="hidden")
     given = [base, task, data, validation, method, steps, batch, output, more]
     ui.on([submit.click, output.submit, more.submit], submitted, given, jobs, wrong, manage=True)
-    ui.on([keep.click, kept.submit], keeping, [chosen, kept], [text], keep_wrong, manage=True)
+    ui.on([keep.click, kept.submit], keeping, [chosen, kept], [saved], keep_wrong, manage=True)
     for button, what in ((stop, ui.jobs.stop), (resume, ui.jobs.resume), (remove, ui.jobs.remove)):
         ui.on(button.click, acting(what), [chosen], jobs, job_wrong, manage=True)
     tick = gr.Timer(2).tick
@@ -156,17 +156,17 @@ def _look(ui: PageContext, job: Job) -> list[Any]:
     import pandas as pd
 
     say, far = ui.say, progress(job)
-    text = [f"**{say(job.state)}**"]
+    parts = [f"**{say(job.state)}**"]
     if far:
-        text.append(
+        parts.append(
             say("step {step} of {steps}, loss {loss}", step=far["step"], steps=far["steps"], loss=f"{far['loss']:.3f}")
         )
         if job.state == RUNNING:
-            text.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
+            parts.append(say("{minutes} min left", minutes=f"{far['seconds_left'] / 60:.1f}"))
     if job.state in OVER and job.message:
-        text.append(f"`{job.message.replace('`', chr(39))}`")
+        parts.append(f"`{job.message.replace('`', chr(39))}`")
     command = shlex.join(job.words).replace(f"{job.folder}/", "")  # its working directory
     # A numeric dtype even without rows: otherwise Gradio keeps treating the columns as text.
     points = pd.DataFrame(curve(job), columns=["step", "loss"], dtype=float)
-    state = " · ".join(text) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
+    state = " · ".join(parts) + "\n\n" + f"`openm6 {command}`".replace("``", "'")
     return [state, points, ui.jobs.last_said(job, TAIL)]

@@ -28,7 +28,7 @@ def page(ui: PageContext) -> None:
         with gr.Row(elem_classes="buttons"):
             promote = gr.Button(say("Promote to live"), variant="primary", elem_id="promote", min_width=120)
             rollback = gr.Button(say("Roll back"), elem_id="rollback", min_width=120)
-        done = gr.Markdown(elem_id="told")
+        done = gr.Markdown()
         wrong = {"": note()}
         gr.Markdown("## " + say("Lineage"))
         graph = gr.HTML(elem_id="lineage", apply_default_css=False)

@@ -54,10 +54,10 @@ def page(ui: PageContext) -> None:
         return listing(found, found[0] if found else None, text, command)
 
     def finished(name: str | None) -> str:
-        text = _finish(_known(ui, name))
+        found = _finish(_known(ui, name))
         return say(
-            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{text['accepted']:.0%}",
-            labelled=text["labelled"], file=f"`{text['file']}`",
+            "{accepted} of {labelled} accepted. Training data: {file}", accepted=f"{found['accepted']:.0%}",
+            labelled=found["labelled"], file=f"`{found['file']}`",
         )  # fmt: skip
 
     ui.on(None, batches, outputs=[empty, whole, batch])
@@ -85,15 +85,12 @@ def _known(ui: PageContext, name: str | None) -> Path:
     return found
 
 
-def _candidates(batch: Path) -> list[dict[str, Any]]:
-    return [row for row in rows_of(batch) if row["rank"]]
-
-
-def _verdicts(batch: Path) -> dict[str, Verdict]:
-    labels = batch / LABELS
-    if not labels.is_file() or not labels.stat().st_size:
-        return {}
-    return verdicts_on({row["file"] for row in rows_of(batch)}, batch, "candidate", labels)
+def _read(batch: Path) -> tuple[list[dict[str, Any]], dict[str, Verdict]]:
+    """The candidates of a batch, and the verdicts on them by file."""
+    rows, labels, verdicts = list(rows_of(batch)), batch / LABELS, dict[str, Verdict]()
+    if labels.is_file() and labels.stat().st_size:
+        verdicts = verdicts_on({row["file"] for row in rows}, batch, "candidate", labels)
+    return [row for row in rows if row["rank"]], verdicts
 
 
 def _judge(ui: PageContext, accepted: bool | None, name: str | None, number: int) -> list[Any]:
@@ -101,9 +98,9 @@ def _judge(ui: PageContext, accepted: bool | None, name: str | None, number: int
     batch = _known(ui, name)
     if accepted is None:
         return _show(ui, name, max(0, number - 1))
-    rows = _candidates(batch)
+    rows, verdicts = _read(batch)
     if number < len(rows):
-        verdicts, file = _verdicts(batch), rows[number]["file"]
+        file = rows[number]["file"]
         before = verdicts.get(file)
         verdicts[file] = Verdict(accepted, before.text if before and accepted else "", "")
         write(batch / LABELS, (as_line(verdict.line(file)) for file, verdict in verdicts.items()))
@@ -116,7 +113,7 @@ def _show(ui: PageContext, name: str | None, number: int | None) -> list[Any]:
     if not name:
         return nothing
     batch, say = _known(ui, name), ui.say
-    rows, verdicts = _candidates(batch), _verdicts(batch)
+    rows, verdicts = _read(batch)
     if number is None:
         number = next((n for n, row in enumerate(rows) if row["file"] not in verdicts), len(rows))
     counts = {"done": len(verdicts), "all": len(rows), "accepted": sum(one.accepted for one in verdicts.values())}

@@ -15,9 +15,11 @@ from openm6.data.columns import SlotView
 from openm6.data.rejects import Reject
 from openm6.data.source import open_source
 from openm6.evaluate.measure import Case, Evaluation, evaluate, too_long
+from openm6.inference.modes import mode_of
 from openm6.inference.session import Session
 from openm6.retrieve.ranks import rank_scores, scores_of_ranks
 from openm6.tasks.metrics import Score
+from openm6.tasks.record import Record
 from openm6.tasks.task import Task
 
 
@@ -120,9 +122,6 @@ def measure_retrieval(
     )  # fmt: skip
 
 
-Record = Mapping[str, Any]
-
-
 def evaluate_retrieval(
     session: Session,
     task: Task,
@@ -141,7 +140,7 @@ def evaluate_retrieval(
     """
     started = time.perf_counter()
     for one in (task, against):
-        if not one.embeds:
+        if mode_of(one).result != "vector":
             raise UsageError(f"The task {one.name} gives no vector: retrieval needs two tasks with vectors.")
     if not queries:
         raise DataError(f"Nothing to evaluate in {source or 'the data'}: there are no records.")

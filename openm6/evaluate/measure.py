@@ -19,11 +19,10 @@ from openm6.inference.request import Prepared, Request
 from openm6.inference.session import Session
 from openm6.tasks.faithful import FAITHFUL
 from openm6.tasks.metrics import LIBRARIES, Score, Values, check_metric, score_of, values_of
+from openm6.tasks.record import Record
 from openm6.tasks.slots.box import as_box
 from openm6.tasks.slots.table import cells_of
 from openm6.tasks.task import Task
-
-Record = Mapping[str, Any]
 
 
 @dataclass(slots=True)

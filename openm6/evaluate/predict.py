@@ -171,7 +171,8 @@ class Prediction:
         good = [record for record in asked if not isinstance(record, DataError)]
         found = list(self.session.run_many(self.task, good, decoding=options, on_error="return", **many))
         good = [record for record, answer in zip(good, found, strict=True) if not isinstance(answer, DataError)]
-        chances = iter(self.session.label_probabilities(self.task, good, **many) if "probability" in self.added else ())
+        has_labels = "probability" in self.added
+        by_label = iter(self.session.label_probabilities(self.task, good, **many) if has_labels else ())
         answers = iter(found)
         for record in asked:
             answer = record if isinstance(record, DataError) else next(answers)
@@ -180,8 +181,8 @@ class Prediction:
                 continue
             given = answer if len(self.task.outputs) > 1 else {self.task.outputs[0]: answer}
             more: dict[str, Any] = {}
-            if "probability" in self.added:
-                every = {label: round(float(chance), 6) for label, chance in next(chances).items()}
+            if has_labels:
+                every = {label: round(probability, 6) for label, probability in next(by_label).items()}
                 more = {"probability": every.get(answer), "probabilities": every}
             yield {**{name: _plain(value) for name, value in given.items()}, **more, "error": None}
 

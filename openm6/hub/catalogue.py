@@ -27,7 +27,6 @@ from openm6.core.errors import ErrorKind, OpenM6Error, UsageError, cut, suggest,
 from openm6.core.extras import require
 from openm6.core.files import lines_of, require_new, write_whole
 from openm6.hub.jobs import home, last_step
-from openm6.tasks.card import read_card
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -380,13 +379,13 @@ def describe(source: str, data_format: str | None = None, images: str | None = N
 
 def find_model(text: str | Path) -> tuple[Path, str]:
     """The absolute directory of a model and its default name. `text` is a model directory, or a model of the catalogue
-    (NAME@3, NAME@live), whose files are fetched on first use.
-
-    PyTorch is not imported, MLflow only for a catalogue name. Raises UsageError for an unknown model, OpenM6Error if
-    the catalogue or its files cannot be reached.
+    (NAME@3, NAME@live), whose files are fetched on first use. Imports no PyTorch, and MLflow only for a catalogue name.
+    Raises UsageError for an unknown model, OpenM6Error if the catalogue or its files cannot be reached.
     """
     place = Path(text)
     if place.exists() or "@" not in str(text):
+        from openm6.tasks.card import read_card
+
         read_card(place)
         base_of(place)
         place = place.resolve()

@@ -242,8 +242,8 @@ def extend(
         cut = cut_of(codec.size, codec.side, *_continued(found, side, step))
         found, left = _redraw(session, task, cut, 1, options, slots)[0].image, left - step
         options["seed"] = int(options["seed"]) + 1
-    told = loads(found.info[ORIGIN])
-    found.info[ORIGIN] = dumps({**told, "options": {**told["options"], "seed": seed}})
+    origin = loads(found.info[ORIGIN])
+    found.info[ORIGIN] = dumps({**origin, "options": {**origin["options"], "seed": seed}})
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from openm6.core.batch import by_length, pad
 from openm6.core.errors import UsageError
 from openm6.core.sequence import Sequence
-from openm6.inference.decoding import Decoding, check_room
+from openm6.inference.decoding import check_room
 from openm6.inference.generate import read_text, text_steps
 from openm6.inference.request import (
     BATCH_SIZE,
@@ -40,6 +40,14 @@ def closed_labels(task: Task) -> tuple[str, ...]:
     return task.labels.get(task.outputs[0], ()) if len(task.outputs) == 1 else ()
 
 
+def require_labels(task: Task) -> tuple[str, ...]:
+    """The labels of such a task. Raises UsageError for other tasks."""
+    labels = closed_labels(task)
+    if not labels:
+        raise UsageError(f"The task {task.name} has no probabilities: its one output has to be a label of a set.")
+    return labels
+
+
 class LabelTree:
     """A prefix tree of the tokens of a task's labels, each with the end token.
 
@@ -49,12 +57,9 @@ class LabelTree:
     """
 
     def __init__(self, task: Task, processor: Processor):
-        labels = closed_labels(task)
-        if not labels:
-            raise UsageError(f"The task {task.name} has no probabilities: its one output has to be a label of a set.")
         side, tokenizer = task.instructions[0].target, processor.tokenizer
         self.paths: dict[str, Prefix] = {}
-        for label in labels:
+        for label in require_labels(task):
             ids = target.join(side, {task.outputs[0]: tokenizer.encode_often(label)}, tokenizer)
             self.paths[label] = (*ids, tokenizer.end_id)
         choices: dict[Prefix, dict[int, None]] = {}
@@ -156,9 +161,8 @@ def target_losses(
     return torch.cat(sums), torch.cat(counts)
 
 
-def _options(context: Context, task: Task, request: Request) -> Decoding:
-    LabelTree(task, context.processor)  # refuses a task without a closed set
-    return text_options(context, task, request)
+def _check(context: Context, task: Task, request: Request) -> None:
+    require_labels(task)
 
 
 def _kv_shape(context: Context, task: Task, item: Prepared) -> tuple[int, int]:
@@ -183,6 +187,6 @@ def _read(context: Context, task: Task, raw: Any) -> Answer:
 
 
 LABEL_PROBABILITIES = Mode(
-    "probabilities", "text", applies=lambda task, request: request.probabilities, options=_options, steps=_steps,
-    read=_read, kv_shape=_kv_shape,
+    "probabilities", "text", applies=lambda task, request: request.probabilities, options=text_options,
+    steps=_steps, read=_read, check=_check, kv_shape=_kv_shape,
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence as I
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,9 +16,8 @@ from openm6.inference.steps import Steps
 from openm6.model import M6
 from openm6.tasks.constraints import Limits
 from openm6.tasks.processor import Processor
+from openm6.tasks.record import Record
 from openm6.tasks.task import Task
-
-Record: TypeAlias = Mapping[str, Any]
 
 BATCH_SIZE = 64
 """Default number of rows that the network computes at once."""
@@ -112,7 +111,7 @@ class Mode:
     steps       work on prepared requests with one batch key, with a batch size; one raw result for each request
     read        raw result to answer
     stream      the answer in pieces of text; None: texts come as one piece, other answers cannot be streamed
-    check       refuses a request that asks for nothing
+    check       refuses a request that cannot be answered
     batch_key   key of options and request beside adapter and task
     kv_shape    rows and positions of the key/value cache that a prepared request needs
     single      the value that Session.run returns, of the value on the wire

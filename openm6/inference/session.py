@@ -270,7 +270,7 @@ class Session:
         if item.mode.stream is not None:
             yield from item.mode.stream(self, task, item)
         elif item.mode.result == "text":
-            yield str(next(self.run_many(task, [item.request])))
+            yield str(self.answers(task, [item])[0].value)
         else:
             raise UsageError(f"A {item.mode.result} does not come in pieces: run the task {task.name}.")
 
