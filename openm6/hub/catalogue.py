@@ -221,7 +221,7 @@ class Catalogue:
             raise UsageError("The catalogue stores no files of data sets: they stay in place.")
 
         def fill(folder: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+            with tempfile.TemporaryDirectory(dir=folder) as draft:
                 try:
                     got = download_artifacts(artifact_uri=version.files, dst_path=draft)
                 except Exception as error:  # each store raises its own
