@@ -98,7 +98,7 @@ def serve(
     beside = [partial(work_beside, jobs)] if jobs else []
 
     async def announce() -> None:
-        """Print one line when the server is ready, then build the console's pages."""
+        """Print one line when the server is ready, then build the console's pages as soon as no request is open."""
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
@@ -106,6 +106,8 @@ def serve(
         typer.echo(f"{line} (console: {url}/)" if pages else line)
         if pages:
             await asyncio.sleep(1)  # requests that waited for the server come first
+            while any(one.open_requests for one in fleet.deployments.values()):
+                await asyncio.sleep(1)
             await pages()
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
