@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -27,7 +26,6 @@ from openm6.core.origins import LOOPBACK
 from openm6.hub.deployments import Deployments, Plan, write
 from openm6.hub.jobs import Jobs
 from openm6.serve.keys import Keys
-from openm6.serve.meter import Meter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -81,6 +79,8 @@ def serve(
             raise UsageError(f"Two models are called {name}: name them by NAME=DIRECTORY.")
         found[name] = place
 
+    import asyncio
+
     import uvicorn
 
     from openm6.serve.api import create_app
@@ -130,6 +130,8 @@ def serve(
 
 async def work_beside(at_once: int) -> None:
     """Run the job queue as long as the server runs; running jobs outlive it."""
+    import asyncio
+
     every = Jobs()
     while True:
         with suppress(OpenM6Error):  # a full disk or missing folder may be temporary
@@ -203,6 +205,8 @@ def remove_key(name: Annotated[str, typer.Argument(help="Name of the key's owner
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
     """List the keys with today's usage (UTC) and what is left."""
+    from openm6.serve.meter import Meter
+
     file = Keys(keys)
     meter = Meter(file.spent if file.spent.is_file() else None)
     rows = []

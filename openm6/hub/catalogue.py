@@ -27,7 +27,6 @@ from openm6.core.errors import ErrorKind, OpenM6Error, UsageError, cut, suggest,
 from openm6.core.extras import require
 from openm6.core.files import lines_of, require_new, write_whole
 from openm6.hub.jobs import home, last_step
-from openm6.tasks.card import read_card
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -385,6 +384,8 @@ def find_model(text: str | Path) -> tuple[Path, str]:
     """
     place = Path(text)
     if place.exists() or "@" not in str(text):
+        from openm6.tasks.card import read_card
+
         read_card(place)
         base_of(place)
         place = place.resolve()
