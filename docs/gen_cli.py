@@ -34,7 +34,7 @@ def _sections(words: str, command: Any, context: Any) -> Iterator[str]:
 
 
 def _name(shown: str) -> str:
-    """Without what only the program's own types say: a list is told in the meaning, a range as its bounds."""
+    """An option with its type, without `list[...]` and `range`: the meaning names repeatable options and bounds."""
     return re.sub(r"list\[(\w+)\]", lambda found: found[1].lower(), shown).replace(" range>", ">")
 
 

@@ -342,11 +342,11 @@ def _warn(answer: Mapping[str, Any]) -> None:
 def _outgoing(record: Record, slots: Mapping[str, str]) -> dict[str, Any]:
     """A record with its images (paths, bytes, PIL images, arrays) as base64. Raises UsageError or DataError for an
     image or text that cannot be sent."""
-    from openm6.core.images import as_file
-
     found = {}
     for name, value in record.items():
         if slots.get(name) == "image" and value is not None:
+            from openm6.core.images import as_file
+
             try:
                 value = base64.b64encode(as_file(value)).decode()
             except DataError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -28,7 +27,6 @@ from openm6.hub.catalogue import find_model
 from openm6.hub.deployments import Deployments, Plan, write
 from openm6.hub.jobs import Jobs
 from openm6.serve.keys import Keys
-from openm6.serve.meter import Meter
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -80,6 +78,8 @@ def serve(
             raise UsageError(f"Two models are called {name}: name them by NAME=DIRECTORY.")
         found[name] = place
 
+    import asyncio
+
     import uvicorn
 
     from openm6.serve.api import create_app
@@ -97,7 +97,7 @@ def serve(
     beside = [partial(work_beside, jobs)] if jobs else []
 
     async def announce() -> None:
-        """Print one line when the server is ready, then build the console's pages."""
+        """Print one line when the server is ready, then build the console's pages as soon as no request is open."""
         while not server.started:
             await asyncio.sleep(0.01)
         url = f"http://{f'[{host}]' if ':' in host else host}:{sockets[0].getsockname()[1]}"
@@ -105,6 +105,8 @@ def serve(
         typer.echo(f"{line} (console: {url}/)" if pages else line)
         if pages:
             await asyncio.sleep(1)  # requests that waited for the server come first
+            while any(one.open_requests for one in fleet.deployments.values()):
+                await asyncio.sleep(1)
             await pages()
 
     fleet = Fleet(Settings(cache_mib=cache_mib), queue)
@@ -127,6 +129,8 @@ def serve(
 
 async def work_beside(at_once: int) -> None:
     """Run the job queue as long as the server runs; running jobs outlive it."""
+    import asyncio
+
     every = Jobs()
     while True:
         with suppress(OpenM6Error):  # a full disk or missing folder may be temporary
@@ -200,6 +204,8 @@ def remove_key(name: Annotated[str, typer.Argument(help="Name of the key's owner
 @keys_app.command("list")
 def list_keys(keys: KeysFile = KEYS, json: Json = False) -> None:
     """List the keys with today's usage (UTC) and what is left."""
+    from openm6.serve.meter import Meter
+
     file = Keys(keys)
     meter = Meter(file.spent if file.spent.is_file() else None)
     rows = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import fcntl
+import gc
 import os
 import shutil
 import tempfile
@@ -151,4 +152,6 @@ def _built(app: FastAPI, server: Server, batches: Path | None) -> FastAPI:
                 allowed_paths=[], show_error=False, max_file_size=server.options.body_mib * 2**20, ssr_mode=False,
                 enable_monitoring=False, mcp_server=False, css=STYLE, head=HEAD, theme=theme(),
             )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # as in create_app, which the pages are too late for
     return parent

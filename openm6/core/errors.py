@@ -55,7 +55,7 @@ class OpenM6Error(Exception):
     """Work that could not be done: exit code 1.
 
     kind          how the error is reported over HTTP, between processes and in statistics
-    code          the error in one word, for programs; finer than the kind
+    code          the error in one word, for programs; finer than the kind, which is its default where it is given
     param         the name of the field or option that is at fault, where there is one
     retry_after   seconds after which the same request may succeed, where waiting helps
     """
@@ -69,7 +69,8 @@ class OpenM6Error(Exception):
         retry_after: float | None = None,
     ):  # fmt: skip
         super().__init__(_printable(message))
-        self.kind, self.code = kind or type(self).kind, code or type(self).code
+        self.kind = kind or type(self).kind
+        self.code = code or (str(kind) if kind else type(self).code)
         self.param = param if param is None else _printable(param)
         self.retry_after = self.kind.retry_after if retry_after is None else retry_after
 
@@ -101,10 +102,10 @@ class ContextLengthError(UsageError, DataError):
 
 
 class Refusal(OpenM6Error):
-    """A request that a server refuses, or could not answer, for a reason of this kind. The kind is the default code."""
+    """A request that a server refuses, or could not answer, for a reason of this kind."""
 
     def __init__(self, kind: ErrorKind, message: str, code: str | None = None, **more: Any):
-        super().__init__(message, kind=kind, code=code or str(kind), **more)
+        super().__init__(message, kind=kind, code=code, **more)
 
 
 def _printable(text: str) -> str:

@@ -196,12 +196,14 @@ class Catalogue:
         name, _, which = text.partition("@")
         every = self.versions(kind, name) if _NAME.fullmatch(name) else []
         if not every:
-            raise _unknown(f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}")
+            message = f"There is no {kind} {cut(name)}.{suggest(name, self.names(kind))}"
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND)
         found = [v for v in every if not which or which in (str(v.number), *v.aliases)]
         if not found:
             aliases = [alias for version in every for alias in version.aliases]
             numbers = f"{every[0].number} to {every[-1].number}"
-            raise _unknown(f"{name} has no version {cut(which)}; it has {numbers}.{suggest(which, aliases)}")
+            message = f"{name} has no version {cut(which)}; it has {numbers}.{suggest(which, aliases)}"
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND)
         return found[-1]
 
     def lineage(self, version: Version) -> Lineage:
@@ -218,7 +220,7 @@ class Catalogue:
             raise UsageError("The catalogue stores no files of data sets: they stay in place.")
 
         def fill(folder: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+            with tempfile.TemporaryDirectory(dir=folder) as draft:
                 try:
                     got = download_artifacts(artifact_uri=version.files, dst_path=draft)
                 except Exception as error:  # each store raises its own
@@ -346,10 +348,6 @@ class Catalogue:
 def _check(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(f"{cut(name)!r} is not a valid name: use at most 100 letters, digits, - and _.")
-
-
-def _unknown(message: str) -> UsageError:
-    return UsageError(message, kind=ErrorKind.NOT_FOUND, code="not_found")
 
 
 def describe(source: str, data_format: str | None = None, images: str | None = None) -> tuple[dict[str, Any], str]:

@@ -113,7 +113,7 @@ class Jobs:
         if len(found) != 1:
             reason = f"{identity} is a prefix of {len(found)} jobs." if found else f"There is no job {cut(identity)}."
             message = reason + " `openm6 jobs list` shows all jobs."
-            raise UsageError(message, kind=ErrorKind.NOT_FOUND, code="not_found")
+            raise UsageError(message, kind=ErrorKind.NOT_FOUND)
         return found[0]
 
     def log(self, job: Job) -> Path:

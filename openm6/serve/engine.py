@@ -26,8 +26,8 @@ from openm6.inference.session import Session
 from openm6.inference.steps import Steps
 from openm6.serve.caches import Features
 from openm6.serve.texts import TextScheduler
-from openm6.serve.wire import Settings
-from openm6.serve.work import EngineRequest, RequestEvent, cancelled, late, prepare, steps_of
+from openm6.serve.wire import Settings, late
+from openm6.serve.work import EngineRequest, RequestEvent, cancelled, prepare, steps_of
 
 MIB = 2**20
 JOBS = 2

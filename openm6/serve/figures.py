@@ -1,5 +1,5 @@
 """Metrics for Prometheus, the recent load of each model, for charts, and optional OpenTelemetry traces: a span for each
-request, with one inside for the work of the engine, and no texts and pictures. The standard variables
+request, with one inside for the work of the engine, without texts or pictures. The standard variables
 (OTEL_EXPORTER_OTLP_ENDPOINT and others) configure the exporter."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The HTTP API of the platform: jobs, the catalogue, the lineage of deployed models, and reports of edge devices, which
-hold counts and averages by task, no inputs and answers. Writing needs a key that manages, except for such a report."""
+hold counts and averages by task, but no inputs or answers. A change needs a key that manages, a report any key."""
 
 from __future__ import annotations
 

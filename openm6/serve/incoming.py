@@ -91,6 +91,7 @@ class Pictures:
     async def _fetch(self, text: str) -> bytes:
         import httpx2
 
+        url = self._listed(httpx2.URL(), text)  # before certificates are loaded: a refusal has to be cheap
         tls = ssl.create_default_context()
         try:
             # No proxy or .netrc of the environment; redirects are followed here, after the same checks.
@@ -98,7 +99,6 @@ class Pictures:
                 asyncio.timeout(self._seconds),
                 httpx2.AsyncClient(verify=tls, trust_env=False, timeout=self._seconds) as client,
             ):
-                url = self._listed(httpx2.URL(), text)
                 for _ in range(REDIRECTS + 1):
                     async with self._send(client, url) as answer:
                         if answer.has_redirect_location:

@@ -1,8 +1,8 @@
 """Routes of OpenAI's API, answered by tasks.
 
-A model is named `NAME`, or `NAME:TASK` to choose a task. A chat with pictures is answered by the task vqa, another by
-question_answering; a model that was trained on neither answers by its only trained task with as many pictures and
-texts. Earlier messages precede the question."""
+A model is named `NAME`, or `NAME:TASK` to choose a task. A chat with pictures is answered by the task vqa, one without
+pictures by question_answering; a model that was trained on neither answers by its only trained task with as many
+pictures and texts. Earlier messages precede the question."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from math import inf
 from typing import Any, TypeAlias
 
 from openm6.core.errors import ErrorKind, Refusal, UsageError
-from openm6.serve.wire import Messages, Place, Settings, error_of, packed
+from openm6.serve.wire import Messages, Place, Settings, error_of, late, packed
 
 STARTING = 300.0
 """Maximum number of seconds to load a model."""
@@ -41,7 +41,7 @@ client has left."""
 class PendingRequest:
     """A request from its admission to its end.
 
-    message    the message to a process (work.Request)
+    message    the message to a process (work.EngineRequest.of)
     deadline   by time.monotonic(); inf: none
     heard      called with every message about it
     events     messages of the processes; {"again": True} where the next process starts over
@@ -108,7 +108,7 @@ class PendingRequests:
     def _expire(self, request: PendingRequest) -> None:
         if request in self.waiting:  # else the process watches the deadline
             self.waiting.remove(request)
-            request.fail(Refusal(ErrorKind.DEADLINE, "The request's deadline has passed."))
+            request.fail(late())
 
     def drop(self, request: PendingRequest) -> None:
         """Drop a request whose client has left."""

@@ -97,6 +97,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent.")
 
 
+def late() -> Refusal:
+    return Refusal(ErrorKind.DEADLINE, "The request's deadline has passed.")
+
+
 def reported(error: Exception) -> OpenM6Error:
     """The error as the client is told of it. An unforeseen exception, whose traceback is printed, becomes INTERNAL with
     the name of its class alone."""

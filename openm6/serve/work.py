@@ -17,10 +17,6 @@ from openm6.inference.steps import Steps
 from openm6.tasks.task import Task
 
 
-def late() -> Refusal:
-    return Refusal(ErrorKind.DEADLINE, "The request's deadline has passed.")
-
-
 def cancelled() -> Refusal:
     return Refusal(ErrorKind.CANCELLED, "The request was cancelled.")
 
